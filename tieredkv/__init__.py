@@ -1,1 +1,65 @@
+"""tieredkv: long-video question answering on small GPUs, with the key/value cache in two memory tiers."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tieredkv.api import generate, open_session
+    from tieredkv.attention.interface import use_attention
+    from tieredkv.cache import TieredCache
+    from tieredkv.config import TierConfig
+    from tieredkv.errors import (
+        BudgetError,
+        OptionError,
+        PromptError,
+        TieredKVError,
+        UnsupportedModelError,
+        VideoError,
+    )
+    from tieredkv.session import VideoSession
+    from tieredkv.stats import Generation, Stats
+
 __version__ = "0.1.0.dev0"
+
+_HOME = {
+    "generate": "api",
+    "open_session": "api",
+    "use_attention": "attention.interface",
+    "TieredCache": "cache",
+    "TierConfig": "config",
+    "BudgetError": "errors",
+    "OptionError": "errors",
+    "PromptError": "errors",
+    "TieredKVError": "errors",
+    "UnsupportedModelError": "errors",
+    "VideoError": "errors",
+    "VideoSession": "session",
+    "Generation": "stats",
+    "Stats": "stats",
+}
+
+__all__ = [
+    "BudgetError",
+    "Generation",
+    "OptionError",
+    "PromptError",
+    "Stats",
+    "TierConfig",
+    "TieredCache",
+    "TieredKVError",
+    "UnsupportedModelError",
+    "VideoError",
+    "VideoSession",
+    "generate",
+    "open_session",
+    "use_attention",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are imported when first used: importing transformers takes seconds."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'tieredkv' has no attribute {name!r}")
+    return getattr(import_module(f"tieredkv.{_HOME[name]}"), name)

@@ -1,0 +1,139 @@
+"""generate and open_session: the faces of the library."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from tieredkv import decode, models
+from tieredkv.config import TierConfig
+from tieredkv.errors import OptionError, UnsupportedModelError
+from tieredkv.models.base import Positions
+from tieredkv.session import VideoSession, check_prompt
+from tieredkv.stats import Generation
+
+_TIER_OPTIONS = {field.name for field in fields(TierConfig)}
+_VIDEO_OPTIONS = {"fps", "source_fps", "max_frames"}
+_OPENING = {*_TIER_OPTIONS, *_VIDEO_OPTIONS, "tiers", "processor", "positions", "progress"}
+
+
+def open_session(
+    model: Any,
+    video: Any,
+    *,
+    gpu_kv_gb: float = 4.0,
+    tiers: TierConfig | None = None,
+    processor: Any = None,
+    fps: float | None = None,
+    source_fps: float | None = None,
+    max_frames: int | None = None,
+    positions: Positions = "published",
+    progress: bool = False,
+    **options: Any,
+) -> VideoSession:
+    """Ingest a video and return the session that answers questions about it.
+
+    model: a transformers model, or a local path or hub id to load one from. processor: the model's; None finds it
+    beside the model. video: a path, or frames: a list of PIL images, or `(T, H, W, 3)` or `(T, 3, H, W)` as ndarray
+    or tensor, uint8 or floats in [0, 1], taken at `source_fps` per second (None: at `fps`). fps: frames sampled per
+    second (None: the processor's own rate). gpu_kv_gb: hard cap in GiB on device memory for keys and values. tiers:
+    every other setting; its fields may be given as keywords instead. positions: "published" or "stock", how text
+    after the video is numbered. progress: bars on stderr.
+
+    Raises `UnsupportedModelError`, `VideoError`, `BudgetError` or `OptionError`, all of them `TieredKVError`.
+    """
+    session = new_session(
+        model,
+        gpu_kv_gb=gpu_kv_gb,
+        tiers=tiers,
+        processor=processor,
+        positions=positions,
+        progress=progress,
+        **options,
+    )
+    try:
+        session.ingest(video, fps=fps, source_fps=source_fps, max_frames=max_frames)
+    except BaseException:
+        session.close()
+        raise
+    return session
+
+
+def new_session(
+    model: Any,
+    *,
+    gpu_kv_gb: float = 4.0,
+    tiers: TierConfig | None = None,
+    processor: Any = None,
+    positions: Positions = "published",
+    progress: bool = False,
+    **options: Any,
+) -> VideoSession:
+    """A session without a video yet; its `ingest` takes one. Options as in `open_session`."""
+    config = _tier_config(gpu_kv_gb, tiers, options)
+    model, processor = load(model, processor)
+    return VideoSession(model, processor, config, positions=positions, progress=progress)
+
+
+def generate(model: Any, video: Any, prompt: str, gpu_kv_gb: float = 4.0, **options: Any) -> Generation:
+    """Answer one question about one video: a session with a single question.
+
+    options: those of `open_session`, and those of `VideoSession.ask`: transformers' generation options and `trace`.
+    Raises what these raise; an unknown option raises `OptionError`, before anything is loaded.
+    """
+    opening = {name: value for name, value in options.items() if name in _OPENING}
+    asking = {name: value for name, value in options.items() if name not in _OPENING}
+    decode.check_options(asking, also=(*_OPENING, "trace"))
+    check_prompt(prompt)
+    source = {name: opening.pop(name) for name in _VIDEO_OPTIONS if name in opening}
+    with new_session(model, gpu_kv_gb=gpu_kv_gb, **opening) as session:
+        session.ingest(video, question=prompt, max_new_tokens=session.new_tokens(asking), **source)
+        return session.ask(prompt, **asking)
+
+
+def _tier_config(gpu_kv_gb: float, tiers: TierConfig | None, options: dict[str, Any]) -> TierConfig:
+    if unknown := sorted(set(options) - _TIER_OPTIONS):
+        decode.check_options({unknown[0]: None}, also=tuple(_OPENING))
+        raise OptionError(f"{unknown[0]!r} is a generation option: give it to ask, not to open_session.")
+    if tiers is None:
+        return TierConfig(gpu_kv_gb=gpu_kv_gb, **options)
+    if options:
+        raise OptionError(f"give either tiers or {', '.join(sorted(options))}, not both.")
+    return tiers
+
+
+def load(model: Any, processor: Any = None) -> tuple[Any, Any]:
+    """A model and its processor: loaded if `model` is a path or hub id, the processor found beside it if not given.
+
+    Raises `UnsupportedModelError` when there is no such model, its family is not supported, or no processor is found.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+    if isinstance(model, str | Path):
+        source = str(model)
+        try:
+            config = AutoConfig.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise UnsupportedModelError(f"{source}: no model found there ({_first_line(error)}).") from None
+        models.video_family(config)
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype="auto")
+    elif not hasattr(model, "config") or not hasattr(model, "generate"):
+        raise UnsupportedModelError(
+            f"model is a {type(model).__name__}: give a transformers model, a local path, or a hub id."
+        )
+    else:
+        models.video_family(model.config)
+        source = getattr(model, "name_or_path", "") or ""
+    if processor is None:
+        try:
+            processor = AutoProcessor.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise UnsupportedModelError(
+                f"no processor found beside the model ({_first_line(error)}): pass processor=."
+            ) from None
+    return model.eval(), processor
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".:") if str(error).strip() else type(error).__name__

@@ -1,0 +1,1 @@
+"""Attention over keys and values wherever they are: the registered function and the torch reference."""

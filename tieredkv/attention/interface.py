@@ -1,0 +1,125 @@
+"""The attention function transformers calls, its mask function, and the switch that turns both on for one model.
+
+A `TieredCache` returns from `update()` only the *new* keys, tagged with the layer that holds the rest; every model
+family hands that very tensor on to the attention function, which lets the layer attend. Nothing is patched.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from tieredkv.errors import OptionError, UnsupportedModelError
+
+NAME = "tieredkv"
+_TAG = "tieredkv_layer"
+
+
+class AttendingLayer(Protocol):
+    """What a tag must be able to do."""
+
+    def attend(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        """Attention of new tokens over everything cached: query `(H, n, D)`, keys and values `(K, n, D)` -> `(H, n, D)`."""
+
+
+def tag(keys: torch.Tensor, layer: AttendingLayer) -> torch.Tensor:
+    """A view of `keys` that leads the attention function to `layer`."""
+    view = keys.view_as(keys)
+    setattr(view, _TAG, layer)
+    return view
+
+
+def tiered_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention signature: query `(1, H, n, D)`, key and value `(1, K, n, D)` -> `(1, n, H, D)`."""
+    layer = getattr(key, _TAG, None)
+    if layer is None:
+        raise RuntimeError(
+            "attention 'tieredkv' was called with keys that do not come from a TieredCache: pass "
+            "past_key_values=TieredCache(model.config, ...) and leave use_cache on."
+        )
+    if sliding_window is not None:
+        raise UnsupportedModelError("a layer with a sliding window cannot use attention 'tieredkv'.")
+    if attention_mask is not None:
+        raise OptionError("attention 'tieredkv' is causal and takes no prepared attention mask: pass none.")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = layer.attend(query[0], key[0], value[0], scaling)
+    return out.transpose(0, 1).unsqueeze(0).contiguous(), None
+
+
+def tiered_mask(
+    batch_size: int, attention_mask: torch.Tensor | None = None, use_vmap: bool = False, **kwargs: Any
+) -> None:
+    """The mask of a single unpadded causal sequence is none at all; anything else is refused, never ignored."""
+    if batch_size != 1:
+        raise OptionError(
+            f"TieredCache holds one sequence, got a batch of {batch_size}: run them one at a time."
+        )
+    if attention_mask is not None and not bool(attention_mask.all()):
+        raise OptionError("TieredCache takes no padding: pass one sequence without padded tokens.")
+    if use_vmap:
+        raise UnsupportedModelError(
+            "the model overlays its causal mask (bidirectional images?), not supported."
+        )
+
+
+AttentionInterface.register(NAME, tiered_attention)
+AttentionMaskInterface.register(NAME, tiered_mask)
+
+
+_users: weakref.WeakKeyDictionary[PreTrainedModel, tuple[int, str]] = weakref.WeakKeyDictionary()
+"""How many `use_attention` blocks are open on a model, and what to go back to after the last."""
+_users_lock = threading.Lock()
+
+
+@contextmanager
+def use_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Let the model's decoder attend through `TieredCache` inside the block; what was set before comes back after.
+
+    Blocks on one model may nest or overlap, from several threads too; the last to end restores. The vision tower
+    keeps its own attention. Raises `UnsupportedModelError` when the model cannot be switched.
+    """
+    text = model.config.get_text_config(decoder=True)
+    sub_key = next(
+        (key for key in model.config.sub_configs if getattr(model.config, key, None) is text), None
+    )
+
+    def switch(name: str) -> None:
+        model.set_attn_implementation(name if sub_key is None else {sub_key: name})
+
+    with _users_lock:
+        count, before = _users.get(model, (0, text._attn_implementation))
+        if count == 0:
+            switch(NAME)
+            if text._attn_implementation != NAME:
+                raise UnsupportedModelError(
+                    f"{type(model).__name__} ignores set_attn_implementation: its attention does not go through "
+                    "transformers' AttentionInterface."
+                )
+        _users[model] = (count + 1, before)
+    try:
+        yield
+    finally:
+        with _users_lock:
+            count, before = _users[model]
+            if count == 1:
+                del _users[model]
+                switch(before)
+            else:
+                _users[model] = (count - 1, before)

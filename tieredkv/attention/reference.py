@@ -1,0 +1,106 @@
+"""Attention in plain torch: what runs on a CPU-only machine, and what any kernel must agree with.
+
+Shapes: `H` query heads, `K` KV heads, `G = H // K`, `n` queries, `m` keys, `C` page tokens, `D` head dim,
+`P` pages per head. Query head `h` reads KV head `h // G`. lse is the log-sum-exp of a row's scaled logits, float32.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def attend(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over one block of keys: output `(H, n, D)` and its lse `(H, n)`, to be merged with other blocks.
+
+    query `(H, n, D)`, keys and values `(K, m, D)`. causal: `m == n`, query i sees keys 0..i; otherwise all see all.
+    """
+    heads, n, d = query.shape
+    kv_heads, m, _ = keys.shape
+    group = heads // kv_heads
+    if causal:
+        keys = keys.repeat_interleave(group, dim=0)
+        values = values.repeat_interleave(group, dim=0)
+    else:  # no mask: the group folds into the query axis and nothing is repeated
+        query = query.reshape(kv_heads, group * n, d)
+    out, lse = _flash_cpu(query, keys, values, scaling, causal)
+    return out.reshape(heads, n, d), lse.reshape(heads, n)
+
+
+def _flash_cpu(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """torch's own CPU flash attention, the one operator that also returns the lse. Private in torch; only used here."""
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0), 0.0, causal, scale=scaling
+    )
+    return out.squeeze(0), lse.squeeze(0).float()
+
+
+def merge(
+    out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Join the attention over two disjoint sets of keys. Exact up to rounding; outputs are kept in float32."""
+    lse = torch.logaddexp(lse_a, lse_b)
+    weight_a, weight_b = (lse_a - lse).exp().unsqueeze(-1), (lse_b - lse).exp().unsqueeze(-1)
+    return out_a.float() * weight_a + out_b.float() * weight_b, lse
+
+
+def row_weights(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    lse: torch.Tensor,
+    scaling: float,
+    first_hidden: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention weights of a few rows on one block of keys: `(K, G, T, m)`, float32.
+
+    query `(H, T, D)`, keys `(K, m, D)`, lse `(H, T)` over *all* the keys the rows see, so that the weights of all
+    blocks add up to 1. first_hidden `(T,)`: row t sees only the block's keys before that index (None: all).
+    """
+    kv_heads, m, d = keys.shape
+    heads, t, _ = query.shape
+    folded = query.float().reshape(kv_heads, (heads // kv_heads) * t, d)
+    logits = (folded @ keys.float().transpose(1, 2)).mul_(scaling).view(kv_heads, -1, t, m)
+    weights = logits.sub_(lse.view(kv_heads, -1, t, 1)).exp_()
+    if first_hidden is not None:
+        weights.masked_fill_(torch.arange(m, device=keys.device) >= first_hidden.unsqueeze(-1), 0.0)
+    return weights
+
+
+def paged_attention(
+    query: torch.Tensor,
+    pages: torch.Tensor,
+    table: torch.Tensor,
+    lengths: torch.Tensor,
+    scaling: float,
+    batch_pages: int,
+) -> torch.Tensor:
+    """One query token over pages that differ from head to head: output `(H, D)` in the query's dtype.
+
+    query `(H, D)`, pages `(S, 2, C, D)`, table `(K, P)` int64 page of each head in any order, lengths `(K, P)` int64
+    how many of the page's first tokens count (0: the entry is not there). Every head needs at least one token.
+    batch_pages: pages gathered at a time, which bounds the scratch at `batch_pages` pages whatever `P` is.
+    """
+    heads, d = query.shape
+    kv_heads, _ = table.shape
+    c = pages.shape[2]
+    within = torch.arange(c, device=pages.device)
+    out = torch.empty_like(query)
+    grouped = query.float().view(kv_heads, heads // kv_heads, d)
+    for head in range(kv_heads):
+        used = lengths[head].nonzero().squeeze(1)
+        merged: tuple[torch.Tensor, torch.Tensor] | None = None
+        for part in used.split(batch_pages):
+            gathered = pages[table[head, part]]
+            hidden = (within >= lengths[head, part].unsqueeze(1)).reshape(-1)
+            logits = (grouped[head] @ gathered[:, 0].reshape(-1, d).float().T) * scaling
+            logits.masked_fill_(hidden, float("-inf"))
+            lse = logits.logsumexp(-1)
+            step = (logits - lse.unsqueeze(-1)).exp() @ gathered[:, 1].reshape(-1, d).float()
+            merged = (step, lse) if merged is None else merge(*merged, step, lse)
+        if merged is None:
+            raise ValueError(f"KV head {head} has no page to attend to")
+        out.view(kv_heads, -1, d)[head] = merged[0].to(out.dtype)
+    return out

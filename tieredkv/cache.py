@@ -1,0 +1,364 @@
+"""TieredCache: the transformers Cache protocol, composed of the tiers and the policies.
+
+A cache is in one of two phases. *Prefill*: tokens arrive many at a time and attend exactly to everything before them,
+streamed from the host tier. *Decode*: `seal` has classified the heads, spent the budget and filled the pool, and each
+new token attends to what its heads select. More prompt tokens after a seal lead back to prefill.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import Cache, PreTrainedConfig
+from transformers.cache_utils import CacheLayerMixin, get_layer_types_and_kwargs
+
+from tieredkv import models, plan, prefill
+from tieredkv.attention import interface
+from tieredkv.config import TierConfig
+from tieredkv.errors import OptionError, TieredKVError, UnsupportedModelError
+from tieredkv.memory.device import DeviceLedger
+from tieredkv.memory.host import HostLayer
+from tieredkv.memory.pool import DevicePool
+from tieredkv.memory.prefetch import ThreadPrefetcher
+from tieredkv.memory.transfer import Transfer
+from tieredkv.policy import classify, digest
+from tieredkv.sealed import SealedLayer, Tiers
+from tieredkv.stats import Counters
+
+
+class TieredLayer(CacheLayerMixin):
+    """One layer: its host tier, what the last text rows said of it, and, once sealed, its share of the pool."""
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = True
+
+    def __init__(self, cache: TieredCache, index: int) -> None:
+        super().__init__()
+        self.cache, self.index = cache, index
+        self.host: HostLayer | None = None
+        self.rows: prefill.TextRows | None = None
+        self.sealed: SealedLayer | None = None
+        self._digests: torch.Tensor | None = None
+        self._digested = 0
+
+    # ---- transformers' protocol
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        if self.device.type != "cpu":
+            raise UnsupportedModelError(
+                f"the model runs on {self.device}, and tieredkv runs on the CPU only so far: load it there."
+            )
+        _, heads, _, head_dim = key_states.shape
+        if value_states.shape != key_states.shape:
+            raise UnsupportedModelError("keys and values of different shapes are not supported.")
+        self.host = HostLayer(heads, head_dim, self.cache.tiers.chunk_tokens, self.dtype)
+        self.host.reserve(self.cache.expected_tokens)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if key_states.shape[0] != 1:
+            raise OptionError(
+                f"TieredCache holds one sequence, got a batch of {key_states.shape[0]}: run them one at a time."
+            )
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.cache.announce(self.index, key_states.shape[-2])
+        return interface.tag(key_states, self), value_states
+
+    def get_seq_length(self) -> int:
+        """Logical length: every token cached, wherever it is now."""
+        if self.sealed is not None:
+            return self.sealed.length
+        return self.prompt_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        raise OptionError("TieredCache cannot be reset: make a new one, or crop it.")
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        raise OptionError("TieredCache does not support beam search: use num_beams=1.")
+
+    # ---- attention
+
+    def attend(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        """Cache new tokens and attend to them and all before. query `(H, n, D)`, keys and values `(K, n, D)`."""
+        self.cache.attended(self.index)
+        if self.sealed is not None:
+            return self.sealed.step(query[:, 0], keys[:, 0], values[:, 0], scaling).unsqueeze(1)
+        assert self.host is not None
+        cache, n = self.cache, query.shape[1]
+        rows = min(n, cache.text_rows)
+        with prefill.staged_past(
+            self.host, n, rows, cache.shape, cache.tiers, cache.ledger, cache.transfer, query.device
+        ) as past:
+            out, lse = prefill.attend_exactly(query, keys, values, scaling, past)
+            if rows:
+                self.rows = prefill.score_text_rows(
+                    query[:, -rows:], lse[:, -rows:], keys, scaling, past, cache.tiers
+                )
+        self.append(keys, values)
+        return out
+
+    # ---- tiers
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens in the host tier: all but those generated since the last seal."""
+        return 0 if self.host is None else self.host.length
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Write tokens `(K, n, D)` to the host tier and digest the chunks they complete."""
+        assert self.host is not None
+        self.host.append(keys, values)
+        self.cache.transfer.written_bytes += 2 * keys.numel() * keys.itemsize
+        whole = self.host.length // self.host.chunk_tokens
+        if whole > self._digested:
+            new = digest.cuboid_mean(self.host.chunks(self._digested, whole)[:, :, 0])
+            held = [] if self._digests is None else [self._digests[:, : self._digested]]
+            self._digests = torch.cat([*held, new], dim=1)
+            self._digested = whole
+
+    def truncate(self, tokens: int) -> None:
+        """Forget all but the first `tokens` tokens. Not while sealed."""
+        if self.host is None:
+            return
+        self.host.truncate(tokens)
+        self._digested = min(self._digested, tokens // self.host.chunk_tokens)
+        self.rows = None
+
+    def seal(self, static: torch.Tensor, is_text: torch.Tensor, tiers: Tiers) -> None:
+        """Enter the decode phase. static: `(K,)`."""
+        assert self.host is not None
+        assert self.rows is not None
+        assert self._digests is not None or tiers.plan.layout.old_chunks == 0
+        digests = self.host.chunks(0, 0)[:, :, 0] if self._digests is None else self._digests
+        self.sealed = SealedLayer(self.index, self.host, digests, static, self.rows, is_text, tiers)
+
+    def unseal(self) -> None:
+        """Back to prefill: the tokens generated since the seal join the host tier."""
+        if self.sealed is None:
+            return
+        self.sealed.finish()
+        keys, values = self.sealed.generated_tokens()
+        self.sealed = None
+        if keys.shape[1]:
+            self.append(keys, values)
+
+
+class TieredCache(Cache):
+    """Keys and values in two tiers: everything in host memory, and under a cap what each step needs on the device.
+
+    Give it to a model whose attention is switched over:
+
+        with tieredkv.use_attention(model):
+            model.generate(input_ids, past_key_values=TieredCache(model.config, gpu_kv_gb=0.5), max_new_tokens=200)
+
+    One sequence, not a batch. The first call of a single token after the prompt seals the cache; until then every
+    token attends exactly to all before it.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        tiers: TierConfig | None = None,
+        *,
+        max_new_tokens: int = 256,
+        expected_tokens: int = 0,
+        **options: Any,
+    ) -> None:
+        """config: the model's. tiers, or its fields as keywords (`gpu_kv_gb=...`), not both.
+
+        max_new_tokens: generated tokens for which device room is set aside; one more raises. expected_tokens: prompt
+        length, if known, so that the host tier is allocated once. Raises `UnsupportedModelError` when a layer is not
+        plain full attention.
+        """
+        if tiers is not None and options:
+            raise OptionError(f"give either a TierConfig or its fields, not both: {', '.join(options)}.")
+        try:
+            self.tiers = TierConfig(**options) if tiers is None else tiers
+        except TypeError as error:
+            raise OptionError(f"{error}; the options are the fields of TierConfig.") from None
+        text = config.get_text_config(decoder=True)
+        models.check_text_family(text.model_type)
+        kinds, _ = get_layer_types_and_kwargs(text)
+        if other := sorted(set(kinds) - {"full_attention"}):
+            raise UnsupportedModelError(
+                f"{text.model_type} has layers of type {', '.join(other)}; TieredCache serves full attention only."
+            )
+        super().__init__(layers=[TieredLayer(self, index) for index in range(len(kinds))])
+        self._text_config = text
+        self.new_tokens, self.expected_tokens = max_new_tokens, expected_tokens
+        self.auto_seal = True
+        """Seal at the first single token after the prompt. A session turns this off and seals by itself."""
+        self.text_rows = self.tiers.text_window
+        """Last rows of each prefill call to score; 0 when the question is not in it."""
+        self.visual: torch.Tensor | None = None
+        """`(N,)` mask of visual tokens; None: all but the last `text_rows` tokens count as visual."""
+        self.ledger = DeviceLedger(self.tiers.cap_bytes)
+        self.transfer = Transfer()
+        self.counters = Counters()
+        self._prefetcher = ThreadPrefetcher() if self.tiers.prefetch else None
+        self._pool: DevicePool | None = None
+        self._announced: int | None = None
+        self._closed = False
+
+    @property
+    def shape(self) -> plan.KVShape:
+        """Sizes for the planner. The cache must have seen its first tokens."""
+        text, host = self._text_config, self.layers[0].host
+        return plan.KVShape(
+            num_layers=len(self.layers),
+            num_attention_heads=text.num_attention_heads,
+            num_key_value_heads=host.num_heads,
+            head_dim=host.head_dim,
+            itemsize=host.dtype.itemsize,
+        )
+
+    @property
+    def sealed(self) -> bool:
+        return self._pool is not None
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory allocated for keys and values."""
+        return sum(layer.host.nbytes for layer in self.layers if layer.host is not None)
+
+    # ---- called by the layers
+
+    def announce(self, index: int, tokens: int) -> None:
+        """Layer `index` is about to attend for `tokens` new tokens; moves between the phases where that asks for it."""
+        if self._closed:
+            raise TieredKVError("this TieredCache is closed.")
+        if self._announced is not None:
+            raise RuntimeError(
+                f"layer {self._announced} updated a TieredCache but did not attend through it, so its output ignores "
+                "the cache: run the model inside `with tieredkv.use_attention(model):`."
+            )
+        self._announced = index
+        if index == 0 and tokens > 1 and self.sealed:
+            self.unseal()
+        elif index == 0 and tokens == 1 and not self.sealed and self.auto_seal and self.get_seq_length() > 0:
+            self.seal()
+
+    def attended(self, index: int) -> None:
+        """Layer `index` attended."""
+        if self._announced != index:
+            raise RuntimeError(f"layer {index} attends, but {self._announced} was updated")
+        self._announced = None
+
+    # ---- phases
+
+    def seal(self) -> None:
+        """Classify the heads, spend the budget, prune the static heads, fill the pool: ready for decoding steps.
+
+        Raises `BudgetError` when the prompt does not fit under the cap; the cache is then still in prefill.
+        """
+        if self.sealed:
+            raise RuntimeError("the cache is sealed already")
+        if any(layer.rows is None for layer in self.layers):
+            raise RuntimeError("no text rows were scored: nothing to classify the heads by")
+        length = self.get_seq_length()
+        scores = torch.stack([layer.rows.scores for layer in self.layers])
+        static = classify.static_heads(scores, self.tiers.theta)
+        layout = plan.lay_out(self.tiers, length, self.text_rows, self.new_tokens)
+        decode_plan = plan.plan_decode(self.shape, self.tiers, layout, scores, static)
+        if self.visual is None:
+            is_text = torch.arange(length) >= length - self.text_rows
+        else:
+            is_text = torch.ones(length, dtype=torch.bool)
+            is_text[: self.visual.shape[0]] = ~self.visual
+        first = self.layers[0]
+        trace = self.counters.trace
+        self.counters = Counters(
+            static_heads=int(static.sum()),
+            dynamic_heads=int((~static).sum()),
+            trace=None if trace is None else [],
+        )
+        try:
+            self._pool = DevicePool(
+                self.ledger,
+                decode_plan.pool_pages,
+                self.tiers.chunk_tokens,
+                first.host.head_dim,
+                first.dtype,
+                first.device,
+            )
+            shared = Tiers(
+                config=self.tiers,
+                shape=self.shape,
+                plan=decode_plan,
+                ledger=self.ledger,
+                pool=self._pool,
+                transfer=self.transfer,
+                prefetcher=self._prefetcher,
+                counters=self.counters,
+            )
+            for layer, mask in zip(self.layers, static, strict=True):
+                layer.seal(mask, is_text, shared)
+        except BaseException:
+            self._drop_pool()
+            raise
+
+    def unseal(self) -> None:
+        """Back to prefill; generated tokens become cached tokens like any other. Nothing happens if not sealed."""
+        if not self.sealed:
+            return
+        for layer in self.layers:
+            layer.unseal()
+        self._drop_pool()
+
+    def _drop_pool(self) -> None:
+        for layer in self.layers:
+            layer.sealed = None
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+        self.ledger.release("digests")
+
+    def finish(self) -> None:
+        """Wait for copies still under way, so that the counters are final."""
+        for layer in self.layers:
+            if layer.sealed is not None:
+                layer.sealed.finish()
+
+    def truncate(self, tokens: int) -> None:
+        """Forget all but the first `tokens` tokens, leaving the decode phase if need be."""
+        self._announced = None
+        if tokens > self.layers[0].prompt_length:
+            self.unseal()
+        else:
+            self.finish()
+            self._drop_pool()
+        for layer in self.layers:
+            layer.truncate(tokens)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """transformers' spelling: a negative number of tokens to remove from the end."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}.")
+        self.truncate(self.get_seq_length() + tokens_to_remove)
+
+    def close(self) -> None:
+        """Free both tiers. Twice is fine; using the cache afterwards raises."""
+        if self._closed:
+            return
+        self._closed = True
+        self.finish()
+        self._drop_pool()
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+        for layer in self.layers:
+            if layer.host is not None:
+                layer.host.close()

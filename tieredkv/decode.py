@@ -1,0 +1,119 @@
+"""The decoding loop: transformers' own generation settings, logits processors, stopping criteria and streamers."""
+
+from __future__ import annotations
+
+import difflib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from tieredkv.errors import OptionError
+
+_RUN_OPTIONS = ("generation_config", "logits_processor", "stopping_criteria", "streamer")
+_REFUSED = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "prompt_lookup_num_tokens": None,
+    "cache_implementation": None,
+    "use_cache": True,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "output_scores": False,
+    "output_logits": False,
+    "return_dict_in_generate": False,
+}
+"""Options of transformers that change what decoding is; only the value here, the plain one, is accepted."""
+
+
+@dataclass(slots=True)
+class Decoded:
+    """What the loop made."""
+
+    token_ids: list[int]
+    first_token_at: float
+    """`time.perf_counter()` when the first token was chosen."""
+    last_token_at: float
+
+
+def check_options(options: dict[str, Any], also: tuple[str, ...] = ()) -> None:
+    """Raise `OptionError` for a generation option that transformers does not know or that is not supported here."""
+    known = {*vars(GenerationConfig()), *_RUN_OPTIONS, *also}
+    known = {name for name in known if not name.startswith("_")}
+    for name, value in options.items():
+        if name not in known:
+            close = difflib.get_close_matches(name, sorted(known), n=1)
+            hint = f" Did you mean {close[0]}?" if close else " Generation options have transformers' names."
+            raise OptionError(f"{name!r} is not an option.{hint}")
+        if name in _REFUSED and value not in (_REFUSED[name], None):
+            raise OptionError(f"{name}={value!r} is not supported: leave it out.")
+    new = options.get("max_new_tokens")
+    if new is not None and (not isinstance(new, int) or isinstance(new, bool) or new < 1):
+        raise OptionError(f"max_new_tokens={new!r} is not valid: give a whole number of at least 1.")
+
+
+def run(
+    model: Any,
+    prompt_ids: torch.Tensor,
+    first_logits: torch.Tensor,
+    step: Callable[[int], torch.Tensor],
+    max_new_tokens: int,
+    options: dict[str, Any],
+    tokenizer: Any,
+) -> Decoded:
+    """Generate up to `max_new_tokens` after a prompt that is cached already.
+
+    prompt_ids `(1, N)`: what penalties and stopping criteria see. first_logits `(1, vocabulary)`: for the first
+    token. step(token) caches the token and returns the logits for the next. options: transformers' names.
+    """
+    decoded: Decoded | None = None
+
+    def loop(
+        model: Any,
+        input_ids: torch.Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: GenerationConfig,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> torch.Tensor:
+        nonlocal decoded
+        ids, logits = input_ids, first_logits
+        new: list[int] = []
+        first_at = 0.0
+        while True:
+            scores = logits_processor(ids, logits)
+            if generation_config.do_sample:
+                token = torch.multinomial(scores.softmax(-1), 1)
+            else:
+                token = scores.argmax(-1, keepdim=True)
+            new.append(int(token))
+            if len(new) == 1:
+                first_at = time.perf_counter()
+            ids = torch.cat((ids, token), dim=-1)
+            if streamer is not None:
+                streamer.put(token[0].cpu())
+            if bool(stopping_criteria(ids, None).all()) or len(new) >= max_new_tokens:
+                break
+            logits = step(new[-1])
+        if streamer is not None:
+            streamer.end()
+        decoded = Decoded(new, first_at, time.perf_counter())
+        return ids
+
+    given = {name: value for name, value in options.items() if name != "max_new_tokens"}
+    # Positions and mask are given so that `generate` neither computes nor stores any on the model.
+    model.generate(
+        input_ids=prompt_ids,
+        attention_mask=torch.ones_like(prompt_ids),
+        position_ids=torch.zeros_like(prompt_ids),
+        max_new_tokens=max_new_tokens,
+        custom_generate=loop,
+        tokenizer=tokenizer,
+        **given,
+    )
+    assert decoded is not None
+    return decoded

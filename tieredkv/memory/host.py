@@ -1,0 +1,112 @@
+"""Host tier: the complete keys and values of the prompt, head-major in chunks.
+
+One `HostLayer` per model layer. Page-locking on CUDA machines belongs here (one registered arena per session).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import psutil
+import torch
+
+from tieredkv.errors import BudgetError
+
+GIB = 2**30
+
+
+class HostLayer:
+    """All cached tokens of one layer: `(K, chunks, 2, C, D)`, keys at index 0 and values at 1 of the third axis."""
+
+    def __init__(self, num_heads: int, head_dim: int, chunk_tokens: int, dtype: torch.dtype) -> None:
+        self.num_heads, self.head_dim, self.chunk_tokens, self.dtype = (
+            num_heads,
+            head_dim,
+            chunk_tokens,
+            dtype,
+        )
+        self.length = 0
+        self._arena = torch.empty((num_heads, 0, 2, chunk_tokens, head_dim), dtype=dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return self._arena.numel() * self._arena.itemsize
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that fit without growing."""
+        return self._arena.shape[1] * self.chunk_tokens
+
+    def bytes_for(self, tokens: int) -> int:
+        """Bytes that hold `tokens` tokens, in whole chunks."""
+        chunks = -(-tokens // self.chunk_tokens)
+        return self.num_heads * chunks * 2 * self.chunk_tokens * self.head_dim * self.dtype.itemsize
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` tokens in all; what is held stays. Never shrinks."""
+        chunks = -(-tokens // self.chunk_tokens)
+        held = self._arena.shape[1]
+        if chunks <= held:
+            return
+        grown = torch.empty((self.num_heads, chunks, 2, self.chunk_tokens, self.head_dim), dtype=self.dtype)
+        used = -(-self.length // self.chunk_tokens)
+        grown[:, :used] = self._arena[:, :used]
+        self._arena = grown
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Write the next tokens' keys and values, each `(K, n, D)`, after those held."""
+        n = keys.shape[1]
+        if self.length + n > self.capacity:
+            self.reserve(max(self.length + n, 2 * self.length))
+        done = 0
+        while done < n:
+            chunk, offset = divmod(self.length + done, self.chunk_tokens)
+            if offset == 0 and n - done >= self.chunk_tokens:
+                whole = (n - done) // self.chunk_tokens
+                take = whole * self.chunk_tokens
+                shape = (self.num_heads, whole, self.chunk_tokens, self.head_dim)
+                self._arena[:, chunk : chunk + whole, 0] = keys[:, done : done + take].reshape(shape)
+                self._arena[:, chunk : chunk + whole, 1] = values[:, done : done + take].reshape(shape)
+            else:
+                take = min(self.chunk_tokens - offset, n - done)
+                self._arena[:, chunk, 0, offset : offset + take] = keys[:, done : done + take]
+                self._arena[:, chunk, 1, offset : offset + take] = values[:, done : done + take]
+            done += take
+        self.length += n
+
+    def truncate(self, tokens: int) -> None:
+        """Forget all but the first `tokens` tokens; their memory is kept for what comes next."""
+        if not 0 <= tokens <= self.length:
+            raise ValueError(f"cannot keep {tokens} of {self.length} tokens")
+        self.length = tokens
+
+    def chunks(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """View `(K, n, 2, C, D)` of chunks start..stop (default: all begun ones; the last may be partly filled)."""
+        begun = -(-self.length // self.chunk_tokens)
+        return self._arena[:, start : begun if stop is None else stop]
+
+    def blocks(self, tokens: int, block_tokens: int) -> Iterator[tuple[int, int]]:
+        """Ranges of chunks that cover the first `tokens` tokens, each of at most `block_tokens` (whole chunks)."""
+        step = max(1, block_tokens // self.chunk_tokens)
+        last = -(-tokens // self.chunk_tokens)
+        for start in range(0, last, step):
+            yield start, min(start + step, last)
+
+    def tokens(self, head: int, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values, each `(n, D)`, of single tokens of one head. index: `(n,)` int64."""
+        chunk, offset = index // self.chunk_tokens, index % self.chunk_tokens
+        return self._arena[head, chunk, 0, offset], self._arena[head, chunk, 1, offset]
+
+    def close(self) -> None:
+        """Free the memory. The layer is empty afterwards."""
+        self._arena = self._arena.new_empty((self.num_heads, 0, 2, self.chunk_tokens, self.head_dim))
+        self.length = 0
+
+
+def check_host_memory(needed_bytes: int, what: str, remedy: str) -> None:
+    """Raise `BudgetError` when `needed_bytes` for `what` exceed the memory the machine has available now."""
+    available = psutil.virtual_memory().available
+    if needed_bytes > available:
+        raise BudgetError(
+            f"{what} needs {needed_bytes / GIB:.2f} GiB of host memory, {available / GIB:.2f} GiB is available: {remedy}."
+        )

@@ -1,0 +1,96 @@
+"""Qwen2.5-VL: multimodal rotary positions on three axes, absolute time, window attention in the vision tower."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from tieredkv.models.base import EncodedVideo, Positions
+
+
+class Qwen25VL:
+    """Adapter for `Qwen2_5_VLForConditionalGeneration`."""
+
+    text_model_type = "qwen2_5_vl_text"
+
+    def video_token(self, processor: Any) -> str:
+        return processor.video_token
+
+    def preprocess(self, processor: Any, frames: np.ndarray, fps: float) -> dict[str, torch.Tensor]:
+        # uint8 all the way: resizing through float32 changes up to a quarter of the values.
+        video = torch.from_numpy(frames).permute(0, 3, 1, 2)
+        return processor.video_processor(
+            videos=[video],
+            video_metadata=[
+                {"fps": fps, "total_num_frames": len(frames), "frames_indices": list(range(len(frames)))}
+            ],
+            do_sample_frames=False,
+            return_tensors="pt",
+        )
+
+    def grid(self, model: Any, inputs: dict[str, torch.Tensor]) -> tuple[int, int, int]:
+        merge = model.config.vision_config.spatial_merge_size
+        t, h, w = inputs["video_grid_thw"][0].tolist()
+        return t, h // merge, w // merge
+
+    def encode_segments(
+        self, model: Any, inputs: dict[str, torch.Tensor], segment_frames: int
+    ) -> Iterator[torch.Tensor]:
+        """Attention in the tower never crosses a temporal patch, so segments of whole patches are exact."""
+        t, h, w = inputs["video_grid_thw"][0].tolist()
+        steps = max(1, segment_frames // model.config.vision_config.temporal_patch_size)
+        pixels = inputs["pixel_values_videos"]
+        device = next(model.model.visual.parameters()).device
+        for start in range(0, t, steps):
+            stop = min(t, start + steps)
+            part = pixels[start * h * w : stop * h * w].to(device)
+            grid = torch.tensor([[stop - start, h, w]], device=device)
+            outputs = model.model.get_video_features(part, grid, return_dict=True)
+            yield torch.cat(tuple(outputs.pooler_output), dim=0)
+
+    def seconds_per_step(self, model: Any, fps: float) -> float:
+        return model.config.vision_config.temporal_patch_size / fps
+
+    def positions(
+        self, model: Any, head: int, video: EncodedVideo, tail: int, rule: Positions
+    ) -> tuple[torch.Tensor, int]:
+        """Three axes: time, row, column; text advances all three together.
+
+        published: text after the video starts at max(previous) + 1, the model authors' rule. stock: it starts
+        max(rows, columns) after the video's start, as `generate` of transformers 5.x numbers it, ignoring the video's
+        duration. Generated tokens continue after the last text token under both.
+        """
+        t, rows, columns = video.grid
+        interval = model.config.vision_config.tokens_per_second * video.seconds_per_step
+        times = (torch.arange(t) * interval).long()
+        grid = torch.stack(torch.meshgrid(times, torch.arange(rows), torch.arange(columns), indexing="ij"))
+        visual = grid.reshape(3, -1) + head
+        after = int(visual.max()) + 1 if rule == "published" else head + max(rows, columns)
+        positions = torch.cat(
+            (
+                torch.arange(head).expand(3, -1),
+                visual,
+                (torch.arange(tail) + after).expand(3, -1),
+            ),
+            dim=1,
+        )
+        return positions, int(positions[0, -1]) + 1
+
+    def embed(self, model: Any, input_ids: torch.Tensor) -> torch.Tensor:
+        return model.get_input_embeddings()(input_ids)
+
+    def decode(
+        self, model: Any, embeddings: torch.Tensor, position_ids: torch.Tensor, cache: Any
+    ) -> torch.Tensor:
+        return model.model.language_model(
+            inputs_embeds=embeddings,
+            position_ids=position_ids.unsqueeze(1).to(embeddings.device),
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+
+    def logits(self, model: Any, hidden: torch.Tensor) -> torch.Tensor:
+        return model.lm_head(hidden).float()

@@ -1,0 +1,280 @@
+"""Sizes: model shape x tokens x GiB -> what goes where, or the smallest cap that would work. No tensors are made here.
+
+A cache is in one of two phases, each bounded by the same cap: prefill (staging buffers and score rows) and decode
+(pool, digests, scratch). The planner sizes both; `memory.device.DeviceLedger` then counts what is really held.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tieredkv.config import GIB, TierConfig
+from tieredkv.errors import BudgetError
+from tieredkv.policy.budget import Budgets, split_budget
+from tieredkv.policy.classify import top_k_count
+
+FLOAT32 = 4
+STAGING_TOKENS = 8192
+"""Past tokens staged at a time when the cap has room: long enough that a copy runs at link speed."""
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@dataclass(frozen=True, slots=True)
+class KVShape:
+    """What the planner must know of a model."""
+
+    num_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    itemsize: int
+    """Bytes per element of keys and values."""
+
+    @property
+    def kv_heads(self) -> int:
+        """KV heads over all layers."""
+        return self.num_layers * self.num_key_value_heads
+
+    @property
+    def token_bytes(self) -> int:
+        """Keys and values of one token in all layers."""
+        return self.kv_heads * 2 * self.head_dim * self.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How the prompt's tokens divide, the same for every head; counted in chunks and pages of C tokens."""
+
+    chunk_tokens: int
+    tokens: int
+    recent_start: int
+    """First token of the recent region, on a chunk boundary; every head keeps it and everything after."""
+    recent_pages: int
+    """Pages of one head for the recent region and the tokens to be generated."""
+    sink_chunks: int
+    """Chunks at the front that dynamic heads always attend to."""
+
+    @property
+    def old_chunks(self) -> int:
+        """Chunks before the recent region, all of them full."""
+        return self.recent_start // self.chunk_tokens
+
+    @property
+    def retrievable(self) -> int:
+        """Chunks a dynamic head chooses among."""
+        return self.old_chunks - self.sink_chunks
+
+
+def lay_out(tiers: TierConfig, tokens: int, text_rows: int, new_tokens: int) -> Layout:
+    """Divide `tokens` prompt tokens, the last `text_rows` of them the question, before `new_tokens` generated ones."""
+    c = tiers.chunk_tokens
+    window = max(tiers.recent_window, min(text_rows, tiers.text_window))
+    start = c * (max(0, tokens - window) // c)
+    return Layout(
+        chunk_tokens=c,
+        tokens=tokens,
+        recent_start=start,
+        recent_pages=ceil_div(tokens - start + new_tokens, c),
+        sink_chunks=min(ceil_div(tiers.sink_tokens, c), start // c),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class DecodePlan:
+    """Sizes of the decode phase."""
+
+    layout: Layout
+    budgets: Budgets
+    selected: int
+    """Chunks a dynamic head attends to per step besides sinks and recent region."""
+    slots: int
+    """Retrieval slots of a dynamic head: selected and spare ones."""
+    pool_pages: int
+    scratch_pages: int
+    """Pages the torch attention gathers at a time."""
+
+    @property
+    def ranked(self) -> bool:
+        """Whether chunks must be ranked at all: not when every one of them is selected."""
+        return self.selected < self.layout.retrievable
+
+
+def page_bytes(shape: KVShape, tiers: TierConfig) -> int:
+    """One page: keys and values of C tokens of one KV head."""
+    return 2 * tiers.chunk_tokens * shape.head_dim * shape.itemsize
+
+
+def scratch_page_bytes(shape: KVShape, tiers: TierConfig) -> int:
+    """What the torch attention holds per gathered page: the page, and its keys or values in float32."""
+    return page_bytes(shape, tiers) + 2 * tiers.chunk_tokens * shape.head_dim * FLOAT32
+
+
+def digest_bytes(shape: KVShape, layout: Layout, dynamic_heads: int) -> int:
+    """Digests of every retrievable chunk of `dynamic_heads` heads: two vectors each."""
+    return dynamic_heads * layout.retrievable * 2 * shape.head_dim * shape.itemsize
+
+
+def ranking_bytes(shape: KVShape, layout: Layout) -> int:
+    """Scratch of ranking one layer's chunks: logits, their softmax and the shares; digests in float32 if they are not."""
+    per_chunk = 3 * shape.num_attention_heads + shape.num_key_value_heads
+    if shape.itemsize != FLOAT32:
+        per_chunk += 2 * shape.num_key_value_heads * shape.head_dim
+    return layout.retrievable * per_chunk * FLOAT32
+
+
+def staging_bytes(shape: KVShape, block_tokens: int) -> int:
+    """Two buffers, keys and values, of one layer's `block_tokens` past tokens."""
+    return 2 * shape.num_key_value_heads * block_tokens * shape.head_dim * shape.itemsize
+
+
+def scoring_bytes(shape: KVShape, tiers: TierConfig, tokens: int, rows: int, block_tokens: int) -> int:
+    """Scratch of scoring one layer's text rows: weights of one block, the running top k, the saliency."""
+    if rows == 0:
+        return 0
+    heads = shape.num_attention_heads
+    k = top_k_count(tiers.top_k_ratio, tokens)
+    keys_float = shape.num_key_value_heads * block_tokens * shape.head_dim
+    weights = 2 * heads * rows * block_tokens
+    top = 4 * heads * rows * min(k, tokens)
+    return FLOAT32 * (keys_float + weights + top + 2 * shape.num_key_value_heads * tokens)
+
+
+def staging_tokens(shape: KVShape, tiers: TierConfig, tokens: int, rows: int) -> int:
+    """Past tokens to stage at a time, whole chunks: the most that fit the cap, up to `STAGING_TOKENS`; 0 if none do.
+
+    rows: text rows scored in the same pass (0 when none are).
+    """
+    c = tiers.chunk_tokens
+
+    def fits(block: int) -> bool:
+        return (
+            staging_bytes(shape, block) + scoring_bytes(shape, tiers, tokens, rows, block) <= tiers.cap_bytes
+        )
+
+    low, high = 0, max(1, STAGING_TOKENS // c)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle * c) else (low, middle - 1)
+    return low * c
+
+
+def plan_decode(
+    shape: KVShape,
+    tiers: TierConfig,
+    layout: Layout,
+    scores: torch.Tensor,
+    static: torch.Tensor,
+) -> DecodePlan:
+    """Spend the cap on one prompt. scores, static: `(L, K)`. Raises `BudgetError`, naming the smallest cap that works."""
+    page = page_bytes(shape, tiers)
+    scratch_page = scratch_page_bytes(shape, tiers)
+    n_heads = shape.kv_heads
+    n_dynamic = int((~static).sum())
+    everything = n_heads * (layout.old_chunks + layout.recent_pages)
+
+    def pages_for(nbytes: int) -> tuple[int, int]:
+        """Pool pages and scratch pages that `nbytes` hold: scratch for an average head's pages, at least one."""
+        pool = max(0, (nbytes - scratch_page) // page)
+        while pool > 0:
+            scratch = max(1, ceil_div(pool, n_heads))
+            if pool * page + scratch * scratch_page <= nbytes:
+                return pool, scratch
+            pool -= max(1, (pool * page + scratch * scratch_page - nbytes) // (page + scratch_page))
+        return 0, 0
+
+    pool, scratch = pages_for(tiers.cap_bytes)
+    most = layout.old_chunks
+    if pool >= everything and tiers.budget_ratio is None:
+        return DecodePlan(
+            layout=layout,
+            budgets=Budgets(torch.where(static, most, 0), most),
+            selected=layout.retrievable,
+            slots=layout.retrievable,
+            pool_pages=everything,
+            scratch_pages=max(1, ceil_div(everything, n_heads)),
+        )
+
+    rest = (
+        tiers.cap_bytes
+        - digest_bytes(shape, layout, n_dynamic)
+        - (ranking_bytes(shape, layout) if n_dynamic else 0)
+    )
+    pool, scratch = pages_for(rest)
+    total = pool - n_heads * layout.recent_pages
+    least = _least_pages(layout)
+    try:
+        budgets = split_budget(scores, static, total, most, least, tiers.type_split, tiers.static_floor)
+    except ValueError:
+        raise refusal(shape, tiers, layout) from None
+    slots = max(0, budgets.dynamic_pages - layout.sink_chunks)
+    selected = (
+        slots if slots == layout.retrievable else slots - min(slots - 1, int(slots * tiers.spare_ratio))
+    )
+    if tiers.budget_ratio is not None:
+        wanted = tiers.budget_ratio * layout.tokens - (layout.tokens - layout.recent_start)
+        quality = max(least, int(wanted // tiers.chunk_tokens))
+        budgets = Budgets(budgets.static_pages.clamp(max=quality), budgets.dynamic_pages)
+        selected = min(selected, max(1, quality - layout.sink_chunks)) if layout.retrievable else 0
+    used = (
+        n_heads * layout.recent_pages
+        + int(budgets.static_pages.sum())
+        + n_dynamic * (layout.sink_chunks + slots)
+    )
+    return DecodePlan(layout, budgets, selected, slots, used, scratch)
+
+
+def _least_pages(layout: Layout) -> int:
+    """Pages a dynamic head cannot do without, besides the recent region."""
+    return layout.sink_chunks + min(1, layout.retrievable)
+
+
+def smallest_cap_bytes(shape: KVShape, tiers: TierConfig, layout: Layout, text_rows: int) -> int:
+    """The least cap with which this prompt can be prefilled and decoded, whatever the heads turn out to be."""
+    c = tiers.chunk_tokens
+    rows = min(text_rows, tiers.text_window)
+    prefill = staging_bytes(shape, c) + scoring_bytes(shape, tiers, layout.tokens, rows, c)
+    pages = shape.kv_heads * (layout.recent_pages + _least_pages(layout))
+    scratch = max(1, ceil_div(pages, shape.kv_heads)) * scratch_page_bytes(shape, tiers)
+    ranking = digest_bytes(shape, layout, shape.kv_heads) + ranking_bytes(shape, layout)
+    decode = pages * page_bytes(shape, tiers) + scratch + ranking
+    return max(prefill, decode)
+
+
+def check_cap(shape: KVShape, tiers: TierConfig, layout: Layout, text_rows: int) -> None:
+    """Raise `BudgetError` if the prompt cannot be served under the cap, before any work is done on it."""
+    if tiers.cap_bytes < smallest_cap_bytes(shape, tiers, layout, text_rows):
+        raise refusal(shape, tiers, layout, text_rows)
+
+
+def refusal(shape: KVShape, tiers: TierConfig, layout: Layout, text_rows: int | None = None) -> BudgetError:
+    """The error that says what was asked, what it takes, and the smallest `gpu_kv_gb` that works."""
+    rows = tiers.text_window if text_rows is None else text_rows
+    smallest = smallest_cap_bytes(shape, tiers, layout, rows)
+    return BudgetError(
+        f"gpu_kv_gb={tiers.gpu_kv_gb:g} is too small for {layout.tokens:,} tokens in {shape.kv_heads} KV heads "
+        f"(full cache {layout.tokens * shape.token_bytes / GIB:.4g} GiB): the smallest that works is "
+        f"{as_gib(smallest)}. Raise it, or lower fps, max_frames or max_new_tokens."
+    )
+
+
+def as_gib(nbytes: int) -> str:
+    """Bytes as GiB in few digits, rounded up, so that the number given back as `gpu_kv_gb` is enough."""
+    value = nbytes / GIB
+    for digits in range(3, 18):
+        text = f"{value:.{digits}g}"
+        if int(float(text) * GIB) >= nbytes:
+            return text
+        step = 10.0 ** (_exponent(value) - digits + 1)
+        text = f"{value + step:.{digits}g}"
+        if int(float(text) * GIB) >= nbytes:
+            return text
+    return repr(value * (1 + 1e-12))
+
+
+def _exponent(value: float) -> int:
+    return int(f"{value:e}".rpartition("e")[2])

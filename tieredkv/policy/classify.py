@@ -1,0 +1,42 @@
+"""Stage 1: which heads are static. Text-centric scores from the question's own rows.
+
+Shapes: `K` KV heads, `G` query heads per KV head, `T` text rows, `N` cached tokens.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+def top_k_count(ratio: float, tokens: int) -> int:
+    """k of the score for `tokens` cached tokens: at least 1, at most `tokens`."""
+    return max(1, min(tokens, math.ceil(ratio * tokens)))
+
+
+def merge_top_k(best: torch.Tensor | None, weights: torch.Tensor, k: int) -> torch.Tensor:
+    """Fold one block of attention weights into the running top k of each row.
+
+    best: `(K, G, T, <=k)` or None before the first block. weights: `(K, G, T, n)`, a block of rows that are
+    normalised over *all* keys. Returns `(K, G, T, min(k, seen))`, unordered.
+    """
+    block = weights.topk(min(k, weights.shape[-1]), dim=-1, sorted=False).values
+    if best is None:
+        return block
+    both = torch.cat((best, block), dim=-1)
+    return both.topk(min(k, both.shape[-1]), dim=-1, sorted=False).values
+
+
+def text_centric_scores(best: torch.Tensor) -> torch.Tensor:
+    """S of each KV head, `(K,)` in [0, 1]: mean over text rows and group of the mass of the row's top k.
+
+    HybridKV, stage 1: S = mean over text rows of the sum of the row's top-k attention weights. The mean over the
+    group's query heads is ours (the paper does not say what happens under grouped-query attention).
+    """
+    return best.sum(-1).mean(dim=(1, 2)).clamp(0.0, 1.0)
+
+
+def static_heads(scores: torch.Tensor, theta: float) -> torch.Tensor:
+    """Boolean mask of static heads, same shape as `scores`: S >= theta (HybridKV, stage 1)."""
+    return scores >= theta

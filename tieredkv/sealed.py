@@ -1,0 +1,234 @@
+"""One layer during decoding: its pages in the pool, and the step that selects, fetches and attends.
+
+Every head attends to pages: its recent region and the generated tokens; then, for a static head, the tokens kept by
+pruning; for a dynamic head, the sink chunks and the chunks selected in this step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from tieredkv.attention import reference
+from tieredkv.config import TierConfig
+from tieredkv.errors import BudgetError
+from tieredkv.memory.device import DeviceLedger
+from tieredkv.memory.host import HostLayer
+from tieredkv.memory.pool import DevicePool, Residency
+from tieredkv.memory.prefetch import Prefetcher
+from tieredkv.memory.transfer import Transfer
+from tieredkv.plan import DecodePlan, KVShape, ranking_bytes, scratch_page_bytes
+from tieredkv.policy import digest, prune, select
+from tieredkv.prefill import TextRows
+from tieredkv.stats import Counters, Selection
+
+
+@dataclass(frozen=True, slots=True)
+class Tiers:
+    """What all layers of one cache share while decoding."""
+
+    config: TierConfig
+    shape: KVShape
+    plan: DecodePlan
+    ledger: DeviceLedger
+    pool: DevicePool
+    transfer: Transfer
+    prefetcher: Prefetcher | None
+    counters: Counters
+
+
+class SealedLayer:
+    """Pages and tables of one layer; alive from `seal` until the cache takes prompt tokens again or closes."""
+
+    def __init__(
+        self,
+        index: int,
+        host: HostLayer,
+        digests: torch.Tensor,
+        static: torch.Tensor,
+        rows: TextRows,
+        is_text: torch.Tensor,
+        tiers: Tiers,
+    ) -> None:
+        """host: all prompt tokens. digests: `(K, >= old chunks, 2, D)` on the host. static: `(K,)` mask.
+
+        is_text: `(N,)`, which prompt tokens are text. Copies pages to the device; counts them as warm.
+        """
+        self.index, self.host, self.tiers = index, host, tiers
+        self.device = tiers.pool.pages.device
+        layout, plan = tiers.plan.layout, tiers.plan
+        heads, self._c = host.num_heads, host.chunk_tokens
+        self.generated = 0
+        self._clock = 0
+
+        self.static = static.nonzero().squeeze(1)
+        self.dynamic = (~static).nonzero().squeeze(1)
+        static_pages = plan.budgets.static_pages[index]
+        sinks, selected = layout.sink_chunks, plan.selected
+        recent = layout.recent_pages
+        self._picked = slice(recent + sinks, recent + sinks + selected)
+        width = recent + max(int(static_pages.max()), sinks + selected if len(self.dynamic) else 0)
+        self.table = torch.zeros((heads, width), dtype=torch.int64, device=self.device)
+        self.lengths = torch.zeros((heads, width), dtype=torch.int64, device=self.device)
+
+        self._fill_recent(recent, layout.recent_start)
+        for head in self.static.tolist():
+            pages = int(static_pages[head])
+            self._fill_static(head, pages, recent, rows.saliency[head, : layout.recent_start], is_text)
+        if len(self.dynamic):
+            self._fill_sinks(sinks, recent)
+            self._fill_retrieval(sinks, layout.retrievable, rows.saliency)
+        self.digests: torch.Tensor | None = None
+        if len(self.dynamic) and plan.ranked:
+            shape = (len(self.dynamic), layout.retrievable, 2, host.head_dim)
+            self.digests = tiers.ledger.empty("digests", shape, host.dtype, self.device)
+            self.digests.copy_(digests[self.dynamic, sinks : sinks + layout.retrievable])
+
+    @property
+    def length(self) -> int:
+        """Logical length: prompt and generated tokens."""
+        return self.host.length + self.generated
+
+    # ---- seal
+
+    def _gather(self, heads: torch.Tensor, ids: torch.Tensor, slots: torch.Tensor) -> int:
+        """Copy whole chunks `ids` (absolute) of `heads` into pool `slots`, all `(m,)`; bytes moved."""
+        return self.tiers.transfer.gather(self.host.chunks(), heads, ids, self.tiers.pool.pages, slots)
+
+    def _fill_recent(self, pages: int, first_token: int) -> None:
+        heads, c = self.host.num_heads, self._c
+        self.table[:, :pages] = self.tiers.pool.take(heads * pages).view(heads, pages)
+        self.recent_tokens = self.host.length - first_token
+        filled = -(-self.recent_tokens // c)
+        ids = (first_token // c + torch.arange(filled)).repeat(heads)
+        who = torch.arange(heads).repeat_interleave(filled)
+        self.tiers.counters.warm_bytes += self._gather(who, ids, self.table[:, :filled].flatten())
+        starts = torch.arange(pages, device=self.device) * c
+        self.lengths[:, :pages] = (self.recent_tokens - starts).clamp(0, c)
+
+    def _fill_static(
+        self, head: int, pages: int, column: int, saliency: torch.Tensor, is_text: torch.Tensor
+    ) -> None:
+        if pages == 0:
+            return
+        config, c, pool = self.tiers.config, self._c, self.tiers.pool
+        kept = prune.kept_tokens(saliency, is_text[: saliency.shape[0]], config.sink_tokens, pages * c)
+        slots = pool.take(pages)
+        keys, values = self.host.tokens(head, kept)
+        for page in range(pages):
+            part = slice(page * c, min((page + 1) * c, kept.numel()))
+            count = max(0, part.stop - part.start)
+            pool.pages[slots[page], 0, :count] = keys[part].to(self.device)
+            pool.pages[slots[page], 1, :count] = values[part].to(self.device)
+            self.lengths[head, column + page] = count
+        self.table[head, column : column + pages] = slots
+        self.tiers.counters.warm_bytes += 2 * keys.numel() * keys.itemsize
+
+    def _fill_sinks(self, sinks: int, column: int) -> None:
+        n = len(self.dynamic)
+        slots = self.tiers.pool.take(n * sinks).view(n, sinks)
+        self.table[self.dynamic, column : column + sinks] = slots
+        self.lengths[self.dynamic, column : column + sinks] = self._c
+        who = self.dynamic.repeat_interleave(sinks)
+        self.tiers.counters.warm_bytes += self._gather(who, torch.arange(sinks).repeat(n), slots.flatten())
+
+    def _fill_retrieval(self, sinks: int, chunks: int, saliency: torch.Tensor) -> None:
+        """Take the retrieval slots and fill them with the chunks that the question's rows looked at most."""
+        n, slots = len(self.dynamic), self.tiers.plan.slots
+        self.residency = Residency(self.tiers.pool.take(n * slots).view(n, slots), chunks)
+        if slots == 0:
+            return
+        first = sinks * self._c
+        mass = saliency[self.dynamic, first : first + chunks * self._c].view(n, chunks, self._c).sum(-1)
+        likely = select.ranked_chunks(mass, slots).to(self.device)
+        # Worst first, so that the better ones are the younger.
+        local, _ = self.residency.admit(likely.flip(1), self._clock)
+        self.tiers.counters.warm_bytes += self._copy_chunks(likely.flip(1), local)()
+        if not self.tiers.plan.ranked:
+            self.table[self.dynamic, self._picked] = self.residency.slots
+            self.lengths[self.dynamic, self._picked] = self._c
+
+    def _copy_chunks(
+        self, ids: torch.Tensor, local: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> Callable[[], int]:
+        """The copy of retrievable chunks `ids` `(n, m)` into local slots, where `mask` is set, as a deferred call."""
+        heads = self.dynamic.unsqueeze(1).expand_as(ids)
+        slots = self.residency.slots.gather(1, local)
+        ids = ids + self.tiers.plan.layout.sink_chunks
+        if mask is not None:
+            heads, ids, slots = heads[mask], ids[mask], slots[mask]
+        heads, ids, slots = heads.flatten(), ids.flatten(), slots.flatten()
+        return lambda: self._gather(heads, ids, slots)
+
+    # ---- decode
+
+    def step(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        """Take one token's key and value, each `(K, D)`, and attend with its query `(H, D)`: output `(H, D)`."""
+        tiers = self.tiers
+        if tiers.prefetcher is not None:
+            tiers.counters.prefetched_bytes += tiers.prefetcher.wait(self.index)
+        self._clock += 1
+        self._append(key, value)
+        if self.digests is not None:
+            self._select(query, scaling)
+        page = scratch_page_bytes(tiers.shape, tiers.config)
+        used = min(tiers.plan.scratch_pages, self.table.shape[1])
+        with tiers.ledger.scratch("scratch", used * page):
+            return reference.paged_attention(
+                query, tiers.pool.pages, self.table, self.lengths, scaling, tiers.plan.scratch_pages
+            )
+
+    def _append(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        page, offset = divmod(self.recent_tokens, self._c)
+        if page >= self.tiers.plan.layout.recent_pages:
+            raise BudgetError(
+                f"the device has room for {self.generated} generated tokens and no more: ask for a larger "
+                "max_new_tokens before generating, so that it is reserved."
+            )
+        slots = self.table[:, page]
+        self.tiers.pool.pages[slots, 0, offset] = key
+        self.tiers.pool.pages[slots, 1, offset] = value
+        self.lengths[:, page] = offset + 1
+        self.recent_tokens += 1
+        self.generated += 1
+
+    def _select(self, query: torch.Tensor, scaling: float) -> None:
+        """Rank the chunks for this query, bring the best into the pool, and start on the next best."""
+        assert self.digests is not None
+        tiers, plan = self.tiers, self.tiers.plan
+        grouped = query.view(self.host.num_heads, -1, query.shape[-1])[self.dynamic]
+        with tiers.ledger.scratch("ranking", ranking_bytes(tiers.shape, plan.layout)):
+            share = select.group_share(digest.digest_logits(grouped, self.digests, scaling))
+            ranked = select.ranked_chunks(share, min(plan.slots, plan.layout.retrievable))
+        wanted, next_best = ranked[:, : plan.selected], ranked[:, plan.selected :]
+        local, miss = self.residency.admit(wanted, self._clock)
+        tiers.counters.missed_bytes += self._copy_chunks(wanted, local, miss)()
+        tiers.counters.selected += miss.numel()
+        tiers.counters.resident += miss.numel() - int(miss.sum())
+        self.table[self.dynamic, self._picked] = self.residency.slots.gather(1, local)
+        self.lengths[self.dynamic, self._picked] = self._c
+        if tiers.counters.trace is not None:
+            first = (wanted + plan.layout.sink_chunks) * self._c
+            tiers.counters.trace.append(Selection(self._clock, self.index, self.dynamic, first, miss))
+        if tiers.prefetcher is not None and next_best.shape[1]:
+            ahead, absent = self.residency.admit(next_best, self._clock, protected=local)
+            tiers.prefetcher.submit(self.index, self._copy_chunks(next_best, ahead, absent))
+
+    # ---- end
+
+    def generated_tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values, each `(K, generated, D)`, of the tokens decoded since the seal."""
+        pages = self.tiers.pool.pages[self.table[:, : self.tiers.plan.layout.recent_pages]]
+        stop = self.recent_tokens
+        start = stop - self.generated
+        keys, values = pages[:, :, 0].flatten(1, 2), pages[:, :, 1].flatten(1, 2)
+        return keys[:, start:stop], values[:, start:stop]
+
+    def finish(self) -> None:
+        """Wait for what is still being copied. The pool and the ledger are the cache's to release."""
+        if self.tiers.prefetcher is not None:
+            self.tiers.counters.prefetched_bytes += self.tiers.prefetcher.wait(self.index)

@@ -1,0 +1,88 @@
+"""What a run did: counters kept by the cache, and the `Stats` a user gets with each answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(slots=True)
+class Selection:
+    """Chunks one layer's dynamic heads attended to in one step (recorded only when a trace is asked for)."""
+
+    step: int
+    layer: int
+    heads: torch.Tensor
+    """`(n,)` KV heads."""
+    first_token: torch.Tensor
+    """`(n, m)` index of each selected chunk's first token in the prompt."""
+    fetched: torch.Tensor
+    """`(n, m)` whether the chunk had to be copied in this step."""
+
+
+@dataclass(slots=True)
+class Counters:
+    """Counts of one decode phase."""
+
+    selected: int = 0
+    """Chunks that dynamic heads attended to, over all steps, layers and heads."""
+    resident: int = 0
+    """Those of them that were in the pool already."""
+    missed_bytes: int = 0
+    prefetched_bytes: int = 0
+    warm_bytes: int = 0
+    """Copied to the device when the pool was filled."""
+    static_heads: int = 0
+    dynamic_heads: int = 0
+    trace: list[Selection] | None = None
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Share of selected chunks that were resident; None when nothing was selected."""
+        return self.resident / self.selected if self.selected else None
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Measurements of one answer. Bytes count keys, values and what the tiers hold beside them."""
+
+    prompt_tokens: int
+    visual_tokens: int
+    new_tokens: int
+    kv_full_bytes: int
+    """Keys and values of the prompt and the answer in a full cache."""
+    kv_cap_bytes: int
+    kv_device_peak_bytes: int
+    """Most device bytes ever held by this session, prefill included."""
+    kv_host_bytes: int
+    static_heads: int
+    dynamic_heads: int
+    selected_chunks: int
+    hit_rate: float | None
+    """Share of the selected chunks that were on the device already; None when no head retrieves."""
+    moved_bytes: int
+    """Copied from host to device while answering: pool filled, chunks missed, chunks prefetched, past streamed."""
+    prefetched_bytes: int
+    ingest_s: float
+    """Decoding, encoding and prefilling the video (once per session)."""
+    ttft_s: float
+    """Time to first token of this question, ingest excluded."""
+    tpot_ms: float | None
+    """Mean time per token after the first; None for a one-token answer."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """An answer."""
+
+    text: str
+    token_ids: list[int]
+    stats: Stats
+    trace: list[Selection] | None = field(default=None, repr=False)
+    """What dynamic heads looked at, step by step, when asked for with `trace=True`."""
