@@ -90,9 +90,7 @@ class TieredLayer(CacheLayerMixin):
 
     # ---- attention
 
-    def attend(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
-    ) -> torch.Tensor:
+    def attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
         """Cache new tokens and attend to them and all before. query `(H, n, D)`, keys and values `(K, n, D)`."""
         self.cache.attended(self.index)
         if self.sealed is not None:
@@ -105,9 +103,7 @@ class TieredLayer(CacheLayerMixin):
         ) as past:
             out, lse = prefill.attend_exactly(query, keys, values, scaling, past)
             if rows:
-                self.rows = prefill.score_text_rows(
-                    query[:, -rows:], lse[:, -rows:], keys, scaling, past, cache.tiers
-                )
+                self.rows = prefill.score_text_rows(query[:, -rows:], lse[:, -rows:], keys, scaling, past, cache.tiers)
         self.append(keys, values)
         return out
 
@@ -215,11 +211,17 @@ class TieredCache(Cache):
         self._closed = False
 
     @property
+    def tiered_layers(self) -> list[TieredLayer]:
+        """The layers, which are all ours."""
+        return self.layers  # type: ignore[return-value]
+
+    @property
     def shape(self) -> plan.KVShape:
         """Sizes for the planner. The cache must have seen its first tokens."""
-        text, host = self._text_config, self.layers[0].host
+        text, host = self._text_config, self.tiered_layers[0].host
+        assert host is not None
         return plan.KVShape(
-            num_layers=len(self.layers),
+            num_layers=len(self.tiered_layers),
             num_attention_heads=text.num_attention_heads,
             num_key_value_heads=host.num_heads,
             head_dim=host.head_dim,
@@ -233,7 +235,7 @@ class TieredCache(Cache):
     @property
     def host_bytes(self) -> int:
         """Host memory allocated for keys and values."""
-        return sum(layer.host.nbytes for layer in self.layers if layer.host is not None)
+        return sum(layer.host.nbytes for layer in self.tiered_layers if layer.host is not None)
 
     # ---- called by the layers
 
@@ -267,10 +269,11 @@ class TieredCache(Cache):
         """
         if self.sealed:
             raise RuntimeError("the cache is sealed already")
-        if any(layer.rows is None for layer in self.layers):
+        rows = [layer.rows for layer in self.tiered_layers if layer.rows is not None]
+        if len(rows) != len(self.tiered_layers):
             raise RuntimeError("no text rows were scored: nothing to classify the heads by")
         length = self.get_seq_length()
-        scores = torch.stack([layer.rows.scores for layer in self.layers])
+        scores = torch.stack([row.scores for row in rows])
         static = classify.static_heads(scores, self.tiers.theta)
         layout = plan.lay_out(self.tiers, length, self.text_rows, self.new_tokens)
         decode_plan = plan.plan_decode(self.shape, self.tiers, layout, scores, static)
@@ -279,7 +282,7 @@ class TieredCache(Cache):
         else:
             is_text = torch.ones(length, dtype=torch.bool)
             is_text[: self.visual.shape[0]] = ~self.visual
-        first = self.layers[0]
+        first = self.tiered_layers[0]
         trace = self.counters.trace
         self.counters = Counters(
             static_heads=int(static.sum()),
@@ -291,7 +294,7 @@ class TieredCache(Cache):
                 self.ledger,
                 decode_plan.pool_pages,
                 self.tiers.chunk_tokens,
-                first.host.head_dim,
+                self.shape.head_dim,
                 first.dtype,
                 first.device,
             )
@@ -305,7 +308,7 @@ class TieredCache(Cache):
                 prefetcher=self._prefetcher,
                 counters=self.counters,
             )
-            for layer, mask in zip(self.layers, static, strict=True):
+            for layer, mask in zip(self.tiered_layers, static, strict=True):
                 layer.seal(mask, is_text, shared)
         except BaseException:
             self._drop_pool()
@@ -315,12 +318,12 @@ class TieredCache(Cache):
         """Back to prefill; generated tokens become cached tokens like any other. Nothing happens if not sealed."""
         if not self.sealed:
             return
-        for layer in self.layers:
+        for layer in self.tiered_layers:
             layer.unseal()
         self._drop_pool()
 
     def _drop_pool(self) -> None:
-        for layer in self.layers:
+        for layer in self.tiered_layers:
             layer.sealed = None
         if self._pool is not None:
             self._pool.close()
@@ -329,19 +332,19 @@ class TieredCache(Cache):
 
     def finish(self) -> None:
         """Wait for copies still under way, so that the counters are final."""
-        for layer in self.layers:
+        for layer in self.tiered_layers:
             if layer.sealed is not None:
                 layer.sealed.finish()
 
     def truncate(self, tokens: int) -> None:
         """Forget all but the first `tokens` tokens, leaving the decode phase if need be."""
         self._announced = None
-        if tokens > self.layers[0].prompt_length:
+        if tokens > self.tiered_layers[0].prompt_length:
             self.unseal()
         else:
             self.finish()
             self._drop_pool()
-        for layer in self.layers:
+        for layer in self.tiered_layers:
             layer.truncate(tokens)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -359,6 +362,6 @@ class TieredCache(Cache):
         self._drop_pool()
         if self._prefetcher is not None:
             self._prefetcher.close()
-        for layer in self.layers:
+        for layer in self.tiered_layers:
             if layer.host is not None:
                 layer.host.close()

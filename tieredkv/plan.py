@@ -120,7 +120,7 @@ def digest_bytes(shape: KVShape, layout: Layout, dynamic_heads: int) -> int:
 
 
 def ranking_bytes(shape: KVShape, layout: Layout) -> int:
-    """Scratch of ranking one layer's chunks: logits, their softmax and the shares; digests in float32 if they are not."""
+    """Scratch of ranking one layer's chunks: logits, softmax, shares; the digests in float32 if they are not."""
     per_chunk = 3 * shape.num_attention_heads + shape.num_key_value_heads
     if shape.itemsize != FLOAT32:
         per_chunk += 2 * shape.num_key_value_heads * shape.head_dim
@@ -152,9 +152,7 @@ def staging_tokens(shape: KVShape, tiers: TierConfig, tokens: int, rows: int) ->
     c = tiers.chunk_tokens
 
     def fits(block: int) -> bool:
-        return (
-            staging_bytes(shape, block) + scoring_bytes(shape, tiers, tokens, rows, block) <= tiers.cap_bytes
-        )
+        return staging_bytes(shape, block) + scoring_bytes(shape, tiers, tokens, rows, block) <= tiers.cap_bytes
 
     low, high = 0, max(1, STAGING_TOKENS // c)
     while low < high:
@@ -170,7 +168,7 @@ def plan_decode(
     scores: torch.Tensor,
     static: torch.Tensor,
 ) -> DecodePlan:
-    """Spend the cap on one prompt. scores, static: `(L, K)`. Raises `BudgetError`, naming the smallest cap that works."""
+    """Spend the cap on one prompt. scores, static: `(L, K)`. Raises `BudgetError`, naming the least cap that works."""
     page = page_bytes(shape, tiers)
     scratch_page = scratch_page_bytes(shape, tiers)
     n_heads = shape.kv_heads
@@ -199,11 +197,7 @@ def plan_decode(
             scratch_pages=max(1, ceil_div(everything, n_heads)),
         )
 
-    rest = (
-        tiers.cap_bytes
-        - digest_bytes(shape, layout, n_dynamic)
-        - (ranking_bytes(shape, layout) if n_dynamic else 0)
-    )
+    rest = tiers.cap_bytes - digest_bytes(shape, layout, n_dynamic) - (ranking_bytes(shape, layout) if n_dynamic else 0)
     pool, scratch = pages_for(rest)
     total = pool - n_heads * layout.recent_pages
     least = _least_pages(layout)
@@ -212,19 +206,13 @@ def plan_decode(
     except ValueError:
         raise refusal(shape, tiers, layout) from None
     slots = max(0, budgets.dynamic_pages - layout.sink_chunks)
-    selected = (
-        slots if slots == layout.retrievable else slots - min(slots - 1, int(slots * tiers.spare_ratio))
-    )
+    selected = slots if slots == layout.retrievable else slots - min(slots - 1, int(slots * tiers.spare_ratio))
     if tiers.budget_ratio is not None:
         wanted = tiers.budget_ratio * layout.tokens - (layout.tokens - layout.recent_start)
         quality = max(least, int(wanted // tiers.chunk_tokens))
         budgets = Budgets(budgets.static_pages.clamp(max=quality), budgets.dynamic_pages)
         selected = min(selected, max(1, quality - layout.sink_chunks)) if layout.retrievable else 0
-    used = (
-        n_heads * layout.recent_pages
-        + int(budgets.static_pages.sum())
-        + n_dynamic * (layout.sink_chunks + slots)
-    )
+    used = n_heads * layout.recent_pages + int(budgets.static_pages.sum()) + n_dynamic * (layout.sink_chunks + slots)
     return DecodePlan(layout, budgets, selected, slots, used, scratch)
 
 

@@ -108,9 +108,7 @@ class SealedLayer:
         starts = torch.arange(pages, device=self.device) * c
         self.lengths[:, :pages] = (self.recent_tokens - starts).clamp(0, c)
 
-    def _fill_static(
-        self, head: int, pages: int, column: int, saliency: torch.Tensor, is_text: torch.Tensor
-    ) -> None:
+    def _fill_static(self, head: int, pages: int, column: int, saliency: torch.Tensor, is_text: torch.Tensor) -> None:
         if pages == 0:
             return
         config, c, pool = self.tiers.config, self._c, self.tiers.pool
@@ -164,9 +162,7 @@ class SealedLayer:
 
     # ---- decode
 
-    def step(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
-    ) -> torch.Tensor:
+    def step(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
         """Take one token's key and value, each `(K, D)`, and attend with its query `(H, D)`: output `(H, D)`."""
         tiers = self.tiers
         if tiers.prefetcher is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from types import TracebackType
 from typing import Any
@@ -99,9 +100,7 @@ class VideoSession:
         start, total = self._head_ids.shape[1], self._head_ids.shape[1] + visual
         asked = self._tokenize(tail).shape[1]
         shape = model_shape(self.model.config, self._dtype)
-        plan.check_cap(
-            shape, self.tiers, plan.lay_out(self.tiers, total + asked, asked, max_new_tokens), asked
-        )
+        plan.check_cap(shape, self.tiers, plan.lay_out(self.tiers, total + asked, asked, max_new_tokens), asked)
         expected = total + asked + QUESTION_ROOM
         what = f"the cache of {total:,} tokens"
         check_host_memory(expected * shape.token_bytes, what, "lower fps or max_frames")
@@ -123,9 +122,7 @@ class VideoSession:
         start = self._head_ids.shape[1]
         parts = []
         if begin < start:
-            parts.append(
-                self.family.embed(self.model, self._head_ids[:, begin : min(stop, start)].to(self._device))
-            )
+            parts.append(self.family.embed(self.model, self._head_ids[:, begin : min(stop, start)].to(self._device)))
         if stop > start:
             features = video.features[max(0, begin - start) : stop - start]
             parts.append(features.unsqueeze(0).to(self._device, self._dtype))
@@ -147,9 +144,7 @@ class VideoSession:
         check_prompt(prompt)
         head, tail = self._template(prompt)
         if head != self._head:
-            raise PromptError(
-                "the chat template puts the prompt before the video: such templates are not supported."
-            )
+            raise PromptError("the chat template puts the prompt before the video: such templates are not supported.")
         cache, prefix = self._cache, self._cache.get_seq_length()
         cache.counters.trace = [] if trace else None
         try:
@@ -168,9 +163,7 @@ class VideoSession:
         layout = plan.lay_out(self.tiers, prefix + tail, tail, new_tokens)
         plan.check_cap(cache.shape, self.tiers, layout, tail)
         cache.transfer.reset()
-        positions, next_position = family.positions(
-            model, self._head_ids.shape[1], video, tail, self.positions
-        )
+        positions, next_position = family.positions(model, self._head_ids.shape[1], video, tail, self.positions)
         with use_attention(model):
             # The question's last rows, which classify the heads, go in one call.
             first_calls = max(0, tail - self.tiers.prefill_chunk)
@@ -190,9 +183,7 @@ class VideoSession:
                 hidden = family.decode(model, family.embed(model, ids), place, cache)
                 return family.logits(model, hidden[:, -1])
 
-            placeholder = self._tokenize(family.video_token(self.processor)).expand(
-                1, video.features.shape[0]
-            )
+            placeholder = self._tokenize(family.video_token(self.processor)).expand(1, video.features.shape[0])
             prompt_ids = torch.cat((self._head_ids, placeholder, tail_ids), dim=1).to(self._device)
             decoded = decode.run(model, prompt_ids, logits, step, new_tokens, options, self._tokenizer)
         return self._generation(cache, decoded, started, prefix + tail)
@@ -203,12 +194,7 @@ class VideoSession:
         assert self.video is not None
         cache.finish()
         counters, count = cache.counters, len(decoded.token_ids)
-        moved = (
-            counters.warm_bytes
-            + counters.missed_bytes
-            + counters.prefetched_bytes
-            + cache.transfer.streamed_bytes
-        )
+        moved = counters.warm_bytes + counters.missed_bytes + counters.prefetched_bytes + cache.transfer.streamed_bytes
         later = (decoded.last_token_at - decoded.first_token_at) * 1000
         stats = Stats(
             prompt_tokens=prompt_tokens,
@@ -267,6 +253,11 @@ class VideoSession:
     def _dtype(self) -> torch.dtype:
         return self.model.get_input_embeddings().weight.dtype
 
+    @property
+    def head_tokens(self) -> int:
+        """Prompt tokens before the first visual token."""
+        return self._head_ids.shape[1]
+
     # ---- end
 
     @property
@@ -308,7 +299,7 @@ def _spans(first: int, size: int, total: int) -> list[tuple[int, int]]:
     """Cut 0..total into calls of at most `size`, the last of them full: its rows are the ones that are scored."""
     ends = [total, *range(first, 0, -size), 0]
     ends = sorted(set(ends))
-    return list(zip(ends, ends[1:], strict=False))
+    return list(itertools.pairwise(ends))
 
 
 def model_shape(config: Any, dtype: torch.dtype) -> plan.KVShape:
