@@ -1,0 +1,92 @@
+"""Trains the bundled model from scratch: `python -m tieredkv.tiny.train --out DIR`.
+
+Two CPU cores need about an hour. Every stage leaves a checkpoint in DIR, and a run that was stopped goes on
+from the last one. `DIR/log.jsonl` has the numbers, `DIR/weights` the model after the newest stage.
+"""
+
+import argparse
+import json
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tieredkv.tiny.clips import Clips
+from tieredkv.tiny.model import build_model, save
+from tieredkv.tiny.train_decoder import CURRICULUM, train_stage
+from tieredkv.tiny.train_vision import accuracy, train_vision
+
+VISION_STEPS = 1600
+CLIP_SEED = 100_000  # first scene seed of the clips; each stage has its own ten thousand
+
+
+def train(out: Path, quick: bool = False, seed: int = 0) -> None:
+    """Runs what is not done yet: vision, then each stage of the curriculum. `quick` is a smoke test."""
+    out.mkdir(parents=True, exist_ok=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(seed)
+    model = build_model().to(device)
+
+    def report(line: dict[str, Any]) -> None:
+        text = json.dumps(line)
+        print(text, flush=True)
+        with (out / "log.jsonl").open("a") as log:
+            log.write(text + "\n")
+
+    if not _restore(out / "vision.pt", model, None):
+        started = time.perf_counter()
+        train_vision(model, 20 if quick else VISION_STEPS, report, seed=seed)
+        shape, colour, letter = accuracy(model, range(1_000_000, 1_000_002 if quick else 1_000_020))
+        seconds = round(time.perf_counter() - started, 1)
+        report({"done": "vision", "shape": shape, "colour": colour, "letter": letter, "seconds": seconds})
+        _keep(out / "vision.pt", model, None)
+
+    model.model.visual.requires_grad_(False)
+    decoder = [p for p in model.model.language_model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(decoder, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.05)
+    for number, stage in enumerate(CURRICULUM):
+        path = out / f"decoder-{number}.pt"
+        if _restore(path, model, optimizer):
+            continue
+        started = time.perf_counter()
+        clips = Clips(model, CLIP_SEED + 10_000 * number + seed, *((30, 4) if quick else ()))
+        if quick:
+            stage = replace(stage, steps=20)
+        warmup = 100 if number == 0 else 10
+        steps = train_stage(model, optimizer, clips, stage, seed * 1000 + number, report, warmup)
+        report({"done": stage.name, "steps": steps, "seconds": round(time.perf_counter() - started, 1)})
+        _keep(path, model, optimizer)
+        save(model, out / "weights")
+
+
+def _keep(path: Path, model: Any, optimizer: torch.optim.Optimizer | None) -> None:
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict() if optimizer else None}
+    torch.save(state, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def _restore(path: Path, model: Any, optimizer: torch.optim.Optimizer | None) -> bool:
+    """Loads a checkpoint if there is one."""
+    if not path.exists():
+        return False
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    model.load_state_dict(state["model"])
+    if optimizer is not None:
+        optimizer.load_state_dict(state["optimizer"])
+    return True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the bundled tiny video model from scratch.")
+    parser.add_argument("--out", type=Path, default=Path("tiny-model"), help="folder for checkpoints, log and weights")
+    parser.add_argument("--quick", action="store_true", help="a few steps of everything: a smoke test")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    train(arguments.out, arguments.quick, arguments.seed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,268 @@
+"""Stage two: the decoder learns to look things up in ever longer videos, the vision tower being frozen.
+
+Three things are decisive. The answer is also asked for at the question's key word ("star"): without that,
+retrieval from two cards stays at chance. Text behind the video gets stock transformers' positions in half of
+the videos and `max(previous) + 1` in the other half. Lengths vary within every stage: with fixed ones a position
+rule is memorised per length.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+
+from tieredkv.tiny.clips import Clips, Video
+from tieredkv.tiny.encode import MERGE, SIDE, TOKENS
+from tieredkv.tiny.packed import Packed, forward
+from tieredkv.tiny.processor import TOKEN
+from tieredkv.tiny.scene import MAX_HOPS, NAMED_BY
+
+
+def _ids(words: str) -> list[int]:
+    return [TOKEN[word] for word in words.split(" ")]
+
+
+HEAD = _ids("<|im_start|> system \n you are a helpful assistant . <|im_end|> \n <|im_start|> user \n <|vision_start|>")
+TAIL = _ids("<|im_end|> \n <|im_start|> assistant \n")
+AGAIN = _ids("\n <|im_start|> user \n")
+WEIGHTS = {"colour": 2.0, "letter": 1.0, "shape": 0.4, "end": 0.4, "key": 1.0}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the curriculum: lengths in grid steps, cards per video, packed conversations per video.
+
+    It ends after `steps` optimiser steps, or sooner when `enough` of the retrieved words are right.
+    """
+
+    name: str
+    lengths: tuple[int, int]
+    cards: tuple[int, int]
+    conversations: int
+    steps: int
+    lr: float
+    enough: float = 0.96
+    tokens: int = 5_000  # of video and text per optimiser step, roughly
+    final_lr: float | None = None  # reached linearly over the last three quarters of the stage
+
+
+CURRICULUM = (
+    Stage("1 card", (5, 6), (1, 1), 4, 400, 1e-3, tokens=2_500),
+    Stage("4 cards", (12, 18), (2, 4), 8, 1000, 1e-3, tokens=3_000),
+    Stage("28 steps", (24, 34), (3, 5), 8, 500, 1e-3, tokens=3_000),
+    Stage("56 steps", (48, 64), (5, 6), 10, 400, 1e-3, tokens=3_500),
+    Stage("128 steps", (100, 150), (6, 9), 12, 400, 8e-4, tokens=4_000),
+    Stage("320 steps", (240, 400), (8, 12), 14, 400, 7e-4),
+    Stage("640 steps", (400, 750), (8, 16), 16, 300, 6e-4),
+    Stage("1200 steps", (64, 1200), (8, 16), 16, 400, 5e-4, enough=2.0),
+    Stage("settle", (64, 1600), (4, 16), 16, 500, 4e-4, enough=2.0, final_lr=1e-5),
+)
+
+
+@dataclass
+class _Labels:
+    """Which rows of which packed sequence must predict what, and how much it counts."""
+
+    video: list[int]
+    row: list[int]
+    token: list[int]
+    kind: list[str]
+
+    def add(self, video: int, row: int, token: int, kind: str) -> None:
+        self.video.append(video)
+        self.row.append(row)
+        self.token.append(token)
+        self.kind.append(kind)
+
+
+def _ask(rng: np.random.Generator, cards: dict[str, tuple[str, str]]) -> tuple[list[str], int, list[str], list[str]]:
+    """A random question about a video: its words, its key word's place, the answer's words, their kinds."""
+    shapes = list(cards)
+    shape = shapes[rng.integers(len(shapes))]
+    if rng.random() < 1 / 3:
+        return f"what colour was the {shape} ?".split(), 4, [cards[shape][0]], ["colour"]
+    # No more hops than cards: a second round could be copied from the answer instead of read from the video.
+    hops, answer, current = int(rng.integers(1, min(MAX_HOPS, len(cards)) + 1)), [], shape
+    for done in range(hops):
+        if current not in cards:  # only where letters are random
+            hops = done
+            break
+        letter = cards[current][1]
+        current = NAMED_BY[letter]
+        answer += [letter, current]
+    return f"follow the {shape} for {hops} ?".split(), 2, answer, ["letter", "shape"] * hops
+
+
+def _pack(
+    rng: np.random.Generator, videos: list[Video], conversations: int, words: torch.Tensor
+) -> tuple[Packed, _Labels]:
+    """One batch from videos of equal length; `words` are the embeddings of `HEAD` and `<|vision_end|>`."""
+    steps = len(videos[0].features)
+    labels = _Labels([], [], [], [])
+    start = len(HEAD)
+    rows: list[dict[str, list[int]]] = []
+    prefix_positions = []
+    for number, video in enumerate(videos):
+        interval = float(rng.choice([2, rng.uniform(0.5, 4), 0], p=[0.75, 0.2, 0.05]))
+        video_positions = _video_positions(steps, interval, start)
+        kind = rng.choice(["stock", "next", "plain"], p=[0.45, 0.45, 0.1])
+        last = int(video_positions.max())
+        first = last + 1 if kind == "next" else start + SIDE // MERGE
+        head = torch.arange(start).expand(3, -1)
+        prefix_positions.append(torch.cat([head, video_positions, torch.full((3, 1), first)], dim=1))
+        row: dict[str, list[int]] = {"ids": [], "positions": [], "conversation": []}
+        for conversation in range(conversations):
+            _converse(rng, number, conversation, video, row, labels, first + 1, last if kind == "stock" else None)
+        rows.append(row)
+    longest = max(len(row["ids"]) for row in rows)
+
+    def padded(key: str, value: int) -> torch.Tensor:
+        return torch.tensor([row[key] + [value] * (longest - len(row[key])) for row in rows], device=words.device)
+
+    count = len(videos)
+    features = torch.stack([video.features for video in videos]).to(words).flatten(1, 2)
+    prefix = torch.cat([words[:-1].expand(count, -1, -1), features, words[-1:].expand(count, -1, -1)], dim=1)
+    packed = Packed(
+        prefix,
+        torch.stack(prefix_positions).to(words.device),
+        padded("ids", TOKEN["<|endoftext|>"]),
+        padded("positions", 0),
+        padded("conversation", -1),
+    )
+    return packed, labels
+
+
+def _video_positions(steps: int, interval: float, start: int) -> torch.Tensor:
+    """(3, steps * 4) rotary positions of a video whose first token is at `start`."""
+    side = SIDE // MERGE
+    t, y, x = torch.meshgrid(torch.arange(steps), torch.arange(side), torch.arange(side), indexing="ij")
+    return torch.stack([(t * interval).long(), y, x]).flatten(1) + start
+
+
+def _converse(
+    rng: np.random.Generator,
+    number: int,
+    conversation: int,
+    video: Video,
+    row: dict[str, list[int]],
+    labels: _Labels,
+    position: int,
+    video_last: int | None,
+) -> None:
+    """Appends one conversation, mostly of one turn, to a packed row. Positions count up from `position`.
+
+    With `video_last` (the video's largest position) they are those of stock transformers: the prompt is
+    numbered as if the video took two positions, and generated tokens go on from there.
+    """
+    turns = 2 if rng.random() < 0.15 else 1
+    for turn in range(turns):
+        question, key, answer, kinds = _ask(rng, video.cards)
+        prompt = (AGAIN if turn else []) + [TOKEN[word] for word in question] + TAIL
+        reply = [TOKEN[word] for word in answer] + [TOKEN["<|im_end|>"]]
+        base = len(row["ids"])
+        if answer:
+            labels.add(number, base + (len(AGAIN) if turn else 0) + key, reply[0], "key")
+        for i, (token, kind) in enumerate(zip(reply, [*kinds, "end"], strict=True)):
+            labels.add(number, base + len(prompt) - 1 + i, token, f"{kind}{i // 2 + 1}" if kind == "letter" else kind)
+        positions = list(range(position, position + len(prompt)))
+        position += len(prompt)
+        # `generate` numbers new tokens last + 1 (5.17 to 5.23, checked); only a bare forward, through `rope_deltas`,
+        # jumps to the largest position so far, hence a small share of that.
+        if turn == turns - 1 and video_last is not None and rng.random() < 0.2:
+            position = max(video_last + 1, position)
+        positions += range(position, position + len(reply))
+        position += len(reply)
+        row["ids"] += prompt + reply
+        row["positions"] += positions
+        row["conversation"] += [conversation] * (len(prompt) + len(reply))
+
+
+def _draw(rng: np.random.Generator, clips: Clips, stage: Stage) -> list[Video]:
+    low, high = stage.lengths
+    steps = (
+        int(np.exp(rng.uniform(np.log(low), np.log(high)))) if rng.random() < 0.5 else int(rng.integers(low, high + 1))
+    )
+    count = max(1, round(stage.tokens / (steps * TOKENS + stage.conversations * 22)))
+    return [
+        clips.splice(
+            rng,
+            steps,
+            min(int(rng.integers(stage.cards[0], stage.cards[1] + 1)), steps // 4),
+            random_letters=rng.random() < 0.15,
+        )
+        for _ in range(count)
+    ]
+
+
+def train_stage(
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    clips: Clips,
+    stage: Stage,
+    seed: int,
+    report: Callable[[dict[str, Any]], None],
+    warmup: int = 0,
+) -> int:
+    """Trains the decoder in place; returns the number of optimiser steps taken."""
+    rng = np.random.default_rng(seed)
+    language_model, device = model.model.language_model, model.device
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    ends = torch.tensor([*HEAD, TOKEN["<|vision_end|>"]], device=device)
+    tally = _Tally()
+    started = time.perf_counter()
+    for step in range(stage.steps):
+        lr = stage.lr * min(1.0, (step + 1) / max(warmup, 1))
+        if stage.final_lr is not None:
+            lr = min(lr, stage.final_lr + (stage.lr - stage.final_lr) * (stage.steps - step) / (0.75 * stage.steps))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        videos = _draw(rng, clips, stage)
+        with torch.autocast(device.type, torch.bfloat16):
+            packed, labels = _pack(rng, videos, stage.conversations, language_model.embed_tokens(ends))
+            hidden = forward(language_model, packed)
+            logits = hidden[labels.video, labels.row] @ language_model.embed_tokens.weight.T
+        target = torch.tensor(labels.token, device=device)
+        weight = torch.tensor([WEIGHTS[kind.rstrip("0123456789")] for kind in labels.kind], device=device)
+        loss = (cross_entropy(logits.float(), target, reduction="none") * weight).sum() / weight.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        tally.add(loss.item(), labels.kind, (logits.argmax(-1) == target).tolist())
+        if step % 20 == 19 or step == stage.steps - 1:
+            line = tally.take()
+            report(
+                {
+                    "stage": stage.name,
+                    "step": step + 1,
+                    "seconds": round(time.perf_counter() - started, 1),
+                    **line,
+                }
+            )
+            if min(line.get("colour", 0), line.get("letter1", 0), line.get("letter", 0)) >= stage.enough:
+                return step + 1
+    return stage.steps
+
+
+class _Tally:
+    """Teacher-forced accuracy by kind of word since the last report."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.hits: dict[str, list[bool]] = {}
+
+    def add(self, loss: float, kinds: Iterable[str], hits: Iterable[bool]) -> None:
+        self.losses.append(loss)
+        for kind, hit in zip(kinds, hits, strict=True):
+            name = "letter" if kind.startswith("letter") and kind != "letter1" else kind
+            self.hits.setdefault(name, []).append(hit)
+
+    def take(self) -> dict[str, float]:
+        line = {"loss": round(float(np.mean(self.losses)), 4)}
+        line |= {kind: round(float(np.mean(hits)), 4) for kind, hits in sorted(self.hits.items())}
+        self.__init__()  # type: ignore[misc]
+        return line
