@@ -99,7 +99,15 @@ class TieredLayer(CacheLayerMixin):
         cache, n = self.cache, query.shape[1]
         rows = min(n, cache.text_rows)
         with prefill.staged_past(
-            self.host, n, rows, cache.shape, cache.tiers, cache.ledger, cache.transfer, query.device
+            self.host,
+            n,
+            rows,
+            cache.shape,
+            cache.tiers,
+            cache.ledger,
+            cache.transfer,
+            query.device,
+            cache.new_tokens,
         ) as past:
             out, lse = prefill.attend_exactly(query, keys, values, scaling, past)
             if rows:
@@ -365,3 +373,9 @@ class TieredCache(Cache):
         for layer in self.tiered_layers:
             if layer.host is not None:
                 layer.host.close()
+
+    def __enter__(self) -> TieredCache:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import time
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteriaList, StopStringCriteria
 
 from tieredkv.errors import OptionError
 
@@ -77,10 +78,11 @@ def run(
         logits_processor: Any,
         stopping_criteria: Any,
         generation_config: GenerationConfig,
-        streamer: Any = None,
         **model_kwargs: Any,
     ) -> torch.Tensor:
         nonlocal decoded
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
         ids, logits = input_ids, first_logits
         new: list[int] = []
         first_at = 0.0
@@ -104,7 +106,10 @@ def run(
         decoded = Decoded(new, first_at, time.perf_counter())
         return ids
 
-    given = {name: value for name, value in options.items() if name != "max_new_tokens"}
+    # `generate` drops streamer and tokenizer when it is given a loop of one's own: both are handled here.
+    given = {name: value for name, value in options.items() if name not in ("max_new_tokens", "streamer")}
+    streamer = options.get("streamer")
+    resolve_stop_strings(given, tokenizer)
     # Positions and mask are given so that `generate` neither computes nor stores any on the model.
     model.generate(
         input_ids=prompt_ids,
@@ -112,8 +117,21 @@ def run(
         position_ids=torch.zeros_like(prompt_ids),
         max_new_tokens=max_new_tokens,
         custom_generate=loop,
-        tokenizer=tokenizer,
         **given,
     )
     assert decoded is not None
     return decoded
+
+
+def resolve_stop_strings(options: dict[str, Any], tokenizer: Any) -> None:
+    """Turn `stop_strings`, of the options or their generation config, into a stopping criterion; in place."""
+    config = options.get("generation_config")
+    strings = options.pop("stop_strings", None) or getattr(config, "stop_strings", None)
+    if not strings:
+        return
+    if config is not None:
+        options["generation_config"] = copy.copy(config)
+        options["generation_config"].stop_strings = None
+    criteria = StoppingCriteriaList(options.get("stopping_criteria") or [])
+    criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=strings))
+    options["stopping_criteria"] = criteria

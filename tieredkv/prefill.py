@@ -64,15 +64,17 @@ def staged_past(
     ledger: DeviceLedger,
     transfer: Transfer,
     device: torch.device,
+    to_generate: int,
 ) -> Iterator[Past]:
     """Device buffers for one layer's past and for scoring `rows` text rows, counted and released after the block.
 
-    Raises `BudgetError` when not even one chunk fits under the cap.
+    Raises `BudgetError` when not even one chunk fits under the cap; it names a cap that will also do for
+    `to_generate` tokens afterwards.
     """
     total = host.length + new_tokens
     block = plan.staging_tokens(shape, tiers, total, rows)
     if block == 0:
-        raise plan.refusal(shape, tiers, plan.lay_out(tiers, total, rows, 0), rows)
+        raise plan.refusal(shape, tiers, plan.lay_out(tiers, total, rows, to_generate), rows)
     begun = plan.ceil_div(host.length, tiers.chunk_tokens) * tiers.chunk_tokens
     block = min(block, max(begun, plan.ceil_div(new_tokens, tiers.chunk_tokens) * tiers.chunk_tokens))
     flat = host.num_heads * min(block, begun) * host.head_dim

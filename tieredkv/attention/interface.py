@@ -24,10 +24,8 @@ _TAG = "tieredkv_layer"
 class AttendingLayer(Protocol):
     """What a tag must be able to do."""
 
-    def attend(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
-    ) -> torch.Tensor:
-        """Attention of new tokens over everything cached: query `(H, n, D)`, keys and values `(K, n, D)` -> `(H, n, D)`."""
+    def attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
+        """Attend from new tokens to all cached ones: query `(H, n, D)`, keys, values `(K, n, D)` -> `(H, n, D)`."""
 
 
 def tag(keys: torch.Tensor, layer: AttendingLayer) -> torch.Tensor:
@@ -68,15 +66,11 @@ def tiered_mask(
 ) -> None:
     """The mask of a single unpadded causal sequence is none at all; anything else is refused, never ignored."""
     if batch_size != 1:
-        raise OptionError(
-            f"TieredCache holds one sequence, got a batch of {batch_size}: run them one at a time."
-        )
+        raise OptionError(f"TieredCache holds one sequence, got a batch of {batch_size}: run them one at a time.")
     if attention_mask is not None and not bool(attention_mask.all()):
         raise OptionError("TieredCache takes no padding: pass one sequence without padded tokens.")
     if use_vmap:
-        raise UnsupportedModelError(
-            "the model overlays its causal mask (bidirectional images?), not supported."
-        )
+        raise UnsupportedModelError("the model overlays its causal mask (bidirectional images?), not supported.")
 
 
 AttentionInterface.register(NAME, tiered_attention)
@@ -96,9 +90,7 @@ def use_attention(model: PreTrainedModel) -> Iterator[None]:
     keeps its own attention. Raises `UnsupportedModelError` when the model cannot be switched.
     """
     text = model.config.get_text_config(decoder=True)
-    sub_key = next(
-        (key for key in model.config.sub_configs if getattr(model.config, key, None) is text), None
-    )
+    sub_key = next((key for key in model.config.sub_configs if getattr(model.config, key, None) is text), None)
 
     def switch(name: str) -> None:
         model.set_attn_implementation(name if sub_key is None else {sub_key: name})

@@ -17,7 +17,7 @@ def attend(
     query `(H, n, D)`, keys and values `(K, m, D)`. causal: `m == n`, query i sees keys 0..i; otherwise all see all.
     """
     heads, n, d = query.shape
-    kv_heads, m, _ = keys.shape
+    kv_heads = keys.shape[0]
     group = heads // kv_heads
     if causal:
         keys = keys.repeat_interleave(group, dim=0)
@@ -91,6 +91,8 @@ def paged_attention(
     grouped = query.float().view(kv_heads, heads // kv_heads, d)
     for head in range(kv_heads):
         used = lengths[head].nonzero().squeeze(1)
+        if used.numel() == 0:
+            raise ValueError(f"KV head {head} has no page to attend to")
         merged: tuple[torch.Tensor, torch.Tensor] | None = None
         for part in used.split(batch_pages):
             gathered = pages[table[head, part]]
@@ -98,9 +100,10 @@ def paged_attention(
             logits = (grouped[head] @ gathered[:, 0].reshape(-1, d).float().T) * scaling
             logits.masked_fill_(hidden, float("-inf"))
             lse = logits.logsumexp(-1)
-            step = (logits - lse.unsqueeze(-1)).exp() @ gathered[:, 1].reshape(-1, d).float()
+            # What lies beyond a page's length was never written: 0 times NaN would still be NaN.
+            values = gathered[:, 1].reshape(-1, d).float().masked_fill(hidden.unsqueeze(-1), 0.0)
+            step = (logits - lse.unsqueeze(-1)).exp() @ values
             merged = (step, lse) if merged is None else merge(*merged, step, lse)
-        if merged is None:
-            raise ValueError(f"KV head {head} has no page to attend to")
+        assert merged is not None
         out.view(kv_heads, -1, d)[head] = merged[0].to(out.dtype)
     return out

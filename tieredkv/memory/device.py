@@ -48,9 +48,7 @@ class DeviceLedger:
         """Stop counting everything held for `purpose`; nothing happens if there is none."""
         self._held.pop(purpose, None)
 
-    def empty(
-        self, purpose: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-    ) -> torch.Tensor:
+    def empty(self, purpose: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """An uninitialised device tensor, counted under `purpose`. Its owner drops it and calls `release`."""
         self.reserve(purpose, math.prod(shape) * dtype.itemsize)
         return torch.empty(shape, dtype=dtype, device=device)

@@ -108,5 +108,6 @@ def check_host_memory(needed_bytes: int, what: str, remedy: str) -> None:
     available = psutil.virtual_memory().available
     if needed_bytes > available:
         raise BudgetError(
-            f"{what} needs {needed_bytes / GIB:.2f} GiB of host memory, {available / GIB:.2f} GiB is available: {remedy}."
+            f"{what} needs {needed_bytes / GIB:.2f} GiB of host memory, {available / GIB:.2f} GiB is available: "
+            f"{remedy}."
         )

@@ -51,9 +51,7 @@ class VideoFamily(Protocol):
     def embed(self, model: Any, input_ids: torch.Tensor) -> torch.Tensor:
         """Embeddings `(1, n, hidden)` of text tokens `(1, n)`."""
 
-    def decode(
-        self, model: Any, embeddings: torch.Tensor, position_ids: torch.Tensor, cache: Any
-    ) -> torch.Tensor:
+    def decode(self, model: Any, embeddings: torch.Tensor, position_ids: torch.Tensor, cache: Any) -> torch.Tensor:
         """Hidden states `(1, n, hidden)` of the decoder. position_ids `(axes, n)`."""
 
     def logits(self, model: Any, hidden: torch.Tensor) -> torch.Tensor:

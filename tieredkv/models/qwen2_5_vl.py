@@ -24,9 +24,7 @@ class Qwen25VL:
         video = torch.from_numpy(frames).permute(0, 3, 1, 2)
         return processor.video_processor(
             videos=[video],
-            video_metadata=[
-                {"fps": fps, "total_num_frames": len(frames), "frames_indices": list(range(len(frames)))}
-            ],
+            video_metadata=[{"fps": fps, "total_num_frames": len(frames), "frames_indices": list(range(len(frames)))}],
             do_sample_frames=False,
             return_tensors="pt",
         )
@@ -82,9 +80,7 @@ class Qwen25VL:
     def embed(self, model: Any, input_ids: torch.Tensor) -> torch.Tensor:
         return model.get_input_embeddings()(input_ids)
 
-    def decode(
-        self, model: Any, embeddings: torch.Tensor, position_ids: torch.Tensor, cache: Any
-    ) -> torch.Tensor:
+    def decode(self, model: Any, embeddings: torch.Tensor, position_ids: torch.Tensor, cache: Any) -> torch.Tensor:
         return model.model.language_model(
             inputs_embeds=embeddings,
             position_ids=position_ids.unsqueeze(1).to(embeddings.device),

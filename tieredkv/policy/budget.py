@@ -42,9 +42,7 @@ def split_budget(
     n_static, n_dynamic = int(static.sum()), int((~static).sum())
     least = n_dynamic * min(least_dynamic, most_pages) + n_static * min(1, most_pages)
     if total_pages < least:
-        raise ValueError(
-            f"{total_pages} pages cannot serve {n_static} static and {n_dynamic} dynamic heads ({least})"
-        )
+        raise ValueError(f"{total_pages} pages cannot serve {n_static} static and {n_dynamic} dynamic heads ({least})")
 
     dynamic_pages = 0
     if n_dynamic:

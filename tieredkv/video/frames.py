@@ -59,9 +59,7 @@ def load_frames(
 
 
 def _check_rate(name: str, value: Any) -> None:
-    good = (
-        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
-    )
+    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
     if not good:
         raise VideoError(f"{name}={value!r} is not valid: give frames per second above 0.")
 

@@ -1,0 +1,92 @@
+"""Tiny random models, built offline: weights scaled up so that attention is sharp and errors show."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+import pytest
+import torch
+
+
+def _sharpen(model: torch.nn.Module, factor: float = 2.0) -> Any:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.mul_(factor)
+    return model.eval()
+
+
+def text_config(kind: str) -> Any:
+    """A config of three layers, four query heads and two KV heads."""
+    from transformers import LlamaConfig, Qwen2Config
+
+    sizes = {
+        "vocab_size": 97,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "initializer_range": 0.1,
+    }
+    return {"llama": LlamaConfig, "qwen2": Qwen2Config}[kind](**sizes)
+
+
+@pytest.fixture(scope="session", params=["llama", "qwen2"])
+def text_model(request: pytest.FixtureRequest) -> Any:
+    from transformers import LlamaForCausalLM, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    kinds = {"llama": LlamaForCausalLM, "qwen2": Qwen2ForCausalLM}
+    return kinds[request.param](text_config(request.param)).eval()
+
+
+@pytest.fixture(scope="session")
+def llama() -> Any:
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(text_config("llama")).eval()
+
+
+@pytest.fixture(scope="session")
+def processor() -> Any:
+    from tieredkv.tiny.model import build_processor
+
+    return build_processor()
+
+
+@pytest.fixture(scope="session")
+def video_model() -> Any:
+    """The bundled model's architecture with random weights."""
+    from tieredkv.tiny.model import build_model
+
+    torch.manual_seed(1)
+    model = _sharpen(build_model())
+    model.generation_config.eos_token_id = None
+    return model
+
+
+@pytest.fixture(scope="session")
+def frames() -> np.ndarray:
+    """120 frames of noise: 240 visual tokens."""
+    return np.random.default_rng(0).integers(0, 256, (120, 56, 56, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def prompt_ids() -> torch.Tensor:
+    return torch.randint(0, 97, (1, 300), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture(scope="session")
+def long_ids() -> torch.Tensor:
+    """900 tokens: long enough that a quarter of the cache holds the recent region and more."""
+    return torch.randint(0, 97, (1, 900), generator=torch.Generator().manual_seed(6))

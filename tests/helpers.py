@@ -1,0 +1,56 @@
+"""What several test files need: stock answers, logits, and caps that are shares of the full cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from tieredkv.config import GIB
+from tieredkv.session import VideoSession, model_shape
+
+
+def cap_share(model: Any, tokens: int, share: float) -> float:
+    """`gpu_kv_gb` that is `share` of a full cache of `tokens` tokens."""
+    return share * tokens * model_shape(model.config, model.dtype).token_bytes / GIB
+
+
+def stock_inputs(processor: Any, frames: np.ndarray, question: str, fps: float = 4.0) -> Any:
+    """Model inputs made by transformers alone."""
+    messages = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    metadata = {"fps": fps, "total_num_frames": len(frames), "frames_indices": list(range(len(frames)))}
+    return processor(
+        text=[text],
+        videos=[torch.from_numpy(frames).permute(0, 3, 1, 2)],
+        video_metadata=[metadata],
+        do_sample_frames=False,
+        return_tensors="pt",
+    )
+
+
+class RecordLogits:
+    """A logits processor that keeps what it sees; give it to stock `generate` and to a session alike."""
+
+    def __init__(self) -> None:
+        self.seen: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.seen.append(scores.clone())
+        return scores
+
+
+def session_logits(session: VideoSession, question: str, new: int) -> torch.Tensor:
+    """Logits `(new, vocabulary)` of a greedy answer."""
+    record = RecordLogits()
+    session.ask(question, max_new_tokens=new, do_sample=False, logits_processor=[record])
+    return torch.cat(record.seen)
+
+
+def stock_logits(model: Any, inputs: Any, new: int, **extra: Any) -> torch.Tensor:
+    """The same from transformers' own `generate`."""
+    out = model.generate(
+        **inputs, max_new_tokens=new, do_sample=False, output_logits=True, return_dict_in_generate=True, **extra
+    )
+    return torch.cat(out.logits)

@@ -1,0 +1,126 @@
+"""What transformers asks of a cache, and what is refused rather than answered wrongly."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import tieredkv
+from tieredkv.cache import TieredCache
+from tieredkv.errors import OptionError, UnsupportedModelError
+
+
+def test_a_model_that_does_not_attend_through_the_cache_is_an_error(llama, prompt_ids):
+    with TieredCache(llama.config, gpu_kv_gb=1) as cache, pytest.raises(RuntimeError, match="use_attention"):
+        llama(prompt_ids, past_key_values=cache)
+
+
+def test_a_stock_cache_under_our_attention_is_an_error(llama, prompt_ids):
+    with tieredkv.use_attention(llama), pytest.raises(RuntimeError, match="do not come from a TieredCache"):
+        llama(prompt_ids)
+
+
+def test_attention_is_restored_after_nested_blocks_and_errors(llama):
+    before = llama.config._attn_implementation
+    with pytest.raises(ZeroDivisionError), tieredkv.use_attention(llama):
+        with tieredkv.use_attention(llama):
+            assert llama.config._attn_implementation == "tieredkv"
+        assert llama.config._attn_implementation == "tieredkv"
+        raise ZeroDivisionError
+    assert llama.config._attn_implementation == before
+
+
+def test_the_vision_tower_keeps_its_attention(video_model):
+    before = video_model.config.vision_config._attn_implementation
+    with tieredkv.use_attention(video_model):
+        assert video_model.config.vision_config._attn_implementation == before
+        assert video_model.config.text_config._attn_implementation == "tieredkv"
+    assert video_model.config.text_config._attn_implementation == before
+
+
+def test_the_length_is_logical_in_both_phases(llama, prompt_ids):
+    with tieredkv.use_attention(llama), torch.no_grad(), TieredCache(llama.config, gpu_kv_gb=1) as cache:
+        assert cache.get_seq_length() == 0
+        llama(prompt_ids, past_key_values=cache)
+        assert cache.get_seq_length() == 300
+        llama(prompt_ids[:, :1], past_key_values=cache)
+        assert cache.sealed
+        assert cache.get_seq_length() == 301
+
+
+def test_cropping_takes_tokens_off_the_end(llama, prompt_ids):
+    with tieredkv.use_attention(llama), torch.no_grad(), TieredCache(llama.config, gpu_kv_gb=1) as cache:
+        want = llama(prompt_ids[:, :220], past_key_values=cache).logits
+        cache.crop(-20)
+        again = llama(prompt_ids[:, 200:220], past_key_values=cache).logits
+        llama(prompt_ids[:, :1], past_key_values=cache)
+        cache.crop(-21)
+        sealed_between = llama(prompt_ids[:, 200:220], past_key_values=cache).logits
+    torch.testing.assert_close(again, want[:, 200:], atol=1e-4, rtol=0)
+    torch.testing.assert_close(sealed_between, want[:, 200:], atol=1e-4, rtol=0)
+
+
+def test_a_batch_is_refused(llama, prompt_ids):
+    with (
+        tieredkv.use_attention(llama),
+        TieredCache(llama.config, gpu_kv_gb=1) as cache,
+        pytest.raises(OptionError, match="batch of 2"),
+    ):
+        llama(prompt_ids.repeat(2, 1), past_key_values=cache)
+
+
+def test_padding_is_refused(llama, prompt_ids):
+    mask = torch.ones_like(prompt_ids)
+    mask[0, :3] = 0
+    with (
+        tieredkv.use_attention(llama),
+        TieredCache(llama.config, gpu_kv_gb=1) as cache,
+        pytest.raises(OptionError, match="padding"),
+    ):
+        llama(prompt_ids, attention_mask=mask, past_key_values=cache)
+
+
+def test_beam_search_is_refused(llama, prompt_ids):
+    with (
+        tieredkv.use_attention(llama),
+        TieredCache(llama.config, gpu_kv_gb=1) as cache,
+        pytest.raises(OptionError, match=r"batch of 2|beam"),
+    ):
+        llama.generate(prompt_ids, past_key_values=cache, num_beams=2, max_new_tokens=3)
+
+
+def test_sliding_layers_are_refused():
+    from transformers import Qwen2Config
+
+    config = Qwen2Config(use_sliding_window=True, sliding_window=16, max_window_layers=1, num_hidden_layers=3)
+    with pytest.raises(UnsupportedModelError, match="sliding_attention"):
+        TieredCache(config, gpu_kv_gb=1)
+
+
+def test_an_untested_decoder_is_refused_by_name():
+    from transformers import MistralConfig
+
+    with pytest.raises(UnsupportedModelError, match=r"'mistral'.*llama, qwen2"):
+        TieredCache(MistralConfig(), gpu_kv_gb=1)
+
+
+def test_an_unknown_tier_option_is_refused(llama):
+    with pytest.raises(OptionError, match="gpu_gb"):
+        TieredCache(llama.config, gpu_gb=1)
+
+
+def test_small_budgets_still_answer_and_say_what_they_did(llama, long_ids):
+    from helpers import cap_share
+
+    gib = cap_share(llama, 900, 0.35)
+    with (
+        tieredkv.use_attention(llama),
+        TieredCache(llama.config, gpu_kv_gb=gib, chunk_tokens=8, text_window=16, max_new_tokens=20, theta=2) as cache,
+    ):
+        out = llama.generate(long_ids, past_key_values=cache, max_new_tokens=20, do_sample=False)
+        cache.finish()
+    assert out.shape[1] == 920
+    assert cache.counters.dynamic_heads == 6
+    assert cache.counters.selected > 0
+    assert 0 < cache.counters.resident < cache.counters.selected
+    assert cache.counters.prefetched_bytes > 0

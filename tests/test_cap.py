@@ -1,0 +1,146 @@
+"""The device cap holds at every moment, prefill included; the tiers hold what they say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import cap_share
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tieredkv
+from tieredkv.cache import TieredCache
+from tieredkv.errors import BudgetError
+from tieredkv.memory import device
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """Every change of every ledger's use, as (used, cap)."""
+    seen: list[tuple[int, int]] = []
+    reserve = device.DeviceLedger.reserve
+
+    def watch(self, purpose, nbytes):
+        reserve(self, purpose, nbytes)
+        seen.append((self.used_bytes, self.cap_bytes))
+
+    monkeypatch.setattr(device.DeviceLedger, "reserve", watch)
+    return seen
+
+
+@pytest.mark.parametrize("theta", [0.0, 0.4, 2.0])
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.8])
+def test_the_cap_holds_at_every_step(llama, long_ids, watched, theta, share):
+    options = {"chunk_tokens": 8, "text_window": 16, "recent_window": 8, "prefill_chunk": 64}
+    with (
+        tieredkv.use_attention(llama),
+        TieredCache(
+            llama.config, gpu_kv_gb=cap_share(llama, 900, share), theta=theta, max_new_tokens=30, **options
+        ) as cache,
+    ):
+        llama.generate(long_ids, past_key_values=cache, max_new_tokens=30, do_sample=False)
+        assert cache.ledger.peak_bytes <= cache.ledger.cap_bytes
+    assert len(watched) > 90
+    assert all(used <= cap for used, cap in watched)
+
+
+def test_the_ledger_counts_every_byte_of_pool_and_digests(llama, long_ids):
+    with (
+        tieredkv.use_attention(llama),
+        TieredCache(
+            llama.config, gpu_kv_gb=cap_share(llama, 900, 0.5), chunk_tokens=8, text_window=16, max_new_tokens=9
+        ) as cache,
+    ):
+        llama.generate(long_ids, past_key_values=cache, max_new_tokens=4, do_sample=False)
+        held = cache.ledger.held()
+        layers = [layer.sealed for layer in cache.tiered_layers]
+        assert held["pool"] == cache._pool.pages.numel() * cache._pool.pages.itemsize
+        assert held["digests"] == sum(s.digests.numel() * s.digests.itemsize for s in layers if s.digests is not None)
+        assert set(held) <= {"pool", "digests"}
+
+
+def test_the_host_tier_holds_every_prompt_token_exactly(llama, long_ids):
+    from transformers import DynamicCache
+
+    stock = DynamicCache(config=llama.config)
+    with torch.no_grad():
+        llama(long_ids, past_key_values=stock)
+    with (
+        tieredkv.use_attention(llama),
+        TieredCache(
+            llama.config, gpu_kv_gb=cap_share(llama, 900, 0.5), chunk_tokens=8, text_window=16, max_new_tokens=9
+        ) as cache,
+    ):
+        llama.generate(long_ids, past_key_values=cache, max_new_tokens=9, do_sample=False)
+        for ours, theirs in zip(cache.tiered_layers, stock.layers, strict=True):
+            held = ours.host.chunks()
+            torch.testing.assert_close(held[:, :, 0].flatten(1, 2)[:, :900], theirs.keys[0], atol=1e-4, rtol=0)
+            torch.testing.assert_close(held[:, :, 1].flatten(1, 2)[:, :900], theirs.values[0], atol=1e-4, rtol=0)
+
+
+@given(st.data())
+@settings(max_examples=12, deadline=None)
+def test_pool_and_tables_stay_sound_while_decoding(llama, long_ids, data):
+    """Pages in the pool are what the tables say they are, after every step."""
+    share, theta = data.draw(st.floats(0.3, 0.9)), data.draw(st.sampled_from([0.0, 0.4, 2.0]))
+    length = data.draw(st.integers(300, 900))
+    options = {"chunk_tokens": data.draw(st.sampled_from([4, 8])), "text_window": 16, "recent_window": 8}
+    with (
+        tieredkv.use_attention(llama),
+        torch.no_grad(),
+        TieredCache(
+            llama.config, gpu_kv_gb=cap_share(llama, 900, share), theta=theta, max_new_tokens=12, **options
+        ) as cache,
+    ):
+        llama(long_ids[:, :length], past_key_values=cache)
+        for step in range(12):
+            llama(long_ids[:, step : step + 1], past_key_values=cache)
+            cache._pool.check_integrity()
+            for layer in cache.tiered_layers:
+                sealed = layer.sealed
+                if not len(sealed.dynamic):
+                    continue
+                sealed.finish()
+                sealed.residency.check_integrity()
+                chunks, sinks = layer.host.chunks(), sealed.tiers.plan.layout.sink_chunks
+                for row, head in enumerate(sealed.dynamic.tolist()):
+                    for slot, chunk in zip(
+                        sealed.residency.slots[row].tolist(), sealed.residency.chunk_in[row].tolist(), strict=True
+                    ):
+                        if chunk >= 0:
+                            assert torch.equal(cache._pool.pages[slot], chunks[head, sinks + chunk])
+
+
+def test_more_generated_tokens_than_reserved_is_an_error(llama, prompt_ids):
+    with (
+        tieredkv.use_attention(llama),
+        TieredCache(llama.config, gpu_kv_gb=1, max_new_tokens=3, chunk_tokens=4) as cache,
+        pytest.raises(BudgetError, match=r"room for .* generated tokens and no more"),
+    ):
+        llama.generate(prompt_ids, past_key_values=cache, max_new_tokens=60, do_sample=False)
+
+
+def test_a_cap_too_small_is_refused_naming_one_that_works(llama, long_ids):
+    tiers = {"chunk_tokens": 8, "text_window": 16}
+    with tieredkv.use_attention(llama):
+        with (
+            TieredCache(llama.config, gpu_kv_gb=1e-6, max_new_tokens=8, **tiers) as cache,
+            pytest.raises(BudgetError, match="the smallest that works is") as refused,
+        ):
+            llama.generate(long_ids, past_key_values=cache, max_new_tokens=8, do_sample=False)
+        works = float(str(refused.value).split("works is ")[1].split(". ")[0])
+        with TieredCache(llama.config, gpu_kv_gb=works, max_new_tokens=8, **tiers) as cache:
+            llama.generate(long_ids, past_key_values=cache, max_new_tokens=8, do_sample=False)
+            assert cache.ledger.peak_bytes <= cache.ledger.cap_bytes
+
+
+def test_closing_frees_both_tiers(llama, prompt_ids):
+    cache = TieredCache(llama.config, gpu_kv_gb=1)
+    with tieredkv.use_attention(llama):
+        llama.generate(prompt_ids, past_key_values=cache, max_new_tokens=4, do_sample=False)
+    cache.close()
+    cache.close()
+    assert cache.ledger.used_bytes == 0
+    assert cache.host_bytes == 0
+    with tieredkv.use_attention(llama), pytest.raises(tieredkv.TieredKVError, match="closed"):
+        llama(prompt_ids, past_key_values=cache)

@@ -1,0 +1,131 @@
+"""The command line: one clear sentence and exit code 2 for bad input, answers alone on stdout."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tieredkv import cli
+
+
+def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of `tieredkv ARGUMENTS`."""
+    monkeypatch.setattr(sys, "argv", ["tieredkv", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    captured = capsys.readouterr()
+    return int(stop.value.code or 0), captured.out, captured.err
+
+
+@pytest.fixture(scope="module")
+def short_video(tmp_path_factory) -> Path:
+    from tieredkv.tiny.scene import make_scene
+    from tieredkv.tiny.video import write_video
+
+    return write_video(make_scene(1_000_001, 30, 4), tmp_path_factory.mktemp("video") / "short.mp4")
+
+
+BAD = {
+    "a missing file": (["gone.mp4", "what ?"], r"gone.mp4: no such file."),
+    "a file that is no video": ([__file__, "what ?"], "not a readable video file"),
+    "an empty prompt": (["VIDEO", "  "], "the prompt is empty"),
+    "a rate of zero": (["VIDEO", "what ?", "--fps", "0"], "fps=0.0 is not valid"),
+    "a budget of nothing": (["VIDEO", "what ?", "--gpu-kv-gb", "0"], "gpu_kv_gb=0.0 is not valid"),
+    "a budget too small": (["VIDEO", "what ?", "--gpu-kv-gb", "1e-5"], "the smallest that works is"),
+    "no frames asked for": (["VIDEO", "what ?", "--max-frames", "0"], "max_frames=0 is not valid"),
+    "no tokens asked for": (["VIDEO", "what ?", "--max-new-tokens", "0"], "max_new_tokens=0 is not valid"),
+    "no model there": (["VIDEO", "what ?", "-m", "/nowhere/model"], "no model found there"),
+}
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(("arguments", "message"), BAD.values(), ids=BAD)
+def test_bad_input_is_one_sentence_and_exit_code_2(monkeypatch, capsys, short_video, arguments, message):
+    arguments = [str(short_video) if a == "VIDEO" else a for a in arguments]
+    code, out, err = run(monkeypatch, capsys, "ask", *arguments)
+    assert code == 2
+    assert out == ""
+    complaint = [line for line in err.splitlines() if line.startswith("tieredkv: ")]
+    assert len(complaint) == 1
+    assert message in complaint[0]
+    assert "Traceback" not in err
+
+
+def test_a_model_of_another_family_is_refused_by_name(monkeypatch, capsys, tmp_path, short_video):
+    from transformers import GPT2Config
+
+    GPT2Config().save_pretrained(tmp_path)
+    code, out, err = run(monkeypatch, capsys, "ask", str(short_video), "what ?", "-m", str(tmp_path))
+    assert (code, out) == (2, "")
+    assert "'gpt2' are not supported for video: qwen2_5_vl is." in err
+
+
+@pytest.mark.model
+def test_ask_prints_the_answer_alone(monkeypatch, capsys, short_video):
+    question = "what colour was the star ?"
+    code, out, err = run(monkeypatch, capsys, "ask", str(short_video), question, "--fps", "4", "--max-new-tokens", "4")
+    assert code == 0 or err == ""
+    assert out.count("\n") == 1
+
+
+@pytest.mark.model
+def test_ask_as_json_holds_answer_and_statistics(monkeypatch, capsys, short_video):
+    arguments = ["ask", str(short_video), "what colour was the star ?", "--json", "--max-new-tokens", "4"]
+    _, out, _ = run(monkeypatch, capsys, *arguments)
+    answer = json.loads(out)
+    assert {"text", "token_ids", "hit_rate", "kv_device_peak_bytes"} <= answer.keys()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--minutes", "0.1"], "--minutes 0.1 is not valid"),
+        (["--share", "0"], "--share 0 is not valid"),
+        (["--plot", "picture.jpg"], "ends in .png"),
+        (["--plot", "/nowhere/at/all/picture.png"], "there is no folder"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_bad_demo_options_are_refused_before_any_work(monkeypatch, capsys, arguments, message):
+    code, out, err = run(monkeypatch, capsys, "demo", *arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+def test_an_interrupt_ends_without_a_traceback(monkeypatch, capsys):
+    def interrupted(**options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tieredkv.demo.run", interrupted)
+    code, out, err = run(monkeypatch, capsys, "demo")
+    assert (code, out) == (130, "")
+    assert "Traceback" not in err
+
+
+def test_version_and_help(monkeypatch, capsys):
+    import tieredkv
+
+    assert run(monkeypatch, capsys, "--version")[:2] == (0, f"{tieredkv.__version__}\n")
+    code, out, _ = run(monkeypatch, capsys, "demo", "--help")
+    assert code == 0
+    assert len(out.splitlines()) <= 24
+    assert "--plot" in out
+
+
+def test_importing_the_package_imports_neither_torch_nor_transformers():
+    code = "import sys, tieredkv, tieredkv.cli; print([m for m in ('torch', 'transformers', 'av') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_every_public_name_is_there():
+    import tieredkv
+
+    for name in tieredkv.__all__:
+        assert getattr(tieredkv, name) is not None
+    with pytest.raises(AttributeError, match="nonsense"):
+        tieredkv.nonsense  # noqa: B018

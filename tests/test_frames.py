@@ -1,0 +1,178 @@
+"""Frames sampled by time, from files of several kinds, and from arrays."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from tieredkv.errors import VideoError
+from tieredkv.video.frames import load_frames
+
+
+def write(path: Path, times: list[float], size: int = 64, codec: str = "libx264", **container: str) -> Path:
+    """A video whose frame i is an even grey of brightness 10 + 10 * i, shown from times[i] on."""
+    with av.open(str(path), "w", **container) as output:
+        stream = output.add_stream(codec, rate=1000)
+        stream.width = stream.height = size
+        stream.pix_fmt = "yuv420p"
+        stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
+        for i, time in enumerate(times):
+            frame = av.VideoFrame.from_ndarray(np.full((size, size, 3), grey(i), np.uint8), format="rgb24")
+            frame.pts, frame.time_base = round(time * 1000), Fraction(1, 1000)
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode())
+    return path
+
+
+def grey(index: int) -> int:
+    return 10 + 10 * index
+
+
+def shown(frames) -> list[int]:
+    """Which written frame each sampled one is, by its brightness."""
+    return [round((float(picture.mean()) - 10) / 10) for picture in frames.pixels]
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "mov", "avi", "ts", "webm"])
+def test_containers_are_read_alike(tmp_path, suffix):
+    codec = {"webm": "libvpx-vp9", "avi": "mpeg4"}.get(suffix, "libx264")
+    path = tmp_path / f"video.{suffix}"
+    if suffix == "avi":  # no timestamps of its own: a constant rate
+        with av.open(str(path), "w") as output:
+            stream = output.add_stream(codec, rate=10)
+            stream.width = stream.height = 64
+            stream.pix_fmt = "yuv420p"
+            for i in range(20):
+                picture = np.full((64, 64, 3), grey(i), np.uint8)
+                output.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            output.mux(stream.encode())
+    else:
+        write(path, [i / 10 for i in range(20)], codec=codec)
+    frames = load_frames(path, fps=2.5)
+    assert frames.pixels.shape[1:] == (64, 64, 3)
+    assert shown(frames)[:5] == [0, 4, 8, 12, 16]
+
+
+def test_a_variable_rate_is_sampled_by_time_not_by_count(tmp_path):
+    """What is on screen at each instant, although half the frames lie in the first second."""
+    times = [i / 10 for i in range(10)] + [1 + i for i in range(10)]
+    frames = load_frames(write(tmp_path / "vfr.mkv", times), fps=2)
+    assert shown(frames)[:8] == [0, 5, 10, 10, 11, 11, 12, 12]
+
+
+def test_a_rate_above_the_files_repeats_frames(tmp_path):
+    frames = load_frames(write(tmp_path / "slow.mp4", [0.0, 1.0, 2.0]), fps=4)
+    assert shown(frames)[:8] == [0, 0, 0, 0, 1, 1, 1, 1]
+
+
+def test_max_frames_takes_the_first(tmp_path):
+    frames = load_frames(write(tmp_path / "v.mp4", [i / 10 for i in range(20)]), fps=10, max_frames=3)
+    assert shown(frames) == [0, 1, 2]
+
+
+def test_progress_ends_at_the_frames_there_are(tmp_path):
+    seen = []
+    path = write(tmp_path / "v.mp4", [i / 10 for i in range(20)])
+    frames = load_frames(path, fps=5, progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (len(frames.pixels), len(frames.pixels))
+
+
+def test_frames_given_at_one_rate_are_resampled_to_another():
+    video = np.arange(20, dtype=np.uint8).reshape(20, 1, 1, 1).repeat(3, axis=3)
+    frames = load_frames(video, fps=2, source_fps=5)
+    assert frames.pixels[:, 0, 0, 0].tolist() == [0, 2, 5, 7, 10, 12, 15, 17]
+
+
+@pytest.mark.parametrize(
+    ("video", "message"),
+    [
+        (np.zeros((3, 8, 8), np.uint8), r"shape \(3, 8, 8\): give \(T, H, W, 3\)"),
+        (np.zeros((3, 8, 8, 4), np.uint8), r"shape \(3, 8, 8, 4\)"),
+        (np.zeros((0, 8, 8, 3), np.uint8), "no frames"),
+        (np.zeros((3, 8, 8, 3), np.int64), "dtype int64"),
+        (np.full((3, 8, 8, 3), 2.0), r"must lie in \[0, 1\]"),
+        (np.full((3, 8, 8, 3), np.nan), r"must lie in \[0, 1\]"),
+        ([], "no frames"),
+        ([np.zeros((8, 8, 3), np.uint8), np.zeros((9, 8, 3), np.uint8)], "different sizes"),
+        (42, "video is a int"),
+    ],
+    ids=["3 axes", "4 channels", "none", "int64", "too bright", "nan", "empty list", "sizes", "number"],
+)
+def test_frames_of_the_wrong_form_are_refused(video, message):
+    with pytest.raises(VideoError, match=message):
+        load_frames(video, fps=1)
+
+
+@pytest.mark.parametrize("fps", [0, -2, float("nan"), float("inf"), "2", True, None])
+def test_a_rate_that_is_no_rate_is_refused(fps):
+    with pytest.raises(VideoError, match=r"fps=.* is not valid"):
+        load_frames(np.zeros((3, 8, 8, 3), np.uint8), fps=fps)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(VideoError, match=r"gone\.mp4: no such file"):
+        load_frames(tmp_path / "gone.mp4", fps=1)
+
+
+def test_a_folder_is_not_a_video(tmp_path):
+    with pytest.raises(VideoError, match="is a folder"):
+        load_frames(tmp_path, fps=1)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a video at all, just text" * 40], ids=["empty", "text"])
+def test_a_file_that_is_no_video_is_refused(tmp_path, content):
+    path = tmp_path / "fake.mp4"
+    path.write_bytes(content)
+    with pytest.raises(VideoError, match=r"fake\.mp4: not a readable video file"):
+        load_frames(path, fps=1)
+
+
+def test_a_file_with_sound_only_is_refused(tmp_path):
+    path = tmp_path / "sound.wav"
+    with av.open(str(path), "w") as output:
+        stream = output.add_stream("pcm_s16le", rate=8000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
+        frame.rate = 8000
+        output.mux(stream.encode(frame))
+        output.mux(stream.encode())
+    with pytest.raises(VideoError, match="no video stream"):
+        load_frames(path, fps=1)
+
+
+def test_a_header_without_frames_is_refused(tmp_path):
+    path = tmp_path / "empty.mkv"
+    with av.open(str(path), "w") as output:
+        stream = output.add_stream("libx264", rate=10)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        output.start_encoding()
+    with pytest.raises(VideoError, match=r"empty\.mkv"):
+        load_frames(path, fps=1)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_a_truncated_file_is_refused_with_the_time_it_stops(tmp_path, suffix, share):
+    """A header that comes last (mp4) makes the file unreadable; otherwise the time of the last frame is told."""
+    noise = np.random.default_rng(0)
+    path = tmp_path / f"cut.{suffix}"
+    options = {"options": {"movflags": "faststart"}} if suffix == "mp4" else {}
+    with av.open(str(path), "w", **options) as output:
+        stream = output.add_stream("libx264", rate=10, options={"g": "10"})
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        for _ in range(200):
+            picture = noise.integers(0, 255, (64, 64, 3), dtype=np.uint8)
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        output.mux(stream.encode())
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * share)])
+    if suffix == "ts":  # a transport stream states no length: what is there is a shorter, valid video
+        assert len(load_frames(path, fps=2).pixels) <= 40 * share + 1
+        return
+    with pytest.raises(VideoError, match=r"cut\.\w+: (decoding stopped at [\d.]+ s|not a readable video file)"):
+        load_frames(path, fps=2)

@@ -1,0 +1,136 @@
+"""The planner: what it grants fits the cap, and the smallest cap it names works."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tieredkv import plan
+from tieredkv.config import GIB, TierConfig
+from tieredkv.errors import BudgetError
+
+SHAPE = plan.KVShape(num_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16, itemsize=2)
+
+
+def decode_bytes(shape: plan.KVShape, tiers: TierConfig, made: plan.DecodePlan, n_dynamic: int) -> int:
+    """What a plan will hold at once while decoding."""
+    total = made.pool_pages * plan.page_bytes(shape, tiers) + made.scratch_pages * plan.scratch_page_bytes(shape, tiers)
+    if made.ranked and n_dynamic:
+        total += plan.digest_bytes(shape, made.layout, n_dynamic) + plan.ranking_bytes(shape, made.layout)
+    return total
+
+
+@st.composite
+def cases(draw: st.DrawFn):
+    tiers = TierConfig(
+        gpu_kv_gb=draw(st.floats(1e-6, 2e-3)),
+        chunk_tokens=draw(st.sampled_from([1, 8, 16, 32])),
+        sink_tokens=draw(st.integers(0, 40)),
+        recent_window=draw(st.integers(0, 70)),
+        spare_ratio=draw(st.floats(0, 0.9)),
+        type_split=draw(st.floats(0.1, 1)),
+        budget_ratio=draw(st.none() | st.floats(0.01, 1)),
+    )
+    tokens, new = draw(st.integers(1, 3000)), draw(st.integers(1, 100))
+    rows = draw(st.integers(1, min(tokens, 80)))
+    scores = torch.tensor(draw(st.lists(st.floats(0, 1), min_size=6, max_size=6))).view(3, 2)
+    return tiers, tokens, rows, new, scores
+
+
+@given(cases())
+@settings(max_examples=300, deadline=None)
+def test_a_plan_fits_the_cap_or_is_refused(case):
+    tiers, tokens, rows, new, scores = case
+    layout = plan.lay_out(tiers, tokens, rows, new)
+    static = scores >= 0.5
+    try:
+        made = plan.plan_decode(SHAPE, tiers, layout, scores, static)
+    except BudgetError:
+        assert tiers.cap_bytes < plan.smallest_cap_bytes(SHAPE, tiers, layout, rows)
+        return
+    n_dynamic = int((~static).sum())
+    assert decode_bytes(SHAPE, tiers, made, n_dynamic) <= tiers.cap_bytes
+    pages = 6 * layout.recent_pages + int(made.budgets.static_pages.sum())
+    pages += n_dynamic * (layout.sink_chunks + made.slots)
+    assert pages <= made.pool_pages
+    if n_dynamic and layout.retrievable:
+        assert 1 <= made.selected <= made.slots <= layout.retrievable
+
+
+@given(cases())
+@settings(max_examples=200, deadline=None)
+def test_the_smallest_cap_named_is_enough_and_less_is_refused(case):
+    tiers, tokens, rows, new, scores = case
+    layout = plan.lay_out(tiers, tokens, rows, new)
+    smallest = plan.smallest_cap_bytes(SHAPE, tiers, layout, rows)
+    enough = TierConfig(
+        gpu_kv_gb=float(plan.as_gib(smallest)),
+        **{n: getattr(tiers, n) for n in ("chunk_tokens", "sink_tokens", "recent_window", "spare_ratio")},
+    )
+    plan.check_cap(SHAPE, enough, layout, rows)
+    assert plan.staging_tokens(SHAPE, enough, tokens, min(rows, tiers.text_window)) >= tiers.chunk_tokens
+    plan.plan_decode(SHAPE, enough, layout, scores, scores >= 0.5)
+    less = TierConfig(gpu_kv_gb=(smallest - 1) / GIB, chunk_tokens=tiers.chunk_tokens)
+    with pytest.raises(BudgetError, match="the smallest that works is"):
+        plan.check_cap(SHAPE, less, layout, rows)
+
+
+@given(st.integers(1, 2**45))
+def test_gib_text_read_back_is_enough_and_hardly_more(nbytes):
+    back = int(float(plan.as_gib(nbytes)) * GIB)
+    assert nbytes <= back <= nbytes * 1.011 + 1
+
+
+def test_a_cap_beyond_the_cache_selects_everything_and_ranks_nothing():
+    tiers = TierConfig(gpu_kv_gb=1)
+    layout = plan.lay_out(tiers, 1000, 10, 20)
+    scores = torch.zeros(3, 2)
+    made = plan.plan_decode(SHAPE, tiers, layout, scores, scores >= 0.5)
+    assert made.selected == layout.retrievable
+    assert not made.ranked
+
+
+def test_a_quality_budget_selects_less_than_is_resident():
+    tiers = TierConfig(gpu_kv_gb=1, budget_ratio=0.2)
+    layout = plan.lay_out(tiers, 3000, 10, 20)
+    made = plan.plan_decode(SHAPE, tiers, layout, torch.zeros(3, 2), torch.zeros(3, 2).bool())
+    assert made.slots == layout.retrievable
+    attended = layout.tokens - layout.recent_start + (layout.sink_chunks + made.selected) * tiers.chunk_tokens
+    assert attended <= 0.2 * 3000
+
+
+def test_the_recent_region_starts_on_a_chunk_and_holds_the_question():
+    tiers = TierConfig(chunk_tokens=32, recent_window=8)
+    layout = plan.lay_out(tiers, 1000, 50, 10)
+    assert layout.recent_start % 32 == 0
+    assert 1000 - layout.recent_start >= 50
+    assert layout.recent_pages * 32 >= 1000 - layout.recent_start + 10
+
+
+def test_a_short_prompt_is_all_recent():
+    layout = plan.lay_out(TierConfig(), 20, 10, 5)
+    assert (layout.recent_start, layout.old_chunks, layout.retrievable) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("gpu_kv_gb", 0),
+        ("gpu_kv_gb", -1),
+        ("gpu_kv_gb", float("nan")),
+        ("gpu_kv_gb", "4"),
+        ("chunk_tokens", 0),
+        ("chunk_tokens", 3.5),
+        ("top_k_ratio", 0),
+        ("type_split", 1.5),
+        ("spare_ratio", 1.0),
+        ("budget_ratio", 0),
+        ("saliency_pool", 4),
+        ("recent_window", -1),
+    ],
+)
+def test_a_setting_out_of_range_is_named(name, value):
+    with pytest.raises(BudgetError, match=f"{name}=.* is not valid: give"):
+        TierConfig(**{name: value})

@@ -1,0 +1,159 @@
+"""Each formula against a slow, obvious version; invariances."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tieredkv.policy import budget, classify, digest, prune, select
+
+# ---- classify
+
+
+def test_scores_of_blocks_equal_scores_of_the_whole():
+    weights = torch.rand(2, 3, 5, 40).softmax(-1)
+    best = None
+    for block in weights.split(7, dim=-1):
+        best = classify.merge_top_k(best, block, 6)
+    want = torch.stack(
+        [
+            torch.stack([row.sort(descending=True).values[:6].sum() for row in head.flatten(0, 1)]).mean()
+            for head in weights
+        ]
+    )
+    torch.testing.assert_close(classify.text_centric_scores(best), want)
+
+
+def test_a_head_that_looks_at_few_tokens_is_static_and_an_even_one_dynamic():
+    sharp, even = torch.zeros(1, 4, 100), torch.full((1, 4, 100), 0.01)
+    sharp[..., 3] = 1.0
+    best = classify.merge_top_k(None, torch.stack((sharp, even)), 5)
+    scores = classify.text_centric_scores(best)
+    torch.testing.assert_close(scores, torch.tensor([1.0, 0.05]))
+    assert classify.static_heads(scores, 0.9).tolist() == [True, False]
+
+
+def test_k_is_a_share_of_the_tokens_and_at_least_one():
+    assert [classify.top_k_count(0.01, n) for n in (1, 100, 101, 100_000)] == [1, 1, 2, 1000]
+
+
+# ---- digest
+
+
+def test_cuboid_mean_by_hand():
+    keys = torch.tensor([[0.0, 1.0], [4.0, 1.0], [1.0, 1.0]])  # centre (2, 1), mean distance (5/3, 0)
+    low, high = digest.cuboid_mean(keys)
+    torch.testing.assert_close(low, torch.tensor([2 - 5 / 3, 1.0]))
+    torch.testing.assert_close(high, torch.tensor([2 + 5 / 3, 1.0]))
+
+
+def test_digest_logits_take_the_better_corner_of_every_channel():
+    query, digests = torch.randn(2, 3, 8), torch.randn(2, 5, 2, 8).sort(dim=2).values
+    got = digest.digest_logits(query, digests, 0.5)
+    for head in range(2):
+        for row in range(3):
+            for chunk in range(5):
+                low, high = digests[head, chunk]
+                want = 0.5 * torch.maximum(query[head, row] * low, query[head, row] * high).sum()
+                torch.testing.assert_close(got[head, row, chunk], want)
+
+
+def test_a_digest_ignores_the_order_of_its_keys():
+    keys = torch.randn(2, 16, 4)
+    torch.testing.assert_close(digest.cuboid_mean(keys), digest.cuboid_mean(keys[:, torch.randperm(16)]))
+
+
+def test_a_chunk_of_equal_keys_is_scored_exactly():
+    key, query = torch.randn(8), torch.randn(1, 1, 8)
+    box = digest.cuboid_mean(key.expand(1, 1, 16, 8))
+    torch.testing.assert_close(digest.digest_logits(query, box, 1.0).squeeze(), query.squeeze() @ key)
+
+
+# ---- select
+
+
+def test_group_share_is_the_mean_of_softmaxes():
+    logits = torch.randn(2, 3, 10)
+    want = torch.stack([torch.stack([row.softmax(0) for row in head]).mean(0) for head in logits])
+    torch.testing.assert_close(select.group_share(logits), want)
+
+
+def test_ranked_chunks_are_best_first():
+    assert select.ranked_chunks(torch.tensor([[0.1, 0.5, 0.4]]), 2).tolist() == [[1, 2]]
+
+
+# ---- prune
+
+
+def test_pooling_averages_neighbours_and_keeps_the_edges_fair():
+    pooled = prune.pool_saliency(torch.tensor([[3.0, 0.0, 0.0, 6.0]]), 3)
+    torch.testing.assert_close(pooled, torch.tensor([[1.5, 1.0, 2.0, 3.0]]))
+
+
+def test_text_comes_before_any_visual_token_and_sinks_before_all():
+    saliency = torch.tensor([0.0, 0.9, 0.1, 0.8, 0.2, 0.3])
+    is_text = torch.tensor([False, False, True, False, True, False])
+    assert prune.kept_tokens(saliency, is_text, sinks=1, budget=4).tolist() == [0, 1, 2, 4]
+
+
+def test_text_beyond_the_budget_is_ranked_among_itself():
+    saliency = torch.tensor([0.3, 0.1, 0.2, 9.0])
+    is_text = torch.tensor([True, True, True, False])
+    assert prune.kept_tokens(saliency, is_text, sinks=0, budget=2).tolist() == [0, 2]
+
+
+def test_a_budget_beyond_the_tokens_keeps_all():
+    assert prune.kept_tokens(torch.rand(5), torch.zeros(5).bool(), 2, 99).tolist() == [0, 1, 2, 3, 4]
+
+
+# ---- budget
+
+
+@given(
+    st.lists(st.floats(0, 1), min_size=1, max_size=12),
+    st.floats(0, 1.2),
+    st.integers(1, 400),
+    st.integers(0, 30),
+    st.integers(1, 3),
+    st.floats(0.1, 1),
+    st.floats(0, 1),
+)
+@settings(max_examples=300, deadline=None)
+def test_budgets_add_up_and_respect_their_limits(values, theta, total, most, least, split, floor):
+    scores = torch.tensor([values])
+    static = scores >= theta
+    n_static, n_dynamic = int(static.sum()), int((~static).sum())
+    needed = n_dynamic * min(least, most) + n_static * min(1, most)
+    if total < needed:
+        with pytest.raises(ValueError, match="cannot serve"):
+            budget.split_budget(scores, static, total, most, least, split, floor)
+        return
+    got = budget.split_budget(scores, static, total, most, least, split, floor)
+    assert int(got.static_pages.sum()) + n_dynamic * got.dynamic_pages <= total
+    assert int(got.static_pages.max()) <= most
+    assert got.dynamic_pages <= most
+    if n_static:
+        assert int(got.static_pages[static].min()) >= min(1, most)
+    if n_dynamic:
+        assert got.dynamic_pages >= min(least, most)
+    if total >= most * (n_static + n_dynamic) and split == 1:
+        assert int(got.static_pages.sum()) == n_static * most
+        assert n_dynamic == 0 or got.dynamic_pages == most
+
+
+def test_a_less_concentrated_static_head_gets_more():
+    scores = torch.tensor([[0.99, 0.91, 0.2]])
+    got = budget.split_budget(scores, scores >= 0.9, 90, 1000, 1, 1.0, 0.2)
+    assert got.dynamic_pages == 30
+    assert got.static_pages[0, 1] > got.static_pages[0, 0] >= 6
+    assert int(got.static_pages.sum()) == 60
+
+
+def test_the_type_split_moves_pages_from_dynamic_to_static_heads():
+    scores = torch.tensor([[0.95, 0.1]])
+    even = budget.split_budget(scores, scores >= 0.9, 100, 1000, 1, 1.0, 0.2)
+    less = budget.split_budget(scores, scores >= 0.9, 100, 1000, 1, 0.5, 0.2)
+    assert (even.dynamic_pages, less.dynamic_pages) == (50, 25)
+    assert int(less.static_pages.sum()) == 75

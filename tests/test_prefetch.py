@@ -1,0 +1,87 @@
+"""Copies that run ahead: waited for before use, and their errors reach whoever waits."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from tieredkv.memory.prefetch import ThreadPrefetcher
+from tieredkv.memory.transfer import Transfer
+
+
+@pytest.fixture
+def prefetcher():
+    made = ThreadPrefetcher()
+    yield made
+    made.close()
+
+
+def test_wait_returns_only_when_the_copy_is_done(prefetcher):
+    gate, done = threading.Event(), []
+
+    def copy() -> int:
+        gate.wait(5)
+        done.append(True)
+        return 7
+
+    prefetcher.submit("layer", copy)
+    assert not done
+    gate.set()
+    assert prefetcher.wait("layer") == 7
+    assert done
+
+
+def test_waiting_for_nothing_returns_at_once(prefetcher):
+    assert prefetcher.wait("layer") == 0
+
+
+def test_an_error_in_the_copy_reaches_the_waiter(prefetcher):
+    def fail() -> int:
+        raise RuntimeError("the copy failed")
+
+    prefetcher.submit(0, fail)
+    with pytest.raises(RuntimeError, match="the copy failed"):
+        prefetcher.wait(0)
+    assert prefetcher.wait(0) == 0
+
+
+def test_a_second_copy_for_one_key_is_refused(prefetcher):
+    prefetcher.submit(0, lambda: 0)
+    with pytest.raises(RuntimeError, match="outstanding"):
+        prefetcher.submit(0, lambda: 0)
+
+
+def test_closing_ends_the_thread_and_twice_is_fine():
+    before = threading.active_count()
+    made = ThreadPrefetcher()
+    made.submit(0, lambda: 0)
+    made.close()
+    made.close()
+    assert threading.active_count() == before
+
+
+def test_gather_moves_chunks_to_their_slots_and_counts_bytes():
+    chunks = torch.arange(2 * 3 * 2 * 4 * 5.0).view(2, 3, 2, 4, 5)
+    pages = torch.zeros(6, 2, 4, 5)
+    heads, ids, slots = torch.tensor([1, 0]), torch.tensor([2, 1]), torch.tensor([5, 0])
+    assert Transfer().gather(chunks, heads, ids, pages, slots) == 2 * 2 * 4 * 5 * 4
+    torch.testing.assert_close(pages[5], chunks[1, 2])
+    torch.testing.assert_close(pages[0], chunks[0, 1])
+    assert not pages[1:5].any()
+
+
+def test_gather_of_nothing_moves_nothing():
+    none = torch.empty(0, dtype=torch.int64)
+    assert Transfer().gather(torch.zeros(1, 1, 2, 1, 1), none, none, torch.zeros(1, 2, 1, 1), none) == 0
+
+
+def test_staging_unzips_keys_and_values():
+    transfer = Transfer()
+    chunks = torch.randn(2, 3, 2, 4, 5)
+    keys, values = torch.empty(2, 12, 5), torch.empty(2, 12, 5)
+    transfer.stage(chunks, keys, values)
+    torch.testing.assert_close(keys, chunks[:, :, 0].flatten(1, 2))
+    torch.testing.assert_close(values, chunks[:, :, 1].flatten(1, 2))
+    assert transfer.streamed_bytes == 2 * keys.numel() * 4

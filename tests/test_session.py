@@ -1,0 +1,197 @@
+"""One video, many questions: each as if asked first, and nothing left on the model."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from helpers import RecordLogits, cap_share
+
+import tieredkv
+from tieredkv.errors import BudgetError, PromptError, TieredKVError
+
+STAR, MOON = "what colour was the star ?", "follow the moon for 4 ?"
+TIGHT = {"chunk_tokens": 8, "recent_window": 16, "theta": 0.4}
+
+
+@pytest.fixture
+def opened(video_model, processor, frames):
+    """Opens sessions under a cap of a share of the full cache, and closes them."""
+    sessions = []
+
+    def open_one(video=frames, share=0.6, **options):
+        tokens = 2 * len(video) + 40
+        session = tieredkv.open_session(
+            video_model,
+            video,
+            gpu_kv_gb=cap_share(video_model, tokens, share),
+            processor=processor,
+            fps=4,
+            **{**TIGHT, **options},
+        )
+        sessions.append(session)
+        return session
+
+    yield open_one
+    for session in sessions:
+        session.close()
+
+
+def test_a_question_is_answered_as_if_asked_first(opened):
+    session = opened()
+    first = session.ask(STAR, max_new_tokens=8)
+    session.ask(MOON, max_new_tokens=5)
+    again = session.ask(STAR, max_new_tokens=8)
+    assert again.token_ids == first.token_ids
+    assert opened().ask(MOON, max_new_tokens=8).token_ids == session.ask(MOON, max_new_tokens=8).token_ids
+
+
+def test_two_interleaved_sessions_answer_as_each_alone(opened, frames):
+    other = frames[::-1][:80]
+    alone = [opened().ask(q, max_new_tokens=6).token_ids for q in (STAR, MOON)]
+    alone_other = [opened(other).ask(q, max_new_tokens=6).token_ids for q in (STAR, MOON)]
+    one = opened()
+    first = one.ask(STAR, max_new_tokens=6).token_ids
+    two = opened(other)
+    interleaved_other = [two.ask(STAR, max_new_tokens=6).token_ids]
+    second = one.ask(MOON, max_new_tokens=6).token_ids
+    interleaved_other.append(two.ask(MOON, max_new_tokens=6).token_ids)
+    assert [first, second] == alone
+    assert interleaved_other == alone_other
+
+
+def test_sessions_decoding_at_once_in_two_threads_do_not_mix(opened, frames):
+    sessions = [opened(), opened(frames[::-1])]
+    alone = [session.ask(STAR, max_new_tokens=12).token_ids for session in sessions]
+    got = [None, None]
+
+    def work(index: int) -> None:
+        got[index] = sessions[index].ask(STAR, max_new_tokens=12).token_ids
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert got == alone
+
+
+def test_nothing_is_left_on_the_model(video_model, opened):
+    video_model.model.rope_deltas = None
+    before = video_model.config.text_config._attn_implementation
+    opened().ask(STAR, max_new_tokens=3)
+    assert video_model.model.rope_deltas is None
+    assert video_model.config.text_config._attn_implementation == before
+
+
+def test_prefetching_changes_no_answer(opened):
+    with_it, without = opened(), opened(prefetch=False)
+    record, plain = RecordLogits(), RecordLogits()
+    with_it.ask(MOON, max_new_tokens=10, logits_processor=[record])
+    without.ask(MOON, max_new_tokens=10, logits_processor=[plain])
+    assert torch.equal(torch.cat(record.seen), torch.cat(plain.seen))
+
+
+def test_frames_as_tensor_array_images_or_channels_first_are_one_video(opened, frames):
+    from PIL import Image
+
+    video = frames[:40]
+    want = opened(video).ask(STAR, max_new_tokens=6).token_ids
+    forms = [
+        torch.from_numpy(video),
+        np.ascontiguousarray(video.transpose(0, 3, 1, 2)),
+        [Image.fromarray(frame) for frame in video],
+        video.astype(np.float64) / 255,
+    ]
+    for form in forms:
+        assert opened(form).ask(STAR, max_new_tokens=6).token_ids == want
+
+
+def test_statistics_add_up(opened, video_model):
+    answer = opened(theta=2.0, share=0.7).ask(MOON, max_new_tokens=10)
+    stats = answer.stats
+    assert stats.new_tokens == len(answer.token_ids) == 10
+    assert stats.visual_tokens == 240
+    token_bytes = 4 * 4 * 2 * 32 * 4
+    assert stats.kv_full_bytes == (stats.prompt_tokens + 10) * token_bytes
+    assert 0 < stats.kv_device_peak_bytes <= stats.kv_cap_bytes < stats.kv_full_bytes
+    assert stats.kv_host_bytes >= stats.prompt_tokens * token_bytes
+    assert (stats.static_heads, stats.dynamic_heads) == (0, 16)
+    assert 0 <= stats.hit_rate <= 1
+    assert stats.moved_bytes > stats.prefetched_bytes > 0
+    assert stats.ttft_s > 0
+    assert stats.tpot_ms > 0
+
+
+def test_a_trace_records_every_selection(opened):
+    answer = opened(theta=2.0).ask(MOON, max_new_tokens=6, trace=True)
+    assert {(s.step, s.layer) for s in answer.trace} == {(step, layer) for step in range(1, 6) for layer in range(4)}
+    assert sum(s.first_token.numel() for s in answer.trace) == answer.stats.selected_chunks
+    assert all(int(s.first_token.max()) < answer.stats.prompt_tokens for s in answer.trace)
+    assert opened().ask(MOON, max_new_tokens=2).trace is None
+
+
+def test_generate_is_a_session_with_one_question(opened, video_model, processor, frames):
+    cap = cap_share(video_model, 280, 0.6)
+    one = tieredkv.generate(video_model, frames, STAR, cap, processor=processor, fps=4, max_new_tokens=6, **TIGHT)
+    assert one.token_ids == opened().ask(STAR, max_new_tokens=6).token_ids
+
+
+def test_a_budget_too_small_is_refused_before_prefill_naming_one_that_works(video_model, processor, frames):
+    ask = {"processor": processor, "fps": 4, "max_new_tokens": 4}
+    with pytest.raises(BudgetError, match="the smallest that works is") as refused:
+        tieredkv.generate(video_model, frames, STAR, 1e-7, **ask)
+    works = float(str(refused.value).split("works is ")[1].split(". ")[0])
+    answer = tieredkv.generate(video_model, frames, STAR, works, **ask)
+    assert answer.stats.kv_device_peak_bytes <= answer.stats.kv_cap_bytes
+
+
+def test_a_refused_question_leaves_the_session_usable(opened):
+    session = opened()
+    want = session.ask(STAR, max_new_tokens=4).token_ids
+    with pytest.raises(BudgetError):
+        session.ask(STAR, max_new_tokens=100_000)
+    with pytest.raises(PromptError):
+        session.ask(" ")
+    with pytest.raises(tieredkv.OptionError):
+        session.ask(STAR, temprature=1)
+    assert session.ask(STAR, max_new_tokens=4).token_ids == want
+
+
+def test_a_streamer_that_fails_leaves_the_session_usable(opened):
+    class Failing:
+        def put(self, value):
+            raise RuntimeError("the reader went away")
+
+        def end(self):
+            pass
+
+    session = opened()
+    want = session.ask(STAR, max_new_tokens=4).token_ids
+    with pytest.raises(RuntimeError, match="went away"):
+        session.ask(STAR, max_new_tokens=4, streamer=Failing())
+    assert session.ask(STAR, max_new_tokens=4).token_ids == want
+
+
+def test_a_closed_session_frees_its_memory_and_refuses_work(opened):
+    session = opened()
+    cache, threads = session._cache, threading.active_count()
+    session.close()
+    session.close()
+    assert cache.host_bytes == 0
+    assert cache.ledger.used_bytes == 0
+    assert threading.active_count() <= threads
+    with pytest.raises(TieredKVError, match="closed"):
+        session.ask(STAR)
+
+
+def test_a_second_video_needs_a_second_session(opened, frames):
+    with pytest.raises(TieredKVError, match="open another session"):
+        opened().ingest(frames)
+
+
+def test_the_placeholder_in_a_prompt_is_refused(opened):
+    with pytest.raises(PromptError, match="stands for the video"):
+        opened().ask("what is <|video_pad|> ?")
