@@ -111,7 +111,8 @@ def answer_next(model: Any, processor: Any, frames: np.ndarray, questions: list[
     )
     answers = []
     for question in questions:
-        cache.crop(length)
+        if cache.get_seq_length() > length:
+            cache.crop(length - cache.get_seq_length())
         text = prepare(processor, frames[:2], question.text)["input_ids"][0].tolist()
         feed = text[text.index(model.config.vision_end_token_id) :]
         position = int(positions.max()) + 1
