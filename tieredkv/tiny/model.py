@@ -76,6 +76,7 @@ def save(model: Any, path: Path) -> None:
 
     copy.deepcopy(model).to(torch.bfloat16).save_pretrained(path)
     build_processor().save_pretrained(path)
+    (path / "model.safetensors").chmod(0o644)  # written readable by its owner only
 
 
 def load(dtype: Any = None, path: Path = PATH) -> tuple[Any, Any]:
