@@ -4,6 +4,7 @@ Without an argument a tiny random Llama stands in, so that the example runs anyw
 """
 
 import sys
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -15,7 +16,7 @@ def main() -> None:
     if len(sys.argv) == 2:
         model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
         tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-        ids = tokenizer(open("README.md").read() + "\nIn short:", return_tensors="pt").input_ids
+        ids = tokenizer(Path("README.md").read_text() + "\nIn short:", return_tensors="pt").input_ids
     else:
         torch.manual_seed(0)
         config = LlamaConfig(

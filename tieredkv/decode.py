@@ -18,9 +18,18 @@ _RUN_OPTIONS = ("generation_config", "logits_processor", "stopping_criteria", "s
 _REFUSED = {
     "num_beams": 1,
     "num_return_sequences": 1,
+    "num_beam_groups": 1,
+    "constraints": None,
+    "force_words_ids": None,
+    "penalty_alpha": None,
+    "dola_layers": None,
+    "guidance_scale": None,
+    "token_healing": False,
     "prompt_lookup_num_tokens": None,
+    "prefill_chunk_size": None,
     "cache_implementation": None,
     "use_cache": True,
+    "max_length": None,
     "output_attentions": False,
     "output_hidden_states": False,
     "output_scores": False,
@@ -116,6 +125,7 @@ def run(
         attention_mask=torch.ones_like(prompt_ids),
         position_ids=torch.zeros_like(prompt_ids),
         max_new_tokens=max_new_tokens,
+        use_cache=False,  # the cache is ours: `generate` must not allocate one beside it
         custom_generate=loop,
         **given,
     )

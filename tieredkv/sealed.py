@@ -141,7 +141,7 @@ class SealedLayer:
         first = sinks * self._c
         mass = saliency[self.dynamic, first : first + chunks * self._c].view(n, chunks, self._c).sum(-1)
         likely = select.ranked_chunks(mass, slots).to(self.device)
-        # Worst first, so that the better ones are the younger.
+        # Worst first: of slots used equally long ago, the first gives way.
         local, _ = self.residency.admit(likely.flip(1), self._clock)
         self.tiers.counters.warm_bytes += self._copy_chunks(likely.flip(1), local)()
         if not self.tiers.plan.ranked:

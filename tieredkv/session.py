@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from types import TracebackType
 from typing import Any
@@ -18,9 +19,11 @@ from tieredkv.memory.host import check_host_memory
 from tieredkv.models.base import EncodedVideo, Positions
 from tieredkv.progress import Stages
 from tieredkv.stats import Generation, Stats
-from tieredkv.video.encode import encode_frames
+from tieredkv.video.encode import encode_video
 from tieredkv.video.frames import load_frames
 
+DEFAULT_FPS = 2.0
+"""Frames sampled per second where neither the caller nor the processor says (Qwen2.5-VL's own rate)."""
 DEFAULT_NEW_TOKENS = 256
 """`max_new_tokens` where neither the caller nor a generation config says."""
 QUESTION_ROOM = 256
@@ -78,33 +81,44 @@ class VideoSession:
         if self.video is not None:
             raise TieredKVError("this session has its video already: open another session for another video.")
         started = time.perf_counter()
-        rate = getattr(self.processor.video_processor, "fps", None) or 2.0 if fps is None else fps
+        rate = (getattr(self.processor.video_processor, "fps", None) or DEFAULT_FPS) if fps is None else fps
         with self._stages("decode", "frames") as bar:
             frames = load_frames(video, rate, source_fps, max_frames, bar)
-        with self._stages("encode", "tokens") as bar:
-            encoded = encode_frames(self.family, self.model, self.processor, frames, bar)
+        inputs = self.family.preprocess(self.processor, frames.pixels, frames.fps)
+        rate = frames.fps
         del frames
+        head, tail = self._template(question)
+        self._head, self._head_ids = head, self._tokenize(head)
+        visual = math.prod(self.family.grid(self.model, inputs))
+        room = self._check_memory(visual, self._tokenize(tail).shape[1], max_new_tokens)
+        with self._stages("encode", "tokens") as bar:
+            encoded = encode_video(self.family, self.model, inputs, rate, bar)
+        del inputs
         try:
-            self._prefill_video(encoded, question, max_new_tokens)
+            self._prefill_video(encoded, room)
         except BaseException:
             self._drop_cache()
             raise
         self.video = encoded
         self.ingest_s = time.perf_counter() - started
 
-    @torch.no_grad()
-    def _prefill_video(self, video: EncodedVideo, question: str, max_new_tokens: int) -> None:
-        head, tail = self._template(question)
-        self._head, self._head_ids = head, self._tokenize(head)
-        visual = video.features.shape[0]
-        start, total = self._head_ids.shape[1], self._head_ids.shape[1] + visual
-        asked = self._tokenize(tail).shape[1]
+    def _check_memory(self, visual: int, asked: int, max_new_tokens: int) -> int:
+        """Refuse what neither tier can hold, before the costly stages; prompt tokens to make room for in the host tier.
+
+        visual, asked: tokens of the video and of the text after it.
+        """
         shape = model_shape(self.model.config, self._dtype)
-        plan.check_cap(shape, self.tiers, plan.lay_out(self.tiers, total + asked, asked, max_new_tokens), asked)
-        expected = total + asked + QUESTION_ROOM
-        what = f"the cache of {total:,} tokens"
-        check_host_memory(expected * shape.token_bytes, what, "lower fps or max_frames")
-        cache = TieredCache(self.model.config, self.tiers, expected_tokens=expected)
+        tokens = self.head_tokens + visual + asked
+        plan.check_cap(shape, self.tiers, plan.lay_out(self.tiers, tokens, asked, max_new_tokens), asked)
+        room = tokens + QUESTION_ROOM
+        what = f"the cache of {tokens:,} tokens"
+        check_host_memory(room * shape.token_bytes, what, "lower fps or max_frames")
+        return room
+
+    @torch.no_grad()
+    def _prefill_video(self, video: EncodedVideo, room: int) -> None:
+        start, total = self.head_tokens, self.head_tokens + video.features.shape[0]
+        cache = TieredCache(self.model.config, self.tiers, expected_tokens=room)
         cache.auto_seal = False
         cache.visual = torch.arange(total) >= start
         self._cache = cache
