@@ -25,6 +25,8 @@ CLIP_SEED = 100_000  # first scene seed of the clips; each stage has its own ten
 
 def train(out: Path, quick: bool = False, seed: int = 0) -> None:
     """Runs what is not done yet: vision, then each stage of the curriculum. `quick` is a smoke test."""
+    if not 0 <= seed < 50:
+        raise ValueError(f"seed {seed} is not in 0 .. 49: further ones would train on scenes kept for evaluation")
     out.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(seed)

@@ -106,7 +106,7 @@ def train_vision(
         optimizer,
         lambda step: min(1, (step + 1) / 50) * (0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2),
     )
-    started, scene_seed, shelf = time.perf_counter(), seed * 100_000, _Shelf()
+    started, scene_seed, shelf = time.perf_counter(), seed * 10_000, _Shelf()
     for step in range(steps):
         while len(shelf) < 8 * batch:
             shelf.add(crowded_scene(scene_seed))
