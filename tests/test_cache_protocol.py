@@ -124,3 +124,74 @@ def test_small_budgets_still_answer_and_say_what_they_did(llama, long_ids):
     assert cache.counters.selected > 0
     assert 0 < cache.counters.resident < cache.counters.selected
     assert cache.counters.prefetched_bytes > 0
+
+
+@pytest.mark.parametrize("chunk", [100, 299])
+def test_a_prompt_that_ends_in_a_single_token_is_prefilled_when_its_length_is_known(llama, long_ids, chunk):
+    from helpers import cap_share
+
+    ids = long_ids[:, : 2 * chunk + 1]
+    want = llama(ids).logits[:, -1]
+    tiers = tieredkv.TierConfig(gpu_kv_gb=cap_share(llama, ids.shape[1], 1.0), chunk_tokens=8, text_window=16)
+    made = TieredCache(llama.config, tiers, max_new_tokens=4, prompt_tokens=ids.shape[1])
+    with torch.no_grad(), tieredkv.use_attention(llama), made as cache:
+        for part in ids.split(chunk, dim=1):
+            logits = llama(part, past_key_values=cache).logits[:, -1]
+        assert not cache.sealed
+        llama(ids[:, :1], past_key_values=cache)
+        assert cache.sealed
+    torch.testing.assert_close(logits, want, atol=2e-4, rtol=0)
+
+
+def test_prefill_is_exact_when_the_past_is_streamed_in_many_blocks(llama, long_ids):
+    from helpers import cap_share
+
+    want = llama(long_ids).logits
+    tiers = tieredkv.TierConfig(gpu_kv_gb=cap_share(llama, 900, 0.1), chunk_tokens=8, text_window=4)
+    with torch.no_grad(), tieredkv.use_attention(llama), TieredCache(llama.config, tiers) as cache:
+        parts = [llama(part, past_key_values=cache).logits for part in long_ids.split(130, dim=1)]
+        assert cache.transfer.streamed_bytes > 3 * 900 * cache.shape.token_bytes
+        assert cache.ledger.peak_bytes <= cache.ledger.cap_bytes
+    torch.testing.assert_close(torch.cat(parts, dim=1), want, atol=2e-4, rtol=0)
+
+
+def test_a_forward_cut_off_midway_is_noticed_and_mended_by_truncating(llama, prompt_ids, monkeypatch):
+    with torch.no_grad(), tieredkv.use_attention(llama), TieredCache(llama.config, gpu_kv_gb=1) as cache:
+        llama(prompt_ids[:, :200], past_key_values=cache)
+        with monkeypatch.context() as patch:
+            patch.setattr(llama.model.layers[1].mlp, "forward", lambda x: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                llama(prompt_ids[:, 200:250], past_key_values=cache)
+        with pytest.raises(RuntimeError, match=r"did not run through all layers.*truncate\(200\)"):
+            llama(prompt_ids[:, 200:250], past_key_values=cache)
+        cache.truncate(200)
+        got = llama(prompt_ids[:, 200:250], past_key_values=cache).logits
+    torch.testing.assert_close(got, llama(prompt_ids[:, :250]).logits[:, 200:], atol=2e-4, rtol=0)
+
+
+def test_generating_from_a_cropped_prompt_equals_stock(llama, prompt_ids):
+    """The usual use of a cached prefix: crop its last token and generate from the whole prompt."""
+    want = llama.generate(prompt_ids, max_new_tokens=8, do_sample=False)
+    with torch.no_grad(), tieredkv.use_attention(llama), TieredCache(llama.config, gpu_kv_gb=1) as cache:
+        llama(prompt_ids, past_key_values=cache)
+        cache.crop(-1)
+        got = llama.generate(prompt_ids, past_key_values=cache, max_new_tokens=8, do_sample=False)
+    assert torch.equal(got, want)
+
+
+def test_a_seal_that_does_not_fit_leaves_the_cache_in_prefill(llama, prompt_ids):
+    from helpers import cap_share
+
+    tiers = tieredkv.TierConfig(gpu_kv_gb=cap_share(llama, 300, 0.5), chunk_tokens=8, text_window=16)
+    with torch.no_grad(), tieredkv.use_attention(llama), TieredCache(llama.config, tiers, max_new_tokens=500) as cache:
+        llama(prompt_ids[:, :250], past_key_values=cache)
+        with pytest.raises(tieredkv.BudgetError):
+            llama(prompt_ids[:, :1], past_key_values=cache)
+        got = llama(prompt_ids[:, 250:], past_key_values=cache).logits
+    torch.testing.assert_close(got, llama(prompt_ids).logits[:, 250:], atol=2e-4, rtol=0)
+
+
+def test_the_host_tier_keeps_no_autograd_graph(llama, prompt_ids):
+    with tieredkv.use_attention(llama), TieredCache(llama.config, gpu_kv_gb=1) as cache:
+        llama(prompt_ids, past_key_values=cache)
+        assert not cache.tiered_layers[0].host.chunks().requires_grad

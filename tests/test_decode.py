@@ -130,6 +130,26 @@ def test_options_that_change_what_decoding_is_are_refused(options):
         check_options(options)
 
 
+def test_what_a_generation_config_asks_for_is_looked_into(session):
+    for config, message in (
+        (GenerationConfig(num_beams=3), "num_beams=3"),
+        (GenerationConfig(penalty_alpha=0.6, top_k=4), "penalty_alpha=0.6"),
+        (GenerationConfig(max_length=5), "max_length=5"),
+        ({"max_new_tokens": 3}, "generation_config is a dict"),
+    ):
+        with pytest.raises(OptionError, match=message):
+            session.ask(QUESTION, generation_config=config)
+
+
+def test_a_value_transformers_refuses_is_an_option_error(session):
+    with pytest.raises(OptionError, match="temperature"):
+        session.ask(QUESTION, max_new_tokens=3, do_sample=True, temperature=-1.0)
+
+
+def test_the_models_own_length_holds_when_none_is_given(session, video_model):
+    assert session.new_tokens({}) == video_model.generation_config.max_new_tokens == 32
+
+
 @pytest.mark.parametrize("value", [0, -1, 1.5, "8", True])
 def test_a_silly_length_is_refused(value):
     with pytest.raises(OptionError, match="max_new_tokens"):

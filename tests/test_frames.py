@@ -176,3 +176,49 @@ def test_a_truncated_file_is_refused_with_the_time_it_stops(tmp_path, suffix, sh
         return
     with pytest.raises(VideoError, match=r"cut\.\w+: (decoding stopped at [\d.]+ s|not a readable video file)"):
         load_frames(path, fps=2)
+
+
+def test_a_truncated_file_with_sound_is_refused_too(tmp_path):
+    """Matroska states each stream's length in a tag; the file's own covers the sound as well."""
+    path, noise = tmp_path / "talk.mkv", np.random.default_rng(0)
+    with av.open(str(path), "w") as output:
+        video = output.add_stream("libx264", rate=10)
+        video.width = video.height = 64
+        video.pix_fmt = "yuv420p"
+        sound = output.add_stream("aac", rate=8000, layout="mono")
+        for i in range(100):
+            picture = noise.integers(0, 255, (64, 64, 3), dtype=np.uint8)
+            output.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            samples = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.float32), format="fltp", layout="mono")
+            samples.rate, samples.pts = 8000, i * 800
+            output.mux(sound.encode(samples))
+        output.mux(video.encode())
+        output.mux(sound.encode())
+    assert len(load_frames(path, fps=2).pixels) == 20
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(VideoError, match=r"talk\.mkv: decoding stopped at [45]\.\d+ s"):
+        load_frames(path, fps=2)
+
+
+def test_a_picture_that_changes_size_is_refused_with_the_time(tmp_path):
+    path = tmp_path / "joined.ts"
+    parts = [
+        write(tmp_path / f"{size}.ts", [start + i / 10 for i in range(20)], size=size)
+        for size, start in ((64, 0), (96, 2))
+    ]
+    path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    with pytest.raises(VideoError, match=r"joined\.ts: the picture changes from 64x64 to 96x96 at [\d.]+ s"):
+        load_frames(path, fps=5)
+
+
+def test_half_precision_tensors_are_frames_like_any():
+    import torch
+
+    video = torch.rand(3, 8, 8, 3)
+    half = load_frames(video.bfloat16(), fps=1).pixels.astype(int)
+    assert np.abs(half - load_frames(video, fps=1).pixels).max() <= 2
+
+
+def test_a_name_no_file_system_takes_is_a_missing_file():
+    with pytest.raises(VideoError, match="no such file"):
+        load_frames("what happens in this film ? " * 20, fps=1)

@@ -17,6 +17,7 @@ SHAPE = plan.KVShape(num_layers=3, num_attention_heads=4, num_key_value_heads=2,
 def decode_bytes(shape: plan.KVShape, tiers: TierConfig, made: plan.DecodePlan, n_dynamic: int) -> int:
     """What a plan will hold at once while decoding."""
     total = made.pool_pages * plan.page_bytes(shape, tiers) + made.scratch_pages * plan.scratch_page_bytes(shape, tiers)
+    total += plan.table_bytes(shape, made.layout)
     if made.ranked and n_dynamic:
         total += plan.digest_bytes(shape, made.layout, n_dynamic) + plan.ranking_bytes(shape, made.layout)
     return total
@@ -121,6 +122,11 @@ def test_a_short_prompt_is_all_recent():
         ("gpu_kv_gb", -1),
         ("gpu_kv_gb", float("nan")),
         ("gpu_kv_gb", "4"),
+        ("gpu_kv_gb", 1e308),
+        ("theta", float("nan")),
+        ("theta", "x"),
+        ("top_k_ratio", "a"),
+        ("budget_ratio", "1"),
         ("chunk_tokens", 0),
         ("chunk_tokens", 3.5),
         ("top_k_ratio", 0),
@@ -134,3 +140,30 @@ def test_a_short_prompt_is_all_recent():
 def test_a_setting_out_of_range_is_named(name, value):
     with pytest.raises(BudgetError, match=f"{name}=.* is not valid: give"):
         TierConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "group"),
+    [(torch.float32, 128, 7), (torch.bfloat16, 32, 2), (torch.bfloat16, 128, 7)],
+    ids=str,
+)
+@pytest.mark.parametrize("batch_pages", [1, 10])
+def test_scratch_counted_covers_what_the_torch_attention_allocates(dtype, head_dim, group, batch_pages):
+    """Peak of live bytes inside one call, from torch's own profiler, against the planner's figure."""
+    from tieredkv.attention.reference import paged_attention
+
+    tiers = TierConfig(chunk_tokens=32)
+    shape = plan.KVShape(1, group, 1, head_dim, dtype.itemsize)
+    pages = torch.randn(30, 2, 32, head_dim).to(dtype)
+    table, lengths = torch.arange(30).int().view(1, 30), torch.full((1, 30), 32).int()
+    query = torch.randn(group, head_dim).to(dtype)
+    paged_attention(query, pages, table, lengths, 1.0, batch_pages)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        paged_attention(query, pages, table, lengths, 1.0, batch_pages)
+    live = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    fixed = 8 * group * head_dim * 4 + 30 * 32  # outputs of the call and of its merges, and the index of used pages
+    assert 0 < peak <= batch_pages * plan.scratch_page_bytes(shape, tiers) + fixed

@@ -47,6 +47,20 @@ def test_an_error_in_the_copy_reaches_the_waiter(prefetcher):
     assert prefetcher.wait(0) == 0
 
 
+def test_draining_waits_for_all_and_swallows_their_errors(prefetcher):
+    done = []
+
+    def fail() -> int:
+        done.append("failed")
+        raise RuntimeError
+
+    prefetcher.submit(0, fail)
+    prefetcher.submit(1, lambda: done.append("copied") or 5)
+    prefetcher.drain()
+    assert done == ["failed", "copied"]
+    assert prefetcher.wait(0) == prefetcher.wait(1) == 0
+
+
 def test_a_second_copy_for_one_key_is_refused(prefetcher):
     prefetcher.submit(0, lambda: 0)
     with pytest.raises(RuntimeError, match="outstanding"):

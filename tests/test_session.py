@@ -195,3 +195,74 @@ def test_a_second_video_needs_a_second_session(opened, frames):
 def test_the_placeholder_in_a_prompt_is_refused(opened):
     with pytest.raises(PromptError, match="stands for the video"):
         opened().ask("what is <|video_pad|> ?")
+
+
+def test_a_streamer_is_ended_when_the_question_is_refused(opened):
+    class Reader:
+        ended = False
+
+        def put(self, value):
+            pass
+
+        def end(self):
+            self.ended = True
+
+    reader = Reader()
+    with pytest.raises(BudgetError):
+        opened().ask(STAR, max_new_tokens=100_000, streamer=reader)
+    assert reader.ended
+
+
+def test_a_copy_that_fails_reaches_the_asker_and_leaves_the_session_usable(opened, monkeypatch):
+    session = opened(theta=2.0)
+    want = session.ask(MOON, max_new_tokens=6).token_ids
+    prefetcher = session._cache._prefetcher
+
+    def fail() -> int:
+        raise OSError("the copy failed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prefetcher, "submit", lambda key, copy, submit=prefetcher.submit: submit(key, fail))
+        with pytest.raises(OSError, match="the copy failed"):
+            session.ask(MOON, max_new_tokens=6)
+    assert session.ask(MOON, max_new_tokens=6).token_ids == want
+    assert session._cache.ledger.used_bytes == 0
+
+
+def test_an_interrupt_in_the_middle_of_decoding_leaves_the_session_usable(opened, video_model, monkeypatch):
+    session = opened()
+    want = session.ask(STAR, max_new_tokens=5).token_ids
+    layer, calls = video_model.model.language_model.layers[2].mlp, []
+
+    def interrupted(x, forward=layer.forward):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return forward(x)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(layer, "forward", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            session.ask(STAR, max_new_tokens=5)
+    assert session.ask(STAR, max_new_tokens=5).token_ids == want
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"positions": "mine"}, "positions='mine' is not valid"),
+        ({"processor": object()}, "processor is a object without video_processor"),
+        ({"gpu_gb": 3}, "'gpu_gb' is not an option"),
+        ({"temperature": 1.0}, "is a generation option: give it to ask"),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_bad_options_of_a_session_are_refused(video_model, processor, frames, options, message):
+    with pytest.raises(TieredKVError, match=message):
+        tieredkv.open_session(video_model, frames, **{"processor": processor, "fps": 4, **options})
+
+
+def test_frames_the_processor_refuses_are_a_video_error(video_model, processor):
+    sliver = np.zeros((4, 1, 300, 3), np.uint8)
+    with pytest.raises(tieredkv.VideoError, match="refuses frames of 300x1"):
+        tieredkv.open_session(video_model, sliver, processor=processor, fps=4)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from tieredkv import decode, models
 from tieredkv.config import TierConfig
@@ -12,6 +12,7 @@ from tieredkv.errors import OptionError, UnsupportedModelError
 from tieredkv.models.base import Positions
 from tieredkv.session import VideoSession, check_prompt
 from tieredkv.stats import Generation
+from tieredkv.video.frames import check_request
 
 _TIER_OPTIONS = {field.name for field in fields(TierConfig)}
 _VIDEO_OPTIONS = {"fps", "source_fps", "max_frames"}
@@ -72,6 +73,8 @@ def new_session(
 ) -> VideoSession:
     """A session without a video yet; its `ingest` takes one. Options as in `open_session`."""
     config = _tier_config(gpu_kv_gb, tiers, options)
+    if positions not in get_args(Positions):
+        raise OptionError(f"positions={positions!r} is not valid: give 'published' or 'stock'.")
     model, processor = load(model, processor)
     return VideoSession(model, processor, config, positions=positions, progress=progress)
 
@@ -86,7 +89,8 @@ def generate(model: Any, video: Any, prompt: str, gpu_kv_gb: float = 4.0, **opti
     asking = {name: value for name, value in options.items() if name not in _OPENING}
     decode.check_options(asking, also=(*_OPENING, "trace"))
     check_prompt(prompt)
-    source = {name: opening.pop(name) for name in _VIDEO_OPTIONS if name in opening}
+    source = {name: opening.pop(name, None) for name in _VIDEO_OPTIONS}
+    check_request(video, **source)
     with new_session(model, gpu_kv_gb=gpu_kv_gb, **opening) as session:
         session.ingest(video, question=prompt, max_new_tokens=session.new_tokens(asking), **source)
         return session.ask(prompt, **asking)
@@ -113,11 +117,12 @@ def load(model: Any, processor: Any = None) -> tuple[Any, Any]:
     if isinstance(model, str | Path):
         source = str(model)
         try:
-            config = AutoConfig.from_pretrained(source)
+            models.video_family(AutoConfig.from_pretrained(source))
+            model = AutoModelForImageTextToText.from_pretrained(source, dtype="auto").eval()
+        except UnsupportedModelError:
+            raise
         except (OSError, ValueError) as error:
             raise UnsupportedModelError(f"{source}: no model found there ({_first_line(error)}).") from None
-        models.video_family(config)
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype="auto")
     elif not hasattr(model, "config") or not hasattr(model, "generate"):
         raise UnsupportedModelError(
             f"model is a {type(model).__name__}: give a transformers model, a local path, or a hub id."
@@ -132,7 +137,7 @@ def load(model: Any, processor: Any = None) -> tuple[Any, Any]:
             raise UnsupportedModelError(
                 f"no processor found beside the model ({_first_line(error)}): pass processor=."
             ) from None
-    return model.eval(), processor
+    return model, processor
 
 
 def _first_line(error: Exception) -> str:

@@ -55,7 +55,7 @@ class TieredLayer(CacheLayerMixin):
         if value_states.shape != key_states.shape:
             raise UnsupportedModelError("keys and values of different shapes are not supported.")
         self.host = HostLayer(heads, head_dim, self.cache.tiers.chunk_tokens, self.dtype)
-        self.host.reserve(self.cache.expected_tokens)
+        self.host.reserve(self.cache.prompt_tokens)
         self.is_initialized = True
 
     def update(
@@ -125,7 +125,7 @@ class TieredLayer(CacheLayerMixin):
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Write tokens `(K, n, D)` to the host tier and digest the chunks they complete."""
         assert self.host is not None
-        self.host.append(keys, values)
+        self.host.append(keys.detach(), values.detach())
         self.cache.transfer.written_bytes += 2 * keys.numel() * keys.itemsize
         whole = self.host.length // self.host.chunk_tokens
         if whole > self._digested:
@@ -136,11 +136,17 @@ class TieredLayer(CacheLayerMixin):
 
     def truncate(self, tokens: int) -> None:
         """Forget all but the first `tokens` tokens. Not while sealed."""
-        if self.host is None:
+        if self.host is None or tokens > self.host.length:
             return
         self.host.truncate(tokens)
         self._digested = min(self._digested, tokens // self.host.chunk_tokens)
         self.rows = None
+
+    def close(self) -> None:
+        """Free the layer's host memory."""
+        self.rows = self._digests = None
+        if self.host is not None:
+            self.host.close()
 
     def seal(self, static: torch.Tensor, is_text: torch.Tensor, tiers: Tiers) -> None:
         """Enter the decode phase. static: `(K,)`."""
@@ -154,7 +160,6 @@ class TieredLayer(CacheLayerMixin):
         """Back to prefill: the tokens generated since the seal join the host tier."""
         if self.sealed is None:
             return
-        self.sealed.finish()
         keys, values = self.sealed.generated_tokens()
         self.sealed = None
         if keys.shape[1]:
@@ -170,7 +175,8 @@ class TieredCache(Cache):
             model.generate(input_ids, past_key_values=TieredCache(model.config, gpu_kv_gb=0.5), max_new_tokens=200)
 
     One sequence, not a batch. The first call of a single token after the prompt seals the cache; until then every
-    token attends exactly to all before it.
+    token attends exactly to all before it. If the prompt itself may end in a call of a single token (prefill in chunks
+    that leave one over), say its length as `prompt_tokens`, or that token is taken for a generated one.
     """
 
     def __init__(
@@ -179,14 +185,14 @@ class TieredCache(Cache):
         tiers: TierConfig | None = None,
         *,
         max_new_tokens: int = 256,
-        expected_tokens: int = 0,
+        prompt_tokens: int = 0,
         **options: Any,
     ) -> None:
         """config: the model's. tiers, or its fields as keywords (`gpu_kv_gb=...`), not both.
 
-        max_new_tokens: generated tokens for which device room is set aside; one more raises. expected_tokens: prompt
-        length, if known, so that the host tier is allocated once. Raises `UnsupportedModelError` when a layer is not
-        plain full attention.
+        max_new_tokens: generated tokens for which device room is set aside; one more raises. prompt_tokens: length of
+        the prompt, if known: the host tier is allocated once, and no token before it counts as generated. Raises
+        `UnsupportedModelError` when a layer is not plain full attention.
         """
         if tiers is not None and options:
             raise OptionError(f"give either a TierConfig or its fields, not both: {', '.join(options)}.")
@@ -194,6 +200,9 @@ class TieredCache(Cache):
             self.tiers = TierConfig(**options) if tiers is None else tiers
         except TypeError as error:
             raise OptionError(f"{error}; the options are the fields of TierConfig.") from None
+        for name, value in (("max_new_tokens", max_new_tokens), ("prompt_tokens", prompt_tokens)):
+            if not isinstance(value, int) or value < 0:
+                raise OptionError(f"{name}={value!r} is not valid: give a whole number of at least 0.")
         text = config.get_text_config(decoder=True)
         models.check_text_family(text.model_type)
         kinds, _ = get_layer_types_and_kwargs(text)
@@ -203,7 +212,7 @@ class TieredCache(Cache):
             )
         super().__init__(layers=[TieredLayer(self, index) for index in range(len(kinds))])
         self._text_config = text
-        self.new_tokens, self.expected_tokens = max_new_tokens, expected_tokens
+        self.new_tokens, self.prompt_tokens = max_new_tokens, prompt_tokens
         self.auto_seal = True
         """Seal at the first single token after the prompt. A session turns this off and seals by itself."""
         self.text_rows = self.tiers.text_window
@@ -251,15 +260,31 @@ class TieredCache(Cache):
         """Layer `index` is about to attend for `tokens` new tokens; moves between the phases where that asks for it."""
         if self._closed:
             raise TieredKVError("this TieredCache is closed.")
-        if self._announced is not None:
+        if index > 0 and self._announced is not None:
             raise RuntimeError(
                 f"layer {self._announced} updated a TieredCache but did not attend through it, so its output ignores "
                 "the cache: run the model inside `with tieredkv.use_attention(model):`."
             )
+        if index == 0:
+            lengths = {layer.get_seq_length() for layer in self.tiered_layers}
+            if self._announced is not None or len(lengths) > 1:
+                raise RuntimeError(
+                    "the last forward did not run through all layers of this TieredCache: it was interrupted, or ran "
+                    f"outside `tieredkv.use_attention(model)`. Go back with truncate({min(lengths)}) or less."
+                )
+            self._change_phase(tokens)
         self._announced = index
-        if index == 0 and tokens > 1 and self.sealed:
+
+    def _change_phase(self, tokens: int) -> None:
+        """Seal for the first generated token, leave the decode phase for more prompt."""
+        length = self.get_seq_length()
+        if tokens > 1 and self.sealed:
             self.unseal()
-        elif index == 0 and tokens == 1 and not self.sealed and self.auto_seal and self.get_seq_length() > 0:
+            return
+        # Without scored rows (after a crop) a single token is prefilled: exact, and it brings rows of its own.
+        scored = all(layer.rows is not None for layer in self.tiered_layers)
+        prompt_done = length >= max(1, self.prompt_tokens)
+        if tokens == 1 and self.auto_seal and not self.sealed and prompt_done and scored:
             self.seal()
 
     def attended(self, index: int) -> None:
@@ -326,6 +351,7 @@ class TieredCache(Cache):
         """Back to prefill; generated tokens become cached tokens like any other. Nothing happens if not sealed."""
         if not self.sealed:
             return
+        self.finish()
         for layer in self.tiered_layers:
             layer.unseal()
         self._drop_pool()
@@ -336,24 +362,27 @@ class TieredCache(Cache):
         if self._pool is not None:
             self._pool.close()
             self._pool = None
-        self.ledger.release("digests")
+        for purpose in ("pool", "digests", "tables"):
+            self.ledger.release(purpose)
 
     def finish(self) -> None:
-        """Wait for copies still under way, so that the counters are final."""
-        for layer in self.tiered_layers:
-            if layer.sealed is not None:
-                layer.sealed.finish()
+        """Wait for copies still under way, so that the counters are final. Raises what a copy raised."""
+        if self._prefetcher is not None:
+            for layer in self.tiered_layers:
+                self.counters.prefetched_bytes += self._prefetcher.wait(layer.index)
 
     def truncate(self, tokens: int) -> None:
         """Forget all but the first `tokens` tokens, leaving the decode phase if need be."""
         self._announced = None
-        if tokens > self.tiered_layers[0].prompt_length:
-            self.unseal()
-        else:
-            self.finish()
+        try:
+            if tokens > min(layer.prompt_length for layer in self.tiered_layers):
+                self.unseal()
+            elif self._prefetcher is not None:
+                self._prefetcher.drain()
+        finally:
             self._drop_pool()
-        for layer in self.tiered_layers:
-            layer.truncate(tokens)
+            for layer in self.tiered_layers:
+                layer.truncate(tokens)
 
     def crop(self, tokens_to_remove: int) -> None:
         """transformers' spelling: a negative number of tokens to remove from the end."""
@@ -366,13 +395,13 @@ class TieredCache(Cache):
         if self._closed:
             return
         self._closed = True
-        self.finish()
-        self._drop_pool()
-        if self._prefetcher is not None:
-            self._prefetcher.close()
-        for layer in self.tiered_layers:
-            if layer.host is not None:
-                layer.host.close()
+        try:
+            if self._prefetcher is not None:
+                self._prefetcher.close()
+        finally:
+            self._drop_pool()
+            for layer in self.tiered_layers:
+                layer.close()
 
     def __enter__(self) -> TieredCache:
         return self

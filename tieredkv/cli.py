@@ -32,7 +32,7 @@ def _options(
 
 @app.command()
 def demo(
-    seed: Annotated[int, typer.Option(help="Which video is made.")] = 1_000_000,
+    seed: Annotated[int, typer.Option(min=0, help="Which video is made.")] = 1_000_000,
     minutes: Annotated[float, typer.Option(help="Length of the video.")] = 8.5,
     share: Annotated[float, typer.Option(help="Device memory, as a share of the full cache.")] = 0.1,
     plot: Annotated[Path | None, typer.Option(help="Draw where each answer looked, as PNG.")] = None,

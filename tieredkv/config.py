@@ -53,12 +53,13 @@ class TierConfig:
             if not ok:
                 raise BudgetError(f"{name}={getattr(self, name)!r} is not valid: give {want}.")
 
-        number = isinstance(self.gpu_kv_gb, int | float) and not isinstance(self.gpu_kv_gb, bool)
-        check(
-            number and math.isfinite(self.gpu_kv_gb) and self.gpu_kv_gb > 0,
-            "gpu_kv_gb",
-            "a number of GiB above 0 (fractions are allowed)",
-        )
+        def is_number(value: object) -> bool:
+            return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+        names = ("gpu_kv_gb", "theta", "top_k_ratio", "type_split", "static_floor", "spare_ratio")
+        for name in names:
+            check(is_number(getattr(self, name)), name, "a finite number")
+        check(0 < self.gpu_kv_gb <= 2**20, "gpu_kv_gb", "a number of GiB above 0 (fractions are allowed)")
         for name in ("chunk_tokens", "text_window", "saliency_window", "saliency_pool", "prefill_chunk"):
             value = getattr(self, name)
             check(isinstance(value, int) and value >= 1, name, "a whole number of at least 1")
@@ -71,7 +72,7 @@ class TierConfig:
         check(0 <= self.static_floor <= 1, "static_floor", "a share between 0 and 1")
         check(0 <= self.spare_ratio < 1, "spare_ratio", "a share of at least 0 and below 1")
         check(
-            self.budget_ratio is None or 0 < self.budget_ratio <= 1,
+            self.budget_ratio is None or (is_number(self.budget_ratio) and 0 < self.budget_ratio <= 1),
             "budget_ratio",
             "None or a share above 0 and at most 1",
         )

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, StoppingCriteriaList, StopStringCrite
 from tieredkv.errors import OptionError
 
 _RUN_OPTIONS = ("generation_config", "logits_processor", "stopping_criteria", "streamer")
-_REFUSED = {
+_SEARCHES = {
     "num_beams": 1,
     "num_return_sequences": 1,
     "num_beam_groups": 1,
@@ -26,6 +26,10 @@ _REFUSED = {
     "guidance_scale": None,
     "token_healing": False,
     "prompt_lookup_num_tokens": None,
+}
+"""Options that make another search of decoding."""
+_REFUSED = {
+    **_SEARCHES,
     "prefill_chunk_size": None,
     "cache_implementation": None,
     "use_cache": True,
@@ -36,7 +40,7 @@ _REFUSED = {
     "output_logits": False,
     "return_dict_in_generate": False,
 }
-"""Options of transformers that change what decoding is; only the value here, the plain one, is accepted."""
+"""Options of transformers without effect or of another meaning here; only the plain value given is accepted."""
 
 
 @dataclass(slots=True)
@@ -49,20 +53,31 @@ class Decoded:
     last_token_at: float
 
 
-def check_options(options: dict[str, Any], also: tuple[str, ...] = ()) -> None:
-    """Raise `OptionError` for a generation option that transformers does not know or that is not supported here."""
-    known = {*vars(GenerationConfig()), *_RUN_OPTIONS, *also}
-    known = {name for name in known if not name.startswith("_")}
-    for name, value in options.items():
+def check_options(options: dict[str, Any], also: tuple[str, ...] = (), model_config: Any = None) -> None:
+    """Raise `OptionError` for a generation option that transformers does not know or that is not supported here.
+
+    A `generation_config` among the options is looked into, and so is the model's own where it is given; there, what
+    would only change the form of the output is let pass.
+    """
+    known = {name for name in {*vars(GenerationConfig()), *_RUN_OPTIONS, *also} if not name.startswith("_")}
+    for name in options:
         if name not in known:
             close = difflib.get_close_matches(name, sorted(known), n=1)
             hint = f" Did you mean {close[0]}?" if close else " Generation options have transformers' names."
             raise OptionError(f"{name!r} is not an option.{hint}")
-        if name in _REFUSED and value not in (_REFUSED[name], None):
-            raise OptionError(f"{name}={value!r} is not supported: leave it out.")
-    new = options.get("max_new_tokens")
-    if new is not None and (not isinstance(new, int) or isinstance(new, bool) or new < 1):
-        raise OptionError(f"max_new_tokens={new!r} is not valid: give a whole number of at least 1.")
+    config = options.get("generation_config")
+    if config is not None and not isinstance(config, GenerationConfig):
+        raise OptionError(f"generation_config is a {type(config).__name__}: give a transformers GenerationConfig.")
+    for name, plain in _REFUSED.items():
+        values = [options.get(name), getattr(config, name, None)]
+        if name in _SEARCHES:
+            values.append(getattr(model_config, name, None))
+        for value in values:
+            if value is not None and value != plain:
+                raise OptionError(f"{name}={value!r} is not supported: leave it out, or set it to {plain!r}.")
+    for new in (options.get("max_new_tokens"), getattr(config, "max_new_tokens", None)):
+        if new is not None and (not isinstance(new, int) or isinstance(new, bool) or new < 1):
+            raise OptionError(f"max_new_tokens={new!r} is not valid: give a whole number of at least 1.")
 
 
 def run(
@@ -80,6 +95,7 @@ def run(
     token. step(token) caches the token and returns the logits for the next. options: transformers' names.
     """
     decoded: Decoded | None = None
+    started = False
 
     def loop(
         model: Any,
@@ -89,7 +105,8 @@ def run(
         generation_config: GenerationConfig,
         **model_kwargs: Any,
     ) -> torch.Tensor:
-        nonlocal decoded
+        nonlocal decoded, started
+        started = True
         if streamer is not None:
             streamer.put(input_ids.cpu())
         ids, logits = input_ids, first_logits
@@ -119,16 +136,21 @@ def run(
     given = {name: value for name, value in options.items() if name not in ("max_new_tokens", "streamer")}
     streamer = options.get("streamer")
     resolve_stop_strings(given, tokenizer)
-    # Positions and mask are given so that `generate` neither computes nor stores any on the model.
-    model.generate(
-        input_ids=prompt_ids,
-        attention_mask=torch.ones_like(prompt_ids),
-        position_ids=torch.zeros_like(prompt_ids),
-        max_new_tokens=max_new_tokens,
-        use_cache=False,  # the cache is ours: `generate` must not allocate one beside it
-        custom_generate=loop,
-        **given,
-    )
+    try:
+        # Positions and mask are given so that `generate` neither computes nor stores any on the model.
+        model.generate(
+            input_ids=prompt_ids,
+            attention_mask=torch.ones_like(prompt_ids),
+            position_ids=torch.zeros_like(prompt_ids),
+            max_new_tokens=max_new_tokens,
+            use_cache=False,  # the cache is ours: `generate` must not allocate one beside it
+            custom_generate=loop,
+            **given,
+        )
+    except (ValueError, TypeError) as error:
+        if started:
+            raise
+        raise OptionError(f"a generation option is not valid: {str(error).strip().splitlines()[0]}") from None
     assert decoded is not None
     return decoded
 

@@ -1,4 +1,7 @@
-"""The demo: a generated video, a trained model, the same questions through tiered memory and through a full cache."""
+"""The demo: a generated video, a trained model, the same questions through tiered memory and through a full cache.
+
+Text after the video is numbered as stock transformers does, so that the two answers differ by the cache alone.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +61,7 @@ def right_hops(question: Question, answer: str) -> int:
 def run(seed: int, minutes: float, share: float, plot: Path | None, video_path: Path | None, as_json: bool) -> bool:
     """Run the demo and print it; whether the answers held up and the cap held. Raises `OptionError` for bad input."""
     started = time.perf_counter()
-    _check(minutes, share, plot)
+    _check(minutes, share, plot, video_path)
     console = Console(highlight=False)
     scene = make_scene(seed, round(minutes * 60), CARDS)
     asked = questions(scene, seed, QUESTIONS)
@@ -75,7 +78,7 @@ def run(seed: int, minutes: float, share: float, plot: Path | None, video_path: 
         cap = int(share * scene.seconds * TOKENS_PER_SECOND * shape.token_bytes)
         longest = max(len(question.words) for question in asked) + 1
         with open_session(
-            model, path, gpu_kv_gb=cap / GIB, processor=processor, fps=tiny.FPS, progress=True
+            model, path, gpu_kv_gb=cap / GIB, processor=processor, fps=tiny.FPS, positions="stock", progress=True
         ) as session:
             head = session.head_tokens
             tiered = [session.ask(q.text, max_new_tokens=longest, trace=plot is not None) for q in asked]
@@ -96,15 +99,20 @@ def run(seed: int, minutes: float, share: float, plot: Path | None, video_path: 
     return behind <= MOST_POINTS_BEHIND and report["kv_device_peak_bytes"] <= report["kv_cap_bytes"]
 
 
-def _check(minutes: float, share: float, plot: Path | None) -> None:
+def _check(minutes: float, share: float, plot: Path | None, video_path: Path | None) -> None:
     if not 1 <= minutes <= 20:
         raise OptionError(f"--minutes {minutes:g} is not valid: give 1 to 20, what the tiny model was trained for.")
     if not 0 < share <= 1:
         raise OptionError(f"--share {share:g} is not valid: give a share of the full cache above 0 and at most 1.")
     if plot is not None:
-        from tieredkv.plot import check_target
+        from tieredkv.plot import check_plot
 
-        check_target(plot)
+        check_plot(plot)
+    for name, path in (("--plot", plot), ("--video", video_path)):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise OptionError(f"{name} {path}: there is no folder {path.absolute().parent}.")
+        if path is not None and path.is_dir():
+            raise OptionError(f"{name} {path} is a folder: give a file name.")
 
 
 @torch.no_grad()

@@ -15,7 +15,8 @@ from tieredkv.errors import BudgetError
 from tieredkv.policy.budget import Budgets, split_budget
 from tieredkv.policy.classify import top_k_count
 
-FLOAT32 = 4
+FLOAT32 = INT32 = 4
+"""Bytes."""
 STAGING_TOKENS = 8192
 """Past tokens staged at a time when the cap has room: long enough that a copy runs at link speed."""
 
@@ -110,8 +111,18 @@ def page_bytes(shape: KVShape, tiers: TierConfig) -> int:
 
 
 def scratch_page_bytes(shape: KVShape, tiers: TierConfig) -> int:
-    """What the torch attention holds per gathered page: the page, and its keys or values in float32."""
-    return page_bytes(shape, tiers) + 2 * tiers.chunk_tokens * shape.head_dim * FLOAT32
+    """What the torch attention holds per gathered page: the page, its keys or values in float32, logits."""
+    group = shape.num_attention_heads // shape.num_key_value_heads
+    unzipped = tiers.chunk_tokens * shape.head_dim * (shape.itemsize + FLOAT32)
+    return page_bytes(shape, tiers) + unzipped + tiers.chunk_tokens * (3 * group * FLOAT32 + 1)
+
+
+def table_bytes(shape: KVShape, layout: Layout) -> int:
+    """Upper bound of the index tables, int32: page and length of every page a head could have, and its residency."""
+    per_page = 2 * INT32
+    per_chunk = 4 * INT32
+    pages = layout.old_chunks + layout.recent_pages
+    return shape.kv_heads * (pages * per_page + layout.retrievable * per_chunk)
 
 
 def digest_bytes(shape: KVShape, layout: Layout, dynamic_heads: int) -> int:
@@ -185,7 +196,8 @@ def plan_decode(
             pool -= max(1, (pool * page + scratch * scratch_page - nbytes) // (page + scratch_page))
         return 0, 0
 
-    pool, scratch = pages_for(tiers.cap_bytes)
+    cap = tiers.cap_bytes - table_bytes(shape, layout)
+    pool, scratch = pages_for(cap)
     most = layout.old_chunks
     if pool >= everything and tiers.budget_ratio is None:
         return DecodePlan(
@@ -197,8 +209,8 @@ def plan_decode(
             scratch_pages=max(1, ceil_div(everything, n_heads)),
         )
 
-    rest = tiers.cap_bytes - digest_bytes(shape, layout, n_dynamic) - (ranking_bytes(shape, layout) if n_dynamic else 0)
-    pool, scratch = pages_for(rest)
+    ranking = ranking_bytes(shape, layout) if n_dynamic else 0
+    pool, scratch = pages_for(cap - digest_bytes(shape, layout, n_dynamic) - ranking)
     total = pool - n_heads * layout.recent_pages
     least = _least_pages(layout)
     try:
@@ -229,7 +241,7 @@ def smallest_cap_bytes(shape: KVShape, tiers: TierConfig, layout: Layout, text_r
     pages = shape.kv_heads * (layout.recent_pages + _least_pages(layout))
     scratch = max(1, ceil_div(pages, shape.kv_heads)) * scratch_page_bytes(shape, tiers)
     ranking = digest_bytes(shape, layout, shape.kv_heads) + ranking_bytes(shape, layout)
-    decode = pages * page_bytes(shape, tiers) + scratch + ranking
+    decode = pages * page_bytes(shape, tiers) + scratch + ranking + table_bytes(shape, layout)
     return max(prefill, decode)
 
 

@@ -15,14 +15,12 @@ if TYPE_CHECKING:
     from tieredkv.demo import Answered
 
 
-def check_target(path: Path) -> None:
-    """Raise `OptionError` if a picture cannot be drawn there, before minutes are spent on what it would show."""
+def check_plot(path: Path) -> None:
+    """Raise `OptionError` if a picture cannot be drawn, before minutes are spent on what it would show."""
     if find_spec("matplotlib") is None:
         raise OptionError("--plot needs matplotlib: pip install 'tieredkv[plot]'.")
     if path.suffix.lower() != ".png":
         raise OptionError(f"--plot {path}: give a file name that ends in .png.")
-    if not path.absolute().parent.is_dir():
-        raise OptionError(f"--plot {path}: there is no folder {path.absolute().parent}.")
 
 
 def selections_per_chunk(answer: Answered, chunks: int, chunk_tokens: int) -> np.ndarray:
@@ -69,7 +67,7 @@ def draw_fetches(
     axes.set_xlim(0, scene.seconds)
     axes.set_xlabel("video time, s")
     axes.set_title(
-        "Where each answer's dynamic heads fetched from (shade), the events of the video (triangles), "
+        "Chunks that each answer's dynamic heads drew from host memory (shade), the events of the video (triangles), "
         "those the answer needed (circles)",
         fontsize=9,
         pad=12,

@@ -70,8 +70,8 @@ class SealedLayer:
         recent = layout.recent_pages
         self._picked = slice(recent + sinks, recent + sinks + selected)
         width = recent + max(int(static_pages.max()), sinks + selected if len(self.dynamic) else 0)
-        self.table = torch.zeros((heads, width), dtype=torch.int64, device=self.device)
-        self.lengths = torch.zeros((heads, width), dtype=torch.int64, device=self.device)
+        self.table = tiers.ledger.empty("tables", (heads, width), torch.int32, self.device).zero_()
+        self.lengths = tiers.ledger.empty("tables", (heads, width), torch.int32, self.device).zero_()
 
         self._fill_recent(recent, layout.recent_start)
         for head in self.static.tolist():
@@ -127,7 +127,7 @@ class SealedLayer:
     def _fill_sinks(self, sinks: int, column: int) -> None:
         n = len(self.dynamic)
         slots = self.tiers.pool.take(n * sinks).view(n, sinks)
-        self.table[self.dynamic, column : column + sinks] = slots
+        self.table[self.dynamic, column : column + sinks] = slots.int()
         self.lengths[self.dynamic, column : column + sinks] = self._c
         who = self.dynamic.repeat_interleave(sinks)
         self.tiers.counters.warm_bytes += self._gather(who, torch.arange(sinks).repeat(n), slots.flatten())
@@ -135,6 +135,7 @@ class SealedLayer:
     def _fill_retrieval(self, sinks: int, chunks: int, saliency: torch.Tensor) -> None:
         """Take the retrieval slots and fill them with the chunks that the question's rows looked at most."""
         n, slots = len(self.dynamic), self.tiers.plan.slots
+        self.tiers.ledger.reserve("tables", Residency.bytes_for(n, slots, chunks))
         self.residency = Residency(self.tiers.pool.take(n * slots).view(n, slots), chunks)
         if slots == 0:
             return
@@ -217,14 +218,16 @@ class SealedLayer:
     # ---- end
 
     def generated_tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values, each `(K, generated, D)`, of the tokens decoded since the seal."""
-        pages = self.tiers.pool.pages[self.table[:, : self.tiers.plan.layout.recent_pages]]
-        stop = self.recent_tokens
-        start = stop - self.generated
-        keys, values = pages[:, :, 0].flatten(1, 2), pages[:, :, 1].flatten(1, 2)
-        return keys[:, start:stop], values[:, start:stop]
+        """Keys and values, each `(K, generated, D)` on the host, of the tokens decoded since the seal.
 
-    def finish(self) -> None:
-        """Wait for what is still being copied. The pool and the ledger are the cache's to release."""
-        if self.tiers.prefetcher is not None:
-            self.tiers.counters.prefetched_bytes += self.tiers.prefetcher.wait(self.index)
+        Copied page by page, so that no second copy of them is ever on the device.
+        """
+        shape = (2, self.host.num_heads, self.generated, self.host.head_dim)
+        tokens = torch.empty(shape, dtype=self.host.dtype)
+        first = self.recent_tokens - self.generated
+        for head in range(self.host.num_heads):
+            for page in range(first // self._c, -(-self.recent_tokens // self._c)):
+                start, stop = max(first, page * self._c), min(self.recent_tokens, (page + 1) * self._c)
+                held = self.tiers.pool.pages[int(self.table[head, page])]
+                tokens[:, head, start - first : stop - first] = held[:, start - page * self._c : stop - page * self._c]
+        return tokens[0], tokens[1]

@@ -14,7 +14,7 @@ from tieredkv import decode, models, plan
 from tieredkv.attention.interface import use_attention
 from tieredkv.cache import TieredCache
 from tieredkv.config import TierConfig
-from tieredkv.errors import OptionError, PromptError, TieredKVError, UnsupportedModelError
+from tieredkv.errors import PromptError, TieredKVError, UnsupportedModelError, VideoError
 from tieredkv.memory.host import check_host_memory
 from tieredkv.models.base import EncodedVideo, Positions
 from tieredkv.progress import Stages
@@ -46,9 +46,16 @@ class VideoSession:
         progress: bool = False,
     ) -> None:
         """model, processor: as transformers loads them. The rest as in `tieredkv.open_session`."""
-        if positions not in ("published", "stock"):
-            raise OptionError(f"positions={positions!r} is not valid: give 'published' or 'stock'.")
         self.family = models.video_family(model.config)
+        device = model.get_input_embeddings().weight.device
+        if device.type != "cpu":
+            raise UnsupportedModelError(
+                f"the model is on {device}; tieredkv runs on the CPU only so far: load it there."
+            )
+        for part in ("video_processor", "tokenizer", "apply_chat_template"):
+            if not hasattr(processor, part):
+                kind = type(processor).__name__
+                raise UnsupportedModelError(f"processor is a {kind} without {part}: give the model's AutoProcessor.")
         self.model, self.processor, self.tiers = model, processor, tiers
         self.positions: Positions = positions
         self.ingest_s = 0.0
@@ -58,6 +65,7 @@ class VideoSession:
         self._head = ""
         self._head_ids: torch.Tensor = torch.empty((1, 0), dtype=torch.long)
         self._closed = False
+        self._prefix = 0
 
     # ---- ingest
 
@@ -84,7 +92,11 @@ class VideoSession:
         rate = (getattr(self.processor.video_processor, "fps", None) or DEFAULT_FPS) if fps is None else fps
         with self._stages("decode", "frames") as bar:
             frames = load_frames(video, rate, source_fps, max_frames, bar)
-        inputs = self.family.preprocess(self.processor, frames.pixels, frames.fps)
+        try:
+            inputs = self.family.preprocess(self.processor, frames.pixels, frames.fps)
+        except ValueError as error:
+            _, height, width, _ = frames.pixels.shape
+            raise VideoError(f"the model's processor refuses frames of {width}x{height}: {error}") from None
         rate = frames.fps
         del frames
         head, tail = self._template(question)
@@ -100,6 +112,7 @@ class VideoSession:
             self._drop_cache()
             raise
         self.video = encoded
+        self._prefix = self.head_tokens + encoded.features.shape[0]
         self.ingest_s = time.perf_counter() - started
 
     def _check_memory(self, visual: int, asked: int, max_new_tokens: int) -> int:
@@ -118,7 +131,7 @@ class VideoSession:
     @torch.no_grad()
     def _prefill_video(self, video: EncodedVideo, room: int) -> None:
         start, total = self.head_tokens, self.head_tokens + video.features.shape[0]
-        cache = TieredCache(self.model.config, self.tiers, expected_tokens=room)
+        cache = TieredCache(self.model.config, self.tiers, prompt_tokens=room)
         cache.auto_seal = False
         cache.visual = torch.arange(total) >= start
         self._cache = cache
@@ -154,17 +167,22 @@ class VideoSession:
         self._check_open()
         if self.video is None or self._cache is None:
             raise TieredKVError("this session has no video yet: call ingest first.")
-        decode.check_options(options)
+        decode.check_options(options, model_config=self.model.generation_config)
         check_prompt(prompt)
         head, tail = self._template(prompt)
         if head != self._head:
             raise PromptError("the chat template puts the prompt before the video: such templates are not supported.")
-        cache, prefix = self._cache, self._cache.get_seq_length()
+        cache, streamer = self._cache, options.get("streamer")
+        cache.truncate(self._prefix)
         cache.counters.trace = [] if trace else None
         try:
             return self._answer(cache, self._tokenize(tail), options)
+        except BaseException:
+            if streamer is not None:  # or whoever reads it would wait for ever
+                streamer.end()
+            raise
         finally:
-            cache.truncate(prefix)
+            cache.truncate(self._prefix)
 
     @torch.no_grad()
     def _answer(self, cache: TieredCache, tail_ids: torch.Tensor, options: dict[str, Any]) -> Generation:
@@ -233,10 +251,9 @@ class VideoSession:
 
     def new_tokens(self, options: dict[str, Any]) -> int:
         """`max_new_tokens` of a question with these generation options."""
-        if options.get("max_new_tokens") is not None:
-            return options["max_new_tokens"]
-        config = options.get("generation_config")
-        return getattr(config, "max_new_tokens", None) or DEFAULT_NEW_TOKENS
+        configs = (options.get("generation_config"), self.model.generation_config)
+        stated = (options.get("max_new_tokens"), *(getattr(config, "max_new_tokens", None) for config in configs))
+        return next((value for value in stated if value is not None), DEFAULT_NEW_TOKENS)
 
     # ---- prompt
 
@@ -273,11 +290,6 @@ class VideoSession:
         return self._head_ids.shape[1]
 
     # ---- end
-
-    @property
-    def kv_device_peak_bytes(self) -> int:
-        """Most device bytes this session has held for keys and values."""
-        return 0 if self._cache is None else self._cache.ledger.peak_bytes
 
     def _check_open(self) -> None:
         if self._closed:

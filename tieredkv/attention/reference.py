@@ -95,15 +95,24 @@ def paged_attention(
             raise ValueError(f"KV head {head} has no page to attend to")
         merged: tuple[torch.Tensor, torch.Tensor] | None = None
         for part in used.split(batch_pages):
-            gathered = pages[table[head, part]]
             hidden = (within >= lengths[head, part].unsqueeze(1)).reshape(-1)
-            logits = (grouped[head] @ gathered[:, 0].reshape(-1, d).float().T) * scaling
-            logits.masked_fill_(hidden, float("-inf"))
-            lse = logits.logsumexp(-1)
-            # What lies beyond a page's length was never written: 0 times NaN would still be NaN.
-            values = gathered[:, 1].reshape(-1, d).float().masked_fill(hidden.unsqueeze(-1), 0.0)
-            step = (logits - lse.unsqueeze(-1)).exp() @ values
-            merged = (step, lse) if merged is None else merge(*merged, step, lse)
+            step = _attend_pages(grouped[head], pages, table[head, part], hidden, scaling)
+            merged = step if merged is None else merge(*merged, *step)
         assert merged is not None
         out.view(kv_heads, -1, d)[head] = merged[0].to(out.dtype)
     return out
+
+
+def _attend_pages(
+    query: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor, hidden: torch.Tensor, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of one group `(G, D)`, float32, over a few gathered pages: output and lse. hidden: `(pages * C,)`."""
+    d = query.shape[-1]
+    gathered = pages[slots]
+    logits = (query @ gathered[:, 0].reshape(-1, d).float().T).mul_(scaling)
+    logits.masked_fill_(hidden, float("-inf"))
+    lse = logits.logsumexp(-1)
+    weights = logits.sub_(lse.unsqueeze(-1)).exp_()
+    # What lies beyond a page's length was never written: 0 times NaN would still be NaN.
+    values = gathered[:, 1].reshape(-1, d).float().masked_fill_(hidden.unsqueeze(-1), 0.0)
+    return weights @ values, lse

@@ -50,8 +50,13 @@ class DeviceLedger:
 
     def empty(self, purpose: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """An uninitialised device tensor, counted under `purpose`. Its owner drops it and calls `release`."""
-        self.reserve(purpose, math.prod(shape) * dtype.itemsize)
-        return torch.empty(shape, dtype=dtype, device=device)
+        nbytes = math.prod(shape) * dtype.itemsize
+        self.reserve(purpose, nbytes)
+        try:
+            return torch.empty(shape, dtype=dtype, device=device)
+        except BaseException:
+            self._held[purpose] -= nbytes
+            raise
 
     @contextmanager
     def scratch(self, purpose: str, nbytes: int) -> Iterator[None]:

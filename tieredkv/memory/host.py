@@ -10,9 +10,11 @@ from collections.abc import Iterator
 import psutil
 import torch
 
+from tieredkv.config import GIB
 from tieredkv.errors import BudgetError
 
-GIB = 2**30
+GROWTH_TOKENS = 256
+"""Least room, in tokens, by which a layer grows beyond what it must hold."""
 
 
 class HostLayer:
@@ -48,6 +50,8 @@ class HostLayer:
         held = self._arena.shape[1]
         if chunks <= held:
             return
+        what = f"one layer's host cache of {tokens:,} tokens"
+        check_host_memory(self.bytes_for(tokens), what, "shorten the prompt or the video")
         grown = torch.empty((self.num_heads, chunks, 2, self.chunk_tokens, self.head_dim), dtype=self.dtype)
         used = -(-self.length // self.chunk_tokens)
         grown[:, :used] = self._arena[:, :used]
@@ -57,7 +61,7 @@ class HostLayer:
         """Write the next tokens' keys and values, each `(K, n, D)`, after those held."""
         n = keys.shape[1]
         if self.length + n > self.capacity:
-            self.reserve(max(self.length + n, 2 * self.length))
+            self.reserve(self.length + n + max(GROWTH_TOKENS, self.length // 8))
         done = 0
         while done < n:
             chunk, offset = divmod(self.length + done, self.chunk_tokens)

@@ -72,10 +72,15 @@ class Residency:
     def __init__(self, slots: torch.Tensor, chunks: int) -> None:
         """slots: `(n, R)` pool slots owned. chunks: how many chunks each head could ask for; none is resident yet."""
         n, r = slots.shape
-        self.slots = slots
-        self.chunk_in = torch.full((n, r), -1, dtype=torch.int64, device=slots.device)
-        self.slot_of = torch.full((n, chunks), -1, dtype=torch.int64, device=slots.device)
-        self.last_used = torch.full((n, r), -1, dtype=torch.int64, device=slots.device)
+        self.slots = slots.int()
+        self.chunk_in = torch.full((n, r), -1, dtype=torch.int32, device=slots.device)
+        self.slot_of = torch.full((n, chunks), -1, dtype=torch.int32, device=slots.device)
+        self.last_used = torch.full((n, r), -1, dtype=torch.int32, device=slots.device)
+
+    @staticmethod
+    def bytes_for(heads: int, slots: int, chunks: int) -> int:
+        """Device bytes of the tables."""
+        return 4 * heads * (3 * slots + chunks)
 
     def admit(
         self, wanted: torch.Tensor, clock: int, protected: torch.Tensor | None = None
@@ -90,13 +95,13 @@ class Residency:
         n, m = wanted.shape
         if m > self.slots.shape[1] - (0 if protected is None else protected.shape[1]):
             raise ValueError(f"{m} chunks wanted do not fit the slots that may give way")
-        local = self.slot_of.gather(1, wanted)
+        local = self.slot_of.gather(1, wanted).long()
         miss = local < 0
         held = local.clamp(min=0)
         age = self.last_used.clone()
-        latest = torch.iinfo(torch.int64).max
+        latest = torch.iinfo(age.dtype).max
         # Resident wanted slots cannot be victims; `amax` leaves the others (written by the clamped misses) alone.
-        age.scatter_reduce_(1, held, torch.where(miss, -1, latest), reduce="amax")
+        age.scatter_reduce_(1, held, torch.where(miss, -1, latest).to(age.dtype), reduce="amax")
         if protected is not None:
             age.scatter_(1, protected, latest)
         victims = age.argsort(dim=1, stable=True)
@@ -104,12 +109,12 @@ class Residency:
         local = torch.where(miss, victims.gather(1, order), local)
 
         row = torch.arange(n, device=wanted.device).unsqueeze(1).expand(n, m)
-        old = self.chunk_in[row[miss], local[miss]]
+        old = self.chunk_in[row[miss], local[miss]].long()
         evicted = old >= 0
         self.slot_of[row[miss][evicted], old[evicted]] = -1
-        self.chunk_in[row[miss], local[miss]] = wanted[miss]
-        self.slot_of[row[miss], wanted[miss]] = local[miss]
-        self.last_used.scatter_(1, local, torch.full_like(local, clock))
+        self.chunk_in[row[miss], local[miss]] = wanted[miss].int()
+        self.slot_of[row[miss], wanted[miss]] = local[miss].int()
+        self.last_used.scatter_(1, local, torch.full_like(local, clock, dtype=torch.int32))
         return local, miss
 
     def check_integrity(self) -> None:

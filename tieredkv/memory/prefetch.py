@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Protocol
 
 
@@ -18,6 +18,9 @@ class Prefetcher(Protocol):
 
     def wait(self, key: Hashable) -> int:
         """Block until the key's copy is done; bytes moved, 0 when nothing was outstanding. Raises what it raised."""
+
+    def drain(self) -> None:
+        """Block until nothing is outstanding, whatever became of it: for slots that are given up."""
 
     def close(self) -> None:
         """Finish what is outstanding and end the background work. Twice is fine."""
@@ -38,6 +41,10 @@ class ThreadPrefetcher:
     def wait(self, key: Hashable) -> int:
         future = self._pending.pop(key, None)
         return 0 if future is None else future.result()
+
+    def drain(self) -> None:
+        wait(self._pending.values())
+        self._pending.clear()
 
     def close(self) -> None:
         self._executor.shutdown(wait=True)

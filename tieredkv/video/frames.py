@@ -45,17 +45,37 @@ def load_frames(
     floats in [0, 1]. Frames given as arrays were taken at `source_fps` per second (None: at `fps`, none is dropped).
     Raises `VideoError`.
     """
+    check_request(video, fps, source_fps, max_frames)
     _check_rate("fps", fps)
-    if max_frames is not None and (not isinstance(max_frames, int) or max_frames < 1):
-        raise VideoError(f"max_frames={max_frames!r} is not valid: give a whole number of at least 1.")
     if isinstance(video, str | Path):
         return _read_file(Path(video), fps, max_frames, progress)
     pixels = _as_pixels(video)
     if source_fps is not None:
-        _check_rate("source_fps", source_fps)
         wanted = np.arange(max(1, math.ceil(len(pixels) * fps / source_fps - 1e-9)))
         pixels = pixels[np.minimum((wanted * source_fps / fps + 1e-6).astype(int), len(pixels) - 1)]
     return Frames(np.ascontiguousarray(pixels[:max_frames]), fps)
+
+
+def check_request(video: Any, fps: float | None, source_fps: float | None, max_frames: int | None) -> None:
+    """Raise `VideoError` for rates and counts that cannot be, and for a path without a file: no frame is read.
+
+    fps None: the model's own rate, known later.
+    """
+    if fps is not None:
+        _check_rate("fps", fps)
+    if source_fps is not None:
+        _check_rate("source_fps", source_fps)
+    if max_frames is not None and (not isinstance(max_frames, int) or isinstance(max_frames, bool) or max_frames < 1):
+        raise VideoError(f"max_frames={max_frames!r} is not valid: give a whole number of at least 1.")
+    if isinstance(video, str | Path):
+        try:
+            found, folder = Path(video).exists(), Path(video).is_dir()
+        except (OSError, ValueError) as error:
+            raise VideoError(f"{str(video)[:80]}: no such file ({error.__class__.__name__}).") from None
+        if not found:
+            raise VideoError(f"{video}: no such file.")
+        if folder:
+            raise VideoError(f"{video} is a folder, not a video file.")
 
 
 def _check_rate(name: str, value: Any) -> None:
@@ -67,7 +87,8 @@ def _check_rate(name: str, value: Any) -> None:
 def _as_pixels(video: Any) -> np.ndarray:
     """uint8 `(T, H, W, 3)` of frames given as arrays or images."""
     if isinstance(video, torch.Tensor):
-        array = video.detach().cpu().numpy()
+        tensor = video.detach().cpu()
+        array = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
     elif isinstance(video, np.ndarray):
         array = video
     elif isinstance(video, Sequence) and not isinstance(video, bytes | bytearray):
@@ -97,23 +118,19 @@ def _as_pixels(video: Any) -> np.ndarray:
 
 
 def _read_file(path: Path, fps: float, max_frames: int | None, progress: Progress | None) -> Frames:
-    if not path.exists():
-        raise VideoError(f"{path}: no such file.")
-    if path.is_dir():
-        raise VideoError(f"{path} is a folder, not a video file.")
-    sampler = _Sampler(fps, max_frames)
+    sampler = _Sampler(path, fps, max_frames)
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
                 raise VideoError(f"{path}: there is no video stream in this file.")
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
-            seconds = _stated_seconds(container, stream)
+            seconds, tolerance = _stated_seconds(container, stream)
             total = None if seconds is None else max(1, math.floor(seconds * fps))
             if total is not None:
                 total = total if max_frames is None else min(total, max_frames)
                 what = f"{path}: {total:,} frames of {stream.width}x{stream.height}"
-                size = total * stream.width * stream.height * 3
+                size = 2 * total * stream.width * stream.height * 3  # the frames, and the array they are stacked in
                 check_host_memory(size, what, "lower fps or max_frames, or make the video smaller")
             for frame in container.decode(stream):
                 if frame.time is not None:
@@ -131,7 +148,7 @@ def _read_file(path: Path, fps: float, max_frames: int | None, progress: Progres
     if not sampler.pictures:
         raise VideoError(f"{path}: there is a video stream but not one frame in it.")
     end = sampler.last_time or 0.0
-    if not sampler.full and seconds is not None and end < seconds - max(1.0, 0.02 * seconds):
+    if not sampler.full and seconds is not None and end < seconds - tolerance:
         raise VideoError(_cut_short(path, end, f"the file says it lasts {seconds:.2f} s"))
     if progress is not None:
         progress(len(sampler.pictures), len(sampler.pictures))
@@ -145,19 +162,35 @@ def _cut_short(path: Path, time: float, reason: str) -> str:
     )
 
 
-def _stated_seconds(container: Any, stream: Any) -> float | None:
-    """How long the file says its video is; None where it does not say."""
+def _stated_seconds(container: Any, stream: Any) -> tuple[float | None, float]:
+    """How long the file says its video is (None: it does not say), and by how much the last frame may fall short."""
+    seconds = None
     if stream.duration is not None and stream.time_base is not None:
-        return float(stream.duration * stream.time_base)
-    alone = len(container.streams) == 1
-    return container.duration / av.time_base if container.duration is not None and alone else None
+        seconds = float(stream.duration * stream.time_base)
+    elif tag := stream.metadata.get("DURATION"):  # matroska's, "00:01:02.500000000"
+        seconds = _clock_seconds(tag)
+    if seconds is not None:
+        return seconds, max(1.0, 0.02 * seconds)
+    if container.duration is None:
+        return None, 0.0
+    # The length of the longest stream, which may be the sound.
+    seconds = container.duration / av.time_base
+    return seconds, max(1.0, 0.02 * seconds) if len(container.streams) == 1 else max(5.0, 0.1 * seconds)
+
+
+def _clock_seconds(text: str) -> float | None:
+    try:
+        hours, minutes, seconds = text.split(":")
+        return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+    except ValueError:
+        return None
 
 
 class _Sampler:
     """Keeps what is on screen at 0, 1/fps, 2/fps ... seconds after the first frame, whatever the file's own rate."""
 
-    def __init__(self, fps: float, max_frames: int | None) -> None:
-        self.fps, self.max_frames = fps, max_frames
+    def __init__(self, path: Path, fps: float, max_frames: int | None) -> None:
+        self.path, self.fps, self.max_frames = path, fps, max_frames
         self.pictures: list[np.ndarray] = []
         self.last_time: float | None = None
         self._origin = 0.0
@@ -188,6 +221,12 @@ class _Sampler:
         while self._frame is not None and not self.full and len(self.pictures) / self.fps < time - _SAME_TIME:
             if self._picture is None:
                 self._picture = self._frame.to_ndarray(format="rgb24")
+                if self.pictures and self.pictures[0].shape != self._picture.shape:
+                    (h, w, _), (first_h, first_w, _) = self._picture.shape, self.pictures[0].shape
+                    raise VideoError(
+                        f"{self.path}: the picture changes from {first_w}x{first_h} to {w}x{h} at {time:.2f} s: "
+                        "re-encode the file at one size."
+                    )
             self.pictures.append(self._picture)
 
 
