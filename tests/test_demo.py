@@ -38,7 +38,7 @@ FIELDS = (
 @pytest.mark.model
 def test_the_demo_passes_draws_its_picture_and_ends_with_json(tmp_path, capsys):
     picture, video = tmp_path / "where.png", tmp_path / "kept.mp4"
-    passed = demo.run(seed=1_000_010, minutes=5, share=0.1, plot=picture, video_path=video, as_json=False)
+    passed = demo.run(seed=1_000_010, minutes=8.5, share=0.1, plot=picture, video_path=video, as_json=False)
     lines = capsys.readouterr().out.strip().splitlines()
     report = json.loads(lines[-1])
     assert passed
@@ -56,7 +56,7 @@ def test_the_demo_passes_draws_its_picture_and_ends_with_json(tmp_path, capsys):
 
 @pytest.mark.model
 def test_as_json_prints_one_object_and_nothing_else(capsys):
-    demo.run(seed=1_000_011, minutes=4.2, share=0.1, plot=None, video_path=None, as_json=True)
+    demo.run(seed=1_000_011, minutes=4.2, share=0.15, plot=None, video_path=None, as_json=True)
     out = capsys.readouterr().out
     assert out.count("\n") == 1
     assert list(json.loads(out)) == FIELDS
@@ -70,4 +70,4 @@ def test_the_demo_fails_when_the_answers_fall_behind(monkeypatch, capsys):
     from tieredkv.policy import select
 
     monkeypatch.setattr(select, "group_share", lambda logits: torch.rand(logits.shape[0], logits.shape[-1]))
-    assert not demo.run(seed=1_000_010, minutes=5, share=0.1, plot=None, video_path=None, as_json=True)
+    assert not demo.run(seed=1_000_010, minutes=4.2, share=0.15, plot=None, video_path=None, as_json=True)

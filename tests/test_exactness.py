@@ -82,11 +82,13 @@ def test_published_positions_equal_a_stock_forward_given_them(video_model, proce
     """max(previous) + 1 after the video, checked against a stock forward with those positions passed in."""
     question = "what colour was the star ?"
     inputs = stock_inputs(processor, frames, question)
-    stock_ids, _ = video_model.model.get_rope_index(**{k: v for k, v in inputs.items() if k != "pixel_values_videos"})
-    visual = inputs["mm_token_type_ids"][0] == 2
-    after = int(visual.nonzero().max()) + 1
-    expected = stock_ids.clone()
-    expected[:, 0, after:] = stock_ids[:, 0, :after].max() + 1 + torch.arange(expected.shape[-1] - after)
+    visual = (inputs["mm_token_type_ids"][0] == 2).nonzero().squeeze(1)
+    before, after = int(visual[0]), int(visual[-1]) + 1
+    expected = torch.arange(inputs["input_ids"].shape[1]).repeat(3, 1, 1)
+    step = torch.arange(after - before) // 4  # four tokens a step, two positions apart; two rows of two columns
+    place = torch.arange(after - before) % 4
+    expected[:, 0, before:after] = before + torch.stack((2 * step, place // 2, place % 2))
+    expected[:, 0, after:] += int(expected[:, 0, before:after].max()) + 1 - after
     with torch.no_grad():
         stock = video_model(**inputs, position_ids=expected).logits[:, -1]
     with tieredkv.open_session(video_model, frames, gpu_kv_gb=1, processor=processor, fps=4) as session:

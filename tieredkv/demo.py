@@ -1,6 +1,6 @@
 """The demo: a generated video, a trained model, the same questions through tiered memory and through a full cache.
 
-Text after the video is numbered as stock transformers does, so that the two answers differ by the cache alone.
+Both are given the same position ids, so that the two answers differ by the cache alone.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from rich.table import Table
 from tieredkv.api import open_session
 from tieredkv.config import GIB
 from tieredkv.errors import OptionError
+from tieredkv.models.base import EncodedVideo, VideoFamily
 from tieredkv.progress import Stages
 from tieredkv.session import model_shape
 from tieredkv.stats import Generation
@@ -64,7 +65,7 @@ def run(seed: int, minutes: float, share: float, plot: Path | None, video_path: 
     _check(minutes, share, plot, video_path)
     console = Console(highlight=False)
     scene = make_scene(seed, round(minutes * 60), CARDS)
-    asked = questions(scene, seed, QUESTIONS)
+    asked = list({question.text: question for question in questions(scene, seed, QUESTIONS)}.values())
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "demo.mp4" if video_path is None else video_path
         with Stages(True)("write", "frames") as bar:
@@ -78,12 +79,13 @@ def run(seed: int, minutes: float, share: float, plot: Path | None, video_path: 
         cap = int(share * scene.seconds * TOKENS_PER_SECOND * shape.token_bytes)
         longest = max(len(question.words) for question in asked) + 1
         with open_session(
-            model, path, gpu_kv_gb=cap / GIB, processor=processor, fps=tiny.FPS, positions="stock", progress=True
+            model, path, gpu_kv_gb=cap / GIB, processor=processor, fps=tiny.FPS, progress=True
         ) as session:
-            head = session.head_tokens
+            assert session.video is not None
+            head, encoded, family = session.head_tokens, session.video, session.family
             tiered = [session.ask(q.text, max_new_tokens=longest, trace=plot is not None) for q in asked]
         frames = load_frames(path, tiny.FPS)
-        full = [ask_stock(model, processor, frames, question.text, longest) for question in asked]
+        full = [ask_stock(model, processor, family, frames, encoded, question.text, longest) for question in asked]
     answers = [Answered(*row) for row in zip(asked, tiered, full, strict=True)]
     report = summarize(answers, time.perf_counter() - started)
     if not as_json:
@@ -116,11 +118,16 @@ def _check(minutes: float, share: float, plot: Path | None, video_path: Path | N
 
 
 @torch.no_grad()
-def ask_stock(model: Any, processor: Any, frames: Frames, text: str, max_new_tokens: int) -> str:
-    """The answer of transformers' own `generate` with its full cache, everything from scratch."""
+def ask_stock(
+    model: Any, processor: Any, family: VideoFamily, frames: Frames, video: EncodedVideo, text: str, max_new_tokens: int
+) -> str:
+    """The answer of transformers' own `generate` with its full cache, everything from scratch but the positions."""
     inputs = prepare(processor, frames.pixels, text, frames.fps)
-    ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    return processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    visual = (inputs["mm_token_type_ids"][0] == 2).nonzero().squeeze(1)
+    head, total = int(visual[0]), inputs["input_ids"].shape[1]
+    positions, _ = family.positions(model, head, video, total - head - len(visual), "published")
+    ids = model.generate(**inputs, position_ids=positions.unsqueeze(1), max_new_tokens=max_new_tokens, do_sample=False)
+    return processor.tokenizer.decode(ids[0, total:], skip_special_tokens=True).strip()
 
 
 def summarize(answers: list[Answered], seconds: float) -> dict[str, Any]:

@@ -65,6 +65,7 @@ def draw_fetches(
         axes.scatter(times, [row] * len(times), marker="o", s=46, facecolors="none", edgecolors="C3", linewidths=1.4)
     axes.set_yticks(range(len(answers)), [answer.question.text for answer in answers], fontsize=8)
     axes.set_xlim(0, scene.seconds)
+    axes.set_ylim(len(answers) - 0.5, -0.5)
     axes.set_xlabel("video time, s")
     axes.set_title(
         "Chunks that each answer's dynamic heads drew from host memory (shade), the events of the video (triangles), "

@@ -57,25 +57,38 @@ class Qwen25VL:
     ) -> tuple[torch.Tensor, int]:
         """Three axes: time, row, column; text advances all three together.
 
-        published: text after the video starts at max(previous) + 1, the model authors' rule. stock: it starts
-        max(rows, columns) after the video's start, as `generate` of transformers 5.x numbers it, ignoring the video's
-        duration. Generated tokens continue after the last text token under both.
+        published: text after the video starts at max(previous) + 1, the model authors' rule. stock: whatever the
+        installed transformers numbers a prompt (5.x starts the text max(rows, columns) after the video's start,
+        whatever its duration; 5.17 also cuts the seconds per step to whole ones). Generated tokens continue after the
+        last prompt token under both, as in `generate`.
         """
+        positions = (
+            self._stock(model, head, video, tail) if rule == "stock" else self._published(model, head, video, tail)
+        )
+        return positions, int(positions[0, -1]) + 1
+
+    def _published(self, model: Any, head: int, video: EncodedVideo, tail: int) -> torch.Tensor:
         t, rows, columns = video.grid
         interval = model.config.vision_config.tokens_per_second * video.seconds_per_step
         times = (torch.arange(t) * interval).long()
         grid = torch.stack(torch.meshgrid(times, torch.arange(rows), torch.arange(columns), indexing="ij"))
         visual = grid.reshape(3, -1) + head
-        after = int(visual.max()) + 1 if rule == "published" else head + max(rows, columns)
-        positions = torch.cat(
-            (
-                torch.arange(head).expand(3, -1),
-                visual,
-                (torch.arange(tail) + after).expand(3, -1),
-            ),
-            dim=1,
+        text = torch.arange(head).expand(3, -1), (torch.arange(tail) + int(visual.max()) + 1).expand(3, -1)
+        return torch.cat((text[0], visual, text[1]), dim=1)
+
+    def _stock(self, model: Any, head: int, video: EncodedVideo, tail: int) -> torch.Tensor:
+        merge = model.config.vision_config.spatial_merge_size
+        t, rows, columns = video.grid
+        visual = t * rows * columns
+        kinds = torch.zeros((1, head + visual + tail), dtype=torch.long)
+        kinds[:, head : head + visual] = 2
+        positions, _ = model.model.get_rope_index(
+            input_ids=torch.zeros_like(kinds),
+            mm_token_type_ids=kinds,
+            video_grid_thw=torch.tensor([[t, rows * merge, columns * merge]]),
+            second_per_grid_ts=torch.tensor([video.seconds_per_step]),
         )
-        return positions, int(positions[0, -1]) + 1
+        return positions[:, 0]
 
     def embed(self, model: Any, input_ids: torch.Tensor) -> torch.Tensor:
         return model.get_input_embeddings()(input_ids)
