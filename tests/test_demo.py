@@ -7,6 +7,7 @@ import json
 import pytest
 
 from tieredkv import demo
+from tieredkv.errors import OptionError
 from tieredkv.tiny.scene import Question
 
 CHAIN = Question("follow the star for 2 ?", ("f", "heart", "k", "moon"), "chain", ((0, 1),) * 4)
@@ -71,3 +72,12 @@ def test_the_demo_fails_when_the_answers_fall_behind(monkeypatch, capsys):
 
     monkeypatch.setattr(select, "group_share", lambda logits: torch.rand(logits.shape[0], logits.shape[-1]))
     assert not demo.run(seed=1_000_010, minutes=4.2, share=0.15, plot=None, video_path=None, as_json=True)
+
+
+def test_a_full_disk_is_one_sentence(monkeypatch, tmp_path):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(demo, "write_video", full)
+    with pytest.raises(OptionError, match=r"v\.mp4: cannot be written \(No space left on device\)"):
+        demo.run(seed=1, minutes=2, share=0.5, plot=None, video_path=tmp_path / "v.mp4", as_json=True)

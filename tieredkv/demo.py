@@ -9,6 +9,8 @@ import json
 import platform
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -68,7 +70,7 @@ def run(seed: int, minutes: float, share: float, plot: Path | None, video_path: 
     asked = list({question.text: question for question in questions(scene, seed, QUESTIONS)}.values())
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "demo.mp4" if video_path is None else video_path
-        with Stages(True)("write", "frames") as bar:
+        with Stages(True)("write", "frames") as bar, _writing(path):
             write_video(scene, path, bar)
         if not as_json:
             console.print(
@@ -93,7 +95,8 @@ def run(seed: int, minutes: float, share: float, plot: Path | None, video_path: 
     if plot is not None:
         from tieredkv.plot import draw_fetches
 
-        draw_fetches(scene, answers, head, TOKENS_PER_SECOND, plot)
+        with _writing(plot):
+            draw_fetches(scene, answers, head, TOKENS_PER_SECOND, plot)
         if not as_json:
             console.print(f"Wrote {plot}.")
     print(json.dumps(report))
@@ -115,6 +118,15 @@ def _check(minutes: float, share: float, plot: Path | None, video_path: Path | N
             raise OptionError(f"{name} {path}: there is no folder {path.absolute().parent}.")
         if path is not None and path.is_dir():
             raise OptionError(f"{name} {path} is a folder: give a file name.")
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn a full disk or a folder that may not be written to into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise OptionError(f"{path}: cannot be written ({error.strerror or error}).") from None
 
 
 @torch.no_grad()

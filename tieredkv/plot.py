@@ -75,6 +75,9 @@ def draw_fetches(
     )
     figure.colorbar(image, ax=axes, label="times selected, share of the row's most", pad=0.01)
     partial = path.with_name(path.name + ".part")
-    figure.savefig(partial, dpi=130, format="png")
-    plt.close(figure)
-    partial.replace(path)
+    try:
+        figure.savefig(partial, dpi=130, format="png")
+        partial.replace(path)
+    finally:
+        plt.close(figure)
+        partial.unlink(missing_ok=True)

@@ -85,6 +85,7 @@ class SealedLayer:
             shape = (len(self.dynamic), layout.retrievable, 2, host.head_dim)
             self.digests = tiers.ledger.empty("digests", shape, host.dtype, self.device)
             self.digests.copy_(digests[self.dynamic, sinks : sinks + layout.retrievable])
+            tiers.counters.warm_bytes += self.digests.numel() * self.digests.itemsize
 
     @property
     def length(self) -> int:

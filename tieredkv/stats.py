@@ -33,7 +33,7 @@ class Counters:
     missed_bytes: int = 0
     prefetched_bytes: int = 0
     warm_bytes: int = 0
-    """Copied to the device when the pool was filled."""
+    """Copied to the device by the seal: pages to fill the pool, and digests."""
     static_heads: int = 0
     dynamic_heads: int = 0
     trace: list[Selection] | None = None
@@ -63,7 +63,7 @@ class Stats:
     hit_rate: float | None
     """Share of the selected chunks that were on the device already; None when no head retrieves."""
     moved_bytes: int
-    """Copied from host to device while answering: pool filled, chunks missed, chunks prefetched, past streamed."""
+    """Copied from host to device while answering: past streamed, pool and digests, chunks missed and prefetched."""
     prefetched_bytes: int
     ingest_s: float
     """Decoding, encoding and prefilling the video (once per session)."""
