@@ -195,3 +195,55 @@ def test_the_host_tier_keeps_no_autograd_graph(llama, prompt_ids):
     with tieredkv.use_attention(llama), TieredCache(llama.config, gpu_kv_gb=1) as cache:
         llama(prompt_ids, past_key_values=cache)
         assert not cache.tiered_layers[0].host.chunks().requires_grad
+
+
+def test_a_fault_in_the_last_layers_step_is_noticed(llama, long_ids, monkeypatch):
+    from helpers import cap_share
+
+    tiers = tieredkv.TierConfig(gpu_kv_gb=cap_share(llama, 900, 0.4), chunk_tokens=8, text_window=16, theta=2)
+    made = TieredCache(llama.config, tiers, max_new_tokens=8)
+    with torch.no_grad(), tieredkv.use_attention(llama), made as cache:
+        llama(long_ids, past_key_values=cache)
+        llama(long_ids[:, :1], past_key_values=cache)
+        last = cache.tiered_layers[-1].sealed
+        with monkeypatch.context() as patch:
+            patch.setattr(last, "_copy_chunks", lambda *a: lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                llama(long_ids[:, 1:2], past_key_values=cache)
+        with pytest.raises(RuntimeError, match="did not run through all layers"):
+            llama(long_ids[:, 1:2], past_key_values=cache)
+        cache.truncate(900)
+        got = llama(long_ids[:, :5], past_key_values=cache).logits
+    want = llama(torch.cat((long_ids, long_ids[:, :5]), dim=1)).logits[:, 900:]
+    torch.testing.assert_close(got, want, atol=2e-4, rtol=0)
+
+
+def test_unsealing_by_hand_forgets_what_the_old_question_said(llama, prompt_ids):
+    """The next token is prefilled, exactly, and only then may the cache be sealed anew."""
+    with torch.no_grad(), tieredkv.use_attention(llama), TieredCache(llama.config, gpu_kv_gb=1) as cache:
+        text = llama.generate(prompt_ids, past_key_values=cache, max_new_tokens=120, do_sample=False)
+        cache.unseal()
+        got = llama(text[:, -1:], past_key_values=cache).logits
+    torch.testing.assert_close(got, llama(text).logits[:, -1:], atol=2e-4, rtol=0)
+
+
+def test_a_cache_that_is_dropped_is_freed_at_once(llama, prompt_ids):
+    import gc
+    import weakref
+
+    gc.collect()
+    gc.disable()
+    try:
+        cache = TieredCache(llama.config, gpu_kv_gb=1)
+        with torch.no_grad(), tieredkv.use_attention(llama):
+            llama.generate(prompt_ids, past_key_values=cache, max_new_tokens=3, do_sample=False)
+        host = weakref.ref(cache.tiered_layers[0].host)
+        del cache
+        assert host() is None
+    finally:
+        gc.enable()
+
+
+def test_tiers_that_are_no_tiers_are_refused(llama):
+    with pytest.raises(OptionError, match="tiers is a float"):
+        TieredCache(llama.config, 0.5)

@@ -222,3 +222,52 @@ def test_half_precision_tensors_are_frames_like_any():
 def test_a_name_no_file_system_takes_is_a_missing_file():
     with pytest.raises(VideoError, match="no such file"):
         load_frames("what happens in this film ? " * 20, fps=1)
+
+
+def test_a_video_filmed_upright_is_turned_upright(tmp_path):
+    """A display matrix of 90 degrees clockwise, as phones write: what is left in the stored picture is shown on top."""
+    path = tmp_path / "phone.mp4"
+    with av.open(str(path), "w") as output:
+        stream = output.add_stream("libx264", rate=10)
+        stream.width, stream.height = 96, 64
+        stream.pix_fmt = "yuv420p"
+        picture = np.zeros((64, 96, 3), np.uint8)
+        picture[:, :48] = 220
+        for _ in range(10):
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        output.mux(stream.encode())
+
+    def matrix(*values: int) -> bytes:
+        return b"".join(value.to_bytes(4, "big", signed=True) for value in values)
+
+    one = 0x10000
+    stored = path.read_bytes()
+    track = stored.index(b"tkhd")
+    at = stored.index(matrix(one, 0, 0, 0, one, 0, 0, 0, 0x40000000), track)
+    turned = matrix(0, one, 0, -one, 0, 0, 64 * one, 0, 0x40000000)
+    path.write_bytes(stored[:at] + turned + stored[at + len(turned) :])
+    pixels = load_frames(path, fps=5).pixels
+    assert pixels.shape[1:] == (96, 64, 3)
+    assert pixels[0, :40].mean() > 180
+    assert pixels[0, 56:].mean() < 40
+
+
+def test_a_tag_in_another_encoding_is_no_error(tmp_path):
+    path = tmp_path / "old.mkv"
+    with av.open(str(path), "w") as output:
+        output.metadata["title"] = "XXXXXX"
+        stream = output.add_stream("libx264", rate=10)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        for _ in range(5):
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")))
+        output.mux(stream.encode())
+    path.write_bytes(path.read_bytes().replace(b"XXXXXX", b"caf\xe9\xe9\xe9"))
+    assert len(load_frames(path, fps=10).pixels) == 5
+
+
+def test_a_source_rate_that_would_fill_the_memory_is_refused():
+    from tieredkv.errors import BudgetError
+
+    with pytest.raises(BudgetError, match="check source_fps"):
+        load_frames(np.zeros((100, 64, 64, 3), np.uint8), fps=2, source_fps=1e-9)

@@ -207,9 +207,14 @@ def test_a_streamer_is_ended_when_the_question_is_refused(opened):
         def end(self):
             self.ended = True
 
+    for options, error in (({"max_new_tokens": 100_000}, BudgetError), ({"temprature": 1}, tieredkv.OptionError)):
+        reader = Reader()
+        with pytest.raises(error):
+            opened().ask(STAR, streamer=reader, **options)
+        assert reader.ended
     reader = Reader()
-    with pytest.raises(BudgetError):
-        opened().ask(STAR, max_new_tokens=100_000, streamer=reader)
+    with pytest.raises(tieredkv.VideoError):
+        tieredkv.generate("nowhere", "gone.mp4", STAR, streamer=reader)
     assert reader.ended
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
@@ -87,12 +88,15 @@ def generate(model: Any, video: Any, prompt: str, gpu_kv_gb: float = 4.0, **opti
     """
     opening = {name: value for name, value in options.items() if name in _OPENING}
     asking = {name: value for name, value in options.items() if name not in _OPENING}
-    decode.check_options(asking, also=(*_OPENING, "trace"))
-    check_prompt(prompt)
-    source = {name: opening.pop(name, None) for name in _VIDEO_OPTIONS}
-    check_request(video, **source)
-    with new_session(model, gpu_kv_gb=gpu_kv_gb, **opening) as session:
-        session.ingest(video, question=prompt, max_new_tokens=session.new_tokens(asking), **source)
+    streamer = options.get("streamer")
+    with ExitStack() as opened:
+        with decode.ending_on_error(streamer):
+            decode.check_options(asking, also=(*_OPENING, "trace"))
+            check_prompt(prompt)
+            source = {name: opening.pop(name, None) for name in _VIDEO_OPTIONS}
+            check_request(video, **source)
+            session = opened.enter_context(new_session(model, gpu_kv_gb=gpu_kv_gb, **opening))
+            session.ingest(video, question=prompt, max_new_tokens=session.new_tokens(asking), **source)
         return session.ask(prompt, **asking)
 
 
@@ -100,6 +104,8 @@ def _tier_config(gpu_kv_gb: float, tiers: TierConfig | None, options: dict[str, 
     if unknown := sorted(set(options) - _TIER_OPTIONS):
         decode.check_options({unknown[0]: None}, also=tuple(_OPENING))
         raise OptionError(f"{unknown[0]!r} is a generation option: give it to ask, not to open_session.")
+    if tiers is not None and not isinstance(tiers, TierConfig):
+        raise OptionError(f"tiers is a {type(tiers).__name__}: give a TierConfig, or its fields as keywords.")
     if tiers is None:
         return TierConfig(gpu_kv_gb=gpu_kv_gb, **options)
     if options:
@@ -112,6 +118,7 @@ def load(model: Any, processor: Any = None) -> tuple[Any, Any]:
 
     Raises `UnsupportedModelError` when there is no such model, its family is not supported, or no processor is found.
     """
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     if isinstance(model, str | Path):
@@ -121,8 +128,8 @@ def load(model: Any, processor: Any = None) -> tuple[Any, Any]:
             model = AutoModelForImageTextToText.from_pretrained(source, dtype="auto").eval()
         except UnsupportedModelError:
             raise
-        except (OSError, ValueError) as error:
-            raise UnsupportedModelError(f"{source}: no model found there ({_first_line(error)}).") from None
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise UnsupportedModelError(f"{source}: no usable model found there ({_first_line(error)}).") from None
     elif not hasattr(model, "config") or not hasattr(model, "generate"):
         raise UnsupportedModelError(
             f"model is a {type(model).__name__}: give a transformers model, a local path, or a hub id."

@@ -7,6 +7,7 @@ new token attends to what its heads select. More prompt tokens after a seal lead
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -36,7 +37,8 @@ class TieredLayer(CacheLayerMixin):
 
     def __init__(self, cache: TieredCache, index: int) -> None:
         super().__init__()
-        self.cache, self.index = cache, index
+        self.cache: TieredCache = weakref.proxy(cache)  # or the host tier would outlive its last user
+        self.index = index
         self.host: HostLayer | None = None
         self.rows: prefill.TextRows | None = None
         self.sealed: SealedLayer | None = None
@@ -92,9 +94,15 @@ class TieredLayer(CacheLayerMixin):
 
     def attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
         """Cache new tokens and attend to them and all before. query `(H, n, D)`, keys and values `(K, n, D)`."""
-        self.cache.attended(self.index)
+        self.cache.check_turn(self.index)
         if self.sealed is not None:
-            return self.sealed.step(query[:, 0], keys[:, 0], values[:, 0], scaling).unsqueeze(1)
+            out = self.sealed.step(query[:, 0], keys[:, 0], values[:, 0], scaling).unsqueeze(1)
+        else:
+            out = self._prefill(query, keys, values, scaling)
+        self.cache.attended()
+        return out
+
+    def _prefill(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
         assert self.host is not None
         cache, n = self.cache, query.shape[1]
         rows = min(n, cache.text_rows)
@@ -126,7 +134,6 @@ class TieredLayer(CacheLayerMixin):
         """Write tokens `(K, n, D)` to the host tier and digest the chunks they complete."""
         assert self.host is not None
         self.host.append(keys.detach(), values.detach())
-        self.cache.transfer.written_bytes += 2 * keys.numel() * keys.itemsize
         whole = self.host.length // self.host.chunk_tokens
         if whole > self._digested:
             new = digest.cuboid_mean(self.host.chunks(self._digested, whole)[:, :, 0])
@@ -161,7 +168,7 @@ class TieredLayer(CacheLayerMixin):
         if self.sealed is None:
             return
         keys, values = self.sealed.generated_tokens()
-        self.sealed = None
+        self.sealed = self.rows = None
         if keys.shape[1]:
             self.append(keys, values)
 
@@ -194,6 +201,8 @@ class TieredCache(Cache):
         the prompt, if known: the host tier is allocated once, and no token before it counts as generated. Raises
         `UnsupportedModelError` when a layer is not plain full attention.
         """
+        if tiers is not None and not isinstance(tiers, TierConfig):
+            raise OptionError(f"tiers is a {type(tiers).__name__}: give a TierConfig, or its fields as keywords.")
         if tiers is not None and options:
             raise OptionError(f"give either a TierConfig or its fields, not both: {', '.join(options)}.")
         try:
@@ -287,10 +296,13 @@ class TieredCache(Cache):
         if tokens == 1 and self.auto_seal and not self.sealed and prompt_done and scored:
             self.seal()
 
-    def attended(self, index: int) -> None:
-        """Layer `index` attended."""
+    def check_turn(self, index: int) -> None:
+        """Raise unless layer `index` is the one that was announced."""
         if self._announced != index:
             raise RuntimeError(f"layer {index} attends, but {self._announced} was updated")
+
+    def attended(self) -> None:
+        """The announced layer has cached its tokens and attended."""
         self._announced = None
 
     # ---- phases

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import difflib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +81,17 @@ def check_options(options: dict[str, Any], also: tuple[str, ...] = (), model_con
             raise OptionError(f"max_new_tokens={new!r} is not valid: give a whole number of at least 1.")
 
 
+@contextmanager
+def ending_on_error(streamer: Any) -> Iterator[None]:
+    """End a streamer when the block raises, or whoever reads it would wait for ever. None: nothing to end."""
+    try:
+        yield
+    except BaseException:
+        if streamer is not None:
+            streamer.end()
+        raise
+
+
 def run(
     model: Any,
     prompt_ids: torch.Tensor,
@@ -135,7 +147,7 @@ def run(
     # `generate` drops streamer and tokenizer when it is given a loop of one's own: both are handled here.
     given = {name: value for name, value in options.items() if name not in ("max_new_tokens", "streamer")}
     streamer = options.get("streamer")
-    resolve_stop_strings(given, tokenizer)
+    resolve_stop_strings(given, tokenizer, model.generation_config)
     try:
         # Positions and mask are given so that `generate` neither computes nor stores any on the model.
         model.generate(
@@ -155,9 +167,9 @@ def run(
     return decoded
 
 
-def resolve_stop_strings(options: dict[str, Any], tokenizer: Any) -> None:
-    """Turn `stop_strings`, of the options or their generation config, into a stopping criterion; in place."""
-    config = options.get("generation_config")
+def resolve_stop_strings(options: dict[str, Any], tokenizer: Any, model_config: Any = None) -> None:
+    """Turn `stop_strings`, of the options, their config or the model's, into a stopping criterion; in place."""
+    config = options.get("generation_config") or model_config
     strings = options.pop("stop_strings", None) or getattr(config, "stop_strings", None)
     if not strings:
         return

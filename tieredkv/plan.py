@@ -150,8 +150,8 @@ def scoring_bytes(shape: KVShape, tiers: TierConfig, tokens: int, rows: int, blo
     heads = shape.num_attention_heads
     k = top_k_count(tiers.top_k_ratio, tokens)
     keys_float = shape.num_key_value_heads * block_tokens * shape.head_dim
-    weights = 2 * heads * rows * block_tokens
-    top = 4 * heads * rows * min(k, tokens)
+    weights = 3 * heads * rows * block_tokens
+    top = 7 * heads * rows * min(k, tokens)  # old, block's, both joined, and the new with its int64 indices
     return FLOAT32 * (keys_float + weights + top + 2 * shape.num_key_value_heads * tokens)
 
 

@@ -24,7 +24,10 @@ def check_plot(path: Path) -> None:
 
 
 def selections_per_chunk(answer: Answered, chunks: int, chunk_tokens: int) -> np.ndarray:
-    """How often the answer's dynamic heads selected each of the prompt's chunks: `(chunks,)`, over steps and heads."""
+    """How often the answer's dynamic heads selected each of the prompt's chunks: `(chunks,)`, over steps and heads.
+
+    Each was copied from host memory for this answer at some time, as the pool starts empty.
+    """
     starts = [s.first_token.flatten().numpy() for s in answer.tiered.trace or []]
     picked = np.concatenate(starts) // chunk_tokens if starts else np.empty(0, int)
     return np.bincount(picked, minlength=chunks)[:chunks]

@@ -211,7 +211,7 @@ class SealedLayer:
         self.lengths[self.dynamic, self._picked] = self._c
         if tiers.counters.trace is not None:
             first = (wanted + plan.layout.sink_chunks) * self._c
-            tiers.counters.trace.append(Selection(self._clock, self.index, self.dynamic, first, miss))
+            tiers.counters.trace.append(Selection(self._clock, self.index, self.dynamic, first))
         if tiers.prefetcher is not None and next_best.shape[1]:
             ahead, absent = self.residency.admit(next_best, self._clock, protected=local)
             tiers.prefetcher.submit(self.index, self._copy_chunks(next_best, ahead, absent))

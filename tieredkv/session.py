@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -111,8 +112,8 @@ class VideoSession:
         except BaseException:
             self._drop_cache()
             raise
-        self.video = encoded
-        self._prefix = self.head_tokens + encoded.features.shape[0]
+        self.video = replace(encoded, features=None)
+        self._prefix = self.head_tokens + encoded.tokens
         self.ingest_s = time.perf_counter() - started
 
     def _check_memory(self, visual: int, asked: int, max_new_tokens: int) -> int:
@@ -130,7 +131,7 @@ class VideoSession:
 
     @torch.no_grad()
     def _prefill_video(self, video: EncodedVideo, room: int) -> None:
-        start, total = self.head_tokens, self.head_tokens + video.features.shape[0]
+        start, total = self.head_tokens, self.head_tokens + video.tokens
         cache = TieredCache(self.model.config, self.tiers, prompt_tokens=room)
         cache.auto_seal = False
         cache.visual = torch.arange(total) >= start
@@ -151,6 +152,7 @@ class VideoSession:
         if begin < start:
             parts.append(self.family.embed(self.model, self._head_ids[:, begin : min(stop, start)].to(self._device)))
         if stop > start:
+            assert video.features is not None
             features = video.features[max(0, begin - start) : stop - start]
             parts.append(features.unsqueeze(0).to(self._device, self._dtype))
         return torch.cat(parts, dim=1)
@@ -167,22 +169,18 @@ class VideoSession:
         self._check_open()
         if self.video is None or self._cache is None:
             raise TieredKVError("this session has no video yet: call ingest first.")
-        decode.check_options(options, model_config=self.model.generation_config)
-        check_prompt(prompt)
-        head, tail = self._template(prompt)
-        if head != self._head:
-            raise PromptError("the chat template puts the prompt before the video: such templates are not supported.")
-        cache, streamer = self._cache, options.get("streamer")
-        cache.truncate(self._prefix)
-        cache.counters.trace = [] if trace else None
-        try:
-            return self._answer(cache, self._tokenize(tail), options)
-        except BaseException:
-            if streamer is not None:  # or whoever reads it would wait for ever
-                streamer.end()
-            raise
-        finally:
-            cache.truncate(self._prefix)
+        with decode.ending_on_error(options.get("streamer")):
+            decode.check_options(options, model_config=self.model.generation_config)
+            check_prompt(prompt)
+            head, tail = self._template(prompt)
+            if head != self._head:
+                raise PromptError("the chat template puts the prompt before the video: that is not supported.")
+            self._cache.truncate(self._prefix)
+            self._cache.counters.trace = [] if trace else None
+            try:
+                return self._answer(self._cache, self._tokenize(tail), options)
+            finally:
+                self._cache.truncate(self._prefix)
 
     @torch.no_grad()
     def _answer(self, cache: TieredCache, tail_ids: torch.Tensor, options: dict[str, Any]) -> Generation:
@@ -215,7 +213,7 @@ class VideoSession:
                 hidden = family.decode(model, family.embed(model, ids), place, cache)
                 return family.logits(model, hidden[:, -1])
 
-            placeholder = self._tokenize(family.video_token(self.processor)).expand(1, video.features.shape[0])
+            placeholder = self._tokenize(family.video_token(self.processor)).expand(1, video.tokens)
             prompt_ids = torch.cat((self._head_ids, placeholder, tail_ids), dim=1).to(self._device)
             decoded = decode.run(model, prompt_ids, logits, step, new_tokens, options, self._tokenizer)
         return self._generation(cache, decoded, started, prefix + tail)
@@ -230,7 +228,7 @@ class VideoSession:
         later = (decoded.last_token_at - decoded.first_token_at) * 1000
         stats = Stats(
             prompt_tokens=prompt_tokens,
-            visual_tokens=self.video.features.shape[0],
+            visual_tokens=self.video.tokens,
             new_tokens=count,
             kv_full_bytes=(prompt_tokens + count) * cache.shape.token_bytes,
             kv_cap_bytes=self.tiers.cap_bytes,

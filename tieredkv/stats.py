@@ -18,8 +18,6 @@ class Selection:
     """`(n,)` KV heads."""
     first_token: torch.Tensor
     """`(n, m)` index of each selected chunk's first token in the prompt."""
-    fetched: torch.Tensor
-    """`(n, m)` whether the chunk had to be copied in this step."""
 
 
 @dataclass(slots=True)
@@ -46,7 +44,7 @@ class Counters:
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """Measurements of one answer. Bytes count keys, values and what the tiers hold beside them."""
+    """Measurements of one answer."""
 
     prompt_tokens: int
     visual_tokens: int
@@ -57,6 +55,7 @@ class Stats:
     kv_device_peak_bytes: int
     """Most device bytes ever held by this session, prefill included."""
     kv_host_bytes: int
+    """Keys and values allocated in host memory."""
     static_heads: int
     dynamic_heads: int
     selected_chunks: int

@@ -79,8 +79,8 @@ def paged_attention(
 ) -> torch.Tensor:
     """One query token over pages that differ from head to head: output `(H, D)` in the query's dtype.
 
-    query `(H, D)`, pages `(S, 2, C, D)`, table `(K, P)` int64 page of each head in any order, lengths `(K, P)` int64
-    how many of the page's first tokens count (0: the entry is not there). Every head needs at least one token.
+    query `(H, D)`, pages `(S, 2, C, D)`, table `(K, P)`: the pages of each head in any order, lengths `(K, P)`: how
+    many of a page's first tokens count (0: the entry is not there). Every head needs at least one token.
     batch_pages: pages gathered at a time, which bounds the scratch at `batch_pages` pages whatever `P` is.
     """
     heads, d = query.shape

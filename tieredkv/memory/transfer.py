@@ -15,8 +15,6 @@ class Transfer:
     def __init__(self) -> None:
         self.streamed_bytes = 0
         """Past keys and values streamed to the device during prefill."""
-        self.written_bytes = 0
-        """New keys and values written to the host tier."""
 
     def gather(
         self,
@@ -50,4 +48,4 @@ class Transfer:
 
     def reset(self) -> None:
         """Start the counts again."""
-        self.streamed_bytes = self.written_bytes = 0
+        self.streamed_bytes = 0

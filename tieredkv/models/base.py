@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -15,11 +16,16 @@ Positions = Literal["published", "stock"]
 class EncodedVideo:
     """A video as the decoder takes it."""
 
-    features: torch.Tensor
-    """`(n, hidden)` one embedding per visual token, on the host."""
+    features: torch.Tensor | None
+    """`(n, hidden)` one embedding per visual token, on the host; None once they are prefilled."""
     grid: tuple[int, int, int]
     """Temporal steps, rows and columns of visual tokens; their product is n."""
     seconds_per_step: float
+
+    @property
+    def tokens(self) -> int:
+        """n, visual tokens."""
+        return math.prod(self.grid)
 
 
 class VideoFamily(Protocol):

@@ -28,6 +28,7 @@ def train(out: Path, quick: bool = False, seed: int = 0) -> None:
     if not 0 <= seed < 50:
         raise ValueError(f"seed {seed} is not in 0 .. 49: further ones would train on scenes kept for evaluation")
     out.mkdir(parents=True, exist_ok=True)
+    _check_run(out / "run.json", {"quick": quick, "seed": seed})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(seed)
     model = build_model().to(device)
@@ -65,6 +66,14 @@ def train(out: Path, quick: bool = False, seed: int = 0) -> None:
         report({"done": stage.name, "steps": steps, "seconds": round(time.perf_counter() - started, 1)})
         _keep(path, model, optimizer)
         save(model, out / "weights")
+    save(model, out / "weights")
+
+
+def _check_run(path: Path, run: dict[str, Any]) -> None:
+    """Refuse to go on from the checkpoints of a run with other settings."""
+    if path.exists() and (before := json.loads(path.read_text())) != run:
+        raise SystemExit(f"{path.parent} holds a run with {before}, this one has {run}: give another --out.")
+    path.write_text(json.dumps(run))
 
 
 def _keep(path: Path, model: Any, optimizer: torch.optim.Optimizer | None) -> None:

@@ -27,10 +27,6 @@ class Frames:
     """uint8, `(T, H, W, 3)`, RGB."""
     fps: float
 
-    @property
-    def seconds(self) -> float:
-        return len(self.pixels) / self.fps
-
 
 def load_frames(
     video: Any,
@@ -51,6 +47,8 @@ def load_frames(
         return _read_file(Path(video), fps, max_frames, progress)
     pixels = _as_pixels(video)
     if source_fps is not None:
+        made = math.ceil(len(pixels) * fps / source_fps)
+        check_host_memory(made * pixels[0].nbytes, f"{made:,} frames at fps={fps:g}", "lower fps, or check source_fps")
         wanted = np.arange(max(1, math.ceil(len(pixels) * fps / source_fps - 1e-9)))
         pixels = pixels[np.minimum((wanted * source_fps / fps + 1e-6).astype(int), len(pixels) - 1)]
     return Frames(np.ascontiguousarray(pixels[:max_frames]), fps)
@@ -94,7 +92,12 @@ def _as_pixels(video: Any) -> np.ndarray:
     elif isinstance(video, Sequence) and not isinstance(video, bytes | bytearray):
         if len(video) == 0:
             raise VideoError("the video has no frames: give at least one.")
-        images = [np.asarray(frame.convert("RGB") if hasattr(frame, "convert") else frame) for frame in video]
+        try:
+            images = [np.asarray(frame.convert("RGB") if hasattr(frame, "convert") else frame) for frame in video]
+        except (TypeError, ValueError) as error:
+            raise VideoError(
+                f"a frame cannot be read as an image ({error}): give PIL images or uint8 arrays."
+            ) from None
         if len({image.shape for image in images}) != 1:
             raise VideoError("the frames have different sizes: resize them to one size.")
         array = np.stack(images)
@@ -120,7 +123,7 @@ def _as_pixels(video: Any) -> np.ndarray:
 def _read_file(path: Path, fps: float, max_frames: int | None, progress: Progress | None) -> Frames:
     sampler = _Sampler(path, fps, max_frames)
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), metadata_errors="replace") as container:
             if not container.streams.video:
                 raise VideoError(f"{path}: there is no video stream in this file.")
             stream = container.streams.video[0]
@@ -147,7 +150,7 @@ def _read_file(path: Path, fps: float, max_frames: int | None, progress: Progres
         raise VideoError(_cut_short(path, sampler.last_time, reason)) from None
     if not sampler.pictures:
         raise VideoError(f"{path}: there is a video stream but not one frame in it.")
-    end = sampler.last_time or 0.0
+    end = sampler.shown_until
     if not sampler.full and seconds is not None and end < seconds - tolerance:
         raise VideoError(_cut_short(path, end, f"the file says it lasts {seconds:.2f} s"))
     if progress is not None:
@@ -170,12 +173,12 @@ def _stated_seconds(container: Any, stream: Any) -> tuple[float | None, float]:
     elif tag := stream.metadata.get("DURATION"):  # matroska's, "00:01:02.500000000"
         seconds = _clock_seconds(tag)
     if seconds is not None:
-        return seconds, max(1.0, 0.02 * seconds)
+        return seconds, 1.0
     if container.duration is None:
         return None, 0.0
     # The length of the longest stream, which may be the sound.
     seconds = container.duration / av.time_base
-    return seconds, max(1.0, 0.02 * seconds) if len(container.streams) == 1 else max(5.0, 0.1 * seconds)
+    return seconds, 1.0 if len(container.streams) == 1 else max(5.0, 0.1 * seconds)
 
 
 def _clock_seconds(text: str) -> float | None:
@@ -193,7 +196,7 @@ class _Sampler:
         self.path, self.fps, self.max_frames = path, fps, max_frames
         self.pictures: list[np.ndarray] = []
         self.last_time: float | None = None
-        self._origin = 0.0
+        self._origin = self._gap = 0.0
         self._frame: Any = None
         self._picture: np.ndarray | None = None
 
@@ -208,19 +211,30 @@ class _Sampler:
         elif time - self._origin < self.last_time:
             return
         self._keep_until(time - self._origin)
+        self._gap = 0.0 if self.last_time is None else time - self._origin - self.last_time
         self.last_time = time - self._origin
         self._frame, self._picture = frame, None
 
     def finish(self) -> None:
         """The last frame shown stays for its own duration."""
         if self._frame is not None and self.last_time is not None:
-            ticks = self._frame.duration or 0
-            self._keep_until(self.last_time + max(float(ticks * self._frame.time_base), 2 * _SAME_TIME))
+            self._keep_until(self.last_time + max(self._last_duration, 2 * _SAME_TIME))
+
+    @property
+    def shown_until(self) -> float:
+        """When the last frame leaves the screen: after its own duration, or as long as the one before it stayed."""
+        return (self.last_time or 0.0) + max(self._last_duration, self._gap)
+
+    @property
+    def _last_duration(self) -> float:
+        return 0.0 if self._frame is None else float((self._frame.duration or 0) * self._frame.time_base)
 
     def _keep_until(self, time: float) -> None:
         while self._frame is not None and not self.full and len(self.pictures) / self.fps < time - _SAME_TIME:
             if self._picture is None:
-                self._picture = self._frame.to_ndarray(format="rgb24")
+                # The display matrix turns counterclockwise, and so does rot90: a phone's portrait video stands upright.
+                turns = round(self._frame.rotation / 90) % 4
+                self._picture = np.rot90(self._frame.to_ndarray(format="rgb24"), turns)
                 if self.pictures and self.pictures[0].shape != self._picture.shape:
                     (h, w, _), (first_h, first_w, _) = self._picture.shape, self.pictures[0].shape
                     raise VideoError(
