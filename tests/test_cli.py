@@ -38,7 +38,7 @@ BAD = {
     "a budget too small": (["VIDEO", "what ?", "--gpu-kv-gb", "1e-5"], "the smallest that works is"),
     "no frames asked for": (["VIDEO", "what ?", "--max-frames", "0"], "max_frames=0 is not valid"),
     "no tokens asked for": (["VIDEO", "what ?", "--max-new-tokens", "0"], "max_new_tokens=0 is not valid"),
-    "no model there": (["VIDEO", "what ?", "-m", "/nowhere/model"], "no model found there"),
+    "no model there": (["VIDEO", "what ?", "-m", "/nowhere/model"], "no usable model found there"),
 }
 
 
