@@ -74,7 +74,7 @@ def draw_fetches(
         "Chunks that each answer's dynamic heads drew from host memory (shade), the events of the video (triangles), "
         "those the answer needed (circles)",
         fontsize=9,
-        pad=12,
+        pad=20,
     )
     figure.colorbar(image, ax=axes, label="times selected, share of the row's most", pad=0.01)
     partial = path.with_name(path.name + ".part")
