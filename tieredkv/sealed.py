@@ -146,9 +146,9 @@ class SealedLayer:
         # Worst first: of slots used equally long ago, the first gives way.
         local, _ = self.residency.admit(likely.flip(1), self._clock)
         self.tiers.counters.warm_bytes += self._copy_chunks(likely.flip(1), local)()
+        self.lengths[self.dynamic, self._picked] = self._c  # retrievable chunks are always full
         if not self.tiers.plan.ranked:
             self.table[self.dynamic, self._picked] = self.residency.slots
-            self.lengths[self.dynamic, self._picked] = self._c
 
     def _copy_chunks(
         self, ids: torch.Tensor, local: torch.Tensor, mask: torch.Tensor | None = None
@@ -208,7 +208,6 @@ class SealedLayer:
         tiers.counters.selected += miss.numel()
         tiers.counters.resident += miss.numel() - int(miss.sum())
         self.table[self.dynamic, self._picked] = self.residency.slots.gather(1, local)
-        self.lengths[self.dynamic, self._picked] = self._c
         if tiers.counters.trace is not None:
             first = (wanted + plan.layout.sink_chunks) * self._c
             tiers.counters.trace.append(Selection(self._clock, self.index, self.dynamic, first))
