@@ -14,7 +14,7 @@ import torch
 from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, get_layer_types_and_kwargs
 
-from tieredkv import models, plan, prefill
+from tieredkv import models, prefill, sizes
 from tieredkv.attention import interface
 from tieredkv.config import TierConfig
 from tieredkv.errors import OptionError, TieredKVError, UnsupportedModelError
@@ -242,11 +242,11 @@ class TieredCache(Cache):
         return self.layers  # type: ignore[return-value]
 
     @property
-    def shape(self) -> plan.KVShape:
+    def shape(self) -> sizes.KVShape:
         """Sizes for the planner. The cache must have seen its first tokens."""
         text, host = self._text_config, self.tiered_layers[0].host
         assert host is not None
-        return plan.KVShape(
+        return sizes.KVShape(
             num_layers=len(self.tiered_layers),
             num_attention_heads=text.num_attention_heads,
             num_key_value_heads=host.num_heads,
@@ -320,8 +320,8 @@ class TieredCache(Cache):
         length = self.get_seq_length()
         scores = torch.stack([row.scores for row in rows])
         static = classify.static_heads(scores, self.tiers.theta)
-        layout = plan.lay_out(self.tiers, length, self.text_rows, self.new_tokens)
-        decode_plan = plan.plan_decode(self.shape, self.tiers, layout, scores, static)
+        layout = sizes.lay_out(self.tiers, length, self.text_rows, self.new_tokens)
+        decode_plan = sizes.plan_decode(self.shape, self.tiers, layout, scores, static)
         if self.visual is None:
             is_text = torch.arange(length) >= length - self.text_rows
         else:

@@ -45,6 +45,10 @@ class TierConfig:
     """Last tokens of the prompt that every head always attends to."""
     prefill_chunk: int = 2048
     """Prompt tokens per forward call during prefill."""
+    encode_batch: int | None = None
+    """Visual tokens per call of the vision tower; None: as many as keep its activations small, whole frames always."""
+    host_kv_gb: float | None = None
+    """Cap, in GiB, on the host memory of the complete cache; None: a safe share of what the machine has available."""
     prefetch: bool = True
     """Copy the chunks ranked just below the selection ahead of the next step."""
 
@@ -63,6 +67,10 @@ class TierConfig:
         for name in ("chunk_tokens", "text_window", "saliency_window", "saliency_pool", "prefill_chunk"):
             value = getattr(self, name)
             check(isinstance(value, int) and value >= 1, name, "a whole number of at least 1")
+        for name in ("encode_batch", "host_kv_gb"):
+            value, whole = getattr(self, name), name == "encode_batch"
+            good = is_number(value) and value > 0 and (not whole or isinstance(value, int))
+            check(value is None or good, name, f"None or a {'whole ' if whole else ''}number above 0")
         for name in ("sink_tokens", "recent_window"):
             value = getattr(self, name)
             check(isinstance(value, int) and value >= 0, name, "a whole number of at least 0")

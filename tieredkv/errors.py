@@ -26,3 +26,7 @@ class OptionError(TieredKVError, TypeError):
 
 class PromptError(TieredKVError, ValueError):
     """The prompt is empty, or holds a token that only the runtime may write."""
+
+
+class SessionError(TieredKVError, ValueError):
+    """A saved session cannot be read, is damaged, or belongs to another model, processor or video; says which."""

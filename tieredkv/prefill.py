@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tieredkv import plan
+from tieredkv import sizes
 from tieredkv.attention import reference
 from tieredkv.config import TierConfig
 from tieredkv.memory.device import DeviceLedger
@@ -59,7 +59,7 @@ def staged_past(
     host: HostLayer,
     new_tokens: int,
     rows: int,
-    shape: plan.KVShape,
+    shape: sizes.KVShape,
     tiers: TierConfig,
     ledger: DeviceLedger,
     transfer: Transfer,
@@ -72,16 +72,16 @@ def staged_past(
     `to_generate` tokens afterwards.
     """
     total = host.length + new_tokens
-    block = plan.staging_tokens(shape, tiers, total, rows)
+    block = sizes.staging_tokens(shape, tiers, total, rows)
     if block == 0:
-        raise plan.refusal(shape, tiers, plan.lay_out(tiers, total, rows, to_generate), rows)
-    begun = plan.ceil_div(host.length, tiers.chunk_tokens) * tiers.chunk_tokens
-    block = min(block, max(begun, plan.ceil_div(new_tokens, tiers.chunk_tokens) * tiers.chunk_tokens))
+        raise sizes.refusal(shape, tiers, sizes.lay_out(tiers, total, rows, to_generate), rows)
+    begun = sizes.ceil_div(host.length, tiers.chunk_tokens) * tiers.chunk_tokens
+    block = min(block, max(begun, sizes.ceil_div(new_tokens, tiers.chunk_tokens) * tiers.chunk_tokens))
     flat = host.num_heads * min(block, begun) * host.head_dim
     try:
         keys = ledger.empty("staging", (flat,), host.dtype, device)
         values = ledger.empty("staging", (flat,), host.dtype, device)
-        ledger.reserve("scores", plan.scoring_bytes(shape, tiers, total, rows, block))
+        ledger.reserve("scores", sizes.scoring_bytes(shape, tiers, total, rows, block))
         yield Past(host, host.length, block, keys, values, transfer)
     finally:
         ledger.release("staging")

@@ -19,9 +19,9 @@ from tieredkv.memory.host import HostLayer
 from tieredkv.memory.pool import DevicePool, Residency
 from tieredkv.memory.prefetch import Prefetcher
 from tieredkv.memory.transfer import Transfer
-from tieredkv.plan import DecodePlan, KVShape, ranking_bytes, scratch_page_bytes
 from tieredkv.policy import digest, prune, select
 from tieredkv.prefill import TextRows
+from tieredkv.sizes import DecodePlan, KVShape, ranking_bytes, scratch_page_bytes
 from tieredkv.stats import Counters, Selection
 
 

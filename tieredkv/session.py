@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tieredkv import decode, models, plan
+from tieredkv import decode, models, sizes
 from tieredkv.attention.interface import use_attention
 from tieredkv.cache import TieredCache
 from tieredkv.config import TierConfig
@@ -123,7 +123,7 @@ class VideoSession:
         """
         shape = model_shape(self.model.config, self._dtype)
         tokens = self.head_tokens + visual + asked
-        plan.check_cap(shape, self.tiers, plan.lay_out(self.tiers, tokens, asked, max_new_tokens), asked)
+        sizes.check_cap(shape, self.tiers, sizes.lay_out(self.tiers, tokens, asked, max_new_tokens), asked)
         room = tokens + QUESTION_ROOM
         what = f"the cache of {tokens:,} tokens"
         check_host_memory(room * shape.token_bytes, what, "lower fps or max_frames")
@@ -190,8 +190,8 @@ class VideoSession:
         prefix, tail = cache.get_seq_length(), tail_ids.shape[1]
         new_tokens = self.new_tokens(options)
         cache.new_tokens = new_tokens
-        layout = plan.lay_out(self.tiers, prefix + tail, tail, new_tokens)
-        plan.check_cap(cache.shape, self.tiers, layout, tail)
+        layout = sizes.lay_out(self.tiers, prefix + tail, tail, new_tokens)
+        sizes.check_cap(cache.shape, self.tiers, layout, tail)
         cache.transfer.reset()
         positions, next_position = family.positions(model, self._head_ids.shape[1], video, tail, self.positions)
         with use_attention(model):
@@ -326,11 +326,11 @@ def _spans(first: int, size: int, total: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(ends))
 
 
-def model_shape(config: Any, dtype: torch.dtype) -> plan.KVShape:
+def model_shape(config: Any, dtype: torch.dtype) -> sizes.KVShape:
     """What the planner must know, from a transformers config."""
     text = config.get_text_config(decoder=True)
     heads = text.num_attention_heads
-    return plan.KVShape(
+    return sizes.KVShape(
         num_layers=text.num_hidden_layers,
         num_attention_heads=heads,
         num_key_value_heads=text.num_key_value_heads or heads,

@@ -7,19 +7,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tieredkv import plan
+from tieredkv import sizes
 from tieredkv.config import GIB, TierConfig
 from tieredkv.errors import BudgetError
 
-SHAPE = plan.KVShape(num_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16, itemsize=2)
+SHAPE = sizes.KVShape(num_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16, itemsize=2)
 
 
-def decode_bytes(shape: plan.KVShape, tiers: TierConfig, made: plan.DecodePlan, n_dynamic: int) -> int:
+def decode_bytes(shape: sizes.KVShape, tiers: TierConfig, made: sizes.DecodePlan, n_dynamic: int) -> int:
     """What a plan will hold at once while decoding."""
-    total = made.pool_pages * plan.page_bytes(shape, tiers) + made.scratch_pages * plan.scratch_page_bytes(shape, tiers)
-    total += plan.table_bytes(shape, made.layout)
+    total = made.pool_pages * sizes.page_bytes(shape, tiers) + made.scratch_pages * sizes.scratch_page_bytes(
+        shape, tiers
+    )
+    total += sizes.table_bytes(shape, made.layout)
     if made.ranked and n_dynamic:
-        total += plan.digest_bytes(shape, made.layout, n_dynamic) + plan.ranking_bytes(shape, made.layout)
+        total += sizes.digest_bytes(shape, made.layout, n_dynamic) + sizes.ranking_bytes(shape, made.layout)
     return total
 
 
@@ -44,12 +46,12 @@ def cases(draw: st.DrawFn):
 @settings(max_examples=300, deadline=None)
 def test_a_plan_fits_the_cap_or_is_refused(case):
     tiers, tokens, rows, new, scores = case
-    layout = plan.lay_out(tiers, tokens, rows, new)
+    layout = sizes.lay_out(tiers, tokens, rows, new)
     static = scores >= 0.5
     try:
-        made = plan.plan_decode(SHAPE, tiers, layout, scores, static)
+        made = sizes.plan_decode(SHAPE, tiers, layout, scores, static)
     except BudgetError:
-        assert tiers.cap_bytes < plan.smallest_cap_bytes(SHAPE, tiers, layout, rows)
+        assert tiers.cap_bytes < sizes.smallest_cap_bytes(SHAPE, tiers, layout, rows)
         return
     n_dynamic = int((~static).sum())
     assert decode_bytes(SHAPE, tiers, made, n_dynamic) <= tiers.cap_bytes
@@ -64,39 +66,39 @@ def test_a_plan_fits_the_cap_or_is_refused(case):
 @settings(max_examples=200, deadline=None)
 def test_the_smallest_cap_named_is_enough_and_less_is_refused(case):
     tiers, tokens, rows, new, scores = case
-    layout = plan.lay_out(tiers, tokens, rows, new)
-    smallest = plan.smallest_cap_bytes(SHAPE, tiers, layout, rows)
+    layout = sizes.lay_out(tiers, tokens, rows, new)
+    smallest = sizes.smallest_cap_bytes(SHAPE, tiers, layout, rows)
     enough = TierConfig(
-        gpu_kv_gb=float(plan.as_gib(smallest)),
+        gpu_kv_gb=float(sizes.as_gib(smallest)),
         **{n: getattr(tiers, n) for n in ("chunk_tokens", "sink_tokens", "recent_window", "spare_ratio")},
     )
-    plan.check_cap(SHAPE, enough, layout, rows)
-    assert plan.staging_tokens(SHAPE, enough, tokens, min(rows, tiers.text_window)) >= tiers.chunk_tokens
-    plan.plan_decode(SHAPE, enough, layout, scores, scores >= 0.5)
+    sizes.check_cap(SHAPE, enough, layout, rows)
+    assert sizes.staging_tokens(SHAPE, enough, tokens, min(rows, tiers.text_window)) >= tiers.chunk_tokens
+    sizes.plan_decode(SHAPE, enough, layout, scores, scores >= 0.5)
     less = TierConfig(gpu_kv_gb=(smallest - 1) / GIB, chunk_tokens=tiers.chunk_tokens)
     with pytest.raises(BudgetError, match="the smallest that works is"):
-        plan.check_cap(SHAPE, less, layout, rows)
+        sizes.check_cap(SHAPE, less, layout, rows)
 
 
 @given(st.integers(1, 2**45))
 def test_gib_text_read_back_is_enough_and_hardly_more(nbytes):
-    back = int(float(plan.as_gib(nbytes)) * GIB)
+    back = int(float(sizes.as_gib(nbytes)) * GIB)
     assert nbytes <= back <= nbytes * 1.011 + 1
 
 
 def test_a_cap_beyond_the_cache_selects_everything_and_ranks_nothing():
     tiers = TierConfig(gpu_kv_gb=1)
-    layout = plan.lay_out(tiers, 1000, 10, 20)
+    layout = sizes.lay_out(tiers, 1000, 10, 20)
     scores = torch.zeros(3, 2)
-    made = plan.plan_decode(SHAPE, tiers, layout, scores, scores >= 0.5)
+    made = sizes.plan_decode(SHAPE, tiers, layout, scores, scores >= 0.5)
     assert made.selected == layout.retrievable
     assert not made.ranked
 
 
 def test_a_quality_budget_selects_less_than_is_resident():
     tiers = TierConfig(gpu_kv_gb=1, budget_ratio=0.2)
-    layout = plan.lay_out(tiers, 3000, 10, 20)
-    made = plan.plan_decode(SHAPE, tiers, layout, torch.zeros(3, 2), torch.zeros(3, 2).bool())
+    layout = sizes.lay_out(tiers, 3000, 10, 20)
+    made = sizes.plan_decode(SHAPE, tiers, layout, torch.zeros(3, 2), torch.zeros(3, 2).bool())
     assert made.slots == layout.retrievable
     attended = layout.tokens - layout.recent_start + (layout.sink_chunks + made.selected) * tiers.chunk_tokens
     assert attended <= 0.2 * 3000
@@ -104,14 +106,14 @@ def test_a_quality_budget_selects_less_than_is_resident():
 
 def test_the_recent_region_starts_on_a_chunk_and_holds_the_question():
     tiers = TierConfig(chunk_tokens=32, recent_window=8)
-    layout = plan.lay_out(tiers, 1000, 50, 10)
+    layout = sizes.lay_out(tiers, 1000, 50, 10)
     assert layout.recent_start % 32 == 0
     assert 1000 - layout.recent_start >= 50
     assert layout.recent_pages * 32 >= 1000 - layout.recent_start + 10
 
 
 def test_a_short_prompt_is_all_recent():
-    layout = plan.lay_out(TierConfig(), 20, 10, 5)
+    layout = sizes.lay_out(TierConfig(), 20, 10, 5)
     assert (layout.recent_start, layout.old_chunks, layout.retrievable) == (0, 0, 0)
 
 
@@ -153,7 +155,7 @@ def test_scratch_counted_covers_what_the_torch_attention_allocates(dtype, head_d
     from tieredkv.attention.reference import paged_attention
 
     tiers = TierConfig(chunk_tokens=32)
-    shape = plan.KVShape(1, group, 1, head_dim, dtype.itemsize)
+    shape = sizes.KVShape(1, group, 1, head_dim, dtype.itemsize)
     pages = torch.randn(30, 2, 32, head_dim).to(dtype)
     table, lengths = torch.arange(30).int().view(1, 30), torch.full((1, 30), 32).int()
     query = torch.randn(group, head_dim).to(dtype)
@@ -166,4 +168,4 @@ def test_scratch_counted_covers_what_the_torch_attention_allocates(dtype, head_d
             live += event.nbytes()
             peak = max(peak, live)
     fixed = 8 * group * head_dim * 4 + 30 * 32  # outputs of the call and of its merges, and the index of used pages
-    assert 0 < peak <= batch_pages * plan.scratch_page_bytes(shape, tiers) + fixed
+    assert 0 < peak <= batch_pages * sizes.scratch_page_bytes(shape, tiers) + fixed
