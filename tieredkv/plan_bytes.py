@@ -1,0 +1,81 @@
+"""What the phases of one prompt would hold on the device, by purpose, and copy to it: the ledger's counts, foreseen."""
+
+from __future__ import annotations
+
+import torch
+
+from tieredkv import sizes
+from tieredkv.config import TierConfig
+from tieredkv.memory.pool import Residency
+from tieredkv.sizes import KVShape, ceil_div
+
+
+def assumed_static(shape: KVShape, share: float) -> torch.Tensor:
+    """Mask `(L, K)` with `share` of the heads static, spread evenly over the layers."""
+    index = torch.arange(shape.kv_heads, dtype=torch.float64)
+    static = torch.floor((index + 1) * share + 0.5) > torch.floor(index * share + 0.5)
+    return static.view(shape.num_layers, shape.num_key_value_heads)
+
+
+def decode_bytes(shape: KVShape, tiers: TierConfig, made: sizes.DecodePlan, static: torch.Tensor) -> dict[str, int]:
+    """Device bytes of the decode phase by purpose, as the ledger counts them, for a known `(L, K)` mask of heads."""
+    layout, heads = made.layout, shape.num_key_value_heads
+    tables = widest = 0
+    for mask, pages in zip(static, made.budgets.static_pages, strict=True):
+        n_dynamic = int((~mask).sum())
+        width = layout.recent_pages + max(int(pages.max()), layout.sink_chunks + made.selected if n_dynamic else 0)
+        widest = max(widest, width)
+        tables += 2 * heads * width * sizes.INT32  # a page and its length
+        tables += Residency.bytes_for(n_dynamic, made.slots, layout.retrievable)
+    n_dynamic = int((~static).sum())
+    ranked = made.ranked and n_dynamic > 0
+    return {
+        "pool": made.pool_pages * sizes.page_bytes(shape, tiers),
+        "digests": sizes.digest_bytes(shape, layout, n_dynamic) if ranked else 0,
+        "tables": tables,
+        "ranking": sizes.ranking_bytes(shape, layout) if ranked else 0,
+        "attention": min(made.scratch_pages, widest) * sizes.scratch_page_bytes(shape, tiers),
+    }
+
+
+def prefill_bytes(shape: KVShape, tiers: TierConfig, prompt: int, asked: int) -> dict[str, int]:
+    """Device bytes of the prefill phase by purpose: of the prompt's last calls, the one that takes most."""
+    room = _resident_tokens(shape, tiers, prompt)
+
+    def call(begin: int, stop: int, rows: int) -> dict[str, int]:
+        c, held = tiers.chunk_tokens, min(room, begin)
+        to_stage = ceil_div(begin - held, c) * c
+        block = sizes.block_tokens(shape, tiers, stop, rows, room, staged=to_stage > 0)
+        block = min(block, max(to_stage, ceil_div(max(held, stop - begin), c) * c))
+        both = sizes.staging_bytes(shape, min(block, to_stage))
+        return {
+            "resident": room * shape.token_bytes,
+            "staging": both if to_stage > block else both // 2,
+            "scores": sizes.scoring_bytes(shape, tiers, stop, rows, block),
+        }
+
+    calls = [call(begin, stop, rows) for begin, stop, rows in _calls(tiers, prompt, asked)]
+    return max(calls, key=lambda held: sum(held.values()))
+
+
+def prefill_copy_bytes(shape: KVShape, tiers: TierConfig, prompt: int, asked: int) -> int:
+    """Past keys and values streamed to the device while `prompt` tokens are prefilled and the last `asked` scored."""
+    room, c = _resident_tokens(shape, tiers, prompt), tiers.chunk_tokens
+    moved = 0
+    for begin, _, rows in _calls(tiers, prompt, asked):
+        past = max(0, ceil_div(begin, c) * c - room) * shape.token_bytes
+        moved += past + (past // 2 if rows else 0)  # scoring reads the keys again
+    return moved
+
+
+def _resident_tokens(shape: KVShape, tiers: TierConfig, prompt: int) -> int:
+    return sizes.plan_prefill(shape, tiers, prompt + sizes.QUESTION_ROOM, tiers.text_window).resident
+
+
+def _calls(tiers: TierConfig, prompt: int, asked: int) -> list[tuple[int, int, int]]:
+    """The forward calls of a prefill: first token, end, and text rows scored, for the last call alone."""
+    size, prefix = tiers.prefill_chunk, prompt - asked
+    calls = [(begin, min(begin + size, prefix), 0) for begin in range(0, prefix, size)]
+    last = max(prefix, prompt - size)
+    calls += [(max(prefix, stop - size), stop, 0) for stop in range(last, prefix, -size)]
+    return [*calls, (last, prompt, min(asked, size, tiers.text_window))]

@@ -1,0 +1,318 @@
+"""plan: what a prompt would take of both tiers and of the link, before a weight is loaded or a frame decoded.
+
+Bytes come from the functions that size the real cache (`sizes`), so a plan refuses what a session would refuse.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tieredkv import models, plan_bytes, sizes
+from tieredkv.config import DEFAULT_FPS, TierConfig
+from tieredkv.errors import OptionError, UnsupportedModelError, VideoError
+from tieredkv.memory import limits
+from tieredkv.plan_table import CARDS, LINKS, MemoryPlan, rate
+from tieredkv.sizes import KVShape
+from tieredkv.video.encode import batch_tokens
+
+HEAD_TOKENS = 15
+"""Text before the video where no processor says: what Qwen2.5-VL's chat template writes."""
+VISION_MODULES = {"visual", "vision_tower", "vision_model"}
+"""What transformers' families call their vision tower."""
+
+
+def plan(
+    model: Any,
+    video_or_tokens: Any,
+    *,
+    gpu_kv_gb: float = 4.0,
+    host_kv_gb: float | None = None,
+    tiers: TierConfig | None = None,
+    processor: Any = None,
+    fps: float | None = None,
+    source_fps: float | None = None,
+    max_frames: int | None = None,
+    start: float = 0.0,
+    end: float | None = None,
+    question_tokens: int = 64,
+    max_new_tokens: int = 256,
+    static_share: float = 0.5,
+    link: str | float = "pcie4x16",
+    card: str | float | None = None,
+    **options: Any,
+) -> MemoryPlan:
+    """What one video and one question would take: bytes by tier and purpose, and the times copies would need.
+
+    model: a transformers config or model, a local path or a hub id; of the last two only the config is read. A config
+    without a dtype is taken for bfloat16, a quantised checkpoint for one that is not. video_or_tokens: a number of
+    visual tokens, or a video as in `open_session`, which is opened but not decoded and needs the model's processor.
+    question_tokens: text after the video, the chat template's end included. static_share: share of the heads assumed
+    static. link: of `LINKS` or GB/s; card: of `CARDS` or GB/s. tiers, or its fields as further keywords.
+
+    Raises `BudgetError` when a tier is too small, naming the smallest change that fits; `VideoError`,
+    `UnsupportedModelError` or `OptionError` for bad input.
+    """
+    tiers = _tier_config(gpu_kv_gb, host_kv_gb, tiers, options)
+    link, link_speed = rate("link", link, LINKS)
+    card, card_speed = (None, None) if card is None else rate("card", card, CARDS)
+    for name, value in (("question_tokens", question_tokens), ("max_new_tokens", max_new_tokens)):
+        _check_count(name, value)
+    number = isinstance(static_share, int | float) and not isinstance(static_share, bool)
+    if not number or not 0 <= static_share <= 1:
+        raise OptionError(f"static_share={static_share!r} is not valid: give a share between 0 and 1.")
+
+    source = _Model.of(model)
+    shape = source.shape
+    video: _Video | None = None
+    if isinstance(video_or_tokens, int):
+        _check_count("visual tokens", video_or_tokens)
+        visual = video_or_tokens
+    else:
+        request = {"source_fps": source_fps, "max_frames": max_frames, "start": start, "end": end}
+        processor = source.find_processor(processor)
+        video = _Video.open(source, processor, video_or_tokens, fps, request)
+        visual = video.tokens(video.frames)
+    head = HEAD_TOKENS if processor is None else source.head_tokens(processor)
+    text, prompt = head + question_tokens, head + visual + question_tokens
+
+    layout = sizes.lay_out(tiers, prompt, question_tokens, max_new_tokens)
+    sizes.check_cap(shape, tiers, layout, question_tokens)
+    host = sizes.host_bytes(shape, tiers, prompt)
+    available = limits.available_host_bytes()
+
+    def remedy(allowed: int) -> str:
+        return _smaller_host(shape, tiers, host, available, text, video, allowed)
+
+    limits.check_host(host, tiers.host_kv_gb, f"the cache of {prompt:,} tokens", remedy, available)
+
+    static = plan_bytes.assumed_static(shape, static_share)
+    made = sizes.plan_decode(shape, tiers, layout, static.double(), static)
+    n_static, n_dynamic = int(static.sum()), int((~static).sum())
+    c, page = tiers.chunk_tokens, sizes.page_bytes(shape, tiers)
+    recent = prompt - layout.recent_start + max_new_tokens
+    static_pages = int(made.budgets.static_pages[static].sum())
+    dynamic_pages = layout.sink_chunks + made.selected
+    decode = plan_bytes.decode_bytes(shape, tiers, made, static)
+    attended = shape.kv_heads * layout.recent_pages + static_pages + n_dynamic * dynamic_pages
+    return MemoryPlan(
+        model_type=source.config.model_type,
+        dtype=str(source.dtype).removeprefix("torch."),
+        shape=shape,
+        **source.weight_bytes(),
+        video=None if video is None else video.name,
+        frames=None if video is None else video.frames,
+        frame_size=None if video is None else (video.height, video.width),
+        fps=None if video is None else video.fps,
+        grid=None if video is None else video.grid(video.frames),
+        encode_batch=None if video is None else video.encode_batch(tiers),
+        visual_tokens=visual,
+        prompt_tokens=prompt,
+        new_tokens=max_new_tokens,
+        full_bytes=prompt * shape.token_bytes,
+        host_bytes=host,
+        host_budget_bytes=limits.host_budget_bytes(tiers.host_kv_gb, available),
+        cap_bytes=tiers.cap_bytes,
+        prefill=plan_bytes.prefill_bytes(shape, tiers, prompt, question_tokens),
+        decode=decode,
+        static_heads=n_static,
+        dynamic_heads=n_dynamic,
+        static_tokens=recent + c * static_pages // n_static if n_static else 0,
+        dynamic_tokens=recent + c * dynamic_pages if n_dynamic else 0,
+        step_read_bytes=attended * page + decode["digests"],
+        step_copy_bytes=n_dynamic * made.selected * page if made.ranked else 0,
+        prefill_copy_bytes=plan_bytes.prefill_copy_bytes(shape, tiers, prompt, question_tokens),
+        link=link,
+        link_gb_s=link_speed,
+        card=card,
+        card_gb_s=card_speed,
+    )
+
+
+def _tier_config(gpu_kv_gb: float, host_kv_gb: float | None, tiers: Any, options: dict[str, Any]) -> TierConfig:
+    if host_kv_gb is not None:
+        options = {**options, "host_kv_gb": host_kv_gb}
+    if tiers is None:
+        try:
+            return TierConfig(gpu_kv_gb=gpu_kv_gb, **options)
+        except TypeError as error:
+            raise OptionError(f"{error}; the options are plan's own and the fields of TierConfig.") from None
+    if not isinstance(tiers, TierConfig):
+        raise OptionError(f"tiers is a {type(tiers).__name__}: give a TierConfig, or its fields as keywords.")
+    if options:
+        raise OptionError(f"give either tiers or {', '.join(sorted(options))}, not both.")
+    return tiers
+
+
+def _check_count(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise OptionError(f"{name}={value!r} is not valid: give a whole number of at least 1.")
+
+
+# ---- what is asked about
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A model's config, and the model itself only if it was given."""
+
+    config: Any
+    dtype: torch.dtype
+    path: str
+    loaded: Any = None
+
+    @staticmethod
+    def of(model: Any) -> _Model:
+        from transformers import AutoConfig, PreTrainedConfig
+
+        if isinstance(model, str | Path):
+            try:
+                config, path, loaded = AutoConfig.from_pretrained(str(model)), str(model), None
+            except (OSError, ValueError) as error:
+                raise UnsupportedModelError(f"{model}: no usable model found there ({_first_line(error)}).") from None
+        elif isinstance(model, PreTrainedConfig):
+            config, path, loaded = model, getattr(model, "name_or_path", "") or "", None
+        elif isinstance(getattr(model, "config", None), PreTrainedConfig) and hasattr(model, "generate"):
+            config, path, loaded = model.config, getattr(model, "name_or_path", "") or "", model
+        else:
+            raise UnsupportedModelError(
+                f"model is a {type(model).__name__}: give a transformers config or model, a local path, or a hub id."
+            )
+        models.video_family(config)
+        if loaded is not None:
+            dtype = loaded.get_input_embeddings().weight.dtype
+        else:
+            dtype = config.dtype or config.get_text_config(decoder=True).dtype or torch.bfloat16
+        return _Model(config, dtype, path, loaded)
+
+    @property
+    def shape(self) -> KVShape:
+        return sizes.model_shape(self.config, self.dtype)
+
+    def weight_bytes(self) -> dict[str, int]:
+        """Bytes of the decoder, of the vision tower, and of what a step reads; counted on torch's meta device."""
+        from transformers import AutoModelForImageTextToText
+
+        model = self.loaded
+        if model is None:
+            with torch.device("meta"):
+                model = AutoModelForImageTextToText.from_config(copy.deepcopy(self.config), dtype=self.dtype)
+        vision = decoder = 0
+        for name, weight in model.named_parameters():
+            if VISION_MODULES.intersection(name.split(".")):
+                vision += weight.nbytes
+            else:
+                decoder += weight.nbytes
+        table, output = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+        step = decoder if output is table else decoder - table.nbytes
+        return {"decoder_bytes": decoder, "vision_bytes": vision, "step_weight_bytes": step}
+
+    def find_processor(self, processor: Any) -> Any:
+        from transformers import AutoProcessor
+
+        if processor is not None:
+            return processor
+        try:
+            return AutoProcessor.from_pretrained(self.path)
+        except (OSError, ValueError) as error:
+            raise UnsupportedModelError(
+                f"no processor found beside the model ({_first_line(error)}): pass processor=."
+            ) from None
+
+    def head_tokens(self, processor: Any) -> int:
+        """Prompt tokens before the first visual token."""
+        messages = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "?"}]}]
+        text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        head = text.partition(models.video_family(self.config).video_token(processor))[0]
+        return len(processor.tokenizer(head, add_special_tokens=False).input_ids)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".:") if str(error).strip() else type(error).__name__
+
+
+@dataclass(frozen=True)
+class _Video:
+    """A video that was opened, not decoded, and the processor that would make visual tokens of it."""
+
+    source: _Model
+    processor: Any
+    video: Any
+    request: dict[str, Any]
+    name: str
+    frames: int
+    height: int
+    width: int
+    fps: float
+
+    @staticmethod
+    def open(source: _Model, processor: Any, video: Any, fps: float | None, request: dict[str, Any]) -> _Video:
+        from tieredkv.video import frames
+
+        rate = (getattr(processor.video_processor, "fps", None) or DEFAULT_FPS) if fps is None else fps
+        opened = frames.open_video(video, rate, **request)
+        return _Video(
+            source, processor, video, request, opened.name, opened.expected, opened.height, opened.width, opened.fps
+        )
+
+    def grid(self, frames: int) -> tuple[int, int, int]:
+        family = models.video_family(self.source.config)
+        try:
+            return family.frame_grid(self.source.config, self.processor, frames, self.height, self.width, self.fps)
+        except ValueError as error:
+            raise VideoError(f"the model's processor refuses frames of {self.width}x{self.height}: {error}") from None
+
+    def tokens(self, frames: int) -> int:
+        return math.prod(self.grid(frames))
+
+    def encode_batch(self, tiers: TierConfig) -> int:
+        vision = self.source.config.vision_config
+        return batch_tokens(vision, self.height, self.width, self.grid(self.frames), tiers)
+
+    def most_frames(self, tokens: int) -> int:
+        """The most frames from the start whose visual tokens are at most `tokens`; 0 if not even one's are."""
+        low, high = 0, self.frames
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.tokens(middle) <= tokens else (low, middle - 1)
+        return low
+
+    def most_fps(self, tokens: int, frames: int) -> float | None:
+        """A rate in three digits at which the whole video has at most `tokens`, next to that of `frames` frames."""
+        value = self.fps * frames / self.frames
+        unit = 10.0 ** (math.floor(math.log10(value)) - 2)
+        for lower in range(3):
+            fps = float(f"{(math.floor(value / unit + 1e-9) - lower) * unit:.6g}")
+            expected = _Video.open(self.source, self.processor, self.video, fps, self.request).frames
+            if expected < self.frames and self.tokens(expected) <= tokens:
+                return fps
+        return None
+
+
+def _smaller_host(
+    shape: KVShape, tiers: TierConfig, needed: int, available: int, text: int, video: _Video | None, allowed: int
+) -> str:
+    """The smallest changes with which the host tier holds the cache: fewer frames or tokens, or a larger cap."""
+    low, high = 0, needed // shape.token_bytes
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if sizes.host_bytes(shape, tiers, middle) <= allowed else (low, middle - 1)
+    tokens = low - text
+    changes = []
+    if video is not None:
+        if frames := video.most_frames(tokens):
+            fps = video.most_fps(tokens, frames)
+            changes += [f"fps={fps:g}"] if fps else []
+            changes.append(f"max_frames={frames}")
+    elif tokens > 0:
+        changes.append(f"at most {tokens:,} visual tokens")
+    if needed <= available:
+        changes.append(f"host_kv_gb={sizes.as_gib(needed)}")
+    if not changes:
+        return "that is too little for any video"
+    return "give " + " or ".join([", ".join(changes[:-1]), changes[-1]] if len(changes) > 1 else changes)
