@@ -1,0 +1,271 @@
+"""A session written to a file and taken up again: the same answers, no video, and nothing wrong passes."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from helpers import cap_share, session_logits
+
+import tieredkv
+from tieredkv.errors import BudgetError, OptionError, SessionError, TieredKVError
+from tieredkv.models.qwen2_5_vl import Qwen25VL
+
+STAR, MOON = "what colour was the star ?", "follow the moon for 4 ?"
+
+
+@pytest.fixture
+def options(video_model, processor):
+    return {
+        "gpu_kv_gb": cap_share(video_model, 280, 0.6),
+        "processor": processor,
+        "fps": 4,
+        "chunk_tokens": 8,
+        "recent_window": 16,
+        "theta": 0.4,
+    }
+
+
+@pytest.fixture
+def kept(video_model, frames, options, tmp_path):
+    """A saved session, and the answers of the session it was saved from."""
+    path = tmp_path / "session.tkv"
+    with tieredkv.open_session(video_model, frames, **options) as session:
+        session.save(path)
+        answers = [session_logits(session, question, 6) for question in (STAR, MOON)]
+    return path, answers
+
+
+def load(path, video_model, processor, **options):
+    return tieredkv.load_session(path, video_model, processor=processor, **options)
+
+
+def test_a_loaded_session_answers_to_the_bit_as_the_one_saved(kept, video_model, processor):
+    path, answers = kept
+    with load(path, video_model, processor) as session:
+        for question, logits in zip((STAR, MOON), answers, strict=True):
+            assert torch.equal(session_logits(session, question, 6), logits)
+        assert session.ingest_stats.frames == 120
+
+
+def test_taking_it_up_needs_no_video_and_prefills_none_of_it(kept, video_model, processor, monkeypatch):
+    path, _ = kept
+
+    def forbidden(*args, **options):
+        raise AssertionError("the video was touched")
+
+    decoded = []
+    decode = Qwen25VL.decode
+    monkeypatch.setattr("tieredkv.session.open_video", forbidden)
+    monkeypatch.setattr(Qwen25VL, "encode", forbidden)
+    monkeypatch.setattr(
+        Qwen25VL, "decode", lambda self, model, e, *rest: decoded.append(e.shape[1]) or decode(self, model, e, *rest)
+    )
+    with load(path, video_model, processor) as session:
+        session.ask(STAR, max_new_tokens=4)
+    assert sum(decoded) < 30
+
+
+def test_a_session_saved_after_questions_holds_no_trace_of_them(video_model, frames, options, tmp_path):
+    from tieredkv import storage
+
+    with tieredkv.open_session(video_model, frames, **options) as session:
+        session.save(tmp_path / "before")
+        session.ask(MOON, max_new_tokens=20)
+        session.save(tmp_path / "after")
+    before, after = storage.read(tmp_path / "before"), storage.read(tmp_path / "after")
+    for name in before.names:
+        assert torch.equal(before.tensor(name), after.tensor(name)), name
+
+
+def test_the_conversation_is_saved(kept, video_model, frames, options, processor, tmp_path):
+    with tieredkv.open_session(video_model, frames, **options) as session:
+        session.chat(STAR, max_new_tokens=3)
+        session.save(tmp_path / "talk")
+        there = session.chat(MOON, max_new_tokens=5).token_ids
+    with load(tmp_path / "talk", video_model, processor) as session:
+        assert session.history[0][0] == STAR
+        assert session.chat(MOON, max_new_tokens=5).token_ids == there
+
+
+def test_a_loaded_session_can_be_saved_again(kept, video_model, processor, tmp_path):
+    path, answers = kept
+    with load(path, video_model, processor) as session:
+        session.ask(STAR, max_new_tokens=2)
+        session.save(path)  # onto the file it is mapped from
+        assert torch.equal(session_logits(session, STAR, 6), answers[0])
+    with load(path, video_model, processor) as session:
+        assert torch.equal(session_logits(session, MOON, 6), answers[1])
+
+
+def test_a_question_longer_than_the_room_kept_for_it_is_answered(kept, video_model, processor, frames, options):
+    path, _ = kept
+    question = " ".join([STAR] * 60)
+    with tieredkv.open_session(video_model, frames, **{**options, "gpu_kv_gb": 1}) as session:
+        expected = session_logits(session, question, 3)
+    with load(path, video_model, processor, gpu_kv_gb=1) as session:
+        assert torch.equal(session_logits(session, question, 3), expected)
+
+
+def test_tier_settings_can_be_changed_when_it_is_loaded(kept, video_model, processor, frames, options):
+    path, _ = kept
+    with tieredkv.open_session(video_model, frames, **{**options, "theta": 2.0, "gpu_kv_gb": 1}) as session:
+        expected = session_logits(session, STAR, 4)
+    with load(path, video_model, processor, theta=2.0, gpu_kv_gb=1) as session:
+        torch.testing.assert_close(session_logits(session, STAR, 4), expected, rtol=0, atol=1e-5)
+
+
+def test_stock_positions_stay_stock(video_model, frames, options, processor, tmp_path):
+    with tieredkv.open_session(video_model, frames, positions="stock", **options) as session:
+        session.save(tmp_path / "stock")
+        expected = session_logits(session, STAR, 4)
+    with load(tmp_path / "stock", video_model, processor) as session:
+        assert session.positions == "stock"
+        assert torch.equal(session_logits(session, STAR, 4), expected)
+
+
+def other_weights(model):
+    import copy
+
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.lm_head.weight[3, 5] += 1e-3
+    return other
+
+
+def test_other_weights_are_refused(kept, video_model, processor):
+    with pytest.raises(SessionError, match=r"saved with another model \(.*weights differ"):
+        load(kept[0], other_weights(video_model), processor)
+
+
+def test_another_dtype_is_refused(kept, video_model, processor):
+    import copy
+
+    with pytest.raises(SessionError, match=r"another model \(dtype was \"float32\", is \"bfloat16\""):
+        load(kept[0], copy.deepcopy(video_model).to(torch.bfloat16), processor)
+
+
+def test_another_frame_size_is_refused_naming_the_setting(kept, video_model):
+    from tieredkv.tiny.processor import build_processor
+
+    larger = build_processor()
+    larger.video_processor.size = {"shortest_edge": 112 * 112, "longest_edge": 112 * 112}
+    with pytest.raises(SessionError, match=r"another processor \(video_processor\.size\.longest_edge was 3136"):
+        load(kept[0], video_model, larger)
+
+
+def test_another_chunk_size_is_refused(kept, video_model, processor):
+    with pytest.raises(SessionError, match="saved in chunks of 8 tokens: chunk_tokens=16"):
+        load(kept[0], video_model, processor, chunk_tokens=16)
+
+
+def test_another_video_is_refused_and_the_same_is_taken(kept, video_model, processor, frames):
+    with pytest.raises(SessionError, match="a session of another video"):
+        load(kept[0], video_model, processor, video=frames[::-1])
+    load(kept[0], video_model, processor, video=frames).close()
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"gpu_kv_gb": 0}, BudgetError, "gpu_kv_gb=0 is not valid"),
+        ({"thetta": 1}, OptionError, "thetta"),
+        ({"max_new_tokens": 3}, OptionError, "generation option"),
+        ({"fps": 2}, OptionError, "fps"),
+    ],
+)
+def test_settings_that_do_not_exist_are_refused(kept, video_model, processor, given, error, message):
+    with pytest.raises(error, match=message):
+        load(kept[0], video_model, processor, **given)
+
+
+def damaged(path, place: float) -> None:
+    """Flip one bit, `place` of the way through the file."""
+    content = bytearray(path.read_bytes())
+    content[int(place * len(content))] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("place", [0.1, 0.35, 0.62, 0.9])
+def test_a_flipped_bit_is_found_before_it_is_attended_to(kept, video_model, processor, place):
+    path, _ = kept
+    damaged(path, place)
+    try:
+        session = load(path, video_model, processor)
+    except SessionError:
+        return  # in the header
+    with session:
+        for _ in range(2):
+            with pytest.raises(SessionError, match=r"session\.tkv is damaged: 'layers\.\d+\.\w+' does not match"):
+                session.ask(STAR, max_new_tokens=2)
+
+
+def test_damage_is_not_saved_under_a_new_checksum(kept, video_model, processor, tmp_path):
+    damaged(kept[0], 0.62)
+    with load(kept[0], video_model, processor) as session, pytest.raises(SessionError, match="is damaged"):
+        session.save(tmp_path / "copy.tkv")
+    assert not (tmp_path / "copy.tkv").exists()
+
+
+@pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.999])
+def test_a_truncated_file_is_refused(kept, video_model, processor, share):
+    path = kept[0]
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(SessionError, match=r"session\.tkv"):
+        load(path, video_model, processor)
+
+
+def test_a_file_of_something_else_is_refused(video_model, processor, tmp_path):
+    from tieredkv import storage
+
+    storage.write(tmp_path / "other", {"hello": 1}, {"a": torch.zeros(3)})
+    with pytest.raises(SessionError, match="holds no session"):
+        load(tmp_path / "other", video_model, processor)
+    with pytest.raises(SessionError, match="no such file"):
+        load(tmp_path / "gone", video_model, processor)
+
+
+def test_a_session_without_a_video_or_closed_cannot_be_saved(video_model, processor, frames, options, tmp_path):
+    session = tieredkv.api.new_session(video_model, gpu_kv_gb=1, processor=processor)
+    with pytest.raises(TieredKVError, match="no video yet"):
+        session.save(tmp_path / "x")
+    session.close()
+    with pytest.raises(TieredKVError, match="closed"):
+        session.save(tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_loaded_session_takes_no_second_video(kept, video_model, processor, frames):
+    with load(kept[0], video_model, processor) as session, pytest.raises(TieredKVError, match="has its video already"):
+        session.ingest(frames, fps=4)
+
+
+def test_closing_lets_go_of_the_mapped_file(kept, video_model, processor):
+    session = load(kept[0], video_model, processor)
+    mapped = weakref.ref(session._cache.tiered_layers[0].host._arena)
+    session.ask(STAR, max_new_tokens=2)
+    session.close()
+    gc.collect()
+    assert mapped() is None
+
+
+def test_a_session_of_a_file_is_recognised_by_its_content_not_its_name(video_model, processor, tmp_path):
+    from tieredkv.tiny.scene import make_scene
+    from tieredkv.tiny.video import write_video
+
+    film = write_video(make_scene(5, 8, 2), tmp_path / "film.mp4")
+    with tieredkv.open_session(video_model, film, gpu_kv_gb=1, processor=processor, fps=4) as session:
+        session.save(tmp_path / "s")
+    moved = film.rename(tmp_path / "moved.mp4")
+    load(tmp_path / "s", video_model, processor, video=moved).close()
+    write_video(make_scene(6, 8, 2), film)
+    with pytest.raises(SessionError, match=r"another video \(.*film\.mp4\), not of .*film\.mp4"):
+        load(tmp_path / "s", video_model, processor, video=film)
+
+
+def test_arrays_that_hold_the_same_frames_are_the_same_video(kept, video_model, processor, frames):
+    as_floats = np.asarray(frames, dtype=np.float64) / 255
+    load(kept[0], video_model, processor, video=as_floats).close()

@@ -1,0 +1,121 @@
+"""A session on disk: what is written beside the cache, and what must agree before it is taken up again."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tieredkv import fingerprint, storage
+from tieredkv.cache import TieredCache
+from tieredkv.config import TierConfig
+from tieredkv.errors import SessionError
+from tieredkv.models.base import Positions, VideoGrid
+from tieredkv.stats import IngestStats
+from tieredkv.video.frames import VideoSource
+
+
+@dataclass(frozen=True, slots=True)
+class SessionState:
+    """All that a session is besides its model, processor, tiers and cache."""
+
+    grid: VideoGrid
+    positions: Positions
+    head: str
+    """The prompt before the video."""
+    head_ids: list[int]
+    video: dict[str, Any]
+    """Name and SHA-256 of the video, and how it was sampled."""
+    history: list[tuple[str, str]]
+    ingest_s: float
+    ingest_stats: IngestStats
+
+    @staticmethod
+    def of(plain: dict[str, Any]) -> SessionState:
+        """From what `dataclasses.asdict` made, by way of JSON."""
+        own = {
+            "grid": VideoGrid(**plain["grid"]),
+            "history": [(question, answer) for question, answer in plain["history"]],
+            "ingest_stats": IngestStats(**plain["ingest_stats"]),
+        }
+        return SessionState(**{**plain, **own})
+
+    @property
+    def tokens(self) -> int:
+        """Prompt tokens in the cache."""
+        return len(self.head_ids) + self.grid.tokens
+
+
+def write(path: Path, model: Any, processor: Any, cache: TieredCache, state: SessionState) -> int:
+    """Write a session whose cache holds the video and no question; bytes written. Raises `SessionError`."""
+    manifest = {
+        "model": fingerprint.model_fingerprint(model),
+        "model_settings": fingerprint.model_settings(model),
+        "processor": fingerprint.processor_settings(processor),
+        "tiers": asdict(cache.tiers),
+        "session": asdict(state),
+    }
+    tensors = {
+        f"layers.{layer.index:03}.{name}": tensor
+        for layer in cache.tiered_layers
+        for name, tensor in layer.state().items()
+    }
+    return storage.write(path, manifest, tensors)
+
+
+def state_of(stored: storage.Stored) -> SessionState:
+    """Raises `SessionError` when the file holds something else than a session."""
+    try:
+        return SessionState.of(stored.manifest["session"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise SessionError(f"{stored.path} holds no session ({error!r}).") from None
+
+
+def tiers_of(stored: storage.Stored, options: dict[str, Any]) -> TierConfig:
+    """The settings a session was saved with, changed by `options`. Raises `SessionError` where that cannot be."""
+    state_of(stored)  # or it is no session at all
+    known = {field.name for field in fields(TierConfig)}
+    tiers = TierConfig(**{name: value for name, value in stored.manifest["tiers"].items() if name in known})
+    changed = replace(tiers, **options)
+    if changed.chunk_tokens != tiers.chunk_tokens:
+        raise SessionError(
+            f"{stored.path} was saved in chunks of {tiers.chunk_tokens} tokens: chunk_tokens={changed.chunk_tokens} "
+            "needs the video ingested again."
+        )
+    return changed
+
+
+def check_origin(stored: storage.Stored, model: Any, processor: Any) -> None:
+    """Raise `SessionError` when the session was made with another model or processor, saying what differs."""
+    manifest = stored.manifest
+    difference = fingerprint.settings_difference(manifest["model_settings"], fingerprint.model_settings(model))
+    if difference := difference or fingerprint.explain(manifest["model"], fingerprint.model_fingerprint(model)):
+        raise SessionError(f"{stored.path} was saved with another model ({difference}): load it with that one.")
+    settings = fingerprint.processor_settings(processor)
+    if difference := fingerprint.settings_difference(manifest["processor"], settings):
+        raise SessionError(f"{stored.path} was saved with another processor ({difference}): load it with that one.")
+
+
+def check_video(stored: storage.Stored, video: VideoSource) -> None:
+    """Raise `SessionError` unless the session is of this video."""
+    of = state_of(stored).video
+    if of["sha256"] != video.sha256():
+        raise SessionError(
+            f"{stored.path} is a session of another video ({of['name']}), not of {video.name}: ingest that one, or "
+            "leave the video out to ask about the saved one."
+        )
+
+
+def map_cache(stored: storage.Stored, config: Any, tiers: TierConfig, tokens: int) -> TieredCache:
+    """A cache of `tokens` tokens that reads the file as it is used; each layer is checked before its first use."""
+    cache = TieredCache(config, tiers, prompt_tokens=tokens)
+    for layer in cache.tiered_layers:
+        prefix = f"layers.{layer.index:03}."
+        names = [name for name in stored.names if name.startswith(prefix)]
+        state = {name.removeprefix(prefix): stored.tensor(name) for name in names}
+        try:
+            layer.restore(state, tokens, partial(stored.verify, *names))
+        except (KeyError, ValueError) as error:
+            raise SessionError(f"{stored.path} does not hold layer {layer.index} of this session ({error}).") from None
+    return cache
