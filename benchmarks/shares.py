@@ -17,7 +17,7 @@ from typing import Any
 import tieredkv
 from tieredkv.config import GIB, TierConfig
 from tieredkv.demo import right_hops, right_words
-from tieredkv.session import model_shape
+from tieredkv.sizes import model_shape
 from tieredkv.tiny import model as tiny
 from tieredkv.tiny.evaluate import TOKENS_PER_SECOND
 from tieredkv.tiny.scene import make_scene, questions

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from tieredkv.config import GIB
-from tieredkv.session import VideoSession, model_shape
+from tieredkv.session import VideoSession
+from tieredkv.sizes import model_shape
 
 
 def cap_share(model: Any, tokens: int, share: float) -> float:

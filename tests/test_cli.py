@@ -81,6 +81,50 @@ def test_ask_as_json_holds_answer_and_statistics(monkeypatch, capsys, short_vide
     assert {"text", "token_ids", "hit_rate", "kv_device_peak_bytes"} <= answer.keys()
 
 
+@pytest.mark.model
+def test_ask_with_a_session_saves_it_once_and_then_needs_no_video(monkeypatch, capsys, short_video, tmp_path):
+    kept, question = tmp_path / "film.tkv", "what colour was the star ?"
+    tail = ["--session", str(kept), "--max-new-tokens", "4"]
+    code, first, err = run(monkeypatch, capsys, "ask", str(short_video), question, "--fps", "4", *tail)
+    assert code == 0
+    assert "ingest" in err
+    assert kept.exists()
+    for arguments in ([question], [str(short_video), question]):
+        code, again, err = run(monkeypatch, capsys, "ask", *arguments, *tail)
+        assert (code, again) == (0, first)
+        assert "ingest" not in err
+
+
+@pytest.mark.model
+def test_bad_use_of_a_session_is_one_sentence(monkeypatch, capsys, short_video, tmp_path):
+    kept, question = tmp_path / "film.tkv", "what colour was the star ?"
+    run(monkeypatch, capsys, "ask", str(short_video), question, "--session", str(kept), "--max-new-tokens", "1")
+    (tmp_path / "cut.tkv").write_bytes(kept.read_bytes()[:-100])
+    bad = {
+        "no such file; give a video too": [question, "--session", str(tmp_path / "gone.tkv")],
+        "saved as it was sampled: leave out --fps": [question, "--session", str(kept), "--fps", "2"],
+        "is a session of another video": [str(write_other(tmp_path)), question, "--session", str(kept)],
+        "is cut short": [question, "--session", str(tmp_path / "cut.tkv")],
+        "not a file of tieredkv": [question, "--session", __file__],
+        "there is no folder": [str(short_video), question, "--session", "/nowhere/at/all.tkv"],
+        "give a video and a question": [question],
+        "takes one video and one question, got 3": [str(short_video), "what", "colour"],
+    }
+    for message, arguments in bad.items():
+        code, out, err = run(monkeypatch, capsys, "ask", *arguments)
+        assert (code, out) == (2, ""), message
+        complaint = [line for line in err.splitlines() if line.startswith("tieredkv: ")]
+        assert len(complaint) == 1
+        assert message in complaint[0]
+
+
+def write_other(folder: Path) -> Path:
+    from tieredkv.tiny.scene import make_scene
+    from tieredkv.tiny.video import write_video
+
+    return write_video(make_scene(1_000_002, 10, 2), folder / "other.mp4")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

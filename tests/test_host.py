@@ -54,7 +54,7 @@ def test_a_chunk_is_one_contiguous_piece():
 @given(st.integers(1, 100), st.integers(1, 70))
 def test_blocks_cover_all_chunks_once(tokens, block):
     host = HostLayer(1, 1, 8, torch.float32)
-    ranges = list(host.blocks(tokens, block))
+    ranges = list(host.blocks(0, tokens, block))
     covered = [chunk for start, stop in ranges for chunk in range(start, stop)]
     assert covered == list(range(-(-tokens // 8)))
     assert all((stop - start) * 8 <= max(block, 8) for start, stop in ranges)

@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from helpers import RecordLogits, cap_share
+from helpers import RecordLogits, cap_share, stock_logits
 
 import tieredkv
 from tieredkv.errors import BudgetError, PromptError, TieredKVError
@@ -221,7 +221,7 @@ def test_a_streamer_is_ended_when_the_question_is_refused(opened):
 def test_a_copy_that_fails_reaches_the_asker_and_leaves_the_session_usable(opened, monkeypatch):
     session = opened(theta=2.0)
     want = session.ask(MOON, max_new_tokens=6).token_ids
-    prefetcher = session._cache._prefetcher
+    prefetcher = session._cache.copies
 
     def fail() -> int:
         raise OSError("the copy failed")
@@ -271,3 +271,97 @@ def test_frames_the_processor_refuses_are_a_video_error(video_model, processor):
     sliver = np.zeros((4, 1, 300, 3), np.uint8)
     with pytest.raises(tieredkv.VideoError, match="refuses frames of 300x1"):
         tieredkv.open_session(video_model, sliver, processor=processor, fps=4)
+
+
+def conversation_inputs(processor, frames, turns):
+    """Stock inputs of a conversation about a video; the last question is open."""
+    messages = []
+    for number, (question, answer) in enumerate(turns):
+        video = [{"type": "video"}] if number == 0 else []
+        messages.append({"role": "user", "content": [*video, {"type": "text", "text": question}]})
+        if answer is not None:
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    metadata = {"fps": 4.0, "total_num_frames": len(frames), "frames_indices": list(range(len(frames)))}
+    return processor(
+        text=[text],
+        videos=[torch.from_numpy(frames).permute(0, 3, 1, 2)],
+        video_metadata=[metadata],
+        do_sample_frames=False,
+        return_tensors="pt",
+    )
+
+
+@pytest.mark.parametrize("prefill_chunk", [4096, 23])
+def test_a_conversation_has_the_logits_of_stock_transformers(video_model, processor, frames, prefill_chunk):
+    with tieredkv.open_session(
+        video_model,
+        frames,
+        gpu_kv_gb=1,
+        processor=processor,
+        fps=4,
+        positions="stock",
+        prefill_chunk=prefill_chunk,
+    ) as session:
+        turns = []
+        for question in (STAR, MOON, STAR):
+            record = RecordLogits()
+            answer = session.chat(question, max_new_tokens=6, do_sample=False, logits_processor=[record])
+            inputs = conversation_inputs(processor, frames, [*turns, (question, None)])
+            stock = stock_logits(video_model, inputs, 6)
+            torch.testing.assert_close(torch.cat(record.seen), stock, rtol=0, atol=2e-4)
+            turns.append((question, answer.text))
+        assert session.history == turns
+
+
+def test_a_conversation_does_not_prefill_the_video_again(opened, monkeypatch):
+    from tieredkv.models.qwen2_5_vl import Qwen25VL
+
+    session, decoded = opened(), []
+    decode = Qwen25VL.decode
+    monkeypatch.setattr(
+        Qwen25VL, "decode", lambda self, model, e, *rest: decoded.append(e.shape[1]) or decode(self, model, e, *rest)
+    )
+    for _ in range(3):
+        session.chat(STAR, max_new_tokens=4)
+    assert sum(decoded) < session.video.tokens
+
+
+def test_asking_neither_sees_nor_disturbs_the_conversation(opened):
+    session, other = opened(), opened()
+    alone = other.ask(MOON, max_new_tokens=6).token_ids
+    session.chat(STAR, max_new_tokens=4)
+    assert session.ask(MOON, max_new_tokens=6).token_ids == alone
+    after = session.chat(MOON, max_new_tokens=6).token_ids
+    other.chat(STAR, max_new_tokens=4)
+    assert other.chat(MOON, max_new_tokens=6).token_ids == after
+
+
+def test_a_turn_that_fails_is_forgotten(opened):
+    session = opened()
+    session.chat(STAR, max_new_tokens=2)
+    with pytest.raises(PromptError):
+        session.chat("  ")
+    with pytest.raises(BudgetError):
+        session.chat(MOON, max_new_tokens=100_000)
+    assert len(session.history) == 1
+    session.history.clear()
+    assert session.chat(MOON, max_new_tokens=4).token_ids == session.ask(MOON, max_new_tokens=4).token_ids
+
+
+def test_questions_from_several_threads_take_turns(opened):
+    session = opened()
+    expected = {question: session.ask(question, max_new_tokens=6).token_ids for question in (STAR, MOON)}
+    got = []
+
+    def work(question):
+        for _ in range(3):
+            got.append((question, session.ask(question, max_new_tokens=6).token_ids))
+
+    threads = [threading.Thread(target=work, args=(question,)) for question in (STAR, MOON)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(got) == 6
+    assert all(expected[question] == ids for question, ids in got)

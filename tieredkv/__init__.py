@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tieredkv.api import generate, open_session
+    from tieredkv.api import generate, load_session, open_session
     from tieredkv.attention.interface import use_attention
     from tieredkv.cache import TieredCache
     from tieredkv.config import TierConfig
@@ -19,14 +19,18 @@ if TYPE_CHECKING:
         UnsupportedModelError,
         VideoError,
     )
+    from tieredkv.plan_table import MemoryPlan
+    from tieredkv.planner import plan
     from tieredkv.session import VideoSession
-    from tieredkv.stats import Generation, Stats
+    from tieredkv.stats import Generation, IngestStats, Stats
 
 __version__ = "0.1.0.dev0"
 
 _HOME = {
     "generate": "api",
+    "load_session": "api",
     "open_session": "api",
+    "plan": "planner",
     "use_attention": "attention.interface",
     "TieredCache": "cache",
     "TierConfig": "config",
@@ -39,12 +43,16 @@ _HOME = {
     "VideoError": "errors",
     "VideoSession": "session",
     "Generation": "stats",
+    "IngestStats": "stats",
+    "MemoryPlan": "plan_table",
     "Stats": "stats",
 }
 
 __all__ = [
     "BudgetError",
     "Generation",
+    "IngestStats",
+    "MemoryPlan",
     "OptionError",
     "PromptError",
     "SessionError",
@@ -56,7 +64,9 @@ __all__ = [
     "VideoError",
     "VideoSession",
     "generate",
+    "load_session",
     "open_session",
+    "plan",
     "use_attention",
 ]
 

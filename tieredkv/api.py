@@ -1,4 +1,4 @@
-"""generate and open_session: the faces of the library."""
+"""generate, open_session, load_session: the faces of the library."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
-from tieredkv import decode, models
-from tieredkv.config import TierConfig
+from tieredkv import decode, models, saved, storage
+from tieredkv.config import DEFAULT_FPS, TierConfig
 from tieredkv.errors import OptionError, UnsupportedModelError
 from tieredkv.models.base import Positions
 from tieredkv.session import VideoSession, check_prompt
 from tieredkv.stats import Generation
-from tieredkv.video.frames import check_request
+from tieredkv.video.frames import check_request, open_video
 
 _TIER_OPTIONS = {field.name for field in fields(TierConfig)}
-_VIDEO_OPTIONS = {"fps", "source_fps", "max_frames"}
+_VIDEO_OPTIONS = {"fps", "source_fps", "max_frames", "start", "end"}
 _OPENING = {*_TIER_OPTIONS, *_VIDEO_OPTIONS, "tiers", "processor", "positions", "progress"}
 
 
@@ -30,6 +30,8 @@ def open_session(
     fps: float | None = None,
     source_fps: float | None = None,
     max_frames: int | None = None,
+    start: float = 0.0,
+    end: float | None = None,
     positions: Positions = "published",
     progress: bool = False,
     **options: Any,
@@ -39,9 +41,10 @@ def open_session(
     model: a transformers model, or a local path or hub id to load one from. processor: the model's; None finds it
     beside the model. video: a path, or frames: a list of PIL images, or `(T, H, W, 3)` or `(T, 3, H, W)` as ndarray
     or tensor, uint8 or floats in [0, 1], taken at `source_fps` per second (None: at `fps`). fps: frames sampled per
-    second (None: the processor's own rate). gpu_kv_gb: hard cap in GiB on device memory for keys and values. tiers:
-    every other setting; its fields may be given as keywords instead. positions: "published" or "stock", how text
-    after the video is numbered. progress: bars on stderr.
+    second (None: the processor's own rate). max_frames: if there would be more, that many are spread evenly instead.
+    start, end: seconds of the video to look at. gpu_kv_gb: hard cap in GiB on device memory for keys and values.
+    tiers: every other setting; its fields may be given as keywords instead. positions: "published" or "stock", how
+    text after the video is numbered. progress: a bar on stderr.
 
     Raises `UnsupportedModelError`, `VideoError`, `BudgetError` or `OptionError`, all of them `TieredKVError`.
     """
@@ -55,7 +58,7 @@ def open_session(
         **options,
     )
     try:
-        session.ingest(video, fps=fps, source_fps=source_fps, max_frames=max_frames)
+        session.ingest(video, fps=fps, source_fps=source_fps, max_frames=max_frames, start=start, end=end)
     except BaseException:
         session.close()
         raise
@@ -80,6 +83,38 @@ def new_session(
     return VideoSession(model, processor, config, positions=positions, progress=progress)
 
 
+def load_session(
+    path: str | Path,
+    model: Any,
+    *,
+    video: Any = None,
+    gpu_kv_gb: float | None = None,
+    processor: Any = None,
+    progress: bool = False,
+    **options: Any,
+) -> VideoSession:
+    """Take up a session that `VideoSession.save` wrote; no video is decoded, encoded or prefilled.
+
+    The file is mapped, not read: each layer is read, and checked against its checksum, when it is first attended to. It
+    may be replaced meanwhile but not changed in place. model, processor: those the session was made with. video: if
+    given, the file or frames that the session must be of. gpu_kv_gb, options: fields of `TierConfig` that are to
+    differ from those saved.
+
+    Raises `SessionError` when the file is no session, is damaged, or belongs to another model, processor or video;
+    damage to a layer is found by the first question.
+    """
+    given = {**options, **({} if gpu_kv_gb is None else {"gpu_kv_gb": gpu_kv_gb})}
+    _check_tier_options(given)
+    stored = storage.read(path)
+    tiers = saved.tiers_of(stored, given)
+    if video is not None:
+        saved.check_video(stored, open_video(video, DEFAULT_FPS))
+    model, processor = load(model, processor)
+    session = VideoSession(model, processor, tiers, progress=progress)
+    session.restore(stored)
+    return session
+
+
 def generate(model: Any, video: Any, prompt: str, gpu_kv_gb: float = 4.0, **options: Any) -> Generation:
     """Answer one question about one video: a session with a single question.
 
@@ -93,7 +128,8 @@ def generate(model: Any, video: Any, prompt: str, gpu_kv_gb: float = 4.0, **opti
         with decode.ending_on_error(streamer):
             decode.check_options(asking, also=(*_OPENING, "trace"))
             check_prompt(prompt)
-            source = {name: opening.pop(name, None) for name in _VIDEO_OPTIONS}
+            source: dict[str, Any] = {"fps": None, "source_fps": None, "max_frames": None, "start": 0.0, "end": None}
+            source |= {name: opening.pop(name) for name in _VIDEO_OPTIONS & opening.keys()}
             check_request(video, **source)
             session = opened.enter_context(new_session(model, gpu_kv_gb=gpu_kv_gb, **opening))
             session.ingest(video, question=prompt, max_new_tokens=session.new_tokens(asking), **source)
@@ -101,9 +137,7 @@ def generate(model: Any, video: Any, prompt: str, gpu_kv_gb: float = 4.0, **opti
 
 
 def _tier_config(gpu_kv_gb: float, tiers: TierConfig | None, options: dict[str, Any]) -> TierConfig:
-    if unknown := sorted(set(options) - _TIER_OPTIONS):
-        decode.check_options({unknown[0]: None}, also=tuple(_OPENING))
-        raise OptionError(f"{unknown[0]!r} is a generation option: give it to ask, not to open_session.")
+    _check_tier_options(options)
     if tiers is not None and not isinstance(tiers, TierConfig):
         raise OptionError(f"tiers is a {type(tiers).__name__}: give a TierConfig, or its fields as keywords.")
     if tiers is None:
@@ -111,6 +145,12 @@ def _tier_config(gpu_kv_gb: float, tiers: TierConfig | None, options: dict[str, 
     if options:
         raise OptionError(f"give either tiers or {', '.join(sorted(options))}, not both.")
     return tiers
+
+
+def _check_tier_options(options: dict[str, Any]) -> None:
+    if unknown := sorted(set(options) - _TIER_OPTIONS):
+        decode.check_options({unknown[0]: None}, also=tuple(_OPENING))
+        raise OptionError(f"{unknown[0]!r} is a generation option: give it to ask, not to open_session.")
 
 
 def load(model: Any, processor: Any = None) -> tuple[Any, Any]:

@@ -8,6 +8,7 @@ new token attends to what its heads select. More prompt tokens after a seal lead
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,10 +41,12 @@ class TieredLayer(CacheLayerMixin):
         self.cache: TieredCache = weakref.proxy(cache)  # or the host tier would outlive its last user
         self.index = index
         self.host: HostLayer | None = None
+        self.resident: prefill.Resident | None = None
         self.rows: prefill.TextRows | None = None
         self.sealed: SealedLayer | None = None
         self._digests: torch.Tensor | None = None
         self._digested = 0
+        self._check: Callable[[], None] | None = None
 
     # ---- transformers' protocol
 
@@ -59,6 +62,12 @@ class TieredLayer(CacheLayerMixin):
         self.host = HostLayer(heads, head_dim, self.cache.tiers.chunk_tokens, self.dtype)
         self.host.reserve(self.cache.prompt_tokens)
         self.is_initialized = True
+        if keep := self.cache.resident_tokens():
+            shape = (heads, keep, head_dim)
+            self.resident = prefill.Resident(
+                self.cache.ledger.empty("resident", shape, self.dtype, self.device),
+                self.cache.ledger.empty("resident", shape, self.dtype, self.device),
+            )
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -95,6 +104,7 @@ class TieredLayer(CacheLayerMixin):
     def attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
         """Cache new tokens and attend to them and all before. query `(H, n, D)`, keys and values `(K, n, D)`."""
         self.cache.check_turn(self.index)
+        self._check_once()
         if self.sealed is not None:
             out = self.sealed.step(query[:, 0], keys[:, 0], values[:, 0], scaling).unsqueeze(1)
         else:
@@ -102,25 +112,41 @@ class TieredLayer(CacheLayerMixin):
         self.cache.attended()
         return out
 
+    def _check_once(self) -> None:
+        if self._check is not None:
+            self._check()
+            self._check = None
+
     def _prefill(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
         assert self.host is not None
-        cache, n = self.cache, query.shape[1]
+        cache, host, n = self.cache, self.host, query.shape[1]
         rows = min(n, cache.text_rows)
+        host.make_room(n)
+        cache.keep_resident_if_scorable(host.length + n, rows)
         with prefill.staged_past(
-            self.host,
+            host,
+            self.resident,
             n,
             rows,
             cache.shape,
             cache.tiers,
             cache.ledger,
             cache.transfer,
+            cache.copies,
             query.device,
             cache.new_tokens,
         ) as past:
+            past.run_ahead()
+            # Written back meanwhile, behind the tokens that are read.
+            kept = keys.detach(), values.detach()
+            cache.copies.submit("write back", lambda: host.write(*kept))
             out, lse = prefill.attend_exactly(query, keys, values, scaling, past)
             if rows:
                 self.rows = prefill.score_text_rows(query[:, -rows:], lse[:, -rows:], keys, scaling, past, cache.tiers)
-        self.append(keys, values)
+            cache.copies.wait("write back")
+        if self.resident is not None:
+            self.resident.append(keys.detach(), values.detach(), host.length)
+        self._advance(n)
         return out
 
     # ---- tiers
@@ -133,7 +159,14 @@ class TieredLayer(CacheLayerMixin):
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Write tokens `(K, n, D)` to the host tier and digest the chunks they complete."""
         assert self.host is not None
-        self.host.append(keys.detach(), values.detach())
+        self.host.make_room(keys.shape[1])
+        self.host.write(keys, values)
+        self._advance(keys.shape[1])
+
+    def _advance(self, tokens: int) -> None:
+        """Count tokens written to the host tier, and digest the chunks they complete."""
+        assert self.host is not None
+        self.host.advance(tokens)
         whole = self.host.length // self.host.chunk_tokens
         if whole > self._digested:
             new = digest.cuboid_mean(self.host.chunks(self._digested, whole)[:, :, 0])
@@ -146,12 +179,35 @@ class TieredLayer(CacheLayerMixin):
         if self.host is None or tokens > self.host.length:
             return
         self.host.truncate(tokens)
+        if self.resident is not None:
+            self.resident.length = min(self.resident.length, tokens)
         self._digested = min(self._digested, tokens // self.host.chunk_tokens)
         self.rows = None
 
+    def state(self) -> dict[str, torch.Tensor]:
+        """What `restore` needs, contiguous, in host memory. Not while sealed."""
+        assert self.host is not None
+        self._check_once()  # or damage would be given a checksum that fits it
+        tensors = {"kv": self.host.whole()}
+        if self._digests is not None:
+            tensors["digests"] = self._digests[:, : self._digested].contiguous()
+        return tensors
+
+    def restore(self, state: dict[str, torch.Tensor], tokens: int, check: Callable[[], None]) -> None:
+        """Take the state of `tokens` tokens. check: called before they are first attended to; raises if damaged."""
+        arena = state["kv"]
+        self.dtype, self.device = arena.dtype, torch.device("cpu")
+        heads, _, _, c, head_dim = arena.shape
+        self.host = HostLayer(heads, head_dim, c, self.dtype)
+        self.host.adopt(arena, tokens)
+        self._digests = state.get("digests")
+        self._digested = 0 if self._digests is None else self._digests.shape[1]
+        self._check = check
+        self.is_initialized = True
+
     def close(self) -> None:
-        """Free the layer's host memory."""
-        self.rows = self._digests = None
+        """Free the layer's memory."""
+        self.rows = self._digests = self.resident = self._check = None
         if self.host is not None:
             self.host.close()
 
@@ -231,7 +287,8 @@ class TieredCache(Cache):
         self.ledger = DeviceLedger(self.tiers.cap_bytes)
         self.transfer = Transfer()
         self.counters = Counters()
-        self._prefetcher = ThreadPrefetcher() if self.tiers.prefetch else None
+        self.copies = ThreadPrefetcher()
+        """Copies under way between the tiers, in both phases."""
         self._pool: DevicePool | None = None
         self._announced: int | None = None
         self._closed = False
@@ -253,6 +310,12 @@ class TieredCache(Cache):
             head_dim=host.head_dim,
             itemsize=host.dtype.itemsize,
         )
+
+    def resident_tokens(self) -> int:
+        """First tokens of every layer to keep on the device during prefill; 0 when the prompt's length is not known."""
+        if self.prompt_tokens == 0:
+            return 0
+        return sizes.plan_prefill(self.shape, self.tiers, self.prompt_tokens, self.tiers.text_window).resident
 
     @property
     def sealed(self) -> bool:
@@ -334,6 +397,7 @@ class TieredCache(Cache):
             dynamic_heads=int((~static).sum()),
             trace=None if trace is None else [],
         )
+        self._drop_resident()
         try:
             self._pool = DevicePool(
                 self.ledger,
@@ -350,7 +414,7 @@ class TieredCache(Cache):
                 ledger=self.ledger,
                 pool=self._pool,
                 transfer=self.transfer,
-                prefetcher=self._prefetcher,
+                prefetcher=self.copies if self.tiers.prefetch else None,
                 counters=self.counters,
             )
             for layer, mask in zip(self.tiered_layers, static, strict=True):
@@ -368,6 +432,19 @@ class TieredCache(Cache):
             layer.unseal()
         self._drop_pool()
 
+    def keep_resident_if_scorable(self, tokens: int, rows: int) -> None:
+        """Give up the tokens kept on the device if scoring `rows` rows of a prompt this long needs their room."""
+        resident = self.tiered_layers[0].resident
+        if resident is not None:
+            staged = tokens > resident.room
+            if not sizes.block_tokens(self.shape, self.tiers, tokens, rows, resident.room, staged):
+                self._drop_resident()
+
+    def _drop_resident(self) -> None:
+        for layer in self.tiered_layers:
+            layer.resident = None
+        self.ledger.release("resident")
+
     def _drop_pool(self) -> None:
         for layer in self.tiered_layers:
             layer.sealed = None
@@ -379,9 +456,8 @@ class TieredCache(Cache):
 
     def finish(self) -> None:
         """Wait for copies still under way, so that the counters are final. Raises what a copy raised."""
-        if self._prefetcher is not None:
-            for layer in self.tiered_layers:
-                self.counters.prefetched_bytes += self._prefetcher.wait(layer.index)
+        for layer in self.tiered_layers:
+            self.counters.prefetched_bytes += self.copies.wait(layer.index)
 
     def truncate(self, tokens: int) -> None:
         """Forget all but the first `tokens` tokens, leaving the decode phase if need be."""
@@ -389,8 +465,8 @@ class TieredCache(Cache):
         try:
             if tokens > min(layer.prompt_length for layer in self.tiered_layers):
                 self.unseal()
-            elif self._prefetcher is not None:
-                self._prefetcher.drain()
+            else:
+                self.copies.drain()
         finally:
             self._drop_pool()
             for layer in self.tiered_layers:
@@ -408,10 +484,10 @@ class TieredCache(Cache):
             return
         self._closed = True
         try:
-            if self._prefetcher is not None:
-                self._prefetcher.close()
+            self.copies.close()
         finally:
             self._drop_pool()
+            self._drop_resident()
             for layer in self.tiered_layers:
                 layer.close()
 

@@ -5,16 +5,25 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from tieredkv import __version__
-from tieredkv.errors import TieredKVError
+from tieredkv.errors import OptionError, TieredKVError
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__
 )
+
+# Options that commands share.
+Model = Annotated[str, typer.Option("--model", "-m", help="A local path, a hub id, or 'tiny'.")]
+HostGiB = Annotated[float | None, typer.Option(help="Host memory for keys and values, GiB.")]
+Fps = Annotated[float | None, typer.Option(help="Frames sampled per second.")]
+MaxFrames = Annotated[int | None, typer.Option(help="Spread at most this many frames.")]
+Start = Annotated[float, typer.Option(help="Second of the video to start at.")]
+End = Annotated[float | None, typer.Option(help="Second of the video to end at.")]
+NewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
 
 
 def _show_version(value: bool) -> None:
@@ -51,36 +60,91 @@ def demo(
 
 @app.command()
 def ask(
-    video: Annotated[Path, typer.Argument(help="A video file.")],
-    question: Annotated[str, typer.Argument(help="What to ask about it.")],
-    model: Annotated[str, typer.Option("--model", "-m", help="A local path, a hub id, or 'tiny'.")] = "tiny",
-    gpu_kv_gb: Annotated[float, typer.Option(help="Device memory for keys and values, GiB.")] = 4.0,
-    fps: Annotated[float | None, typer.Option(help="Frames sampled per second.")] = None,
-    max_frames: Annotated[int | None, typer.Option(help="Sample at most this many frames.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
+    words: Annotated[list[str], typer.Argument(metavar="[VIDEO] QUESTION", help="A video file, and what to ask.")],
+    model: Model = "tiny",
+    session: Annotated[Path | None, typer.Option(help="Load this saved session; without it, save one here.")] = None,
+    gpu_kv_gb: Annotated[float | None, typer.Option(help="Device memory for keys and values, GiB [4].")] = None,
+    host_kv_gb: HostGiB = None,
+    fps: Fps = None,
+    max_frames: MaxFrames = None,
+    start: Start = 0.0,
+    end: End = None,
+    max_new_tokens: NewTokens = 256,
     as_json: Annotated[bool, typer.Option("--json", help="Print answer and statistics as JSON.")] = False,
 ) -> None:
-    """Answer one question about one video.
+    """Answer one question about one video, or about a saved session.
 
-    Example: tieredkv ask film.mp4 "What is on the table?" -m Qwen/Qwen2.5-VL-3B-Instruct --gpu-kv-gb 2
+    Example: tieredkv ask film.mp4 "What is on the table?" -m Qwen/Qwen2.5-VL-3B-Instruct --session film.tkv
     """
-    from tieredkv.api import generate
+    from tieredkv import api, storage
     from tieredkv.tiny.model import PATH
 
-    answer = generate(
-        PATH if model == "tiny" else model,
-        video,
-        question,
-        gpu_kv_gb=gpu_kv_gb,
-        fps=fps,
-        max_frames=max_frames,
-        max_new_tokens=max_new_tokens,
-        progress=True,
-    )
+    *videos, question = words
+    if len(videos) > 1:
+        raise OptionError(f"ask takes one video and one question, got {len(words)} words: put quotes around each.")
+    given = {"gpu_kv_gb": gpu_kv_gb, "host_kv_gb": host_kv_gb}
+    tiers: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    source: dict[str, Any] = {"fps": fps, "max_frames": max_frames, "start": start, "end": end}
+    where = PATH if model == "tiny" else model
+    if session is not None and session.exists():
+        if sampling := [name for name, value in source.items() if value]:
+            raise OptionError(f"{session} is saved as it was sampled: leave out --{sampling[0].replace('_', '-')}.")
+        api.check_prompt(question)
+        with api.load_session(session, where, video=videos[0] if videos else None, **tiers) as opened:
+            answer = opened.ask(question, max_new_tokens=max_new_tokens)
+    elif not videos:
+        missing = "give a video and a question" if session is None else f"{session}: no such file; give a video too"
+        raise OptionError(f"there is no video to ask about: {missing}.")
+    elif session is None:
+        answer = api.generate(
+            where, videos[0], question, max_new_tokens=max_new_tokens, progress=True, **tiers, **source
+        )
+    else:
+        api.check_prompt(question)
+        storage.check_target(session)
+        with api.open_session(where, videos[0], progress=True, **tiers, **source) as opened:
+            opened.save(session)
+            answer = opened.ask(question, max_new_tokens=max_new_tokens)
     if as_json:
         typer.echo(json.dumps({"text": answer.text, "token_ids": answer.token_ids, **answer.stats.as_dict()}))
     else:
         typer.echo(answer.text)
+
+
+@app.command()
+def plan(
+    video: Annotated[str, typer.Argument(help="A video file, or a whole number of visual tokens.")],
+    model: Model = "tiny",
+    gpu_kv_gb: Annotated[float, typer.Option(help="Device memory for keys and values, GiB.")] = 4.0,
+    host_kv_gb: HostGiB = None,
+    fps: Fps = None,
+    max_frames: MaxFrames = None,
+    start: Start = 0.0,
+    end: End = None,
+    max_new_tokens: NewTokens = 256,
+    link: Annotated[str, typer.Option(help="Bus to the card, or its GB/s.")] = "pcie4x16",
+    card: Annotated[str | None, typer.Option(help="As 'RTX 4090', or GB/s of its memory.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show what a video would take of both memory tiers. Loads no weights and decodes nothing."""
+    from tieredkv import planner
+    from tieredkv.tiny.model import PATH
+
+    tokens = video.isascii() and video.isdigit() and not Path(video).exists()
+    made = planner.plan(
+        PATH if model == "tiny" else model,
+        int(video) if tokens else video,
+        gpu_kv_gb=gpu_kv_gb,
+        host_kv_gb=host_kv_gb,
+        fps=fps,
+        max_frames=max_frames,
+        start=start,
+        end=end,
+        max_new_tokens=max_new_tokens,
+        link=link,
+        card=card,
+    )
+    typer.echo(json.dumps(made.as_dict()) if as_json else str(made))
 
 
 def main() -> None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from tieredkv.errors import BudgetError
 
 GIB = 2**30
+DEFAULT_FPS = 2.0
+"""Frames sampled per second where neither the caller nor the processor says (Qwen2.5-VL's own rate)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

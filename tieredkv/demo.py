@@ -24,9 +24,9 @@ from rich.table import Table
 from tieredkv.api import open_session
 from tieredkv.config import GIB
 from tieredkv.errors import OptionError
-from tieredkv.models.base import EncodedVideo, VideoFamily
-from tieredkv.progress import Stages
-from tieredkv.session import model_shape
+from tieredkv.models.base import VideoFamily, VideoGrid
+from tieredkv.progress import progress_bar
+from tieredkv.sizes import model_shape
 from tieredkv.stats import Generation
 from tieredkv.tiny import model as tiny
 from tieredkv.tiny.evaluate import TOKENS_PER_SECOND, prepare
@@ -70,7 +70,7 @@ def run(seed: int, minutes: float, share: float, plot: Path | None, video_path: 
     asked = list({question.text: question for question in questions(scene, seed, QUESTIONS)}.values())
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "demo.mp4" if video_path is None else video_path
-        with Stages(True)("write", "frames") as bar, _writing(path):
+        with progress_bar("write", "frames") as bar, _writing(path):
             write_video(scene, path, bar)
         if not as_json:
             console.print(
@@ -131,13 +131,13 @@ def _writing(path: Path) -> Iterator[None]:
 
 @torch.no_grad()
 def ask_stock(
-    model: Any, processor: Any, family: VideoFamily, frames: Frames, video: EncodedVideo, text: str, max_new_tokens: int
+    model: Any, processor: Any, family: VideoFamily, frames: Frames, video: VideoGrid, text: str, max_new_tokens: int
 ) -> str:
     """The answer of transformers' own `generate` with its full cache, everything from scratch but the positions."""
     inputs = prepare(processor, frames.pixels, text, frames.fps)
     visual = (inputs["mm_token_type_ids"][0] == 2).nonzero().squeeze(1)
     head, total = int(visual[0]), inputs["input_ids"].shape[1]
-    positions, _ = family.positions(model, head, video, total - head - len(visual), "published")
+    positions = family.positions(model, head, video, 0, total, "published")
     ids = model.generate(**inputs, position_ids=positions.unsqueeze(1), max_new_tokens=max_new_tokens, do_sample=False)
     return processor.tokenizer.decode(ids[0, total:], skip_special_tokens=True).strip()
 

@@ -16,6 +16,7 @@ from tieredkv.attention import reference
 from tieredkv.config import TierConfig
 from tieredkv.memory.device import DeviceLedger
 from tieredkv.memory.host import HostLayer
+from tieredkv.memory.prefetch import Prefetcher
 from tieredkv.memory.transfer import Transfer
 from tieredkv.policy import classify, prune
 
@@ -30,60 +31,132 @@ class TextRows:
     """Attention the rows pay each token, averaged over rows, group and neighbours: `(K, N)`, on the host."""
 
 
-@dataclass(frozen=True, slots=True)
-class Past:
-    """The cached tokens of one layer, to be read through device buffers of `block_tokens` tokens."""
+@dataclass(slots=True)
+class Resident:
+    """The first tokens of one layer, kept on the device while the prompt is prefilled: keys and values `(K, R, D)`."""
 
-    host: HostLayer
-    tokens: int
-    block_tokens: int
     keys: torch.Tensor
     values: torch.Tensor
-    transfer: Transfer
+    length: int = 0
+
+    @property
+    def room(self) -> int:
+        """R."""
+        return self.keys.shape[1]
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor, first: int) -> None:
+        """Keep what fits of the tokens `(K, n, D)` that follow the layer's first `first` ones."""
+        take = min(self.room - first, keys.shape[1])
+        if self.length == first and take > 0:
+            self.keys[:, first : first + take] = keys[:, :take]
+            self.values[:, first : first + take] = values[:, :take]
+            self.length += take
+
+
+class Past:
+    """The cached tokens of one layer: the first of them on the device, the rest staged from the host tier.
+
+    Staging is double-buffered: while one block is attended to, the next is copied in the background.
+    """
+
+    def __init__(
+        self,
+        host: HostLayer,
+        resident: Resident | None,
+        block_tokens: int,
+        buffers: list[tuple[torch.Tensor, torch.Tensor]],
+        transfer: Transfer,
+        copies: Prefetcher,
+    ) -> None:
+        """buffers: two pairs of flat tensors, keys and values, each with room for `block_tokens` tokens."""
+        self.host, self.tokens, self.block_tokens = host, host.length, block_tokens
+        self.resident, self.transfer, self.copies = resident, transfer, copies
+        self._buffers = buffers
+        first = 0 if resident is None else resident.length
+        self._ranges = list(host.blocks(first, self.tokens, block_tokens)) if first < self.tokens else []
+        self._ahead = False
+
+    def _views(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The buffers of block `index`, shaped for its chunks."""
+        start, stop = self._ranges[index]
+        h = self.host
+        padded = (stop - start) * h.chunk_tokens
+        size = h.num_heads * padded * h.head_dim
+        keys, values = (flat[:size].view(h.num_heads, padded, h.head_dim) for flat in self._buffers[index % 2])
+        return keys, values
+
+    def _stage(self, index: int, with_values: bool) -> None:
+        start, stop = self._ranges[index]
+        keys, values = self._views(index)
+        chunks = self.host.chunks(start, stop)
+        self.copies.submit("past", lambda: self.transfer.stage(chunks, keys, values if with_values else None))
+
+    def run_ahead(self) -> None:
+        """Start on the first block that `blocks(with_values=True)` will need."""
+        if self._ranges:
+            self._stage(0, with_values=True)
+            self._ahead = True
 
     def blocks(self, with_values: bool) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Consecutive blocks of the past on the device, keys and values `(K, m, D)`; each valid until the next."""
-        h = self.host
-        for start, stop in h.blocks(self.tokens, self.block_tokens):
-            padded = (stop - start) * h.chunk_tokens
-            size = h.num_heads * padded * h.head_dim
-            keys = self.keys[:size].view(h.num_heads, padded, h.head_dim)
-            values = self.values[:size].view(h.num_heads, padded, h.head_dim)
-            self.transfer.stage(h.chunks(start, stop), keys, values if with_values else None)
-            filled = min(self.tokens, stop * h.chunk_tokens) - start * h.chunk_tokens
+        if self.resident is not None:
+            held = min(self.resident.length, self.tokens)
+            for start in range(0, held, self.block_tokens):
+                stop = min(start + self.block_tokens, held)
+                yield self.resident.keys[:, start:stop], self.resident.values[:, start:stop]
+        if self._ranges and not self._ahead:
+            self._stage(0, with_values)
+        self._ahead = False
+        for index, (start, stop) in enumerate(self._ranges):
+            self.transfer.streamed_bytes += self.copies.wait("past")
+            if index + 1 < len(self._ranges):  # into the buffers of the block before, which nobody reads any more
+                self._stage(index + 1, with_values)
+            keys, values = self._views(index)
+            filled = min(self.tokens, stop * self.host.chunk_tokens) - start * self.host.chunk_tokens
             yield keys[:, :filled], values[:, :filled]
 
 
 @contextmanager
 def staged_past(
     host: HostLayer,
+    resident: Resident | None,
     new_tokens: int,
     rows: int,
     shape: sizes.KVShape,
     tiers: TierConfig,
     ledger: DeviceLedger,
     transfer: Transfer,
+    copies: Prefetcher,
     device: torch.device,
     to_generate: int,
 ) -> Iterator[Past]:
-    """Device buffers for one layer's past and for scoring `rows` text rows, counted and released after the block.
+    """One layer's past, with device buffers for staging it and for scoring `rows` text rows, released after the block.
 
     Raises `BudgetError` when not even one chunk fits under the cap; it names a cap that will also do for
     `to_generate` tokens afterwards.
     """
     total = host.length + new_tokens
-    block = sizes.staging_tokens(shape, tiers, total, rows)
+    room, held = (0, 0) if resident is None else (resident.room, resident.length)
+    staged = host.length > held
+    block = sizes.block_tokens(shape, tiers, total, rows, room, staged)
     if block == 0:
         raise sizes.refusal(shape, tiers, sizes.lay_out(tiers, total, rows, to_generate), rows)
-    begun = sizes.ceil_div(host.length, tiers.chunk_tokens) * tiers.chunk_tokens
-    block = min(block, max(begun, sizes.ceil_div(new_tokens, tiers.chunk_tokens) * tiers.chunk_tokens))
-    flat = host.num_heads * min(block, begun) * host.head_dim
+    c = tiers.chunk_tokens
+    to_stage = sizes.ceil_div(host.length - held, c) * c
+    block = min(block, max(to_stage, sizes.ceil_div(max(held, new_tokens), c) * c))
+    flat = host.num_heads * min(block, to_stage) * host.head_dim
     try:
-        keys = ledger.empty("staging", (flat,), host.dtype, device)
-        values = ledger.empty("staging", (flat,), host.dtype, device)
+        buffers = [
+            (
+                ledger.empty("staging", (flat,), host.dtype, device),
+                ledger.empty("staging", (flat,), host.dtype, device),
+            )
+            for _ in range(2 if to_stage > block else 1)
+        ]
         ledger.reserve("scores", sizes.scoring_bytes(shape, tiers, total, rows, block))
-        yield Past(host, host.length, block, keys, values, transfer)
+        yield Past(host, resident, block, buffers * (3 - len(buffers)), transfer, copies)
     finally:
+        copies.drain()
         ledger.release("staging")
         ledger.release("scores")
 

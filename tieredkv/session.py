@@ -3,39 +3,38 @@
 from __future__ import annotations
 
 import itertools
-import math
+import threading
 import time
-from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 
-from tieredkv import decode, models, sizes
+from tieredkv import decode, ingest, models, saved, sizes
 from tieredkv.attention.interface import use_attention
 from tieredkv.cache import TieredCache
-from tieredkv.config import TierConfig
-from tieredkv.errors import PromptError, TieredKVError, UnsupportedModelError, VideoError
-from tieredkv.memory.host import check_host_memory
-from tieredkv.models.base import EncodedVideo, Positions
-from tieredkv.progress import Stages
-from tieredkv.stats import Generation, Stats
-from tieredkv.video.encode import encode_video
-from tieredkv.video.frames import load_frames
+from tieredkv.config import DEFAULT_FPS, TierConfig
+from tieredkv.errors import PromptError, TieredKVError, UnsupportedModelError
+from tieredkv.memory.limits import check_host
+from tieredkv.models.base import Positions, VideoGrid
+from tieredkv.pipeline import Cancelled, Pipeline
+from tieredkv.progress import IngestProgress
+from tieredkv.saved import SessionState
+from tieredkv.stats import Generation, IngestStats, Stats
+from tieredkv.storage import Stored
+from tieredkv.video.frames import VideoSource, open_video
 
-DEFAULT_FPS = 2.0
-"""Frames sampled per second where neither the caller nor the processor says (Qwen2.5-VL's own rate)."""
 DEFAULT_NEW_TOKENS = 256
 """`max_new_tokens` where neither the caller nor a generation config says."""
-QUESTION_ROOM = 256
-"""Tokens of host memory set aside beyond the video for the longest question; a longer one makes the tier grow."""
 
 
 class VideoSession:
     """A video's keys and values in two tiers, and the questions asked of them.
 
     Owns all its state: nothing is kept on the model, so sessions on one model do not see each other. Made by
-    `tieredkv.open_session`. A context manager; `close` frees both tiers.
+    `tieredkv.open_session` or `tieredkv.load_session`. A context manager; `close` frees both tiers. Calls from several
+    threads take turns.
     """
 
     def __init__(
@@ -60,13 +59,19 @@ class VideoSession:
         self.model, self.processor, self.tiers = model, processor, tiers
         self.positions: Positions = positions
         self.ingest_s = 0.0
-        self.video: EncodedVideo | None = None
-        self._stages = Stages(progress)
+        """Seconds from the request to a session that can be asked; of a loaded session, those of its ingest."""
+        self.ingest_stats: IngestStats | None = None
+        self.video: VideoGrid | None = None
+        self.history: list[tuple[str, str]] = []
+        """Questions and answers of the conversation held with `chat`; clear it to begin another."""
+        self._progress = progress
+        self._about_video: dict[str, Any] = {}
         self._cache: TieredCache | None = None
+        self._pipeline: Pipeline | None = None
         self._head = ""
         self._head_ids: torch.Tensor = torch.empty((1, 0), dtype=torch.long)
+        self._lock = threading.RLock()
         self._closed = False
-        self._prefix = 0
 
     # ---- ingest
 
@@ -77,85 +82,119 @@ class VideoSession:
         fps: float | None = None,
         source_fps: float | None = None,
         max_frames: int | None = None,
+        start: float = 0.0,
+        end: float | None = None,
         question: str = "?",
         max_new_tokens: int = 1,
     ) -> None:
-        """Decode, encode and prefill the video. Once per session.
+        """Decode, encode and prefill the video, all at once. Once per session.
 
-        video, fps, source_fps, max_frames: as in `tieredkv.open_session`. question, max_new_tokens: if what will be
-        asked is known, it counts in the check that the budget suffices, made before anything is prefilled. Raises
-        `VideoError` or `BudgetError` and leaves the session without a video.
+        video, fps, source_fps, max_frames, start, end: as in `tieredkv.open_session`. question, max_new_tokens: if
+        what will be asked is known, it counts in the check that the budget suffices, made before anything is decoded.
+        Raises `VideoError` or `BudgetError` and leaves the session without a video. `close` from another thread ends
+        it with a `TieredKVError`.
         """
-        self._check_open()
-        if self.video is not None:
-            raise TieredKVError("this session has its video already: open another session for another video.")
-        started = time.perf_counter()
-        rate = (getattr(self.processor.video_processor, "fps", None) or DEFAULT_FPS) if fps is None else fps
-        with self._stages("decode", "frames") as bar:
-            frames = load_frames(video, rate, source_fps, max_frames, bar)
-        try:
-            inputs = self.family.preprocess(self.processor, frames.pixels, frames.fps)
-        except ValueError as error:
-            _, height, width, _ = frames.pixels.shape
-            raise VideoError(f"the model's processor refuses frames of {width}x{height}: {error}") from None
-        rate = frames.fps
-        del frames
-        head, tail = self._template(question)
+        with self._lock:
+            self._check_open()
+            if self.video is not None:
+                raise TieredKVError("this session has its video already: open another session for another video.")
+            started = time.perf_counter()
+            rate = (getattr(self.processor.video_processor, "fps", None) or DEFAULT_FPS) if fps is None else fps
+            source = open_video(video, rate, source_fps=source_fps, max_frames=max_frames, start=start, end=end)
+            try:
+                self._ingest(source, question, max_new_tokens)
+            except Cancelled:
+                self._drop_cache()
+                raise TieredKVError("the session was closed while its video was being ingested.") from None
+            except BaseException:
+                self._drop_cache()
+                raise
+            self.ingest_s = time.perf_counter() - started
+
+    def _ingest(self, source: VideoSource, question: str, max_new_tokens: int) -> None:
+        video = ingest.prepare(self.family, self.model.config, self.processor, source, self.tiers)
+        head, tail = self._template([(question, None)])
         self._head, self._head_ids = head, self._tokenize(head)
-        visual = math.prod(self.family.grid(self.model, inputs))
-        room = self._check_memory(visual, self._tokenize(tail).shape[1], max_new_tokens)
-        with self._stages("encode", "tokens") as bar:
-            encoded = encode_video(self.family, self.model, inputs, rate, bar)
-        del inputs
+        room = self._check_memory(video.grid.tokens, self._tokenize(tail).shape[1], max_new_tokens)
+        cache = self._cache = TieredCache(self.model.config, self.tiers, prompt_tokens=room)
+        cache.auto_seal = False
+        bar = IngestProgress(self._progress, self.head_tokens + video.grid.tokens, source.seconds)
+        complete = False
         try:
-            self._prefill_video(encoded, room)
-        except BaseException:
-            self._drop_cache()
-            raise
-        self.video = replace(encoded, features=None)
-        self._prefix = self.head_tokens + encoded.tokens
-        self.ingest_s = time.perf_counter() - started
+            with Pipeline() as self._pipeline:
+                if self._closed:
+                    raise Cancelled
+                grid, self.ingest_stats, sha256 = ingest.run(
+                    self._pipeline, self.family, self.model, video, self._head_ids, self.positions, cache, bar
+                )
+            complete = True
+        finally:
+            self._pipeline = None
+            bar.close(complete)
+        self._about_video = {"name": source.name, "sha256": sha256, "fps": source.fps, "seconds": source.seconds}
+        self._begin_asking(cache, grid)
+
+    def _begin_asking(self, cache: TieredCache, grid: VideoGrid) -> None:
+        """`cache` holds the prompt's head and this video."""
+        self._cache, self.video = cache, grid
+        cache.auto_seal = False
+        cache.visual = torch.arange(self._prefix) >= self.head_tokens
 
     def _check_memory(self, visual: int, asked: int, max_new_tokens: int) -> int:
         """Refuse what neither tier can hold, before the costly stages; prompt tokens to make room for in the host tier.
 
         visual, asked: tokens of the video and of the text after it.
         """
-        shape = model_shape(self.model.config, self._dtype)
+        shape = sizes.model_shape(self.model.config, self._dtype)
         tokens = self.head_tokens + visual + asked
         sizes.check_cap(shape, self.tiers, sizes.lay_out(self.tiers, tokens, asked, max_new_tokens), asked)
-        room = tokens + QUESTION_ROOM
         what = f"the cache of {tokens:,} tokens"
-        check_host_memory(room * shape.token_bytes, what, "lower fps or max_frames")
-        return room
+        needed = sizes.host_bytes(shape, self.tiers, tokens)
+        check_host(needed, self.tiers.host_kv_gb, what, "lower fps or max_frames, or raise host_kv_gb")
+        return tokens + sizes.QUESTION_ROOM
 
-    @torch.no_grad()
-    def _prefill_video(self, video: EncodedVideo, room: int) -> None:
-        start, total = self.head_tokens, self.head_tokens + video.tokens
-        cache = TieredCache(self.model.config, self.tiers, prompt_tokens=room)
-        cache.auto_seal = False
-        cache.visual = torch.arange(total) >= start
-        self._cache = cache
-        positions, _ = self.family.positions(self.model, start, video, 0, self.positions)
-        cache.text_rows = 0
-        with use_attention(self.model), self._stages("prefill", "tokens") as bar:
-            for begin in range(0, total, self.tiers.prefill_chunk):
-                stop = min(begin + self.tiers.prefill_chunk, total)
-                embeddings = self._prompt_embeddings(video, begin, stop)
-                self.family.decode(self.model, embeddings, positions[:, begin:stop], cache)
-                bar(stop, total)
+    @property
+    def _prefix(self) -> int:
+        """Prompt tokens that every question shares: the head and the video."""
+        assert self.video is not None
+        return self.head_tokens + self.video.tokens
 
-    def _prompt_embeddings(self, video: EncodedVideo, begin: int, stop: int) -> torch.Tensor:
-        """Embeddings `(1, stop - begin, hidden)` of a stretch of the prompt before the question."""
-        start = self._head_ids.shape[1]
-        parts = []
-        if begin < start:
-            parts.append(self.family.embed(self.model, self._head_ids[:, begin : min(stop, start)].to(self._device)))
-        if stop > start:
-            assert video.features is not None
-            features = video.features[max(0, begin - start) : stop - start]
-            parts.append(features.unsqueeze(0).to(self._device, self._dtype))
-        return torch.cat(parts, dim=1)
+    # ---- on disk
+
+    def save(self, path: str | Path) -> int:
+        """Write the session to a file, from which `tieredkv.load_session` takes it up without the video; its bytes.
+
+        Holds the cache of the video, the conversation so far, and what the model, the processor and the video were. An
+        older file of this name is replaced at once or, if anything goes wrong, not at all. Raises `SessionError`.
+        """
+        with self._lock:
+            cache, video = self._ready()
+            assert self.ingest_stats is not None
+            state = SessionState(
+                grid=video,
+                positions=self.positions,
+                head=self._head,
+                head_ids=self._head_ids.flatten().tolist(),
+                video=self._about_video,
+                history=self.history,
+                ingest_s=self.ingest_s,
+                ingest_stats=self.ingest_stats,
+            )
+            return saved.write(Path(path), self.model, self.processor, cache, state)
+
+    def restore(self, stored: Stored) -> None:
+        """Take up what `save` wrote, instead of `ingest`. See `tieredkv.load_session`."""
+        with self._lock:
+            self._check_open()
+            if self.video is not None:
+                raise TieredKVError("this session has its video already: open another session for another video.")
+            state = saved.state_of(stored)
+            saved.check_origin(stored, self.model, self.processor)
+            cache = saved.map_cache(stored, self.model.config, self.tiers, state.tokens)
+            self.positions, self._about_video, self.history = state.positions, state.video, state.history
+            self._head, self._head_ids = state.head, torch.tensor([state.head_ids], dtype=torch.long)
+            self.ingest_s, self.ingest_stats = state.ingest_s, state.ingest_stats
+            self._begin_asking(cache, state.grid)
 
     # ---- questions
 
@@ -166,21 +205,33 @@ class VideoSession:
         `streamer`, `stopping_criteria`, `generation_config`). trace: record which chunks each step attended to.
         Raises `PromptError`, `OptionError` or `BudgetError`; the session can be asked again after any of them.
         """
-        self._check_open()
-        if self.video is None or self._cache is None:
-            raise TieredKVError("this session has no video yet: call ingest first.")
-        with decode.ending_on_error(options.get("streamer")):
+        return self._ask([], prompt, trace, options)
+
+    def chat(self, prompt: str, *, trace: bool = False, **options: Any) -> Generation:
+        """Go on with the conversation: the model sees the questions and answers of earlier `chat` calls.
+
+        As `ask` otherwise. Earlier turns are prefilled again, exactly, like the new question; the video never is. A
+        turn that fails leaves `history` as it was.
+        """
+        with self._lock:
+            answer = self._ask(self.history, prompt, trace, options)
+            self.history.append((prompt, answer.text))
+            return answer
+
+    def _ask(self, history: list[tuple[str, str]], prompt: str, trace: bool, options: dict[str, Any]) -> Generation:
+        with self._lock, decode.ending_on_error(options.get("streamer")):
+            cache, _ = self._ready()
             decode.check_options(options, model_config=self.model.generation_config)
             check_prompt(prompt)
-            head, tail = self._template(prompt)
+            head, tail = self._template([*history, (prompt, None)])
             if head != self._head:
                 raise PromptError("the chat template puts the prompt before the video: that is not supported.")
-            self._cache.truncate(self._prefix)
-            self._cache.counters.trace = [] if trace else None
+            cache.truncate(self._prefix)
+            cache.counters.trace = [] if trace else None
             try:
-                return self._answer(self._cache, self._tokenize(tail), options)
+                return self._answer(cache, self._tokenize(tail), options)
             finally:
-                self._cache.truncate(self._prefix)
+                cache.truncate(self._prefix)
 
     @torch.no_grad()
     def _answer(self, cache: TieredCache, tail_ids: torch.Tensor, options: dict[str, Any]) -> Generation:
@@ -193,14 +244,15 @@ class VideoSession:
         layout = sizes.lay_out(self.tiers, prefix + tail, tail, new_tokens)
         sizes.check_cap(cache.shape, self.tiers, layout, tail)
         cache.transfer.reset()
-        positions, next_position = family.positions(model, self._head_ids.shape[1], video, tail, self.positions)
+        positions = family.positions(model, self.head_tokens, video, prefix, prefix + tail, self.positions)
+        next_position = int(positions[0, -1]) + 1  # generated tokens go on after the prompt, on all axes
         with use_attention(model):
             # The question's last rows, which classify the heads, go in one call.
             first_calls = max(0, tail - self.tiers.prefill_chunk)
             for begin, stop in _spans(first_calls, self.tiers.prefill_chunk, tail):
                 cache.text_rows = min(stop - begin, self.tiers.text_window) if stop == tail else 0
                 embeddings = family.embed(model, tail_ids[:, begin:stop].to(self._device))
-                hidden = family.decode(model, embeddings, positions[:, prefix + begin : prefix + stop], cache)
+                hidden = family.decode(model, embeddings, positions[:, begin:stop], cache)
             logits = family.logits(model, hidden[:, -1])
             cache.seal()
             axes = positions.shape[0]
@@ -255,12 +307,20 @@ class VideoSession:
 
     # ---- prompt
 
-    def _template(self, prompt: str) -> tuple[str, str]:
-        """The chat template's text before the video's placeholder and after it."""
+    def _template(self, turns: list[tuple[str, str | None]]) -> tuple[str, str]:
+        """The chat template's text before the video's placeholder and after it, of questions and answers.
+
+        The last answer is None: it is what the model is to write.
+        """
         token = self.family.video_token(self.processor)
-        if token in prompt:
-            raise PromptError(f"the prompt contains {token!r}, which stands for the video: leave it out.")
-        messages = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": prompt}]}]
+        messages: list[dict[str, Any]] = []
+        for prompt, answer in turns:
+            if token in prompt:
+                raise PromptError(f"the prompt contains {token!r}, which stands for the video: leave it out.")
+            content = [] if messages else [{"type": "video"}]
+            messages.append({"role": "user", "content": [*content, {"type": "text", "text": prompt}]})
+            if answer is not None:
+                messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         head, found, tail = text.partition(token)
         if not found:
@@ -293,15 +353,28 @@ class VideoSession:
         if self._closed:
             raise TieredKVError("this session is closed: open another.")
 
+    def _ready(self) -> tuple[TieredCache, VideoGrid]:
+        """The cache and the video of a session that can be asked."""
+        self._check_open()
+        if self.video is None or self._cache is None:
+            raise TieredKVError("this session has no video yet: call ingest first.")
+        return self._cache, self.video
+
     def _drop_cache(self) -> None:
         if self._cache is not None:
             self._cache.close()
             self._cache = None
 
     def close(self) -> None:
-        """Free both tiers. Twice is fine; anything else afterwards raises."""
-        self._drop_cache()
+        """Free both tiers. Twice is fine; anything else afterwards raises.
+
+        From another thread: stops an ingest under way at once, and waits for a question to be answered.
+        """
         self._closed = True
+        if (pipeline := self._pipeline) is not None:
+            pipeline.cancel()
+        with self._lock:
+            self._drop_cache()
 
     def __enter__(self) -> VideoSession:
         self._check_open()
@@ -324,16 +397,3 @@ def _spans(first: int, size: int, total: int) -> list[tuple[int, int]]:
     ends = [total, *range(first, 0, -size), 0]
     ends = sorted(set(ends))
     return list(itertools.pairwise(ends))
-
-
-def model_shape(config: Any, dtype: torch.dtype) -> sizes.KVShape:
-    """What the planner must know, from a transformers config."""
-    text = config.get_text_config(decoder=True)
-    heads = text.num_attention_heads
-    return sizes.KVShape(
-        num_layers=text.num_hidden_layers,
-        num_attention_heads=heads,
-        num_key_value_heads=text.num_key_value_heads or heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-        itemsize=dtype.itemsize,
-    )

@@ -7,6 +7,7 @@ A cache is in one of two phases, each bounded by the same cap: prefill (staging 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,10 +16,16 @@ from tieredkv.errors import BudgetError
 from tieredkv.policy.budget import Budgets, split_budget
 from tieredkv.policy.classify import top_k_count
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 FLOAT32 = INT32 = 4
 """Bytes."""
 STAGING_TOKENS = 8192
 """Past tokens staged at a time when the cap has room: long enough that a copy runs at link speed."""
+
+QUESTION_ROOM = 256
+"""Tokens of host memory set aside beyond the video for the longest question; a longer one makes the tier grow."""
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -45,6 +52,19 @@ class KVShape:
     def token_bytes(self) -> int:
         """Keys and values of one token in all layers."""
         return self.kv_heads * 2 * self.head_dim * self.itemsize
+
+
+def model_shape(config: PreTrainedConfig, dtype: torch.dtype) -> KVShape:
+    """What the planner must know, from a transformers config."""
+    text = config.get_text_config(decoder=True)
+    heads = text.num_attention_heads
+    return KVShape(
+        num_layers=text.num_hidden_layers,
+        num_attention_heads=heads,
+        num_key_value_heads=text.num_key_value_heads or heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        itemsize=dtype.itemsize,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +130,13 @@ def page_bytes(shape: KVShape, tiers: TierConfig) -> int:
     return 2 * tiers.chunk_tokens * shape.head_dim * shape.itemsize
 
 
+def host_bytes(shape: KVShape, tiers: TierConfig, prompt: int) -> int:
+    """Host memory of the complete cache of `prompt` tokens: whole chunks, room for a longer question, digests."""
+    chunks = ceil_div(prompt + QUESTION_ROOM, tiers.chunk_tokens)
+    digests = 2 * shape.head_dim * shape.itemsize
+    return shape.kv_heads * chunks * (page_bytes(shape, tiers) + digests)
+
+
 def scratch_page_bytes(shape: KVShape, tiers: TierConfig) -> int:
     """What the torch attention holds per gathered page: the page, its keys or values in float32, logits."""
     group = shape.num_attention_heads // shape.num_key_value_heads
@@ -139,8 +166,8 @@ def ranking_bytes(shape: KVShape, layout: Layout) -> int:
 
 
 def staging_bytes(shape: KVShape, block_tokens: int) -> int:
-    """Two buffers, keys and values, of one layer's `block_tokens` past tokens."""
-    return 2 * shape.num_key_value_heads * block_tokens * shape.head_dim * shape.itemsize
+    """Two buffers, one filled while the other is read, each the keys and values of `block_tokens` tokens of a layer."""
+    return 2 * 2 * shape.num_key_value_heads * block_tokens * shape.head_dim * shape.itemsize
 
 
 def scoring_bytes(shape: KVShape, tiers: TierConfig, tokens: int, rows: int, block_tokens: int) -> int:
@@ -155,15 +182,47 @@ def scoring_bytes(shape: KVShape, tiers: TierConfig, tokens: int, rows: int, blo
     return FLOAT32 * (keys_float + weights + top + 2 * shape.num_key_value_heads * tokens)
 
 
-def staging_tokens(shape: KVShape, tiers: TierConfig, tokens: int, rows: int) -> int:
-    """Past tokens to stage at a time, whole chunks: the most that fit the cap, up to `STAGING_TOKENS`; 0 if none do.
+@dataclass(frozen=True, slots=True)
+class PrefillPlan:
+    """Sizes of the prefill phase, in tokens, whole chunks."""
 
-    rows: text rows scored in the same pass (0 when none are).
+    resident: int
+    """First tokens of every layer that stay on the device until the seal, and are read there."""
+    block: int
+    """Past tokens read, or staged, at a time; 0 when not even one chunk fits under the cap."""
+    staged: bool
+    """Whether some of the past must be staged from the host."""
+
+
+def plan_prefill(shape: KVShape, tiers: TierConfig, tokens: int, rows: int) -> PrefillPlan:
+    """Spend the cap on the prefill of `tokens` tokens, the last `rows` of them to be scored.
+
+    Everything stays on the device if it fits. Otherwise blocks are staged from the host, long enough that a copy runs
+    at link speed, and as many of the first tokens as fit beside the buffers stay: those are read the most often.
     """
     c = tiers.chunk_tokens
+    everything = ceil_div(tokens, c) * c
+    block = block_tokens(shape, tiers, tokens, rows, resident=everything, staged=False)
+    if block:
+        return PrefillPlan(everything, block, staged=False)
+    block = block_tokens(shape, tiers, tokens, rows, resident=0, staged=True)
+    taken = staging_bytes(shape, block) + scoring_bytes(shape, tiers, tokens, rows, block)
+    left = max(0, tiers.cap_bytes - taken) // shape.token_bytes if block else 0
+    return PrefillPlan(min(everything, left // c * c), block, staged=True)
+
+
+def block_tokens(shape: KVShape, tiers: TierConfig, tokens: int, rows: int, resident: int, staged: bool) -> int:
+    """Past tokens to read at a time, whole chunks: the most that fit the cap, up to `STAGING_TOKENS`; 0 if none do.
+
+    rows: text rows scored in the same pass (0 when none are). resident: tokens of every layer held on the device
+    besides. staged: whether buffers are needed.
+    """
+    c = tiers.chunk_tokens
+    cap = tiers.cap_bytes - resident * shape.token_bytes
 
     def fits(block: int) -> bool:
-        return staging_bytes(shape, block) + scoring_bytes(shape, tiers, tokens, rows, block) <= tiers.cap_bytes
+        buffers = staging_bytes(shape, block) if staged else 0
+        return buffers + scoring_bytes(shape, tiers, tokens, rows, block) <= cap
 
     low, high = 0, max(1, STAGING_TOKENS // c)
     while low < high:

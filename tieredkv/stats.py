@@ -77,6 +77,33 @@ class Stats:
 
 
 @dataclass(frozen=True, slots=True)
+class IngestStats:
+    """Measurements of one video's ingest. The three stages ran at once; each one's seconds are those it worked."""
+
+    frames: int
+    visual_tokens: int
+    decode_s: float
+    """Reading and sampling the file."""
+    encode_s: float
+    """Resizing, patches and vision tower."""
+    prefill_s: float
+    """The decoder model over the prompt up to the question."""
+    wall_s: float
+    """From the first frame's request to the last token cached."""
+    streamed_bytes: int
+    """Past keys and values copied from host to device again, for exact attention."""
+
+    @property
+    def overlap(self) -> float:
+        """Sum of the stages' seconds / wall time: above 1 where they ran at once."""
+        return (self.decode_s + self.encode_s + self.prefill_s) / self.wall_s
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {**{name: getattr(self, name) for name in self.__slots__}, "overlap": self.overlap}
+
+
+@dataclass(frozen=True, slots=True)
 class Generation:
     """An answer."""
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import psutil
 import torch
 
 from tieredkv.config import GIB
 from tieredkv.errors import BudgetError
+from tieredkv.memory.limits import available_host_bytes
 
 GROWTH_TOKENS = 256
 """Least room, in tokens, by which a layer grows beyond what it must hold."""
@@ -57,12 +57,17 @@ class HostLayer:
         grown[:, :used] = self._arena[:, :used]
         self._arena = grown
 
-    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Write the next tokens' keys and values, each `(K, n, D)`, after those held."""
-        n = keys.shape[1]
-        if self.length + n > self.capacity:
-            self.reserve(self.length + n + max(GROWTH_TOKENS, self.length // 8))
-        done = 0
+    def make_room(self, tokens: int) -> None:
+        """Grow, by an eighth or more, if `tokens` more do not fit."""
+        if self.length + tokens > self.capacity:
+            self.reserve(self.length + tokens + max(GROWTH_TOKENS, self.length // 8))
+
+    def write(self, keys: torch.Tensor, values: torch.Tensor) -> int:
+        """Write keys and values, each `(K, n, D)`, after those held, where there is room; `advance` counts them.
+
+        Returns the bytes written. May run on another thread while chunks of what is held are read.
+        """
+        n, done = keys.shape[1], 0
         while done < n:
             chunk, offset = divmod(self.length + done, self.chunk_tokens)
             if offset == 0 and n - done >= self.chunk_tokens:
@@ -76,7 +81,19 @@ class HostLayer:
                 self._arena[:, chunk, 0, offset : offset + take] = keys[:, done : done + take]
                 self._arena[:, chunk, 1, offset : offset + take] = values[:, done : done + take]
             done += take
-        self.length += n
+        return 2 * keys.numel() * keys.itemsize
+
+    def advance(self, tokens: int) -> None:
+        """Count `tokens` more tokens, which have been written."""
+        if self.length + tokens > self.capacity:
+            raise ValueError(f"{self.length + tokens} tokens do not fit {self.capacity}")
+        self.length += tokens
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Write the next tokens' keys and values, each `(K, n, D)`, growing if need be."""
+        self.make_room(keys.shape[1])
+        self.write(keys, values)
+        self.advance(keys.shape[1])
 
     def truncate(self, tokens: int) -> None:
         """Forget all but the first `tokens` tokens; their memory is kept for what comes next."""
@@ -89,17 +106,33 @@ class HostLayer:
         begun = -(-self.length // self.chunk_tokens)
         return self._arena[:, start : begun if stop is None else stop]
 
-    def blocks(self, tokens: int, block_tokens: int) -> Iterator[tuple[int, int]]:
-        """Ranges of chunks that cover the first `tokens` tokens, each of at most `block_tokens` (whole chunks)."""
+    def blocks(self, first: int, tokens: int, block_tokens: int) -> Iterator[tuple[int, int]]:
+        """Ranges of chunks that cover tokens `first` (whole chunks) to `tokens`, each of at most `block_tokens`."""
         step = max(1, block_tokens // self.chunk_tokens)
         last = -(-tokens // self.chunk_tokens)
-        for start in range(0, last, step):
+        for start in range(first // self.chunk_tokens, last, step):
             yield start, min(start + step, last)
 
     def tokens(self, head: int, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values, each `(n, D)`, of single tokens of one head. index: `(n,)` int64."""
         chunk, offset = index // self.chunk_tokens, index % self.chunk_tokens
         return self._arena[head, chunk, 0, offset], self._arena[head, chunk, 1, offset]
+
+    def whole(self) -> torch.Tensor:
+        """All the memory `(K, chunks, 2, C, D)`, contiguous, to be stored; what lies beyond the length is zeroed."""
+        last, offset = divmod(self.length, self.chunk_tokens)
+        if offset:
+            self._arena[:, last, :, offset:] = 0
+        self._arena[:, -(-self.length // self.chunk_tokens) :] = 0
+        return self._arena
+
+    def adopt(self, arena: torch.Tensor, length: int) -> None:
+        """Hold `length` tokens in memory that `whole` gave once, and write behind them."""
+        heads, _, two, c, d = arena.shape
+        if (heads, two, c, d) != (self.num_heads, 2, self.chunk_tokens, self.head_dim) or arena.dtype != self.dtype:
+            raise ValueError(f"an arena of shape {tuple(arena.shape)} and {arena.dtype} is not this layer's")
+        self._arena, self.length = arena, 0
+        self.advance(length)
 
     def close(self) -> None:
         """Free the memory. The layer is empty afterwards."""
@@ -108,8 +141,8 @@ class HostLayer:
 
 
 def check_host_memory(needed_bytes: int, what: str, remedy: str) -> None:
-    """Raise `BudgetError` when `needed_bytes` for `what` exceed the memory the machine has available now."""
-    available = psutil.virtual_memory().available
+    """Raise `BudgetError` when `needed_bytes` for `what` exceed the memory that is available now."""
+    available = available_host_bytes()
     if needed_bytes > available:
         raise BudgetError(
             f"{what} needs {needed_bytes / GIB:.2f} GiB of host memory, {available / GIB:.2f} GiB is available: "

@@ -1,4 +1,4 @@
-"""Copies that run ahead of the step that needs them."""
+"""Copies that run ahead of whoever needs them: chunks likely next while decoding, blocks of the past in prefill."""
 
 from __future__ import annotations
 

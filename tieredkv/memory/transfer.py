@@ -10,7 +10,7 @@ import torch
 
 
 class Transfer:
-    """Host/device copies and their byte counts. One per cache; not for two threads at once except `gather`."""
+    """Host/device copies and their byte counts. One per cache. `gather` and `stage` may run on another thread."""
 
     def __init__(self) -> None:
         self.streamed_bytes = 0
@@ -34,17 +34,18 @@ class Transfer:
         pages[slots] = chunks[heads, ids].to(pages.device)
         return ids.numel() * pages[0].numel() * pages.itemsize
 
-    def stage(self, chunks: torch.Tensor, keys: torch.Tensor, values: torch.Tensor | None) -> None:
-        """Copy consecutive host chunks `(K, n, 2, C, D)` into contiguous device buffers `(K, n * C, D)`.
+    def stage(self, chunks: torch.Tensor, keys: torch.Tensor, values: torch.Tensor | None) -> int:
+        """Copy consecutive host chunks `(K, n, 2, C, D)` into contiguous device buffers `(K, n * C, D)`; bytes moved.
 
         values None copies the keys alone.
         """
         k, n, _, c, d = chunks.shape
         keys.view(k, n, c, d).copy_(chunks[:, :, 0])
-        self.streamed_bytes += keys.numel() * keys.itemsize
+        moved = keys.numel() * keys.itemsize
         if values is not None:
             values.view(k, n, c, d).copy_(chunks[:, :, 1])
-            self.streamed_bytes += values.numel() * values.itemsize
+            moved += values.numel() * values.itemsize
+        return moved
 
     def reset(self) -> None:
         """Start the counts again."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 
 Positions = Literal["published", "stock"]
@@ -13,19 +14,24 @@ Positions = Literal["published", "stock"]
 
 
 @dataclass(frozen=True, slots=True)
-class EncodedVideo:
-    """A video as the decoder takes it."""
+class VideoGrid:
+    """The visual tokens of a video, as the decoder takes them: time first, then rows, then columns."""
 
-    features: torch.Tensor | None
-    """`(n, hidden)` one embedding per visual token, on the host; None once they are prefilled."""
-    grid: tuple[int, int, int]
-    """Temporal steps, rows and columns of visual tokens; their product is n."""
+    steps: int
+    """Temporal steps."""
+    rows: int
+    columns: int
     seconds_per_step: float
 
     @property
+    def step_tokens(self) -> int:
+        """Visual tokens of one temporal step."""
+        return self.rows * self.columns
+
+    @property
     def tokens(self) -> int:
-        """n, visual tokens."""
-        return math.prod(self.grid)
+        """All visual tokens."""
+        return self.steps * self.step_tokens
 
 
 class VideoFamily(Protocol):
@@ -37,22 +43,36 @@ class VideoFamily(Protocol):
     def video_token(self, processor: Any) -> str:
         """The placeholder that the chat template writes once per video."""
 
-    def preprocess(self, processor: Any, frames: Any, fps: float) -> dict[str, torch.Tensor]:
-        """The processor's patches for uint8 frames `(T, H, W, 3)` sampled at `fps`."""
+    def frame_grid(
+        self, config: Any, processor: Any, frames: int, height: int, width: int, fps: float
+    ) -> tuple[int, int, int]:
+        """Temporal steps, rows and columns of visual tokens for `frames` frames of `height` x `width` pixels.
 
-    def encode_segments(self, model: Any, inputs: dict[str, torch.Tensor], segment_frames: int) -> Any:
-        """Iterate over the vision tower's features, segment by segment, equal to encoding the whole at once."""
+        No pixel is needed. Raises `ValueError` where the processor refuses such frames.
+        """
 
-    def grid(self, model: Any, inputs: dict[str, torch.Tensor]) -> tuple[int, int, int]:
-        """Temporal steps, rows and columns of visual tokens."""
+    def preprocessor(
+        self, config: Any, processor: Any, frames: int, height: int, width: int, fps: float
+    ) -> Callable[[np.ndarray], dict[str, torch.Tensor]]:
+        """What makes patches of a segment, uint8 `(n, H, W, 3)`, as the processor would in a video of `frames` frames.
 
-    def seconds_per_step(self, model: Any, fps: float) -> float:
-        """Time one temporal step of visual tokens covers, for frames sampled at `fps`."""
+        A processor may size frames by how many there are, so segments must be told of the whole. A segment whose n is
+        no multiple of `step_frames` is padded: only the last may be.
+        """
+
+    def step_frames(self, config: Any) -> int:
+        """Frames in one temporal step."""
+
+    def encode(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The vision tower's features `(n, hidden)` of a preprocessed segment, as encoding the whole video gives."""
 
     def positions(
-        self, model: Any, head: int, video: EncodedVideo, tail: int, rule: Positions
-    ) -> tuple[torch.Tensor, int]:
-        """Position ids `(axes, head + visual + tail)` of a prompt, and the position of the first generated token."""
+        self, model: Any, head: int, video: VideoGrid, begin: int, stop: int, rule: Positions
+    ) -> torch.Tensor:
+        """Position ids `(axes, stop - begin)` of prompt tokens begin..stop: `head` of text, the video, then text.
+
+        While a video is still being read, `video` needs as many steps as the tokens up to `stop` and no more.
+        """
 
     def embed(self, model: Any, input_ids: torch.Tensor) -> torch.Tensor:
         """Embeddings `(1, n, hidden)` of text tokens `(1, n)`."""

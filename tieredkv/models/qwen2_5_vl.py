@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
-from tieredkv.models.base import EncodedVideo, Positions
+from tieredkv.models.base import Positions, VideoGrid
 
 
 class Qwen25VL:
@@ -19,76 +20,99 @@ class Qwen25VL:
     def video_token(self, processor: Any) -> str:
         return processor.video_token
 
-    def preprocess(self, processor: Any, frames: np.ndarray, fps: float) -> dict[str, torch.Tensor]:
-        # uint8 all the way: resizing through float32 changes up to a quarter of the values.
-        video = torch.from_numpy(frames).permute(0, 3, 1, 2)
+    def frame_grid(
+        self, config: Any, processor: Any, frames: int, height: int, width: int, fps: float
+    ) -> tuple[int, int, int]:
+        """Asks the processor itself, with a video on torch's meta device, which has a shape and no pixels."""
+        empty = torch.empty((frames, 3, height, width), dtype=torch.uint8, device="meta")
+        return self._grid(config, self._preprocess(processor, empty, fps))
+
+    def preprocessor(
+        self, config: Any, processor: Any, frames: int, height: int, width: int, fps: float
+    ) -> Callable[[np.ndarray], dict[str, torch.Tensor]]:
+        _, rows, columns = self.frame_grid(config, processor, frames, height, width, fps)
+        segment = torch.empty((self.step_frames(config), 3, height, width), dtype=torch.uint8, device="meta")
+        size = dict(processor.video_processor.size)
+        least, most = size["shortest_edge"], size["longest_edge"]
+
+        def tokens(longest_edge: int) -> int:
+            inputs = self._preprocess(processor, segment, fps, size={**size, "longest_edge": longest_edge})
+            return math.prod(self._grid(config, inputs)[1:])
+
+        # In a long video frames may get fewer pixels than `longest_edge` says. The `longest_edge` with which a short
+        # one gets as few is found by bisection: rows and columns both fall with it.
+        low, high = most if tokens(most) == rows * columns else min(least, most), most
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if tokens(middle) <= rows * columns else (low, middle - 1)
+        if tokens(low) != rows * columns:
+            raise ValueError(f"no size limit makes {rows}x{columns} tokens of frames of {width}x{height}")
+
+        def preprocess(pixels: np.ndarray) -> dict[str, torch.Tensor]:
+            # uint8 all the way: resizing through float32 changes up to a quarter of the values.
+            video = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+            return self._preprocess(processor, video, fps, size={**size, "longest_edge": low})
+
+        return preprocess
+
+    def _preprocess(self, processor: Any, video: torch.Tensor, fps: float, **options: Any) -> dict[str, torch.Tensor]:
+        n = len(video)
         return processor.video_processor(
             videos=[video],
-            video_metadata=[{"fps": fps, "total_num_frames": len(frames), "frames_indices": list(range(len(frames)))}],
+            video_metadata=[{"fps": fps, "total_num_frames": n, "frames_indices": list(range(n))}],
             do_sample_frames=False,
             return_tensors="pt",
+            **options,
         )
 
-    def grid(self, model: Any, inputs: dict[str, torch.Tensor]) -> tuple[int, int, int]:
-        merge = model.config.vision_config.spatial_merge_size
+    def _grid(self, config: Any, inputs: dict[str, torch.Tensor]) -> tuple[int, int, int]:
+        merge = config.vision_config.spatial_merge_size
         t, h, w = inputs["video_grid_thw"][0].tolist()
         return t, h // merge, w // merge
 
-    def encode_segments(
-        self, model: Any, inputs: dict[str, torch.Tensor], segment_frames: int
-    ) -> Iterator[torch.Tensor]:
-        """Attention in the tower never crosses a temporal patch, so segments of whole patches are exact."""
-        t, h, w = inputs["video_grid_thw"][0].tolist()
-        steps = max(1, segment_frames // model.config.vision_config.temporal_patch_size)
-        pixels = inputs["pixel_values_videos"]
-        device = next(model.model.visual.parameters()).device
-        for start in range(0, t, steps):
-            stop = min(t, start + steps)
-            part = pixels[start * h * w : stop * h * w].to(device)
-            grid = torch.tensor([[stop - start, h, w]], device=device)
-            outputs = model.model.get_video_features(part, grid, return_dict=True)
-            yield torch.cat(tuple(outputs.pooler_output), dim=0)
+    def step_frames(self, config: Any) -> int:
+        return config.vision_config.temporal_patch_size
 
-    def seconds_per_step(self, model: Any, fps: float) -> float:
-        return model.config.vision_config.temporal_patch_size / fps
+    def encode(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Attention in the tower never crosses a temporal patch, so segments of whole patches are exact."""
+        device = next(model.model.visual.parameters()).device
+        pixels, grid = inputs["pixel_values_videos"].to(device), inputs["video_grid_thw"].to(device)
+        outputs = model.model.get_video_features(pixels, grid, return_dict=True)
+        return torch.cat(tuple(outputs.pooler_output), dim=0)
 
     def positions(
-        self, model: Any, head: int, video: EncodedVideo, tail: int, rule: Positions
-    ) -> tuple[torch.Tensor, int]:
+        self, model: Any, head: int, video: VideoGrid, begin: int, stop: int, rule: Positions
+    ) -> torch.Tensor:
         """Three axes: time, row, column; text advances all three together.
 
         published: text after the video starts at max(previous) + 1, the model authors' rule. stock: whatever the
         installed transformers numbers a prompt (5.x starts the text max(rows, columns) after the video's start,
-        whatever its duration; 5.17 also cuts the seconds per step to whole ones). Generated tokens continue after the
-        last prompt token under both, as in `generate`.
+        whatever its duration; 5.17 also cuts the seconds per step to whole ones).
         """
-        positions = (
-            self._stock(model, head, video, tail) if rule == "stock" else self._published(model, head, video, tail)
-        )
-        return positions, int(positions[0, -1]) + 1
+        if rule == "stock":
+            return self._stock(model, head, video, stop)[:, begin:]
+        index = torch.arange(begin, stop)
+        visual = (index - head).clamp(0, video.tokens - 1)
+        within = visual % video.step_tokens
+        step = visual // video.step_tokens
+        rate = model.config.vision_config.tokens_per_second * video.seconds_per_step
+        grid = torch.stack(((step * rate).long(), within // video.columns, within % video.columns)) + head
+        last = max(int(torch.tensor(video.steps - 1) * rate), video.rows - 1, video.columns - 1) + head
+        after = index - head - video.tokens + last + 1
+        return torch.where(index < head, index, torch.where(index < head + video.tokens, grid, after))
 
-    def _published(self, model: Any, head: int, video: EncodedVideo, tail: int) -> torch.Tensor:
-        t, rows, columns = video.grid
-        interval = model.config.vision_config.tokens_per_second * video.seconds_per_step
-        times = (torch.arange(t) * interval).long()
-        grid = torch.stack(torch.meshgrid(times, torch.arange(rows), torch.arange(columns), indexing="ij"))
-        visual = grid.reshape(3, -1) + head
-        text = torch.arange(head).expand(3, -1), (torch.arange(tail) + int(visual.max()) + 1).expand(3, -1)
-        return torch.cat((text[0], visual, text[1]), dim=1)
-
-    def _stock(self, model: Any, head: int, video: EncodedVideo, tail: int) -> torch.Tensor:
+    def _stock(self, model: Any, head: int, video: VideoGrid, stop: int) -> torch.Tensor:
         merge = model.config.vision_config.spatial_merge_size
-        t, rows, columns = video.grid
-        visual = t * rows * columns
-        kinds = torch.zeros((1, head + visual + tail), dtype=torch.long)
-        kinds[:, head : head + visual] = 2
+        total = max(stop, head + video.tokens)
+        kinds = torch.zeros((1, total), dtype=torch.long)
+        kinds[:, head : head + video.tokens] = 2
         positions, _ = model.model.get_rope_index(
             input_ids=torch.zeros_like(kinds),
             mm_token_type_ids=kinds,
-            video_grid_thw=torch.tensor([[t, rows * merge, columns * merge]]),
+            video_grid_thw=torch.tensor([[video.steps, video.rows * merge, video.columns * merge]]),
             second_per_grid_ts=torch.tensor([video.seconds_per_step]),
         )
-        return positions[:, 0]
+        return positions[:, 0, :stop]
 
     def embed(self, model: Any, input_ids: torch.Tensor) -> torch.Tensor:
         return model.get_input_embeddings()(input_ids)

@@ -1,33 +1,63 @@
-"""The vision tower over a video, segment by segment; features wait in host memory."""
+"""The vision tower over a video, segment by segment: one call over a long video is the first thing that runs out."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 
-from tieredkv.models.base import EncodedVideo, VideoFamily
-from tieredkv.video.frames import Progress
+from tieredkv.config import TierConfig
+from tieredkv.models.base import VideoFamily
 
-SEGMENT_FRAMES = 32
-"""Frames per call of the vision tower: one call over a long video is the first thing that runs out of memory."""
+ENCODE_BYTES = 256 * 2**20
+"""Activations of the vision tower, and the frames they are made of, aimed at per call."""
+FLOAT32 = 4
+"""Bytes."""
 
 
-@torch.no_grad()
-def encode_video(
-    family: VideoFamily, model: Any, inputs: dict[str, torch.Tensor], fps: float, progress: Progress | None = None
-) -> EncodedVideo:
-    """Visual tokens of preprocessed frames sampled at `fps`, equal to encoding them all at once."""
-    grid = family.grid(model, inputs)
-    total = math.prod(grid)
-    parts: list[torch.Tensor] = []
-    done = 0
-    for part in family.encode_segments(model, inputs, SEGMENT_FRAMES):
-        parts.append(part.cpu())
-        done += part.shape[0]
-        if progress is not None:
-            progress(done, total)
-    if done != total:
-        raise RuntimeError(f"the vision tower made {done} tokens for a grid of {grid}")
-    return EncodedVideo(torch.cat(parts), grid, family.seconds_per_step(model, fps))
+def batch_tokens(vision: Any, height: int, width: int, grid: tuple[int, int, int], tiers: TierConfig) -> int:
+    """Visual tokens to encode per call of the vision tower: whole temporal steps, at least one.
+
+    vision: the tower's config. height, width: of the frames before they are resized. grid: temporal steps, rows and
+    columns of visual tokens. `tiers.encode_batch` decides if given. Otherwise as many as keep the call under
+    `ENCODE_BYTES` and half a prefill chunk. A patch is counted as its float32 pixels and, per layer, about 8 vectors
+    of the hidden size and 3 of the intermediate one (ours).
+    """
+    steps, rows, columns = grid
+    per_step = rows * columns
+    wanted = tiers.encode_batch
+    if wanted is None:
+        itemsize = (getattr(vision, "dtype", None) or torch.float32).itemsize
+        pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        patch = pixels * FLOAT32 + itemsize * (8 * vision.hidden_size + 3 * vision.intermediate_size)
+        frames = vision.temporal_patch_size * height * width * 3
+        call = per_step * vision.spatial_merge_size**2 * patch + frames
+        wanted = min(per_step * (ENCODE_BYTES // call), tiers.prefill_chunk // 2)
+    return per_step * max(1, min(steps, wanted // per_step))
+
+
+def segments(frames: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
+    """Stack frames `(H, W, 3)` into segments `(size, H, W, 3)`; the last may be shorter."""
+    held: list[np.ndarray] = []
+    for frame in frames:
+        held.append(frame)
+        if len(held) == size:
+            yield np.stack(held)
+            held = []
+    if held:
+        yield np.stack(held)
+
+
+def encode(
+    family: VideoFamily,
+    model: Any,
+    preprocess: Callable[[np.ndarray], dict[str, torch.Tensor]],
+    pixels: Iterator[np.ndarray],
+) -> Iterator[torch.Tensor]:
+    """Features `(n, hidden)` of each segment, on the host; together equal to encoding the whole video at once."""
+    for segment in pixels:
+        with torch.no_grad():
+            features = family.encode(model, preprocess(segment)).cpu()
+        yield features

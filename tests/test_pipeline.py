@@ -1,0 +1,124 @@
+"""Stages on threads: bounded, prompt to fail and to stop, and never left behind."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from tieredkv.pipeline import Cancelled, Pipeline
+
+
+def stage_threads() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("tieredkv-") and "prefetch" not in t.name]
+
+
+def test_items_come_in_order_through_all_stages():
+    with Pipeline() as pipeline:
+        numbers = pipeline.stage("numbers", iter(range(20)))
+        squares = pipeline.stage("squares", (n * n for n in numbers), depth=3)
+        assert list(squares) == [n * n for n in range(20)]
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_a_stage_runs_no_further_ahead_than_its_queue(depth):
+    made = []
+
+    def numbers():
+        for n in range(100):
+            made.append(n)
+            yield n
+
+    with Pipeline() as pipeline:
+        items = pipeline.stage("numbers", numbers(), depth)
+        next(items)
+        time.sleep(0.05)
+        assert len(made) <= 1 + depth + 1  # taken, queued, and one in hand
+        assert list(items) == list(range(1, 100))
+
+
+def test_an_error_is_raised_where_the_items_are_taken_ahead_of_queued_ones():
+    def failing():
+        yield 1
+        yield 2
+        raise ValueError("broken")
+
+    with Pipeline() as pipeline:
+        items = pipeline.stage("failing", failing(), depth=5)
+        time.sleep(0.05)
+        with pytest.raises(ValueError, match="broken"):
+            next(items)
+    assert stage_threads() == []
+
+
+def test_an_error_in_the_first_stage_comes_through_the_second():
+    def failing():
+        yield 1
+        raise OSError("the disk is gone")
+
+    with Pipeline() as pipeline, pytest.raises(OSError, match="the disk is gone"):
+        list(pipeline.stage("second", (n for n in pipeline.stage("first", failing()))))
+    assert stage_threads() == []
+
+
+def test_leaving_the_block_ends_every_thread_whatever_it_waits_for():
+    def endless():
+        while True:
+            yield 0
+
+    with pytest.raises(KeyError), Pipeline() as pipeline:
+        next(pipeline.stage("second", (n for n in pipeline.stage("first", endless()))))
+        raise KeyError
+    assert stage_threads() == []
+
+
+def test_a_generator_is_closed_when_its_stage_is_stopped():
+    closed = threading.Event()
+
+    def holding():
+        try:
+            while True:
+                yield 0
+        finally:
+            closed.set()
+
+    with Pipeline() as pipeline:
+        next(pipeline.stage("holding", holding()))
+    assert closed.is_set()
+
+
+def test_cancelling_from_another_thread_wakes_whoever_waits():
+    release = threading.Event()
+
+    def stuck():
+        release.wait(5)
+        yield 1
+
+    with Pipeline() as pipeline:
+        items = pipeline.stage("stuck", stuck())
+        threading.Timer(0.05, pipeline.cancel).start()
+        started = time.perf_counter()
+        with pytest.raises(Cancelled):
+            next(items)
+        assert time.perf_counter() - started < 2
+        with pytest.raises(Cancelled):
+            pipeline.check()
+        release.set()
+    assert stage_threads() == []
+
+
+def test_waiting_does_not_count_as_work():
+    def slow():
+        for n in range(4):
+            time.sleep(0.03)
+            yield n
+
+    with Pipeline() as pipeline:
+        slowly = pipeline.stage("slow", slow())
+        quickly = pipeline.stage("quick", (n for n in slowly))
+        assert list(quickly) == [0, 1, 2, 3]
+        busy = pipeline.busy_seconds()
+    assert 0.11 < busy["slow"] < 0.3
+    assert busy["quick"] < 0.05
+    assert pipeline.waited > 0.1
