@@ -70,7 +70,7 @@ def run(seed: int, minutes: float, share: float, plot: Path | None, video_path: 
     asked = list({question.text: question for question in questions(scene, seed, QUESTIONS)}.values())
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "demo.mp4" if video_path is None else video_path
-        with progress_bar("write", "frames") as bar, _writing(path):
+        with progress_bar("write", " frames") as bar, _writing(path):
             write_video(scene, path, bar)
         if not as_json:
             console.print(

@@ -17,8 +17,8 @@ SECONDS_BETWEEN = 0.2
 
 @contextmanager
 def progress_bar(name: str, unit: str, shown: bool = True) -> Iterator[Progress]:
-    """A bar; yields the function that moves it."""
-    with tqdm(desc=name, unit=f" {unit}", disable=not shown, leave=True) as bar:
+    """A bar; yields the function that moves it. unit: "B" for bytes, which are shown in kB, MB and so on."""
+    with tqdm(desc=name, unit=unit, unit_scale=unit == "B", disable=not shown, leave=True) as bar:
 
         def move(done: int, total: int | None) -> None:
             bar.total = total

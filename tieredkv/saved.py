@@ -12,6 +12,7 @@ from tieredkv.cache import TieredCache
 from tieredkv.config import TierConfig
 from tieredkv.errors import SessionError
 from tieredkv.models.base import Positions, VideoGrid
+from tieredkv.progress import Progress
 from tieredkv.stats import IngestStats
 from tieredkv.video.frames import VideoSource
 
@@ -47,7 +48,7 @@ class SessionState:
         return len(self.head_ids) + self.grid.tokens
 
 
-def write(path: Path, model: Any, processor: Any, cache: TieredCache, state: SessionState) -> int:
+def write(path: Path, model: Any, processor: Any, cache: TieredCache, state: SessionState, progress: Progress) -> int:
     """Write a session whose cache holds the video and no question; bytes written. Raises `SessionError`."""
     manifest = {
         "model": fingerprint.model_fingerprint(model),
@@ -61,7 +62,7 @@ def write(path: Path, model: Any, processor: Any, cache: TieredCache, state: Ses
         for layer in cache.tiered_layers
         for name, tensor in layer.state().items()
     }
-    return storage.write(path, manifest, tensors)
+    return storage.write(path, manifest, tensors, progress)
 
 
 def state_of(stored: storage.Stored) -> SessionState:

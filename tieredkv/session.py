@@ -16,10 +16,11 @@ from tieredkv.attention.interface import use_attention
 from tieredkv.cache import TieredCache
 from tieredkv.config import DEFAULT_FPS, TierConfig
 from tieredkv.errors import PromptError, TieredKVError, UnsupportedModelError
+from tieredkv.memory.host import check_host_memory
 from tieredkv.memory.limits import check_host
 from tieredkv.models.base import Positions, VideoGrid
 from tieredkv.pipeline import Cancelled, Pipeline
-from tieredkv.progress import IngestProgress
+from tieredkv.progress import IngestProgress, progress_bar
 from tieredkv.saved import SessionState
 from tieredkv.stats import Generation, IngestStats, Stats
 from tieredkv.storage import Stored
@@ -151,6 +152,13 @@ class VideoSession:
         what = f"the cache of {tokens:,} tokens"
         needed = sizes.host_bytes(shape, self.tiers, tokens)
         check_host(needed, self.tiers.host_kv_gb, what, "lower fps or max_frames, or raise host_kv_gb")
+        if self._device.type == "cpu":
+            in_all = needed + min(self.tiers.cap_bytes, needed)
+            check_host_memory(
+                in_all,
+                f"{what}, with the device's share of it in the same memory,",
+                "lower fps, max_frames or gpu_kv_gb",
+            )
         return tokens + sizes.QUESTION_ROOM
 
     @property
@@ -180,7 +188,8 @@ class VideoSession:
                 ingest_s=self.ingest_s,
                 ingest_stats=self.ingest_stats,
             )
-            return saved.write(Path(path), self.model, self.processor, cache, state)
+            with progress_bar("save", "B", self._progress) as bar:
+                return saved.write(Path(path), self.model, self.processor, cache, state, bar)
 
     def restore(self, stored: Stored) -> None:
         """Take up what `save` wrote, instead of `ingest`. See `tieredkv.load_session`."""

@@ -21,7 +21,7 @@ import re
 import shutil
 import threading
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -33,6 +33,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from tieredkv.errors import SessionError
+from tieredkv.progress import Progress
 
 FORMAT_VERSION = 1
 
@@ -57,7 +58,7 @@ def write(
     path: str | Path,
     manifest: dict[str, Any],
     tensors: dict[str, torch.Tensor],
-    progress: Callable[[int, int | None], None] | None = None,
+    progress: Progress | None = None,
 ) -> int:
     """Writes manifest (anything JSON holds) and tensors (contiguous, on the CPU) to `path`; returns the file's bytes.
 
