@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tieredkv.errors import VideoError
-from tieredkv.video.frames import load_frames
+from tieredkv.video.frames import load_frames, open_video
 
 
 def write(path: Path, times: list[float], size: int = 64, codec: str = "libx264", **container: str) -> Path:
@@ -69,9 +69,11 @@ def test_a_rate_above_the_files_repeats_frames(tmp_path):
     assert shown(frames)[:8] == [0, 0, 0, 0, 1, 1, 1, 1]
 
 
-def test_max_frames_takes_the_first(tmp_path):
-    frames = load_frames(write(tmp_path / "v.mp4", [i / 10 for i in range(20)]), fps=10, max_frames=3)
-    assert shown(frames) == [0, 1, 2]
+def test_max_frames_are_spread_over_the_whole(tmp_path):
+    """The video ends a millisecond after its last frame came, at 1.901 s."""
+    frames = load_frames(write(tmp_path / "v.mp4", [i / 10 for i in range(20)]), fps=10, max_frames=4)
+    assert shown(frames) == [0, 4, 9, 14]
+    assert frames.fps == pytest.approx(4 / 1.901)
 
 
 def test_progress_ends_at_the_frames_there_are(tmp_path):
@@ -269,5 +271,74 @@ def test_a_tag_in_another_encoding_is_no_error(tmp_path):
 def test_a_source_rate_that_would_fill_the_memory_is_refused():
     from tieredkv.errors import BudgetError
 
+    video = np.zeros((100, 64, 64, 3), np.uint8)
+    assert open_video(video, fps=2, source_fps=1e-9).expected == 200_000_000_000
     with pytest.raises(BudgetError, match="check source_fps"):
-        load_frames(np.zeros((100, 64, 64, 3), np.uint8), fps=2, source_fps=1e-9)
+        load_frames(video, fps=2, source_fps=1e-9)
+
+
+def counting(count: int) -> np.ndarray:
+    """Frames of one pixel each, which say their number."""
+    return np.arange(count, dtype=np.uint8).reshape(count, 1, 1, 1).repeat(3, axis=3)
+
+
+def counted(source) -> list[int]:
+    return [int(picture[0, 0, 0]) for picture in source.frames()]
+
+
+def test_a_span_of_frames_given_is_sampled_from_its_start_to_before_its_end():
+    source = open_video(counting(20), fps=2, source_fps=4, start=1, end=3)
+    assert (source.expected, source.seconds) == (4, 2)
+    assert counted(source) == [4, 6, 8, 10]
+
+
+@pytest.mark.parametrize("source_fps", [None, 5])
+def test_max_frames_are_spread_over_frames_given(source_fps):
+    source = open_video(counting(20), fps=5, source_fps=source_fps, max_frames=4)
+    assert (source.expected, source.fps) == (4, 1)
+    assert counted(source) == [0, 5, 10, 15]
+
+
+def test_a_start_past_the_frames_given_tells_how_long_they_are():
+    with pytest.raises(VideoError, match=r"start=5 is past the end of the frames given, which last 4\.00 s"):
+        open_video(counting(8), fps=2, start=5)
+
+
+def test_values_out_of_range_are_found_when_their_frame_comes():
+    video = np.zeros((3, 8, 8, 3), np.float32)
+    video[2] = 1.5
+    frames = open_video(video, fps=1).frames()
+    next(frames)
+    next(frames)
+    with pytest.raises(VideoError, match=r"must lie in \[0, 1\]"):
+        next(frames)
+
+
+def test_images_are_converted_one_at_a_time(tmp_path):
+    """Images that were opened and not read yet stay so until their turn comes."""
+    from PIL import Image
+
+    Image.new("L", (8, 6), 7).save(tmp_path / "grey.png")
+    images = [Image.open(tmp_path / "grey.png") for _ in range(3)]
+    source = open_video(images, fps=1)
+    assert (source.height, source.width) == (6, 8)
+    frames = source.frames()
+    assert next(frames).tolist() == np.full((6, 8, 3), 7).tolist()
+    assert images[2]._im is None
+
+
+def test_frames_given_tick_with_the_seconds_so_far():
+    seen: list[float] = []
+    assert len(list(open_video(counting(6), fps=2).frames(seen.append))) == 6
+    assert seen == [0, 0.5, 1, 1.5, 2, 2.5]
+
+
+def test_the_hash_of_frames_given_is_of_what_they_show():
+    """The same in whatever form; another for other frames, or other shapes of them."""
+    import torch
+
+    video = np.random.default_rng(0).integers(0, 256, (4, 6, 8, 3), dtype=np.uint8)
+    same = [video, list(video), torch.from_numpy(video).permute(0, 3, 1, 2), video / 255]
+    assert len({open_video(form, fps=1).sha256() for form in same}) == 1
+    other = [video, video[:3], video.reshape(4, 8, 6, 3)]
+    assert len({open_video(form, fps=1).sha256() for form in other}) == 3

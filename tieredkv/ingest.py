@@ -89,7 +89,7 @@ def run(
             progress.encoded(part.shape[0])
             yield part
 
-    hashed = pipeline.stage("hash", (source.sha256() for source in [video.source]))
+    hashed = pipeline.stage("hash", (source.sha256(pipeline.check) for source in [video.source]))
     decoded = pipeline.stage("decode", segments(counted(), video.segment_frames))
     encoded = pipeline.stage("encode", announced(encode(family, model, video.preprocess, decoded)))
     visual = prefill(pipeline, family, model, encoded, head_ids, video.grid, rule, cache, progress)

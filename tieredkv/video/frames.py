@@ -1,22 +1,50 @@
-"""Frames of a video, sampled by time: from a file through PyAV, or from arrays."""
+"""Frames of a video, sampled by time and handed out one at a time: from a file, or from arrays."""
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import av
 import numpy as np
 import torch
+from PIL import Image
 
 from tieredkv.errors import VideoError
 from tieredkv.memory.host import check_host_memory
+from tieredkv.video.sampling import FileSource, Tick
 
 Progress = Callable[[int, int | None], None]
 """Called with units done and the total, None while the total is unknown."""
+
+
+class VideoSource(Protocol):
+    """Frames at an even rate: frame i shows the video at `start + i / fps` seconds."""
+
+    name: str
+    """For messages: the path, or "the frames given"."""
+    height: int
+    width: int
+    """Of every frame, turned upright."""
+    fps: float
+    """Frames per second of video; below what was asked for where `max_frames` spreads them."""
+    expected: int
+    """Frames that will come: exact for arrays; for a file by the length it states, which may be wrong."""
+    seconds: float | None
+    """Length of the span sampled; None: unknown."""
+
+    def frames(self, tick: Tick | None = None) -> Iterator[np.ndarray]:
+        """The frames, uint8 `(H, W, 3)` RGB, from the first, each time it is called; on whichever thread.
+
+        What comes may be the caller's own array, or the one that came before: do not write to it. Nothing stays open
+        when the iterator ends, fails or is closed. Raises `VideoError`, and what `tick` raises.
+        """
+
+    def sha256(self) -> str:
+        """Hash of the video, in hexadecimal: of the bytes of a file; of frames given, as uint8, and their shape."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +56,29 @@ class Frames:
     fps: float
 
 
+def open_video(
+    video: Any,
+    fps: float,
+    *,
+    source_fps: float | None = None,
+    max_frames: int | None = None,
+    start: float = 0.0,
+    end: float | None = None,
+) -> VideoSource:
+    """Frames of `video` from `start` to before `end` (seconds; None: the end), sampled `fps` times a second.
+
+    video: a path, or frames: a list of PIL images, or an array or tensor `(T, H, W, 3)` or `(T, 3, H, W)`, uint8, or
+    floats in [0, 1]. Frames given as arrays were taken at `source_fps` per second (None: at `fps`, none is dropped).
+    max_frames: where there would be more, so many are spread evenly over the span. Decodes one frame of a file; reads
+    all of its packets only where it states no length. Raises `VideoError`.
+    """
+    check_request(video, fps, source_fps, max_frames, start, end)
+    _check_rate("fps", fps)
+    if isinstance(video, str | Path):
+        return FileSource(Path(video), fps, max_frames, start, end)
+    return ArraySource(video, fps, fps if source_fps is None else source_fps, max_frames, start, end)
+
+
 def load_frames(
     video: Any,
     fps: float,
@@ -35,27 +86,36 @@ def load_frames(
     max_frames: int | None = None,
     progress: Progress | None = None,
 ) -> Frames:
-    """Frames of `video`, sampled `fps` times a second, at most `max_frames` from the start.
+    """All frames of `video` in one array; arguments as for `open_video`.
 
-    video: a path, or frames: a list of PIL images, or an array or tensor `(T, H, W, 3)` or `(T, 3, H, W)`, uint8, or
-    floats in [0, 1]. Frames given as arrays were taken at `source_fps` per second (None: at `fps`, none is dropped).
-    Raises `VideoError`.
+    Raises `VideoError`, and `BudgetError` where they are more than memory holds.
     """
-    check_request(video, fps, source_fps, max_frames)
-    _check_rate("fps", fps)
-    if isinstance(video, str | Path):
-        return _read_file(Path(video), fps, max_frames, progress)
-    pixels = _as_pixels(video)
-    if source_fps is not None:
-        made = math.ceil(len(pixels) * fps / source_fps)
-        check_host_memory(made * pixels[0].nbytes, f"{made:,} frames at fps={fps:g}", "lower fps, or check source_fps")
-        wanted = np.arange(max(1, math.ceil(len(pixels) * fps / source_fps - 1e-9)))
-        pixels = pixels[np.minimum((wanted * source_fps / fps + 1e-6).astype(int), len(pixels) - 1)]
-    return Frames(np.ascontiguousarray(pixels[:max_frames]), fps)
+    source = open_video(video, fps, source_fps=source_fps, max_frames=max_frames)
+    what = f"{source.name}: {source.expected:,} frames of {source.width}x{source.height} at fps={source.fps:g}"
+    size = source.expected * source.width * source.height * 3
+    if isinstance(source, FileSource):  # the frames, and the array they are stacked in
+        check_host_memory(2 * size, what, "lower fps or max_frames, or make the video smaller")
+    else:
+        check_host_memory(size, what, "lower fps, or check source_fps")
+    pictures: list[np.ndarray] = []
+    for picture in source.frames():
+        pictures.append(picture)
+        if progress is not None:
+            progress(len(pictures), max(len(pictures), source.expected))
+    if progress is not None:
+        progress(len(pictures), len(pictures))
+    return Frames(np.stack(pictures), source.fps)
 
 
-def check_request(video: Any, fps: float | None, source_fps: float | None, max_frames: int | None) -> None:
-    """Raise `VideoError` for rates and counts that cannot be, and for a path without a file: no frame is read.
+def check_request(
+    video: Any,
+    fps: float | None,
+    source_fps: float | None,
+    max_frames: int | None,
+    start: float = 0.0,
+    end: float | None = None,
+) -> None:
+    """Raise `VideoError` for rates, counts and times that cannot be, and for a path without a file: nothing is read.
 
     fps None: the model's own rate, known later.
     """
@@ -65,6 +125,10 @@ def check_request(video: Any, fps: float | None, source_fps: float | None, max_f
         _check_rate("source_fps", source_fps)
     if max_frames is not None and (not isinstance(max_frames, int) or isinstance(max_frames, bool) or max_frames < 1):
         raise VideoError(f"max_frames={max_frames!r} is not valid: give a whole number of at least 1.")
+    if not _is_number(start) or start < 0:
+        raise VideoError(f"start={start!r} is not valid: give seconds from the video's beginning, 0 or more.")
+    if end is not None and (not _is_number(end) or end <= start):
+        raise VideoError(f"end={end!r} is not valid: give seconds after start={start:g}, or None for the video's end.")
     if isinstance(video, str | Path):
         try:
             found, folder = Path(video).exists(), Path(video).is_dir()
@@ -77,172 +141,115 @@ def check_request(video: Any, fps: float | None, source_fps: float | None, max_f
 
 
 def _check_rate(name: str, value: Any) -> None:
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
-    if not good:
+    if not _is_number(value) or value <= 0:
         raise VideoError(f"{name}={value!r} is not valid: give frames per second above 0.")
 
 
-def _as_pixels(video: Any) -> np.ndarray:
-    """uint8 `(T, H, W, 3)` of frames given as arrays or images."""
-    if isinstance(video, torch.Tensor):
-        tensor = video.detach().cpu()
-        array = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
-    elif isinstance(video, np.ndarray):
-        array = video
-    elif isinstance(video, Sequence) and not isinstance(video, bytes | bytearray):
-        if len(video) == 0:
-            raise VideoError("the video has no frames: give at least one.")
-        try:
-            images = [np.asarray(frame.convert("RGB") if hasattr(frame, "convert") else frame) for frame in video]
-        except (TypeError, ValueError) as error:
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+class ArraySource:
+    """Samples frames given as an array, a tensor or a list of images, each converted when its turn comes."""
+
+    name = "the frames given"
+
+    def __init__(
+        self, video: Any, fps: float, source_fps: float, max_frames: int | None, start: float, end: float | None
+    ) -> None:
+        """Keeps `video`, uncopied. Raises `VideoError` for a form, shape or dtype that is no video's."""
+        self._video = video
+        if isinstance(video, torch.Tensor | np.ndarray):
+            shape, dtype = tuple(video.shape), _dtype(video)
+        elif isinstance(video, Sequence) and not isinstance(video, bytes | bytearray):
+            shape, dtype = _form_of_list(video)
+        else:
             raise VideoError(
-                f"a frame cannot be read as an image ({error}): give PIL images or uint8 arrays."
-            ) from None
-        if len({image.shape for image in images}) != 1:
+                f"video is a {type(video).__name__}: give a path, a list of PIL images, or an array (T, H, W, 3)."
+            )
+        self._channels_first = len(shape) == 4 and shape[-1] != 3 and shape[1] == 3
+        if len(shape) != 4 or (shape[-1] != 3 and not self._channels_first):
+            raise VideoError(f"frames have shape {shape}: give (T, H, W, 3) or (T, 3, H, W).")
+        if 0 in shape:
+            raise VideoError(f"the video has no frames or empty ones: its shape is {shape}.")
+        _check_dtype(dtype)
+        self._count = shape[0]
+        self.height, self.width = shape[2:] if self._channels_first else shape[1:3]
+        length = self._count / source_fps
+        if start >= length:
+            raise VideoError(f"start={start:g} is past the end of the frames given, which last {length:.2f} s.")
+        self._start, self._source_fps = start, source_fps
+        self.seconds: float | None = (length if end is None else min(end, length)) - start
+        self.fps, self.expected = fps, max(1, math.ceil(self.seconds * fps - 1e-9))
+        if max_frames is not None and self.expected > max_frames:
+            self.fps, self.expected = max_frames / self.seconds, max_frames
+
+    def frames(self, tick: Tick | None = None) -> Iterator[np.ndarray]:
+        """The frames. Raises `VideoError` for values out of range, when it comes to them."""
+        for n in range(self.expected):
+            if tick is not None:
+                tick(n / self.fps)
+            index = int(self._start * self._source_fps + n * self._source_fps / self.fps + 1e-6)
+            yield self._picture(min(index, self._count - 1))
+
+    def sha256(self, check: Callable[[], None] | None = None) -> str:
+        """Hash of all frames given as uint8 `(T, H, W, 3)`, whatever form they were given in, and of that shape."""
+        digest = hashlib.sha256(repr((self._count, self.height, self.width, 3)).encode())
+        for index in range(self._count):
+            if check is not None:
+                check()
+            digest.update(self._picture(index).data)
+        return digest.hexdigest()
+
+    def _picture(self, index: int) -> np.ndarray:
+        picture = _as_array(self._video[index])
+        if self._channels_first and picture.ndim == 3:
+            picture = picture.transpose(1, 2, 0)
+        if picture.shape != (self.height, self.width, 3):
             raise VideoError("the frames have different sizes: resize them to one size.")
-        array = np.stack(images)
-    else:
-        raise VideoError(
-            f"video is a {type(video).__name__}: give a path, a list of PIL images, or an array (T, H, W, 3)."
-        )
-    if array.ndim == 4 and array.shape[-1] != 3 and array.shape[1] == 3:
-        array = array.transpose(0, 2, 3, 1)
-    if array.ndim != 4 or array.shape[-1] != 3:
-        raise VideoError(f"frames have shape {tuple(array.shape)}: give (T, H, W, 3) or (T, 3, H, W).")
-    if 0 in array.shape:
-        raise VideoError(f"the video has no frames or empty ones: its shape is {tuple(array.shape)}.")
-    if np.issubdtype(array.dtype, np.floating):
-        if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
-            raise VideoError("floating point frames must lie in [0, 1]: scale them, or give uint8.")
-        return (array * 255).round().astype(np.uint8)
-    if array.dtype != np.uint8:
-        raise VideoError(f"frames have dtype {array.dtype}: give uint8, or floats in [0, 1].")
-    return array
+        if np.issubdtype(picture.dtype, np.floating):
+            if not (np.isfinite(picture).all() and picture.min() >= 0 and picture.max() <= 1):
+                raise VideoError("floating point frames must lie in [0, 1]: scale them, or give uint8.")
+            picture = (picture * 255).round().astype(np.uint8)
+        return np.ascontiguousarray(picture)
 
 
-def _read_file(path: Path, fps: float, max_frames: int | None, progress: Progress | None) -> Frames:
-    sampler = _Sampler(path, fps, max_frames)
+def _form_of_list(video: Sequence[Any]) -> tuple[tuple[int, ...], str]:
+    """Shape and dtype of a list of frames as if stacked; images that were not read yet stay so."""
+    if len(video) == 0:
+        raise VideoError("the video has no frames: give at least one.")
+    shapes, dtypes = set(), set()
+    for frame in video:
+        if isinstance(frame, Image.Image):
+            shapes.add((frame.height, frame.width, 3))
+            dtypes.add("uint8")
+        else:
+            if not isinstance(frame, torch.Tensor | np.ndarray):
+                frame = _as_array(frame)
+            shapes.add(tuple(frame.shape))
+            dtypes.add(_dtype(frame))
+    if len(shapes) != 1:
+        raise VideoError("the frames have different sizes: resize them to one size.")
+    for dtype in dtypes:
+        _check_dtype(dtype)
+    return (len(video), *shapes.pop()), dtypes.pop()
+
+
+def _dtype(array: torch.Tensor | np.ndarray) -> str:
+    return str(array.dtype).removeprefix("torch.")
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype != "uint8" and "float" not in dtype:
+        raise VideoError(f"frames have dtype {dtype}: give uint8, or floats in [0, 1].")
+
+
+def _as_array(frame: Any) -> np.ndarray:
+    """One frame as numpy holds it, its values as they are."""
+    if isinstance(frame, torch.Tensor):
+        frame = frame.detach().cpu()
+        return (frame.float() if frame.is_floating_point() else frame).numpy()
     try:
-        with av.open(str(path), metadata_errors="replace") as container:
-            if not container.streams.video:
-                raise VideoError(f"{path}: there is no video stream in this file.")
-            stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
-            seconds, tolerance = _stated_seconds(container, stream)
-            total = None if seconds is None else max(1, math.floor(seconds * fps))
-            if total is not None:
-                total = total if max_frames is None else min(total, max_frames)
-                what = f"{path}: {total:,} frames of {stream.width}x{stream.height}"
-                size = 2 * total * stream.width * stream.height * 3  # the frames, and the array they are stacked in
-                check_host_memory(size, what, "lower fps or max_frames, or make the video smaller")
-            for frame in container.decode(stream):
-                if frame.time is not None:
-                    sampler.show(frame, frame.time)
-                if sampler.full:
-                    break
-                if progress is not None:
-                    progress(len(sampler.pictures), total)
-            sampler.finish()
-    except (av.FFmpegError, OSError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        if sampler.last_time is None:
-            raise VideoError(f"{path}: not a readable video file ({reason}).") from None
-        raise VideoError(_cut_short(path, sampler.last_time, reason)) from None
-    if not sampler.pictures:
-        raise VideoError(f"{path}: there is a video stream but not one frame in it.")
-    end = sampler.shown_until
-    if not sampler.full and seconds is not None and end < seconds - tolerance:
-        raise VideoError(_cut_short(path, end, f"the file says it lasts {seconds:.2f} s"))
-    if progress is not None:
-        progress(len(sampler.pictures), len(sampler.pictures))
-    return Frames(np.stack(sampler.pictures), fps)
-
-
-def _cut_short(path: Path, time: float, reason: str) -> str:
-    return (
-        f"{path}: decoding stopped at {time:.2f} s ({reason}): the file is damaged or cut short. "
-        "Get it whole, or re-encode what there is."
-    )
-
-
-def _stated_seconds(container: Any, stream: Any) -> tuple[float | None, float]:
-    """How long the file says its video is (None: it does not say), and by how much the last frame may fall short."""
-    seconds = None
-    if stream.duration is not None and stream.time_base is not None:
-        seconds = float(stream.duration * stream.time_base)
-    elif tag := stream.metadata.get("DURATION"):  # matroska's, "00:01:02.500000000"
-        seconds = _clock_seconds(tag)
-    if seconds is not None:
-        return seconds, 1.0
-    if container.duration is None:
-        return None, 0.0
-    # The length of the longest stream, which may be the sound.
-    seconds = container.duration / av.time_base
-    return seconds, 1.0 if len(container.streams) == 1 else max(5.0, 0.1 * seconds)
-
-
-def _clock_seconds(text: str) -> float | None:
-    try:
-        hours, minutes, seconds = text.split(":")
-        return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
-    except ValueError:
-        return None
-
-
-class _Sampler:
-    """Keeps what is on screen at 0, 1/fps, 2/fps ... seconds after the first frame, whatever the file's own rate."""
-
-    def __init__(self, path: Path, fps: float, max_frames: int | None) -> None:
-        self.path, self.fps, self.max_frames = path, fps, max_frames
-        self.pictures: list[np.ndarray] = []
-        self.last_time: float | None = None
-        self._origin = self._gap = 0.0
-        self._frame: Any = None
-        self._picture: np.ndarray | None = None
-
-    @property
-    def full(self) -> bool:
-        return self.max_frames is not None and len(self.pictures) >= self.max_frames
-
-    def show(self, frame: Any, time: float) -> None:
-        """`frame` is on screen from `time` on. A frame whose time runs backwards is left out."""
-        if self.last_time is None:
-            self._origin = time
-        elif time - self._origin < self.last_time:
-            return
-        self._keep_until(time - self._origin)
-        self._gap = 0.0 if self.last_time is None else time - self._origin - self.last_time
-        self.last_time = time - self._origin
-        self._frame, self._picture = frame, None
-
-    def finish(self) -> None:
-        """The last frame shown stays for its own duration."""
-        if self._frame is not None and self.last_time is not None:
-            self._keep_until(self.last_time + max(self._last_duration, 2 * _SAME_TIME))
-
-    @property
-    def shown_until(self) -> float:
-        """When the last frame leaves the screen: after its own duration, or as long as the one before it stayed."""
-        return (self.last_time or 0.0) + max(self._last_duration, self._gap)
-
-    @property
-    def _last_duration(self) -> float:
-        return 0.0 if self._frame is None else float((self._frame.duration or 0) * self._frame.time_base)
-
-    def _keep_until(self, time: float) -> None:
-        while self._frame is not None and not self.full and len(self.pictures) / self.fps < time - _SAME_TIME:
-            if self._picture is None:
-                # The display matrix turns counterclockwise, and so does rot90: a phone's portrait video stands upright.
-                turns = round(self._frame.rotation / 90) % 4
-                self._picture = np.rot90(self._frame.to_ndarray(format="rgb24"), turns)
-                if self.pictures and self.pictures[0].shape != self._picture.shape:
-                    (h, w, _), (first_h, first_w, _) = self._picture.shape, self.pictures[0].shape
-                    raise VideoError(
-                        f"{self.path}: the picture changes from {first_w}x{first_h} to {w}x{h} at {time:.2f} s: "
-                        "re-encode the file at one size."
-                    )
-            self.pictures.append(self._picture)
-
-
-_SAME_TIME = 1e-4
-"""Seconds: a frame this little after a sampling time still counts as shown at it (container clocks round)."""
+        return np.asarray(frame.convert("RGB") if isinstance(frame, Image.Image) else frame)
+    except (TypeError, ValueError, OSError) as error:
+        raise VideoError(f"a frame cannot be read as an image ({error}): give PIL images or uint8 arrays.") from None
