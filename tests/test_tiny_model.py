@@ -96,11 +96,11 @@ def test_the_processor_gives_eight_tokens_per_second(processor, size: int) -> No
 
 def test_temporal_positions_advance_by_two_per_grid_step(random_model) -> None:
     """Two frames of four a second; transformers 5.17 itself cuts the half second to 0, so it is not asked."""
-    from tieredkv.models.base import EncodedVideo
+    from tieredkv.models.base import VideoGrid
     from tieredkv.models.qwen2_5_vl import Qwen25VL
 
-    video = EncodedVideo(torch.empty(32, 256), (8, 2, 2), Qwen25VL().seconds_per_step(random_model, FPS))
-    positions, _ = Qwen25VL().positions(random_model, 3, video, 5, "published")
+    video = VideoGrid(8, 2, 2, Qwen25VL().step_frames(random_model.config) / FPS)
+    positions = Qwen25VL().positions(random_model, 3, video, 0, 40, "published")
     assert positions[0, 3:35:4].diff().tolist() == [2] * 7
 
 

@@ -43,8 +43,11 @@ class VideoSource(Protocol):
         when the iterator ends, fails or is closed. Raises `VideoError`, and what `tick` raises.
         """
 
-    def sha256(self) -> str:
-        """Hash of the video, in hexadecimal: of the bytes of a file; of frames given, as uint8, and their shape."""
+    def sha256(self, check: Callable[[], None] | None = None) -> str:
+        """Hash of the video, in hexadecimal: of the bytes of a file; of frames given, as uint8, and their shape.
+
+        check: called now and then; may raise to stop.
+        """
 
 
 @dataclass(frozen=True, slots=True)
