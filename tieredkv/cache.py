@@ -113,7 +113,7 @@ class TieredCache(Cache):
         """First tokens of every layer to keep on the device during prefill; 0 when the prompt's length is not known."""
         if self.prompt_tokens == 0:
             return 0
-        return sizes.plan_prefill(self.shape, self.tiers, self.prompt_tokens, self.tiers.text_window).resident
+        return sizes.plan_prefill(self.shape, self.tiers, self.prompt_tokens).resident
 
     @property
     def sealed(self) -> bool:
@@ -230,13 +230,13 @@ class TieredCache(Cache):
             layer.unseal()
         self._drop_pool()
 
-    def keep_resident_if_scorable(self, tokens: int, rows: int) -> None:
-        """Give up the tokens kept on the device if scoring `rows` rows of a prompt this long needs their room."""
+    def make_room_for_scores(self, past: int, new: int, rows: int) -> None:
+        """Give up the tokens kept on the device if scoring `rows` of `new` tokens after `past` needs their room."""
         resident = self.tiered_layers[0].resident
-        if resident is not None:
-            staged = tokens > resident.room
-            if not sizes.block_tokens(self.shape, self.tiers, tokens, rows, resident.room, staged):
-                self._drop_resident()
+        if resident is not None and not sizes.resident_beside_scores(
+            self.shape, self.tiers, resident.room, past, past + new, rows
+        ):
+            self._drop_resident()
 
     def _drop_resident(self) -> None:
         for layer in self.tiered_layers:

@@ -113,7 +113,7 @@ class TieredLayer(CacheLayerMixin):
         cache, host, n = self.cache, self.host, query.shape[1]
         rows = min(n, cache.text_rows)
         host.make_room(n)
-        cache.keep_resident_if_scorable(host.length + n, rows)
+        cache.make_room_for_scores(host.length, n, rows)
         with prefill.staged_past(
             host,
             self.resident,

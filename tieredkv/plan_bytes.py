@@ -40,9 +40,8 @@ def decode_bytes(shape: KVShape, tiers: TierConfig, made: sizes.DecodePlan, stat
 
 def prefill_bytes(shape: KVShape, tiers: TierConfig, prompt: int, asked: int) -> dict[str, int]:
     """Device bytes of the prefill phase by purpose: of the prompt's last calls, the one that takes most."""
-    room = _resident_tokens(shape, tiers, prompt)
 
-    def call(begin: int, stop: int, rows: int) -> dict[str, int]:
+    def call(begin: int, stop: int, rows: int, room: int) -> dict[str, int]:
         c, held = tiers.chunk_tokens, min(room, begin)
         to_stage = ceil_div(begin - held, c) * c
         block = sizes.block_tokens(shape, tiers, stop, rows, room, staged=to_stage > 0)
@@ -54,28 +53,26 @@ def prefill_bytes(shape: KVShape, tiers: TierConfig, prompt: int, asked: int) ->
             "scores": sizes.scoring_bytes(shape, tiers, stop, rows, block),
         }
 
-    calls = [call(begin, stop, rows) for begin, stop, rows in _calls(tiers, prompt, asked)]
+    calls = [call(*one) for one in _calls(shape, tiers, prompt, asked)]
     return max(calls, key=lambda held: sum(held.values()))
 
 
 def prefill_copy_bytes(shape: KVShape, tiers: TierConfig, prompt: int, asked: int) -> int:
     """Past keys and values streamed to the device while `prompt` tokens are prefilled and the last `asked` scored."""
-    room, c = _resident_tokens(shape, tiers, prompt), tiers.chunk_tokens
-    moved = 0
-    for begin, _, rows in _calls(tiers, prompt, asked):
+    moved, c = 0, tiers.chunk_tokens
+    for begin, _, rows, room in _calls(shape, tiers, prompt, asked):
         past = max(0, ceil_div(begin, c) * c - room) * shape.token_bytes
         moved += past + (past // 2 if rows else 0)  # scoring reads the keys again
     return moved
 
 
-def _resident_tokens(shape: KVShape, tiers: TierConfig, prompt: int) -> int:
-    return sizes.plan_prefill(shape, tiers, prompt + sizes.QUESTION_ROOM, tiers.text_window).resident
-
-
-def _calls(tiers: TierConfig, prompt: int, asked: int) -> list[tuple[int, int, int]]:
-    """The forward calls of a prefill: first token, end, and text rows scored, for the last call alone."""
+def _calls(shape: KVShape, tiers: TierConfig, prompt: int, asked: int) -> list[tuple[int, int, int, int]]:
+    """The forward calls of a prefill: first token, end, text rows scored (of the last call), tokens resident."""
     size, prefix = tiers.prefill_chunk, prompt - asked
-    calls = [(begin, min(begin + size, prefix), 0) for begin in range(0, prefix, size)]
+    room = sizes.plan_prefill(shape, tiers, prompt + sizes.QUESTION_ROOM).resident
+    calls = [(begin, min(begin + size, prefix), 0, room) for begin in range(0, prefix, size)]
     last = max(prefix, prompt - size)
-    calls += [(max(prefix, stop - size), stop, 0) for stop in range(last, prefix, -size)]
-    return [*calls, (last, prompt, min(asked, size, tiers.text_window))]
+    calls += [(max(prefix, stop - size), stop, 0, room) for stop in range(last, prefix, -size)]
+    rows = min(asked, size, tiers.text_window)
+    left = sizes.resident_beside_scores(shape, tiers, room, last, prompt, rows)
+    return [*calls, (last, prompt, rows, left)]

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 FLOAT32 = INT32 = 4
 """Bytes."""
-STAGING_TOKENS = 8192
-"""Past tokens staged at a time when the cap has room: long enough that a copy runs at link speed."""
+STAGING_TOKENS = 2048
+"""Past tokens staged at a time when the cap has room: long enough that a copy runs at link speed and that merging the
+blocks' attention costs nothing to speak of; longer would only leave fewer tokens resident."""
 
 QUESTION_ROOM = 256
 """Tokens of host memory set aside beyond the video for the longest question; a longer one makes the tier grow."""
@@ -194,21 +195,26 @@ class PrefillPlan:
     """Whether some of the past must be staged from the host."""
 
 
-def plan_prefill(shape: KVShape, tiers: TierConfig, tokens: int, rows: int) -> PrefillPlan:
-    """Spend the cap on the prefill of `tokens` tokens, the last `rows` of them to be scored.
+def plan_prefill(shape: KVShape, tiers: TierConfig, tokens: int) -> PrefillPlan:
+    """Spend the cap on the prefill of `tokens` tokens, none of which is scored yet.
 
-    Everything stays on the device if it fits. Otherwise blocks are staged from the host, long enough that a copy runs
-    at link speed, and as many of the first tokens as fit beside the buffers stay: those are read the most often.
+    Everything stays on the device if it fits. Otherwise blocks are staged from the host, and as many of the first
+    tokens as fit beside the buffers stay: those are read the most often.
     """
     c = tiers.chunk_tokens
     everything = ceil_div(tokens, c) * c
-    block = block_tokens(shape, tiers, tokens, rows, resident=everything, staged=False)
+    block = block_tokens(shape, tiers, tokens, rows=0, resident=everything, staged=False)
     if block:
         return PrefillPlan(everything, block, staged=False)
-    block = block_tokens(shape, tiers, tokens, rows, resident=0, staged=True)
-    taken = staging_bytes(shape, block) + scoring_bytes(shape, tiers, tokens, rows, block)
-    left = max(0, tiers.cap_bytes - taken) // shape.token_bytes if block else 0
+    block = block_tokens(shape, tiers, tokens, rows=0, resident=0, staged=True)
+    left = max(0, tiers.cap_bytes - staging_bytes(shape, block)) // shape.token_bytes if block else 0
     return PrefillPlan(min(everything, left // c * c), block, staged=True)
+
+
+def resident_beside_scores(shape: KVShape, tiers: TierConfig, resident: int, past: int, tokens: int, rows: int) -> int:
+    """Tokens that stay resident when `rows` rows of `tokens` tokens, `past` of them cached, are scored: all or none."""
+    staged = past > resident
+    return resident if block_tokens(shape, tiers, tokens, rows, resident, staged) else 0
 
 
 def block_tokens(shape: KVShape, tiers: TierConfig, tokens: int, rows: int, resident: int, staged: bool) -> int:

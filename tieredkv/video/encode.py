@@ -12,7 +12,11 @@ from tieredkv.config import TierConfig
 from tieredkv.models.base import VideoFamily
 
 ENCODE_BYTES = 256 * 2**20
-"""Activations of the vision tower, and the frames they are made of, aimed at per call."""
+"""Activations of the vision tower aimed at per call."""
+FRAME_BYTES = 64 * 2**20
+"""Frames aimed at in memory, all segments that wait or are worked on together."""
+SEGMENTS_HELD = 3
+"""Segments of frames in memory at once: one being filled, one waiting, one being encoded."""
 FLOAT32 = 4
 """Bytes."""
 
@@ -21,9 +25,9 @@ def batch_tokens(vision: Any, height: int, width: int, grid: tuple[int, int, int
     """Visual tokens to encode per call of the vision tower: whole temporal steps, at least one.
 
     vision: the tower's config. height, width: of the frames before they are resized. grid: temporal steps, rows and
-    columns of visual tokens. `tiers.encode_batch` decides if given. Otherwise as many as keep the call under
-    `ENCODE_BYTES` and half a prefill chunk. A patch is counted as its float32 pixels and, per layer, about 8 vectors
-    of the hidden size and 3 of the intermediate one (ours).
+    columns of visual tokens. `tiers.encode_batch` decides if given. Otherwise as many as keep the call's activations
+    under `ENCODE_BYTES`, the frames held under `FRAME_BYTES`, and the call under half a prefill chunk. A patch's
+    activations are counted as its float32 pixels, 8 vectors of the hidden size and 3 of the intermediate one (ours).
     """
     steps, rows, columns = grid
     per_step = rows * columns
@@ -32,22 +36,28 @@ def batch_tokens(vision: Any, height: int, width: int, grid: tuple[int, int, int
         itemsize = (getattr(vision, "dtype", None) or torch.float32).itemsize
         pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         patch = pixels * FLOAT32 + itemsize * (8 * vision.hidden_size + 3 * vision.intermediate_size)
-        frames = vision.temporal_patch_size * height * width * 3
-        call = per_step * vision.spatial_merge_size**2 * patch + frames
-        wanted = min(per_step * (ENCODE_BYTES // call), tiers.prefill_chunk // 2)
+        frames = SEGMENTS_HELD * vision.temporal_patch_size * height * width * 3
+        activations = per_step * vision.spatial_merge_size**2 * patch
+        wanted = min(
+            per_step * (ENCODE_BYTES // activations), per_step * (FRAME_BYTES // frames), tiers.prefill_chunk // 2
+        )
     return per_step * max(1, min(steps, wanted // per_step))
 
 
 def segments(frames: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    """Stack frames `(H, W, 3)` into segments `(size, H, W, 3)`; the last may be shorter."""
-    held: list[np.ndarray] = []
+    """Gather frames `(H, W, 3)` into segments `(size, H, W, 3)`; the last may be shorter."""
+    segment: np.ndarray | None = None
+    filled = 0
     for frame in frames:
-        held.append(frame)
-        if len(held) == size:
-            yield np.stack(held)
-            held = []
-    if held:
-        yield np.stack(held)
+        if segment is None:
+            segment, filled = np.empty((size, *frame.shape), frame.dtype), 0
+        segment[filled] = frame
+        filled += 1
+        if filled == size:
+            yield segment
+            segment = None
+    if segment is not None:
+        yield segment[:filled]
 
 
 def encode(
