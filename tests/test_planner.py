@@ -191,7 +191,9 @@ def test_every_purpose_takes_what_the_plan_says(
         static_share=0.5 if static_share is None else static_share,
         **options,
     )
-    for purpose in ("pool", "digests", "tables"):
+    pool = real["recent pages"] + real["static pages"] + real["retrieval pool"]
+    assert pool == watch.sealed["pool"]
+    for purpose in ("digests", "tables"):
         assert real[purpose] == watch.sealed.get(purpose, 0)
     assert real["ranking"] == watch.most.get("ranking", 0)
     assert real["attention"] == watch.most["scratch"]

@@ -73,7 +73,7 @@ def test_the_smallest_cap_named_is_enough_and_less_is_refused(case):
         **{n: getattr(tiers, n) for n in ("chunk_tokens", "sink_tokens", "recent_window", "spare_ratio")},
     )
     sizes.check_cap(SHAPE, enough, layout, rows)
-    assert sizes.plan_prefill(SHAPE, enough, tokens).block >= tiers.chunk_tokens
+    assert sizes.block_tokens(SHAPE, enough, tokens, min(rows, tiers.text_window), 0, staged=True) >= tiers.chunk_tokens
     sizes.plan_decode(SHAPE, enough, layout, scores, scores >= 0.5)
     less = TierConfig(gpu_kv_gb=(smallest - 1) / GIB, chunk_tokens=tiers.chunk_tokens)
     with pytest.raises(BudgetError, match="the smallest that works is"):
@@ -83,14 +83,15 @@ def test_the_smallest_cap_named_is_enough_and_less_is_refused(case):
 @given(st.floats(0.05, 3), st.integers(1, 5000), st.integers(1, 64), st.sampled_from([1, 8, 32]))
 def test_prefill_holds_no_more_than_the_cap_and_all_of_it_where_it_fits(share, tokens, rows, chunk):
     tiers = TierConfig(gpu_kv_gb=share * tokens * SHAPE.token_bytes / GIB, chunk_tokens=chunk)
-    made = sizes.plan_prefill(SHAPE, tiers, tokens)
-    assert made.resident % chunk == made.block % chunk == 0
-    held = made.resident * SHAPE.token_bytes + (sizes.staging_bytes(SHAPE, made.block) if made.staged else 0)
-    assert held <= tiers.cap_bytes
+    resident = sizes.resident_tokens(SHAPE, tiers, tokens)
+    assert resident % chunk == 0
+    assert resident * SHAPE.token_bytes <= tiers.cap_bytes
+    if resident < tokens:
+        assert not resident or sizes.block_tokens(SHAPE, tiers, tokens, 0, resident, staged=True)
     everything = sizes.ceil_div(tokens, chunk) * chunk * SHAPE.token_bytes
-    assert made.staged == (everything > tiers.cap_bytes)
-    assert made.staged or made.resident >= tokens
-    kept = sizes.resident_beside_scores(SHAPE, tiers, made.resident, tokens, tokens + rows, rows)
+    both = everything + sizes.scoring_bytes(SHAPE, tiers, tokens, tiers.text_window, chunk)
+    assert resident >= tokens or both > tiers.cap_bytes
+    kept = sizes.resident_beside_scores(SHAPE, tiers, resident, tokens, tokens + rows, rows)
     scored = sizes.block_tokens(SHAPE, tiers, tokens + rows, rows, kept, tokens > kept)
     scratch = sizes.scoring_bytes(SHAPE, tiers, tokens + rows, rows, scored)
     scratch += sizes.staging_bytes(SHAPE, scored) if tokens > kept else 0

@@ -113,7 +113,7 @@ class TieredCache(Cache):
         """First tokens of every layer to keep on the device during prefill; 0 when the prompt's length is not known."""
         if self.prompt_tokens == 0:
             return 0
-        return sizes.plan_prefill(self.shape, self.tiers, self.prompt_tokens).resident
+        return sizes.resident_tokens(self.shape, self.tiers, self.prompt_tokens)
 
     @property
     def sealed(self) -> bool:

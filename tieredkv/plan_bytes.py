@@ -18,7 +18,11 @@ def assumed_static(shape: KVShape, share: float) -> torch.Tensor:
 
 
 def decode_bytes(shape: KVShape, tiers: TierConfig, made: sizes.DecodePlan, static: torch.Tensor) -> dict[str, int]:
-    """Device bytes of the decode phase by purpose, as the ledger counts them, for a known `(L, K)` mask of heads."""
+    """Device bytes of the decode phase by purpose, as the ledger counts them, for a known `(L, K)` mask of heads.
+
+    The ledger's "pool" is the sum of the first three: recent pages of all heads; pages kept by static heads; sink and
+    retrieval slots of dynamic heads.
+    """
     layout, heads = made.layout, shape.num_key_value_heads
     tables = widest = 0
     for mask, pages in zip(static, made.budgets.static_pages, strict=True):
@@ -29,8 +33,11 @@ def decode_bytes(shape: KVShape, tiers: TierConfig, made: sizes.DecodePlan, stat
         tables += Residency.bytes_for(n_dynamic, made.slots, layout.retrievable)
     n_dynamic = int((~static).sum())
     ranked = made.ranked and n_dynamic > 0
+    page = sizes.page_bytes(shape, tiers)
     return {
-        "pool": made.pool_pages * sizes.page_bytes(shape, tiers),
+        "recent pages": shape.kv_heads * layout.recent_pages * page,
+        "static pages": int(made.budgets.static_pages[static].sum()) * page,
+        "retrieval pool": n_dynamic * (layout.sink_chunks + made.slots) * page,
         "digests": sizes.digest_bytes(shape, layout, n_dynamic) if ranked else 0,
         "tables": tables,
         "ranking": sizes.ranking_bytes(shape, layout) if ranked else 0,
@@ -69,7 +76,7 @@ def prefill_copy_bytes(shape: KVShape, tiers: TierConfig, prompt: int, asked: in
 def _calls(shape: KVShape, tiers: TierConfig, prompt: int, asked: int) -> list[tuple[int, int, int, int]]:
     """The forward calls of a prefill: first token, end, text rows scored (of the last call), tokens resident."""
     size, prefix = tiers.prefill_chunk, prompt - asked
-    room = sizes.plan_prefill(shape, tiers, prompt + sizes.QUESTION_ROOM).resident
+    room = sizes.resident_tokens(shape, tiers, prompt + sizes.QUESTION_ROOM)
     calls = [(begin, min(begin + size, prefix), 0, room) for begin in range(0, prefix, size)]
     last = max(prefix, prompt - size)
     calls += [(max(prefix, stop - size), stop, 0, room) for stop in range(last, prefix, -size)]

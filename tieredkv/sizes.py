@@ -183,32 +183,32 @@ def scoring_bytes(shape: KVShape, tiers: TierConfig, tokens: int, rows: int, blo
     return FLOAT32 * (keys_float + weights + top + 2 * shape.num_key_value_heads * tokens)
 
 
-@dataclass(frozen=True, slots=True)
-class PrefillPlan:
-    """Sizes of the prefill phase, in tokens, whole chunks."""
+def resident_tokens(shape: KVShape, tiers: TierConfig, tokens: int) -> int:
+    """First tokens of every layer to keep on the device while `tokens` tokens are prefilled, whole chunks.
 
-    resident: int
-    """First tokens of every layer that stay on the device until the seal, and are read there."""
-    block: int
-    """Past tokens read, or staged, at a time; 0 when not even one chunk fits under the cap."""
-    staged: bool
-    """Whether some of the past must be staged from the host."""
-
-
-def plan_prefill(shape: KVShape, tiers: TierConfig, tokens: int) -> PrefillPlan:
-    """Spend the cap on the prefill of `tokens` tokens, none of which is scored yet.
-
-    Everything stays on the device if it fits. Otherwise blocks are staged from the host, and as many of the first
-    tokens as fit beside the buffers stay: those are read the most often.
+    All of them if they fit: nothing is then staged from the host. Otherwise as many as fit beside the staging buffers:
+    the first are read the most often. Room for the scores of `text_window` rows is left free if that saves more copies
+    at the end, where residents make way otherwise, than it costs before.
     """
-    c = tiers.chunk_tokens
+    c, rows = tiers.chunk_tokens, tiers.text_window
     everything = ceil_div(tokens, c) * c
-    block = block_tokens(shape, tiers, tokens, rows=0, resident=everything, staged=False)
-    if block:
-        return PrefillPlan(everything, block, staged=False)
-    block = block_tokens(shape, tiers, tokens, rows=0, resident=0, staged=True)
-    left = max(0, tiers.cap_bytes - staging_bytes(shape, block)) // shape.token_bytes if block else 0
-    return PrefillPlan(min(everything, left // c * c), block, staged=True)
+    choices = []
+    if block_tokens(shape, tiers, tokens, rows=0, resident=everything, staged=False):
+        choices.append(everything)
+    for scored in (0, rows):
+        block = block_tokens(shape, tiers, tokens, scored, resident=0, staged=True)
+        taken = staging_bytes(shape, block) + scoring_bytes(shape, tiers, tokens, scored, block)
+        left = max(0, tiers.cap_bytes - taken) // shape.token_bytes if block else 0
+        choices.append(min(everything, left // c * c))
+
+    def read_again(resident: int) -> float:
+        """Tokens copied to the device again: in each call those before it, at the end keys once more for the scores."""
+        before = sum(max(0, past - resident) for past in range(0, tokens, tiers.prefill_chunk))
+        return before + 1.5 * (
+            tokens - min(tokens, resident_beside_scores(shape, tiers, resident, tokens, tokens, rows))
+        )
+
+    return min(choices, key=read_again)
 
 
 def resident_beside_scores(shape: KVShape, tiers: TierConfig, resident: int, past: int, tokens: int, rows: int) -> int:
