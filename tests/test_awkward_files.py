@@ -660,7 +660,7 @@ def test_a_cover_is_not_the_video(tmp_path):
         cover = output.add_stream("mjpeg", rate=1)
         cover.width = cover.height = 64
         cover.pix_fmt = "yuvj420p"
-        cover.disposition = av.stream.Disposition.attached_pic
+        cover.disposition = av.stream.Disposition.attached_pic.value
         output.mux(cover.encode(av.VideoFrame.from_ndarray(greys(1, 64, 64)[0], format="rgb24")))
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 44100), np.float32), format="fltp", layout="mono")
         frame.rate = 44100
