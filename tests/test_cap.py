@@ -152,3 +152,19 @@ def test_closing_frees_both_tiers(llama, prompt_ids):
     assert cache.host_bytes == 0
     with tieredkv.use_attention(llama), pytest.raises(tieredkv.TieredKVError, match="closed"):
         llama(prompt_ids, past_key_values=cache)
+
+
+@pytest.mark.parametrize("share", [0.6, 1.0, 1.07, 1.4])
+@pytest.mark.parametrize("chunk", [900, 200])
+def test_a_prompt_of_known_length_is_served_whatever_stays_on_the_device(llama, long_ids, share, chunk):
+    """Layers that see their first token when room for the scores was made already must not fill it again."""
+    stock = llama(long_ids).logits[:, -1]
+    with (
+        tieredkv.use_attention(llama),
+        torch.no_grad(),
+        TieredCache(llama.config, gpu_kv_gb=cap_share(llama, 900, share), prompt_tokens=900, chunk_tokens=8) as cache,
+    ):
+        for part in long_ids.split(chunk, dim=1):
+            logits = llama(part, past_key_values=cache).logits[:, -1]
+        assert cache.ledger.peak_bytes <= cache.tiers.cap_bytes
+        torch.testing.assert_close(logits, stock, rtol=0, atol=2e-4)

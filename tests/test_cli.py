@@ -175,3 +175,53 @@ def test_every_public_name_is_there():
         assert getattr(tieredkv, name) is not None
     with pytest.raises(AttributeError, match="nonsense"):
         tieredkv.nonsense  # noqa: B018
+
+
+@pytest.mark.model
+def test_an_answer_is_given_although_the_session_cannot_be_saved(monkeypatch, capsys, short_video, tmp_path):
+    from tieredkv import storage
+    from tieredkv.errors import SessionError
+
+    def full(*arguments):
+        raise SessionError("film.tkv could not be written: No space left on device.")
+
+    monkeypatch.setattr(storage, "write", full)
+    arguments = [str(short_video), "what colour was the star ?", "--session", str(tmp_path / "film.tkv")]
+    code, out, err = run(monkeypatch, capsys, "ask", *arguments, "--max-new-tokens", "4")
+    assert code == 2
+    assert out.strip()
+    assert "No space left" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ask", "VIDEO", "what ?", "--fps", "1e8"], "fps=100000000.0 is not valid"),
+        (["ask", "VIDEO", "what ?", "--start", "1", "--end", "1.00001"], "end=1.00001 is not valid"),
+        (["ask", "what ?", "--session", "x" * 300], "not a file name"),
+        (["ask", "VIDEO", "what ?", "--session", "x" * 252], "could not be written"),
+        (["ask", "VIDEO", "what ?", "--session", "new.tkv", "--max-new-tokens", "0"], "max_new_tokens=0 is not valid"),
+        (["plan", "7" * 300], "no such file"),
+        (["plan", "VIDEO", "--fps", "1e12"], "is not valid"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_extreme_values_are_one_sentence(monkeypatch, capsys, short_video, tmp_path, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(monkeypatch, capsys, *[str(short_video) if a == "VIDEO" else a for a in arguments])
+    assert (code, out) == (2, "")
+    assert message in err
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("field", "value"), [("num_attention_heads", 0), ("num_hidden_layers", "4")])
+def test_a_damaged_config_is_one_sentence(monkeypatch, capsys, tmp_path, field, value):
+    from tieredkv.tiny.model import PATH
+
+    config = json.loads((PATH / "config.json").read_text())
+    config["text_config"][field] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    code, out, err = run(monkeypatch, capsys, "plan", "1000", "-m", str(tmp_path))
+    assert (code, out) == (2, "")
+    assert "damaged" in err or "no usable model" in err

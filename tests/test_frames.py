@@ -272,9 +272,9 @@ def test_a_source_rate_that_would_fill_the_memory_is_refused():
     from tieredkv.errors import BudgetError
 
     video = np.zeros((100, 64, 64, 3), np.uint8)
-    assert open_video(video, fps=2, source_fps=1e-9).expected == 200_000_000_000
+    assert open_video(video, fps=2, source_fps=1e-6).expected == 200_000_000
     with pytest.raises(BudgetError, match="check source_fps"):
-        load_frames(video, fps=2, source_fps=1e-9)
+        load_frames(video, fps=2, source_fps=1e-6)
 
 
 def counting(count: int) -> np.ndarray:

@@ -261,3 +261,40 @@ def test_one_display_shows_all_three_stages(video_model, processor, film, capsys
     assert "tokens/s" in err
     assert "encoded" in err
     assert "decode:" not in err
+
+
+def test_images_that_were_opened_and_not_read_are_a_video(video_model, processor, frames, tmp_path):
+    """Hashed and decoded on two threads, which must not read one image at once."""
+    from PIL import Image
+
+    for number, picture in enumerate(frames[:40]):
+        Image.fromarray(picture).save(tmp_path / f"{number:03}.png")
+    for _ in range(3):
+        images = [Image.open(path) for path in sorted(tmp_path.iterdir())]
+        with tieredkv.open_session(video_model, images, gpu_kv_gb=1, processor=processor, fps=4) as session:
+            assert session.video.tokens == 80
+
+
+def test_it_works_in_inference_mode(video_model, processor, frames):
+    options = {"gpu_kv_gb": cap_share(video_model, 280, 0.6), "processor": processor, "fps": 4}
+    options |= {"chunk_tokens": 8, "recent_window": 16, "theta": 0.4, "prefill_chunk": 64}
+    with tieredkv.open_session(video_model, frames, **options) as session:
+        expected = session.ask(QUESTION, max_new_tokens=8).token_ids
+    with torch.inference_mode(), tieredkv.open_session(video_model, frames, **options) as session:
+        assert session.ask(QUESTION, max_new_tokens=8).token_ids == expected
+
+
+def test_no_thread_is_left_when_a_session_is_closed(video_model, processor, frames):
+    before = set(threading.enumerate())
+    session = tieredkv.open_session(video_model, frames, gpu_kv_gb=1, processor=processor, fps=4, prefill_chunk=64)
+    session.ask(QUESTION, max_new_tokens=3)
+    session.close()
+    assert set(threading.enumerate()) == before
+
+
+def test_a_frame_that_cannot_be_read_is_noticed_wherever_it_is(video_model, processor, frames):
+    bad = frames.astype(np.float32) / 255
+    bad[100] = 7
+    for sampling in ({"fps": 4}, {"fps": 4, "end": 10}):
+        with pytest.raises(VideoError, match=r"must lie in \[0, 1\]"):
+            tieredkv.open_session(video_model, bad, gpu_kv_gb=1, processor=processor, **sampling)

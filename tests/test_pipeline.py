@@ -108,6 +108,74 @@ def test_cancelling_from_another_thread_wakes_whoever_waits():
     assert stage_threads() == []
 
 
+def test_an_error_in_a_stage_nobody_takes_from_is_noticed():
+    def failing():
+        raise OSError("the file is gone")
+        yield
+
+    def endless():
+        while True:
+            yield 0
+
+    with Pipeline() as pipeline:
+        numbers = pipeline.stage("numbers", endless())
+        pipeline.stage("aside", failing())
+        with pytest.raises(OSError, match="the file is gone"):
+            for _ in numbers:
+                time.sleep(0.001)
+
+
+def test_a_handled_error_keeps_nothing_alive():
+    import gc
+    import weakref
+
+    class Large:
+        pass
+
+    def failing(large):
+        yield 1
+        raise ValueError("broken")
+
+    def work():
+        large = Large()
+        with Pipeline() as pipeline, pytest.raises(ValueError, match="broken"):
+            list(pipeline.stage("failing", failing(large)))
+        return weakref.ref(large)
+
+    gc.disable()
+    try:
+        assert work()() is None
+    finally:
+        gc.enable()
+
+
+def test_a_stage_that_cannot_be_closed_is_an_error_not_a_hang():
+    class Stubborn:
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            raise StopIteration
+
+        def close(self):
+            raise OSError("will not close")
+
+    with Pipeline() as pipeline, pytest.raises(OSError, match="will not close"):
+        list(pipeline.stage("stubborn", Stubborn()))
+
+
+def test_a_thread_that_cannot_start_is_the_error_told(monkeypatch):
+    with pytest.raises(RuntimeError, match="no more threads"), Pipeline() as pipeline:
+        first = pipeline.stage("first", iter(range(3)))
+
+        def refuse(self):
+            raise RuntimeError("no more threads")
+
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        pipeline.stage("second", first)
+    assert stage_threads() == []
+
+
 def test_waiting_does_not_count_as_work():
     def slow():
         for n in range(4):

@@ -12,7 +12,7 @@ import torch
 from helpers import cap_share
 from test_cli import run
 
-from tieredkv import plan_bytes, sizes
+from tieredkv import plan_bytes, planner, sizes
 from tieredkv.api import new_session
 from tieredkv.cache import TieredCache
 from tieredkv.config import GIB, TierConfig
@@ -62,17 +62,17 @@ def seven_billion():
 
 
 @pytest.fixture
-def film(monkeypatch):
+def film(monkeypatch, tmp_path):
     """A film of 600 s, 640x360, of which the header is all there is."""
-    from tieredkv.video import frames
 
     def open_video(video, fps, *, source_fps=None, max_frames=None, start=0.0, end=None):
         seconds = (600.0 if end is None else end) - start
         expected = min(int(seconds * fps), max_frames or 10**9)
         return SimpleNamespace(name=video, height=360, width=640, fps=fps, expected=expected, seconds=seconds)
 
-    monkeypatch.setattr(frames, "open_video", open_video, raising=False)
-    return "film.mp4"
+    monkeypatch.setattr(planner, "open_video", open_video)
+    (tmp_path / "film.mp4").touch()
+    return str(tmp_path / "film.mp4")
 
 
 # ---- published models

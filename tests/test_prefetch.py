@@ -99,3 +99,30 @@ def test_staging_unzips_keys_and_values():
     torch.testing.assert_close(keys, chunks[:, :, 0].flatten(1, 2))
     torch.testing.assert_close(values, chunks[:, :, 1].flatten(1, 2))
     assert moved == 2 * keys.numel() * 4
+
+
+def test_an_interrupted_wait_leaves_the_copy_outstanding(monkeypatch):
+    """Whoever gives up its slots after that must still be able to wait for it."""
+    from concurrent.futures import Future
+
+    begun, go = threading.Event(), threading.Event()
+    copies = ThreadPrefetcher()
+
+    def copy() -> int:
+        begun.set()
+        go.wait(5)
+        return 7
+
+    copies.submit("a", copy)
+    begun.wait(5)
+
+    def interrupted(self, timeout=None):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Future, "result", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            copies.wait("a")
+    go.set()
+    assert copies.wait("a") == 7
+    copies.close()

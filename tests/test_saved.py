@@ -174,7 +174,8 @@ def test_another_video_is_refused_and_the_same_is_taken(kept, video_model, proce
         ({"gpu_kv_gb": 0}, BudgetError, "gpu_kv_gb=0 is not valid"),
         ({"thetta": 1}, OptionError, "thetta"),
         ({"max_new_tokens": 3}, OptionError, "generation option"),
-        ({"fps": 2}, OptionError, "fps"),
+        ({"fps": 2}, OptionError, "'fps' cannot be given: a saved session keeps"),
+        ({"positions": "stock"}, OptionError, "'positions' cannot be given"),
     ],
 )
 def test_settings_that_do_not_exist_are_refused(kept, video_model, processor, given, error, message):
@@ -269,3 +270,32 @@ def test_a_session_of_a_file_is_recognised_by_its_content_not_its_name(video_mod
 def test_arrays_that_hold_the_same_frames_are_the_same_video(kept, video_model, processor, frames):
     as_floats = np.asarray(frames, dtype=np.float64) / 255
     load(kept[0], video_model, processor, video=as_floats).close()
+
+
+def test_a_long_question_asked_before_does_not_make_the_file_longer(video_model, frames, options, tmp_path):
+    with tieredkv.open_session(video_model, frames, **{**options, "gpu_kv_gb": 1}) as session:
+        before = session.save(tmp_path / "s")
+        session.ask(" ".join([STAR] * 120), max_new_tokens=2)
+        assert session.save(tmp_path / "s") == before
+
+
+def test_a_host_cap_below_the_saved_cache_is_refused(kept, video_model, processor):
+    with pytest.raises(BudgetError, match="host_kv_gb allows"):
+        load(kept[0], video_model, processor, host_kv_gb=1e-6)
+
+
+def test_what_a_later_version_adds_to_the_manifest_is_let_pass(kept, video_model, processor, tmp_path):
+    from tieredkv import storage
+
+    stored = storage.read(kept[0])
+    manifest = stored.manifest
+    for part in (
+        manifest,
+        manifest["tiers"],
+        manifest["session"],
+        *(manifest["session"][n] for n in ("grid", "ingest_stats")),
+    ):
+        part["added_later"] = 1
+    storage.write(tmp_path / "later", manifest, {name: stored.tensor(name) for name in stored.names})
+    with load(tmp_path / "later", video_model, processor) as session:
+        assert torch.equal(session_logits(session, STAR, 6), kept[1][0])

@@ -311,7 +311,7 @@ def test_a_conversation_has_the_logits_of_stock_transformers(video_model, proces
             stock = stock_logits(video_model, inputs, 6)
             torch.testing.assert_close(torch.cat(record.seen), stock, rtol=0, atol=2e-4)
             turns.append((question, answer.text))
-        assert session.history == turns
+        assert session.history == tuple(turns)
 
 
 def test_a_conversation_does_not_prefill_the_video_again(opened, monkeypatch):
@@ -345,7 +345,7 @@ def test_a_turn_that_fails_is_forgotten(opened):
     with pytest.raises(BudgetError):
         session.chat(MOON, max_new_tokens=100_000)
     assert len(session.history) == 1
-    session.history.clear()
+    session.clear_history()
     assert session.chat(MOON, max_new_tokens=4).token_ids == session.ask(MOON, max_new_tokens=4).token_ids
 
 
@@ -365,3 +365,29 @@ def test_questions_from_several_threads_take_turns(opened):
         thread.join()
     assert len(got) == 6
     assert all(expected[question] == ids for question, ids in got)
+
+
+def test_host_memory_stays_under_its_cap_when_a_long_question_grows_it(opened, video_model):
+    from tieredkv.config import GIB
+
+    cap = cap_share(video_model, 700, 1)
+    session = opened(share=3, host_kv_gb=cap)
+    with pytest.raises(BudgetError, match=r"host_kv_gb allows .*: shorten the question or the conversation"):
+        session.ask(" ".join([STAR] * 90), max_new_tokens=2)
+    assert session.ask(" ".join([STAR] * 55), max_new_tokens=2).stats.kv_host_bytes <= cap * GIB
+
+
+def test_a_question_too_long_for_the_device_is_told_to_be_shorter(opened):
+    with pytest.raises(BudgetError, match="shorten the question or the conversation"):
+        opened(share=0.6).ask(" ".join([STAR] * 200), max_new_tokens=2)
+
+
+@pytest.mark.parametrize("prefill_chunk", [1, 3])
+def test_the_smallest_cap_named_is_enough_however_short_the_prefill_calls(
+    video_model, processor, frames, prefill_chunk
+):
+    options = {"processor": processor, "fps": 4, "prefill_chunk": prefill_chunk, "chunk_tokens": 32}
+    with pytest.raises(BudgetError, match="the smallest that works is") as refused:
+        tieredkv.generate(video_model, frames[:40], STAR, gpu_kv_gb=1e-6, max_new_tokens=3, **options)
+    named = float(str(refused.value).partition("works is ")[2].split(". ")[0])
+    assert tieredkv.generate(video_model, frames[:40], STAR, gpu_kv_gb=named, max_new_tokens=3, **options).token_ids

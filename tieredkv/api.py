@@ -7,9 +7,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
-from tieredkv import decode, models, saved, storage
+from tieredkv import decode, saved, storage
 from tieredkv.config import DEFAULT_FPS, TierConfig
-from tieredkv.errors import OptionError, UnsupportedModelError
+from tieredkv.errors import OptionError
+from tieredkv.loading import load
 from tieredkv.models.base import Positions
 from tieredkv.session import VideoSession, check_prompt
 from tieredkv.stats import Generation
@@ -103,6 +104,8 @@ def load_session(
     Raises `SessionError` when the file is no session, is damaged, or belongs to another model, processor or video;
     damage to a layer is found by the first question.
     """
+    if kept := sorted(options.keys() & (_OPENING - _TIER_OPTIONS)):
+        raise OptionError(f"{kept[0]!r} cannot be given: a saved session keeps how its video was read.")
     given = {**options, **({} if gpu_kv_gb is None else {"gpu_kv_gb": gpu_kv_gb})}
     _check_tier_options(given)
     stored = storage.read(path)
@@ -136,6 +139,12 @@ def generate(model: Any, video: Any, prompt: str, gpu_kv_gb: float = 4.0, **opti
         return session.ask(prompt, **asking)
 
 
+def check_question(prompt: str, options: dict[str, Any]) -> None:
+    """Raise `PromptError` or `OptionError` for a question that no session could answer, before anything is loaded."""
+    decode.check_options(options)
+    check_prompt(prompt)
+
+
 def _tier_config(gpu_kv_gb: float, tiers: TierConfig | None, options: dict[str, Any]) -> TierConfig:
     _check_tier_options(options)
     if tiers is not None and not isinstance(tiers, TierConfig):
@@ -151,41 +160,3 @@ def _check_tier_options(options: dict[str, Any]) -> None:
     if unknown := sorted(set(options) - _TIER_OPTIONS):
         decode.check_options({unknown[0]: None}, also=tuple(_OPENING))
         raise OptionError(f"{unknown[0]!r} is a generation option: give it to ask, not to open_session.")
-
-
-def load(model: Any, processor: Any = None) -> tuple[Any, Any]:
-    """A model and its processor: loaded if `model` is a path or hub id, the processor found beside it if not given.
-
-    Raises `UnsupportedModelError` when there is no such model, its family is not supported, or no processor is found.
-    """
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
-
-    if isinstance(model, str | Path):
-        source = str(model)
-        try:
-            models.video_family(AutoConfig.from_pretrained(source))
-            model = AutoModelForImageTextToText.from_pretrained(source, dtype="auto").eval()
-        except UnsupportedModelError:
-            raise
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise UnsupportedModelError(f"{source}: no usable model found there ({_first_line(error)}).") from None
-    elif not hasattr(model, "config") or not hasattr(model, "generate"):
-        raise UnsupportedModelError(
-            f"model is a {type(model).__name__}: give a transformers model, a local path, or a hub id."
-        )
-    else:
-        models.video_family(model.config)
-        source = getattr(model, "name_or_path", "") or ""
-    if processor is None:
-        try:
-            processor = AutoProcessor.from_pretrained(source)
-        except (OSError, ValueError) as error:
-            raise UnsupportedModelError(
-                f"no processor found beside the model ({_first_line(error)}): pass processor=."
-            ) from None
-    return model, processor
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".:") if str(error).strip() else type(error).__name__

@@ -88,6 +88,7 @@ class TieredCache(Cache):
         self.copies = ThreadPrefetcher()
         """Copies under way between the tiers, in both phases."""
         self._pool: DevicePool | None = None
+        self._resident: int | None = None
         self._announced: int | None = None
         self._closed = False
 
@@ -111,13 +112,25 @@ class TieredCache(Cache):
 
     def resident_tokens(self) -> int:
         """First tokens of every layer to keep on the device during prefill; 0 when the prompt's length is not known."""
-        if self.prompt_tokens == 0:
-            return 0
-        return sizes.resident_tokens(self.shape, self.tiers, self.prompt_tokens)
+        if self._resident is None:
+            known = self.prompt_tokens > 0
+            self._resident = sizes.resident_tokens(self.shape, self.tiers, self.prompt_tokens) if known else 0
+        return self._resident
 
     @property
     def sealed(self) -> bool:
         return self._pool is not None
+
+    @property
+    def room(self) -> int:
+        """Tokens that the host tier holds without growing."""
+        return min(layer.host.capacity if layer.host is not None else 0 for layer in self.tiered_layers)
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for exactly `tokens` tokens in the host tier."""
+        for layer in self.tiered_layers:
+            if layer.host is not None:
+                layer.host.reserve(tokens)
 
     @property
     def host_bytes(self) -> int:
@@ -232,13 +245,12 @@ class TieredCache(Cache):
 
     def make_room_for_scores(self, past: int, new: int, rows: int) -> None:
         """Give up the tokens kept on the device if scoring `rows` of `new` tokens after `past` needs their room."""
-        resident = self.tiered_layers[0].resident
-        if resident is not None and not sizes.resident_beside_scores(
-            self.shape, self.tiers, resident.room, past, past + new, rows
-        ):
+        room = self.resident_tokens()
+        if room and not sizes.resident_beside_scores(self.shape, self.tiers, room, past, past + new, rows):
             self._drop_resident()
 
     def _drop_resident(self) -> None:
+        self._resident = 0  # layers that have seen no token yet must not begin to keep any
         for layer in self.tiered_layers:
             layer.resident = None
         self.ledger.release("resident")

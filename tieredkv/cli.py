@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from tieredkv import __version__
-from tieredkv.errors import OptionError, TieredKVError
+from tieredkv.errors import OptionError, SessionError, TieredKVError
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__
@@ -21,7 +21,7 @@ Model = Annotated[str, typer.Option("--model", "-m", help="A local path, a hub i
 HostGiB = Annotated[float | None, typer.Option(help="Host memory for keys and values, GiB.")]
 Fps = Annotated[float | None, typer.Option(help="Frames sampled per second.")]
 MaxFrames = Annotated[int | None, typer.Option(help="Spread at most this many frames.")]
-Start = Annotated[float, typer.Option(help="Second of the video to start at.")]
+Start = Annotated[float | None, typer.Option(help="Second of the video to start at.")]
 End = Annotated[float | None, typer.Option(help="Second of the video to end at.")]
 NewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
 
@@ -67,7 +67,7 @@ def ask(
     host_kv_gb: HostGiB = None,
     fps: Fps = None,
     max_frames: MaxFrames = None,
-    start: Start = 0.0,
+    start: Start = None,
     end: End = None,
     max_new_tokens: NewTokens = 256,
     as_json: Annotated[bool, typer.Option("--json", help="Print answer and statistics as JSON.")] = False,
@@ -84,31 +84,46 @@ def ask(
         raise OptionError(f"ask takes one video and one question, got {len(words)} words: put quotes around each.")
     given = {"gpu_kv_gb": gpu_kv_gb, "host_kv_gb": host_kv_gb}
     tiers: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    source: dict[str, Any] = {"fps": fps, "max_frames": max_frames, "start": start, "end": end}
+    sampling = {"fps": fps, "max_frames": max_frames, "start": start, "end": end}
+    source: dict[str, Any] = {name: value for name, value in sampling.items() if value is not None}
     where = PATH if model == "tiny" else model
-    if session is not None and session.exists():
-        if sampling := [name for name, value in source.items() if value]:
-            raise OptionError(f"{session} is saved as it was sampled: leave out --{sampling[0].replace('_', '-')}.")
-        api.check_prompt(question)
+    asked: dict[str, Any] = {"max_new_tokens": max_new_tokens}
+    unsaved: SessionError | None = None
+    if session is not None and _is_there(session):
+        if source:
+            option = next(iter(source)).replace("_", "-")
+            raise OptionError(f"{session} is saved as it was sampled: leave out --{option}.")
+        api.check_question(question, asked)
         with api.load_session(session, where, video=videos[0] if videos else None, **tiers) as opened:
-            answer = opened.ask(question, max_new_tokens=max_new_tokens)
+            answer = opened.ask(question, **asked)
     elif not videos:
         missing = "give a video and a question" if session is None else f"{session}: no such file; give a video too"
         raise OptionError(f"there is no video to ask about: {missing}.")
     elif session is None:
-        answer = api.generate(
-            where, videos[0], question, max_new_tokens=max_new_tokens, progress=True, **tiers, **source
-        )
+        answer = api.generate(where, videos[0], question, progress=True, **asked, **tiers, **source)
     else:
-        api.check_prompt(question)
+        api.check_question(question, asked)
         storage.check_target(session)
-        with api.open_session(where, videos[0], progress=True, **tiers, **source) as opened:
-            opened.save(session)
-            answer = opened.ask(question, max_new_tokens=max_new_tokens)
+        with api.new_session(where, progress=True, **tiers) as opened:
+            opened.ingest(videos[0], question=question, **asked, **source)
+            try:
+                opened.save(session)
+            except SessionError as error:  # what was ingested is worth an answer all the same
+                unsaved = error
+            answer = opened.ask(question, **asked)
     if as_json:
         typer.echo(json.dumps({"text": answer.text, "token_ids": answer.token_ids, **answer.stats.as_dict()}))
     else:
         typer.echo(answer.text)
+    if unsaved is not None:
+        raise unsaved
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as error:
+        raise OptionError(f"{str(path)[:80]}: not a file name ({error.strerror}).") from None
 
 
 @app.command()
@@ -119,7 +134,7 @@ def plan(
     host_kv_gb: HostGiB = None,
     fps: Fps = None,
     max_frames: MaxFrames = None,
-    start: Start = 0.0,
+    start: Start = None,
     end: End = None,
     max_new_tokens: NewTokens = 256,
     link: Annotated[str, typer.Option(help="Bus to the card, or its GB/s.")] = "pcie4x16",
@@ -130,7 +145,7 @@ def plan(
     from tieredkv import planner
     from tieredkv.tiny.model import PATH
 
-    tokens = video.isascii() and video.isdigit() and not Path(video).exists()
+    tokens = video.isascii() and video.isdigit() and len(video) < 20 and not Path(video).exists()
     made = planner.plan(
         PATH if model == "tiny" else model,
         int(video) if tokens else video,
@@ -138,7 +153,7 @@ def plan(
         host_kv_gb=host_kv_gb,
         fps=fps,
         max_frames=max_frames,
-        start=start,
+        start=start or 0.0,
         end=end,
         max_new_tokens=max_new_tokens,
         link=link,

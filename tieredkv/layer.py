@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from tieredkv import prefill
+from tieredkv import prefill, sizes
 from tieredkv.attention import interface
 from tieredkv.errors import OptionError, UnsupportedModelError
 from tieredkv.memory.host import HostLayer
@@ -132,6 +132,7 @@ class TieredLayer(CacheLayerMixin):
             kept = keys.detach(), values.detach()
             cache.copies.submit("write back", lambda: host.write(*kept))
             out, lse = prefill.attend_exactly(query, keys, values, scaling, past)
+            self.rows = None  # those of an earlier call say nothing of this one
             if rows:
                 self.rows = prefill.score_text_rows(query[:, -rows:], lse[:, -rows:], keys, scaling, past, cache.tiers)
             cache.copies.wait("write back")
@@ -179,7 +180,7 @@ class TieredLayer(CacheLayerMixin):
         """What `restore` needs, contiguous, in host memory. Not while sealed."""
         assert self.host is not None
         self._check_once()  # or damage would be given a checksum that fits it
-        tensors = {"kv": self.host.whole()}
+        tensors = {"kv": self.host.whole(sizes.QUESTION_ROOM)}
         if self._digests is not None:
             tensors["digests"] = self._digests[:, : self._digested].contiguous()
         return tensors

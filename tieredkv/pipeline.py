@@ -6,9 +6,10 @@
         for part in features:
             ...
 
-A stage is an iterator; its queue holds at most `depth` items that nobody has taken yet. An error in a stage is raised
-where its items are taken, ahead of items still queued. Leaving the block, by an error or not, stops and joins every
-thread. `cancel` may be called from any thread: whoever waits, or calls `check`, raises `Cancelled`.
+A stage is an iterator; its queue holds at most `depth` items that nobody has taken yet. An error in any stage stops all
+of them, and is raised outside of them at the next item taken or `check`, ahead of items still queued. Leaving the
+block, by an error or not, stops and joins every thread. `cancel` may be called from any thread: whoever waits, or
+calls `check`, raises `Cancelled`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,6 @@ class _Stage(Generic[T]):
     def __init__(self, pipeline: Pipeline, name: str, items: Iterator[T], depth: int) -> None:
         self.pipeline, self.name, self.items, self.depth = pipeline, name, items, depth
         self.queue: deque[T] = deque()
-        self.error: BaseException | None = None
         self.ended = False
         self.lifetime = self.waited = 0.0
         """Seconds: the thread's life, and its waits for room or for another stage's items."""
@@ -41,16 +41,18 @@ class _Stage(Generic[T]):
     def _run(self) -> None:
         started = time.perf_counter()
         try:
-            for item in self.items:
-                self._put(item)
+            try:
+                for item in self.items:
+                    self._put(item)
+            finally:
+                self.lifetime = time.perf_counter() - started
+                if (close := getattr(self.items, "close", None)) is not None:
+                    close()
         except Cancelled:
             pass  # whoever cancelled knows
-        except BaseException as error:  # noqa: BLE001  raised again where the items are taken
-            self.error = error
+        except BaseException as error:  # noqa: BLE001  raised again by whoever waits or checks outside the stages
+            self.pipeline.fail(error)
         finally:
-            self.lifetime = time.perf_counter() - started
-            if (close := getattr(self.items, "close", None)) is not None:
-                close()
             with self.pipeline.changed:
                 self.ended = True
                 self.pipeline.changed.notify_all()
@@ -70,8 +72,6 @@ class _Stage(Generic[T]):
         with self.pipeline.changed:
             while not (self.queue or self.ended or self.pipeline.cancelled):
                 self.pipeline.wait()
-            if self.error is not None:
-                raise self.error
             self.pipeline.check()
             if not self.queue:
                 raise StopIteration
@@ -88,17 +88,28 @@ class Pipeline:
         self.cancelled = False
         self.waited = 0.0
         """Seconds for which threads that are no stage's have waited for items."""
+        self._error: BaseException | None = None
         self._stages: list[_Stage] = []
 
     def stage(self, name: str, items: Iterator[T], depth: int = 1) -> Iterator[T]:
         """Run `items` ahead on a thread; the iterator returned gives the same items."""
         stage = _Stage(self, name, items, depth)
         self._stages.append(stage)
-        stage.thread.start()
+        try:
+            stage.thread.start()
+        except BaseException:
+            self._stages.remove(stage)  # nothing to join
+            raise
         return stage
 
     def check(self) -> None:
-        """Raise `Cancelled` if the job was cancelled."""
+        """Raise what a stage raised, once and outside of the stages, or `Cancelled` if the job was cancelled."""
+        if self._error is not None and self._stage_here() is None:
+            error, self._error = self._error, None  # or it would hold, by its traceback, all that the stages hold
+            try:
+                raise error
+            finally:
+                del error
         if self.cancelled:
             raise Cancelled
 
@@ -108,13 +119,24 @@ class Pipeline:
             self.cancelled = True
             self.changed.notify_all()
 
+    def fail(self, error: BaseException) -> None:
+        """Cancel because of an error in a stage; the first one counts."""
+        with self.changed:
+            if not self.cancelled:
+                self._error = error
+            self.cancel()
+
     def wait(self) -> None:
         """Wait for a change, with `changed` held; the time counts as waiting for the stage whose thread this is."""
         started = time.perf_counter()
         self.changed.wait()
-        here = threading.current_thread()
-        waiter: Pipeline | _Stage = next((stage for stage in self._stages if stage.thread is here), self)
+        waiter: Pipeline | _Stage = self._stage_here() or self
         waiter.waited += time.perf_counter() - started
+
+    def _stage_here(self) -> _Stage | None:
+        """The stage whose thread this is."""
+        here = threading.current_thread()
+        return next((stage for stage in self._stages if stage.thread is here), None)
 
     def busy_seconds(self) -> dict[str, float]:
         """Seconds each stage has worked, its waits left out. Final once the stages have ended."""
@@ -127,3 +149,5 @@ class Pipeline:
         self.cancel()
         for stage in self._stages:
             stage.thread.join()
+        self._stages.clear()
+        self._error = None

@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 
-from tieredkv import models, plan_bytes, sizes
+from tieredkv import loading, models, plan_bytes, sizes
 from tieredkv.config import DEFAULT_FPS, TierConfig
 from tieredkv.errors import OptionError, UnsupportedModelError, VideoError
 from tieredkv.memory import limits
 from tieredkv.plan_table import CARDS, LINKS, MemoryPlan, rate
 from tieredkv.sizes import KVShape
 from tieredkv.video.encode import batch_tokens
+from tieredkv.video.frames import check_request, open_video
 
 HEAD_TOKENS = 15
 """Text before the video where no processor says: what Qwen2.5-VL's chat template writes."""
@@ -74,15 +75,18 @@ def plan(
         _check_count("visual tokens", video_or_tokens)
         visual = video_or_tokens
     else:
-        request = {"source_fps": source_fps, "max_frames": max_frames, "start": start, "end": end}
-        processor = source.find_processor(processor)
+        request: dict[str, Any] = {"source_fps": source_fps, "max_frames": max_frames, "start": start, "end": end}
+        check_request(video_or_tokens, fps, **request)
+        if processor is None:
+            processor = loading.load_processor(source.path)
         video = _Video.open(source, processor, video_or_tokens, fps, request)
         visual = video.tokens(video.frames)
     head = HEAD_TOKENS if processor is None else source.head_tokens(processor)
     text, prompt = head + question_tokens, head + visual + question_tokens
 
-    layout = sizes.lay_out(tiers, prompt, question_tokens, max_new_tokens)
-    sizes.check_cap(shape, tiers, layout, question_tokens)
+    rows = sizes.question_rows(tiers, question_tokens)
+    layout = sizes.lay_out(tiers, prompt, rows, max_new_tokens)
+    sizes.check_cap(shape, tiers, layout, rows)
     host = sizes.host_bytes(shape, tiers, prompt)
     available = limits.available_host_bytes()
 
@@ -168,22 +172,18 @@ class _Model:
 
     @staticmethod
     def of(model: Any) -> _Model:
-        from transformers import AutoConfig, PreTrainedConfig
+        from transformers import PreTrainedConfig
 
         if isinstance(model, str | Path):
-            try:
-                config, path, loaded = AutoConfig.from_pretrained(str(model)), str(model), None
-            except (OSError, ValueError) as error:
-                raise UnsupportedModelError(f"{model}: no usable model found there ({_first_line(error)}).") from None
+            config, path, loaded = loading.load_config(model), str(model), None
         elif isinstance(model, PreTrainedConfig):
             config, path, loaded = model, getattr(model, "name_or_path", "") or "", None
         elif isinstance(getattr(model, "config", None), PreTrainedConfig) and hasattr(model, "generate"):
             config, path, loaded = model.config, getattr(model, "name_or_path", "") or "", model
         else:
-            raise UnsupportedModelError(
-                f"model is a {type(model).__name__}: give a transformers config or model, a local path, or a hub id."
-            )
-        models.video_family(config)
+            kind = type(model).__name__
+            raise UnsupportedModelError(f"model is a {kind}: give a transformers config, {loading.WHAT_IS_A_MODEL}.")
+        loading.check_config(config)
         if loaded is not None:
             dtype = loaded.get_input_embeddings().weight.dtype
         else:
@@ -212,28 +212,12 @@ class _Model:
         step = decoder if output is table else decoder - table.nbytes
         return {"decoder_bytes": decoder, "vision_bytes": vision, "step_weight_bytes": step}
 
-    def find_processor(self, processor: Any) -> Any:
-        from transformers import AutoProcessor
-
-        if processor is not None:
-            return processor
-        try:
-            return AutoProcessor.from_pretrained(self.path)
-        except (OSError, ValueError) as error:
-            raise UnsupportedModelError(
-                f"no processor found beside the model ({_first_line(error)}): pass processor=."
-            ) from None
-
     def head_tokens(self, processor: Any) -> int:
         """Prompt tokens before the first visual token."""
         messages = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "?"}]}]
         text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         head = text.partition(models.video_family(self.config).video_token(processor))[0]
         return len(processor.tokenizer(head, add_special_tokens=False).input_ids)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".:") if str(error).strip() else type(error).__name__
 
 
 @dataclass(frozen=True)
@@ -252,10 +236,8 @@ class _Video:
 
     @staticmethod
     def open(source: _Model, processor: Any, video: Any, fps: float | None, request: dict[str, Any]) -> _Video:
-        from tieredkv.video import frames
-
         rate = (getattr(processor.video_processor, "fps", None) or DEFAULT_FPS) if fps is None else fps
-        opened = frames.open_video(video, rate, **request)
+        opened = open_video(video, rate, **request)
         return _Video(
             source, processor, video, request, opened.name, opened.expected, opened.height, opened.width, opened.fps
         )

@@ -36,11 +36,11 @@ class SessionState:
     def of(plain: dict[str, Any]) -> SessionState:
         """From what `dataclasses.asdict` made, by way of JSON."""
         own = {
-            "grid": VideoGrid(**plain["grid"]),
-            "history": [(question, answer) for question, answer in plain["history"]],
-            "ingest_stats": IngestStats(**plain["ingest_stats"]),
+            "grid": VideoGrid(**_known(VideoGrid, plain["grid"])),
+            "history": [(str(question), str(answer)) for question, answer in plain["history"]],
+            "ingest_stats": IngestStats(**_known(IngestStats, plain["ingest_stats"])),
         }
-        return SessionState(**{**plain, **own})
+        return SessionState(**_known(SessionState, {**plain, **own}))
 
     @property
     def tokens(self) -> int:
@@ -65,19 +65,26 @@ def write(path: Path, model: Any, processor: Any, cache: TieredCache, state: Ses
     return storage.write(path, manifest, tensors, progress)
 
 
+def _known(kind: Any, plain: dict[str, Any]) -> dict[str, Any]:
+    """Without what a later version has added to a dataclass."""
+    names = {field.name for field in fields(kind)}
+    return {name: value for name, value in plain.items() if name in names}
+
+
 def state_of(stored: storage.Stored) -> SessionState:
     """Raises `SessionError` when the file holds something else than a session."""
     try:
+        if absent := {"model", "model_settings", "processor", "tiers"} - stored.manifest.keys():
+            raise KeyError(*absent)
         return SessionState.of(stored.manifest["session"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise SessionError(f"{stored.path} holds no session ({error!r}).") from None
 
 
 def tiers_of(stored: storage.Stored, options: dict[str, Any]) -> TierConfig:
     """The settings a session was saved with, changed by `options`. Raises `SessionError` where that cannot be."""
     state_of(stored)  # or it is no session at all
-    known = {field.name for field in fields(TierConfig)}
-    tiers = TierConfig(**{name: value for name, value in stored.manifest["tiers"].items() if name in known})
+    tiers = TierConfig(**_known(TierConfig, stored.manifest["tiers"]))
     changed = replace(tiers, **options)
     if changed.chunk_tokens != tiers.chunk_tokens:
         raise SessionError(

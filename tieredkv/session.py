@@ -63,8 +63,7 @@ class VideoSession:
         """Seconds from the request to a session that can be asked; of a loaded session, those of its ingest."""
         self.ingest_stats: IngestStats | None = None
         self.video: VideoGrid | None = None
-        self.history: list[tuple[str, str]] = []
-        """Questions and answers of the conversation held with `chat`; clear it to begin another."""
+        self._history: list[tuple[str, str]] = []
         self._progress = progress
         self._about_video: dict[str, Any] = {}
         self._cache: TieredCache | None = None
@@ -101,18 +100,29 @@ class VideoSession:
                 raise TieredKVError("this session has its video already: open another session for another video.")
             started = time.perf_counter()
             rate = (getattr(self.processor.video_processor, "fps", None) or DEFAULT_FPS) if fps is None else fps
-            source = open_video(video, rate, source_fps=source_fps, max_frames=max_frames, start=start, end=end)
             try:
-                self._ingest(source, question, max_new_tokens)
+                with Pipeline() as self._pipeline:
+                    if self._closed:
+                        raise Cancelled
+                    sampling: dict[str, Any] = {
+                        "source_fps": source_fps,
+                        "max_frames": max_frames,
+                        "start": start,
+                        "end": end,
+                    }
+                    source = open_video(video, rate, **sampling, check=self._pipeline.check)
+                    self._ingest(self._pipeline, source, question, max_new_tokens)
             except Cancelled:
                 self._drop_cache()
                 raise TieredKVError("the session was closed while its video was being ingested.") from None
             except BaseException:
                 self._drop_cache()
                 raise
+            finally:
+                self._pipeline = None
             self.ingest_s = time.perf_counter() - started
 
-    def _ingest(self, source: VideoSource, question: str, max_new_tokens: int) -> None:
+    def _ingest(self, pipeline: Pipeline, source: VideoSource, question: str, max_new_tokens: int) -> None:
         video = ingest.prepare(self.family, self.model.config, self.processor, source, self.tiers)
         head, tail = self._template([(question, None)])
         self._head, self._head_ids = head, self._tokenize(head)
@@ -122,15 +132,11 @@ class VideoSession:
         bar = IngestProgress(self._progress, self.head_tokens + video.grid.tokens, source.seconds)
         complete = False
         try:
-            with Pipeline() as self._pipeline:
-                if self._closed:
-                    raise Cancelled
-                grid, self.ingest_stats, sha256 = ingest.run(
-                    self._pipeline, self.family, self.model, video, self._head_ids, self.positions, cache, bar
-                )
+            grid, self.ingest_stats, sha256 = ingest.run(
+                pipeline, self.family, self.model, video, self._head_ids, self.positions, cache, bar
+            )
             complete = True
         finally:
-            self._pipeline = None
             bar.close(complete)
         self._about_video = {"name": source.name, "sha256": sha256, "fps": source.fps, "seconds": source.seconds}
         self._begin_asking(cache, grid)
@@ -148,7 +154,8 @@ class VideoSession:
         """
         shape = sizes.model_shape(self.model.config, self._dtype)
         tokens = self.head_tokens + visual + asked
-        sizes.check_cap(shape, self.tiers, sizes.lay_out(self.tiers, tokens, asked, max_new_tokens), asked)
+        rows = sizes.question_rows(self.tiers, asked)
+        sizes.check_cap(shape, self.tiers, sizes.lay_out(self.tiers, tokens, rows, max_new_tokens), rows)
         what = f"the cache of {tokens:,} tokens"
         needed = sizes.host_bytes(shape, self.tiers, tokens)
         check_host(needed, self.tiers.host_kv_gb, what, "lower fps or max_frames, or raise host_kv_gb")
@@ -184,7 +191,7 @@ class VideoSession:
                 head=self._head,
                 head_ids=self._head_ids.flatten().tolist(),
                 video=self._about_video,
-                history=self.history,
+                history=self._history,
                 ingest_s=self.ingest_s,
                 ingest_stats=self.ingest_stats,
             )
@@ -200,7 +207,10 @@ class VideoSession:
             state = saved.state_of(stored)
             saved.check_origin(stored, self.model, self.processor)
             cache = saved.map_cache(stored, self.model.config, self.tiers, state.tokens)
-            self.positions, self._about_video, self.history = state.positions, state.video, state.history
+            if self.tiers.host_kv_gb is not None:
+                what = f"the cache of {state.tokens:,} tokens"
+                check_host(cache.host_bytes, self.tiers.host_kv_gb, what, "raise host_kv_gb")
+            self.positions, self._about_video, self._history = state.positions, state.video, state.history
             self._head, self._head_ids = state.head, torch.tensor([state.head_ids], dtype=torch.long)
             self.ingest_s, self.ingest_stats = state.ingest_s, state.ingest_stats
             self._begin_asking(cache, state.grid)
@@ -223,9 +233,19 @@ class VideoSession:
         turn that fails leaves `history` as it was.
         """
         with self._lock:
-            answer = self._ask(self.history, prompt, trace, options)
-            self.history.append((prompt, answer.text))
+            answer = self._ask(self._history, prompt, trace, options)
+            self._history.append((prompt, answer.text))
             return answer
+
+    @property
+    def history(self) -> tuple[tuple[str, str], ...]:
+        """Questions and answers of the conversation held with `chat`."""
+        return tuple(self._history)
+
+    def clear_history(self) -> None:
+        """Begin another conversation."""
+        with self._lock:
+            self._history = []
 
     def _ask(self, history: list[tuple[str, str]], prompt: str, trace: bool, options: dict[str, Any]) -> Generation:
         with self._lock, decode.ending_on_error(options.get("streamer")):
@@ -250,8 +270,14 @@ class VideoSession:
         prefix, tail = cache.get_seq_length(), tail_ids.shape[1]
         new_tokens = self.new_tokens(options)
         cache.new_tokens = new_tokens
-        layout = sizes.lay_out(self.tiers, prefix + tail, tail, new_tokens)
-        sizes.check_cap(cache.shape, self.tiers, layout, tail)
+        rows, shorter = sizes.question_rows(self.tiers, tail), "shorten the question or the conversation"
+        layout = sizes.lay_out(self.tiers, prefix + tail, rows, new_tokens)
+        sizes.check_cap(cache.shape, self.tiers, layout, rows, f"lower max_new_tokens, or {shorter}")
+        if cache.room < prefix + tail:
+            what = f"the cache of the video and a question of {tail:,} tokens"
+            needed = (prefix + tail) * cache.shape.token_bytes
+            check_host(needed, self.tiers.host_kv_gb, what, shorter, held_bytes=cache.host_bytes)
+            cache.reserve(prefix + tail)
         cache.transfer.reset()
         positions = family.positions(model, self.head_tokens, video, prefix, prefix + tail, self.positions)
         next_position = int(positions[0, -1]) + 1  # generated tokens go on after the prompt, on all axes

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tieredkv.config import GIB, TierConfig
-from tieredkv.errors import BudgetError
+from tieredkv.errors import BudgetError, UnsupportedModelError
 from tieredkv.policy.budget import Budgets, split_budget
 from tieredkv.policy.classify import top_k_count
 
@@ -27,6 +27,9 @@ blocks' attention costs nothing to speak of; longer would only leave fewer token
 
 QUESTION_ROOM = 256
 """Tokens of host memory set aside beyond the video for the longest question; a longer one makes the tier grow."""
+
+FEWER_TOKENS = "lower fps, max_frames or max_new_tokens"
+"""What to do about a prompt that is too long, before its video is ingested."""
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -56,9 +59,13 @@ class KVShape:
 
 
 def model_shape(config: PreTrainedConfig, dtype: torch.dtype) -> KVShape:
-    """What the planner must know, from a transformers config."""
+    """What the planner must know, from a transformers config. Raises `UnsupportedModelError` if it makes no sense."""
     text = config.get_text_config(decoder=True)
     heads = text.num_attention_heads
+    for name in ("num_hidden_layers", "num_attention_heads", "hidden_size"):
+        value = getattr(text, name, None)
+        if not isinstance(value, int) or value < 1:
+            raise UnsupportedModelError(f"the model's config is damaged: {name} is {value!r}.")
     return KVShape(
         num_layers=text.num_hidden_layers,
         num_attention_heads=heads,
@@ -90,6 +97,11 @@ class Layout:
     def retrievable(self) -> int:
         """Chunks a dynamic head chooses among."""
         return self.old_chunks - self.sink_chunks
+
+
+def question_rows(tiers: TierConfig, asked: int) -> int:
+    """Text rows that are scored for a question of `asked` tokens: the last ones of its last prefill call."""
+    return min(asked, tiers.prefill_chunk, tiers.text_window)
 
 
 def lay_out(tiers: TierConfig, tokens: int, text_rows: int, new_tokens: int) -> Layout:
@@ -310,20 +322,22 @@ def smallest_cap_bytes(shape: KVShape, tiers: TierConfig, layout: Layout, text_r
     return max(prefill, decode)
 
 
-def check_cap(shape: KVShape, tiers: TierConfig, layout: Layout, text_rows: int) -> None:
+def check_cap(shape: KVShape, tiers: TierConfig, layout: Layout, text_rows: int, remedy: str = FEWER_TOKENS) -> None:
     """Raise `BudgetError` if the prompt cannot be served under the cap, before any work is done on it."""
     if tiers.cap_bytes < smallest_cap_bytes(shape, tiers, layout, text_rows):
-        raise refusal(shape, tiers, layout, text_rows)
+        raise refusal(shape, tiers, layout, text_rows, remedy)
 
 
-def refusal(shape: KVShape, tiers: TierConfig, layout: Layout, text_rows: int | None = None) -> BudgetError:
+def refusal(
+    shape: KVShape, tiers: TierConfig, layout: Layout, text_rows: int | None = None, remedy: str = FEWER_TOKENS
+) -> BudgetError:
     """The error that says what was asked, what it takes, and the smallest `gpu_kv_gb` that works."""
     rows = tiers.text_window if text_rows is None else text_rows
     smallest = smallest_cap_bytes(shape, tiers, layout, rows)
     return BudgetError(
         f"gpu_kv_gb={tiers.gpu_kv_gb:g} is too small for {layout.tokens:,} tokens in {shape.kv_heads} KV heads "
         f"(full cache {layout.tokens * shape.token_bytes / GIB:.4g} GiB): the smallest that works is "
-        f"{as_gib(smallest)}. Raise it, or lower fps, max_frames or max_new_tokens."
+        f"{as_gib(smallest)}. Raise it, or {remedy}."
     )
 
 

@@ -19,6 +19,7 @@ import mmap
 import os
 import re
 import shutil
+import tempfile
 import threading
 import zlib
 from collections.abc import Iterator
@@ -228,12 +229,16 @@ def _written(part: Path) -> int:
 
 
 def check_target(path: Path) -> None:
-    if path.is_dir():
-        raise SessionError(f"{path} is a folder: give the name of a file.")
-    if path.exists() and not path.is_file():
-        raise SessionError(f"{path} is not a file: give the name of one.")
-    if not path.parent.is_dir():
-        raise SessionError(f"{path} cannot be written: there is no folder {path.parent}.")
+    """Raise `SessionError` for a path that `write` could not write to; leaves nothing there."""
+    with _as_session_error(path):
+        if path.is_dir():
+            raise SessionError(f"{path} is a folder: give the name of a file.")
+        if path.exists() and not path.is_file():
+            raise SessionError(f"{path} is not a file: give the name of one.")
+        if not path.parent.is_dir():
+            raise SessionError(f"{path} cannot be written: there is no folder {path.parent}.")
+        with tempfile.TemporaryDirectory(prefix=f"{path.name}.", suffix=".part", dir=path.parent):
+            pass
 
 
 def _check_space(path: Path, size: int) -> None:

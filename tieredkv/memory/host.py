@@ -52,7 +52,9 @@ class HostLayer:
             return
         what = f"one layer's host cache of {tokens:,} tokens"
         check_host_memory(self.bytes_for(tokens), what, "shorten the prompt or the video")
-        grown = torch.empty((self.num_heads, chunks, 2, self.chunk_tokens, self.head_dim), dtype=self.dtype)
+        shape = (self.num_heads, chunks, 2, self.chunk_tokens, self.head_dim)
+        with torch.inference_mode(False):  # or the copy thread may not write into it
+            grown = torch.empty(shape, dtype=self.dtype)
         used = -(-self.length // self.chunk_tokens)
         grown[:, :used] = self._arena[:, :used]
         self._arena = grown
@@ -118,8 +120,14 @@ class HostLayer:
         chunk, offset = index // self.chunk_tokens, index % self.chunk_tokens
         return self._arena[head, chunk, 0, offset], self._arena[head, chunk, 1, offset]
 
-    def whole(self) -> torch.Tensor:
-        """All the memory `(K, chunks, 2, C, D)`, contiguous, to be stored; what lies beyond the length is zeroed."""
+    def whole(self, room: int) -> torch.Tensor:
+        """All the memory `(K, chunks, 2, C, D)`, contiguous, to be stored; what lies beyond the length is zeroed.
+
+        Gives back first what is more than `room` tokens beyond the length.
+        """
+        chunks = -(-(self.length + room) // self.chunk_tokens)
+        if chunks < self._arena.shape[1]:
+            self._arena = self._arena[:, :chunks].contiguous()
         last, offset = divmod(self.length, self.chunk_tokens)
         if offset:
             self._arena[:, last, :, offset:] = 0

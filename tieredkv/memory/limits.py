@@ -48,13 +48,15 @@ def check_host(
     what: str,
     remedy: str | Callable[[int], str],
     available: int | None = None,
+    held_bytes: int = 0,
 ) -> None:
     """Raise `BudgetError` when `needed_bytes` of host memory for `what` are more than allowed or than there are.
 
     host_kv_gb: the user's cap; None allows the safe share of what is available. remedy: what to do, or a function that
-    says so of the bytes allowed, called only on refusal. available: bytes (None: measured now).
+    says so of the bytes allowed, called only on refusal. available: bytes (None: measured now). held_bytes: how much of
+    what is needed is held already, and so no longer available.
     """
-    available = available_host_bytes() if available is None else available
+    available = held_bytes + (available_host_bytes() if available is None else available)
     cap = host_budget_bytes(host_kv_gb, available)
     if needed_bytes <= min(cap, available):
         return

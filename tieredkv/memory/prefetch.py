@@ -39,8 +39,14 @@ class ThreadPrefetcher:
         self._pending[key] = self._executor.submit(copy)
 
     def wait(self, key: Hashable) -> int:
-        future = self._pending.pop(key, None)
-        return 0 if future is None else future.result()
+        future = self._pending.get(key)
+        if future is None:
+            return 0
+        try:
+            return future.result()
+        finally:
+            if future.done():  # an interrupted wait leaves it outstanding
+                self._pending.pop(key, None)
 
     def drain(self) -> None:
         wait(self._pending.values())

@@ -56,10 +56,10 @@ class Qwen25VL:
         return preprocess
 
     def _preprocess(self, processor: Any, video: torch.Tensor, fps: float, **options: Any) -> dict[str, torch.Tensor]:
-        n = len(video)
+        n = video.shape[0]
         return processor.video_processor(
             videos=[video],
-            video_metadata=[{"fps": fps, "total_num_frames": n, "frames_indices": list(range(n))}],
+            video_metadata=[{"fps": fps, "total_num_frames": n}],
             do_sample_frames=False,
             return_tensors="pt",
             **options,

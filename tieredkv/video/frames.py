@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,14 @@ from PIL import Image
 from tieredkv.errors import VideoError
 from tieredkv.memory.host import check_host_memory
 from tieredkv.video.sampling import FileSource, Tick
+from tieredkv.video.timeline import SAME_TIME
 
 Progress = Callable[[int, int | None], None]
 """Called with units done and the total, None while the total is unknown."""
+
+
+RATES = (1e-6, 1000.0)
+"""Frames per second that may be asked for, least and most: one in eleven days, and what no camera of today shoots."""
 
 
 class VideoSource(Protocol):
@@ -67,18 +73,20 @@ def open_video(
     max_frames: int | None = None,
     start: float = 0.0,
     end: float | None = None,
+    check: Callable[[], None] | None = None,
 ) -> VideoSource:
     """Frames of `video` from `start` to before `end` (seconds; None: the end), sampled `fps` times a second.
 
     video: a path, or frames: a list of PIL images, or an array or tensor `(T, H, W, 3)` or `(T, 3, H, W)`, uint8, or
     floats in [0, 1]. Frames given as arrays were taken at `source_fps` per second (None: at `fps`, none is dropped).
     max_frames: where there would be more, so many are spread evenly over the span. Decodes one frame of a file; reads
-    all of its packets only where it states no length. Raises `VideoError`.
+    all of its packets only where it states no length, calling `check` now and then, which may raise to stop. Raises
+    `VideoError`.
     """
     check_request(video, fps, source_fps, max_frames, start, end)
     _check_rate("fps", fps)
     if isinstance(video, str | Path):
-        return FileSource(Path(video), fps, max_frames, start, end)
+        return FileSource(Path(video), fps, max_frames, start, end, check)
     return ArraySource(video, fps, fps if source_fps is None else source_fps, max_frames, start, end)
 
 
@@ -130,8 +138,12 @@ def check_request(
         raise VideoError(f"max_frames={max_frames!r} is not valid: give a whole number of at least 1.")
     if not _is_number(start) or start < 0:
         raise VideoError(f"start={start!r} is not valid: give seconds from the video's beginning, 0 or more.")
-    if end is not None and (not _is_number(end) or end <= start):
+    if end is not None and (not _is_number(end) or end <= start + SAME_TIME):
         raise VideoError(f"end={end!r} is not valid: give seconds after start={start:g}, or None for the video's end.")
+    if isinstance(video, bytes | bytearray) or not isinstance(video, str | Path | torch.Tensor | np.ndarray | Sequence):
+        raise VideoError(
+            f"video is a {type(video).__name__}: give a path, a list of PIL images, or an array (T, H, W, 3)."
+        )
     if isinstance(video, str | Path):
         try:
             found, folder = Path(video).exists(), Path(video).is_dir()
@@ -144,8 +156,8 @@ def check_request(
 
 
 def _check_rate(name: str, value: Any) -> None:
-    if not _is_number(value) or value <= 0:
-        raise VideoError(f"{name}={value!r} is not valid: give frames per second above 0.")
+    if not _is_number(value) or not RATES[0] <= value <= RATES[1]:
+        raise VideoError(f"{name}={value!r} is not valid: give frames per second, {RATES[0]:g} to {RATES[1]:g}.")
 
 
 def _is_number(value: Any) -> bool:
@@ -164,12 +176,9 @@ class ArraySource:
         self._video = video
         if isinstance(video, torch.Tensor | np.ndarray):
             shape, dtype = tuple(video.shape), _dtype(video)
-        elif isinstance(video, Sequence) and not isinstance(video, bytes | bytearray):
-            shape, dtype = _form_of_list(video)
         else:
-            raise VideoError(
-                f"video is a {type(video).__name__}: give a path, a list of PIL images, or an array (T, H, W, 3)."
-            )
+            shape, dtype = _form_of_list(video)
+        self._lock = threading.Lock()  # two threads that read one image, or one reader, at once break it
         self._channels_first = len(shape) == 4 and shape[-1] != 3 and shape[1] == 3
         if len(shape) != 4 or (shape[-1] != 3 and not self._channels_first):
             raise VideoError(f"frames have shape {shape}: give (T, H, W, 3) or (T, 3, H, W).")
@@ -205,7 +214,8 @@ class ArraySource:
         return digest.hexdigest()
 
     def _picture(self, index: int) -> np.ndarray:
-        picture = _as_array(self._video[index])
+        with self._lock:
+            picture = _as_array(self._video[index])
         if self._channels_first and picture.ndim == 3:
             picture = picture.transpose(1, 2, 0)
         if picture.shape != (self.height, self.width, 3):
@@ -254,5 +264,5 @@ def _as_array(frame: Any) -> np.ndarray:
         return (frame.float() if frame.is_floating_point() else frame).numpy()
     try:
         return np.asarray(frame.convert("RGB") if isinstance(frame, Image.Image) else frame)
-    except (TypeError, ValueError, OSError) as error:
+    except (TypeError, ValueError, OSError, SyntaxError) as error:  # PIL's for a broken PNG is a SyntaxError
         raise VideoError(f"a frame cannot be read as an image ({error}): give PIL images or uint8 arrays.") from None

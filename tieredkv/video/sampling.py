@@ -31,9 +31,20 @@ class FileSource:
     Holds no open file: each call of `frames` opens its own, so that several may run, on any thread.
     """
 
-    def __init__(self, path: Path, fps: float, max_frames: int | None, start: float, end: float | None) -> None:
-        """Opens the file and decodes one frame. Raises `VideoError` if none comes, or `start` is past the end."""
-        self._film = probe(path, end)
+    def __init__(
+        self,
+        path: Path,
+        fps: float,
+        max_frames: int | None,
+        start: float,
+        end: float | None,
+        check: Callable[[], None] | None = None,
+    ) -> None:
+        """Opens the file and decodes one frame. Raises `VideoError` if none comes, or `start` is past the end.
+
+        check: called for every packet if all must be read to find the length; may raise to stop.
+        """
+        self._film = probe(path, end, check)
         self.name = str(path)
         self.height, self.width = self._film.height, self._film.width
         self.fps = fps

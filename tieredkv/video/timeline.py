@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -54,11 +54,11 @@ class Film:
     bytes: int
 
 
-def probe(path: Path, end: float | None = None) -> Film:
+def probe(path: Path, end: float | None = None, check: Callable[[], None] | None = None) -> Film:
     """Decode the first frame of `path`, and find its length, reading no packet of the rest if it is stated.
 
-    end: seconds since the first frame after which nothing is needed; a search for the length stops there. Raises
-    `VideoError` if there is no frame to be had.
+    end: seconds since the first frame after which nothing is needed; a search for the length stops there, or
+    where `check`, called for every packet, raises. Raises `VideoError` if there is no frame to be had.
     """
     try:
         size = os.path.getsize(path)
@@ -87,7 +87,7 @@ def probe(path: Path, end: float | None = None) -> Film:
         seconds -= first.time
     stated = seconds is not None
     if not stated:
-        seconds = _scan(path, first.time, rate, end)
+        seconds = _scan(path, first.time, rate, end, check)
     width, height = first.width, first.height
     if quarter_turns(first) % 2:
         width, height = height, width
@@ -264,7 +264,9 @@ def _clock_seconds(text: str) -> float | None:
         return None
 
 
-def _scan(path: Path, first: float | None, rate: Fraction | None, end: float | None) -> float | None:
+def _scan(
+    path: Path, first: float | None, rate: Fraction | None, end: float | None, check: Callable[[], None] | None
+) -> float | None:
     """Length in seconds by the times of the packets, none of which is decoded; None: they have none.
 
     first: time written for the first frame. What `Clock` would make of the times is foreseen here, as far as packets,
@@ -274,6 +276,8 @@ def _scan(path: Path, first: float | None, rate: Fraction | None, end: float | N
     with opened(path) as (container, stream):
         try:
             for packet in container.demux(stream):
+                if check is not None:
+                    check()
                 count += packet.size > 0
                 if packet.pts is None:
                     continue

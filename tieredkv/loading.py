@@ -1,0 +1,76 @@
+"""Configs, models and processors from a folder or a hub, with one clear sentence where there is none to be had."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tieredkv import models, sizes
+from tieredkv.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+WHAT_IS_A_MODEL = "a transformers model, a local path, or a hub id"
+
+
+def load_config(source: str | Path) -> PreTrainedConfig:
+    """The config of the model at a local path or hub id. Raises `UnsupportedModelError`."""
+    from huggingface_hub.errors import StrictDataclassError  # a field of the wrong type
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(str(source))
+    except (OSError, ValueError, TypeError, AttributeError, StrictDataclassError) as error:
+        raise _nothing_at(source, error) from None
+
+
+def check_config(config: PreTrainedConfig) -> None:
+    """Raise `UnsupportedModelError` unless this is a sound config of a family that takes video."""
+    models.video_family(config)
+    sizes.model_shape(config, torch.float32)
+
+
+def load(model: Any, processor: Any = None) -> tuple[Any, Any]:
+    """A model and its processor: loaded if `model` is a path or hub id, the processor found beside it if not given.
+
+    Raises `UnsupportedModelError` when there is no such model, its family is not supported, or no processor is found.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForImageTextToText
+
+    if isinstance(model, str | Path):
+        source = str(model)
+        check_config(load_config(source))
+        try:
+            model = AutoModelForImageTextToText.from_pretrained(source, dtype="auto").eval()
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise _nothing_at(source, error) from None
+    elif not hasattr(model, "config") or not hasattr(model, "generate"):
+        raise UnsupportedModelError(f"model is a {type(model).__name__}: give {WHAT_IS_A_MODEL}.")
+    else:
+        check_config(model.config)
+        source = getattr(model, "name_or_path", "") or ""
+    return model, load_processor(source) if processor is None else processor
+
+
+def load_processor(source: str | Path) -> Any:
+    """The processor beside a model. Raises `UnsupportedModelError`."""
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(str(source))
+    except (OSError, ValueError) as error:
+        raise UnsupportedModelError(
+            f"no processor found beside the model ({_first_line(error)}): pass processor=."
+        ) from None
+
+
+def _nothing_at(source: str | Path, error: Exception) -> UnsupportedModelError:
+    return UnsupportedModelError(f"{source}: no usable model found there ({_first_line(error)}).")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".:") if str(error).strip() else type(error).__name__
