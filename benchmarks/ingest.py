@@ -10,7 +10,7 @@ A video of each length is made first. Each is then measured in a process of its 
 4. the three stages one after the other on the main thread, for an overlap that does not count waiting for a busy core
    as work: `speedup` is this time / that of step 2's ingest, both of them warm.
 
-Prints a table and ends with one JSON line, whose `rows` hold, per length (bytes, seconds): `peak_rss_bytes` of step 1,
+Prints a table and ends with one JSON line, a list with a run per length (bytes, seconds): `peak_rss_bytes` of step 1,
 of which `base_rss_bytes` were there before the video; `kv_device_peak_bytes` and `kv_cap_bytes`; `ttft_s` from the
 request to the first token of the first answer, ingest included; `followup_ttft_s`, the second question's;
 `reingest_s`, the ingest of step 2; `load_s`, until the loaded session can be asked; `loaded_ttft_s`, its first
@@ -20,6 +20,7 @@ question, which reads and checks the file.
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import platform
 import resource
@@ -130,6 +131,19 @@ def one_after_the_other(model: Any, processor: Any, path: Path, options: dict[st
     return time.perf_counter() - started
 
 
+def processor_name() -> str:
+    """What the kernel calls the processor, where it says."""
+    try:
+        names = [
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ]
+    except OSError:
+        names = []
+    return names[0] if names else platform.machine()
+
+
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Four panels over the length of the video."""
     import matplotlib
@@ -138,7 +152,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     minutes = [row["minutes"] for row in rows]
-    figure, ((memory, times), (rates, overlap)) = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
+    figure, ((memory, times), (rates, overlap)) = plt.subplots(2, 2, figsize=(11, 9), layout="constrained")
+
+    below = {"fontsize": 8, "loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncol": 2}
 
     def lines(axes: Any, series: dict[str, list[float]], title: str, unit: str) -> None:
         for (label, values), style in zip(series.items(), ("o-", "s--", "^-", "d:", "v-."), strict=False):
@@ -146,7 +162,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set(xscale="log", yscale="log", title=title, ylabel=unit, xlabel="minutes of video")
         axes.set_xticks(minutes, [f"{value:g}" for value in minutes])
         axes.minorticks_off()
-        axes.legend(fontsize=8)
+        axes.legend(**below)
         axes.grid(alpha=0.3)
 
     mib = 2**20
@@ -182,13 +198,14 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         "Rate of each stage while all three run",
         "per second",
     )
+    rates.set(yscale="linear", ylim=(0, None))
     places = range(len(rows))
     overlap.bar([p - 0.2 for p in places], [r["overlap"] for r in rows], 0.4, label="stages' seconds / wall time")
     overlap.bar([p + 0.2 for p in places], [r["speedup"] for r in rows], 0.4, label="one after the other / wall time")
     overlap.axhline(1, color="black", linewidth=0.8)
     overlap.set(title="Overlap of decoding, encoding and prefill", xlabel="minutes of video", ylabel="ratio")
     overlap.set_xticks(list(places), [f"{value:g}" for value in minutes])
-    overlap.legend(fontsize=8)
+    overlap.legend(**below)
     figure.savefig(path, dpi=110)
 
 
@@ -227,17 +244,17 @@ def main() -> None:
                 flush=True,
             )
             path.unlink()
-    report = {
-        "benchmark": "ingest",
+    about = {
         "command": f"python benchmarks/ingest.py --minutes {' '.join(f'{m:g}' for m in arguments.minutes)} "
         f"--gpu-kv-gb {arguments.gpu_kv_gb:g}",
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{processor_name()}, {torch.get_num_threads()} threads, no GPU used",
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("tieredkv", "torch", "transformers", "av")},
         },
-        "rows": rows,
     }
+    report = [{**row, **about} for row in rows]
     if arguments.plot:
         draw(rows, arguments.plot)
     if arguments.output:

@@ -15,6 +15,8 @@ ENCODE_BYTES = 256 * 2**20
 """Activations of the vision tower aimed at per call."""
 FRAME_BYTES = 64 * 2**20
 """Frames aimed at in memory, all segments that wait or are worked on together."""
+LEAST_SEGMENTS = 8
+"""Segments into which a short video is cut, or there would be nothing to decode while another is encoded."""
 SEGMENTS_HELD = 3
 """Segments of frames in memory at once: one being filled, one waiting, one being encoded."""
 FLOAT32 = 4
@@ -26,8 +28,9 @@ def batch_tokens(vision: Any, height: int, width: int, grid: tuple[int, int, int
 
     vision: the tower's config. height, width: of the frames before they are resized. grid: temporal steps, rows and
     columns of visual tokens. `tiers.encode_batch` decides if given. Otherwise as many as keep the call's activations
-    under `ENCODE_BYTES`, the frames held under `FRAME_BYTES`, and the call under half a prefill chunk. A patch's
-    activations are counted as its float32 pixels, 8 vectors of the hidden size and 3 of the intermediate one (ours).
+    under `ENCODE_BYTES`, the frames held under `FRAME_BYTES`, the call under half a prefill chunk, and leave
+    `LEAST_SEGMENTS` calls. A patch's activations are counted as its float32 pixels, 8 vectors of the hidden size and 3
+    of the intermediate one (ours).
     """
     steps, rows, columns = grid
     per_step = rows * columns
@@ -38,9 +41,8 @@ def batch_tokens(vision: Any, height: int, width: int, grid: tuple[int, int, int
         patch = pixels * FLOAT32 + itemsize * (8 * vision.hidden_size + 3 * vision.intermediate_size)
         frames = SEGMENTS_HELD * vision.temporal_patch_size * height * width * 3
         activations = per_step * vision.spatial_merge_size**2 * patch
-        wanted = min(
-            per_step * (ENCODE_BYTES // activations), per_step * (FRAME_BYTES // frames), tiers.prefill_chunk // 2
-        )
+        most = min(ENCODE_BYTES // activations, FRAME_BYTES // frames, -(-steps // LEAST_SEGMENTS))
+        wanted = min(per_step * most, tiers.prefill_chunk // 2)
     return per_step * max(1, min(steps, wanted // per_step))
 
 
