@@ -106,3 +106,37 @@ def test_bf16_stays_within_its_rounding(video_model, processor, frames):
     with tieredkv.open_session(model, frames, gpu_kv_gb=1, processor=processor, fps=4, positions="stock") as session:
         tiered = session_logits(session, question, 1)
     assert (tiered - exact).abs().mean() <= 1.5 * (stock - exact).abs().mean()
+
+
+@pytest.mark.parametrize("known", [0, 900], ids=["all staged", "partly resident"])
+def test_copies_that_lag_behind_change_nothing(llama, long_ids, known, monkeypatch):
+    """Staging and writing back at random moments: neither a block read too early nor one overwritten too soon."""
+    import random
+    import time
+
+    from helpers import cap_share
+
+    from tieredkv.memory.host import HostLayer
+    from tieredkv.memory.transfer import Transfer
+
+    rng = random.Random(0)
+    stage, write = Transfer.stage, HostLayer.write
+
+    def late(work):
+        def run(*arguments):
+            time.sleep(rng.choice([0, 0, 0.002]))
+            return work(*arguments)
+
+        return run
+
+    stock = llama(long_ids).logits
+    monkeypatch.setattr(Transfer, "stage", late(stage))
+    monkeypatch.setattr(HostLayer, "write", late(write))
+    options = {"gpu_kv_gb": cap_share(llama, 900, 0.5), "chunk_tokens": 8, "text_window": 8, "prompt_tokens": known}
+    with torch.no_grad(), tieredkv.use_attention(llama), TieredCache(llama.config, **options) as cache:
+        cache.auto_seal, cache.text_rows = False, 0
+        parts = [llama(part, past_key_values=cache).logits for part in long_ids.split(70, dim=1)]
+        assert cache.transfer.streamed_bytes > 0
+        resident = cache.tiered_layers[0].resident
+        assert (resident is not None and resident.length > 0) == (known > 0)
+    torch.testing.assert_close(torch.cat(parts, dim=1), stock, **TOLERANCE)

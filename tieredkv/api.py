@@ -12,7 +12,8 @@ from tieredkv.config import DEFAULT_FPS, TierConfig
 from tieredkv.errors import OptionError
 from tieredkv.loading import load
 from tieredkv.models.base import Positions
-from tieredkv.session import VideoSession, check_prompt
+from tieredkv.prompt import check_prompt
+from tieredkv.session import VideoSession
 from tieredkv.stats import Generation
 from tieredkv.video.frames import check_request, open_video
 

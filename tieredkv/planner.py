@@ -18,6 +18,7 @@ from tieredkv.config import DEFAULT_FPS, TierConfig
 from tieredkv.errors import OptionError, UnsupportedModelError, VideoError
 from tieredkv.memory import limits
 from tieredkv.plan_table import CARDS, LINKS, MemoryPlan, rate
+from tieredkv.prompt import ChatTemplate
 from tieredkv.sizes import KVShape
 from tieredkv.video.encode import batch_tokens
 from tieredkv.video.frames import check_request, open_video
@@ -214,10 +215,8 @@ class _Model:
 
     def head_tokens(self, processor: Any) -> int:
         """Prompt tokens before the first visual token."""
-        messages = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "?"}]}]
-        text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        head = text.partition(models.video_family(self.config).video_token(processor))[0]
-        return len(processor.tokenizer(head, add_special_tokens=False).input_ids)
+        template = ChatTemplate(models.video_family(self.config), processor)
+        return template.tokenize(template.around_video([("?", None)])[0]).shape[1]
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,6 +22,7 @@ from tieredkv.memory.limits import check_host
 from tieredkv.models.base import Positions, VideoGrid
 from tieredkv.pipeline import Cancelled, Pipeline
 from tieredkv.progress import IngestProgress, progress_bar
+from tieredkv.prompt import ChatTemplate, Turn, check_prompt
 from tieredkv.saved import SessionState
 from tieredkv.stats import Generation, IngestStats, Stats
 from tieredkv.storage import Stored
@@ -53,11 +55,8 @@ class VideoSession:
             raise UnsupportedModelError(
                 f"the model is on {device}; tieredkv runs on the CPU only so far: load it there."
             )
-        for part in ("video_processor", "tokenizer", "apply_chat_template"):
-            if not hasattr(processor, part):
-                kind = type(processor).__name__
-                raise UnsupportedModelError(f"processor is a {kind} without {part}: give the model's AutoProcessor.")
         self.model, self.processor, self.tiers = model, processor, tiers
+        self.template = ChatTemplate(self.family, processor)
         self.positions: Positions = positions
         self.ingest_s = 0.0
         """Seconds from the request to a session that can be asked; of a loaded session, those of its ingest."""
@@ -124,9 +123,9 @@ class VideoSession:
 
     def _ingest(self, pipeline: Pipeline, source: VideoSource, question: str, max_new_tokens: int) -> None:
         video = ingest.prepare(self.family, self.model.config, self.processor, source, self.tiers)
-        head, tail = self._template([(question, None)])
-        self._head, self._head_ids = head, self._tokenize(head)
-        room = self._check_memory(video.grid.tokens, self._tokenize(tail).shape[1], max_new_tokens)
+        head, tail = self.template.around_video([(question, None)])
+        self._head, self._head_ids = head, self.template.tokenize(head)
+        room = self._check_memory(video.grid.tokens, self.template.tokenize(tail).shape[1], max_new_tokens)
         cache = self._cache = TieredCache(self.model.config, self.tiers, prompt_tokens=room)
         cache.auto_seal = False
         bar = IngestProgress(self._progress, self.head_tokens + video.grid.tokens, source.seconds)
@@ -247,18 +246,18 @@ class VideoSession:
         with self._lock:
             self._history = []
 
-    def _ask(self, history: list[tuple[str, str]], prompt: str, trace: bool, options: dict[str, Any]) -> Generation:
+    def _ask(self, history: Sequence[Turn], prompt: str, trace: bool, options: dict[str, Any]) -> Generation:
         with self._lock, decode.ending_on_error(options.get("streamer")):
             cache, _ = self._ready()
             decode.check_options(options, model_config=self.model.generation_config)
             check_prompt(prompt)
-            head, tail = self._template([*history, (prompt, None)])
+            head, tail = self.template.around_video([*history, (prompt, None)])
             if head != self._head:
                 raise PromptError("the chat template puts the prompt before the video: that is not supported.")
             cache.truncate(self._prefix)
             cache.counters.trace = [] if trace else None
             try:
-                return self._answer(cache, self._tokenize(tail), options)
+                return self._answer(cache, self.template.tokenize(tail), options)
             finally:
                 cache.truncate(self._prefix)
 
@@ -300,9 +299,9 @@ class VideoSession:
                 hidden = family.decode(model, family.embed(model, ids), place, cache)
                 return family.logits(model, hidden[:, -1])
 
-            placeholder = self._tokenize(family.video_token(self.processor)).expand(1, video.tokens)
+            placeholder = self.template.tokenize(self.template.video_token).expand(1, video.tokens)
             prompt_ids = torch.cat((self._head_ids, placeholder, tail_ids), dim=1).to(self._device)
-            decoded = decode.run(model, prompt_ids, logits, step, new_tokens, options, self._tokenizer)
+            decoded = decode.run(model, prompt_ids, logits, step, new_tokens, options, self.processor.tokenizer)
         return self._generation(cache, decoded, started, prefix + tail)
 
     def _generation(
@@ -331,8 +330,7 @@ class VideoSession:
             ttft_s=decoded.first_token_at - started,
             tpot_ms=later / (count - 1) if count > 1 else None,
         )
-        text = self._tokenizer.decode(decoded.token_ids, skip_special_tokens=True)
-        return Generation(text.strip(), decoded.token_ids, stats, counters.trace)
+        return Generation(self.template.text(decoded.token_ids), decoded.token_ids, stats, counters.trace)
 
     def new_tokens(self, options: dict[str, Any]) -> int:
         """`max_new_tokens` of a question with these generation options."""
@@ -340,34 +338,7 @@ class VideoSession:
         stated = (options.get("max_new_tokens"), *(getattr(config, "max_new_tokens", None) for config in configs))
         return next((value for value in stated if value is not None), DEFAULT_NEW_TOKENS)
 
-    # ---- prompt
-
-    def _template(self, turns: list[tuple[str, str | None]]) -> tuple[str, str]:
-        """The chat template's text before the video's placeholder and after it, of questions and answers.
-
-        The last answer is None: it is what the model is to write.
-        """
-        token = self.family.video_token(self.processor)
-        messages: list[dict[str, Any]] = []
-        for prompt, answer in turns:
-            if token in prompt:
-                raise PromptError(f"the prompt contains {token!r}, which stands for the video: leave it out.")
-            content = [] if messages else [{"type": "video"}]
-            messages.append({"role": "user", "content": [*content, {"type": "text", "text": prompt}]})
-            if answer is not None:
-                messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-        text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        head, found, tail = text.partition(token)
-        if not found:
-            raise UnsupportedModelError("the processor's chat template writes no placeholder for the video.")
-        return head, tail
-
-    @property
-    def _tokenizer(self) -> Any:
-        return self.processor.tokenizer
-
-    def _tokenize(self, text: str) -> torch.Tensor:
-        return self._tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+    # ---- model
 
     @property
     def _device(self) -> torch.device:
@@ -419,12 +390,6 @@ class VideoSession:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def check_prompt(prompt: Any) -> None:
-    """Raise `PromptError` unless `prompt` is text with something in it."""
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise PromptError("the prompt is empty: ask something.")
 
 
 def _spans(first: int, size: int, total: int) -> list[tuple[int, int]]:
