@@ -130,6 +130,7 @@ def test_copies_that_lag_behind_change_nothing(llama, long_ids, known, monkeypat
         return run
 
     stock = llama(long_ids).logits
+    monkeypatch.setattr("tieredkv.sizes.STAGING_TOKENS", 64)
     monkeypatch.setattr(Transfer, "stage", late(stage))
     monkeypatch.setattr(HostLayer, "write", late(write))
     options = {"gpu_kv_gb": cap_share(llama, 900, 0.5), "chunk_tokens": 8, "text_window": 8, "prompt_tokens": known}
