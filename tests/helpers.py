@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,16 @@ def cap_share(model: Any, tokens: int, share: float) -> float:
     return share * tokens * model_shape(model.config, model.dtype).token_bytes / GIB
 
 
-def stock_inputs(processor: Any, frames: np.ndarray, question: str, fps: float = 4.0) -> Any:
-    """Model inputs made by transformers alone."""
-    messages = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}]
+def stock_inputs(
+    processor: Any, frames: np.ndarray, question: str, fps: float = 4.0, earlier: Sequence[tuple[str, str]] = ()
+) -> Any:
+    """Model inputs made by transformers alone. earlier: questions and answers of the conversation before."""
+    messages: list[dict[str, Any]] = []
+    for asked, answer in (*earlier, (question, None)):
+        video = [] if messages else [{"type": "video"}]
+        messages.append({"role": "user", "content": [*video, {"type": "text", "text": asked}]})
+        if answer is not None:
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     metadata = {"fps": fps, "total_num_frames": len(frames), "frames_indices": list(range(len(frames)))}
     return processor(

@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from helpers import RecordLogits, cap_share, stock_logits
+from helpers import RecordLogits, cap_share, stock_inputs, stock_logits
 
 import tieredkv
 from tieredkv.errors import BudgetError, PromptError, TieredKVError
@@ -273,25 +273,6 @@ def test_frames_the_processor_refuses_are_a_video_error(video_model, processor):
         tieredkv.open_session(video_model, sliver, processor=processor, fps=4)
 
 
-def conversation_inputs(processor, frames, turns):
-    """Stock inputs of a conversation about a video; the last question is open."""
-    messages = []
-    for number, (question, answer) in enumerate(turns):
-        video = [{"type": "video"}] if number == 0 else []
-        messages.append({"role": "user", "content": [*video, {"type": "text", "text": question}]})
-        if answer is not None:
-            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    metadata = {"fps": 4.0, "total_num_frames": len(frames), "frames_indices": list(range(len(frames)))}
-    return processor(
-        text=[text],
-        videos=[torch.from_numpy(frames).permute(0, 3, 1, 2)],
-        video_metadata=[metadata],
-        do_sample_frames=False,
-        return_tensors="pt",
-    )
-
-
 @pytest.mark.parametrize("prefill_chunk", [4096, 23])
 def test_a_conversation_has_the_logits_of_stock_transformers(video_model, processor, frames, prefill_chunk):
     with tieredkv.open_session(
@@ -307,7 +288,7 @@ def test_a_conversation_has_the_logits_of_stock_transformers(video_model, proces
         for question in (STAR, MOON, STAR):
             record = RecordLogits()
             answer = session.chat(question, max_new_tokens=6, do_sample=False, logits_processor=[record])
-            inputs = conversation_inputs(processor, frames, [*turns, (question, None)])
+            inputs = stock_inputs(processor, frames, question, earlier=turns)
             stock = stock_logits(video_model, inputs, 6)
             torch.testing.assert_close(torch.cat(record.seen), stock, rtol=0, atol=2e-4)
             turns.append((question, answer.text))
