@@ -225,3 +225,73 @@ def test_a_damaged_config_is_one_sentence(monkeypatch, capsys, tmp_path, field, 
     code, out, err = run(monkeypatch, capsys, "plan", "1000", "-m", str(tmp_path))
     assert (code, out) == (2, "")
     assert "damaged" in err or "no usable model" in err
+
+
+def test_a_pipe_is_not_waited_for(monkeypatch, capsys, tmp_path):
+    import os
+
+    os.mkfifo(tmp_path / "film.mp4")
+    code, out, err = run(monkeypatch, capsys, "ask", str(tmp_path / "film.mp4"), "what ?")
+    assert (code, out) == (2, "")
+    assert "is no regular file" in err
+
+
+@pytest.mark.model
+def test_a_session_that_appears_during_ingest_is_not_overwritten(monkeypatch, capsys, short_video, tmp_path):
+    from tieredkv.session import VideoSession
+
+    kept, ingest = tmp_path / "film.tkv", VideoSession.ingest
+
+    def slow_ingest(self, *arguments, **options):
+        ingest(self, *arguments, **options)
+        kept.write_text("of another process")
+
+    monkeypatch.setattr(VideoSession, "ingest", slow_ingest)
+    arguments = [str(short_video), "what colour was the star ?", "--session", str(kept), "--max-new-tokens", "2"]
+    code, out, err = run(monkeypatch, capsys, "ask", *arguments)
+    assert code == 2
+    assert out.strip()
+    assert "written by somebody else meanwhile" in err
+    assert kept.read_text() == "of another process"
+
+
+def test_a_number_of_tokens_is_not_sampled(monkeypatch, capsys):
+    code, out, err = run(monkeypatch, capsys, "plan", "5000", "--fps", "3")
+    assert (code, out) == (2, "")
+    assert "fps says nothing of a number of tokens" in err
+
+
+def test_a_share_too_small_for_a_short_demo_is_refused_naming_one_that_works(monkeypatch, capsys):
+    code, out, err = run(monkeypatch, capsys, "demo", "--minutes", "2")
+    assert (code, out) == (2, "")
+    assert "give 0.23 or more" in err
+
+
+def test_an_interrupt_says_so():
+    import signal
+
+    code = """
+import time
+import tieredkv.cli, tieredkv.demo
+
+def run(**options):
+    print("ready", flush=True)
+    time.sleep(60)
+
+tieredkv.demo.run = run
+tieredkv.cli.main()
+"""
+    command = [sys.executable, "-c", code, "demo"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert err.strip().endswith("tieredkv: interrupted.")
+
+
+def test_the_package_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "tieredkv", "--version"], capture_output=True, text=True, check=True)
+    import tieredkv
+
+    assert done.stdout.strip() == tieredkv.__version__

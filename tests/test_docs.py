@@ -31,9 +31,10 @@ def test_the_readme_session_runs(tmp_path, monkeypatch, capsys):
     (block,) = [b for b in blocks if "open_session" in b]
     monkeypatch.chdir(tmp_path)
     exec(compile(block, "README.md", "exec"), {})
-    *table, colour, chain, stats, again = capsys.readouterr().out.strip().splitlines()
+    *table, colour, chain, stats, talk, again = capsys.readouterr().out.strip().splitlines()
     assert any("visual tokens" in line for line in table)
     assert len(colour.split()) == 1
+    assert "what colour was it ?" in talk
     assert again == colour
     assert len(chain.split()) == 6
     assert "hit_rate" in stats

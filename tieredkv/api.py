@@ -26,7 +26,7 @@ def open_session(
     model: Any,
     video: Any,
     *,
-    gpu_kv_gb: float = 4.0,
+    gpu_kv_gb: float | None = None,
     tiers: TierConfig | None = None,
     processor: Any = None,
     fps: float | None = None,
@@ -44,9 +44,9 @@ def open_session(
     beside the model. video: a path, or frames: a list of PIL images, or `(T, H, W, 3)` or `(T, 3, H, W)` as ndarray
     or tensor, uint8 or floats in [0, 1], taken at `source_fps` per second (None: at `fps`). fps: frames sampled per
     second (None: the processor's own rate). max_frames: if there would be more, that many are spread evenly instead.
-    start, end: seconds of the video to look at. gpu_kv_gb: hard cap in GiB on device memory for keys and values.
-    tiers: every other setting; its fields may be given as keywords instead. positions: "published" or "stock", how
-    text after the video is numbered. progress: a bar on stderr.
+    start, end: seconds of the video to look at. gpu_kv_gb: hard cap in GiB on device memory for keys and values
+    (None: 4). tiers: every other setting; its fields may be given as keywords instead. positions: "published" or
+    "stock", how text after the video is numbered. progress: a bar on stderr.
 
     Raises `UnsupportedModelError`, `VideoError`, `BudgetError` or `OptionError`, all of them `TieredKVError`.
     """
@@ -70,7 +70,7 @@ def open_session(
 def new_session(
     model: Any,
     *,
-    gpu_kv_gb: float = 4.0,
+    gpu_kv_gb: float | None = None,
     tiers: TierConfig | None = None,
     processor: Any = None,
     positions: Positions = "published",
@@ -105,6 +105,10 @@ def load_session(
     Raises `SessionError` when the file is no session, is damaged, or belongs to another model, processor or video;
     damage to a layer is found by the first question.
     """
+    if "tiers" in options:
+        raise OptionError(
+            "'tiers' cannot be given: give those fields as keywords that are to differ from the saved ones."
+        )
     if kept := sorted(options.keys() & (_OPENING - _TIER_OPTIONS)):
         raise OptionError(f"{kept[0]!r} cannot be given: a saved session keeps how its video was read.")
     given = {**options, **({} if gpu_kv_gb is None else {"gpu_kv_gb": gpu_kv_gb})}
@@ -119,7 +123,7 @@ def load_session(
     return session
 
 
-def generate(model: Any, video: Any, prompt: str, gpu_kv_gb: float = 4.0, **options: Any) -> Generation:
+def generate(model: Any, video: Any, prompt: str, gpu_kv_gb: float | None = None, **options: Any) -> Generation:
     """Answer one question about one video: a session with a single question.
 
     options: those of `open_session`, and those of `VideoSession.ask`: transformers' generation options and `trace`.
@@ -146,12 +150,14 @@ def check_question(prompt: str, options: dict[str, Any]) -> None:
     check_prompt(prompt)
 
 
-def _tier_config(gpu_kv_gb: float, tiers: TierConfig | None, options: dict[str, Any]) -> TierConfig:
+def _tier_config(gpu_kv_gb: float | None, tiers: TierConfig | None, options: dict[str, Any]) -> TierConfig:
     _check_tier_options(options)
+    if gpu_kv_gb is not None:
+        options = {"gpu_kv_gb": gpu_kv_gb, **options}
     if tiers is not None and not isinstance(tiers, TierConfig):
         raise OptionError(f"tiers is a {type(tiers).__name__}: give a TierConfig, or its fields as keywords.")
     if tiers is None:
-        return TierConfig(gpu_kv_gb=gpu_kv_gb, **options)
+        return TierConfig(**options)
     if options:
         raise OptionError(f"give either tiers or {', '.join(sorted(options))}, not both.")
     return tiers

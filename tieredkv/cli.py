@@ -62,7 +62,9 @@ def demo(
 def ask(
     words: Annotated[list[str], typer.Argument(metavar="[VIDEO] QUESTION", help="A video file, and what to ask.")],
     model: Model = "tiny",
-    session: Annotated[Path | None, typer.Option(help="Load this saved session; without it, save one here.")] = None,
+    session: Annotated[
+        Path | None, typer.Option(help="Ask this saved session; if there is no such file, save one.")
+    ] = None,
     gpu_kv_gb: Annotated[float | None, typer.Option(help="Device memory for keys and values, GiB [4].")] = None,
     host_kv_gb: HostGiB = None,
     fps: Fps = None,
@@ -107,6 +109,8 @@ def ask(
         with api.new_session(where, progress=True, **tiers) as opened:
             opened.ingest(videos[0], question=question, **asked, **source)
             try:
+                if _is_there(session):
+                    raise SessionError(f"{session} was written by somebody else meanwhile: not saved over it.")
                 opened.save(session)
             except SessionError as error:  # what was ingested is worth an answer all the same
                 unsaved = error
@@ -172,3 +176,7 @@ def main() -> None:
     except KeyboardInterrupt:
         print("tieredkv: interrupted.", file=sys.stderr)
         sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == 130:  # how typer ends on an interrupt
+            print("tieredkv: interrupted.", file=sys.stderr)
+        raise

@@ -65,7 +65,11 @@ class TierConfig:
         names = ("gpu_kv_gb", "theta", "top_k_ratio", "type_split", "static_floor", "spare_ratio")
         for name in names:
             check(is_number(getattr(self, name)), name, "a finite number")
-        check(0 < self.gpu_kv_gb <= 2**20, "gpu_kv_gb", "a number of GiB above 0 (fractions are allowed)")
+        check(
+            0 < self.gpu_kv_gb <= 2**20,
+            "gpu_kv_gb",
+            "a number of GiB above 0 (fractions are allowed) and at most 2**20",
+        )
         for name in ("chunk_tokens", "text_window", "saliency_window", "saliency_pool", "prefill_chunk"):
             value = getattr(self, name)
             check(isinstance(value, int) and value >= 1, name, "a whole number of at least 1")

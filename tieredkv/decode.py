@@ -177,5 +177,8 @@ def resolve_stop_strings(options: dict[str, Any], tokenizer: Any, model_config: 
         options["generation_config"] = copy.copy(config)
         options["generation_config"].stop_strings = None
     criteria = StoppingCriteriaList(options.get("stopping_criteria") or [])
-    criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=strings))
+    try:
+        criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=strings))
+    except (ValueError, IndexError) as error:  # transformers cannot search every vocabulary
+        raise OptionError(f"stop_strings does not work with this tokenizer ({error}): use stopping_criteria.") from None
     options["stopping_criteria"] = criteria

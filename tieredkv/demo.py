@@ -6,6 +6,7 @@ Both are given the same position ids, so that the two answers differ by the cach
 from __future__ import annotations
 
 import json
+import math
 import platform
 import tempfile
 import time
@@ -21,8 +22,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from tieredkv import sizes
 from tieredkv.api import open_session
-from tieredkv.config import GIB
+from tieredkv.config import GIB, TierConfig
 from tieredkv.errors import OptionError
 from tieredkv.models.base import VideoFamily, VideoGrid
 from tieredkv.progress import progress_bar
@@ -68,6 +70,8 @@ def run(seed: int, minutes: float, share: float, plot: Path | None, video_path: 
     console = Console(highlight=False)
     scene = make_scene(seed, round(minutes * 60), CARDS)
     asked = list({question.text: question for question in questions(scene, seed, QUESTIONS)}.values())
+    longest = max(len(question.words) for question in asked) + 1
+    _check_share(share, minutes, round(scene.seconds * TOKENS_PER_SECOND), longest)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "demo.mp4" if video_path is None else video_path
         with progress_bar("write", " frames") as bar, _writing(path):
@@ -79,7 +83,6 @@ def run(seed: int, minutes: float, share: float, plot: Path | None, video_path: 
         model, processor = tiny.load()
         shape = model_shape(model.config, model.dtype)
         cap = int(share * scene.seconds * TOKENS_PER_SECOND * shape.token_bytes)
-        longest = max(len(question.words) for question in asked) + 1
         with open_session(
             model, path, gpu_kv_gb=cap / GIB, processor=processor, fps=tiny.FPS, progress=True
         ) as session:
@@ -118,6 +121,19 @@ def _check(minutes: float, share: float, plot: Path | None, video_path: Path | N
             raise OptionError(f"{name} {path}: there is no folder {path.absolute().parent}.")
         if path is not None and path.is_dir():
             raise OptionError(f"{name} {path} is a folder: give a file name.")
+
+
+def _check_share(share: float, minutes: float, visual: int, longest: int) -> None:
+    """Raise `OptionError` for a share that cannot hold what a video this short needs, before the video is made."""
+    shape = model_shape(tiny.build_config(), torch.float32)
+    full, text = visual * shape.token_bytes, 64  # tokens around the video are fewer
+    layout = sizes.lay_out(TierConfig(), visual + text, text, longest)
+    needed = sizes.smallest_cap_bytes(shape, TierConfig(), layout, text)
+    if share * full < needed:
+        raise OptionError(
+            f"--share {share:g} is too small for a video of {minutes:g} minutes, where fixed costs weigh more: "
+            f"give {math.ceil(100 * needed / full) / 100:g} or more, or more --minutes."
+        )
 
 
 @contextmanager

@@ -72,11 +72,14 @@ def plan(
     source = _Model.of(model)
     shape = source.shape
     video: _Video | None = None
+    request: dict[str, Any] = {"source_fps": source_fps, "max_frames": max_frames, "start": start, "end": end}
     if isinstance(video_or_tokens, int):
         _check_count("visual tokens", video_or_tokens)
+        for name, value in (*request.items(), ("fps", fps)):
+            if value not in (None, 0.0):
+                raise OptionError(f"{name} says nothing of a number of tokens: give a video, or leave it out.")
         visual = video_or_tokens
     else:
-        request: dict[str, Any] = {"source_fps": source_fps, "max_frames": max_frames, "start": start, "end": end}
         check_request(video_or_tokens, fps, **request)
         if processor is None:
             processor = loading.load_processor(source.path)
@@ -87,7 +90,8 @@ def plan(
 
     rows = sizes.question_rows(tiers, question_tokens)
     layout = sizes.lay_out(tiers, prompt, rows, max_new_tokens)
-    sizes.check_cap(shape, tiers, layout, rows)
+    fewer = sizes.FEWER_TOKENS if video is not None else "give fewer tokens or a smaller max_new_tokens"
+    sizes.check_cap(shape, tiers, layout, rows, fewer)
     host = sizes.host_bytes(shape, tiers, prompt)
     available = limits.available_host_bytes()
 

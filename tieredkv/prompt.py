@@ -58,5 +58,7 @@ class ChatTemplate:
 
 def check_prompt(prompt: Any) -> None:
     """Raise `PromptError` unless `prompt` is text with something in it."""
-    if not isinstance(prompt, str) or not prompt.strip():
+    if not isinstance(prompt, str):
+        raise PromptError(f"the prompt is a {type(prompt).__name__}: give the question as text.")
+    if not prompt.strip():
         raise PromptError("the prompt is empty: ask something.")

@@ -110,8 +110,8 @@ def check_video(stored: storage.Stored, video: VideoSource) -> None:
     of = state_of(stored).video
     if of["sha256"] != video.sha256():
         raise SessionError(
-            f"{stored.path} is a session of another video ({of['name']}), not of {video.name}: ingest that one, or "
-            "leave the video out to ask about the saved one."
+            f"{stored.path} is a session of another video, {of['name']} as it was then, and {video.name} is not that: "
+            "ingest it, or leave the video out to ask about the saved one."
         )
 
 

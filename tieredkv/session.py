@@ -66,6 +66,7 @@ class VideoSession:
         self._progress = progress
         self._about_video: dict[str, Any] = {}
         self._cache: TieredCache | None = None
+        self._stored: Stored | None = None
         self._pipeline: Pipeline | None = None
         self._head = ""
         self._head_ids: torch.Tensor = torch.empty((1, 0), dtype=torch.long)
@@ -157,7 +158,8 @@ class VideoSession:
         sizes.check_cap(shape, self.tiers, sizes.lay_out(self.tiers, tokens, rows, max_new_tokens), rows)
         what = f"the cache of {tokens:,} tokens"
         needed = sizes.host_bytes(shape, self.tiers, tokens)
-        check_host(needed, self.tiers.host_kv_gb, what, "lower fps or max_frames, or raise host_kv_gb")
+        remedy = f"lower fps or max_frames, or give host_kv_gb={sizes.as_gib(needed)}"
+        check_host(needed, self.tiers.host_kv_gb, what, remedy)
         if self._device.type == "cpu":
             in_all = needed + min(self.tiers.cap_bytes, needed)
             check_host_memory(
@@ -212,6 +214,7 @@ class VideoSession:
             self.positions, self._about_video, self._history = state.positions, state.video, state.history
             self._head, self._head_ids = state.head, torch.tensor([state.head_ids], dtype=torch.long)
             self.ingest_s, self.ingest_stats = state.ingest_s, state.ingest_stats
+            self._stored = stored
             self._begin_asking(cache, state.grid)
 
     # ---- questions
@@ -364,12 +367,14 @@ class VideoSession:
         self._check_open()
         if self.video is None or self._cache is None:
             raise TieredKVError("this session has no video yet: call ingest first.")
+        if self._stored is not None:
+            self._stored.check_unchanged()
         return self._cache, self.video
 
     def _drop_cache(self) -> None:
         if self._cache is not None:
             self._cache.close()
-            self._cache = None
+            self._cache = self._stored = None
 
     def close(self) -> None:
         """Free both tiers. Twice is fine; anything else afterwards raises.

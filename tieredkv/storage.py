@@ -19,8 +19,8 @@ import mmap
 import os
 import re
 import shutil
-import tempfile
 import threading
+import weakref
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -86,9 +86,7 @@ def write(
         checksums = {name: zlib.crc32(_bytes(tensor)) for name, tensor in tensors.items()}
         about = {"format_version": FORMAT_VERSION, "manifest": manifest, "checksums": checksums}
         # A folder: `save_file` has a temporary file of its own, which would be left under a random name.
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        part.mkdir()
-        try:
+        with _part_of(path) as part:
             file = part / "data"
             sealed = tensors | {_SEAL: torch.zeros(1, dtype=torch.int64)}
             with ThreadPoolExecutor(1) as pool:
@@ -99,8 +97,6 @@ def write(
             written = _seal(file)
             file.chmod(part.stat().st_mode & 0o666)  # `save_file` makes it the owner's alone, whatever the umask
             os.replace(file, path)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
         _sync_folder(path.parent)
     if progress:
         progress(size, size)
@@ -122,10 +118,9 @@ def read(path: str | Path) -> Stored:
         with path.open("rb") as file:
             if not os.fstat(file.fileno()).st_size:
                 raise SessionError(f"{path} is cut short: it is empty.")
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            return Stored(path, os.dup(file.fileno()), mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
     except OSError as error:
         raise SessionError(f"{path} cannot be read: {error.strerror or error}.") from error
-    return Stored(path, mapped)
 
 
 class Stored:
@@ -135,8 +130,11 @@ class Stored:
     `tensor` and `verify` of this object see. The file may be replaced meanwhile, but must not be changed in place.
     """
 
-    def __init__(self, path: Path, mapped: mmap.mmap) -> None:
-        self.path, self._mapped = path, mapped
+    def __init__(self, path: Path, descriptor: int, mapped: mmap.mmap) -> None:
+        """descriptor: of the open file; closed with this object."""
+        self.path, self._descriptor, self._mapped = path, descriptor, mapped
+        weakref.finalize(self, os.close, descriptor)
+        self._state = self._state_of_file()
         self.nbytes = len(mapped)
         """Bytes of the file."""
         start, header, about = _header(path, mapped)
@@ -144,6 +142,15 @@ class Stored:
         self._checksums: dict[str, int] = about["checksums"]
         self._entries = {name: header[name] for name in self._checksums}
         self._start = start
+
+    def _state_of_file(self) -> tuple[int, int]:
+        state = os.fstat(self._descriptor)
+        return state.st_size, state.st_mtime_ns
+
+    def check_unchanged(self) -> None:
+        """Raise `SessionError` if the file was changed in place since it was read: tensors would show it, or crash."""
+        if self._state_of_file() != self._state:
+            raise SessionError(f"{self.path} was changed while it was in use: load it again, or restore it.")
 
     @property
     def names(self) -> list[str]:
@@ -237,8 +244,19 @@ def check_target(path: Path) -> None:
             raise SessionError(f"{path} is not a file: give the name of one.")
         if not path.parent.is_dir():
             raise SessionError(f"{path} cannot be written: there is no folder {path.parent}.")
-        with tempfile.TemporaryDirectory(prefix=f"{path.name}.", suffix=".part", dir=path.parent):
+        with _part_of(path):
             pass
+
+
+@contextmanager
+def _part_of(path: Path) -> Iterator[Path]:
+    """A folder beside `path` for what is not complete yet; removed, whatever happens."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        part.mkdir(exist_ok=True)
+        yield part
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def _check_space(path: Path, size: int) -> None:

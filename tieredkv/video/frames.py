@@ -152,7 +152,9 @@ def check_request(
         if not found:
             raise VideoError(f"{video}: no such file.")
         if folder:
-            raise VideoError(f"{video} is a folder, not a video file.")
+            raise VideoError(f"{str(video) or repr(str(video))} is a folder, not a video file.")
+        if not Path(video).is_file():  # a pipe would be waited for, for ever
+            raise VideoError(f"{video} is no regular file: save the video as one.")
 
 
 def _check_rate(name: str, value: Any) -> None:

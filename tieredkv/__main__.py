@@ -1,0 +1,5 @@
+"""python -m tieredkv: the command line."""
+
+from tieredkv.cli import main
+
+main()
