@@ -187,6 +187,6 @@ def test_waiting_does_not_count_as_work():
         quickly = pipeline.stage("quick", (n for n in slowly))
         assert list(quickly) == [0, 1, 2, 3]
         busy = pipeline.busy_seconds()
-    assert 0.11 < busy["slow"] < 0.3
-    assert busy["quick"] < 0.05
-    assert pipeline.waited > 0.1
+    assert busy["slow"] > 0.11
+    assert busy["quick"] < busy["slow"] / 2
+    assert pipeline.waited > 0.05
