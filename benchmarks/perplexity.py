@@ -4,8 +4,8 @@
     python benchmarks/perplexity.py [--tokens 4096] [--last 96] ['{"share": 0.1, "theta": 2}' ...]
 
 The text is source code of Python's standard library. All but its last tokens are prefilled exactly; each of the last
-is fed alone, as in generation, and scored. A row per JSON object: `share`, the device's part of a full cache, and fields
-of `TierConfig`. Ends with one JSON line.
+is fed alone, as in generation, and scored. A row per JSON object: `share`, the device's part of a full cache, and
+fields of `TierConfig`. Ends with one JSON line.
 """
 
 from __future__ import annotations
