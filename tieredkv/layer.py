@@ -138,7 +138,8 @@ class TieredLayer(CacheLayerMixin):
             cache.copies.wait("write back")
         if self.resident is not None:
             self.resident.append(keys.detach(), values.detach(), host.length)
-        self._advance(n)
+        host.advance(n)
+        self._digest_new_chunks()
         return out
 
     # ---- tiers
@@ -151,14 +152,11 @@ class TieredLayer(CacheLayerMixin):
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Write tokens `(K, n, D)` to the host tier and digest the chunks they complete."""
         assert self.host is not None
-        self.host.make_room(keys.shape[1])
-        self.host.write(keys, values)
-        self._advance(keys.shape[1])
+        self.host.append(keys, values)
+        self._digest_new_chunks()
 
-    def _advance(self, tokens: int) -> None:
-        """Count tokens written to the host tier, and digest the chunks they complete."""
+    def _digest_new_chunks(self) -> None:
         assert self.host is not None
-        self.host.advance(tokens)
         whole = self.host.length // self.host.chunk_tokens
         if whole > self._digested:
             new = digest.cuboid_mean(self.host.chunks(self._digested, whole)[:, :, 0])
