@@ -11,6 +11,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy as np
 import pytest
 import torch
+from films import KINDS, noise, numbered, write
 
 
 def _sharpen(model: torch.nn.Module, factor: float = 2.0) -> Any:
@@ -90,3 +91,16 @@ def prompt_ids() -> torch.Tensor:
 def long_ids() -> torch.Tensor:
     """900 tokens: long enough that a quarter of the cache holds the recent region and more."""
     return torch.randint(0, 97, (1, 900), generator=torch.Generator().manual_seed(6))
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """Twenty seconds of noise in each kind of file."""
+    folder, pictures = tmp_path_factory.mktemp("whole"), noise(200, 32, 48)
+    return {name: write(folder / name, pictures, **options) for name, options in KINDS.items()}
+
+
+@pytest.fixture(scope="session")
+def steady(tmp_path_factory):
+    """Four seconds of numbered pictures without B-frames, a key frame each half second."""
+    return write(tmp_path_factory.mktemp("steady") / "steady.mkv", numbered(40), bf="0", g="5")

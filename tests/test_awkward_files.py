@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import threading
-import weakref
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+from films import KINDS, greys, levels, numbered, numbers, retime, sample, ticks, write
 
 from tieredkv.errors import VideoError
 from tieredkv.video import sampling
@@ -19,92 +18,6 @@ from tieredkv.video.frames import load_frames, open_video
 BOUND = 1000
 """More frames than any file here may give."""
 PATIENCE_S = 20
-
-
-class Stream:
-    """A file that can only be written from the beginning to the end, as a pipe."""
-
-    def __init__(self, path: Path) -> None:
-        self.file = path.open("wb")
-
-    def write(self, data: bytes) -> int:
-        return self.file.write(data)
-
-
-def write(
-    path: Path,
-    pictures,
-    codec: str = "libx264",
-    rate: int = 10,
-    pixels: str = "yuv420p",
-    format: str | None = None,
-    pipe: bool = False,
-    flags: dict[str, str] | None = None,
-    keys: tuple[int, ...] = (),
-    **options: str,
-) -> Path:
-    """A video of `pictures`, those in `keys` forced to be key frames; flags: the container's options."""
-    output = Stream(path) if pipe else str(path)
-    with av.open(output, "w", format=format, options=flags or {}) as container:
-        stream = container.add_stream(codec, rate=rate, options=options)
-        stream.height, stream.width = pictures[0].shape[:2]
-        stream.pix_fmt = pixels
-        for i, picture in enumerate(pictures):
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            if i in keys:
-                frame.pict_type = av.video.frame.PictureType.I
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    if pipe:
-        output.file.close()
-    return path
-
-
-def retime(path: Path, source: Path, times: list[float]) -> Path:
-    """The packets of `source` (no B-frames), packet i shown at times[i] seconds."""
-    with av.open(str(source)) as original, av.open(str(path), "w") as output:
-        stream = output.add_stream_from_template(original.streams.video[0])
-        packets = [packet for packet in original.demux(original.streams.video[0]) if packet.size]
-        for packet, time in zip(packets, times, strict=True):
-            packet.pts = round(time / packet.time_base)
-            # Decoding times must grow, and lie before those of showing: only the latter are awkward.
-            packet.dts = min(packet.dts - round(2 / packet.time_base), packet.pts)
-            packet.duration = round(0.1 / packet.time_base)
-            packet.stream = stream
-            output.mux(packet)
-    return path
-
-
-def noise(count: int, height: int = 48, width: int = 64) -> list[np.ndarray]:
-    """Pictures that each differ from the others, and do not compress."""
-    return list(np.random.default_rng(0).integers(0, 255, (count, height, width, 3), dtype=np.uint8))
-
-
-def greys(count: int, height: int, width: int) -> list[np.ndarray]:
-    """Even pictures: number i has brightness 10 + 20 * i."""
-    return [np.full((height, width, 3), 10 + 20 * i, np.uint8) for i in range(count)]
-
-
-def levels(pictures) -> list[int]:
-    """Which of `greys` each picture is."""
-    return [round((float(picture.mean()) - 10) / 20) for picture in pictures]
-
-
-def numbered(count: int) -> list[np.ndarray]:
-    """Pictures, 48 x 64, that tell their number by two even halves, twelve levels each."""
-    halves = greys(12, 48, 32)
-    return [np.concatenate([halves[i // 12], halves[i % 12]], axis=1) for i in range(count)]
-
-
-def numbers(pictures) -> list[int]:
-    """Which of `numbered` each picture is."""
-    pictures = list(pictures)
-    left, right = (levels(picture[:, part] for picture in pictures) for part in (slice(4, 28), slice(36, 60)))
-    return [12 * tens + ones for tens, ones in zip(left, right, strict=True)]
-
-
-def sample(path: Path, fps: float, **options) -> list[np.ndarray]:
-    return list(open_video(path, fps, **options).frames())
 
 
 def outcome(path: Path, fps: float = 2, **options) -> tuple[int, str | None]:
@@ -131,29 +44,6 @@ def outcome(path: Path, fps: float = 2, **options) -> tuple[int, str | None]:
     if given:
         assert re.search(r"stopped at [\d.]+ s|changes from .* at [\d.]+ s", str(raised[0]))
     return len(given), str(raised[0])
-
-
-KINDS = {
-    "faststart.mp4": {"flags": {"movflags": "faststart"}, "g": "10"},
-    "plain.mp4": {"g": "10"},
-    "cut.mkv": {"g": "10"},
-    "cut.ts": {"g": "10"},
-    "cut.avi": {"codec": "mpeg4"},
-    "cut.webm": {"codec": "libvpx", "g": "10", "deadline": "realtime", "cpu-used": "8"},
-}
-
-
-@pytest.fixture(scope="session")
-def whole(tmp_path_factory):
-    """Twenty seconds of noise in each kind of file."""
-    folder, pictures = tmp_path_factory.mktemp("whole"), noise(200, 32, 48)
-    return {name: write(folder / name, pictures, **options) for name, options in KINDS.items()}
-
-
-@pytest.fixture(scope="session")
-def steady(tmp_path_factory):
-    """Four seconds of numbered pictures without B-frames, a key frame each half second."""
-    return write(tmp_path_factory.mktemp("steady") / "steady.mkv", numbered(40), bf="0", g="5")
 
 
 def say_it_lasts(path: Path, tag: bytes) -> None:
@@ -451,199 +341,7 @@ def test_a_length_that_cannot_be_is_not_believed(tmp_path, steady):
     assert open_video(path, 2).expected == 8
 
 
-# ---- start, end, max_frames
-
-
-@pytest.fixture(scope="module")
-def counted(tmp_path_factory):
-    """Twelve seconds, 120 numbered pictures with B-frames, a key frame each half second."""
-    return write(tmp_path_factory.mktemp("counted") / "counted.mp4", numbered(120), g="5", bf="2")
-
-
-def test_a_span_is_sampled_from_its_start_to_before_its_end(counted):
-    source = open_video(counted, 2, start=3.0, end=5.0)
-    assert (source.expected, source.seconds) == (4, 2.0)
-    assert numbers(source.frames()) == [30, 35, 40, 45]
-
-
-def test_an_end_past_the_video_is_its_end(counted):
-    source = open_video(counted, 1, start=9.5, end=100)
-    assert numbers(source.frames()) == [95, 105, 115]
-    assert source.expected == 3
-
-
-def test_a_start_past_the_video_tells_how_long_it_is(counted):
-    with pytest.raises(VideoError, match=r"counted\.mp4: start=12\.5 is past the end of the video, .* 12\.00 s"):
-        open_video(counted, 1, start=12.5)
-
-
-def test_max_frames_are_spread_over_the_span(counted):
-    source = open_video(counted, 10, start=2, end=10, max_frames=4)
-    assert (source.fps, source.expected) == (0.5, 4)
-    assert numbers(source.frames()) == [20, 40, 60, 80]
-
-
-def test_max_frames_that_are_not_reached_change_nothing(counted):
-    source = open_video(counted, 1, max_frames=12)
-    assert (source.fps, source.expected) == (1, 12)
-
-
-@pytest.mark.parametrize(
-    ("span", "message"),
-    [
-        ({"start": -1}, r"start=-1 is not valid"),
-        ({"start": "0"}, r"start='0' is not valid"),
-        ({"start": float("nan")}, r"start=nan is not valid"),
-        ({"start": 2, "end": 2}, r"end=2 is not valid: give seconds after start=2"),
-        ({"end": True}, r"end=True is not valid"),
-    ],
-    ids=["negative", "text", "nan", "empty", "bool"],
-)
-def test_a_span_that_is_none_is_refused(counted, span, message):
-    with pytest.raises(VideoError, match=message):
-        open_video(counted, 1, **span)
-
-
-# ---- seeking
-
-GROUPS = {
-    "closed.mp4": {"g": "10", "bf": "3"},
-    "open.mkv": {"x264-params": "open-gop=1:keyint=10:bframes=3"},
-    "open.mp4": {"x264-params": "open-gop=1:keyint=10:bframes=3"},
-    "refresh.mkv": {"x264-params": "intra-refresh=1:keyint=10"},
-    "uneven.mp4": {"keys": (5, 20, 22, 60, 61, 62, 130), "x264-params": "keyint=250:scenecut=0"},
-    "mpeg2.mkv": {"codec": "mpeg2video", "rate": 25, "g": "12", "bf": "2"},
-    "fragments.mp4": {"g": "10", "flags": {"movflags": "frag_keyframe+empty_moov"}},
-}
-
-
-@pytest.fixture(scope="module", params=GROUPS)
-def groups(request, tmp_path_factory):
-    """A moving picture in many groups of pictures."""
-    base = noise(1)[0]
-    moving = [np.roll(base, (i, 2 * i), (0, 1)) for i in range(160)]
-    return write(tmp_path_factory.mktemp("groups") / request.param, moving, **GROUPS[request.param])
-
-
-@pytest.mark.parametrize(
-    ("fps", "start", "end"), [(0.9, 0, None), (0.31, 0, None), (0.31, 5.03, None), (0.77, 3.3, 5.9), (7, 0.5, 2)]
-)
-def test_seeking_gives_the_frames_that_linear_decoding_gives(groups, fps, start, end):
-    sought, linear = (open_video(groups, fps, start=start, end=end) for _ in range(2))
-    linear._seek = False
-    sought, linear = list(sought.frames()), list(linear.frames())
-    assert np.array_equal(np.stack(sought), np.stack(linear))
-
-
-def ticks(path: Path, seek: bool = True, **options) -> list[float]:
-    seen: list[float] = []
-    source = open_video(path, **options)
-    source._seek &= seek
-    for _ in source.frames(seen.append):
-        pass
-    return seen
-
-
-@pytest.mark.parametrize("options", [{"fps": 0.25}, {"fps": 2, "start": 10, "end": 11}], ids=["sparse", "late start"])
-def test_seeking_decodes_fewer_frames(counted, options):
-    assert len(ticks(counted, **options)) < 0.5 * len(ticks(counted, seek=False, **options))
-
-
-def test_formats_without_an_index_are_read_to_the_end(whole):
-    assert len(ticks(whole["cut.ts"], fps=0.25)) == 200
-
-
-def test_an_index_that_leads_past_the_time_wanted_is_not_followed(counted, monkeypatch):
-    """Every seek lands a second too late: decoding begins again, and gives no frame twice."""
-    enter_at = sampling._Playback._enter_at
-    monkeypatch.setattr(sampling._Playback, "_enter_at", lambda self, time: enter_at(self, time + 100))
-    assert numbers(sample(counted, 0.25)) == [0, 40, 80]
-
-
-# ---- iteration
-
-
-def test_each_decoded_frame_ticks_with_the_seconds_so_far(counted):
-    seen = ticks(counted, fps=10)
-    assert seen == pytest.approx([i / 10 for i in range(120)])
-
-
-def test_ticks_count_from_the_start_of_the_span(counted):
-    seen = ticks(counted, fps=2, start=6, end=8)
-    assert seen == sorted(seen)
-    assert (seen[0], seen[-1]) == (0, pytest.approx(1.6, abs=0.11))
-
-
-class _StopHere(Exception):
-    pass
-
-
-def closes(monkeypatch) -> list[bool]:
-    """Filled with one entry for each container that is closed."""
-    closed, opened = [], sampling.opened
-
-    class Counting:
-        def __init__(self, path):
-            self.context = opened(path)
-
-        def __enter__(self):
-            return self.context.__enter__()
-
-        def __exit__(self, *error):
-            self.context.__exit__(*error)
-            closed.append(True)
-
-    monkeypatch.setattr(sampling, "opened", Counting)
-    return closed
-
-
-def test_a_tick_that_raises_stops_decoding_and_closes_the_file(counted, monkeypatch):
-    closed = closes(monkeypatch)
-    given = []
-
-    def stop(seconds: float) -> None:
-        if seconds > 2:
-            raise _StopHere
-
-    with pytest.raises(_StopHere):
-        given.extend(open_video(counted, 10).frames(stop))
-    assert numbers(given) == list(range(20))
-    assert closed == [True]
-
-
-def test_an_iterator_that_is_closed_closes_the_file(counted, monkeypatch):
-    closed = closes(monkeypatch)
-    frames = open_video(counted, 10).frames()
-    next(frames)
-    assert closed == []
-    frames.close()
-    assert closed == [True]
-
-
-def test_frames_may_be_had_again_and_at_once(counted):
-    source = open_video(counted, 1)
-    first, second = source.frames(), source.frames()
-    both = [(next(first), next(second)) for _ in range(source.expected)]
-    assert all(np.array_equal(one, other) for one, other in both)
-
-
-def test_frames_may_be_decoded_on_another_thread(counted):
-    source, given = open_video(counted, 1), []
-    thread = threading.Thread(target=lambda: given.extend(source.frames()))
-    thread.start()
-    thread.join()
-    assert numbers(given) == list(range(0, 120, 10))
-
-
-def test_frames_are_not_held(counted):
-    """Of 120 frames handed out, those that nobody keeps are gone."""
-    pictures = [weakref.ref(picture) for picture in open_video(counted, 10).frames()]
-    assert len(pictures) == 120
-    assert sum(picture() is not None for picture in pictures) <= 1
-
-
-def test_the_hash_of_a_file_is_that_of_its_bytes(counted):
-    assert open_video(counted, 1).sha256() == hashlib.sha256(counted.read_bytes()).hexdigest()
+# ---- odd names and streams
 
 
 def test_a_name_with_a_colon_is_a_file(tmp_path, monkeypatch, steady):

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tieredkv.errors import BudgetError
-from tieredkv.memory.host import HostLayer, check_host_memory
+from tieredkv.memory.host import HostLayer
+from tieredkv.memory.limits import check_host_memory
 
 
 @given(st.lists(st.integers(1, 23), min_size=1, max_size=6), st.integers(1, 9), st.integers(0, 40))
