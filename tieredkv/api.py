@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from tieredkv import decode, saved, storage
-from tieredkv.config import DEFAULT_FPS, TierConfig
+from tieredkv.config import DEFAULT_FPS, TierConfig, tier_config
 from tieredkv.errors import OptionError
 from tieredkv.loading import load
 from tieredkv.models.base import Positions
@@ -78,7 +78,8 @@ def new_session(
     **options: Any,
 ) -> VideoSession:
     """A session without a video yet; its `ingest` takes one. Options as in `open_session`."""
-    config = _tier_config(gpu_kv_gb, tiers, options)
+    _check_tier_options(options)
+    config = tier_config(tiers, {"gpu_kv_gb": gpu_kv_gb, **options})
     if positions not in get_args(Positions):
         raise OptionError(f"positions={positions!r} is not valid: give 'published' or 'stock'.")
     model, processor = load(model, processor)
@@ -148,19 +149,6 @@ def check_question(prompt: str, options: dict[str, Any]) -> None:
     """Raise `PromptError` or `OptionError` for a question that no session could answer, before anything is loaded."""
     decode.check_options(options)
     check_prompt(prompt)
-
-
-def _tier_config(gpu_kv_gb: float | None, tiers: TierConfig | None, options: dict[str, Any]) -> TierConfig:
-    _check_tier_options(options)
-    if gpu_kv_gb is not None:
-        options = {"gpu_kv_gb": gpu_kv_gb, **options}
-    if tiers is not None and not isinstance(tiers, TierConfig):
-        raise OptionError(f"tiers is a {type(tiers).__name__}: give a TierConfig, or its fields as keywords.")
-    if tiers is None:
-        return TierConfig(**options)
-    if options:
-        raise OptionError(f"give either tiers or {', '.join(sorted(options))}, not both.")
-    return tiers
 
 
 def _check_tier_options(options: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from tieredkv import models, sizes
-from tieredkv.config import TierConfig
+from tieredkv.config import TierConfig, tier_config
 from tieredkv.errors import OptionError, TieredKVError, UnsupportedModelError
 from tieredkv.layer import TieredLayer
 from tieredkv.memory.device import DeviceLedger
@@ -55,14 +55,7 @@ class TieredCache(Cache):
         device while it is prefilled, and no token before it counts as generated. Raises `UnsupportedModelError` when
         a layer is not plain full attention.
         """
-        if tiers is not None and not isinstance(tiers, TierConfig):
-            raise OptionError(f"tiers is a {type(tiers).__name__}: give a TierConfig, or its fields as keywords.")
-        if tiers is not None and options:
-            raise OptionError(f"give either a TierConfig or its fields, not both: {', '.join(options)}.")
-        try:
-            self.tiers = TierConfig(**options) if tiers is None else tiers
-        except TypeError as error:
-            raise OptionError(f"{error}; the options are the fields of TierConfig.") from None
+        self.tiers = tier_config(tiers, options)
         for name, value in (("max_new_tokens", max_new_tokens), ("prompt_tokens", prompt_tokens)):
             if not isinstance(value, int) or value < 0:
                 raise OptionError(f"{name}={value!r} is not valid: give a whole number of at least 0.")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
-from tieredkv.errors import BudgetError
+from tieredkv.errors import BudgetError, OptionError
 
 GIB = 2**30
 DEFAULT_FPS = 2.0
@@ -95,3 +96,18 @@ class TierConfig:
     def cap_bytes(self) -> int:
         """`gpu_kv_gb` in bytes."""
         return int(self.gpu_kv_gb * GIB)
+
+
+def tier_config(tiers: TierConfig | None, fields: dict[str, Any]) -> TierConfig:
+    """`tiers`, or one made of its fields; fields that are None were not given. Raises `OptionError`, `BudgetError`."""
+    given = {name: value for name, value in fields.items() if value is not None}
+    if tiers is None:
+        try:
+            return TierConfig(**given)
+        except TypeError as error:
+            raise OptionError(f"{error}; the options are the fields of TierConfig.") from None
+    if not isinstance(tiers, TierConfig):
+        raise OptionError(f"tiers is a {type(tiers).__name__}: give a TierConfig, or its fields as keywords.")
+    if given:
+        raise OptionError(f"give either tiers or {', '.join(sorted(given))}, not both.")
+    return tiers

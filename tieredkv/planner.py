@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from tieredkv import loading, models, plan_bytes, sizes
-from tieredkv.config import DEFAULT_FPS, TierConfig
+from tieredkv.config import DEFAULT_FPS, TierConfig, tier_config
 from tieredkv.errors import OptionError, UnsupportedModelError, VideoError
 from tieredkv.memory import limits
 from tieredkv.plan_table import CARDS, LINKS, MemoryPlan, rate
@@ -33,7 +33,7 @@ def plan(
     model: Any,
     video_or_tokens: Any,
     *,
-    gpu_kv_gb: float = 4.0,
+    gpu_kv_gb: float | None = None,
     host_kv_gb: float | None = None,
     tiers: TierConfig | None = None,
     processor: Any = None,
@@ -60,7 +60,7 @@ def plan(
     Raises `BudgetError` when a tier is too small, naming the smallest change that fits; `VideoError`,
     `UnsupportedModelError` or `OptionError` for bad input.
     """
-    tiers = _tier_config(gpu_kv_gb, host_kv_gb, tiers, options)
+    tiers = tier_config(tiers, {"gpu_kv_gb": gpu_kv_gb, "host_kv_gb": host_kv_gb, **options})
     link, link_speed = rate("link", link, LINKS)
     card, card_speed = (None, None) if card is None else rate("card", card, CARDS)
     for name, value in (("question_tokens", question_tokens), ("max_new_tokens", max_new_tokens)):
@@ -141,21 +141,6 @@ def plan(
         card=card,
         card_gb_s=card_speed,
     )
-
-
-def _tier_config(gpu_kv_gb: float, host_kv_gb: float | None, tiers: Any, options: dict[str, Any]) -> TierConfig:
-    if host_kv_gb is not None:
-        options = {**options, "host_kv_gb": host_kv_gb}
-    if tiers is None:
-        try:
-            return TierConfig(gpu_kv_gb=gpu_kv_gb, **options)
-        except TypeError as error:
-            raise OptionError(f"{error}; the options are plan's own and the fields of TierConfig.") from None
-    if not isinstance(tiers, TierConfig):
-        raise OptionError(f"tiers is a {type(tiers).__name__}: give a TierConfig, or its fields as keywords.")
-    if options:
-        raise OptionError(f"give either tiers or {', '.join(sorted(options))}, not both.")
-    return tiers
 
 
 def _check_count(name: str, value: Any) -> None:

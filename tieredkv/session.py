@@ -17,8 +17,7 @@ from tieredkv.attention.interface import use_attention
 from tieredkv.cache import TieredCache
 from tieredkv.config import DEFAULT_FPS, TierConfig
 from tieredkv.errors import PromptError, TieredKVError, UnsupportedModelError
-from tieredkv.memory.host import check_host_memory
-from tieredkv.memory.limits import check_host
+from tieredkv.memory.limits import check_host, check_host_memory
 from tieredkv.models.base import Positions, VideoGrid
 from tieredkv.pipeline import Cancelled, Pipeline
 from tieredkv.progress import IngestProgress, progress_bar

@@ -9,9 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from tieredkv.config import GIB
-from tieredkv.errors import BudgetError
-from tieredkv.memory.limits import available_host_bytes
+from tieredkv.memory.limits import check_host_memory
 
 GROWTH_TOKENS = 256
 """Least room, in tokens, by which a layer grows beyond what it must hold."""
@@ -146,13 +144,3 @@ class HostLayer:
         """Free the memory. The layer is empty afterwards."""
         self._arena = self._arena.new_empty((self.num_heads, 0, 2, self.chunk_tokens, self.head_dim))
         self.length = 0
-
-
-def check_host_memory(needed_bytes: int, what: str, remedy: str) -> None:
-    """Raise `BudgetError` when `needed_bytes` for `what` exceed the memory that is available now."""
-    available = available_host_bytes()
-    if needed_bytes > available:
-        raise BudgetError(
-            f"{what} needs {needed_bytes / GIB:.2f} GiB of host memory, {available / GIB:.2f} GiB is available: "
-            f"{remedy}."
-        )

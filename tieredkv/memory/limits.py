@@ -73,6 +73,16 @@ def check_host(
     )
 
 
+def check_host_memory(needed_bytes: int, what: str, remedy: str) -> None:
+    """Raise `BudgetError` when `needed_bytes` for `what` exceed the memory that is available now."""
+    available = available_host_bytes()
+    if needed_bytes > available:
+        raise BudgetError(
+            f"{what} needs {needed_bytes / GIB:.2f} GiB of host memory, {available / GIB:.2f} GiB is available: "
+            f"{remedy}."
+        )
+
+
 def _groups(proc_cgroup: Path, root: Path) -> Iterator[tuple[Path, Names]]:
     """Folders of every control group this process is in, its own first, and what the files there are called."""
     try:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from tieredkv.errors import VideoError
-from tieredkv.memory.host import check_host_memory
+from tieredkv.memory.limits import check_host_memory
 from tieredkv.video.sampling import FileSource, Tick
 from tieredkv.video.timeline import SAME_TIME
 
