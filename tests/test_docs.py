@@ -34,7 +34,7 @@ def test_the_readme_session_runs(tmp_path, monkeypatch, capsys):
     *table, colour, chain, stats, talk, again = capsys.readouterr().out.strip().splitlines()
     assert any("visual tokens" in line for line in table)
     assert len(colour.split()) == 1
-    assert "what colour was it ?" in talk
+    assert talk.startswith(f"{colour} (('what colour was the ")
     assert again == colour
     assert len(chain.split()) == 6
     assert "hit_rate" in stats
