@@ -55,13 +55,18 @@ def test_the_ledger_counts_every_byte_of_pool_and_digests(llama, long_ids):
         held = cache.ledger.held()
         layers = [layer.sealed for layer in cache.tiered_layers]
         assert held["pool"] == cache._pool.pages.numel() * cache._pool.pages.itemsize
-        assert held["digests"] == sum(s.digests.numel() * s.digests.itemsize for s in layers if s.digests is not None)
+        assert held["digests"] == sum(
+            s.retrieval.digests.numel() * s.retrieval.digests.itemsize
+            for s in layers
+            if s.retrieval is not None and s.retrieval.digests is not None
+        )
         tables = sum(t.numel() * 4 for s in layers for t in (s.table, s.lengths))
         tables += sum(
             t.numel() * 4
             for s in layers
             if len(s.dynamic)
-            for t in (s.residency.slots, s.residency.chunk_in, s.residency.slot_of, s.residency.last_used)
+            for index in [s.retrieval.residency]
+            for t in (index.slots, index.chunk_in, index.slot_of, index.last_used)
         )
         assert held["tables"] == tables
         assert set(held) <= {"pool", "digests", "tables"}
@@ -109,11 +114,13 @@ def test_pool_and_tables_stay_sound_while_decoding(llama, long_ids, data):
                 sealed = layer.sealed
                 if not len(sealed.dynamic):
                     continue
-                sealed.residency.check_integrity()
+                sealed.retrieval.residency.check_integrity()
                 chunks, sinks = layer.host.chunks(), sealed.tiers.plan.layout.sink_chunks
                 for row, head in enumerate(sealed.dynamic.tolist()):
                     for slot, chunk in zip(
-                        sealed.residency.slots[row].tolist(), sealed.residency.chunk_in[row].tolist(), strict=True
+                        sealed.retrieval.residency.slots[row].tolist(),
+                        sealed.retrieval.residency.chunk_in[row].tolist(),
+                        strict=True,
                     ):
                         if chunk >= 0:
                             assert torch.equal(cache._pool.pages[slot], chunks[head, sinks + chunk])

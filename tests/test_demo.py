@@ -70,7 +70,7 @@ def test_the_demo_fails_when_the_answers_fall_behind(monkeypatch, capsys):
 
     from tieredkv.policy import select
 
-    monkeypatch.setattr(select, "group_share", lambda logits: torch.rand(logits.shape[0], logits.shape[-1]))
+    monkeypatch.setitem(select.GROUPS, "mean", lambda logits: torch.rand(logits.shape[0], logits.shape[-1]))
     assert not demo.run(seed=1_000_010, minutes=4.2, share=0.15, plot=None, video_path=None, as_json=True)
 
 

@@ -49,9 +49,9 @@ def test_cuboid_mean_by_hand():
     torch.testing.assert_close(high, torch.tensor([2 + 5 / 3, 1.0]))
 
 
-def test_digest_logits_take_the_better_corner_of_every_channel():
+def test_box_logits_take_the_better_corner_of_every_channel():
     query, digests = torch.randn(2, 3, 8), torch.randn(2, 5, 2, 8).sort(dim=2).values
-    got = digest.digest_logits(query, digests, 0.5)
+    got = digest.box_logits(query, digests, 0.5)
     for head in range(2):
         for row in range(3):
             for chunk in range(5):
@@ -68,16 +68,16 @@ def test_a_digest_ignores_the_order_of_its_keys():
 def test_a_chunk_of_equal_keys_is_scored_exactly():
     key, query = torch.randn(8), torch.randn(1, 1, 8)
     box = digest.cuboid_mean(key.expand(1, 1, 16, 8))
-    torch.testing.assert_close(digest.digest_logits(query, box, 1.0).squeeze(), query.squeeze() @ key)
+    torch.testing.assert_close(digest.box_logits(query, box, 1.0).squeeze(), query.squeeze() @ key)
 
 
 # ---- select
 
 
-def test_group_share_is_the_mean_of_softmaxes():
+def test_mean_share_is_the_mean_of_softmaxes():
     logits = torch.randn(2, 3, 10)
     want = torch.stack([torch.stack([row.softmax(0) for row in head]).mean(0) for head in logits])
-    torch.testing.assert_close(select.group_share(logits), want)
+    torch.testing.assert_close(select.mean_share(logits), want)
 
 
 def test_ranked_chunks_are_best_first():
@@ -85,6 +85,12 @@ def test_ranked_chunks_are_best_first():
 
 
 # ---- prune
+
+
+def tokens(saliency, is_text=None, sinks=0, pool=1, keys=None, values=None):
+    """One static head's tokens as a rule sees them."""
+    is_text = torch.zeros(len(saliency)).bool() if is_text is None else is_text
+    return prune.HeadTokens(saliency, is_text, sinks, pool, lambda: (keys, values))
 
 
 def test_pooling_averages_neighbours_and_keeps_the_edges_fair():
@@ -95,17 +101,17 @@ def test_pooling_averages_neighbours_and_keeps_the_edges_fair():
 def test_text_comes_before_any_visual_token_and_sinks_before_all():
     saliency = torch.tensor([0.0, 0.9, 0.1, 0.8, 0.2, 0.3])
     is_text = torch.tensor([False, False, True, False, True, False])
-    assert prune.kept_tokens(saliency, is_text, sinks=1, budget=4).tolist() == [0, 1, 2, 4]
+    assert prune.kept_tokens(prune.text_prior(tokens(saliency, is_text, sinks=1)), 4).tolist() == [0, 1, 2, 4]
 
 
 def test_text_beyond_the_budget_is_ranked_among_itself():
-    saliency = torch.tensor([0.3, 0.1, 0.2, 9.0])
+    saliency = torch.tensor([0.3, 0.1, 0.2, 0.9])
     is_text = torch.tensor([True, True, True, False])
-    assert prune.kept_tokens(saliency, is_text, sinks=0, budget=2).tolist() == [0, 2]
+    assert prune.kept_tokens(prune.text_prior(tokens(saliency, is_text)), 2).tolist() == [0, 2]
 
 
 def test_a_budget_beyond_the_tokens_keeps_all():
-    assert prune.kept_tokens(torch.rand(5), torch.zeros(5).bool(), 2, 99).tolist() == [0, 1, 2, 3, 4]
+    assert prune.kept_tokens(torch.rand(5), 99).tolist() == [0, 1, 2, 3, 4]
 
 
 # ---- budget

@@ -76,7 +76,7 @@ def test_pages_differ_from_head_to_head(batch_pages, group):
     table = torch.stack([torch.randperm(20, generator=generator)[:5] for _ in range(3)])
     lengths = torch.tensor([[4, 4, 4, 4, 4], [4, 0, 3, 0, 0], [0, 0, 0, 0, 1]])
     query = torch.randn(3 * group, 8, generator=generator)
-    out = reference.paged_attention(query, pages, table, lengths, 0.4, batch_pages)
+    out, _ = reference.paged_attention(query, pages, table, lengths, 0.4, batch_pages)
     for head in range(3):
         held = [pages[p, :, :n] for p, n in zip(table[head].tolist(), lengths[head].tolist(), strict=True)]
         tokens = torch.cat(held, dim=1)

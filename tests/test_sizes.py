@@ -21,7 +21,9 @@ def decode_bytes(shape: sizes.KVShape, tiers: TierConfig, made: sizes.DecodePlan
     )
     total += sizes.table_bytes(shape, made.layout)
     if made.ranked and n_dynamic:
-        total += sizes.digest_bytes(shape, made.layout, n_dynamic) + sizes.ranking_bytes(shape, made.layout)
+        total += sizes.digest_bytes(shape, tiers, made.layout, n_dynamic) + sizes.ranking_bytes(
+            shape, tiers, made.layout
+        )
     return total
 
 
@@ -73,7 +75,10 @@ def test_the_smallest_cap_named_is_enough_and_less_is_refused(case):
         **{n: getattr(tiers, n) for n in ("chunk_tokens", "sink_tokens", "recent_window", "spare_ratio")},
     )
     sizes.check_cap(SHAPE, enough, layout, rows)
-    assert sizes.block_tokens(SHAPE, enough, tokens, min(rows, tiers.text_window), 0, staged=True) >= tiers.chunk_tokens
+    assert (
+        sizes.block_tokens(SHAPE, enough, tokens, min(rows, tiers.method.text_window), 0, staged=True)
+        >= tiers.chunk_tokens
+    )
     sizes.plan_decode(SHAPE, enough, layout, scores, scores >= 0.5)
     less = TierConfig(gpu_kv_gb=(smallest - 1) / GIB, chunk_tokens=tiers.chunk_tokens)
     with pytest.raises(BudgetError, match="the smallest that works is"):
@@ -89,7 +94,7 @@ def test_prefill_holds_no_more_than_the_cap_and_all_of_it_where_it_fits(share, t
     if resident < tokens:
         assert not resident or sizes.block_tokens(SHAPE, tiers, tokens, 0, resident, staged=True)
     everything = sizes.ceil_div(tokens, chunk) * chunk * SHAPE.token_bytes
-    both = everything + sizes.scoring_bytes(SHAPE, tiers, tokens, tiers.text_window, chunk)
+    both = everything + sizes.scoring_bytes(SHAPE, tiers, tokens, tiers.method.text_window, chunk)
     assert resident >= tokens or both > tiers.cap_bytes
     kept = sizes.resident_beside_scores(SHAPE, tiers, resident, tokens, tokens + rows, rows)
     scored = sizes.block_tokens(SHAPE, tiers, tokens + rows, rows, kept, tokens > kept)
@@ -113,13 +118,29 @@ def test_a_cap_beyond_the_cache_selects_everything_and_ranks_nothing():
     assert not made.ranked
 
 
-def test_a_quality_budget_selects_less_than_is_resident():
-    tiers = TierConfig(gpu_kv_gb=1, budget_ratio=0.2)
+@pytest.mark.parametrize("theta", [0.0, 0.5, 2.0])
+def test_a_quality_budget_is_what_heads_attend_to_on_average(theta):
+    tiers = TierConfig(gpu_kv_gb=1, budget_ratio=0.2, theta=theta)
     layout = sizes.lay_out(tiers, 3000, 10, 20)
-    made = sizes.plan_decode(SHAPE, tiers, layout, torch.zeros(3, 2), torch.zeros(3, 2).bool())
-    assert made.slots == layout.retrievable
-    attended = layout.tokens - layout.recent_start + (layout.sink_chunks + made.selected) * tiers.chunk_tokens
-    assert attended <= 0.2 * 3000
+    scores = torch.tensor([[0.9, 0.1], [0.2, 0.6], [0.3, 0.7]])
+    static = scores >= theta
+    made = sizes.plan_decode(SHAPE, tiers, layout, scores, static)
+    pages = int(made.budgets.static_pages.sum()) + int((~static).sum()) * (layout.sink_chunks + made.selected)
+    attended = layout.tokens - layout.recent_start + pages * tiers.chunk_tokens / 6
+    assert 0.2 * 3000 - tiers.chunk_tokens < attended <= 0.2 * 3000
+
+
+def test_with_a_quality_budget_the_spare_share_sets_the_pool():
+    def slots(share):
+        tiers = TierConfig(gpu_kv_gb=1, budget_ratio=0.2, spare_ratio=share)
+        made = sizes.plan_decode(
+            SHAPE, tiers, sizes.lay_out(tiers, 3000, 10, 20), torch.zeros(3, 2), torch.zeros(3, 2).bool()
+        )
+        return made.selected, made.slots
+
+    (selected, none), (same, half) = slots(0), slots(0.5)
+    assert selected == same == none
+    assert half == 2 * selected
 
 
 def test_the_recent_region_starts_on_a_chunk_and_holds_the_question():

@@ -7,6 +7,8 @@ new token attends to what its heads select. More prompt tokens after a seal lead
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,8 +24,8 @@ from tieredkv.memory.pool import DevicePool
 from tieredkv.memory.prefetch import ThreadPrefetcher
 from tieredkv.memory.transfer import Transfer
 from tieredkv.policy import classify
-from tieredkv.sealed import Tiers
 from tieredkv.stats import Counters
+from tieredkv.tiers import Tiers
 
 
 class TieredCache(Cache):
@@ -71,7 +73,7 @@ class TieredCache(Cache):
         self.new_tokens, self.prompt_tokens = max_new_tokens, prompt_tokens
         self.auto_seal = True
         """Seal at the first single token after the prompt. A session turns this off and seals by itself."""
-        self.text_rows = self.tiers.text_window
+        self.text_rows = self.tiers.method.text_window
         """Last rows of each prefill call to score; 0 when the question is not in it."""
         self.visual: torch.Tensor | None = None
         """`(N,)` mask of visual tokens; None: all but the last `text_rows` tokens count as visual."""
@@ -84,6 +86,7 @@ class TieredCache(Cache):
         self._resident: int | None = None
         self._announced: int | None = None
         self._closed = False
+        self._forced = False
 
     @property
     def tiered_layers(self) -> list[TieredLayer]:
@@ -155,7 +158,8 @@ class TieredCache(Cache):
         """Seal for the first generated token, leave the decode phase for more prompt."""
         length = self.get_seq_length()
         if tokens > 1 and self.sealed:
-            self.unseal()
+            if not self._forced:
+                self.unseal()
             return
         # Without scored rows (after a crop) a single token is prefilled: exact, and it brings rows of its own.
         scored = all(layer.rows is not None for layer in self.tiered_layers)
@@ -186,7 +190,8 @@ class TieredCache(Cache):
             raise RuntimeError("no text rows were scored: nothing to classify the heads by")
         length = self.get_seq_length()
         scores = torch.stack([row.scores for row in rows])
-        static = classify.static_heads(scores, self.tiers.theta)
+        static = classify.static_heads(scores, self.tiers.method.theta)
+        static[: self.tiers.method.dense_layers] = True
         layout = sizes.lay_out(self.tiers, length, self.text_rows, self.new_tokens)
         decode_plan = sizes.plan_decode(self.shape, self.tiers, layout, scores, static)
         if self.visual is None:
@@ -226,6 +231,30 @@ class TieredCache(Cache):
         except BaseException:
             self._drop_pool()
             raise
+
+    @contextmanager
+    def forced(self) -> Iterator[None]:
+        """Inside the block, a call of several tokens on a sealed cache decodes them one after another, as if each had
+        been given alone: known tokens in fewer calls. (Outside, it is more prompt, and leads back to prefill.)"""
+        self._forced = True
+        try:
+            yield
+        finally:
+            self._forced = False
+
+    def set_tiers(self, tiers: TierConfig) -> None:
+        """Other settings from the next seal on; what is cached stays. Not while sealed.
+
+        What the question's rows were scored with (`top_k_ratio`, windows) changes with the next prompt only. Raises
+        `OptionError` where chunks of another size would be needed.
+        """
+        if self.sealed:
+            raise RuntimeError("the cache is sealed: truncate it first")
+        if tiers.chunk_tokens != self.tiers.chunk_tokens:
+            raise OptionError(f"the cache is kept in chunks of {self.tiers.chunk_tokens} tokens: keep chunk_tokens.")
+        self._drop_resident()
+        self.tiers = tiers
+        self.ledger.cap_bytes = tiers.cap_bytes
 
     def unseal(self) -> None:
         """Back to prefill; generated tokens become cached tokens like any other. Nothing happens if not sealed."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from typing import Any
 
 from tieredkv.errors import BudgetError, OptionError
+from tieredkv.policy.base import Policy
+from tieredkv.policy.presets import POLICIES
 
 GIB = 2**30
 DEFAULT_FPS = 2.0
@@ -24,24 +27,13 @@ class TierConfig:
     """Hard cap, in GiB, on the device memory that keys and values may occupy: pool, digests, staging, scores."""
     chunk_tokens: int = 32
     """C: tokens in one chunk, the unit of transfer and of a device page."""
-    theta: float = 0.9
-    """A KV head is static when its text-centric score S >= theta (HybridKV, stage 1)."""
-    top_k_ratio: float = 0.01
-    """k of the text-centric score, as a share of the N cached tokens (ours; the paper leaves k open)."""
-    text_window: int = 64
-    """At most this many of the last text rows give the text-centric score and the saliency (ours)."""
-    saliency_window: int = 32
-    """At most this many of the last text rows rank the visual tokens of static heads (SnapKV's window)."""
-    saliency_pool: int = 5
-    """Width of the average pool over neighbouring tokens' saliency (SnapKV)."""
-    type_split: float = 1.0
-    """r: the dynamic heads' share of the budget relative to their number (HybridKV, stage 2), 0 < r <= 1."""
-    static_floor: float = 0.2
-    """Share of the static heads' mean budget that each of them gets whatever its score (AdaKV)."""
+    policy: str = "hybridkv"
+    """What is kept and what is fetched: a name in `POLICIES`, listed by `tieredkv policies`."""
     budget_ratio: float | None = None
     """Mean share of the prompt a head attends to per step; None: as much as fits under `gpu_kv_gb`."""
     spare_ratio: float = 0.2
-    """Share of a dynamic head's retrieval slots left for chunks that are resident but not selected."""
+    """Share of a dynamic head's retrieval slots left for chunks that are resident but not selected. With a
+    `budget_ratio`, which says how many are selected, a larger share is a larger pool: faster, the answers the same."""
     sink_tokens: int = 4
     """First tokens of the prompt that dynamic heads always attend to."""
     recent_window: int = 32
@@ -55,6 +47,24 @@ class TierConfig:
     prefetch: bool = True
     """Copy the chunks ranked just below the selection ahead of the next step."""
 
+    theta: float | None = None
+    """This and what follows change one field of the policy, which says what it means (`policy.base.Policy`); None
+    leaves it as it is."""
+    top_k_ratio: float | None = None
+    text_window: int | None = None
+    score_group: str | None = None
+    type_split: float | None = None
+    static_weight: str | None = None
+    static_floor: float | None = None
+    saliency_window: int | None = None
+    saliency_pool: int | None = None
+    pruning: str | None = None
+    """Prune static heads by the rule of the policy of this name."""
+    digest: str | None = None
+    chunk_group: str | None = None
+    dense_layers: int | None = None
+    reuse_above: float | None = None
+
     def __post_init__(self) -> None:
         def check(ok: bool, name: str, want: str) -> None:
             if not ok:
@@ -63,15 +73,14 @@ class TierConfig:
         def is_number(value: object) -> bool:
             return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
-        names = ("gpu_kv_gb", "theta", "top_k_ratio", "type_split", "static_floor", "spare_ratio")
-        for name in names:
+        for name in ("gpu_kv_gb", "spare_ratio"):
             check(is_number(getattr(self, name)), name, "a finite number")
         check(
             0 < self.gpu_kv_gb <= 2**20,
             "gpu_kv_gb",
             "a number of GiB above 0 (fractions are allowed) and at most 2**20",
         )
-        for name in ("chunk_tokens", "text_window", "saliency_window", "saliency_pool", "prefill_chunk"):
+        for name in ("chunk_tokens", "prefill_chunk"):
             value = getattr(self, name)
             check(isinstance(value, int) and value >= 1, name, "a whole number of at least 1")
         for name in ("encode_batch", "host_kv_gb"):
@@ -81,21 +90,39 @@ class TierConfig:
         for name in ("sink_tokens", "recent_window"):
             value = getattr(self, name)
             check(isinstance(value, int) and value >= 0, name, "a whole number of at least 0")
-        check(self.saliency_pool % 2 == 1, "saliency_pool", "an odd width")
-        check(0 < self.top_k_ratio <= 1, "top_k_ratio", "a share above 0 and at most 1")
-        check(0 < self.type_split <= 1, "type_split", "a share above 0 and at most 1")
-        check(0 <= self.static_floor <= 1, "static_floor", "a share between 0 and 1")
         check(0 <= self.spare_ratio < 1, "spare_ratio", "a share of at least 0 and below 1")
         check(
             self.budget_ratio is None or (is_number(self.budget_ratio) and 0 < self.budget_ratio <= 1),
             "budget_ratio",
             "None or a share above 0 and at most 1",
         )
+        for name in ("policy", "pruning"):
+            value = getattr(self, name)
+            known = isinstance(value, str) and value in POLICIES
+            check(known or (value is None and name == "pruning"), name, f"one of {', '.join(POLICIES)}")
+        _method.__wrapped__(self)  # raises where a field does not suit the policy
+
+    @property
+    def method(self) -> Policy:
+        """The policy with the fields that are given here."""
+        return _method(self)
 
     @property
     def cap_bytes(self) -> int:
         """`gpu_kv_gb` in bytes."""
         return int(self.gpu_kv_gb * GIB)
+
+
+OVERRIDES = tuple({field.name for field in fields(TierConfig)} & {field.name for field in fields(Policy)})
+"""Fields of a policy that a `TierConfig` can change."""
+
+
+@lru_cache(maxsize=256)
+def _method(tiers: TierConfig) -> Policy:
+    changes = {name: getattr(tiers, name) for name in OVERRIDES if getattr(tiers, name) is not None}
+    if tiers.pruning is not None:
+        changes |= {"rank": POLICIES[tiers.pruning].rank, "merge": POLICIES[tiers.pruning].merge}
+    return replace(POLICIES[tiers.policy], **changes)
 
 
 def tier_config(tiers: TierConfig | None, fields: dict[str, Any]) -> TierConfig:

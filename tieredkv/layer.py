@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from tieredkv.cache import TieredCache
 
 
+DIGEST_CHUNKS = 1024
+"""Chunks digested at a time."""
+
+
 class TieredLayer(CacheLayerMixin):
     """One layer: its host tier, what the last text rows said of it, and, once sealed, its share of the pool."""
 
@@ -36,6 +40,7 @@ class TieredLayer(CacheLayerMixin):
         self.rows: prefill.TextRows | None = None
         self.sealed: SealedLayer | None = None
         self._digests: torch.Tensor | None = None
+        self._digest_kind = ""
         self._digested = 0
         self._check: Callable[[], None] | None = None
 
@@ -97,7 +102,8 @@ class TieredLayer(CacheLayerMixin):
         self.cache.check_turn(self.index)
         self._check_once()
         if self.sealed is not None:
-            out = self.sealed.step(query[:, 0], keys[:, 0], values[:, 0], scaling).unsqueeze(1)
+            rows = zip(query.unbind(1), keys.unbind(1), values.unbind(1), strict=True)
+            out = torch.stack([self.sealed.step(*row, scaling) for row in rows], dim=1)
         else:
             out = self._prefill(query, keys, values, scaling)
         self.cache.attended()
@@ -156,17 +162,25 @@ class TieredLayer(CacheLayerMixin):
         self._digest_new_chunks()
 
     def _digest_new_chunks(self) -> None:
+        """Digests of the kind that the policy asks for, of every whole chunk that has none."""
         assert self.host is not None
+        kind = self.cache.tiers.method.digest
+        if kind != self._digest_kind:
+            self._digests, self._digested, self._digest_kind = None, 0, kind
         whole = self.host.length // self.host.chunk_tokens
-        if whole > self._digested:
-            new = digest.cuboid_mean(self.host.chunks(self._digested, whole)[:, :, 0])
-            held = [] if self._digests is None else [self._digests[:, : self._digested]]
-            self._digests = torch.cat([*held, new], dim=1)
+        held = [] if self._digests is None else [self._digests[:, : self._digested]]
+        make = digest.DIGESTS[kind].make
+        new = [
+            make(self.host.chunks(first, min(first + DIGEST_CHUNKS, whole))[:, :, 0])
+            for first in range(self._digested, whole, DIGEST_CHUNKS)
+        ]
+        if new:
+            self._digests = torch.cat([*held, *new], dim=1)
             self._digested = whole
 
     def truncate(self, tokens: int) -> None:
         """Forget all but the first `tokens` tokens. Not while sealed."""
-        if self.host is None or tokens > self.host.length:
+        if self.host is None or tokens >= self.host.length:
             return
         self.host.truncate(tokens)
         if self.resident is not None:
@@ -180,7 +194,7 @@ class TieredLayer(CacheLayerMixin):
         self._check_once()  # or damage would be given a checksum that fits it
         tensors = {"kv": self.host.whole(sizes.QUESTION_ROOM)}
         if self._digests is not None:
-            tensors["digests"] = self._digests[:, : self._digested].contiguous()
+            tensors[f"digests.{self._digest_kind}"] = self._digests[:, : self._digested].contiguous()
         return tensors
 
     def restore(self, state: dict[str, torch.Tensor], tokens: int, check: Callable[[], None]) -> None:
@@ -190,7 +204,8 @@ class TieredLayer(CacheLayerMixin):
         heads, _, _, c, head_dim = arena.shape
         self.host = HostLayer(heads, head_dim, c, self.dtype)
         self.host.adopt(arena, tokens)
-        self._digests = state.get("digests")
+        self._digest_kind = self.cache.tiers.method.digest
+        self._digests = state.get(f"digests.{self._digest_kind}")  # of another kind: made anew when sealed
         self._digested = 0 if self._digests is None else self._digests.shape[1]
         self._check = check
         self.is_initialized = True
@@ -205,7 +220,7 @@ class TieredLayer(CacheLayerMixin):
         """Enter the decode phase. static: `(K,)`."""
         assert self.host is not None
         assert self.rows is not None
-        assert self._digests is not None or tiers.plan.layout.old_chunks == 0
+        self._digest_new_chunks()
         digests = self.host.chunks(0, 0)[:, :, 0] if self._digests is None else self._digests
         self.sealed = SealedLayer(self.index, self.host, digests, static, self.rows, is_text, tiers)
 

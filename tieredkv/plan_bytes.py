@@ -38,10 +38,10 @@ def decode_bytes(shape: KVShape, tiers: TierConfig, made: sizes.DecodePlan, stat
         "recent pages": shape.kv_heads * layout.recent_pages * page,
         "static pages": int(made.budgets.static_pages[static].sum()) * page,
         "retrieval pool": n_dynamic * (layout.sink_chunks + made.slots) * page,
-        "digests": sizes.digest_bytes(shape, layout, n_dynamic) if ranked else 0,
+        "digests": sizes.digest_bytes(shape, tiers, layout, n_dynamic) if ranked else 0,
         "tables": tables,
-        "ranking": sizes.ranking_bytes(shape, layout) if ranked else 0,
-        "attention": min(made.scratch_pages, widest) * sizes.scratch_page_bytes(shape, tiers),
+        "ranking": sizes.ranking_bytes(shape, tiers, layout) if ranked else 0,
+        "attention": min(made.scratch_pages, heads * widest) * sizes.scratch_page_bytes(shape, tiers),
     }
 
 
@@ -80,6 +80,6 @@ def _calls(shape: KVShape, tiers: TierConfig, prompt: int, asked: int) -> list[t
     calls = [(begin, min(begin + size, prefix), 0, room) for begin in range(0, prefix, size)]
     last = max(prefix, prompt - size)
     calls += [(max(prefix, stop - size), stop, 0, room) for stop in range(last, prefix, -size)]
-    rows = min(asked, size, tiers.text_window)
+    rows = min(asked, size, tiers.method.text_window)
     left = sizes.resident_beside_scores(shape, tiers, room, last, prompt, rows)
     return [*calls, (last, prompt, rows, left)]

@@ -18,7 +18,7 @@ from tieredkv.memory.device import DeviceLedger
 from tieredkv.memory.host import HostLayer
 from tieredkv.memory.prefetch import Prefetcher
 from tieredkv.memory.transfer import Transfer
-from tieredkv.policy import classify, prune
+from tieredkv.policy import classify
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class TextRows:
     scores: torch.Tensor
     """S of each KV head, `(K,)`."""
     saliency: torch.Tensor
-    """Attention the rows pay each token, averaged over rows, group and neighbours: `(K, N)`, on the host."""
+    """Attention the rows pay each token, averaged over rows and group: `(K, N)` float32, on the host."""
 
 
 @dataclass(slots=True)
@@ -184,8 +184,8 @@ def score_text_rows(
     """
     t, new = query.shape[1], keys.shape[1]
     total = past.tokens + new
-    k = classify.top_k_count(tiers.top_k_ratio, total)
-    window = min(t, tiers.saliency_window)
+    k = classify.top_k_count(tiers.method.top_k_ratio, total)
+    window = min(t, tiers.method.saliency_window)
     saliency = torch.empty((keys.shape[0], total), dtype=torch.float32)
     best: torch.Tensor | None = None
     done = 0
@@ -204,6 +204,6 @@ def score_text_rows(
         take(reference.row_weights(query, block, lse, scaling, first_hidden=sees - start))
     assert best is not None
     return TextRows(
-        scores=classify.text_centric_scores(best).cpu(),
-        saliency=prune.pool_saliency(saliency, tiers.saliency_pool),
+        scores=classify.text_centric_scores(best, tiers.method.score_group).cpu(),
+        saliency=saliency,
     )

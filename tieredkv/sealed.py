@@ -6,37 +6,16 @@ pruning; for a dynamic head, the sink chunks and the chunks selected in this ste
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 
 from tieredkv.attention import reference
-from tieredkv.config import TierConfig
 from tieredkv.errors import BudgetError
-from tieredkv.memory.device import DeviceLedger
 from tieredkv.memory.host import HostLayer
-from tieredkv.memory.pool import DevicePool, Residency
-from tieredkv.memory.prefetch import Prefetcher
-from tieredkv.memory.transfer import Transfer
-from tieredkv.policy import digest, prune, select
+from tieredkv.policy import prune
 from tieredkv.prefill import TextRows
-from tieredkv.sizes import DecodePlan, KVShape, ranking_bytes, scratch_page_bytes
-from tieredkv.stats import Counters, Selection
-
-
-@dataclass(frozen=True, slots=True)
-class Tiers:
-    """What all layers of one cache share while decoding."""
-
-    config: TierConfig
-    shape: KVShape
-    plan: DecodePlan
-    ledger: DeviceLedger
-    pool: DevicePool
-    transfer: Transfer
-    prefetcher: Prefetcher | None
-    counters: Counters
+from tieredkv.retrieval import Retrieval
+from tieredkv.sizes import scratch_page_bytes
+from tieredkv.tiers import Tiers
 
 
 class SealedLayer:
@@ -61,7 +40,6 @@ class SealedLayer:
         layout, plan = tiers.plan.layout, tiers.plan
         heads, self._c = host.num_heads, host.chunk_tokens
         self.generated = 0
-        self._clock = 0
 
         self.static = static.nonzero().squeeze(1)
         self.dynamic = (~static).nonzero().squeeze(1)
@@ -77,15 +55,11 @@ class SealedLayer:
         for head in self.static.tolist():
             pages = int(static_pages[head])
             self._fill_static(head, pages, recent, rows.saliency[head, : layout.recent_start], is_text)
+        self.retrieval: Retrieval | None = None
         if len(self.dynamic):
             self._fill_sinks(sinks, recent)
-            self._fill_retrieval(sinks, layout.retrievable, rows.saliency)
-        self.digests: torch.Tensor | None = None
-        if len(self.dynamic) and plan.ranked:
-            shape = (len(self.dynamic), layout.retrievable, 2, host.head_dim)
-            self.digests = tiers.ledger.empty("digests", shape, host.dtype, self.device)
-            self.digests.copy_(digests[self.dynamic, sinks : sinks + layout.retrievable])
-            tiers.counters.warm_bytes += self.digests.numel() * self.digests.itemsize
+            self.retrieval = Retrieval(index, host, self.dynamic, digests, rows.saliency, tiers)
+            self.lengths[self.dynamic, self._picked] = self._c  # retrievable chunks are always full
 
     @property
     def length(self) -> int:
@@ -113,9 +87,15 @@ class SealedLayer:
         if pages == 0:
             return
         config, c, pool = self.tiers.config, self._c, self.tiers.pool
-        kept = prune.kept_tokens(saliency, is_text[: saliency.shape[0]], config.sink_tokens, pages * c)
+        method, n = config.method, saliency.shape[0]
+
+        def read() -> tuple[torch.Tensor, torch.Tensor]:
+            return self.host.tokens(head, torch.arange(n))
+
+        tokens = prune.HeadTokens(saliency, is_text[:n], config.sink_tokens, method.saliency_pool, read)
+        kept = prune.kept_tokens(method.rank(tokens), pages * c)
+        keys, values = self.host.tokens(head, kept) if method.merge is None else method.merge(tokens, kept)
         slots = pool.take(pages)
-        keys, values = self.host.tokens(head, kept)
         for page in range(pages):
             part = slice(page * c, min((page + 1) * c, kept.numel()))
             count = max(0, part.stop - part.start)
@@ -133,52 +113,22 @@ class SealedLayer:
         who = self.dynamic.repeat_interleave(sinks)
         self.tiers.counters.warm_bytes += self._gather(who, torch.arange(sinks).repeat(n), slots.flatten())
 
-    def _fill_retrieval(self, sinks: int, chunks: int, saliency: torch.Tensor) -> None:
-        """Take the retrieval slots and fill them with the chunks that the question's rows looked at most."""
-        n, slots = len(self.dynamic), self.tiers.plan.slots
-        self.tiers.ledger.reserve("tables", Residency.bytes_for(n, slots, chunks))
-        self.residency = Residency(self.tiers.pool.take(n * slots).view(n, slots), chunks)
-        if slots == 0:
-            return
-        first = sinks * self._c
-        mass = saliency[self.dynamic, first : first + chunks * self._c].view(n, chunks, self._c).sum(-1)
-        likely = select.ranked_chunks(mass, slots).to(self.device)
-        # Worst first: of slots used equally long ago, the first gives way.
-        local, _ = self.residency.admit(likely.flip(1), self._clock)
-        self.tiers.counters.warm_bytes += self._copy_chunks(likely.flip(1), local)()
-        self.lengths[self.dynamic, self._picked] = self._c  # retrievable chunks are always full
-        if not self.tiers.plan.ranked:
-            self.table[self.dynamic, self._picked] = self.residency.slots
-
-    def _copy_chunks(
-        self, ids: torch.Tensor, local: torch.Tensor, mask: torch.Tensor | None = None
-    ) -> Callable[[], int]:
-        """The copy of retrievable chunks `ids` `(n, m)` into local slots, where `mask` is set, as a deferred call."""
-        heads = self.dynamic.unsqueeze(1).expand_as(ids)
-        slots = self.residency.slots.gather(1, local)
-        ids = ids + self.tiers.plan.layout.sink_chunks
-        if mask is not None:
-            heads, ids, slots = heads[mask], ids[mask], slots[mask]
-        heads, ids, slots = heads.flatten(), ids.flatten(), slots.flatten()
-        return lambda: self._gather(heads, ids, slots)
-
     # ---- decode
 
     def step(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
         """Take one token's key and value, each `(K, D)`, and attend with its query `(H, D)`: output `(H, D)`."""
         tiers = self.tiers
-        if tiers.prefetcher is not None:
-            tiers.counters.prefetched_bytes += tiers.prefetcher.wait(self.index)
-        self._clock += 1
         self._append(key, value)
-        if self.digests is not None:
-            self._select(query, scaling)
+        if self.retrieval is not None:
+            grouped = query.view(self.host.num_heads, -1, query.shape[-1])
+            self.table[self.dynamic, self._picked] = self.retrieval.slots_for(grouped, scaling)
         page = scratch_page_bytes(tiers.shape, tiers.config)
-        used = min(tiers.plan.scratch_pages, self.table.shape[1])
+        used = min(tiers.plan.scratch_pages, self.table.numel())
         with tiers.ledger.scratch("scratch", used * page):
-            return reference.paged_attention(
+            out, _ = reference.paged_attention(
                 query, tiers.pool.pages, self.table, self.lengths, scaling, tiers.plan.scratch_pages
             )
+        return out
 
     def _append(self, key: torch.Tensor, value: torch.Tensor) -> None:
         page, offset = divmod(self.recent_tokens, self._c)
@@ -193,27 +143,6 @@ class SealedLayer:
         self.lengths[:, page] = offset + 1
         self.recent_tokens += 1
         self.generated += 1
-
-    def _select(self, query: torch.Tensor, scaling: float) -> None:
-        """Rank the chunks for this query, bring the best into the pool, and start on the next best."""
-        assert self.digests is not None
-        tiers, plan = self.tiers, self.tiers.plan
-        grouped = query.view(self.host.num_heads, -1, query.shape[-1])[self.dynamic]
-        with tiers.ledger.scratch("ranking", ranking_bytes(tiers.shape, plan.layout)):
-            share = select.group_share(digest.digest_logits(grouped, self.digests, scaling))
-            ranked = select.ranked_chunks(share, min(plan.slots, plan.layout.retrievable))
-        wanted, next_best = ranked[:, : plan.selected], ranked[:, plan.selected :]
-        local, miss = self.residency.admit(wanted, self._clock)
-        tiers.counters.missed_bytes += self._copy_chunks(wanted, local, miss)()
-        tiers.counters.selected += miss.numel()
-        tiers.counters.resident += miss.numel() - int(miss.sum())
-        self.table[self.dynamic, self._picked] = self.residency.slots.gather(1, local)
-        if tiers.counters.trace is not None:
-            first = (wanted + plan.layout.sink_chunks) * self._c
-            tiers.counters.trace.append(Selection(self._clock, self.index, self.dynamic, first))
-        if tiers.prefetcher is not None and next_best.shape[1]:
-            ahead, absent = self.residency.admit(next_best, self._clock, protected=local)
-            tiers.prefetcher.submit(self.index, self._copy_chunks(next_best, ahead, absent))
 
     # ---- end
 

@@ -286,7 +286,7 @@ class VideoSession:
             # The question's last rows, which classify the heads, go in one call.
             first_calls = max(0, tail - self.tiers.prefill_chunk)
             for begin, stop in _spans(first_calls, self.tiers.prefill_chunk, tail):
-                cache.text_rows = min(stop - begin, self.tiers.text_window) if stop == tail else 0
+                cache.text_rows = min(stop - begin, self.tiers.method.text_window) if stop == tail else 0
                 embeddings = family.embed(model, tail_ids[:, begin:stop].to(self._device))
                 hidden = family.decode(model, embeddings, positions[:, begin:stop], cache)
             logits = family.logits(model, hidden[:, -1])

@@ -15,6 +15,7 @@ from tieredkv.config import GIB, TierConfig
 from tieredkv.errors import BudgetError, UnsupportedModelError
 from tieredkv.policy.budget import Budgets, split_budget
 from tieredkv.policy.classify import top_k_count
+from tieredkv.policy.digest import DIGESTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -101,13 +102,13 @@ class Layout:
 
 def question_rows(tiers: TierConfig, asked: int) -> int:
     """Text rows that are scored for a question of `asked` tokens: the last ones of its last prefill call."""
-    return min(asked, tiers.prefill_chunk, tiers.text_window)
+    return min(asked, tiers.prefill_chunk, tiers.method.text_window)
 
 
 def lay_out(tiers: TierConfig, tokens: int, text_rows: int, new_tokens: int) -> Layout:
     """Divide `tokens` prompt tokens, the last `text_rows` of them the question, before `new_tokens` generated ones."""
     c = tiers.chunk_tokens
-    window = max(tiers.recent_window, min(text_rows, tiers.text_window))
+    window = max(tiers.recent_window, min(text_rows, tiers.method.text_window))
     start = c * (max(0, tokens - window) // c)
     return Layout(
         chunk_tokens=c,
@@ -146,8 +147,12 @@ def page_bytes(shape: KVShape, tiers: TierConfig) -> int:
 def host_bytes(shape: KVShape, tiers: TierConfig, prompt: int) -> int:
     """Host memory of the complete cache of `prompt` tokens: whole chunks, room for a longer question, digests."""
     chunks = ceil_div(prompt + QUESTION_ROOM, tiers.chunk_tokens)
-    digests = 2 * shape.head_dim * shape.itemsize
-    return shape.kv_heads * chunks * (page_bytes(shape, tiers) + digests)
+    return shape.kv_heads * chunks * (page_bytes(shape, tiers) + one_digest_bytes(shape, tiers))
+
+
+def one_digest_bytes(shape: KVShape, tiers: TierConfig) -> int:
+    """The digest of one chunk."""
+    return DIGESTS[tiers.method.digest].vectors * shape.head_dim * shape.itemsize
 
 
 def scratch_page_bytes(shape: KVShape, tiers: TierConfig) -> int:
@@ -165,16 +170,16 @@ def table_bytes(shape: KVShape, layout: Layout) -> int:
     return shape.kv_heads * (pages * per_page + layout.retrievable * per_chunk)
 
 
-def digest_bytes(shape: KVShape, layout: Layout, dynamic_heads: int) -> int:
-    """Digests of every retrievable chunk of `dynamic_heads` heads: two vectors each."""
-    return dynamic_heads * layout.retrievable * 2 * shape.head_dim * shape.itemsize
+def digest_bytes(shape: KVShape, tiers: TierConfig, layout: Layout, dynamic_heads: int) -> int:
+    """Digests of every retrievable chunk of `dynamic_heads` heads."""
+    return dynamic_heads * layout.retrievable * one_digest_bytes(shape, tiers)
 
 
-def ranking_bytes(shape: KVShape, layout: Layout) -> int:
+def ranking_bytes(shape: KVShape, tiers: TierConfig, layout: Layout) -> int:
     """Scratch of ranking one layer's chunks: logits, softmax, shares; the digests in float32 if they are not."""
     per_chunk = 3 * shape.num_attention_heads + shape.num_key_value_heads
     if shape.itemsize != FLOAT32:
-        per_chunk += 2 * shape.num_key_value_heads * shape.head_dim
+        per_chunk += DIGESTS[tiers.method.digest].vectors * shape.num_key_value_heads * shape.head_dim
     return layout.retrievable * per_chunk * FLOAT32
 
 
@@ -188,7 +193,7 @@ def scoring_bytes(shape: KVShape, tiers: TierConfig, tokens: int, rows: int, blo
     if rows == 0:
         return 0
     heads = shape.num_attention_heads
-    k = top_k_count(tiers.top_k_ratio, tokens)
+    k = top_k_count(tiers.method.top_k_ratio, tokens)
     keys_float = shape.num_key_value_heads * block_tokens * shape.head_dim
     weights = 3 * heads * rows * block_tokens
     top = 7 * heads * rows * min(k, tokens)  # old, block's, both joined, and the new with its int64 indices
@@ -202,7 +207,7 @@ def resident_tokens(shape: KVShape, tiers: TierConfig, tokens: int) -> int:
     the first are read the most often. Room for the scores of `text_window` rows is left free if that saves more copies
     at the end, where residents make way otherwise, than it costs before.
     """
-    c, rows = tiers.chunk_tokens, tiers.text_window
+    c, rows = tiers.chunk_tokens, tiers.method.text_window
     everything = ceil_div(tokens, c) * c
     choices = []
     if block_tokens(shape, tiers, tokens, rows=0, resident=everything, staged=False):
@@ -256,53 +261,79 @@ def plan_decode(
     scores: torch.Tensor,
     static: torch.Tensor,
 ) -> DecodePlan:
-    """Spend the cap on one prompt. scores, static: `(L, K)`. Raises `BudgetError`, naming the least cap that works."""
+    """Spend the cap on one prompt. scores, static: `(L, K)`; heads of dense layers are static, and keep everything.
+
+    Raises `BudgetError`, naming the least cap that works.
+    """
     page = page_bytes(shape, tiers)
     scratch_page = scratch_page_bytes(shape, tiers)
     n_heads = shape.kv_heads
+    most = layout.old_chunks
+    everything = n_heads * (most + layout.recent_pages)
+    dense = tiers.method.dense_layers
+    if not bool(static[:dense].all()):
+        raise ValueError("heads of dense layers must be static")
+    n_dense = static[:dense].numel()
     n_dynamic = int((~static).sum())
-    everything = n_heads * (layout.old_chunks + layout.recent_pages)
 
     def pages_for(nbytes: int) -> tuple[int, int]:
-        """Pool pages and scratch pages that `nbytes` hold: scratch for an average head's pages, at least one."""
+        """Pool pages and scratch pages that `nbytes` hold: scratch for an average head's pages, at least one a head."""
         pool = max(0, (nbytes - scratch_page) // page)
         while pool > 0:
-            scratch = max(1, ceil_div(pool, n_heads))
+            scratch = max(shape.num_key_value_heads, ceil_div(pool, n_heads))
             if pool * page + scratch * scratch_page <= nbytes:
                 return pool, scratch
             pool -= max(1, (pool * page + scratch * scratch_page - nbytes) // (page + scratch_page))
         return 0, 0
 
+    def wider(scratch: int, used: int, nbytes: int) -> int:
+        """More scratch, up to a layer's pages, where `used` pool pages leave room in `nbytes`: fewer, larger steps."""
+        return min(max(scratch, ceil_div(used, shape.num_layers)), max(scratch, (nbytes - used * page) // scratch_page))
+
     cap = tiers.cap_bytes - table_bytes(shape, layout)
     pool, scratch = pages_for(cap)
-    most = layout.old_chunks
-    if pool >= everything and tiers.budget_ratio is None:
+    if pool >= everything and (tiers.budget_ratio is None or tiers.method.keep_all):
         return DecodePlan(
             layout=layout,
             budgets=Budgets(torch.where(static, most, 0), most),
             selected=layout.retrievable,
             slots=layout.retrievable,
             pool_pages=everything,
-            scratch_pages=max(1, ceil_div(everything, n_heads)),
+            scratch_pages=wider(scratch, everything, cap),
         )
 
-    ranking = ranking_bytes(shape, layout) if n_dynamic else 0
-    pool, scratch = pages_for(cap - digest_bytes(shape, layout, n_dynamic) - ranking)
-    total = pool - n_heads * layout.recent_pages
-    least = _least_pages(layout)
+    ranking = ranking_bytes(shape, tiers, layout) if n_dynamic else 0
+    cap -= digest_bytes(shape, tiers, layout, n_dynamic) + ranking
+    pool, scratch = pages_for(cap)
+    affordable = pool - n_heads * layout.recent_pages - n_dense * most
+    least, ratio = _least_pages(layout), tiers.budget_ratio
+    total = affordable
+    if ratio is not None:
+        old = ratio * layout.tokens - (layout.tokens - layout.recent_start)
+        total = min(affordable, (n_heads - n_dense) * max(least, int(old // layout.chunk_tokens)))
+    rest, method = static[dense:], tiers.method
     try:
-        budgets = split_budget(scores, static, total, most, least, tiers.type_split, tiers.static_floor)
+        if method.keep_all:
+            raise ValueError("everything does not fit")
+        budgets = split_budget(
+            scores[dense:], rest, total, most, least, method.type_split, method.static_floor, method.static_weight
+        )
     except ValueError:
         raise refusal(shape, tiers, layout) from None
-    slots = max(0, budgets.dynamic_pages - layout.sink_chunks)
-    selected = slots if slots == layout.retrievable else slots - min(slots - 1, int(slots * tiers.spare_ratio))
-    if tiers.budget_ratio is not None:
-        wanted = tiers.budget_ratio * layout.tokens - (layout.tokens - layout.recent_start)
-        quality = max(least, int(wanted // tiers.chunk_tokens))
-        budgets = Budgets(budgets.static_pages.clamp(max=quality), budgets.dynamic_pages)
-        selected = min(selected, max(1, quality - layout.sink_chunks)) if layout.retrievable else 0
+    static_pages = torch.cat((torch.full_like(static[:dense], most, dtype=torch.int64), budgets.static_pages))
+    budgets = Budgets(static_pages, budgets.dynamic_pages)
+
+    room = max(0, budgets.dynamic_pages - layout.sink_chunks)
+    if ratio is None:  # all of it is slots, some of them spare
+        slots = room
+        selected = slots if slots == layout.retrievable else slots - min(slots - 1, int(slots * tiers.spare_ratio))
+    else:  # as many are selected as the ratio says, and the spare ones come on top
+        selected = room
+        left = (affordable - int(budgets.static_pages[dense:].sum())) // n_dynamic if n_dynamic else 0
+        slots = min(int(selected / (1 - tiers.spare_ratio)), left - layout.sink_chunks, layout.retrievable)
+        slots = max(slots, selected)
     used = n_heads * layout.recent_pages + int(budgets.static_pages.sum()) + n_dynamic * (layout.sink_chunks + slots)
-    return DecodePlan(layout, budgets, selected, slots, used, scratch)
+    return DecodePlan(layout, budgets, selected, slots, used, wider(scratch, used, cap))
 
 
 def _least_pages(layout: Layout) -> int:
@@ -313,11 +344,20 @@ def _least_pages(layout: Layout) -> int:
 def smallest_cap_bytes(shape: KVShape, tiers: TierConfig, layout: Layout, text_rows: int) -> int:
     """The least cap with which this prompt can be prefilled and decoded, whatever the heads turn out to be."""
     c = tiers.chunk_tokens
-    rows = min(text_rows, tiers.text_window)
+    rows = min(text_rows, tiers.method.text_window)
     prefill = staging_bytes(shape, c) + scoring_bytes(shape, tiers, layout.tokens, rows, c)
-    pages = shape.kv_heads * (layout.recent_pages + _least_pages(layout))
-    scratch = max(1, ceil_div(pages, shape.kv_heads)) * scratch_page_bytes(shape, tiers)
-    ranking = digest_bytes(shape, layout, shape.kv_heads) + ranking_bytes(shape, layout)
+    method = tiers.method
+    dense = (
+        shape.kv_heads if method.keep_all else min(method.dense_layers, shape.num_layers) * shape.num_key_value_heads
+    )
+    others = shape.kv_heads - dense
+    pages = shape.kv_heads * layout.recent_pages + dense * layout.old_chunks + others * _least_pages(layout)
+    gathered = max(shape.num_key_value_heads, ceil_div(pages, shape.kv_heads))
+    scratch = gathered * scratch_page_bytes(shape, tiers)
+    may_rank = others and method.theta > 0
+    ranking = 0
+    if may_rank:
+        ranking = digest_bytes(shape, tiers, layout, others) + ranking_bytes(shape, tiers, layout)
     decode = pages * page_bytes(shape, tiers) + scratch + ranking + table_bytes(shape, layout)
     return max(prefill, decode)
 
@@ -332,7 +372,7 @@ def refusal(
     shape: KVShape, tiers: TierConfig, layout: Layout, text_rows: int | None = None, remedy: str = FEWER_TOKENS
 ) -> BudgetError:
     """The error that says what was asked, what it takes, and the smallest `gpu_kv_gb` that works."""
-    rows = tiers.text_window if text_rows is None else text_rows
+    rows = tiers.method.text_window if text_rows is None else text_rows
     smallest = smallest_cap_bytes(shape, tiers, layout, rows)
     return BudgetError(
         f"gpu_kv_gb={tiers.gpu_kv_gb:g} is too small for {layout.tokens:,} tokens in {shape.kv_heads} KV heads "

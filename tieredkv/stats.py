@@ -18,6 +18,8 @@ class Selection:
     """`(n,)` KV heads."""
     first_token: torch.Tensor
     """`(n, m)` index of each selected chunk's first token in the prompt."""
+    query: torch.Tensor
+    """`(K, G, D)`: the layer's query in this step."""
 
 
 @dataclass(slots=True)
@@ -28,6 +30,8 @@ class Counters:
     """Chunks that dynamic heads attended to, over all steps, layers and heads."""
     resident: int = 0
     """Those of them that were in the pool already."""
+    reused: int = 0
+    """Chunks attended to because the step before had chosen them."""
     missed_bytes: int = 0
     prefetched_bytes: int = 0
     warm_bytes: int = 0

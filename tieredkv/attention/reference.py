@@ -76,43 +76,42 @@ def paged_attention(
     lengths: torch.Tensor,
     scaling: float,
     batch_pages: int,
-) -> torch.Tensor:
-    """One query token over pages that differ from head to head: output `(H, D)` in the query's dtype.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One query token over pages that differ from head to head: output `(H, D)` in the query's dtype, lse `(H,)`.
 
     query `(H, D)`, pages `(S, 2, C, D)`, table `(K, P)`: the pages of each head in any order, lengths `(K, P)`: how
     many of a page's first tokens count (0: the entry is not there). Every head needs at least one token.
-    batch_pages: pages gathered at a time, which bounds the scratch at `batch_pages` pages whatever `P` is.
+    batch_pages: pages gathered at a time, at least one per KV head, which bounds the scratch whatever `P` is.
     """
     heads, d = query.shape
-    kv_heads, _ = table.shape
-    c = pages.shape[2]
-    within = torch.arange(c, device=pages.device)
-    out = torch.empty_like(query)
+    kv_heads, columns = table.shape
     grouped = query.float().view(kv_heads, heads // kv_heads, d)
-    for head in range(kv_heads):
-        used = lengths[head].nonzero().squeeze(1)
-        if used.numel() == 0:
-            raise ValueError(f"KV head {head} has no page to attend to")
-        merged: tuple[torch.Tensor, torch.Tensor] | None = None
-        for part in used.split(batch_pages):
-            hidden = (within >= lengths[head, part].unsqueeze(1)).reshape(-1)
-            step = _attend_pages(grouped[head], pages, table[head, part], hidden, scaling)
-            merged = step if merged is None else merge(*merged, *step)
-        assert merged is not None
-        out.view(kv_heads, -1, d)[head] = merged[0].to(out.dtype)
-    return out
+    within = torch.arange(pages.shape[2], device=pages.device)
+    width = max(1, batch_pages // kv_heads)
+    merged: tuple[torch.Tensor, torch.Tensor] | None = None
+    for first in range(0, columns, width):
+        part = slice(first, first + width)
+        hidden = (within >= lengths[:, part].unsqueeze(-1)).view(kv_heads, -1)
+        step = _attend_pages(grouped, pages[table[:, part]], hidden, scaling)
+        merged = step if merged is None else merge(*merged, *step)
+    if merged is None or bool((merged[1] <= torch.finfo(torch.float32).min).any()):
+        raise ValueError("a KV head has no page to attend to")
+    return merged[0].view(heads, d).to(query.dtype), merged[1].view(heads)
 
 
 def _attend_pages(
-    query: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor, hidden: torch.Tensor, scaling: float
+    query: torch.Tensor, gathered: torch.Tensor, hidden: torch.Tensor, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of one group `(G, D)`, float32, over a few gathered pages: output and lse. hidden: `(pages * C,)`."""
-    d = query.shape[-1]
-    gathered = pages[slots]
-    logits = (query @ gathered[:, 0].reshape(-1, d).float().T).mul_(scaling)
-    logits.masked_fill_(hidden, float("-inf"))
-    lse = logits.logsumexp(-1)
+    """Attention of `(K, G, D)`, float32, over a few gathered pages `(K, w, 2, C, D)`: output and lse.
+
+    hidden: `(K, w * C)`. A head all of whose tokens are hidden gives 0 and the least finite lse.
+    """
+    kv_heads, d = query.shape[0], query.shape[-1]
+    keys = gathered[:, :, 0].float().reshape(kv_heads, -1, d)
+    logits = (query @ keys.transpose(1, 2)).mul_(scaling).masked_fill_(hidden.unsqueeze(1), float("-inf"))
+    del keys
+    lse = logits.logsumexp(-1).clamp_(min=torch.finfo(torch.float32).min)
     weights = logits.sub_(lse.unsqueeze(-1)).exp_()
     # What lies beyond a page's length was never written: 0 times NaN would still be NaN.
-    values = gathered[:, 1].reshape(-1, d).float().masked_fill_(hidden.unsqueeze(-1), 0.0)
+    values = gathered[:, :, 1].float().reshape(kv_heads, -1, d).masked_fill_(hidden.unsqueeze(-1), 0.0)
     return weights @ values, lse

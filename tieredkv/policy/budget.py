@@ -6,6 +6,7 @@ are outside: every head has those anyway.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,15 @@ class Budgets:
     """Pages of every dynamic head: sink chunks and retrieved chunks together."""
 
 
+WEIGHTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "need": lambda scores: (1.0 - scores).clamp(min=0) + 1e-6,
+    "score": lambda scores: scores.clamp(min=0) + 1e-6,
+    "even": torch.ones_like,
+}
+"""Weights by which static heads share their budget, from their scores S. The paper gives no sign: a head whose rows are
+less concentrated may need more ("need"), or a head that is known to concentrate may deserve more ("score")."""
+
+
 def split_budget(
     scores: torch.Tensor,
     static: torch.Tensor,
@@ -29,13 +39,14 @@ def split_budget(
     least_dynamic: int,
     type_split: float,
     static_floor: float,
+    static_weight: str = "need",
 ) -> Budgets:
     """Divide `total_pages` among the heads of a model.
 
     scores, static: `(L, K)`, S and the static mask. most_pages: pages that hold everything; no head gets more.
     least_dynamic: pages a dynamic head cannot do without. With `n_s` static and `n_d` dynamic heads,
-    B_dyn = type_split * B * n_d / (n_s + n_d), shared evenly; the static heads share the rest by weight 1 - S
-    (a head whose text rows are less concentrated needs more), each getting at least `static_floor` of their mean.
+    B_dyn = type_split * B * n_d / (n_s + n_d), shared evenly; the static heads share the rest by `static_weight`, each
+    getting at least `static_floor` of their mean.
     Never spends more than `total_pages` unless the minimum (least_dynamic per dynamic head, 1 per static one)
     already does, which raises ValueError.
     """
@@ -54,7 +65,7 @@ def split_budget(
 
     static_pages = torch.zeros(scores.shape, dtype=torch.int64)
     if n_static:
-        weights = (1.0 - scores[static].double()).clamp(min=0) + 1e-6
+        weights = WEIGHTS[static_weight](scores[static].double())
         static_pages[static] = _share_out(weights, left, most_pages, static_floor)
         if n_dynamic:  # what capped static heads could not use goes back to the dynamic ones
             unused = left - int(static_pages.sum())

@@ -28,13 +28,14 @@ def merge_top_k(best: torch.Tensor | None, weights: torch.Tensor, k: int) -> tor
     return both.topk(min(k, both.shape[-1]), dim=-1, sorted=False).values
 
 
-def text_centric_scores(best: torch.Tensor) -> torch.Tensor:
-    """S of each KV head, `(K,)` in [0, 1]: mean over text rows and group of the mass of the row's top k.
+def text_centric_scores(best: torch.Tensor, group: str = "mean") -> torch.Tensor:
+    """S of each KV head, `(K,)` in [0, 1], from the rows' top k `(K, G, T, k)`.
 
-    HybridKV, stage 1: S = mean over text rows of the sum of the row's top-k attention weights. The mean over the
-    group's query heads is ours (the paper does not say what happens under grouped-query attention).
+    HybridKV, stage 1: S = mean over text rows of the sum of the row's top-k attention weights. The mean or maximum
+    over the group's query heads is ours (the paper does not say what happens under grouped-query attention).
     """
-    return best.sum(-1).mean(dim=(1, 2)).clamp(0.0, 1.0)
+    scores = best.sum(-1).mean(-1)
+    return (scores.amax(-1) if group == "max" else scores.mean(-1)).clamp(0.0, 1.0)
 
 
 def static_heads(scores: torch.Tensor, theta: float) -> torch.Tensor:

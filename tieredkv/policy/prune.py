@@ -1,9 +1,28 @@
-"""Stage 3, static heads: text-prior pruning, once per question."""
+"""Stage 3, static heads: which tokens they keep, once per question. Rules that several presets share."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
+
+
+@dataclass(frozen=True, slots=True)
+class HeadTokens:
+    """What a rule may look at: the first `n` tokens of one static head, all before the recent region."""
+
+    saliency: torch.Tensor
+    """`(n,)` float32: attention the last text rows pay each token, mean over rows and the group's query heads."""
+    is_text: torch.Tensor
+    """`(n,)` bool."""
+    sinks: int
+    """First tokens that a rule may want to protect."""
+    pool: int
+    """Width of the average over neighbours (`Policy.saliency_pool`)."""
+    read: Callable[[], tuple[torch.Tensor, torch.Tensor]]
+    """Keys and values, each `(n, D)`; read only by the rules that need them."""
 
 
 def pool_saliency(saliency: torch.Tensor, width: int) -> torch.Tensor:
@@ -15,17 +34,23 @@ def pool_saliency(saliency: torch.Tensor, width: int) -> torch.Tensor:
     return pooled.reshape(saliency.shape)
 
 
-def kept_tokens(saliency: torch.Tensor, is_text: torch.Tensor, sinks: int, budget: int) -> torch.Tensor:
-    """Which of the first `n` tokens a static head keeps: ascending indices, `min(budget, n)` of them.
+def by_saliency(tokens: HeadTokens) -> torch.Tensor:
+    """What the last rows look at, smoothed over neighbours (SnapKV)."""
+    return pool_saliency(tokens.saliency, tokens.pool)
 
-    saliency `(n,)`: attention the text rows pay each token. is_text `(n,)`: text outranks every visual token
-    (HybridKV, "text-prior"), the first `sinks` tokens outrank all; within a class the more salient wins, so text
-    that alone exceeds the budget is ranked among itself.
+
+def text_prior(tokens: HeadTokens) -> torch.Tensor:
+    """Text before any visual token, the first `sinks` tokens before all; within a class the more salient first.
+
+    HybridKV's "text-prior pruning"; the saliency is ours (SnapKV's). Text that alone exceeds the budget is ranked
+    among itself.
     """
-    n = saliency.shape[-1]
-    budget = min(budget, n)
-    ranks = is_text.long()
-    ranks[:sinks] = 2
-    by_saliency = saliency.argsort(descending=True, stable=True)
-    by_class = ranks[by_saliency].argsort(descending=True, stable=True)
-    return by_saliency[by_class[:budget]].sort().values
+    saliency = pool_saliency(tokens.saliency, tokens.pool).double()  # or adding the class would round it away
+    classes = tokens.is_text.double()
+    classes[: tokens.sinks] = 2
+    return saliency + 2 * classes  # a mean of attention weights is at most 1
+
+
+def kept_tokens(rank: torch.Tensor, budget: int) -> torch.Tensor:
+    """Ascending indices of the `min(budget, n)` tokens of highest rank `(n,)`; of equals the earlier."""
+    return rank.argsort(descending=True, stable=True)[: min(budget, rank.shape[-1])].sort().values

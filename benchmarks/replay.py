@@ -1,0 +1,197 @@
+"""Answers decoded under a policy, token by token along the true answer: what `quality.py` measures with.
+
+An answer is right up to a token exactly if each token before it was chosen rightly, so feeding the true tokens (as
+decoding steps, `TieredCache.forced`) and looking where the greedy choice differs says what greedy decoding would have
+answered. The context is prefilled once and each question once, exactly; policies differ from the seal on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+
+from tieredkv import models
+from tieredkv.cache import TieredCache
+from tieredkv.config import TierConfig
+from tieredkv.models.base import VideoGrid
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question, its true answer, and which of the answer's tokens count."""
+
+    task: str
+    prompt_ids: list[int]
+    answer_ids: list[int]
+    scored: list[int]
+    """Positions in `answer_ids`; never the first, which the exact prefill gives."""
+    steps: list[int]
+    """For each scored position the hop, word or value it belongs to, from 1."""
+    before: tuple[list[int], list[int]] | None = None
+    """Prompt and answer of an earlier question of the same conversation."""
+
+
+@dataclass
+class Answer:
+    """What one question gave under one policy."""
+
+    right: list[bool]
+    """For each scored position, whether every token up to it was chosen rightly."""
+    nll: list[float]
+    """Of each scored token, in nats."""
+    held_bytes: int
+    """On the device between steps: pool, digests, tables."""
+    full_bytes: int
+    """Keys and values of all tokens in a full cache."""
+    missed_bytes: int
+    steps: int
+    recalls: list[float] = field(default_factory=list)
+    """Per step and dynamic head: attention mass of the chosen chunks over that of the best choice of as many."""
+
+
+class Reader(Protocol):
+    """A model, and a cache that holds a context."""
+
+    cache: TieredCache
+
+    def feed(self, ids: Sequence[int]) -> torch.Tensor:
+        """Logits `(n, vocabulary)` behind each of the next tokens."""
+
+
+class TextReader:
+    """A text model behind a document."""
+
+    def __init__(self, model: Any, document: Sequence[int], tiers: TierConfig) -> None:
+        self.model = model
+        self.cache = TieredCache(model.config, tiers)
+        self.cache.auto_seal, self.cache.text_rows = False, 0
+        for begin in range(0, len(document), tiers.prefill_chunk):
+            self.feed(document[begin : begin + tiers.prefill_chunk])
+        self.cache.visual = torch.ones(len(document), dtype=torch.bool)
+
+    def feed(self, ids: Sequence[int]) -> torch.Tensor:
+        return self.model(torch.tensor([list(ids)]), past_key_values=self.cache).logits[0].float()
+
+
+class VideoReader:
+    """A video model behind a chat template's head and a video."""
+
+    def __init__(self, model: Any, head: Sequence[int], features: torch.Tensor, grid: VideoGrid, tiers: TierConfig):
+        """features `(n, hidden)`: the vision tower's, `grid.tokens` of them."""
+        self.model, self.family = model, models.video_family(model.config)
+        self.cache = TieredCache(model.config, tiers)
+        self.cache.auto_seal, self.cache.text_rows = False, 0
+        context = len(head) + grid.tokens
+        positions = self.family.positions(model, len(head), grid, 0, context + 1, "published")
+        self._after = int(positions[0, -1]) - context
+        """What to add to a later token's place in the prompt for its position."""
+        embeddings = torch.cat((self.family.embed(model, torch.tensor([list(head)])), features[None]), dim=1)
+        for begin in range(0, context, tiers.prefill_chunk):
+            part = slice(begin, min(begin + tiers.prefill_chunk, context))
+            self.family.decode(model, embeddings[:, part], positions[:, part], self.cache)
+        self.cache.visual = torch.arange(context) >= len(head)
+
+    def feed(self, ids: Sequence[int]) -> torch.Tensor:
+        begin = self.cache.get_seq_length() + self._after
+        positions = torch.arange(begin, begin + len(ids)).expand(3, -1)
+        embeddings = self.family.embed(self.model, torch.tensor([list(ids)]))
+        return self.family.logits(self.model, self.family.decode(self.model, embeddings, positions, self.cache))[0]
+
+
+def replay(reader: Reader, question: Question, policies: Sequence[TierConfig], recall: bool = False) -> list[Answer]:
+    """The question under each policy. The reader's cache holds the context before and after. recall: measure it."""
+    cache, context = reader.cache, reader.cache.get_seq_length()
+    before = [] if question.before is None else [*question.before[0], *question.before[1]]
+    first = _prefill(reader, [*before, *question.prompt_ids])
+    answers = []
+    for tiers in policies:
+        answers.append(_decode(reader, tiers, question.answer_ids, first, question, [], recall))
+        cache.truncate(context + len(before) + len(question.prompt_ids))
+    cache.truncate(context)
+    return answers
+
+
+def replay_unsealed(reader: Reader, question: Question, policies: Sequence[TierConfig]) -> list[Answer]:
+    """The same for a second question that the cache is not sealed anew for: what the first one's seal kept must do."""
+    assert question.before is not None
+    cache, context = reader.cache, reader.cache.get_seq_length()
+    asked, answered = question.before
+    first = _prefill(reader, asked)
+    answers = []
+    for tiers in policies:
+        answers.append(_decode(reader, tiers, question.answer_ids, first, question, [*answered, *question.prompt_ids]))
+        cache.truncate(context + len(asked))
+    cache.truncate(context)
+    return answers
+
+
+def _prefill(reader: Reader, ids: Sequence[int]) -> torch.Tensor:
+    """Feed a prompt, its last rows scored; logits behind it."""
+    cache = reader.cache
+    window = cache.tiers.method.text_window
+    if len(ids) > window:
+        reader.feed(ids[:-window])
+    cache.text_rows = window
+    logits = reader.feed(ids[-window:])[-1:]
+    cache.text_rows = 0
+    return logits
+
+
+def _decode(
+    reader: Reader,
+    tiers: TierConfig,
+    answer: Sequence[int],
+    first: torch.Tensor,
+    question: Question,
+    between: Sequence[int],
+    recall: bool = False,
+) -> Answer:
+    """Seal and feed `between` and the answer as decoding steps. first: logits behind the prompt."""
+    cache = reader.cache
+    prompt = cache.get_seq_length()
+    cache.set_tiers(replace(tiers, prefetch=False))
+    cache.new_tokens = len(between) + len(answer)
+    cache.counters.trace = [] if recall else None
+    cache.seal()
+    held = sum(cache.ledger.held().values())
+    fed = [*between, *answer[:-1]]
+    with cache.forced():
+        logits = reader.feed(fed) if fed else first[:0]
+    logits = torch.cat((first, logits))[len(between) :]
+    truth = torch.tensor(answer)
+    right = (logits.argmax(-1) == truth).cumprod(0).bool()
+    nll = torch.nn.functional.cross_entropy(logits, truth, reduction="none")
+    counters = cache.counters
+    return Answer(
+        right=[bool(right[place]) for place in question.scored],
+        nll=[float(nll[place]) for place in question.scored],
+        held_bytes=held,
+        full_bytes=(prompt + len(fed)) * cache.shape.token_bytes,
+        missed_bytes=counters.missed_bytes,
+        steps=len(fed),
+        recalls=_recalls(cache) if recall else [],
+    )
+
+
+def _recalls(cache: TieredCache) -> list[float]:
+    """For every recorded selection: the true attention mass of its chunks over that of the best as many chunks.
+
+    Mass is of the softmax over all retrievable chunks' keys, averaged over the group's query heads; sinks and the
+    recent region, which nobody chooses, are apart.
+    """
+    shares = []
+    for made in cache.counters.trace or []:
+        layer = cache.tiered_layers[made.layer]
+        assert layer.sealed is not None
+        layout, c = layer.sealed.tiers.plan.layout, layer.sealed.tiers.plan.layout.chunk_tokens
+        keys = layer.host.chunks(layout.sink_chunks, layout.sink_chunks + layout.retrievable)[made.heads, :, 0]
+        keys = keys.reshape(len(made.heads), -1, keys.shape[-1]).float()
+        logits = (made.query[made.heads].float() @ keys.transpose(1, 2)) * keys.shape[-1] ** -0.5
+        mass = logits.softmax(-1).mean(1).view(len(made.heads), -1, c).sum(-1)
+        chosen = mass.gather(1, made.first_token // c - layout.sink_chunks).sum(-1)
+        best = mass.topk(made.first_token.shape[1], dim=-1).values.sum(-1)
+        shares += (chosen / best).tolist()
+    return shares

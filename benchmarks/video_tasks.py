@@ -1,0 +1,76 @@
+"""Questions about fresh synthetic videos for the bundled model, as tokens: chains, lookups, second questions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from replay import Question, VideoReader
+
+from tieredkv import models
+from tieredkv.config import TierConfig
+from tieredkv.models.base import VideoGrid
+from tieredkv.prompt import ChatTemplate
+from tieredkv.tiny import scene as scenes
+from tieredkv.tiny.evaluate import TOKENS_PER_SECOND, prepare
+
+FIRST_SEED = 1_300_000
+"""Never drawn from in training, nor by the other benchmarks."""
+CARDS, HOPS = 16, 6
+END = "<|im_end|>"
+
+
+def read_video(model: Any, processor: Any, tokens: int, number: int, tiers: TierConfig) -> tuple[VideoReader, Any]:
+    """A reader behind video `number` of `tokens` visual tokens, and the scene it shows."""
+    scene = scenes.make_scene(FIRST_SEED + tokens * 1000 + number, tokens / TOKENS_PER_SECOND, CARDS)
+    template = ChatTemplate(models.video_family(model.config), processor)
+    inputs = prepare(processor, scene.frames(), "what ?")
+    family = models.video_family(model.config)
+    steps, rows, columns = (int(size) for size in inputs["video_grid_thw"][0])
+    merge = model.config.vision_config.spatial_merge_size
+    grid = VideoGrid(steps, rows // merge, columns // merge, float(inputs["second_per_grid_ts"][0]))
+    head, _ = template.around_video([("what ?", None)])
+    features = family.encode(model, inputs)
+    return VideoReader(model, template.tokenize(head)[0].tolist(), features, grid, tiers), scene
+
+
+def ask(processor: Any, family: Any, scene: Any, count: int) -> list[Question]:
+    """`count` chains of six hops, lookups, and chains that follow another question, all about different cards."""
+    template = ChatTemplate(family, processor)
+    rng = np.random.default_rng((scene.seed, 9))
+    shapes = [card.shape for card in scene.cards]
+    chains = [scenes.chain_question(scene, str(shape), HOPS) for shape in rng.permutation(shapes)[:count]]
+    lookups = [scenes.colour_question(scene, str(shape)) for shape in rng.permutation(shapes)[:count]]
+    made = [_question(template, "chain", one) for one in chains]
+    made += [_question(template, "lookup", one) for one in lookups]
+    for earlier, later in zip(lookups, chains, strict=True):
+        made.append(_second(template, earlier, later))
+    return made
+
+
+def _question(template: ChatTemplate, task: str, asked: scenes.Question) -> Question:
+    _, tail = template.around_video([(asked.text, None)])
+    answer = template.tokenize(" ".join(asked.words) + END)[0].tolist()
+    if task == "lookup":  # the word comes out of the prefill: what is left to score is that it stops
+        return Question(task, template.tokenize(tail)[0].tolist(), answer, [1], [1])
+    scored = list(range(1, len(asked.words)))
+    return Question(task, template.tokenize(tail)[0].tolist(), answer, scored, [place // 2 + 1 for place in scored])
+
+
+def _second(template: ChatTemplate, earlier: scenes.Question, later: scenes.Question) -> Question:
+    """`later` in the conversation that began with `earlier` and its true answer."""
+    first = _question(template, "lookup", earlier)
+    _, whole = template.around_video([(earlier.text, " ".join(earlier.words)), (later.text, None)])
+    ids = template.tokenize(whole)[0].tolist()
+    asked = first.prompt_ids
+    answered = first.answer_ids[:-1]
+    assert ids[: len(asked) + len(answered)] == [*asked, *answered]
+    rest = ids[len(asked) + len(answered) :]
+    return replace(_question(template, "second", later), prompt_ids=rest, before=(asked, answered))
+
+
+def words_agree(processor: Any, question: Question) -> str:
+    """The answer as text."""
+    return processor.tokenizer.decode(torch.tensor(question.answer_ids), skip_special_tokens=True)

@@ -1,0 +1,93 @@
+"""Policy: one way to spend a budget, composed of numbers and pure functions. The presets are in `policy.presets`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from tieredkv.errors import BudgetError
+from tieredkv.policy.budget import WEIGHTS
+from tieredkv.policy.digest import DIGESTS
+from tieredkv.policy.prune import HeadTokens, text_prior
+from tieredkv.policy.select import GROUPS
+
+Rank = Callable[[HeadTokens], torch.Tensor]
+"""Rank of each token of a static head, `(n,)`; the highest are kept."""
+Merge = Callable[[HeadTokens, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""Keys and values `(b, D)` to keep for the kept tokens `(b,)`, where they are not the tokens' own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """Which heads are static, what each may hold, which tokens a static head keeps and how a dynamic head chooses.
+
+    Raises `BudgetError` on construction when a value is outside its range.
+    """
+
+    name: str
+    source: str
+    """Where it is from: paper, or "ours"."""
+    summary: str
+    """One paragraph for `tieredkv policies`."""
+
+    theta: float = 0.9
+    """A KV head is static when its text-centric score S >= theta (HybridKV, stage 1). 0: all static; above 1: none."""
+    top_k_ratio: float = 0.01
+    """k of the text-centric score, as a share of the N cached tokens (ours; the paper leaves k open)."""
+    text_window: int = 64
+    """At most this many of the last text rows give the text-centric score (ours)."""
+    score_group: str = "mean"
+    """How the query heads of a group make one score, "mean" or "max" (the paper says nothing of groups)."""
+    type_split: float = 1.0
+    """r: the dynamic heads' share of the budget relative to their number (HybridKV, stage 2), 0 < r <= 1."""
+    static_weight: str = "need"
+    """How static heads share: by 1 - S ("need"), by S ("score") or evenly ("even")."""
+    static_floor: float = 0.2
+    """Share of the static heads' mean budget that each of them gets whatever its score (AdaKV)."""
+    saliency_window: int = 32
+    """At most this many of the last text rows rank the tokens of static heads (SnapKV's window)."""
+    saliency_pool: int = 5
+    """Width of the average pool over neighbouring tokens' saliency (SnapKV)."""
+    rank: Rank = text_prior
+    merge: Merge | None = None
+    digest: str = "cuboid"
+    """What stands in for a chunk's keys: a name in `policy.digest.DIGESTS`."""
+    chunk_group: str = "mean"
+    """How the query heads of a group rank chunks together: a name in `policy.select.GROUPS`."""
+    dense_layers: int = 0
+    """First layers whose heads keep everything on the device, beyond any budget (Quest: 2)."""
+    reuse_above: float = 2.0
+    """A head whose query's cosine with the step before is at least this attends to the chunks chosen then, which had a
+    step's time to arrive (FreeKV); the others choose anew. Above 1: every step chooses for itself."""
+    keep_all: bool = False
+    """Everything on the device: no policy at all. Refused where it does not fit."""
+
+    def __post_init__(self) -> None:
+        def check(ok: bool, name: str, want: str) -> None:
+            if not ok:
+                raise BudgetError(f"{name}={getattr(self, name)!r} is not valid: give {want}.")
+
+        for name in ("theta", "top_k_ratio", "type_split", "static_floor", "reuse_above"):
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            check(number, name, "a finite number")
+        for name in ("text_window", "saliency_window", "saliency_pool", "dense_layers"):
+            value, least = getattr(self, name), 0 if name == "dense_layers" else 1
+            whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
+            check(whole, name, f"a whole number of at least {least}")
+        check(self.saliency_pool % 2 == 1, "saliency_pool", "an odd width")
+        check(0 < self.top_k_ratio <= 1, "top_k_ratio", "a share above 0 and at most 1")
+        check(0 < self.type_split <= 1, "type_split", "a share above 0 and at most 1")
+        check(0 <= self.static_floor <= 1, "static_floor", "a share between 0 and 1")
+        choices = {
+            "score_group": ("mean", "max"),
+            "static_weight": tuple(WEIGHTS),
+            "digest": tuple(DIGESTS),
+            "chunk_group": tuple(GROUPS),
+        }
+        for name, known in choices.items():
+            check(getattr(self, name) in known, name, f"one of {', '.join(known)}")
+        check(isinstance(self.keep_all, bool), "keep_all", "True or False")

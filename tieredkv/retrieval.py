@@ -1,0 +1,122 @@
+"""The dynamic heads of one layer while decoding: which chunks each step attends to, and in which slots they are.
+
+Shapes: `n` dynamic heads, `m` chunks selected, `R` retrieval slots per head, `G` query heads per KV head, `D` head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from tieredkv.memory.host import HostLayer
+from tieredkv.memory.pool import Residency
+from tieredkv.policy import digest, select
+from tieredkv.sizes import ranking_bytes
+from tieredkv.stats import Selection
+from tieredkv.tiers import Tiers
+
+
+class Retrieval:
+    """Ranks, fetches and keeps chunks. Chunk ids count from the first chunk behind the sinks."""
+
+    def __init__(
+        self,
+        index: int,
+        host: HostLayer,
+        heads: torch.Tensor,
+        digests: torch.Tensor,
+        saliency: torch.Tensor,
+        tiers: Tiers,
+    ) -> None:
+        """heads: `(n,)` KV heads. digests: `(K, >= old chunks, V, D)` on the host. saliency: `(K, N)`.
+
+        Takes its slots from the pool and fills them with the chunks the question's rows looked at most.
+        """
+        self.index, self.host, self.heads, self.tiers = index, host, heads, tiers
+        layout, plan, device = tiers.plan.layout, tiers.plan, tiers.pool.pages.device
+        self._c, self._first, self._chunks = host.chunk_tokens, layout.sink_chunks, layout.retrievable
+        self._clock = 0
+        n = len(heads)
+        tiers.ledger.reserve("tables", Residency.bytes_for(n, plan.slots, self._chunks))
+        self.residency = Residency(tiers.pool.take(n * plan.slots).view(n, plan.slots), self._chunks)
+        self._warm(saliency)
+        self.digests: torch.Tensor | None = None
+        self._before: tuple[torch.Tensor, torch.Tensor] | None = None
+        """Query and best chunks of the step before, where chunks may be reused."""
+        if plan.ranked:
+            shape = (n, self._chunks, *digests.shape[2:])
+            self.digests = tiers.ledger.empty("digests", shape, host.dtype, device)
+            self.digests.copy_(digests[heads, self._first : self._first + self._chunks])
+            tiers.counters.warm_bytes += self.digests.numel() * self.digests.itemsize
+
+    def _warm(self, saliency: torch.Tensor) -> None:
+        slots, n = self.tiers.plan.slots, len(self.heads)
+        if slots == 0:
+            return
+        first = self._first * self._c
+        mass = saliency[self.heads, first : first + self._chunks * self._c].view(n, self._chunks, self._c).sum(-1)
+        likely = select.ranked_chunks(mass, slots).to(self.residency.slots.device)
+        # Worst first: of slots used equally long ago, the first gives way.
+        local, _ = self.residency.admit(likely.flip(1), self._clock)
+        self.tiers.counters.warm_bytes += self._copy(likely.flip(1), local)()
+
+    def _copy(self, ids: torch.Tensor, local: torch.Tensor, mask: torch.Tensor | None = None) -> Callable[[], int]:
+        """The copy of chunks `ids` `(n, m)` into local slots, where `mask` is set, as a deferred call."""
+        heads = self.heads.unsqueeze(1).expand_as(ids)
+        slots = self.residency.slots.gather(1, local)
+        ids = ids + self._first
+        if mask is not None:
+            heads, ids, slots = heads[mask], ids[mask], slots[mask]
+        heads, ids, slots = heads.flatten(), ids.flatten(), slots.flatten()
+        transfer, pages = self.tiers.transfer, self.tiers.pool.pages
+        return lambda: transfer.gather(self.host.chunks(), heads, ids, pages, slots)
+
+    def slots_for(self, query: torch.Tensor, scaling: float) -> torch.Tensor:
+        """Pool slots `(n, m)` of the chunks that this step attends to, all of them filled. query `(K, G, D)`."""
+        tiers, plan = self.tiers, self.tiers.plan
+        self._clock += 1
+        if self.digests is None:
+            return self.residency.slots
+        if tiers.prefetcher is not None:
+            tiers.counters.prefetched_bytes += tiers.prefetcher.wait(self.index)
+        grouped = query[self.heads]
+        method = tiers.config.method
+        with tiers.ledger.scratch("ranking", ranking_bytes(tiers.shape, tiers.config, plan.layout)):
+            logits = digest.DIGESTS[method.digest].logits(grouped, self.digests, scaling)
+            ranked = select.ranked_chunks(select.GROUPS[method.chunk_group](logits), min(plan.slots, self._chunks))
+        wanted = self._wanted(grouped, ranked[:, : plan.selected])
+        local, miss = self.residency.admit(wanted, self._clock)
+        tiers.counters.missed_bytes += self._copy(wanted, local, miss)()
+        tiers.counters.selected += miss.numel()
+        tiers.counters.resident += miss.numel() - int(miss.sum())
+        if tiers.counters.trace is not None:
+            first = (wanted + self._first) * self._c
+            tiers.counters.trace.append(Selection(self._clock, self.index, self.heads, first, query))
+        self._fetch_ahead(ranked, local)
+        return self.residency.slots.gather(1, local)
+
+    def _wanted(self, query: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
+        """The chunks `(n, m)` to attend to: the best of this step, or of the step before where its query was alike."""
+        reuse_above = self.tiers.config.method.reuse_above
+        if reuse_above > 1:
+            return best
+        before, self._before = self._before, (query, best)
+        if before is None:
+            return best
+        alike = select.query_similarity(query, before[0]) >= reuse_above
+        self.tiers.counters.reused += int(alike.sum()) * best.shape[1]
+        return torch.where(alike.unsqueeze(1), before[1], best)
+
+    def _fetch_ahead(self, ranked: torch.Tensor, local: torch.Tensor) -> None:
+        """Start copying what the next step is likely to ask for, into slots that this step does not read."""
+        tiers, plan = self.tiers, self.tiers.plan
+        spare = plan.slots - plan.selected
+        if tiers.prefetcher is None or spare == 0:
+            return
+        # Where the next step may reuse this step's choice, that; otherwise what was ranked just below it.
+        reuses = tiers.config.method.reuse_above <= 1
+        likely = ranked[:, :spare] if reuses else ranked[:, plan.selected :]
+        if likely.shape[1]:
+            ahead, absent = self.residency.admit(likely, self._clock, protected=local)
+            tiers.prefetcher.submit(self.index, self._copy(likely, ahead, absent))

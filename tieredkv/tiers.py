@@ -1,0 +1,27 @@
+"""What all layers of one cache share while decoding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tieredkv.config import TierConfig
+from tieredkv.memory.device import DeviceLedger
+from tieredkv.memory.pool import DevicePool
+from tieredkv.memory.prefetch import Prefetcher
+from tieredkv.memory.transfer import Transfer
+from tieredkv.sizes import DecodePlan, KVShape
+from tieredkv.stats import Counters
+
+
+@dataclass(frozen=True, slots=True)
+class Tiers:
+    """One per seal."""
+
+    config: TierConfig
+    shape: KVShape
+    plan: DecodePlan
+    ledger: DeviceLedger
+    pool: DevicePool
+    transfer: Transfer
+    prefetcher: Prefetcher | None
+    counters: Counters
