@@ -43,9 +43,9 @@ class Answer:
     nll: list[float]
     """Of each scored token, in nats."""
     held_bytes: int
-    """On the device between steps: pool, digests, tables."""
+    """On the device between steps, were keys and values of 16 bits: pool, digests, tables."""
     full_bytes: int
-    """Keys and values of all tokens in a full cache."""
+    """Keys and values of all tokens in a full cache of 16 bits."""
     missed_bytes: int
     steps: int
     recalls: list[float] = field(default_factory=list)
@@ -156,7 +156,8 @@ def _decode(
     cache.new_tokens = len(between) + len(answer)
     cache.counters.trace = [] if recall else None
     cache.seal()
-    held = sum(cache.ledger.held().values())
+    held, itemsize = cache.ledger.held(), cache.shape.itemsize
+    held_bytes = sum(held.values()) - held["pool"] + held["pool"] * 2 // itemsize
     fed = [*between, *answer[:-1]]
     with cache.forced():
         logits = reader.feed(fed) if fed else first[:0]
@@ -168,8 +169,8 @@ def _decode(
     return Answer(
         right=[bool(right[place]) for place in question.scored],
         nll=[float(nll[place]) for place in question.scored],
-        held_bytes=held,
-        full_bytes=(prompt + len(fed)) * cache.shape.token_bytes,
+        held_bytes=held_bytes,
+        full_bytes=(prompt + len(fed)) * cache.shape.token_bytes * 2 // itemsize,
         missed_bytes=counters.missed_bytes,
         steps=len(fed),
         recalls=_recalls(cache) if recall else [],

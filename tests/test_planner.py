@@ -154,7 +154,7 @@ class Watch:
             seal(cache)
             self.sealed = cache.ledger.held()
 
-        def watched_plan(shape, tiers, layout, scores, static):
+        def watched_plan(shape, tiers, layout, scores, static, need=None):
             made = plan_decode(shape, tiers, layout, scores, static)
             self.planned = (shape, tiers, made, static)
             return made
@@ -170,7 +170,7 @@ def test_every_purpose_takes_what_the_plan_says(
     monkeypatch, video_model, processor, frames, theta, static_share, share
 ):
     film = np.concatenate([frames, frames, frames])
-    options = {"gpu_kv_gb": cap_share(video_model, 800, share), "theta": theta, **SMALL}
+    options = {"gpu_kv_gb": cap_share(video_model, 800, share), "policy": "paper", "theta": theta, **SMALL}
     watch = Watch(monkeypatch)
     with new_session(video_model, processor=processor, **options) as session:
         session.ingest(film, fps=4.0, question=QUESTION, max_new_tokens=NEW)

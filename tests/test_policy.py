@@ -49,26 +49,107 @@ def test_cuboid_mean_by_hand():
     torch.testing.assert_close(high, torch.tensor([2 + 5 / 3, 1.0]))
 
 
-def test_box_logits_take_the_better_corner_of_every_channel():
+def exact_dot(vectors):
+    """Products with vectors `(K, n, V, D)` that were never packed."""
+    return lambda query, v: query @ vectors[:, :, v].transpose(1, 2)
+
+
+def test_box_score_takes_the_better_corner_of_every_channel():
     query, digests = torch.randn(2, 3, 8), torch.randn(2, 5, 2, 8).sort(dim=2).values
-    got = digest.box_logits(query, digests, 0.5)
+    got = digest.box_score(query, exact_dot(digests))
     for head in range(2):
         for row in range(3):
             for chunk in range(5):
                 low, high = digests[head, chunk]
-                want = 0.5 * torch.maximum(query[head, row] * low, query[head, row] * high).sum()
+                want = torch.maximum(query[head, row] * low, query[head, row] * high).sum()
                 torch.testing.assert_close(got[head, row, chunk], want)
 
 
-def test_a_digest_ignores_the_order_of_its_keys():
-    keys = torch.randn(2, 16, 4)
-    torch.testing.assert_close(digest.cuboid_mean(keys), digest.cuboid_mean(keys[:, torch.randperm(16)]))
+def test_min_max_bounds_every_key_of_the_chunk():
+    query, keys = torch.randn(1, 4, 8), torch.randn(1, 6, 16, 8)
+    bound = digest.box_score(query, exact_dot(digest.min_max(keys)))
+    assert (bound + 1e-5 >= torch.einsum("kgd,kncd->kgnc", query, keys).amax(-1)).all()
 
 
-def test_a_chunk_of_equal_keys_is_scored_exactly():
+def test_the_mean_digest_is_the_mean_logit():
+    query, keys = torch.randn(1, 4, 8), torch.randn(1, 6, 16, 8)
+    got = digest.point_score(query, exact_dot(digest.mean(keys)))
+    torch.testing.assert_close(got, torch.einsum("kgd,kncd->kgnc", query, keys).mean(-1))
+
+
+def test_a_segment_holds_keys_that_lie_on_a_line():
+    """Then the best of its ends is the best key, for any query."""
+    start, direction = torch.randn(8), torch.randn(8)
+    keys = start + torch.rand(1, 1, 16, 1) * direction
+    query = torch.randn(1, 5, 8)
+    got = digest.end_score(query, exact_dot(digest.segment(keys)))
+    want = torch.einsum("kgd,kncd->kgnc", query, keys).amax(-1)
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+def test_a_segment_runs_along_the_first_principal_component():
+    keys = torch.randn(12, 6) @ torch.diag(torch.tensor([9.0, 2, 1, 1, 1, 1]))
+    low, high = digest.segment(keys)
+    principal = torch.linalg.svd(keys - keys.mean(0)).Vh[0]
+    along = (keys - keys.mean(0)) @ principal
+    got = torch.stack((low - keys.mean(0), high - keys.mean(0))) @ principal
+    torch.testing.assert_close(got.sort().values, torch.stack((along.min(), along.max())), atol=0.2, rtol=0)
+    assert torch.cosine_similarity(high - low, principal, dim=0).abs() > 0.999
+
+
+@pytest.mark.parametrize("kind", digest.DIGESTS)
+def test_a_digest_ignores_the_order_of_its_keys(kind):
+    keys, query = torch.randn(1, 2, 16, 4), torch.randn(1, 3, 4)
+    made = digest.DIGESTS[kind]
+    mixed = made.make(keys[:, :, torch.randperm(16)])
+    same, other = made.score(query, exact_dot(made.make(keys))), made.score(query, exact_dot(mixed))
+    torch.testing.assert_close(same, other, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("kind", digest.DIGESTS)
+def test_a_chunk_of_equal_keys_is_scored_exactly(kind):
     key, query = torch.randn(8), torch.randn(1, 1, 8)
-    box = digest.cuboid_mean(key.expand(1, 1, 16, 8))
-    torch.testing.assert_close(digest.box_logits(query, box, 1.0).squeeze(), query.squeeze() @ key)
+    made = digest.DIGESTS[kind]
+    vectors = made.make(key.expand(1, 1, 16, 8))
+    torch.testing.assert_close(made.score(query, exact_dot(vectors)).squeeze(), query.squeeze() @ key)
+
+
+@pytest.mark.parametrize("kind", digest.DIGESTS)
+def test_a_constant_added_to_all_keys_changes_no_ranking(kind):
+    """It adds the same to every logit, as it does in attention."""
+    keys, query, constant = torch.randn(1, 9, 16, 8), torch.randn(1, 3, 8), torch.randn(8)
+    made = digest.DIGESTS[kind]
+    before = made.score(query, exact_dot(made.make(keys)))
+    after = made.score(query, exact_dot(made.make(keys + constant)))
+    torch.testing.assert_close(after - before, (query @ constant).unsqueeze(-1).expand_as(before), atol=2e-2, rtol=0)
+
+
+@pytest.mark.parametrize("kind", digest.DIGESTS)
+def test_permuted_chunks_are_ranked_alike(kind):
+    keys, query, order = torch.randn(1, 9, 16, 8), torch.randn(1, 3, 8), torch.randperm(9)
+    made = digest.DIGESTS[kind]
+    score = made.score(query, exact_dot(made.make(keys)))
+    torch.testing.assert_close(made.score(query, exact_dot(made.make(keys[:, order]))), score[..., order])
+
+
+@pytest.mark.parametrize("bits", digest.BITS)
+def test_packed_products_are_those_of_rounded_vectors(bits):
+    vectors, query = torch.randn(2, 5, 8) * torch.tensor([1e-3, 1.0, 50.0, 0.0, 7.0]).view(5, 1), torch.randn(2, 3, 8)
+    most = 2 ** (bits - 1) - 1
+    scale = (vectors.abs().amax(-1, keepdim=True) / most).clamp(min=1e-7).half().float()
+    rounded = (vectors / scale).round().clamp(-most, most) * scale
+    packed = digest.pack(vectors, bits)
+    assert packed.shape == (2, 5, digest.packed_bytes(8, bits))
+    got = digest.dots(query, packed, bits)
+    torch.testing.assert_close(got, query @ rounded.transpose(1, 2), atol=1e-4, rtol=1e-4)
+
+
+def test_eight_bits_are_as_good_as_all_of_them():
+    keys, query = torch.randn(2, 40, 16, 32), torch.randn(2, 3, 32)
+    made = digest.DIGESTS["cuboid"]
+    exact = made.score(query, exact_dot(made.make(keys))) * 0.2
+    got = made.logits(query, digest.pack(made.make(keys), 8), 8, 0.2)
+    assert (got - exact).abs().max() < 0.05
 
 
 # ---- select

@@ -189,11 +189,17 @@ class TieredCache(Cache):
         if len(rows) != len(self.tiered_layers):
             raise RuntimeError("no text rows were scored: nothing to classify the heads by")
         length = self.get_seq_length()
-        scores = torch.stack([row.scores for row in rows])
-        static = classify.static_heads(scores, self.tiers.method.theta)
-        static[: self.tiers.method.dense_layers] = True
         layout = sizes.lay_out(self.tiers, length, self.text_rows, self.new_tokens)
-        decode_plan = sizes.plan_decode(self.shape, self.tiers, layout, scores, static)
+        method = self.tiers.method
+        scores, need = torch.stack([row.scores for row in rows]), None
+        if method.head_score == "mass":
+            static = classify.static_heads(scores, method.theta)
+        else:
+            recent = layout.tokens - layout.recent_start
+            need = torch.stack([classify.tokens_to_cover(row.halves, recent, method.theta) for row in rows])
+            static = need <= sizes.mean_old_tokens(self.shape, self.tiers, layout)
+        static[: method.dense_layers] = True
+        decode_plan = sizes.plan_decode(self.shape, self.tiers, layout, scores, static, need)
         if self.visual is None:
             is_text = torch.arange(length) >= length - self.text_rows
         else:

@@ -25,7 +25,7 @@ class TierConfig:
 
     gpu_kv_gb: float = 4.0
     """Hard cap, in GiB, on the device memory that keys and values may occupy: pool, digests, staging, scores."""
-    chunk_tokens: int = 32
+    chunk_tokens: int = 8
     """C: tokens in one chunk, the unit of transfer and of a device page."""
     policy: str = "hybridkv"
     """What is kept and what is fetched: a name in `POLICIES`, listed by `tieredkv policies`."""
@@ -47,9 +47,10 @@ class TierConfig:
     prefetch: bool = True
     """Copy the chunks ranked just below the selection ahead of the next step."""
 
-    theta: float | None = None
+    head_score: str | None = None
     """This and what follows change one field of the policy, which says what it means (`policy.base.Policy`); None
     leaves it as it is."""
+    theta: float | None = None
     top_k_ratio: float | None = None
     text_window: int | None = None
     score_group: str | None = None
@@ -61,6 +62,7 @@ class TierConfig:
     pruning: str | None = None
     """Prune static heads by the rule of the policy of this name."""
     digest: str | None = None
+    digest_bits: int | None = None
     chunk_group: str | None = None
     dense_layers: int | None = None
     reuse_above: float | None = None

@@ -14,6 +14,7 @@ from tieredkv.attention import interface
 from tieredkv.errors import OptionError, UnsupportedModelError
 from tieredkv.memory.host import HostLayer
 from tieredkv.policy import digest
+from tieredkv.policy.base import Policy
 from tieredkv.sealed import SealedLayer, Tiers
 
 if TYPE_CHECKING:
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
 
 DIGEST_CHUNKS = 1024
 """Chunks digested at a time."""
+
+
+def _digest_name(method: Policy) -> str:
+    """What a saved file calls digests of this kind."""
+    return f"digests.{method.digest}.{method.digest_bits}"
 
 
 class TieredLayer(CacheLayerMixin):
@@ -40,7 +46,7 @@ class TieredLayer(CacheLayerMixin):
         self.rows: prefill.TextRows | None = None
         self.sealed: SealedLayer | None = None
         self._digests: torch.Tensor | None = None
-        self._digest_kind = ""
+        self._digest_name = ""
         self._digested = 0
         self._check: Callable[[], None] | None = None
 
@@ -164,14 +170,14 @@ class TieredLayer(CacheLayerMixin):
     def _digest_new_chunks(self) -> None:
         """Digests of the kind that the policy asks for, of every whole chunk that has none."""
         assert self.host is not None
-        kind = self.cache.tiers.method.digest
-        if kind != self._digest_kind:
-            self._digests, self._digested, self._digest_kind = None, 0, kind
+        method = self.cache.tiers.method
+        if self._digest_name != _digest_name(method):
+            self._digests, self._digested, self._digest_name = None, 0, _digest_name(method)
         whole = self.host.length // self.host.chunk_tokens
         held = [] if self._digests is None else [self._digests[:, : self._digested]]
-        make = digest.DIGESTS[kind].make
+        make = digest.DIGESTS[method.digest].make
         new = [
-            make(self.host.chunks(first, min(first + DIGEST_CHUNKS, whole))[:, :, 0])
+            digest.pack(make(self.host.chunks(first, min(first + DIGEST_CHUNKS, whole))[:, :, 0]), method.digest_bits)
             for first in range(self._digested, whole, DIGEST_CHUNKS)
         ]
         if new:
@@ -194,7 +200,7 @@ class TieredLayer(CacheLayerMixin):
         self._check_once()  # or damage would be given a checksum that fits it
         tensors = {"kv": self.host.whole(sizes.QUESTION_ROOM)}
         if self._digests is not None:
-            tensors[f"digests.{self._digest_kind}"] = self._digests[:, : self._digested].contiguous()
+            tensors[self._digest_name] = self._digests[:, : self._digested].contiguous()
         return tensors
 
     def restore(self, state: dict[str, torch.Tensor], tokens: int, check: Callable[[], None]) -> None:
@@ -204,8 +210,8 @@ class TieredLayer(CacheLayerMixin):
         heads, _, _, c, head_dim = arena.shape
         self.host = HostLayer(heads, head_dim, c, self.dtype)
         self.host.adopt(arena, tokens)
-        self._digest_kind = self.cache.tiers.method.digest
-        self._digests = state.get(f"digests.{self._digest_kind}")  # of another kind: made anew when sealed
+        self._digest_name = _digest_name(self.cache.tiers.method)
+        self._digests = state.get(self._digest_name)  # of another kind: made anew when sealed
         self._digested = 0 if self._digests is None else self._digests.shape[1]
         self._check = check
         self.is_initialized = True
@@ -221,7 +227,7 @@ class TieredLayer(CacheLayerMixin):
         assert self.host is not None
         assert self.rows is not None
         self._digest_new_chunks()
-        digests = self.host.chunks(0, 0)[:, :, 0] if self._digests is None else self._digests
+        digests = torch.empty((self.host.num_heads, 0, 1, 0)) if self._digests is None else self._digests
         self.sealed = SealedLayer(self.index, self.host, digests, static, self.rows, is_text, tiers)
 
     def unseal(self) -> None:

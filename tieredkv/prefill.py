@@ -26,9 +26,15 @@ class TextRows:
     """What the last text rows of a prompt say about one layer's heads."""
 
     scores: torch.Tensor
-    """S of each KV head, `(K,)`."""
-    saliency: torch.Tensor
-    """Attention the rows pay each token, averaged over rows and group: `(K, N)` float32, on the host."""
+    """Text-centric score of each KV head, `(K,)`."""
+    halves: torch.Tensor
+    """Attention that every other row pays each token, averaged over those rows and the group: `(2, K, N)` float32, on
+    the host. The second half is of the last row and every other before it."""
+
+    @property
+    def saliency(self) -> torch.Tensor:
+        """Attention the rows pay each token, averaged over rows and group: `(K, N)`."""
+        return self.halves.mean(0)
 
 
 @dataclass(slots=True)
@@ -186,14 +192,17 @@ def score_text_rows(
     total = past.tokens + new
     k = classify.top_k_count(tiers.method.top_k_ratio, total)
     window = min(t, tiers.method.saliency_window)
-    saliency = torch.empty((keys.shape[0], total), dtype=torch.float32)
+    halves = torch.empty((2, keys.shape[0], total), dtype=torch.float32)
     best: torch.Tensor | None = None
     done = 0
 
     def take(weights: torch.Tensor) -> None:
         nonlocal best, done
         best = classify.merge_top_k(best, weights, k)
-        saliency[:, done : done + weights.shape[-1]] = weights[:, :, -window:].mean((1, 2))
+        last = weights[:, :, -window:]
+        for half in (0, 1):  # a single row is both
+            rows = last[:, :, (half + window) % 2 :: 2] if window > 1 else last
+            halves[half, :, done : done + weights.shape[-1]] = rows.mean((1, 2))
         done += weights.shape[-1]
 
     for block_keys, _ in past.blocks(with_values=False):
@@ -205,5 +214,5 @@ def score_text_rows(
     assert best is not None
     return TextRows(
         scores=classify.text_centric_scores(best, tiers.method.score_group).cpu(),
-        saliency=saliency,
+        halves=halves,
     )

@@ -29,7 +29,7 @@ class Retrieval:
         saliency: torch.Tensor,
         tiers: Tiers,
     ) -> None:
-        """heads: `(n,)` KV heads. digests: `(K, >= old chunks, V, D)` on the host. saliency: `(K, N)`.
+        """heads: `(n,)` KV heads. digests: packed, `(K, >= old chunks, V, W)` on the host. saliency: `(K, N)`.
 
         Takes its slots from the pool and fills them with the chunks the question's rows looked at most.
         """
@@ -46,7 +46,7 @@ class Retrieval:
         """Query and best chunks of the step before, where chunks may be reused."""
         if plan.ranked:
             shape = (n, self._chunks, *digests.shape[2:])
-            self.digests = tiers.ledger.empty("digests", shape, host.dtype, device)
+            self.digests = tiers.ledger.empty("digests", shape, digests.dtype, device)
             self.digests.copy_(digests[heads, self._first : self._first + self._chunks])
             tiers.counters.warm_bytes += self.digests.numel() * self.digests.itemsize
 
@@ -83,7 +83,7 @@ class Retrieval:
         grouped = query[self.heads]
         method = tiers.config.method
         with tiers.ledger.scratch("ranking", ranking_bytes(tiers.shape, tiers.config, plan.layout)):
-            logits = digest.DIGESTS[method.digest].logits(grouped, self.digests, scaling)
+            logits = digest.DIGESTS[method.digest].logits(grouped, self.digests, method.digest_bits, scaling)
             ranked = select.ranked_chunks(select.GROUPS[method.chunk_group](logits), min(plan.slots, self._chunks))
         wanted = self._wanted(grouped, ranked[:, : plan.selected])
         local, miss = self.residency.admit(wanted, self._clock)

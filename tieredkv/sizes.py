@@ -13,9 +13,9 @@ import torch
 
 from tieredkv.config import GIB, TierConfig
 from tieredkv.errors import BudgetError, UnsupportedModelError
-from tieredkv.policy.budget import Budgets, split_budget
+from tieredkv.policy.budget import Budgets, by_need, split_budget
 from tieredkv.policy.classify import top_k_count
-from tieredkv.policy.digest import DIGESTS
+from tieredkv.policy.digest import DIGESTS, packed_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -152,7 +152,7 @@ def host_bytes(shape: KVShape, tiers: TierConfig, prompt: int) -> int:
 
 def one_digest_bytes(shape: KVShape, tiers: TierConfig) -> int:
     """The digest of one chunk."""
-    return DIGESTS[tiers.method.digest].vectors * shape.head_dim * shape.itemsize
+    return DIGESTS[tiers.method.digest].vectors * packed_bytes(shape.head_dim, tiers.method.digest_bits)
 
 
 def scratch_page_bytes(shape: KVShape, tiers: TierConfig) -> int:
@@ -176,11 +176,9 @@ def digest_bytes(shape: KVShape, tiers: TierConfig, layout: Layout, dynamic_head
 
 
 def ranking_bytes(shape: KVShape, tiers: TierConfig, layout: Layout) -> int:
-    """Scratch of ranking one layer's chunks: logits, softmax, shares; the digests in float32 if they are not."""
-    per_chunk = 3 * shape.num_attention_heads + shape.num_key_value_heads
-    if shape.itemsize != FLOAT32:
-        per_chunk += DIGESTS[tiers.method.digest].vectors * shape.num_key_value_heads * shape.head_dim
-    return layout.retrievable * per_chunk * FLOAT32
+    """Scratch of ranking one layer's chunks: logits, softmax, shares, and one vector of each digest in float32."""
+    per_chunk = FLOAT32 * (4 * shape.num_attention_heads + shape.num_key_value_heads)
+    return layout.retrievable * (per_chunk + shape.num_key_value_heads * shape.head_dim * (FLOAT32 + 1))
 
 
 def staging_bytes(shape: KVShape, block_tokens: int) -> int:
@@ -260,10 +258,12 @@ def plan_decode(
     layout: Layout,
     scores: torch.Tensor,
     static: torch.Tensor,
+    need: torch.Tensor | None = None,
 ) -> DecodePlan:
     """Spend the cap on one prompt. scores, static: `(L, K)`; heads of dense layers are static, and keep everything.
 
-    Raises `BudgetError`, naming the least cap that works.
+    need: `(L, K)` tokens before the recent region that each static head needs, where the policy measured that. Raises
+    `BudgetError`, naming the least cap that works.
     """
     page = page_bytes(shape, tiers)
     scratch_page = scratch_page_bytes(shape, tiers)
@@ -315,9 +315,13 @@ def plan_decode(
     try:
         if method.keep_all:
             raise ValueError("everything does not fit")
-        budgets = split_budget(
-            scores[dense:], rest, total, most, least, method.type_split, method.static_floor, method.static_weight
-        )
+        if need is not None:
+            need_pages = (need[dense:] + layout.chunk_tokens - 1) // layout.chunk_tokens
+            budgets = by_need(need_pages, rest, total, most, least)
+        else:
+            budgets = split_budget(
+                scores[dense:], rest, total, most, least, method.type_split, method.static_floor, method.static_weight
+            )
     except ValueError:
         raise refusal(shape, tiers, layout) from None
     static_pages = torch.cat((torch.full_like(static[:dense], most, dtype=torch.int64), budgets.static_pages))
@@ -334,6 +338,15 @@ def plan_decode(
         slots = max(slots, selected)
     used = n_heads * layout.recent_pages + int(budgets.static_pages.sum()) + n_dynamic * (layout.sink_chunks + slots)
     return DecodePlan(layout, budgets, selected, slots, used, wider(scratch, used, cap))
+
+
+def mean_old_tokens(shape: KVShape, tiers: TierConfig, layout: Layout) -> int:
+    """Tokens before the recent region that an average head can keep, were all heads static."""
+    scores = torch.ones((shape.num_layers, shape.num_key_value_heads))
+    made = plan_decode(shape, tiers, layout, scores, scores.bool())
+    dense = tiers.method.dense_layers
+    pages = made.budgets.static_pages[dense:]
+    return int(pages.double().mean()) * layout.chunk_tokens if pages.numel() else layout.recent_start
 
 
 def _least_pages(layout: Layout) -> int:

@@ -10,7 +10,7 @@ import torch
 
 from tieredkv.errors import BudgetError
 from tieredkv.policy.budget import WEIGHTS
-from tieredkv.policy.digest import DIGESTS
+from tieredkv.policy.digest import BITS, DIGESTS
 from tieredkv.policy.prune import HeadTokens, text_prior
 from tieredkv.policy.select import GROUPS
 
@@ -33,8 +33,12 @@ class Policy:
     summary: str
     """One paragraph for `tieredkv policies`."""
 
+    head_score: str = "mass"
+    """What classifies heads and how static ones share: "mass", the mass of a text row's top k (HybridKV), with the
+    fields below; or "coverage" (ours): a head is static if tokens chosen by some rows keep `theta` of the other rows'
+    attention within an average head's budget; it gets as many as that takes, and dynamic heads share what is left."""
     theta: float = 0.9
-    """A KV head is static when its text-centric score S >= theta (HybridKV, stage 1). 0: all static; above 1: none."""
+    """A KV head is static when its score reaches theta (HybridKV, stage 1). 0: all static; above 1: none."""
     top_k_ratio: float = 0.01
     """k of the text-centric score, as a share of the N cached tokens (ours; the paper leaves k open)."""
     text_window: int = 64
@@ -55,6 +59,8 @@ class Policy:
     merge: Merge | None = None
     digest: str = "cuboid"
     """What stands in for a chunk's keys: a name in `policy.digest.DIGESTS`."""
+    digest_bits: int = 8
+    """Bits per number of a digest, 4 or 8."""
     chunk_group: str = "mean"
     """How the query heads of a group rank chunks together: a name in `policy.select.GROUPS`."""
     dense_layers: int = 0
@@ -83,11 +89,13 @@ class Policy:
         check(0 < self.type_split <= 1, "type_split", "a share above 0 and at most 1")
         check(0 <= self.static_floor <= 1, "static_floor", "a share between 0 and 1")
         choices = {
+            "head_score": ("mass", "coverage"),
             "score_group": ("mean", "max"),
             "static_weight": tuple(WEIGHTS),
             "digest": tuple(DIGESTS),
+            "digest_bits": BITS,
             "chunk_group": tuple(GROUPS),
         }
         for name, known in choices.items():
-            check(getattr(self, name) in known, name, f"one of {', '.join(known)}")
+            check(getattr(self, name) in known, name, f"one of {', '.join(map(str, known))}")
         check(isinstance(self.keep_all, bool), "keep_all", "True or False")

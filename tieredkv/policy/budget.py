@@ -73,6 +73,30 @@ def split_budget(
     return Budgets(static_pages, dynamic_pages)
 
 
+def by_need(
+    need_pages: torch.Tensor, static: torch.Tensor, total_pages: int, most_pages: int, least_dynamic: int
+) -> Budgets:
+    """Divide `total_pages` by what static heads need, `(L, K)`; what they leave is shared evenly by the dynamic ones.
+
+    Static heads get at least a page each, and what is left when every dynamic head has all it could use, each in
+    proportion to what it lacks. ValueError as `split_budget`.
+    """
+    n_static, n_dynamic = int(static.sum()), int((~static).sum())
+    given = torch.where(static, need_pages.clamp(min(1, most_pages), most_pages), 0)
+    reserved = n_dynamic * min(least_dynamic, most_pages)
+    if int(given.sum()) + reserved > total_pages:  # needs are met in proportion
+        if n_static * min(1, most_pages) + reserved > total_pages:
+            raise ValueError(f"{total_pages} pages cannot serve {n_static} static and {n_dynamic} dynamic heads")
+        given[static] = _share_out(given[static].double(), total_pages - reserved, most_pages, 0.0)
+    left = total_pages - int(given.sum())
+    dynamic_pages = min(most_pages, left // n_dynamic) if n_dynamic else 0
+    left -= n_dynamic * dynamic_pages
+    if dynamic_pages == (most_pages if n_dynamic else 0):
+        lacking = torch.where(static, most_pages - given, 0)
+        given += lacking * min(left, int(lacking.sum())) // max(1, int(lacking.sum()))
+    return Budgets(given, dynamic_pages)
+
+
 def _share_out(weights: torch.Tensor, pages: int, most: int, floor: float) -> torch.Tensor:
     """Integers `(n,)` that sum to at most `pages`: proportional to weights above a common floor, each in [1, most]."""
     n = weights.numel()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from tieredkv.policy.base import Policy
-from tieredkv.policy.presets import arkvale, full, hybridkv, lookm, mixkv, quest, snapkv, streaming
+from tieredkv.policy.presets import arkvale, full, hybridkv, lookm, mixkv, paper, quest, snapkv, streaming
 
 POLICIES: dict[str, Policy] = {
     policy.name: policy
     for policy in (
         hybridkv.POLICY,
+        paper.POLICY,
         mixkv.POLICY,
         snapkv.POLICY,
         lookm.POLICY,

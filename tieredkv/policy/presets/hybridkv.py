@@ -4,8 +4,13 @@ from tieredkv.policy.base import Policy
 
 POLICY = Policy(
     name="hybridkv",
-    source="HybridKV, arXiv 2604.05887 (the stages and the score; equations and digest are ours)",
-    summary="Classifies each head by how few tokens hold its attention from the question's rows. Concentrated heads "
-    "keep a pruned cache on the device, text first; all others keep everything in host memory, rank its chunks at each "
-    "step by cuboid digests, and fetch the best. The default.",
+    source="HybridKV, arXiv 2604.05887, for its stages; what classifies and what ranks are ours, measured to be better",
+    summary="Static heads, those for which tokens chosen by some of the question's rows keep nearly all attention of "
+    "the other rows, hold just those tokens on the device, text first. All others keep everything in host memory, rank "
+    "its chunks at each step by 4-bit digests, segments along which a chunk's keys differ most, and fetch the best with "
+    "the budget that static heads leave. The default.",
+    head_score="coverage",
+    theta=0.97,
+    digest="segment",
+    digest_bits=4,
 )

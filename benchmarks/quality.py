@@ -1,0 +1,382 @@
+"""What policies lose, on trained models, where it shows: in tokens that need a new look at the context while decoding.
+
+    make quality                                    everything, hours on two cores; results and plots in benchmarks/results/
+    python benchmarks/quality.py --suite video      one of: video, text, ablations, sweeps
+    python benchmarks/quality.py --quick            a few questions of each, to see that it runs
+
+Contexts are prefilled once and exactly, each question once and exactly, and from there on every policy decodes the same
+answer (`replay.py`). Accuracy counts the tokens after the first, which no policy can touch; a token is right when it and
+all before it are. Rows are paired: the same questions under every policy, the full cache among them. Intervals are 95 %,
+by bootstrap over questions. Finished contexts are kept in a file beside the results, so an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import platform
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+PRESETS = ("hybridkv", "mixkv", "snapkv", "lookm", "streaming", "quest", "arkvale")
+BUDGETS = (0.05, 0.1, 0.2)
+CHUNK = 16
+FULL = "full"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One context and all that is asked of it."""
+
+    model: str
+    task: str
+    """For the video model all tasks of a video are one unit, "video"."""
+    tokens: int
+    number: int
+    questions: int
+    chunk_tokens: int
+    settings: tuple[tuple[str, str], ...]
+    """(label, JSON of the fields of TierConfig)."""
+    unsealed: bool = False
+    """Also ask second questions without sealing anew."""
+
+    @property
+    def key(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+
+def grid(presets: Iterable[str], budgets: Iterable[float], **fields: Any) -> tuple[tuple[str, str], ...]:
+    """Every preset at every budget, and the full cache once."""
+    made = [(FULL, {"policy": FULL})]
+    made += [(name, {"policy": name, "budget_ratio": budget, **fields}) for name in presets for budget in budgets]
+    return tuple((label, json.dumps(one)) for label, one in made)
+
+
+def variants(budgets: Iterable[float], named: dict[str, dict[str, Any]]) -> tuple[tuple[str, str], ...]:
+    """Changes of hybridkv by name at every budget, and the full cache once."""
+    made = [(FULL, {"policy": FULL})]
+    made += [(label, {"budget_ratio": budget, **fields}) for label, fields in named.items() for budget in budgets]
+    return tuple((label, json.dumps(one)) for label, one in made)
+
+
+ABLATIONS = {
+    "hybrid": {},
+    "all static": {"theta": 0.0},
+    "all dynamic": {"theta": 2.0},
+    "without head level": {"static_weight": "even", "static_floor": 1.0},
+    "without type and head level": {"static_weight": "even", "static_floor": 1.0, "type_split": 1.0},
+}
+SWEEPS = {
+    "theta": {f"theta {value}": {"theta": value} for value in (0.5, 0.7, 0.8, 0.9, 0.95)},
+    "r": {f"r {value}": {"type_split": value} for value in (0.6, 0.8, 1.0)},
+    "weight": {f"weight {value}": {"static_weight": value} for value in ("need", "score", "even")},
+    "digest": {f"digest {value}": {"theta": 2.0, "digest": value} for value in ("mean", "minmax", "cuboid", "segment")},
+    "group": {f"group {value}": {"theta": 2.0, "chunk_group": value} for value in ("mean", "max", "max_logit")},
+    "dense": {f"dense layers {value}": {"theta": 2.0, "dense_layers": value} for value in (0, 1, 2)},
+    "reuse": {f"reuse above {value}": {"theta": 2.0, "reuse_above": value} for value in (0.8, 0.9, 2.0)},
+}
+
+
+def units(suite: str, quick: bool) -> list[Unit]:
+    """The contexts of a suite, interleaved so that an interrupted run has something of everything."""
+    made: list[Unit] = []
+
+    def add(model: str, task: str, tokens: int, settings: Any, asked: int, each: int, **more: Any) -> None:
+        contexts = 1 if quick else math.ceil(asked / each)
+        chunk = more.pop("chunk_tokens", CHUNK)
+        made.extend(
+            Unit(model, task, tokens, number, 2 if quick else each, chunk, settings, **more)
+            for number in range(contexts)
+        )
+
+    if suite == "video":
+        for tokens in (2048, 4096, 8192):
+            add("tiny", "video", tokens, grid(PRESETS, BUDGETS), 200, 8, unsealed=tokens == 4096)
+    if suite == "text":
+        for task in ("chain", "lookup", "copy", "needle"):
+            add("smollm2", task, 4096, grid(PRESETS, BUDGETS), 200, 8)
+        add("smollm2", "perplexity", 4096, grid(PRESETS, BUDGETS), 8, 1)
+    if suite == "ablations":
+        add("tiny", "video", 2048, variants((0.05, 0.1), ABLATIONS), 200, 8)
+        add("smollm2", "chain", 2048, variants((0.05, 0.1), ABLATIONS), 96, 8)
+    if suite == "sweeps":
+        for named in SWEEPS.values():
+            add("tiny", "video", 2048, variants((0.05,), named), 96, 8)
+            add("smollm2", "chain", 2048, variants((0.05,), named), 48, 8)
+        for chunk in (8, 16, 32, 64):
+            named = {f"C {chunk}": {"theta": 2.0}}
+            add("tiny", "video", 2048, variants((0.05, 0.1), named), 96, 8, chunk_tokens=chunk)
+            add("smollm2", "chain", 2048, variants((0.05, 0.1), named), 48, 8, chunk_tokens=chunk)
+    return sorted(made, key=lambda unit: unit.number)
+
+
+# ---- one context, in a process of its own
+
+
+def run(unit: Unit) -> list[dict[str, Any]]:
+    """Records of every question of a context under every setting."""
+    import torch
+
+    with torch.no_grad():
+        return _run_video(unit) if unit.model == "tiny" else _run_text(unit)
+
+
+_models: dict[str, Any] = {}
+
+
+def _model(name: str) -> Any:
+    import torch
+
+    if name not in _models:
+        torch.set_num_threads(1)
+        if name == "tiny":
+            from tieredkv.tiny import model as tiny
+
+            _models[name] = tiny.load()
+        else:
+            from models import load_smollm2
+
+            _models[name] = load_smollm2()
+    return _models[name]
+
+
+def _settings(unit: Unit) -> list[tuple[str, Any, Any]]:
+    from tieredkv.config import TierConfig
+
+    return [
+        (label, json.loads(fields), TierConfig(chunk_tokens=unit.chunk_tokens, spare_ratio=0.0, **json.loads(fields)))
+        for label, fields in unit.settings
+    ]
+
+
+def _run_video(unit: Unit) -> list[dict[str, Any]]:
+    import video_tasks
+    from replay import replay, replay_unsealed
+
+    from tieredkv import models, use_attention
+    from tieredkv.config import TierConfig
+
+    model, processor = _model("tiny")
+    settings, records = _settings(unit), []
+    with use_attention(model):
+        reader, scene = video_tasks.read_video(
+            model, processor, unit.tokens, unit.number, TierConfig(chunk_tokens=unit.chunk_tokens)
+        )
+        for asked in video_tasks.ask(processor, models.video_family(model.config), scene, unit.questions):
+            answers = replay(reader, asked, [tiers for _, _, tiers in settings], recall=asked.task == "chain")
+            records += [_record(unit, asked, asked.task, *each) for each in zip(settings, answers, strict=True)]
+            if unit.unsealed and asked.before is not None:
+                answers = replay_unsealed(reader, asked, [tiers for _, _, tiers in settings])
+                task = "second, not sealed anew"
+                records += [_record(unit, asked, task, *each) for each in zip(settings, answers, strict=True)]
+    return records
+
+
+def _run_text(unit: Unit) -> list[dict[str, Any]]:
+    import text_tasks
+    from replay import Question, TextReader, replay
+
+    from tieredkv import use_attention
+    from tieredkv.config import TierConfig
+
+    model, tokenizer = _model("smollm2")
+    settings, records = _settings(unit), []
+    case = text_tasks.make_case(unit.task, tokenizer, unit.tokens, unit.number, unit.questions)
+    with use_attention(model):
+        reader = TextReader(model, case.document_ids, TierConfig(chunk_tokens=unit.chunk_tokens))
+        for number, one in enumerate(case.questions):
+            asked = Question(one.task, one.prompt_ids, one.answer_ids, one.scored, one.steps)
+            recall = number < 2 and unit.task != "perplexity"
+            answers = replay(reader, asked, [tiers for _, _, tiers in settings], recall=recall)
+            records += [_record(unit, asked, asked.task, *each) for each in zip(settings, answers, strict=True)]
+    return records
+
+
+def _record(unit: Unit, asked: Any, task: str, setting: tuple[str, Any, Any], answer: Any) -> dict[str, Any]:
+    label, fields, _ = setting
+    recalls = answer.recalls
+    return {
+        "model": unit.model,
+        "task": task,
+        "tokens": unit.tokens,
+        "chunk_tokens": unit.chunk_tokens,
+        "label": label,
+        "fields": fields,
+        "right": [int(one) for one in answer.right],
+        "steps": asked.steps,
+        "nll": round(sum(answer.nll), 5),
+        "scored": len(answer.nll),
+        "held": answer.held_bytes,
+        "full": answer.full_bytes,
+        "missed": answer.missed_bytes,
+        "decoded": answer.steps,
+        "recall": sum(recalls) / len(recalls) if recalls else None,
+    }
+
+
+# ---- all of them
+
+
+def run_all(made: list[Unit], processes: int, parts: Path) -> list[dict[str, Any]]:
+    """Records of all units; those in `parts` are not run again."""
+    done: dict[str, list[dict[str, Any]]] = {}
+    if parts.exists():
+        for line in parts.read_text().splitlines():
+            stored = json.loads(line)
+            done[stored["key"]] = stored["records"]
+    left = [unit for unit in made if unit.key not in done]
+    started = time.perf_counter()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with multiprocessing.get_context("spawn").Pool(processes) as pool, parts.open("a") as out:
+        for count, (unit, records) in enumerate(pool.imap_unordered(_keyed, left), 1):
+            done[unit.key] = records
+            out.write(json.dumps({"key": unit.key, "records": records}) + "\n")
+            out.flush()
+            seconds = time.perf_counter() - started
+            print(f"\r{count} of {len(left)} contexts, {seconds / 60:.1f} min", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    return [record for unit in made for record in done[unit.key]]
+
+
+def _keyed(unit: Unit) -> tuple[Unit, list[dict[str, Any]]]:
+    return unit, run(unit)
+
+
+def aggregate(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per model, task, tokens, chunk size, label and budget; hops apart for chains."""
+    cells: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+    for record in records:
+        budget = record["fields"].get("budget_ratio", 1.0)
+        cells[
+            (*(record[name] for name in ("model", "task", "tokens", "chunk_tokens")), record["label"], budget)
+        ].append(record)
+    rows = []
+    for (model, task, tokens, chunk, label, budget), held in cells.items():
+        full = cells[(model, task, tokens, chunk, FULL, 1.0)]
+        shared = {
+            "model": model,
+            "tokens": tokens,
+            "budget": budget,
+            "policy": label,
+            "chunk_tokens": chunk,
+            "n": len(held),
+            "ppl_ratio": math.exp(
+                (sum(r["nll"] for r in held) - sum(r["nll"] for r in full)) / sum(r["scored"] for r in held)
+            ),
+            "kv_ratio": _mean(r["held"] / r["full"] for r in held),
+            "mass_recall": _mean(r["recall"] for r in held if r["recall"] is not None),
+            "bytes_per_step": sum(r["missed"] for r in held) / max(1, sum(r["decoded"] for r in held)),
+        }
+        rows.append({**shared, "task": task, **_accuracy(held, full, lambda r: _mean(r["right"]))})
+        if task in ("chain", "second", "second, not sealed anew"):
+            for hop in sorted(set(held[0]["steps"])):
+                at_hop = lambda r, hop=hop: min(v for v, s in zip(r["right"], r["steps"], strict=True) if s == hop)  # noqa: E731
+                rows.append({**shared, "task": f"{task}, hop {hop}", **_accuracy(held, full, at_hop)})
+    return rows
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    held = list(values)
+    return sum(held) / len(held) if held else None
+
+
+def _accuracy(held: list[dict[str, Any]], full: list[dict[str, Any]], of: Callable[[Any], Any]) -> dict[str, Any]:
+    """Mean accuracy, its interval, the full cache's on the same questions, and the interval of the difference."""
+    import numpy as np
+
+    got, want = np.array([of(r) for r in held], float), np.array([of(r) for r in full], float)
+    picks = np.random.default_rng(0).integers(0, len(got), (2000, len(got)))
+    low, high = np.quantile(got[picks].mean(1), (0.025, 0.975))
+    below, above = np.quantile((got - want)[picks].mean(1), (0.025, 0.975))
+    return {
+        "accuracy": got.mean(),
+        "low": low,
+        "high": high,
+        "accuracy_full": want.mean(),
+        "difference_low": below,
+        "difference_high": above,
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Where and with what."""
+    import torch
+    import transformers
+
+    import tieredkv
+
+    cpu = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "tieredkv": tieredkv.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """The table, widest tasks first."""
+    print(
+        f"{'model':8} {'tokens':>6} {'task':28} {'budget':>6} {'policy':24} {'n':>4} {'acc':>6} {'95 %':>13} {'full':>6} "
+        f"{'ppl x':>7} {'kv':>6} {'recall':>6} {'KB/step':>8}"
+    )
+    for row in sorted(rows, key=lambda r: (r["model"], r["tokens"], r["task"], -r["budget"], r["policy"])):
+        recall = "-" if row["mass_recall"] is None else f"{row['mass_recall']:.1%}"
+        print(
+            f"{row['model']:8} {row['tokens']:6} {row['task']:28} {row['budget']:6.0%} {row['policy']:24} {row['n']:4} "
+            f"{row['accuracy']:6.1%} {row['low']:5.1%}..{row['high']:6.1%} {row['accuracy_full']:6.1%} "
+            f"{row['ppl_ratio']:7.3f} {row['kv_ratio']:6.1%} {recall:>6} {row['bytes_per_step'] / 1024:8.1f}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", nargs="+", default=["video", "text", "ablations", "sweeps"])
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for quality-SUITE.json and the plots")
+    parser.add_argument("--quick", action="store_true", help="two questions of each kind")
+    arguments = parser.parse_args()
+    for suite in arguments.suite:
+        made = units(suite, arguments.quick)
+        if not made:
+            parser.error(f"no suite {suite!r}: choose from video, text, ablations, sweeps")
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        parts = arguments.out / f"quality-{suite}.parts.jsonl"
+        started = time.perf_counter()
+        rows = aggregate(run_all(made, arguments.processes, parts))
+        show(rows)
+        settings = {label: json.loads(fields) for unit in made for label, fields in unit.settings}
+        result = {
+            "benchmark": "quality",
+            "suite": suite,
+            "quick": arguments.quick,
+            "machine": machine(),
+            "settings": settings,
+            "seconds": round(time.perf_counter() - started, 1),
+            "rows": [{name: _rounded(value) for name, value in row.items()} for row in rows],
+        }
+        (arguments.out / f"quality-{suite}.json").write_text(json.dumps(result, indent=1) + "\n")
+        parts.unlink()
+
+
+def _rounded(value: Any) -> Any:
+    return round(float(value), 5) if isinstance(value, float) else value
+
+
+if __name__ == "__main__":
+    main()
