@@ -39,7 +39,9 @@ class Answer:
     """What one question gave under one policy."""
 
     right: list[bool]
-    """For each scored position, whether every token up to it was chosen rightly."""
+    """For each scored position, whether its token was chosen rightly behind the true ones."""
+    right_so_far: list[bool]
+    """For each scored position, whether every token up to it was: what greedy decoding would have answered."""
     nll: list[float]
     """Of each scored token, in nats."""
     held_bytes: int
@@ -163,11 +165,13 @@ def _decode(
         logits = reader.feed(fed) if fed else first[:0]
     logits = torch.cat((first, logits))[len(between) :]
     truth = torch.tensor(answer)
-    right = (logits.argmax(-1) == truth).cumprod(0).bool()
+    right = logits.argmax(-1) == truth
+    so_far = right.cumprod(0).bool()
     nll = torch.nn.functional.cross_entropy(logits, truth, reduction="none")
     counters = cache.counters
     return Answer(
         right=[bool(right[place]) for place in question.scored],
+        right_so_far=[bool(so_far[place]) for place in question.scored],
         nll=[float(nll[place]) for place in question.scored],
         held_bytes=held_bytes,
         full_bytes=(prompt + len(fed)) * cache.shape.token_bytes * 2 // itemsize,
@@ -192,7 +196,8 @@ def _recalls(cache: TieredCache) -> list[float]:
         keys = keys.reshape(len(made.heads), -1, keys.shape[-1]).float()
         logits = (made.query[made.heads].float() @ keys.transpose(1, 2)) * keys.shape[-1] ** -0.5
         mass = logits.softmax(-1).mean(1).view(len(made.heads), -1, c).sum(-1)
-        chosen = mass.gather(1, made.first_token // c - layout.sink_chunks).sum(-1)
-        best = mass.topk(made.first_token.shape[1], dim=-1).values.sum(-1)
+        asked = made.first_token >= 0
+        chosen = mass.gather(1, (made.first_token // c - layout.sink_chunks).clamp(min=0)).mul(asked).sum(-1)
+        best = mass.topk(asked.shape[1], dim=-1).values.mul(asked).sum(-1)
         shares += (chosen / best).tolist()
     return shares

@@ -218,29 +218,99 @@ def test_budgets_add_up_and_respect_their_limits(values, theta, total, most, lea
             budget.split_budget(scores, static, total, most, least, split, floor)
         return
     got = budget.split_budget(scores, static, total, most, least, split, floor)
-    assert int(got.static_pages.sum()) + n_dynamic * got.dynamic_pages <= total
-    assert int(got.static_pages.max()) <= most
-    assert got.dynamic_pages <= most
-    if n_static:
-        assert int(got.static_pages[static].min()) >= min(1, most)
-    if n_dynamic:
-        assert got.dynamic_pages >= min(least, most)
+    check_budget(got, static, total, most, least)
     if total >= most * (n_static + n_dynamic) and split == 1:
-        assert int(got.static_pages.sum()) == n_static * most
-        assert n_dynamic == 0 or got.dynamic_pages == most
+        assert (got == most).all()
+    assert len(set(got[~static].tolist())) <= 1
+
+
+def check_budget(got, static, total, most, least):
+    """Adds up, and every head has what it cannot do without and no more than there is."""
+    assert int(got.sum()) <= total
+    assert int(got.max()) <= most
+    assert (got[static] >= min(1, most)).all()
+    assert (got[~static] >= min(least, most)).all()
 
 
 def test_a_less_concentrated_static_head_gets_more():
     scores = torch.tensor([[0.99, 0.91, 0.2]])
     got = budget.split_budget(scores, scores >= 0.9, 90, 1000, 1, 1.0, 0.2)
-    assert got.dynamic_pages == 30
-    assert got.static_pages[0, 1] > got.static_pages[0, 0] >= 6
-    assert int(got.static_pages.sum()) == 60
+    assert got[0, 2] == 30
+    assert got[0, 1] > got[0, 0] >= 6
+    assert int(got.sum()) == 90
+
+
+@pytest.mark.parametrize(("weight", "more"), [("need", 1), ("score", 0)])
+def test_the_weight_says_which_static_head_gets_more(weight, more):
+    scores = torch.tensor([[0.9, 0.5]])
+    got = budget.split_budget(scores, scores >= 0, 60, 1000, 1, 1.0, 0.1, weight)
+    assert int(got.argmax()) == more
+    even = budget.split_budget(scores, scores >= 0, 60, 1000, 1, 1.0, 0.1, "even")
+    assert even.tolist() == [[30, 30]]
 
 
 def test_the_type_split_moves_pages_from_dynamic_to_static_heads():
     scores = torch.tensor([[0.95, 0.1]])
     even = budget.split_budget(scores, scores >= 0.9, 100, 1000, 1, 1.0, 0.2)
     less = budget.split_budget(scores, scores >= 0.9, 100, 1000, 1, 0.5, 0.2)
-    assert (even.dynamic_pages, less.dynamic_pages) == (50, 25)
-    assert int(less.static_pages.sum()) == 75
+    assert even.tolist() == [[50, 50]]
+    assert less.tolist() == [[75, 25]]
+
+
+@given(
+    st.lists(st.integers(0, 4000), min_size=1, max_size=12),
+    st.integers(0, 2000),
+    st.integers(1, 400),
+    st.integers(0, 30),
+    st.integers(1, 3),
+    st.floats(0, 1),
+)
+@settings(max_examples=300, deadline=None)
+def test_budgets_by_need_add_up_and_respect_their_limits(values, enough, total, most, least, floor):
+    need = torch.tensor([values])
+    static = need <= enough
+    least_total = int((~static).sum()) * min(least, most) + int(static.sum()) * min(1, most)
+    if total < least_total:
+        with pytest.raises(ValueError, match="cannot serve"):
+            budget.by_need(need, static, total, most, least, 16, floor)
+        return
+    got = budget.by_need(need, static, total, most, least, 16, floor)
+    check_budget(got, static, total, most, least)
+    if total >= most * len(values):
+        assert (got == most).all()
+
+
+def test_static_heads_get_what_they_need_and_dynamic_ones_the_rest_by_the_root_of_theirs():
+    need = torch.tensor([[32, 100, 400]])
+    static = torch.tensor([[True, False, False]])
+    assert budget.by_need(need, static, 92, 1000, 1, 16, 0.0).tolist() == [[2, 30, 60]]
+    assert budget.by_need(need, static, 92, 1000, 1, 16, 1.0).tolist() == [[2, 45, 45]]
+
+
+# ---- coverage
+
+
+def test_tokens_to_cover_against_trying_every_number():
+    halves = torch.rand(2, 3, 40).softmax(-1)
+    for theta in (0.3, 0.6, 0.9, 1.5):
+        got = classify.tokens_to_cover(halves, 8, theta)
+        for head in range(3):
+            want = 41
+            for count in range(32, -1, -1):
+                covered = 0.0
+                for choosing, seeing in ((0, 1), (1, 0)):
+                    kept = halves[choosing, head, :32].sort(descending=True).indices[:count]
+                    covered += (halves[seeing, head, kept].sum() + halves[seeing, head, 32:].sum()) / 2
+                if covered >= theta:
+                    want = count
+            assert int(got[head]) == want
+
+
+def test_rows_that_look_at_different_tokens_need_many_where_each_looks_at_few():
+    """The paper's score takes such a head for static; pruning by one row would lose what the next one looks at."""
+    each, same = torch.zeros(2, 100), torch.zeros(2, 100)
+    each[0, 3] = each[1, 60] = 1.0
+    same[:, 3] = 1.0
+    need = classify.tokens_to_cover(torch.stack((each, same), dim=1), 8, 0.9)
+    assert need[0] > 40
+    assert need[1] == 1

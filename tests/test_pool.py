@@ -57,35 +57,39 @@ TestPool.settings = settings(max_examples=40, stateful_step_count=25, deadline=N
 
 
 @st.composite
-def admissions(draw: st.DrawFn) -> tuple[int, int, int, list[tuple[list[list[int]], bool]]]:
-    """Heads, slots, chunks, and a sequence of (chunk ids per head, whether the last ones stay protected)."""
-    heads, slots = draw(st.integers(1, 3)), draw(st.integers(2, 6))
-    chunks = draw(st.integers(slots, 12))
+def admissions(draw: st.DrawFn) -> tuple[list[int], int, list[tuple[list[list[int]], bool]]]:
+    """Slots of each head, chunks, and a sequence of (chunk ids per head, -1 for none; whether they stay protected)."""
+    slots = draw(st.lists(st.integers(2, 6), min_size=1, max_size=3))
+    chunks = draw(st.integers(max(slots), 12))
     steps = []
     for _ in range(draw(st.integers(1, 12))):
-        count = draw(st.integers(1, slots // 2))
-        ids = [draw(st.permutations(range(chunks)))[:count] for _ in range(heads)]
-        steps.append((ids, draw(st.booleans())))
-    return heads, slots, chunks, steps
+        counts = [draw(st.integers(0, share // 2)) for share in slots]
+        width = max(counts)
+        ids = [draw(st.permutations(range(chunks)))[:count] + [-1] * (width - count) for count in counts]
+        steps.append(([draw(st.permutations(row)) for row in ids], draw(st.booleans())))
+    return slots, chunks, steps
 
 
 @given(admissions())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_residency_agrees_with_a_dictionary_model(case):
-    heads, slots, chunks, steps = case
-    residency = Residency(torch.arange(heads * slots).view(heads, slots), chunks)
-    held: list[dict[int, int]] = [{} for _ in range(heads)]  # chunk -> local slot
+    slots, chunks, steps = case
+    table = torch.full((len(slots), max(slots)), -1)
+    table[torch.arange(max(slots)) < torch.tensor(slots).unsqueeze(1)] = torch.arange(sum(slots))
+    residency = Residency(table, chunks)
+    held: list[dict[int, int]] = [{} for _ in slots]  # chunk -> local slot
     protected = None
     for clock, (ids, protect) in enumerate(steps):
-        wanted = torch.tensor(ids)
-        if protected is not None and wanted.shape[1] + protected.shape[1] > slots:
-            protected = None
-        local, miss = residency.admit(wanted, clock, protected)
+        local, miss = residency.admit(torch.tensor(ids, dtype=torch.int64), clock, protected)
         residency.check_integrity()
-        for head in range(heads):
+        for head, share in enumerate(slots):
             kept = set() if protected is None else set(protected[head].tolist())
             before = dict(held[head])
             for chunk, slot, missed in zip(ids[head], local[head].tolist(), miss[head].tolist(), strict=True):
+                if chunk < 0:
+                    assert (slot, missed) == (-1, False)
+                    continue
+                assert 0 <= slot < share
                 assert missed == (chunk not in before)
                 assert missed or before[chunk] == slot
                 if missed:
@@ -109,7 +113,7 @@ def test_the_least_recently_used_chunk_gives_way():
 
 def test_more_chunks_than_may_give_way_are_refused():
     residency = Residency(torch.arange(3).view(1, 3), 8)
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(ValueError, match="more chunks wanted than fit"):
         residency.admit(torch.tensor([[1, 2]]), 0, protected=torch.tensor([[0, 1]]))
 
 

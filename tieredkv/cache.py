@@ -195,8 +195,8 @@ class TieredCache(Cache):
         if method.head_score == "mass":
             static = classify.static_heads(scores, method.theta)
         else:
-            recent = layout.tokens - layout.recent_start
-            need = torch.stack([classify.tokens_to_cover(row.halves, recent, method.theta) for row in rows])
+            recent, sinks = layout.tokens - layout.recent_start, self.tiers.sink_tokens
+            need = torch.stack([classify.tokens_to_cover(row.halves, sinks, recent, method.theta) for row in rows])
             static = need <= sizes.mean_old_tokens(self.shape, self.tiers, layout)
         static[: method.dense_layers] = True
         decode_plan = sizes.plan_decode(self.shape, self.tiers, layout, scores, static, need)

@@ -57,6 +57,7 @@ class TierConfig:
     type_split: float | None = None
     static_weight: str | None = None
     static_floor: float | None = None
+    dynamic_floor: float | None = None
     saliency_window: int | None = None
     saliency_pool: int | None = None
     pruning: str | None = None

@@ -25,19 +25,20 @@ def decode_bytes(shape: KVShape, tiers: TierConfig, made: sizes.DecodePlan, stat
     """
     layout, heads = made.layout, shape.num_key_value_heads
     tables = widest = 0
-    for mask, pages in zip(static, made.budgets.static_pages, strict=True):
+    for index, mask in enumerate(static):
         n_dynamic = int((~mask).sum())
-        width = layout.recent_pages + max(int(pages.max()), layout.sink_chunks + made.selected if n_dynamic else 0)
+        width = sizes.table_width(made, index, mask)
         widest = max(widest, width)
         tables += 2 * heads * width * sizes.INT32  # a page and its length
-        tables += Residency.bytes_for(n_dynamic, made.slots, layout.retrievable)
+        if n_dynamic:
+            tables += Residency.bytes_for(n_dynamic, int(made.slots[index].max()), layout.retrievable)
     n_dynamic = int((~static).sum())
     ranked = made.ranked and n_dynamic > 0
     page = sizes.page_bytes(shape, tiers)
     return {
         "recent pages": shape.kv_heads * layout.recent_pages * page,
-        "static pages": int(made.budgets.static_pages[static].sum()) * page,
-        "retrieval pool": n_dynamic * (layout.sink_chunks + made.slots) * page,
+        "static pages": int(made.pages[static].sum()) * page,
+        "retrieval pool": int(made.pages[~static].sum()) * page,
         "digests": sizes.digest_bytes(shape, tiers, layout, n_dynamic) if ranked else 0,
         "tables": tables,
         "ranking": sizes.ranking_bytes(shape, tiers, layout) if ranked else 0,

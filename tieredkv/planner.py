@@ -105,10 +105,10 @@ def plan(
     n_static, n_dynamic = int(static.sum()), int((~static).sum())
     c, page = tiers.chunk_tokens, sizes.page_bytes(shape, tiers)
     recent = prompt - layout.recent_start + max_new_tokens
-    static_pages = int(made.budgets.static_pages[static].sum())
-    dynamic_pages = layout.sink_chunks + made.selected
+    static_pages, selected = int(made.pages[static].sum()), int(made.selected.sum())
+    dynamic_pages = n_dynamic * layout.sink_chunks + selected
     decode = plan_bytes.decode_bytes(shape, tiers, made, static)
-    attended = shape.kv_heads * layout.recent_pages + static_pages + n_dynamic * dynamic_pages
+    attended = shape.kv_heads * layout.recent_pages + static_pages + dynamic_pages
     return MemoryPlan(
         model_type=source.config.model_type,
         dtype=str(source.dtype).removeprefix("torch."),
@@ -132,9 +132,9 @@ def plan(
         static_heads=n_static,
         dynamic_heads=n_dynamic,
         static_tokens=recent + c * static_pages // n_static if n_static else 0,
-        dynamic_tokens=recent + c * dynamic_pages if n_dynamic else 0,
+        dynamic_tokens=recent + c * dynamic_pages // n_dynamic if n_dynamic else 0,
         step_read_bytes=attended * page + decode["digests"],
-        step_copy_bytes=n_dynamic * made.selected * page if made.ranked else 0,
+        step_copy_bytes=selected * page if made.ranked else 0,
         prefill_copy_bytes=plan_bytes.prefill_copy_bytes(shape, tiers, prompt, question_tokens),
         link=link,
         link_gb_s=link_speed,

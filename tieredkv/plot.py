@@ -28,7 +28,7 @@ def selections_per_chunk(answer: Answered, chunks: int, chunk_tokens: int) -> np
 
     Each was copied from host memory for this answer at some time, as the pool starts empty.
     """
-    starts = [s.first_token.flatten().numpy() for s in answer.tiered.trace or []]
+    starts = [s.first_token[s.first_token >= 0].numpy() for s in answer.tiered.trace or []]
     picked = np.concatenate(starts) // chunk_tokens if starts else np.empty(0, int)
     return np.bincount(picked, minlength=chunks)[:chunks]
 

@@ -38,8 +38,15 @@ class Retrieval:
         self._c, self._first, self._chunks = host.chunk_tokens, layout.sink_chunks, layout.retrievable
         self._clock = 0
         n = len(heads)
-        tiers.ledger.reserve("tables", Residency.bytes_for(n, plan.slots, self._chunks))
-        self.residency = Residency(tiers.pool.take(n * plan.slots).view(n, plan.slots), self._chunks)
+        self.selected = plan.selected[index, heads].unsqueeze(1).to(device)
+        """`(n, 1)`: chunks each head attends to."""
+        self.slots = plan.slots[index, heads].unsqueeze(1).to(device)
+        """`(n, 1)`: slots each head has."""
+        self._most_selected, self._most_slots = int(self.selected.max()), int(self.slots.max())
+        tiers.ledger.reserve("tables", Residency.bytes_for(n, self._most_slots, self._chunks))
+        table = torch.full((n, self._most_slots), -1, dtype=torch.int64, device=device)
+        table[torch.arange(self._most_slots, device=device) < self.slots] = tiers.pool.take(int(self.slots.sum()))
+        self.residency = Residency(table, self._chunks)
         self._warm(saliency)
         self.digests: torch.Tensor | None = None
         self._before: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -51,29 +58,29 @@ class Retrieval:
             tiers.counters.warm_bytes += self.digests.numel() * self.digests.itemsize
 
     def _warm(self, saliency: torch.Tensor) -> None:
-        slots, n = self.tiers.plan.slots, len(self.heads)
-        if slots == 0:
+        if self._most_slots == 0:
             return
-        first = self._first * self._c
+        first, n = self._first * self._c, len(self.heads)
         mass = saliency[self.heads, first : first + self._chunks * self._c].view(n, self._chunks, self._c).sum(-1)
-        likely = select.ranked_chunks(mass, slots).to(self.residency.slots.device)
+        likely = select.ranked_chunks(mass, self._most_slots).to(self.residency.slots.device)
+        likely = select.only(likely, 0, self.slots)
         # Worst first: of slots used equally long ago, the first gives way.
         local, _ = self.residency.admit(likely.flip(1), self._clock)
-        self.tiers.counters.warm_bytes += self._copy(likely.flip(1), local)()
+        self.tiers.counters.warm_bytes += self._copy(likely.flip(1), local, local >= 0)()
 
-    def _copy(self, ids: torch.Tensor, local: torch.Tensor, mask: torch.Tensor | None = None) -> Callable[[], int]:
+    def _copy(self, ids: torch.Tensor, local: torch.Tensor, mask: torch.Tensor) -> Callable[[], int]:
         """The copy of chunks `ids` `(n, m)` into local slots, where `mask` is set, as a deferred call."""
-        heads = self.heads.unsqueeze(1).expand_as(ids)
-        slots = self.residency.slots.gather(1, local)
-        ids = ids + self._first
-        if mask is not None:
-            heads, ids, slots = heads[mask], ids[mask], slots[mask]
-        heads, ids, slots = heads.flatten(), ids.flatten(), slots.flatten()
+        heads = self.heads.unsqueeze(1).expand_as(ids)[mask]
+        slots = self.residency.slots.gather(1, local.clamp(min=0))[mask]
+        ids = ids[mask] + self._first
         transfer, pages = self.tiers.transfer, self.tiers.pool.pages
         return lambda: transfer.gather(self.host.chunks(), heads, ids, pages, slots)
 
     def slots_for(self, query: torch.Tensor, scaling: float) -> torch.Tensor:
-        """Pool slots `(n, m)` of the chunks that this step attends to, all of them filled. query `(K, G, D)`."""
+        """Pool slots `(n, m)` of the chunks that this step attends to, all of them filled. query `(K, G, D)`.
+
+        A head's own number of them comes first in its row; what follows is any slot.
+        """
         tiers, plan = self.tiers, self.tiers.plan
         self._clock += 1
         if self.digests is None:
@@ -84,17 +91,18 @@ class Retrieval:
         method = tiers.config.method
         with tiers.ledger.scratch("ranking", ranking_bytes(tiers.shape, tiers.config, plan.layout)):
             logits = digest.DIGESTS[method.digest].logits(grouped, self.digests, method.digest_bits, scaling)
-            ranked = select.ranked_chunks(select.GROUPS[method.chunk_group](logits), min(plan.slots, self._chunks))
-        wanted = self._wanted(grouped, ranked[:, : plan.selected])
+            ranked = select.ranked_chunks(select.GROUPS[method.chunk_group](logits), self._most_slots)
+        wanted = self._wanted(grouped, select.only(ranked[:, : self._most_selected], 0, self.selected))
         local, miss = self.residency.admit(wanted, self._clock)
         tiers.counters.missed_bytes += self._copy(wanted, local, miss)()
-        tiers.counters.selected += miss.numel()
-        tiers.counters.resident += miss.numel() - int(miss.sum())
+        chosen = int(self.selected.sum())
+        tiers.counters.selected += chosen
+        tiers.counters.resident += chosen - int(miss.sum())
         if tiers.counters.trace is not None:
-            first = (wanted + self._first) * self._c
+            first = torch.where(wanted < 0, -1, (wanted + self._first) * self._c)
             tiers.counters.trace.append(Selection(self._clock, self.index, self.heads, first, query))
         self._fetch_ahead(ranked, local)
-        return self.residency.slots.gather(1, local)
+        return self.residency.slots.gather(1, local.clamp(min=0))
 
     def _wanted(self, query: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
         """The chunks `(n, m)` to attend to: the best of this step, or of the step before where its query was alike."""
@@ -105,18 +113,16 @@ class Retrieval:
         if before is None:
             return best
         alike = select.query_similarity(query, before[0]) >= reuse_above
-        self.tiers.counters.reused += int(alike.sum()) * best.shape[1]
+        self.tiers.counters.reused += int((alike.unsqueeze(1) * self.selected).sum())
         return torch.where(alike.unsqueeze(1), before[1], best)
 
     def _fetch_ahead(self, ranked: torch.Tensor, local: torch.Tensor) -> None:
         """Start copying what the next step is likely to ask for, into slots that this step does not read."""
-        tiers, plan = self.tiers, self.tiers.plan
-        spare = plan.slots - plan.selected
-        if tiers.prefetcher is None or spare == 0:
+        tiers, spare = self.tiers, self.slots - self.selected
+        if tiers.prefetcher is None or not bool(spare.any()):
             return
         # Where the next step may reuse this step's choice, that; otherwise what was ranked just below it.
         reuses = tiers.config.method.reuse_above <= 1
-        likely = ranked[:, :spare] if reuses else ranked[:, plan.selected :]
-        if likely.shape[1]:
-            ahead, absent = self.residency.admit(likely, self._clock, protected=local)
-            tiers.prefetcher.submit(self.index, self._copy(likely, ahead, absent))
+        likely = select.only(ranked, 0, spare) if reuses else select.only(ranked, self.selected, self.slots)
+        ahead, absent = self.residency.admit(likely, self._clock, protected=local)
+        tiers.prefetcher.submit(self.index, self._copy(likely, ahead, absent))

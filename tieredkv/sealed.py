@@ -14,7 +14,7 @@ from tieredkv.memory.host import HostLayer
 from tieredkv.policy import prune
 from tieredkv.prefill import TextRows
 from tieredkv.retrieval import Retrieval
-from tieredkv.sizes import scratch_page_bytes
+from tieredkv.sizes import scratch_page_bytes, table_width
 from tieredkv.tiers import Tiers
 
 
@@ -43,23 +43,24 @@ class SealedLayer:
 
         self.static = static.nonzero().squeeze(1)
         self.dynamic = (~static).nonzero().squeeze(1)
-        static_pages = plan.budgets.static_pages[index]
-        sinks, selected = layout.sink_chunks, plan.selected
-        recent = layout.recent_pages
-        self._picked = slice(recent + sinks, recent + sinks + selected)
-        width = recent + max(int(static_pages.max()), sinks + selected if len(self.dynamic) else 0)
+        sinks, recent = layout.sink_chunks, layout.recent_pages
+        most = int(plan.selected[index].max())
+        self._picked = slice(recent + sinks, recent + sinks + most)
+        width = table_width(plan, index, static)
         self.table = tiers.ledger.empty("tables", (heads, width), torch.int32, self.device).zero_()
         self.lengths = tiers.ledger.empty("tables", (heads, width), torch.int32, self.device).zero_()
 
         self._fill_recent(recent, layout.recent_start)
         for head in self.static.tolist():
-            pages = int(static_pages[head])
+            pages = int(plan.pages[index, head])
             self._fill_static(head, pages, recent, rows.saliency[head, : layout.recent_start], is_text)
         self.retrieval: Retrieval | None = None
         if len(self.dynamic):
             self._fill_sinks(sinks, recent)
             self.retrieval = Retrieval(index, host, self.dynamic, digests, rows.saliency, tiers)
-            self.lengths[self.dynamic, self._picked] = self._c  # retrievable chunks are always full
+            # Retrievable chunks are always full.
+            picked = torch.arange(most) < plan.selected[index, self.dynamic].unsqueeze(1)
+            self.lengths[self.dynamic, self._picked] = torch.where(picked, self._c, 0).int().to(self.device)
 
     @property
     def length(self) -> int:

@@ -13,7 +13,7 @@ import torch
 
 from tieredkv.config import GIB, TierConfig
 from tieredkv.errors import BudgetError, UnsupportedModelError
-from tieredkv.policy.budget import Budgets, by_need, split_budget
+from tieredkv.policy.budget import by_need, split_budget
 from tieredkv.policy.classify import top_k_count
 from tieredkv.policy.digest import DIGESTS, packed_bytes
 
@@ -121,22 +121,20 @@ def lay_out(tiers: TierConfig, tokens: int, text_rows: int, new_tokens: int) -> 
 
 @dataclass(frozen=True, slots=True)
 class DecodePlan:
-    """Sizes of the decode phase."""
+    """Sizes of the decode phase. The tensors are `(L, K)` int64."""
 
     layout: Layout
-    budgets: Budgets
-    selected: int
-    """Chunks a dynamic head attends to per step besides sinks and recent region."""
-    slots: int
-    """Retrieval slots of a dynamic head: selected and spare ones."""
+    pages: torch.Tensor
+    """Pages before the recent region: of a static head its kept tokens, of a dynamic one its sinks and its slots."""
+    selected: torch.Tensor
+    """Chunks a dynamic head attends to per step besides sinks and recent region; 0 for static heads."""
+    slots: torch.Tensor
+    """Retrieval slots of a dynamic head: selected and spare ones; 0 for static heads."""
+    ranked: bool
+    """Whether chunks must be ranked at all: not when every dynamic head attends to all of them."""
     pool_pages: int
     scratch_pages: int
     """Pages the torch attention gathers at a time."""
-
-    @property
-    def ranked(self) -> bool:
-        """Whether chunks must be ranked at all: not when every one of them is selected."""
-        return self.selected < self.layout.retrievable
 
 
 def page_bytes(shape: KVShape, tiers: TierConfig) -> int:
@@ -293,14 +291,9 @@ def plan_decode(
     cap = tiers.cap_bytes - table_bytes(shape, layout)
     pool, scratch = pages_for(cap)
     if pool >= everything and (tiers.budget_ratio is None or tiers.method.keep_all):
-        return DecodePlan(
-            layout=layout,
-            budgets=Budgets(torch.where(static, most, 0), most),
-            selected=layout.retrievable,
-            slots=layout.retrievable,
-            pool_pages=everything,
-            scratch_pages=wider(scratch, everything, cap),
-        )
+        every = torch.where(static, 0, layout.retrievable)
+        pages = torch.full_like(every, most)
+        return DecodePlan(layout, pages, every, every, False, everything, wider(scratch, everything, cap))
 
     ranking = ranking_bytes(shape, tiers, layout) if n_dynamic else 0
     cap -= digest_bytes(shape, tiers, layout, n_dynamic) + ranking
@@ -316,28 +309,36 @@ def plan_decode(
         if method.keep_all:
             raise ValueError("everything does not fit")
         if need is not None:
-            need_pages = (need[dense:] + layout.chunk_tokens - 1) // layout.chunk_tokens
-            budgets = by_need(need_pages, rest, total, most, least)
+            c, floor = layout.chunk_tokens, method.dynamic_floor
+            budgets = by_need(need[dense:], rest, total, most, least, c, floor)
         else:
             budgets = split_budget(
                 scores[dense:], rest, total, most, least, method.type_split, method.static_floor, method.static_weight
             )
     except ValueError:
         raise refusal(shape, tiers, layout) from None
-    static_pages = torch.cat((torch.full_like(static[:dense], most, dtype=torch.int64), budgets.static_pages))
-    budgets = Budgets(static_pages, budgets.dynamic_pages)
+    pages = torch.cat((torch.full_like(static[:dense], most, dtype=torch.int64), budgets))
 
-    room = max(0, budgets.dynamic_pages - layout.sink_chunks)
+    room = torch.where(static, 0, pages - layout.sink_chunks)
     if ratio is None:  # all of it is slots, some of them spare
         slots = room
-        selected = slots if slots == layout.retrievable else slots - min(slots - 1, int(slots * tiers.spare_ratio))
+        spare = torch.minimum((slots - 1).clamp(min=0), (slots * tiers.spare_ratio).long())
+        selected = torch.where(slots == layout.retrievable, slots, slots - spare)
     else:  # as many are selected as the ratio says, and the spare ones come on top
         selected = room
-        left = (affordable - int(budgets.static_pages[dense:].sum())) // n_dynamic if n_dynamic else 0
-        slots = min(int(selected / (1 - tiers.spare_ratio)), left - layout.sink_chunks, layout.retrievable)
-        slots = max(slots, selected)
-    used = n_heads * layout.recent_pages + int(budgets.static_pages.sum()) + n_dynamic * (layout.sink_chunks + slots)
-    return DecodePlan(layout, budgets, selected, slots, used, wider(scratch, used, cap))
+        left = (affordable - int(budgets.sum())) // n_dynamic if n_dynamic else 0
+        wanted = (selected / (1 - tiers.spare_ratio)).long()
+        slots = torch.minimum(wanted, selected + left).clamp(max=layout.retrievable)
+        pages = torch.where(static, pages, layout.sink_chunks + slots)
+    ranked = bool((selected[~static] < layout.retrievable).any())
+    used = n_heads * layout.recent_pages + int(pages.sum())
+    return DecodePlan(layout, pages, selected, slots, ranked, used, wider(scratch, used, cap))
+
+
+def table_width(made: DecodePlan, index: int, static: torch.Tensor) -> int:
+    """Columns of the page table of layer `index`: the most pages one of its heads attends to. static: `(K,)`."""
+    attended = torch.where(static, made.pages[index], made.layout.sink_chunks + made.selected[index])
+    return made.layout.recent_pages + int(attended.max())
 
 
 def mean_old_tokens(shape: KVShape, tiers: TierConfig, layout: Layout) -> int:
@@ -345,7 +346,7 @@ def mean_old_tokens(shape: KVShape, tiers: TierConfig, layout: Layout) -> int:
     scores = torch.ones((shape.num_layers, shape.num_key_value_heads))
     made = plan_decode(shape, tiers, layout, scores, scores.bool())
     dense = tiers.method.dense_layers
-    pages = made.budgets.static_pages[dense:]
+    pages = made.pages[dense:]
     return int(pages.double().mean()) * layout.chunk_tokens if pages.numel() else layout.recent_start
 
 

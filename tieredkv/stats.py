@@ -17,7 +17,7 @@ class Selection:
     heads: torch.Tensor
     """`(n,)` KV heads."""
     first_token: torch.Tensor
-    """`(n, m)` index of each selected chunk's first token in the prompt."""
+    """`(n, m)` index of each selected chunk's first token in the prompt; -1 beyond what a head selects."""
     query: torch.Tensor
     """`(K, G, D)`: the layer's query in this step."""
 

@@ -62,24 +62,29 @@ class DevicePool:
         assert free | self._taken == set(range(self.pages.shape[0])), "a slot is lost"
 
 
-class Residency:
-    """Which chunks of `n` heads are in their `R` retrieval slots each.
+NEVER = torch.iinfo(torch.int32).max
+"""Last use of a slot that must not give way."""
 
-    All heads have the same number of slots and of chunks, so every operation is one of fixed shape on whole tensors.
-    Positions in the tables are local: slot `r` of head `i` is `slots[i, r]` of the pool.
+
+class Residency:
+    """Which chunks of `n` heads are in their retrieval slots, at most `R` each.
+
+    Operations are of fixed shape on whole tensors, whatever each head's share: -1 stands for a slot that a head does
+    not have, and for a chunk that is not asked for. Positions in the tables are local: slot `r` of head `i` is
+    `slots[i, r]` of the pool.
     """
 
     def __init__(self, slots: torch.Tensor, chunks: int) -> None:
-        """slots: `(n, R)` pool slots owned. chunks: how many chunks each head could ask for; none is resident yet."""
+        """slots: `(n, R)` pool slots owned, -1 for none. chunks: how many each head could ask for; none is resident."""
         n, r = slots.shape
         self.slots = slots.int()
         self.chunk_in = torch.full((n, r), -1, dtype=torch.int32, device=slots.device)
         self.slot_of = torch.full((n, chunks), -1, dtype=torch.int32, device=slots.device)
-        self.last_used = torch.full((n, r), -1, dtype=torch.int32, device=slots.device)
+        self.last_used = torch.where(self.slots < 0, NEVER, -1).int()
 
     @staticmethod
     def bytes_for(heads: int, slots: int, chunks: int) -> int:
-        """Device bytes of the tables."""
+        """Device bytes of the tables, `slots` being the most that a head has."""
         return 4 * heads * (3 * slots + chunks)
 
     def admit(
@@ -87,23 +92,23 @@ class Residency:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Give every wanted chunk a slot; the caller copies the misses.
 
-        wanted: `(n, m)` distinct chunk ids per head. protected: `(n, p)` local slots that must not give way, with
-        `m + p <= R`; a wanted chunk may already be in one of them. clock: this step; larger is later. Victims are
-        the least recently used slots that are neither wanted nor protected. Returns local slots `(n, m)` and the
-        mask of misses `(n, m)`; a missed chunk is entered in the tables at once, before its copy.
+        wanted: `(n, m)` distinct chunk ids per head, -1 for none. protected: `(n, p)` local slots that must not give
+        way, -1 for none; a head's wanted chunks and protected slots together must not outnumber its slots, and a
+        wanted chunk may already be in one of them. clock: this step; larger is later. Victims are the least recently
+        used slots that are neither wanted nor protected. Returns local slots `(n, m)`, -1 where none was wanted, and
+        the mask of misses `(n, m)`; a missed chunk is entered in the tables at once, before its copy.
         """
         n, m = wanted.shape
-        if m > self.slots.shape[1] - (0 if protected is None else protected.shape[1]):
-            raise ValueError(f"{m} chunks wanted do not fit the slots that may give way")
-        local = self.slot_of.gather(1, wanted).long()
-        miss = local < 0
-        held = local.clamp(min=0)
+        asked = wanted >= 0
+        needed = asked.sum(1) if protected is None else asked.sum(1) + (protected >= 0).sum(1)
+        if bool((needed > (self.slots >= 0).sum(1)).any()):
+            raise ValueError("more chunks wanted than fit the slots that may give way")
+        local = torch.where(asked, self.slot_of.gather(1, wanted.clamp(min=0)), -1).long()
+        miss = asked & (local < 0)
         age = self.last_used.clone()
-        latest = torch.iinfo(age.dtype).max
-        # Resident wanted slots cannot be victims; `amax` leaves the others (written by the clamped misses) alone.
-        age.scatter_reduce_(1, held, torch.where(miss, -1, latest).to(age.dtype), reduce="amax")
+        _keep(age, local)
         if protected is not None:
-            age.scatter_(1, protected, latest)
+            _keep(age, protected)
         victims = age.argsort(dim=1, stable=True)
         order = (miss.long().cumsum(1) - 1).clamp(min=0)
         local = torch.where(miss, victims.gather(1, order), local)
@@ -114,15 +119,23 @@ class Residency:
         self.slot_of[row[miss][evicted], old[evicted]] = -1
         self.chunk_in[row[miss], local[miss]] = wanted[miss].int()
         self.slot_of[row[miss], wanted[miss]] = local[miss].int()
-        self.last_used.scatter_(1, local, torch.full_like(local, clock, dtype=torch.int32))
+        self.last_used[row[asked], local[asked]] = clock
         return local, miss
 
     def check_integrity(self) -> None:
         """Raise AssertionError if the two tables disagree or a chunk is in two slots."""
-        n, r = self.slots.shape
+        n, _ = self.slots.shape
         for i in range(n):
             resident = {int(c): s for s, c in enumerate(self.chunk_in[i].tolist()) if c >= 0}
             assert len(resident) == int((self.chunk_in[i] >= 0).sum()), "a chunk is in two slots"
+            assert all(self.slots[i, s] >= 0 for s in resident.values()), "a chunk is in a slot that is not there"
             listed = {c: s for c, s in enumerate(self.slot_of[i].tolist()) if s >= 0}
             assert resident == listed, "slot_of and chunk_in disagree"
-        assert self.slots.unique().numel() == n * r, "two heads share a slot"
+        owned = self.slots[self.slots >= 0]
+        assert owned.unique().numel() == owned.numel(), "two heads share a slot"
+
+
+def _keep(age: torch.Tensor, local: torch.Tensor) -> None:
+    """Mark the slots `(n, m)`, -1 for none, as ones that must not give way."""
+    # Where there is none, `amax` with -1 leaves slot 0 as it is.
+    age.scatter_reduce_(1, local.clamp(min=0), torch.where(local < 0, -1, NEVER).to(age.dtype), reduce="amax")

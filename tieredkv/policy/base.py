@@ -51,6 +51,9 @@ class Policy:
     """How static heads share: by 1 - S ("need"), by S ("score") or evenly ("even")."""
     static_floor: float = 0.2
     """Share of the static heads' mean budget that each of them gets whatever its score (AdaKV)."""
+    dynamic_floor: float = 1.0
+    """Share of the dynamic heads' mean budget that each of them gets whatever it needs; the rest goes by the root of
+    need. 1: evenly, as in the paper. With the "coverage" score only, which measures need."""
     saliency_window: int = 32
     """At most this many of the last text rows rank the tokens of static heads (SnapKV's window)."""
     saliency_pool: int = 5
@@ -76,7 +79,7 @@ class Policy:
             if not ok:
                 raise BudgetError(f"{name}={getattr(self, name)!r} is not valid: give {want}.")
 
-        for name in ("theta", "top_k_ratio", "type_split", "static_floor", "reuse_above"):
+        for name in ("theta", "top_k_ratio", "type_split", "static_floor", "dynamic_floor", "reuse_above"):
             value = getattr(self, name)
             number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
             check(number, name, "a finite number")
@@ -88,6 +91,7 @@ class Policy:
         check(0 < self.top_k_ratio <= 1, "top_k_ratio", "a share above 0 and at most 1")
         check(0 < self.type_split <= 1, "type_split", "a share above 0 and at most 1")
         check(0 <= self.static_floor <= 1, "static_floor", "a share between 0 and 1")
+        check(0 <= self.dynamic_floor <= 1, "dynamic_floor", "a share between 0 and 1")
         choices = {
             "head_score": ("mass", "coverage"),
             "score_group": ("mean", "max"),

@@ -1,26 +1,15 @@
 """Stage 2: top-down budgets, head type first, then head (HybridKV). The equations are ours; the paper's are unknown.
 
 Everything is counted in pages of C tokens, the unit the pool deals in. The recent window and the generated tokens
-are outside: every head has those anyway.
+are outside: every head has those anyway. A budget is `(L, K)` int64: of a static head the pages of its kept tokens, of
+a dynamic head those of its sink chunks and of the chunks it selects and keeps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
-
-
-@dataclass(frozen=True, slots=True)
-class Budgets:
-    """Pages per head beyond the recent window."""
-
-    static_pages: torch.Tensor
-    """`(L, K)` int64: pages of kept tokens of each static head, 0 for dynamic heads."""
-    dynamic_pages: int
-    """Pages of every dynamic head: sink chunks and retrieved chunks together."""
-
 
 WEIGHTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "need": lambda scores: (1.0 - scores).clamp(min=0) + 1e-6,
@@ -40,7 +29,7 @@ def split_budget(
     type_split: float,
     static_floor: float,
     static_weight: str = "need",
-) -> Budgets:
+) -> torch.Tensor:
     """Divide `total_pages` among the heads of a model.
 
     scores, static: `(L, K)`, S and the static mask. most_pages: pages that hold everything; no head gets more.
@@ -63,48 +52,61 @@ def split_budget(
         dynamic_pages = min(max(dynamic_pages, least_dynamic), affordable, most_pages)
     left = total_pages - n_dynamic * dynamic_pages
 
-    static_pages = torch.zeros(scores.shape, dtype=torch.int64)
+    pages = torch.zeros(scores.shape, dtype=torch.int64)
     if n_static:
-        weights = WEIGHTS[static_weight](scores[static].double())
-        static_pages[static] = _share_out(weights, left, most_pages, static_floor)
+        pages[static] = _share_out(WEIGHTS[static_weight](scores[static].double()), left, most_pages, static_floor)
         if n_dynamic:  # what capped static heads could not use goes back to the dynamic ones
-            unused = left - int(static_pages.sum())
+            unused = left - int(pages.sum())
             dynamic_pages = min(most_pages, dynamic_pages + unused // n_dynamic)
-    return Budgets(static_pages, dynamic_pages)
+    pages[~static] = dynamic_pages
+    return pages
 
 
 def by_need(
-    need_pages: torch.Tensor, static: torch.Tensor, total_pages: int, most_pages: int, least_dynamic: int
-) -> Budgets:
-    """Divide `total_pages` by what static heads need, `(L, K)`; what they leave is shared evenly by the dynamic ones.
+    need: torch.Tensor,
+    static: torch.Tensor,
+    total_pages: int,
+    most_pages: int,
+    least_dynamic: int,
+    chunk_tokens: int,
+    dynamic_floor: float,
+) -> torch.Tensor:
+    """Divide `total_pages` by the tokens that pruning would need, `(L, K)` (`classify.tokens_to_cover`; ours).
 
-    Static heads get at least a page each, and what is left when every dynamic head has all it could use, each in
-    proportion to what it lacks. ValueError as `split_budget`.
+    Static heads get what they need, at least a page. Of the rest every dynamic head gets `dynamic_floor` of an even
+    share, and what is then left is dealt in proportion to the root of its need: a head whose attention is spread over
+    more tokens misses more with the same budget. What no dynamic head can use goes to static heads, each in proportion
+    to what it lacks. ValueError as `split_budget`.
     """
     n_static, n_dynamic = int(static.sum()), int((~static).sum())
-    given = torch.where(static, need_pages.clamp(min(1, most_pages), most_pages), 0)
-    reserved = n_dynamic * min(least_dynamic, most_pages)
-    if int(given.sum()) + reserved > total_pages:  # needs are met in proportion
-        if n_static * min(1, most_pages) + reserved > total_pages:
+    pages = torch.zeros(need.shape, dtype=torch.int64)
+    pages[static] = ((need[static] + chunk_tokens - 1) // chunk_tokens).clamp(min(1, most_pages), most_pages)
+    least = min(least_dynamic, most_pages)
+    if int(pages.sum()) + n_dynamic * least > total_pages:  # needs are met in proportion
+        if n_static * min(1, most_pages) + n_dynamic * least > total_pages:
             raise ValueError(f"{total_pages} pages cannot serve {n_static} static and {n_dynamic} dynamic heads")
-        given[static] = _share_out(given[static].double(), total_pages - reserved, most_pages, 0.0)
-    left = total_pages - int(given.sum())
-    dynamic_pages = min(most_pages, left // n_dynamic) if n_dynamic else 0
-    left -= n_dynamic * dynamic_pages
-    if dynamic_pages == (most_pages if n_dynamic else 0):
-        lacking = torch.where(static, most_pages - given, 0)
-        given += lacking * min(left, int(lacking.sum())) // max(1, int(lacking.sum()))
-    return Budgets(given, dynamic_pages)
+        pages[static] = _share_out(pages[static].double(), total_pages - n_dynamic * least, most_pages, 0.0)
+    if n_dynamic:
+        weights = need[~static].double().clamp(min=1).sqrt()
+        pages[~static] = _share_out(weights, total_pages - int(pages.sum()), most_pages, dynamic_floor, least)
+    left = total_pages - int(pages.sum())
+    if n_static and bool((pages[~static] == most_pages).all()):
+        lacking = torch.where(static, most_pages - pages, 0)
+        pages += lacking * min(left, int(lacking.sum())) // max(1, int(lacking.sum()))
+    return pages
 
 
-def _share_out(weights: torch.Tensor, pages: int, most: int, floor: float) -> torch.Tensor:
-    """Integers `(n,)` that sum to at most `pages`: proportional to weights above a common floor, each in [1, most]."""
+def _share_out(weights: torch.Tensor, pages: int, most: int, floor: float, least: int = 1) -> torch.Tensor:
+    """Integers `(n,)` that sum to at most `pages`: proportional to weights above a common floor, each in [least, most].
+
+    `pages` must hold `least` for each.
+    """
     n = weights.numel()
     if most == 0:
         return torch.zeros(n, dtype=torch.int64)
     if pages >= n * most:
         return torch.full((n,), most, dtype=torch.int64)
-    base = max(1, min(most, int(floor * pages / n)))
+    base = max(least, min(most, int(floor * pages / n)))
     given = torch.full((n,), float(base), dtype=torch.float64)
     left = float(pages - n * base)
     open_ = given < most

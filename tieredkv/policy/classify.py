@@ -38,21 +38,25 @@ def text_centric_scores(best: torch.Tensor, group: str = "mean") -> torch.Tensor
     return (scores.amax(-1) if group == "max" else scores.mean(-1)).clamp(0.0, 1.0)
 
 
-def tokens_to_cover(halves: torch.Tensor, recent: int, theta: float) -> torch.Tensor:
+def tokens_to_cover(halves: torch.Tensor, sinks: int, recent: int, theta: float) -> torch.Tensor:
     """Fewest tokens `(K,)` that some rows must choose for a head to keep `theta` of *other* rows' attention (ours).
 
-    halves `(2, K, N)`: mean attention of two halves of the text rows. Each half ranks all but the last `recent` tokens,
-    which a head keeps anyway; counted is what the other half pays to the best of them and to the recent ones, averaged
-    both ways. N + 1 where not even all tokens do. It asks directly what pruning by some rows costs others, where the
-    text-centric score asks how few tokens a row looks at, be they others in each row.
+    halves `(2, K, N)`: mean attention of two halves of the text rows. Each half ranks the tokens between the first
+    `sinks` and the last `recent`, which a head keeps anyway; counted is what the other half pays to the best of them
+    and to the recent ones, averaged both ways. N + 1 where not even all tokens do. It asks directly what pruning by
+    some rows costs others, where the text-centric score asks how few tokens a row looks at, be they others in each row.
+
+    What goes to the sinks is left out altogether: a head that rests on them has nothing to look up *yet*, and says
+    nothing of where it would look.
     """
     old, n = halves.shape[-1] - recent, halves.shape[-1]
-    covered = torch.zeros((halves.shape[1], old + 1))
+    first = min(sinks, old)
+    covered = torch.zeros((halves.shape[1], old - first + 1))
     for chosen_by, seen_by in ((halves[0], halves[1]), (halves[1], halves[0])):
-        order = chosen_by[:, :old].argsort(dim=-1, descending=True)
-        covered[:, 1:] += seen_by.gather(1, order).cumsum(-1) / 2
-        covered += seen_by[:, old:].sum(-1, keepdim=True) / 2
-    enough = covered >= theta
+        order = chosen_by[:, first:old].argsort(dim=-1, descending=True)
+        covered[:, 1:] += seen_by[:, first:old].gather(1, order).cumsum(-1)
+        covered += seen_by[:, old:].sum(-1, keepdim=True)
+    enough = covered >= theta * halves[:, :, first:].sum((0, 2)).unsqueeze(-1)
     return torch.where(enough.any(-1), enough.byte().argmax(-1), n + 1)
 
 

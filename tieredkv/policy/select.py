@@ -34,6 +34,12 @@ def ranked_chunks(share: torch.Tensor, count: int) -> torch.Tensor:
     return share.topk(count, dim=-1).indices
 
 
+def only(ranked: torch.Tensor, begin: torch.Tensor | int, end: torch.Tensor) -> torch.Tensor:
+    """`ranked` `(n, m)` with -1 but for the places begin..end of each row, both `(n, 1)`."""
+    place = torch.arange(ranked.shape[1], device=ranked.device)
+    return torch.where((place >= begin) & (place < end), ranked, -1)
+
+
 def query_similarity(query: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
     """`(K,)`: cosine of each query head `(K, G, D)` with itself a step before, averaged over the group (FreeKV)."""
     return torch.cosine_similarity(query.float(), before.float(), dim=-1).mean(1)
