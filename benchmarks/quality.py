@@ -1,15 +1,15 @@
 """What policies lose, on trained models, where it shows: in tokens that need a new look at the context while decoding.
 
-    make quality                                    everything, hours on two cores; results and plots in benchmarks/results/
-    python benchmarks/quality.py --suite video      one of: video, text, ablations, sweeps
-    python benchmarks/quality.py --quick            a few questions of each, to see that it runs
+    make quality                                  everything, hours on two cores; results and plots in benchmarks/results/
+    python benchmarks/quality.py --suite video    one of: video, text, ablations, sweeps
+    python benchmarks/quality.py --quick          a few questions of each, to see that it runs
 
 Contexts are prefilled once and exactly, each question once and exactly, and from there on every policy decodes the same
-answer (`replay.py`). Only tokens after the first count, which no policy can touch. Of video chains a hop is right if all
-up to it are, as greedy decoding would have it; of text, where the small model errs by itself, a step is right if all its
-tokens are chosen rightly behind the true ones. Rows are paired: the same questions under every policy, the full cache
-among them. Intervals are 95 %, by bootstrap over questions. Memory is counted as for keys and values of 16 bits. Finished
-contexts are kept in a file beside the results, so an interrupted run goes on.
+answer (`replay.py`). Only tokens after the first count, which no policy can touch. Of video chains a hop is right if
+all up to it are, as greedy decoding would have it; of text, where the small model errs by itself, a step is right if
+all its tokens are chosen rightly behind the true ones. Rows are paired: the same questions under every policy, the full
+cache among them. Intervals are 95 %, by bootstrap over questions. Memory is counted as for keys and values of 16 bits.
+Finished contexts are kept in a file beside the results, so an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "paper, all dynamic": {"policy": "paper", "theta": 2.0},
 }
 SWEEPS: dict[str, dict[str, dict[str, Any]]] = {
-    "theta": {f"theta {value}": {"theta": value} for value in (0.9, 0.95, 0.97, 0.98, 0.99, 2.0)},
+    "theta": {f"theta {value}": {"theta": value} for value in (0.9, 0.95, 0.98, 0.99, 2.0)},
     "paper's theta": {f"paper, theta {value}": {"policy": "paper", "theta": value} for value in (0.5, 0.7, 0.9, 2.0)},
     "r": {f"paper, r {value}": {"policy": "paper", "type_split": value} for value in (0.6, 0.8, 1.0)},
     "weight": {
@@ -93,7 +93,7 @@ SWEEPS: dict[str, dict[str, dict[str, Any]]] = {
     "floor": {f"dynamic floor {value}": {"dynamic_floor": value} for value in (0.0, 0.3, 0.6, 1.0)},
     "digest": {
         f"digest {kind}, {bits} bits": {"digest": kind, "digest_bits": bits}
-        for kind in ("mean", "minmax", "cuboid", "segment")
+        for kind in ("mean", "minmax", "cuboid", "segment", "sketch")
         for bits in (4, 8)
     },
     "group": {f"group {value}": {"chunk_group": value} for value in ("mean", "max", "max_logit")},
@@ -103,7 +103,7 @@ SWEEPS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def units(suite: str, quick: bool) -> list[Unit]:
-    """The contexts of a suite, interleaved so that an interrupted run has something of everything."""
+    """The contexts of a suite, short ones first."""
     made: list[Unit] = []
 
     def add(model: str, task: str, tokens: int, settings: Any, asked: int, each: int, **more: Any) -> None:
@@ -118,9 +118,7 @@ def units(suite: str, quick: bool) -> list[Unit]:
         for tokens in (2048, 4096, 8192):
             add("tiny", "video", tokens, grid(PRESETS, BUDGETS), 200, 8, unsealed=tokens == 4096)
     if suite == "text":
-        for task in ("chain", "lookup"):
-            add("smollm2", task, 2048, grid(PRESETS, BUDGETS), 200, 8)
-        for task in ("copy", "needle"):
+        for task in ("chain", "lookup", "copy", "needle"):
             add("smollm2", task, 4096, grid(PRESETS, BUDGETS), 200, 10)
         add("smollm2", "perplexity", 4096, grid(PRESETS, BUDGETS), 6, 1)
     if suite == "ablations":
@@ -134,7 +132,7 @@ def units(suite: str, quick: bool) -> list[Unit]:
             named = {f"C {chunk}": {"theta": 2.0}}
             add("tiny", "video", 2048, variants((0.05, 0.1), named), 96, 8, chunk_tokens=chunk)
             add("smollm2", "chain", 2048, variants((0.05, 0.1), named), 48, 8, chunk_tokens=chunk)
-    return sorted(made, key=lambda unit: unit.number)
+    return sorted(made, key=lambda unit: (unit.tokens, unit.number))
 
 
 # ---- one context, in a process of its own

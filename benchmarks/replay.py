@@ -73,6 +73,7 @@ class TextReader:
         for begin in range(0, len(document), tiers.prefill_chunk):
             self.feed(document[begin : begin + tiers.prefill_chunk])
         self.cache.visual = torch.ones(len(document), dtype=torch.bool)
+        self.cache.settle()
 
     def feed(self, ids: Sequence[int]) -> torch.Tensor:
         return self.model(torch.tensor([list(ids)]), past_key_values=self.cache).logits[0].float()
@@ -95,6 +96,7 @@ class VideoReader:
             part = slice(begin, min(begin + tiers.prefill_chunk, context))
             self.family.decode(model, embeddings[:, part], positions[:, part], self.cache)
         self.cache.visual = torch.arange(context) >= len(head)
+        self.cache.settle()
 
     def feed(self, ids: Sequence[int]) -> torch.Tensor:
         begin = self.cache.get_seq_length() + self._after

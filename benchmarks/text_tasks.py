@@ -34,9 +34,9 @@ from dataclasses import dataclass
 from typing import Any
 
 HOPS = 6  # the first of them is answered by the prefill
-RING = 24  # numbers of the ring that the chains run along
-STRAY_PAIRS = 8
-LOOKUP_LINES = 32
+RING = 12  # numbers of the ring that the chains run along
+STRAY_PAIRS = 4
+LOOKUP_LINES = 16
 LOOKUP_ASKED = 6
 COPY_ITEMS = 24
 COPY_GIVEN = 3

@@ -24,6 +24,7 @@ from tieredkv.memory.pool import DevicePool
 from tieredkv.memory.prefetch import ThreadPrefetcher
 from tieredkv.memory.transfer import Transfer
 from tieredkv.policy import classify
+from tieredkv.prefill import TextRows
 from tieredkv.stats import Counters
 from tieredkv.tiers import Tiers
 
@@ -195,9 +196,8 @@ class TieredCache(Cache):
         if method.head_score == "mass":
             static = classify.static_heads(scores, method.theta)
         else:
-            recent, sinks = layout.tokens - layout.recent_start, self.tiers.sink_tokens
-            need = torch.stack([classify.tokens_to_cover(row.halves, sinks, recent, method.theta) for row in rows])
-            static = need <= sizes.mean_old_tokens(self.shape, self.tiers, layout)
+            need = self._need(rows, layout)
+            static = need[0] <= sizes.mean_old_tokens(self.shape, self.tiers, layout)
         static[: method.dense_layers] = True
         decode_plan = sizes.plan_decode(self.shape, self.tiers, layout, scores, static, need)
         if self.visual is None:
@@ -238,6 +238,21 @@ class TieredCache(Cache):
             self._drop_pool()
             raise
 
+    def _need(self, rows: list[TextRows], layout: sizes.Layout) -> torch.Tensor:
+        """Tokens that every head would need, `(2, L, K)`: to be static, and for a smaller share of its attention."""
+        unknown = torch.full((2, self.shape.num_key_value_heads), layout.tokens + 1)
+        shares = (self.tiers.method.theta, classify.SPREAD_SHARE)
+        recent = layout.tokens - layout.recent_start
+        if shares[0] <= 0:
+            return torch.zeros((2, len(rows), self.shape.num_key_value_heads), dtype=torch.int64)
+        need = [
+            classify.tokens_to_cover(row.halves, self.tiers.sink_tokens, recent, shares)
+            if row.count >= classify.LEAST_ROWS
+            else unknown
+            for row in rows
+        ]
+        return torch.stack(need, dim=1)
+
     @contextmanager
     def forced(self) -> Iterator[None]:
         """Inside the block, a call of several tokens on a sealed cache decodes them one after another, as if each had
@@ -247,6 +262,14 @@ class TieredCache(Cache):
             yield
         finally:
             self._forced = False
+
+    def settle(self) -> None:
+        """Say that what is cached is the context, and that what follows are questions about it.
+
+        Digests that are fitted are then fitted to the context alone, so that no question depends on another.
+        """
+        for layer in self.tiered_layers:
+            layer.settle()
 
     def set_tiers(self, tiers: TierConfig) -> None:
         """Other settings from the next seal on; what is cached stays. Not while sealed.

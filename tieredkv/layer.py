@@ -13,7 +13,7 @@ from tieredkv import prefill, sizes
 from tieredkv.attention import interface
 from tieredkv.errors import OptionError, UnsupportedModelError
 from tieredkv.memory.host import HostLayer
-from tieredkv.policy import digest
+from tieredkv.policy import digest, sketch
 from tieredkv.policy.base import Policy
 from tieredkv.sealed import SealedLayer, Tiers
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 DIGEST_CHUNKS = 1024
 """Chunks digested at a time."""
+FIT_TOKENS = 4096
+"""Tokens that a basis is fitted to: the first of the prompt."""
 
 
 def _digest_name(method: Policy) -> str:
@@ -48,6 +50,10 @@ class TieredLayer(CacheLayerMixin):
         self._digests: torch.Tensor | None = None
         self._digest_name = ""
         self._digested = 0
+        self._basis: sketch.Basis | None = None
+        self._query_moment = torch.zeros(0)
+        """`(K, D, D)`: sum of q q^T over the context's rows, to fit a basis to."""
+        self._settled = False
         self._check: Callable[[], None] | None = None
 
     # ---- transformers' protocol
@@ -63,6 +69,7 @@ class TieredLayer(CacheLayerMixin):
             raise UnsupportedModelError("keys and values of different shapes are not supported.")
         self.host = HostLayer(heads, head_dim, self.cache.tiers.chunk_tokens, self.dtype)
         self.host.reserve(self.cache.prompt_tokens)
+        self._query_moment = torch.zeros(heads, head_dim, head_dim)
         self.is_initialized = True
         if keep := self.cache.resident_tokens():
             shape = (heads, keep, head_dim)
@@ -151,6 +158,9 @@ class TieredLayer(CacheLayerMixin):
         if self.resident is not None:
             self.resident.append(keys.detach(), values.detach(), host.length)
         host.advance(n)
+        if not self._settled:
+            grouped = query.detach().reshape(host.num_heads, -1, query.shape[-1]).float()
+            self._query_moment = self._query_moment + grouped.transpose(1, 2) @ grouped
         self._digest_new_chunks()
         return out
 
@@ -167,22 +177,36 @@ class TieredLayer(CacheLayerMixin):
         self.host.append(keys, values)
         self._digest_new_chunks()
 
-    def _digest_new_chunks(self) -> None:
-        """Digests of the kind that the policy asks for, of every whole chunk that has none."""
+    def _digest_new_chunks(self, fit: bool = False) -> None:
+        """Digests of the kind that the policy asks for, of every whole chunk that has none.
+
+        Those that need a basis wait for `FIT_TOKENS` tokens to fit it to; fit: fit it to what there is.
+        """
         assert self.host is not None
-        method = self.cache.tiers.method
-        if self._digest_name != _digest_name(method):
-            self._digests, self._digested, self._digest_name = None, 0, _digest_name(method)
-        whole = self.host.length // self.host.chunk_tokens
+        method, c = self.cache.tiers.method, self.host.chunk_tokens
+        kind, bits, name = digest.DIGESTS[method.digest], method.digest_bits, _digest_name(method)
+        if self._digest_name != name:
+            self._digests, self._digested, self._basis, self._digest_name = None, 0, None, name
+        whole = self.host.length // c
+        if kind.fitted and self._basis is None:
+            if whole == 0 or (self.host.length < FIT_TOKENS and not fit):
+                return
+            keys = self.host.chunks(0, min(whole, FIT_TOKENS // c))[:, :, 0].flatten(1, 2)
+            self._basis = sketch.fit(self._query_moment, keys, bits)
         held = [] if self._digests is None else [self._digests[:, : self._digested]]
-        make = digest.DIGESTS[method.digest].make
         new = [
-            digest.pack(make(self.host.chunks(first, min(first + DIGEST_CHUNKS, whole))[:, :, 0]), method.digest_bits)
+            kind.make(self.host.chunks(first, min(first + DIGEST_CHUNKS, whole))[:, :, 0], bits, self._basis)
             for first in range(self._digested, whole, DIGEST_CHUNKS)
         ]
         if new:
             self._digests = torch.cat([*held, *new], dim=1)
             self._digested = whole
+
+    def settle(self) -> None:
+        """What is cached is the context of all that follows: digests are fitted to it and to nothing else."""
+        if self.host is not None:
+            self._digest_new_chunks(fit=True)
+            self._settled = True
 
     def truncate(self, tokens: int) -> None:
         """Forget all but the first `tokens` tokens. Not while sealed."""
@@ -192,15 +216,22 @@ class TieredLayer(CacheLayerMixin):
         if self.resident is not None:
             self.resident.length = min(self.resident.length, tokens)
         self._digested = min(self._digested, tokens // self.host.chunk_tokens)
+        if tokens == 0:
+            self._basis, self._settled = None, False
+            self._query_moment = torch.zeros_like(self._query_moment)
         self.rows = None
 
     def state(self) -> dict[str, torch.Tensor]:
         """What `restore` needs, contiguous, in host memory. Not while sealed."""
         assert self.host is not None
         self._check_once()  # or damage would be given a checksum that fits it
-        tensors = {"kv": self.host.whole(sizes.QUESTION_ROOM)}
+        self.settle()
+        tensors = {"kv": self.host.whole(sizes.QUESTION_ROOM), "query_moment": self._query_moment}
         if self._digests is not None:
             tensors[self._digest_name] = self._digests[:, : self._digested].contiguous()
+        if self._basis is not None:
+            for part in ("down", "up", "centre"):
+                tensors[f"{self._digest_name}.{part}"] = getattr(self._basis, part)
         return tensors
 
     def restore(self, state: dict[str, torch.Tensor], tokens: int, check: Callable[[], None]) -> None:
@@ -213,6 +244,9 @@ class TieredLayer(CacheLayerMixin):
         self._digest_name = _digest_name(self.cache.tiers.method)
         self._digests = state.get(self._digest_name)  # of another kind: made anew when sealed
         self._digested = 0 if self._digests is None else self._digests.shape[1]
+        self._query_moment, self._settled = state["query_moment"], True
+        if f"{self._digest_name}.up" in state:
+            self._basis = sketch.Basis(*(state[f"{self._digest_name}.{part}"] for part in ("down", "up", "centre")))
         self._check = check
         self.is_initialized = True
 
@@ -226,9 +260,10 @@ class TieredLayer(CacheLayerMixin):
         """Enter the decode phase. static: `(K,)`."""
         assert self.host is not None
         assert self.rows is not None
-        self._digest_new_chunks()
-        digests = torch.empty((self.host.num_heads, 0, 1, 0)) if self._digests is None else self._digests
-        self.sealed = SealedLayer(self.index, self.host, digests, static, self.rows, is_text, tiers)
+        self._digest_new_chunks(fit=True)
+        digests = torch.empty((self.host.num_heads, 0, 0), dtype=torch.uint8)
+        digests = digests if self._digests is None else self._digests
+        self.sealed = SealedLayer(self.index, self.host, digests, self._basis, static, self.rows, is_text, tiers)
 
     def unseal(self) -> None:
         """Back to prefill: the tokens generated since the seal join the host tier."""

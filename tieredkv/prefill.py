@@ -30,6 +30,8 @@ class TextRows:
     halves: torch.Tensor
     """Attention that every other row pays each token, averaged over those rows and the group: `(2, K, N)` float32, on
     the host. The second half is of the last row and every other before it."""
+    count: int
+    """Rows that were looked at."""
 
     @property
     def saliency(self) -> torch.Tensor:
@@ -215,4 +217,5 @@ def score_text_rows(
     return TextRows(
         scores=classify.text_centric_scores(best, tiers.method.score_group).cpu(),
         halves=halves,
+        count=window,
     )

@@ -12,7 +12,8 @@ import torch
 from tieredkv.memory.host import HostLayer
 from tieredkv.memory.pool import Residency
 from tieredkv.policy import digest, select
-from tieredkv.sizes import ranking_bytes
+from tieredkv.policy.sketch import Basis
+from tieredkv.sizes import ranked_chunks_at_once, ranking_bytes
 from tieredkv.stats import Selection
 from tieredkv.tiers import Tiers
 
@@ -26,10 +27,11 @@ class Retrieval:
         host: HostLayer,
         heads: torch.Tensor,
         digests: torch.Tensor,
+        basis: Basis | None,
         saliency: torch.Tensor,
         tiers: Tiers,
     ) -> None:
-        """heads: `(n,)` KV heads. digests: packed, `(K, >= old chunks, V, W)` on the host. saliency: `(K, N)`.
+        """heads: `(n,)` KV heads. digests: uint8 `(K, >= old chunks, bytes)` on the host. saliency: `(K, N)`.
 
         Takes its slots from the pool and fills them with the chunks the question's rows looked at most.
         """
@@ -37,6 +39,7 @@ class Retrieval:
         layout, plan, device = tiers.plan.layout, tiers.plan, tiers.pool.pages.device
         self._c, self._first, self._chunks = host.chunk_tokens, layout.sink_chunks, layout.retrievable
         self._clock = 0
+        self._at_once = ranked_chunks_at_once(tiers.shape, tiers.config, layout)
         n = len(heads)
         self.selected = plan.selected[index, heads].unsqueeze(1).to(device)
         """`(n, 1)`: chunks each head attends to."""
@@ -52,10 +55,13 @@ class Retrieval:
         self._before: tuple[torch.Tensor, torch.Tensor] | None = None
         """Query and best chunks of the step before, where chunks may be reused."""
         if plan.ranked:
-            shape = (n, self._chunks, *digests.shape[2:])
+            shape = (n, self._chunks, digests.shape[2])
             self.digests = tiers.ledger.empty("digests", shape, digests.dtype, device)
             self.digests.copy_(digests[heads, self._first : self._first + self._chunks])
             tiers.counters.warm_bytes += self.digests.numel() * self.digests.itemsize
+            self.basis = None if basis is None else basis.of(heads)
+            if self.basis is not None:
+                tiers.ledger.reserve("digests", self.basis.up.numel() * self.basis.up.itemsize)
 
     def _warm(self, saliency: torch.Tensor) -> None:
         if self._most_slots == 0:
@@ -90,7 +96,12 @@ class Retrieval:
         grouped = query[self.heads]
         method = tiers.config.method
         with tiers.ledger.scratch("ranking", ranking_bytes(tiers.shape, tiers.config, plan.layout)):
-            logits = digest.DIGESTS[method.digest].logits(grouped, self.digests, method.digest_bits, scaling)
+            kind, scaled = digest.DIGESTS[method.digest], grouped.float() * scaling
+            parts = [
+                kind.logits(scaled, part, method.digest_bits, self.basis)
+                for part in self.digests.split(self._at_once, dim=1)
+            ]
+            logits = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
             ranked = select.ranked_chunks(select.GROUPS[method.chunk_group](logits), self._most_slots)
         wanted = self._wanted(grouped, select.only(ranked[:, : self._most_selected], 0, self.selected))
         local, miss = self.residency.admit(wanted, self._clock)

@@ -12,6 +12,7 @@ from tieredkv.attention import reference
 from tieredkv.errors import BudgetError
 from tieredkv.memory.host import HostLayer
 from tieredkv.policy import prune
+from tieredkv.policy.sketch import Basis
 from tieredkv.prefill import TextRows
 from tieredkv.retrieval import Retrieval
 from tieredkv.sizes import scratch_page_bytes, table_width
@@ -26,12 +27,13 @@ class SealedLayer:
         index: int,
         host: HostLayer,
         digests: torch.Tensor,
+        basis: Basis | None,
         static: torch.Tensor,
         rows: TextRows,
         is_text: torch.Tensor,
         tiers: Tiers,
     ) -> None:
-        """host: all prompt tokens. digests: `(K, >= old chunks, 2, D)` on the host. static: `(K,)` mask.
+        """host: all prompt tokens. digests: `(K, >= old chunks, bytes)` on the host. static: `(K,)` mask.
 
         is_text: `(N,)`, which prompt tokens are text. Copies pages to the device; counts them as warm.
         """
@@ -57,7 +59,7 @@ class SealedLayer:
         self.retrieval: Retrieval | None = None
         if len(self.dynamic):
             self._fill_sinks(sinks, recent)
-            self.retrieval = Retrieval(index, host, self.dynamic, digests, rows.saliency, tiers)
+            self.retrieval = Retrieval(index, host, self.dynamic, digests, basis, rows.saliency, tiers)
             # Retrievable chunks are always full.
             picked = torch.arange(most) < plan.selected[index, self.dynamic].unsqueeze(1)
             self.lengths[self.dynamic, self._picked] = torch.where(picked, self._c, 0).int().to(self.device)

@@ -137,6 +137,7 @@ class VideoSession:
             complete = True
         finally:
             bar.close(complete)
+        cache.settle()
         self._about_video = {"name": source.name, "sha256": sha256, "fps": source.fps, "seconds": source.seconds}
         self._begin_asking(cache, grid)
 

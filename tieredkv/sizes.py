@@ -15,7 +15,7 @@ from tieredkv.config import GIB, TierConfig
 from tieredkv.errors import BudgetError, UnsupportedModelError
 from tieredkv.policy.budget import by_need, split_budget
 from tieredkv.policy.classify import top_k_count
-from tieredkv.policy.digest import DIGESTS, packed_bytes
+from tieredkv.policy.digest import DIGESTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -150,7 +150,8 @@ def host_bytes(shape: KVShape, tiers: TierConfig, prompt: int) -> int:
 
 def one_digest_bytes(shape: KVShape, tiers: TierConfig) -> int:
     """The digest of one chunk."""
-    return DIGESTS[tiers.method.digest].vectors * packed_bytes(shape.head_dim, tiers.method.digest_bits)
+    method = tiers.method
+    return DIGESTS[method.digest].packed_bytes(shape.head_dim, tiers.chunk_tokens, method.digest_bits)
 
 
 def scratch_page_bytes(shape: KVShape, tiers: TierConfig) -> int:
@@ -169,14 +170,36 @@ def table_bytes(shape: KVShape, layout: Layout) -> int:
 
 
 def digest_bytes(shape: KVShape, tiers: TierConfig, layout: Layout, dynamic_heads: int) -> int:
-    """Digests of every retrievable chunk of `dynamic_heads` heads."""
-    return dynamic_heads * layout.retrievable * one_digest_bytes(shape, tiers)
+    """Digests of every retrievable chunk of `dynamic_heads` heads, and the directions of those that have them."""
+    basis = shape.head_dim * (shape.head_dim // 2) * FLOAT32 if DIGESTS[tiers.method.digest].fitted else 0
+    return dynamic_heads * (layout.retrievable * one_digest_bytes(shape, tiers) + basis)
 
 
-def ranking_bytes(shape: KVShape, tiers: TierConfig, layout: Layout) -> int:
-    """Scratch of ranking one layer's chunks: logits, softmax, shares, and one vector of each digest in float32."""
+def _ranked_chunk_bytes(shape: KVShape, tiers: TierConfig) -> int:
+    """Scratch per chunk being ranked: part of its digest in float32 and, where it is of tokens, their logits."""
+    heads, kv_heads, bits = shape.num_attention_heads, shape.num_key_value_heads, tiers.method.digest_bits
+    if DIGESTS[tiers.method.digest].fitted:
+        numbers = shape.head_dim // (2 if bits == 8 else 4)
+        return tiers.chunk_tokens * (kv_heads * numbers * (FLOAT32 + 1) + 3 * FLOAT32 * heads)
+    return kv_heads * shape.head_dim * (FLOAT32 + 1) + 2 * FLOAT32 * heads
+
+
+def ranked_chunks_at_once(shape: KVShape, tiers: TierConfig, layout: Layout) -> int:
+    """Chunks of one layer to rank at a time: as many as take a 64th of the cap, but not fewer than 512 tokens'."""
+    fit = tiers.cap_bytes // 64 // _ranked_chunk_bytes(shape, tiers)
+    return max(1, min(layout.retrievable, max(fit, _least_ranked(tiers))))
+
+
+def _least_ranked(tiers: TierConfig) -> int:
+    return max(1, 512 // tiers.chunk_tokens)
+
+
+def ranking_bytes(shape: KVShape, tiers: TierConfig, layout: Layout, at_once: int | None = None) -> int:
+    """Scratch of ranking one layer's chunks, `at_once` at a time: logits and shares of all, digests of those."""
+    if at_once is None:
+        at_once = ranked_chunks_at_once(shape, tiers, layout)
     per_chunk = FLOAT32 * (4 * shape.num_attention_heads + shape.num_key_value_heads)
-    return layout.retrievable * (per_chunk + shape.num_key_value_heads * shape.head_dim * (FLOAT32 + 1))
+    return layout.retrievable * per_chunk + min(at_once, layout.retrievable) * _ranked_chunk_bytes(shape, tiers)
 
 
 def staging_bytes(shape: KVShape, block_tokens: int) -> int:
@@ -260,7 +283,7 @@ def plan_decode(
 ) -> DecodePlan:
     """Spend the cap on one prompt. scores, static: `(L, K)`; heads of dense layers are static, and keep everything.
 
-    need: `(L, K)` tokens before the recent region that each static head needs, where the policy measured that. Raises
+    need: `(2, L, K)`, need and spread of each head where the policy measured them (`policy.budget.by_need`). Raises
     `BudgetError`, naming the least cap that works.
     """
     page = page_bytes(shape, tiers)
@@ -310,7 +333,7 @@ def plan_decode(
             raise ValueError("everything does not fit")
         if need is not None:
             c, floor = layout.chunk_tokens, method.dynamic_floor
-            budgets = by_need(need[dense:], rest, total, most, least, c, floor)
+            budgets = by_need(need[0, dense:], need[1, dense:], rest, total, most, least, c, floor)
         else:
             budgets = split_budget(
                 scores[dense:], rest, total, most, least, method.type_split, method.static_floor, method.static_weight
@@ -368,11 +391,11 @@ def smallest_cap_bytes(shape: KVShape, tiers: TierConfig, layout: Layout, text_r
     pages = shape.kv_heads * layout.recent_pages + dense * layout.old_chunks + others * _least_pages(layout)
     gathered = max(shape.num_key_value_heads, ceil_div(pages, shape.kv_heads))
     scratch = gathered * scratch_page_bytes(shape, tiers)
-    may_rank = others and method.theta > 0
-    ranking = 0
-    if may_rank:
-        ranking = digest_bytes(shape, tiers, layout, others) + ranking_bytes(shape, tiers, layout)
-    decode = pages * page_bytes(shape, tiers) + scratch + ranking + table_bytes(shape, layout)
+    decode = pages * page_bytes(shape, tiers) + scratch + table_bytes(shape, layout)
+    if others and method.theta > 0:
+        least = _least_ranked(tiers)
+        decode += digest_bytes(shape, tiers, layout, others) + ranking_bytes(shape, tiers, layout, least)
+        decode = ceil_div(decode * 64, 63)  # what is ranked at once grows with the cap
     return max(prefill, decode)
 
 

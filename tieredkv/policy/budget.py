@@ -64,6 +64,7 @@ def split_budget(
 
 def by_need(
     need: torch.Tensor,
+    spread: torch.Tensor,
     static: torch.Tensor,
     total_pages: int,
     most_pages: int,
@@ -71,11 +72,12 @@ def by_need(
     chunk_tokens: int,
     dynamic_floor: float,
 ) -> torch.Tensor:
-    """Divide `total_pages` by the tokens that pruning would need, `(L, K)` (`classify.tokens_to_cover`; ours).
+    """Divide `total_pages` by the tokens that pruning would need (`classify.tokens_to_cover`; ours).
 
-    Static heads get what they need, at least a page. Of the rest every dynamic head gets `dynamic_floor` of an even
-    share, and what is then left is dealt in proportion to the root of its need: a head whose attention is spread over
-    more tokens misses more with the same budget. What no dynamic head can use goes to static heads, each in proportion
+    need, spread: `(L, K)` tokens, for what static heads are to keep and for a smaller share. Static heads get what they
+    need, at least a page. Of the rest every dynamic head gets `dynamic_floor` of an even share, and what is then left
+    is dealt in proportion to the root of its spread: a head whose attention is spread over more tokens misses more with
+    the same budget. What no dynamic head can use goes to static heads, each in proportion
     to what it lacks. ValueError as `split_budget`.
     """
     n_static, n_dynamic = int(static.sum()), int((~static).sum())
@@ -87,7 +89,7 @@ def by_need(
             raise ValueError(f"{total_pages} pages cannot serve {n_static} static and {n_dynamic} dynamic heads")
         pages[static] = _share_out(pages[static].double(), total_pages - n_dynamic * least, most_pages, 0.0)
     if n_dynamic:
-        weights = need[~static].double().clamp(min=1).sqrt()
+        weights = spread[~static].double().clamp(min=1).sqrt()
         pages[~static] = _share_out(weights, total_pages - int(pages.sum()), most_pages, dynamic_floor, least)
     left = total_pages - int(pages.sum())
     if n_static and bool((pages[~static] == most_pages).all()):

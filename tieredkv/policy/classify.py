@@ -38,13 +38,15 @@ def text_centric_scores(best: torch.Tensor, group: str = "mean") -> torch.Tensor
     return (scores.amax(-1) if group == "max" else scores.mean(-1)).clamp(0.0, 1.0)
 
 
-def tokens_to_cover(halves: torch.Tensor, sinks: int, recent: int, theta: float) -> torch.Tensor:
-    """Fewest tokens `(K,)` that some rows must choose for a head to keep `theta` of *other* rows' attention (ours).
+def tokens_to_cover(halves: torch.Tensor, sinks: int, recent: int, shares: tuple[float, ...]) -> torch.Tensor:
+    """Fewest tokens that some rows must choose for a head to keep each share of *other* rows' attention (ours).
 
     halves `(2, K, N)`: mean attention of two halves of the text rows. Each half ranks the tokens between the first
     `sinks` and the last `recent`, which a head keeps anyway; counted is what the other half pays to the best of them
-    and to the recent ones, averaged both ways. N + 1 where not even all tokens do. It asks directly what pruning by
-    some rows costs others, where the text-centric score asks how few tokens a row looks at, be they others in each row.
+    and to the recent ones, averaged both ways. `(len(shares), K)`; N + 1 where not even all tokens do.
+
+    It asks directly what pruning by some rows costs others, where the text-centric score asks how few tokens a row
+    looks at, be they others in each row.
 
     What goes to the sinks is left out altogether: a head that rests on them has nothing to look up *yet*, and says
     nothing of where it would look.
@@ -56,8 +58,15 @@ def tokens_to_cover(halves: torch.Tensor, sinks: int, recent: int, theta: float)
         order = chosen_by[:, first:old].argsort(dim=-1, descending=True)
         covered[:, 1:] += seen_by[:, first:old].gather(1, order).cumsum(-1)
         covered += seen_by[:, old:].sum(-1, keepdim=True)
-    enough = covered >= theta * halves[:, :, first:].sum((0, 2)).unsqueeze(-1)
+    all_of_it = halves[:, :, first:].sum((0, 2)).unsqueeze(-1)
+    enough = torch.stack([covered >= share * all_of_it for share in shares])
     return torch.where(enough.any(-1), enough.byte().argmax(-1), n + 1)
+
+
+LEAST_ROWS = 16
+"""Text rows without which nothing is concluded about what a head will need."""
+SPREAD_SHARE = 0.9
+"""Share of attention by whose tokens dynamic heads' budgets are weighed."""
 
 
 def static_heads(scores: torch.Tensor, theta: float) -> torch.Tensor:

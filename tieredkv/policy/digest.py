@@ -1,7 +1,8 @@
 """Digests: the small stand-in for a chunk's keys by which chunks are ranked.
 
-A digest is `V` vectors of a chunk, kept on the device in 4 or 8 bits per number and a scale each. `DIGESTS` names the
-kinds. Shapes: `C` chunk tokens, `n` chunks, `K` KV heads, `G` query heads per KV head, `D` head dim, `W` packed bytes.
+Digests of a chunk are `V` vectors, kept on the device in 4 or 8 bits per number and a scale each; those of single
+tokens are in `policy.sketch`. `DIGESTS` names the kinds. Shapes: `C` chunk tokens, `n` chunks, `K` KV heads, `G` query
+heads per KV head, `D` head dim, `W` packed bytes of a vector.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+
+from tieredkv.policy import sketch
+from tieredkv.policy.sketch import Basis
 
 BITS = (4, 8)
 SCALE_BYTES = 2
@@ -24,17 +28,15 @@ Dot = Callable[[torch.Tensor, int], torch.Tensor]
 class Digest:
     """One kind of digest."""
 
-    vectors: int
-    """V: vectors per chunk."""
-    make: Callable[[torch.Tensor], torch.Tensor]
-    """Digests `(..., V, D)` of chunks of keys `(..., C, D)`, float32."""
-    score: Callable[[torch.Tensor, Dot], torch.Tensor]
-    """Estimated dot product `(K, G, n)` of queries `(K, G, D)` with every chunk's best key."""
-
-    def logits(self, query: torch.Tensor, packed: torch.Tensor, bits: int, scaling: float) -> torch.Tensor:
-        """Estimated attention logit of every chunk's best key, `(K, G, n)` float32. packed `(K, n, V, W)`."""
-        query = query.float()
-        return self.score(query, lambda part, v: dots(part, packed[:, :, v], bits)).mul_(scaling)
+    packed_bytes: Callable[[int, int, int], int]
+    """Bytes of one chunk's digest, of head dim, chunk tokens and bits."""
+    make: Callable[[torch.Tensor, int, Basis | None], torch.Tensor]
+    """Digests, uint8 `(K, n, bytes)`, of chunks of keys `(K, n, C, D)` in so many bits."""
+    logits: Callable[[torch.Tensor, torch.Tensor, int, Basis | None], torch.Tensor]
+    """Estimated product, `(K, G, n)` float32, of queries `(K, G, D)`, already scaled, with each chunk's best key; from
+    digests as `make` gave them."""
+    fitted: bool = False
+    """Whether it needs a `Basis`."""
 
 
 # ---- kinds
@@ -98,14 +100,6 @@ def end_score(query: torch.Tensor, dot: Dot) -> torch.Tensor:
     return torch.maximum(dot(query, 0), dot(query, 1))
 
 
-DIGESTS = {
-    "mean": Digest(1, mean, point_score),
-    "minmax": Digest(2, min_max, box_score),
-    "cuboid": Digest(2, cuboid_mean, box_score),
-    "segment": Digest(2, segment, end_score),
-}
-
-
 # ---- in few bits
 
 
@@ -140,3 +134,30 @@ def dots(query: torch.Tensor, packed: torch.Tensor, bits: int) -> torch.Tensor:
         product = low @ (body & 15).float().transpose(1, 2)
         product = product.add_(high @ (body >> 4).float().transpose(1, 2)).sub_(8 * query.sum(-1, keepdim=True))
     return product.mul_(scale.transpose(1, 2))
+
+
+# ---- by name
+
+
+def _vectors(
+    count: int, make: Callable[[torch.Tensor], torch.Tensor], score: Callable[[torch.Tensor, Dot], torch.Tensor]
+) -> Digest:
+    """A digest of `count` vectors per chunk."""
+
+    def packed(keys: torch.Tensor, bits: int, basis: Basis | None) -> torch.Tensor:
+        return pack(make(keys), bits).flatten(2)
+
+    def logits(query: torch.Tensor, digests: torch.Tensor, bits: int, basis: Basis | None) -> torch.Tensor:
+        vectors = digests.unflatten(-1, (count, -1))
+        return score(query, lambda part, v: dots(part, vectors[:, :, v], bits))
+
+    return Digest(lambda head_dim, chunk_tokens, bits: count * packed_bytes(head_dim, bits), packed, logits)
+
+
+DIGESTS = {
+    "mean": _vectors(1, mean, point_score),
+    "minmax": _vectors(2, min_max, box_score),
+    "cuboid": _vectors(2, cuboid_mean, box_score),
+    "segment": _vectors(2, segment, end_score),
+    "sketch": Digest(sketch.packed_bytes, sketch.pack, sketch.chunk_logits, fitted=True),
+}

@@ -7,11 +7,11 @@ POLICY = Policy(
     source="HybridKV, arXiv 2604.05887, for its stages; what classifies and what ranks are ours",
     summary="Static heads, those for which tokens chosen by some of the question's rows keep nearly all attention of "
     "the other rows, hold just those tokens on the device, text first. All others keep everything in host memory, rank "
-    "its chunks at each step by 4-bit digests, segments along which a chunk's keys differ most, and fetch the best with "
-    "the budget that static heads leave. The default.",
+    "its chunks at each step by sketches of every key, half its dimensions in 4 bits, and fetch the best with the "
+    "budget that static heads leave, more where attention is spread. The default.",
     head_score="coverage",
-    theta=0.98,
-    digest="segment",
+    theta=0.99,
+    digest="sketch",
     digest_bits=4,
     dynamic_floor=0.3,
 )
