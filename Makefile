@@ -1,15 +1,16 @@
 # make demo   a trained model answers questions about a long video, its cache held outside the device
 # make test   the whole test suite          make lint   format, lint and type checks
+# make quality   what each policy loses, on two trained models; hours
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format train clean
+.PHONY: help setup demo test lint format train quality clean
 
 help:
-	@sed -n '1,2s/^# //p' Makefile
+	@sed -n '1,3s/^# //p' Makefile
 
 setup: $(READY)
 
@@ -38,6 +39,11 @@ format: $(READY)
 
 train: $(READY)
 	$(BIN)/python -m tieredkv.tiny.train
+
+quality: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[quality,plot]"
+	$(BIN)/python benchmarks/models.py
+	$(BIN)/python benchmarks/quality.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

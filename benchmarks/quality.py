@@ -1,8 +1,10 @@
 """What policies lose, on trained models, where it shows: in tokens that need a new look at the context while decoding.
 
-    make quality                                  everything, hours on two cores; results and plots in benchmarks/results/
+    make quality                                  everything, hours on two cores
     python benchmarks/quality.py --suite video    one of: video, text, ablations, sweeps
     python benchmarks/quality.py --quick          a few questions of each, to see that it runs
+
+Writes quality-SUITE.json and .png below benchmarks/results/.
 
 Contexts are prefilled once and exactly, each question once and exactly, and from there on every policy decodes the same
 answer (`replay.py`). Only tokens after the first count, which no policy can touch. Of video chains a hop is right if
@@ -303,7 +305,7 @@ def aggregate(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _steps(record: dict[str, Any]) -> dict[int, bool]:
-    """Step -> whether it is right. Hop 1 of a chain, of which only the word that its letter names is scored, is none."""
+    """Step -> whether it is right."""
     right = record["so_far"] if record["model"] == "tiny" else record["right"]
     steps: dict[int, bool] = {}
     for step, one in zip(record["steps"], right, strict=True):
@@ -369,6 +371,50 @@ def show(rows: list[dict[str, Any]]) -> None:
         )
 
 
+COLOURS = {
+    "hybridkv": "#d62728",
+    "paper": "#ff9896",
+    "quest": "#1f77b4",
+    "arkvale": "#17becf",
+    "snapkv": "#2ca02c",
+    "mixkv": "#98df8a",
+    "lookm": "#8c564b",
+    "streaming": "#7f7f7f",
+}
+DRAWN = ("chain", "chain, hop 6", "second", "second, not sealed anew", "lookup", "copy", "needle")
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Accuracy against the memory each policy really took, a panel for each task and length."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels = sorted({(r["task"], r["tokens"]) for r in rows if r["task"] in DRAWN}, key=lambda p: (p[1], p[0]))
+    columns = min(3, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(4.6 * columns, 3.4 * lines), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (task, tokens) in zip(figure.subplots(lines, columns, squeeze=False).flat, panels, strict=False):
+        shown = [r for r in rows if (r["task"], r["tokens"]) == (task, tokens)]
+        axes.axhline(100 * shown[0]["accuracy_full"], color="black", linewidth=1, linestyle=":", label="full cache")
+        for policy, colour in COLOURS.items():
+            points = sorted((r for r in shown if r["policy"] == policy), key=lambda r: r["budget"])
+            x = [100 * r["kv_ratio"] for r in points]
+            y = [100 * r["accuracy"] for r in points]
+            low = [100 * (r["accuracy"] - r["low"]) for r in points]
+            high = [100 * (r["high"] - r["accuracy"]) for r in points]
+            axes.errorbar(x, y, (low, high), color=colour, marker="o", markersize=3, linewidth=1.3, label=policy)
+        axes.set(title=f"{task}, {tokens:,} tokens", xscale="log", ylim=(-3, 103))
+        axes.set_xticks([5, 10, 20, 50], ["5", "10", "20", "50"])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    figure.supxlabel("key/value memory on the device, % of a full cache")
+    figure.supylabel("right, %")
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside right upper", frameon=False)
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", nargs="+", default=["video", "text", "ablations", "sweeps"])
@@ -396,6 +442,8 @@ def main() -> None:
             "rows": [{name: _rounded(value) for name, value in row.items()} for row in rows],
         }
         (arguments.out / f"quality-{suite}.json").write_text(json.dumps(result, indent=1) + "\n")
+        if suite in ("video", "text"):
+            draw(result["rows"], arguments.out / f"quality-{suite}.png")
         parts.unlink()
 
 

@@ -56,7 +56,7 @@ def test_the_ledger_counts_every_byte_of_pool_and_digests(llama, long_ids):
         layers = [layer.sealed for layer in cache.tiered_layers]
         assert held["pool"] == cache._pool.pages.numel() * cache._pool.pages.itemsize
         assert held["digests"] == sum(
-            s.retrieval.digests.numel() * s.retrieval.digests.itemsize
+            s.retrieval.digests.nbytes + s.retrieval.basis.up.nbytes
             for s in layers
             if s.retrieval is not None and s.retrieval.digests is not None
         )

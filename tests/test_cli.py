@@ -295,3 +295,20 @@ def test_the_package_runs_as_a_module():
     import tieredkv
 
     assert done.stdout.strip() == tieredkv.__version__
+
+
+def test_policies_are_listed_with_their_sources(monkeypatch, capsys):
+    from tieredkv.policy.presets import POLICIES
+
+    code, out, _ = run(monkeypatch, capsys, "policies")
+    assert code == 0
+    for name, policy in POLICIES.items():
+        assert f"{name}  ({policy.source})" in out
+    code, out, _ = run(monkeypatch, capsys, "policies", "--json")
+    assert list(json.loads(out)) == list(POLICIES)
+
+
+def test_a_policy_that_does_not_exist_is_refused_naming_those_that_do(monkeypatch, capsys):
+    code, _, err = run(monkeypatch, capsys, "plan", "1000", "--gpu-kv-gb", "1", "--policy", "magic")
+    assert code == 2
+    assert "policy='magic' is not valid: give one of hybridkv, paper" in err

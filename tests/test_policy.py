@@ -233,6 +233,42 @@ def test_ranked_chunks_are_best_first():
     assert select.ranked_chunks(torch.tensor([[0.1, 0.5, 0.4]]), 2).tolist() == [[1, 2]]
 
 
+def test_only_some_places_are_left():
+    ranked = torch.tensor([[5, 3, 1, 0], [7, 2, 4, 6]])
+    assert select.only(ranked, 0, torch.tensor([[2], [4]])).tolist() == [[5, 3, -1, -1], [7, 2, 4, 6]]
+    assert select.only(ranked, torch.tensor([[1], [3]]), torch.tensor([[3], [3]])).tolist() == [
+        [-1, 3, 1, -1],
+        [-1, -1, -1, -1],
+    ]
+
+
+def test_unseen_share_is_what_the_unchosen_chunks_hold():
+    logits = torch.randn(2, 3, 6)
+    chosen = torch.tensor([[0, 4], [2, -1]])
+    seen = torch.randn(2, 3)
+    got = select.unseen_share(select.log_mass_without(logits, chosen), seen)
+    for head, ids in enumerate(([0, 4], [2])):
+        rest = [i for i in range(6) if i not in ids]
+        missed = logits[head][:, rest].exp().sum(-1)
+        torch.testing.assert_close(got[head], (missed / (missed + seen[head].exp())).mean())
+
+
+def test_heads_that_miss_much_select_more_and_never_beyond_their_slots():
+    selected, least, most = (
+        torch.tensor([[8]] * 4),
+        torch.tensor([[8], [8], [2], [8]]),
+        torch.tensor([[20], [9], [9], [8]]),
+    )
+    unseen = torch.tensor([0.5, 0.5, 0.0, 0.07])
+    assert select.adapted(selected, unseen, least, most).tolist() == [[10], [9], [6], [8]]
+
+
+def test_query_similarity_is_the_groups_mean_cosine():
+    now, before = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+    want = [[torch.cosine_similarity(now[k, g], before[k, g], dim=0) for g in range(3)] for k in range(2)]
+    torch.testing.assert_close(select.query_similarity(now, before), torch.tensor(want).mean(1))
+
+
 # ---- prune
 
 

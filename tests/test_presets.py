@@ -192,6 +192,54 @@ def test_with_correction_always_on_reuse_changes_nothing(llama, long_ids):
     assert counters.reused > 0
 
 
+# ---- the signal
+
+
+def unseen(llama, long_ids, **options):
+    """Estimated and true unseen share of attention mass, mean over steps and heads."""
+    options = {"gpu_kv_gb": 1, "budget_ratio": 0.3, "theta": 2.0, "digest_bits": 8, **SMALL, **options}
+    with torch.no_grad(), tieredkv.use_attention(llama), TieredCache(llama.config, **options) as cache:
+        cache.auto_seal = False
+        llama(long_ids, past_key_values=cache)
+        cache.counters.trace = []
+        cache.seal()
+        with cache.forced():
+            llama(long_ids[:, 50:60], past_key_values=cache)
+        true = []
+        for made in cache.counters.trace:
+            layer = cache.tiered_layers[made.layer]
+            layout, recent = layer.sealed.tiers.plan.layout, 900 + made.step
+            keys = layer.host.chunks()[:, :, 0].flatten(1, 2)[:, : layout.recent_start]
+            generated, _ = layer.sealed.generated_tokens()
+            rest = layer.host.chunks()[:, :, 0].flatten(1, 2)[:, layout.recent_start : 900]
+            keys = torch.cat((keys, rest, generated[:, : recent - 900]), dim=1)
+            weights = (made.query @ keys.transpose(1, 2) * keys.shape[-1] ** -0.5).softmax(-1).mean(1)
+            for row, head in enumerate(made.heads.tolist()):
+                seen = torch.zeros(keys.shape[1])
+                seen[: layout.sink_chunks * 8] = seen[layout.recent_start :] = 1
+                for first in made.first_token[row].tolist():
+                    seen[first : first + 8] = 1
+                true.append(float((weights[head] * (1 - seen)).sum()))
+        return cache.counters.unseen_mass, sum(true) / len(true)
+
+
+def test_the_signal_is_near_the_mass_that_was_not_seen(llama, long_ids):
+    estimated, true = unseen(llama, long_ids)
+    assert 0.05 < true < 0.95
+    assert abs(estimated - true) < 0.05
+
+
+def test_digests_that_promise_too_much_give_no_signal(llama, long_ids):
+    assert unseen(llama, long_ids, digest="minmax")[0] is None
+
+
+def test_adaptive_heads_grow_into_their_spare_slots_and_see_more(llama, long_ids):
+    fixed, _ = unseen(llama, long_ids, spare_ratio=0.5)
+    grown, true = unseen(llama, long_ids, spare_ratio=0.5, adaptive=True)
+    assert grown < fixed - 0.05
+    assert abs(grown - true) < 0.05
+
+
 # ---- forced tokens
 
 

@@ -23,6 +23,7 @@ Fps = Annotated[float | None, typer.Option(help="Frames sampled per second.")]
 MaxFrames = Annotated[int | None, typer.Option(help="Spread at most this many frames.")]
 Start = Annotated[float | None, typer.Option(help="Second of the video to start at.")]
 End = Annotated[float | None, typer.Option(help="Second of the video to end at.")]
+PolicyName = Annotated[str | None, typer.Option("--policy", help="One of `tieredkv policies` [hybridkv].")]
 NewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
 
 
@@ -67,6 +68,7 @@ def ask(
     ] = None,
     gpu_kv_gb: Annotated[float | None, typer.Option(help="Device memory for keys and values, GiB [4].")] = None,
     host_kv_gb: HostGiB = None,
+    policy: PolicyName = None,
     fps: Fps = None,
     max_frames: MaxFrames = None,
     start: Start = None,
@@ -84,7 +86,7 @@ def ask(
     *videos, question = words
     if len(videos) > 1:
         raise OptionError(f"ask takes one video and one question, got {len(words)} words: put quotes around each.")
-    given = {"gpu_kv_gb": gpu_kv_gb, "host_kv_gb": host_kv_gb}
+    given = {"gpu_kv_gb": gpu_kv_gb, "host_kv_gb": host_kv_gb, "policy": policy}
     tiers: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     sampling = {"fps": fps, "max_frames": max_frames, "start": start, "end": end}
     source: dict[str, Any] = {name: value for name, value in sampling.items() if value is not None}
@@ -136,6 +138,7 @@ def plan(
     model: Model = "tiny",
     gpu_kv_gb: Annotated[float, typer.Option(help="Device memory for keys and values, GiB.")] = 4.0,
     host_kv_gb: HostGiB = None,
+    policy: PolicyName = None,
     fps: Fps = None,
     max_frames: MaxFrames = None,
     start: Start = None,
@@ -149,12 +152,14 @@ def plan(
     from tieredkv import planner
     from tieredkv.tiny.model import PATH
 
+    changed: dict[str, Any] = {} if policy is None else {"policy": policy}
     tokens = video.isascii() and video.isdigit() and len(video) < 20 and not Path(video).exists()
     made = planner.plan(
         PATH if model == "tiny" else model,
         int(video) if tokens else video,
         gpu_kv_gb=gpu_kv_gb,
         host_kv_gb=host_kv_gb,
+        **changed,
         fps=fps,
         max_frames=max_frames,
         start=start or 0.0,
@@ -164,6 +169,24 @@ def plan(
         card=card,
     )
     typer.echo(json.dumps(made.as_dict()) if as_json else str(made))
+
+
+@app.command()
+def policies(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """List what --policy and TierConfig(policy=...) may name, each in a paragraph with its source."""
+    import textwrap
+
+    from tieredkv.policy.presets import POLICIES
+
+    if as_json:
+        made = {name: {"source": one.source, "summary": one.summary} for name, one in POLICIES.items()}
+        typer.echo(json.dumps(made))
+        return
+    for name, one in POLICIES.items():
+        typer.echo(f"{name}  ({one.source})")
+        typer.echo(textwrap.indent(textwrap.fill(one.summary, 100), "    ") + "\n")
 
 
 def main() -> None:

@@ -44,6 +44,8 @@ class TierConfig:
     """Visual tokens per call of the vision tower; None: as many as keep its activations small, whole frames always."""
     host_kv_gb: float | None = None
     """Cap, in GiB, on the host memory of the complete cache; None: a safe share of what the machine has available."""
+    adaptive: bool = False
+    """Let a dynamic head attend to more chunks, of its spare slots, while much attention mass seems to go unseen."""
     prefetch: bool = True
     """Copy the chunks ranked just below the selection ahead of the next step."""
 

@@ -27,7 +27,7 @@ def decode_bytes(shape: KVShape, tiers: TierConfig, made: sizes.DecodePlan, stat
     tables = widest = 0
     for index, mask in enumerate(static):
         n_dynamic = int((~mask).sum())
-        width = sizes.table_width(made, index, mask)
+        width = sizes.table_width(made, tiers, index, mask)
         widest = max(widest, width)
         tables += 2 * heads * width * sizes.INT32  # a page and its length
         if n_dynamic:

@@ -45,7 +45,13 @@ class Retrieval:
         """`(n, 1)`: chunks each head attends to."""
         self.slots = plan.slots[index, heads].unsqueeze(1).to(device)
         """`(n, 1)`: slots each head has."""
-        self._most_selected, self._most_slots = int(self.selected.max()), int(self.slots.max())
+        self._least = self.selected
+        self._most_slots = int(self.slots.max())
+        self._most_selected = self._most_slots if tiers.config.adaptive else int(self.selected.max())
+        self._unselected: torch.Tensor | None = None
+        """`(n, G)`: log of the attention mass of what this step did not select, as far as digests tell."""
+        self._unseen: torch.Tensor | None = None
+        """`(n,)`: share of attention mass that the step before did not see."""
         tiers.ledger.reserve("tables", Residency.bytes_for(n, self._most_slots, self._chunks))
         table = torch.full((n, self._most_slots), -1, dtype=torch.int64, device=device)
         table[torch.arange(self._most_slots, device=device) < self.slots] = tiers.pool.take(int(self.slots.sum()))
@@ -104,6 +110,8 @@ class Retrieval:
             logits = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
             ranked = select.ranked_chunks(select.GROUPS[method.chunk_group](logits), self._most_slots)
         wanted = self._wanted(grouped, select.only(ranked[:, : self._most_selected], 0, self.selected))
+        if self.basis is not None:
+            self._unselected = select.log_mass_without(logits, wanted) + (scaled @ self.basis.centre.mT).squeeze(-1)
         local, miss = self.residency.admit(wanted, self._clock)
         tiers.counters.missed_bytes += self._copy(wanted, local, miss)()
         chosen = int(self.selected.sum())
@@ -114,6 +122,23 @@ class Retrieval:
             tiers.counters.trace.append(Selection(self._clock, self.index, self.heads, first, query))
         self._fetch_ahead(ranked, local)
         return self.residency.slots.gather(1, local.clamp(min=0))
+
+    def attended(self, lse: torch.Tensor) -> None:
+        """Take note of what the step saw: log-sum-exp `(K, G)` of the logits it attended to."""
+        if self._unselected is None:
+            return
+        self._unseen = select.unseen_share(self._unselected, lse[self.heads])
+        counters = self.tiers.counters
+        counters.unseen_sum += float(self._unseen.sum())
+        counters.unseen_count += self._unseen.numel()
+
+    def adapt(self) -> bool:
+        """Change how many chunks heads select, by what the step before did not see; whether anything changed."""
+        if self._unseen is None:
+            return False
+        before = self.selected
+        self.selected = select.adapted(self.selected, self._unseen, self._least, self.slots)
+        return not torch.equal(before, self.selected)
 
     def _wanted(self, query: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
         """The chunks `(n, m)` to attend to: the best of this step, or of the step before where its query was alike."""

@@ -46,9 +46,9 @@ class SealedLayer:
         self.static = static.nonzero().squeeze(1)
         self.dynamic = (~static).nonzero().squeeze(1)
         sinks, recent = layout.sink_chunks, layout.recent_pages
-        most = int(plan.selected[index].max())
+        most = int((plan.slots if tiers.config.adaptive else plan.selected)[index].max())
         self._picked = slice(recent + sinks, recent + sinks + most)
-        width = table_width(plan, index, static)
+        width = table_width(plan, tiers.config, index, static)
         self.table = tiers.ledger.empty("tables", (heads, width), torch.int32, self.device).zero_()
         self.lengths = tiers.ledger.empty("tables", (heads, width), torch.int32, self.device).zero_()
 
@@ -60,9 +60,8 @@ class SealedLayer:
         if len(self.dynamic):
             self._fill_sinks(sinks, recent)
             self.retrieval = Retrieval(index, host, self.dynamic, digests, basis, rows.saliency, tiers)
-            # Retrievable chunks are always full.
-            picked = torch.arange(most) < plan.selected[index, self.dynamic].unsqueeze(1)
-            self.lengths[self.dynamic, self._picked] = torch.where(picked, self._c, 0).int().to(self.device)
+            self._place = torch.arange(most, device=self.device)
+            self._set_lengths(self.retrieval)
 
     @property
     def length(self) -> int:
@@ -116,6 +115,11 @@ class SealedLayer:
         who = self.dynamic.repeat_interleave(sinks)
         self.tiers.counters.warm_bytes += self._gather(who, torch.arange(sinks).repeat(n), slots.flatten())
 
+    def _set_lengths(self, retrieval: Retrieval) -> None:
+        """Of the chunks selected, which are always full, as many as each head attends to."""
+        full = torch.where(self._place < retrieval.selected, self._c, 0)
+        self.lengths[self.dynamic, self._picked] = full.to(self.lengths.dtype)
+
     # ---- decode
 
     def step(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
@@ -124,13 +128,17 @@ class SealedLayer:
         self._append(key, value)
         if self.retrieval is not None:
             grouped = query.view(self.host.num_heads, -1, query.shape[-1])
+            if tiers.config.adaptive and self.retrieval.adapt():
+                self._set_lengths(self.retrieval)
             self.table[self.dynamic, self._picked] = self.retrieval.slots_for(grouped, scaling)
         page = scratch_page_bytes(tiers.shape, tiers.config)
         used = min(tiers.plan.scratch_pages, self.table.numel())
         with tiers.ledger.scratch("scratch", used * page):
-            out, _ = reference.paged_attention(
+            out, lse = reference.paged_attention(
                 query, tiers.pool.pages, self.table, self.lengths, scaling, tiers.plan.scratch_pages
             )
+        if self.retrieval is not None:
+            self.retrieval.attended(lse.view(self.host.num_heads, -1))
         return out
 
     def _append(self, key: torch.Tensor, value: torch.Tensor) -> None:

@@ -327,6 +327,7 @@ class VideoSession:
             dynamic_heads=counters.dynamic_heads,
             selected_chunks=counters.selected,
             hit_rate=counters.hit_rate,
+            unseen_mass=counters.unseen_mass,
             moved_bytes=moved,
             prefetched_bytes=counters.prefetched_bytes,
             ingest_s=self.ingest_s,

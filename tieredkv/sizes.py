@@ -358,9 +358,10 @@ def plan_decode(
     return DecodePlan(layout, pages, selected, slots, ranked, used, wider(scratch, used, cap))
 
 
-def table_width(made: DecodePlan, index: int, static: torch.Tensor) -> int:
-    """Columns of the page table of layer `index`: the most pages one of its heads attends to. static: `(K,)`."""
-    attended = torch.where(static, made.pages[index], made.layout.sink_chunks + made.selected[index])
+def table_width(made: DecodePlan, tiers: TierConfig, index: int, static: torch.Tensor) -> int:
+    """Columns of the page table of layer `index`: the most pages one of its heads may attend to. static: `(K,)`."""
+    chosen = (made.slots if tiers.adaptive else made.selected)[index]
+    attended = torch.where(static, made.pages[index], made.layout.sink_chunks + chosen)
     return made.layout.recent_pages + int(attended.max())
 
 

@@ -32,6 +32,9 @@ class Counters:
     """Those of them that were in the pool already."""
     reused: int = 0
     """Chunks attended to because the step before had chosen them."""
+    unseen_sum: float = 0.0
+    """Estimated share of attention mass that was not seen, summed over steps, layers and dynamic heads."""
+    unseen_count: int = 0
     missed_bytes: int = 0
     prefetched_bytes: int = 0
     warm_bytes: int = 0
@@ -44,6 +47,11 @@ class Counters:
     def hit_rate(self) -> float | None:
         """Share of selected chunks that were resident; None when nothing was selected."""
         return self.resident / self.selected if self.selected else None
+
+    @property
+    def unseen_mass(self) -> float | None:
+        """Mean estimated share of attention mass that steps did not see; None where digests cannot tell."""
+        return self.unseen_sum / self.unseen_count if self.unseen_count else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +73,9 @@ class Stats:
     selected_chunks: int
     hit_rate: float | None
     """Share of the selected chunks that were on the device already; None when no head retrieves."""
+    unseen_mass: float | None
+    """Share of attention mass that dynamic heads did not see, estimated from what is on the device, mean over steps:
+    the sign that a budget is too small for this prompt. None when no head ranks chunks, or its digests cannot tell."""
     moved_bytes: int
     """Copied from host to device while answering: past streamed, pool and digests, chunks missed and prefetched."""
     prefetched_bytes: int

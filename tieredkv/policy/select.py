@@ -40,6 +40,36 @@ def only(ranked: torch.Tensor, begin: torch.Tensor | int, end: torch.Tensor) -> 
     return torch.where((place >= begin) & (place < end), ranked, -1)
 
 
+def log_mass_without(logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """Log-sum-exp `(K, G)` of logits `(K, G, n)` over all chunks but the chosen `(K, m)`, -1 for none."""
+    out = torch.zeros((logits.shape[0], logits.shape[2]), dtype=logits.dtype, device=logits.device)
+    out.scatter_reduce_(1, chosen.clamp(min=0), (chosen >= 0).to(out.dtype), reduce="amax")
+    return logits.masked_fill(out.bool().unsqueeze(1), float("-inf")).logsumexp(-1)
+
+
+def unseen_share(unselected: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """Share of attention mass `(K,)` that a step did not see: the group's mean, from both parts' log-sum-exp `(K, G)`.
+
+    Ours. As true as the digests' logits are: of sketches, not of boxes, which promise more than their chunks hold.
+    """
+    return torch.sigmoid(unselected - seen).mean(-1)
+
+
+MUCH_UNSEEN = 0.1
+"""Share of attention mass whose loss is worth more chunks."""
+
+
+def adapted(selected: torch.Tensor, unseen: torch.Tensor, least: torch.Tensor, most: torch.Tensor) -> torch.Tensor:
+    """How many chunks each head selects next, `(K, 1)`, least <= it <= most (ours).
+
+    A quarter more where much went unseen, a quarter less where less than half as much did.
+    """
+    quarter = (selected + 3) // 4
+    much, little = unseen > MUCH_UNSEEN, unseen < MUCH_UNSEEN / 2
+    change = torch.where(much, 1, torch.where(little, -1, 0)).unsqueeze(1) * quarter
+    return torch.minimum(torch.maximum(selected + change, least), most)
+
+
 def query_similarity(query: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
     """`(K,)`: cosine of each query head `(K, G, D)` with itself a step before, averaged over the group (FreeKV)."""
     return torch.cosine_similarity(query.float(), before.float(), dim=-1).mean(1)
