@@ -298,9 +298,8 @@ def aggregate(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         rows.append({**shared, "task": task, **_accuracy(held, full, lambda r: _mean(_steps(r).values()))})
         if model == "tiny" and task != "lookup":
             for hop in sorted(_steps(held[0])):
-                if hop > 1:
-                    at_hop = _accuracy(held, full, lambda r, hop=hop: _steps(r)[hop])
-                    rows.append({**shared, "task": f"{task}, hop {hop}", **at_hop})
+                at_hop = _accuracy(held, full, lambda r, hop=hop: _steps(r)[hop])
+                rows.append({**shared, "task": f"{task}, hop {hop}", **at_hop})
     return rows
 
 
@@ -310,6 +309,8 @@ def _steps(record: dict[str, Any]) -> dict[int, bool]:
     steps: dict[int, bool] = {}
     for step, one in zip(record["steps"], right, strict=True):
         steps[step] = bool(one) and steps.get(step, True)
+    if record["model"] == "tiny" and len(steps) > 1:  # the first hop comes out of the prefill
+        del steps[1]
     return steps
 
 
@@ -336,25 +337,31 @@ def _accuracy(held: list[dict[str, Any]], full: list[dict[str, Any]], of: Callab
     }
 
 
-def machine() -> dict[str, Any]:
-    """Where and with what."""
+def origin(arguments: argparse.Namespace, suite: str) -> dict[str, Any]:
+    """Where, when, with what, and by which command."""
+    import dataclasses
+
     import torch
     import transformers
+    import video_tasks
 
     import tieredkv
 
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
+    info = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    cpu = next((line.split(":")[1].strip() for line in info if "model name" in line), platform.processor())
+    method = dataclasses.asdict(tieredkv.TierConfig().method)
     return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "tieredkv": tieredkv.__version__,
         "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{os.cpu_count()} cores of {cpu}",
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "tieredkv": tieredkv.__version__,
+        },
+        "command": f"python benchmarks/quality.py --suite {suite}" + (" --quick" if arguments.quick else ""),
+        "seeds": {"video": f"{video_tasks.FIRST_SEED} + 1000 * tokens + number", "text": "number"},
+        "defaults": {name: value for name, value in method.items() if not callable(value) and name != "summary"},
     }
 
 
@@ -435,8 +442,7 @@ def main() -> None:
         result = {
             "benchmark": "quality",
             "suite": suite,
-            "quick": arguments.quick,
-            "machine": machine(),
+            **origin(arguments, suite),
             "settings": settings,
             "seconds": round(time.perf_counter() - started, 1),
             "rows": [{name: _rounded(value) for name, value in row.items()} for row in rows],

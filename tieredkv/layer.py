@@ -115,8 +115,7 @@ class TieredLayer(CacheLayerMixin):
         self.cache.check_turn(self.index)
         self._check_once()
         if self.sealed is not None:
-            rows = zip(query.unbind(1), keys.unbind(1), values.unbind(1), strict=True)
-            out = torch.stack([self.sealed.step(*row, scaling) for row in rows], dim=1)
+            out = self.sealed.steps(query, keys, values, scaling)
         else:
             out = self._prefill(query, keys, values, scaling)
         self.cache.attended()

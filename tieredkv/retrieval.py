@@ -88,10 +88,22 @@ class Retrieval:
         transfer, pages = self.tiers.transfer, self.tiers.pool.pages
         return lambda: transfer.gather(self.host.chunks(), heads, ids, pages, slots)
 
-    def slots_for(self, query: torch.Tensor, scaling: float) -> torch.Tensor:
+    def logits(self, query: torch.Tensor, scaling: float) -> torch.Tensor:
+        """Estimated logits `(n, rows, chunks)` of every chunk, for queries `(K, rows, D)` of any number of steps."""
+        assert self.digests is not None
+        method = self.tiers.config.method
+        kind, scaled = digest.DIGESTS[method.digest], query[self.heads].float() * scaling
+        parts = [
+            kind.logits(scaled, part, method.digest_bits, self.basis)
+            for part in self.digests.split(self._at_once, dim=1)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def slots_for(self, query: torch.Tensor, scaling: float, logits: torch.Tensor | None = None) -> torch.Tensor:
         """Pool slots `(n, m)` of the chunks that this step attends to, all of them filled. query `(K, G, D)`.
 
-        A head's own number of them comes first in its row; what follows is any slot.
+        A head's own number of them comes first in its row; what follows is any slot. logits `(n, G, chunks)`: the
+        query's, if they are known already.
         """
         tiers, plan = self.tiers, self.tiers.plan
         self._clock += 1
@@ -102,16 +114,14 @@ class Retrieval:
         grouped = query[self.heads]
         method = tiers.config.method
         with tiers.ledger.scratch("ranking", ranking_bytes(tiers.shape, tiers.config, plan.layout)):
-            kind, scaled = digest.DIGESTS[method.digest], grouped.float() * scaling
-            parts = [
-                kind.logits(scaled, part, method.digest_bits, self.basis)
-                for part in self.digests.split(self._at_once, dim=1)
-            ]
-            logits = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+            if logits is None:
+                logits = self.logits(query, scaling)
             ranked = select.ranked_chunks(select.GROUPS[method.chunk_group](logits), self._most_slots)
         wanted = self._wanted(grouped, select.only(ranked[:, : self._most_selected], 0, self.selected))
         if self.basis is not None:
-            self._unselected = select.log_mass_without(logits, wanted) + (scaled @ self.basis.centre.mT).squeeze(-1)
+            self._unselected = select.log_mass_without(logits, wanted) + (
+                grouped.float() * scaling @ self.basis.centre.mT
+            ).squeeze(-1)
         local, miss = self.residency.admit(wanted, self._clock)
         tiers.counters.missed_bytes += self._copy(wanted, local, miss)()
         chosen = int(self.selected.sum())

@@ -15,8 +15,11 @@ from tieredkv.policy import prune
 from tieredkv.policy.sketch import Basis
 from tieredkv.prefill import TextRows
 from tieredkv.retrieval import Retrieval
-from tieredkv.sizes import scratch_page_bytes, table_width
+from tieredkv.sizes import FLOAT32, ranking_bytes, scratch_page_bytes, table_width
 from tieredkv.tiers import Tiers
+
+MOST_ROWS = 32
+"""Steps whose chunks are ranked in one pass."""
 
 
 class SealedLayer:
@@ -122,15 +125,59 @@ class SealedLayer:
 
     # ---- decode
 
-    def step(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
-        """Take one token's key and value, each `(K, D)`, and attend with its query `(H, D)`: output `(H, D)`."""
+    def steps(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
+        """Tokens one after another: query and output `(H, n, D)`, keys and values `(K, n, D)`.
+
+        The chunks of several are ranked in one pass over the digests, where the cap leaves room for it.
+        """
+        ranks = self.retrieval is not None and self.retrieval.digests is not None
+        kv_heads, n = self.host.num_heads, query.shape[1]
+        at_once = max(1, min(n, self._rows_at_once())) if ranks else n
+        out = []
+        for begin in range(0, n, at_once):
+            stop = min(begin + at_once, n)
+            logits: list[torch.Tensor | None] = [None] * (stop - begin)
+            with self.tiers.ledger.scratch("ranked ahead", at_once * self._row_bytes() if ranks and at_once > 1 else 0):
+                if ranks and stop - begin > 1:
+                    assert self.retrieval is not None
+                    rows = query[:, begin:stop].reshape(kv_heads, -1, query.shape[-1])
+                    ahead = self.retrieval.logits(rows, scaling).unflatten(1, (-1, stop - begin))
+                    logits = list(ahead.unbind(2))
+                for row in range(begin, stop):
+                    here = (query[:, row], keys[:, row], values[:, row])
+                    out.append(self.step(*here, scaling, logits[row - begin]))
+        return torch.stack(out, dim=1)
+
+    def _row_bytes(self) -> int:
+        """Of one more step ranked ahead: logits of all chunks or tokens, and what their making takes."""
+        shape, layout = self.tiers.shape, self.tiers.plan.layout
+        return 4 * FLOAT32 * shape.num_attention_heads * layout.retrievable * layout.chunk_tokens
+
+    def _rows_at_once(self) -> int:
+        spare = self.tiers.ledger.free_bytes // 2 - ranking_bytes(
+            self.tiers.shape, self.tiers.config, self.tiers.plan.layout
+        )
+        return min(MOST_ROWS, spare // self._row_bytes())
+
+    def step(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        logits: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Take one token's key and value, each `(K, D)`, and attend with its query `(H, D)`: output `(H, D)`.
+
+        logits: its chunks', if they are known already (`Retrieval.logits`).
+        """
         tiers = self.tiers
         self._append(key, value)
         if self.retrieval is not None:
             grouped = query.view(self.host.num_heads, -1, query.shape[-1])
             if tiers.config.adaptive and self.retrieval.adapt():
                 self._set_lengths(self.retrieval)
-            self.table[self.dynamic, self._picked] = self.retrieval.slots_for(grouped, scaling)
+            self.table[self.dynamic, self._picked] = self.retrieval.slots_for(grouped, scaling, logits)
         page = scratch_page_bytes(tiers.shape, tiers.config)
         used = min(tiers.plan.scratch_pages, self.table.numel())
         with tiers.ledger.scratch("scratch", used * page):
