@@ -99,6 +99,7 @@ SWEEPS: dict[str, dict[str, dict[str, Any]]] = {
         for bits in (4, 8)
     },
     "group": {f"group {value}": {"chunk_group": value} for value in ("mean", "max", "max_logit")},
+    "stay": {f"stay {value}": {"stay": value} for value in (1.0, 2.0, 4.0, 8.0)},
     "dense": {f"dense layers {value}": {"dense_layers": value} for value in (0, 1, 2)},
     "reuse": {f"reuse above {value}": {"reuse_above": value} for value in (0.0, 0.8, 0.9, 2.0)},
 }
@@ -359,10 +360,17 @@ def origin(arguments: argparse.Namespace, suite: str) -> dict[str, Any]:
             "transformers": transformers.__version__,
             "tieredkv": tieredkv.__version__,
         },
-        "command": f"python benchmarks/quality.py --suite {suite}" + (" --quick" if arguments.quick else ""),
+        "command": " ".join(["python benchmarks/quality.py --suite", suite, *_chosen(arguments)]),
         "seeds": {"video": f"{video_tasks.FIRST_SEED} + 1000 * tokens + number", "text": "number"},
         "defaults": {name: value for name, value in method.items() if not callable(value) and name != "summary"},
     }
+
+
+def _chosen(arguments: argparse.Namespace) -> list[str]:
+    """The options that say which contexts were run."""
+    lengths = [] if arguments.tokens is None else ["--tokens", *map(str, arguments.tokens)]
+    contexts = [] if arguments.contexts is None else ["--contexts", str(arguments.contexts)]
+    return [*lengths, *contexts, *(["--quick"] if arguments.quick else [])]
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -427,12 +435,18 @@ def main() -> None:
     parser.add_argument("--suite", nargs="+", default=["video", "text", "ablations", "sweeps"])
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for quality-SUITE.json and the plots")
+    parser.add_argument("--tokens", type=int, nargs="+", help="only contexts of these lengths")
+    parser.add_argument("--contexts", type=int, help="at most this many contexts of each kind")
     parser.add_argument("--quick", action="store_true", help="two questions of each kind")
     arguments = parser.parse_args()
     for suite in arguments.suite:
         made = units(suite, arguments.quick)
         if not made:
             parser.error(f"no suite {suite!r}: choose from video, text, ablations, sweeps")
+        made = [unit for unit in made if arguments.tokens is None or unit.tokens in arguments.tokens]
+        made = [unit for unit in made if arguments.contexts is None or unit.number < arguments.contexts]
+        if not made:
+            parser.error(f"no context of suite {suite!r} has {arguments.tokens} tokens")
         arguments.out.mkdir(parents=True, exist_ok=True)
         parts = arguments.out / f"quality-{suite}.parts.jsonl"
         started = time.perf_counter()

@@ -242,6 +242,14 @@ def test_only_some_places_are_left():
     ]
 
 
+def test_chunks_chosen_before_stay_unless_others_look_better_by_the_factor():
+    share = torch.tensor([[0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4]])
+    before = torch.tensor([[2, 3], [0, -1]])
+    got = select.favoured(share, before, 2.5)
+    torch.testing.assert_close(got, torch.tensor([[0.4, 0.3, 0.5, 0.25], [0.25, 0.2, 0.3, 0.4]]))
+    torch.testing.assert_close(select.favoured(share, before, 1.0), share)
+
+
 def test_unseen_share_is_what_the_unchosen_chunks_hold():
     logits = torch.randn(2, 3, 6)
     chosen = torch.tensor([[0, 4], [2, -1]])

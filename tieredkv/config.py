@@ -67,6 +67,7 @@ class TierConfig:
     digest: str | None = None
     digest_bits: int | None = None
     chunk_group: str | None = None
+    stay: float | None = None
     dense_layers: int | None = None
     reuse_above: float | None = None
 

@@ -48,6 +48,8 @@ class Retrieval:
         self._least = self.selected
         self._most_slots = int(self.slots.max())
         self._most_selected = self._most_slots if tiers.config.adaptive else int(self.selected.max())
+        self._chosen: torch.Tensor | None = None
+        """`(n, m)`: chunks that the step before attended to."""
         self._unselected: torch.Tensor | None = None
         """`(n, G)`: log of the attention mass of what this step did not select, as far as digests tell."""
         self._unseen: torch.Tensor | None = None
@@ -116,8 +118,12 @@ class Retrieval:
         with tiers.ledger.scratch("ranking", ranking_bytes(tiers.shape, tiers.config, plan.layout)):
             if logits is None:
                 logits = self.logits(query, scaling)
-            ranked = select.ranked_chunks(select.GROUPS[method.chunk_group](logits), self._most_slots)
+            share = select.GROUPS[method.chunk_group](logits)
+            if method.stay > 1 and self._chosen is not None:
+                share = select.favoured(share, self._chosen, method.stay)
+            ranked = select.ranked_chunks(share, self._most_slots)
         wanted = self._wanted(grouped, select.only(ranked[:, : self._most_selected], 0, self.selected))
+        self._chosen = wanted
         if self.basis is not None:
             self._unselected = select.log_mass_without(logits, wanted) + (
                 grouped.float() * scaling @ self.basis.centre.mT

@@ -66,6 +66,9 @@ class Policy:
     """Bits per number of a digest, 4 or 8."""
     chunk_group: str = "mean"
     """How the query heads of a group rank chunks together: a name in `policy.select.GROUPS`."""
+    stay: float = 1.0
+    """How many times better another chunk must look than one attended to a step before to take its place: what looks
+    alike need not be copied (ours). 1: no favour."""
     dense_layers: int = 0
     """First layers whose heads keep everything on the device, beyond any budget (Quest: 2)."""
     reuse_above: float = 2.0
@@ -79,7 +82,7 @@ class Policy:
             if not ok:
                 raise BudgetError(f"{name}={getattr(self, name)!r} is not valid: give {want}.")
 
-        for name in ("theta", "top_k_ratio", "type_split", "static_floor", "dynamic_floor", "reuse_above"):
+        for name in ("theta", "top_k_ratio", "type_split", "static_floor", "dynamic_floor", "stay", "reuse_above"):
             value = getattr(self, name)
             number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
             check(number, name, "a finite number")
@@ -92,6 +95,7 @@ class Policy:
         check(0 < self.type_split <= 1, "type_split", "a share above 0 and at most 1")
         check(0 <= self.static_floor <= 1, "static_floor", "a share between 0 and 1")
         check(0 <= self.dynamic_floor <= 1, "dynamic_floor", "a share between 0 and 1")
+        check(self.stay >= 1, "stay", "a factor of at least 1")
         choices = {
             "head_score": ("mass", "coverage"),
             "score_group": ("mean", "max"),

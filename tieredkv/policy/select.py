@@ -29,6 +29,17 @@ def max_logit(logits: torch.Tensor) -> torch.Tensor:
 GROUPS = {"mean": mean_share, "max": max_share, "max_logit": max_logit}
 
 
+def chosen_mask(chosen: torch.Tensor, chunks: int) -> torch.Tensor:
+    """`(K, chunks)` bool: which were chosen. chosen `(K, m)`, -1 for none."""
+    out = torch.zeros((chosen.shape[0], chunks), dtype=torch.int8, device=chosen.device)
+    return out.scatter_reduce_(1, chosen.clamp(min=0), (chosen >= 0).to(out.dtype), reduce="amax").bool()
+
+
+def favoured(share: torch.Tensor, before: torch.Tensor, stay: float) -> torch.Tensor:
+    """Ranks `(K, n)` with those of the chunks chosen a step before, `(K, m)`, `stay` times as high (ours)."""
+    return torch.where(chosen_mask(before, share.shape[1]), share * stay, share)
+
+
 def ranked_chunks(share: torch.Tensor, count: int) -> torch.Tensor:
     """Indices `(K, count)` of the best chunks, best first. `count` at most `share.shape[-1]`."""
     return share.topk(count, dim=-1).indices
@@ -42,9 +53,7 @@ def only(ranked: torch.Tensor, begin: torch.Tensor | int, end: torch.Tensor) -> 
 
 def log_mass_without(logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     """Log-sum-exp `(K, G)` of logits `(K, G, n)` over all chunks but the chosen `(K, m)`, -1 for none."""
-    out = torch.zeros((logits.shape[0], logits.shape[2]), dtype=logits.dtype, device=logits.device)
-    out.scatter_reduce_(1, chosen.clamp(min=0), (chosen >= 0).to(out.dtype), reduce="amax")
-    return logits.masked_fill(out.bool().unsqueeze(1), float("-inf")).logsumexp(-1)
+    return logits.masked_fill(chosen_mask(chosen, logits.shape[2]).unsqueeze(1), float("-inf")).logsumexp(-1)
 
 
 def unseen_share(unselected: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:

@@ -14,4 +14,5 @@ POLICY = Policy(
     digest="sketch",
     digest_bits=4,
     dynamic_floor=0.3,
+    stay=2.0,
 )
