@@ -87,10 +87,11 @@ def test_nothing_is_left_on_the_model(video_model, opened):
 
 
 def test_prefetching_changes_no_answer(opened):
-    with_it, without = opened(), opened(prefetch=False)
+    reuse = {"theta": 2.0, "reuse_above": 0.8}
+    with_it, without = opened(**reuse), opened(prefetch=False, **reuse)
     record, plain = RecordLogits(), RecordLogits()
-    with_it.ask(MOON, max_new_tokens=10, logits_processor=[record])
-    without.ask(MOON, max_new_tokens=10, logits_processor=[plain])
+    copied = with_it.ask(MOON, max_new_tokens=10, logits_processor=[record]).stats.prefetched_bytes
+    assert copied > without.ask(MOON, max_new_tokens=10, logits_processor=[plain]).stats.prefetched_bytes == 0
     assert torch.equal(torch.cat(record.seen), torch.cat(plain.seen))
 
 
@@ -120,7 +121,8 @@ def test_statistics_add_up(opened, video_model):
     assert stats.kv_host_bytes >= stats.prompt_tokens * token_bytes
     assert (stats.static_heads, stats.dynamic_heads) == (0, 16)
     assert 0 <= stats.hit_rate <= 1
-    assert stats.moved_bytes > stats.prefetched_bytes > 0
+    assert stats.moved_bytes > stats.prefetched_bytes == 0
+    assert 0 < stats.unseen_mass < 1
     assert stats.ttft_s > 0
     assert stats.tpot_ms > 0
 
@@ -219,7 +221,7 @@ def test_a_streamer_is_ended_when_the_question_is_refused(opened):
 
 
 def test_a_copy_that_fails_reaches_the_asker_and_leaves_the_session_usable(opened, monkeypatch):
-    session = opened(theta=2.0)
+    session = opened(theta=2.0, reuse_above=0.5)
     want = session.ask(MOON, max_new_tokens=6).token_ids
     prefetcher = session._cache.copies
 

@@ -47,7 +47,7 @@ class TierConfig:
     adaptive: bool = False
     """Let a dynamic head attend to more chunks, of its spare slots, while much attention mass seems to go unseen."""
     prefetch: bool = True
-    """Copy the chunks ranked just below the selection ahead of the next step."""
+    """Where a step may attend to the chunks chosen a step before (`reuse_above`), copy them meanwhile."""
 
     head_score: str | None = None
     """This and what follows change one field of the policy, which says what it means (`policy.base.Policy`); None

@@ -169,12 +169,10 @@ class Retrieval:
         return torch.where(alike.unsqueeze(1), before[1], best)
 
     def _fetch_ahead(self, ranked: torch.Tensor, local: torch.Tensor) -> None:
-        """Start copying what the next step is likely to ask for, into slots that this step does not read."""
+        """Start copying what the next step attends to if its query is alike, into slots that this step does not read."""
         tiers, spare = self.tiers, self.slots - self.selected
-        if tiers.prefetcher is None or not bool(spare.any()):
+        if tiers.prefetcher is None or tiers.config.method.reuse_above > 1 or not bool(spare.any()):
             return
-        # Where the next step may reuse this step's choice, that; otherwise what was ranked just below it.
-        reuses = tiers.config.method.reuse_above <= 1
-        likely = select.only(ranked, 0, spare) if reuses else select.only(ranked, self.selected, self.slots)
+        likely = select.only(ranked, 0, torch.minimum(spare, self.selected))
         ahead, absent = self.residency.admit(likely, self._clock, protected=local)
         tiers.prefetcher.submit(self.index, self._copy(likely, ahead, absent))
