@@ -112,7 +112,7 @@ def test_an_unknown_tier_option_is_refused(llama):
 def test_small_budgets_still_answer_and_say_what_they_did(llama, long_ids):
     from helpers import cap_share
 
-    options = {"gpu_kv_gb": cap_share(llama, 900, 0.35), "text_window": 16, "theta": 2, "reuse_above": 0.5}
+    options = {"gpu_kv_gb": cap_share(llama, 900, 0.35), "text_window": 16, "theta": 2, "reuse_above": -1.0}
     with tieredkv.use_attention(llama), TieredCache(llama.config, max_new_tokens=20, **options) as cache:
         out = llama.generate(long_ids, past_key_values=cache, max_new_tokens=20, do_sample=False)
         cache.finish()

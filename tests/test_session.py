@@ -87,7 +87,7 @@ def test_nothing_is_left_on_the_model(video_model, opened):
 
 
 def test_prefetching_changes_no_answer(opened):
-    reuse = {"theta": 2.0, "reuse_above": 0.8}
+    reuse = {"theta": 2.0, "reuse_above": -1.0, "share": 0.8}
     with_it, without = opened(**reuse), opened(prefetch=False, **reuse)
     record, plain = RecordLogits(), RecordLogits()
     copied = with_it.ask(MOON, max_new_tokens=10, logits_processor=[record]).stats.prefetched_bytes
@@ -221,7 +221,7 @@ def test_a_streamer_is_ended_when_the_question_is_refused(opened):
 
 
 def test_a_copy_that_fails_reaches_the_asker_and_leaves_the_session_usable(opened, monkeypatch):
-    session = opened(theta=2.0, reuse_above=0.5)
+    session = opened(theta=2.0, reuse_above=-1.0)
     want = session.ask(MOON, max_new_tokens=6).token_ids
     prefetcher = session._cache.copies
 

@@ -169,7 +169,7 @@ class Retrieval:
         return torch.where(alike.unsqueeze(1), before[1], best)
 
     def _fetch_ahead(self, ranked: torch.Tensor, local: torch.Tensor) -> None:
-        """Start copying what the next step attends to if its query is alike, into slots that this step does not read."""
+        """Start copying what the next step attends to if its query is alike, into slots this step does not read."""
         tiers, spare = self.tiers, self.slots - self.selected
         if tiers.prefetcher is None or tiers.config.method.reuse_above > 1 or not bool(spare.any()):
             return
