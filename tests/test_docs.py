@@ -46,3 +46,18 @@ def test_examples_run_unchanged(example, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [example])
     runpy.run_path(str(ROOT / "examples" / example), run_name="__main__")
     assert "on the device" in capsys.readouterr().out
+
+
+def test_the_policy_contributing_shows_is_one(text_model, prompt_ids, monkeypatch):
+    import tieredkv
+    from tieredkv.policy.presets import POLICIES
+
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
+    names: dict = {}
+    exec(compile(block, "CONTRIBUTING.md", "exec"), names)
+    monkeypatch.setitem(POLICIES, "loud", names["POLICY"])
+    options = {"gpu_kv_gb": 1, "budget_ratio": 0.5, "policy": "loud", "recent_window": 8, "text_window": 16}
+    with tieredkv.use_attention(text_model), tieredkv.TieredCache(text_model.config, **options) as cache:
+        text_model.generate(prompt_ids, past_key_values=cache, max_new_tokens=4, do_sample=False)
+        assert cache.counters.static_heads > 0
+        assert cache.counters.dynamic_heads == 0

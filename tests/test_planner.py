@@ -387,7 +387,13 @@ def test_the_help_of_the_command_is_short(monkeypatch, capsys):
 
 def test_heads_assumed_static_are_spread_over_the_layers():
     shape = sizes.KVShape(28, 28, 4, 128, 2)
-    static = plan_bytes.assumed_static(shape, 0.5)
+    static = plan_bytes.assumed_static(shape, TierConfig(), 0.5)
     assert static.sum(1).tolist() == [2] * 28
-    assert torch.equal(plan_bytes.assumed_static(shape, 0.0), torch.zeros(28, 4, dtype=torch.bool))
-    assert plan_bytes.assumed_static(shape, 1.0).all()
+    assert torch.equal(plan_bytes.assumed_static(shape, TierConfig(), 0.0), torch.zeros(28, 4, dtype=torch.bool))
+    assert plan_bytes.assumed_static(shape, TierConfig(), 1.0).all()
+
+
+@pytest.mark.parametrize(("policy", "static"), [("snapkv", 112), ("arkvale", 0), ("quest", 8), ("hybridkv", 56)])
+def test_what_a_policy_settles_itself_is_not_assumed(seven_billion, policy, static):
+    made = plan(seven_billion, 4096, gpu_kv_gb=1, static_share=0.5, policy=policy)
+    assert made.static_heads == static

@@ -10,11 +10,15 @@ from tieredkv.memory.pool import Residency
 from tieredkv.sizes import KVShape, ceil_div
 
 
-def assumed_static(shape: KVShape, share: float) -> torch.Tensor:
-    """Mask `(L, K)` with `share` of the heads static, spread evenly over the layers."""
+def assumed_static(shape: KVShape, tiers: TierConfig, share: float) -> torch.Tensor:
+    """Mask `(L, K)`: `share` of the heads static, spread evenly over the layers, or what the policy settles itself."""
+    method = tiers.method
+    share = 1.0 if method.theta <= 0 else 0.0 if method.theta > 1 else share
     index = torch.arange(shape.kv_heads, dtype=torch.float64)
     static = torch.floor((index + 1) * share + 0.5) > torch.floor(index * share + 0.5)
-    return static.view(shape.num_layers, shape.num_key_value_heads)
+    static = static.view(shape.num_layers, shape.num_key_value_heads)
+    static[: method.dense_layers] = True
+    return static
 
 
 def decode_bytes(shape: KVShape, tiers: TierConfig, made: sizes.DecodePlan, static: torch.Tensor) -> dict[str, int]:

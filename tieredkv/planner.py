@@ -44,7 +44,7 @@ def plan(
     end: float | None = None,
     question_tokens: int = 64,
     max_new_tokens: int = 256,
-    static_share: float = 0.5,
+    static_share: float = 0.0,
     link: str | float = "pcie4x16",
     card: str | float | None = None,
     **options: Any,
@@ -55,7 +55,8 @@ def plan(
     without a dtype is taken for bfloat16, a quantised checkpoint for one that is not. video_or_tokens: a number of
     visual tokens, or a video as in `open_session`, which is opened but not decoded and needs the model's processor.
     question_tokens: text after the video, the chat template's end included. static_share: share of the heads assumed
-    static. link: of `LINKS` or GB/s; card: of `CARDS` or GB/s. tiers, or its fields as further keywords.
+    static, where the policy does not say. link: of `LINKS` or GB/s; card: of `CARDS` or GB/s. tiers, or its fields as
+    further keywords.
 
     Raises `BudgetError` when a tier is too small, naming the smallest change that fits; `VideoError`,
     `UnsupportedModelError` or `OptionError` for bad input.
@@ -100,7 +101,7 @@ def plan(
 
     limits.check_host(host, tiers.host_kv_gb, f"the cache of {prompt:,} tokens", remedy, available)
 
-    static = plan_bytes.assumed_static(shape, static_share)
+    static = plan_bytes.assumed_static(shape, tiers, static_share)
     made = sizes.plan_decode(shape, tiers, layout, static.double(), static)
     n_static, n_dynamic = int(static.sum()), int((~static).sum())
     c, page = tiers.chunk_tokens, sizes.page_bytes(shape, tiers)
