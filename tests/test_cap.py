@@ -56,7 +56,7 @@ def test_the_ledger_counts_every_byte_of_pool_and_digests(llama, long_ids):
         layers = [layer.sealed for layer in cache.tiered_layers]
         assert held["pool"] == cache._pool.pages.numel() * cache._pool.pages.itemsize
         assert held["digests"] == sum(
-            s.retrieval.digests.nbytes + s.retrieval.basis.up.nbytes
+            s.retrieval.digests.nbytes + s.retrieval.basis.up.nbytes + s.retrieval.basis.centre.nbytes
             for s in layers
             if s.retrieval is not None and s.retrieval.digests is not None
         )
@@ -66,7 +66,7 @@ def test_the_ledger_counts_every_byte_of_pool_and_digests(llama, long_ids):
             for s in layers
             if len(s.dynamic)
             for index in [s.retrieval.residency]
-            for t in (index.slots, index.chunk_in, index.slot_of, index.last_used)
+            for t in (index.slots, index.chunk_in, index.slot_of, index.last_used, s.retrieval._chosen)
         )
         assert held["tables"] == tables
         assert set(held) <= {"pool", "digests", "tables"}

@@ -196,6 +196,18 @@ def test_a_basis_keeps_the_directions_that_queries_look_in():
     torch.testing.assert_close(sketch.token_logits(queries[:, :4], packed, 8, basis), want, atol=0.15, rtol=0)
 
 
+@pytest.mark.parametrize("d", [18, 20, 80])
+def test_any_head_dim_is_sketched(d):
+    generator = torch.Generator().manual_seed(4)
+    keys, queries = spread(1, 64, d, generator), torch.randn(1, 60, d, generator=generator)
+    basis = sketch.fit(queries.transpose(1, 2) @ queries, keys, 4)
+    packed = sketch.pack(keys.view(1, 8, 8, d), 4, basis)
+    assert packed.shape == (1, 8, sketch.packed_bytes(d, 8, 4))
+    for_ranking = basis.for_ranking(torch.tensor([0]))
+    assert for_ranking.nbytes == sketch.ranking_basis_bytes(d, 4)
+    assert sketch.chunk_logits(queries[:, :2], packed, 4, for_ranking).shape == (1, 2, 8)
+
+
 def test_chunks_are_ranked_by_the_mass_of_their_tokens():
     generator = torch.Generator().manual_seed(2)
     keys, queries = spread(2, 320, 16, generator), torch.randn(2, 60, 16, generator=generator)

@@ -29,7 +29,6 @@ def test_full_budget_equals_stock_transformers(text_model, prompt_ids, policy):
 
 @EVERY
 def test_full_budget_by_ratio_equals_stock_transformers(llama, long_ids, policy):
-    """Ranked, retrieved and pruned, but nothing left out."""
     options = {"gpu_kv_gb": 1, "budget_ratio": 1.0, "policy": policy, **SMALL}
     stock = stock_logits(llama, {"input_ids": long_ids}, 12)
     with tieredkv.use_attention(llama), TieredCache(llama.config, **options) as cache:
@@ -91,7 +90,8 @@ def test_pruning_is_taken_from_another_policy():
 @pytest.mark.parametrize(
     ("field", "value"),
     [("policy", "none"), ("policy", None), ("pruning", "x"), ("digest", "x"), ("chunk_group", 3), ("dense_layers", -1),
-     ("reuse_above", float("nan")), ("static_weight", "x"), ("score_group", "min")],
+     ("reuse_above", float("nan")), ("static_weight", "x"), ("score_group", "min"),
+     ("digest_bits", 4.0), ("adaptive", "no"), ("prefetch", 0), ("stay", 0.5)],
 )  # fmt: skip
 def test_what_no_policy_has_is_refused(field, value):
     with pytest.raises(BudgetError, match=f"{field}="):
@@ -240,7 +240,86 @@ def test_adaptive_heads_grow_into_their_spare_slots_and_see_more(llama, long_ids
     assert abs(grown - true) < 0.05
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [{"adaptive": True, "digest": "cuboid"}, {"adaptive": True, "reuse_above": 0.5}, {"policy": "quest", "stay": 2.0}],
+)
+def test_fields_that_do_not_go_together_are_refused(fields):
+    with pytest.raises(BudgetError, match="is not valid"):
+        tieredkv.TierConfig(**fields)
+
+
+# ---- what digests are fitted to
+
+
+def test_a_question_leaves_nothing_behind_when_the_digest_changes(llama, long_ids):
+    """The context is settled under another kind; the new kind is fitted to the context, not to the first question."""
+    context, first, second = long_ids[:, :700], long_ids[:, 700:800], long_ids[:, 800:]
+    options = {"gpu_kv_gb": 1, "budget_ratio": 0.2, "theta": 2.0, **SMALL}
+
+    def answer(*questions):
+        with (
+            torch.no_grad(),
+            tieredkv.use_attention(llama),
+            TieredCache(llama.config, digest="cuboid", **options) as cache,
+        ):
+            cache.auto_seal = False
+            llama(context, past_key_values=cache)
+            cache.settle()
+            cache.set_tiers(tieredkv.TierConfig(digest="sketch", **options))
+            for question in questions:
+                llama(question, past_key_values=cache)
+                cache.seal()
+                logits = llama(long_ids[:, :1], past_key_values=cache).logits
+                cache.truncate(700)
+        return logits
+
+    torch.testing.assert_close(answer(first, second), answer(second), rtol=0, atol=0)
+
+
+def test_a_basis_fitted_to_little_is_fitted_again_when_there_is_more(llama, long_ids):
+    with torch.no_grad(), tieredkv.use_attention(llama), TieredCache(llama.config, gpu_kv_gb=1, **SMALL) as cache:
+        cache.auto_seal = False
+        llama(long_ids[:, :40], past_key_values=cache)
+        cache.seal()
+        before = cache.tiered_layers[0]._basis
+        cache.unseal()
+        llama(long_ids[:, 40:], past_key_values=cache)
+        cache.seal()
+        after = cache.tiered_layers[0]._basis
+    assert not torch.equal(before.up, after.up)
+
+
+def test_prefill_in_inference_mode_and_decoding_outside_it(llama, long_ids):
+    options = {"gpu_kv_gb": 1, "budget_ratio": 0.2, **SMALL}
+    with tieredkv.use_attention(llama), TieredCache(llama.config, **options) as cache:
+        cache.auto_seal = False
+        with torch.inference_mode():
+            llama(long_ids, past_key_values=cache)
+            cache.seal()
+        with torch.no_grad():
+            for place in range(4):
+                llama(long_ids[:, place : place + 1], past_key_values=cache)
+    assert cache.counters.selected > 0
+
+
 # ---- forced tokens
+
+
+@pytest.mark.parametrize("share", [0.35, 0.45, 0.6, 0.8])
+def test_forced_tokens_fit_any_cap_that_single_ones_fit(llama, long_ids, share):
+    options = {"gpu_kv_gb": cap_share(llama, 900, share), "theta": 2.0, **SMALL}
+    with (
+        torch.no_grad(),
+        tieredkv.use_attention(llama),
+        TieredCache(llama.config, **options, max_new_tokens=20) as cache,
+    ):
+        cache.auto_seal = False
+        llama(long_ids, past_key_values=cache)
+        cache.seal()
+        with cache.forced():
+            llama(long_ids[:, :20], past_key_values=cache)
+        assert cache.ledger.peak_bytes <= cache.ledger.cap_bytes
 
 
 @EVERY

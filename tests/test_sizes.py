@@ -19,7 +19,7 @@ def decode_bytes(shape: sizes.KVShape, tiers: TierConfig, made: sizes.DecodePlan
     total = made.pool_pages * sizes.page_bytes(shape, tiers) + made.scratch_pages * sizes.scratch_page_bytes(
         shape, tiers
     )
-    total += sizes.table_bytes(shape, made.layout)
+    total += sizes.table_bytes(shape, tiers, made.layout)
     if made.ranked and n_dynamic:
         total += sizes.digest_bytes(shape, tiers, made.layout, n_dynamic) + sizes.ranking_bytes(
             shape, tiers, made.layout

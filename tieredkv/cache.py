@@ -282,6 +282,10 @@ class TieredCache(Cache):
         if tiers.chunk_tokens != self.tiers.chunk_tokens:
             raise OptionError(f"the cache is kept in chunks of {self.tiers.chunk_tokens} tokens: keep chunk_tokens.")
         self._drop_resident()
+        if self.get_seq_length() == 0:
+            self._resident = None
+        if self.text_rows == self.tiers.method.text_window:
+            self.text_rows = tiers.method.text_window
         self.tiers = tiers
         self.ledger.cap_bytes = tiers.cap_bytes
 

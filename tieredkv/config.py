@@ -33,7 +33,8 @@ class TierConfig:
     """Mean share of the prompt a head attends to per step; None: as much as fits under `gpu_kv_gb`."""
     spare_ratio: float = 0.2
     """Share of a dynamic head's retrieval slots left for chunks that are resident but not selected. With a
-    `budget_ratio`, which says how many are selected, a larger share is a larger pool: faster, the answers the same."""
+    `budget_ratio`, which says how many are selected, a larger share is a larger pool: faster, the answers the same (but
+    with `adaptive`, which selects from it)."""
     sink_tokens: int = 4
     """First tokens of the prompt that dynamic heads always attend to."""
     recent_window: int = 32
@@ -45,7 +46,8 @@ class TierConfig:
     host_kv_gb: float | None = None
     """Cap, in GiB, on the host memory of the complete cache; None: a safe share of what the machine has available."""
     adaptive: bool = False
-    """Let a dynamic head attend to more chunks, of its spare slots, while much attention mass seems to go unseen."""
+    """Let a dynamic head attend to more chunks, of its spare slots, while much attention mass seems to go unseen.
+    Needs digest="sketch"."""
     prefetch: bool = True
     """Where a step may attend to the chunks chosen a step before (`reuse_above`), copy them meanwhile."""
 
@@ -106,7 +108,12 @@ class TierConfig:
             value = getattr(self, name)
             known = isinstance(value, str) and value in POLICIES
             check(known or (value is None and name == "pruning"), name, f"one of {', '.join(POLICIES)}")
-        _method.__wrapped__(self)  # raises where a field does not suit the policy
+        for name in ("adaptive", "prefetch"):
+            check(isinstance(getattr(self, name), bool), name, "True or False")
+        method = _method.__wrapped__(self)  # raises where a field does not suit the policy
+        if self.adaptive:
+            check(method.digest == "sketch", "adaptive", "digest='sketch' with it: others do not tell what goes unseen")
+            check(method.reuse_above > 1, "adaptive", "no reuse_above with it: a reused choice has the size it had")
 
     @property
     def method(self) -> Policy:

@@ -52,7 +52,8 @@ class TieredLayer(CacheLayerMixin):
         self._digested = 0
         self._basis: sketch.Basis | None = None
         self._query_moment = torch.zeros(0)
-        """`(K, D, D)`: sum of q q^T over the context's rows, to fit a basis to."""
+        """`(K, D, D)`: sum of q q^T over the context's first rows, to fit a basis to."""
+        self._fitted_to = 0
         self._settled = False
         self._check: Callable[[], None] | None = None
 
@@ -129,6 +130,8 @@ class TieredLayer(CacheLayerMixin):
     def _prefill(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
         assert self.host is not None
         cache, host, n = self.cache, self.host, query.shape[1]
+        if self._settled:  # after a change of the policy, say: fitted to the context, before the question is among it
+            self._digest_new_chunks(fit=True)
         rows = min(n, cache.text_rows)
         host.make_room(n)
         cache.make_room_for_scores(host.length, n, rows)
@@ -156,8 +159,9 @@ class TieredLayer(CacheLayerMixin):
             cache.copies.wait("write back")
         if self.resident is not None:
             self.resident.append(keys.detach(), values.detach(), host.length)
+        begun = host.length
         host.advance(n)
-        if not self._settled:
+        if not self._settled and begun < FIT_TOKENS:
             grouped = query.detach().reshape(host.num_heads, -1, query.shape[-1]).float()
             self._query_moment = self._query_moment + grouped.transpose(1, 2) @ grouped
         self._digest_new_chunks()
@@ -179,18 +183,23 @@ class TieredLayer(CacheLayerMixin):
     def _digest_new_chunks(self, fit: bool = False) -> None:
         """Digests of the kind that the policy asks for, of every whole chunk that has none.
 
-        Those that need a basis wait for `FIT_TOKENS` tokens to fit it to; fit: fit it to what there is.
+        Those that need a basis wait for `FIT_TOKENS` tokens to fit it to; fit: fit it to what there is. One that was
+        fitted to less, in a context that is not settled, is fitted again when the context has doubled.
         """
         assert self.host is not None
         method, c = self.cache.tiers.method, self.host.chunk_tokens
         kind, bits, name = digest.DIGESTS[method.digest], method.digest_bits, _digest_name(method)
         if self._digest_name != name:
             self._digests, self._digested, self._basis, self._digest_name = None, 0, None, name
-        whole = self.host.length // c
+        whole, most = self.host.length // c, max(1, FIT_TOKENS // c)
+        outgrown = not self._settled and self._fitted_to < most and whole >= 2 * self._fitted_to
+        if kind.fitted and self._basis is not None and outgrown:
+            self._digests, self._digested, self._basis = None, 0, None
         if kind.fitted and self._basis is None:
             if whole == 0 or (self.host.length < FIT_TOKENS and not fit):
                 return
-            keys = self.host.chunks(0, min(whole, FIT_TOKENS // c))[:, :, 0].flatten(1, 2)
+            self._fitted_to = min(whole, most)
+            keys = self.host.chunks(0, self._fitted_to)[:, :, 0].flatten(1, 2)
             self._basis = sketch.fit(self._query_moment, keys, bits)
         held = [] if self._digests is None else [self._digests[:, : self._digested]]
         new = [
@@ -241,7 +250,7 @@ class TieredLayer(CacheLayerMixin):
         self.host = HostLayer(heads, head_dim, c, self.dtype)
         self.host.adopt(arena, tokens)
         self._digest_name = _digest_name(self.cache.tiers.method)
-        self._digests = state.get(self._digest_name)  # of another kind: made anew when sealed
+        self._digests = state.get(self._digest_name)  # of another kind: made anew before it is used
         self._digested = 0 if self._digests is None else self._digests.shape[1]
         self._query_moment, self._settled = state["query_moment"], True
         if f"{self._digest_name}.up" in state:

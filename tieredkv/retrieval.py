@@ -13,7 +13,7 @@ from tieredkv.memory.host import HostLayer
 from tieredkv.memory.pool import Residency
 from tieredkv.policy import digest, select
 from tieredkv.policy.sketch import Basis
-from tieredkv.sizes import ranked_chunks_at_once, ranking_bytes
+from tieredkv.sizes import choice_bytes, ranked_chunks_at_once, ranking_bytes
 from tieredkv.stats import Selection
 from tieredkv.tiers import Tiers
 
@@ -49,12 +49,13 @@ class Retrieval:
         self._most_slots = int(self.slots.max())
         self._most_selected = self._most_slots if tiers.config.adaptive else int(self.selected.max())
         self._chosen: torch.Tensor | None = None
-        """`(n, m)`: chunks that the step before attended to."""
+        """`(n, m)` int32: chunks that the step before attended to."""
         self._unselected: torch.Tensor | None = None
         """`(n, G)`: log of the attention mass of what this step did not select, as far as digests tell."""
         self._unseen: torch.Tensor | None = None
         """`(n,)`: share of attention mass that the step before did not see."""
         tiers.ledger.reserve("tables", Residency.bytes_for(n, self._most_slots, self._chunks))
+        tiers.ledger.reserve("tables", choice_bytes(tiers.shape, tiers.config, n, self._most_selected))
         table = torch.full((n, self._most_slots), -1, dtype=torch.int64, device=device)
         table[torch.arange(self._most_slots, device=device) < self.slots] = tiers.pool.take(int(self.slots.sum()))
         self.residency = Residency(table, self._chunks)
@@ -67,9 +68,9 @@ class Retrieval:
             self.digests = tiers.ledger.empty("digests", shape, digests.dtype, device)
             self.digests.copy_(digests[heads, self._first : self._first + self._chunks])
             tiers.counters.warm_bytes += self.digests.numel() * self.digests.itemsize
-            self.basis = None if basis is None else basis.of(heads)
+            self.basis = None if basis is None else basis.for_ranking(heads)
             if self.basis is not None:
-                tiers.ledger.reserve("digests", self.basis.up.numel() * self.basis.up.itemsize)
+                tiers.ledger.reserve("digests", self.basis.nbytes)
 
     def _warm(self, saliency: torch.Tensor) -> None:
         if self._most_slots == 0:
@@ -120,14 +121,13 @@ class Retrieval:
                 logits = self.logits(query, scaling)
             share = select.GROUPS[method.chunk_group](logits)
             if method.stay > 1 and self._chosen is not None:
-                share = select.favoured(share, self._chosen, method.stay)
+                share = select.favoured(share, self._chosen.long(), method.stay)
             ranked = select.ranked_chunks(share, self._most_slots)
-        wanted = self._wanted(grouped, select.only(ranked[:, : self._most_selected], 0, self.selected))
-        self._chosen = wanted
-        if self.basis is not None:
-            self._unselected = select.log_mass_without(logits, wanted) + (
-                grouped.float() * scaling @ self.basis.centre.mT
-            ).squeeze(-1)
+            wanted = self._wanted(grouped, select.only(ranked[:, : self._most_selected], 0, self.selected))
+            if self.basis is not None:
+                centre = (grouped.float() * scaling @ self.basis.centre.mT).squeeze(-1)
+                self._unselected = select.log_mass_without(logits, wanted) + centre
+        self._chosen = wanted.int()
         local, miss = self.residency.admit(wanted, self._clock)
         tiers.counters.missed_bytes += self._copy(wanted, local, miss)()
         chosen = int(self.selected.sum())
@@ -161,12 +161,12 @@ class Retrieval:
         reuse_above = self.tiers.config.method.reuse_above
         if reuse_above > 1:
             return best
-        before, self._before = self._before, (query, best)
+        before, self._before = self._before, (query, best.int())
         if before is None:
             return best
         alike = select.query_similarity(query, before[0]) >= reuse_above
         self.tiers.counters.reused += int((alike.unsqueeze(1) * self.selected).sum())
-        return torch.where(alike.unsqueeze(1), before[1], best)
+        return torch.where(alike.unsqueeze(1), before[1].long(), best)
 
     def _fetch_ahead(self, ranked: torch.Tensor, local: torch.Tensor) -> None:
         """Start copying what the next step attends to if its query is alike, into slots this step does not read."""

@@ -154,10 +154,15 @@ class SealedLayer:
         return 4 * FLOAT32 * shape.num_attention_heads * layout.retrievable * layout.chunk_tokens
 
     def _rows_at_once(self) -> int:
-        spare = self.tiers.ledger.free_bytes // 2 - ranking_bytes(
-            self.tiers.shape, self.tiers.config, self.tiers.plan.layout
-        )
+        """Steps that can be ranked ahead beside the scratch that each of them takes."""
+        tiers = self.tiers
+        ranking = ranking_bytes(tiers.shape, tiers.config, tiers.plan.layout)
+        spare = tiers.ledger.free_bytes - max(ranking, self._scratch_bytes())
         return min(MOST_ROWS, spare // self._row_bytes())
+
+    def _scratch_bytes(self) -> int:
+        used = min(self.tiers.plan.scratch_pages, self.table.numel())
+        return used * scratch_page_bytes(self.tiers.shape, self.tiers.config)
 
     def step(
         self,
@@ -178,9 +183,7 @@ class SealedLayer:
             if tiers.config.adaptive and self.retrieval.adapt():
                 self._set_lengths(self.retrieval)
             self.table[self.dynamic, self._picked] = self.retrieval.slots_for(grouped, scaling, logits)
-        page = scratch_page_bytes(tiers.shape, tiers.config)
-        used = min(tiers.plan.scratch_pages, self.table.numel())
-        with tiers.ledger.scratch("scratch", used * page):
+        with tiers.ledger.scratch("scratch", self._scratch_bytes()):
             out, lse = reference.paged_attention(
                 query, tiers.pool.pages, self.table, self.lengths, scaling, tiers.plan.scratch_pages
             )

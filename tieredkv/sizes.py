@@ -13,6 +13,7 @@ import torch
 
 from tieredkv.config import GIB, TierConfig
 from tieredkv.errors import BudgetError, UnsupportedModelError
+from tieredkv.policy import sketch
 from tieredkv.policy.budget import by_need, split_budget
 from tieredkv.policy.classify import top_k_count
 from tieredkv.policy.digest import DIGESTS
@@ -145,7 +146,8 @@ def page_bytes(shape: KVShape, tiers: TierConfig) -> int:
 def host_bytes(shape: KVShape, tiers: TierConfig, prompt: int) -> int:
     """Host memory of the complete cache of `prompt` tokens: whole chunks, room for a longer question, digests."""
     chunks = ceil_div(prompt + QUESTION_ROOM, tiers.chunk_tokens)
-    return shape.kv_heads * chunks * (page_bytes(shape, tiers) + one_digest_bytes(shape, tiers))
+    fitted = 3 * shape.head_dim**2 * FLOAT32 if DIGESTS[tiers.method.digest].fitted else 0
+    return shape.kv_heads * (chunks * (page_bytes(shape, tiers) + one_digest_bytes(shape, tiers)) + fitted)
 
 
 def one_digest_bytes(shape: KVShape, tiers: TierConfig) -> int:
@@ -161,17 +163,27 @@ def scratch_page_bytes(shape: KVShape, tiers: TierConfig) -> int:
     return page_bytes(shape, tiers) + unzipped + tiers.chunk_tokens * (3 * group * FLOAT32 + 1)
 
 
-def table_bytes(shape: KVShape, layout: Layout) -> int:
+def table_bytes(shape: KVShape, tiers: TierConfig, layout: Layout) -> int:
     """Upper bound of the index tables, int32: page and length of every page a head could have, and its residency."""
     per_page = 2 * INT32
-    per_chunk = 4 * INT32
+    per_chunk = 6 * INT32
+    reused = choice_bytes(shape, tiers, shape.kv_heads, 0)
     pages = layout.old_chunks + layout.recent_pages
-    return shape.kv_heads * (pages * per_page + layout.retrievable * per_chunk)
+    return shape.kv_heads * (pages * per_page + layout.retrievable * per_chunk) + reused
+
+
+def choice_bytes(shape: KVShape, tiers: TierConfig, heads: int, selected: int) -> int:
+    """What dynamic heads remember of a step: the chunks they chose and, where they may reuse them, the query."""
+    if tiers.method.reuse_above > 1:
+        return heads * selected * INT32
+    group = shape.num_attention_heads // shape.num_key_value_heads
+    return heads * (2 * selected * INT32 + group * shape.head_dim * FLOAT32)
 
 
 def digest_bytes(shape: KVShape, tiers: TierConfig, layout: Layout, dynamic_heads: int) -> int:
-    """Digests of every retrievable chunk of `dynamic_heads` heads, and the directions of those that have them."""
-    basis = shape.head_dim * (shape.head_dim // 2) * FLOAT32 if DIGESTS[tiers.method.digest].fitted else 0
+    """Digests of every retrievable chunk of `dynamic_heads` heads, and what ranks by those that are fitted."""
+    fitted, bits = DIGESTS[tiers.method.digest].fitted, tiers.method.digest_bits
+    basis = sketch.ranking_basis_bytes(shape.head_dim, bits) if fitted else 0
     return dynamic_heads * (layout.retrievable * one_digest_bytes(shape, tiers) + basis)
 
 
@@ -179,7 +191,7 @@ def _ranked_chunk_bytes(shape: KVShape, tiers: TierConfig) -> int:
     """Scratch per chunk being ranked: part of its digest in float32 and, where it is of tokens, their logits."""
     heads, kv_heads, bits = shape.num_attention_heads, shape.num_key_value_heads, tiers.method.digest_bits
     if DIGESTS[tiers.method.digest].fitted:
-        numbers = shape.head_dim // (2 if bits == 8 else 4)
+        numbers = sketch.directions(shape.head_dim, bits) // (1 if bits == 8 else 2)
         return tiers.chunk_tokens * (kv_heads * numbers * (FLOAT32 + 1) + 3 * FLOAT32 * heads)
     return kv_heads * shape.head_dim * (FLOAT32 + 1) + 2 * FLOAT32 * heads
 
@@ -311,9 +323,12 @@ def plan_decode(
         """More scratch, up to a layer's pages, where `used` pool pages leave room in `nbytes`: fewer, larger steps."""
         return min(max(scratch, ceil_div(used, shape.num_layers)), max(scratch, (nbytes - used * page) // scratch_page))
 
-    cap = tiers.cap_bytes - table_bytes(shape, layout)
+    cap = tiers.cap_bytes - table_bytes(shape, tiers, layout)
     pool, scratch = pages_for(cap)
-    if pool >= everything and (tiers.budget_ratio is None or tiers.method.keep_all):
+    ratio, old_pages = tiers.budget_ratio, most
+    if ratio is not None and not tiers.method.keep_all:
+        old_pages = int((ratio * layout.tokens - (layout.tokens - layout.recent_start)) // layout.chunk_tokens)
+    if pool >= everything and old_pages >= most:
         every = torch.where(static, 0, layout.retrievable)
         pages = torch.full_like(every, most)
         return DecodePlan(layout, pages, every, every, False, everything, wider(scratch, everything, cap))
@@ -322,11 +337,9 @@ def plan_decode(
     cap -= digest_bytes(shape, tiers, layout, n_dynamic) + ranking
     pool, scratch = pages_for(cap)
     affordable = pool - n_heads * layout.recent_pages - n_dense * most
-    least, ratio = _least_pages(layout), tiers.budget_ratio
-    total = affordable
+    least, total = _least_pages(layout), affordable
     if ratio is not None:
-        old = ratio * layout.tokens - (layout.tokens - layout.recent_start)
-        total = min(affordable, (n_heads - n_dense) * max(least, int(old // layout.chunk_tokens)))
+        total = min(affordable, (n_heads - n_dense) * max(least, old_pages))
     rest, method = static[dense:], tiers.method
     try:
         if method.keep_all:
@@ -392,7 +405,7 @@ def smallest_cap_bytes(shape: KVShape, tiers: TierConfig, layout: Layout, text_r
     pages = shape.kv_heads * layout.recent_pages + dense * layout.old_chunks + others * _least_pages(layout)
     gathered = max(shape.num_key_value_heads, ceil_div(pages, shape.kv_heads))
     scratch = gathered * scratch_page_bytes(shape, tiers)
-    decode = pages * page_bytes(shape, tiers) + scratch + table_bytes(shape, layout)
+    decode = pages * page_bytes(shape, tiers) + scratch + table_bytes(shape, tiers, layout)
     if others and method.theta > 0:
         least = _least_ranked(tiers)
         decode += digest_bytes(shape, tiers, layout, others) + ranking_bytes(shape, tiers, layout, least)

@@ -77,10 +77,11 @@ class Residency:
     def __init__(self, slots: torch.Tensor, chunks: int) -> None:
         """slots: `(n, R)` pool slots owned, -1 for none. chunks: how many each head could ask for; none is resident."""
         n, r = slots.shape
-        self.slots = slots.int()
-        self.chunk_in = torch.full((n, r), -1, dtype=torch.int32, device=slots.device)
-        self.slot_of = torch.full((n, chunks), -1, dtype=torch.int32, device=slots.device)
-        self.last_used = torch.where(self.slots < 0, NEVER, -1).int()
+        with torch.inference_mode(False):  # or they could not be written outside that mode
+            self.slots = slots.clone().int()
+            self.chunk_in = torch.full((n, r), -1, dtype=torch.int32, device=slots.device)
+            self.slot_of = torch.full((n, chunks), -1, dtype=torch.int32, device=slots.device)
+            self.last_used = torch.where(self.slots < 0, NEVER, -1).int()
 
     @staticmethod
     def bytes_for(heads: int, slots: int, chunks: int) -> int:

@@ -96,6 +96,8 @@ class Policy:
         check(0 <= self.static_floor <= 1, "static_floor", "a share between 0 and 1")
         check(0 <= self.dynamic_floor <= 1, "dynamic_floor", "a share between 0 and 1")
         check(self.stay >= 1, "stay", "a factor of at least 1")
+        logits = self.chunk_group == "max_logit"
+        check(self.stay == 1 or not logits, "stay", "1 with chunk_group='max_logit', which ranks by logits, not shares")
         choices = {
             "head_score": ("mass", "coverage"),
             "score_group": ("mean", "max"),
@@ -105,5 +107,7 @@ class Policy:
             "chunk_group": tuple(GROUPS),
         }
         for name, known in choices.items():
-            check(getattr(self, name) in known, name, f"one of {', '.join(map(str, known))}")
+            value = getattr(self, name)
+            of_kind = type(value) is type(known[0])
+            check(of_kind and value in known, name, f"one of {', '.join(map(str, known))}")
         check(isinstance(self.keep_all, bool), "keep_all", "True or False")

@@ -58,8 +58,7 @@ def tokens_to_cover(halves: torch.Tensor, sinks: int, recent: int, shares: tuple
         order = chosen_by[:, first:old].argsort(dim=-1, descending=True)
         covered[:, 1:] += seen_by[:, first:old].gather(1, order).cumsum(-1)
         covered += seen_by[:, old:].sum(-1, keepdim=True)
-    all_of_it = halves[:, :, first:].sum((0, 2)).unsqueeze(-1)
-    enough = torch.stack([covered >= share * all_of_it for share in shares])
+    enough = torch.stack([covered >= share * covered[:, -1:] for share in shares])
     return torch.where(enough.any(-1), enough.byte().argmax(-1), n + 1)
 
 

@@ -2,7 +2,7 @@
 
 What stands for a whole chunk hides the one key in it that a lookup is after. A sketch keeps each: attention logits are
 products of queries and keys, so the directions that matter are those in which queries are strong and keys differ.
-Shapes: `K` KV heads, `n` chunks, `C` chunk tokens, `G` query heads per KV head, `D` head dim, `r = D / 2`.
+Shapes: `K` KV heads, `n` chunks, `C` chunk tokens, `G` query heads per KV head, `D` head dim, `r` directions, D / 2.
 """
 
 from __future__ import annotations
@@ -26,9 +26,24 @@ class Basis:
     centre: torch.Tensor
     """`(K, 1, D)` float32: mean key. Its product with a query is the same for all keys, so it is left out."""
 
-    def of(self, heads: torch.Tensor) -> Basis:
-        """Of some heads."""
-        return Basis(self.down[heads], self.up[heads], self.centre[heads])
+    def for_ranking(self, heads: torch.Tensor) -> Basis:
+        """What it takes to rank the chunks of some heads: nothing can be sketched with it."""
+        return Basis(self.down[:0], self.up[heads], self.centre[heads])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        return self.down.nbytes + self.up.nbytes + self.centre.nbytes
+
+
+def directions(head_dim: int, bits: int) -> int:
+    """r: half the dimensions; an even number at 4 bits, of which two share a byte."""
+    return head_dim // 2 - (head_dim // 2 % 2 if bits == 4 else 0)
+
+
+def ranking_basis_bytes(head_dim: int, bits: int) -> int:
+    """Bytes per head of a basis for ranking."""
+    return 4 * head_dim * (directions(head_dim, bits) + 1)
 
 
 def fit(query_moment: torch.Tensor, keys: torch.Tensor, bits: int) -> Basis:
@@ -48,7 +63,7 @@ def fit(query_moment: torch.Tensor, keys: torch.Tensor, bits: int) -> Basis:
     centre = keys.mean(1, keepdim=True)
     apart = (keys - centre) @ weigh
     _, components = torch.linalg.eigh(apart.transpose(1, 2) @ apart)
-    first = components.flip(-1)[:, :, : d // 2]
+    first = components.flip(-1)[:, :, : directions(d, bits)]
     reach = (apart @ first).abs().amax(1, keepdim=True).clamp(min=1e-12)
     step = reach / (2 ** (bits - 1) - 1)
     return Basis(
@@ -60,7 +75,7 @@ def fit(query_moment: torch.Tensor, keys: torch.Tensor, bits: int) -> Basis:
 
 def packed_bytes(head_dim: int, chunk_tokens: int, bits: int) -> int:
     """Bytes of one chunk's sketches."""
-    return chunk_tokens * (head_dim // 2) * bits // 8
+    return chunk_tokens * directions(head_dim, bits) * bits // 8
 
 
 def pack(keys: torch.Tensor, bits: int, basis: Basis | None) -> torch.Tensor:
