@@ -98,7 +98,7 @@ SWEEPS: dict[str, dict[str, dict[str, Any]]] = {
         for kind in ("mean", "minmax", "cuboid", "segment", "sketch")
         for bits in (4, 8)
     },
-    "group": {f"group {value}": {"chunk_group": value} for value in ("mean", "max", "max_logit")},
+    "group": {f"group {value}": {"chunk_group": value, "stay": 1.0} for value in ("mean", "max", "max_logit")},
     "stay": {f"stay {value}": {"stay": value} for value in (1.0, 2.0, 4.0, 8.0)},
     "dense": {f"dense layers {value}": {"dense_layers": value} for value in (0, 1, 2)},
     "reuse": {f"reuse above {value}": {"reuse_above": value} for value in (0.0, 0.8, 0.9, 2.0)},
