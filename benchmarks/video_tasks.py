@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 from replay import Question, VideoReader
 
 from tieredkv import models
@@ -69,8 +68,3 @@ def _second(template: ChatTemplate, earlier: scenes.Question, later: scenes.Ques
     assert ids[: len(asked) + len(answered)] == [*asked, *answered]
     rest = ids[len(asked) + len(answered) :]
     return replace(_question(template, "second", later), prompt_ids=rest, before=(asked, answered))
-
-
-def words_agree(processor: Any, question: Question) -> str:
-    """The answer as text."""
-    return processor.tokenizer.decode(torch.tensor(question.answer_ids), skip_special_tokens=True)

@@ -16,6 +16,7 @@ from tieredkv.tiny.scene import FPS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import quality
+import quality_report
 import replay
 import video_tasks
 
@@ -97,7 +98,7 @@ def test_rows_count_steps_and_pair_with_the_full_cache():
             "missed": 50, "decoded": 5, "recall": None,
         }  # fmt: skip
 
-    rows = quality.aggregate(
+    rows = quality_report.aggregate(
         [
             record("full", 1.0, [1, 1, 1], 0.3),
             record("full", 1.0, [1, 1, 0], 0.3),
