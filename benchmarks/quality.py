@@ -11,7 +11,8 @@ answer (`replay.py`). Only tokens after the first count, which no policy can tou
 all up to it are, as greedy decoding would have it; of text, where the small model errs by itself, a step is right if
 all its tokens are chosen rightly behind the true ones. Rows are paired: the same questions under every policy, the full
 cache among them. Intervals are 95 %, by bootstrap over questions. Memory is counted as for keys and values of 16 bits.
-Finished contexts are kept in a file beside the results, so an interrupted run goes on.
+Finished contexts are kept in a file beside the results until a whole suite is done, so an interrupted run goes on,
+and a suite may be run in parts: `--tasks`, `--tokens`, `--contexts`.
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ class Unit:
 def grid(presets: Iterable[str], budgets: Iterable[float], **fields: Any) -> tuple[tuple[str, str], ...]:
     """Every preset at every budget, and the full cache once."""
     made = [(FULL, {"policy": FULL})]
+    made += [("hybridkv", {"policy": "hybridkv", "budget_ratio": 0.025})]
     made += [(name, {"policy": name, "budget_ratio": budget, **fields}) for name in presets for budget in budgets]
-    made += [("hybridkv", {"policy": "hybridkv", "budget_ratio": budget}) for budget in (0.025,)]
     return tuple((label, json.dumps(one)) for label, one in made)
 
 
@@ -122,7 +123,7 @@ def units(suite: str, quick: bool) -> list[Unit]:
             add("tiny", "video", tokens, grid(PRESETS, BUDGETS), 200, 8, unsealed=tokens == 4096)
     if suite == "text":
         for task in ("chain", "lookup", "copy", "needle"):
-            add("smollm2", task, 4096, grid(PRESETS, BUDGETS), 200, 10)
+            add("smollm2", task, 4096, grid(PRESETS, BUDGETS), 200, 20)
         add("smollm2", "perplexity", 4096, grid(PRESETS, BUDGETS), 6, 1)
     if suite == "ablations":
         add("tiny", "video", 2048, variants((0.05, 0.1), ABLATIONS), 200, 8)
@@ -302,8 +303,9 @@ def origin(arguments: argparse.Namespace, suite: str) -> dict[str, Any]:
 def _chosen(arguments: argparse.Namespace) -> list[str]:
     """The options that say which contexts were run."""
     lengths = [] if arguments.tokens is None else ["--tokens", *map(str, arguments.tokens)]
+    tasks = [] if arguments.tasks is None else ["--tasks", *arguments.tasks]
     contexts = [] if arguments.contexts is None else ["--contexts", str(arguments.contexts)]
-    return [*lengths, *contexts, *(["--quick"] if arguments.quick else [])]
+    return [*lengths, *tasks, *contexts, *(["--quick"] if arguments.quick else [])]
 
 
 def main() -> None:
@@ -312,6 +314,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for quality-SUITE.json and the plots")
     parser.add_argument("--tokens", type=int, nargs="+", help="only contexts of these lengths")
+    parser.add_argument("--tasks", nargs="+", help="only these: video, chain, lookup, copy, needle, perplexity")
     parser.add_argument("--contexts", type=int, help="at most this many contexts of each kind")
     parser.add_argument("--quick", action="store_true", help="two questions of each kind")
     arguments = parser.parse_args()
@@ -320,9 +323,10 @@ def main() -> None:
         if not made:
             parser.error(f"no suite {suite!r}: choose from video, text, ablations, sweeps")
         made = [unit for unit in made if arguments.tokens is None or unit.tokens in arguments.tokens]
+        made = [unit for unit in made if arguments.tasks is None or unit.task in arguments.tasks]
         made = [unit for unit in made if arguments.contexts is None or unit.number < arguments.contexts]
         if not made:
-            parser.error(f"no context of suite {suite!r} has {arguments.tokens} tokens")
+            parser.error(f"suite {suite!r} has no context of that length, task and number")
         arguments.out.mkdir(parents=True, exist_ok=True)
         parts = arguments.out / f"quality-{suite}.parts.jsonl"
         started = time.perf_counter()
@@ -340,7 +344,8 @@ def main() -> None:
         (arguments.out / f"quality-{suite}.json").write_text(json.dumps(result, indent=1) + "\n")
         if suite in ("video", "text"):
             draw(result["rows"], arguments.out / f"quality-{suite}.png")
-        parts.unlink()
+        if not _chosen(arguments):
+            parts.unlink()
 
 
 def _rounded(value: Any) -> Any:

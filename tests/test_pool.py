@@ -117,6 +117,13 @@ def test_more_chunks_than_may_give_way_are_refused():
         residency.admit(torch.tensor([[1, 2]]), 0, protected=torch.tensor([[0, 1]]))
 
 
+def test_more_chunks_than_slots_are_refused():
+    residency = Residency(torch.arange(2).view(1, 2), 8)
+    with pytest.raises(ValueError, match="more chunks wanted than fit"):
+        residency.admit(torch.arange(5).view(1, 5), 0)
+    assert residency.chunk_in.tolist() == [[-1, -1]], "what was refused left no trace"
+
+
 def test_closing_a_pool_returns_its_bytes():
     pool = make_pool(3)
     assert pool.ledger.used_bytes == 3 * 2 * 4 * 2 * 4

@@ -199,7 +199,7 @@ def test_scratch_counted_covers_what_the_torch_attention_allocates(dtype, head_d
     shape = sizes.KVShape(1, group, 1, head_dim, dtype.itemsize)
     pages = torch.randn(30, 2, 32, head_dim).to(dtype)
     table, lengths = torch.arange(30).int().view(1, 30), torch.full((1, 30), 32).int()
-    query = torch.randn(group, head_dim).to(dtype)
+    query = torch.randn(group, 1, head_dim).to(dtype)
     paged_attention(query, pages, table, lengths, 1.0, batch_pages)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         paged_attention(query, pages, table, lengths, 1.0, batch_pages)

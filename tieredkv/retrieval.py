@@ -13,7 +13,7 @@ from tieredkv.memory.host import HostLayer
 from tieredkv.memory.pool import Residency
 from tieredkv.policy import digest, select
 from tieredkv.policy.sketch import Basis
-from tieredkv.sizes import choice_bytes, ranked_chunks_at_once, ranking_bytes
+from tieredkv.sizes import choice_bytes, page_bytes, ranked_chunks_at_once, ranking_bytes
 from tieredkv.stats import Selection
 from tieredkv.tiers import Tiers
 
@@ -48,6 +48,7 @@ class Retrieval:
         self._least = self.selected
         self._most_slots = int(self.slots.max())
         self._most_selected = self._most_slots if tiers.config.adaptive else int(self.selected.max())
+        self._count_selected()
         self._chosen: torch.Tensor | None = None
         """`(n, m)` int32: chunks that the step before attended to."""
         self._unselected: torch.Tensor | None = None
@@ -85,9 +86,9 @@ class Retrieval:
 
     def _copy(self, ids: torch.Tensor, local: torch.Tensor, mask: torch.Tensor) -> Callable[[], int]:
         """The copy of chunks `ids` `(n, m)` into local slots, where `mask` is set, as a deferred call."""
-        heads = self.heads.unsqueeze(1).expand_as(ids)[mask]
-        slots = self.residency.slots.gather(1, local.clamp(min=0))[mask]
-        ids = ids[mask] + self._first
+        row, column = mask.nonzero(as_tuple=True)
+        heads, slots = self.heads[row], self.residency.slots[row, local[row, column]]
+        ids = ids[row, column] + self._first
         transfer, pages = self.tiers.transfer, self.tiers.pool.pages
         return lambda: transfer.gather(self.host.chunks(), heads, ids, pages, slots)
 
@@ -123,16 +124,16 @@ class Retrieval:
             if method.stay > 1 and self._chosen is not None:
                 share = select.favoured(share, self._chosen.long(), method.stay)
             ranked = select.ranked_chunks(share, self._most_slots)
-            wanted = self._wanted(grouped, select.only(ranked[:, : self._most_selected], 0, self.selected))
+            wanted = self._wanted(grouped, ranked[:, : self._most_selected].masked_fill(self._beyond, -1))
             if self.basis is not None:
                 centre = (grouped.float() * scaling @ self.basis.centre.mT).squeeze(-1)
                 self._unselected = select.log_mass_without(logits, wanted) + centre
         self._chosen = wanted.int()
         local, miss = self.residency.admit(wanted, self._clock)
-        tiers.counters.missed_bytes += self._copy(wanted, local, miss)()
-        chosen = int(self.selected.sum())
-        tiers.counters.selected += chosen
-        tiers.counters.resident += chosen - int(miss.sum())
+        moved = self._copy(wanted, local, miss)()
+        tiers.counters.missed_bytes += moved
+        tiers.counters.selected += self._selected_sum
+        tiers.counters.resident += self._selected_sum - moved // page_bytes(tiers.shape, tiers.config)
         if tiers.counters.trace is not None:
             first = torch.where(wanted < 0, -1, (wanted + self._first) * self._c)
             tiers.counters.trace.append(Selection(self._clock, self.index, self.heads, first, query))
@@ -145,7 +146,7 @@ class Retrieval:
             return
         self._unseen = select.unseen_share(self._unselected, lse[self.heads])
         counters = self.tiers.counters
-        counters.unseen_sum += float(self._unseen.sum())
+        counters.unseen_sum = counters.unseen_sum + self._unseen.sum()  # on the device: nobody waits for it
         counters.unseen_count += self._unseen.numel()
 
     def adapt(self) -> bool:
@@ -154,7 +155,12 @@ class Retrieval:
             return False
         before = self.selected
         self.selected = select.adapted(self.selected, self._unseen, self._least, self.slots)
+        self._count_selected()
         return not torch.equal(before, self.selected)
+
+    def _count_selected(self) -> None:
+        place = torch.arange(self._most_selected, device=self.selected.device)
+        self._beyond, self._selected_sum = place >= self.selected, int(self.selected.sum())
 
     def _wanted(self, query: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
         """The chunks `(n, m)` to attend to: the best of this step, or of the step before where its query was alike."""

@@ -126,27 +126,44 @@ class SealedLayer:
     # ---- decode
 
     def steps(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
-        """Tokens one after another: query and output `(H, n, D)`, keys and values `(K, n, D)`.
-
-        The chunks of several are ranked in one pass over the digests, where the cap leaves room for it.
-        """
-        ranks = self.retrieval is not None and self.retrieval.digests is not None
-        kv_heads, n = self.host.num_heads, query.shape[1]
-        at_once = max(1, min(n, self._rows_at_once())) if ranks else n
+        """Tokens one after another: query and output `(H, n, D)`, keys and values `(K, n, D)`."""
+        retrieval = self.retrieval
+        if query.shape[1] > 1 and (retrieval is None or retrieval.digests is None):
+            return self._steps_together(query, keys, values, scaling)
+        n = query.shape[1]
+        at_once = max(1, min(n, self._rows_at_once())) if retrieval is not None else 1
         out = []
         for begin in range(0, n, at_once):
-            stop = min(begin + at_once, n)
-            logits: list[torch.Tensor | None] = [None] * (stop - begin)
-            with self.tiers.ledger.scratch("ranked ahead", at_once * self._row_bytes() if ranks and at_once > 1 else 0):
-                if ranks and stop - begin > 1:
-                    assert self.retrieval is not None
-                    rows = query[:, begin:stop].reshape(kv_heads, -1, query.shape[-1])
-                    ahead = self.retrieval.logits(rows, scaling).unflatten(1, (-1, stop - begin))
-                    logits = list(ahead.unbind(2))
-                for row in range(begin, stop):
-                    here = (query[:, row], keys[:, row], values[:, row])
-                    out.append(self.step(*here, scaling, logits[row - begin]))
+            rows = slice(begin, min(begin + at_once, n))
+            out += self._steps_ranked_together(query[:, rows], keys[:, rows], values[:, rows], scaling)
         return torch.stack(out, dim=1)
+
+    def _steps_together(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        """The same in one pass, where no head chooses: each row sees the pages that were there, and its forerunners."""
+        if self.retrieval is not None:
+            self.table[self.dynamic, self._picked] = self.retrieval.residency.slots
+        held = self._attend(query, scaling)
+        out, _ = reference.merge(*held, *reference.attend(query, keys, values, scaling, causal=True))
+        for row in range(query.shape[1]):
+            self._append(keys[:, row], values[:, row])
+        return out.to(query.dtype)
+
+    def _steps_ranked_together(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
+    ) -> list[torch.Tensor]:
+        """Outputs `(H, D)` of as many steps as can be ranked in one pass over the digests."""
+        n = query.shape[1]
+        if n == 1:
+            return [self.step(query[:, 0], keys[:, 0], values[:, 0], scaling)]
+        assert self.retrieval is not None
+        with self.tiers.ledger.scratch("ranked ahead", n * self._row_bytes()):
+            folded = query.reshape(self.host.num_heads, -1, query.shape[-1])
+            ahead = self.retrieval.logits(folded, scaling).unflatten(1, (-1, n))
+            return [
+                self.step(query[:, row], keys[:, row], values[:, row], scaling, ahead[:, :, row]) for row in range(n)
+            ]
 
     def _row_bytes(self) -> int:
         """Of one more step ranked ahead: logits of all chunks or tokens, and what their making takes."""
@@ -183,13 +200,18 @@ class SealedLayer:
             if tiers.config.adaptive and self.retrieval.adapt():
                 self._set_lengths(self.retrieval)
             self.table[self.dynamic, self._picked] = self.retrieval.slots_for(grouped, scaling, logits)
-        with tiers.ledger.scratch("scratch", self._scratch_bytes()):
-            out, lse = reference.paged_attention(
-                query, tiers.pool.pages, self.table, self.lengths, scaling, tiers.plan.scratch_pages
-            )
+        out, lse = self._attend(query.unsqueeze(1), scaling)
         if self.retrieval is not None:
             self.retrieval.attended(lse.view(self.host.num_heads, -1))
-        return out
+        return out.squeeze(1).to(query.dtype)
+
+    def _attend(self, query: torch.Tensor, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of queries `(H, n, D)` to everything in the table: output and lse, float32."""
+        tiers = self.tiers
+        with tiers.ledger.scratch("scratch", self._scratch_bytes()):
+            return reference.paged_attention(
+                query, tiers.pool.pages, self.table, self.lengths, scaling, tiers.plan.scratch_pages
+            )
 
     def _append(self, key: torch.Tensor, value: torch.Tensor) -> None:
         page, offset = divmod(self.recent_tokens, self._c)

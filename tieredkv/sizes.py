@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 FLOAT32 = INT32 = 4
+INT64 = 8
 """Bytes."""
 STAGING_TOKENS = 2048
 """Past tokens staged at a time when the cap has room: long enough that a copy runs at link speed and that merging the
@@ -157,10 +158,10 @@ def one_digest_bytes(shape: KVShape, tiers: TierConfig) -> int:
 
 
 def scratch_page_bytes(shape: KVShape, tiers: TierConfig) -> int:
-    """What the torch attention holds per gathered page: the page, its keys or values in float32, logits."""
-    group = shape.num_attention_heads // shape.num_key_value_heads
-    unzipped = tiers.chunk_tokens * shape.head_dim * (shape.itemsize + FLOAT32)
-    return page_bytes(shape, tiers) + unzipped + tiers.chunk_tokens * (3 * group * FLOAT32 + 1)
+    """What the torch attention holds per gathered page: keys and values in float32 (torch's kernel packs the keys once
+    more), indices of rows, a mask."""
+    narrow = 0 if shape.itemsize == FLOAT32 else shape.itemsize
+    return tiers.chunk_tokens * (shape.head_dim * (3 * FLOAT32 + narrow) + 2 * INT64 + FLOAT32 + 1)
 
 
 def table_bytes(shape: KVShape, tiers: TierConfig, layout: Layout) -> int:

@@ -9,6 +9,10 @@ from __future__ import annotations
 import torch
 
 
+HIDDEN = torch.finfo(torch.float32).min / 2
+"""Logit of a key that is not there. Finite, so that a head none of whose keys are there does not become NaN."""
+
+
 def attend(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float, causal: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,11 +33,16 @@ def attend(
 
 
 def _flash_cpu(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float, causal: bool
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scaling: float,
+    causal: bool,
+    mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """torch's own CPU flash attention, the one operator that also returns the lse. Private in torch; only used here."""
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0), 0.0, causal, scale=scaling
+        query.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0), 0.0, causal, attn_mask=mask, scale=scaling
     )
     return out.squeeze(0), lse.squeeze(0).float()
 
@@ -77,41 +86,29 @@ def paged_attention(
     scaling: float,
     batch_pages: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One query token over pages that differ from head to head: output `(H, D)` in the query's dtype, lse `(H,)`.
+    """Query tokens over pages that differ from head to head: output `(H, n, D)` and lse `(H, n)`, float32.
 
-    query `(H, D)`, pages `(S, 2, C, D)`, table `(K, P)`: the pages of each head in any order, lengths `(K, P)`: how
-    many of a page's first tokens count (0: the entry is not there). Every head needs at least one token.
-    batch_pages: pages gathered at a time, at least one per KV head, which bounds the scratch whatever `P` is.
+    query `(H, n, D)`, pages `(S, 2, C, D)`, finite throughout, table `(K, P)`: the pages of each head in any order,
+    lengths `(K, P)`: how many of a page's first tokens count (0: the entry is not there). Every head needs at least
+    one token, all of which all its rows see. batch_pages: pages gathered at a time, at least one per KV head, which
+    bounds the scratch whatever `P` is.
     """
-    heads, d = query.shape
+    heads, n, d = query.shape
     kv_heads, columns = table.shape
-    grouped = query.float().view(kv_heads, heads // kv_heads, d)
-    within = torch.arange(pages.shape[2], device=pages.device)
+    c = pages.shape[2]
+    rows, within = pages.view(-1, d), torch.arange(c, device=pages.device)
+    folded = query.float().reshape(kv_heads, -1, d)
     width = max(1, batch_pages // kv_heads)
     merged: tuple[torch.Tensor, torch.Tensor] | None = None
     for first in range(0, columns, width):
         part = slice(first, first + width)
-        hidden = (within >= lengths[:, part].unsqueeze(-1)).view(kv_heads, -1)
-        step = _attend_pages(grouped, pages[table[:, part]], hidden, scaling)
+        ids = (table[:, part].long().unsqueeze(-1) * (2 * c) + within).view(-1)
+        keys = rows.index_select(0, ids).float().view(kv_heads, -1, d)
+        values = rows.index_select(0, ids.add_(c)).float().view(kv_heads, -1, d)
+        hidden = torch.where(within < lengths[:, part].unsqueeze(-1), 0.0, HIDDEN).view(1, kv_heads, 1, -1)
+        out, lse = _flash_cpu(folded, keys, values, scaling, False, hidden)
+        step = out.reshape(heads, n, d), lse.reshape(heads, n)
         merged = step if merged is None else merge(*merged, *step)
-    if merged is None or bool((merged[1] <= torch.finfo(torch.float32).min).any()):
+    if merged is None or bool((merged[1] < HIDDEN / 2).any()):
         raise ValueError("a KV head has no page to attend to")
-    return merged[0].view(heads, d).to(query.dtype), merged[1].view(heads)
-
-
-def _attend_pages(
-    query: torch.Tensor, gathered: torch.Tensor, hidden: torch.Tensor, scaling: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of `(K, G, D)`, float32, over a few gathered pages `(K, w, 2, C, D)`: output and lse.
-
-    hidden: `(K, w * C)`. A head all of whose tokens are hidden gives 0 and the least finite lse.
-    """
-    kv_heads, d = query.shape[0], query.shape[-1]
-    keys = gathered[:, :, 0].float().reshape(kv_heads, -1, d)
-    logits = (query @ keys.transpose(1, 2)).mul_(scaling).masked_fill_(hidden.unsqueeze(1), float("-inf"))
-    del keys
-    lse = logits.logsumexp(-1).clamp_(min=torch.finfo(torch.float32).min)
-    weights = logits.sub_(lse.unsqueeze(-1)).exp_()
-    # What lies beyond a page's length was never written: 0 times NaN would still be NaN.
-    values = gathered[:, :, 1].float().reshape(kv_heads, -1, d).masked_fill_(hidden.unsqueeze(-1), 0.0)
-    return weights @ values, lse
+    return merged

@@ -12,7 +12,7 @@ from tieredkv.memory.device import DeviceLedger
 
 
 class DevicePool:
-    """`S` slots of one page `(2, C, D)` each. A slot belongs to nobody or to exactly one owner."""
+    """`S` slots of one page `(2, C, D)` each, 0 at first. A slot belongs to nobody or to exactly one owner."""
 
     def __init__(
         self,
@@ -24,7 +24,7 @@ class DevicePool:
         device: torch.device,
     ) -> None:
         self.ledger = ledger
-        self.pages = ledger.empty("pool", (slots, 2, chunk_tokens, head_dim), dtype, device)
+        self.pages = ledger.empty("pool", (slots, 2, chunk_tokens, head_dim), dtype, device).zero_()
         self._free = list(range(slots - 1, -1, -1))
         self._taken: set[int] = set()
 
@@ -77,16 +77,33 @@ class Residency:
     def __init__(self, slots: torch.Tensor, chunks: int) -> None:
         """slots: `(n, R)` pool slots owned, -1 for none. chunks: how many each head could ask for; none is resident."""
         n, r = slots.shape
+        # Each has one entry more than is used: what is not to be written goes there.
         with torch.inference_mode(False):  # or they could not be written outside that mode
             self.slots = slots.clone().int()
-            self.chunk_in = torch.full((n, r), -1, dtype=torch.int32, device=slots.device)
-            self.slot_of = torch.full((n, chunks), -1, dtype=torch.int32, device=slots.device)
-            self.last_used = torch.where(self.slots < 0, NEVER, -1).int()
+            self._chunk_in = torch.full((n, r + 1), -1, dtype=torch.int32, device=slots.device)
+            self._slot_of = torch.full((n, chunks + 1), -1, dtype=torch.int32, device=slots.device)
+            self._last_used = torch.full((n, r + 1), -1, dtype=torch.int32, device=slots.device)
+            self._last_used[:, :r].masked_fill_(self.slots < 0, NEVER)
+
+    @property
+    def chunk_in(self) -> torch.Tensor:
+        """`(n, R)`: the chunk in each slot, -1 for none."""
+        return self._chunk_in[:, :-1]
+
+    @property
+    def slot_of(self) -> torch.Tensor:
+        """`(n, chunks)`: the local slot each chunk is in, -1 for none."""
+        return self._slot_of[:, :-1]
+
+    @property
+    def nbytes(self) -> int:
+        """Device bytes of the tables."""
+        return self.slots.nbytes + self._chunk_in.nbytes + self._slot_of.nbytes + self._last_used.nbytes
 
     @staticmethod
     def bytes_for(heads: int, slots: int, chunks: int) -> int:
-        """Device bytes of the tables, `slots` being the most that a head has."""
-        return 4 * heads * (3 * slots + chunks)
+        """`nbytes` of such tables, `slots` being the most that a head has."""
+        return 4 * heads * (3 * slots + chunks + 3)
 
     def admit(
         self, wanted: torch.Tensor, clock: int, protected: torch.Tensor | None = None
@@ -99,28 +116,32 @@ class Residency:
         used slots that are neither wanted nor protected. Returns local slots `(n, m)`, -1 where none was wanted, and
         the mask of misses `(n, m)`; a missed chunk is entered in the tables at once, before its copy.
         """
-        n, m = wanted.shape
+        if wanted.shape[1] == 0:
+            return wanted, wanted.bool()
+        no_slot, no_chunk = self.slots.shape[1], self._slot_of.shape[1] - 1
         asked = wanted >= 0
-        needed = asked.sum(1) if protected is None else asked.sum(1) + (protected >= 0).sum(1)
-        if bool((needed > (self.slots >= 0).sum(1)).any()):
-            raise ValueError("more chunks wanted than fit the slots that may give way")
-        local = torch.where(asked, self.slot_of.gather(1, wanted.clamp(min=0)), -1).long()
+        wanted = torch.where(asked, wanted, no_chunk)
+        local = self._slot_of.gather(1, wanted).long()
         miss = asked & (local < 0)
-        age = self.last_used.clone()
-        _keep(age, local)
+        age = self._last_used.clone()
+        age[:, no_slot] = NEVER
+        age.scatter_(1, torch.where(local < 0, no_slot, local), NEVER)
         if protected is not None:
-            _keep(age, protected)
-        victims = age.argsort(dim=1, stable=True)
-        order = (miss.long().cumsum(1) - 1).clamp(min=0)
+            age.scatter_(1, torch.where(protected < 0, no_slot, protected), NEVER)
+        age, victims = age.sort(dim=1, stable=True)
+        order = (miss.cumsum(1) - 1).clamp_(0, no_slot)
+        if bool((miss & (age.gather(1, order) == NEVER)).any()):
+            raise ValueError("more chunks wanted than fit the slots that may give way")
         local = torch.where(miss, victims.gather(1, order), local)
 
-        row = torch.arange(n, device=wanted.device).unsqueeze(1).expand(n, m)
-        old = self.chunk_in[row[miss], local[miss]].long()
-        evicted = old >= 0
-        self.slot_of[row[miss][evicted], old[evicted]] = -1
-        self.chunk_in[row[miss], local[miss]] = wanted[miss].int()
-        self.slot_of[row[miss], wanted[miss]] = local[miss].int()
-        self.last_used[row[asked], local[asked]] = clock
+        target = torch.where(miss, local, no_slot)
+        evicted = self._chunk_in.gather(1, target).long()
+        self._slot_of.scatter_(1, torch.where(evicted < 0, no_chunk, evicted), -1)
+        self._slot_of.scatter_(1, torch.where(miss, wanted, no_chunk), local.int())
+        self._chunk_in.scatter_(1, target, wanted.int())
+        self._last_used.scatter_(1, torch.where(asked, local, no_slot), clock)
+        self._slot_of[:, no_chunk] = -1
+        self._chunk_in[:, no_slot] = -1
         return local, miss
 
     def check_integrity(self) -> None:
@@ -134,9 +155,3 @@ class Residency:
             assert resident == listed, "slot_of and chunk_in disagree"
         owned = self.slots[self.slots >= 0]
         assert owned.unique().numel() == owned.numel(), "two heads share a slot"
-
-
-def _keep(age: torch.Tensor, local: torch.Tensor) -> None:
-    """Mark the slots `(n, m)`, -1 for none, as ones that must not give way."""
-    # Where there is none, `amax` with -1 leaves slot 0 as it is.
-    age.scatter_reduce_(1, local.clamp(min=0), torch.where(local < 0, -1, NEVER).to(age.dtype), reduce="amax")

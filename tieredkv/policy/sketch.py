@@ -108,4 +108,7 @@ def chunk_logits(query: torch.Tensor, packed: torch.Tensor, bits: int, basis: Ba
     """Log of the attention mass of each chunk, `(K, G, n)`, up to the same constant for all chunks of a query head."""
     assert basis is not None
     logits = token_logits(query, packed, bits, basis)
-    return logits.unflatten(-1, (packed.shape[1], -1)).logsumexp(-1)
+    # Shifted by the best key of all, not of each chunk: what float32 loses by it has no mass beside the best.
+    best = logits.amax(-1, keepdim=True)
+    mass = logits.sub_(best).exp_().unflatten(-1, (packed.shape[1], -1))
+    return (mass @ mass.new_ones(mass.shape[-1])).log_().add_(best)
