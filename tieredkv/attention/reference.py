@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 
-
 HIDDEN = torch.finfo(torch.float32).min / 2
 """Logit of a key that is not there. Finite, so that a head none of whose keys are there does not become NaN."""
 
