@@ -11,7 +11,31 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy as np
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels then run anywhere
 from films import KINDS, noise, numbered, write
+
+from tieredkv.ops import TORCH, Ops, triton
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where kernels run: a card if there is one, else Triton's interpreter."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def kernels() -> Ops:
+    """Triton's kernels, compiled or interpreted."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    return triton()
+
+
+@pytest.fixture(params=["torch", "triton"])
+def ops(request: pytest.FixtureRequest) -> Ops:
+    """Both implementations of a decoding step's operations."""
+    return TORCH if request.param == "torch" else request.getfixturevalue("kernels")
 
 
 def _sharpen(model: torch.nn.Module, factor: float = 2.0) -> Any:

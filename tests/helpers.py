@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,27 @@ import torch
 from tieredkv.config import GIB
 from tieredkv.session import VideoSession
 from tieredkv.sizes import model_shape
+
+
+class LateCopies:
+    """A prefetcher whose copies happen at the last moment: when they are waited for."""
+
+    def __init__(self) -> None:
+        self.outstanding: dict[Hashable, Callable[[], int]] = {}
+
+    def submit(self, key: Hashable, copy: Callable[[], int]) -> None:
+        assert key not in self.outstanding, "a copy is outstanding: wait for it first"
+        self.outstanding[key] = copy
+
+    def wait(self, key: Hashable) -> int:
+        return self.outstanding.pop(key, lambda: 0)()
+
+    def drain(self) -> None:
+        while self.outstanding:
+            self.wait(next(iter(self.outstanding)))
+
+    def close(self) -> None:
+        self.drain()
 
 
 def cap_share(model: Any, tokens: int, share: float) -> float:

@@ -204,7 +204,7 @@ def test_a_fault_in_the_last_layers_step_is_noticed(llama, long_ids, monkeypatch
         llama(long_ids[:, :1], past_key_values=cache)
         last = cache.tiered_layers[-1].sealed
         with monkeypatch.context() as patch:
-            patch.setattr(last.retrieval, "_copy", lambda *a: lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(last.retrieval, "_gather", lambda *a: lambda: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 llama(long_ids[:, 1:2], past_key_values=cache)
         with pytest.raises(RuntimeError, match="did not run through all layers"):

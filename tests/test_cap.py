@@ -56,12 +56,10 @@ def test_the_ledger_counts_every_byte_of_pool_and_digests(llama, long_ids):
         layers = [layer.sealed for layer in cache.tiered_layers]
         assert held["pool"] == cache._pool.pages.numel() * cache._pool.pages.itemsize
         assert held["digests"] == sum(
-            s.retrieval.digests.nbytes + s.retrieval.basis.up.nbytes + s.retrieval.basis.centre.nbytes
-            for s in layers
-            if s.retrieval is not None and s.retrieval.digests is not None
+            s.retrieval.ranking_bytes for s in layers if s.retrieval is not None and s.retrieval.digests is not None
         )
         tables = sum(t.numel() * 4 for s in layers for t in (s.table, s.lengths))
-        tables += sum(s.retrieval.residency.nbytes + s.retrieval._chosen.nbytes for s in layers if len(s.dynamic))
+        tables += sum(s.retrieval.residency.nbytes for s in layers if len(s.dynamic))
         assert held["tables"] == tables
         assert set(held) <= {"pool", "digests", "tables"}
 

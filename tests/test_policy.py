@@ -179,7 +179,7 @@ def test_sketched_products_are_near_the_true_ones(bits):
     basis = sketch.fit(queries.transpose(1, 2) @ queries, keys, bits)
     packed = sketch.pack(keys.view(2, 32, 16, 16), bits, basis)
     assert packed.shape == (2, 32, sketch.packed_bytes(16, 16, bits))
-    got = sketch.token_logits(queries[:, :5], packed, bits, basis)
+    got = sketch.token_logits(queries[:, :5] @ basis.up, packed, bits)
     want = queries[:, :5] @ (keys - keys.mean(1, keepdim=True)).transpose(1, 2)
     error = (got - want).std() / want.std()
     assert error < (0.3 if bits == 4 else 0.05)
@@ -193,7 +193,7 @@ def test_a_basis_keeps_the_directions_that_queries_look_in():
     basis = sketch.fit(queries.transpose(1, 2) @ queries, keys, 8)
     packed = sketch.pack(keys.view(1, 25, 16, 16), 8, basis)
     want = queries[:, :4] @ (keys - keys.mean(1, keepdim=True)).transpose(1, 2)
-    torch.testing.assert_close(sketch.token_logits(queries[:, :4], packed, 8, basis), want, atol=0.15, rtol=0)
+    torch.testing.assert_close(sketch.token_logits(queries[:, :4] @ basis.up, packed, 8), want, atol=0.15, rtol=0)
 
 
 @pytest.mark.parametrize("d", [18, 20, 80])
@@ -214,7 +214,7 @@ def test_chunks_are_ranked_by_the_mass_of_their_tokens():
     basis = sketch.fit(queries.transpose(1, 2) @ queries, keys, 8)
     packed = sketch.pack(keys.view(2, 20, 16, 16), 8, basis)
     got = sketch.chunk_logits(queries[:, :3], packed, 8, basis)
-    logits = sketch.token_logits(queries[:, :3], packed, 8, basis)
+    logits = sketch.token_logits(queries[:, :3] @ basis.up, packed, 8)
     want = torch.stack([part.exp().sum(-1).log() for part in logits.split(16, dim=-1)], dim=-1)
     torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-4)
 
@@ -226,7 +226,7 @@ def test_a_constant_added_to_all_keys_changes_no_sketch():
 
     def logits(keys):
         basis = sketch.fit(moment, keys, 8)
-        return sketch.token_logits(queries[:, :3], sketch.pack(keys.view(1, 8, 16, 16), 8, basis), 8, basis)
+        return sketch.token_logits(queries[:, :3] @ basis.up, sketch.pack(keys.view(1, 8, 16, 16), 8, basis), 8)
 
     got = logits(keys + torch.randn(16, generator=generator))
     torch.testing.assert_close(got, logits(keys), atol=0.1, rtol=0)
@@ -241,30 +241,17 @@ def test_mean_share_is_the_mean_of_softmaxes():
     torch.testing.assert_close(select.mean_share(logits), want)
 
 
-def test_ranked_chunks_are_best_first():
-    assert select.ranked_chunks(torch.tensor([[0.1, 0.5, 0.4]]), 2).tolist() == [[1, 2]]
-
-
-def test_only_some_places_are_left():
-    ranked = torch.tensor([[5, 3, 1, 0], [7, 2, 4, 6]])
-    assert select.only(ranked, 0, torch.tensor([[2], [4]])).tolist() == [[5, 3, -1, -1], [7, 2, 4, 6]]
-    assert select.only(ranked, torch.tensor([[1], [3]]), torch.tensor([[3], [3]])).tolist() == [
-        [-1, 3, 1, -1],
-        [-1, -1, -1, -1],
-    ]
-
-
 def test_chunks_chosen_before_stay_unless_others_look_better_by_the_factor():
-    share = torch.tensor([[0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4]])
-    before = torch.tensor([[2, 3], [0, -1]])
-    got = select.favoured(share, before, 2.5)
+    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4]]).log().unsqueeze(1)
+    before = torch.tensor([[False, False, True, True], [True, False, False, False]])
+    got = select.chunk_ranks(logits, before, "mean", 2.5)
     torch.testing.assert_close(got, torch.tensor([[0.4, 0.3, 0.5, 0.25], [0.25, 0.2, 0.3, 0.4]]))
-    torch.testing.assert_close(select.favoured(share, before, 1.0), share)
+    torch.testing.assert_close(select.chunk_ranks(logits, before, "mean", 1.0), logits[:, 0].exp())
 
 
 def test_unseen_share_is_what_the_unchosen_chunks_hold():
     logits = torch.randn(2, 3, 6)
-    chosen = torch.tensor([[0, 4], [2, -1]])
+    chosen = torch.tensor([[1, 0, 0, 0, 1, 0], [0, 0, 1, 0, 0, 0]]).bool()
     seen = torch.randn(2, 3)
     got = select.unseen_share(select.log_mass_without(logits, chosen), seen)
     for head, ids in enumerate(([0, 4], [2])):
@@ -274,13 +261,9 @@ def test_unseen_share_is_what_the_unchosen_chunks_hold():
 
 
 def test_heads_that_miss_much_select_more_and_never_beyond_their_slots():
-    selected, least, most = (
-        torch.tensor([[8]] * 4),
-        torch.tensor([[8], [8], [2], [8]]),
-        torch.tensor([[20], [9], [9], [8]]),
-    )
+    selected, least, most = torch.tensor([[8] * 4, [8, 8, 2, 8], [20, 9, 9, 8]])
     unseen = torch.tensor([0.5, 0.5, 0.0, 0.07])
-    assert select.adapted(selected, unseen, least, most).tolist() == [[10], [9], [6], [8]]
+    assert select.adapted(selected, unseen, least, most).tolist() == [10, 9, 6, 8]
 
 
 def test_query_similarity_is_the_groups_mean_cosine():

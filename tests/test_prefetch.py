@@ -76,21 +76,6 @@ def test_closing_ends_the_thread_and_twice_is_fine():
     assert threading.active_count() == before
 
 
-def test_gather_moves_chunks_to_their_slots_and_counts_bytes():
-    chunks = torch.arange(2 * 3 * 2 * 4 * 5.0).view(2, 3, 2, 4, 5)
-    pages = torch.zeros(6, 2, 4, 5)
-    heads, ids, slots = torch.tensor([1, 0]), torch.tensor([2, 1]), torch.tensor([5, 0])
-    assert Transfer().gather(chunks, heads, ids, pages, slots) == 2 * 2 * 4 * 5 * 4
-    torch.testing.assert_close(pages[5], chunks[1, 2])
-    torch.testing.assert_close(pages[0], chunks[0, 1])
-    assert not pages[1:5].any()
-
-
-def test_gather_of_nothing_moves_nothing():
-    none = torch.empty(0, dtype=torch.int64)
-    assert Transfer().gather(torch.zeros(1, 1, 2, 1, 1), none, none, torch.zeros(1, 2, 1, 1), none) == 0
-
-
 def test_staging_unzips_keys_and_values():
     transfer = Transfer()
     chunks = torch.randn(2, 3, 2, 4, 5)

@@ -23,6 +23,7 @@ from tieredkv.memory.device import DeviceLedger
 from tieredkv.memory.pool import DevicePool
 from tieredkv.memory.prefetch import ThreadPrefetcher
 from tieredkv.memory.transfer import Transfer
+from tieredkv.ops import Ops, ops_for
 from tieredkv.policy import classify
 from tieredkv.prefill import TextRows
 from tieredkv.stats import Counters
@@ -80,7 +81,9 @@ class TieredCache(Cache):
         """`(N,)` mask of visual tokens; None: all but the last `text_rows` tokens count as visual."""
         self.ledger = DeviceLedger(self.tiers.cap_bytes)
         self.transfer = Transfer()
-        self.counters = Counters()
+        self._counters = Counters()
+        self.ops: Ops | None = None
+        """What a decoding step is made of; None: what suits the device."""
         self.copies = ThreadPrefetcher()
         """Copies under way between the tiers, in both phases."""
         self._pool: DevicePool | None = None
@@ -113,6 +116,17 @@ class TieredCache(Cache):
             known = self.prompt_tokens > 0
             self._resident = sizes.resident_tokens(self.shape, self.tiers, self.prompt_tokens) if known else 0
         return self._resident
+
+    @property
+    def counters(self) -> Counters:
+        """What the last or present decode phase did, up to date: waits for the device."""
+        self._count()
+        return self._counters
+
+    def _count(self) -> None:
+        for layer in self.tiered_layers:
+            if layer.sealed is not None and layer.sealed.retrieval is not None:
+                layer.sealed.retrieval.count()
 
     @property
     def sealed(self) -> bool:
@@ -206,8 +220,8 @@ class TieredCache(Cache):
             is_text = torch.ones(length, dtype=torch.bool)
             is_text[: self.visual.shape[0]] = ~self.visual
         first = self.tiered_layers[0]
-        trace = self.counters.trace
-        self.counters = Counters(
+        trace = self._counters.trace
+        self._counters = Counters(
             static_heads=int(static.sum()),
             dynamic_heads=int((~static).sum()),
             trace=None if trace is None else [],
@@ -230,7 +244,8 @@ class TieredCache(Cache):
                 pool=self._pool,
                 transfer=self.transfer,
                 prefetcher=self.copies if self.tiers.prefetch else None,
-                counters=self.counters,
+                counters=self._counters,
+                ops=self.ops or ops_for(first.device),
             )
             for layer, mask in zip(self.tiered_layers, static, strict=True):
                 layer.seal(mask, is_text, shared)
@@ -311,6 +326,7 @@ class TieredCache(Cache):
         self.ledger.release("resident")
 
     def _drop_pool(self) -> None:
+        self._count()
         for layer in self.tiered_layers:
             layer.sealed = None
         if self._pool is not None:
@@ -322,7 +338,7 @@ class TieredCache(Cache):
     def finish(self) -> None:
         """Wait for copies still under way, so that the counters are final. Raises what a copy raised."""
         for layer in self.tiered_layers:
-            self.counters.prefetched_bytes += self.copies.wait(layer.index)
+            self._counters.prefetched_bytes += self.copies.wait(layer.index)
 
     def truncate(self, tokens: int) -> None:
         """Forget all but the first `tokens` tokens, leaving the decode phase if need be."""

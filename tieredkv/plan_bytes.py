@@ -6,7 +6,7 @@ import torch
 
 from tieredkv import sizes
 from tieredkv.config import TierConfig
-from tieredkv.memory.pool import Residency
+from tieredkv.memory.residency import Residency
 from tieredkv.sizes import KVShape, ceil_div
 
 
@@ -35,9 +35,8 @@ def decode_bytes(shape: KVShape, tiers: TierConfig, made: sizes.DecodePlan, stat
         widest = max(widest, width)
         tables += 2 * heads * width * sizes.INT32  # a page and its length
         if n_dynamic:
-            chosen = made.slots if tiers.adaptive else made.selected
             tables += Residency.bytes_for(n_dynamic, int(made.slots[index].max()), layout.retrievable)
-            tables += sizes.choice_bytes(shape, tiers, n_dynamic, int(chosen[index].max()))
+            tables += sizes.reuse_bytes(shape, tiers, n_dynamic)
     n_dynamic = int((~static).sum())
     ranked = made.ranked and n_dynamic > 0
     page = sizes.page_bytes(shape, tiers)

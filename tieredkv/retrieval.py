@@ -1,6 +1,7 @@
 """The dynamic heads of one layer while decoding: which chunks each step attends to, and in which slots they are.
 
-Shapes: `n` dynamic heads, `m` chunks selected, `R` retrieval slots per head, `G` query heads per KV head, `D` head dim.
+Nothing here waits for the device, so that a step can be captured in a graph: counts stay there until `count` is called.
+Shapes: `n` dynamic heads, `N` chunks, `R` retrieval slots per head, `G` query heads per KV head, `D` head dim.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ from collections.abc import Callable
 import torch
 
 from tieredkv.memory.host import HostLayer
-from tieredkv.memory.pool import Residency
+from tieredkv.memory.residency import Residency
 from tieredkv.policy import digest, select
 from tieredkv.policy.sketch import Basis
-from tieredkv.sizes import choice_bytes, page_bytes, ranked_chunks_at_once, ranking_bytes
+from tieredkv.sizes import page_bytes, ranked_chunks_at_once, ranking_bytes, reuse_bytes
 from tieredkv.stats import Selection
 from tieredkv.tiers import Tiers
 
@@ -29,156 +30,209 @@ class Retrieval:
         digests: torch.Tensor,
         basis: Basis | None,
         saliency: torch.Tensor,
+        table: torch.Tensor,
+        first_column: int,
         tiers: Tiers,
     ) -> None:
-        """heads: `(n,)` KV heads. digests: uint8 `(K, >= old chunks, bytes)` on the host. saliency: `(K, N)`.
+        """heads: `(n,)` KV heads. digests: uint8 `(K, >= old chunks, bytes)` on the host. saliency: `(K, tokens)`.
 
-        Takes its slots from the pool and fills them with the chunks the question's rows looked at most.
+        table: `(K, P)`: the layer's page table, whose rows `heads` get the selected chunks' slots from `first_column`
+        on. Takes its slots from the pool and fills them with the chunks the question's rows looked at most.
         """
         self.index, self.host, self.heads, self.tiers = index, host, heads, tiers
         layout, plan, device = tiers.plan.layout, tiers.plan, tiers.pool.pages.device
         self._c, self._first, self._chunks = host.chunk_tokens, layout.sink_chunks, layout.retrievable
-        self._clock = 0
+        self._table, self._column, self._steps = table, first_column, 0
         self._at_once = ranked_chunks_at_once(tiers.shape, tiers.config, layout)
         n = len(heads)
-        self.selected = plan.selected[index, heads].unsqueeze(1).to(device)
-        """`(n, 1)`: chunks each head attends to."""
-        self.slots = plan.slots[index, heads].unsqueeze(1).to(device)
-        """`(n, 1)`: slots each head has."""
+        self._rows = heads.to(device)
+        self.selected = plan.selected[index, heads].to(device)
+        """`(n,)`: chunks each head attends to."""
+        self.slots = plan.slots[index, heads].to(device)
+        """`(n,)`: slots each head has."""
         self._least = self.selected
         self._most_slots = int(self.slots.max())
-        self._most_selected = self._most_slots if tiers.config.adaptive else int(self.selected.max())
-        self._count_selected()
-        self._chosen: torch.Tensor | None = None
-        """`(n, m)` int32: chunks that the step before attended to."""
+        self.most_selected = self._most_slots if tiers.config.adaptive else int(self.selected.max())
+        """Columns of the table that may be used."""
+        ahead = torch.minimum(self.slots - self.selected, self.selected)
+        reuse = tiers.config.method.reuse_above <= 1
+        self._ahead = ahead if tiers.prefetcher is not None and reuse and bool(ahead.any()) else None
+        """`(n,)`: chunks each head may fetch for the step after."""
+        self._most_ahead = int(ahead.max())
+        self._query: torch.Tensor | None = None
+        """`(n, G, D)` of the step before, where chunks may be reused."""
         self._unselected: torch.Tensor | None = None
         """`(n, G)`: log of the attention mass of what this step did not select, as far as digests tell."""
         self._unseen: torch.Tensor | None = None
         """`(n,)`: share of attention mass that the step before did not see."""
+        with torch.inference_mode(False):
+            self._clock = torch.zeros(1, dtype=torch.int32, device=device)
+            self._counts = torch.zeros(3, dtype=torch.float64, device=device)
+            """Chunks selected, missed, reused since they were last counted."""
+            self._unseen_sum = torch.zeros((), dtype=torch.float64, device=device)
         tiers.ledger.reserve("tables", Residency.bytes_for(n, self._most_slots, self._chunks))
-        tiers.ledger.reserve("tables", choice_bytes(tiers.shape, tiers.config, n, self._most_selected))
-        table = torch.full((n, self._most_slots), -1, dtype=torch.int64, device=device)
-        table[torch.arange(self._most_slots, device=device) < self.slots] = tiers.pool.take(int(self.slots.sum()))
-        self.residency = Residency(table, self._chunks)
+        tiers.ledger.reserve("tables", reuse_bytes(tiers.shape, tiers.config, n))
+        slots = torch.full((n, self._most_slots), -1, dtype=torch.int64, device=device)
+        place = torch.arange(self._most_slots, device=device)
+        slots[place < self.slots.unsqueeze(1)] = tiers.pool.take(int(self.slots.sum()))
+        self.residency = Residency(slots, self._chunks)
         self._warm(saliency)
         self.digests: torch.Tensor | None = None
-        self._before: tuple[torch.Tensor, torch.Tensor] | None = None
-        """Query and best chunks of the step before, where chunks may be reused."""
         if plan.ranked:
             shape = (n, self._chunks, digests.shape[2])
             self.digests = tiers.ledger.empty("digests", shape, digests.dtype, device)
             self.digests.copy_(digests[heads, self._first : self._first + self._chunks])
             tiers.counters.warm_bytes += self.digests.numel() * self.digests.itemsize
-            self.basis = None if basis is None else basis.for_ranking(heads)
-            if self.basis is not None:
-                tiers.ledger.reserve("digests", self.basis.nbytes)
+            self._basis = None if basis is None else basis.for_ranking(heads)
+            if self._basis is not None:
+                tiers.ledger.reserve("digests", self._basis.nbytes)
+        else:  # all that there is is attended to in every step
+            table[heads, first_column : first_column + self._most_slots] = self.residency.slots
+
+    @property
+    def ranking_bytes(self) -> int:
+        """Device bytes of what chunks are ranked by."""
+        return sum(part.nbytes for part in (self.digests, self._basis) if part is not None)
 
     def _warm(self, saliency: torch.Tensor) -> None:
         if self._most_slots == 0:
             return
         first, n = self._first * self._c, len(self.heads)
         mass = saliency[self.heads, first : first + self._chunks * self._c].view(n, self._chunks, self._c).sum(-1)
-        likely = select.ranked_chunks(mass, self._most_slots).to(self.residency.slots.device)
-        likely = select.only(likely, 0, self.slots)
-        # Worst first: of slots used equally long ago, the first gives way.
-        local, _ = self.residency.admit(likely.flip(1), self._clock)
-        self.tiers.counters.warm_bytes += self._copy(likely.flip(1), local, local >= 0)()
+        likely = mass.topk(self._most_slots, dim=-1).indices.to(self.residency.slots.device)
+        self.residency.enter(likely)
+        row, place = (self.residency.slots >= 0).nonzero(as_tuple=True)
+        tiers = self.tiers
+        slots = self.residency.slots[row, place]
+        tiers.ops.fetch(self.host.arena, tiers.pool.pages, self._rows[row], likely[row, place] + self._first, slots)
+        tiers.counters.warm_bytes += len(slots) * page_bytes(tiers.shape, tiers.config)
 
-    def _copy(self, ids: torch.Tensor, local: torch.Tensor, mask: torch.Tensor) -> Callable[[], int]:
-        """The copy of chunks `ids` `(n, m)` into local slots, where `mask` is set, as a deferred call."""
-        row, column = mask.nonzero(as_tuple=True)
-        heads, slots = self.heads[row], self.residency.slots[row, local[row, column]]
-        ids = ids[row, column] + self._first
-        transfer, pages = self.tiers.transfer, self.tiers.pool.pages
-        return lambda: transfer.gather(self.host.chunks(), heads, ids, pages, slots)
+    # ---- steps
 
     def logits(self, query: torch.Tensor, scaling: float) -> torch.Tensor:
-        """Estimated logits `(n, rows, chunks)` of every chunk, for queries `(K, rows, D)` of any number of steps."""
+        """Estimated logits `(n, rows, N)` of every chunk, for queries `(K, rows, D)` of any number of steps."""
         assert self.digests is not None
-        method = self.tiers.config.method
-        kind, scaled = digest.DIGESTS[method.digest], query[self.heads].float() * scaling
-        parts = [
-            kind.logits(scaled, part, method.digest_bits, self.basis)
-            for part in self.digests.split(self._at_once, dim=1)
-        ]
+        method, ops = self.tiers.config.method, self.tiers.ops
+        scaled = query[self._rows].float() * scaling
+        if self._basis is None:
+
+            def of(part: torch.Tensor) -> torch.Tensor:
+                return digest.DIGESTS[method.digest].logits(scaled, part, method.digest_bits, None)
+        else:
+            small = scaled @ self._basis.up
+
+            def of(part: torch.Tensor) -> torch.Tensor:
+                return ops.sketch_logits(small, part, method.digest_bits, self._c)
+
+        parts = [of(part) for part in self.digests.split(self._at_once, dim=1)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
-    def slots_for(self, query: torch.Tensor, scaling: float, logits: torch.Tensor | None = None) -> torch.Tensor:
-        """Pool slots `(n, m)` of the chunks that this step attends to, all of them filled. query `(K, G, D)`.
+    def step(self, query: torch.Tensor, scaling: float, logits: torch.Tensor | None = None) -> None:
+        """Choose the chunks that this step attends to, fetch those that are missing, and list their slots in the table.
 
-        A head's own number of them comes first in its row; what follows is any slot. logits `(n, G, chunks)`: the
-        query's, if they are known already.
+        query `(K, G, D)`. logits `(n, G, N)`: the query's, if they are known already. Where nothing is to be chosen,
+        nothing happens.
         """
-        tiers, plan = self.tiers, self.tiers.plan
-        self._clock += 1
+        self._steps += 1
         if self.digests is None:
-            return self.residency.slots
+            return
+        tiers, index = self.tiers, self.residency
+        ops, method = tiers.ops, tiers.config.method
         if tiers.prefetcher is not None:
             tiers.counters.prefetched_bytes += tiers.prefetcher.wait(self.index)
-        grouped = query[self.heads]
-        method = tiers.config.method
-        with tiers.ledger.scratch("ranking", ranking_bytes(tiers.shape, tiers.config, plan.layout)):
+        grouped = query[self._rows].float()
+        self._clock += 1
+        with tiers.ledger.scratch("ranking", ranking_bytes(tiers.shape, tiers.config, tiers.plan.layout)):
             if logits is None:
                 logits = self.logits(query, scaling)
-            share = select.GROUPS[method.chunk_group](logits)
-            if method.stay > 1 and self._chosen is not None:
-                share = select.favoured(share, self._chosen.long(), method.stay)
-            ranked = select.ranked_chunks(share, self._most_slots)
-            wanted = self._wanted(grouped, ranked[:, : self._most_selected].masked_fill(self._beyond, -1))
-            if self.basis is not None:
-                centre = (grouped.float() * scaling @ self.basis.centre.mT).squeeze(-1)
-                self._unselected = select.log_mass_without(logits, wanted) + centre
-        self._chosen = wanted.int()
-        local, miss = self.residency.admit(wanted, self._clock)
-        moved = self._copy(wanted, local, miss)()
-        tiers.counters.missed_bytes += moved
-        tiers.counters.selected += self._selected_sum
-        tiers.counters.resident += self._selected_sum - moved // page_bytes(tiers.shape, tiers.config)
+            ranks = ops.chunk_ranks(logits, index.chosen, method.chunk_group, method.stay)
+            own = self._reusing(ranks, grouped)
+            chosen, missed, misses = ops.choose(own, self.selected, index.slot_of, self.most_selected)
+            if self._basis is not None:
+                centre = (grouped * scaling @ self._basis.centre.mT).squeeze(-1)
+                self._unselected = select.log_mass_without(logits, chosen) + centre
+        index.chosen.copy_(chosen)
+        table = self._table, self._rows, self._column
+        self._gather(chosen, chosen, missed, misses, table)()
+        self._counts[0] += self.selected.sum()
+        self._counts[1] += misses.sum()
         if tiers.counters.trace is not None:
-            first = torch.where(wanted < 0, -1, (wanted + self._first) * self._c)
-            tiers.counters.trace.append(Selection(self._clock, self.index, self.heads, first, query))
-        self._fetch_ahead(ranked, local)
-        return self.residency.slots.gather(1, local.clamp(min=0))
+            self._trace(chosen, query)
+        if self._ahead is not None:
+            assert tiers.prefetcher is not None
+            likely, missed, misses = ops.choose(ranks, self._ahead, index.slot_of, self._most_ahead)
+            copy = self._gather(likely, likely | chosen, missed, misses, None)
+
+            def copy_ahead() -> int:
+                copy()
+                return int(misses.sum()) * page_bytes(tiers.shape, tiers.config)
+
+            tiers.prefetcher.submit(self.index, copy_ahead)
+
+    def _reusing(self, ranks: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+        """Ranks by which a head whose query is like the one before takes the chunks of the step before again."""
+        reuse_above = self.tiers.config.method.reuse_above
+        if reuse_above > 1:
+            return ranks
+        before, self._query = self._query, query
+        if before is None:
+            return ranks
+        alike = select.query_similarity(query, before) >= reuse_above
+        self._counts[2] += (alike * self.selected).sum()
+        return torch.where(alike.unsqueeze(1), self.residency.chosen.float(), ranks)
+
+    def _gather(
+        self,
+        wanted: torch.Tensor,
+        kept: torch.Tensor,
+        missed: torch.Tensor,
+        misses: torch.Tensor,
+        table: tuple[torch.Tensor, torch.Tensor, int] | None,
+    ) -> Callable[[], None]:
+        """Make room for missed chunks; the copy, as a deferred call. table: what lists the wanted chunks' slots."""
+        index, tiers, most = self.residency, self.tiers, missed.shape[1]
+        page_table, rows, column = (None, self._rows, 0) if table is None else table
+        used = index.chunk_in, index.last_used, index.slots
+        victims = tiers.ops.place(wanted, kept, misses, *used, self._clock, most, page_table, rows, column)
+        tables = index.slots, index.chunk_in, index.slot_of
+        return lambda: tiers.ops.gather(
+            self.host.arena, tiers.pool.pages, self._rows, missed, victims, misses, *tables, self._first
+        )
 
     def attended(self, lse: torch.Tensor) -> None:
         """Take note of what the step saw: log-sum-exp `(K, G)` of the logits it attended to."""
         if self._unselected is None:
             return
-        self._unseen = select.unseen_share(self._unselected, lse[self.heads])
-        counters = self.tiers.counters
-        counters.unseen_sum = counters.unseen_sum + self._unseen.sum()  # on the device: nobody waits for it
-        counters.unseen_count += self._unseen.numel()
+        self._unseen = select.unseen_share(self._unselected, lse[self._rows])
+        self._unseen_sum += self._unseen.sum()
 
     def adapt(self) -> bool:
-        """Change how many chunks heads select, by what the step before did not see; whether anything changed."""
+        """Change how many chunks heads select, by what the step before did not see; whether anything could change."""
         if self._unseen is None:
             return False
-        before = self.selected
         self.selected = select.adapted(self.selected, self._unseen, self._least, self.slots)
-        self._count_selected()
-        return not torch.equal(before, self.selected)
+        return True
 
-    def _count_selected(self) -> None:
-        place = torch.arange(self._most_selected, device=self.selected.device)
-        self._beyond, self._selected_sum = place >= self.selected, int(self.selected.sum())
+    # ---- what happened
 
-    def _wanted(self, query: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
-        """The chunks `(n, m)` to attend to: the best of this step, or of the step before where its query was alike."""
-        reuse_above = self.tiers.config.method.reuse_above
-        if reuse_above > 1:
-            return best
-        before, self._before = self._before, (query, best.int())
-        if before is None:
-            return best
-        alike = select.query_similarity(query, before[0]) >= reuse_above
-        self.tiers.counters.reused += int((alike.unsqueeze(1) * self.selected).sum())
-        return torch.where(alike.unsqueeze(1), before[1].long(), best)
+    def count(self) -> None:
+        """Add what happened since the last time to the counters. Waits for the device."""
+        counters = self.tiers.counters
+        selected, missed, reused = map(int, self._counts.tolist())
+        counters.selected += selected
+        counters.resident += selected - missed
+        counters.reused += reused
+        counters.missed_bytes += missed * page_bytes(self.tiers.shape, self.tiers.config)
+        if self._unseen is not None:
+            counters.unseen_sum += float(self._unseen_sum)
+            counters.unseen_count += self._steps * len(self.heads)
+        self._counts.zero_()
+        self._unseen_sum.zero_()
+        self._steps = 0
 
-    def _fetch_ahead(self, ranked: torch.Tensor, local: torch.Tensor) -> None:
-        """Start copying what the next step attends to if its query is alike, into slots this step does not read."""
-        tiers, spare = self.tiers, self.slots - self.selected
-        if tiers.prefetcher is None or tiers.config.method.reuse_above > 1 or not bool(spare.any()):
-            return
-        likely = select.only(ranked, 0, torch.minimum(spare, self.selected))
-        ahead, absent = self.residency.admit(likely, self._clock, protected=local)
-        tiers.prefetcher.submit(self.index, self._copy(likely, ahead, absent))
+    def _trace(self, chosen: torch.Tensor, query: torch.Tensor) -> None:
+        place = torch.arange(self.most_selected, device=chosen.device)
+        ids = chosen.int().sort(dim=1, descending=True, stable=True).indices[:, : self.most_selected]
+        first = torch.where(place < self.selected.unsqueeze(1), (ids + self._first) * self._c, -1)
+        assert self.tiers.counters.trace is not None
+        self.tiers.counters.trace.append(Selection(int(self._clock), self.index, self.heads, first, query))

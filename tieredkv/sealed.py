@@ -15,7 +15,7 @@ from tieredkv.policy import prune
 from tieredkv.policy.sketch import Basis
 from tieredkv.prefill import TextRows
 from tieredkv.retrieval import Retrieval
-from tieredkv.sizes import FLOAT32, ranking_bytes, scratch_page_bytes, table_width
+from tieredkv.sizes import FLOAT32, page_bytes, ranking_bytes, scratch_page_bytes, table_width
 from tieredkv.tiers import Tiers
 
 MOST_ROWS = 32
@@ -49,8 +49,6 @@ class SealedLayer:
         self.static = static.nonzero().squeeze(1)
         self.dynamic = (~static).nonzero().squeeze(1)
         sinks, recent = layout.sink_chunks, layout.recent_pages
-        most = int((plan.slots if tiers.config.adaptive else plan.selected)[index].max())
-        self._picked = slice(recent + sinks, recent + sinks + most)
         width = table_width(plan, tiers.config, index, static)
         self.table = tiers.ledger.empty("tables", (heads, width), torch.int32, self.device).zero_()
         self.lengths = tiers.ledger.empty("tables", (heads, width), torch.int32, self.device).zero_()
@@ -62,8 +60,11 @@ class SealedLayer:
         self.retrieval: Retrieval | None = None
         if len(self.dynamic):
             self._fill_sinks(sinks, recent)
-            self.retrieval = Retrieval(index, host, self.dynamic, digests, basis, rows.saliency, tiers)
-            self._place = torch.arange(most, device=self.device)
+            first = recent + sinks
+            saliency = rows.saliency
+            self.retrieval = Retrieval(index, host, self.dynamic, digests, basis, saliency, self.table, first, tiers)
+            self._picked = slice(first, first + self.retrieval.most_selected)
+            self._place = torch.arange(self.retrieval.most_selected, device=self.device)
             self._set_lengths(self.retrieval)
 
     @property
@@ -73,18 +74,24 @@ class SealedLayer:
 
     # ---- seal
 
-    def _gather(self, heads: torch.Tensor, ids: torch.Tensor, slots: torch.Tensor) -> int:
-        """Copy whole chunks `ids` (absolute) of `heads` into pool `slots`, all `(m,)`; bytes moved."""
-        return self.tiers.transfer.gather(self.host.chunks(), heads, ids, self.tiers.pool.pages, slots)
+    def _fetch(self, heads: torch.Tensor, ids: torch.Tensor, slots: torch.Tensor) -> None:
+        """Copy whole chunks `ids` (absolute) of `heads` into pool `slots`, all `(m,)`."""
+        tiers = self.tiers
+        tiers.ops.fetch(self.host.arena, tiers.pool.pages, heads, ids, slots)
+        tiers.counters.warm_bytes += len(ids) * page_bytes(tiers.shape, tiers.config)
 
     def _fill_recent(self, pages: int, first_token: int) -> None:
         heads, c = self.host.num_heads, self._c
         self.table[:, :pages] = self.tiers.pool.take(heads * pages).view(heads, pages)
         self.recent_tokens = self.host.length - first_token
+        with torch.inference_mode(False):  # or it could not be written outside that mode
+            self._held = torch.full((1,), self.recent_tokens, dtype=torch.int32, device=self.device)
         filled = -(-self.recent_tokens // c)
         ids = (first_token // c + torch.arange(filled)).repeat(heads)
         who = torch.arange(heads).repeat_interleave(filled)
-        self.tiers.counters.warm_bytes += self._gather(who, ids, self.table[:, :filled].flatten())
+        self._fetch(who, ids, self.table[:, :filled].flatten())
+        if within := self.recent_tokens % c:  # what the host holds behind its last token was never written
+            self.tiers.pool.pages[self.table[:, filled - 1], :, within:] = 0
         starts = torch.arange(pages, device=self.device) * c
         self.lengths[:, :pages] = (self.recent_tokens - starts).clamp(0, c)
 
@@ -98,17 +105,18 @@ class SealedLayer:
             return self.host.tokens(head, torch.arange(n))
 
         tokens = prune.HeadTokens(saliency, is_text[:n], config.sink_tokens, method.saliency_pool, read)
-        kept = prune.kept_tokens(method.rank(tokens), pages * c)
-        keys, values = self.host.tokens(head, kept) if method.merge is None else method.merge(tokens, kept)
-        slots = pool.take(pages)
-        for page in range(pages):
-            part = slice(page * c, min((page + 1) * c, kept.numel()))
-            count = max(0, part.stop - part.start)
-            pool.pages[slots[page], 0, :count] = keys[part].to(self.device)
-            pool.pages[slots[page], 1, :count] = values[part].to(self.device)
-            self.lengths[head, column + page] = count
+        kept, slots = prune.kept_tokens(method.rank(tokens), pages * c), pool.take(pages)
         self.table[head, column : column + pages] = slots
-        self.tiers.counters.warm_bytes += 2 * keys.numel() * keys.itemsize
+        filled = kept.numel() - c * torch.arange(pages, device=self.device)
+        self.lengths[head, column : column + pages] = filled.clamp(0, c).int()
+        if method.merge is None:
+            self.tiers.ops.keep(self.host.arena, pool.pages, head, kept, slots)
+        else:
+            page, place = torch.arange(kept.numel()) // c, torch.arange(kept.numel()) % c
+            pool.pages[slots[page.to(self.device)], :, place.to(self.device)] = torch.stack(
+                method.merge(tokens, kept), dim=1
+            ).to(pool.pages)
+        self.tiers.counters.warm_bytes += kept.numel() * page_bytes(self.tiers.shape, config) // c
 
     def _fill_sinks(self, sinks: int, column: int) -> None:
         n = len(self.dynamic)
@@ -116,22 +124,23 @@ class SealedLayer:
         self.table[self.dynamic, column : column + sinks] = slots.int()
         self.lengths[self.dynamic, column : column + sinks] = self._c
         who = self.dynamic.repeat_interleave(sinks)
-        self.tiers.counters.warm_bytes += self._gather(who, torch.arange(sinks).repeat(n), slots.flatten())
+        self._fetch(who, torch.arange(sinks).repeat(n), slots.flatten())
 
     def _set_lengths(self, retrieval: Retrieval) -> None:
         """Of the chunks selected, which are always full, as many as each head attends to."""
-        full = torch.where(self._place < retrieval.selected, self._c, 0)
+        full = torch.where(self._place < retrieval.selected.unsqueeze(1), self._c, 0)
         self.lengths[self.dynamic, self._picked] = full.to(self.lengths.dtype)
 
     # ---- decode
 
     def steps(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
         """Tokens one after another: query and output `(H, n, D)`, keys and values `(K, n, D)`."""
-        retrieval = self.retrieval
-        if query.shape[1] > 1 and (retrieval is None or retrieval.digests is None):
-            return self._steps_together(query, keys, values, scaling)
         n = query.shape[1]
-        at_once = max(1, min(n, self._rows_at_once())) if retrieval is not None else 1
+        if n == 1:
+            return self.step(query[:, 0], keys[:, 0], values[:, 0], scaling).unsqueeze(1)
+        if self.retrieval is None or self.retrieval.digests is None:
+            return self._steps_together(query, keys, values, scaling)
+        at_once = max(1, min(n, self._rows_at_once()))
         out = []
         for begin in range(0, n, at_once):
             rows = slice(begin, min(begin + at_once, n))
@@ -142,8 +151,6 @@ class SealedLayer:
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
     ) -> torch.Tensor:
         """The same in one pass, where no head chooses: each row sees the pages that were there, and its forerunners."""
-        if self.retrieval is not None:
-            self.table[self.dynamic, self._picked] = self.retrieval.residency.slots
         held = self._attend(query, scaling)
         out, _ = reference.merge(*held, *reference.attend(query, keys, values, scaling, causal=True))
         for row in range(query.shape[1]):
@@ -199,7 +206,7 @@ class SealedLayer:
             grouped = query.view(self.host.num_heads, -1, query.shape[-1])
             if tiers.config.adaptive and self.retrieval.adapt():
                 self._set_lengths(self.retrieval)
-            self.table[self.dynamic, self._picked] = self.retrieval.slots_for(grouped, scaling, logits)
+            self.retrieval.step(grouped, scaling, logits)
         out, lse = self._attend(query.unsqueeze(1), scaling)
         if self.retrieval is not None:
             self.retrieval.attended(lse.view(self.host.num_heads, -1))
@@ -209,21 +216,19 @@ class SealedLayer:
         """Of queries `(H, n, D)` to everything in the table: output and lse, float32."""
         tiers = self.tiers
         with tiers.ledger.scratch("scratch", self._scratch_bytes()):
-            return reference.paged_attention(
+            return tiers.ops.paged_attention(
                 query, tiers.pool.pages, self.table, self.lengths, scaling, tiers.plan.scratch_pages
             )
 
     def _append(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        page, offset = divmod(self.recent_tokens, self._c)
-        if page >= self.tiers.plan.layout.recent_pages:
+        if self.recent_tokens // self._c >= self.tiers.plan.layout.recent_pages:
             raise BudgetError(
                 f"the device has room for {self.generated} generated tokens and no more: ask for a larger "
                 "max_new_tokens before generating, so that it is reserved."
             )
-        slots = self.table[:, page]
-        self.tiers.pool.pages[slots, 0, offset] = key
-        self.tiers.pool.pages[slots, 1, offset] = value
-        self.lengths[:, page] = offset + 1
+        tiers = self.tiers
+        tiers.ops.append(key, value, tiers.pool.pages, self.table, self.lengths, self._held)
+        self._held += 1
         self.recent_tokens += 1
         self.generated += 1
 

@@ -167,18 +167,16 @@ def scratch_page_bytes(shape: KVShape, tiers: TierConfig) -> int:
 def table_bytes(shape: KVShape, tiers: TierConfig, layout: Layout) -> int:
     """Upper bound of the index tables, int32: page and length of every page a head could have, and its residency."""
     per_page = 2 * INT32
-    per_chunk = 6 * INT32
-    reused = choice_bytes(shape, tiers, shape.kv_heads, 0)
+    per_chunk = 6 * INT32  # residency: three for a slot, one and a byte for a chunk, one for no chunk
+    reused = reuse_bytes(shape, tiers, shape.kv_heads)
     pages = layout.old_chunks + layout.recent_pages
     return shape.kv_heads * (pages * per_page + layout.retrievable * per_chunk) + reused
 
 
-def choice_bytes(shape: KVShape, tiers: TierConfig, heads: int, selected: int) -> int:
-    """What dynamic heads remember of a step: the chunks they chose and, where they may reuse them, the query."""
-    if tiers.method.reuse_above > 1:
-        return heads * selected * INT32
+def reuse_bytes(shape: KVShape, tiers: TierConfig, heads: int) -> int:
+    """What dynamic heads remember of a step beyond the chunks they chose: the query, where they may reuse them."""
     group = shape.num_attention_heads // shape.num_key_value_heads
-    return heads * (2 * selected * INT32 + group * shape.head_dim * FLOAT32)
+    return heads * group * shape.head_dim * FLOAT32 if tiers.method.reuse_above <= 1 else 0
 
 
 def digest_bytes(shape: KVShape, tiers: TierConfig, layout: Layout, dynamic_heads: int) -> int:

@@ -32,7 +32,7 @@ class Counters:
     """Those of them that were in the pool already."""
     reused: int = 0
     """Chunks attended to because the step before had chosen them."""
-    unseen_sum: torch.Tensor | float = 0.0
+    unseen_sum: float = 0.0
     """Estimated share of attention mass that was not seen, summed over steps, layers and dynamic heads."""
     unseen_count: int = 0
     missed_bytes: int = 0
@@ -51,7 +51,7 @@ class Counters:
     @property
     def unseen_mass(self) -> float | None:
         """Mean estimated share of attention mass that steps did not see; None where digests cannot tell."""
-        return float(self.unseen_sum) / self.unseen_count if self.unseen_count else None
+        return self.unseen_sum / self.unseen_count if self.unseen_count else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from tieredkv.memory.device import DeviceLedger
 from tieredkv.memory.pool import DevicePool
 from tieredkv.memory.prefetch import Prefetcher
 from tieredkv.memory.transfer import Transfer
+from tieredkv.ops import Ops
 from tieredkv.sizes import DecodePlan, KVShape
 from tieredkv.stats import Counters
 
@@ -25,3 +26,4 @@ class Tiers:
     transfer: Transfer
     prefetcher: Prefetcher | None
     counters: Counters
+    ops: Ops

@@ -29,6 +29,11 @@ class HostLayer:
         self._arena = torch.empty((num_heads, 0, 2, chunk_tokens, head_dim), dtype=dtype)
 
     @property
+    def arena(self) -> torch.Tensor:
+        """All the memory `(K, chunks, 2, C, D)`; what lies beyond `length` is undefined."""
+        return self._arena
+
+    @property
     def nbytes(self) -> int:
         return self._arena.numel() * self._arena.itemsize
 

@@ -92,9 +92,8 @@ def pack(keys: torch.Tensor, bits: int, basis: Basis | None) -> torch.Tensor:
     return (low | (high << 4)).flatten(2)
 
 
-def token_logits(query: torch.Tensor, packed: torch.Tensor, bits: int, basis: Basis) -> torch.Tensor:
-    """Products `(K, G, n * C)` of queries `(K, G, D)` with all sketched keys, less their centre's."""
-    small = query.float() @ basis.up
+def token_logits(small: torch.Tensor, packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """Products `(K, G, n * C)` of queries along the directions `(K, G, r)` with all sketches."""
     kv_heads, r = packed.shape[0], small.shape[-1]
     if bits == 8:
         return small @ packed.view(torch.int8).view(kv_heads, -1, r).float().transpose(1, 2)
@@ -104,11 +103,20 @@ def token_logits(query: torch.Tensor, packed: torch.Tensor, bits: int, basis: Ba
     return product.add_(high @ (halves >> 4).float().transpose(1, 2)).sub_(8 * small.sum(-1, keepdim=True))
 
 
-def chunk_logits(query: torch.Tensor, packed: torch.Tensor, bits: int, basis: Basis | None) -> torch.Tensor:
-    """Log of the attention mass of each chunk, `(K, G, n)`, up to the same constant for all chunks of a query head."""
-    assert basis is not None
-    logits = token_logits(query, packed, bits, basis)
+def sketch_logits(small: torch.Tensor, packed: torch.Tensor, bits: int, chunk_tokens: int) -> torch.Tensor:
+    """Log of the attention mass of each chunk, `(K, G, n)`, up to the same constant for all chunks of a query head.
+
+    small `(K, G, r)` float32: queries along the directions (`Basis.up`). packed `(K, n, bytes)`.
+    """
+    logits = token_logits(small, packed, bits)
     # Shifted by the best key of all, not of each chunk: what float32 loses by it has no mass beside the best.
     best = logits.amax(-1, keepdim=True)
-    mass = logits.sub_(best).exp_().unflatten(-1, (packed.shape[1], -1))
-    return (mass @ mass.new_ones(mass.shape[-1])).log_().add_(best)
+    mass = logits.sub_(best).exp_().unflatten(-1, (-1, chunk_tokens))
+    return (mass @ mass.new_ones(chunk_tokens)).log_().add_(best)
+
+
+def chunk_logits(query: torch.Tensor, packed: torch.Tensor, bits: int, basis: Basis | None) -> torch.Tensor:
+    """The same for queries `(K, G, D)`."""
+    assert basis is not None
+    token_bytes = basis.up.shape[-1] * bits // 8
+    return sketch_logits(query.float() @ basis.up, packed, bits, packed.shape[2] // token_bytes)

@@ -1,0 +1,151 @@
+"""Every Triton kernel against its twin in torch: interpreted on a machine without a card, compiled on one with."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import LateCopies, cap_share
+
+import tieredkv
+from tieredkv import TieredCache
+from tieredkv.attention import reference
+from tieredkv.memory import residency
+from tieredkv.ops import ops_for, triton
+from tieredkv.policy import select, sketch
+
+CLOSE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
+def on_host(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """As a kernel on `device` can read it from host memory."""
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("heads", "group", "d", "c", "columns", "rows"),
+    [(3, 3, 64, 8, 21, 1), (2, 7, 80, 16, 5, 1), (1, 1, 128, 32, 7, 1), (2, 16, 96, 8, 9, 1), (2, 7, 256, 8, 9, 1),
+     (2, 2, 32, 8, 9, 5), (1, 7, 64, 8, 3, 12)],
+)  # fmt: skip
+def test_attention_over_ragged_pages(kernels, device, dtype, heads, group, d, c, columns, rows):
+    generator = torch.Generator().manual_seed(d + group)
+    pages = torch.randn(40, 2, c, d, generator=generator).to(dtype)
+    table = torch.stack([torch.randperm(40, generator=generator)[:columns] for _ in range(heads)]).int()
+    lengths = torch.full((heads, columns), c, dtype=torch.int32)
+    lengths[:, 2], lengths[0, 1] = 3, 0
+    query = torch.randn(heads * group, rows, d, generator=generator).to(dtype)
+    given = [part.to(device) for part in (query, pages, table, lengths)]
+    out, lse = kernels.paged_attention(*given, d**-0.5, 8)
+    want, want_lse = reference.paged_attention(query, pages, table, lengths, d**-0.5, 8)
+    torch.testing.assert_close(out.cpu(), want, atol=CLOSE[dtype], rtol=0)
+    torch.testing.assert_close(lse.cpu(), want_lse, atol=CLOSE[dtype], rtol=0)
+
+
+def test_what_lies_beyond_a_pages_length_is_not_read(kernels, device):
+    pages, query = torch.randn(2, 2, 4, 16, device=device), torch.randn(2, 1, 16, device=device)
+    table, lengths = torch.tensor([[0, 1]], device=device).int(), torch.tensor([[4, 2]], device=device).int()
+    want, _ = kernels.paged_attention(query, pages, table, lengths, 1.0, 8)
+    pages[1, :, 2:] = float("nan")
+    torch.testing.assert_close(kernels.paged_attention(query, pages, table, lengths, 1.0, 8)[0], want)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("heads", "group", "c", "d", "chunks"), [(3, 3, 8, 64, 37), (1, 7, 16, 128, 20), (2, 1, 32, 32, 9)]
+)
+def test_sketch_logits(kernels, device, bits, heads, group, c, d, chunks):
+    keys, queries = torch.randn(heads, chunks, c, d), torch.randn(heads, group, d)
+    basis = sketch.fit(torch.eye(d).expand(heads, d, d), keys.flatten(1, 2), bits)
+    packed, small = sketch.pack(keys, bits, basis), queries @ basis.up
+    got = kernels.sketch_logits(small.to(device), packed.to(device), bits, c)
+    # On a card the products are of TF32: ten bits of the queries, all of a sketch.
+    near = 2e-5 if device.type == "cpu" else 2e-2
+    torch.testing.assert_close(got.cpu(), sketch.sketch_logits(small, packed, bits, c), atol=near, rtol=near)
+
+
+@pytest.mark.parametrize(("group", "stay"), [("mean", 2.0), ("mean", 1.0), ("max", 3.0), ("max_logit", 1.0)])
+@pytest.mark.parametrize("chunks", [5, 1024, 2500])
+def test_chunk_ranks(kernels, device, group, stay, chunks):
+    logits, chosen = 3 * torch.randn(2, 3, chunks), torch.rand(2, chunks) < 0.2
+    got = kernels.chunk_ranks(logits.to(device), chosen.to(device), group, stay)
+    torch.testing.assert_close(got.cpu(), select.chunk_ranks(logits, chosen, group, stay), atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("chunks", [7, 2048, 5000])
+def test_the_best_chunks_are_chosen(kernels, device, chunks):
+    ranks = torch.randn(3, chunks)
+    slot_of = torch.where(torch.rand(3, chunks + 1) < 0.5, 1, -1).int()
+    selected = torch.tensor([0, 3, 7])
+    got = kernels.choose(ranks.to(device), selected.to(device), slot_of.to(device), 7)
+    want = residency.choose(ranks, selected, slot_of, 7)
+    assert torch.equal(got[0].cpu(), want[0])
+    assert torch.equal(got[2].cpu(), want[2])
+    for head, count in enumerate(want[2].tolist()):
+        assert torch.equal(got[1][head, :count].cpu(), want[1][head, :count])
+
+
+def test_of_equal_ranks_as_many_are_chosen_as_were_asked_for(kernels, device):
+    ranks = torch.tensor([[0.0, 1.0, 0.0, 0.0, 2.0, 0.0]], device=device)
+    none = torch.full((1, 7), -1, dtype=torch.int32, device=device)
+    chosen, missed, misses = kernels.choose(ranks, torch.tensor([4], device=device), none, 5)
+    assert chosen.int().tolist() == [[1, 1, 1, 0, 1, 0]]
+    assert (missed[0, :4].tolist(), misses.tolist()) == ([0, 1, 2, 4], [4])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_copies_of_chunks_and_tokens(kernels, device, dtype):
+    arena, heads = torch.randn(3, 9, 2, 8, 16).to(dtype), torch.tensor([2, 0, 2, 1, 0])
+    chunks, slots = torch.tensor([0, 8, 3, 1, 4]), torch.tensor([6, 2, 0, 1, 9])
+    pages = torch.zeros(10, 2, 8, 16, dtype=dtype)
+    kernels.fetch(on_host(arena, device), got := pages.clone().to(device), heads, chunks, slots.to(device))
+    residency.fetch(arena, want := pages.clone(), heads, chunks, slots)
+    assert torch.equal(got.cpu(), want)
+    tokens = torch.randperm(72)[:19].sort().values
+    kernels.keep(on_host(arena, device), got, 1, tokens, torch.tensor([3, 5, 8], device=device))
+    residency.keep(arena, want, 1, tokens, torch.tensor([3, 5, 8]))
+    assert torch.equal(got.cpu(), want)
+
+
+@pytest.mark.parametrize("d", [16, 80])
+def test_a_token_is_appended(kernels, device, d):
+    pages, table = torch.zeros(9, 2, 4, d), torch.tensor([[3, 1, 7], [0, 8, 2]], dtype=torch.int32)
+    lengths, held = torch.zeros(2, 3, dtype=torch.int32), torch.tensor([6], dtype=torch.int32)
+    keys, values = torch.randn(2, d), torch.randn(2, d)
+    got = [pages.to(device).clone(), table.to(device), lengths.to(device).clone(), held.to(device)]
+    kernels.append(keys.to(device), values.to(device), *got)
+    residency.append(keys, values, pages, table, lengths, held)
+    assert torch.equal(got[0].cpu(), pages)
+    assert torch.equal(got[2].cpu(), lengths)
+
+
+@pytest.mark.parametrize("options", [
+    {"theta": 2.0}, {"theta": 0.0, "pruning": "streaming"}, {"policy": "arkvale"},
+    {"reuse_above": 0.5, "prefetch": True}, {"adaptive": True},
+], ids=str)  # fmt: skip
+def test_decoding_with_kernels_is_decoding_with_torch(llama, long_ids, kernels, device, options):
+    """Logits of several steps, and what was selected and copied."""
+    if device.type != "cpu":
+        pytest.skip("interpreted; on a card the whole path is tested")
+    tiers = {"gpu_kv_gb": cap_share(llama, 900, 0.5), "chunk_tokens": 8, "text_window": 16, **options}
+
+    def decode(ops):
+        with (
+            torch.no_grad(),
+            tieredkv.use_attention(llama),
+            TieredCache(llama.config, **tiers, max_new_tokens=8) as cache,
+        ):
+            cache.ops, cache.copies = ops, LateCopies()  # Triton's interpreter runs on one thread only
+            llama(long_ids, past_key_values=cache)
+            rows = [llama(long_ids[:, i : i + 1], past_key_values=cache).logits[0, -1] for i in range(4)]
+            cache.finish()
+            counters = cache.counters
+            return torch.stack(rows), (counters.selected, counters.missed_bytes, counters.prefetched_bytes)
+
+    (got, counts), (want, want_counts) = decode(kernels), decode(None)
+    torch.testing.assert_close(got, want, atol=2e-4, rtol=0)
+    assert counts == want_counts
+
+
+def test_kernels_are_for_cards():
+    assert ops_for(torch.device("cpu")).name == "torch"
+    assert ops_for(torch.device("cuda")) is triton()

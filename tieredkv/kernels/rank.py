@@ -1,0 +1,121 @@
+"""How much each chunk of the dynamic heads promises: logits from sketches, and a head's ranks from its queries' logits.
+
+Shapes: `n` dynamic heads, `G` query heads per KV head, `N` chunks, `C` chunk tokens, `r` directions of a sketch.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+TOKENS = 128
+"""Tokens whose sketches one program reads."""
+CHUNKS = 1024
+"""Chunks one program ranks."""
+GROUPS = {"mean": 0, "max": 1, "max_logit": 2}
+
+
+@triton.jit
+def _sketch_logits(
+    small, packed, logits, chunks, packed_stride, logits_stride,
+    G: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BITS: tl.constexpr,
+    PADDED_G: tl.constexpr, PADDED_H: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    head, block = tl.program_id(0), tl.program_id(1)
+    row, token = tl.arange(0, PADDED_G), block * TOKENS + tl.arange(0, TOKENS)
+    there = token < chunks * C
+    H: tl.constexpr = R // 2 if BITS == 4 else R
+    part = tl.arange(0, PADDED_H)
+    wanted = (row[:, None] < G) & (part[None, :] < H)
+    low = tl.load(small + (head * G + row[:, None]) * R + part[None, :], mask=wanted, other=0.0)
+    where = packed + head.to(tl.int64) * packed_stride + token[:, None] * H + part[None, :]
+    held = tl.load(where, mask=there[:, None] & (part[None, :] < H), other=0)
+    if BITS == 4:
+        high = tl.load(small + (head * G + row[:, None]) * R + H + part[None, :], mask=wanted, other=0.0)
+        product = tl.dot(low, tl.trans((held & 15).to(tl.float32) - 8.0), out_dtype=tl.float32)
+        product += tl.dot(high, tl.trans((held >> 4).to(tl.float32) - 8.0), out_dtype=tl.float32)
+    else:
+        product = tl.dot(low, tl.trans(held.to(tl.int8, bitcast=True).to(tl.float32)), out_dtype=tl.float32)
+    each = tl.reshape(product, (PADDED_G, TOKENS // C, C))
+    best = tl.max(each, 2)
+    mass = best + tl.log(tl.sum(tl.exp(each - best[:, :, None]), 2))
+    chunk = block * (TOKENS // C) + tl.arange(0, TOKENS // C)
+    to = logits + (head * G + row[:, None]) * logits_stride + chunk[None, :]
+    tl.store(to, mass, mask=(row[:, None] < G) & (chunk[None, :] < chunks))
+
+
+def sketch_logits(small: torch.Tensor, packed: torch.Tensor, bits: int, chunk_tokens: int) -> torch.Tensor:
+    """As `policy.sketch.sketch_logits`: small queries `(n, G, r)` and sketches `(n, N, bytes)` -> `(n, G, N)`.
+
+    C must be a power of two, at most `TOKENS`.
+    """
+    heads, group, r = small.shape
+    chunks = packed.shape[1]
+    logits = torch.empty((heads, group, chunks), dtype=torch.float32, device=small.device)
+    halved = r // 2 if bits == 4 else r
+    _sketch_logits[(heads, triton.cdiv(chunks * chunk_tokens, TOKENS))](
+        small, packed, logits, chunks, packed.stride(0), chunks,
+        G=group, C=chunk_tokens, R=r, BITS=bits,
+        PADDED_G=max(16, triton.next_power_of_2(group)), PADDED_H=max(16, triton.next_power_of_2(halved)),
+        TOKENS=TOKENS,
+    )  # fmt: skip
+    return logits
+
+
+@triton.jit
+def _sums(logits, best, total, chunks, CHUNKS: tl.constexpr):
+    row = tl.program_id(0)
+    block, blocks = tl.program_id(1), tl.num_programs(1)
+    chunk = block * CHUNKS + tl.arange(0, CHUNKS)
+    each = tl.load(logits + row.to(tl.int64) * chunks + chunk, mask=chunk < chunks, other=-float("inf"))
+    most = tl.max(each, 0)
+    tl.store(best + row * blocks + block, most)
+    tl.store(total + row * blocks + block, tl.sum(tl.exp(each - most), 0))
+
+
+@triton.jit
+def _ranks(
+    logits, best, total, chosen, ranks, chunks, blocks, stay,
+    G: tl.constexpr, RULE: tl.constexpr, BLOCKS: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    head, block = tl.program_id(0), tl.program_id(1)
+    chunk = block * CHUNKS + tl.arange(0, CHUNKS)
+    there, part = chunk < chunks, tl.arange(0, BLOCKS)
+    rank = tl.zeros([CHUNKS], tl.float32)
+    if RULE == 2:
+        rank -= float("inf")
+    for g in range(G):
+        row = head * G + g
+        each = tl.load(logits + row.to(tl.int64) * chunks + chunk, mask=there, other=-float("inf"))
+        if RULE == 2:
+            rank = tl.maximum(rank, each)
+        else:
+            bests = tl.load(best + row * blocks + part, mask=part < blocks, other=-float("inf"))
+            most = tl.max(bests, 0)
+            whole = tl.sum(
+                tl.load(total + row * blocks + part, mask=part < blocks, other=0.0) * tl.exp(bests - most), 0
+            )
+            share = tl.exp(each - most) / whole
+            if RULE == 1:
+                rank = tl.maximum(rank, share)
+            else:
+                rank += share / G
+    before = tl.load(chosen + head * chunks + chunk, mask=there, other=0)
+    tl.store(ranks + head * chunks + chunk, tl.where(before != 0, rank * stay, rank), mask=there)
+
+
+def chunk_ranks(logits: torch.Tensor, chosen: torch.Tensor, group: str, stay: float) -> torch.Tensor:
+    """As `policy.select.chunk_ranks`: logits `(n, G, N)`, chosen a step before `(n, N)` -> ranks `(n, N)`, float32."""
+    heads, queries, chunks = logits.shape
+    blocks = triton.cdiv(chunks, CHUNKS)
+    best = torch.empty((2, heads * queries, blocks), dtype=torch.float32, device=logits.device)
+    ranks = torch.empty((heads, chunks), dtype=torch.float32, device=logits.device)
+    rule = GROUPS[group]
+    if rule < 2:
+        _sums[(heads * queries, blocks)](logits, best[0], best[1], chunks, CHUNKS=CHUNKS)
+    _ranks[(heads, blocks)](
+        logits, best[0], best[1], chosen.view(torch.uint8), ranks, chunks, blocks, stay,
+        G=queries, RULE=rule, BLOCKS=triton.next_power_of_2(blocks), CHUNKS=CHUNKS,
+    )  # fmt: skip
+    return ranks

@@ -1,0 +1,60 @@
+"""The operations of a decoding step on a device: plain torch everywhere, Triton's kernels where they can run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from tieredkv.attention import reference
+from tieredkv.memory import residency
+from tieredkv.policy import select, sketch
+
+Op = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Ops:
+    """One implementation of each; what they do is said at the torch ones."""
+
+    name: str
+    sketch_logits: Op = sketch.sketch_logits
+    chunk_ranks: Op = select.chunk_ranks
+    choose: Op = residency.choose
+    place: Op = residency.place
+    gather: Op = residency.gather
+    fetch: Op = residency.fetch
+    append: Op = residency.append
+    keep: Op = residency.keep
+    paged_attention: Op = reference.paged_attention
+
+
+TORCH = Ops("torch")
+
+
+@cache
+def triton() -> Ops:
+    """Triton's kernels. ImportError where there is no Triton."""
+    from tieredkv.kernels import attend, choose, copy, rank
+
+    return Ops(
+        "triton",
+        sketch_logits=rank.sketch_logits,
+        chunk_ranks=rank.chunk_ranks,
+        choose=choose.choose,
+        place=choose.place,
+        gather=copy.gather,
+        fetch=copy.fetch,
+        append=copy.append,
+        keep=copy.keep,
+        paged_attention=attend.paged_attention,
+    )
+
+
+def ops_for(device: torch.device) -> Ops:
+    """The fastest that runs on a device: kernels on a CUDA device with Triton, torch elsewhere."""
+    return triton() if device.type == "cuda" and find_spec("triton") is not None else TORCH
