@@ -76,14 +76,13 @@ def test_closing_ends_the_thread_and_twice_is_fine():
     assert threading.active_count() == before
 
 
-def test_staging_unzips_keys_and_values():
-    transfer = Transfer()
-    chunks = torch.randn(2, 3, 2, 4, 5)
-    keys, values = torch.empty(2, 12, 5), torch.empty(2, 12, 5)
-    moved = transfer.stage(chunks, keys, values)
-    torch.testing.assert_close(keys, chunks[:, :, 0].flatten(1, 2))
-    torch.testing.assert_close(values, chunks[:, :, 1].flatten(1, 2))
-    assert moved == 2 * keys.numel() * 4
+@pytest.mark.parametrize("with_values", [True, False])
+def test_staging_copies_keys_and_where_asked_values(with_values):
+    chunks, staged = torch.randn(2, 3, 2, 4, 5), torch.zeros(2, 3, 2, 4, 5)
+    moved = Transfer().stage(chunks, staged, with_values)
+    assert torch.equal(staged[:, :, 0], chunks[:, :, 0])
+    assert torch.equal(staged[:, :, 1], chunks[:, :, 1] * with_values)
+    assert moved == 2 * 3 * 4 * 5 * 4 * (1 + with_values)
 
 
 def test_an_interrupted_wait_leaves_the_copy_outstanding(monkeypatch):

@@ -7,6 +7,7 @@ new token attends to what its heads select. More prompt tokens after a seal lead
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,8 +21,9 @@ from tieredkv.config import TierConfig, tier_config
 from tieredkv.errors import OptionError, TieredKVError, UnsupportedModelError
 from tieredkv.layer import TieredLayer
 from tieredkv.memory.device import DeviceLedger
+from tieredkv.memory.pagelock import PageLocker
 from tieredkv.memory.pool import DevicePool
-from tieredkv.memory.prefetch import ThreadPrefetcher
+from tieredkv.memory.prefetch import Prefetcher, StreamCopies, ThreadPrefetcher
 from tieredkv.memory.transfer import Transfer
 from tieredkv.ops import Ops, ops_for
 from tieredkv.policy import classify
@@ -84,8 +86,12 @@ class TieredCache(Cache):
         self._counters = Counters()
         self.ops: Ops | None = None
         """What a decoding step is made of; None: what suits the device."""
-        self.copies = ThreadPrefetcher()
+        self.copies: Prefetcher = ThreadPrefetcher()
         """Copies under way between the tiers, in both phases."""
+        self.locker: PageLocker | None = None
+        """Keeps the host tier page-locked, where the model is on a card."""
+        self.device: torch.device | None = None
+        """Where the model's keys come from; known with the first of them, or by `place`."""
         self._pool: DevicePool | None = None
         self._resident: int | None = None
         self._announced: int | None = None
@@ -127,6 +133,19 @@ class TieredCache(Cache):
         for layer in self.tiered_layers:
             if layer.sealed is not None and layer.sealed.retrieval is not None:
                 layer.sealed.retrieval.count()
+
+    def place(self, device: torch.device) -> None:
+        """Say where the model is. Raises `UnsupportedModelError` for what is neither CPU nor CUDA, or two devices."""
+        if self.device == device:
+            return
+        if self.device is not None:
+            raise UnsupportedModelError(f"the model's layers are on {self.device} and {device}: load it on one device.")
+        if device.type not in ("cpu", "cuda"):
+            raise UnsupportedModelError(f"the model runs on {device}: tieredkv runs on CUDA devices and the CPU.")
+        if device.type == "cuda":
+            self.copies.close()
+            self.copies, self.locker = StreamCopies(device), PageLocker(device)
+        self.device = device
 
     @property
     def sealed(self) -> bool:
@@ -200,6 +219,7 @@ class TieredCache(Cache):
         """
         if self.sealed:
             raise RuntimeError("the cache is sealed already")
+        self.copies.drain()  # the host reads what was written back
         rows = [layer.rows for layer in self.tiered_layers if layer.rows is not None]
         if len(rows) != len(self.tiered_layers):
             raise RuntimeError("no text rows were scored: nothing to classify the heads by")
@@ -245,13 +265,25 @@ class TieredCache(Cache):
                 transfer=self.transfer,
                 prefetcher=self.copies if self.tiers.prefetch else None,
                 counters=self._counters,
-                ops=self.ops or ops_for(first.device),
+                ops=self._ops(first.device),
             )
             for layer, mask in zip(self.tiered_layers, static, strict=True):
                 layer.seal(mask, is_text, shared)
         except BaseException:
             self._drop_pool()
             raise
+
+    def _ops(self, device: torch.device) -> Ops:
+        if self.ops is None:
+            refusal = None if self.locker is None else self.locker.refusal()
+            if refusal is not None:
+                warnings.warn(
+                    f"host memory could not be page-locked ({refusal}): chunks are copied through the host, which is "
+                    "slower. Raise `ulimit -l` or the container's memory limit.",
+                    stacklevel=2,
+                )
+            self.ops = ops_for(device, page_locked=refusal is None)
+        return self.ops
 
     def _need(self, rows: list[TextRows], layout: sizes.Layout) -> torch.Tensor:
         """Tokens that every head would need, `(2, L, K)`: to be static, and for a smaller share of its attention."""
@@ -267,6 +299,23 @@ class TieredCache(Cache):
             for row in rows
         ]
         return torch.stack(need, dim=1)
+
+    def count_step(self) -> None:
+        """Count a step that ran without the model's Python code. Raises `BudgetError` if there is no room for it."""
+        for layer in self.tiered_layers:
+            assert layer.sealed is not None
+            layer.sealed.count_step()
+
+    def counted(self) -> list[tuple[int, int, int]]:
+        """What was counted in Python since the seal, for `count_again`."""
+        return [layer.sealed.counted for layer in self.tiered_layers if layer.sealed is not None]
+
+    def count_again(self, counted: list[tuple[int, int, int]]) -> None:
+        """Forget what was counted since: steps that were recorded and not run."""
+        self._announced = None
+        for layer, values in zip(self.tiered_layers, counted, strict=True):
+            assert layer.sealed is not None
+            layer.sealed.counted = values
 
     @contextmanager
     def forced(self) -> Iterator[None]:
@@ -309,6 +358,7 @@ class TieredCache(Cache):
         if not self.sealed:
             return
         self.finish()
+        self.copies.drain()
         for layer in self.tiered_layers:
             layer.unseal()
         self._drop_pool()
@@ -338,7 +388,7 @@ class TieredCache(Cache):
     def finish(self) -> None:
         """Wait for copies still under way, so that the counters are final. Raises what a copy raised."""
         for layer in self.tiered_layers:
-            self._counters.prefetched_bytes += self.copies.wait(layer.index)
+            self.copies.wait(layer.index)
 
     def truncate(self, tokens: int) -> None:
         """Forget all but the first `tokens` tokens, leaving the decode phase if need be."""
@@ -371,6 +421,8 @@ class TieredCache(Cache):
             self._drop_resident()
             for layer in self.tiered_layers:
                 layer.close()
+            if self.locker is not None:
+                self.locker.close()
 
     def __enter__(self) -> TieredCache:
         return self

@@ -61,16 +61,13 @@ class TieredLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        if self.device.type != "cpu":
-            raise UnsupportedModelError(
-                f"the model runs on {self.device}, and tieredkv runs on the CPU only so far: load it there."
-            )
+        self.cache.place(self.device)
         _, heads, _, head_dim = key_states.shape
         if value_states.shape != key_states.shape:
             raise UnsupportedModelError("keys and values of different shapes are not supported.")
-        self.host = HostLayer(heads, head_dim, self.cache.tiers.chunk_tokens, self.dtype)
+        self.host = HostLayer(heads, head_dim, self.cache.tiers.chunk_tokens, self.dtype, self.cache.locker)
         self.host.reserve(self.cache.prompt_tokens)
-        self._query_moment = torch.zeros(heads, head_dim, head_dim)
+        self._query_moment = torch.zeros(heads, head_dim, head_dim, device=self.device)
         self.is_initialized = True
         if keep := self.cache.resident_tokens():
             shape = (heads, keep, head_dim)
@@ -133,7 +130,9 @@ class TieredLayer(CacheLayerMixin):
         if self._settled:  # after a change of the policy, say: fitted to the context, before the question is among it
             self._digest_new_chunks(fit=True)
         rows = min(n, cache.text_rows)
-        host.make_room(n)
+        if host.length + n > host.capacity:
+            cache.copies.drain()  # what is held moves
+            host.make_room(n)
         cache.make_room_for_scores(host.length, n, rows)
         with prefill.staged_past(
             host,
@@ -199,16 +198,28 @@ class TieredLayer(CacheLayerMixin):
             if whole == 0 or (self.host.length < FIT_TOKENS and not fit):
                 return
             self._fitted_to = min(whole, most)
+            self.cache.copies.drain()  # the host reads what was written back
             keys = self.host.chunks(0, self._fitted_to)[:, :, 0].flatten(1, 2)
-            self._basis = sketch.fit(self._query_moment, keys, bits)
+            self._basis = sketch.fit(self._query_moment.cpu(), keys, bits)
         held = [] if self._digests is None else [self._digests[:, : self._digested]]
+        basis = None if self._basis is None else self._basis.to(self.device)
         new = [
-            kind.make(self.host.chunks(first, min(first + DIGEST_CHUNKS, whole))[:, :, 0], bits, self._basis)
+            kind.make(self._keys(first, min(first + DIGEST_CHUNKS, whole)), bits, basis).cpu()
             for first in range(self._digested, whole, DIGEST_CHUNKS)
         ]
         if new:
             self._digests = torch.cat([*held, *new], dim=1)
             self._digested = whole
+
+    def _keys(self, first: int, stop: int) -> torch.Tensor:
+        """Keys `(K, n, C, D)` of chunks, where they are digested: on the device."""
+        assert self.host is not None
+        chunks = self.host.chunks(first, stop)
+        if self.device.type == "cpu":
+            return chunks[:, :, 0]
+        staged = torch.empty(chunks.shape, dtype=self.dtype, device=self.device)
+        self.cache.transfer.stage(chunks, staged, with_values=True)
+        return staged[:, :, 0]
 
     def settle(self) -> None:
         """What is cached is the context of all that follows: digests are fitted to it and to nothing else."""
@@ -234,7 +245,8 @@ class TieredLayer(CacheLayerMixin):
         assert self.host is not None
         self._check_once()  # or damage would be given a checksum that fits it
         self.settle()
-        tensors = {"kv": self.host.whole(sizes.QUESTION_ROOM), "query_moment": self._query_moment}
+        self.cache.copies.drain()
+        tensors = {"kv": self.host.whole(sizes.QUESTION_ROOM), "query_moment": self._query_moment.cpu()}
         if self._digests is not None:
             tensors[self._digest_name] = self._digests[:, : self._digested].contiguous()
         if self._basis is not None:
@@ -245,9 +257,10 @@ class TieredLayer(CacheLayerMixin):
     def restore(self, state: dict[str, torch.Tensor], tokens: int, check: Callable[[], None]) -> None:
         """Take the state of `tokens` tokens. check: called before they are first attended to; raises if damaged."""
         arena = state["kv"]
-        self.dtype, self.device = arena.dtype, torch.device("cpu")
+        assert self.cache.device is not None
+        self.dtype, self.device = arena.dtype, self.cache.device
         heads, _, _, c, head_dim = arena.shape
-        self.host = HostLayer(heads, head_dim, c, self.dtype)
+        self.host = HostLayer(heads, head_dim, c, self.dtype, self.cache.locker)
         self.host.adopt(arena, tokens)
         self._digest_name = _digest_name(self.cache.tiers.method)
         self._digests = state.get(self._digest_name)  # of another kind: made anew before it is used

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -55,6 +55,14 @@ def triton() -> Ops:
     )
 
 
-def ops_for(device: torch.device) -> Ops:
-    """The fastest that runs on a device: kernels on a CUDA device with Triton, torch elsewhere."""
-    return triton() if device.type == "cuda" and find_spec("triton") is not None else TORCH
+def ops_for(device: torch.device, page_locked: bool = True) -> Ops:
+    """The fastest that runs on a device: kernels on a CUDA device with Triton, torch elsewhere.
+
+    page_locked: whether kernels can read the host tier; if not, torch copies out of it.
+    """
+    if device.type != "cuda" or find_spec("triton") is None:
+        return TORCH
+    if page_locked:
+        return triton()
+    copies = {"gather": TORCH.gather, "fetch": TORCH.fetch, "keep": TORCH.keep}
+    return replace(triton(), name="triton, copies by torch", **copies)

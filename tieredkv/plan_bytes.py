@@ -59,10 +59,10 @@ def prefill_bytes(shape: KVShape, tiers: TierConfig, prompt: int, asked: int) ->
         to_stage = ceil_div(begin - held, c) * c
         block = sizes.block_tokens(shape, tiers, stop, rows, room, staged=to_stage > 0)
         block = min(block, max(to_stage, ceil_div(max(held, stop - begin), c) * c))
-        both = sizes.staging_bytes(shape, min(block, to_stage))
+        buffers = sizes.staging_buffers(to_stage, block)
         return {
             "resident": room * shape.token_bytes,
-            "staging": both if to_stage > block else both // 2,
+            "staging": buffers * sizes.buffer_bytes(shape, min(block, to_stage)),
             "scores": sizes.scoring_bytes(shape, tiers, stop, rows, block),
         }
 

@@ -5,6 +5,7 @@ Shapes: `H` query heads, `K` KV heads, `G = H // K`, `n` new tokens, `T` text ro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,11 +73,14 @@ class Past:
         host: HostLayer,
         resident: Resident | None,
         block_tokens: int,
-        buffers: list[tuple[torch.Tensor, torch.Tensor]],
+        buffers: list[torch.Tensor],
         transfer: Transfer,
         copies: Prefetcher,
     ) -> None:
-        """buffers: two pairs of flat tensors, keys and values, each with room for `block_tokens` tokens."""
+        """buffers: three flat tensors, each with room for the keys and values of `block_tokens` tokens.
+
+        Two are staged to, in turns; in the third keys and values are taken apart.
+        """
         self.host, self.tokens, self.block_tokens = host, host.length, block_tokens
         self.resident, self.transfer, self.copies = resident, transfer, copies
         self._buffers = buffers
@@ -84,20 +88,26 @@ class Past:
         self._ranges = list(host.blocks(first, self.tokens, block_tokens)) if first < self.tokens else []
         self._ahead = False
 
-    def _views(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The buffers of block `index`, shaped for its chunks."""
+    def _staged(self, index: int) -> torch.Tensor:
+        """The buffer of block `index`, shaped for its chunks: `(K, n, 2, C, D)`."""
         start, stop = self._ranges[index]
         h = self.host
-        padded = (stop - start) * h.chunk_tokens
-        size = h.num_heads * padded * h.head_dim
-        keys, values = (flat[:size].view(h.num_heads, padded, h.head_dim) for flat in self._buffers[index % 2])
-        return keys, values
+        shape = (h.num_heads, stop - start, 2, h.chunk_tokens, h.head_dim)
+        return self._buffers[index % 2][: math.prod(shape)].view(shape)
 
     def _stage(self, index: int, with_values: bool) -> None:
         start, stop = self._ranges[index]
-        keys, values = self._views(index)
-        chunks = self.host.chunks(start, stop)
-        self.copies.submit("past", lambda: self.transfer.stage(chunks, keys, values if with_values else None))
+        staged, chunks = self._staged(index), self.host.chunks(start, stop)
+        self.copies.submit("past", lambda: self.transfer.stage(chunks, staged, with_values))
+
+    def _apart(self, staged: torch.Tensor, with_values: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a staged block, `(K, n * C, D)`; without `with_values` the values are undefined."""
+        k, n, _, c, d = staged.shape
+        both = self._buffers[2][: staged.numel()].view(2, k, n, c, d)
+        parts = 2 if with_values else 1
+        both[:parts].copy_(staged[:, :, :parts].movedim(2, 0))
+        keys, values = both.view(2, k, n * c, d)
+        return keys, values
 
     def run_ahead(self) -> None:
         """Start on the first block that `blocks(with_values=True)` will need."""
@@ -117,9 +127,9 @@ class Past:
         self._ahead = False
         for index, (start, stop) in enumerate(self._ranges):
             self.transfer.streamed_bytes += self.copies.wait("past")
-            if index + 1 < len(self._ranges):  # into the buffers of the block before, which nobody reads any more
+            if index + 1 < len(self._ranges):  # into the buffer of the block before, which nobody reads any more
                 self._stage(index + 1, with_values)
-            keys, values = self._views(index)
+            keys, values = self._apart(self._staged(index), with_values)
             filled = min(self.tokens, stop * self.host.chunk_tokens) - start * self.host.chunk_tokens
             yield keys[:, :filled], values[:, :filled]
 
@@ -152,17 +162,13 @@ def staged_past(
     c = tiers.chunk_tokens
     to_stage = sizes.ceil_div(host.length - held, c) * c
     block = min(block, max(to_stage, sizes.ceil_div(max(held, new_tokens), c) * c))
-    flat = host.num_heads * min(block, to_stage) * host.head_dim
+    flat = 2 * host.num_heads * min(block, to_stage) * host.head_dim
     try:
-        buffers = [
-            (
-                ledger.empty("staging", (flat,), host.dtype, device),
-                ledger.empty("staging", (flat,), host.dtype, device),
-            )
-            for _ in range(2 if to_stage > block else 1)
+        made = [
+            ledger.empty("staging", (flat,), host.dtype, device) for _ in range(sizes.staging_buffers(to_stage, block))
         ]
         ledger.reserve("scores", sizes.scoring_bytes(shape, tiers, total, rows, block))
-        yield Past(host, resident, block, buffers * (3 - len(buffers)), transfer, copies)
+        yield Past(host, resident, block, [made[0], made[-2], made[-1]] if made else [], transfer, copies)
     finally:
         copies.drain()
         ledger.release("staging")

@@ -42,7 +42,9 @@ class Retrieval:
         self.index, self.host, self.heads, self.tiers = index, host, heads, tiers
         layout, plan, device = tiers.plan.layout, tiers.plan, tiers.pool.pages.device
         self._c, self._first, self._chunks = host.chunk_tokens, layout.sink_chunks, layout.retrievable
-        self._table, self._column, self._steps = table, first_column, 0
+        self._table, self._column = table, first_column
+        self.steps = 0
+        """Taken since they were last counted, by whoever takes them."""
         self._at_once = ranked_chunks_at_once(tiers.shape, tiers.config, layout)
         n = len(heads)
         self._rows = heads.to(device)
@@ -50,7 +52,7 @@ class Retrieval:
         """`(n,)`: chunks each head attends to."""
         self.slots = plan.slots[index, heads].to(device)
         """`(n,)`: slots each head has."""
-        self._least = self.selected
+        self._least = self.selected.clone()
         self._most_slots = int(self.slots.max())
         self.most_selected = self._most_slots if tiers.config.adaptive else int(self.selected.max())
         """Columns of the table that may be used."""
@@ -64,11 +66,12 @@ class Retrieval:
         self._unselected: torch.Tensor | None = None
         """`(n, G)`: log of the attention mass of what this step did not select, as far as digests tell."""
         self._unseen: torch.Tensor | None = None
-        """`(n,)`: share of attention mass that the step before did not see."""
+        """`(n,)`: share of attention mass that the step before did not see. Like all that one step leaves to the next,
+        it stays where it is: a graph reads and writes it there."""
         with torch.inference_mode(False):
             self._clock = torch.zeros(1, dtype=torch.int32, device=device)
-            self._counts = torch.zeros(3, dtype=torch.float64, device=device)
-            """Chunks selected, missed, reused since they were last counted."""
+            self._counts = torch.zeros(4, dtype=torch.float64, device=device)
+            """Chunks selected, missed, reused and fetched ahead since they were last counted."""
             self._unseen_sum = torch.zeros((), dtype=torch.float64, device=device)
         tiers.ledger.reserve("tables", Residency.bytes_for(n, self._most_slots, self._chunks))
         tiers.ledger.reserve("tables", reuse_bytes(tiers.shape, tiers.config, n))
@@ -83,11 +86,11 @@ class Retrieval:
             self.digests = tiers.ledger.empty("digests", shape, digests.dtype, device)
             self.digests.copy_(digests[heads, self._first : self._first + self._chunks])
             tiers.counters.warm_bytes += self.digests.numel() * self.digests.itemsize
-            self._basis = None if basis is None else basis.for_ranking(heads)
+            self._basis = None if basis is None else basis.for_ranking(heads).to(device)
             if self._basis is not None:
                 tiers.ledger.reserve("digests", self._basis.nbytes)
         else:  # all that there is is attended to in every step
-            table[heads, first_column : first_column + self._most_slots] = self.residency.slots
+            table[self._rows, first_column : first_column + self._most_slots] = self.residency.slots
 
     @property
     def ranking_bytes(self) -> int:
@@ -133,13 +136,12 @@ class Retrieval:
         query `(K, G, D)`. logits `(n, G, N)`: the query's, if they are known already. Where nothing is to be chosen,
         nothing happens.
         """
-        self._steps += 1
         if self.digests is None:
             return
         tiers, index = self.tiers, self.residency
         ops, method = tiers.ops, tiers.config.method
         if tiers.prefetcher is not None:
-            tiers.counters.prefetched_bytes += tiers.prefetcher.wait(self.index)
+            tiers.prefetcher.wait(self.index)
         grouped = query[self._rows].float()
         self._clock += 1
         with tiers.ledger.scratch("ranking", ranking_bytes(tiers.shape, tiers.config, tiers.plan.layout)):
@@ -161,23 +163,19 @@ class Retrieval:
         if self._ahead is not None:
             assert tiers.prefetcher is not None
             likely, missed, misses = ops.choose(ranks, self._ahead, index.slot_of, self._most_ahead)
-            copy = self._gather(likely, likely | chosen, missed, misses, None)
-
-            def copy_ahead() -> int:
-                copy()
-                return int(misses.sum()) * page_bytes(tiers.shape, tiers.config)
-
-            tiers.prefetcher.submit(self.index, copy_ahead)
+            self._counts[3] += misses.sum()
+            tiers.prefetcher.submit(self.index, self._gather(likely, likely | chosen, missed, misses, None))
 
     def _reusing(self, ranks: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
         """Ranks by which a head whose query is like the one before takes the chunks of the step before again."""
         reuse_above = self.tiers.config.method.reuse_above
         if reuse_above > 1:
             return ranks
-        before, self._query = self._query, query
-        if before is None:
+        if self._query is None:
+            self._query = query.clone()
             return ranks
-        alike = select.query_similarity(query, before) >= reuse_above
+        alike = select.query_similarity(query, self._query) >= reuse_above
+        self._query.copy_(query)
         self._counts[2] += (alike * self.selected).sum()
         return torch.where(alike.unsqueeze(1), self.residency.chosen.float(), ranks)
 
@@ -188,29 +186,37 @@ class Retrieval:
         missed: torch.Tensor,
         misses: torch.Tensor,
         table: tuple[torch.Tensor, torch.Tensor, int] | None,
-    ) -> Callable[[], None]:
-        """Make room for missed chunks; the copy, as a deferred call. table: what lists the wanted chunks' slots."""
+    ) -> Callable[[], int]:
+        """Make room for missed chunks; the copy, as a deferred call. table: what lists the wanted chunks' slots.
+
+        The bytes that the call tells are none: what was copied is counted on the device.
+        """
         index, tiers, most = self.residency, self.tiers, missed.shape[1]
         page_table, rows, column = (None, self._rows, 0) if table is None else table
         used = index.chunk_in, index.last_used, index.slots
         victims = tiers.ops.place(wanted, kept, misses, *used, self._clock, most, page_table, rows, column)
         tables = index.slots, index.chunk_in, index.slot_of
-        return lambda: tiers.ops.gather(
-            self.host.arena, tiers.pool.pages, self._rows, missed, victims, misses, *tables, self._first
-        )
+        to = self.host.arena, tiers.pool.pages, self._rows
+
+        def copy() -> int:
+            tiers.ops.gather(*to, missed, victims, misses, *tables, self._first)
+            return 0
+
+        return copy
 
     def attended(self, lse: torch.Tensor) -> None:
         """Take note of what the step saw: log-sum-exp `(K, G)` of the logits it attended to."""
         if self._unselected is None:
             return
-        self._unseen = select.unseen_share(self._unselected, lse[self._rows])
+        unseen = select.unseen_share(self._unselected, lse[self._rows])
+        self._unseen = unseen if self._unseen is None else self._unseen.copy_(unseen)
         self._unseen_sum += self._unseen.sum()
 
     def adapt(self) -> bool:
         """Change how many chunks heads select, by what the step before did not see; whether anything could change."""
         if self._unseen is None:
             return False
-        self.selected = select.adapted(self.selected, self._unseen, self._least, self.slots)
+        self.selected.copy_(select.adapted(self.selected, self._unseen, self._least, self.slots))
         return True
 
     # ---- what happened
@@ -218,17 +224,19 @@ class Retrieval:
     def count(self) -> None:
         """Add what happened since the last time to the counters. Waits for the device."""
         counters = self.tiers.counters
-        selected, missed, reused = map(int, self._counts.tolist())
+        selected, missed, reused, ahead = map(int, self._counts.tolist())
+        page = page_bytes(self.tiers.shape, self.tiers.config)
         counters.selected += selected
         counters.resident += selected - missed
         counters.reused += reused
-        counters.missed_bytes += missed * page_bytes(self.tiers.shape, self.tiers.config)
+        counters.missed_bytes += missed * page
+        counters.prefetched_bytes += ahead * page
         if self._unseen is not None:
             counters.unseen_sum += float(self._unseen_sum)
-            counters.unseen_count += self._steps * len(self.heads)
+            counters.unseen_count += self.steps * len(self.heads)
         self._counts.zero_()
         self._unseen_sum.zero_()
-        self._steps = 0
+        self.steps = 0
 
     def _trace(self, chosen: torch.Tensor, query: torch.Tensor) -> None:
         place = torch.arange(self.most_selected, device=chosen.device)

@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tieredkv import fingerprint, storage
 from tieredkv.cache import TieredCache
 from tieredkv.config import TierConfig
@@ -115,9 +117,10 @@ def check_video(stored: storage.Stored, video: VideoSource) -> None:
         )
 
 
-def map_cache(stored: storage.Stored, config: Any, tiers: TierConfig, tokens: int) -> TieredCache:
+def map_cache(stored: storage.Stored, config: Any, tiers: TierConfig, tokens: int, device: torch.device) -> TieredCache:
     """A cache of `tokens` tokens that reads the file as it is used; each layer is checked before its first use."""
     cache = TieredCache(config, tiers, prompt_tokens=tokens)
+    cache.place(device)
     for layer in cache.tiered_layers:
         prefix = f"layers.{layer.index:03}."
         names = [name for name in stored.names if name.startswith(prefix)]

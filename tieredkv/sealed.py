@@ -48,6 +48,7 @@ class SealedLayer:
 
         self.static = static.nonzero().squeeze(1)
         self.dynamic = (~static).nonzero().squeeze(1)
+        self._rows = self.dynamic.to(self.device)
         sinks, recent = layout.sink_chunks, layout.recent_pages
         width = table_width(plan, tiers.config, index, static)
         self.table = tiers.ledger.empty("tables", (heads, width), torch.int32, self.device).zero_()
@@ -129,7 +130,7 @@ class SealedLayer:
     def _set_lengths(self, retrieval: Retrieval) -> None:
         """Of the chunks selected, which are always full, as many as each head attends to."""
         full = torch.where(self._place < retrieval.selected.unsqueeze(1), self._c, 0)
-        self.lengths[self.dynamic, self._picked] = full.to(self.lengths.dtype)
+        self.lengths[self._rows, self._picked] = full.to(self.lengths.dtype)
 
     # ---- decode
 
@@ -221,16 +222,30 @@ class SealedLayer:
             )
 
     def _append(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        self.count_step()
+        tiers = self.tiers
+        tiers.ops.append(key, value, tiers.pool.pages, self.table, self.lengths, self._held)
+        self._held += 1
+
+    def count_step(self) -> None:
+        """Count a generated token. Raises `BudgetError` if there is no room for it."""
         if self.recent_tokens // self._c >= self.tiers.plan.layout.recent_pages:
             raise BudgetError(
                 f"the device has room for {self.generated} generated tokens and no more: ask for a larger "
                 "max_new_tokens before generating, so that it is reserved."
             )
-        tiers = self.tiers
-        tiers.ops.append(key, value, tiers.pool.pages, self.table, self.lengths, self._held)
-        self._held += 1
-        self.recent_tokens += 1
-        self.generated += 1
+        self.counted = (self.recent_tokens + 1, self.generated + 1, self.counted[2] + 1)
+
+    @property
+    def counted(self) -> tuple[int, int, int]:
+        """Tokens of the recent region, those of them that were generated, steps of the retrieval."""
+        return self.recent_tokens, self.generated, 0 if self.retrieval is None else self.retrieval.steps
+
+    @counted.setter
+    def counted(self, values: tuple[int, int, int]) -> None:
+        self.recent_tokens, self.generated = values[:2]
+        if self.retrieval is not None:
+            self.retrieval.steps = values[2]
 
     # ---- end
 

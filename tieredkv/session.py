@@ -24,6 +24,7 @@ from tieredkv.progress import IngestProgress, progress_bar
 from tieredkv.prompt import ChatTemplate, Turn, check_prompt
 from tieredkv.saved import SessionState
 from tieredkv.stats import Generation, IngestStats, Stats
+from tieredkv.steps import Steps
 from tieredkv.storage import Stored
 from tieredkv.video.frames import VideoSource, open_video
 
@@ -50,10 +51,8 @@ class VideoSession:
         """model, processor: as transformers loads them. The rest as in `tieredkv.open_session`."""
         self.family = models.video_family(model.config)
         device = model.get_input_embeddings().weight.device
-        if device.type != "cpu":
-            raise UnsupportedModelError(
-                f"the model is on {device}; tieredkv runs on the CPU only so far: load it there."
-            )
+        if device.type not in ("cpu", "cuda"):
+            raise UnsupportedModelError(f"the model is on {device}: tieredkv runs on CUDA devices and the CPU.")
         self.model, self.processor, self.tiers = model, processor, tiers
         self.template = ChatTemplate(self.family, processor)
         self.positions: Positions = positions
@@ -207,7 +206,7 @@ class VideoSession:
                 raise TieredKVError("this session has its video already: open another session for another video.")
             state = saved.state_of(stored)
             saved.check_origin(stored, self.model, self.processor)
-            cache = saved.map_cache(stored, self.model.config, self.tiers, state.tokens)
+            cache = saved.map_cache(stored, self.model.config, self.tiers, state.tokens, self._device)
             if self.tiers.host_kv_gb is not None:
                 what = f"the cache of {state.tokens:,} tokens"
                 check_host(cache.host_bytes, self.tiers.host_kv_gb, what, "raise host_kv_gb")
@@ -282,7 +281,6 @@ class VideoSession:
             cache.reserve(prefix + tail)
         cache.transfer.reset()
         positions = family.positions(model, self.head_tokens, video, prefix, prefix + tail, self.positions)
-        next_position = int(positions[0, -1]) + 1  # generated tokens go on after the prompt, on all axes
         with use_attention(model):
             # The question's last rows, which classify the heads, go in one call.
             first_calls = max(0, tail - self.tiers.prefill_chunk)
@@ -292,23 +290,20 @@ class VideoSession:
                 hidden = family.decode(model, embeddings, positions[:, begin:stop], cache)
             logits = family.logits(model, hidden[:, -1])
             cache.seal()
-            axes = positions.shape[0]
 
-            def step(token: int) -> torch.Tensor:
-                nonlocal next_position
-                ids = torch.tensor([[token]], device=self._device)
-                place = torch.full((axes, 1), next_position)
-                next_position += 1
-                hidden = family.decode(model, family.embed(model, ids), place, cache)
+            def forward(token: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+                hidden = family.decode(model, family.embed(model, token), place, cache)
                 return family.logits(model, hidden[:, -1])
 
+            # Generated tokens go on after the prompt, on all axes alike.
+            step = Steps(forward, cache, self._device, positions.shape[0], int(positions[0, -1]) + 1)
             placeholder = self.template.tokenize(self.template.video_token).expand(1, video.tokens)
             prompt_ids = torch.cat((self._head_ids, placeholder, tail_ids), dim=1).to(self._device)
             decoded = decode.run(model, prompt_ids, logits, step, new_tokens, options, self.processor.tokenizer)
-        return self._generation(cache, decoded, started, prefix + tail)
+        return self._generation(cache, decoded, started, prefix + tail, step.path)
 
     def _generation(
-        self, cache: TieredCache, decoded: decode.Decoded, started: float, prompt_tokens: int
+        self, cache: TieredCache, decoded: decode.Decoded, started: float, prompt_tokens: int, path: str
     ) -> Generation:
         assert self.video is not None
         cache.finish()
@@ -333,6 +328,7 @@ class VideoSession:
             ingest_s=self.ingest_s,
             ttft_s=decoded.first_token_at - started,
             tpot_ms=later / (count - 1) if count > 1 else None,
+            decode_path=path,
         )
         return Generation(self.template.text(decoded.token_ids), decoded.token_ids, stats, counters.trace)
 

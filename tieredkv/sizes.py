@@ -214,8 +214,18 @@ def ranking_bytes(shape: KVShape, tiers: TierConfig, layout: Layout, at_once: in
 
 
 def staging_bytes(shape: KVShape, block_tokens: int) -> int:
-    """Two buffers, one filled while the other is read, each the keys and values of `block_tokens` tokens of a layer."""
-    return 2 * 2 * shape.num_key_value_heads * block_tokens * shape.head_dim * shape.itemsize
+    """The most that staging takes, each buffer being the keys and values of `block_tokens` tokens of a layer."""
+    return 3 * buffer_bytes(shape, block_tokens)
+
+
+def buffer_bytes(shape: KVShape, block_tokens: int) -> int:
+    """Keys and values of `block_tokens` tokens of one layer."""
+    return 2 * shape.num_key_value_heads * block_tokens * shape.head_dim * shape.itemsize
+
+
+def staging_buffers(to_stage: int, block_tokens: int) -> int:
+    """Buffers to stage `to_stage` tokens: one being read, and one or, if all is more than a block, two to stage to."""
+    return 0 if to_stage == 0 else 2 if to_stage <= block_tokens else 3
 
 
 def scoring_bytes(shape: KVShape, tiers: TierConfig, tokens: int, rows: int, block_tokens: int) -> int:

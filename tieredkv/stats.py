@@ -85,6 +85,8 @@ class Stats:
     """Time to first token of this question, ingest excluded."""
     tpot_ms: float | None
     """Mean time per token after the first; None for a one-token answer."""
+    decode_path: str
+    """How tokens were decoded: "eager"; on a card "graph", captured once and replayed, or "eager: " and why not."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

@@ -1,4 +1,5 @@
-"""Attention in plain torch: what runs on a CPU-only machine, and what any kernel must agree with.
+"""Attention in plain torch: what runs on a CPU-only machine, what prefill runs everywhere, and what any kernel must
+agree with.
 
 Shapes: `H` query heads, `K` KV heads, `G = H // K`, `n` queries, `m` keys, `C` page tokens, `D` head dim,
 `P` pages per head. Query head `h` reads KV head `h // G`. lse is the log-sum-exp of a row's scaled logits, float32.
@@ -27,11 +28,11 @@ def attend(
         values = values.repeat_interleave(group, dim=0)
     else:  # no mask: the group folds into the query axis and nothing is repeated
         query = query.reshape(kv_heads, group * n, d)
-    out, lse = _flash_cpu(query, keys, values, scaling, causal)
+    out, lse = _flash(query, keys, values, scaling, causal)
     return out.reshape(heads, n, d), lse.reshape(heads, n)
 
 
-def _flash_cpu(
+def _flash(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
@@ -39,11 +40,26 @@ def _flash_cpu(
     causal: bool,
     mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """torch's own CPU flash attention, the one operator that also returns the lse. Private in torch; only used here."""
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0), 0.0, causal, attn_mask=mask, scale=scaling
-    )
-    return out.squeeze(0), lse.squeeze(0).float()
+    """torch's own attention, by the operators that also return the lse. They are private in torch; only used here.
+
+    query `(A, n, D)`, keys and values `(A, m, D)`. mask `(1, A, 1, m)`: added to the logits; not with `causal`.
+    """
+    batched = query.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0)
+    if query.device.type == "cpu":
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *batched, 0.0, causal, attn_mask=mask, scale=scaling
+        )
+    elif mask is not None:  # a few rows over gathered pages
+        logits = (batched[0] @ batched[1].mT).float() * scaling + mask
+        lse = logits.logsumexp(-1)
+        out = (logits - lse.unsqueeze(-1)).exp().to(values.dtype) @ batched[2]
+    elif query.dtype == torch.float32:  # no flash attention there
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+            *batched, None, True, 0.0, causal, scale=scaling
+        )
+    else:
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(*batched, 0.0, causal, False, scale=scaling)
+    return out.squeeze(0), lse.squeeze(0)[:, : query.shape[1]].float()
 
 
 def merge(
@@ -105,7 +121,7 @@ def paged_attention(
         keys = rows.index_select(0, ids).float().view(kv_heads, -1, d)
         values = rows.index_select(0, ids.add_(c)).float().view(kv_heads, -1, d)
         hidden = torch.where(within < lengths[:, part].unsqueeze(-1), 0.0, HIDDEN).view(1, kv_heads, 1, -1)
-        out, lse = _flash_cpu(folded, keys, values, scaling, False, hidden)
+        out, lse = _flash(folded, keys, values, scaling, False, hidden)
         step = out.reshape(heads, n, d), lse.reshape(heads, n)
         merged = step if merged is None else merge(*merged, *step)
     if merged is None or bool((merged[1] < HIDDEN / 2).any()):

@@ -1,7 +1,4 @@
-"""Host tier: the complete keys and values of the prompt, head-major in chunks.
-
-One `HostLayer` per model layer. Page-locking on CUDA machines belongs here (one registered arena per session).
-"""
+"""Host tier: the complete keys and values of the prompt, head-major in chunks. One `HostLayer` per model layer."""
 
 from __future__ import annotations
 
@@ -10,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from tieredkv.memory.limits import check_host_memory
+from tieredkv.memory.pagelock import PageLocker, aligned
 
 GROWTH_TOKENS = 256
 """Least room, in tokens, by which a layer grows beyond what it must hold."""
@@ -18,7 +16,10 @@ GROWTH_TOKENS = 256
 class HostLayer:
     """All cached tokens of one layer: `(K, chunks, 2, C, D)`, keys at index 0 and values at 1 of the third axis."""
 
-    def __init__(self, num_heads: int, head_dim: int, chunk_tokens: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, num_heads: int, head_dim: int, chunk_tokens: int, dtype: torch.dtype, locker: PageLocker | None = None
+    ) -> None:
+        """locker: keeps the memory page-locked, for a card to read."""
         self.num_heads, self.head_dim, self.chunk_tokens, self.dtype = (
             num_heads,
             head_dim,
@@ -26,6 +27,7 @@ class HostLayer:
             dtype,
         )
         self.length = 0
+        self._locker = locker
         self._arena = torch.empty((num_heads, 0, 2, chunk_tokens, head_dim), dtype=dtype)
 
     @property
@@ -56,11 +58,20 @@ class HostLayer:
         what = f"one layer's host cache of {tokens:,} tokens"
         check_host_memory(self.bytes_for(tokens), what, "shorten the prompt or the video")
         shape = (self.num_heads, chunks, 2, self.chunk_tokens, self.head_dim)
-        with torch.inference_mode(False):  # or the copy thread may not write into it
-            grown = torch.empty(shape, dtype=self.dtype)
+        grown = self._empty(shape)
         used = -(-self.length // self.chunk_tokens)
         grown[:, :used] = self._arena[:, :used]
-        self._arena = grown
+        self._replace(grown)
+
+    def _empty(self, shape: tuple[int, ...]) -> torch.Tensor:
+        with torch.inference_mode(False):  # or the copy thread may not write into it
+            return torch.empty(shape, dtype=self.dtype) if self._locker is None else aligned(shape, self.dtype)
+
+    def _replace(self, arena: torch.Tensor) -> None:
+        if self._locker is not None:
+            self._locker.unlock(self._arena)
+            self._locker.lock(arena)
+        self._arena = arena
 
     def make_room(self, tokens: int) -> None:
         """Grow, by an eighth or more, if `tokens` more do not fit."""
@@ -70,7 +81,8 @@ class HostLayer:
     def write(self, keys: torch.Tensor, values: torch.Tensor) -> int:
         """Write keys and values, each `(K, n, D)`, after those held, where there is room; `advance` counts them.
 
-        Returns the bytes written. May run on another thread while chunks of what is held are read.
+        Returns the bytes written. May run on another thread while chunks of what is held are read. What comes from a
+        card may arrive later, in the order of the current stream.
         """
         n, done = keys.shape[1], 0
         while done < n:
@@ -79,8 +91,13 @@ class HostLayer:
                 whole = (n - done) // self.chunk_tokens
                 take = whole * self.chunk_tokens
                 shape = (self.num_heads, whole, self.chunk_tokens, self.head_dim)
-                self._arena[:, chunk : chunk + whole, 0] = keys[:, done : done + take].reshape(shape)
-                self._arena[:, chunk : chunk + whole, 1] = values[:, done : done + take].reshape(shape)
+                parts = [part[:, done : done + take].reshape(shape) for part in (keys, values)]
+                to = self._arena[:, chunk : chunk + whole]
+                if keys.device.type == "cpu":
+                    to[:, :, 0], to[:, :, 1] = parts
+                else:  # one contiguous copy per head
+                    for place, packed in zip(to, torch.stack(parts, dim=2), strict=True):
+                        place.copy_(packed, non_blocking=True)
             else:
                 take = min(self.chunk_tokens - offset, n - done)
                 self._arena[:, chunk, 0, offset : offset + take] = keys[:, done : done + take]
@@ -130,7 +147,8 @@ class HostLayer:
         """
         chunks = -(-(self.length + room) // self.chunk_tokens)
         if chunks < self._arena.shape[1]:
-            self._arena = self._arena[:, :chunks].contiguous()
+            shape = (self.num_heads, chunks, *self._arena.shape[2:])
+            self._replace(self._empty(shape).copy_(self._arena[:, :chunks]))
         last, offset = divmod(self.length, self.chunk_tokens)
         if offset:
             self._arena[:, last, :, offset:] = 0
@@ -142,10 +160,11 @@ class HostLayer:
         heads, _, two, c, d = arena.shape
         if (heads, two, c, d) != (self.num_heads, 2, self.chunk_tokens, self.head_dim) or arena.dtype != self.dtype:
             raise ValueError(f"an arena of shape {tuple(arena.shape)} and {arena.dtype} is not this layer's")
-        self._arena, self.length = arena, 0
+        self.length = 0
+        self._replace(arena if self._locker is None else self._empty(arena.shape).copy_(arena))
         self.advance(length)
 
     def close(self) -> None:
         """Free the memory. The layer is empty afterwards."""
-        self._arena = self._arena.new_empty((self.num_heads, 0, 2, self.chunk_tokens, self.head_dim))
+        self._replace(self._arena.new_empty((self.num_heads, 0, 2, self.chunk_tokens, self.head_dim)))
         self.length = 0

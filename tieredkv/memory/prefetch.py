@@ -6,18 +6,21 @@ from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Protocol
 
+import torch
+
 
 class Prefetcher(Protocol):
     """Runs copies in the background, at most one outstanding per key.
 
-    A slot that is the target of a submitted copy must not be read or written until `wait` on its key has returned.
+    What a submitted copy writes must not be read or written, nor what it reads be written, until `wait` on its key has
+    returned. On a card that holds for work given to the device afterwards; the host itself must `drain` first.
     """
 
     def submit(self, key: Hashable, copy: Callable[[], int]) -> None:
         """Start `copy`, which returns the bytes it moved. The key must have nothing outstanding."""
 
     def wait(self, key: Hashable) -> int:
-        """Block until the key's copy is done; bytes moved, 0 when nothing was outstanding. Raises what it raised."""
+        """What follows happens after the copy; bytes moved, 0 if nothing was outstanding. Raises what it raised."""
 
     def drain(self) -> None:
         """Block until nothing is outstanding, whatever became of it: for slots that are given up."""
@@ -55,3 +58,39 @@ class ThreadPrefetcher:
     def close(self) -> None:
         self._executor.shutdown(wait=True)
         self._pending.clear()
+
+
+class StreamCopies:
+    """Prefetcher on a CUDA stream of its own. Nothing here waits on the host but `drain` and `close`.
+
+    A copy starts after all that was given to the current stream before it, and `wait` makes what follows there start
+    after the copy: events both ways, so that no buffer is refilled while it is read. Both may be captured in a graph.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+        self._pending: dict[Hashable, tuple[torch.cuda.Event, int, Callable[[], int]]] = {}
+
+    def submit(self, key: Hashable, copy: Callable[[], int]) -> None:
+        if key in self._pending:
+            raise RuntimeError(f"a copy for {key!r} is outstanding: wait for it first")
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            moved = copy()
+            done = torch.cuda.Event()
+            done.record(self._stream)
+        # The copy is kept: what it reads and writes must not be freed before it is done.
+        self._pending[key] = (done, moved, copy)
+
+    def wait(self, key: Hashable) -> int:
+        done, moved, _ = self._pending.pop(key, (None, 0, None))
+        if done is not None:
+            torch.cuda.current_stream(self._stream.device).wait_event(done)
+        return moved
+
+    def drain(self) -> None:
+        self._stream.synchronize()
+        self._pending.clear()
+
+    def close(self) -> None:
+        self.drain()

@@ -30,6 +30,10 @@ class Basis:
         """What it takes to rank the chunks of some heads: nothing can be sketched with it."""
         return Basis(self.down[:0], self.up[heads], self.centre[heads])
 
+    def to(self, device: torch.device) -> Basis:
+        """The same elsewhere."""
+        return Basis(self.down.to(device), self.up.to(device), self.centre.to(device))
+
     @property
     def nbytes(self) -> int:
         """Bytes of all parts."""
