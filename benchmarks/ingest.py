@@ -22,15 +22,15 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import platform
 import resource
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from origin import processor_name, versions
 
 KIB = 1024 if sys.platform == "linux" else 1
 """Bytes in a unit of `ru_maxrss`."""
@@ -129,19 +129,6 @@ def one_after_the_other(model: Any, processor: Any, path: Path, options: dict[st
         head, bar = torch.zeros((1, 15), dtype=torch.long), IngestProgress(False, 0, None)
         ingest.prefill(Pipeline(), family, model, iter(encoded), head, video.grid, "published", cache, bar)
     return time.perf_counter() - started
-
-
-def processor_name() -> str:
-    """What the kernel calls the processor, where it says."""
-    try:
-        names = [
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ]
-    except OSError:
-        names = []
-    return names[0] if names else platform.machine()
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
@@ -249,10 +236,7 @@ def main() -> None:
         f"--gpu-kv-gb {arguments.gpu_kv_gb:g}",
         "date": datetime.date.today().isoformat(),
         "machine": f"{processor_name()}, {torch.get_num_threads()} threads, no GPU used",
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("tieredkv", "torch", "transformers", "av")},
-        },
+        "versions": versions("av"),
     }
     report = [{**row, **about} for row in rows]
     if arguments.plot:

@@ -22,7 +22,6 @@ import json
 import math
 import multiprocessing
 import os
-import platform
 import sys
 import time
 from collections.abc import Iterable
@@ -272,28 +271,18 @@ def _keyed(unit: Unit) -> tuple[Unit, list[dict[str, Any]]]:
     return unit, run(unit)
 
 
-def origin(arguments: argparse.Namespace, suite: str) -> dict[str, Any]:
+def about(arguments: argparse.Namespace, suite: str) -> dict[str, Any]:
     """Where, when, with what, and by which command."""
     import dataclasses
 
-    import torch
-    import transformers
     import video_tasks
+    from origin import origin
 
     import tieredkv
 
-    info = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    cpu = next((line.split(":")[1].strip() for line in info if "model name" in line), platform.processor())
     method = dataclasses.asdict(tieredkv.TierConfig().method)
     return {
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{os.cpu_count()} cores of {cpu}",
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "tieredkv": tieredkv.__version__,
-        },
+        **origin(),
         "command": " ".join(["python benchmarks/quality.py --suite", suite, *_chosen(arguments)]),
         "seeds": {"video": f"{video_tasks.FIRST_SEED} + 1000 * tokens + number", "text": "number"},
         "defaults": {name: value for name, value in method.items() if not callable(value) and name != "summary"},
@@ -336,7 +325,7 @@ def main() -> None:
         result = {
             "benchmark": "quality",
             "suite": suite,
-            **origin(arguments, suite),
+            **about(arguments, suite),
             "settings": settings,
             "seconds": round(time.perf_counter() - started, 1),
             "rows": [{name: _rounded(value) for name, value in row.items()} for row in rows],

@@ -196,8 +196,11 @@ def _ranked_chunk_bytes(shape: KVShape, tiers: TierConfig) -> int:
 
 
 def ranked_chunks_at_once(shape: KVShape, tiers: TierConfig, layout: Layout) -> int:
-    """Chunks of one layer to rank at a time: as many as take a 64th of the cap, but not fewer than 512 tokens'."""
-    fit = tiers.cap_bytes // 64 // _ranked_chunk_bytes(shape, tiers)
+    """Chunks of one layer to rank at a time: as many as take a 64th of the cap, between 512 and 4,096 tokens' worth.
+
+    More would not be faster: what is unpacked of them must stay in a processor's cache.
+    """
+    fit = min(tiers.cap_bytes // 64 // _ranked_chunk_bytes(shape, tiers), 8 * _least_ranked(tiers))
     return max(1, min(layout.retrievable, max(fit, _least_ranked(tiers))))
 
 

@@ -1,0 +1,142 @@
+"""Decoding on a CPU: tieredkv at a tenth of the tokens beside stock full caches, in one run, on one machine.
+
+    python benchmarks/decode_cpu.py            8k to 64k tokens, layers of Qwen2.5-7B's shape; minutes
+    python benchmarks/decode_cpu.py --quick    a small shape, to see that it runs
+
+A stack of layers of the real shape, float32, batch 1, as many as fit; no vocabulary to speak of. Baselines are
+transformers' own caches under sdpa: the dynamic one, which grows by a copy each step, and the static one, which is
+preallocated; the faster counts. Steps are timed in turns, each kind once per round, and the median is taken. Prints a
+table, and one line of JSON at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from origin import origin
+from synthetic import fill, keys_and_values, make_model
+
+from tieredkv import TierConfig, TieredCache, use_attention
+from tieredkv.config import GIB
+from tieredkv.sizes import model_shape
+
+RESULT = Path(__file__).parent / "results" / "decode-cpu.json"
+
+
+def stock(model: Any, tokens: int, kind: str, steps: int) -> Callable[[int], None]:
+    """One decoding step of a stock cache of `tokens` tokens."""
+    from transformers import DynamicCache, StaticCache
+
+    cache = (
+        DynamicCache(config=model.config)
+        if kind == "dynamic"
+        else StaticCache(config=model.config, max_cache_len=tokens + steps)
+    )
+    for index in range(model.config.num_hidden_layers if tokens else 0):
+        keys, values = keys_and_values(model, tokens, index)
+        cache.update(keys[None], values[None], index)
+
+    def step(count: int) -> None:
+        model(torch.tensor([[7]]), past_key_values=cache, position_ids=torch.tensor([[tokens + count]]))
+
+    return step
+
+
+def tiered(model: Any, tokens: int, tiers: TierConfig, steps: int) -> tuple[Callable[[int], None], TieredCache]:
+    """One decoding step of ours."""
+    cache = TieredCache(model.config, tiers, max_new_tokens=steps)
+    fill(cache, model, tokens)
+
+    def step(count: int) -> None:
+        with use_attention(model):
+            model(torch.tensor([[7 + count % 5]]), past_key_values=cache, position_ids=torch.tensor([[tokens + count]]))
+
+    return step, cache
+
+
+def measure(model: Any, tokens: int, budget: float, rounds: int) -> dict[str, Any]:
+    """A row: milliseconds per step of each kind, and what ours held and copied."""
+    steps = rounds + 2
+    full_bytes = tokens * model_shape(model.config, model.dtype).token_bytes
+    tiers = TierConfig(gpu_kv_gb=max(0.5, full_bytes / GIB), budget_ratio=budget)
+    ours, cache = tiered(model, tokens, tiers, steps)
+    kinds = {
+        "floor": stock(model, 0, "dynamic", steps),
+        "dynamic": stock(model, tokens, "dynamic", steps),
+        "static": stock(model, tokens, "static", steps),
+        "tiered": ours,
+    }
+    times: dict[str, list[float]] = {name: [] for name in kinds}
+    with torch.inference_mode():
+        for count in range(steps):
+            for name, step in kinds.items():
+                begin = time.perf_counter()
+                step(count)
+                times[name].append(1000 * (time.perf_counter() - begin))
+    median = {name: statistics.median(each[2:]) for name, each in times.items()}
+    counters, held = cache.counters, cache.ledger.used_bytes
+    full = min(median["dynamic"], median["static"])
+    cache.close()
+    return {
+        "tokens": tokens,
+        "floor_ms": median["floor"],
+        "dynamic_ms": median["dynamic"],
+        "static_ms": median["static"],
+        "full_ms": full,
+        "tiered_ms": median["tiered"],
+        "ratio": full / median["tiered"],
+        "hit_rate": counters.hit_rate,
+        "copied_bytes_per_step": counters.missed_bytes / steps,
+        "kv_ratio": held / full_bytes,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 16384, 32768, 65536])
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--budget", type=float, default=0.1)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--threads", type=int, help="torch's own choice by default")
+    parser.add_argument("--out", type=Path, help=f"also write the result here, as {RESULT} was")
+    parser.add_argument("--quick", action="store_true", help="a small shape and few tokens")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    lengths = [1024, 2048] if arguments.quick else arguments.tokens
+    shape = "tiny" if arguments.quick else "7b"
+    model = make_model(shape, "cpu", torch.float32, num_hidden_layers=arguments.layers, vocab_size=256)
+    heads = ("floor", "dynamic", "static", "tiered")
+    print(f"{'tokens':>7} {' '.join(f'{name:>8}' for name in heads)} {'ratio':>6} {'hits':>6} {'memory':>7}")
+    rows = []
+    for tokens in lengths:
+        row = measure(model, tokens, arguments.budget, 2 if arguments.quick else arguments.rounds)
+        rows.append(row)
+        print(
+            f"{tokens:>7,} {row['floor_ms']:>8.1f} {row['dynamic_ms']:>8.1f} {row['static_ms']:>8.1f} "
+            f"{row['tiered_ms']:>8.1f} {row['ratio']:>6.2f} {row['hit_rate']:>6.1%} {row['kv_ratio']:>7.1%}",
+            flush=True,
+        )
+    result = {
+        "benchmark": "decode_cpu",
+        **origin(),
+        "shape": shape,
+        "layers": arguments.layers,
+        "budget": arguments.budget,
+        "threads": torch.get_num_threads(),
+        "rows": [{name: round(v, 4) if isinstance(v, float) else v for name, v in row.items()} for row in rows],
+    }
+    if arguments.out:
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Where, when and with what a benchmark ran: written beside every result."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+
+def processor_name() -> str:
+    """As the system names it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Of Python, tieredkv, torch, transformers and these packages."""
+
+    def of(name: str) -> str:
+        try:
+            return version(name)
+        except PackageNotFoundError:  # run from a source tree
+            return "not installed"
+
+    return {
+        "python": platform.python_version(),
+        **{name: of(name) for name in ("tieredkv", "torch", "transformers", *packages)},
+    }
+
+
+def origin(*packages: str) -> dict[str, Any]:
+    """Date, machine, versions and the command that is running."""
+    import torch
+
+    card = f"; {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU used"
+    return {
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{os.cpu_count()} cores of {processor_name()}{card}",
+        "versions": versions(*packages, *(["triton"] if torch.cuda.is_available() else [])),
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+    }

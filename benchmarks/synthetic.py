@@ -1,0 +1,88 @@
+"""Models of real shapes with random weights, and caches filled without a prefill: for benchmarks of decoding.
+
+Keys and values are random; queries are what random weights make of tokens. Sizes, copies and arithmetic are those of a
+real model; which chunks are chosen is not, so hit rates are reported beside what they cost.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tieredkv import TieredCache
+from tieredkv.prefill import TextRows
+
+SHAPES: dict[str, dict[str, int]] = {
+    "7b": {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+    },
+    "3b": {
+        "hidden_size": 2048,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+    },
+    "tiny": {
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "vocab_size": 512,
+    },
+}
+"""Decoders of Qwen2.5-VL-7B and 3B, and one to see that a benchmark runs."""
+
+
+def make_model(shape: str, device: str, dtype: torch.dtype, **changes: int) -> Any:
+    """A Qwen2 decoder of the given shape, with sdpa; weights are random and small."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        **{**SHAPES[shape], **changes}, max_position_embeddings=2**20, rope_theta=1e6, tie_word_embeddings=False
+    )
+    config._attn_implementation = "sdpa"
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return Qwen2ForCausalLM(config).eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def keys_and_values(model: Any, tokens: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of a layer, each `(K, N, D)`, on the model's device: the same whenever they are asked for."""
+    config = model.config
+    head_dim = config.hidden_size // config.num_attention_heads
+    generator = torch.Generator(device=model.device).manual_seed(1000 * layer + tokens)
+    shape = (config.num_key_value_heads, tokens, head_dim)
+    return tuple(  # type: ignore[return-value]
+        torch.randn(shape, generator=generator, device=model.device, dtype=model.dtype) for _ in range(2)
+    )
+
+
+def fill(cache: TieredCache, model: Any, tokens: int) -> None:
+    """Put `tokens` tokens into a cache as a prefill would, and seal it.
+
+    What the text rows say is made up so that no head is static: the dearest case, and what trained models come to.
+    """
+    for index, layer in enumerate(cache.tiered_layers):
+        keys, values = keys_and_values(model, tokens, index)
+        layer.lazy_initialization(keys[None, :, :1], values[None, :, :1])
+        assert layer.host is not None
+        layer.append(keys.cpu(), values.cpu())
+        layer._query_moment = torch.eye(keys.shape[-1]).expand(len(keys), -1, -1).to(keys.device)
+        even = torch.rand(2, len(keys), tokens)
+        layer.rows = TextRows(torch.zeros(len(keys)), even / even.sum(-1, keepdim=True), count=32)
+    cache.text_rows = 32
+    cache.settle()
+    cache.seal()
