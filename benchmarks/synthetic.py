@@ -6,11 +6,16 @@ real model; which chunks are chosen is not, so hit rates are reported beside wha
 
 from __future__ import annotations
 
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from tieredkv import TieredCache
+from tieredkv.ops import Ops
 from tieredkv.prefill import TextRows
 
 SHAPES: dict[str, dict[str, int]] = {
@@ -86,3 +91,53 @@ def fill(cache: TieredCache, model: Any, tokens: int) -> None:
     cache.text_rows = 32
     cache.settle()
     cache.seal()
+
+
+class Drift:
+    """Operations whose ranks follow a script, so that a set share of the chunks chosen is in the pool already.
+
+    Each head goes through its chunks in a random order, by so many chunks a step that `hit_rate` of those chosen were
+    chosen the step before. Everything else is done as ever, the real ranking too; only its outcome is not used.
+    """
+
+    def __init__(self, ops: Ops, hit_rate: float) -> None:
+        self.hit_rate, self._real = hit_rate, ops
+        self._scripts: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        self.ops = replace(ops, chunk_ranks=self._ranks)
+
+    def begin(self, cache: TieredCache) -> None:
+        """Write the script for a cache that was sealed with these operations."""
+        for layer in cache.tiered_layers:
+            assert layer.sealed is not None
+            retrieval = layer.sealed.retrieval
+            if retrieval is not None:
+                chosen = retrieval.residency.chosen
+                order = torch.rand(chosen.shape, device=chosen.device).argsort(dim=1)
+                shift = ((1 - self.hit_rate) * retrieval.selected).round().long().unsqueeze(1)
+                self._scripts[chosen.data_ptr()] = order, shift, torch.zeros_like(shift)
+
+    def _ranks(self, logits: torch.Tensor, chosen: torch.Tensor, group: str, stay: float) -> torch.Tensor:
+        ranks = self._real.chunk_ranks(logits, chosen, group, stay)
+        order, shift, place = self._scripts[chosen.data_ptr()]
+        place += shift
+        return ranks.copy_(-torch.remainder(order - place, chosen.shape[1]))
+
+
+def milliseconds(step: Callable[[], object], rounds: int, device: str) -> float:
+    """Median time of a step after two that do not count; on a card by its own clock."""
+    times = []
+    for count in range(rounds + 2):
+        if device == "cpu":
+            begin = time.perf_counter()
+            step()
+            took = 1000 * (time.perf_counter() - begin)
+        else:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            step()
+            end.record()
+            end.synchronize()
+            took = start.elapsed_time(end)
+        if count >= 2:
+            times.append(took)
+    return statistics.median(times)

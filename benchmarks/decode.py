@@ -1,0 +1,175 @@
+"""Decoding on a card: milliseconds per token of stock caches and of ours, at real shapes, batch 1.
+
+    python benchmarks/decode.py                  Qwen2.5-VL-7B and 3B, 8k to 256k cached tokens
+    python benchmarks/decode.py --quick          a small shape; runs on a CPU too (--device cpu)
+
+For every shape and length, in one run: the weights alone (an empty cache: the floor), transformers' cache on the card
+under sdpa, its static cache compiled (at one length: compiling takes minutes), its offloaded cache, and tieredkv with
+every chunk chosen anew and speculating. Weights, keys and values are random. How many of the chosen chunks are in the
+pool already decides how much is copied, and random queries do not say: so ranks follow a script (`synthetic.Drift`)
+that sets the hit rate; all of a step's work is done, only the outcome of the ranking is not used. Prints a table, where
+memory ran out too, and one line of JSON at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from origin import origin
+from synthetic import Drift, fill, keys_and_values, make_model, milliseconds
+
+from tieredkv import TierConfig, TieredCache, use_attention
+from tieredkv.config import GIB
+from tieredkv.ops import ops_for
+from tieredkv.sizes import model_shape
+from tieredkv.steps import Steps
+
+ROUNDS = 20
+
+
+def stock(model: Any, tokens: int, kind: str, device: str) -> Callable[[], object]:
+    """A decoding step of a stock cache: "full", "offloaded", or "static", compiled."""
+    from transformers import DynamicCache, StaticCache
+
+    cache: Any
+    if kind == "static":
+        cache = StaticCache(config=model.config, max_cache_len=tokens + 64)
+    else:
+        cache = DynamicCache(config=model.config, offloading=kind == "offloaded")
+    for index in range(model.config.num_hidden_layers if tokens else 0):
+        keys, values = keys_and_values(model, tokens, index)
+        cache.update(keys[None], values[None], index)
+    forward = torch.compile(model, mode="reduce-overhead") if kind == "static" else model
+    token, place = torch.full((1, 1), 7, device=device), torch.full((1, 1), tokens, device=device)
+
+    def step() -> None:
+        forward(token, past_key_values=cache, position_ids=place)
+        place.add_(1)
+
+    return step
+
+
+def tiered(model: Any, tokens: int, hit_rate: float, speculative: bool, budget: float, device: str) -> dict[str, Any]:
+    """A row of ours: time per step and what was copied in it."""
+    full_gib = tokens * model_shape(model.config, model.dtype).token_bytes / GIB
+    tiers = TierConfig(gpu_kv_gb=max(0.5, full_gib), budget_ratio=budget, reuse_above=0.8 if speculative else None)
+    with TieredCache(model.config, tiers, max_new_tokens=3 * ROUNDS, prompt_tokens=tokens + 256) as cache:
+        drift = Drift(ops_for(torch.device(device)), hit_rate)
+        cache.ops = drift.ops
+        fill(cache, model, tokens)
+        drift.begin(cache)
+
+        def forward(token: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+            return model(token, past_key_values=cache, position_ids=place).logits[:, -1]
+
+        steps = Steps(forward, cache, torch.device(device), axes=1, position=tokens)
+        with use_attention(model):
+            for _ in range(3):
+                steps(7)  # the first chunks, compilation, and the graph
+            before = cache.counters.missed_bytes, cache.counters.selected, cache.counters.resident
+            ms = milliseconds(lambda: steps(7), ROUNDS, device)
+            counters = cache.counters
+            kernels = share_of_kernels(lambda: steps(7), device)
+        count = ROUNDS + 2
+        moved = (counters.missed_bytes - before[0]) / count
+        return {
+            "ms": ms,
+            "path": steps.path,
+            "hit_rate": (counters.resident - before[2]) / max(1, counters.selected - before[1]),
+            "bytes_per_step": moved,
+            "device_bytes": cache.ledger.used_bytes,
+            "kernels": kernels,
+        }
+
+
+def share_of_kernels(step: Callable[[], object], device: str) -> dict[str, float]:
+    """Share of a step's time on the card in each kernel, the dearest ten; empty on a CPU."""
+    if device == "cpu":
+        return {}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(4):
+            step()
+        torch.cuda.synchronize()
+    events = [(event.key, event.self_device_time_total) for event in profile.key_averages()]
+    whole = sum(took for _, took in events) or 1
+    best = sorted(events, key=lambda event: -event[1])[:10]
+    return {name[:60]: round(took / whole, 4) for name, took in best}
+
+
+def measure(model: Any, shape: str, tokens: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """All rows of one shape and length."""
+    device, rows = arguments.device, []
+
+    def row(kind: str, of: Callable[[], dict[str, Any]], **more: Any) -> None:
+        try:
+            made = of()
+        except torch.OutOfMemoryError:
+            made = {"error": "out of memory"}
+        if device != "cpu":
+            torch.cuda.empty_cache()
+        rows.append({"shape": shape, "tokens": tokens, "kind": kind, **more, **made})
+        shown = f"{made['ms']:9.2f} ms" if "ms" in made else made["error"]
+        aside = f"{made['bytes_per_step'] / 1e6:8.1f} MB/step {made['path']}" if "path" in made else ""
+        print(f"{shape} {tokens:>8,} {kind:<12} {more.get('target', ''):>5} {shown} {aside}", flush=True)
+
+    def timed(kind: str, length: int) -> dict[str, Any]:
+        return {"ms": milliseconds(stock(model, length, kind, device), ROUNDS if kind != "offloaded" else 4, device)}
+
+    row("floor", lambda: timed("full", 0))
+    row("full", lambda: timed("full", tokens))
+    if tokens in arguments.compile_at:
+        row("static", lambda: timed("static", tokens))
+    if device != "cpu":  # which needs streams
+        row("offloaded", lambda: timed("offloaded", tokens))
+    for target in arguments.hit_rates:
+        row("tiered", partial(tiered, model, tokens, target, False, arguments.budget, device), target=target)
+    row("speculative", partial(tiered, model, tokens, 0.8, True, arguments.budget, device), target=0.8)
+    best = min((one["ms"] for one in rows if one["kind"] == "tiered" and "ms" in one), default=None)
+    floor, full = (next(one.get("ms") for one in rows if one["kind"] == kind) for kind in ("floor", "full"))
+    for one in rows:
+        if "ms" in one:
+            one["over_floor"] = one["ms"] / floor
+            one["speedup_over_full"] = None if full is None else full / one["ms"]
+        if "bytes_per_step" in one and best is not None:
+            one["stall_ms"] = one["ms"] - best
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=["7b", "3b"])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768, 131072, 262144])
+    parser.add_argument("--hit-rates", type=float, nargs="+", default=[0.0, 0.5, 0.8, 0.95])
+    parser.add_argument("--compile-at", type=int, nargs="*", default=[131072], help="lengths of the compiled baseline")
+    parser.add_argument("--budget", type=float, default=0.05, help="share of the tokens that a step attends to")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--out", type=Path, help="also write the result here")
+    parser.add_argument("--quick", action="store_true", help="a small shape and few tokens")
+    arguments = parser.parse_args()
+    if arguments.device != "cpu" and not torch.cuda.is_available():
+        parser.error("there is no CUDA device here: give --device cpu, with --quick, to see that it runs")
+    if arguments.quick:
+        arguments.shapes, arguments.tokens, arguments.compile_at = ["tiny"], [4096], []
+        arguments.hit_rates = [0.0, 0.8]
+    dtype, rows = torch.float32 if arguments.device == "cpu" else torch.bfloat16, []
+    with torch.inference_mode():
+        for shape in arguments.shapes:
+            model = make_model(shape, arguments.device, dtype)
+            for tokens in arguments.tokens:
+                rows += measure(model, shape, tokens, arguments)
+            del model
+    result = {"benchmark": "decode", **origin(), "budget": arguments.budget, "rows": rows}
+    if arguments.out:
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

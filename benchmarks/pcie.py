@@ -1,0 +1,181 @@
+"""The link between host and card: what it gives, and what a decoding step is worth at slower ones.
+
+    python benchmarks/pcie.py            on a CUDA device; a minute or two
+    python benchmarks/pcie.py --quick    few sizes, a small shape
+
+First the link by itself, out of page-locked memory: large copies each way, then scattered pieces of 4 KiB to 1 MiB, by
+the kernel that a decoding step uses and by a gather on the host with one copy. Then milliseconds per token against the
+link's speed: the real one, and slower ones by moving the same bytes 2, 4 and 8 times. Beside them what the planner
+says: the step without copies, and on top of it the time of its copies. Draws the second part with --plot; prints a
+table, and one line of JSON at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from origin import origin
+from synthetic import Drift, fill, make_model, milliseconds
+
+from tieredkv import TierConfig, TieredCache, use_attention
+from tieredkv.config import GIB
+from tieredkv.memory import residency
+from tieredkv.memory.pagelock import PageLocker, aligned
+from tieredkv.ops import Ops, triton
+from tieredkv.plan_table import LINKS
+from tieredkv.sizes import model_shape
+from tieredkv.steps import Steps
+
+ROUNDS = 20
+
+
+def rate(nbytes: int, ms: float) -> float:
+    """GB/s."""
+    return nbytes / ms / 1e6
+
+
+def contiguous(host: torch.Tensor, device: torch.Tensor) -> list[dict[str, Any]]:
+    """Large copies each way."""
+    flat = host.view(-1)[: device.numel()].view(device.shape)
+    ways: dict[str, Callable[[], object]] = {
+        "host to device": lambda: device.copy_(flat, non_blocking=True),
+        "device to host": lambda: flat.copy_(device, non_blocking=True),
+    }
+    return [
+        {"kind": name, "bytes": device.nbytes, "gb_s": rate(device.nbytes, milliseconds(copy, ROUNDS, "cuda"))}
+        for name, copy in ways.items()
+    ]
+
+
+def scattered(memory: torch.Tensor, piece_bytes: int, pieces: int) -> list[dict[str, Any]]:
+    """Pieces of a size from random places to random slots, by kernel and by way of the host."""
+    arena = memory.view(1, -1, 2, 1, piece_bytes // 4)
+    pages = torch.empty(pieces, 2, 1, piece_bytes // 4, dtype=torch.int16, device="cuda")
+    ids, heads = torch.randint(arena.shape[1], (pieces,)), torch.zeros(pieces, dtype=torch.int64)
+    slots = torch.randperm(pieces, device="cuda")
+    on_card = heads.cuda(), ids.cuda()
+    ways: dict[str, Callable[[], object]] = {
+        "kernel": lambda: triton().fetch(arena, pages, *on_card, slots),
+        "by way of the host": lambda: residency.fetch(arena, pages, heads, ids, slots),
+    }
+    return [
+        {"kind": name, "piece_bytes": piece_bytes, "pieces": pieces, "gb_s": rate(pages.nbytes, ms)}
+        for name, way in ways.items()
+        for ms in [milliseconds(way, ROUNDS, "cuda")]
+    ]
+
+
+def slower(ops: Ops, times: int) -> Ops:
+    """Operations that copy every missed chunk `times` times."""
+
+    def gather(*arguments: Any) -> None:
+        for _ in range(times):
+            ops.gather(*arguments)
+
+    return replace(ops, gather=gather)
+
+
+def token_time(model: Any, tokens: int, hit_rate: float, times: int, budget: float) -> dict[str, Any]:
+    """Milliseconds per token where every missed chunk is copied `times` times, and the bytes of one copy of them."""
+    full_gib = tokens * model_shape(model.config, model.dtype).token_bytes / GIB
+    tiers = TierConfig(gpu_kv_gb=max(0.5, full_gib), budget_ratio=budget)
+    with TieredCache(model.config, tiers, max_new_tokens=3 * ROUNDS, prompt_tokens=tokens + 256) as cache:
+        drift = Drift(slower(triton(), times), hit_rate)
+        cache.ops = drift.ops
+        fill(cache, model, tokens)
+        drift.begin(cache)
+        steps = Steps(
+            lambda token, place: model(token, past_key_values=cache, position_ids=place).logits[:, -1],
+            cache,
+            torch.device("cuda"),
+            axes=1,
+            position=tokens,
+        )
+        with use_attention(model):
+            for _ in range(3):
+                steps(7)
+            before = cache.counters.missed_bytes
+            ms = milliseconds(lambda: steps(7), ROUNDS, "cuda")
+            return {"ms": ms, "bytes": (cache.counters.missed_bytes - before) / (ROUNDS + 2), "path": steps.path}
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Milliseconds per token against the link, measured and predicted."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for hit_rate in sorted({row["hit_rate"] for row in rows}):
+        some = [row for row in rows if row["hit_rate"] == hit_rate]
+        line = axes.plot([r["link_gb_s"] for r in some], [r["ms"] for r in some], "o-", label=f"{hit_rate:.0%} hits")
+        axes.plot([r["link_gb_s"] for r in some], [r["predicted_ms"] for r in some], ":", color=line[0].get_color())
+    for name, speed in LINKS.items():
+        axes.axvline(speed, color="0.85", zorder=0)
+        axes.text(speed, axes.get_ylim()[1], name, rotation=90, va="top", ha="right", fontsize=7, color="0.5")
+    axes.set(xscale="log", xlabel="link, GB/s", ylabel="ms per token (dotted: as planned)")
+    axes.legend()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="7b")
+    parser.add_argument("--tokens", type=int, default=131072)
+    parser.add_argument("--hit-rates", type=float, nargs="+", default=[0.5, 0.8])
+    parser.add_argument("--budget", type=float, default=0.05, help="share of the tokens that a step attends to")
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--out", type=Path, help="also write the result here")
+    parser.add_argument("--quick", action="store_true", help="few sizes and a small shape")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("there is no CUDA device here, and so no link to measure")
+    shape, tokens = ("tiny", 8192) if arguments.quick else (arguments.shape, arguments.tokens)
+    memory = aligned((2**28 if arguments.quick else 2**30,), torch.int16)
+    memory.zero_()
+    locker = PageLocker(torch.device("cuda"))
+    locker.lock(memory)
+    if refusal := locker.refusal():
+        parser.error(f"host memory could not be page-locked ({refusal}): raise `ulimit -l` or the container's limit")
+    link = contiguous(memory, torch.empty(2**27, dtype=torch.int16, device="cuda"))
+    sizes = [2**14] if arguments.quick else [2**power for power in range(12, 21, 2)]
+    counts = [256] if arguments.quick else [16, 64, 256, 1024]
+    gathers = [row for size in sizes for count in counts for row in scattered(memory, size, count)]
+    for row in [*link, *gathers]:
+        size = f"{row['pieces']:>5} x {row['piece_bytes'] >> 10:>5} KiB" if "pieces" in row else f"{'':>17}"
+        print(f"{row['kind']:<20} {size} {row['gb_s']:7.1f} GB/s", flush=True)
+    locker.unlock(memory)
+    locker.close()
+
+    rows = []
+    with torch.inference_mode():
+        model = make_model(shape, "cuda", torch.bfloat16)
+        for hit_rate in arguments.hit_rates:
+            still = token_time(model, tokens, 1.0, 1, arguments.budget)["ms"]
+            for times in (1, 2, 4, 8):
+                made = token_time(model, tokens, hit_rate, times, arguments.budget)
+                speed = link[0]["gb_s"] / times
+                predicted = still + made["bytes"] / speed / 1e6
+                rows.append({"hit_rate": hit_rate, "link_gb_s": speed, "predicted_ms": predicted, **made})
+                print(
+                    f"{hit_rate:.0%} hits, {speed:6.1f} GB/s: {made['ms']:7.2f} ms, planned {predicted:7.2f}",
+                    flush=True,
+                )
+    if arguments.plot:
+        draw(rows, arguments.plot)
+    result = {"benchmark": "pcie", **origin(), "shape": shape, "tokens": tokens, "link": link, "gathers": gathers}
+    result["rows"] = rows
+    if arguments.out:
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Prefill: tokens per second and peak memory against length, ours with the past in host memory beside stock one-shot.
+
+    python benchmarks/prefill.py            the 7B shape on a CUDA device, 8k to 128k tokens
+    python benchmarks/prefill.py --quick    a small shape; runs on a CPU too (--device cpu)
+
+Text decoders of the real shape with random weights. Stock: one call over the whole prompt, transformers' cache on the
+card. Ours: calls of `prefill_chunk` tokens under caps of device memory, from all that the cache takes down to the
+smallest that the planner allows. Peak memory is the allocator's, less the weights. Prints a table, and one line of
+JSON at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from origin import origin
+from synthetic import make_model
+
+from tieredkv import TierConfig, TieredCache, use_attention
+from tieredkv.config import GIB
+from tieredkv.sizes import as_gib, lay_out, model_shape, smallest_cap_bytes
+
+
+def timed(work: Callable[[], object], device: str) -> dict[str, Any]:
+    """Seconds, and peak bytes beyond what was held before; or that memory ran out."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated() if device != "cpu" else 0
+    begin = time.perf_counter()
+    try:
+        work()
+    except torch.OutOfMemoryError:
+        return {"error": "out of memory"}
+    if device == "cpu":
+        return {"seconds": time.perf_counter() - begin}
+    torch.cuda.synchronize()
+    return {"seconds": time.perf_counter() - begin, "peak_bytes": torch.cuda.max_memory_allocated() - held}
+
+
+def stock(model: Any, ids: torch.Tensor) -> None:
+    """One call over the whole prompt."""
+    from transformers import DynamicCache
+
+    model(ids, past_key_values=DynamicCache(config=model.config), logits_to_keep=1)
+
+
+def tiered(model: Any, ids: torch.Tensor, tiers: TierConfig) -> None:
+    """Calls of `prefill_chunk` tokens."""
+    with use_attention(model), TieredCache(model.config, tiers, prompt_tokens=ids.shape[1]) as cache:
+        cache.auto_seal, cache.text_rows = False, 0
+        for part in ids.split(tiers.prefill_chunk, dim=1):
+            model(part, past_key_values=cache, logits_to_keep=1)
+        cache.copies.drain()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="7b")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768, 131072])
+    parser.add_argument("--chunk", type=int, default=8192, help="tokens per call of ours")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--out", type=Path, help="also write the result here")
+    parser.add_argument("--quick", action="store_true", help="a small shape and few tokens")
+    arguments = parser.parse_args()
+    device = arguments.device
+    if device != "cpu" and not torch.cuda.is_available():
+        parser.error("there is no CUDA device here: give --device cpu, with --quick, to see that it runs")
+    shape, lengths, chunk = arguments.shape, arguments.tokens, arguments.chunk
+    if arguments.quick:
+        shape, lengths, chunk = "tiny", [2048, 4096], 1024
+    rows = []
+    with torch.inference_mode():
+        model = make_model(shape, device, torch.float32 if device == "cpu" else torch.bfloat16)
+        kv = model_shape(model.config, model.dtype)
+        for tokens in lengths:
+            ids = torch.randint(100, (1, tokens), device=device)
+            base = TierConfig(prefill_chunk=chunk)
+            least = smallest_cap_bytes(kv, base, lay_out(base, tokens, 0, 0), 0) / GIB
+            full = tokens * kv.token_bytes / GIB
+            caps = {"all on the device": 1.1 * full, "half": 0.5 * full, "smallest": least}
+            kinds: dict[str, Callable[[], object]] = {"stock": lambda ids=ids: stock(model, ids)}
+            for name, cap in caps.items():
+                tiers = TierConfig(gpu_kv_gb=max(cap, least), prefill_chunk=chunk)
+                kinds[name] = lambda ids=ids, tiers=tiers: tiered(model, ids, tiers)
+            kinds["stock"]()  # warms up what is compiled or cached
+            for name, work in kinds.items():
+                made = timed(work, device)
+                made["tokens_per_s"] = tokens / made["seconds"] if "seconds" in made else None
+                cap = caps.get(name)
+                rows.append({"tokens": tokens, "kind": name, "cap_gib": cap and float(as_gib(cap * GIB)), **made})
+                shown = f"{made['tokens_per_s']:10,.0f} tokens/s" if "seconds" in made else made["error"]
+                peak = f"{made['peak_bytes'] / GIB:6.2f} GiB" if "peak_bytes" in made else ""
+                print(f"{tokens:>8,} {name:<18} {shown} {peak}", flush=True)
+    result = {"benchmark": "prefill", **origin(), "shape": shape, "chunk": chunk, "rows": rows}
+    if arguments.out:
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
