@@ -1,16 +1,17 @@
 # make demo   a trained model answers questions about a long video, its cache held outside the device
 # make test   the whole test suite          make lint   format, lint and type checks
 # make quality   what each policy loses, on two trained models; hours
+# make gpu       everything that needs a card; make test-gpu   its tests alone
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format train quality clean
+.PHONY: help setup demo test lint format train quality gpu test-gpu clean
 
 help:
-	@sed -n '1,3s/^# //p' Makefile
+	@sed -n '1,4s/^# //p' Makefile
 
 setup: $(READY)
 
@@ -44,6 +45,12 @@ quality: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[quality,plot]"
 	$(BIN)/python benchmarks/models.py
 	$(BIN)/python benchmarks/quality.py
+
+gpu: $(READY)
+	$(BIN)/python benchmarks/gpu.py
+
+test-gpu: $(READY)
+	$(BIN)/python benchmarks/gpu.py --only tests
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -14,7 +14,6 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels then run anywhere
-from films import KINDS, noise, numbered, write
 
 from tieredkv.ops import TORCH, Ops, triton
 
@@ -120,6 +119,8 @@ def long_ids() -> torch.Tensor:
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory):
     """Twenty seconds of noise in each kind of file."""
+    from films import KINDS, noise, write
+
     folder, pictures = tmp_path_factory.mktemp("whole"), noise(200, 32, 48)
     return {name: write(folder / name, pictures, **options) for name, options in KINDS.items()}
 
@@ -127,4 +128,6 @@ def whole(tmp_path_factory):
 @pytest.fixture(scope="session")
 def steady(tmp_path_factory):
     """Four seconds of numbered pictures without B-frames, a key frame each half second."""
+    from films import numbered, write
+
     return write(tmp_path_factory.mktemp("steady") / "steady.mkv", numbered(40), bf="0", g="5")

@@ -1,0 +1,73 @@
+"""Everything that needs a card, in one go: the GPU tests, then decode, pcie, prefill and fits, in under eight minutes.
+
+    make gpu                                    or: python benchmarks/gpu.py --out benchmarks/results
+    python benchmarks/gpu.py --only tests pcie  parts of it
+
+Needs torch with CUDA, triton, transformers, accelerate, numpy and pytest; says how to lay beside it what is missing,
+for a machine that reaches no package index. Results are JSON files in --out, each with machine, versions and date; what
+a part printed is in NAME.log. A part that fails does not stop the others; the exit code says that one did.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+NEEDED = ("torch", "triton", "transformers", "accelerate", "numpy", "pytest", "psutil", "safetensors", "PIL", "tqdm")
+PARTS = {
+    "tests": ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_gpu.py", "tests/test_kernels.py"],
+    "decode": ["benchmarks/decode.py", "--shapes", "7b", "--out", "OUT/decode-gpu.json"],
+    "pcie": ["benchmarks/pcie.py", "--out", "OUT/pcie-gpu.json"],
+    "prefill": ["benchmarks/prefill.py", "--out", "OUT/prefill-gpu.json"],
+    "fits": ["benchmarks/fits.py", "--tokens", "131072", "--out", "OUT/fits-gpu.json"],
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    arguments = parser.parse_args()
+    if missing := [name for name in NEEDED if find_spec(name) is None]:
+        names = " ".join({"PIL": "pillow"}.get(name, name) for name in missing)
+        parser.error(
+            f"missing here: {names}. Where there is an index: pip install {names}. Where there is none, on a machine "
+            f"that reaches one: pip download --no-deps -d wheels {names}; carry the folder, then here: "
+            "pip install --no-index --no-deps --target beside wheels/*.whl, and set PYTHONPATH=beside."
+        )
+    import torch
+
+    if not torch.cuda.is_available():
+        parser.error("there is no CUDA device here")
+    out = arguments.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    failed = []
+    for name in arguments.only:
+        begin = time.perf_counter()
+        command = [sys.executable, *(part.replace("OUT", str(out)) for part in PARTS[name])]
+        with (out / f"{name}.log").open("w") as log:
+            done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=_environment())
+        print(
+            f"{name}: {'ok' if done.returncode == 0 else 'FAILED'} in {time.perf_counter() - begin:.0f} s", flush=True
+        )
+        if done.returncode:
+            failed.append(name)
+            print("".join((out / f"{name}.log").read_text().splitlines(keepends=True)[-15:]), flush=True)
+    return 1 if failed else 0
+
+
+def _environment() -> dict[str, str]:
+    """Ours, with the source tree on the path."""
+    import os
+
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
