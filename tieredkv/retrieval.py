@@ -12,6 +12,7 @@ import torch
 
 from tieredkv.memory.host import HostLayer
 from tieredkv.memory.residency import Residency
+from tieredkv.ops import TORCH
 from tieredkv.policy import digest, select
 from tieredkv.policy.sketch import Basis
 from tieredkv.sizes import page_bytes, ranked_chunks_at_once, ranking_bytes, reuse_bytes
@@ -70,9 +71,11 @@ class Retrieval:
         it stays where it is: a graph reads and writes it there."""
         with torch.inference_mode(False):
             self._clock = torch.zeros(1, dtype=torch.int32, device=device)
-            self._counts = torch.zeros(4, dtype=torch.float64, device=device)
-            """Chunks selected, missed, reused and fetched ahead since they were last counted."""
-            self._unseen_sum = torch.zeros((), dtype=torch.float64, device=device)
+            self._selected, self._missed, self._reused, self._fetched = torch.zeros(
+                (4, n), dtype=torch.int64, device=device
+            )
+            """`(n,)`: chunks selected (if their number changes), missed, reused, fetched ahead; not yet counted."""
+            self._unseen_sum = torch.zeros(n, dtype=torch.float64, device=device)
         tiers.ledger.reserve("tables", Residency.bytes_for(n, self._most_slots, self._chunks))
         tiers.ledger.reserve("tables", reuse_bytes(tiers.shape, tiers.config, n))
         slots = torch.full((n, self._most_slots), -1, dtype=torch.int64, device=device)
@@ -127,6 +130,8 @@ class Retrieval:
             def of(part: torch.Tensor) -> torch.Tensor:
                 return ops.sketch_logits(small, part, method.digest_bits, self._c)
 
+        if self._basis is not None and ops.sketch_logits is not TORCH.sketch_logits:
+            return of(self.digests)  # a kernel unpacks nothing
         parts = [of(part) for part in self.digests.split(self._at_once, dim=1)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
@@ -156,14 +161,15 @@ class Retrieval:
         index.chosen.copy_(chosen)
         table = self._table, self._rows, self._column
         self._gather(chosen, chosen, missed, misses, table)()
-        self._counts[0] += self.selected.sum()
-        self._counts[1] += misses.sum()
+        self._missed += misses
+        if tiers.config.adaptive:
+            self._selected += self.selected
         if tiers.counters.trace is not None:
             self._trace(chosen, query)
         if self._ahead is not None:
             assert tiers.prefetcher is not None
             likely, missed, misses = ops.choose(ranks, self._ahead, index.slot_of, self._most_ahead)
-            self._counts[3] += misses.sum()
+            self._fetched += misses
             tiers.prefetcher.submit(self.index, self._gather(likely, likely | chosen, missed, misses, None))
 
     def _reusing(self, ranks: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
@@ -176,7 +182,7 @@ class Retrieval:
             return ranks
         alike = select.query_similarity(query, self._query) >= reuse_above
         self._query.copy_(query)
-        self._counts[2] += (alike * self.selected).sum()
+        self._reused += alike * self.selected
         return torch.where(alike.unsqueeze(1), self.residency.chosen.float(), ranks)
 
     def _gather(
@@ -210,7 +216,7 @@ class Retrieval:
             return
         unseen = select.unseen_share(self._unselected, lse[self._rows])
         self._unseen = unseen if self._unseen is None else self._unseen.copy_(unseen)
-        self._unseen_sum += self._unseen.sum()
+        self._unseen_sum += self._unseen
 
     def adapt(self) -> bool:
         """Change how many chunks heads select, by what the step before did not see; whether anything could change."""
@@ -224,7 +230,10 @@ class Retrieval:
     def count(self) -> None:
         """Add what happened since the last time to the counters. Waits for the device."""
         counters = self.tiers.counters
-        selected, missed, reused, ahead = map(int, self._counts.tolist())
+        if self.digests is not None and not self.tiers.config.adaptive:
+            self._selected += self.steps * self.selected
+        tallies = self._selected, self._missed, self._reused, self._fetched
+        selected, missed, reused, ahead = torch.stack(tallies).sum(1).tolist()
         page = page_bytes(self.tiers.shape, self.tiers.config)
         counters.selected += selected
         counters.resident += selected - missed
@@ -232,10 +241,10 @@ class Retrieval:
         counters.missed_bytes += missed * page
         counters.prefetched_bytes += ahead * page
         if self._unseen is not None:
-            counters.unseen_sum += float(self._unseen_sum)
+            counters.unseen_sum += float(self._unseen_sum.sum())
             counters.unseen_count += self.steps * len(self.heads)
-        self._counts.zero_()
-        self._unseen_sum.zero_()
+        for tally in (*tallies, self._unseen_sum):
+            tally.zero_()
         self.steps = 0
 
     def _trace(self, chosen: torch.Tensor, query: torch.Tensor) -> None:

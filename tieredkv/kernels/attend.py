@@ -11,8 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK = 64
-"""Tokens attended to at a time by one program."""
+BLOCK_BYTES = 2**14
+"""Of the keys, and of the values, that one program attends to at a time: two of each fit any shared memory."""
 MOST_ROWS = 64
 """Query rows of a KV head that one program attends with."""
 
@@ -118,8 +118,8 @@ def paged_attention(
         query.to(pages.dtype).contiguous(), pages, table, lengths, parts, part_lse, scaling,
         columns, triton.cdiv(columns, splits),
         G=group, C=pages.shape[2], D=d,
-        PADDED_G=max(16, triton.next_power_of_2(group)), PADDED_D=padded, BLOCK=BLOCK,
-        WIDEN=widened(pages.dtype),
+        PADDED_G=max(16, triton.next_power_of_2(group)), PADDED_D=padded,
+        BLOCK=max(16, BLOCK_BYTES // (padded * pages.itemsize)), WIDEN=widened(pages.dtype), num_stages=2,
     )  # fmt: skip
     _merge_splits[(heads * n,)](
         parts, part_lse, out, lse, splits, D=d, PADDED_D=padded, PADDED_SPLITS=triton.next_power_of_2(splits)
