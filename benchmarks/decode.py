@@ -73,12 +73,13 @@ def tiered(model: Any, tokens: int, hit_rate: float, speculative: bool, budget: 
         with use_attention(model):
             for _ in range(3):
                 steps(7)  # the first chunks, compilation, and the graph
-            before = cache.counters.missed_bytes, cache.counters.selected, cache.counters.resident
+            counted = cache.counters
+            before = counted.missed_bytes + counted.prefetched_bytes, counted.selected, counted.resident
             ms = milliseconds(lambda: steps(7), ROUNDS, device)
             counters = cache.counters
             kernels = share_of_kernels(lambda: steps(7), device)
         count = ROUNDS + 2
-        moved = (counters.missed_bytes - before[0]) / count
+        moved = (counters.missed_bytes + counters.prefetched_bytes - before[0]) / count
         return {
             "ms": ms,
             "path": steps.path,

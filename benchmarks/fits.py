@@ -96,7 +96,8 @@ def run_tiered(model: Any, processor: Any, frames: np.ndarray, cap: float) -> di
     import tieredkv
 
     with tieredkv.open_session(model, frames, processor=processor, fps=2, gpu_kv_gb=cap) as session:
-        answer = session.ask("what colour was the star ?", max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS)
+        for _ in range(2):  # the first compiles
+            answer = session.ask("what colour was the star ?", max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS)
     stats = answer.stats
     kept = ("prompt_tokens", "kv_device_peak_bytes", "kv_host_bytes", "ingest_s", "ttft_s", "tpot_ms", "decode_path")
     return {name: getattr(stats, name) for name in kept}
@@ -133,7 +134,8 @@ def where(error: BaseException) -> str:
 def run_one(shape: str, card: float, tokens: int, kind: str, device: str) -> dict[str, Any]:
     """One case, in this process."""
     if device != "cpu":
-        torch.cuda.set_per_process_memory_fraction(card * GIB / torch.cuda.get_device_properties(0).total_memory)
+        share = card * GIB / torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share))  # a card "of 24 GiB" has less
     frames = np.random.default_rng(0).integers(0, 255, (2 * tokens // STEP_TOKENS, SIDE, SIDE, 3), dtype=np.uint8)
     begin = time.perf_counter()
     made: dict[str, Any] = {"shape": shape, "card_gib": card, "tokens": tokens, "kind": kind}

@@ -3,9 +3,10 @@
     make gpu                                    or: python benchmarks/gpu.py --out benchmarks/results
     python benchmarks/gpu.py --only tests pcie  parts of it
 
-Needs torch with CUDA, triton, transformers, accelerate, numpy and pytest; says how to lay beside it what is missing,
-for a machine that reaches no package index. Results are JSON files in --out, each with machine, versions and date; what
-a part printed is in NAME.log. A part that fails does not stop the others; the exit code says that one did.
+Needs torch and torchvision with CUDA, triton, transformers, accelerate, numpy, pytest and av; says how to lay beside it
+what is missing, for a machine that reaches no package index. Results are JSON files in --out, each with machine,
+versions and date; what a part printed is in NAME.log. A part that fails does not stop the others; the exit code says
+that one did.
 """
 
 from __future__ import annotations
@@ -18,9 +19,23 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-NEEDED = ("torch", "triton", "transformers", "accelerate", "numpy", "pytest", "psutil", "safetensors", "PIL", "tqdm")
+NEEDED = (
+    "torch",
+    "triton",
+    "transformers",
+    "accelerate",
+    "numpy",
+    "pytest",
+    "torchvision",
+    "psutil",
+    "safetensors",
+    "PIL",
+    "tqdm",
+    "av",
+)
 PARTS = {
-    "tests": ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_gpu.py", "tests/test_kernels.py"],
+    # Without the project's settings, which need plugins of the other tests.
+    "tests": ["-m", "pytest", "-q", "-c", "/dev/null", "--rootdir", ".", "tests/test_gpu.py", "tests/test_kernels.py"],
     "decode": ["benchmarks/decode.py", "--shapes", "7b", "--out", "OUT/decode-gpu.json"],
     "pcie": ["benchmarks/pcie.py", "--out", "OUT/pcie-gpu.json"],
     "prefill": ["benchmarks/prefill.py", "--out", "OUT/prefill-gpu.json"],
@@ -65,7 +80,7 @@ def _environment() -> dict[str, str]:
     """Ours, with the source tree on the path."""
     import os
 
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
 
 

@@ -10,7 +10,7 @@ import tieredkv
 from tieredkv import TieredCache
 from tieredkv.attention import reference
 from tieredkv.memory import residency
-from tieredkv.ops import ops_for, triton
+from tieredkv.ops import copying_by_torch, ops_for, triton
 from tieredkv.policy import select, sketch
 
 CLOSE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -149,3 +149,10 @@ def test_decoding_with_kernels_is_decoding_with_torch(llama, long_ids, kernels, 
 def test_kernels_are_for_cards():
     assert ops_for(torch.device("cpu")).name == "torch"
     assert ops_for(torch.device("cuda")) is triton()
+
+
+def test_where_memory_is_not_page_locked_no_kernel_reads_it():
+    without = copying_by_torch(triton())
+    assert not without.capturable
+    assert (without.gather, without.fetch, without.keep) == (residency.gather, residency.fetch, residency.keep)
+    assert without.paged_attention is triton().paged_attention

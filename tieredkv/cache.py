@@ -8,8 +8,9 @@ new token attends to what its heads select. More prompt tokens after a seal lead
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from tieredkv.memory.pagelock import PageLocker
 from tieredkv.memory.pool import DevicePool
 from tieredkv.memory.prefetch import Prefetcher, StreamCopies, ThreadPrefetcher
 from tieredkv.memory.transfer import Transfer
-from tieredkv.ops import Ops, ops_for
+from tieredkv.ops import Ops, copying_by_torch, ops_for
 from tieredkv.policy import classify
 from tieredkv.prefill import TextRows
 from tieredkv.stats import Counters
@@ -145,6 +146,7 @@ class TieredCache(Cache):
         if device.type == "cuda":
             self.copies.close()
             self.copies, self.locker = StreamCopies(device), PageLocker(device)
+            weakref.finalize(self, self.locker.close)  # of a cache that nobody closes
         self.device = device
 
     @property
@@ -267,23 +269,37 @@ class TieredCache(Cache):
                 counters=self._counters,
                 ops=self._ops(first.device),
             )
-            for layer, mask in zip(self.tiered_layers, static, strict=True):
-                layer.seal(mask, is_text, shared)
+            with self.on_device():
+                for layer, mask in zip(self.tiered_layers, static, strict=True):
+                    layer.seal(mask, is_text, shared)
         except BaseException:
             self._drop_pool()
             raise
 
     def _ops(self, device: torch.device) -> Ops:
-        if self.ops is None:
-            refusal = None if self.locker is None else self.locker.refusal()
-            if refusal is not None:
-                warnings.warn(
-                    f"host memory could not be page-locked ({refusal}): chunks are copied through the host, which is "
-                    "slower. Raise `ulimit -l` or the container's memory limit.",
-                    stacklevel=2,
-                )
-            self.ops = ops_for(device, page_locked=refusal is None)
-        return self.ops
+        """What a step is made of, until the next seal: the host tier may have moved since the last."""
+        ops = self.ops or ops_for(device)
+        refusal = None if self.locker is None else self.locker.refusal()
+        if refusal is None:
+            return ops
+        warnings.warn(
+            f"host memory could not be page-locked ({refusal}): chunks are copied through the host, which is slower. "
+            "Raise `ulimit -l` or the container's memory limit.",
+            stacklevel=2,
+        )
+        return copying_by_torch(ops)
+
+    @property
+    def step_ops(self) -> Ops:
+        """What the steps since the seal are made of."""
+        sealed = self.tiered_layers[0].sealed
+        assert sealed is not None
+        return sealed.tiers.ops
+
+    def on_device(self) -> AbstractContextManager[Any]:
+        """For a block that gives work to the device: kernels run on the current one."""
+        card = self.device is not None and self.device.type == "cuda"
+        return torch.cuda.device(self.device) if card else nullcontext()
 
     def _need(self, rows: list[TextRows], layout: sizes.Layout) -> torch.Tensor:
         """Tokens that every head would need, `(2, L, K)`: to be static, and for a smaller share of its attention."""

@@ -67,7 +67,7 @@ class TieredLayer(CacheLayerMixin):
             raise UnsupportedModelError("keys and values of different shapes are not supported.")
         self.host = HostLayer(heads, head_dim, self.cache.tiers.chunk_tokens, self.dtype, self.cache.locker)
         self.host.reserve(self.cache.prompt_tokens)
-        self._query_moment = torch.zeros(heads, head_dim, head_dim, device=self.device)
+        self._query_moment = torch.zeros(heads, head_dim, head_dim)
         self.is_initialized = True
         if keep := self.cache.resident_tokens():
             shape = (heads, keep, head_dim)
@@ -112,10 +112,9 @@ class TieredLayer(CacheLayerMixin):
         """Cache new tokens and attend to them and all before. query `(H, n, D)`, keys and values `(K, n, D)`."""
         self.cache.check_turn(self.index)
         self._check_once()
-        if self.sealed is not None:
-            out = self.sealed.steps(query, keys, values, scaling)
-        else:
-            out = self._prefill(query, keys, values, scaling)
+        with self.cache.on_device():
+            attend = self._prefill if self.sealed is None else self.sealed.steps
+            out = attend(query, keys, values, scaling)
         self.cache.attended()
         return out
 
@@ -162,7 +161,7 @@ class TieredLayer(CacheLayerMixin):
         host.advance(n)
         if not self._settled and begun < FIT_TOKENS:
             grouped = query.detach().reshape(host.num_heads, -1, query.shape[-1]).float()
-            self._query_moment = self._query_moment + grouped.transpose(1, 2) @ grouped
+            self._query_moment = self._query_moment + (grouped.transpose(1, 2) @ grouped).cpu()
         self._digest_new_chunks()
         return out
 
@@ -200,26 +199,41 @@ class TieredLayer(CacheLayerMixin):
             self._fitted_to = min(whole, most)
             self.cache.copies.drain()  # the host reads what was written back
             keys = self.host.chunks(0, self._fitted_to)[:, :, 0].flatten(1, 2)
-            self._basis = sketch.fit(self._query_moment.cpu(), keys, bits)
+            self._basis = sketch.fit(self._query_moment, keys, bits)
         held = [] if self._digests is None else [self._digests[:, : self._digested]]
         basis = None if self._basis is None else self._basis.to(self.device)
+        at_once = self._chunks_to_digest(whole - self._digested)
         new = [
-            kind.make(self._keys(first, min(first + DIGEST_CHUNKS, whole)), bits, basis).cpu()
-            for first in range(self._digested, whole, DIGEST_CHUNKS)
+            self._digest(kind, bits, basis, first, min(first + at_once, whole))
+            for first in range(self._digested, whole, at_once)
         ]
         if new:
             self._digests = torch.cat([*held, *new], dim=1)
             self._digested = whole
 
-    def _keys(self, first: int, stop: int) -> torch.Tensor:
-        """Keys `(K, n, C, D)` of chunks, where they are digested: on the device."""
+    def _chunks_to_digest(self, most: int) -> int:
+        """At a time: on a card, as many as the cap leaves room for."""
+        room = DIGEST_CHUNKS if self.device.type == "cpu" else self.cache.ledger.free_bytes // self._digesting_bytes(1)
+        return max(1, min(DIGEST_CHUNKS, most, room))
+
+    def _digesting_bytes(self, chunks: int) -> int:
+        """Device bytes of digesting chunks: what is staged, three copies in float32."""
+        assert self.host is not None
+        tokens = chunks * self.host.num_heads * self.host.chunk_tokens
+        return tokens * self.host.head_dim * (2 * self.dtype.itemsize + 3 * sizes.FLOAT32)
+
+    def _digest(
+        self, kind: digest.Digest, bits: int, basis: sketch.Basis | None, first: int, stop: int
+    ) -> torch.Tensor:
+        """Digests of chunks, on the host; made on the device."""
         assert self.host is not None
         chunks = self.host.chunks(first, stop)
         if self.device.type == "cpu":
-            return chunks[:, :, 0]
-        staged = torch.empty(chunks.shape, dtype=self.dtype, device=self.device)
-        self.cache.transfer.stage(chunks, staged, with_values=True)
-        return staged[:, :, 0]
+            return kind.make(chunks[:, :, 0], bits, basis)
+        with self.cache.ledger.scratch("digesting", self._digesting_bytes(stop - first)):
+            staged = torch.empty(chunks.shape, dtype=self.dtype, device=self.device)
+            self.cache.transfer.stage(chunks, staged, with_values=True)
+            return kind.make(staged[:, :, 0], bits, basis).cpu()
 
     def settle(self) -> None:
         """What is cached is the context of all that follows: digests are fitted to it and to nothing else."""
@@ -246,7 +260,7 @@ class TieredLayer(CacheLayerMixin):
         self._check_once()  # or damage would be given a checksum that fits it
         self.settle()
         self.cache.copies.drain()
-        tensors = {"kv": self.host.whole(sizes.QUESTION_ROOM), "query_moment": self._query_moment.cpu()}
+        tensors = {"kv": self.host.whole(sizes.QUESTION_ROOM), "query_moment": self._query_moment}
         if self._digests is not None:
             tensors[self._digest_name] = self._digests[:, : self._digested].contiguous()
         if self._basis is not None:

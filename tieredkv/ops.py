@@ -22,6 +22,8 @@ class Ops:
     """One implementation of each; what they do is said at the torch ones."""
 
     name: str
+    capturable: bool = False
+    """Whether none of them waits for the host, on a card: a step can then be captured in a graph."""
     sketch_logits: Op = sketch.sketch_logits
     chunk_ranks: Op = select.chunk_ranks
     choose: Op = residency.choose
@@ -43,6 +45,7 @@ def triton() -> Ops:
 
     return Ops(
         "triton",
+        capturable=True,
         sketch_logits=rank.sketch_logits,
         chunk_ranks=rank.chunk_ranks,
         choose=choose.choose,
@@ -55,14 +58,12 @@ def triton() -> Ops:
     )
 
 
-def ops_for(device: torch.device, page_locked: bool = True) -> Ops:
-    """The fastest that runs on a device: kernels on a CUDA device with Triton, torch elsewhere.
+def ops_for(device: torch.device) -> Ops:
+    """The fastest that runs on a device: kernels on a CUDA device with Triton, torch elsewhere."""
+    return triton() if device.type == "cuda" and find_spec("triton") is not None else TORCH
 
-    page_locked: whether kernels can read the host tier; if not, torch copies out of it.
-    """
-    if device.type != "cuda" or find_spec("triton") is None:
-        return TORCH
-    if page_locked:
-        return triton()
+
+def copying_by_torch(ops: Ops) -> Ops:
+    """The same where no kernel can read the host tier, because it is not page-locked."""
     copies = {"gather": TORCH.gather, "fetch": TORCH.fetch, "keep": TORCH.keep}
-    return replace(triton(), name="triton, copies by torch", **copies)
+    return replace(ops, name=f"{ops.name}, copies by torch", capturable=False, **copies)

@@ -169,8 +169,10 @@ def staged_past(
         ]
         ledger.reserve("scores", sizes.scoring_bytes(shape, tiers, total, rows, block))
         yield Past(host, resident, block, [made[0], made[-2], made[-1]] if made else [], transfer, copies)
+    except BaseException:
+        copies.drain()  # into buffers that are given up
+        raise
     finally:
-        copies.drain()
         ledger.release("staging")
         ledger.release("scores")
 

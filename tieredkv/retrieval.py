@@ -19,6 +19,9 @@ from tieredkv.sizes import page_bytes, ranked_chunks_at_once, ranking_bytes, reu
 from tieredkv.stats import Selection
 from tieredkv.tiers import Tiers
 
+MOST_CHUNK_TOKENS = 128
+"""Chunks of more tokens, or of a number that is no power of two, are ranked by torch on a card too."""
+
 
 class Retrieval:
     """Ranks, fetches and keeps chunks. Chunk ids count from the first chunk behind the sinks."""
@@ -47,6 +50,9 @@ class Retrieval:
         self.steps = 0
         """Taken since they were last counted, by whoever takes them."""
         self._at_once = ranked_chunks_at_once(tiers.shape, tiers.config, layout)
+        self._sketch_logits = tiers.ops.sketch_logits
+        if self._c & (self._c - 1) or self._c > MOST_CHUNK_TOKENS:
+            self._sketch_logits = TORCH.sketch_logits
         n = len(heads)
         self._rows = heads.to(device)
         self.selected = plan.selected[index, heads].to(device)
@@ -118,7 +124,7 @@ class Retrieval:
     def logits(self, query: torch.Tensor, scaling: float) -> torch.Tensor:
         """Estimated logits `(n, rows, N)` of every chunk, for queries `(K, rows, D)` of any number of steps."""
         assert self.digests is not None
-        method, ops = self.tiers.config.method, self.tiers.ops
+        method = self.tiers.config.method
         scaled = query[self._rows].float() * scaling
         if self._basis is None:
 
@@ -128,9 +134,9 @@ class Retrieval:
             small = scaled @ self._basis.up
 
             def of(part: torch.Tensor) -> torch.Tensor:
-                return ops.sketch_logits(small, part, method.digest_bits, self._c)
+                return self._sketch_logits(small, part, method.digest_bits, self._c)
 
-        if self._basis is not None and ops.sketch_logits is not TORCH.sketch_logits:
+        if self._basis is not None and self._sketch_logits is not TORCH.sketch_logits:
             return of(self.digests)  # a kernel unpacks nothing
         parts = [of(part) for part in self.digests.split(self._at_once, dim=1)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)

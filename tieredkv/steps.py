@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import torch
 
 from tieredkv.cache import TieredCache
 
+_capturing = threading.Lock()
+"""One capture at a time: another's would be taken for part of it."""
 Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Logits `(1, vocabulary)` behind a token `(1, 1)` at a position `(axes, 1)`; both are on the model's device."""
 
@@ -32,6 +35,8 @@ class Steps:
         """How the last step ran: "eager", "graph", or "eager: " and why there is no graph."""
         if device.type == "cuda" and cache.counters.trace is not None:
             self.path = "eager: the chunks looked at are recorded"
+        elif device.type == "cuda" and not cache.step_ops.capturable:
+            self.path = f"eager: operations by {cache.step_ops.name}"
 
     def __call__(self, token: int) -> torch.Tensor:
         """Cache the token; logits `(1, vocabulary)` behind it, valid until the next step."""
@@ -48,14 +53,21 @@ class Steps:
         return self._logits
 
     def _capture(self) -> None:
-        self._cache.copies.drain()
-        counted, graph = self._cache.counted(), torch.cuda.CUDAGraph()
+        cache, device = self._cache, self._token.device
+        cache.copies.drain()
+        counted, graph, before = cache.counted(), torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
         try:
-            with torch.cuda.graph(graph):
+            with (
+                _capturing,
+                cache.on_device(),
+                torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"),
+            ):
                 self._logits = self._forward(self._token, self._place)
-                self._cache.finish()  # what was copied ahead joins the graph
+                cache.finish()  # what was copied ahead joins the graph
         except RuntimeError as error:
             self.path = f"eager: {str(error).strip().splitlines()[0]}"
+            torch.cuda.set_stream(before)  # which some versions of torch leave to the failed capture
+            cache.copies.drain()
         else:
             self._graph, self.path = graph, "graph"
-        self._cache.count_again(counted)  # what was captured did not happen
+        cache.count_again(counted)  # what was captured did not happen

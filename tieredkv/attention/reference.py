@@ -7,6 +7,8 @@ Shapes: `H` query heads, `K` KV heads, `G = H // K`, `n` queries, `m` keys, `C` 
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 HIDDEN = torch.finfo(torch.float32).min / 2
@@ -53,13 +55,19 @@ def _flash(
         logits = (batched[0] @ batched[1].mT).float() * scaling + mask
         lse = logits.logsumexp(-1)
         out = (logits - lse.unsqueeze(-1)).exp().to(values.dtype) @ batched[2]
-    elif query.dtype == torch.float32:  # no flash attention there
+    elif query.dtype == torch.float32 or not _has_flash(query.device):
         out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
             *batched, None, True, 0.0, causal, scale=scaling
         )
     else:
         out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(*batched, 0.0, causal, False, scale=scaling)
     return out.squeeze(0), lse.squeeze(0)[:, : query.shape[1]].float()
+
+
+@cache
+def _has_flash(device: torch.device) -> bool:
+    """Flash attention begins with Ampere."""
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def merge(

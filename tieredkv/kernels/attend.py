@@ -13,7 +13,7 @@ import triton.language as tl
 
 BLOCK_BYTES = 2**14
 """Of the keys, and of the values, that one program attends to at a time: two of each fit any shared memory."""
-MOST_ROWS = 64
+MOST_ROWS = 32
 """Query rows of a KV head that one program attends with."""
 
 
@@ -119,7 +119,7 @@ def paged_attention(
         columns, triton.cdiv(columns, splits),
         G=group, C=pages.shape[2], D=d,
         PADDED_G=max(16, triton.next_power_of_2(group)), PADDED_D=padded,
-        BLOCK=max(16, BLOCK_BYTES // (padded * pages.itemsize)), WIDEN=widened(pages.dtype), num_stages=2,
+        BLOCK=min(128, max(16, BLOCK_BYTES // (padded * pages.itemsize))), WIDEN=widened(pages.dtype), num_stages=2,
     )  # fmt: skip
     _merge_splits[(heads * n,)](
         parts, part_lse, out, lse, splits, D=d, PADDED_D=padded, PADDED_SPLITS=triton.next_power_of_2(splits)

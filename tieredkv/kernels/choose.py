@@ -31,12 +31,12 @@ def _choose(
     # The rank of the count-th best, bit by bit from the top.
     limit, bit = tl.zeros([], tl.int64), tl.full([], 2147483648, tl.int64)
     for _ in range(32):
-        above = tl.zeros([], tl.int32)
+        above = tl.zeros([BLOCK], tl.int32)
         for first in range(0, chunks, BLOCK):
             chunk = first + place
             rank = _ordered(tl.load(ranks + head * chunks + chunk, mask=chunk < chunks, other=-float("inf")))
-            above += tl.sum(((rank >= (limit | bit)) & (chunk < chunks)).to(tl.int32), 0)
-        limit = tl.where(above >= count, limit | bit, limit)
+            above += ((rank >= (limit | bit)) & (chunk < chunks)).to(tl.int32)
+        limit = tl.where(tl.sum(above, 0) >= count, limit | bit, limit)
         bit = bit >> 1
     better = tl.zeros([], tl.int32)
     for first in range(0, chunks, BLOCK):
@@ -73,7 +73,17 @@ def choose(ranks: torch.Tensor, selected: torch.Tensor, slot_of: torch.Tensor, m
     missed = torch.empty((heads, most), dtype=torch.int32, device=ranks.device)
     misses = torch.empty((heads,), dtype=torch.int32, device=ranks.device)
     _choose[(heads,)](
-        ranks, selected, slot_of, chosen.view(torch.uint8), missed, misses, chunks, most, slot_of.stride(0), BLOCK=BLOCK
+        ranks,
+        selected,
+        slot_of,
+        chosen.view(torch.uint8),
+        missed,
+        misses,
+        chunks,
+        most,
+        slot_of.stride(0),
+        BLOCK=BLOCK,
+        num_warps=8,
     )
     return chosen, missed, misses
 
@@ -89,11 +99,11 @@ def _place(
     # How long ago the oldest slots were used that must give way, bit by bit: larger is longer ago.
     limit, bit = tl.zeros([], tl.int32), tl.full([], 1 << 30, tl.int32)
     for _ in range(31):
-        above = tl.zeros([], tl.int32)
+        above = tl.zeros([BLOCK], tl.int32)
         for begin in range(0, count, BLOCK):
             age = _age(kept, chunk_in, last_used, slots, head, begin + place, chunks, count, stride)
-            above += tl.sum((age >= (limit | bit)).to(tl.int32), 0)
-        limit = tl.where(above >= needed, limit | bit, limit)
+            above += (age >= (limit | bit)).to(tl.int32)
+        limit = tl.where(tl.sum(above, 0) >= needed, limit | bit, limit)
         bit = bit >> 1
     older = tl.zeros([], tl.int32)
     for begin in range(0, count, BLOCK):
@@ -159,6 +169,6 @@ def place(
     _place[(n,)](
         wanted.view(torch.uint8), kept.view(torch.uint8), misses, chunk_in, last_used, slots, clock, victims,
         listed, heads, wanted.shape[1], most, count, chunk_in.stride(0), listed.shape[1], first,
-        TABLE=table is not None, BLOCK=BLOCK,
+        TABLE=table is not None, BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip
     return victims

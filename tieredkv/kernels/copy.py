@@ -12,18 +12,18 @@ import triton.language as tl
 
 PROGRAMS = 12
 """Enough to fill a link; more would only take the device's processors from who computes."""
-PIECES = 4
-"""Chunks that one program has under way."""
+PIECES, BLOCK = 4, 1024
+"""Chunks that one program has under way, and how many words of each."""
 
 
 @triton.jit
 def _gather(
     arena, pool, heads, missed, victims, misses, slots, chunk_in, slot_of,
     head_count, first_chunk, most, count, slot_stride, chunk_stride, arena_stride,
-    WORDS: tl.constexpr, PADDED: tl.constexpr, PIECES: tl.constexpr,
+    WORDS: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     program, programs = tl.program_id(0), tl.num_programs(0)
-    word, piece = tl.arange(0, PADDED), tl.arange(0, PIECES)
+    word, piece = tl.arange(0, BLOCK), tl.arange(0, PIECES)
     for head in range(head_count):
         absent = tl.load(misses + head)
         row = tl.load(heads + head).to(tl.int64)
@@ -34,9 +34,10 @@ def _gather(
             local = tl.load(victims + head * most + j, mask=there, other=0)
             slot = tl.load(slots + head * count + local, mask=there, other=0).to(tl.int64)
             source = row * arena_stride + (first_chunk + chunk).to(tl.int64) * WORDS
-            inside = there[:, None] & (word[None, :] < WORDS)
-            data = tl.load(arena + source[:, None] + word[None, :], mask=inside, other=0)
-            tl.store(pool + slot[:, None] * WORDS + word[None, :], data, mask=inside)
+            for part in range(0, WORDS, BLOCK):
+                inside = there[:, None] & (part + word[None, :] < WORDS)
+                data = tl.load(arena + source[:, None] + part + word[None, :], mask=inside, other=0)
+                tl.store(pool + slot[:, None] * WORDS + part + word[None, :], data, mask=inside)
             before = tl.load(chunk_in + head * slot_stride + local, mask=there, other=-1)
             tl.store(slot_of + head * chunk_stride + before, -1, mask=there & (before >= 0))
             tl.store(chunk_in + head * slot_stride + local, chunk, mask=there)
@@ -66,7 +67,7 @@ def gather(
         source, pool, heads, missed, victims, misses, slots, chunk_in, slot_of,
         len(heads), first_chunk, missed.shape[1], slots.shape[1],
         chunk_in.stride(0), slot_of.stride(0), source.stride(0),
-        WORDS=words, PADDED=triton.next_power_of_2(words), PIECES=PIECES,
+        WORDS=words, BLOCK=min(BLOCK, triton.next_power_of_2(words)), PIECES=PIECES,
     )  # fmt: skip
 
 
@@ -109,7 +110,7 @@ def _keep(
     there = place < count
     token = tl.load(tokens + place, mask=there, other=0).to(tl.int64)
     slot = tl.load(slots + place // C, mask=there, other=0).to(tl.int64)
-    source = head * arena_stride + (token // C * 2 * C + token % C) * WORDS
+    source = tl.cast(head, tl.int64) * arena_stride + (token // C * 2 * C + token % C) * WORDS
     to = (slot * 2 * C + place % C) * WORDS
     inside = there[:, None] & (word[None, :] < WORDS)
     for part in range(2):
@@ -136,18 +137,19 @@ def keep(arena: torch.Tensor, pages: torch.Tensor, head: int, tokens: torch.Tens
 @triton.jit
 def _fetch(
     arena, pool, heads, chunks, slots, count, arena_stride,
-    WORDS: tl.constexpr, PADDED: tl.constexpr, PIECES: tl.constexpr,
+    WORDS: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    word, piece = tl.arange(0, PADDED), tl.arange(0, PIECES)
+    word, piece = tl.arange(0, BLOCK), tl.arange(0, PIECES)
     for begin in range(tl.program_id(0) * PIECES, count, tl.num_programs(0) * PIECES):
         there = begin + piece < count
         row = tl.load(heads + begin + piece, mask=there, other=0).to(tl.int64)
         chunk = tl.load(chunks + begin + piece, mask=there, other=0).to(tl.int64)
         slot = tl.load(slots + begin + piece, mask=there, other=0).to(tl.int64)
         source = row * arena_stride + chunk * WORDS
-        inside = there[:, None] & (word[None, :] < WORDS)
-        data = tl.load(arena + source[:, None] + word[None, :], mask=inside, other=0)
-        tl.store(pool + slot[:, None] * WORDS + word[None, :], data, mask=inside)
+        for part in range(0, WORDS, BLOCK):
+            inside = there[:, None] & (part + word[None, :] < WORDS)
+            data = tl.load(arena + source[:, None] + part + word[None, :], mask=inside, other=0)
+            tl.store(pool + slot[:, None] * WORDS + part + word[None, :], data, mask=inside)
 
 
 def fetch(
@@ -160,5 +162,5 @@ def fetch(
     words = pool[0].numel()
     _fetch[(PROGRAMS,)](
         source, pool, heads.to(device), chunks.to(device), slots.to(device), len(chunks), source.stride(0),
-        WORDS=words, PADDED=triton.next_power_of_2(words), PIECES=PIECES,
+        WORDS=words, BLOCK=min(BLOCK, triton.next_power_of_2(words)), PIECES=PIECES,
     )  # fmt: skip

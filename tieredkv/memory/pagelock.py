@@ -27,13 +27,14 @@ class PageLocker:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tieredkv-pagelock")
-        self._locks: dict[int, Future[None]] = {}
+        self._locks: dict[int, tuple[torch.Tensor, Future[None]]] = {}
+        """By address. Memory is held as long as it is registered: what came to lie at its address would be read."""
 
     def lock(self, tensor: torch.Tensor) -> None:
         """Begin to register a tensor's memory, which must stay where it is until `unlock`."""
         if tensor.numel():
             address, nbytes = tensor.data_ptr(), -(-tensor.nbytes // PAGE_BYTES) * PAGE_BYTES
-            self._locks[address] = self._executor.submit(self._register, address, nbytes)
+            self._locks[address] = tensor, self._executor.submit(self._register, address, nbytes)
 
     def _register(self, address: int, nbytes: int) -> None:
         with torch.cuda.device(self._device):
@@ -41,20 +42,26 @@ class PageLocker:
 
     def refusal(self) -> str | None:
         """Wait until everything is registered; why something was not, or None."""
-        for future in self._locks.values():
+        for _, future in self._locks.values():
             if error := future.exception():
                 return str(error)
         return None
 
     def unlock(self, tensor: torch.Tensor) -> None:
-        """Take back what `lock` did, once nothing on the device reads the memory. Nothing happens if it was refused."""
-        future = self._locks.pop(tensor.data_ptr(), None)
+        """Take back what `lock` did, once the device is idle. Nothing happens if it was refused or never asked for."""
+        self._unlock(tensor.data_ptr())
+
+    def _unlock(self, address: int) -> None:
+        _, future = self._locks.pop(address, (None, None))
         if future is not None and future.exception() is None:
             with torch.cuda.device(self._device):
-                _check(torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr()), "cudaHostUnregister")
+                torch.cuda.synchronize()
+                _check(torch.cuda.cudart().cudaHostUnregister(address), "cudaHostUnregister")
 
     def close(self) -> None:
-        """End the thread. Everything must be unlocked before. Twice is fine."""
+        """Unlock everything and end the thread. Twice is fine."""
+        for address in list(self._locks):
+            self._unlock(address)
         self._executor.shutdown(wait=True)
 
 

@@ -89,7 +89,8 @@ def pack(keys: torch.Tensor, bits: int, basis: Basis | None) -> torch.Tensor:
     """
     assert basis is not None
     most = 2 ** (bits - 1) - 1
-    whole = ((keys.float() - basis.centre.unsqueeze(1)) @ basis.down.unsqueeze(1)).round().clamp(-most, most)
+    apart = keys.flatten(1, 2).float() - basis.centre
+    whole = (apart @ basis.down).round().clamp(-most, most).unflatten(1, keys.shape[1:3])
     if bits == 8:
         return whole.to(torch.int8).view(torch.uint8).flatten(2)
     low, high = (whole + 8).to(torch.uint8).chunk(2, dim=-1)
