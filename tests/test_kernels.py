@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import LateCopies, cap_share
@@ -156,3 +161,14 @@ def test_where_memory_is_not_page_locked_no_kernel_reads_it():
     assert not without.capturable
     assert (without.gather, without.fetch, without.keep) == (residency.gather, residency.fetch, residency.keep)
     assert without.paged_attention is triton().paged_attention
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_a_consumer_card():
+    """In a process of its own, where Triton compiles: shared memory and registers of an RTX 40."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).parent / "compile_kernels.py"
+    done = subprocess.run([sys.executable, str(script), "89"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {line.split()[0] for line in done.stdout.splitlines()} >= {"_attend_split", "_choose", "_place", "_gather"}
