@@ -5,8 +5,8 @@
 
 A stack of layers of the real shape, float32, batch 1, as many as fit; no vocabulary to speak of. Baselines are
 transformers' own caches under sdpa: the dynamic one, which grows by a copy each step, and the static one, which is
-preallocated; `ratio` is against the faster, `ratio_dynamic` against what `generate` uses unless told otherwise. Steps are timed in turns, each kind once per round, and the median is taken. Prints a
-table, and one line of JSON at the end.
+preallocated; `ratio` is against the faster, `ratio_dynamic` against what `generate` uses unless told otherwise. Steps
+are timed in turns, each kind once per round, and the median is taken. Prints a table, and one line of JSON at the end.
 """
 
 from __future__ import annotations
@@ -115,16 +115,16 @@ def main() -> None:
     shape = "tiny" if arguments.quick else "7b"
     model = make_model(shape, "cpu", torch.float32, num_hidden_layers=arguments.layers, vocab_size=256)
     heads = ("floor", "dynamic", "static", "tiered")
-    print(
-        f"{'tokens':>7} {' '.join(f'{name:>8}' for name in heads)} {'ratio':>6} {'dynamic':>8} {'hits':>6} {'memory':>7}"
-    )
+    heads = " ".join(f"{name:>8}" for name in ("floor", "dynamic", "static", "tiered"))
+    print(f"{'tokens':>7} {heads} {'ratio':>6} {'dynamic':>8} {'hits':>6} {'memory':>7}")
     rows = []
     for tokens in lengths:
         row = measure(model, tokens, arguments.budget, 2 if arguments.quick else arguments.rounds)
         rows.append(row)
         print(
             f"{tokens:>7,} {row['floor_ms']:>8.1f} {row['dynamic_ms']:>8.1f} {row['static_ms']:>8.1f} "
-            f"{row['tiered_ms']:>8.1f} {row['ratio']:>6.2f} {row['ratio_dynamic']:>8.2f} {row['hit_rate']:>6.1%} {row['kv_ratio']:>7.1%}",
+            f"{row['tiered_ms']:>8.1f} {row['ratio']:>6.2f} {row['ratio_dynamic']:>8.2f} "
+            f"{row['hit_rate']:>6.1%} {row['kv_ratio']:>7.1%}",
             flush=True,
         )
     result = {
