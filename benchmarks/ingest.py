@@ -202,8 +202,11 @@ def main() -> None:
     parser.add_argument("--gpu-kv-gb", type=float, default=0.008)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--output", type=Path, help="write the JSON here too, indented")
+    parser.add_argument("--quick", action="store_true", help="one minute")
     parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.minutes = [1.0]
     if arguments.one:
         print(json.dumps(measure(arguments.one, arguments.minutes[0], arguments.gpu_kv_gb)))
         return

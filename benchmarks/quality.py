@@ -335,6 +335,7 @@ def main() -> None:
             draw(result["rows"], arguments.out / f"quality-{suite}.png")
         if not _chosen(arguments):
             parts.unlink()
+        print(json.dumps(result))
 
 
 def _rounded(value: Any) -> Any:

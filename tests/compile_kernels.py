@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from tieredkv.kernels import attend, choose, copy, rank
+from tieredkv.policy import sketch
 
 SHARED = {75: 65_536, 80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 120: 101_376}
 """Bytes of shared memory that a block may have, by compute capability."""
@@ -66,6 +67,8 @@ def call_all() -> None:
         rows = torch.zeros(4, d, dtype=dtype)
         copy.append(rows, rows, pages, table, table, torch.zeros(1, dtype=torch.int32))
     for group, c, r, bits in ((7, 8, 64, 4), (2, 8, 8, 4), (7, 8, 64, 8), (7, 128, 64, 4), (16, 32, 48, 4)):
+        basis = sketch.Basis(torch.zeros(4, 2 * r, r), torch.zeros(4, 2 * r, r), torch.zeros(4, 1, 2 * r))
+        rank.pack_sketches(torch.zeros(4, 9, 2, c, 2 * r, dtype=torch.bfloat16)[:, :, 0], bits, basis)
         rank.sketch_logits(torch.zeros(4, group, r), torch.zeros(4, 99, c * r * bits // 8, dtype=torch.uint8), bits, c)
     chosen = torch.zeros(4, 4001, dtype=torch.bool)
     for rule in rank.GROUPS:

@@ -68,6 +68,20 @@ def test_sketch_logits(kernels, device, bits, heads, group, c, d, chunks):
     torch.testing.assert_close(got.cpu(), sketch.sketch_logits(small, packed, bits, c), atol=near, rtol=near)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("heads", "c", "d", "chunks"), [(3, 8, 64, 11), (2, 16, 80, 5), (1, 32, 32, 3)])
+def test_sketches_are_packed(kernels, device, bits, dtype, heads, c, d, chunks):
+    """Keys lie between values, as they are staged."""
+    staged = torch.randn(heads, chunks, 2, c, d).to(dtype)
+    keys = staged[:, :, 0]
+    basis = sketch.fit(torch.eye(d).expand(heads, d, d), keys.flatten(1, 2), bits)
+    got = kernels.pack_sketches(staged.to(device)[:, :, 0], bits, basis.to(device)).cpu()
+    want = sketch.pack(keys, bits, basis)
+    assert got.shape == want.shape
+    assert (got != want).float().mean() < 0.002  # keys that lie between two steps may be rounded either way
+
+
 @pytest.mark.parametrize(("group", "stay"), [("mean", 2.0), ("mean", 1.0), ("max", 3.0), ("max_logit", 1.0)])
 @pytest.mark.parametrize("chunks", [5, 1024, 2500])
 def test_chunk_ranks(kernels, device, group, stay, chunks):

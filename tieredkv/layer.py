@@ -13,6 +13,7 @@ from tieredkv import prefill, sizes
 from tieredkv.attention import interface
 from tieredkv.errors import OptionError, UnsupportedModelError
 from tieredkv.memory.host import HostLayer
+from tieredkv.ops import ops_for
 from tieredkv.policy import digest, sketch
 from tieredkv.policy.base import Policy
 from tieredkv.sealed import SealedLayer, Tiers
@@ -233,7 +234,8 @@ class TieredLayer(CacheLayerMixin):
         with self.cache.ledger.scratch("digesting", self._digesting_bytes(stop - first)):
             staged = torch.empty(chunks.shape, dtype=self.dtype, device=self.device)
             self.cache.transfer.stage(chunks, staged, with_values=True)
-            return kind.make(staged[:, :, 0], bits, basis).cpu()
+            make = ops_for(self.device).pack_sketches if kind.fitted else kind.make
+            return make(staged[:, :, 0], bits, basis).cpu()
 
     def settle(self) -> None:
         """What is cached is the context of all that follows: digests are fitted to it and to nothing else."""

@@ -24,6 +24,7 @@ class Ops:
     name: str
     capturable: bool = False
     """Whether none of them waits for the host, on a card: a step can then be captured in a graph."""
+    pack_sketches: Op = sketch.pack
     sketch_logits: Op = sketch.sketch_logits
     chunk_ranks: Op = select.chunk_ranks
     choose: Op = residency.choose
@@ -46,6 +47,7 @@ def triton() -> Ops:
     return Ops(
         "triton",
         capturable=True,
+        pack_sketches=rank.pack_sketches,
         sketch_logits=rank.sketch_logits,
         chunk_ranks=rank.chunk_ranks,
         choose=choose.choose,

@@ -1,9 +1,11 @@
-"""How much each chunk of the dynamic heads promises: logits from sketches, and a head's ranks from its queries' logits.
+"""How much each chunk of the dynamic heads promises: sketches of keys, logits from them, ranks from those.
 
 Shapes: `n` dynamic heads, `G` query heads per KV head, `N` chunks, `C` chunk tokens, `r` directions of a sketch.
 """
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 import triton
@@ -11,8 +13,19 @@ import triton.language as tl
 
 TOKENS = 128
 """Tokens whose sketches one program reads."""
+PACKED = 32
+"""Tokens whose keys one program sketches."""
 CHUNKS = 1024
 """Chunks one program ranks."""
+
+
+class Basis(Protocol):
+    """What `policy.sketch.Basis` is to a kernel."""
+
+    down: torch.Tensor
+    centre: torch.Tensor
+
+
 GROUPS = {"mean": 0, "max": 1, "max_logit": 2}
 
 
@@ -61,6 +74,53 @@ def sketch_logits(small: torch.Tensor, packed: torch.Tensor, bits: int, chunk_to
         TOKENS=TOKENS,
     )  # fmt: skip
     return logits
+
+
+@triton.jit
+def _sketch(
+    keys, centre, down, packed, tokens, head_stride, chunk_stride,
+    C: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BITS: tl.constexpr, MOST: tl.constexpr,
+    WIDTH: tl.constexpr, PADDED_H: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    head, token = tl.program_id(0), tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    part, there = tl.arange(0, PADDED_H), token < tokens
+    H: tl.constexpr = R // 2 if BITS == 4 else R
+    where = head.to(tl.int64) * head_stride + (token // C).to(tl.int64) * chunk_stride + token % C * D
+    low, high = tl.zeros([TOKENS, PADDED_H], tl.float32), tl.zeros([TOKENS, PADDED_H], tl.float32)
+    for first in range(0, D, WIDTH):
+        d = first + tl.arange(0, WIDTH)
+        key = tl.load(keys + where[:, None] + d[None, :], mask=there[:, None] & (d[None, :] < D), other=0.0)
+        apart = key.to(tl.float32) - tl.load(centre + head * D + d, mask=d < D, other=0.0)[None, :]
+        along = down + (head * D + d[:, None]) * R + part[None, :]
+        inside = (d[:, None] < D) & (part[None, :] < H)
+        low += tl.dot(apart, tl.load(along, mask=inside, other=0.0), input_precision="tf32x3")
+        if BITS == 4:
+            high += tl.dot(apart, tl.load(along + H, mask=inside, other=0.0), input_precision="tf32x3")
+    to = packed + (head.to(tl.int64) * tokens + token[:, None]) * H + part[None, :]
+    stored = there[:, None] & (part[None, :] < H)
+    low = tl.minimum(tl.maximum(tl.floor(low + 0.5), -MOST), MOST)
+    if BITS == 4:
+        high = tl.minimum(tl.maximum(tl.floor(high + 0.5), -MOST), MOST)
+        tl.store(to, ((low + 8).to(tl.int32) | ((high + 8).to(tl.int32) << 4)).to(tl.uint8), mask=stored)
+    else:
+        tl.store(to, low.to(tl.int8).to(tl.uint8, bitcast=True), mask=stored)
+
+
+def pack_sketches(keys: torch.Tensor, bits: int, basis: Basis) -> torch.Tensor:
+    """As `policy.sketch.pack`: keys `(K, n, C, D)`, a head's chunks at even distances, -> sketches `(K, n, bytes)`.
+
+    Halves round up here, and to the even number there: a sketch may differ by one step where a key lies just between.
+    """
+    heads, chunks, c, d = keys.shape
+    r = basis.down.shape[-1]
+    halved = r // 2 if bits == 4 else r
+    packed = torch.empty((heads, chunks, c * halved), dtype=torch.uint8, device=keys.device)
+    _sketch[(heads, triton.cdiv(chunks * c, PACKED))](
+        keys, basis.centre, basis.down, packed, chunks * c, keys.stride(0), keys.stride(1),
+        C=c, D=d, R=r, BITS=bits, MOST=2 ** (bits - 1) - 1,
+        WIDTH=32, PADDED_H=max(16, triton.next_power_of_2(halved)), TOKENS=PACKED, num_stages=1,
+    )  # fmt: skip
+    return packed
 
 
 @triton.jit
