@@ -6,7 +6,10 @@ import threading
 
 import pytest
 import torch
+from helpers import LateCopies, cap_share
 
+import tieredkv
+from tieredkv import TieredCache
 from tieredkv.memory.prefetch import ThreadPrefetcher
 from tieredkv.memory.transfer import Transfer
 
@@ -110,3 +113,22 @@ def test_an_interrupted_wait_leaves_the_copy_outstanding(monkeypatch):
     go.set()
     assert copies.wait("a") == 7
     copies.close()
+
+
+@pytest.mark.parametrize("options", [{"theta": 2.0}, {"reuse_above": 0.5, "prefetch": True}], ids=str)
+def test_when_a_copy_arrives_changes_nothing(llama, long_ids, options):
+    """Prefill in calls over a staged past, and steps: copies as they come, and each at the last moment."""
+    tiers = {"gpu_kv_gb": cap_share(llama, 900, 0.6), "chunk_tokens": 8, "text_window": 16, **options}
+
+    def decode(copies):
+        made = TieredCache(llama.config, **tiers, max_new_tokens=8)
+        if copies is not None:
+            made.copies.close()
+            made.copies = copies
+        with torch.no_grad(), tieredkv.use_attention(llama), made as cache:
+            for part in long_ids.split(200, dim=1):
+                llama(part, past_key_values=cache)
+            assert cache.transfer.streamed_bytes > 0
+            return torch.stack([llama(long_ids[:, i : i + 1], past_key_values=cache).logits for i in range(6)])
+
+    assert torch.equal(decode(None), decode(LateCopies()))
