@@ -52,6 +52,8 @@ class Unit:
     """(label, JSON of the fields of TierConfig)."""
     unsealed: bool = False
     """Also ask second questions without sealing anew."""
+    scored_with: str = "{}"
+    """JSON of fields of TierConfig that the questions' rows are scored with, which a seal cannot change."""
 
     @property
     def key(self) -> str:
@@ -66,9 +68,11 @@ def grid(presets: Iterable[str], budgets: Iterable[float], **fields: Any) -> tup
     return tuple((label, json.dumps(one)) for label, one in made)
 
 
-def variants(budgets: Iterable[float], named: dict[str, dict[str, Any]]) -> tuple[tuple[str, str], ...]:
-    """Changes of hybridkv by name at every budget, and the full cache once."""
-    made = [(FULL, {"policy": FULL})]
+def variants(
+    budgets: Iterable[float], named: dict[str, dict[str, Any]], full: bool = True
+) -> tuple[tuple[str, str], ...]:
+    """Changes of hybridkv by name at every budget and, unless they are paired with another's, the full cache once."""
+    made = [(FULL, {"policy": FULL})] if full else []
     made += [(label, {"budget_ratio": budget, **fields}) for label, fields in named.items() for budget in budgets]
     return tuple((label, json.dumps(one)) for label, one in made)
 
@@ -128,13 +132,19 @@ def units(suite: str, quick: bool) -> list[Unit]:
         add("tiny", "video", 2048, variants((0.05, 0.1), ABLATIONS), 200, 8)
         add("smollm2", "chain", 2048, variants((0.05, 0.1), ABLATIONS), 96, 8)
     if suite == "sweeps":
-        for named in SWEEPS.values():
-            add("tiny", "video", 2048, variants((0.05,), named), 96, 8)
-            add("smollm2", "chain", 2048, variants((0.05,), named), 48, 8)
-        for chunk in (8, 16, 32, 64):
-            named = {f"C {chunk}": {"theta": 2.0}}
-            add("tiny", "video", 2048, variants((0.05, 0.1), named), 96, 8, chunk_tokens=chunk)
-            add("smollm2", "chain", 2048, variants((0.05, 0.1), named), 48, 8, chunk_tokens=chunk)
+        every = {label: fields for named in SWEEPS.values() for label, fields in named.items()}
+        add("tiny", "video", 2048, variants((0.05,), every), 96, 8)
+        add("smollm2", "chain", 2048, variants((0.05,), every), 48, 8)
+        for ratio in (0.001, 0.01, 0.05, 0.2):
+            fields = {"policy": "paper", "top_k_ratio": ratio}
+            more = {"scored_with": json.dumps(fields)}
+            named = {f"paper, k {ratio:.1%}": fields}
+            add("tiny", "video", 2048, variants((0.05,), named, full=False), 96, 8, **more)
+            add("smollm2", "chain", 2048, variants((0.05,), named, full=False), 48, 8, **more)
+        for chunk in (4, 16, 32, 64):  # 8 is everybody's
+            named = {f"C {chunk}": {}}
+            add("tiny", "video", 2048, variants((0.05,), named), 96, 8, chunk_tokens=chunk)
+            add("smollm2", "chain", 2048, variants((0.05,), named), 48, 8, chunk_tokens=chunk)
     return sorted(made, key=lambda unit: (unit.tokens, unit.number))
 
 
@@ -177,19 +187,22 @@ def _settings(unit: Unit) -> list[tuple[str, Any, Any]]:
     ]
 
 
+def _scoring(unit: Unit) -> Any:
+    from tieredkv.config import TierConfig
+
+    return TierConfig(chunk_tokens=unit.chunk_tokens, **json.loads(unit.scored_with))
+
+
 def _run_video(unit: Unit) -> list[dict[str, Any]]:
     import video_tasks
     from replay import replay, replay_unsealed
 
     from tieredkv import models, use_attention
-    from tieredkv.config import TierConfig
 
     model, processor = _model("tiny")
     settings, records = _settings(unit), []
     with use_attention(model):
-        reader, scene = video_tasks.read_video(
-            model, processor, unit.tokens, unit.number, TierConfig(chunk_tokens=unit.chunk_tokens)
-        )
+        reader, scene = video_tasks.read_video(model, processor, unit.tokens, unit.number, _scoring(unit))
         for asked in video_tasks.ask(processor, models.video_family(model.config), scene, unit.questions):
             answers = replay(reader, asked, [tiers for _, _, tiers in settings], recall=asked.task == "chain")
             records += [_record(unit, asked, asked.task, *each) for each in zip(settings, answers, strict=True)]
@@ -205,13 +218,12 @@ def _run_text(unit: Unit) -> list[dict[str, Any]]:
     from replay import Question, TextReader, replay
 
     from tieredkv import use_attention
-    from tieredkv.config import TierConfig
 
     model, tokenizer = _model("smollm2")
     settings, records = _settings(unit), []
     case = text_tasks.make_case(unit.task, tokenizer, unit.tokens, unit.number, unit.questions)
     with use_attention(model):
-        reader = TextReader(model, case.document_ids, TierConfig(chunk_tokens=unit.chunk_tokens))
+        reader = TextReader(model, case.document_ids, _scoring(unit))
         for number, one in enumerate(case.questions):
             asked = Question(one.task, one.prompt_ids, one.answer_ids, one.scored, one.steps)
             recall = number < 2 and unit.task != "perplexity"

@@ -126,3 +126,15 @@ def test_every_setting_of_a_suite_is_one_that_exists(suite):
 def test_videos_are_as_long_as_asked(film):
     assert film[1].seconds == TOKENS / TOKENS_PER_SECOND
     assert film[0].cache.get_seq_length() > TOKENS
+
+
+@pytest.mark.parametrize("suite", ["video", "text", "ablations", "sweeps"])
+def test_every_context_has_one_full_cache_to_be_paired_with(suite):
+    full: dict[tuple, int] = {}
+    labels: dict[tuple, list] = {}
+    for unit in quality.units(suite, quick=False):
+        context = (unit.model, unit.task, unit.tokens, unit.chunk_tokens, unit.number)
+        full[context] = full.get(context, 0) + sum(label == quality.FULL for label, _ in unit.settings)
+        labels.setdefault(context, []).extend(unit.settings)
+    assert set(full.values()) == {1}
+    assert all(len(set(each)) == len(each) for each in labels.values())
