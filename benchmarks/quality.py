@@ -19,135 +19,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from quality_report import FULL, aggregate, draw, show
+from quality_report import aggregate, draw, show
+from quality_suites import Unit, units
 
 RESULTS = Path(__file__).parent / "results"
-PRESETS = ("hybridkv", "paper", "mixkv", "snapkv", "lookm", "streaming", "quest", "arkvale")
-BUDGETS = (0.05, 0.1, 0.2)
-CHUNK = 8
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One context and all that is asked of it."""
-
-    model: str
-    task: str
-    """For the video model all tasks of a video are one unit, "video"."""
-    tokens: int
-    number: int
-    questions: int
-    chunk_tokens: int
-    settings: tuple[tuple[str, str], ...]
-    """(label, JSON of the fields of TierConfig)."""
-    unsealed: bool = False
-    """Also ask second questions without sealing anew."""
-    scored_with: str = "{}"
-    """JSON of fields of TierConfig that the questions' rows are scored with, which a seal cannot change."""
-
-    @property
-    def key(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True)
-
-
-def grid(presets: Iterable[str], budgets: Iterable[float], **fields: Any) -> tuple[tuple[str, str], ...]:
-    """Every preset at every budget, and the full cache once."""
-    made = [(FULL, {"policy": FULL})]
-    made += [("hybridkv", {"policy": "hybridkv", "budget_ratio": 0.025})]
-    made += [(name, {"policy": name, "budget_ratio": budget, **fields}) for name in presets for budget in budgets]
-    return tuple((label, json.dumps(one)) for label, one in made)
-
-
-def variants(
-    budgets: Iterable[float], named: dict[str, dict[str, Any]], full: bool = True
-) -> tuple[tuple[str, str], ...]:
-    """Changes of hybridkv by name at every budget and, unless they are paired with another's, the full cache once."""
-    made = [(FULL, {"policy": FULL})] if full else []
-    made += [(label, {"budget_ratio": budget, **fields}) for label, fields in named.items() for budget in budgets]
-    return tuple((label, json.dumps(one)) for label, one in made)
-
-
-ABLATIONS: dict[str, dict[str, Any]] = {
-    "hybrid": {},
-    "all static": {"theta": 0.0},
-    "all dynamic": {"theta": 2.0},
-    "without head level": {"dynamic_floor": 1.0},
-    "heads by the paper's score": {"head_score": "mass", "theta": 0.9},
-    "same, without head level": {"head_score": "mass", "theta": 0.9, "static_weight": "even", "static_floor": 1.0},
-    "paper": {"policy": "paper"},
-    "paper, without head level": {"policy": "paper", "static_weight": "even", "static_floor": 1.0},
-    "paper, all static": {"policy": "paper", "theta": 0.0},
-    "paper, all dynamic": {"policy": "paper", "theta": 2.0},
-}
-SWEEPS: dict[str, dict[str, dict[str, Any]]] = {
-    "theta": {f"theta {value}": {"theta": value} for value in (0.9, 0.95, 0.98, 0.99, 2.0)},
-    "paper's theta": {f"paper, theta {value}": {"policy": "paper", "theta": value} for value in (0.5, 0.7, 0.9, 2.0)},
-    "r": {f"paper, r {value}": {"policy": "paper", "type_split": value} for value in (0.6, 0.8, 1.0)},
-    "weight": {
-        f"paper, by {value}": {"policy": "paper", "static_weight": value} for value in ("need", "score", "even")
-    },
-    "floor": {f"dynamic floor {value}": {"dynamic_floor": value} for value in (0.0, 0.3, 0.6, 1.0)},
-    "digest": {
-        f"digest {kind}, {bits} bits": {"digest": kind, "digest_bits": bits}
-        for kind in ("mean", "minmax", "cuboid", "segment", "sketch")
-        for bits in (4, 8)
-    },
-    "group": {f"group {value}": {"chunk_group": value, "stay": 1.0} for value in ("mean", "max", "max_logit")},
-    "stay": {f"stay {value}": {"stay": value} for value in (1.0, 2.0, 4.0, 8.0)},
-    "dense": {f"dense layers {value}": {"dense_layers": value} for value in (0, 1, 2)},
-    "reuse": {f"reuse above {value}": {"reuse_above": value} for value in (0.0, 0.8, 0.9, 2.0)},
-}
-
-
-def units(suite: str, quick: bool) -> list[Unit]:
-    """The contexts of a suite, short ones first."""
-    made: list[Unit] = []
-
-    def add(model: str, task: str, tokens: int, settings: Any, asked: int, each: int, **more: Any) -> None:
-        contexts = 1 if quick else math.ceil(asked / each)
-        chunk = more.pop("chunk_tokens", CHUNK)
-        made.extend(
-            Unit(model, task, tokens, number, 2 if quick else each, chunk, settings, **more)
-            for number in range(contexts)
-        )
-
-    if suite == "video":
-        for tokens in (2048, 4096, 8192):
-            add("tiny", "video", tokens, grid(PRESETS, BUDGETS), 200, 8, unsealed=tokens == 4096)
-    if suite == "text":
-        for task in ("chain", "lookup", "copy", "needle"):
-            add("smollm2", task, 4096, grid(PRESETS, BUDGETS), 200, 20)
-        add("smollm2", "perplexity", 4096, grid(PRESETS, BUDGETS), 6, 1)
-    if suite == "ablations":
-        add("tiny", "video", 2048, variants((0.05, 0.1), ABLATIONS), 200, 8)
-        add("smollm2", "chain", 2048, variants((0.05, 0.1), ABLATIONS), 96, 8)
-    if suite == "sweeps":
-        every = {label: fields for named in SWEEPS.values() for label, fields in named.items()}
-        add("tiny", "video", 2048, variants((0.05,), every), 96, 8)
-        add("smollm2", "chain", 2048, variants((0.05,), every), 48, 8)
-        for ratio in (0.001, 0.01, 0.05, 0.2):
-            fields = {"policy": "paper", "top_k_ratio": ratio}
-            more = {"scored_with": json.dumps(fields)}
-            named = {f"paper, k {ratio:.1%}": fields}
-            add("tiny", "video", 2048, variants((0.05,), named, full=False), 96, 8, **more)
-            add("smollm2", "chain", 2048, variants((0.05,), named, full=False), 48, 8, **more)
-        for chunk in (4, 16, 32, 64):  # 8 is everybody's
-            named = {f"C {chunk}": {}}
-            add("tiny", "video", 2048, variants((0.05,), named), 96, 8, chunk_tokens=chunk)
-            add("smollm2", "chain", 2048, variants((0.05,), named), 48, 8, chunk_tokens=chunk)
-    return sorted(made, key=lambda unit: (unit.tokens, unit.number))
-
-
 # ---- one context, in a process of its own
 
 

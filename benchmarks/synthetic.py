@@ -83,9 +83,9 @@ def fill(cache: TieredCache, model: Any, tokens: int) -> None:
     for index, layer in enumerate(cache.tiered_layers):
         keys, values = keys_and_values(model, tokens, index)
         layer.lazy_initialization(keys[None, :, :1], values[None, :, :1])
-        assert layer.host is not None
+        assert layer.digests is not None
+        layer.digests.query_moment = torch.eye(keys.shape[-1]).expand(len(keys), -1, -1)
         layer.append(keys.cpu(), values.cpu())
-        layer._query_moment = torch.eye(keys.shape[-1]).expand(len(keys), -1, -1).to(keys.device)
         even = torch.rand(2, len(keys), tokens)
         layer.rows = TextRows(torch.zeros(len(keys)), even / even.sum(-1, keepdim=True), count=32)
     cache.text_rows = 32

@@ -177,7 +177,7 @@ def test_every_purpose_takes_what_the_plan_says(
         answer = session.ask(QUESTION, max_new_tokens=NEW)
         tail = answer.stats.prompt_tokens - answer.stats.visual_tokens - session.head_tokens
         streamed = session.ingest_stats.streamed_bytes + session._cache.transfer.streamed_bytes
-        digests = sum(layer._digests.nbytes for layer in session._cache.tiered_layers)
+        digests = sum(layer.digests.packed.nbytes for layer in session._cache.tiered_layers)
         host = session._cache.host_bytes
     real = plan_bytes.decode_bytes(*watch.planned)
     assert (answer.stats.static_heads > 0, answer.stats.dynamic_heads > 0) == (theta < 2, theta > 0)

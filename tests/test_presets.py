@@ -282,11 +282,11 @@ def test_a_basis_fitted_to_little_is_fitted_again_when_there_is_more(llama, long
         cache.auto_seal = False
         llama(long_ids[:, :40], past_key_values=cache)
         cache.seal()
-        before = cache.tiered_layers[0]._basis
+        before = cache.tiered_layers[0].digests.basis
         cache.unseal()
         llama(long_ids[:, 40:], past_key_values=cache)
         cache.seal()
-        after = cache.tiered_layers[0]._basis
+        after = cache.tiered_layers[0].digests.basis
     assert not torch.equal(before.up, after.up)
 
 

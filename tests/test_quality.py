@@ -17,6 +17,7 @@ from tieredkv.tiny.scene import FPS
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import quality
 import quality_report
+import quality_suites
 import replay
 import video_tasks
 
@@ -116,7 +117,7 @@ def test_rows_count_steps_and_pair_with_the_full_cache():
 
 @pytest.mark.parametrize("suite", ["video", "text", "ablations", "sweeps"])
 def test_every_setting_of_a_suite_is_one_that_exists(suite):
-    made = quality.units(suite, quick=False)
+    made = quality_suites.units(suite, quick=False)
     assert len({unit.key for unit in made}) == len(made)
     for unit in made:
         quality._settings(unit)
@@ -132,9 +133,9 @@ def test_videos_are_as_long_as_asked(film):
 def test_every_context_has_one_full_cache_to_be_paired_with(suite):
     full: dict[tuple, int] = {}
     labels: dict[tuple, list] = {}
-    for unit in quality.units(suite, quick=False):
+    for unit in quality_suites.units(suite, quick=False):
         context = (unit.model, unit.task, unit.tokens, unit.chunk_tokens, unit.number)
-        full[context] = full.get(context, 0) + sum(label == quality.FULL for label, _ in unit.settings)
+        full[context] = full.get(context, 0) + sum(label == quality_report.FULL for label, _ in unit.settings)
         labels.setdefault(context, []).extend(unit.settings)
     assert set(full.values()) == {1}
     assert all(len(set(each)) == len(each) for each in labels.values())
