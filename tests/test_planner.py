@@ -12,7 +12,7 @@ import torch
 from helpers import cap_share
 from test_cli import run
 
-from tieredkv import plan_bytes, planner, sizes
+from tieredkv import decode_plan, plan_bytes, planner, sizes
 from tieredkv.api import new_session
 from tieredkv.cache import TieredCache
 from tieredkv.config import GIB, TierConfig
@@ -141,7 +141,7 @@ class Watch:
         self.most: dict[str, int] = {}
         self.prefill = 0
         self.sealed: dict[str, int] = {}
-        reserve, seal, plan_decode = device.DeviceLedger.reserve, TieredCache.seal, sizes.plan_decode
+        reserve, seal, plan_decode = device.DeviceLedger.reserve, TieredCache.seal, decode_plan.plan_decode
 
         def watched_reserve(ledger, purpose, nbytes):
             reserve(ledger, purpose, nbytes)
@@ -161,7 +161,7 @@ class Watch:
 
         monkeypatch.setattr(device.DeviceLedger, "reserve", watched_reserve)
         monkeypatch.setattr(TieredCache, "seal", watched_seal)
-        monkeypatch.setattr(sizes, "plan_decode", watched_plan)
+        monkeypatch.setattr(decode_plan, "plan_decode", watched_plan)
 
 
 @pytest.mark.parametrize(("theta", "static_share"), [(0.0, 1.0), (0.18, None), (2.0, 0.0)])

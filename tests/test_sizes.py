@@ -7,14 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tieredkv import sizes
+from tieredkv import decode_plan, sizes
 from tieredkv.config import GIB, TierConfig
 from tieredkv.errors import BudgetError
 
 SHAPE = sizes.KVShape(num_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16, itemsize=2)
 
 
-def decode_bytes(shape: sizes.KVShape, tiers: TierConfig, made: sizes.DecodePlan, n_dynamic: int) -> int:
+def decode_bytes(shape: sizes.KVShape, tiers: TierConfig, made: decode_plan.DecodePlan, n_dynamic: int) -> int:
     """What a plan will hold at once while decoding."""
     total = made.pool_pages * sizes.page_bytes(shape, tiers) + made.scratch_pages * sizes.scratch_page_bytes(
         shape, tiers
@@ -51,7 +51,7 @@ def test_a_plan_fits_the_cap_or_is_refused(case):
     layout = sizes.lay_out(tiers, tokens, rows, new)
     static = scores >= 0.5
     try:
-        made = sizes.plan_decode(SHAPE, tiers, layout, scores, static)
+        made = decode_plan.plan_decode(SHAPE, tiers, layout, scores, static)
     except BudgetError:
         assert tiers.cap_bytes < sizes.smallest_cap_bytes(SHAPE, tiers, layout, rows)
         return
@@ -81,7 +81,7 @@ def test_the_smallest_cap_named_is_enough_and_less_is_refused(case):
         sizes.block_tokens(SHAPE, enough, tokens, min(rows, tiers.method.text_window), 0, staged=True)
         >= tiers.chunk_tokens
     )
-    sizes.plan_decode(SHAPE, enough, layout, scores, scores >= 0.5)
+    decode_plan.plan_decode(SHAPE, enough, layout, scores, scores >= 0.5)
     less = TierConfig(gpu_kv_gb=(smallest - 1) / GIB, chunk_tokens=tiers.chunk_tokens)
     with pytest.raises(BudgetError, match="the smallest that works is"):
         sizes.check_cap(SHAPE, less, layout, rows)
@@ -115,7 +115,7 @@ def test_a_cap_beyond_the_cache_selects_everything_and_ranks_nothing():
     tiers = TierConfig(gpu_kv_gb=1)
     layout = sizes.lay_out(tiers, 1000, 10, 20)
     scores = torch.zeros(3, 2)
-    made = sizes.plan_decode(SHAPE, tiers, layout, scores, scores >= 0.5)
+    made = decode_plan.plan_decode(SHAPE, tiers, layout, scores, scores >= 0.5)
     assert (made.selected == layout.retrievable).all()
     assert not made.ranked
 
@@ -126,7 +126,7 @@ def test_a_quality_budget_is_what_heads_attend_to_on_average(theta):
     layout = sizes.lay_out(tiers, 3000, 10, 20)
     scores = torch.tensor([[0.9, 0.1], [0.2, 0.6], [0.3, 0.7]])
     static = scores >= theta
-    made = sizes.plan_decode(SHAPE, tiers, layout, scores, static)
+    made = decode_plan.plan_decode(SHAPE, tiers, layout, scores, static)
     pages = int(made.pages[static].sum()) + int((~static).sum()) * layout.sink_chunks + int(made.selected.sum())
     attended = layout.tokens - layout.recent_start + pages * tiers.chunk_tokens / 6
     assert 0.2 * 3000 - tiers.chunk_tokens < attended <= 0.2 * 3000
@@ -135,7 +135,7 @@ def test_a_quality_budget_is_what_heads_attend_to_on_average(theta):
 def test_with_a_quality_budget_the_spare_share_sets_the_pool():
     def slots(share):
         tiers = TierConfig(gpu_kv_gb=1, budget_ratio=0.2, spare_ratio=share)
-        made = sizes.plan_decode(
+        made = decode_plan.plan_decode(
             SHAPE, tiers, sizes.lay_out(tiers, 3000, 10, 20), torch.zeros(3, 2), torch.zeros(3, 2).bool()
         )
         return made.selected.tolist(), made.slots.tolist()

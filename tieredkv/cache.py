@@ -17,7 +17,7 @@ import torch
 from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import get_layer_types_and_kwargs
 
-from tieredkv import models, sizes
+from tieredkv import decode_plan, models, sizes
 from tieredkv.config import TierConfig, tier_config
 from tieredkv.errors import OptionError, TieredKVError, UnsupportedModelError
 from tieredkv.layer import TieredLayer
@@ -233,9 +233,9 @@ class TieredCache(Cache):
             static = classify.static_heads(scores, method.theta)
         else:
             need = self._need(rows, layout)
-            static = need[0] <= sizes.mean_old_tokens(self.shape, self.tiers, layout)
+            static = need[0] <= decode_plan.mean_old_tokens(self.shape, self.tiers, layout)
         static[: method.dense_layers] = True
-        decode_plan = sizes.plan_decode(self.shape, self.tiers, layout, scores, static, need)
+        plan = decode_plan.plan_decode(self.shape, self.tiers, layout, scores, static, need)
         if self.visual is None:
             is_text = torch.arange(length) >= length - self.text_rows
         else:
@@ -252,7 +252,7 @@ class TieredCache(Cache):
         try:
             self._pool = DevicePool(
                 self.ledger,
-                decode_plan.pool_pages,
+                plan.pool_pages,
                 self.tiers.chunk_tokens,
                 self.shape.head_dim,
                 first.dtype,
@@ -261,7 +261,7 @@ class TieredCache(Cache):
             shared = Tiers(
                 config=self.tiers,
                 shape=self.shape,
-                plan=decode_plan,
+                plan=plan,
                 ledger=self.ledger,
                 pool=self._pool,
                 transfer=self.transfer,

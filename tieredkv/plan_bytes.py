@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tieredkv import sizes
+from tieredkv import decode_plan, sizes
 from tieredkv.config import TierConfig
 from tieredkv.memory.residency import Residency
 from tieredkv.sizes import KVShape, ceil_div
@@ -21,7 +21,9 @@ def assumed_static(shape: KVShape, tiers: TierConfig, share: float) -> torch.Ten
     return static
 
 
-def decode_bytes(shape: KVShape, tiers: TierConfig, made: sizes.DecodePlan, static: torch.Tensor) -> dict[str, int]:
+def decode_bytes(
+    shape: KVShape, tiers: TierConfig, made: decode_plan.DecodePlan, static: torch.Tensor
+) -> dict[str, int]:
     """Device bytes of the decode phase by purpose, as the ledger counts them, for a known `(L, K)` mask of heads.
 
     The ledger's "pool" is the sum of the first three: recent pages of all heads; pages kept by static heads; sink and
@@ -31,7 +33,7 @@ def decode_bytes(shape: KVShape, tiers: TierConfig, made: sizes.DecodePlan, stat
     tables = widest = 0
     for index, mask in enumerate(static):
         n_dynamic = int((~mask).sum())
-        width = sizes.table_width(made, tiers, index, mask)
+        width = decode_plan.table_width(made, tiers, index, mask)
         widest = max(widest, width)
         tables += 2 * heads * width * sizes.INT32  # a page and its length
         if n_dynamic:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tieredkv import loading, models, plan_bytes, sizes
+from tieredkv import decode_plan, loading, models, plan_bytes, sizes
 from tieredkv.config import DEFAULT_FPS, TierConfig, tier_config
 from tieredkv.errors import OptionError, UnsupportedModelError, VideoError
 from tieredkv.memory import limits
@@ -102,7 +102,7 @@ def plan(
     limits.check_host(host, tiers.host_kv_gb, f"the cache of {prompt:,} tokens", remedy, available)
 
     static = plan_bytes.assumed_static(shape, tiers, static_share)
-    made = sizes.plan_decode(shape, tiers, layout, static.double(), static)
+    made = decode_plan.plan_decode(shape, tiers, layout, static.double(), static)
     n_static, n_dynamic = int(static.sum()), int((~static).sum())
     c, page = tiers.chunk_tokens, sizes.page_bytes(shape, tiers)
     recent = prompt - layout.recent_start + max_new_tokens

@@ -9,13 +9,14 @@ from __future__ import annotations
 import torch
 
 from tieredkv.attention import reference
+from tieredkv.decode_plan import table_width
 from tieredkv.errors import BudgetError
 from tieredkv.memory.host import HostLayer
 from tieredkv.policy import prune
 from tieredkv.policy.sketch import Basis
 from tieredkv.prefill import TextRows
 from tieredkv.retrieval import Retrieval
-from tieredkv.sizes import FLOAT32, page_bytes, ranking_bytes, scratch_page_bytes, table_width
+from tieredkv.sizes import FLOAT32, page_bytes, ranking_bytes, scratch_page_bytes
 from tieredkv.tiers import Tiers
 
 MOST_ROWS = 32

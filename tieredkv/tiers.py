@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tieredkv.config import TierConfig
+from tieredkv.decode_plan import DecodePlan
 from tieredkv.memory.device import DeviceLedger
 from tieredkv.memory.pool import DevicePool
 from tieredkv.memory.prefetch import Prefetcher
 from tieredkv.memory.transfer import Transfer
 from tieredkv.ops import Ops
-from tieredkv.sizes import DecodePlan, KVShape
+from tieredkv.sizes import KVShape
 from tieredkv.stats import Counters
 
 
