@@ -17,19 +17,16 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from origin import origin
-from synthetic import Drift, fill, keys_and_values, make_model, milliseconds
+from synthetic import keys_and_values, make_model, milliseconds, scripted
 
-from tieredkv import TierConfig, TieredCache, use_attention
-from tieredkv.config import GIB
 from tieredkv.ops import ops_for
-from tieredkv.sizes import model_shape
-from tieredkv.steps import Steps
 
 ROUNDS = 20
 
@@ -58,33 +55,19 @@ def stock(model: Any, tokens: int, kind: str, device: str) -> Callable[[], objec
 
 def tiered(model: Any, tokens: int, hit_rate: float, speculative: bool, budget: float, device: str) -> dict[str, Any]:
     """A row of ours: time per step and what was copied in it."""
-    full_gib = tokens * model_shape(model.config, model.dtype).token_bytes / GIB
-    tiers = TierConfig(gpu_kv_gb=max(0.5, full_gib), budget_ratio=budget, reuse_above=0.8 if speculative else None)
-    with TieredCache(model.config, tiers, max_new_tokens=3 * ROUNDS, prompt_tokens=tokens + 256) as cache:
-        drift = Drift(ops_for(torch.device(device)), hit_rate)
-        cache.ops = drift.ops
-        fill(cache, model, tokens)
-        drift.begin(cache)
-
-        def forward(token: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-            return model(token, past_key_values=cache, position_ids=place).logits[:, -1]
-
-        steps = Steps(forward, cache, torch.device(device), axes=1, position=tokens)
-        with use_attention(model):
-            for _ in range(3):
-                steps(7)  # the first chunks, compilation, and the graph
-            counted = cache.counters
-            before = counted.missed_bytes + counted.prefetched_bytes, counted.selected, counted.resident
-            ms = milliseconds(lambda: steps(7), ROUNDS, device)
-            counters = cache.counters
-            kernels = share_of_kernels(lambda: steps(7), device)
-        count = ROUNDS + 2
-        moved = (counters.missed_bytes + counters.prefetched_bytes - before[0]) / count
+    fields = {"reuse_above": 0.8} if speculative else {}
+    ops = ops_for(torch.device(device))
+    with scripted(model, tokens, ops, hit_rate, budget, 2 * ROUNDS, **fields) as (cache, steps):
+        before = replace(cache.counters)
+        ms = milliseconds(lambda: steps(7), ROUNDS, device)
+        after = replace(cache.counters)
+        kernels = share_of_kernels(lambda: steps(7), device)
+        moved = after.missed_bytes + after.prefetched_bytes - before.missed_bytes - before.prefetched_bytes
         return {
             "ms": ms,
             "path": steps.path,
-            "hit_rate": (counters.resident - before[2]) / max(1, counters.selected - before[1]),
-            "bytes_per_step": moved,
+            "hit_rate": (after.resident - before.resident) / max(1, after.selected - before.selected),
+            "bytes_per_step": moved / (ROUNDS + 2),
             "device_bytes": cache.ledger.used_bytes,
             "kernels": kernels,
         }

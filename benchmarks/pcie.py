@@ -21,16 +21,12 @@ from typing import Any
 
 import torch
 from origin import origin
-from synthetic import Drift, fill, make_model, milliseconds
+from synthetic import make_model, milliseconds, scripted
 
-from tieredkv import TierConfig, TieredCache, use_attention
-from tieredkv.config import GIB
 from tieredkv.memory import residency
 from tieredkv.memory.pagelock import PageLocker, aligned
 from tieredkv.ops import Ops, triton
 from tieredkv.plan_table import LINKS
-from tieredkv.sizes import model_shape
-from tieredkv.steps import Steps
 
 ROUNDS = 20
 
@@ -83,26 +79,10 @@ def slower(ops: Ops, times: int) -> Ops:
 
 def token_time(model: Any, tokens: int, hit_rate: float, times: int, budget: float) -> dict[str, Any]:
     """Milliseconds per token where every missed chunk is copied `times` times, and the bytes of one copy of them."""
-    full_gib = tokens * model_shape(model.config, model.dtype).token_bytes / GIB
-    tiers = TierConfig(gpu_kv_gb=max(0.5, full_gib), budget_ratio=budget)
-    with TieredCache(model.config, tiers, max_new_tokens=3 * ROUNDS, prompt_tokens=tokens + 256) as cache:
-        drift = Drift(slower(triton(), times), hit_rate)
-        cache.ops = drift.ops
-        fill(cache, model, tokens)
-        drift.begin(cache)
-        steps = Steps(
-            lambda token, place: model(token, past_key_values=cache, position_ids=place).logits[:, -1],
-            cache,
-            torch.device("cuda"),
-            axes=1,
-            position=tokens,
-        )
-        with use_attention(model):
-            for _ in range(3):
-                steps(7)
-            before = cache.counters.missed_bytes
-            ms = milliseconds(lambda: steps(7), ROUNDS, "cuda")
-            return {"ms": ms, "bytes": (cache.counters.missed_bytes - before) / (ROUNDS + 2), "path": steps.path}
+    with scripted(model, tokens, slower(triton(), times), hit_rate, budget, ROUNDS + 2) as (cache, steps):
+        before = cache.counters.missed_bytes
+        ms = milliseconds(lambda: steps(7), ROUNDS, "cuda")
+        return {"ms": ms, "bytes": (cache.counters.missed_bytes - before) / (ROUNDS + 2), "path": steps.path}
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from tieredkv import TieredCache
+from tieredkv import TierConfig, TieredCache, use_attention
+from tieredkv.config import GIB
 from tieredkv.ops import Ops
 from tieredkv.prefill import TextRows
+from tieredkv.sizes import model_shape
+from tieredkv.steps import Steps
 
 SHAPES: dict[str, dict[str, int]] = {
     "7b": {
@@ -121,6 +125,34 @@ class Drift:
         order, shift, place = self._scripts[chosen.data_ptr()]
         place += shift
         return ranks.copy_(-torch.remainder(order - place, chosen.shape[1]))
+
+
+@contextmanager
+def scripted(
+    model: Any, tokens: int, ops: Ops, hit_rate: float, budget: float, room: int, **fields: Any
+) -> Iterator[tuple[TieredCache, Steps]]:
+    """A sealed cache of `tokens` tokens whose ranks follow a script, and its steps, of which there is room for `room`.
+
+    Three are taken: they fetch the first chunks, compile, and on a card capture the graph. fields: of `TierConfig`.
+    """
+    full_gib = tokens * model_shape(model.config, model.dtype).token_bytes / GIB
+    tiers = TierConfig(gpu_kv_gb=max(0.5, full_gib), budget_ratio=budget, **fields)
+    with (
+        use_attention(model),
+        TieredCache(model.config, tiers, max_new_tokens=room + 3, prompt_tokens=tokens + 256) as cache,
+    ):
+        drift = Drift(ops, hit_rate)
+        cache.ops = drift.ops
+        fill(cache, model, tokens)
+        drift.begin(cache)
+
+        def forward(token: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+            return model(token, past_key_values=cache, position_ids=place).logits[:, -1]
+
+        steps = Steps(forward, cache, model.device, axes=1, position=tokens)
+        for _ in range(3):
+            steps(7)
+        yield cache, steps
 
 
 def milliseconds(step: Callable[[], object], rounds: int, device: str) -> float:
