@@ -50,7 +50,8 @@ def stock_inputs(
         if answer is not None:
             messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    metadata = {"fps": fps, "total_num_frames": len(frames), "frames_indices": list(range(len(frames)))}
+    count = len(frames)
+    metadata = {"fps": fps, "total_num_frames": count, "frames_indices": list(range(count)), "duration": count / fps}
     return processor(
         text=[text],
         videos=[torch.from_numpy(frames).permute(0, 3, 1, 2)],

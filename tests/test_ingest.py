@@ -79,7 +79,7 @@ def test_segments_of_any_size_give_the_features_of_the_whole(video_model, proces
 
     session = tieredkv.api.new_session(video_model, gpu_kv_gb=1, processor=processor, encode_batch=encode_batch)
     with session:
-        session.family = Recording()
+        session.template.family = Recording()
         session.ingest(frames[:61], fps=4)
         assert len(seen) > 1 or encode_batch > 240
     torch.testing.assert_close(torch.cat(seen), whole, rtol=0, atol=1e-5)

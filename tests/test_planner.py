@@ -18,6 +18,8 @@ from tieredkv.cache import TieredCache
 from tieredkv.config import GIB, TierConfig
 from tieredkv.errors import BudgetError, OptionError, UnsupportedModelError, VideoError
 from tieredkv.memory import device, limits
+from tieredkv.models.base import VideoGrid
+from tieredkv.models.qwen2_5_vl import Qwen25VL
 from tieredkv.plan_table import MemoryPlan
 from tieredkv.planner import plan
 from tieredkv.tiny.model import PATH, build_config
@@ -68,7 +70,9 @@ def film(monkeypatch, tmp_path):
     def open_video(video, fps, *, source_fps=None, max_frames=None, start=0.0, end=None):
         seconds = (600.0 if end is None else end) - start
         expected = min(int(seconds * fps), max_frames or 10**9)
-        return SimpleNamespace(name=video, height=360, width=640, fps=fps, expected=expected, seconds=seconds)
+        return SimpleNamespace(
+            name=video, height=360, width=640, fps=fps, expected=expected, start=0.0, seconds=seconds
+        )
 
     monkeypatch.setattr(planner, "open_video", open_video)
     (tmp_path / "film.mp4").touch()
@@ -308,28 +312,29 @@ def test_a_processor_that_refuses_the_frames_is_an_error_of_the_video(film, monk
 # ---- the vision tower's calls
 
 
-VISION = build_config().vision_config
+def batch_tokens(height, width, grid, tiers):
+    return encode.batch_tokens(Qwen25VL(), build_config(), height, width, VideoGrid(*grid, 0.5), tiers)
 
 
 def test_a_call_of_the_tower_takes_whole_steps_within_the_bounds():
     tiers = TierConfig()
     for grid in [(500, 2, 2), (3, 2, 2), (500, 40, 40), (500, 7, 11)]:
-        batch = encode.batch_tokens(VISION, 360, 640, grid, tiers)
+        batch = batch_tokens(360, 640, grid, tiers)
         step = grid[1] * grid[2]
         assert batch % step == 0
         assert step <= batch <= max(step, min(grid[0] * step, tiers.prefill_chunk // 2))
 
 
 def test_large_frames_make_calls_smaller():
-    small = encode.batch_tokens(VISION, 56, 56, (5000, 2, 2), TierConfig(prefill_chunk=10**6))
-    large = encode.batch_tokens(VISION, 2160, 3840, (5000, 2, 2), TierConfig(prefill_chunk=10**6))
+    small = batch_tokens(56, 56, (5000, 2, 2), TierConfig(prefill_chunk=10**6))
+    large = batch_tokens(2160, 3840, (5000, 2, 2), TierConfig(prefill_chunk=10**6))
     assert large < small
     assert large * 2 * 2160 * 3840 * 3 / 4 <= encode.ENCODE_BYTES
 
 
 @pytest.mark.parametrize(("asked", "given"), [(1, 4), (4, 4), (11, 8), (10**9, 2000)])
 def test_encode_batch_decides_in_whole_steps(asked, given):
-    assert encode.batch_tokens(VISION, 56, 56, (500, 2, 2), TierConfig(encode_batch=asked)) == given
+    assert batch_tokens(56, 56, (500, 2, 2), TierConfig(encode_batch=asked)) == given
 
 
 # ---- what is printed

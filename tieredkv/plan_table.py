@@ -79,6 +79,8 @@ class MemoryPlan:
     encode_batch: int | None
     """Visual tokens per call of the vision tower."""
     visual_tokens: int
+    video_text_tokens: int
+    """Text that the model's prompt holds inside the video: timestamps, frame numbers."""
     prompt_tokens: int
     new_tokens: int
     full_bytes: int
@@ -202,7 +204,8 @@ class MemoryPlan:
             ),
             (
                 "visual tokens",
-                f"{self.visual_tokens:,}: {steps:,} steps of {rows}x{columns}, {self.encode_batch:,} per tower call",
+                f"{self.visual_tokens:,}: {steps:,} steps of {rows}x{columns}, {self.encode_batch:,} per tower call"
+                + (f"; {self.video_text_tokens:,} of text between" if self.video_text_tokens else ""),
             ),
         ]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,19 @@ import torch
 
 from tieredkv import decode_plan, loading, models, plan_bytes, sizes
 from tieredkv.config import DEFAULT_FPS, TierConfig, tier_config
-from tieredkv.errors import OptionError, UnsupportedModelError, VideoError
+from tieredkv.errors import OptionError, UnsupportedModelError
 from tieredkv.memory import limits
+from tieredkv.models.base import VideoGrid
 from tieredkv.plan_table import CARDS, LINKS, MemoryPlan, rate
 from tieredkv.prompt import ChatTemplate
 from tieredkv.sizes import KVShape
 from tieredkv.video.encode import batch_tokens
-from tieredkv.video.frames import check_request, open_video
+from tieredkv.video.frames import Sampled, check_request, open_video
 
 HEAD_TOKENS = 15
 """Text before the video where no processor says: what Qwen2.5-VL's chat template writes."""
-VISION_MODULES = {"visual", "vision_tower", "vision_model"}
-"""What transformers' families call their vision tower."""
+VISION_MODULES = {"visual", "vision_tower", "vision_model", "multi_modal_projector", "connector", "image_newline"}
+"""What transformers' families call their vision tower and what joins it to the decoder."""
 
 
 def plan(
@@ -85,9 +86,11 @@ def plan(
         if processor is None:
             processor = loading.load_processor(source.path)
         video = _Video.open(source, processor, video_or_tokens, fps, request)
-        visual = video.tokens(video.frames)
-    head = HEAD_TOKENS if processor is None else source.head_tokens(processor)
-    text, prompt = head + question_tokens, head + visual + question_tokens
+        visual = video.grid(video.sampled.frames).visual_tokens
+    head = HEAD_TOKENS if processor is None else source.head_tokens(processor, video)
+    text = head + question_tokens
+    inside = visual if video is None else video.tokens(video.sampled.frames)
+    prompt = text + inside
 
     rows = sizes.question_rows(tiers, question_tokens)
     layout = sizes.lay_out(tiers, prompt, rows, max_new_tokens)
@@ -116,12 +119,13 @@ def plan(
         shape=shape,
         **source.weight_bytes(),
         video=None if video is None else video.name,
-        frames=None if video is None else video.frames,
-        frame_size=None if video is None else (video.height, video.width),
-        fps=None if video is None else video.fps,
-        grid=None if video is None else video.grid(video.frames),
+        frames=None if video is None else video.sampled.frames,
+        frame_size=None if video is None else (video.sampled.height, video.sampled.width),
+        fps=None if video is None else video.sampled.fps,
+        grid=None if video is None else video.steps_rows_columns,
         encode_batch=None if video is None else video.encode_batch(tiers),
         visual_tokens=visual,
+        video_text_tokens=inside - visual,
         prompt_tokens=prompt,
         new_tokens=max_new_tokens,
         full_bytes=prompt * shape.token_bytes,
@@ -203,10 +207,11 @@ class _Model:
         step = decoder if output is table else decoder - table.nbytes
         return {"decoder_bytes": decoder, "vision_bytes": vision, "step_weight_bytes": step}
 
-    def head_tokens(self, processor: Any) -> int:
+    def head_tokens(self, processor: Any, video: _Video | None) -> int:
         """Prompt tokens before the first visual token."""
         template = ChatTemplate(models.video_family(self.config), processor)
-        return template.tokenize(template.around_video([("?", None)])[0]).shape[1]
+        some = Sampled(1, 1, 1, 1.0, 0.0, 1.0) if video is None else video.sampled
+        return template.head_ids(self.config, template.around_video([("?", None)])[0], some).shape[1]
 
 
 @dataclass(frozen=True)
@@ -218,36 +223,37 @@ class _Video:
     video: Any
     request: dict[str, Any]
     name: str
-    frames: int
-    height: int
-    width: int
-    fps: float
+    sampled: Sampled
 
     @staticmethod
     def open(source: _Model, processor: Any, video: Any, fps: float | None, request: dict[str, Any]) -> _Video:
         rate = (getattr(processor.video_processor, "fps", None) or DEFAULT_FPS) if fps is None else fps
         opened = open_video(video, rate, **request)
-        return _Video(
-            source, processor, video, request, opened.name, opened.expected, opened.height, opened.width, opened.fps
-        )
+        return _Video(source, processor, video, request, opened.name, Sampled.of(opened))
 
-    def grid(self, frames: int) -> tuple[int, int, int]:
+    def grid(self, frames: int) -> VideoGrid:
+        """Of the first `frames` frames."""
         family = models.video_family(self.source.config)
-        try:
-            return family.frame_grid(self.source.config, self.processor, frames, self.height, self.width, self.fps)
-        except ValueError as error:
-            raise VideoError(f"the model's processor refuses frames of {self.width}x{self.height}: {error}") from None
+        return ChatTemplate(family, self.processor).grid(self.source.config, replace(self.sampled, frames=frames))
+
+    @property
+    def steps_rows_columns(self) -> tuple[int, int, int]:
+        grid = self.grid(self.sampled.frames)
+        return grid.steps, grid.rows, grid.columns
 
     def tokens(self, frames: int) -> int:
-        return math.prod(self.grid(frames))
+        """Of the first `frames` frames, the text between them too."""
+        return self.grid(frames).tokens
 
     def encode_batch(self, tiers: TierConfig) -> int:
-        vision = self.source.config.vision_config
-        return batch_tokens(vision, self.height, self.width, self.grid(self.frames), tiers)
+        config, video = self.source.config, self.sampled
+        return batch_tokens(
+            models.video_family(config), config, video.height, video.width, self.grid(video.frames), tiers
+        )
 
     def most_frames(self, tokens: int) -> int:
-        """The most frames from the start whose visual tokens are at most `tokens`; 0 if not even one's are."""
-        low, high = 0, self.frames
+        """The most frames from the start whose tokens are at most `tokens`; 0 if not even one's are."""
+        low, high = 0, self.sampled.frames
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if self.tokens(middle) <= tokens else (low, middle - 1)
@@ -255,12 +261,12 @@ class _Video:
 
     def most_fps(self, tokens: int, frames: int) -> float | None:
         """A rate in three digits at which the whole video has at most `tokens`, next to that of `frames` frames."""
-        value = self.fps * frames / self.frames
+        value = self.sampled.fps * frames / self.sampled.frames
         unit = 10.0 ** (math.floor(math.log10(value)) - 2)
         for lower in range(3):
             fps = float(f"{(math.floor(value / unit + 1e-9) - lower) * unit:.6g}")
-            expected = _Video.open(self.source, self.processor, self.video, fps, self.request).frames
-            if expected < self.frames and self.tokens(expected) <= tokens:
+            expected = _Video.open(self.source, self.processor, self.video, fps, self.request).sampled.frames
+            if expected < self.sampled.frames and self.tokens(expected) <= tokens:
                 return fps
         return None
 

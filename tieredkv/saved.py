@@ -38,7 +38,7 @@ class SessionState:
     def of(plain: dict[str, Any]) -> SessionState:
         """From what `dataclasses.asdict` made, by way of JSON."""
         own = {
-            "grid": VideoGrid(**_known(VideoGrid, plain["grid"])),
+            "grid": VideoGrid(**{**_known(VideoGrid, plain["grid"]), "between": _tuples(plain["grid"])}),
             "history": [(str(question), str(answer)) for question, answer in plain["history"]],
             "ingest_stats": IngestStats(**_known(IngestStats, plain["ingest_stats"])),
         }
@@ -48,6 +48,10 @@ class SessionState:
     def tokens(self) -> int:
         """Prompt tokens in the cache."""
         return len(self.head_ids) + self.grid.tokens
+
+
+def _tuples(grid: dict[str, Any]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(ids) for ids in grid.get("between", ()))
 
 
 def write(path: Path, model: Any, processor: Any, cache: TieredCache, state: SessionState, progress: Progress) -> int:

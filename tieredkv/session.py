@@ -18,7 +18,7 @@ from tieredkv.cache import TieredCache
 from tieredkv.config import DEFAULT_FPS, TierConfig
 from tieredkv.errors import PromptError, TieredKVError, UnsupportedModelError
 from tieredkv.memory.limits import check_host, check_host_memory
-from tieredkv.models.base import Positions, VideoGrid
+from tieredkv.models.base import Positions, VideoFamily, VideoGrid
 from tieredkv.pipeline import Cancelled, Pipeline
 from tieredkv.progress import IngestProgress, progress_bar
 from tieredkv.prompt import ChatTemplate, Turn, check_prompt
@@ -49,12 +49,11 @@ class VideoSession:
         progress: bool = False,
     ) -> None:
         """model, processor: as transformers loads them. The rest as in `tieredkv.open_session`."""
-        self.family = models.video_family(model.config)
         device = model.get_input_embeddings().weight.device
         if device.type not in ("cpu", "cuda"):
             raise UnsupportedModelError(f"the model is on {device}: tieredkv runs on CUDA devices and the CPU.")
         self.model, self.processor, self.tiers = model, processor, tiers
-        self.template = ChatTemplate(self.family, processor)
+        self.template = ChatTemplate(models.video_family(model.config), processor, positions)
         self.positions: Positions = positions
         self.ingest_s = 0.0
         """Seconds from the request to a session that can be asked; of a loaded session, those of its ingest."""
@@ -121,38 +120,45 @@ class VideoSession:
             self.ingest_s = time.perf_counter() - started
 
     def _ingest(self, pipeline: Pipeline, source: VideoSource, question: str, max_new_tokens: int) -> None:
-        video = ingest.prepare(self.family, self.model.config, self.processor, source, self.tiers)
+        config = self.model.config
+        video = ingest.prepare(self.template, config, source, self.tiers)
         head, tail = self.template.around_video([(question, None)])
-        self._head, self._head_ids = head, self.template.tokenize(head)
-        room = self._check_memory(video.grid.tokens, self.template.tokenize(tail).shape[1], max_new_tokens)
+        self._head, self._head_ids = head, self.template.head_ids(config, head, video.sampled)
+        room = self._check_memory(video.grid.tokens, self.template.tail_ids(tail).shape[1], max_new_tokens)
         cache = self._cache = TieredCache(self.model.config, self.tiers, prompt_tokens=room)
         cache.auto_seal = False
         bar = IngestProgress(self._progress, self.head_tokens + video.grid.tokens, source.seconds)
         complete = False
         try:
             grid, self.ingest_stats, sha256 = ingest.run(
-                pipeline, self.family, self.model, video, self._head_ids, self.positions, cache, bar
+                pipeline, self.template, self.model, video, self._head_ids, self.positions, cache, bar
             )
             complete = True
         finally:
             bar.close(complete)
         cache.settle()
-        self._about_video = {"name": source.name, "sha256": sha256, "fps": source.fps, "seconds": source.seconds}
+        self._about_video = {
+            "name": source.name,
+            "sha256": sha256,
+            "fps": source.fps,
+            "start": source.start,
+            "seconds": source.seconds,
+        }
         self._begin_asking(cache, grid)
 
     def _begin_asking(self, cache: TieredCache, grid: VideoGrid) -> None:
         """`cache` holds the prompt's head and this video."""
         self._cache, self.video = cache, grid
         cache.auto_seal = False
-        cache.visual = torch.arange(self._prefix) >= self.head_tokens
+        cache.visual = torch.cat((torch.zeros(self.head_tokens, dtype=torch.bool), grid.is_visual()))
 
-    def _check_memory(self, visual: int, asked: int, max_new_tokens: int) -> int:
+    def _check_memory(self, video: int, asked: int, max_new_tokens: int) -> int:
         """Refuse what neither tier can hold, before the costly stages; prompt tokens to make room for in the host tier.
 
-        visual, asked: tokens of the video and of the text after it.
+        video, asked: tokens of the video and of the text after it.
         """
         shape = sizes.model_shape(self.model.config, self._dtype)
-        tokens = self.head_tokens + visual + asked
+        tokens = self.head_tokens + video + asked
         rows = sizes.question_rows(self.tiers, asked)
         sizes.check_cap(shape, self.tiers, sizes.lay_out(self.tiers, tokens, rows, max_new_tokens), rows)
         what = f"the cache of {tokens:,} tokens"
@@ -211,6 +217,7 @@ class VideoSession:
                 what = f"the cache of {state.tokens:,} tokens"
                 check_host(cache.host_bytes, self.tiers.host_kv_gb, what, "raise host_kv_gb")
             self.positions, self._about_video, self._history = state.positions, state.video, state.history
+            self.template = ChatTemplate(self.family, self.processor, state.positions)
             self._head, self._head_ids = state.head, torch.tensor([state.head_ids], dtype=torch.long)
             self.ingest_s, self.ingest_stats = state.ingest_s, state.ingest_stats
             self._stored = stored
@@ -259,7 +266,7 @@ class VideoSession:
             cache.truncate(self._prefix)
             cache.counters.trace = [] if trace else None
             try:
-                return self._answer(cache, self.template.tokenize(tail), options)
+                return self._answer(cache, self.template.tail_ids(tail), options)
             finally:
                 cache.truncate(self._prefix)
 
@@ -297,8 +304,8 @@ class VideoSession:
 
             # Generated tokens go on after the prompt, on all axes alike.
             step = Steps(forward, cache, self._device, positions.shape[0], int(positions[0, -1]) + 1)
-            placeholder = self.template.tokenize(self.template.video_token).expand(1, video.tokens)
-            prompt_ids = torch.cat((self._head_ids, placeholder, tail_ids), dim=1).to(self._device)
+            inside = torch.tensor([video.ids(self.template.visual_id)])
+            prompt_ids = torch.cat((self._head_ids, inside, tail_ids), dim=1).to(self._device)
             decoded = decode.run(model, prompt_ids, logits, step, new_tokens, options, self.processor.tokenizer)
         return self._generation(cache, decoded, started, prefix + tail, step.path)
 
@@ -312,7 +319,7 @@ class VideoSession:
         later = (decoded.last_token_at - decoded.first_token_at) * 1000
         stats = Stats(
             prompt_tokens=prompt_tokens,
-            visual_tokens=self.video.tokens,
+            visual_tokens=self.video.visual_tokens,
             new_tokens=count,
             kv_full_bytes=(prompt_tokens + count) * cache.shape.token_bytes,
             kv_cap_bytes=self.tiers.cap_bytes,
@@ -339,6 +346,11 @@ class VideoSession:
         return next((value for value in stated if value is not None), DEFAULT_NEW_TOKENS)
 
     # ---- model
+
+    @property
+    def family(self) -> VideoFamily:
+        """The adapter of the model's family."""
+        return self.template.family
 
     @property
     def _device(self) -> torch.device:

@@ -6,35 +6,53 @@ from typing import TYPE_CHECKING
 
 from tieredkv.errors import UnsupportedModelError
 from tieredkv.models.base import VideoFamily
+from tieredkv.models.internvl import InternVL
+from tieredkv.models.llava_onevision import LlavaOnevision
 from tieredkv.models.qwen2_5_vl import Qwen25VL
+from tieredkv.models.qwen2_vl import Qwen2VL
+from tieredkv.models.qwen3_vl import Qwen3VL
+from tieredkv.models.smolvlm import SmolVLM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-VIDEO_FAMILIES: dict[str, VideoFamily] = {"qwen2_5_vl": Qwen25VL()}
-TEXT_FAMILIES = ("llama", "qwen2")
+VIDEO_FAMILIES: dict[str, VideoFamily] = {
+    "qwen2_vl": Qwen2VL(),
+    "qwen2_5_vl": Qwen25VL(),
+    "qwen3_vl": Qwen3VL(),
+    "llava_onevision": LlavaOnevision(),
+    "internvl": InternVL(),
+    "smolvlm": SmolVLM(),
+}
+TEXT_FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text")
+"""Decoders, by the `model_type` of their own config, that a `TieredCache` is tested under without a video."""
+VIDEO_DECODERS = ("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")
+"""Decoders that only video families have."""
+WHAT_IT_TAKES = (
+    "a new family takes an adapter like those in tieredkv/models, and decoder layers that attend through transformers' "
+    "AttentionInterface to plain keys and values"
+)
 
 
 def video_family(config: PreTrainedConfig) -> VideoFamily:
     """The adapter for a model that takes video. Raises `UnsupportedModelError`, naming what is supported."""
     family = VIDEO_FAMILIES.get(config.model_type)
     if family is None:
-        text = (
-            f" {config.model_type} takes no video: use model.generate(past_key_values=TieredCache(...))."
-            if config.model_type in TEXT_FAMILIES
-            else ""
-        )
+        if config.model_type in TEXT_FAMILIES:
+            more = f"{config.model_type} takes no video: use model.generate(past_key_values=TieredCache(...))."
+        else:
+            more = f"{WHAT_IT_TAKES[0].upper()}{WHAT_IT_TAKES[1:]}."
         raise UnsupportedModelError(
-            f"models of type {config.model_type!r} are not supported for video: {', '.join(VIDEO_FAMILIES)} "
-            f"{'is' if len(VIDEO_FAMILIES) == 1 else 'are'}.{text}"
+            f"models of type {config.model_type!r} are not supported for video: {', '.join(VIDEO_FAMILIES)} are. {more}"
         )
     return family
 
 
 def check_text_family(model_type: str) -> None:
     """Raise `UnsupportedModelError` unless a `TieredCache` has been tested under this decoder."""
-    known = (*TEXT_FAMILIES, *(family.text_model_type for family in VIDEO_FAMILIES.values()))
+    known = (*TEXT_FAMILIES, *VIDEO_DECODERS)
     if model_type not in known:
         raise UnsupportedModelError(
-            f"TieredCache does not support decoders of type {model_type!r}: {', '.join(known)} are supported."
+            f"TieredCache does not support decoders of type {model_type!r}: {', '.join(known)} are supported. "
+            f"{WHAT_IT_TAKES[0].upper()}{WHAT_IT_TAKES[1:]}."
         )

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from tieredkv.config import TierConfig
-from tieredkv.models.base import VideoFamily
+from tieredkv.models.base import VideoFamily, VideoGrid
 
 ENCODE_BYTES = 256 * 2**20
 """Activations of the vision tower aimed at per call."""
@@ -19,31 +19,23 @@ LEAST_SEGMENTS = 8
 """Segments into which a short video is cut, or there would be nothing to decode while another is encoded."""
 SEGMENTS_HELD = 3
 """Segments of frames in memory at once: one being filled, one waiting, one being encoded."""
-FLOAT32 = 4
-"""Bytes."""
 
 
-def batch_tokens(vision: Any, height: int, width: int, grid: tuple[int, int, int], tiers: TierConfig) -> int:
+def batch_tokens(family: VideoFamily, config: Any, height: int, width: int, grid: VideoGrid, tiers: TierConfig) -> int:
     """Visual tokens to encode per call of the vision tower: whole temporal steps, at least one.
 
-    vision: the tower's config. height, width: of the frames before they are resized. grid: temporal steps, rows and
-    columns of visual tokens. `tiers.encode_batch` decides if given. Otherwise as many as keep the call's activations
-    under `ENCODE_BYTES`, the frames held under `FRAME_BYTES`, the call under half a prefill chunk, and leave
-    `LEAST_SEGMENTS` calls. A patch's activations are counted as its float32 pixels, 8 vectors of the hidden size and 3
-    of the intermediate one (ours).
+    config: the model's. height, width: of the frames before they are resized. `tiers.encode_batch` decides if given.
+    Otherwise as many as keep the call's activations under `ENCODE_BYTES`, the frames held under `FRAME_BYTES`, the call
+    under half a prefill chunk, and leave `LEAST_SEGMENTS` calls.
     """
-    steps, rows, columns = grid
-    per_step = rows * columns
+    per_step = grid.step_tokens
     wanted = tiers.encode_batch
     if wanted is None:
-        itemsize = (getattr(vision, "dtype", None) or torch.float32).itemsize
-        pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        patch = pixels * FLOAT32 + itemsize * (8 * vision.hidden_size + 3 * vision.intermediate_size)
-        frames = SEGMENTS_HELD * vision.temporal_patch_size * height * width * 3
-        activations = per_step * vision.spatial_merge_size**2 * patch
-        most = min(ENCODE_BYTES // activations, FRAME_BYTES // frames, -(-steps // LEAST_SEGMENTS))
+        frames = SEGMENTS_HELD * family.step_frames(config) * height * width * 3
+        activations = family.encode_bytes(config, (grid.steps, grid.rows, grid.columns))
+        most = min(ENCODE_BYTES // activations, FRAME_BYTES // frames, -(-grid.steps // LEAST_SEGMENTS))
         wanted = min(per_step * most, tiers.prefill_chunk // 2)
-    return per_step * max(1, min(steps, wanted // per_step))
+    return per_step * max(1, min(grid.steps, wanted // per_step))
 
 
 def segments(frames: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
@@ -67,9 +59,9 @@ def encode(
     model: Any,
     preprocess: Callable[[np.ndarray], dict[str, torch.Tensor]],
     pixels: Iterator[np.ndarray],
-) -> Iterator[torch.Tensor]:
-    """Features `(n, hidden)` of each segment, on the host; together equal to encoding the whole video at once."""
+) -> Iterator[tuple[torch.Tensor, int]]:
+    """Features `(n, width)` of each segment, on the host, and its frames; together those of the whole video at once."""
     for segment in pixels:
         with torch.no_grad():
             features = family.encode(model, preprocess(segment)).cpu()
-        yield features
+        yield features, len(segment)

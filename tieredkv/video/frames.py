@@ -37,6 +37,8 @@ class VideoSource(Protocol):
     """Of every frame, turned upright."""
     fps: float
     """Frames per second of video; below what was asked for where `max_frames` spreads them."""
+    start: float
+    """Seconds into the video of the first frame."""
     expected: int
     """Frames that will come: exact for arrays; for a file by the length it states, which may be wrong."""
     seconds: float | None
@@ -54,6 +56,32 @@ class VideoSource(Protocol):
 
         check: called now and then; may raise to stop.
         """
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What is known of a video before it is decoded."""
+
+    frames: int
+    height: int
+    width: int
+    fps: float
+    start: float
+    """Seconds into the file of the first frame."""
+    seconds: float
+    """From the first frame to the end."""
+
+    def times(self, step: int, step_frames: int, frames: int | None = None) -> list[float]:
+        """Seconds into the file at which a step's frames are shown, of `frames` frames in all."""
+        first = step * step_frames
+        last = min(first + step_frames, self.frames if frames is None else frames)
+        return [self.start + index / self.fps for index in range(first, last)]
+
+    @staticmethod
+    def of(source: VideoSource) -> Sampled:
+        """What is known of a video that was opened."""
+        seconds = source.expected / source.fps if source.seconds is None else source.seconds
+        return Sampled(source.expected, source.height, source.width, source.fps, source.start, seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +220,7 @@ class ArraySource:
         length = self._count / source_fps
         if start >= length:
             raise VideoError(f"start={start:g} is past the end of the frames given, which last {length:.2f} s.")
-        self._start, self._source_fps = start, source_fps
+        self.start, self._source_fps = start, source_fps
         self.seconds: float | None = (length if end is None else min(end, length)) - start
         self.fps, self.expected = fps, max(1, math.ceil(self.seconds * fps - 1e-9))
         if max_frames is not None and self.expected > max_frames:
@@ -203,7 +231,7 @@ class ArraySource:
         for n in range(self.expected):
             if tick is not None:
                 tick(n / self.fps)
-            index = int(self._start * self._source_fps + n * self._source_fps / self.fps + 1e-6)
+            index = int(self.start * self._source_fps + n * self._source_fps / self.fps + 1e-6)
             yield self._picture(min(index, self._count - 1))
 
     def sha256(self, check: Callable[[], None] | None = None) -> str:

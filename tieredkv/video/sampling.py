@@ -49,7 +49,7 @@ class FileSource:
         self.height, self.width = self._film.height, self._film.width
         self.fps = fps
         self.seconds: float | None = None
-        self._start, self._limit = start, max_frames
+        self.start, self._limit = start, max_frames
         self._until = math.inf if end is None else end
         self._seek = self._film.indexed
         if self._film.seconds is None:
@@ -71,7 +71,7 @@ class FileSource:
 
         def report(time: float) -> None:
             nonlocal furthest
-            furthest = max(furthest, time - self._start)
+            furthest = max(furthest, time - self.start)
             if tick is not None:
                 tick(furthest)
 
@@ -120,7 +120,7 @@ class FileSource:
                     raise self._past_the_end(playback.clock.shown_until)
 
     def _time(self, n: int) -> float:
-        return self._start + n / self.fps
+        return self.start + n / self.fps
 
     def _wants(self, n: int) -> bool:
         return (self._limit is None or n < self._limit) and self._time(n) < self._until - SAME_TIME
@@ -135,7 +135,7 @@ class FileSource:
 
     def _past_the_end(self, seconds: float) -> VideoError:
         return VideoError(
-            f"{self.name}: start={self._start:g} is past the end of the video, which lasts {seconds:.2f} s: "
+            f"{self.name}: start={self.start:g} is past the end of the video, which lasts {seconds:.2f} s: "
             "give an earlier start."
         )
 

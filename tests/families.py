@@ -1,0 +1,218 @@
+"""A tiny random model and processor of every supported family, built offline."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+
+SPECIAL = (
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+    "<|video_pad|>", "<image>", "<video>", "<img>", "</img>", "<IMG_CONTEXT>", "<fake_token_around_image>", "<global-img>",
+    "<end_of_utterance>",
+)  # fmt: skip
+QWEN_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'video' %}VIDEO{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TEXT = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 8192,
+    "initializer_range": 0.1,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+SIGLIP = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "initializer_range": 0.1,
+}
+
+
+@cache
+def tokenizer() -> Any:
+    """Byte-level BPE whose merges cross from what a template writes into what stands inside a video."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.decoder = decoders.ByteLevel()
+    texts = [f"user\n{part}\nwhat" for n in range(99) for part in (f"<{n / 4:.1f} seconds>", f"Frame{n}: ")]
+    texts += [f"\nFrame from {n:02d}:{n:02d}:" for n in range(60)] + ["video.\n\nFrame from 00:00:", "\n\nwhat is it ?"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False))
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", additional_special_tokens=list(SPECIAL)
+    )
+    made.start_image_token, made.end_image_token = "<img>", "</img>"
+    made.context_image_token, made.video_token = "<IMG_CONTEXT>", "<video>"
+    for name in ("start_image_token", "end_image_token", "context_image_token"):
+        setattr(made, f"{name}_id", made.convert_tokens_to_ids(getattr(made, name)))
+    return made
+
+
+def _plain_tokenizer() -> Any:
+    """Without the names that only InternVL's has."""
+    import copy
+
+    made = copy.deepcopy(tokenizer())
+    for name in ("start_image_token", "end_image_token", "context_image_token"):
+        delattr(made, name)
+        delattr(made, f"{name}_id")
+    del made.video_token
+    return made
+
+
+def _ids() -> dict[str, int]:
+    return {name: tokenizer().convert_tokens_to_ids(name) for name in SPECIAL}
+
+
+def _qwen(name: str) -> tuple[Any, Any]:
+    import transformers
+    from transformers import Qwen2VLImageProcessor, Qwen2VLVideoProcessor
+
+    ids = _ids()
+    text = {**TEXT, "vocab_size": len(tokenizer())}
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
+    vision: dict[str, Any] = {"depth": 2, "num_heads": 2, "initializer_range": 0.1}
+    if name == "qwen2_vl":
+        prefix, vision = "Qwen2VL", {**vision, "embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}
+    elif name == "qwen2_5_vl":
+        prefix = "Qwen2_5_VL"
+        vision |= {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64, "fullatt_block_indexes": [1]}
+        vision |= {"window_size": 56, "tokens_per_second": 2}
+    else:
+        prefix = "Qwen3VL"
+        vision |= {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64, "patch_size": 14}
+        vision |= {"num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
+        text["head_dim"], rope["mrope_interleaved"] = 16, True
+    config = getattr(transformers, f"{prefix}Config")(
+        text_config={**text, "rope_parameters": rope},
+        vision_config=vision,
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=False,
+    )
+    size = {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 8}
+    kind: Any = Qwen2VLVideoProcessor
+    if name == "qwen3_vl":  # whose limits are those of the whole video: frames of long ones shrink
+        kind, size = transformers.Qwen3VLVideoProcessor, {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 100}
+    video = kind(size=size, patch_size=14, do_sample_frames=False)
+    template = QWEN_TEMPLATE.replace("VIDEO", "<|vision_start|><|video_pad|><|vision_end|>")
+    processor = getattr(transformers, f"{prefix}Processor")(
+        image_processor=Qwen2VLImageProcessor(),
+        tokenizer=_plain_tokenizer(),
+        video_processor=video,
+        chat_template=template,
+    )
+    return getattr(transformers, f"{prefix}ForConditionalGeneration")(config), processor
+
+
+def _llava_onevision() -> tuple[Any, Any]:
+    import transformers
+    from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, LlavaOnevisionProcessor
+
+    ids = _ids()
+    config = LlavaOnevisionConfig(
+        text_config={**TEXT, "model_type": "qwen2", "vocab_size": len(tokenizer())},
+        vision_config={**SIGLIP, "model_type": "siglip_vision_model", "image_size": 42, "patch_size": 14,
+                       "vision_use_head": False},
+        image_token_index=ids["<image>"],
+        video_token_index=ids["<video>"],
+        image_grid_pinpoints=[[42, 42]],
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    processor = LlavaOnevisionProcessor(
+        image_processor=transformers.LlavaOnevisionImageProcessor(size={"height": 42, "width": 42}),
+        tokenizer=_plain_tokenizer(),
+        video_processor=transformers.LlavaOnevisionVideoProcessor(
+            size={"height": 42, "width": 42}, do_sample_frames=False
+        ),
+        num_image_tokens=9,
+        vision_feature_select_strategy="full",
+        chat_template=QWEN_TEMPLATE.replace("VIDEO", "<video>\n"),
+        image_token="<image>",
+        video_token="<video>",
+    )
+    return LlavaOnevisionForConditionalGeneration(config), processor
+
+
+def _internvl() -> tuple[Any, Any]:
+    import transformers
+    from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLProcessor
+
+    config = InternVLConfig(
+        text_config={**TEXT, "model_type": "qwen2", "vocab_size": len(tokenizer())},
+        vision_config={**SIGLIP, "model_type": "internvl_vision", "image_size": [56, 56], "patch_size": [14, 14]},
+        image_token_id=_ids()["<IMG_CONTEXT>"],
+        image_seq_length=4,
+        downsample_ratio=0.5,
+        tie_word_embeddings=False,
+    )
+    processor = InternVLProcessor(
+        image_processor=transformers.GotOcr2ImageProcessor(size={"height": 56, "width": 56}),
+        tokenizer=tokenizer(),
+        video_processor=transformers.InternVLVideoProcessor(size={"height": 56, "width": 56}, do_sample_frames=False),
+        image_seq_length=4,
+        chat_template=QWEN_TEMPLATE.replace("VIDEO", "<video>\n"),
+    )
+    return InternVLForConditionalGeneration(config), processor
+
+
+def _smolvlm() -> tuple[Any, Any]:
+    import transformers
+    from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration, SmolVLMProcessor
+
+    config = SmolVLMConfig(
+        text_config={**TEXT, "model_type": "llama", "vocab_size": len(tokenizer())},
+        vision_config={**SIGLIP, "image_size": 56, "patch_size": 14},
+        image_token_id=_ids()["<image>"],
+        scale_factor=2,
+        pad_token_id=0,
+        tie_word_embeddings=False,
+    )
+    sizes = {"size": {"longest_edge": 112}, "max_image_size": {"longest_edge": 56}}
+    processor = SmolVLMProcessor(
+        image_processor=transformers.SmolVLMImageProcessor(**sizes),
+        tokenizer=_plain_tokenizer(),
+        video_processor=transformers.SmolVLMVideoProcessor(do_sample_frames=False, **sizes),
+        image_seq_len=4,
+    )
+    return SmolVLMForConditionalGeneration(config), processor
+
+
+BUILD = {
+    "qwen2_vl": lambda: _qwen("qwen2_vl"),
+    "qwen2_5_vl": lambda: _qwen("qwen2_5_vl"),
+    "qwen3_vl": lambda: _qwen("qwen3_vl"),
+    "llava_onevision": _llava_onevision,
+    "internvl": _internvl,
+    "smolvlm": _smolvlm,
+}
+
+
+@cache
+def build(name: str) -> tuple[Any, Any]:
+    """Model and processor of a family by its `model_type`; weights sharpened so that errors show."""
+    torch.manual_seed(3)
+    model, processor = BUILD[name]()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "norm" not in key:
+                parameter.mul_(2.0)
+    model.generation_config.eos_token_id = None
+    return model.eval(), processor

@@ -1,0 +1,33 @@
+"""LLaVA-OneVision: frames pooled two to one along both edges, one newline feature behind the last."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from tieredkv.models.per_frame import PerFrame, patches_per_side
+
+
+class LlavaOnevision(PerFrame):
+    """Adapter for `LlavaOnevisionForConditionalGeneration`."""
+
+    def side(self, config: Any) -> int:
+        return math.ceil(patches_per_side(config.vision_config) / 2)
+
+    def encode(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        pixels = inputs["pixel_values_videos"].to(model.device, model.dtype)
+        features = model.model.get_video_features(
+            pixels,
+            vision_feature_layer=model.config.vision_feature_layer,
+            vision_feature_select_strategy=model.config.vision_feature_select_strategy,
+            return_dict=True,
+        ).pooler_output
+        return features.flatten(0, 1)[:-1]  # the newline comes once, behind the last segment
+
+    def closing(self, model: Any) -> torch.Tensor | None:
+        return model.model.image_newline.unsqueeze(0)
+
+    def closing_tokens(self, config: Any) -> int:
+        return 1
