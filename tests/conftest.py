@@ -47,7 +47,7 @@ def _sharpen(model: torch.nn.Module, factor: float = 2.0) -> Any:
 
 def text_config(kind: str) -> Any:
     """A config of three layers, four query heads and two KV heads."""
-    from transformers import LlamaConfig, Qwen2Config
+    from transformers import Gemma3TextConfig, LlamaConfig, Qwen2Config, Qwen3Config
 
     sizes = {
         "vocab_size": 97,
@@ -61,16 +61,21 @@ def text_config(kind: str) -> Any:
         "eos_token_id": None,
         "initializer_range": 0.1,
     }
+    if kind == "gemma3_text":  # a window much shorter than the prompts, in the first layer and the last
+        kinds = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
+        more = {"num_hidden_layers": 4, "layer_types": kinds, "sliding_window": 33, "head_dim": 16}
+        return Gemma3TextConfig(**{**sizes, **more, "query_pre_attn_scalar": 24, "pad_token_id": None})
+    if kind == "qwen3":
+        return Qwen3Config(**sizes, head_dim=16)
     return {"llama": LlamaConfig, "qwen2": Qwen2Config}[kind](**sizes)
 
 
-@pytest.fixture(scope="session", params=["llama", "qwen2"])
+@pytest.fixture(scope="session", params=["llama", "qwen2", "qwen3", "gemma3_text"])
 def text_model(request: pytest.FixtureRequest) -> Any:
-    from transformers import LlamaForCausalLM, Qwen2ForCausalLM
+    from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    kinds = {"llama": LlamaForCausalLM, "qwen2": Qwen2ForCausalLM}
-    return kinds[request.param](text_config(request.param)).eval()
+    return AutoModelForCausalLM.from_config(text_config(request.param)).eval()
 
 
 @pytest.fixture(scope="session")

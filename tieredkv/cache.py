@@ -7,6 +7,7 @@ new token attends to what its heads select. More prompt tokens after a seal lead
 
 from __future__ import annotations
 
+import itertools
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from tieredkv.memory.transfer import Transfer
 from tieredkv.ops import Ops, copying_by_torch, ops_for
 from tieredkv.policy import classify
 from tieredkv.prefill import TextRows
+from tieredkv.sliding import SlidingLayer
 from tieredkv.stats import Counters
 from tieredkv.tiers import Tiers
 
@@ -60,7 +62,7 @@ class TieredCache(Cache):
         max_new_tokens: generated tokens for which device room is set aside; one more raises. prompt_tokens: length of
         the prompt, if known: the host tier is allocated once, as much of the prompt as the cap allows stays on the
         device while it is prefilled, and no token before it counts as generated. Raises `UnsupportedModelError` when
-        a layer is not plain full attention.
+        a layer is neither full attention nor, in a family where that is tested, a sliding window.
         """
         self.tiers = tier_config(tiers, options)
         for name, value in (("max_new_tokens", max_new_tokens), ("prompt_tokens", prompt_tokens)):
@@ -69,11 +71,22 @@ class TieredCache(Cache):
         text = config.get_text_config(decoder=True)
         models.check_text_family(text.model_type)
         kinds, _ = get_layer_types_and_kwargs(text)
-        if other := sorted(set(kinds) - {"full_attention"}):
+        served = {"full_attention", *(("sliding_attention",) if text.model_type in models.SLIDING_FAMILIES else ())}
+        if other := sorted(set(kinds) - served):
             raise UnsupportedModelError(
                 f"{text.model_type} has layers of type {', '.join(other)}; TieredCache serves full attention only."
             )
-        super().__init__(layers=[TieredLayer(self, index) for index in range(len(kinds))])
+        if "full_attention" not in kinds or getattr(text, "use_bidirectional_attention", False):
+            raise UnsupportedModelError(f"this {text.model_type} attends to no cache that grows: it needs no tiers.")
+        numbers = itertools.count()
+        layers: list[Any] = [
+            TieredLayer(self, next(numbers)) if kind == "full_attention" else SlidingLayer(text.sliding_window)
+            for kind in kinds
+        ]
+        super().__init__(layers=layers)
+        self.tiered_layers: list[TieredLayer] = [layer for layer in layers if isinstance(layer, TieredLayer)]
+        """The layers that grow, which are ours."""
+        self._all: list[TieredLayer | SlidingLayer] = layers
         self._text_config = text
         self.new_tokens, self.prompt_tokens = max_new_tokens, prompt_tokens
         self.auto_seal = True
@@ -99,10 +112,9 @@ class TieredCache(Cache):
         self._closed = False
         self._forced = False
 
-    @property
-    def tiered_layers(self) -> list[TieredLayer]:
-        """The layers, which are all ours."""
-        return self.layers  # type: ignore[return-value]
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Logical length: every token cached, wherever it is now; the same for every layer."""
+        return self.tiered_layers[0].get_seq_length()
 
     @property
     def shape(self) -> sizes.KVShape:
@@ -416,7 +428,7 @@ class TieredCache(Cache):
                 self.copies.drain()
         finally:
             self._drop_pool()
-            for layer in self.tiered_layers:
+            for layer in self._all:
                 layer.truncate(tokens)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -435,7 +447,7 @@ class TieredCache(Cache):
         finally:
             self._drop_pool()
             self._drop_resident()
-            for layer in self.tiered_layers:
+            for layer in self._all:
                 layer.close()
             if self.locker is not None:
                 self.locker.close()

@@ -24,6 +24,7 @@ class TieredLayer(CacheLayerMixin):
     """One layer: its host tier, what the last text rows said of it, and, once sealed, its share of the pool."""
 
     is_sliding = False
+    sliding_window = None
     is_compileable = False
     is_croppable = True
 

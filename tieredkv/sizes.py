@@ -44,6 +44,7 @@ class KVShape:
     """What the planner must know of a model."""
 
     num_layers: int
+    """Those of full attention, whose cache grows."""
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
@@ -69,8 +70,9 @@ def model_shape(config: PreTrainedConfig, dtype: torch.dtype) -> KVShape:
         value = getattr(text, name, None)
         if not isinstance(value, int) or value < 1:
             raise UnsupportedModelError(f"the model's config is damaged: {name} is {value!r}.")
+    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
     return KVShape(
-        num_layers=text.num_hidden_layers,
+        num_layers=kinds.count("full_attention"),
         num_attention_heads=heads,
         num_key_value_heads=text.num_key_value_heads or heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,

@@ -24,6 +24,10 @@ _TAG = "tieredkv_layer"
 class AttendingLayer(Protocol):
     """What a tag must be able to do."""
 
+    @property
+    def sliding_window(self) -> int | None:
+        """Tokens that a token sees, itself included; None: all."""
+
     def attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
         """Attend from new tokens to all cached ones: query `(H, n, D)`, keys, values `(K, n, D)` -> `(H, n, D)`."""
 
@@ -52,8 +56,11 @@ def tiered_attention(
             "attention 'tieredkv' was called with keys that do not come from a TieredCache: pass "
             "past_key_values=TieredCache(model.config, ...) and leave use_cache on."
         )
-    if sliding_window is not None:
-        raise UnsupportedModelError("a layer with a sliding window cannot use attention 'tieredkv'.")
+    if sliding_window != layer.sliding_window:
+        raise UnsupportedModelError(
+            f"a layer attends within a window of {sliding_window} tokens, where the config led to expect "
+            f"{layer.sliding_window}: such a model is not supported."
+        )
     if attention_mask is not None:
         raise OptionError("attention 'tieredkv' is causal and takes no prepared attention mask: pass none.")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling

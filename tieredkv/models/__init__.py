@@ -26,6 +26,8 @@ VIDEO_FAMILIES: dict[str, VideoFamily] = {
 }
 TEXT_FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text")
 """Decoders, by the `model_type` of their own config, that a `TieredCache` is tested under without a video."""
+SLIDING_FAMILIES = ("gemma3_text",)
+"""Of these, those some of whose layers see only the last tokens."""
 VIDEO_DECODERS = ("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")
 """Decoders that only video families have."""
 WHAT_IT_TAKES = (

@@ -1,0 +1,67 @@
+"""Models some of whose layers see only the last tokens: those layers stay transformers' own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import text_config
+from helpers import cap_share, stock_logits
+
+import tieredkv
+from tieredkv.cache import TieredCache
+from tieredkv.errors import OptionError, UnsupportedModelError
+from tieredkv.sizes import model_shape
+
+
+@pytest.fixture(scope="module")
+def gemma():
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(text_config("gemma3_text")).eval()
+
+
+def test_only_layers_that_grow_count(gemma):
+    assert model_shape(gemma.config, torch.float32).num_layers == 2
+
+
+def test_a_window_layer_holds_its_window_and_no_more(gemma, long_ids):
+    with tieredkv.use_attention(gemma), TieredCache(gemma.config, gpu_kv_gb=1) as cache:
+        gemma.generate(long_ids, past_key_values=cache, max_new_tokens=3, do_sample=False)
+        assert {cache.layers[index].keys.shape[2] for index in (0, 3)} == {gemma.config.sliding_window - 1}
+        assert cache.get_seq_length() == long_ids.shape[1] + 2
+
+
+def test_a_small_cap_is_kept(gemma, long_ids):
+    options = {"gpu_kv_gb": cap_share(gemma, 900, 0.4), "chunk_tokens": 8, "text_window": 8, "max_new_tokens": 12}
+    with tieredkv.use_attention(gemma), TieredCache(gemma.config, **options, prompt_tokens=900) as cache:
+        gemma.generate(long_ids, past_key_values=cache, max_new_tokens=12, do_sample=False)
+        assert 0 < cache.ledger.peak_bytes <= cache.tiers.cap_bytes
+        assert cache.counters.dynamic_heads > 0
+
+
+def test_going_back_within_the_window_is_exact_and_beyond_it_refused(gemma, long_ids):
+    more = torch.cat((long_ids[:, :20], long_ids[:, 40:45]), dim=1)
+    stock = stock_logits(gemma, {"input_ids": more}, 1)
+    with torch.no_grad(), tieredkv.use_attention(gemma), TieredCache(gemma.config, gpu_kv_gb=1) as cache:
+        cache.auto_seal = False
+        gemma(long_ids[:, :30], past_key_values=cache)
+        cache.crop(-10)
+        out = gemma(long_ids[:, 40:45], past_key_values=cache).logits[:, -1]
+        torch.testing.assert_close(out, stock, rtol=0, atol=2e-4)
+        gemma(long_ids[:, :60], past_key_values=cache)
+        with pytest.raises(OptionError, match="sliding windows cannot go back to 80 of 85 tokens"):
+            cache.crop(-5)
+
+
+@pytest.mark.parametrize(
+    "change", [{"use_bidirectional_attention": True}, {"layer_types": ["sliding_attention"] * 4}], ids=str
+)
+def test_models_with_nothing_to_tier_are_refused(gemma, change):
+    import copy
+
+    config = copy.deepcopy(gemma.config)
+    for name, value in change.items():
+        setattr(config, name, value)
+    with pytest.raises(UnsupportedModelError, match="needs no tiers"):
+        TieredCache(config, gpu_kv_gb=1)
