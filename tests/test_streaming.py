@@ -22,9 +22,9 @@ STAR, MOON = "what colour was the star ?", "follow the moon for 4 ?"
 
 
 @pytest.fixture
-def session(video_model, processor, frames):
+def session(video_model, processor, frames, request):
     cap = cap_share(video_model, 280, 0.6)
-    options = {"chunk_tokens": 8, "recent_window": 16, "theta": 0.4, "prefill_chunk": 4}
+    options = {"chunk_tokens": 8, "recent_window": 16, "theta": 0.4, "prefill_chunk": getattr(request, "param", 4096)}
     with tieredkv.open_session(video_model, frames, gpu_kv_gb=cap, processor=processor, fps=4, **options) as opened:
         yield opened
 
@@ -63,8 +63,16 @@ def wait_for(condition) -> None:
         time.sleep(0.005)
 
 
-def waiting_threads(session) -> int:
-    return len(session._line)
+def when_stopped(session, action) -> None:
+    """Have `action` called as soon as the first job of the session, or the session, is told to stop."""
+
+    def watch() -> None:
+        wait_for(lambda: session._line)
+        job = session._line[0]
+        wait_for(lambda: job._stopped or session._closed)
+        action()
+
+    threading.Thread(target=watch).start()
 
 
 @pytest.mark.parametrize("way", ["ask", "chat"])
@@ -112,7 +120,7 @@ def test_leaving_a_stream_stops_the_work_within_a_step(session, way):
     want = session.ask(STAR, max_new_tokens=4).token_ids
     gate = Gate(free=2)
     options = {"max_new_tokens": 50, "stream": True, "stopping_criteria": [gate]}
-    threading.Timer(0.2, gate.open).start()  # by then the stream was left
+    when_stopped(session, gate.open)
     if way == "break":
         for _ in session.ask(MOON, **options):
             break
@@ -130,6 +138,7 @@ def test_leaving_a_stream_stops_the_work_within_a_step(session, way):
     assert gate.steps <= 3
 
 
+@pytest.mark.parametrize("session", [4], indirect=True)
 def test_a_stream_closed_before_its_first_piece_stops_the_prefill_of_its_question(session, monkeypatch):
     family, calls, go_on = type(session.family), [], threading.Event()
     decode = family.decode
@@ -140,9 +149,9 @@ def test_a_stream_closed_before_its_first_piece_stops_the_prefill_of_its_questio
         return decode(self, *args)
 
     monkeypatch.setattr(family, "decode", slow)
-    stream = session.ask(" ".join([STAR] * 4), max_new_tokens=4, stream=True)  # seven calls of four tokens
+    stream = session.ask(" ".join([STAR] * 4), max_new_tokens=4, stream=True)  # calls of four tokens
     wait_for(lambda: calls)
-    threading.Timer(0.1, go_on.set).start()
+    when_stopped(session, go_on.set)
     stream.close()
     assert len(calls) == 1
     assert session.ask(STAR, max_new_tokens=2).token_ids
@@ -154,7 +163,7 @@ def test_a_stream_closed_by_another_thread_ends_for_its_reader(session):
     reader = threading.Thread(target=lambda: got.extend(stream))
     reader.start()
     wait_for(lambda: got)
-    threading.Timer(0.1, gate.open).start()
+    when_stopped(session, gate.open)
     stream.close()
     reader.join(10)
     assert not reader.is_alive()
@@ -239,11 +248,12 @@ def test_an_error_of_a_callback_reaches_the_reader_behind_what_was_made(session,
     assert session.ask(STAR, max_new_tokens=2).token_ids
 
 
-def test_a_turn_counts_only_when_its_answer_is_complete(session):
+@pytest.mark.parametrize("new", [3, 50], ids=["stopped at the last token", "stopped before"])
+def test_a_turn_counts_only_when_its_answer_is_complete(session, new):
     gate = Gate(free=2)
-    stream = session.chat(STAR, max_new_tokens=50, stream=True, stopping_criteria=[gate])
-    next(stream)
-    threading.Timer(0.1, gate.open).start()
+    stream = session.chat(STAR, max_new_tokens=new, stream=True, stopping_criteria=[gate])
+    wait_for(lambda: gate.steps == 3)
+    when_stopped(session, gate.open)
     stream.close()
     assert session.history == ()
     stream = session.chat(STAR, max_new_tokens=3, stream=True)
@@ -292,7 +302,7 @@ def test_closing_the_session_stops_its_streams_and_tells_their_readers(session):
     running = session.ask(MOON, max_new_tokens=50, stream=True, stopping_criteria=[gate])
     waiting = session.ask(MOON, max_new_tokens=4, stream=True)
     next(running)
-    threading.Timer(0.1, gate.open).start()
+    when_stopped(session, gate.open)
     cache = session._cache
     session.close()
     assert gate.steps <= 2
