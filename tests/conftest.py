@@ -94,6 +94,19 @@ def processor() -> Any:
 
 
 @pytest.fixture(scope="session")
+def byte_tokenizer() -> Any:
+    """One token per byte: transformers' stop strings need a tokenizer that spells."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE({byte: i for i, byte in enumerate(alphabet)}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made)
+
+
+@pytest.fixture(scope="session")
 def video_model() -> Any:
     """The bundled model's architecture with random weights."""
     from tieredkv.tiny.model import build_model

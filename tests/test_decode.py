@@ -65,19 +65,6 @@ def test_a_generation_config_is_taken(session, stock):
     assert session.ask(QUESTION, generation_config=config).token_ids == stock(generation_config=config)
 
 
-@pytest.fixture(scope="module")
-def byte_tokenizer():
-    """One token per byte: transformers' stop strings need a tokenizer that spells."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = Tokenizer(models.BPE({byte: i for i, byte in enumerate(alphabet)}, []))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=made)
-
-
 @pytest.mark.parametrize("where", ["option", "generation_config"])
 def test_stop_strings_become_a_stopping_criterion(byte_tokenizer, where):
     config = GenerationConfig(stop_strings=["lo"])

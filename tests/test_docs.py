@@ -41,6 +41,22 @@ def test_the_readme_session_runs(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.model
+def test_the_readme_streams(tmp_path, monkeypatch, capsys):
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    opening, streaming = [b for b in blocks if "import" in b and "scene" in b]
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(compile(opening, "README.md", "exec"), names)
+    capsys.readouterr()
+    exec(compile(streaming, "README.md", "exec"), names)
+    chat, awaited = capsys.readouterr().out.strip().splitlines()
+    text = chat.removesuffix(" (7 tokens)")
+    assert len(text.split()) == 6
+    assert awaited.startswith(f"{text} ")
+    assert len(awaited.split()) == 7
+
+
+@pytest.mark.model
 @pytest.mark.parametrize("example", sorted(p.name for p in (ROOT / "examples").glob("*.py")))
 def test_examples_run_unchanged(example, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [example])

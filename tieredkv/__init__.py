@@ -6,7 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tieredkv.api import generate, load_session, open_session
+    from tieredkv.aio import AsyncAnswerStream
+    from tieredkv.api import agenerate, generate, load_session, open_session
     from tieredkv.attention.interface import use_attention
     from tieredkv.cache import TieredCache
     from tieredkv.config import TierConfig
@@ -23,14 +24,17 @@ if TYPE_CHECKING:
     from tieredkv.planner import plan
     from tieredkv.session import VideoSession
     from tieredkv.stats import Generation, IngestStats, Stats
+    from tieredkv.streaming import AnswerStream
 
 __version__ = "0.1.0.dev0"
 
 _HOME = {
+    "agenerate": "api",
     "generate": "api",
     "load_session": "api",
     "open_session": "api",
     "plan": "planner",
+    "AsyncAnswerStream": "aio",
     "use_attention": "attention.interface",
     "TieredCache": "cache",
     "TierConfig": "config",
@@ -46,9 +50,12 @@ _HOME = {
     "IngestStats": "stats",
     "MemoryPlan": "plan_table",
     "Stats": "stats",
+    "AnswerStream": "streaming",
 }
 
 __all__ = [
+    "AnswerStream",
+    "AsyncAnswerStream",
     "BudgetError",
     "Generation",
     "IngestStats",
@@ -63,6 +70,7 @@ __all__ = [
     "UnsupportedModelError",
     "VideoError",
     "VideoSession",
+    "agenerate",
     "generate",
     "load_session",
     "open_session",

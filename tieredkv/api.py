@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Coroutine
 from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, overload
 
 from tieredkv import decode, saved, storage
+from tieredkv.aio import AsyncAnswerStream, answering
 from tieredkv.config import DEFAULT_FPS, TierConfig, tier_config
 from tieredkv.errors import OptionError
 from tieredkv.loading import load
@@ -15,6 +17,7 @@ from tieredkv.models.base import Positions
 from tieredkv.prompt import check_prompt
 from tieredkv.session import VideoSession
 from tieredkv.stats import Generation
+from tieredkv.streaming import AnswerStream, Job, Work, check_stream
 from tieredkv.video.frames import check_request, open_video
 
 _TIER_OPTIONS = {field.name for field in fields(TierConfig)}
@@ -124,25 +127,85 @@ def load_session(
     return session
 
 
-def generate(model: Any, video: Any, prompt: str, gpu_kv_gb: float | None = None, **options: Any) -> Generation:
+@overload
+def generate(
+    model: Any,
+    video: Any,
+    prompt: str,
+    gpu_kv_gb: float | None = None,
+    *,
+    stream: Literal[False] = False,
+    **options: Any,
+) -> Generation: ...
+@overload
+def generate(
+    model: Any, video: Any, prompt: str, gpu_kv_gb: float | None = None, *, stream: Literal[True], **options: Any
+) -> AnswerStream: ...
+def generate(
+    model: Any, video: Any, prompt: str, gpu_kv_gb: float | None = None, *, stream: bool = False, **options: Any
+) -> Generation | AnswerStream:
     """Answer one question about one video: a session with a single question.
 
     options: those of `open_session`, and those of `VideoSession.ask`: transformers' generation options and `trace`.
-    Raises what these raise; an unknown option raises `OptionError`, before anything is loaded.
+    stream: return an iterator of the text's pieces, as `VideoSession.ask` does. Raises what these raise; an unknown
+    option raises `OptionError`, before anything is loaded.
     """
+    work = _single_question(model, video, prompt, gpu_kv_gb, stream, options)
+    return AnswerStream(work) if stream else work.run(None)
+
+
+@overload
+def agenerate(
+    model: Any,
+    video: Any,
+    prompt: str,
+    gpu_kv_gb: float | None = None,
+    *,
+    stream: Literal[False] = False,
+    **options: Any,
+) -> Coroutine[Any, Any, Generation]: ...
+@overload
+def agenerate(
+    model: Any, video: Any, prompt: str, gpu_kv_gb: float | None = None, *, stream: Literal[True], **options: Any
+) -> AsyncAnswerStream: ...
+def agenerate(
+    model: Any, video: Any, prompt: str, gpu_kv_gb: float | None = None, *, stream: bool = False, **options: Any
+) -> Any:
+    """`generate` for asyncio: to be awaited, or with `stream=True` to be iterated over with `async for`.
+
+    The event loop runs on meanwhile. Cancelling stops an ingest at its next chunk and decoding at its next step, and
+    frees the memory before the `CancelledError` arrives; a model that is being loaded is loaded to its end first.
+    Give a loaded model where answers are made at once: loading changes torch's default dtype, for all threads.
+    """
+    return answering(_single_question(model, video, prompt, gpu_kv_gb, stream, options), stream)
+
+
+def _single_question(
+    model: Any, video: Any, prompt: str, gpu_kv_gb: float | None, stream: bool, options: dict[str, Any]
+) -> Work:
+    """What `generate` then does; raises at once what can be known before anything is loaded."""
     opening = {name: value for name, value in options.items() if name in _OPENING}
     asking = {name: value for name, value in options.items() if name not in _OPENING}
+    source: dict[str, Any] = {"fps": None, "source_fps": None, "max_frames": None, "start": 0.0, "end": None}
+    source |= {name: opening.pop(name) for name in _VIDEO_OPTIONS & opening.keys()}
     streamer = options.get("streamer")
-    with ExitStack() as opened:
-        with decode.ending_on_error(streamer):
-            decode.check_options(asking, also=(*_OPENING, "trace"))
-            check_prompt(prompt)
-            source: dict[str, Any] = {"fps": None, "source_fps": None, "max_frames": None, "start": 0.0, "end": None}
-            source |= {name: opening.pop(name) for name in _VIDEO_OPTIONS & opening.keys()}
-            check_request(video, **source)
-            session = opened.enter_context(new_session(model, gpu_kv_gb=gpu_kv_gb, **opening))
-            session.ingest(video, question=prompt, max_new_tokens=session.new_tokens(asking), **source)
-        return session.ask(prompt, **asking)
+    with decode.ending_on_error(streamer):
+        check_stream(stream, options)
+        decode.check_options(asking, also=(*_OPENING, "trace"))
+        check_prompt(prompt)
+        check_request(video, **source)
+    trace = asking.pop("trace", False)
+
+    def run(job: Job | None) -> Generation:
+        with ExitStack() as opened:
+            with decode.ending_on_error(streamer):
+                session = opened.enter_context(new_session(model, gpu_kv_gb=gpu_kv_gb, **opening))
+                if job is not None:
+                    job.on_stop(session.stop)
+                session.ingest(video, question=prompt, max_new_tokens=session.new_tokens(asking), **source)
+            return session.asking(prompt, asking, trace=trace, stream=stream).run(job)
+
+    return Work(run)
 
 
 def check_question(prompt: str, options: dict[str, Any]) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Sequence
+from collections import deque
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 
 from tieredkv import decode, ingest, models, saved, sizes
+from tieredkv.aio import AsyncAsking
 from tieredkv.attention.interface import use_attention
 from tieredkv.cache import TieredCache
 from tieredkv.config import DEFAULT_FPS, TierConfig
@@ -21,18 +23,19 @@ from tieredkv.memory.limits import check_host, check_host_memory
 from tieredkv.models.base import Positions, VideoFamily, VideoGrid
 from tieredkv.pipeline import Cancelled, Pipeline
 from tieredkv.progress import IngestProgress, progress_bar
-from tieredkv.prompt import ChatTemplate, Turn, check_prompt
+from tieredkv.prompt import ChatTemplate, check_prompt
 from tieredkv.saved import SessionState
 from tieredkv.stats import Generation, IngestStats, Stats
 from tieredkv.steps import Steps
 from tieredkv.storage import Stored
+from tieredkv.streaming import AnswerStream, Job, Work, check_stream
 from tieredkv.video.frames import VideoSource, open_video
 
 DEFAULT_NEW_TOKENS = 256
 """`max_new_tokens` where neither the caller nor a generation config says."""
 
 
-class VideoSession:
+class VideoSession(AsyncAsking):
     """A video's keys and values in two tiers, and the questions asked of them.
 
     Owns all its state: nothing is kept on the model, so sessions on one model do not see each other. Made by
@@ -68,6 +71,7 @@ class VideoSession:
         self._head = ""
         self._head_ids: torch.Tensor = torch.empty((1, 0), dtype=torch.long)
         self._lock = threading.RLock()
+        self._line: deque[Job] = deque()
         self._closed = False
 
     # ---- ingest
@@ -225,25 +229,41 @@ class VideoSession:
 
     # ---- questions
 
-    def ask(self, prompt: str, *, trace: bool = False, **options: Any) -> Generation:
+    @overload
+    def ask(
+        self, prompt: str, *, trace: bool = False, stream: Literal[False] = False, **options: Any
+    ) -> Generation: ...
+    @overload
+    def ask(self, prompt: str, *, trace: bool = False, stream: Literal[True], **options: Any) -> AnswerStream: ...
+    def ask(
+        self, prompt: str, *, trace: bool = False, stream: bool = False, **options: Any
+    ) -> Generation | AnswerStream:
         """Answer a question about the video, as if it were the first asked.
 
         options: transformers' generation options (`max_new_tokens`, `do_sample`, `temperature`, `stop_strings` ...,
         `streamer`, `stopping_criteria`, `generation_config`). trace: record which chunks each step attended to.
-        Raises `PromptError`, `OptionError` or `BudgetError`; the session can be asked again after any of them.
+        stream: return an iterator of the text's pieces as they are made, with the answer as its `generation` at the
+        end. Raises `PromptError`, `OptionError` or `BudgetError`; the session can be asked again after any of them.
         """
-        return self._ask([], prompt, trace, options)
+        work = self.asking(prompt, options, trace=trace, stream=stream)
+        return AnswerStream(work) if stream else work.run(None)
 
-    def chat(self, prompt: str, *, trace: bool = False, **options: Any) -> Generation:
+    @overload
+    def chat(
+        self, prompt: str, *, trace: bool = False, stream: Literal[False] = False, **options: Any
+    ) -> Generation: ...
+    @overload
+    def chat(self, prompt: str, *, trace: bool = False, stream: Literal[True], **options: Any) -> AnswerStream: ...
+    def chat(
+        self, prompt: str, *, trace: bool = False, stream: bool = False, **options: Any
+    ) -> Generation | AnswerStream:
         """Go on with the conversation: the model sees the questions and answers of earlier `chat` calls.
 
         As `ask` otherwise. Earlier turns are prefilled again, exactly, like the new question; the video never is. A
-        turn that fails leaves `history` as it was.
+        turn that fails, or whose stream is closed before its end, leaves `history` as it was.
         """
-        with self._lock:
-            answer = self._ask(self._history, prompt, trace, options)
-            self._history.append((prompt, answer.text))
-            return answer
+        work = self.asking(prompt, options, trace=trace, chat=True, stream=stream)
+        return AnswerStream(work) if stream else work.run(None)
 
     @property
     def history(self) -> tuple[tuple[str, str], ...]:
@@ -255,23 +275,47 @@ class VideoSession:
         with self._lock:
             self._history = []
 
-    def _ask(self, history: Sequence[Turn], prompt: str, trace: bool, options: dict[str, Any]) -> Generation:
-        with self._lock, decode.ending_on_error(options.get("streamer")):
-            cache, _ = self._ready()
+    def asking(
+        self, prompt: str, options: dict[str, Any], *, trace: bool = False, chat: bool = False, stream: bool = False
+    ) -> Work:
+        """What `ask`, or `chat`, then does; raises at once what can be known before the session's turn has come."""
+        with decode.ending_on_error(options.get("streamer")):
+            self._check_open()
+            check_stream(stream, options)
             decode.check_options(options, model_config=self.model.generation_config)
             check_prompt(prompt)
-            head, tail = self.template.around_video([*history, (prompt, None)])
+        return Work(partial(self._ask, prompt, trace, chat, options), self._line)
+
+    def _ask(self, prompt: str, trace: bool, chat: bool, options: dict[str, Any], job: Job | None) -> Generation:
+        if job is not None and job.streams:
+            options = {**options, "streamer": job.pieces(self.template.text)}
+        with decode.ending_on_error(options.get("streamer")), self._lock if job is None else job.turn(self._lock):
+            cache, _ = self._ready()
+            head, tail = self.template.around_video([*(self._history if chat else ()), (prompt, None)])
             if head != self._head:
                 raise PromptError("the chat template puts the prompt before the video: that is not supported.")
             cache.truncate(self._prefix)
             cache.counters.trace = [] if trace else None
             try:
-                return self._answer(cache, self.template.tail_ids(tail), options)
+                answer = self._answer(cache, self.template.tail_ids(tail), options, job)
             finally:
                 cache.truncate(self._prefix)
+            if chat:
+                self._check_going_on(job)
+                self._history.append((prompt, answer.text))
+            return answer
+
+    def _check_going_on(self, job: Job | None) -> None:
+        """Raise if a job's answer is no longer wanted; without a job somebody waits for it."""
+        if job is not None:
+            job.check()
+            if self._closed:
+                raise TieredKVError("the session was closed before the answer was complete.")
 
     @torch.no_grad()
-    def _answer(self, cache: TieredCache, tail_ids: torch.Tensor, options: dict[str, Any]) -> Generation:
+    def _answer(
+        self, cache: TieredCache, tail_ids: torch.Tensor, options: dict[str, Any], job: Job | None
+    ) -> Generation:
         assert self.video is not None
         started = time.perf_counter()
         family, model, video = self.family, self.model, self.video
@@ -292,10 +336,12 @@ class VideoSession:
             # The question's last rows, which classify the heads, go in one call.
             first_calls = max(0, tail - self.tiers.prefill_chunk)
             for begin, stop in _spans(first_calls, self.tiers.prefill_chunk, tail):
+                self._check_going_on(job)
                 cache.text_rows = min(stop - begin, self.tiers.method.text_window) if stop == tail else 0
                 embeddings = family.embed(model, tail_ids[:, begin:stop].to(self._device))
                 hidden = family.decode(model, embeddings, positions[:, begin:stop], cache)
             logits = family.logits(model, hidden[:, -1])
+            self._check_going_on(job)
             cache.seal()
 
             def forward(token: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
@@ -304,9 +350,14 @@ class VideoSession:
 
             # Generated tokens go on after the prompt, on all axes alike.
             step = Steps(forward, cache, self._device, positions.shape[0], int(positions[0, -1]) + 1)
+
+            def take(token: int) -> torch.Tensor:
+                self._check_going_on(job)
+                return step(token)
+
             inside = torch.tensor([video.ids(self.template.visual_id)])
             prompt_ids = torch.cat((self._head_ids, inside, tail_ids), dim=1).to(self._device)
-            decoded = decode.run(model, prompt_ids, logits, step, new_tokens, options, self.processor.tokenizer)
+            decoded = decode.run(model, prompt_ids, logits, take, new_tokens, options, self.processor.tokenizer)
         return self._generation(cache, decoded, started, prefix + tail, step.path)
 
     def _generation(
@@ -385,14 +436,19 @@ class VideoSession:
             self._cache.close()
             self._cache = self._stored = None
 
-    def close(self) -> None:
-        """Free both tiers. Twice is fine; anything else afterwards raises.
-
-        From another thread: stops an ingest under way at once, and waits for a question to be answered.
-        """
+    def stop(self) -> None:
+        """Begin to close, without waiting: what `close` stops is told to stop, and nothing new begins."""
         self._closed = True
         if (pipeline := self._pipeline) is not None:
             pipeline.cancel()
+
+    def close(self) -> None:
+        """Free both tiers. Twice is fine; anything else afterwards raises.
+
+        Stops an ingest under way in another thread, streams and what runs under asyncio, and waits for an `ask` or
+        `chat` in another thread to be answered.
+        """
+        self.stop()
         with self._lock:
             self._drop_cache()
 
