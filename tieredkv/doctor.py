@@ -86,7 +86,9 @@ def probe(command: tuple[str, ...] = ("-P", "-m", "tieredkv.doctor_probe")) -> d
             facts |= json.loads(line)
     missing = [name for name in SECTIONS if name not in facts]
     for name in missing:
-        facts[name] = {"error": f"importing it {end}" if name == missing[0] else "not known, after the one that crashed"}
+        facts[name] = {
+            "error": f"importing it {end}" if name == missing[0] else "not known, after the one that crashed"
+        }
     return facts
 
 
@@ -157,8 +159,8 @@ def torchvision(facts: Facts, torch: Facts) -> Check:
     error = facts.get("error", "")
     if "torchvision::" not in error and "undefined symbol" not in error:
         return library("torchvision", facts)
-    kind = torch.get("version", "").partition("+")[2] or "cpu"
-    remedy = f"pip install --force-reinstall torch torchvision --index-url {INDEX}/{kind}"
+    kind = torch.get("version", "").partition("+")[2]
+    remedy = "pip install --force-reinstall torch torchvision" + (f" --index-url {INDEX}/{kind}" if kind else "")
     return Check("torchvision", "problem", f"does not fit torch {torch.get('version', '')} ({error})", remedy)
 
 
@@ -178,11 +180,12 @@ def cuda(facts: Facts, smi: Mapping[str, str]) -> Check:
     if "error" in facts:
         return Check("card", "problem", facts["error"], "mend what is a problem above first")
     if name and facts["build"] is None:
-        remedy = f"pip install --force-reinstall torch torchvision --index-url {INDEX}/cu130"
+        remedy = "take torch and torchvision for CUDA, as https://pytorch.org/get-started says"
         return Check("card", "problem", f"{name}, but torch is built without CUDA", remedy)
     if name:
         why = facts.get("why", "torch does not say why")
-        return Check("card", "problem", f"{name}, but torch cannot use it ({why})", "update its driver, or take a torch for it")
+        remedy = "update its driver, and look at CUDA_VISIBLE_DEVICES"
+        return Check("card", "problem", f"{name}, but torch cannot use it ({why})", remedy)
     return Check("card", "note", "no CUDA device", "everything runs on the CPU, slowly for large models")
 
 
@@ -210,7 +213,9 @@ def link(smi: Mapping[str, str]) -> Check:
         found += f" (at {generation} now, as cards at rest are)"
     if width < most_width:
         times = most_width / width
-        return Check("link", "note", f"{found} of x{most_width}", f"copies take {times:g} times as long: try another slot")
+        return Check(
+            "link", "note", f"{found} of x{most_width}", f"copies take {times:g} times as long: try another slot"
+        )
     return Check("link", "ok", found)
 
 

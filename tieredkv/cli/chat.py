@@ -57,4 +57,6 @@ def chat(
 
 
 def add_to(app: typer.Typer) -> None:
-    app.command("chat", epilog="Example: tieredkv chat film.mp4 -m Qwen/Qwen2.5-VL-3B-Instruct --session film.tkv")(chat)
+    app.command("chat", epilog="Example: tieredkv chat film.mp4 -m Qwen/Qwen2.5-VL-3B-Instruct --session film.tkv")(
+        chat
+    )

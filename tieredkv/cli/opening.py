@@ -27,10 +27,10 @@ def opened(
 ) -> Iterator[tuple[VideoSession, SessionError | None]]:
     """The session, and why it could not be saved, or None.
 
-    saved: a file to take up, or to write if there is none. tiers, sampling: options that are given. typed: which options
-    of sampling stand on the command line; a saved session keeps its own, so there they are refused, and what the
-    environment says of them is left aside. asked: `question` and `max_new_tokens` where they are known, for the check
-    that the budget suffices.
+    saved: a file to take up, or to write if there is none. tiers, sampling: options that are given. typed: which
+    options of sampling stand on the command line; a saved session keeps its own, so there they are refused, and what
+    the environment says of them is left aside. asked: `question` and `max_new_tokens` where they are known, for the
+    check that the budget suffices.
     """
     if saved is not None and is_there(saved):
         if typed:

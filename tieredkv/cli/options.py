@@ -17,9 +17,7 @@ HostGiB = Annotated[
     float | None, typer.Option(envvar="TIEREDKV_HOST_KV_GB", help="Host memory for keys and values, GiB.")
 ]
 Fps = Annotated[float | None, typer.Option(envvar="TIEREDKV_FPS", help="Frames sampled per second.")]
-MaxFrames = Annotated[
-    int | None, typer.Option(envvar="TIEREDKV_MAX_FRAMES", help="Spread at most this many frames.")
-]
+MaxFrames = Annotated[int | None, typer.Option(envvar="TIEREDKV_MAX_FRAMES", help="Spread at most this many frames.")]
 Start = Annotated[float | None, typer.Option(help="Second of the video to start at.")]
 End = Annotated[float | None, typer.Option(help="Second of the video to end at.")]
 PolicyName = Annotated[
@@ -37,7 +35,9 @@ def given(**options: Any) -> dict[str, Any]:
 def typed(context: typer.Context, options: dict[str, Any]) -> list[str]:
     """Those of the options that stand on the command line itself, as they are written there."""
     sources = {name: context.get_parameter_source(name) for name in options}
-    return [f"--{name.replace('_', '-')}" for name, source in sources.items() if source and source.name == "COMMANDLINE"]
+    return [
+        f"--{name.replace('_', '-')}" for name, source in sources.items() if source and source.name == "COMMANDLINE"
+    ]
 
 
 def model_path(model: str) -> str:

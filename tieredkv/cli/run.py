@@ -36,6 +36,7 @@ def run(
     relative to the file. What fails is a line with "error"; the exit code is 1 if there is one.
     """
     from tieredkv import api, batch, loading
+    from tieredkv.answers import Answers
     from tieredkv.config import tier_config
     from tieredkv.video.frames import check_request
 
@@ -49,7 +50,7 @@ def run(
     sampling = given(fps=fps, max_frames=max_frames)
     nothing_yet = {"fps": None, "source_fps": None, "max_frames": None, **sampling}
     check_request([], **nothing_yet)
-    with batch.Answers(output, asked, resume=resume, retry_errors=retry_errors) as answers:
+    with Answers(output, asked, resume=resume, retry_errors=retry_errors) as answers:
         if not all(map(answers.has, asked)):
             loaded, processor = loading.load(model_path(model))
 

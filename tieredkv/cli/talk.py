@@ -28,7 +28,7 @@ class Talk:
     def __init__(
         self, session: VideoSession, options: dict[str, Any], as_json: bool = False, save_to: Path | None = None
     ) -> None:
-        """options: generation options of every answer. as_json: an object per answer, instead of its text as it is made.
+        """options: generation options of every answer. as_json: an object per answer, not its text as it is made.
         save_to: where `/save` saves if it names nothing."""
         self.session, self.options, self.as_json, self.save_to = session, options, as_json, save_to
         self.failed = 0
@@ -84,7 +84,10 @@ class Talk:
         if path is None:
             raise SessionError("there is no file to save to: give one, as in /save film.tkv.")
         if is_there(path):
-            read(path)  # refuses what is no session: a video, say
+            try:
+                read(path)
+            except SessionError:
+                raise SessionError(f"{path} is there, and no session: not saved over it.") from None
         size = self.session.save(path)
         _say(f"{path}: {size / 2**20:,.1f} MiB.")
 
