@@ -10,6 +10,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+_BESIDE = Path(__file__).parent / "results"
+RESULTS = _BESIDE if _BESIDE.is_dir() else Path.cwd()
+"""Where results are kept: beside the benchmarks in a checkout; an installed package has no such folder."""
+
 
 def processor_name() -> str:
     """As the system names it."""

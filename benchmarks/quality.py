@@ -4,7 +4,7 @@
     python benchmarks/quality.py --suite video    one of: video, text, ablations, sweeps
     python benchmarks/quality.py --quick          a few questions of each, to see that it runs
 
-Writes quality-SUITE.json and .png below benchmarks/results/.
+Writes quality-SUITE.json and .png below benchmarks/results/, or into the current folder where there is none.
 
 Contexts are prefilled once and exactly, each question once and exactly, and from there on every policy decodes the same
 answer (`replay.py`). Only tokens after the first count, which no policy can touch. Of video chains a hop is right if
@@ -26,10 +26,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from origin import RESULTS
 from quality_report import aggregate, draw, show
 from quality_suites import Unit, units
 
-RESULTS = Path(__file__).parent / "results"
 # ---- one context, in a process of its own
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -15,7 +16,20 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels then run anywhere
 
+from tieredkv.cli.defaults import KEYS
 from tieredkv.ops import TORCH, Ops, triton
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_settings_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Commands find no defaults, and remember no lines, but those of a test."""
+    folder = str(tmp_path_factory.mktemp("settings"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CONFIG_HOME", folder)
+        patch.setenv("XDG_STATE_HOME", folder)
+        for key in KEYS:
+            patch.delenv(f"TIEREDKV_{key.upper()}", raising=False)
+        yield
 
 
 @pytest.fixture
@@ -149,3 +163,12 @@ def steady(tmp_path_factory):
     from films import numbered, write
 
     return write(tmp_path_factory.mktemp("steady") / "steady.mkv", numbered(40), bf="0", g="5")
+
+
+@pytest.fixture(scope="session")
+def short_video(tmp_path_factory):
+    """Thirty seconds for the bundled model: moon, fish, cup and triangle appear."""
+    from tieredkv.tiny.scene import make_scene
+    from tieredkv.tiny.video import write_video
+
+    return write_video(make_scene(1_000_001, 30, 4), tmp_path_factory.mktemp("video") / "short.mp4")

@@ -21,14 +21,6 @@ def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
     return int(stop.value.code or 0), captured.out, captured.err
 
 
-@pytest.fixture(scope="module")
-def short_video(tmp_path_factory) -> Path:
-    from tieredkv.tiny.scene import make_scene
-    from tieredkv.tiny.video import write_video
-
-    return write_video(make_scene(1_000_001, 30, 4), tmp_path_factory.mktemp("video") / "short.mp4")
-
-
 BAD = {
     "a missing file": (["gone.mp4", "what ?"], r"gone.mp4: no such file."),
     "a file that is no video": ([__file__, "what ?"], "not a readable video file"),
@@ -160,6 +152,50 @@ def test_version_and_help(monkeypatch, capsys):
     assert code == 0
     assert len(out.splitlines()) <= 24
     assert "--plot" in out
+
+
+COMMANDS = [[], ["ask"], ["chat"], ["run"], ["plan"], ["policies"], ["demo"], ["bench"], ["doctor"]]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(command) or "tieredkv")
+def test_help_fits_a_screen_and_shows_an_example(monkeypatch, capsys, command):
+    monkeypatch.setenv("COLUMNS", "100")
+    code, out, _ = run(monkeypatch, capsys, *command, "--help")
+    assert code == 0
+    lines = out.splitlines()
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 100
+    assert "\n  Example: tieredkv " + " ".join(command) in out
+
+
+def test_every_command_is_held_to_its_help():
+    names = {command.name for command in cli.app.registered_commands}
+    assert names == {name for command in COMMANDS for name in command}
+
+
+def test_help_imports_nothing_heavy_in_any_command():
+    code = """
+import sys
+from tieredkv import cli
+for name in ("--help", "ask --help", "chat --help", "run --help", "bench --help", "doctor --help"):
+    sys.argv = ["tieredkv", *name.split()]
+    try:
+        cli.main()
+    except SystemExit:
+        pass
+print([m for m in ("torch", "transformers", "av", "numpy") if m in sys.modules])
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_failing_disk_is_one_sentence_and_exit_code_1(monkeypatch, capsys):
+    def full(**options):
+        raise OSError(28, "No space left on device", "answers.jsonl")
+
+    monkeypatch.setattr("tieredkv.demo.run", full)
+    code, out, err = run(monkeypatch, capsys, "demo")
+    assert (code, out, err) == (1, "", "tieredkv: answers.jsonl: No space left on device.\n")
 
 
 def test_importing_the_package_imports_neither_torch_nor_transformers():

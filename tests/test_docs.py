@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -38,6 +41,43 @@ def test_the_readme_session_runs(tmp_path, monkeypatch, capsys):
     assert again == colour
     assert len(chain.split()) == 6
     assert "hit_rate" in stats
+
+
+@pytest.mark.slow
+@pytest.mark.model
+def test_the_command_lines_examples_run(tmp_path, short_video):
+    text = (ROOT / "docs" / "command-line.md").read_text()
+    shell, (questions,), (settings,) = (
+        re.findall(rf"```{kind}\n(.*?)```", text, re.DOTALL) for kind in ("sh", "json", "toml")
+    )
+    (tmp_path / "film.mp4").write_bytes(short_video.read_bytes())
+    (tmp_path / "questions.jsonl").write_text(questions)
+    (tmp_path / "tieredkv.toml").write_text(settings)
+    (tmp_path / "tieredkv").write_text(f'#!/bin/sh\nexec {sys.executable} -m tieredkv "$@"\n')
+    (tmp_path / "tieredkv").chmod(0o755)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    environment |= {"XDG_CONFIG_HOME": str(tmp_path), "XDG_STATE_HOME": str(tmp_path)}
+    made = []
+    for command in "".join(shell).splitlines():
+        if " bench " in command:  # takes its time, and is run by test_cli_bench.py
+            continue
+        done = subprocess.run(["sh", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0 or command.startswith("tieredkv doctor"), done.stderr
+        made.append(done.stdout)
+    moon, cup, again, *_ = made
+    assert again == moon
+    rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [row["text"] for row in rows] == [moon.strip(), json.loads(cup)["text"]]
+    assert json.loads(made[-1])["checks"]
+    assert {part.split()[1] for part in "".join(shell).replace("| ", "\n").splitlines() if "tieredkv " in part[:9]} == {
+        "ask",
+        "chat",
+        "run",
+        "plan",
+        "policies",
+        "bench",
+        "doctor",
+    }
 
 
 @pytest.mark.model

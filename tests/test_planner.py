@@ -384,12 +384,6 @@ def test_the_command_refuses_in_one_sentence_with_exit_code_2(monkeypatch, capsy
     assert "Traceback" not in err
 
 
-def test_the_help_of_the_command_is_short(monkeypatch, capsys):
-    code, out, _ = run(monkeypatch, capsys, "plan", "--help")
-    assert code == 0
-    assert len(out.splitlines()) <= 24
-
-
 def test_heads_assumed_static_are_spread_over_the_layers():
     shape = sizes.KVShape(28, 28, 4, 128, 2)
     static = plan_bytes.assumed_static(shape, TierConfig(), 0.5)

@@ -30,3 +30,17 @@ class PromptError(TieredKVError, ValueError):
 
 class SessionError(TieredKVError, ValueError):
     """A saved session cannot be read, is damaged, or belongs to another model, processor or video; says which."""
+
+
+class BatchError(TieredKVError, ValueError):
+    """A file of questions or of answers cannot be used as it is; says which line, and what is wrong with it."""
+
+
+FAILURES = (TieredKVError, RuntimeError, MemoryError, ValueError, TypeError, OSError)
+"""What one question or video may fail with while others go on; torch's own errors are RuntimeErrors."""
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, in a line; an error that is not ours begins with its kind."""
+    first = next(iter(str(error).strip().splitlines()), "")
+    return first if isinstance(error, TieredKVError) else f"{type(error).__name__}: {first}"

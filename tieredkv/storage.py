@@ -35,6 +35,7 @@ from safetensors.torch import save_file
 
 from tieredkv.errors import SessionError
 from tieredkv.progress import Progress
+from tieredkv.sync import sync_folder
 
 FORMAT_VERSION = 1
 
@@ -97,7 +98,7 @@ def write(
             written = _seal(file)
             file.chmod(part.stat().st_mode & 0o666)  # `save_file` makes it the owner's alone, whatever the umask
             os.replace(file, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     if progress:
         progress(size, size)
     return written
@@ -275,16 +276,6 @@ def _remove_leftovers(path: Path) -> None:
         match = re.fullmatch(re.escape(path.name) + r"\.(\d{1,9})\.part", other.name)
         if match and (int(match[1]) == os.getpid() or not psutil.pid_exists(int(match[1]))):
             shutil.rmtree(other, ignore_errors=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes the rename last. Not every system can, and the file is whole without it."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 @contextmanager

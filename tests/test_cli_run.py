@@ -1,0 +1,144 @@
+"""tieredkv run, on the bundled model."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from test_cli import run
+
+import tieredkv
+
+SHAPES = ("moon", "fish", "cup", "triangle")
+
+
+@pytest.fixture
+def questions(tmp_path, short_video) -> Path:
+    """Four about one video, one of them empty, and one about none."""
+    rows = [{"id": shape, "video": str(short_video), "question": f"what colour was the {shape} ?"} for shape in SHAPES]
+    rows[1]["question"] = " "
+    rows.insert(1, {"id": "none", "video": "gone.mp4", "question": "what ?"})
+    file = tmp_path / "questions.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def rows(file: Path) -> dict[str, dict]:
+    found = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len({row["id"] for row in found}) == len(found)
+    return {row["id"]: row for row in found}
+
+
+@pytest.mark.model
+def test_answers_are_those_of_ask_and_what_fails_makes_the_exit_code_1(
+    monkeypatch, capsys, questions, short_video, tmp_path
+):
+    file = tmp_path / "answers.jsonl"
+    arguments = ["run", str(questions), "-o", str(file), "--fps", "4"]
+    code, out, err = run(monkeypatch, capsys, *arguments)
+    assert (code, out) == (1, "")
+    assert err.count("ingest: 100%") >= 1
+    assert err.splitlines()[-1] == f"{file}: 3 answered, 2 failed: --resume --retry-errors asks again."
+    made = rows(file)
+    assert made["none"]["error"].endswith("gone.mp4: no such file.")
+    assert "the prompt is empty" in made["fish"]["error"]
+    with tieredkv.open_session(tieredkv.tiny.model.PATH, short_video, fps=4) as session:
+        for shape in ("moon", "cup", "triangle"):
+            assert made[shape]["text"] == session.ask(f"what colour was the {shape} ?").text
+    assert {"token_ids", "kv_device_peak_bytes", "ttft_s"} <= made["moon"].keys()
+
+
+@pytest.mark.model
+def test_a_finished_run_is_gone_on_with_at_no_cost(monkeypatch, capsys, questions, tmp_path):
+    file = tmp_path / "answers.jsonl"
+    arguments = ["run", str(questions), "-o", str(file)]
+    run(monkeypatch, capsys, *arguments)
+    before = file.read_bytes()
+
+    def not_again(*anything):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("tieredkv.loading.load", not_again)
+    code, _, err = run(monkeypatch, capsys, *arguments, "--resume")
+    assert code == 1  # what failed still has no answer
+    assert "3 answered, 2 failed" in err
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["-m", "/nowhere/model"], "no usable model found there"),
+        (["--fps", "0"], "fps=0.0 is not valid"),
+        (["--gpu-kv-gb", "0"], "gpu_kv_gb=0.0 is not valid"),
+        (["--policy", "magic"], "policy='magic' is not valid"),
+        (["--max-new-tokens", "0"], "max_new_tokens=0 is not valid"),
+        (["--retry-errors"], "give --resume too"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_bad_options_are_refused_before_anything_is_written(monkeypatch, capsys, questions, tmp_path, options, message):
+    before = sorted(tmp_path.iterdir())
+    code, out, err = run(monkeypatch, capsys, "run", str(questions), "-o", str(tmp_path / "answers.jsonl"), *options)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_malformed_questions_are_refused_before_anything_is_written(monkeypatch, capsys, tmp_path):
+    (tmp_path / "questions.jsonl").write_text('{"video": "a.mp4", "question": "?"}\n{"video": "a.mp4"}\n')
+    file = tmp_path / "answers.jsonl"
+    code, out, err = run(monkeypatch, capsys, "run", str(tmp_path / "questions.jsonl"), "-o", str(file))
+    assert (code, out) == (2, "")
+    assert 'questions.jsonl: line 2 has no "question" that is text.' in err
+    assert not file.exists()
+
+
+def test_an_output_that_is_there_is_refused_and_left_alone(monkeypatch, capsys, questions, tmp_path):
+    file = tmp_path / "answers.jsonl"
+    file.write_text("precious")
+    code, _, err = run(monkeypatch, capsys, "run", str(questions), "-o", str(file))
+    assert code == 2
+    assert "give --resume" in err
+    assert file.read_text() == "precious"
+
+
+@pytest.mark.model
+def test_a_question_that_needs_too_much_is_its_own_error(monkeypatch, capsys, short_video, tmp_path):
+    asked = [{"id": n, "video": str(short_video), "question": "what ?", "max_new_tokens": n} for n in (4, 100_000)]
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    arguments = ["run", str(tmp_path / "questions.jsonl"), "-o", str(tmp_path / "answers.jsonl")]
+    code, _, _ = run(monkeypatch, capsys, *arguments, "--gpu-kv-gb", "0.01")
+    assert code == 1
+    made = rows(tmp_path / "answers.jsonl")
+    assert "text" in made[4]
+    assert "gpu_kv_gb" in made[100_000]["error"]
+
+
+@pytest.mark.slow
+@pytest.mark.model
+def test_killed_while_the_model_answers_each_question_is_answered_once(short_video, tmp_path):
+    rng, file = random.Random(0), tmp_path / "answers.jsonl"
+    asked = [{"video": str(short_video), "question": f"what colour was the {SHAPES[n % 4]} ?"} for n in range(60)]
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    command = [sys.executable, "-m", "tieredkv", "run", str(tmp_path / "questions.jsonl"), "-o", str(file), "--resume"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(tieredkv.__file__).parents[1])}
+    for more in (1, rng.randrange(5_000, 9_000), None):
+        goal = float("inf") if more is None else (file.stat().st_size if file.exists() else 0) + more
+        with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as process:
+            while process.poll() is None and (not file.exists() or file.stat().st_size < goal):
+                time.sleep(0.002)
+            process.send_signal(signal.SIGKILL)
+        assert process.returncode == (0 if more is None else -signal.SIGKILL)
+    made = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(made) == len({row["id"] for row in made}) == 60
+    assert Counter(row["question"] for row in made) == Counter(row["question"] for row in asked)
+    assert len({(row["question"], row["text"]) for row in made}) == 4

@@ -1,0 +1,67 @@
+"""The command line: answers on stdout, everything else on stderr; exit code 0, 1 (something failed) or 2 (bad input).
+
+One file per command. What takes long to import is imported by the command that needs it.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from tieredkv import __version__
+from tieredkv.cli import ask, bench, chat, defaults, demo, doctor, plan, policies, run
+from tieredkv.errors import TieredKVError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"max_content_width": 100},
+)
+for command in (ask, chat, run, plan, policies, demo, bench, doctor):
+    command.add_to(app)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback(epilog='Example: tieredkv ask film.mp4 "What is on the table?" -m Qwen/Qwen2.5-VL-3B-Instruct')
+def _options(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Long-video question answering with the key/value cache in two memory tiers.
+
+    Answers go to stdout, everything else to stderr. Exit code: 0, 1 (something failed) or 2 (bad input).
+    """
+    found = defaults.read(defaults.path())
+    context.default_map = {command.name: found for command in app.registered_commands if command.name}
+
+
+def main() -> None:
+    """Entry point: an error the user can mend is one sentence on stderr and exit code 2; a failing disk, 1."""
+    try:
+        app()
+    except TieredKVError as error:
+        _end(str(error), 2)
+    except OSError as error:
+        _end(f"{error.filename or 'input or output'}: {error.strerror or error}.", 1)
+    except KeyboardInterrupt:
+        _end("interrupted.", 130)
+    except SystemExit as stop:
+        if stop.code == 130:  # how typer ends on an interrupt
+            _end("interrupted.", 130)
+        raise
+
+
+def _end(message: str, code: int) -> None:
+    print(f"tieredkv: {message}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,62 @@
+"""tieredkv ask: one question."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tieredkv.cli.options import End, Fps, GpuGiB, HostGiB, MaxFrames, Model, NewTokens, PolicyName, Start, given, typed
+from tieredkv.errors import OptionError
+
+
+def ask(
+    context: typer.Context,
+    words: Annotated[list[str], typer.Argument(metavar="[VIDEO] QUESTION", help="A video file, and what to ask.")],
+    model: Model = "tiny",
+    session: Annotated[
+        Path | None, typer.Option(help="Ask this saved session; if there is no such file, save one.")
+    ] = None,
+    gpu_kv_gb: GpuGiB = None,
+    host_kv_gb: HostGiB = None,
+    policy: PolicyName = None,
+    fps: Fps = None,
+    max_frames: MaxFrames = None,
+    start: Start = None,
+    end: End = None,
+    max_new_tokens: NewTokens = 256,
+    as_json: Annotated[bool, typer.Option("--json", help="Print answer and statistics as JSON.")] = False,
+) -> None:
+    """Answer one question about one video, or about a saved session."""
+    from tieredkv import api
+    from tieredkv.cli.opening import opened
+
+    *videos, question = words
+    if len(videos) > 1:
+        raise OptionError(f"ask takes one video and one question, got {len(words)} words: put quotes around each.")
+    sampling = given(fps=fps, max_frames=max_frames, start=start, end=end)
+    tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
+    api.check_question(question, {"max_new_tokens": max_new_tokens})
+    with opened(
+        model,
+        videos[0] if videos else None,
+        session,
+        tiers=tiers,
+        sampling=sampling,
+        typed=typed(context, sampling),
+        question=question,
+        max_new_tokens=max_new_tokens,
+    ) as (video_session, unsaved):
+        answer = video_session.ask(question, max_new_tokens=max_new_tokens)
+    if as_json:
+        typer.echo(json.dumps({"text": answer.text, "token_ids": answer.token_ids, **answer.stats.as_dict()}))
+    else:
+        typer.echo(answer.text)
+    if unsaved is not None:
+        raise unsaved
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("ask", epilog='Example: tieredkv ask film.mp4 "What is on the table?" --session film.tkv')(ask)

@@ -1,0 +1,44 @@
+"""tieredkv bench: a benchmark by its name."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tieredkv.errors import OptionError
+
+NAMES = ("decode", "decode_cpu", "pcie", "prefill", "fits", "quality", "ingest")
+PACKAGE = Path(__file__).parents[1]
+
+
+def folder(package: Path = PACKAGE) -> Path:
+    """Where the benchmarks are: inside an installed package, or beside it in a checkout. Raises `OptionError`."""
+    for found in (package / "benchmarks", package.parent / "benchmarks"):
+        if (found / "origin.py").is_file():
+            return found
+    raise OptionError(f"there are no benchmarks in {package} or beside it: install tieredkv again, or use a checkout.")
+
+
+def bench(
+    name: Annotated[str, typer.Argument(help=f"One of {', '.join(NAMES)}.")],
+    options: Annotated[list[str] | None, typer.Argument(help="Its own options, behind --.")] = None,
+) -> None:
+    """Run a benchmark: what it measures on this machine, and a last line of JSON. `bench NAME -- --help` explains it.
+
+    In a checkout it writes where its help says; installed, below the current folder. Exits as the benchmark does.
+    """
+    if name not in NAMES:
+        raise OptionError(f"{name!r} is no benchmark: give one of {', '.join(NAMES)}.")
+    paths = [str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    command = [sys.executable, str(folder() / f"{name}.py"), *(options or [])]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}, check=False)
+    raise typer.Exit(done.returncode if done.returncode >= 0 else 1)
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("bench", epilog="Example: tieredkv bench decode_cpu -- --quick")(bench)

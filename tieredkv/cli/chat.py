@@ -1,0 +1,62 @@
+"""tieredkv chat: a conversation about one video."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tieredkv.cli.options import End, Fps, GpuGiB, HostGiB, MaxFrames, Model, NewTokens, PolicyName, Start, given, typed
+
+
+def chat(
+    context: typer.Context,
+    video: Annotated[str | None, typer.Argument(help="A video file; none is needed with a saved session.")] = None,
+    model: Model = "tiny",
+    session: Annotated[
+        Path | None, typer.Option(help="Go on with this saved session; if there is no such file, save one.")
+    ] = None,
+    gpu_kv_gb: GpuGiB = None,
+    host_kv_gb: HostGiB = None,
+    policy: PolicyName = None,
+    fps: Fps = None,
+    max_frames: MaxFrames = None,
+    start: Start = None,
+    end: End = None,
+    max_new_tokens: NewTokens = 256,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object per answer.")] = False,
+) -> None:
+    """Talk about one video: it is ingested once, and each answer knows the questions and answers before it.
+
+    Type /help for the commands. From a pipe, a question per line; exits with 1 if one of them failed.
+    """
+    from tieredkv import api
+    from tieredkv.cli.lines import lines
+    from tieredkv.cli.opening import opened
+    from tieredkv.cli.talk import Talk
+
+    sampling = given(fps=fps, max_frames=max_frames, start=start, end=end)
+    tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
+    options = {"max_new_tokens": max_new_tokens}
+    api.check_question("?", options)
+    names = typed(context, sampling)
+    with opened(model, video, session, tiers=tiers, sampling=sampling, typed=names, **options) as (opening, unsaved):
+        if unsaved is not None:
+            print(f"tieredkv: {unsaved}", file=sys.stderr)
+        talk = Talk(opening, options, as_json, save_to=session)
+        by_hand = sys.stdin.isatty()
+        if by_hand:
+            assert opening.video is not None
+            earlier = f", {len(opening.history)} questions so far" if opening.history else ""
+            print(f"{opening.video.tokens:,} visual tokens{earlier}. Ask, or /help.", file=sys.stderr)
+        talk.hold(lines("> "))
+    if unsaved is not None or (talk.failed and not by_hand):
+        raise typer.Exit(1)
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("chat", epilog="Example: tieredkv chat film.mp4 -m Qwen/Qwen2.5-VL-3B-Instruct --session film.tkv")(
+        chat
+    )

@@ -1,0 +1,32 @@
+"""tieredkv doctor: whether this machine is fit for it."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Look over this machine: libraries, card, link, memory, codecs. A line each, and what to do where one is wanting.
+
+    "note" is worth knowing, "problem" keeps something from working; exits with 1 if there is a problem.
+    """
+    from dataclasses import asdict
+
+    from tieredkv.doctor import examine
+
+    checks = examine()
+    problems = sum(check.state == "problem" for check in checks)
+    if as_json:
+        typer.echo(json.dumps({"checks": [asdict(check) for check in checks], "problems": problems}))
+    else:
+        typer.echo("\n".join(map(str, checks)))
+    raise typer.Exit(1 if problems else 0)
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("doctor", epilog="Example: tieredkv doctor")(doctor)

@@ -1,0 +1,69 @@
+"""tieredkv plan: what a video would take."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tieredkv.cli.options import (
+    End,
+    Fps,
+    GpuGiB,
+    HostGiB,
+    MaxFrames,
+    Model,
+    NewTokens,
+    PolicyName,
+    Start,
+    given,
+    model_path,
+    typed,
+)
+
+
+def plan(
+    context: typer.Context,
+    video: Annotated[str, typer.Argument(help="A video file, or a whole number of visual tokens.")],
+    model: Model = "tiny",
+    gpu_kv_gb: GpuGiB = None,
+    host_kv_gb: HostGiB = None,
+    policy: PolicyName = None,
+    fps: Fps = None,
+    max_frames: MaxFrames = None,
+    start: Start = None,
+    end: End = None,
+    max_new_tokens: NewTokens = 256,
+    link: Annotated[str, typer.Option(envvar="TIEREDKV_LINK", help="Bus to the card, or its GB/s.")] = "pcie4x16",
+    card: Annotated[
+        str | None, typer.Option(envvar="TIEREDKV_CARD", help="As 'RTX 4090', or GB/s of its memory.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show what a video would take of both memory tiers. Loads no weights and decodes nothing."""
+    from tieredkv import planner
+
+    tokens = video.isascii() and video.isdigit() and len(video) < 20 and not Path(video).exists()
+    sampling = given(fps=fps, max_frames=max_frames)
+    if tokens and not typed(context, sampling):
+        sampling = {}  # defaults for videos say nothing of a number of tokens
+    made = planner.plan(
+        model_path(model),
+        int(video) if tokens else video,
+        gpu_kv_gb=4.0 if gpu_kv_gb is None else gpu_kv_gb,
+        host_kv_gb=host_kv_gb,
+        **given(policy=policy),
+        **sampling,
+        start=start or 0.0,
+        end=end,
+        max_new_tokens=max_new_tokens,
+        link=link,
+        card=card,
+    )
+    typer.echo(json.dumps(made.as_dict()) if as_json else str(made))
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("plan", epilog='Example: tieredkv plan film.mp4 --gpu-kv-gb 2 --card "RTX 3060"')(plan)

@@ -1,0 +1,78 @@
+"""tieredkv run: a file of questions."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tieredkv.cli.options import Fps, GpuGiB, HostGiB, MaxFrames, Model, NewTokens, PolicyName, given, model_path
+from tieredkv.errors import BatchError
+
+if TYPE_CHECKING:
+    from tieredkv.batch import Question
+    from tieredkv.session import VideoSession
+
+
+def run(
+    questions: Annotated[Path, typer.Argument(help="JSON lines: video, question, and what else they hold.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file of answers, JSON lines.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a file of answers that is there.")] = False,
+    retry_errors: Annotated[bool, typer.Option("--retry-errors", help="With --resume: ask again what failed.")] = False,
+    model: Model = "tiny",
+    gpu_kv_gb: GpuGiB = None,
+    host_kv_gb: HostGiB = None,
+    policy: PolicyName = None,
+    fps: Fps = None,
+    max_frames: MaxFrames = None,
+    max_new_tokens: NewTokens = 256,
+) -> None:
+    """Answer a file of questions, each video ingested once. A run that was cut off goes on with --resume.
+
+    A line: {"video": "a.mp4", "question": "What ...?"}, with "id" or generation options if you like. Videos lie
+    relative to the file. What fails is a line with "error"; the exit code is 1 if there is one.
+    """
+    from tieredkv import api, batch, loading
+    from tieredkv.answers import Answers
+    from tieredkv.config import tier_config
+    from tieredkv.video.frames import check_request
+
+    if retry_errors and not resume:
+        raise BatchError("--retry-errors is for a file that is there: give --resume too.")
+    asked = batch.read_questions(questions)
+    options = {"max_new_tokens": max_new_tokens}
+    api.check_question("?", options)
+    tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
+    tier_config(None, tiers)
+    sampling = given(fps=fps, max_frames=max_frames)
+    nothing_yet = {"fps": None, "source_fps": None, "max_frames": None, **sampling}
+    check_request([], **nothing_yet)
+    with Answers(output, asked, resume=resume, retry_errors=retry_errors) as answers:
+        if not all(map(answers.has, asked)):
+            loaded, processor = loading.load(model_path(model))
+
+            def open_session(video: Path, pending: Sequence[Question]) -> VideoSession:
+                check_request(video, **nothing_yet)
+                session = api.new_session(loaded, processor=processor, progress=True, **tiers)
+                # What the least of them needs must fit; what another needs more is that one's error.
+                least = min(session.new_tokens(options | question.options) for question in pending)
+                try:
+                    session.ingest(video, max_new_tokens=least, **sampling)
+                except BaseException:
+                    session.close()
+                    raise
+                return session
+
+            answers.begin()
+            batch.run(asked, answers, open_session, options, lambda line: print(line, file=sys.stderr, flush=True))
+    failed = len(answers.failed)
+    again = ": --resume --retry-errors asks again" if failed else ""
+    print(f"{output}: {len(answers.answered)} answered, {failed} failed{again}.", file=sys.stderr)
+    raise typer.Exit(1 if failed else 0)
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("run", epilog="Example: tieredkv run questions.jsonl -o answers.jsonl --resume --gpu-kv-gb 4")(run)

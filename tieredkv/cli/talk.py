@@ -1,0 +1,96 @@
+"""A conversation about one video: questions line by line, and a few commands."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tieredkv.cli.opening import is_there
+from tieredkv.cli.pieces import Pieces, Stopped, stopped_by_interrupt
+from tieredkv.errors import FAILURES, SessionError, TieredKVError, reason
+from tieredkv.session import VideoSession
+from tieredkv.stats import Stats
+from tieredkv.storage import read
+
+HELP = """\
+/clear      begin another conversation
+/save FILE  save the session, conversation included; without FILE, where --session says
+/stats      measurements of the last answer
+/quit       leave, as Ctrl-D does; Ctrl-C stops the answer that is being written"""
+
+
+class Talk:
+    """One session's conversation. Answers go to stdout, everything else to stderr."""
+
+    def __init__(
+        self, session: VideoSession, options: dict[str, Any], as_json: bool = False, save_to: Path | None = None
+    ) -> None:
+        """options: generation options of every answer. as_json: an object per answer, not its text as it is made.
+        save_to: where `/save` saves if it names nothing."""
+        self.session, self.options, self.as_json, self.save_to = session, options, as_json, save_to
+        self.failed = 0
+        """Questions and commands that failed."""
+        self._stats: Stats | None = None
+
+    def hold(self, lines: Iterable[str]) -> None:
+        """Answer line by line until there are none, or `/quit`. What fails says why, and the conversation goes on."""
+        for line in map(str.strip, lines):
+            if line == "/quit":
+                return
+            try:
+                if line.startswith("/"):
+                    self._command(*line.split(maxsplit=1))
+                elif line:
+                    self._answer(line)
+            except FAILURES as error:
+                self.failed += 1
+                _say(f"tieredkv: {reason(error)}")
+
+    def _answer(self, question: str) -> None:
+        pieces = Pieces(self.session.processor.tokenizer, shown=not self.as_json)
+        try:
+            with stopped_by_interrupt(pieces):
+                answer = self.session.chat(question, streamer=pieces, **self.options)
+        except Stopped:
+            _say("stopped: the conversation goes on as if this had not been asked.")
+            return
+        self._stats = answer.stats
+        if self.as_json:
+            made = {"text": answer.text, "token_ids": answer.token_ids, **answer.stats.as_dict()}
+            print(json.dumps(made), flush=True)
+        elif not pieces.begun:  # an empty answer is a line too
+            print(flush=True)
+
+    def _command(self, name: str, rest: str = "") -> None:
+        if name == "/save":
+            self._save(Path(rest).expanduser() if rest else self.save_to)
+        elif rest or name not in ("/clear", "/stats", "/help"):
+            raise TieredKVError(f"{name} {rest}".strip() + " is no command: /help lists them.")
+        elif name == "/clear":
+            self.session.clear_history()
+            _say("another conversation begins.")
+        elif name == "/help":
+            _say(HELP)
+        elif self._stats is None:
+            _say("nothing has been answered yet.")
+        else:
+            for key, value in self._stats.as_dict().items():
+                _say(f"{key:<22}{value}")
+
+    def _save(self, path: Path | None) -> None:
+        if path is None:
+            raise SessionError("there is no file to save to: give one, as in /save film.tkv.")
+        if is_there(path):
+            try:
+                read(path)
+            except SessionError:
+                raise SessionError(f"{path} is there, and no session: not saved over it.") from None
+        size = self.session.save(path)
+        _say(f"{path}: {size / 2**20:,.1f} MiB.")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
