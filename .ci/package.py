@@ -1,4 +1,4 @@
-"""Build the sdist and the wheel, and see that the wheel works where the checkout is not: python .ci/package.py [--quick]
+"""Build sdist and wheel, and see that the wheel works where the checkout is not: python .ci/package.py [--quick]
 
 The wheel is built from the sdist, checked for what it must and must not hold, and installed in a new environment, in
 which the demo runs from an empty folder. Both files are left in dist/. --quick: the new environment borrows the
