@@ -4,7 +4,7 @@
     python examples/long_video_qa_24gb.py --tiny    the bundled model and a video of its own, on any machine
 
 The weights take 15.4 GiB. Keys and values get 4 GiB of the card at most, whatever the film's length; the complete
-cache lies in host memory, 7 GiB for 131,072 tokens. The plan says all that before a weight is loaded. If it refuses,
+cache lies in host memory, 7.5 GiB for 131,072 tokens. The plan says all that before a weight is loaded. If it refuses,
 it says what would fit: fewer frames a second, or more memory.
 """
 
