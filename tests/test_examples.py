@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import runpy
 import sys
@@ -60,6 +61,16 @@ def truth() -> list[str]:
     return [" ".join(asked.words) for asked in (colour_question(scene, first), chain_question(scene, second, 3))]
 
 
+def pretend(monkeypatch, bitsandbytes: object) -> None:
+    """Let it seem installed or not."""
+    real = importlib.util.find_spec
+
+    def find_spec(name: str, *rest: object) -> object:
+        return bitsandbytes if name == "bitsandbytes" else real(name, *rest)
+
+    monkeypatch.setattr("importlib.util.find_spec", find_spec)
+
+
 def on_tiny(*more: object) -> tuple[object, ...]:
     from tieredkv.tiny import model
 
@@ -91,7 +102,7 @@ def test_without_arguments_it_says_what_to_give(refused, name):
 
 
 def test_a_missing_bitsandbytes_is_said(refused, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    pretend(monkeypatch, bitsandbytes=None)
     assert "pip install bitsandbytes" in refused("long_video_qa_12gb", "--tiny", "--quantize", "4bit")
 
 
@@ -178,3 +189,14 @@ def test_a_file_of_something_else_is_left_alone(refused, archive, tmp_path, cont
 
 def test_an_unknown_policy_is_refused_before_anything_is_loaded(refused):
     assert "policy='keep' is not valid" in refused("compare_policies", "--tiny", "--policies", "keep")
+
+
+def test_four_bits_leave_the_vision_tower_and_the_output_as_they_are(monkeypatch, video_model):
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    pretend(monkeypatch, bitsandbytes=True)
+    skipped = runpy.run_path(str(FOLDER / "long_video_qa_12gb.py"))["four_bits"]().llm_int8_skip_modules
+    linear = [name for name, module in video_model.named_modules() if type(module).__name__ == "Linear"]
+    converted = {name for name in linear if should_convert_module(name, skipped)}
+    assert converted == {name for name in linear if "language_model" in name}
+    assert converted
