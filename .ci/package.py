@@ -33,6 +33,8 @@ IN_SDIST = {
     "README.md",
     "LICENSE",
     "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "Makefile",
     "mkdocs.yml",
     "tests/conftest.py",
     "examples/quickstart.py",
