@@ -1,5 +1,6 @@
 # make demo   a trained model answers questions about a long video, its cache held outside the device
 # make test   the whole test suite          make lint   format, lint and type checks
+# make package   sdist and wheel in dist/, tried out in a new environment; make docs   the site in build/site
 # make quality   what each policy loses, on two trained models; hours
 # make gpu       everything that needs a card; make test-gpu   its tests alone
 PYTHON ?= python3
@@ -8,10 +9,10 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format train quality gpu test-gpu clean
+.PHONY: help setup demo test lint docs format package package-quick train quality gpu test-gpu clean
 
 help:
-	@sed -n '1,4s/^# //p' Makefile
+	@sed -n '1,5s/^# //p' Makefile
 
 setup: $(READY)
 
@@ -33,10 +34,20 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+docs: $(READY)
+	$(BIN)/mkdocs build --strict
 
 format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+package: $(READY)  # installs torch once more, several GB
+	$(BIN)/python .ci/package.py
+
+package-quick: $(READY)
+	$(BIN)/python .ci/package.py --quick
 
 train: $(READY)
 	$(BIN)/python -m tieredkv.tiny.train

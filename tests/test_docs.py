@@ -1,31 +1,141 @@
-"""What README and examples show runs as shown."""
+"""What README and docs show runs as shown.
+
+A fenced block is Python, or commands; a diagram is fenced as text. One that cannot run here has `<!-- not run: WHY -->`
+on the line before, and is listed below. Models and films that are not here are stood in for by the bundled ones.
+"""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
-import runpy
+import shlex
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import typer
+
+import tieredkv
+from tieredkv import cli
+from tieredkv.tiny import model as tiny
+from tieredkv.tiny.scene import make_scene
+from tieredkv.tiny.video import write_video
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = ("README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
+COMMANDS = "docs/command-line.md"
+"""Run as one, by a test below."""
+NOT_RUN = {
+    ("README.md", "make demo"),
+    ("README.md", "make test"),
+    ("CONTRIBUTING.md", "make test"),
+    ("docs/index.md", "pip install ."),
+    ("docs/tiny-model.md", "python -m tieredkv.tiny.train --out tiny-model"),
+    ("docs/tiny-model.md", "python -m tieredkv.tiny.evaluate --positions next --scenes 40"),
+}
+"""Page and first command of every block that is shown and not run."""
+TESTED_ALONE = ("scene.tkv", "loud.py")
+"""In blocks that a test below runs, and looks at what they print."""
+MODELS = re.compile(r"PATH_OR_HUB_ID|Qwen/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Block:
+    page: str
+    line: int
+    language: str
+    text: str
+    why_not: str | None
+
+    @property
+    def first(self) -> str:
+        """Its first line, without a comment."""
+        return self.text.splitlines()[0].split("#")[0].strip()
+
+
+def blocks_of(page: str) -> list[Block]:
+    found, lines = [], iter(enumerate((ROOT / page).read_text().splitlines(), 1))
+    before = ""
+    for number, line in lines:
+        if fence := re.fullmatch(r"```(\w*)", line):
+            inside = []
+            for _, text in lines:
+                if text == "```":
+                    break
+                inside.append(text)
+            why_not = re.fullmatch(r"<!-- not run: (.+) -->", before)
+            found.append(Block(page, number, fence[1], "\n".join(inside), why_not and why_not[1]))
+        before = line
+    return found
+
+
+BLOCKS = [block for page in PAGES if page != COMMANDS for block in blocks_of(page) if block.language != "text"]
+TO_RUN = [block for block in BLOCKS if block.why_not is None and not any(name in block.text for name in TESTED_ALONE)]
+
+
+def test_only_these_blocks_are_not_run():
+    assert {(block.page, block.first) for block in BLOCKS if block.why_not is not None} == NOT_RUN
+    assert {block.language for block in BLOCKS} <= {"", "bash", "python"}
+
+
+@pytest.fixture
+def film(tmp_path, monkeypatch) -> Path:
+    """A folder to be in, with a film and questions about it; nobody at the keyboard."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    (tmp_path / "questions.jsonl").write_text('{"video": "film.mp4", "question": "what colour was the moon ?"}\n')
+    return write_video(make_scene(1_000_004, 30, 4), tmp_path / "film.mp4")
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("block", TO_RUN, ids=lambda block: f"{block.page}:{block.line}")
+def test_a_block_runs(block, film, monkeypatch, request):
+    text = MODELS.sub(str(tiny.PATH), block.text)
+    if block.language == "python":
+        names: dict = {"tieredkv": tieredkv, "model": str(tiny.PATH)}
+        if "input_ids" in text:
+            llama = request.getfixturevalue("llama")
+            names |= {"model": llama, "input_ids": request.getfixturevalue("prompt_ids")}
+        exec(compile(text, block.page, "exec"), names)
+        return
+    for line in text.splitlines():
+        program, *arguments = shlex.split(line, comments=True)
+        assert program == "tieredkv", f"no way to run {program!r}"
+        monkeypatch.setattr(sys, "argv", ["tieredkv", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert not stop.value.code or arguments[0] == "doctor", line  # which may find something
+
+
+@pytest.mark.parametrize("page", sorted({*PAGES} - {"docs/log.md"}))  # the log names what is gone, too
+def test_commands_within_the_text_name_what_exists(page):
+    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    makefile = (ROOT / "Makefile").read_text()
+    for command in re.findall(
+        r"`((?:python|tieredkv|make|\.venv/bin/\w+) [^`]+)`", (ROOT / page).read_text().replace("\n", " ")
+    ):
+        program, *words = shlex.split(command)
+        if program.endswith("tieredkv"):
+            options = {name for one in commands[words[0]].params for name in one.opts}
+            assert {word for word in words if word.startswith("-")} <= options, command
+        elif program == "make":
+            assert re.search(rf"^{words[0]}:", makefile, re.MULTILINE), command
+        elif words[0] == "-m" and words[1].startswith("tieredkv"):
+            assert (ROOT / f"{words[1].replace('.', '/')}.py").exists(), command
+        elif words[0].endswith(".py") and "NAME" not in words[0]:
+            source = (ROOT / words[0]).read_text()
+            assert [word for word in words if word.startswith("--") and f'"{word}"' not in source] == [], command
 
 
 def test_every_file_the_readme_links_to_exists():
     links = re.findall(r"\]\((?!https?:)([^)#]+)", README)
     assert links
     assert [link for link in links if not (ROOT / link).exists()] == []
-
-
-def test_every_make_target_the_readme_names_exists():
-    makefile = (ROOT / "Makefile").read_text()
-    for target in set(re.findall(r"`?make (\w+)", README)) - {"a", "it"}:
-        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
 @pytest.mark.model
@@ -96,16 +206,7 @@ def test_the_readme_streams(tmp_path, monkeypatch, capsys):
     assert len(awaited.split()) == 7
 
 
-@pytest.mark.model
-@pytest.mark.parametrize("example", sorted(p.name for p in (ROOT / "examples").glob("*.py")))
-def test_examples_run_unchanged(example, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [example])
-    runpy.run_path(str(ROOT / "examples" / example), run_name="__main__")
-    assert "on the device" in capsys.readouterr().out
-
-
 def test_the_policy_contributing_shows_is_one(text_model, prompt_ids, monkeypatch):
-    import tieredkv
     from tieredkv.policy.presets import POLICIES
 
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)

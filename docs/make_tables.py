@@ -1,0 +1,181 @@
+"""Fill in the tables of memory-sizes.md and policies.md from the planner and the policies: python docs/make_tables.py
+
+A table stands between <!-- table: NAME --> and <!-- end --> and is written anew. Nothing depends on the machine: models
+are their shapes, and host memory is taken for endless.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from tieredkv import planner, sizes
+from tieredkv.config import GIB, TierConfig
+from tieredkv.memory import limits
+from tieredkv.policy.base import Policy
+from tieredkv.policy.presets import POLICIES
+
+FOLDER = Path(__file__).parent
+LENGTHS = (8_192, 32_768, 131_072)
+FRAMES = ((280, 280), (252, 448), (364, 644))
+RATES = (0.5, 1.0, 2.0)
+PATCH = 28
+"""Pixels of a side of what becomes one visual token of Qwen2.5-VL, of two frames."""
+QUESTION, ANSWER = 64, 256
+TEXT_SHAPES = {  # layers, query heads, KV heads, hidden size
+    "SmolLM2-135M": ("llama", 30, 9, 3, 576),
+    "Llama-3.2-1B": ("llama", 16, 32, 8, 2048),
+    "Llama-3.2-3B": ("llama", 28, 24, 8, 3072),
+    "Llama-3.1-8B": ("llama", 32, 32, 8, 4096),
+    "Qwen2.5-0.5B": ("qwen2", 24, 14, 2, 896),
+    "Qwen2.5-1.5B": ("qwen2", 28, 12, 2, 1536),
+    "Qwen2.5-14B": ("qwen2", 48, 40, 8, 5120),
+}
+VIDEO_SHAPES = {  # layers, query heads, KV heads, hidden size, inner size, vocabulary, tied embeddings
+    "Qwen2.5-VL-3B": (36, 16, 2, 2048, 11_008, 151_936, True),
+    "Qwen2.5-VL-7B": (28, 28, 4, 3584, 18_944, 152_064, False),
+}
+
+
+def video_config(name: str) -> Any:
+    """The config of a published model, as far as sizes depend on it."""
+    from transformers import Qwen2_5_VLConfig
+
+    layers, heads, kv_heads, hidden, inner, vocabulary, tied = VIDEO_SHAPES[name]
+    text = {
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": tied,
+    }
+    vision = {"hidden_size": 1280, "intermediate_size": 3420, "depth": 32, "num_heads": 16, "out_hidden_size": hidden}
+    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied)
+
+
+def text_config(name: str) -> Any:
+    """The same of a text model."""
+    from transformers import LlamaConfig, Qwen2Config
+
+    kind, layers, heads, kv_heads, hidden = TEXT_SHAPES[name]
+    return {"llama": LlamaConfig, "qwen2": Qwen2Config}[kind](
+        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads, hidden_size=hidden
+    )
+
+
+def rows(header: list[str], body: list[list[str]]) -> str:
+    """A Markdown table; all columns but the first are numbers."""
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def gib(nbytes: float) -> str:
+    return f"{nbytes / GIB:.3g}"
+
+
+def per_token() -> str:
+    """Bytes of a full cache in 16 bits, by model and length."""
+    shapes = {name: sizes.model_shape(video_config(name), torch.bfloat16) for name in VIDEO_SHAPES}
+    shapes |= {name: sizes.model_shape(text_config(name), torch.bfloat16) for name in TEXT_SHAPES}
+    header = ["model", "layers", "KV heads", "head dim", "KiB per token", *(f"{n:,} tokens, GiB" for n in LENGTHS)]
+    body = [
+        [name, str(one.num_layers), str(one.num_key_value_heads), str(one.head_dim), f"{one.token_bytes / 1024:g}"]
+        + [gib(tokens * one.token_bytes) for tokens in LENGTHS]
+        for name, one in shapes.items()
+    ]
+    return rows(header, body)
+
+
+def per_hour() -> str:
+    """Visual tokens of an hour of video, and the host memory of its cache."""
+    tiers = TierConfig()
+    shapes = {name: sizes.model_shape(video_config(name), torch.bfloat16) for name in VIDEO_SHAPES}
+    body = []
+    for height, width in FRAMES:
+        for fps in RATES:
+            tokens = round(3600 * fps / 2) * (height // PATCH) * (width // PATCH)
+            prompt = planner.HEAD_TOKENS + tokens + QUESTION
+            held = [gib(sizes.host_bytes(shape, tiers, prompt)) for shape in shapes.values()]
+            body.append([f"{width} x {height}", f"{fps:g}", f"{tokens:,}", *held])
+    return rows(["frames", "per second", "tokens an hour", *(f"{name}, GiB" for name in shapes)], body)
+
+
+def weights() -> str:
+    """What the weights take in 16 bits."""
+    body = []
+    for name in VIDEO_SHAPES:
+        made = planner.plan(video_config(name), 1000)
+        total = made.decoder_bytes + made.vision_bytes
+        body.append([name, gib(made.decoder_bytes), gib(made.vision_bytes), gib(total)])
+    return rows(["model", "decoder, GiB", "vision tower, GiB", "together, GiB"], body)
+
+
+def plans() -> str:
+    """What `tieredkv plan` says of some lengths under some caps."""
+    body = []
+    for name in VIDEO_SHAPES:
+        config = video_config(name)
+        shape = sizes.model_shape(config, torch.bfloat16)
+        for tokens in (32_768, 131_072, 262_144):
+            prompt = planner.HEAD_TOKENS + tokens + QUESTION
+            layout = sizes.lay_out(TierConfig(), prompt, QUESTION, ANSWER)
+            least = sizes.smallest_cap_bytes(shape, TierConfig(), layout, QUESTION)
+            host = sizes.host_bytes(shape, TierConfig(), prompt)
+            for cap in (1.0, 2.0, 4.0):
+                row = [name, f"{tokens:,}", gib(host), sizes.as_gib(least), f"{cap:g}"]
+                if cap * GIB < least:
+                    body.append([*row, "refused", ""])
+                    continue
+                made = planner.plan(config, tokens, gpu_kv_gb=cap, question_tokens=QUESTION, max_new_tokens=ANSWER)
+                share = min(1.0, made.dynamic_tokens / (prompt + ANSWER))
+                body.append([*row, f"{made.dynamic_tokens:,} ({share:.0%})", gib(made.prefill_copy_bytes)])
+    header = ["model", "visual tokens", "host, GiB", "least cap, GiB", "cap, GiB", "tokens a step attends to"]
+    return rows([*header, "prefill copies, GiB"], body)
+
+
+def heads(policy: Policy) -> str:
+    """Which heads are static, in a word."""
+    if policy.keep_all:
+        return "everything on the device"
+    return "all static" if policy.theta <= 0 else "all dynamic" if policy.theta > 1 else "both"
+
+
+def policies() -> str:
+    """The policies, a row each, then a section each."""
+    header = "| policy | heads | chunks are ranked by | from |\n|---|---|---|---|"
+    lines = [header]
+    for name, one in POLICIES.items():
+        ranked = one.theta > 0 and not one.keep_all
+        lines.append(f"| `{name}` | {heads(one)} | {one.digest if ranked else ''} | {one.source} |")
+    sections = [f"## {name}\n\n{one.summary}\n\n*{one.source}*" for name, one in POLICIES.items()]
+    return "\n".join(lines) + "\n\n" + "\n\n".join(sections)
+
+
+TABLES = {"per-token": per_token, "per-hour": per_hour, "weights": weights, "plans": plans, "policies": policies}
+PAGES = ("memory-sizes.md", "policies.md")
+
+
+def filled(page: str) -> str:
+    """The text of a page with its tables as they should be."""
+
+    def table(found: re.Match[str]) -> str:
+        return f"<!-- table: {found[1]} -->\n\n{TABLES[found[1]]()}\n\n<!-- end -->"
+
+    with patch.object(limits, "available_host_bytes", lambda: 2**60):
+        return re.sub(r"<!-- table: (\S+) -->.*?<!-- end -->", table, page, flags=re.DOTALL)
+
+
+def main() -> None:
+    for name in PAGES:
+        path = FOLDER / name
+        path.write_text(filled(path.read_text()))
+
+
+if __name__ == "__main__":
+    main()

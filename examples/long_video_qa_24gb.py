@@ -1,0 +1,65 @@
+"""Questions about a long video on a 24 GB card, with Qwen2.5-VL-7B-Instruct in bfloat16.
+
+    python examples/long_video_qa_24gb.py film.mp4 "What is on the table?" "Who comes in last?"
+    python examples/long_video_qa_24gb.py --tiny    the bundled model and a video of its own, on any machine
+
+The weights take 15.4 GiB. Keys and values get 4 GiB of the card at most, whatever the film's length; the complete
+cache lies in host memory, 7.5 GiB for 131,072 tokens. The plan says all that before a weight is loaded. If it refuses,
+it says what would fit: fewer frames a second, or more memory.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import tieredkv
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("video", nargs="?")
+parser.add_argument("questions", nargs="*")
+parser.add_argument("--fps", type=float, default=1.0, help="frames sampled per second [1]")
+parser.add_argument("--gpu-kv-gb", type=float, default=4.0, help="GiB of the card for keys and values [4]")
+parser.add_argument("--tiny", action="store_true")
+
+
+def run(name: str, video: str, questions: list[str], fps: float, gpu_kv_gb: float) -> None:
+    print(tieredkv.plan(name, video, fps=fps, gpu_kv_gb=gpu_kv_gb, card="RTX 4090"))
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForImageTextToText.from_pretrained(name, dtype=torch.bfloat16, device_map=device).eval()
+    processor = AutoProcessor.from_pretrained(name)
+    with tieredkv.open_session(
+        model, video, processor=processor, fps=fps, gpu_kv_gb=gpu_kv_gb, progress=True
+    ) as session:
+        for question in questions:
+            answer = session.ask(question, max_new_tokens=256)
+            print(f"{question}\n    {answer.text}")
+        stats = answer.stats
+        print(f"ingest {stats.ingest_s:.1f} s, then {stats.ttft_s:.2f} s to the first token of the last answer")
+        print(
+            f"{stats.kv_device_peak_bytes:,} of {stats.kv_full_bytes:,} bytes of keys and values on the device at most"
+        )
+
+
+def main() -> None:
+    arguments = parser.parse_args()
+    try:
+        if arguments.tiny:
+            import little_video as little
+
+            with tempfile.TemporaryDirectory() as folder:
+                run(little.MODEL, *little.make_video(Path(folder)), little.FPS, little.GPU_KV_GB)
+        elif arguments.questions:
+            name = "Qwen/Qwen2.5-VL-7B-Instruct"
+            run(name, arguments.video, arguments.questions, arguments.fps, arguments.gpu_kv_gb)
+        else:
+            parser.error("give a video and at least one question, or --tiny.")
+    except tieredkv.TieredKVError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

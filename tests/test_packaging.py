@@ -1,0 +1,88 @@
+"""What `import tieredkv` costs and offers, and that what the package says of itself is true."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from importlib import import_module
+from pathlib import Path
+
+import tieredkv
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted((ROOT / "tieredkv").rglob("*.py"))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+COMES_WITH = {"triton": "torch", "huggingface_hub": "transformers", "tokenizers": "transformers"}
+"""Imported here, and a dependency of a dependency; triton only where there is one for the platform."""
+IMPORT_NAMES = {"pillow": "PIL"}
+"""Of distributions that are imported by another name."""
+
+
+def python(code: str) -> str:
+    """stdout of a fresh interpreter."""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+
+
+def test_importing_it_imports_neither_torch_nor_transformers():
+    loaded = json.loads(python("import json, sys, tieredkv; print(json.dumps([*sys.modules]))"))
+    assert "tieredkv" in loaded
+    assert {"torch", "transformers", "numpy", "av"}.isdisjoint(loaded)
+
+
+def test_errors_settings_and_statistics_need_no_transformers():
+    code = "import sys; from tieredkv import TierConfig, BudgetError, Stats; print('transformers' in sys.modules)"
+    assert python(code).strip() == "False"
+
+
+def test_importing_it_takes_less_than_a_third_of_a_second_beyond_torch():
+    timed = "import time, torch; s = time.perf_counter(); import tieredkv; print(time.perf_counter() - s)"
+    assert min(float(python(timed)) for _ in range(3)) < 0.3
+
+
+def test_the_attention_is_registered_with_what_needs_it():
+    for name in ("TieredCache", "open_session"):
+        code = f"import tieredkv; tieredkv.{name}; from transformers import AttentionInterface as A, "
+        code += "AttentionMaskInterface as M; print('tieredkv' in A() and 'tieredkv' in M())"
+        assert python(code).strip() == "True", name
+
+
+def test_every_public_name_is_there_for_imports_dir_and_type_checkers():
+    tree = ast.parse((ROOT / "tieredkv/__init__.py").read_text())
+    (guarded,) = [node for node in tree.body if isinstance(node, ast.If)]
+    homes = {alias.name: node.module for node in guarded.body for alias in node.names}
+    assert homes == {name: f"tieredkv.{home}" for name, home in tieredkv._HOME.items()}
+    assert sorted(homes) == sorted(tieredkv.__all__)
+    assert set(tieredkv.__all__) <= set(dir(tieredkv))
+    for name, home in homes.items():
+        assert getattr(tieredkv, name) is getattr(import_module(home), name)
+    namespace: dict = {}
+    exec("from tieredkv import *", namespace)
+    assert set(tieredkv.__all__) <= set(namespace)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    assert not hasattr(tieredkv, "generat")
+
+
+def test_every_library_imported_is_declared():
+    stated = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["plot"]
+    names = [re.split(r"[<>=\[]", one)[0] for one in stated]
+    declared = {IMPORT_NAMES.get(name, name) for name in names} | {"tieredkv"}
+    imported: dict[str, str] = {}
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            imported |= {module.split(".")[0]: str(path) for module in modules}
+    foreign = {name: path for name, path in imported.items() if name not in sys.stdlib_module_names}
+    assert {name: path for name, path in foreign.items() if COMES_WITH.get(name, name) not in declared} == {}
+
+
+def test_the_version_is_said_in_one_place():
+    assert PROJECT["dynamic"] == ["version"]
+    said = [path for path in [*SOURCES, ROOT / "pyproject.toml"] if tieredkv.__version__ in path.read_text()]
+    assert said == [ROOT / "tieredkv/__init__.py"]
