@@ -47,7 +47,7 @@ def make_video_model(shape: str, device: str) -> tuple[Any, Any]:
 
     text = SHAPES[shape]
     section = [16, 24, 24] if shape != "tiny" else [4, 6, 6]
-    vision = {"out_hidden_size": text["hidden_size"], "tokens_per_second": 2}
+    vision = {"hidden_size": 1280, "out_hidden_size": text["hidden_size"], "tokens_per_second": 2}
     if shape == "tiny":
         vision |= {
             "depth": 2,

@@ -36,6 +36,8 @@ def check_config(config: PreTrainedConfig) -> None:
 def load(model: Any, processor: Any = None) -> tuple[Any, Any]:
     """A model and its processor: loaded if `model` is a path or hub id, the processor found beside it if not given.
 
+    What is loaded here goes to the current CUDA device if there is one, else to the CPU.
+
     Raises `UnsupportedModelError` when there is no such model, its family is not supported, or no processor is found.
     """
     from safetensors import SafetensorError
@@ -45,7 +47,14 @@ def load(model: Any, processor: Any = None) -> tuple[Any, Any]:
         source = str(model)
         check_config(load_config(source))
         try:
-            model = AutoModelForImageTextToText.from_pretrained(source, dtype="auto").eval()
+            # On a card at once: weights need not pass through as much host memory, and quantised ones cannot be moved.
+            place = {"": torch.cuda.current_device()} if torch.cuda.is_available() else None
+            model = AutoModelForImageTextToText.from_pretrained(source, dtype="auto", device_map=place).eval()
+        except torch.OutOfMemoryError as error:
+            raise UnsupportedModelError(
+                f"{source}: the weights alone do not fit on the card ({_first_line(error)}): give a smaller model, or "
+                "one loaded in 4 bits."
+            ) from None
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise _nothing_at(source, error) from None
     elif not hasattr(model, "config") or not hasattr(model, "generate"):
@@ -62,7 +71,7 @@ def load_processor(source: str | Path) -> Any:
 
     try:
         return AutoProcessor.from_pretrained(str(source))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:  # the last names a package that a processor needs
         raise UnsupportedModelError(
             f"no processor found beside the model ({_first_line(error)}): pass processor=."
         ) from None
