@@ -127,7 +127,8 @@ def load_session(
 def generate(model: Any, video: Any, prompt: str, gpu_kv_gb: float | None = None, **options: Any) -> Generation:
     """Answer one question about one video: a session with a single question.
 
-    options: those of `open_session`, and those of `VideoSession.ask`: transformers' generation options and `trace`.
+    options: those of `open_session`, and those of `VideoSession.ask`: transformers' generation options, `trace`
+    and `evidence`.
     Raises what these raise; an unknown option raises `OptionError`, before anything is loaded.
     """
     opening = {name: value for name, value in options.items() if name in _OPENING}
@@ -135,7 +136,7 @@ def generate(model: Any, video: Any, prompt: str, gpu_kv_gb: float | None = None
     streamer = options.get("streamer")
     with ExitStack() as opened:
         with decode.ending_on_error(streamer):
-            decode.check_options(asking, also=(*_OPENING, "trace"))
+            decode.check_options(asking, also=(*_OPENING, "trace", "evidence"))
             check_prompt(prompt)
             source: dict[str, Any] = {"fps": None, "source_fps": None, "max_frames": None, "start": 0.0, "end": None}
             source |= {name: opening.pop(name) for name in _VIDEO_OPTIONS & opening.keys()}

@@ -6,6 +6,7 @@ import itertools
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,7 +17,9 @@ from tieredkv import decode, ingest, models, saved, sizes
 from tieredkv.attention.interface import use_attention
 from tieredkv.cache import TieredCache
 from tieredkv.config import DEFAULT_FPS, TierConfig
-from tieredkv.errors import PromptError, TieredKVError, UnsupportedModelError
+from tieredkv.errors import OptionError, PromptError, TieredKVError, UnsupportedModelError
+from tieredkv.evidence import Evidence, Wanted, collect
+from tieredkv.looks import Looks
 from tieredkv.memory.limits import check_host, check_host_memory
 from tieredkv.models.base import Positions, VideoGrid
 from tieredkv.pipeline import Cancelled, Pipeline
@@ -110,6 +113,7 @@ class VideoSession:
                     }
                     source = open_video(video, rate, **sampling, check=self._pipeline.check)
                     self._ingest(self._pipeline, source, question, max_new_tokens)
+                    self._about_video["start"] = start
             except Cancelled:
                 self._drop_cache()
                 raise TieredKVError("the session was closed while its video was being ingested.") from None
@@ -218,23 +222,24 @@ class VideoSession:
 
     # ---- questions
 
-    def ask(self, prompt: str, *, trace: bool = False, **options: Any) -> Generation:
+    def ask(self, prompt: str, *, trace: bool = False, evidence: Wanted = True, **options: Any) -> Generation:
         """Answer a question about the video, as if it were the first asked.
 
         options: transformers' generation options (`max_new_tokens`, `do_sample`, `temperature`, `stop_strings` ...,
         `streamer`, `stopping_criteria`, `generation_config`). trace: record which chunks each step attended to.
+        evidence: tell the moments of the video that were looked at; "tokens": those of every token too.
         Raises `PromptError`, `OptionError` or `BudgetError`; the session can be asked again after any of them.
         """
-        return self._ask([], prompt, trace, options)
+        return self._ask([], prompt, trace, evidence, options)
 
-    def chat(self, prompt: str, *, trace: bool = False, **options: Any) -> Generation:
+    def chat(self, prompt: str, *, trace: bool = False, evidence: Wanted = True, **options: Any) -> Generation:
         """Go on with the conversation: the model sees the questions and answers of earlier `chat` calls.
 
         As `ask` otherwise. Earlier turns are prefilled again, exactly, like the new question; the video never is. A
         turn that fails leaves `history` as it was.
         """
         with self._lock:
-            answer = self._ask(self._history, prompt, trace, options)
+            answer = self._ask(self._history, prompt, trace, evidence, options)
             self._history.append((prompt, answer.text))
             return answer
 
@@ -248,20 +253,38 @@ class VideoSession:
         with self._lock:
             self._history = []
 
-    def _ask(self, history: Sequence[Turn], prompt: str, trace: bool, options: dict[str, Any]) -> Generation:
+    def _ask(
+        self, history: Sequence[Turn], prompt: str, trace: bool, evidence: Wanted, options: dict[str, Any]
+    ) -> Generation:
         with self._lock, decode.ending_on_error(options.get("streamer")):
             cache, _ = self._ready()
             decode.check_options(options, model_config=self.model.generation_config)
             check_prompt(prompt)
+            if not (isinstance(evidence, bool) or evidence == "tokens"):
+                raise OptionError(f"evidence={evidence!r} is not valid: give True, False or 'tokens'.")
             head, tail = self.template.around_video([*history, (prompt, None)])
             if head != self._head:
                 raise PromptError("the chat template puts the prompt before the video: that is not supported.")
             cache.truncate(self._prefix)
             cache.counters.trace = [] if trace else None
+            cache.looks = Looks(self.tiers.chunk_tokens) if evidence else None
             try:
-                return self._answer(cache, self.template.tokenize(tail), options)
+                answer = self._answer(cache, self.template.tokenize(tail), options)
+                if cache.looks is None:
+                    return answer
+                own = self.template.tokenize(tail[max(0, tail.rfind(prompt.strip())) :]).shape[1]
+                return replace(answer, evidence=self._evidence(cache, own, len(answer.token_ids), evidence))
             finally:
+                cache.looks = None
                 cache.truncate(self._prefix)
+
+    def _evidence(self, cache: TieredCache, rows: int, tokens: int, wanted: Wanted) -> Evidence:
+        """Of an answer of `tokens` tokens; rows: tokens of the prompt from the question on."""
+        assert self.video is not None
+        assert cache.looks is not None
+        heads = cache.shape.num_attention_heads * cache.shape.num_layers
+        start = self._about_video.get("start", 0.0)
+        return collect(cache.looks, rows, self.head_tokens, self.video, start, tokens, wanted == "tokens", heads)
 
     @torch.no_grad()
     def _answer(self, cache: TieredCache, tail_ids: torch.Tensor, options: dict[str, Any]) -> Generation:
