@@ -8,7 +8,7 @@ question's rows look at alike, whatever they ask, is taken off first. Shapes: `S
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 import torch
@@ -39,6 +39,10 @@ class Moment:
     peak: float
     """When attention was highest."""
 
+    def as_dict(self) -> dict[str, float]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
@@ -49,6 +53,8 @@ class Evidence:
     """`(S,)`: attention to each step of the video, its sum 1 (or all 0, where no row looked at the video)."""
     start: float
     """Second of the file at which the video that was read begins."""
+    end: float
+    """Second of the file at which it ends: the last step may be cut short."""
     seconds_per_step: float
     tokens: tuple[tuple[Moment, ...], ...] | None = None
     """Of every generated token, where asked for with `evidence="tokens"`: what the row looked at that it came from."""
@@ -61,11 +67,6 @@ class Evidence:
 
     def __getitem__(self, index: int) -> Moment:
         return self.moments[index]
-
-    @property
-    def end(self) -> float:
-        """Second of the file at which the video that was read ends."""
-        return self.start + len(self.heat) * self.seconds_per_step
 
 
 def step_of(tokens: torch.Tensor, head: int, video: VideoGrid) -> torch.Tensor:
@@ -89,8 +90,11 @@ def by_step(mass: torch.Tensor, first_chunk: int, chunk_tokens: int, head: int, 
     return torch.zeros((mass.shape[0], video.steps)).index_add_(1, step[visual], each[:, visual])
 
 
-def find_moments(heat: torch.Tensor, start: float, seconds_per_step: float) -> tuple[Moment, ...]:
-    """The best moments of a video by the attention `(S,)` to its steps, best first, none overlapping another."""
+def find_moments(heat: torch.Tensor, start: float, end: float, seconds_per_step: float) -> tuple[Moment, ...]:
+    """The best moments of a video by the attention `(S,)` to its steps, best first, none overlapping another.
+
+    start, end: of the video. It is cut into steps from its start; the last may be shorter.
+    """
     total = float(heat.sum())
     if total <= 0:
         return ()
@@ -99,9 +103,10 @@ def find_moments(heat: torch.Tensor, start: float, seconds_per_step: float) -> t
     while len(found) < MOST and max(left) >= least:
         peak = left.index(max(left))
         first, last = _reach(left, peak, longest)
-        times = (start + place * seconds_per_step for place in (first, last + 1, peak + 0.5))
-        begin, end, highest = times
-        found.append(Moment(begin, end, sum(left[first : last + 1]) / total, highest))
+        begin, finish, low, high = (
+            min(end, start + place * seconds_per_step) for place in (first, last + 1, peak, peak + 1)
+        )
+        found.append(Moment(begin, finish, sum(left[first : last + 1]) / total, (low + high) / 2))
         for place in _slopes(left, first, last):
             left[place] = 0.0
     return tuple(sorted(found, key=lambda moment: -moment.weight))
@@ -129,23 +134,30 @@ def _slopes(heat: list[float], first: int, last: int) -> range:
 
 
 def collect(
-    looks: Looks, rows: int, head: int, video: VideoGrid, start: float, tokens: int, each: bool, layer_heads: int
+    looks: Looks,
+    rows: int,
+    heads: int,
+    head: int,
+    video: VideoGrid,
+    span: tuple[float, float],
+    tokens: int,
+    each: bool,
 ) -> Evidence:
     """The evidence of an answer of `tokens` tokens, from what was recorded.
 
-    rows: of the scored rows, the last that are the question's. head: prompt tokens before the video. start: second of
-    the file at which it begins. each: of every token too. layer_heads: query heads of all layers, which the question's
-    rows add up.
+    rows: of the scored rows, the last that are the question's. heads: query heads of all layers, which those rows add
+    up. head: prompt tokens before the video. span: seconds of the file between which it was read. each: of every token
+    too.
     """
     c = looks.chunk_tokens
-    asked = by_step(looks.question[-rows:] / layer_heads, 0, c, head, video)
+    asked = by_step(looks.question[-rows:] / heads, 0, c, head, video)
     steps = torch.stack(looks.steps) / max(1, looks.heads) if looks.steps else torch.zeros((0, 0))
     answered = by_step(steps, looks.first_chunk, c, head, video)
     always = asked.amin(0) if len(asked) > 1 else torch.zeros(video.steps)
     asked, answered = (asked - always).clamp(min=0), (answered - always).clamp(min=0)
 
     def found(heat: torch.Tensor) -> tuple[Moment, ...]:
-        return find_moments(heat, start, video.seconds_per_step)
+        return find_moments(heat, *span, video.seconds_per_step)
 
     first = asked.amax(0)
     heat = torch.cat((first.unsqueeze(0), answered)).amax(0)
@@ -153,7 +165,8 @@ def collect(
     return Evidence(
         moments=found(heat),
         heat=heat / heat.sum().clamp(min=torch.finfo(torch.float32).tiny),
-        start=start,
+        start=span[0],
+        end=span[1],
         seconds_per_step=video.seconds_per_step,
         tokens=tuple(found(one) for one in told) if each else None,
     )

@@ -282,9 +282,11 @@ class VideoSession:
         """Of an answer of `tokens` tokens; rows: tokens of the prompt from the question on."""
         assert self.video is not None
         assert cache.looks is not None
+        assert self.ingest_stats is not None
         heads = cache.shape.num_attention_heads * cache.shape.num_layers
         start = self._about_video.get("start", 0.0)
-        return collect(cache.looks, rows, self.head_tokens, self.video, start, tokens, wanted == "tokens", heads)
+        span = start, start + self.ingest_stats.frames / self._about_video["fps"]
+        return collect(cache.looks, rows, heads, self.head_tokens, self.video, span, tokens, wanted == "tokens")
 
     @torch.no_grad()
     def _answer(self, cache: TieredCache, tail_ids: torch.Tensor, options: dict[str, Any]) -> Generation:
