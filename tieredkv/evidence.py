@@ -99,13 +99,13 @@ def find_moments(heat: torch.Tensor, start: float, end: float, seconds_per_step:
     if total <= 0:
         return ()
     left, longest = heat.tolist(), max(1, int(LONGEST_S / seconds_per_step + 1e-9))
-    least, found = FAINT * max(left), []
+    least = FAINT * max(left)
+    found: list[Moment] = []
     while len(found) < MOST and max(left) >= least:
         peak = left.index(max(left))
         first, last = _reach(left, peak, longest)
-        begin, finish, low, high = (
-            min(end, start + place * seconds_per_step) for place in (first, last + 1, peak, peak + 1)
-        )
+        places = first, last + 1, peak, peak + 1
+        begin, finish, low, high = (min(end, start + place * seconds_per_step) for place in places)
         found.append(Moment(begin, finish, sum(left[first : last + 1]) / total, (low + high) / 2))
         for place in _slopes(left, first, last):
             left[place] = 0.0

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 SUFFIXES = (".png", ".html")
 FRAME = 640
 """Pixels of the longer side of a page's frames."""
+LARGE = 1600
+"""Pixels of the longer side beyond which no frame is kept: what a sheet is wide."""
 SMALL = 160
 """Frames whose longer side is below this keep their pixels square when enlarged."""
 STRIP = 1000
@@ -103,12 +105,13 @@ def save_evidence(
 
 
 def moment_frames(evidence: Evidence, video: Any, source_fps: float | None = None) -> list[Image.Image]:
-    """The frame of each moment's peak, decoded from the video."""
+    """The frame of each moment's peak, decoded from the video; large ones made smaller."""
     frames = []
     for moment in evidence:
         source = open_video(video, 1.0, source_fps=source_fps, max_frames=1, start=moment.peak)
         pictures = source.frames()
-        frames.append(Image.fromarray(next(pictures).copy()))  # type: ignore[call-overload]
+        frame = Image.fromarray(next(pictures).copy())
+        frames.append(scaled(frame, LARGE, LARGE) if max(frame.size) > LARGE else frame)
         pictures.close()  # type: ignore[attr-defined]
     return frames
 
@@ -124,7 +127,7 @@ def scaled(frame: Image.Image, width: int, height: int) -> Image.Image:
 def page(shown: Shown) -> str:
     """The HTML page."""
     evidence = shown.evidence
-    template = string.Template(Path(__file__).with_name("evidence_page.html").read_text())
+    template = string.Template(Path(__file__).with_name("evidence_page.html").read_text("utf-8"))
     shape = (16, 9) if not shown.frames else shown.frames[0].size
     ratio = min(max(shape[0] / shape[1], 0.5), 2.5)
     wide = 320 if ratio >= 1 else 200
@@ -173,9 +176,9 @@ def _strip(evidence: Evidence) -> str:
                 )
             first = place
     for time, text in ticks(evidence.start, evidence.end):
-        place, side = x(time), "start" if x(time) < 20 else "end" if x(time) > STRIP - 20 else "middle"
-        parts.append(f'<line class="tick" x1="{place:.1f}" x2="{place:.1f}" y1="84" y2="90"/>')
-        parts.append(f'<text class="time" x="{place:.1f}" y="106" text-anchor="{side}">{text}</text>')
+        at, side = x(time), "start" if x(time) < 20 else "end" if x(time) > STRIP - 20 else "middle"
+        parts.append(f'<line class="tick" x1="{at:.1f}" x2="{at:.1f}" y1="84" y2="90"/>')
+        parts.append(f'<text class="time" x="{at:.1f}" y="106" text-anchor="{side}">{text}</text>')
     peaks = [x(moment.peak) for moment in evidence]
     for number, (peak, label) in enumerate(zip(peaks, spread(peaks, LABEL, 0, STRIP), strict=True), start=1):
         parts.append(f'<path class="lead" d="M{label:.1f} 24 V29 L{peak:.1f} 38"/>')

@@ -161,8 +161,8 @@ def _for(text: str, size: int) -> Font:
 
 def _lines(text: str, size: int, width: int, most: int) -> list[str]:
     """Text in at most `most` lines that fit; words longer than a line are cut."""
-    font, lines = _for(text, size), []
-    rest = text
+    font, rest = _for(text, size), text
+    lines: list[str] = []
     while rest and len(lines) < most:
         fit = len(rest)
         if font.getlength(rest) > width:

@@ -1,4 +1,4 @@
-"""What a picture and a page of evidence share: times as text, ticks of a time axis, columns of heat, places of labels."""
+"""What a picture and a page of evidence share: times as text, ticks, columns of heat, places of labels."""
 
 from __future__ import annotations
 

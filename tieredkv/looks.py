@@ -16,7 +16,7 @@ class Looks:
         self.question = torch.zeros((0, 0))
         """`(T, chunks)`: attention that each scored row of the prompt pays, over all heads, exact."""
         self.steps: list[torch.Tensor] = []
-        """`(n,)` each: attention that a step's dynamic heads paid the chunks they chose, from chunk `first_chunk` on."""
+        """`(n,)` each: attention that a step's dynamic heads paid the chunks they chose, from `first_chunk` on."""
         self.first_chunk = 0
         self.heads = 0
         """Query heads that `steps` add up."""
