@@ -273,6 +273,8 @@ def test_a_turn_of_a_conversation_has_the_rows_of_its_own_question(opened, monke
         session.chat(QUESTION, max_new_tokens=2)
     assert rows == [rows[0]] * 3
     assert rows[0] >= len(QUESTION.split())
+    session.ask("assistant", max_new_tokens=2)  # a word that stands behind every question too
+    assert rows[-1] == rows[0] - session.template.tokenize(QUESTION).shape[1] + 1
 
 
 def test_evidence_of_another_kind_is_refused(opened, video_model, processor, frames):

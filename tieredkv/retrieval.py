@@ -73,8 +73,8 @@ class Retrieval:
         """`(n, G, D)` of the step before, where chunks may be reused."""
         self._unselected: torch.Tensor | None = None
         """`(n, G)`: log of the attention mass of what this step did not select, as far as digests tell."""
-        self._logits: torch.Tensor | None = None
-        """`(n, G, N)` of this step, until it has attended, where what it attends to is recorded."""
+        self._kept: tuple[torch.Tensor, torch.Tensor] | None = None
+        """Logits `(n, G, N)` of this step and what all of them lack `(n, G)`, until what it attends to is recorded."""
         self._unseen: torch.Tensor | None = None
         """`(n,)`: share of attention mass that the step before did not see. Like all that one step leaves to the next,
         it stays where it is: a graph reads and writes it there."""
@@ -168,9 +168,9 @@ class Retrieval:
                 centre = (grouped * scaling @ self._basis.centre.mT).squeeze(-1)
                 self._unselected = select.log_mass_without(logits, chosen) + centre
                 if tiers.looks is not None:
-                    self._logits, self._centre = logits, centre
-        if self._logits is not None:
-            tiers.ledger.reserve("logits", self._logits.nbytes)
+                    self._kept = logits, centre
+        if self._kept is not None:
+            tiers.ledger.reserve("logits", logits.nbytes)
         index.chosen.copy_(chosen)
         table = self._table, self._rows, self._column
         self._gather(chosen, chosen, missed, misses, table)()
@@ -230,23 +230,22 @@ class Retrieval:
             unseen = select.unseen_share(self._unselected, seen)
             self._unseen = unseen if self._unseen is None else self._unseen.copy_(unseen)
             self._unseen_sum += self._unseen
-        if self._logits is not None:
-            self._record_estimated(seen)
+        if self._kept is not None:
+            self._record_estimated(*self._kept, seen)
         elif self.tiers.looks is not None:
             self._record_exact(query[self._rows], scaling, seen)
 
-    def _record_estimated(self, seen: torch.Tensor) -> None:
+    def _record_estimated(self, logits: torch.Tensor, centre: torch.Tensor, seen: torch.Tensor) -> None:
         """Add the attention that each chosen chunk got to what the step attended to, as far as sketches tell.
 
         Reading the chosen chunks' keys once more would be exact, and several times the work.
         """
-        assert self._logits is not None
         assert self._unselected is not None
-        tiers, logits, self._logits = self.tiers, self._logits, None
+        tiers, self._kept = self.tiers, None
         tiers.ledger.release("logits")  # counted with the rest from here
         with tiers.ledger.scratch("ranking", ranking_bytes(tiers.shape, tiers.config, tiers.plan.layout)):
             whole = torch.logaddexp(self._unselected, seen)
-            mass = (logits + (self._centre - whole).unsqueeze(-1)).exp_().sum(1)
+            mass = (logits + (centre - whole).unsqueeze(-1)).exp_().sum(1)
             tiers.attended.add_(mass.mul_(self.residency.chosen).sum(0))
 
     def _record_exact(self, query: torch.Tensor, scaling: float, seen: torch.Tensor) -> None:

@@ -272,11 +272,18 @@ class VideoSession:
                 answer = self._answer(cache, self.template.tokenize(tail), options)
                 if cache.looks is None:
                     return answer
-                own = self.template.tokenize(tail[max(0, tail.rfind(prompt.strip())) :]).shape[1]
-                return replace(answer, evidence=self._evidence(cache, own, len(answer.token_ids), evidence))
+                rows = self._question_tokens(tail, prompt)
+                return replace(answer, evidence=self._evidence(cache, rows, len(answer.token_ids), evidence))
             finally:
                 cache.looks = None
                 cache.truncate(self._prefix)
+
+    def _question_tokens(self, tail: str, prompt: str) -> int:
+        """Tokens of the prompt from its last question on: those of earlier turns are not this one's evidence."""
+        mark = "(the question)"
+        behind = self.template.around_video([(mark, None)])[1].rpartition(mark)[2]
+        begin = tail.rfind(prompt.strip(), 0, len(tail) - len(behind))
+        return self.template.tokenize(tail[max(0, begin) :]).shape[1]
 
     def _evidence(self, cache: TieredCache, rows: int, tokens: int, wanted: Wanted) -> Evidence:
         """Of an answer of `tokens` tokens; rows: tokens of the prompt from the question on."""
