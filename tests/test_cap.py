@@ -60,6 +60,7 @@ def test_the_ledger_counts_every_byte_of_pool_and_digests(llama, long_ids):
         )
         tables = sum(t.numel() * 4 for s in layers for t in (s.table, s.lengths))
         tables += sum(s.retrieval.residency.nbytes for s in layers if len(s.dynamic))
+        tables += layers[0].tiers.attended.nbytes
         assert held["tables"] == tables
         assert set(held) <= {"pool", "digests", "tables"}
 

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import tieredkv
 from tieredkv import TieredCache
+from tieredkv.looks import Looks
 from tieredkv.memory.host import HostLayer
 from tieredkv.ops import TORCH, Ops
 from tieredkv.policy import sketch
@@ -93,14 +94,16 @@ def to_card(thing: Any, known: dict[int, Any]) -> None:
 @pytest.mark.parametrize(
     "options",
     [{"theta": 2.0}, {"theta": 0.0, "pruning": "streaming"}, {"policy": "arkvale"}, {"policy": "quest"},
-     {"reuse_above": 0.5, "prefetch": True}, {"adaptive": True}],
+     {"reuse_above": 0.5, "prefetch": True}, {"adaptive": True}, {"gpu_kv_gb": 1.0}],
     ids=str,
 )  # fmt: skip
-def test_a_step_stays_on_the_card_and_never_waits(llama, long_ids, options):
+@pytest.mark.parametrize("recorded", [False, True], ids=["", "recorded"])
+def test_a_step_stays_on_the_card_and_never_waits(llama, long_ids, options, recorded):
     tiers = {"gpu_kv_gb": cap_share(llama, 900, 1.5 if "quest" in options.values() else 0.6), "chunk_tokens": 8}
-    made = TieredCache(llama.config, **tiers, text_window=16, **options, max_new_tokens=8)
+    made = TieredCache(llama.config, **{**tiers, **options}, text_window=16, max_new_tokens=8)
     with torch.no_grad(), tieredkv.use_attention(llama), made as cache:
         cache.copies = LateCopies()
+        cache.looks = Looks(8) if recorded else None
         llama(long_ids, past_key_values=cache)
         llama(long_ids[:, :1], past_key_values=cache)
         cache.finish()
@@ -115,7 +118,8 @@ def test_a_step_stays_on_the_card_and_never_waits(llama, long_ids, options):
             to_card(sealed.retrieval, known)
         to_card(sealed, known)
         to_card(sealed.tiers.pool, known)
-        fake = dataclasses.replace(sealed.tiers, ops=fake_kernels())
+        attended = moved(sealed.tiers.attended, CARD, known)
+        fake = dataclasses.replace(sealed.tiers, ops=fake_kernels(), attended=attended)
         sealed.tiers = fake
         if sealed.retrieval is not None:
             sealed.retrieval.tiers = fake

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
         UnsupportedModelError,
         VideoError,
     )
+    from tieredkv.evidence import Evidence, Moment
+    from tieredkv.evidence_page import save_evidence
     from tieredkv.plan_table import MemoryPlan
     from tieredkv.planner import plan
     from tieredkv.session import VideoSession
@@ -46,6 +48,9 @@ _HOME = {
     "UnsupportedModelError": "errors",
     "VideoError": "errors",
     "VideoSession": "session",
+    "Evidence": "evidence",
+    "Moment": "evidence",
+    "save_evidence": "evidence_page",
     "Generation": "stats",
     "IngestStats": "stats",
     "MemoryPlan": "plan_table",
@@ -57,9 +62,11 @@ __all__ = [
     "AnswerStream",
     "AsyncAnswerStream",
     "BudgetError",
+    "Evidence",
     "Generation",
     "IngestStats",
     "MemoryPlan",
+    "Moment",
     "OptionError",
     "PromptError",
     "SessionError",
@@ -75,6 +82,7 @@ __all__ = [
     "load_session",
     "open_session",
     "plan",
+    "save_evidence",
     "use_attention",
 ]
 

@@ -89,37 +89,33 @@ def _deliverer(job: Job, items: asyncio.Queue[str | End], over: asyncio.Event) -
 class AsyncAsking:
     """`ask` and `chat` of a session for asyncio."""
 
-    def asking(
-        self, prompt: str, options: dict[str, Any], *, trace: bool = False, chat: bool = False, stream: bool = False
-    ) -> Work:
+    def asking(self, prompt: str, options: dict[str, Any], *, chat: bool = False, stream: bool = False) -> Work:
         """What answers the question; raises at once what can be known at once."""
         raise NotImplementedError
 
     @overload
     def aask(
-        self, prompt: str, *, trace: bool = False, stream: Literal[False] = False, **options: Any
+        self, prompt: str, *, stream: Literal[False] = False, **options: Any
     ) -> Coroutine[Any, Any, Generation]: ...
     @overload
-    def aask(self, prompt: str, *, trace: bool = False, stream: Literal[True], **options: Any) -> AsyncAnswerStream: ...
-    def aask(self, prompt: str, *, trace: bool = False, stream: bool = False, **options: Any) -> Any:
-        """`ask` for asyncio: to be awaited, or with `stream=True` to be iterated over with `async for`.
+    def aask(self, prompt: str, *, stream: Literal[True], **options: Any) -> AsyncAnswerStream: ...
+    def aask(self, prompt: str, *, stream: bool = False, **options: Any) -> Any:
+        """`ask`, with its options, for asyncio: to be awaited, or with `stream=True` to be read with `async for`.
 
         The event loop runs on meanwhile. Cancelling stops the work within one decoding step, or within one prefill
         chunk before that; the session can be asked again.
         """
-        return answering(self.asking(prompt, options, trace=trace, stream=stream), stream)
+        return answering(self.asking(prompt, options, stream=stream), stream)
 
     @overload
     def achat(
-        self, prompt: str, *, trace: bool = False, stream: Literal[False] = False, **options: Any
+        self, prompt: str, *, stream: Literal[False] = False, **options: Any
     ) -> Coroutine[Any, Any, Generation]: ...
     @overload
-    def achat(
-        self, prompt: str, *, trace: bool = False, stream: Literal[True], **options: Any
-    ) -> AsyncAnswerStream: ...
-    def achat(self, prompt: str, *, trace: bool = False, stream: bool = False, **options: Any) -> Any:
+    def achat(self, prompt: str, *, stream: Literal[True], **options: Any) -> AsyncAnswerStream: ...
+    def achat(self, prompt: str, *, stream: bool = False, **options: Any) -> Any:
         """`chat` for asyncio, as `aask` is `ask`. A turn that is cancelled leaves `history` as it was."""
-        return answering(self.asking(prompt, options, trace=trace, chat=True, stream=stream), stream)
+        return answering(self.asking(prompt, options, chat=True, stream=stream), stream)
 
 
 def answering(work: Work, stream: bool) -> AsyncAnswerStream | Coroutine[Any, Any, Generation]:

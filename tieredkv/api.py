@@ -12,6 +12,7 @@ from tieredkv import decode, saved, storage
 from tieredkv.aio import AsyncAnswerStream, answering
 from tieredkv.config import DEFAULT_FPS, TierConfig, tier_config
 from tieredkv.errors import OptionError
+from tieredkv.evidence import check_wanted
 from tieredkv.loading import load
 from tieredkv.models.base import Positions
 from tieredkv.prompt import check_prompt
@@ -146,9 +147,9 @@ def generate(
 ) -> Generation | AnswerStream:
     """Answer one question about one video: a session with a single question.
 
-    options: those of `open_session`, and those of `VideoSession.ask`: transformers' generation options and `trace`.
-    stream: return an iterator of the text's pieces, as `VideoSession.ask` does. Raises what these raise; an unknown
-    option raises `OptionError`, before anything is loaded.
+    options: those of `open_session`, and those of `VideoSession.ask`: transformers' generation options, `trace` and
+    `evidence`. stream: return an iterator of the text's pieces, as `VideoSession.ask` does. Raises what these raise; an
+    unknown option raises `OptionError`, before anything is loaded.
     """
     work = _single_question(model, video, prompt, gpu_kv_gb, stream, options)
     return AnswerStream(work) if stream else work.run(None)
@@ -191,10 +192,10 @@ def _single_question(
     streamer = options.get("streamer")
     with decode.ending_on_error(streamer):
         check_stream(stream, options)
-        decode.check_options(asking, also=(*_OPENING, "trace"))
+        decode.check_options(asking, also=(*_OPENING, "trace", "evidence"))
         check_prompt(prompt)
         check_request(video, **source)
-    trace = asking.pop("trace", False)
+        check_wanted(asking.get("evidence", True))
 
     def run(job: Job | None) -> Generation:
         with ExitStack() as opened:
@@ -203,7 +204,7 @@ def _single_question(
                 if job is not None:
                     job.on_stop(session.stop)
                 session.ingest(video, question=prompt, max_new_tokens=session.new_tokens(asking), **source)
-            return session.asking(prompt, asking, trace=trace, stream=stream).run(job)
+            return session.asking(prompt, asking, stream=stream).run(job)
 
     return Work(run)
 

@@ -22,6 +22,7 @@ from tieredkv import decode_plan, models, sizes
 from tieredkv.config import TierConfig, tier_config
 from tieredkv.errors import OptionError, TieredKVError, UnsupportedModelError
 from tieredkv.layer import TieredLayer
+from tieredkv.looks import Looks
 from tieredkv.memory.device import DeviceLedger
 from tieredkv.memory.pagelock import PageLocker
 from tieredkv.memory.pool import DevicePool
@@ -95,6 +96,8 @@ class TieredCache(Cache):
         """Last rows of each prefill call to score; 0 when the question is not in it."""
         self.visual: torch.Tensor | None = None
         """`(N,)` mask of visual tokens; None: all but the last `text_rows` tokens count as visual."""
+        self.looks: Looks | None = None
+        """Takes what the scored rows and the steps attend to; None: nothing is recorded."""
         self.ledger = DeviceLedger(self.tiers.cap_bytes)
         self.transfer = Transfer()
         self._counters = Counters()
@@ -270,6 +273,10 @@ class TieredCache(Cache):
                 first.dtype,
                 first.device,
             )
+            chunks = (layout.retrievable,)
+            if self.looks is not None:
+                heads = self.shape.num_attention_heads // self.shape.num_key_value_heads
+                self.looks.seal(layout.sink_chunks, heads * self._counters.dynamic_heads)
             shared = Tiers(
                 config=self.tiers,
                 shape=self.shape,
@@ -280,6 +287,8 @@ class TieredCache(Cache):
                 prefetcher=self.copies if self.tiers.prefetch else None,
                 counters=self._counters,
                 ops=self._ops(first.device),
+                attended=self.ledger.empty("tables", chunks, torch.float32, first.device).zero_(),
+                looks=self.looks,
             )
             with self.on_device():
                 for layer, mask in zip(self.tiered_layers, static, strict=True):
@@ -333,6 +342,12 @@ class TieredCache(Cache):
         for layer in self.tiered_layers:
             assert layer.sealed is not None
             layer.sealed.count_step()
+
+    def note_step(self) -> None:
+        """Keep what the step just taken attended to, where it is recorded. Waits for the device."""
+        sealed = self.tiered_layers[0].sealed
+        if sealed is not None and sealed.tiers.looks is not None:
+            sealed.tiers.looks.add_step(sealed.tiers.attended)
 
     def counted(self) -> list[tuple[int, int, int]]:
         """What was counted in Python since the seal, for `count_again`."""
@@ -410,7 +425,7 @@ class TieredCache(Cache):
         if self._pool is not None:
             self._pool.close()
             self._pool = None
-        for purpose in ("pool", "digests", "tables"):
+        for purpose in ("pool", "digests", "tables", "logits"):
             self.ledger.release(purpose)
 
     def finish(self) -> None:

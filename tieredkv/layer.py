@@ -135,7 +135,9 @@ class TieredLayer(CacheLayerMixin):
             out, lse = prefill.attend_exactly(query, keys, values, scaling, past)
             self.rows = None  # those of an earlier call say nothing of this one
             if rows:
-                self.rows = prefill.score_text_rows(query[:, -rows:], lse[:, -rows:], keys, scaling, past, cache.tiers)
+                self.rows = prefill.score_text_rows(
+                    query[:, -rows:], lse[:, -rows:], keys, scaling, past, cache.tiers, cache.looks
+                )
             cache.copies.wait("write back")
         if self.resident is not None:
             self.resident.append(keys.detach(), values.detach(), host.length)

@@ -30,7 +30,7 @@ def decode_bytes(
     retrieval slots of dynamic heads.
     """
     layout, heads = made.layout, shape.num_key_value_heads
-    tables = widest = 0
+    tables, widest = sizes.attended_bytes(layout), 0
     for index, mask in enumerate(static):
         n_dynamic = int((~mask).sum())
         width = decode_plan.table_width(made, tiers, index, mask)

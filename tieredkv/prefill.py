@@ -15,6 +15,7 @@ import torch
 from tieredkv import sizes
 from tieredkv.attention import reference
 from tieredkv.config import TierConfig
+from tieredkv.looks import Looks
 from tieredkv.memory.device import DeviceLedger
 from tieredkv.memory.host import HostLayer
 from tieredkv.memory.prefetch import Prefetcher
@@ -192,11 +193,18 @@ def attend_exactly(
 
 
 def score_text_rows(
-    query: torch.Tensor, lse: torch.Tensor, keys: torch.Tensor, scaling: float, past: Past, tiers: TierConfig
+    query: torch.Tensor,
+    lse: torch.Tensor,
+    keys: torch.Tensor,
+    scaling: float,
+    past: Past,
+    tiers: TierConfig,
+    looks: Looks | None = None,
 ) -> TextRows:
     """Scores of the last `T` new tokens over past and new keys, in a second pass that reads keys only.
 
-    query `(H, T, D)` and lse `(H, T)`: the last rows of the call whose new keys are `(K, n, D)`.
+    query `(H, T, D)` and lse `(H, T)`: the last rows of the call whose new keys are `(K, n, D)`. looks: takes the
+    rows' attention to the past.
     """
     t, new = query.shape[1], keys.shape[1]
     total = past.tokens + new
@@ -216,7 +224,10 @@ def score_text_rows(
         done += weights.shape[-1]
 
     for block_keys, _ in past.blocks(with_values=False):
-        take(reference.row_weights(query, block_keys, lse, scaling))
+        weights = reference.row_weights(query, block_keys, lse, scaling)
+        if looks is not None:
+            looks.add_rows(done, weights, past.tokens)
+        take(weights)
     sees = torch.arange(new - t + 1, new + 1, device=keys.device)
     for start in range(0, new, past.block_tokens):
         block = keys[:, start : start + past.block_tokens]

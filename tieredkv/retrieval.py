@@ -10,12 +10,13 @@ from collections.abc import Callable
 
 import torch
 
+from tieredkv.attention import reference
 from tieredkv.memory.host import HostLayer
 from tieredkv.memory.residency import Residency
 from tieredkv.ops import TORCH
 from tieredkv.policy import digest, select
 from tieredkv.policy.sketch import Basis
-from tieredkv.sizes import page_bytes, ranked_chunks_at_once, ranking_bytes, reuse_bytes
+from tieredkv.sizes import page_bytes, ranked_chunks_at_once, ranking_bytes, reuse_bytes, scratch_page_bytes
 from tieredkv.stats import Selection
 from tieredkv.tiers import Tiers
 
@@ -72,6 +73,8 @@ class Retrieval:
         """`(n, G, D)` of the step before, where chunks may be reused."""
         self._unselected: torch.Tensor | None = None
         """`(n, G)`: log of the attention mass of what this step did not select, as far as digests tell."""
+        self._kept: tuple[torch.Tensor, torch.Tensor] | None = None
+        """Logits `(n, G, N)` of this step and what all of them lack `(n, G)`, until what it attends to is recorded."""
         self._unseen: torch.Tensor | None = None
         """`(n,)`: share of attention mass that the step before did not see. Like all that one step leaves to the next,
         it stays where it is: a graph reads and writes it there."""
@@ -164,6 +167,10 @@ class Retrieval:
             if self._basis is not None:
                 centre = (grouped * scaling @ self._basis.centre.mT).squeeze(-1)
                 self._unselected = select.log_mass_without(logits, chosen) + centre
+                if tiers.looks is not None:
+                    self._kept = logits, centre
+        if self._kept is not None:
+            tiers.ledger.reserve("logits", logits.nbytes)
         index.chosen.copy_(chosen)
         table = self._table, self._rows, self._column
         self._gather(chosen, chosen, missed, misses, table)()
@@ -216,13 +223,45 @@ class Retrieval:
 
         return copy
 
-    def attended(self, lse: torch.Tensor) -> None:
-        """Take note of what the step saw: log-sum-exp `(K, G)` of the logits it attended to."""
-        if self._unselected is None:
-            return
-        unseen = select.unseen_share(self._unselected, lse[self._rows])
-        self._unseen = unseen if self._unseen is None else self._unseen.copy_(unseen)
-        self._unseen_sum += self._unseen
+    def attended(self, query: torch.Tensor, scaling: float, lse: torch.Tensor) -> None:
+        """Take note of what the step saw: its query `(K, G, D)`, log-sum-exp `(K, G)` of the logits it attended to."""
+        seen = lse[self._rows]
+        if self._unselected is not None:
+            unseen = select.unseen_share(self._unselected, seen)
+            self._unseen = unseen if self._unseen is None else self._unseen.copy_(unseen)
+            self._unseen_sum += self._unseen
+        if self._kept is not None:
+            self._record_estimated(*self._kept, seen)
+        elif self.tiers.looks is not None:
+            self._record_exact(query[self._rows], scaling, seen)
+
+    def _record_estimated(self, logits: torch.Tensor, centre: torch.Tensor, seen: torch.Tensor) -> None:
+        """Add the attention that each chosen chunk got to what the step attended to, as far as sketches tell.
+
+        Reading the chosen chunks' keys once more would be exact, and several times the work.
+        """
+        assert self._unselected is not None
+        tiers, self._kept = self.tiers, None
+        tiers.ledger.release("logits")  # counted with the rest from here
+        with tiers.ledger.scratch("ranking", ranking_bytes(tiers.shape, tiers.config, tiers.plan.layout)):
+            whole = torch.logaddexp(self._unselected, seen)
+            mass = (logits + (centre - whole).unsqueeze(-1)).exp_().sum(1)
+            tiers.attended.add_(mass.mul_(self.residency.chosen).sum(0))
+
+    def _record_exact(self, query: torch.Tensor, scaling: float, seen: torch.Tensor) -> None:
+        """The same from the keys in the pool, where chunks are not ranked, or by what does not tell attention."""
+        tiers, index = self.tiers, self.residency
+        pages = min(tiers.plan.scratch_pages, self._table.numel())
+        with tiers.ledger.scratch("scratch", pages * scratch_page_bytes(tiers.shape, tiers.config)):
+            width = max(1, pages // len(self.heads))
+            for first in range(0, self._most_slots, width):
+                part = slice(first, first + width)
+                held = index.chunk_in[:, part].long()
+                chunk, attended = held.clamp(min=0), held >= 0
+                if self.digests is not None:
+                    attended = attended & index.chosen.gather(1, chunk)
+                mass = reference.page_mass(query, tiers.pool.pages, index.slots[:, part], seen, scaling)
+                tiers.attended.index_add_(0, chunk.flatten(), torch.where(attended, mass, 0.0).flatten())
 
     def adapt(self) -> bool:
         """Change how many chunks heads select, by what the step before did not see; whether anything could change."""

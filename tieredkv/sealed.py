@@ -211,7 +211,7 @@ class SealedLayer:
             self.retrieval.step(grouped, scaling, logits)
         out, lse = self._attend(query.unsqueeze(1), scaling)
         if self.retrieval is not None:
-            self.retrieval.attended(lse.view(self.host.num_heads, -1))
+            self.retrieval.attended(grouped, scaling, lse.view(self.host.num_heads, -1))
         return out.squeeze(1).to(query.dtype)
 
     def _attend(self, query: torch.Tensor, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:

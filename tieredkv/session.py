@@ -6,6 +6,7 @@ import itertools
 import threading
 import time
 from collections import deque
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +20,8 @@ from tieredkv.attention.interface import use_attention
 from tieredkv.cache import TieredCache
 from tieredkv.config import DEFAULT_FPS, TierConfig
 from tieredkv.errors import PromptError, TieredKVError, UnsupportedModelError
+from tieredkv.evidence import Evidence, Wanted, check_wanted, collect
+from tieredkv.looks import Looks
 from tieredkv.memory.limits import check_host, check_host_memory
 from tieredkv.models.base import Positions, VideoFamily, VideoGrid
 from tieredkv.pipeline import Cancelled, Pipeline
@@ -231,38 +234,55 @@ class VideoSession(AsyncAsking):
 
     @overload
     def ask(
-        self, prompt: str, *, trace: bool = False, stream: Literal[False] = False, **options: Any
+        self,
+        prompt: str,
+        *,
+        trace: bool = False,
+        evidence: Wanted = True,
+        stream: Literal[False] = False,
+        **options: Any,
     ) -> Generation: ...
     @overload
-    def ask(self, prompt: str, *, trace: bool = False, stream: Literal[True], **options: Any) -> AnswerStream: ...
     def ask(
-        self, prompt: str, *, trace: bool = False, stream: bool = False, **options: Any
+        self, prompt: str, *, trace: bool = False, evidence: Wanted = True, stream: Literal[True], **options: Any
+    ) -> AnswerStream: ...
+    def ask(
+        self, prompt: str, *, trace: bool = False, evidence: Wanted = True, stream: bool = False, **options: Any
     ) -> Generation | AnswerStream:
         """Answer a question about the video, as if it were the first asked.
 
         options: transformers' generation options (`max_new_tokens`, `do_sample`, `temperature`, `stop_strings` ...,
         `streamer`, `stopping_criteria`, `generation_config`). trace: record which chunks each step attended to.
-        stream: return an iterator of the text's pieces as they are made, with the answer as its `generation` at the
-        end. Raises `PromptError`, `OptionError` or `BudgetError`; the session can be asked again after any of them.
+        evidence: tell the moments of the video that were looked at; "tokens": those of every token too. stream: return
+        an iterator of the text's pieces as they are made, with the answer as its `generation` at the end. Raises
+        `PromptError`, `OptionError` or `BudgetError`; the session can be asked again after any of them.
         """
-        work = self.asking(prompt, options, trace=trace, stream=stream)
+        work = self.asking(prompt, {**options, "trace": trace, "evidence": evidence}, stream=stream)
         return AnswerStream(work) if stream else work.run(None)
 
     @overload
     def chat(
-        self, prompt: str, *, trace: bool = False, stream: Literal[False] = False, **options: Any
+        self,
+        prompt: str,
+        *,
+        trace: bool = False,
+        evidence: Wanted = True,
+        stream: Literal[False] = False,
+        **options: Any,
     ) -> Generation: ...
     @overload
-    def chat(self, prompt: str, *, trace: bool = False, stream: Literal[True], **options: Any) -> AnswerStream: ...
     def chat(
-        self, prompt: str, *, trace: bool = False, stream: bool = False, **options: Any
+        self, prompt: str, *, trace: bool = False, evidence: Wanted = True, stream: Literal[True], **options: Any
+    ) -> AnswerStream: ...
+    def chat(
+        self, prompt: str, *, trace: bool = False, evidence: Wanted = True, stream: bool = False, **options: Any
     ) -> Generation | AnswerStream:
         """Go on with the conversation: the model sees the questions and answers of earlier `chat` calls.
 
         As `ask` otherwise. Earlier turns are prefilled again, exactly, like the new question; the video never is. A
         turn that fails, or whose stream is closed before its end, leaves `history` as it was.
         """
-        work = self.asking(prompt, options, trace=trace, chat=True, stream=stream)
+        work = self.asking(prompt, {**options, "trace": trace, "evidence": evidence}, chat=True, stream=stream)
         return AnswerStream(work) if stream else work.run(None)
 
     @property
@@ -275,18 +295,24 @@ class VideoSession(AsyncAsking):
         with self._lock:
             self._history = []
 
-    def asking(
-        self, prompt: str, options: dict[str, Any], *, trace: bool = False, chat: bool = False, stream: bool = False
-    ) -> Work:
-        """What `ask`, or `chat`, then does; raises at once what can be known before the session's turn has come."""
+    def asking(self, prompt: str, options: dict[str, Any], *, chat: bool = False, stream: bool = False) -> Work:
+        """What `ask`, or `chat`, then does; raises at once what can be known before the session's turn has come.
+
+        options: all of theirs but `stream`.
+        """
+        options = dict(options)
+        trace, evidence = options.pop("trace", False), options.pop("evidence", True)
         with decode.ending_on_error(options.get("streamer")):
             self._check_open()
             check_stream(stream, options)
+            check_wanted(evidence)
             decode.check_options(options, model_config=self.model.generation_config)
             check_prompt(prompt)
-        return Work(partial(self._ask, prompt, trace, chat, options), self._line)
+        return Work(partial(self._ask, prompt, trace, evidence, chat, options), self._line)
 
-    def _ask(self, prompt: str, trace: bool, chat: bool, options: dict[str, Any], job: Job | None) -> Generation:
+    def _ask(
+        self, prompt: str, trace: bool, evidence: Wanted, chat: bool, options: dict[str, Any], job: Job | None
+    ) -> Generation:
         if job is not None and job.streams:
             options = {**options, "streamer": job.pieces(self.template.text)}
         with decode.ending_on_error(options.get("streamer")), self._lock if job is None else job.turn(self._lock):
@@ -296,9 +322,14 @@ class VideoSession(AsyncAsking):
                 raise PromptError("the chat template puts the prompt before the video: that is not supported.")
             cache.truncate(self._prefix)
             cache.counters.trace = [] if trace else None
+            cache.looks = Looks(self.tiers.chunk_tokens) if evidence else None
             try:
                 answer = self._answer(cache, self.template.tail_ids(tail), options, job)
+                if cache.looks is not None:
+                    rows = self._question_tokens(tail, prompt)
+                    answer = replace(answer, evidence=self._evidence(cache, rows, len(answer.token_ids), evidence))
             finally:
+                cache.looks = None
                 cache.truncate(self._prefix)
             if chat:
                 self._check_going_on(job)
@@ -311,6 +342,23 @@ class VideoSession(AsyncAsking):
             job.check()
             if self._closed:
                 raise TieredKVError("the session was closed before the answer was complete.")
+
+    def _question_tokens(self, tail: str, prompt: str) -> int:
+        """Tokens of the prompt from its last question on: those of earlier turns are not this one's evidence."""
+        mark = "(the question)"
+        behind = self.template.around_video([(mark, None)])[1].rpartition(mark)[2]
+        begin = tail.rfind(prompt.strip(), 0, len(tail) - len(behind))
+        return self.template.tokenize(tail[max(0, begin) :]).shape[1]
+
+    def _evidence(self, cache: TieredCache, rows: int, tokens: int, wanted: Wanted) -> Evidence:
+        """Of an answer of `tokens` tokens; rows: tokens of the prompt from the question on."""
+        assert self.video is not None
+        assert cache.looks is not None
+        assert self.ingest_stats is not None
+        heads = cache.shape.num_attention_heads * cache.shape.num_layers
+        start = self._about_video.get("start", 0.0)
+        span = start, start + self.ingest_stats.frames / self._about_video["fps"]
+        return collect(cache.looks, rows, heads, self.head_tokens, self.video, span, tokens, wanted == "tokens")
 
     @torch.no_grad()
     def _answer(

@@ -154,7 +154,13 @@ def table_bytes(shape: KVShape, tiers: TierConfig, layout: Layout) -> int:
     per_chunk = 6 * INT32  # residency: three for a slot, one and a byte for a chunk, one for no chunk
     reused = reuse_bytes(shape, tiers, shape.kv_heads)
     pages = layout.old_chunks + layout.recent_pages
-    return shape.kv_heads * (pages * per_page + layout.retrievable * per_chunk) + reused
+    tables = shape.kv_heads * (pages * per_page + layout.retrievable * per_chunk)
+    return tables + attended_bytes(layout) + reused
+
+
+def attended_bytes(layout: Layout) -> int:
+    """What a step adds up of the attention that each chunk got, all layers in one."""
+    return layout.retrievable * FLOAT32
 
 
 def reuse_bytes(shape: KVShape, tiers: TierConfig, heads: int) -> int:

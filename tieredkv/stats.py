@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from tieredkv.evidence import Evidence
+
 
 @dataclass(slots=True)
 class Selection:
@@ -129,3 +131,5 @@ class Generation:
     stats: Stats
     trace: list[Selection] | None = field(default=None, repr=False)
     """What dynamic heads looked at, step by step, when asked for with `trace=True`."""
+    evidence: Evidence | None = field(default=None, repr=False)
+    """The moments of the video that question and answer looked at, unless left out with `evidence=False`."""

@@ -47,10 +47,13 @@ class Steps:
         if self._graph is None and self._taken == 2 and self._token.device.type == "cuda" and self.path == "eager":
             self._capture()
         if self._graph is None:
-            return self._forward(self._token, self._place)
-        self._cache.count_step()
-        self._graph.replay()
-        return self._logits
+            logits = self._forward(self._token, self._place)
+        else:
+            self._cache.count_step()
+            self._graph.replay()
+            logits = self._logits
+        self._cache.note_step()
+        return logits
 
     def _capture(self) -> None:
         cache, device = self._cache, self._token.device

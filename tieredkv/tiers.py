@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from tieredkv.config import TierConfig
 from tieredkv.decode_plan import DecodePlan
+from tieredkv.looks import Looks
 from tieredkv.memory.device import DeviceLedger
 from tieredkv.memory.pool import DevicePool
 from tieredkv.memory.prefetch import Prefetcher
@@ -28,3 +31,7 @@ class Tiers:
     prefetcher: Prefetcher | None
     counters: Counters
     ops: Ops
+    attended: torch.Tensor
+    """`(N,)` float32 on the device: attention that this step's dynamic heads have paid each chunk, over layers."""
+    looks: Looks | None
+    """Where that is kept, if it is recorded at all."""

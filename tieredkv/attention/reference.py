@@ -101,6 +101,21 @@ def row_weights(
     return weights
 
 
+def page_mass(
+    query: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor, lse: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """Attention that full pages get from one query token, summed over the group: `(K, P)`, float32.
+
+    query `(K, G, D)`, pages `(S, 2, C, D)`, slots `(K, P)`: what is negative is read as slot 0. lse `(K, G)`: of all
+    that the query attends to.
+    """
+    kv_heads, columns = slots.shape
+    halves = pages.flatten(2).flatten(0, 1)  # a page's keys, then its values
+    keys = halves.index_select(0, slots.clamp(min=0).long().flatten() * 2).float().view(kv_heads, -1, pages.shape[3])
+    logits = torch.baddbmm(-lse.unsqueeze(-1), query.float() * scaling, keys.mT)
+    return logits.exp_().sum(1).view(kv_heads, columns, -1).sum(-1)
+
+
 def paged_attention(
     query: torch.Tensor,
     pages: torch.Tensor,

@@ -27,15 +27,20 @@ def ask(
     start: Start = None,
     end: End = None,
     max_new_tokens: NewTokens = 256,
+    evidence: Annotated[
+        Path | None, typer.Option(help="Write which moments were looked at here, as PNG or HTML.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print answer and statistics as JSON.")] = False,
 ) -> None:
     """Answer one question about one video, or about a saved session."""
-    from tieredkv import api
+    from tieredkv import api, evidence_page
     from tieredkv.cli.opening import opened
 
     *videos, question = words
     if len(videos) > 1:
         raise OptionError(f"ask takes one video and one question, got {len(words)} words: put quotes around each.")
+    if evidence is not None:
+        evidence_page.check_target(evidence)
     sampling = given(fps=fps, max_frames=max_frames, start=start, end=end)
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
     api.check_question(question, {"max_new_tokens": max_new_tokens})
@@ -51,9 +56,13 @@ def ask(
     ) as (video_session, unsaved):
         answer = video_session.ask(question, max_new_tokens=max_new_tokens)
     if as_json:
-        typer.echo(json.dumps({"text": answer.text, "token_ids": answer.token_ids, **answer.stats.as_dict()}))
+        moments = [moment.as_dict() for moment in answer.evidence or ()]
+        said = {"text": answer.text, "token_ids": answer.token_ids, "evidence": moments}
+        typer.echo(json.dumps({**said, **answer.stats.as_dict()}))
     else:
         typer.echo(answer.text)
+    if evidence is not None:
+        evidence_page.save_evidence(answer, evidence, question=question, video=videos[0] if videos else None)
     if unsaved is not None:
         raise unsaved
 
