@@ -120,7 +120,8 @@ def main() -> None:
     shape, tokens = ("tiny", 8192) if arguments.quick else (arguments.shape, arguments.tokens)
     memory = aligned((2**28 if arguments.quick else 2**30,), torch.int16)
     memory.zero_()
-    locker = PageLocker(torch.device("cuda"))
+    locker = PageLocker()
+    locker.use(torch.device("cuda"))
     locker.lock(memory)
     if refusal := locker.refusal():
         parser.error(f"host memory could not be page-locked ({refusal}): raise `ulimit -l` or the container's limit")

@@ -54,7 +54,7 @@ def test_the_ledger_counts_every_byte_of_pool_and_digests(llama, long_ids):
         llama.generate(long_ids, past_key_values=cache, max_new_tokens=4, do_sample=False)
         held = cache.ledger.held()
         layers = [layer.sealed for layer in cache.tiered_layers]
-        assert held["pool"] == cache._pool.pages.numel() * cache._pool.pages.itemsize
+        assert held["pool"] == cache._pools[0].pages.nbytes
         assert held["digests"] == sum(
             s.retrieval.ranking_bytes for s in layers if s.retrieval is not None and s.retrieval.digests is not None
         )
@@ -102,7 +102,7 @@ def test_pool_and_tables_stay_sound_while_decoding(llama, long_ids, data):
         for step in range(12):
             llama(long_ids[:, step : step + 1], past_key_values=cache)
             cache.finish()
-            cache._pool.check_integrity()
+            cache._pools[0].check_integrity()
             for layer in cache.tiered_layers:
                 sealed = layer.sealed
                 if not len(sealed.dynamic):
@@ -116,7 +116,7 @@ def test_pool_and_tables_stay_sound_while_decoding(llama, long_ids, data):
                         strict=True,
                     ):
                         if chunk >= 0:
-                            assert torch.equal(cache._pool.pages[slot], chunks[head, sinks + chunk])
+                            assert torch.equal(cache._pools[0].pages[slot], chunks[head, sinks + chunk])
 
 
 def test_more_generated_tokens_than_reserved_is_an_error(llama, prompt_ids):

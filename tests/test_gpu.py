@@ -129,7 +129,7 @@ def test_no_step_waits_for_the_host(on_card, long_ids, card):
 
 def test_nothing_is_read_before_it_has_arrived(card):
     """A copy held up for a tenth of a second, between writing its source and reading its target."""
-    copies, source, target = StreamCopies(card), torch.zeros(1000, device=card), torch.zeros(1000, device=card)
+    copies, source, target = StreamCopies(), torch.zeros(1000, device=card), torch.zeros(1000, device=card)
 
     def late():
         torch.cuda._sleep(200_000_000)
@@ -145,7 +145,8 @@ def test_nothing_is_read_before_it_has_arrived(card):
 
 
 def test_registered_memory_is_read_by_the_card_and_given_back(card, kernels):
-    arena, locker = aligned((2, 5, 2, 8, 16), torch.float32), PageLocker(card)
+    arena, locker = aligned((2, 5, 2, 8, 16), torch.float32), PageLocker()
+    locker.use(card)
     heads, chunks, slots = torch.tensor([0, 1]), torch.tensor([3, 4]), torch.tensor([1, 0], device=card)
     for _ in range(2):
         arena.copy_(torch.randn(arena.shape))
@@ -219,3 +220,28 @@ def test_a_session_on_a_card_answers_as_on_the_cpu(video_model, processor, frame
     one, again = answer(copy.deepcopy(video_model).to(card))
     assert one.token_ids == want.token_ids == again.token_ids
     assert one.stats.decode_path == "graph"
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("options", [{}, {"theta": 2.0}], ids=str)
+def test_a_model_over_two_cards_decodes_as_on_one(llama, on_card, long_ids, card, options):
+    from accelerate import dispatch_model
+
+    tiers = {"gpu_kv_gb": cap_share(llama, 900, 0.6), **SMALL, **options, "budget_ratio": 0.3}
+    where: dict[str, int] = {"model.embed_tokens": 0, "model.norm": 1, "model.rotary_emb": 0, "lm_head": 1}
+    where |= {f"model.layers.{index}": int(index > 0) for index in range(3)}
+    # As `from_pretrained(device_map="auto")` does it.
+    spread = dispatch_model(copy.deepcopy(llama), where, skip_keys=llama._skip_keys_device_placement)
+    found = []
+    for model in (on_card, spread):
+        with (
+            torch.no_grad(),
+            tieredkv.use_attention(model),
+            TieredCache(model.config, **tiers, max_new_tokens=8, prompt_tokens=900) as cache,
+        ):
+            ids = long_ids.to(card)
+            model(ids, past_key_values=cache)
+            found.append(torch.stack([model(ids[:, i : i + 1], past_key_values=cache).logits[0, -1] for i in range(6)]))
+            places = [layer.sealed.tiers.pool.pages.device for layer in cache.tiered_layers]
+    assert [place.index for place in places] == [0, 1, 1]
+    torch.testing.assert_close(found[1].cpu(), found[0].cpu(), rtol=0, atol=2e-4)

@@ -11,7 +11,8 @@ import itertools
 import warnings
 import weakref
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,11 +20,11 @@ from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from tieredkv import decode_plan, models, sizes
-from tieredkv.config import TierConfig, tier_config
+from tieredkv.config import GIB, TierConfig, tier_config
 from tieredkv.errors import OptionError, TieredKVError, UnsupportedModelError
 from tieredkv.layer import TieredLayer
 from tieredkv.looks import Looks
-from tieredkv.memory.device import DeviceLedger
+from tieredkv.memory.device import DeviceLedger, on_device
 from tieredkv.memory.pagelock import PageLocker
 from tieredkv.memory.pool import DevicePool
 from tieredkv.memory.prefetch import Prefetcher, StreamCopies, ThreadPrefetcher
@@ -107,9 +108,10 @@ class TieredCache(Cache):
         """Copies under way between the tiers, in both phases."""
         self.locker: PageLocker | None = None
         """Keeps the host tier page-locked, where the model is on a card."""
-        self.device: torch.device | None = None
-        """Where the model's keys come from; known with the first of them, or by `place`."""
-        self._pool: DevicePool | None = None
+        self.devices: list[torch.device] = []
+        """Where the model's layers are, each of whose share of the device tier is there too; known with the first keys,
+        or by `place`."""
+        self._pools: list[DevicePool] = []
         self._resident: int | None = None
         self._announced: int | None = None
         self._closed = False
@@ -151,22 +153,26 @@ class TieredCache(Cache):
                 layer.sealed.retrieval.count()
 
     def place(self, device: torch.device) -> None:
-        """Say where the model is. Raises `UnsupportedModelError` for what is neither CPU nor CUDA, or two devices."""
-        if self.device == device:
+        """Say where a layer of the model is. Raises `UnsupportedModelError` unless all are on the CPU, or on cards."""
+        if device in self.devices:
             return
-        if self.device is not None:
-            raise UnsupportedModelError(f"the model's layers are on {self.device} and {device}: load it on one device.")
         if device.type not in ("cpu", "cuda"):
             raise UnsupportedModelError(f"the model runs on {device}: tieredkv runs on CUDA devices and the CPU.")
+        if {device.type, *(known.type for known in self.devices)} == {"cpu", "cuda"}:
+            raise UnsupportedModelError(
+                f"the model's layers are on {self.devices[0]} and {device}: load it on cards alone, or on the CPU."
+            )
         if device.type == "cuda":
-            self.copies.close()
-            self.copies, self.locker = StreamCopies(device), PageLocker(device)
-            weakref.finalize(self, self.locker.close)  # of a cache that nobody closes
-        self.device = device
+            if self.locker is None:
+                self.copies.close()
+                self.copies, self.locker = StreamCopies(), PageLocker()
+                weakref.finalize(self, self.locker.close)  # of a cache that nobody closes
+            self.locker.use(device)
+        self.devices.append(device)
 
     @property
     def sealed(self) -> bool:
-        return self._pool is not None
+        return bool(self._pools)
 
     @property
     def room(self) -> int:
@@ -250,13 +256,15 @@ class TieredCache(Cache):
             need = self._need(rows, layout)
             static = need[0] <= decode_plan.mean_old_tokens(self.shape, self.tiers, layout)
         static[: method.dense_layers] = True
-        plan = decode_plan.plan_decode(self.shape, self.tiers, layout, scores, static, need)
+        # What a step adds up is held on every device; the plan knows of one.
+        more = (len(self.devices) - 1) * sizes.attended_bytes(layout)
+        within = replace(self.tiers, gpu_kv_gb=(self.tiers.cap_bytes - more) / GIB) if more else self.tiers
+        plan = decode_plan.plan_decode(self.shape, within, layout, scores, static, need)
         if self.visual is None:
             is_text = torch.arange(length) >= length - self.text_rows
         else:
             is_text = torch.ones(length, dtype=torch.bool)
             is_text[: self.visual.shape[0]] = ~self.visual
-        first = self.tiered_layers[0]
         trace = self._counters.trace
         self._counters = Counters(
             static_heads=int(static.sum()),
@@ -264,38 +272,38 @@ class TieredCache(Cache):
             trace=None if trace is None else [],
         )
         self._drop_resident()
+        if self.looks is not None:
+            heads = self.shape.num_attention_heads // self.shape.num_key_value_heads
+            self.looks.seal(layout.sink_chunks, heads * self._counters.dynamic_heads)
         try:
-            self._pool = DevicePool(
-                self.ledger,
-                plan.pool_pages,
-                self.tiers.chunk_tokens,
-                self.shape.head_dim,
-                first.dtype,
-                first.device,
-            )
-            chunks = (layout.retrievable,)
-            if self.looks is not None:
-                heads = self.shape.num_attention_heads // self.shape.num_key_value_heads
-                self.looks.seal(layout.sink_chunks, heads * self._counters.dynamic_heads)
-            shared = Tiers(
-                config=self.tiers,
-                shape=self.shape,
-                plan=plan,
-                ledger=self.ledger,
-                pool=self._pool,
-                transfer=self.transfer,
-                prefetcher=self.copies if self.tiers.prefetch else None,
-                counters=self._counters,
-                ops=self._ops(first.device),
-                attended=self.ledger.empty("tables", chunks, torch.float32, first.device).zero_(),
-                looks=self.looks,
-            )
-            with self.on_device():
-                for layer, mask in zip(self.tiered_layers, static, strict=True):
-                    layer.seal(mask, is_text, shared)
+            shared = {device: self._share(device, plan) for device in self.devices}
+            for layer, mask in zip(self.tiered_layers, static, strict=True):
+                with on_device(layer.device):
+                    layer.seal(mask, is_text, shared[layer.device])
         except BaseException:
             self._drop_pool()
             raise
+
+    def _share(self, device: torch.device, plan: decode_plan.DecodePlan) -> Tiers:
+        """What the layers on one device have in common while decoding."""
+        here = [layer.index for layer in self.tiered_layers if layer.device == device]
+        pages = int(plan.pages[here].sum()) + len(here) * self.shape.num_key_value_heads * plan.layout.recent_pages
+        dtype, layout = self.tiered_layers[0].dtype, plan.layout
+        pool = DevicePool(self.ledger, pages, self.tiers.chunk_tokens, self.shape.head_dim, dtype, device)
+        self._pools.append(pool)
+        return Tiers(
+            config=self.tiers,
+            shape=self.shape,
+            plan=plan,
+            ledger=self.ledger,
+            pool=pool,
+            transfer=self.transfer,
+            prefetcher=self.copies if self.tiers.prefetch else None,
+            counters=self._counters,
+            ops=self._ops(device),
+            attended=self.ledger.empty("tables", (layout.retrievable,), torch.float32, device).zero_(),
+            looks=self.looks,
+        )
 
     def _ops(self, device: torch.device) -> Ops:
         """What a step is made of, until the next seal: the host tier may have moved since the last."""
@@ -316,11 +324,6 @@ class TieredCache(Cache):
         sealed = self.tiered_layers[0].sealed
         assert sealed is not None
         return sealed.tiers.ops
-
-    def on_device(self) -> AbstractContextManager[Any]:
-        """For a block that gives work to the device: kernels run on the current one."""
-        card = self.device is not None and self.device.type == "cuda"
-        return torch.cuda.device(self.device) if card else nullcontext()
 
     def _need(self, rows: list[TextRows], layout: sizes.Layout) -> torch.Tensor:
         """Tokens that every head would need, `(2, L, K)`: to be static, and for a smaller share of its attention."""
@@ -345,9 +348,9 @@ class TieredCache(Cache):
 
     def note_step(self) -> None:
         """Keep what the step just taken attended to, where it is recorded. Waits for the device."""
-        sealed = self.tiered_layers[0].sealed
-        if sealed is not None and sealed.tiers.looks is not None:
-            sealed.tiers.looks.add_step(sealed.tiers.attended)
+        if self.looks is not None and self._pools:
+            shares = {layer.device: layer.sealed.tiers for layer in self.tiered_layers if layer.sealed is not None}
+            self.looks.add_step([share.attended for share in shares.values()])
 
     def counted(self) -> list[tuple[int, int, int]]:
         """What was counted in Python since the seal, for `count_again`."""
@@ -422,16 +425,17 @@ class TieredCache(Cache):
         self._count()
         for layer in self.tiered_layers:
             layer.sealed = None
-        if self._pool is not None:
-            self._pool.close()
-            self._pool = None
+        for pool in self._pools:
+            pool.close()
+        self._pools = []
         for purpose in ("pool", "digests", "tables", "logits"):
             self.ledger.release(purpose)
 
     def finish(self) -> None:
         """Wait for copies still under way, so that the counters are final. Raises what a copy raised."""
         for layer in self.tiered_layers:
-            self.copies.wait(layer.index)
+            with on_device(layer.device):
+                self.copies.wait(layer.index)
 
     def truncate(self, tokens: int) -> None:
         """Forget all but the first `tokens` tokens, leaving the decode phase if need be."""

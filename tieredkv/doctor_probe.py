@@ -50,7 +50,8 @@ def cuda() -> dict[str, Any]:
 
     from tieredkv.memory.pagelock import PageLocker, aligned
 
-    locker = PageLocker(torch.device("cuda", 0))
+    locker = PageLocker()
+    locker.use(torch.device("cuda", 0))
     locker.lock(aligned((LOCKED_BYTES,), torch.uint8))
     facts["lock_refusal"] = locker.refusal()
     locker.close()

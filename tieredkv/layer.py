@@ -13,6 +13,7 @@ from tieredkv import prefill, sizes
 from tieredkv.attention import interface
 from tieredkv.digests import ContextDigests
 from tieredkv.errors import OptionError, UnsupportedModelError
+from tieredkv.memory.device import on_device
 from tieredkv.memory.host import HostLayer
 from tieredkv.sealed import SealedLayer, Tiers
 
@@ -94,7 +95,7 @@ class TieredLayer(CacheLayerMixin):
         """Cache new tokens and attend to them and all before. query `(H, n, D)`, keys and values `(K, n, D)`."""
         self.cache.check_turn(self.index)
         self._check_once()
-        with self.cache.on_device():
+        with on_device(self.device):
             attend = self._prefill if self.sealed is None else self.sealed.steps
             out = attend(query, keys, values, scaling)
         self.cache.attended()
@@ -185,11 +186,14 @@ class TieredLayer(CacheLayerMixin):
         self.cache.copies.drain()
         return {"kv": self.host.whole(sizes.QUESTION_ROOM), **digests}
 
-    def restore(self, state: dict[str, torch.Tensor], tokens: int, check: Callable[[], None]) -> None:
-        """Take the state of `tokens` tokens. check: called before they are first attended to; raises if damaged."""
+    def restore(
+        self, state: dict[str, torch.Tensor], tokens: int, device: torch.device, check: Callable[[], None]
+    ) -> None:
+        """Take the state of `tokens` tokens. device: of the model's layer. check: called before they are first attended
+        to; raises if damaged."""
         arena = state["kv"]
-        assert self.cache.device is not None
-        self.dtype, self.device = arena.dtype, self.cache.device
+        self.dtype, self.device = arena.dtype, device
+        self.cache.place(device)
         heads, _, _, c, head_dim = arena.shape
         self.host = HostLayer(heads, head_dim, c, self.dtype, self.cache.locker)
         self.host.adopt(arena, tokens)

@@ -35,7 +35,8 @@ class Looks:
         """Say which chunk is the first that steps choose among, and how many query heads choose."""
         self.first_chunk, self.heads = first_chunk, heads
 
-    def add_step(self, attended: torch.Tensor) -> None:
-        """Take what one step's heads attended to, `(n,)`, and blank it for the next. Waits for the device."""
-        self.steps.append(attended.to("cpu", copy=True))
-        attended.zero_()
+    def add_step(self, attended: list[torch.Tensor]) -> None:
+        """Take what one step's heads on each device attended to, `(n,)`, and blank it for the next. Waits for them."""
+        self.steps.append(torch.stack([one.to("cpu", copy=True) for one in attended]).sum(0))
+        for one in attended:
+            one.zero_()

@@ -121,16 +121,20 @@ def check_video(stored: storage.Stored, video: VideoSource) -> None:
         )
 
 
-def map_cache(stored: storage.Stored, config: Any, tiers: TierConfig, tokens: int, device: torch.device) -> TieredCache:
-    """A cache of `tokens` tokens that reads the file as it is used; each layer is checked before its first use."""
+def map_cache(
+    stored: storage.Stored, config: Any, tiers: TierConfig, tokens: int, devices: list[torch.device]
+) -> TieredCache:
+    """A cache of `tokens` tokens that reads the file as it is used; each layer is checked before its first use.
+
+    devices: of the model's layers.
+    """
     cache = TieredCache(config, tiers, prompt_tokens=tokens)
-    cache.place(device)
-    for layer in cache.tiered_layers:
+    for layer, device in zip(cache.tiered_layers, devices, strict=True):
         prefix = f"layers.{layer.index:03}."
         names = [name for name in stored.names if name.startswith(prefix)]
         state = {name.removeprefix(prefix): stored.tensor(name) for name in names}
         try:
-            layer.restore(state, tokens, partial(stored.verify, *names))
+            layer.restore(state, tokens, device, partial(stored.verify, *names))
         except (KeyError, ValueError) as error:
             raise SessionError(f"{stored.path} does not hold layer {layer.index} of this session ({error}).") from None
     return cache

@@ -219,7 +219,7 @@ class VideoSession(AsyncAsking):
                 raise TieredKVError("this session has its video already: open another session for another video.")
             state = saved.state_of(stored)
             saved.check_origin(stored, self.model, self.processor)
-            cache = saved.map_cache(stored, self.model.config, self.tiers, state.tokens, self._device)
+            cache = saved.map_cache(stored, self.model.config, self.tiers, state.tokens, self._layer_devices())
             if self.tiers.host_kv_gb is not None:
                 what = f"the cache of {state.tokens:,} tokens"
                 check_host(cache.host_bytes, self.tiers.host_kv_gb, what, "raise host_kv_gb")
@@ -458,6 +458,14 @@ class VideoSession(AsyncAsking):
     @property
     def _dtype(self) -> torch.dtype:
         return self.model.get_input_embeddings().weight.dtype
+
+    def _layer_devices(self) -> list[torch.device]:
+        """Where each layer computes, also where its weights come from elsewhere (accelerate's offloading)."""
+        places = []
+        for layer in self.family.decoder(self.model).layers:
+            place = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
+            places.append(next(layer.parameters()).device if place is None else torch.device(place))
+        return places
 
     @property
     def head_tokens(self) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from tieredkv.cache import TieredCache
+from tieredkv.memory.device import on_device
 
 _capturing = threading.Lock()
 """One capture at a time: another's would be taken for part of it."""
@@ -35,6 +36,8 @@ class Steps:
         """How the last step ran: "eager", "graph", or "eager: " and why there is no graph."""
         if device.type == "cuda" and cache.counters.trace is not None:
             self.path = "eager: the chunks looked at are recorded"
+        elif len(cache.devices) > 1:
+            self.path = "eager: the model is spread over several devices"
         elif device.type == "cuda" and not cache.step_ops.capturable:
             self.path = f"eager: operations by {cache.step_ops.name}"
 
@@ -62,7 +65,7 @@ class Steps:
         try:
             with (
                 _capturing,
-                cache.on_device(),
+                on_device(device),
                 torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"),
             ):
                 self._logits = self._forward(self._token, self._place)

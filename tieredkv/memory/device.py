@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 
@@ -71,3 +72,8 @@ class DeviceLedger:
                 self._held[purpose] = before
             else:
                 self.release(purpose)
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """For a block that gives work to a device: kernels and streams are those of the current card."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

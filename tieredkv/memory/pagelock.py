@@ -10,6 +10,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 PAGE_BYTES = 4096
+_PORTABLE = 1
+"""cudaHostRegisterPortable: every card may read it."""
 
 
 def aligned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -24,11 +26,15 @@ def aligned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 class PageLocker:
     """Registers tensors with the CUDA driver on a thread of its own: half to one second per GiB, others report."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self) -> None:
+        self._cards: list[torch.device] = []
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tieredkv-pagelock")
         self._locks: dict[int, tuple[torch.Tensor, Future[None]]] = {}
         """By address. Memory is held as long as it is registered: what came to lie at its address would be read."""
+
+    def use(self, card: torch.device) -> None:
+        """A card reads the memory: it must be idle before the memory is given back."""
+        self._cards.append(card)
 
     def lock(self, tensor: torch.Tensor) -> None:
         """Begin to register a tensor's memory, which must stay where it is until `unlock`."""
@@ -37,8 +43,8 @@ class PageLocker:
             self._locks[address] = tensor, self._executor.submit(self._register, address, nbytes)
 
     def _register(self, address: int, nbytes: int) -> None:
-        with torch.cuda.device(self._device):
-            _check(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0), "cudaHostRegister")
+        with torch.cuda.device(self._cards[0]):
+            _check(torch.cuda.cudart().cudaHostRegister(address, nbytes, _PORTABLE), "cudaHostRegister")
 
     def refusal(self) -> str | None:
         """Wait until everything is registered; why something was not, or None."""
@@ -54,8 +60,9 @@ class PageLocker:
     def _unlock(self, address: int) -> None:
         _, future = self._locks.pop(address, (None, None))
         if future is not None and future.exception() is None:
-            with torch.cuda.device(self._device):
-                torch.cuda.synchronize()
+            for card in self._cards:
+                torch.cuda.synchronize(card)
+            with torch.cuda.device(self._cards[0]):
                 _check(torch.cuda.cudart().cudaHostUnregister(address), "cudaHostUnregister")
 
     def close(self) -> None:

@@ -61,35 +61,41 @@ class ThreadPrefetcher:
 
 
 class StreamCopies:
-    """Prefetcher on a CUDA stream of its own. Nothing here waits on the host but `drain` and `close`.
+    """Prefetcher on a CUDA stream of its own for each card. Nothing here waits on the host but `drain` and `close`.
 
     A copy starts after all that was given to the current stream before it, and `wait` makes what follows there start
     after the copy: events both ways, so that no buffer is refilled while it is read. Both may be captured in a graph.
+    The card is the current one.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
+    def __init__(self) -> None:
+        self._streams: dict[int, torch.cuda.Stream] = {}
         self._pending: dict[Hashable, tuple[torch.cuda.Event, int, Callable[[], int]]] = {}
 
     def submit(self, key: Hashable, copy: Callable[[], int]) -> None:
         if key in self._pending:
             raise RuntimeError(f"a copy for {key!r} is outstanding: wait for it first")
-        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        with torch.cuda.stream(self._stream):
+        card = torch.cuda.current_device()
+        if card not in self._streams:
+            self._streams[card] = torch.cuda.Stream(card)
+        stream = self._streams[card]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
             moved = copy()
             done = torch.cuda.Event()
-            done.record(self._stream)
+            done.record(stream)
         # The copy is kept: what it reads and writes must not be freed before it is done.
         self._pending[key] = (done, moved, copy)
 
     def wait(self, key: Hashable) -> int:
         done, moved, _ = self._pending.pop(key, (None, 0, None))
         if done is not None:
-            torch.cuda.current_stream(self._stream.device).wait_event(done)
+            torch.cuda.current_stream().wait_event(done)
         return moved
 
     def drain(self) -> None:
-        self._stream.synchronize()
+        for stream in self._streams.values():
+            stream.synchronize()
         self._pending.clear()
 
     def close(self) -> None:
