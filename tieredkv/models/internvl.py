@@ -29,7 +29,8 @@ class InternVL(PerFrame):
         return processor.end_image_token
 
     def encode(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        pixels = inputs["pixel_values_videos"].flatten(0, 1).to(model.device, model.dtype)
+        tower = next(model.model.vision_tower.parameters())
+        pixels = inputs["pixel_values_videos"].flatten(0, 1).to(tower.device, model.dtype)
         features = model.model.get_image_features(
             pixels,
             vision_feature_layer=model.config.vision_feature_layer,

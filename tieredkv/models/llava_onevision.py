@@ -17,7 +17,8 @@ class LlavaOnevision(PerFrame):
         return math.ceil(patches_per_side(config.vision_config) / 2)
 
     def encode(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        pixels = inputs["pixel_values_videos"].to(model.device, model.dtype)
+        tower = next(model.model.vision_tower.parameters())
+        pixels = inputs["pixel_values_videos"].to(tower.device, model.dtype)
         features = model.model.get_video_features(
             pixels,
             vision_feature_layer=model.config.vision_feature_layer,

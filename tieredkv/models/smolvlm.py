@@ -49,7 +49,7 @@ class SmolVLM(PerFrame):
     def encode(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Not by `get_image_features`, which takes frames of one certain grey for padding and drops them."""
         tower = model.model.vision_model
-        pixels = inputs["pixel_values"].flatten(0, 1).to(model.device, model.dtype)
+        pixels = inputs["pixel_values"].flatten(0, 1).to(next(tower.parameters()).device, model.dtype)
         edge = model.config.vision_config.patch_size
         n, _, height, width = pixels.shape
         mask = torch.ones((n, height // edge, width // edge), dtype=torch.bool, device=pixels.device)
