@@ -211,7 +211,7 @@ def test_recording_changes_no_logit_and_stays_under_the_cap(opened, settings, mo
 def test_steps_pay_at_most_all_of_their_attention(opened, monkeypatch, share):
     """And where all is attended to, what is recorded and what goes to sinks and text add up to it."""
     kept = []
-    monkeypatch.setattr("tieredkv.session.collect", lambda looks, *rest: kept.append(looks))
+    monkeypatch.setattr("tieredkv.evidence.collect", lambda looks, *rest: kept.append(looks))
     session = opened(share=share, theta=2.0, sink_tokens=0)
     session.ask(QUESTION, max_new_tokens=6)
     (looks,) = kept
@@ -266,7 +266,7 @@ def test_times_are_of_the_file_and_outlive_a_save(opened, video_model, processor
 
 def test_a_turn_of_a_conversation_has_the_rows_of_its_own_question(opened, monkeypatch):
     rows = []
-    monkeypatch.setattr("tieredkv.session.collect", lambda looks, own, *rest: rows.append(own))
+    monkeypatch.setattr("tieredkv.evidence.collect", lambda looks, own, *rest: rows.append(own))
     session = opened()
     session.ask(QUESTION, max_new_tokens=2)
     for _ in range(2):

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from transformers import StoppingCriteria, TextIteratorStreamer
 
 import tieredkv
+from tieredkv import decode
 from tieredkv.errors import BudgetError, OptionError, PromptError, TieredKVError, VideoError
 from tieredkv.streaming import Pieces
 
@@ -316,12 +317,10 @@ def test_closing_the_session_stops_its_streams_and_tells_their_readers(session):
 
 
 def test_stop_strings_and_stopping_criteria_end_a_stream(session, byte_tokenizer, monkeypatch):
-    class Both:
-        tokenizer = byte_tokenizer
-
-    options = {"max_new_tokens": 50, "do_sample": False}
+    run, options = decode.run, {"max_new_tokens": 50, "do_sample": False}
     ids = session.ask(MOON, **options).token_ids
-    monkeypatch.setattr(session, "processor", Both())  # what stop strings are spelled with, the template aside
+    # What stop strings are spelled with, the template aside.
+    monkeypatch.setattr(decode, "run", lambda *arguments: run(*arguments[:-1], byte_tokenizer))
     stream = session.ask(MOON, stop_strings=[byte_tokenizer.decode(ids[2])], stream=True, **options)
     assert "".join(stream) == stream.generation.text
     assert stream.generation.token_ids == ids[: ids.index(ids[2]) + 1]

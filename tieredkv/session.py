@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 from collections import deque
@@ -16,11 +15,11 @@ import torch
 
 from tieredkv import decode, ingest, models, saved, sizes
 from tieredkv.aio import AsyncAsking
-from tieredkv.attention.interface import use_attention
+from tieredkv.answer import VideoPrompt, answer, looked_at
 from tieredkv.cache import TieredCache
 from tieredkv.config import DEFAULT_FPS, TierConfig
 from tieredkv.errors import PromptError, TieredKVError, UnsupportedModelError
-from tieredkv.evidence import Evidence, Wanted, check_wanted, collect
+from tieredkv.evidence import Wanted, check_wanted
 from tieredkv.looks import Looks
 from tieredkv.memory.limits import check_host, check_host_memory
 from tieredkv.models.base import Positions, VideoFamily, VideoGrid
@@ -28,8 +27,7 @@ from tieredkv.pipeline import Cancelled, Pipeline
 from tieredkv.progress import IngestProgress, progress_bar
 from tieredkv.prompt import ChatTemplate, check_prompt
 from tieredkv.saved import SessionState
-from tieredkv.stats import Generation, IngestStats, Stats
-from tieredkv.steps import Steps
+from tieredkv.stats import Generation, IngestStats
 from tieredkv.storage import Stored
 from tieredkv.streaming import AnswerStream, Job, Work, check_stream
 from tieredkv.video.frames import VideoSource, open_video
@@ -157,7 +155,7 @@ class VideoSession(AsyncAsking):
         """`cache` holds the prompt's head and this video."""
         self._cache, self.video = cache, grid
         cache.auto_seal = False
-        cache.visual = torch.cat((torch.zeros(self.head_tokens, dtype=torch.bool), grid.is_visual()))
+        cache.visual = self._prompt.is_visual()
 
     def _check_memory(self, video: int, asked: int, max_new_tokens: int) -> int:
         """Refuse what neither tier can hold, before the costly stages; prompt tokens to make room for in the host tier.
@@ -182,10 +180,13 @@ class VideoSession(AsyncAsking):
         return tokens + sizes.QUESTION_ROOM
 
     @property
-    def _prefix(self) -> int:
-        """Prompt tokens that every question shares: the head and the video."""
+    def _prompt(self) -> VideoPrompt:
+        """What all questions share."""
         assert self.video is not None
-        return self.head_tokens + self.video.tokens
+        assert self.ingest_stats is not None
+        start = self._about_video.get("start", 0.0)
+        end = start + self.ingest_stats.frames / self._about_video["fps"]
+        return VideoPrompt(self.template, self._head, self._head_ids, self.video, self.positions, start, end)
 
     # ---- on disk
 
@@ -317,24 +318,34 @@ class VideoSession(AsyncAsking):
             options = {**options, "streamer": job.pieces(self.template.text)}
         with decode.ending_on_error(options.get("streamer")), self._lock if job is None else job.turn(self._lock):
             cache, _ = self._ready()
+            before = self._prompt
             head, tail = self.template.around_video([*(self._history if chat else ()), (prompt, None)])
-            if head != self._head:
+            if head != before.head:
                 raise PromptError("the chat template puts the prompt before the video: that is not supported.")
-            cache.truncate(self._prefix)
+            cache.truncate(before.tokens)
             cache.counters.trace = [] if trace else None
             cache.looks = Looks(self.tiers.chunk_tokens) if evidence else None
             try:
-                answer = self._answer(cache, self.template.tail_ids(tail), options, job)
-                if cache.looks is not None:
-                    rows = self._question_tokens(tail, prompt)
-                    answer = replace(answer, evidence=self._evidence(cache, rows, len(answer.token_ids), evidence))
+                made = answer(
+                    self.model,
+                    before,
+                    cache,
+                    self.template.tail_ids(tail),
+                    self.new_tokens(options),
+                    options,
+                    partial(self._check_going_on, job),
+                    self.ingest_s,
+                )
+                if evidence:
+                    rows, count = before.question_tokens(tail, prompt), len(made.token_ids)
+                    made = replace(made, evidence=looked_at(before, cache, rows, count, evidence == "tokens"))
             finally:
                 cache.looks = None
-                cache.truncate(self._prefix)
+                cache.truncate(before.tokens)
             if chat:
                 self._check_going_on(job)
-                self._history.append((prompt, answer.text))
-            return answer
+                self._history.append((prompt, made.text))
+            return made
 
     def _check_going_on(self, job: Job | None) -> None:
         """Raise if a job's answer is no longer wanted; without a job somebody waits for it."""
@@ -342,101 +353,6 @@ class VideoSession(AsyncAsking):
             job.check()
             if self._closed:
                 raise TieredKVError("the session was closed before the answer was complete.")
-
-    def _question_tokens(self, tail: str, prompt: str) -> int:
-        """Tokens of the prompt from its last question on: those of earlier turns are not this one's evidence."""
-        mark = "(the question)"
-        behind = self.template.around_video([(mark, None)])[1].rpartition(mark)[2]
-        begin = tail.rfind(prompt.strip(), 0, len(tail) - len(behind))
-        return self.template.tokenize(tail[max(0, begin) :]).shape[1]
-
-    def _evidence(self, cache: TieredCache, rows: int, tokens: int, wanted: Wanted) -> Evidence:
-        """Of an answer of `tokens` tokens; rows: tokens of the prompt from the question on."""
-        assert self.video is not None
-        assert cache.looks is not None
-        assert self.ingest_stats is not None
-        heads = cache.shape.num_attention_heads * cache.shape.num_layers
-        start = self._about_video.get("start", 0.0)
-        span = start, start + self.ingest_stats.frames / self._about_video["fps"]
-        return collect(cache.looks, rows, heads, self.head_tokens, self.video, span, tokens, wanted == "tokens")
-
-    @torch.no_grad()
-    def _answer(
-        self, cache: TieredCache, tail_ids: torch.Tensor, options: dict[str, Any], job: Job | None
-    ) -> Generation:
-        assert self.video is not None
-        started = time.perf_counter()
-        family, model, video = self.family, self.model, self.video
-        prefix, tail = cache.get_seq_length(), tail_ids.shape[1]
-        new_tokens = self.new_tokens(options)
-        cache.new_tokens = new_tokens
-        rows, shorter = sizes.question_rows(self.tiers, tail), "shorten the question or the conversation"
-        layout = sizes.lay_out(self.tiers, prefix + tail, rows, new_tokens)
-        sizes.check_cap(cache.shape, self.tiers, layout, rows, f"lower max_new_tokens, or {shorter}")
-        if cache.room < prefix + tail:
-            what = f"the cache of the video and a question of {tail:,} tokens"
-            needed = (prefix + tail) * cache.shape.token_bytes
-            check_host(needed, self.tiers.host_kv_gb, what, shorter, held_bytes=cache.host_bytes)
-            cache.reserve(prefix + tail)
-        cache.transfer.reset()
-        positions = family.positions(model, self.head_tokens, video, prefix, prefix + tail, self.positions)
-        with use_attention(model):
-            # The question's last rows, which classify the heads, go in one call.
-            first_calls = max(0, tail - self.tiers.prefill_chunk)
-            for begin, stop in _spans(first_calls, self.tiers.prefill_chunk, tail):
-                self._check_going_on(job)
-                cache.text_rows = min(stop - begin, self.tiers.method.text_window) if stop == tail else 0
-                embeddings = family.embed(model, tail_ids[:, begin:stop].to(self._device))
-                hidden = family.decode(model, embeddings, positions[:, begin:stop], cache)
-            logits = family.logits(model, hidden[:, -1])
-            self._check_going_on(job)
-            cache.seal()
-
-            def forward(token: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-                hidden = family.decode(model, family.embed(model, token), place, cache)
-                return family.logits(model, hidden[:, -1])
-
-            # Generated tokens go on after the prompt, on all axes alike.
-            step = Steps(forward, cache, self._device, positions.shape[0], int(positions[0, -1]) + 1)
-
-            def take(token: int) -> torch.Tensor:
-                self._check_going_on(job)
-                return step(token)
-
-            inside = torch.tensor([video.ids(self.template.visual_id)])
-            prompt_ids = torch.cat((self._head_ids, inside, tail_ids), dim=1).to(self._device)
-            decoded = decode.run(model, prompt_ids, logits, take, new_tokens, options, self.processor.tokenizer)
-        return self._generation(cache, decoded, started, prefix + tail, step.path)
-
-    def _generation(
-        self, cache: TieredCache, decoded: decode.Decoded, started: float, prompt_tokens: int, path: str
-    ) -> Generation:
-        assert self.video is not None
-        cache.finish()
-        counters, count = cache.counters, len(decoded.token_ids)
-        moved = counters.warm_bytes + counters.missed_bytes + counters.prefetched_bytes + cache.transfer.streamed_bytes
-        later = (decoded.last_token_at - decoded.first_token_at) * 1000
-        stats = Stats(
-            prompt_tokens=prompt_tokens,
-            visual_tokens=self.video.visual_tokens,
-            new_tokens=count,
-            kv_full_bytes=(prompt_tokens + count) * cache.shape.token_bytes,
-            kv_cap_bytes=self.tiers.cap_bytes,
-            kv_device_peak_bytes=cache.ledger.peak_bytes,
-            kv_host_bytes=cache.host_bytes,
-            static_heads=counters.static_heads,
-            dynamic_heads=counters.dynamic_heads,
-            selected_chunks=counters.selected,
-            hit_rate=counters.hit_rate,
-            unseen_mass=counters.unseen_mass,
-            moved_bytes=moved,
-            prefetched_bytes=counters.prefetched_bytes,
-            ingest_s=self.ingest_s,
-            ttft_s=decoded.first_token_at - started,
-            tpot_ms=later / (count - 1) if count > 1 else None,
-            decode_path=path,
-        )
-        return Generation(self.template.text(decoded.token_ids), decoded.token_ids, stats, counters.trace)
 
     def new_tokens(self, options: dict[str, Any]) -> int:
         """`max_new_tokens` of a question with these generation options."""
@@ -516,10 +432,3 @@ class VideoSession(AsyncAsking):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _spans(first: int, size: int, total: int) -> list[tuple[int, int]]:
-    """Cut 0..total into calls of at most `size`, the last of them full: its rows are the ones that are scored."""
-    ends = [total, *range(first, 0, -size), 0]
-    ends = sorted(set(ends))
-    return list(itertools.pairwise(ends))
