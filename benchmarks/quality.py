@@ -12,7 +12,7 @@ all up to it are, as greedy decoding would have it; of text, where the small mod
 all its tokens are chosen rightly behind the true ones. Rows are paired: the same questions under every policy, the full
 cache among them. Intervals are 95 %, by bootstrap over questions. Memory is counted as for keys and values of 16 bits.
 Finished contexts are kept in a file beside the results until a whole suite is done, so an interrupted run goes on,
-and a suite may be run in parts: `--tasks`, `--tokens`, `--contexts`.
+and a suite may be run in parts: `--tasks`, `--tokens`, `--contexts`; `--finished` writes the results of what there is.
 """
 
 from __future__ import annotations
@@ -140,13 +140,15 @@ def _record(unit: Unit, asked: Any, task: str, setting: tuple[str, Any, Any], an
 # ---- all of them
 
 
+def finished(parts: Path) -> dict[str, list[dict[str, Any]]]:
+    """Records of the units that earlier runs have left in `parts`, by their keys."""
+    lines = parts.read_text().splitlines() if parts.exists() else []
+    return {stored["key"]: stored["records"] for stored in map(json.loads, lines)}
+
+
 def run_all(made: list[Unit], processes: int, parts: Path) -> list[dict[str, Any]]:
     """Records of all units; those in `parts` are not run again."""
-    done: dict[str, list[dict[str, Any]]] = {}
-    if parts.exists():
-        for line in parts.read_text().splitlines():
-            stored = json.loads(line)
-            done[stored["key"]] = stored["records"]
+    done = finished(parts)
     left = [unit for unit in made if unit.key not in done]
     started = time.perf_counter()
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -188,7 +190,8 @@ def _chosen(arguments: argparse.Namespace) -> list[str]:
     lengths = [] if arguments.tokens is None else ["--tokens", *map(str, arguments.tokens)]
     tasks = [] if arguments.tasks is None else ["--tasks", *arguments.tasks]
     contexts = [] if arguments.contexts is None else ["--contexts", str(arguments.contexts)]
-    return [*lengths, *tasks, *contexts, *(["--quick"] if arguments.quick else [])]
+    flags = [f"--{name}" for name in ("quick", "finished") if getattr(arguments, name)]
+    return [*lengths, *tasks, *contexts, *flags]
 
 
 def main() -> None:
@@ -199,6 +202,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", help="only contexts of these lengths")
     parser.add_argument("--tasks", nargs="+", help="only these: video, chain, lookup, copy, needle, perplexity")
     parser.add_argument("--contexts", type=int, help="at most this many contexts of each kind")
+    parser.add_argument("--finished", action="store_true", help="only contexts that earlier runs have finished")
     parser.add_argument("--quick", action="store_true", help="two questions of each kind")
     arguments = parser.parse_args()
     for suite in arguments.suite:
@@ -208,10 +212,13 @@ def main() -> None:
         made = [unit for unit in made if arguments.tokens is None or unit.tokens in arguments.tokens]
         made = [unit for unit in made if arguments.tasks is None or unit.task in arguments.tasks]
         made = [unit for unit in made if arguments.contexts is None or unit.number < arguments.contexts]
-        if not made:
-            parser.error(f"suite {suite!r} has no context of that length, task and number")
         arguments.out.mkdir(parents=True, exist_ok=True)
         parts = arguments.out / f"quality-{suite}.parts.jsonl"
+        if arguments.finished:
+            there = finished(parts)
+            made = [unit for unit in made if unit.key in there]
+        if not made:
+            parser.error(f"suite {suite!r} has no context of that length, task and number")
         started = time.perf_counter()
         rows = aggregate(run_all(made, arguments.processes, parts))
         show(rows)

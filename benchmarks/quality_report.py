@@ -111,11 +111,14 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     panels = sorted({(r["task"], r["tokens"]) for r in rows if r["task"] in DRAWN}, key=lambda p: (p[1], p[0]))
-    columns = min(3, len(panels))
+    columns = min(2 if len(panels) == 4 else 3, len(panels))
     lines = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(4.6 * columns, 3.4 * lines), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (task, tokens) in zip(figure.subplots(lines, columns, squeeze=False).flat, panels, strict=False):
+    grid = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for axes in grid[len(panels) :]:
+        axes.remove()
+    for axes, (task, tokens) in zip(grid, panels, strict=False):
         shown = [r for r in rows if (r["task"], r["tokens"]) == (task, tokens)]
         axes.axhline(100 * shown[0]["accuracy_full"], color="black", linewidth=1, linestyle=":", label="full cache")
         for policy, colour in COLOURS.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -139,3 +140,12 @@ def test_every_context_has_one_full_cache_to_be_paired_with(suite):
         labels.setdefault(context, []).extend(unit.settings)
     assert set(full.values()) == {1}
     assert all(len(set(each)) == len(each) for each in labels.values())
+
+
+def test_what_has_finished_is_known_by_its_key(tmp_path):
+    parts = tmp_path / "quality-text.parts.jsonl"
+    assert quality.finished(parts) == {}
+    first, second = quality_suites.units("text", quick=True)[:2]
+    parts.write_text(json.dumps({"key": first.key, "records": [1]}) + "\n")
+    assert quality.finished(parts).get(first.key) == [1]
+    assert second.key not in quality.finished(parts)
