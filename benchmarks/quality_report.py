@@ -102,7 +102,11 @@ COLOURS = {
     "lookm": "#8c564b",
     "streaming": "#7f7f7f",
 }
-DRAWN = ("chain", "chain, hop 6", "second", "second, not sealed anew", "lookup", "copy", "needle")
+DRAWN = {
+    "tiny": ("chain, hop 6", "second, hop 6", "second, not sealed anew, hop 6"),
+    "smollm2": ("chain", "lookup", "copy", "needle"),
+}
+"""Tasks with a panel for each length."""
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
@@ -110,7 +114,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    panels = sorted({(r["task"], r["tokens"]) for r in rows if r["task"] in DRAWN}, key=lambda p: (p[1], p[0]))
+    panels = sorted({(r["task"], r["tokens"]) for r in rows if r["task"] in DRAWN[r["model"]]})
     columns = min(2 if len(panels) == 4 else 3, len(panels))
     lines = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(4.6 * columns, 3.4 * lines), layout="constrained")

@@ -51,10 +51,13 @@ def stock_inputs(
             messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     count = len(frames)
+    video: Any = torch.from_numpy(frames).permute(0, 3, 1, 2)
+    if type(processor).__name__ == "SmolVLMProcessor":  # takes a list of videos for each text
+        video = [video]
     metadata = {"fps": fps, "total_num_frames": count, "frames_indices": list(range(count)), "duration": count / fps}
     return processor(
         text=[text],
-        videos=[torch.from_numpy(frames).permute(0, 3, 1, 2)],
+        videos=[video],
         video_metadata=[metadata],
         do_sample_frames=False,
         return_tensors="pt",

@@ -25,7 +25,8 @@ class LlavaOnevision(PerFrame):
             vision_feature_select_strategy=model.config.vision_feature_select_strategy,
             return_dict=True,
         ).pooler_output
-        return features.flatten(0, 1)[:-1]  # the newline comes once, behind the last segment
+        # Without the newline, which some versions of transformers add here: it comes once, behind the last segment.
+        return features.flatten(0, 1)[: pixels.shape[1] * self.side(model.config) ** 2]
 
     def closing(self, model: Any) -> torch.Tensor | None:
         return model.model.image_newline.unsqueeze(0)

@@ -35,7 +35,9 @@ class Qwen3VL(Qwen2VL):
     def encode(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         features = self._features(model, inputs)
         parts = (features.pooler_output, *features.deepstack_features)
-        return torch.cat([torch.cat(tuple(part), dim=0) for part in parts], dim=1)
+        # By video, but what goes to deeper layers is in one piece before transformers 5.18 or so.
+        whole = [part if isinstance(part, torch.Tensor) else torch.cat(tuple(part), dim=0) for part in parts]
+        return torch.cat(whole, dim=1)
 
     def positions(
         self, model: Any, head: int, video: VideoGrid, begin: int, stop: int, rule: Positions
