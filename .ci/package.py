@@ -25,6 +25,8 @@ MOST_BYTES = 20_000_000
 IN_WHEEL = {
     "tieredkv/__init__.py",
     "tieredkv/py.typed",
+    "tieredkv/evidence_page.html",
+    "tieredkv/benchmarks/origin.py",
     "tieredkv/tiny/weights/model.safetensors",
     "tieredkv/tiny/weights/chat_template.jinja",
 }

@@ -361,3 +361,10 @@ def test_killed_at_random_moments_each_question_is_answered_once(tmp_path, mode)
     assert torn > 0
     assert Counter(row["id"] for row in found(file)) == Counter(range(40))
     assert {row["id"] for row in found(file) if "error" in row} == set(range(0, 40, 7))
+
+
+def test_an_error_to_a_question_that_was_changed_is_not_gone_on_with(tmp_path):
+    file, line = tmp_path / "answers.jsonl", {"id": 1, "video": "a.mp4", "question": "bad"}
+    answer(file, ask(tmp_path, line))
+    with pytest.raises(BatchError, match="which the questions do not ask: they were changed since"):
+        answer(file, ask(tmp_path, line | {"question": "good"}))

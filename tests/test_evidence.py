@@ -91,9 +91,14 @@ def test_faint_peaks_are_no_moments_and_there_are_only_so_many():
     assert moments(torch.zeros(40)) == ()
 
 
+def test_where_a_step_is_a_frame_the_peak_is_when_that_frame_is_shown():
+    (found,) = find_moments(torch.tensor([0.0, 0.0, 0.0, 1.0]), 0.0, 180.0, 50.0, frames_per_step=1)
+    assert (found.start, found.end, found.peak) == (150.0, 180.0, 150.0)
+
+
 def test_a_last_step_that_is_cut_short_ends_with_the_video():
     (found,) = moments(heat(s39=1.0), start=3.0, length=19.75)
-    assert (found.start, found.end, found.peak) == (22.5, 22.75, 22.625)
+    assert (found.start, found.end, found.peak) == (22.5, 22.75, 22.5)
 
 
 def looks_of(question: torch.Tensor, steps: list[torch.Tensor]) -> Looks:
@@ -314,3 +319,12 @@ def test_a_benchmark_that_counts_hits_counts_misses():
     assert benchmark.hits(made, (1.0, 2.1))
     assert not benchmark.hits(made, (2.5, 9.0))
     assert not benchmark.hits((), (0.0, 20.0))
+
+
+def test_evidence_ends_with_the_film_where_frames_are_far_apart(video_model, processor, frames):
+    with tieredkv.open_session(
+        video_model, frames, gpu_kv_gb=1, processor=processor, fps=0.1, source_fps=120 / 41
+    ) as session:
+        evidence = session.ask(QUESTION, max_new_tokens=2).evidence
+    assert evidence.end == pytest.approx(41)
+    assert all(moment.peak < 41 for moment in evidence)

@@ -286,3 +286,9 @@ def test_the_command_refuses_another_kind_of_file_before_any_work(film, tmp_path
 
 def test_what_the_page_needs_is_public():
     assert tieredkv.save_evidence is evidence_page.save_evidence
+
+
+def test_frames_without_their_rate_are_refused(tmp_path):
+    with pytest.raises(OptionError, match="source_fps="):
+        save_evidence(answer(), tmp_path / "out.png", video=np.zeros((4, 56, 56, 3), np.uint8))
+    assert not (tmp_path / "out.png").exists()

@@ -245,3 +245,19 @@ def test_a_model_over_two_cards_decodes_as_on_one(llama, on_card, long_ids, card
             places = [layer.sealed.tiers.pool.pages.device for layer in cache.tiered_layers]
     assert [place.index for place in places] == [0, 1, 1]
     torch.testing.assert_close(found[1].cpu(), found[0].cpu(), rtol=0, atol=2e-4)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_session_over_two_cards_answers_as_on_one(video_model, processor, frames, card):
+    from accelerate import dispatch_model
+
+    def answer(model):
+        options = {"gpu_kv_gb": cap_share(video_model, 260, 0.9), "chunk_tokens": 8, "text_window": 8, "theta": 2.0}
+        with tieredkv.open_session(model, frames, processor=processor, fps=4, **options, budget_ratio=0.3) as session:
+            return session.ask("what colour was the star ?", max_new_tokens=6).token_ids
+
+    layers = {f"model.language_model.layers.{index}": int(index > 1) for index in range(4)}
+    rest = {"model.visual": 0, "model.language_model.embed_tokens": 0, "model.language_model.rotary_emb": 0}
+    where = {**layers, **rest, "model.language_model.norm": 1, "lm_head": 1}
+    spread = dispatch_model(copy.deepcopy(video_model), where, skip_keys=video_model._skip_keys_device_placement)
+    assert answer(spread) == answer(copy.deepcopy(video_model).to(card))

@@ -52,6 +52,7 @@ def test_going_back_within_the_window_is_exact_and_beyond_it_refused(gemma, long
         gemma(long_ids[:, :60], past_key_values=cache)
         with pytest.raises(OptionError, match="sliding windows cannot go back to 80 of 85 tokens"):
             cache.crop(-5)
+        assert {layer.get_seq_length() for layer in cache.layers} == {85}  # nothing has changed
 
 
 @pytest.mark.parametrize(
@@ -65,3 +66,33 @@ def test_models_with_nothing_to_tier_are_refused(gemma, change):
         setattr(config, name, value)
     with pytest.raises(UnsupportedModelError, match="needs no tiers"):
         TieredCache(config, gpu_kv_gb=1)
+
+
+@pytest.mark.parametrize("rows", [1, 64])
+def test_queries_are_attended_for_in_blocks(gemma, long_ids, rows, monkeypatch):
+    stock = gemma(long_ids[:, :300]).logits
+    monkeypatch.setattr("tieredkv.sliding.ROWS", rows)
+    with torch.no_grad(), tieredkv.use_attention(gemma), TieredCache(gemma.config, gpu_kv_gb=1) as cache:
+        cache.auto_seal = False
+        parts = [gemma(part, past_key_values=cache).logits for part in long_ids[:, :300].split(130, dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), stock, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("broken", [1, 3], ids=["before the first layer that grows", "behind it"])
+def test_an_interrupted_forward_is_noticed(gemma, long_ids, broken):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    with torch.no_grad(), tieredkv.use_attention(gemma), TieredCache(gemma.config, gpu_kv_gb=1) as cache:
+        cache.auto_seal = False
+        gemma(long_ids[:, :20], past_key_values=cache)
+        hook = gemma.model.layers[broken].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            gemma(long_ids[:, 20:30], past_key_values=cache)
+        hook.remove()
+        with pytest.raises(RuntimeError, match=r"did not run through all layers.*truncate\(20\)"):
+            gemma(long_ids[:, 20:30], past_key_values=cache)
+        cache.truncate(20)
+        got = gemma(long_ids[:, 20:30], past_key_values=cache).logits[:, -1]
+    stock = gemma(long_ids[:, :30]).logits[:, -1]
+    torch.testing.assert_close(got, stock, rtol=0, atol=2e-4)

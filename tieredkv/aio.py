@@ -9,6 +9,9 @@ from typing import Any, Literal, overload
 from tieredkv.stats import Generation
 from tieredkv.streaming import Answer, End, Job, Work
 
+_LOOK_S = 0.5
+"""Seconds between looks at a thread that is to end."""
+
 
 class AsyncAnswerStream(Answer):
     """Asynchronous iterator of the pieces of an answer; joined they are `generation.text`.
@@ -52,9 +55,12 @@ class AsyncAnswerStream(Answer):
         self._ended = True
         self._job.stop()
         cancelled = False
-        while self._job.started and not self._over.is_set():
+        while self._job.started and self._job.running and not self._over.is_set():
             try:
-                await self._over.wait()
+                # The end is not told where the loop that asked is closed: then the thread itself is looked at.
+                await asyncio.wait_for(self._over.wait(), _LOOK_S)
+            except TimeoutError:
+                continue
             except asyncio.CancelledError:
                 cancelled = True  # but memory and threads are given back first
         self._job.join()

@@ -92,13 +92,13 @@ def answer(
             cache.text_rows = min(stop - begin, tiers.method.text_window) if stop == tail else 0
             embeddings = family.embed(model, tail_ids[:, begin:stop].to(device))
             hidden = family.decode(model, embeddings, positions[:, begin:stop], cache)
-        logits = family.logits(model, hidden[:, -1])
+        logits = family.logits(model, hidden[:, -1]).to(device)
         check()
         cache.seal()
 
         def forward(token: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
             hidden = family.decode(model, family.embed(model, token), place, cache)
-            return family.logits(model, hidden[:, -1])
+            return family.logits(model, hidden[:, -1]).to(device)  # of several cards, from the last to the first
 
         # Generated tokens go on after the prompt, on all axes alike.
         steps = Steps(forward, cache, device, positions.shape[0], int(positions[0, -1]) + 1)

@@ -81,9 +81,7 @@ class Answers:
             if key in self.answered | self.failed:
                 raise BatchError(f"{self.file}: line {number} answers {key!r} a second time: remove one of them.")
             question = asked.get(key)
-            if question is None or (
-                not error and (question.video, question.text) != (about["video"], about["question"])
-            ):
+            if question is None or (question.video, question.text) != (about["video"], about["question"]):
                 raise BatchError(
                     f"{self.file}: line {number} answers {key!r}, which the questions do not ask: they were changed "
                     "since; give another name."
@@ -97,14 +95,18 @@ class Answers:
         """The id and all of a line that this program wrote."""
         with suppress(ValueError, TypeError):
             found = json.loads(line)
-            if "id" in found and ("error" in found or {"video", "question", "text"} <= found.keys()):
+            names = found.keys() if isinstance(found, dict) else set()
+            if {"id", "video", "question"} <= names and {"error", "text"} & names:
                 return str(found["id"]), found
         raise BatchError(f"{self.file}: line {number} is no answer: this is another file, or it is damaged.")
 
     def begin(self) -> None:
         """Make the file ready to be written to: created, or rid of a torn line and of errors to be tried again."""
         if self._descriptor is None:
-            self._descriptor = os.open(self.file, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o666)
+            try:
+                self._descriptor = os.open(self.file, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o666)
+            except FileExistsError:
+                raise BatchError(f"{self.file} was written by another run meanwhile: give --resume.") from None
             _lock(self._descriptor, self.file)
             sync_folder(self.file.parent)
         elif not self._whole:

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from transformers import Cache, PreTrainedConfig
-from transformers.cache_utils import get_layer_types_and_kwargs
 
 from tieredkv import decode_plan, models, sizes
 from tieredkv.config import GIB, TierConfig, tier_config
@@ -71,18 +70,10 @@ class TieredCache(Cache):
             if not isinstance(value, int) or value < 0:
                 raise OptionError(f"{name}={value!r} is not valid: give a whole number of at least 0.")
         text = config.get_text_config(decoder=True)
-        models.check_text_family(text.model_type)
-        kinds, _ = get_layer_types_and_kwargs(text)
-        served = {"full_attention", *(("sliding_attention",) if text.model_type in models.SLIDING_FAMILIES else ())}
-        if other := sorted(set(kinds) - served):
-            raise UnsupportedModelError(
-                f"{text.model_type} has layers of type {', '.join(other)}; TieredCache serves full attention only."
-            )
-        if "full_attention" not in kinds or getattr(text, "use_bidirectional_attention", False):
-            raise UnsupportedModelError(f"this {text.model_type} attends to no cache that grows: it needs no tiers.")
+        kinds = models.check_layers(text)
         numbers = itertools.count()
         layers: list[Any] = [
-            TieredLayer(self, next(numbers)) if kind == "full_attention" else SlidingLayer(text.sliding_window)
+            TieredLayer(self, next(numbers)) if kind == "full_attention" else SlidingLayer(self, text.sliding_window)
             for kind in kinds
         ]
         super().__init__(layers=layers)
@@ -202,14 +193,27 @@ class TieredCache(Cache):
                 "the cache: run the model inside `with tieredkv.use_attention(model):`."
             )
         if index == 0:
-            lengths = {layer.get_seq_length() for layer in self.tiered_layers}
+            whole = self._all if self._all[0] is self.tiered_layers[0] else self.tiered_layers
+            lengths = {layer.get_seq_length() for layer in whole}
             if self._announced is not None or len(lengths) > 1:
-                raise RuntimeError(
-                    "the last forward did not run through all layers of this TieredCache: it was interrupted, or ran "
-                    f"outside `tieredkv.use_attention(model)`. Go back with truncate({min(lengths)}) or less."
-                )
+                raise self._interrupted()
             self._change_phase(tokens)
         self._announced = index
+
+    def check_length(self, layer: SlidingLayer, tokens: int) -> None:
+        """Raise unless `layer`, about to see `tokens` new tokens, has seen all that the others have, and no more."""
+        if layer is self._all[0] and len({each.get_seq_length() for each in self._all}) > 1:
+            raise self._interrupted()
+        behind = self._all.index(layer) > self._all.index(self.tiered_layers[0])  # which have seen the new ones
+        if layer.get_seq_length() != self.get_seq_length() - (tokens if behind else 0):
+            raise self._interrupted()
+
+    def _interrupted(self) -> RuntimeError:
+        least = min(layer.get_seq_length() for layer in self._all)
+        return RuntimeError(
+            "the last forward did not run through all layers of this TieredCache: it was interrupted, or ran "
+            f"outside `tieredkv.use_attention(model)`. Go back with truncate({least}) or less."
+        )
 
     def _change_phase(self, tokens: int) -> None:
         """Seal for the first generated token, leave the decode phase for more prompt."""
@@ -438,7 +442,13 @@ class TieredCache(Cache):
                 self.copies.wait(layer.index)
 
     def truncate(self, tokens: int) -> None:
-        """Forget all but the first `tokens` tokens, leaving the decode phase if need be."""
+        """Forget all but the first `tokens` tokens, leaving the decode phase if need be.
+
+        Raises `OptionError`, and changes nothing, where a layer with a sliding window has forgotten what it would see.
+        """
+        for layer in self._all:
+            if isinstance(layer, SlidingLayer):
+                layer.check_truncate(tokens)
         self._announced = None
         try:
             if tokens > min(layer.prompt_length for layer in self.tiered_layers):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tieredkv import sizes
+from tieredkv.memory.device import on_device
 from tieredkv.memory.host import HostLayer
 from tieredkv.ops import ops_for
 from tieredkv.policy import digest, sketch
@@ -107,7 +108,7 @@ class ContextDigests:
         chunks = self._host.chunks(first, stop)
         if self._device.type == "cpu":
             return kind.make(chunks[:, :, 0], bits, basis)
-        with self._cache.ledger.scratch("digesting", self._scratch_bytes(stop - first)):
+        with on_device(self._device), self._cache.ledger.scratch("digesting", self._scratch_bytes(stop - first)):
             staged = torch.empty(chunks.shape, dtype=self._host.dtype, device=self._device)
             self._cache.transfer.stage(chunks, staged, with_values=True)
             make = ops_for(self._device).pack_sketches if kind.fitted else kind.make

@@ -7,6 +7,7 @@ question's rows look at alike, whatever they ask, is taken off first. Shapes: `S
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Literal
@@ -44,7 +45,7 @@ class Moment:
     weight: float
     """Share of the attention to the video, beyond what every row of the question pays, that fell into it."""
     peak: float
-    """When attention was highest."""
+    """When the frame is shown to which attention was highest."""
 
     def as_dict(self) -> dict[str, float]:
         """Plain values, for JSON."""
@@ -93,17 +94,24 @@ def by_step(mass: torch.Tensor, first_chunk: int, chunk_tokens: int, head: int, 
     What a chunk got is spread evenly over its tokens; what of it fell on text is left out.
     """
     first = first_chunk * chunk_tokens
-    step = step_of(torch.arange(first, first + mass.shape[1] * chunk_tokens), head, video)
-    visual = step >= 0
-    each = (mass / chunk_tokens).repeat_interleave(chunk_tokens, dim=1)
-    return torch.zeros((mass.shape[0], video.steps)).index_add_(1, step[visual], each[:, visual])
+    token = torch.arange(mass.shape[1] * chunk_tokens)
+    step = step_of(first + token, head, video)
+    pairs = torch.stack((token // chunk_tokens, step))[:, step >= 0]
+    (chunk, step), tokens = pairs.unique(dim=1, return_counts=True)  # how many tokens of a chunk are of a step
+    share = mass[:, chunk] * (tokens / chunk_tokens)
+    return torch.zeros((mass.shape[0], video.steps)).index_add_(1, step, share)
 
 
-def find_moments(heat: torch.Tensor, start: float, end: float, seconds_per_step: float) -> tuple[Moment, ...]:
+def find_moments(
+    heat: torch.Tensor, start: float, end: float, seconds_per_step: float, frames_per_step: int = 2
+) -> tuple[Moment, ...]:
     """The best moments of a video by the attention `(S,)` to its steps, best first, none overlapping another.
 
-    start, end: of the video. It is cut into steps from its start; the last may be shorter.
+    start, end: of the video. It is cut into steps from its start; the last may be shorter. A peak is where the last
+    frame of its step is.
     """
+    frame = seconds_per_step / frames_per_step
+    last_frame = start + frame * max(0, math.ceil((end - start) / frame - 1e-6) - 1)
     total = float(heat.sum())
     if total <= 0:
         return ()
@@ -113,9 +121,9 @@ def find_moments(heat: torch.Tensor, start: float, end: float, seconds_per_step:
     while len(found) < MOST and max(left) >= least:
         peak = left.index(max(left))
         first, last = _reach(left, peak, longest)
-        places = first, last + 1, peak, peak + 1
-        begin, finish, low, high = (min(end, start + place * seconds_per_step) for place in places)
-        found.append(Moment(begin, finish, sum(left[first : last + 1]) / total, (low + high) / 2))
+        begin, finish = (min(end, start + place * seconds_per_step) for place in (first, last + 1))
+        shown = min(last_frame, start + peak * seconds_per_step + (frames_per_step - 1) * frame)
+        found.append(Moment(begin, finish, sum(left[first : last + 1]) / total, shown))
         for place in _slopes(left, first, last):
             left[place] = 0.0
     return tuple(sorted(found, key=lambda moment: -moment.weight))
@@ -166,7 +174,7 @@ def collect(
     asked, answered = (asked - always).clamp(min=0), (answered - always).clamp(min=0)
 
     def found(heat: torch.Tensor) -> tuple[Moment, ...]:
-        return find_moments(heat, *span, video.seconds_per_step)
+        return find_moments(heat, *span, video.seconds_per_step, video.frames_per_step)
 
     first = asked.amax(0)
     heat = torch.cat((first.unsqueeze(0), answered)).amax(0)

@@ -81,6 +81,8 @@ def save_evidence(
     check_target(path)
     if answer.evidence is None:
         raise OptionError("this answer has no evidence: ask with evidence=True.")
+    if video is not None and source_fps is None and not isinstance(video, str | Path):
+        raise OptionError("the video is given as frames: give source_fps=, how many of them are a second.")
     frames = None if video is None else moment_frames(answer.evidence, video, source_fps)
     name = Path(video).name if isinstance(video, str | Path) else ""
     shown = Shown(_plain(question), _plain(answer.text), answer.evidence, frames, _plain(name))

@@ -30,6 +30,7 @@ def load_config(source: str | Path) -> PreTrainedConfig:
 def check_config(config: PreTrainedConfig) -> None:
     """Raise `UnsupportedModelError` unless this is a sound config of a family that takes video."""
     models.video_family(config)
+    models.check_layers(config.get_text_config(decoder=True))
     sizes.model_shape(config, torch.float32)
 
 
@@ -55,7 +56,7 @@ def load(model: Any, processor: Any = None) -> tuple[Any, Any]:
                 f"{source}: the weights alone do not fit on the card ({_first_line(error)}): give a smaller model, or "
                 "one loaded in 4 bits."
             ) from None
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
             raise _nothing_at(source, error) from None
     elif not hasattr(model, "config") or not hasattr(model, "generate"):
         raise UnsupportedModelError(f"model is a {type(model).__name__}: give {WHAT_IS_A_MODEL}.")

@@ -36,10 +36,9 @@ class ChatTemplate:
         """
         messages: list[dict[str, Any]] = []
         for question, answer in turns:
-            if self.placeholder in question:
-                raise PromptError(
-                    f"the prompt contains {self.placeholder!r}, which stands for the video: leave it out."
-                )
+            for reserved in (self.placeholder, self.family.visual_token(self.processor)):
+                if reserved in question:
+                    raise PromptError(f"the prompt contains {reserved!r}, which stands for the video: leave it out.")
             content = [] if messages else [{"type": "video"}]
             messages.append({"role": "user", "content": [*content, {"type": "text", "text": question}]})
             if answer is not None:
@@ -77,7 +76,8 @@ class ChatTemplate:
             raise refused(video, error) from None
         between = [self.between_ids(step, video.times(step, step_frames)) for step in range(steps)]
         written = () if steps == 0 or between[0] is None else tuple(ids or () for ids in between)
-        return VideoGrid(steps, rows, columns, step_frames / video.fps, written, family.closing_tokens(config))
+        closing = family.closing_tokens(config)
+        return VideoGrid(steps, rows, columns, step_frames / video.fps, written, closing, step_frames)
 
     def tokenize(self, text: str) -> torch.Tensor:
         """Token ids `(1, n)`."""

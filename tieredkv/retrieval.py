@@ -156,6 +156,9 @@ class Retrieval:
         ops, method = tiers.ops, tiers.config.method
         if tiers.prefetcher is not None:
             tiers.prefetcher.wait(self.index)
+        if self._kept is not None:  # of a step that broke off
+            self._kept = None
+            tiers.ledger.release("logits")
         grouped = query[self._rows].float()
         self._clock += 1
         with tiers.ledger.scratch("ranking", ranking_bytes(tiers.shape, tiers.config, tiers.plan.layout)):

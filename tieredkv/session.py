@@ -186,6 +186,8 @@ class VideoSession(AsyncAsking):
         assert self.ingest_stats is not None
         start = self._about_video.get("start", 0.0)
         end = start + self.ingest_stats.frames / self._about_video["fps"]
+        if (seconds := self._about_video["seconds"]) is not None:
+            end = min(end, start + seconds)  # the last frame is shown until the next would be, or the film ends
         return VideoPrompt(self.template, self._head, self._head_ids, self.video, self.positions, start, end)
 
     # ---- on disk
@@ -281,7 +283,7 @@ class VideoSession(AsyncAsking):
         """Go on with the conversation: the model sees the questions and answers of earlier `chat` calls.
 
         As `ask` otherwise. Earlier turns are prefilled again, exactly, like the new question; the video never is. A
-        turn that fails, or whose stream is closed before its end, leaves `history` as it was.
+        turn that fails, or is stopped before the answer is complete, leaves `history` as it was.
         """
         work = self.asking(prompt, {**options, "trace": trace, "evidence": evidence}, chat=True, stream=stream)
         return AnswerStream(work) if stream else work.run(None)

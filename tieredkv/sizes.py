@@ -70,7 +70,9 @@ def model_shape(config: PreTrainedConfig, dtype: torch.dtype) -> KVShape:
         value = getattr(text, name, None)
         if not isinstance(value, int) or value < 1:
             raise UnsupportedModelError(f"the model's config is damaged: {name} is {value!r}.")
-    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+    kinds = list(getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers)
+    if "full_attention" not in kinds:
+        raise UnsupportedModelError(f"no layer of this {config.model_type} sees all tokens: it needs no tiers.")
     return KVShape(
         num_layers=kinds.count("full_attention"),
         num_attention_heads=heads,

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any
 
+import torch
 from transformers.generation.streamers import BaseStreamer
 
 from tieredkv.errors import OptionError, TieredKVError
@@ -62,9 +63,15 @@ class Job:
     def started(self) -> bool:
         return self._thread is not None
 
+    @property
+    def running(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
     def start(self, deliver: Callable[[str | End], None]) -> None:
         """Begin. `deliver` is called on the job's thread with every piece, and at last with an `End`."""
-        thread = threading.Thread(target=self._run, args=(deliver,), name="tieredkv-answer", daemon=True)
+        # The current card is a thread's own: a new one's would be the first.
+        card = torch.cuda.current_device() if torch.cuda.is_initialized() else -1
+        thread = threading.Thread(target=self._run, args=(deliver, card), name="tieredkv-answer", daemon=True)
         self._deliver = deliver
         self._work.line.append(self)
         _running.add(self)
@@ -76,8 +83,10 @@ class Job:
             raise
         self._thread = thread
 
-    def _run(self, deliver: Callable[[str | End], None]) -> None:
-        deliver(self._outcome())
+    def _run(self, deliver: Callable[[str | End], None], card: int) -> None:
+        with torch.cuda.device(card):  # of -1, nothing
+            outcome = self._outcome()
+        deliver(outcome)
         _running.discard(self)
 
     def _outcome(self) -> End:
@@ -96,6 +105,7 @@ class Job:
             return End(error=error)
         finally:
             self._work.line.remove(self)
+            self._on_stop = None  # or the answer would hold its session, and that the model
 
     def pieces(self, text: Callable[[list[int]], str]) -> Pieces:
         """A streamer that delivers this job's pieces. text: as a whole, of generated tokens."""
@@ -131,8 +141,9 @@ class Job:
     def stop(self) -> None:
         """Tell the work to stop. Takes no lock and does not wait: the garbage collector calls it, from anywhere."""
         self._stopped = True
-        if self._on_stop is not None:
-            self._on_stop()
+        action = self._on_stop
+        if action is not None:
+            action()
 
     def join(self) -> None:
         """Wait for the thread, unless it is the one that asks."""
@@ -228,8 +239,9 @@ class Answer:
 class AnswerStream(Answer):
     """Iterator of the pieces of an answer, made meanwhile on another thread; joined they are `generation.text`.
 
-    Raises what `ask` raises, when the piece behind it is asked for. `close`, leaving it as a context manager, or
-    dropping it stops the work within one decoding step, before that within one prefill chunk.
+    (But for a character that some tokenizers take back where the answer breaks off inside the next.) Raises what `ask`
+    raises, when the piece behind it is asked for. `close`, leaving it as a context manager, or dropping it stops the
+    work within one decoding step, before that within one prefill chunk.
     """
 
     def __init__(self, work: Work) -> None:
@@ -249,6 +261,7 @@ class AnswerStream(Answer):
             self.close()
             raise
         if piece is None:
+            self._items.put(End())  # for whoever else waits for a piece
             self.close()
             raise StopIteration
         return piece

@@ -50,7 +50,7 @@ def chat(
         if by_hand:
             assert opening.video is not None
             earlier = f", {len(opening.history)} questions so far" if opening.history else ""
-            print(f"{opening.video.tokens:,} visual tokens{earlier}. Ask, or /help.", file=sys.stderr)
+            print(f"{opening.video.visual_tokens:,} visual tokens{earlier}. Ask, or /help.", file=sys.stderr)
         talk.hold(lines("> "))
     if unsaved is not None or (talk.failed and not by_hand):
         raise typer.Exit(1)

@@ -50,6 +50,22 @@ def video_family(config: PreTrainedConfig) -> VideoFamily:
     return family
 
 
+def check_layers(text: PreTrainedConfig) -> list[str]:
+    """The kind of each layer of a decoder's config; raises `UnsupportedModelError` for kinds that are not served."""
+    from transformers.cache_utils import get_layer_types_and_kwargs
+
+    check_text_family(text.model_type)
+    kinds, _ = get_layer_types_and_kwargs(text)
+    served = {"full_attention", *(("sliding_attention",) if text.model_type in SLIDING_FAMILIES else ())}
+    if other := sorted(set(kinds) - served):
+        raise UnsupportedModelError(
+            f"{text.model_type} has layers of type {', '.join(other)}; TieredCache serves full attention only."
+        )
+    if "full_attention" not in kinds or getattr(text, "use_bidirectional_attention", False):
+        raise UnsupportedModelError(f"this {text.model_type} attends to no cache that grows: it needs no tiers.")
+    return list(kinds)
+
+
 def check_text_family(model_type: str) -> None:
     """Raise `UnsupportedModelError` unless a `TieredCache` has been tested under this decoder."""
     known = (*TEXT_FAMILIES, *VIDEO_DECODERS)

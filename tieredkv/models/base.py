@@ -31,6 +31,8 @@ class VideoGrid:
     where a family writes nothing between steps."""
     closing: int = 0
     """Visual tokens behind the last step that belong to no step."""
+    frames_per_step: int = 2
+    """Frames that a step is made of; of the last maybe fewer."""
 
     @property
     def step_tokens(self) -> int:
