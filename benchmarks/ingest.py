@@ -116,18 +116,22 @@ def one_after_the_other(model: Any, processor: Any, path: Path, options: dict[st
     from tieredkv.cache import TieredCache
     from tieredkv.pipeline import Pipeline
     from tieredkv.progress import IngestProgress
+    from tieredkv.prompt import ChatTemplate
     from tieredkv.video.encode import encode, segments
     from tieredkv.video.frames import open_video
 
     started = time.perf_counter()
-    family, tiers = models.video_family(model.config), TierConfig(gpu_kv_gb=options["gpu_kv_gb"])
-    video = ingest.prepare(family, model.config, processor, open_video(path, options["fps"]), tiers)
+    tiers = TierConfig(gpu_kv_gb=options["gpu_kv_gb"])
+    template = ChatTemplate(models.video_family(model.config), processor)
+    family, video = template.family, ingest.prepare(template, model.config, open_video(path, options["fps"]), tiers)
     decoded = list(segments(video.source.frames(), video.segment_frames))
     encoded = list(encode(family, model, video.preprocess, iter(decoded)))
     with TieredCache(model.config, tiers, prompt_tokens=video.grid.tokens + 300) as cache:
         cache.auto_seal = False
         head, bar = torch.zeros((1, 15), dtype=torch.long), IngestProgress(False, 0, None)
-        ingest.prefill(Pipeline(), family, model, iter(encoded), head, video.grid, "published", cache, bar)
+        steps = ingest.Steps(template, model, video)
+        embeddings = steps.embeddings(iter(encoded))
+        ingest.prefill(Pipeline(), family, model, embeddings, head, steps, "published", cache, bar)
     return time.perf_counter() - started
 
 

@@ -39,6 +39,15 @@ def test_it_runs_without_a_card(name, options, row):
         assert row <= set(one)
 
 
+@pytest.mark.slow
+@pytest.mark.model
+@pytest.mark.parametrize("name", ["ingest.py", "shares.py", "evidence.py"])
+def test_what_the_bundled_model_is_measured_by_runs(name):
+    done = run(name)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 @pytest.mark.parametrize("name", ["pcie.py", "decode.py"])
 def test_what_needs_a_card_says_so(name):
