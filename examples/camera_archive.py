@@ -52,15 +52,15 @@ def answered(file: Path, questions: list[str]) -> set[str]:
 def look_through(model_name: str, folder: Path, file: Path, questions: list[str], fps: float, gpu_kv_gb: float) -> None:
     clips = sorted(path for path in folder.rglob("*") if path.suffix.lower() in VIDEOS)
     done = answered(file, questions)
-    todo = [clip for clip in clips if str(clip.relative_to(folder)) not in done]
-    print(f"{len(clips)} clips, {len(clips) - len(todo)} of them answered already")
-    if not todo:
+    left = [clip for clip in clips if str(clip.relative_to(folder)) not in done]
+    print(f"{len(clips)} clips, {len(clips) - len(left)} of them answered already")
+    if not left:
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForImageTextToText.from_pretrained(model_name, dtype="auto", device_map=device).eval()
     processor = AutoProcessor.from_pretrained(model_name)
     with file.open("a") as out:
-        for clip in todo:
+        for clip in left:
             row: dict[str, Any] = {"clip": str(clip.relative_to(folder))}
             try:
                 with tieredkv.open_session(model, clip, processor=processor, fps=fps, gpu_kv_gb=gpu_kv_gb) as session:

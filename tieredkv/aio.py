@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine
 from typing import Any, Literal, overload
 
@@ -92,12 +93,12 @@ def _deliverer(job: Job, items: asyncio.Queue[str | End], over: asyncio.Event) -
     return deliver
 
 
-class AsyncAsking:
+class AsyncAsking(ABC):
     """`ask` and `chat` of a session for asyncio."""
 
+    @abstractmethod
     def asking(self, prompt: str, options: dict[str, Any], *, chat: bool = False, stream: bool = False) -> Work:
         """What answers the question; raises at once what can be known at once."""
-        raise NotImplementedError
 
     @overload
     def aask(
