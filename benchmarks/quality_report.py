@@ -10,6 +10,7 @@ from typing import Any
 
 FULL = "full"
 """Label of the full cache, with which every row is paired."""
+AS_MADE_LABEL = "hybridkv, 16-bit pages"
 
 
 def aggregate(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -94,6 +95,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 COLOURS = {
     "hybridkv": "#d62728",
+    AS_MADE_LABEL: "#ff7f0e",
     "paper": "#ff9896",
     "quest": "#1f77b4",
     "arkvale": "#17becf",

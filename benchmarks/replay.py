@@ -161,7 +161,8 @@ def _decode(
     cache.counters.trace = [] if recall else None
     cache.seal()
     held, itemsize = cache.ledger.held(), cache.shape.itemsize
-    held_bytes = sum(held.values()) - held["pool"] + held["pool"] * 2 // itemsize
+    packed = cache.tiered_layers[0].sealed.packing is not None
+    held_bytes = sum(held.values()) - (0 if packed else held["pool"] - held["pool"] * 2 // itemsize)
     fed = [*between, *answer[:-1]]
     with cache.forced():
         logits = reader.feed(fed) if fed else first[:0]

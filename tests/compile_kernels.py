@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from tieredkv.kernels import attend, choose, copy, rank
+from tieredkv.packing import Packing
 from tieredkv.policy import sketch
 
 SHARED = {75: 65_536, 80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 120: 101_376}
@@ -56,6 +57,12 @@ def stack(cubin: bytes) -> int:
     return max(map(int, found), default=0)
 
 
+def packed(slots: int, c: int, d: int) -> tuple[torch.Tensor, Packing]:
+    """Pages in 8 bits, of four heads."""
+    scales = torch.zeros(slots, 2, c, dtype=torch.float16)
+    return torch.zeros(slots, 2, c, d, dtype=torch.int8), Packing(scales, torch.zeros(4, 2, d))
+
+
 def call_all() -> None:
     """Every wrapper, with the shapes and types of real models."""
     for dtype, group, c, d in (
@@ -66,6 +73,9 @@ def call_all() -> None:
         attend.paged_attention(torch.zeros(4 * group, 1, d, dtype=dtype), pages, table, table, 0.1)
         rows = torch.zeros(4, d, dtype=dtype)
         copy.append(rows, rows, pages, table, table, torch.zeros(1, dtype=torch.int32))
+        pages, packing = packed(40, c, d)
+        attend.paged_attention(torch.zeros(4 * group, 1, d, dtype=dtype), pages, table, table, 0.1, packing=packing)
+        copy.append(rows, rows, pages, table, table, torch.zeros(1, dtype=torch.int32), packing)
     for group, c, r, bits in ((7, 8, 64, 4), (2, 8, 8, 4), (7, 8, 64, 8), (7, 128, 64, 4), (16, 32, 48, 4)):
         basis = sketch.Basis(torch.zeros(4, 2 * r, r), torch.zeros(4, 2 * r, r), torch.zeros(4, 1, 2 * r))
         rank.pack_sketches(torch.zeros(4, 9, 2, c, 2 * r, dtype=torch.bfloat16)[:, :, 0], bits, basis)
@@ -82,11 +92,15 @@ def call_all() -> None:
     clock = torch.zeros(1, dtype=torch.int32)
     for table in (torch.zeros(4, 500, dtype=torch.int32), None):
         victims = choose.place(chosen, chosen, misses, *tables, clock, 200, table, heads, 3)
-    for c, d in ((8, 128), (8, 80), (32, 128), (128, 128)):
-        arena = torch.zeros(4, 60, 2, c, d, dtype=torch.bfloat16)
-        copy.gather(arena, arena[0], heads, missed, victims, misses, *tables[:2], slot_of, 1)
-        copy.fetch(arena, arena[0], heads, heads, heads)
-        copy.keep(arena, arena[0], 1, torch.arange(20), torch.arange(9))
+    for c, d, dtype in (
+        (8, 128, torch.bfloat16), (8, 80, torch.float16), (32, 128, torch.bfloat16), (128, 128, torch.bfloat16),
+        (8, 256, torch.bfloat16), (8, 64, torch.float32),
+    ):  # fmt: skip
+        arena = torch.zeros(4, 60, 2, c, d, dtype=dtype)
+        for pages, packing in ((arena[0], None), packed(60, c, d)):
+            copy.gather(arena, pages, heads, missed, victims, misses, *tables[:2], slot_of, 1, packing)
+            copy.fetch(arena, pages, heads, heads, heads, packing)
+            copy.keep(arena, pages, 1, torch.arange(20), torch.arange(9), packing)
 
 
 def main() -> int:

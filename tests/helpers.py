@@ -39,6 +39,13 @@ def cap_share(model: Any, tokens: int, share: float) -> float:
     return share * tokens * model_shape(model.config, model.dtype).token_bytes / GIB
 
 
+def pressed(model: Any, tokens: int, share: float) -> dict[str, float]:
+    """`gpu_kv_gb` as of `cap_share`, and below 1 a `budget_ratio` of half as much: chunks must be chosen, although in 8
+    bits much less than a cap of float32 tokens would hold all of them."""
+    chosen = {"budget_ratio": share / 2} if share < 1 else {}
+    return {"gpu_kv_gb": cap_share(model, tokens, share), **chosen}
+
+
 def stock_inputs(
     processor: Any, frames: np.ndarray, question: str, fps: float = 4.0, earlier: Sequence[tuple[str, str]] = ()
 ) -> Any:

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator
 import numpy as np
 import pytest
 import torch
-from helpers import cap_share
+from helpers import pressed
 from transformers import AsyncTextIteratorStreamer, StoppingCriteria
 
 import tieredkv
@@ -27,7 +27,7 @@ TIGHT = {"chunk_tokens": 8, "recent_window": 16, "theta": 0.4}
 
 @pytest.fixture
 def session(video_model, processor, frames):
-    options = {**TIGHT, "gpu_kv_gb": cap_share(video_model, 280, 0.6), "processor": processor, "fps": 4}
+    options = {**TIGHT, **pressed(video_model, 280, 0.6), "processor": processor, "fps": 4}
     with tieredkv.open_session(video_model, frames, **options) as opened:
         yield opened
 
@@ -36,7 +36,7 @@ def session(video_model, processor, frames):
 def opening(video_model, processor):
     """Options under which the tests' frames are ingested in many chunks."""
     return {
-        "gpu_kv_gb": cap_share(video_model, 500, 0.6),
+        **pressed(video_model, 500, 0.6),
         "processor": processor,
         "fps": 4,
         "prefill_chunk": 16,

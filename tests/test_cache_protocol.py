@@ -113,6 +113,7 @@ def test_small_budgets_still_answer_and_say_what_they_did(llama, long_ids):
     from helpers import cap_share
 
     options = {"gpu_kv_gb": cap_share(llama, 900, 0.35), "text_window": 16, "theta": 2, "reuse_above": -1.0}
+    options["pack_pages"] = False
     with tieredkv.use_attention(llama), TieredCache(llama.config, max_new_tokens=20, **options) as cache:
         out = llama.generate(long_ids, past_key_values=cache, max_new_tokens=20, do_sample=False)
         cache.finish()
@@ -177,9 +178,9 @@ def test_generating_from_a_cropped_prompt_equals_stock(llama, prompt_ids):
 
 
 def test_a_seal_that_does_not_fit_leaves_the_cache_in_prefill(llama, prompt_ids):
-    from helpers import cap_share
+    from helpers import pressed
 
-    tiers = tieredkv.TierConfig(gpu_kv_gb=cap_share(llama, 300, 0.5), chunk_tokens=8, text_window=16)
+    tiers = tieredkv.TierConfig(**pressed(llama, 300, 0.5), chunk_tokens=8, text_window=16)
     with torch.no_grad(), tieredkv.use_attention(llama), TieredCache(llama.config, tiers, max_new_tokens=500) as cache:
         llama(prompt_ids[:, :250], past_key_values=cache)
         with pytest.raises(tieredkv.BudgetError):
@@ -195,9 +196,9 @@ def test_the_host_tier_keeps_no_autograd_graph(llama, prompt_ids):
 
 
 def test_a_fault_in_the_last_layers_step_is_noticed(llama, long_ids, monkeypatch):
-    from helpers import cap_share
+    from helpers import pressed
 
-    tiers = tieredkv.TierConfig(gpu_kv_gb=cap_share(llama, 900, 0.4), chunk_tokens=8, text_window=16, theta=2)
+    tiers = tieredkv.TierConfig(**pressed(llama, 900, 0.4), chunk_tokens=8, text_window=16, theta=2)
     made = TieredCache(llama.config, tiers, max_new_tokens=8)
     with torch.no_grad(), tieredkv.use_attention(llama), made as cache:
         llama(long_ids, past_key_values=cache)

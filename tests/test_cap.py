@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import cap_share
+from helpers import cap_share, pressed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,6 +12,7 @@ import tieredkv
 from tieredkv.cache import TieredCache
 from tieredkv.errors import BudgetError
 from tieredkv.memory import device
+from tieredkv.packing import pack
 
 
 @pytest.fixture
@@ -34,9 +35,7 @@ def test_the_cap_holds_at_every_step(llama, long_ids, watched, theta, share):
     options = {"chunk_tokens": 8, "text_window": 16, "recent_window": 8, "prefill_chunk": 64}
     with (
         tieredkv.use_attention(llama),
-        TieredCache(
-            llama.config, gpu_kv_gb=cap_share(llama, 900, share), theta=theta, max_new_tokens=30, **options
-        ) as cache,
+        TieredCache(llama.config, **pressed(llama, 900, share), theta=theta, max_new_tokens=30, **options) as cache,
     ):
         llama.generate(long_ids, past_key_values=cache, max_new_tokens=30, do_sample=False)
         assert cache.ledger.peak_bytes <= cache.ledger.cap_bytes
@@ -48,19 +47,19 @@ def test_the_ledger_counts_every_byte_of_pool_and_digests(llama, long_ids):
     with (
         tieredkv.use_attention(llama),
         TieredCache(
-            llama.config, gpu_kv_gb=cap_share(llama, 900, 0.5), chunk_tokens=8, text_window=16, max_new_tokens=9
+            llama.config, **pressed(llama, 900, 0.5), chunk_tokens=8, text_window=16, max_new_tokens=9
         ) as cache,
     ):
         llama.generate(long_ids, past_key_values=cache, max_new_tokens=4, do_sample=False)
         held = cache.ledger.held()
         layers = [layer.sealed for layer in cache.tiered_layers]
-        assert held["pool"] == cache._pools[0].pages.nbytes
+        assert held["pool"] == cache._pools[0].nbytes
         assert held["digests"] == sum(
             s.retrieval.ranking_bytes for s in layers if s.retrieval is not None and s.retrieval.digests is not None
         )
         tables = sum(t.numel() * 4 for s in layers for t in (s.table, s.lengths))
         tables += sum(s.retrieval.residency.nbytes for s in layers if len(s.dynamic))
-        tables += layers[0].tiers.attended.nbytes
+        tables += layers[0].tiers.attended.nbytes + sum(s.packing.norms.nbytes for s in layers)
         assert held["tables"] == tables
         assert set(held) <= {"pool", "digests", "tables"}
 
@@ -91,12 +90,11 @@ def test_pool_and_tables_stay_sound_while_decoding(llama, long_ids, data):
     share, theta = data.draw(st.floats(0.4, 0.9)), data.draw(st.sampled_from([0.0, 0.4, 2.0]))
     length = data.draw(st.integers(300, 900))
     options = {"chunk_tokens": data.draw(st.sampled_from([4, 8])), "text_window": 16, "recent_window": 8}
+    options["pack_pages"] = data.draw(st.booleans())
     with (
         tieredkv.use_attention(llama),
         torch.no_grad(),
-        TieredCache(
-            llama.config, gpu_kv_gb=cap_share(llama, 900, share), theta=theta, max_new_tokens=12, **options
-        ) as cache,
+        TieredCache(llama.config, **pressed(llama, 900, share), theta=theta, max_new_tokens=12, **options) as cache,
     ):
         llama(long_ids[:, :length], past_key_values=cache)
         for step in range(12):
@@ -116,7 +114,11 @@ def test_pool_and_tables_stay_sound_while_decoding(llama, long_ids, data):
                         strict=True,
                     ):
                         if chunk >= 0:
-                            assert torch.equal(cache._pools[0].pages[slot], chunks[head, sinks + chunk])
+                            want, pool = chunks[head, sinks + chunk], cache._pools[0]
+                            if sealed.packing is not None:
+                                want, scales = pack(want, sealed.packing.norms[head].unsqueeze(1))
+                                assert torch.equal(pool.scales[slot], scales)
+                            assert torch.equal(pool.pages[slot], want)
 
 
 def test_more_generated_tokens_than_reserved_is_an_error(llama, prompt_ids):

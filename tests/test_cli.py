@@ -300,7 +300,7 @@ def test_a_number_of_tokens_is_not_sampled(monkeypatch, capsys):
 def test_a_share_too_small_for_a_short_demo_is_refused_naming_one_that_works(monkeypatch, capsys):
     code, out, err = run(monkeypatch, capsys, "demo", "--minutes", "2")
     assert (code, out) == (2, "")
-    assert "give 0.21 or more" in err
+    assert "give 0.14 or more" in err
 
 
 def test_an_interrupt_says_so():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import RecordLogits, cap_share, session_logits
+from helpers import RecordLogits, cap_share, pressed, session_logits
 
 import tieredkv
 from tieredkv.cache import TieredCache
@@ -31,7 +31,7 @@ def spread(monkeypatch):
 
 def answer(model, ids, share, **options):
     record = RecordLogits()
-    tiers = {"gpu_kv_gb": cap_share(model, ids.shape[1], share), "chunk_tokens": 8, "text_window": 16, **options}
+    tiers = {**pressed(model, ids.shape[1], share), "chunk_tokens": 8, "text_window": 16, **options}
     with tieredkv.use_attention(model), TieredCache(model.config, **tiers, max_new_tokens=12) as cache:
         model.generate(ids, past_key_values=cache, max_new_tokens=12, do_sample=False, logits_processor=[record])
         for pool in cache._pools:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import RecordLogits, cap_share
+from helpers import RecordLogits, cap_share, pressed
 
 import tieredkv
 from tieredkv import TieredCache
@@ -246,7 +246,7 @@ def test_what_sketches_estimate_is_near_what_the_keys_say(opened, monkeypatch):
 def test_kernels_record_what_torch_records(llama, long_ids, kernels):
     recorded = []
     for ops in (None, kernels):
-        options = {"gpu_kv_gb": cap_share(llama, 900, 0.5), "theta": 2.0, "text_window": 16, "max_new_tokens": 4}
+        options = {**pressed(llama, 900, 0.5), "theta": 2.0, "text_window": 16, "max_new_tokens": 4}
         with tieredkv.use_attention(llama), torch.no_grad(), TieredCache(llama.config, **options) as cache:
             cache.ops, cache.looks = ops, Looks(8)
             llama(long_ids, past_key_values=cache)

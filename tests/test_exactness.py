@@ -114,7 +114,7 @@ def test_copies_that_lag_behind_change_nothing(llama, long_ids, known, monkeypat
     import random
     import time
 
-    from helpers import cap_share
+    from helpers import pressed
 
     from tieredkv.memory.host import HostLayer
     from tieredkv.memory.transfer import Transfer
@@ -133,7 +133,7 @@ def test_copies_that_lag_behind_change_nothing(llama, long_ids, known, monkeypat
     monkeypatch.setattr("tieredkv.sizes.STAGING_TOKENS", 64)
     monkeypatch.setattr(Transfer, "stage", late(stage))
     monkeypatch.setattr(HostLayer, "write", late(write))
-    options = {"gpu_kv_gb": cap_share(llama, 900, 0.5), "chunk_tokens": 8, "text_window": 8, "prompt_tokens": known}
+    options = {**pressed(llama, 900, 0.5), "chunk_tokens": 8, "text_window": 8, "prompt_tokens": known}
     with torch.no_grad(), tieredkv.use_attention(llama), TieredCache(llama.config, **options) as cache:
         cache.auto_seal, cache.text_rows = False, 0
         parts = [llama(part, past_key_values=cache).logits for part in long_ids.split(70, dim=1)]

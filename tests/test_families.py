@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from families import BUILD, build
-from helpers import cap_share, session_logits, stock_inputs, stock_logits
+from helpers import pressed, session_logits, stock_inputs, stock_logits
 
 import tieredkv
 from tieredkv import models
@@ -88,7 +88,7 @@ def test_a_small_cap_holds_and_leaves_only_chosen_tokens(name, film):
     options = {"processor": processor, "fps": 4, "chunk_tokens": 8, "prefill_chunk": 64, "text_window": 8}
     longer = film.repeat(6, axis=0)
     tokens = tieredkv.plan(model, longer, gpu_kv_gb=1, processor=processor, fps=4).prompt_tokens
-    with tieredkv.open_session(model, longer, gpu_kv_gb=cap_share(model, tokens, 0.5), **options) as session:
+    with tieredkv.open_session(model, longer, **pressed(model, tokens, 0.5), **options) as session:
         stats = session.ask(QUESTIONS[0], max_new_tokens=6).stats
     assert stats.kv_device_peak_bytes <= stats.kv_cap_bytes < stats.kv_full_bytes
 

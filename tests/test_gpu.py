@@ -7,7 +7,7 @@ import gc
 
 import pytest
 import torch
-from helpers import cap_share
+from helpers import cap_share, pressed
 from transformers import DynamicCache
 
 import tieredkv
@@ -64,7 +64,7 @@ def test_full_budget_equals_stock_transformers(on_card, long_ids, card, dtype):
 @pytest.mark.parametrize("options", POLICIES, ids=str)
 def test_a_card_decodes_as_the_cpu_does(llama, on_card, long_ids, card, options):
     """Prefill in calls, a cap below the full cache, several steps: logits, and what was selected and copied."""
-    tiers = {"gpu_kv_gb": cap_share(llama, 900, 0.6), **SMALL, **options}
+    tiers = {**pressed(llama, 900, 0.6), **SMALL, **options}
 
     def decode(model, ids):
         with (
@@ -86,7 +86,7 @@ def test_a_card_decodes_as_the_cpu_does(llama, on_card, long_ids, card, options)
 
 
 def decode_by_steps(model, ids, card, captured: bool, **options):
-    tiers = {"gpu_kv_gb": cap_share(model, 900, 0.6), **SMALL, **options}
+    tiers = {**pressed(model, 900, 0.6), **SMALL, **options}
     made = TieredCache(model.config, **tiers, max_new_tokens=12)
     with torch.no_grad(), tieredkv.use_attention(model), made as cache:
         model(ids, past_key_values=cache)
@@ -115,7 +115,7 @@ def test_a_replayed_graph_gives_what_eager_steps_give(on_card, long_ids, card, o
 
 def test_no_step_waits_for_the_host(on_card, long_ids, card):
     ids = long_ids.to(card)
-    made = TieredCache(on_card.config, gpu_kv_gb=cap_share(on_card, 900, 0.6), **SMALL, max_new_tokens=8)
+    made = TieredCache(on_card.config, **pressed(on_card, 900, 0.6), **SMALL, max_new_tokens=8)
     token, place = torch.full((1, 1), 7, device=card), torch.full((1, 1), 900, device=card)
     with torch.no_grad(), tieredkv.use_attention(on_card), made as cache:
         on_card(ids, past_key_values=cache)
@@ -208,7 +208,7 @@ def test_memory_for_keys_and_values_stays_below_the_cap(card):
 
 def test_a_session_on_a_card_answers_as_on_the_cpu(video_model, processor, frames, card, tmp_path):
     def answer(model):
-        options = {"gpu_kv_gb": cap_share(model, 280, 0.6), "processor": processor, "fps": 4, **SMALL}
+        options = {**pressed(model, 280, 0.6), "processor": processor, "fps": 4, **SMALL}
         with tieredkv.open_session(model, frames, **options) as session:
             session.save(tmp_path / "saved")
             one = session.ask("what colour was the star ?", max_new_tokens=8)

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import LateCopies, cap_share
+from helpers import LateCopies, pressed
 
 import tieredkv
 from tieredkv import TieredCache
 from tieredkv.attention import reference
 from tieredkv.memory import residency
 from tieredkv.ops import copying_by_torch, ops_for, triton
+from tieredkv.packing import Packing, pack
 from tieredkv.policy import select, sketch
 
 CLOSE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -24,6 +25,30 @@ CLOSE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 def on_host(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """As a kernel on `device` can read it from host memory."""
     return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
+def empty_pool(slots: int, heads: int, c: int, d: int, device: torch.device) -> tuple[torch.Tensor, Packing]:
+    """Pages in 8 bits that hold nothing, the same at every call: heads whose channels differ much in size."""
+    norms = torch.rand(heads, 2, d, generator=torch.Generator().manual_seed(d)) ** 2 * 2 + 0.01
+    scales = torch.zeros(slots, 2, c, dtype=torch.float16, device=device)
+    return torch.zeros(slots, 2, c, d, dtype=torch.int8, device=device), Packing(scales, norms.to(device))
+
+
+def odd_tokens(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    """Keys and values `(..., D)`, some of which are hard to pack: none at all, not finite, very large, very small."""
+    tokens = torch.randn(shape)
+    rows = tokens.view(-1, shape[-1])
+    rows[0] = 0
+    rows[1, 3], rows[2, 5] = float("nan"), -float("inf")
+    rows[3], rows[4] = rows[3] * 3e4, rows[4] * 1e-6
+    return tokens.to(dtype)
+
+
+def assert_packed_alike(got: torch.Tensor, want: torch.Tensor, packing: Packing, wanted: Packing) -> None:
+    """To the bit; on a card numbers that lie between two steps may be rounded either way."""
+    near = 1 if got.device.type == "cuda" else 0
+    torch.testing.assert_close(got.cpu().int(), want.int(), atol=near, rtol=0)
+    torch.testing.assert_close(packing.scales.cpu(), wanted.scales, atol=0, rtol=near * 1e-3, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -52,6 +77,50 @@ def test_what_lies_beyond_a_pages_length_is_not_read(kernels, device):
     want, _ = kernels.paged_attention(query, pages, table, lengths, 1.0, 8)
     pages[1, :, 2:] = float("nan")
     torch.testing.assert_close(kernels.paged_attention(query, pages, table, lengths, 1.0, 8)[0], want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("heads", "group", "d", "c", "columns", "rows"),
+    [(3, 3, 64, 8, 21, 1), (2, 7, 80, 16, 5, 1), (2, 16, 96, 8, 9, 1), (1, 7, 64, 8, 3, 12)],
+)
+def test_attention_over_packed_pages(kernels, device, dtype, heads, group, d, c, columns, rows):
+    pages, packing = empty_pool(heads * columns, heads, c, d, torch.device("cpu"))
+    table = torch.randperm(heads * columns).view(heads, columns).int()
+    norms = packing.norms.unsqueeze(1).unsqueeze(3)
+    pages[table], packing.scales[table] = pack(torch.randn(heads, columns, 2, c, d) * norms, norms)
+    lengths = torch.full((heads, columns), c, dtype=torch.int32)
+    lengths[:, 2], lengths[0, 1] = 3, 0
+    query = torch.randn(heads * group, rows, d).to(dtype)
+    given = [part.to(device) for part in (query, pages, table, lengths)]
+    held = Packing(packing.scales.to(device), packing.norms.to(device))
+    out, lse = kernels.paged_attention(*given, d**-0.5, 8, held)
+    want, want_lse = reference.paged_attention(query, pages, table, lengths, d**-0.5, 8, packing)
+    torch.testing.assert_close(out.cpu(), want, atol=CLOSE[dtype], rtol=CLOSE[dtype])
+    torch.testing.assert_close(lse.cpu(), want_lse, atol=CLOSE[dtype], rtol=CLOSE[dtype])
+
+
+def test_what_lies_beyond_a_packed_pages_length_is_not_read(kernels, device):
+    pages, packing = empty_pool(3, 1, 4, 16, device)
+    pages.random_(-127, 128)
+    packing.scales.uniform_(0.01, 0.02)
+    query, table = torch.randn(2, 1, 16, device=device), torch.tensor([[0, 1, 2]], device=device).int()
+    lengths = torch.tensor([[4, 2, 0]], device=device).int()
+    want, want_lse = kernels.paged_attention(query, pages, table, lengths, 1.0, 8, packing)
+    pages[1, :, 2:], packing.scales[1, :, 2:] = -128, float("nan")
+    pages[2], packing.scales[2] = -128, float("nan")
+    out, lse = kernels.paged_attention(query, pages, table, lengths, 1.0, 8, packing)
+    torch.testing.assert_close(out, want)
+    torch.testing.assert_close(lse, want_lse)
+
+
+@pytest.mark.parametrize("half", [0, 1], ids=["key", "value"])
+def test_a_packed_token_that_is_not_a_number_is_heard_of(kernels, device, half):
+    pages, packing = empty_pool(2, 1, 4, 16, device)
+    packing.scales[1, half, 2] = float("nan")
+    table, lengths = torch.tensor([[0, 1]], device=device).int(), torch.tensor([[4, 4]], device=device).int()
+    out, _ = kernels.paged_attention(torch.randn(2, 1, 16, device=device), pages, table, lengths, 1.0, 8, packing)
+    assert out.isnan().all()
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -125,6 +194,70 @@ def test_copies_of_chunks_and_tokens(kernels, device, dtype):
     assert torch.equal(got.cpu(), want)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("c", "d"), [(8, 16), (4, 80), (32, 96)])
+def test_chunks_are_packed_as_they_are_fetched(kernels, device, dtype, c, d):
+    arena, heads = odd_tokens(dtype, 3, 9, 2, c, d), torch.tensor([2, 0, 2, 1, 0])
+    chunks, slots = torch.tensor([0, 0, 3, 1, 4]), torch.tensor([6, 2, 0, 1, 9])
+    got, packing = empty_pool(10, 3, c, d, device)
+    want, wanted = empty_pool(10, 3, c, d, torch.device("cpu"))
+    kernels.fetch(on_host(arena, device), got, heads, chunks, slots.to(device), packing)
+    residency.fetch(arena, want, heads, chunks, slots, wanted)
+    assert wanted.scales[2, 0, 1].isnan()
+    assert_packed_alike(got, want, packing, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("c", "d"), [(8, 16), (4, 80), (32, 96)])
+def test_tokens_are_packed_as_they_are_kept(kernels, device, dtype, c, d):
+    arena, slots = odd_tokens(dtype, 3, 9, 2, c, d), torch.tensor([3, 5, 8, 1, 0])
+    tokens = torch.cat((torch.arange(5), 5 + torch.randperm(9 * c - 5)[:13].sort().values)).clamp(max=9 * c - 1)
+    got, packing = empty_pool(10, 3, c, d, device)
+    want, wanted = empty_pool(10, 3, c, d, torch.device("cpu"))
+    for head in range(3):
+        kernels.keep(on_host(arena, device), got, head, tokens, slots.to(device), packing)
+        residency.keep(arena, want, head, tokens, slots, wanted)
+        assert_packed_alike(got, want, packing, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("c", "d"), [(8, 16), (4, 80), (32, 96)])
+def test_missed_chunks_are_packed_as_they_are_gathered(kernels, device, dtype, c, d):
+    """More misses than one program has under way, heads in any order, slots that were empty and slots that were not."""
+    arena, heads = odd_tokens(dtype, 3, 12, 2, c, d), torch.tensor([2, 0])
+    missed = torch.tensor([[0, 2, 4, 5, 7, 9], [0, 1, 3, 0, 0, 0]], dtype=torch.int32)
+    victims = torch.tensor([[0, 1, 2, 3, 4, 6], [1, 4, 5, 0, 0, 0]], dtype=torch.int32)
+    misses = torch.tensor([6, 3], dtype=torch.int32)
+    slots = torch.randperm(20)[:14].view(2, 7).int()
+    chunk_in, slot_of = torch.full((2, 7), -1, dtype=torch.int32), torch.full((2, 12), -1, dtype=torch.int32)
+    chunk_in[0, 1], slot_of[0, 8] = 8, 1
+    tables = [part.to(device) for part in (heads, missed, victims, misses, slots)]
+    got_tables = [chunk_in.to(device).clone(), slot_of.to(device).clone()]
+    got, packing = empty_pool(20, 3, c, d, device)
+    want, wanted = empty_pool(20, 3, c, d, torch.device("cpu"))
+    kernels.gather(on_host(arena, device), got, *tables, *got_tables, 1, packing)
+    residency.gather(arena, want, heads, missed, victims, misses, slots, chunk_in, slot_of, 1, wanted)
+    assert_packed_alike(got, want, packing, wanted)
+    assert torch.equal(got_tables[0].cpu(), chunk_in)
+    assert torch.equal(got_tables[1].cpu(), slot_of)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("d", [16, 80, 96])
+def test_a_token_is_packed_as_it_is_appended(kernels, device, dtype, d):
+    table, lengths = torch.tensor([[3, 1, 7], [0, 8, 2]], dtype=torch.int32), torch.zeros(2, 3, dtype=torch.int32)
+    got, packing = empty_pool(9, 2, 4, d, device)
+    want, wanted = empty_pool(9, 2, 4, d, torch.device("cpu"))
+    got_lengths = lengths.to(device).clone()
+    for held, tokens in enumerate(odd_tokens(dtype, 5, 2, 2, d)):
+        count = torch.tensor([held], dtype=torch.int32)
+        new = [part.to(device) for part in tokens.unbind()]
+        kernels.append(*new, got, table.to(device), got_lengths, count.to(device), packing)
+        residency.append(*tokens.unbind(), want, table, lengths, count, wanted)
+    assert_packed_alike(got, want, packing, wanted)
+    assert torch.equal(got_lengths.cpu(), lengths)
+
+
 @pytest.mark.parametrize("d", [16, 80])
 def test_a_token_is_appended(kernels, device, d):
     pages, table = torch.zeros(9, 2, 4, d), torch.tensor([[3, 1, 7], [0, 8, 2]], dtype=torch.int32)
@@ -145,7 +278,7 @@ def test_decoding_with_kernels_is_decoding_with_torch(llama, long_ids, kernels, 
     """Logits of several steps, and what was selected and copied."""
     if device.type != "cpu":
         pytest.skip("interpreted; on a card the whole path is tested")
-    tiers = {"gpu_kv_gb": cap_share(llama, 900, 0.5), "chunk_tokens": 8, "text_window": 16, **options}
+    tiers = {**pressed(llama, 900, 0.5), "chunk_tokens": 8, "text_window": 16, **options}
 
     def decode(ops):
         with (

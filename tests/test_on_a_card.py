@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import LateCopies, cap_share
+from helpers import LateCopies, pressed
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import tieredkv
@@ -19,6 +19,7 @@ from tieredkv import TieredCache
 from tieredkv.looks import Looks
 from tieredkv.memory.host import HostLayer
 from tieredkv.ops import TORCH, Ops
+from tieredkv.packing import Packing
 from tieredkv.policy import sketch
 
 CARD = torch.device("cuda", 0)
@@ -27,6 +28,10 @@ CARD = torch.device("cuda", 0)
 def on_card(*tensors: torch.Tensor) -> None:
     for tensor in tensors:
         assert tensor.device == CARD, tensor.device
+
+
+def parts(packing: Packing | None) -> list[torch.Tensor]:
+    return [] if packing is None else [packing.scales, packing.norms]
 
 
 def fake_kernels() -> Ops:
@@ -46,15 +51,15 @@ def fake_kernels() -> Ops:
         on_card(wanted, kept, misses, chunk_in, last_used, slots, clock, heads, *([] if table is None else [table]))
         return slots.new_empty((len(slots), most))
 
-    def gather(arena, pages, heads, missed, victims, misses, slots, chunk_in, slot_of, first_chunk):
+    def gather(arena, pages, heads, missed, victims, misses, slots, chunk_in, slot_of, first_chunk, packing):
         assert arena.device.type == "cpu"
-        on_card(pages, heads, missed, victims, misses, slots, chunk_in, slot_of)
+        on_card(pages, heads, missed, victims, misses, slots, chunk_in, slot_of, *parts(packing))
 
-    def append(keys, values, pages, table, lengths, held):
-        on_card(keys, values, pages, table, lengths, held)
+    def append(keys, values, pages, table, lengths, held, packing):
+        on_card(keys, values, pages, table, lengths, held, *parts(packing))
 
-    def paged_attention(query, pages, table, lengths, scaling, batch_pages):
-        on_card(query, pages, table, lengths)
+    def paged_attention(query, pages, table, lengths, scaling, batch_pages, packing):
+        on_card(query, pages, table, lengths, *parts(packing))
         return query.new_empty(query.shape, dtype=torch.float32), query.new_empty(query.shape[:2], dtype=torch.float32)
 
     return dataclasses.replace(
@@ -75,6 +80,8 @@ def moved(thing: Any, device: torch.device, known: dict[int, Any]) -> Any:
         if id(thing) not in known:
             known[id(thing)] = torch.empty_strided(thing.shape, thing.stride(), dtype=thing.dtype, device=device)
         return known[id(thing)]
+    if isinstance(thing, Packing):
+        return Packing(moved(thing.scales, device, known), moved(thing.norms, device, known))
     if isinstance(thing, sketch.Basis):
         return sketch.Basis(*(moved(part, device, known) for part in (thing.down, thing.up, thing.centre)))
     return thing
@@ -99,7 +106,7 @@ def to_card(thing: Any, known: dict[int, Any]) -> None:
 )  # fmt: skip
 @pytest.mark.parametrize("recorded", [False, True], ids=["", "recorded"])
 def test_a_step_stays_on_the_card_and_never_waits(llama, long_ids, options, recorded):
-    tiers = {"gpu_kv_gb": cap_share(llama, 900, 1.5 if "quest" in options.values() else 0.6), "chunk_tokens": 8}
+    tiers = {**pressed(llama, 900, 1.5 if "quest" in options.values() else 0.6), "chunk_tokens": 8}
     made = TieredCache(llama.config, **{**tiers, **options}, text_window=16, max_new_tokens=8)
     with torch.no_grad(), tieredkv.use_attention(llama), made as cache:
         cache.copies = LateCopies()

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from helpers import LateCopies, cap_share
+from helpers import LateCopies, pressed
 
 import tieredkv
 from tieredkv import TieredCache
@@ -118,7 +118,7 @@ def test_an_interrupted_wait_leaves_the_copy_outstanding(monkeypatch):
 @pytest.mark.parametrize("options", [{"theta": 2.0}, {"reuse_above": 0.5, "prefetch": True}], ids=str)
 def test_when_a_copy_arrives_changes_nothing(llama, long_ids, options):
     """Prefill in calls over a staged past, and steps: copies as they come, and each at the last moment."""
-    tiers = {"gpu_kv_gb": cap_share(llama, 900, 0.6), "chunk_tokens": 8, "text_window": 16, **options}
+    tiers = {**pressed(llama, 900, 0.6), "chunk_tokens": 8, "text_window": 16, **options}
 
     def decode(copies):
         made = TieredCache(llama.config, **tiers, max_new_tokens=8)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from helpers import cap_share, session_logits, stock_inputs, stock_logits
+from helpers import cap_share, pressed, session_logits, stock_inputs, stock_logits
 from test_policy import tokens
 
 import tieredkv
@@ -44,7 +44,7 @@ def test_generate_with_every_preset(video_model, processor, frames, policy):
         video_model,
         frames,
         "follow the star for 2 ?",
-        gpu_kv_gb=cap_share(video_model, 500, share),
+        **pressed(video_model, 500, share),
         processor=processor,
         fps=4,
         max_new_tokens=5,
@@ -180,7 +180,7 @@ def test_streaming_keeps_sinks_and_the_latest():
 
 def test_with_correction_always_on_reuse_changes_nothing(llama, long_ids):
     def answer(**options):
-        options = {"gpu_kv_gb": cap_share(llama, 900, 0.7), "policy": "arkvale", **SMALL, **options}
+        options = {**pressed(llama, 900, 0.7), "policy": "arkvale", **SMALL, **options}
         with tieredkv.use_attention(llama), TieredCache(llama.config, **options) as cache:
             return stock_logits(llama, {"input_ids": long_ids}, 12, past_key_values=cache), cache.counters
 
@@ -308,7 +308,7 @@ def test_prefill_in_inference_mode_and_decoding_outside_it(llama, long_ids):
 
 @pytest.mark.parametrize("share", [0.35, 0.45, 0.6, 0.8])
 def test_forced_tokens_fit_any_cap_that_single_ones_fit(llama, long_ids, share):
-    options = {"gpu_kv_gb": cap_share(llama, 900, share), "theta": 2.0, **SMALL}
+    options = {**pressed(llama, 900, share), "theta": 2.0, **SMALL}
     with (
         torch.no_grad(),
         tieredkv.use_attention(llama),

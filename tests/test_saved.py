@@ -8,7 +8,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from helpers import cap_share, session_logits
+from helpers import pressed, session_logits
 
 import tieredkv
 from tieredkv.errors import BudgetError, OptionError, SessionError, TieredKVError
@@ -20,7 +20,7 @@ STAR, MOON = "what colour was the star ?", "follow the moon for 4 ?"
 @pytest.fixture
 def options(video_model, processor):
     return {
-        "gpu_kv_gb": cap_share(video_model, 280, 0.6),
+        **pressed(video_model, 280, 0.6),
         "processor": processor,
         "fps": 4,
         "chunk_tokens": 8,

@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from helpers import RecordLogits, cap_share, stock_inputs, stock_logits
+from helpers import RecordLogits, cap_share, pressed, stock_inputs, stock_logits
 
 import tieredkv
 from tieredkv.errors import BudgetError, PromptError, TieredKVError
@@ -26,7 +26,7 @@ def opened(video_model, processor, frames):
         session = tieredkv.open_session(
             video_model,
             video,
-            gpu_kv_gb=cap_share(video_model, tokens, share),
+            **pressed(video_model, tokens, share),
             processor=processor,
             fps=4,
             **{**TIGHT, **options},
@@ -136,8 +136,8 @@ def test_a_trace_records_every_selection(opened):
 
 
 def test_generate_is_a_session_with_one_question(opened, video_model, processor, frames):
-    cap = cap_share(video_model, 280, 0.6)
-    one = tieredkv.generate(video_model, frames, STAR, cap, processor=processor, fps=4, max_new_tokens=6, **TIGHT)
+    options = {**pressed(video_model, 280, 0.6), **TIGHT, "processor": processor, "fps": 4}
+    one = tieredkv.generate(video_model, frames, STAR, **options, max_new_tokens=6)
     assert one.token_ids == opened().ask(STAR, max_new_tokens=6).token_ids
 
 
@@ -362,7 +362,7 @@ def test_host_memory_stays_under_its_cap_when_a_long_question_grows_it(opened, v
 
 def test_a_question_too_long_for_the_device_is_told_to_be_shorter(opened):
     with pytest.raises(BudgetError, match="shorten the question or the conversation"):
-        opened(share=0.6).ask(" ".join([STAR] * 200), max_new_tokens=2)
+        opened(share=0.5).ask(" ".join([STAR] * 200), max_new_tokens=2)
 
 
 @pytest.mark.parametrize("prefill_chunk", [1, 3])

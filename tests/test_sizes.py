@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,15 +12,15 @@ from hypothesis import strategies as st
 from tieredkv import decode_plan, sizes
 from tieredkv.config import GIB, TierConfig
 from tieredkv.errors import BudgetError
+from tieredkv.packing import Packing, pack
 
 SHAPE = sizes.KVShape(num_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16, itemsize=2)
 
 
 def decode_bytes(shape: sizes.KVShape, tiers: TierConfig, made: decode_plan.DecodePlan, n_dynamic: int) -> int:
     """What a plan will hold at once while decoding."""
-    total = made.pool_pages * sizes.page_bytes(shape, tiers) + made.scratch_pages * sizes.scratch_page_bytes(
-        shape, tiers
-    )
+    total = made.pool_pages * sizes.page_bytes(shape, tiers, made.packed)
+    total += made.scratch_pages * sizes.scratch_page_bytes(shape, tiers, made.packed)
     total += sizes.table_bytes(shape, tiers, made.layout)
     if made.ranked and n_dynamic:
         total += sizes.digest_bytes(shape, tiers, made.layout, n_dynamic) + sizes.ranking_bytes(
@@ -37,6 +39,7 @@ def cases(draw: st.DrawFn):
         spare_ratio=draw(st.floats(0, 0.9)),
         type_split=draw(st.floats(0.1, 1)),
         budget_ratio=draw(st.none() | st.floats(0.01, 1)),
+        pack_pages=draw(st.booleans()),
     )
     tokens, new = draw(st.integers(1, 3000)), draw(st.integers(1, 100))
     rows = draw(st.integers(1, min(tokens, 80)))
@@ -74,7 +77,7 @@ def test_the_smallest_cap_named_is_enough_and_less_is_refused(case):
     smallest = sizes.smallest_cap_bytes(SHAPE, tiers, layout, rows)
     enough = TierConfig(
         gpu_kv_gb=float(sizes.as_gib(smallest)),
-        **{n: getattr(tiers, n) for n in ("chunk_tokens", "sink_tokens", "recent_window", "spare_ratio")},
+        **{n: getattr(tiers, n) for n in ("chunk_tokens", "sink_tokens", "recent_window", "spare_ratio", "pack_pages")},
     )
     sizes.check_cap(SHAPE, enough, layout, rows)
     assert (
@@ -82,7 +85,7 @@ def test_the_smallest_cap_named_is_enough_and_less_is_refused(case):
         >= tiers.chunk_tokens
     )
     decode_plan.plan_decode(SHAPE, enough, layout, scores, scores >= 0.5)
-    less = TierConfig(gpu_kv_gb=(smallest - 1) / GIB, chunk_tokens=tiers.chunk_tokens)
+    less = dataclasses.replace(enough, gpu_kv_gb=(smallest - 1) / GIB)
     with pytest.raises(BudgetError, match="the smallest that works is"):
         sizes.check_cap(SHAPE, less, layout, rows)
 
@@ -191,22 +194,27 @@ def test_a_setting_out_of_range_is_named(name, value):
     ids=str,
 )
 @pytest.mark.parametrize("batch_pages", [1, 10])
-def test_scratch_counted_covers_what_the_torch_attention_allocates(dtype, head_dim, group, batch_pages):
+@pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
+def test_scratch_counted_covers_what_the_torch_attention_allocates(dtype, head_dim, group, batch_pages, packed):
     """Peak of live bytes inside one call, from torch's own profiler, against the planner's figure."""
     from tieredkv.attention.reference import paged_attention
 
     tiers = TierConfig(chunk_tokens=32)
     shape = sizes.KVShape(1, group, 1, head_dim, dtype.itemsize)
-    pages = torch.randn(30, 2, 32, head_dim).to(dtype)
+    pages, packing = torch.randn(30, 2, 32, head_dim).to(dtype), None
+    if packed:
+        norms = torch.ones(1, 2, head_dim)
+        pages, scales = pack(pages, norms.unsqueeze(2))
+        packing = Packing(scales, norms)
     table, lengths = torch.arange(30).int().view(1, 30), torch.full((1, 30), 32).int()
     query = torch.randn(group, 1, head_dim).to(dtype)
-    paged_attention(query, pages, table, lengths, 1.0, batch_pages)
+    paged_attention(query, pages, table, lengths, 1.0, batch_pages, packing)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        paged_attention(query, pages, table, lengths, 1.0, batch_pages)
+        paged_attention(query, pages, table, lengths, 1.0, batch_pages, packing)
     live = peak = 0
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":
             live += event.nbytes()
             peak = max(peak, live)
     fixed = 8 * group * head_dim * 4 + 30 * 32  # outputs of the call and of its merges, and the index of used pages
-    assert 0 < peak <= batch_pages * sizes.scratch_page_bytes(shape, tiers) + fixed
+    assert 0 < peak <= batch_pages * sizes.scratch_page_bytes(shape, tiers, packed) + fixed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import text_config
-from helpers import cap_share, stock_logits
+from helpers import pressed, stock_logits
 
 import tieredkv
 from tieredkv.cache import TieredCache
@@ -33,7 +33,7 @@ def test_a_window_layer_holds_its_window_and_no_more(gemma, long_ids):
 
 
 def test_a_small_cap_is_kept(gemma, long_ids):
-    options = {"gpu_kv_gb": cap_share(gemma, 900, 0.4), "chunk_tokens": 8, "text_window": 8, "max_new_tokens": 12}
+    options = {**pressed(gemma, 900, 0.4), "chunk_tokens": 8, "text_window": 8, "max_new_tokens": 12}
     with tieredkv.use_attention(gemma), TieredCache(gemma.config, **options, prompt_tokens=900) as cache:
         gemma.generate(long_ids, past_key_values=cache, max_new_tokens=12, do_sample=False)
         assert 0 < cache.ledger.peak_bytes <= cache.tiers.cap_bytes

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from helpers import cap_share
+from helpers import pressed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import StoppingCriteria, TextIteratorStreamer
@@ -24,9 +24,9 @@ STAR, MOON = "what colour was the star ?", "follow the moon for 4 ?"
 
 @pytest.fixture
 def session(video_model, processor, frames, request):
-    cap = cap_share(video_model, 280, 0.6)
     options = {"chunk_tokens": 8, "recent_window": 16, "theta": 0.4, "prefill_chunk": getattr(request, "param", 4096)}
-    with tieredkv.open_session(video_model, frames, gpu_kv_gb=cap, processor=processor, fps=4, **options) as opened:
+    options |= pressed(video_model, 280, 0.6)
+    with tieredkv.open_session(video_model, frames, processor=processor, fps=4, **options) as opened:
         yield opened
 
 

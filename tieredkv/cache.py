@@ -293,7 +293,8 @@ class TieredCache(Cache):
         here = [layer.index for layer in self.tiered_layers if layer.device == device]
         pages = int(plan.pages[here].sum()) + len(here) * self.shape.num_key_value_heads * plan.layout.recent_pages
         dtype, layout = self.tiered_layers[0].dtype, plan.layout
-        pool = DevicePool(self.ledger, pages, self.tiers.chunk_tokens, self.shape.head_dim, dtype, device)
+        page = self.tiers.chunk_tokens, self.shape.head_dim, dtype
+        pool = DevicePool(self.ledger, pages, *page, device, plan.packed)
         self._pools.append(pool)
         return Tiers(
             config=self.tiers,

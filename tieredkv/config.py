@@ -39,6 +39,9 @@ class TierConfig:
     """First tokens of the prompt that dynamic heads always attend to."""
     recent_window: int = 32
     """Last tokens of the prompt that every head always attends to."""
+    pack_pages: bool = True
+    """Where not everything fits: hold keys and values on the device in 8 bits (`packing`), so that twice as many fit.
+    Those on the host stay as the model made them."""
     prefill_chunk: int = 2048
     """Prompt tokens per forward call during prefill."""
     encode_batch: int | None = None
@@ -108,7 +111,7 @@ class TierConfig:
             value = getattr(self, name)
             known = isinstance(value, str) and value in POLICIES
             check(known or (value is None and name == "pruning"), name, f"one of {', '.join(POLICIES)}")
-        for name in ("adaptive", "prefetch"):
+        for name in ("adaptive", "pack_pages", "prefetch"):
             check(isinstance(getattr(self, name), bool), name, "True or False")
         method = _method.__wrapped__(self)  # raises where a field does not suit the policy
         if self.adaptive:

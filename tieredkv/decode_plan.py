@@ -38,6 +38,8 @@ class DecodePlan:
     pool_pages: int
     scratch_pages: int
     """Pages the torch attention gathers at a time."""
+    packed: bool
+    """Whether pages are of 8 bits."""
 
 
 def plan_decode(
@@ -53,8 +55,6 @@ def plan_decode(
     need: `(2, L, K)`, need and spread of each head where the policy measured them (`policy.budget.by_need`). Raises
     `BudgetError`, naming the least cap that works.
     """
-    page = page_bytes(shape, tiers)
-    scratch_page = scratch_page_bytes(shape, tiers)
     n_heads = shape.kv_heads
     most = layout.old_chunks
     everything = n_heads * (most + layout.recent_pages)
@@ -79,14 +79,16 @@ def plan_decode(
         return min(max(scratch, ceil_div(used, shape.num_layers)), max(scratch, (nbytes - used * page) // scratch_page))
 
     cap = tiers.cap_bytes - table_bytes(shape, tiers, layout)
-    pool, scratch = pages_for(cap)
     ratio, old_pages = tiers.budget_ratio, most
     if ratio is not None and not tiers.method.keep_all:
         old_pages = int((ratio * layout.tokens - (layout.tokens - layout.recent_start)) // layout.chunk_tokens)
-    if pool >= everything and old_pages >= most:
-        every = torch.where(static, 0, layout.retrievable)
-        pages = torch.full_like(every, most)
-        return DecodePlan(layout, pages, every, every, False, everything, wider(scratch, everything, cap))
+    for packed in (False, True) if tiers.pack_pages and not tiers.method.keep_all else (False,):
+        page, scratch_page = _page(shape, tiers, packed)
+        pool, scratch = pages_for(cap)
+        if pool >= everything and old_pages >= most:
+            every = torch.where(static, 0, layout.retrievable)
+            pages = torch.full_like(every, most)
+            return DecodePlan(layout, pages, every, every, False, everything, wider(scratch, everything, cap), packed)
 
     ranking = ranking_bytes(shape, tiers, layout) if n_dynamic else 0
     cap -= digest_bytes(shape, tiers, layout, n_dynamic) + ranking
@@ -123,7 +125,11 @@ def plan_decode(
         pages = torch.where(static, pages, layout.sink_chunks + slots)
     ranked = bool((selected[~static] < layout.retrievable).any())
     used = n_heads * layout.recent_pages + int(pages.sum())
-    return DecodePlan(layout, pages, selected, slots, ranked, used, wider(scratch, used, cap))
+    return DecodePlan(layout, pages, selected, slots, ranked, used, wider(scratch, used, cap), packed)
+
+
+def _page(shape: KVShape, tiers: TierConfig, packed: bool) -> tuple[int, int]:
+    return page_bytes(shape, tiers, packed), scratch_page_bytes(shape, tiers, packed)
 
 
 def table_width(made: DecodePlan, tiers: TierConfig, index: int, static: torch.Tensor) -> int:

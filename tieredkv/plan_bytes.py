@@ -7,6 +7,7 @@ import torch
 from tieredkv import decode_plan, sizes
 from tieredkv.config import TierConfig
 from tieredkv.memory.residency import Residency
+from tieredkv.packing import norm_bytes
 from tieredkv.sizes import KVShape, ceil_div
 
 
@@ -31,6 +32,7 @@ def decode_bytes(
     """
     layout, heads = made.layout, shape.num_key_value_heads
     tables, widest = sizes.attended_bytes(layout), 0
+    tables += norm_bytes(shape.kv_heads, shape.head_dim) if made.packed else 0
     for index, mask in enumerate(static):
         n_dynamic = int((~mask).sum())
         width = decode_plan.table_width(made, tiers, index, mask)
@@ -41,7 +43,7 @@ def decode_bytes(
             tables += sizes.reuse_bytes(shape, tiers, n_dynamic)
     n_dynamic = int((~static).sum())
     ranked = made.ranked and n_dynamic > 0
-    page = sizes.page_bytes(shape, tiers)
+    page = sizes.page_bytes(shape, tiers, made.packed)
     return {
         "recent pages": shape.kv_heads * layout.recent_pages * page,
         "static pages": int(made.pages[static].sum()) * page,
@@ -49,7 +51,7 @@ def decode_bytes(
         "digests": sizes.digest_bytes(shape, tiers, layout, n_dynamic) if ranked else 0,
         "tables": tables,
         "ranking": sizes.ranking_bytes(shape, tiers, layout) if ranked else 0,
-        "attention": min(made.scratch_pages, heads * widest) * sizes.scratch_page_bytes(shape, tiers),
+        "attention": min(made.scratch_pages, heads * widest) * sizes.scratch_page_bytes(shape, tiers, made.packed),
     }
 
 

@@ -101,6 +101,8 @@ class MemoryPlan:
     """Tokens a static head attends to per step, all of them on the device (mean)."""
     dynamic_tokens: int
     """Tokens a dynamic head attends to per step."""
+    packed: bool
+    """Whether keys and values on the device are of 8 bits while decoding."""
     step_read_bytes: int
     """Keys, values and digests that one step reads on the device."""
     step_copy_bytes: int
@@ -186,7 +188,7 @@ class MemoryPlan:
             (
                 "a step attends to",
                 f"{self.dynamic_tokens:,} tokens per dynamic head, {self.static_tokens:,} per static head; "
-                f"reads {_size(self.step_read_bytes)}",
+                f"reads {_size(self.step_read_bytes)}{', pages of 8 bits' if self.packed else ''}",
             ),
             *self._time_rows(),
         ]

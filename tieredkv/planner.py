@@ -107,7 +107,7 @@ def plan(
     static = plan_bytes.assumed_static(shape, tiers, static_share)
     made = decode_plan.plan_decode(shape, tiers, layout, static.double(), static)
     n_static, n_dynamic = int(static.sum()), int((~static).sum())
-    c, page = tiers.chunk_tokens, sizes.page_bytes(shape, tiers)
+    c, page = tiers.chunk_tokens, sizes.page_bytes(shape, tiers, made.packed)
     recent = prompt - layout.recent_start + max_new_tokens
     static_pages, selected = int(made.pages[static].sum()), int(made.selected.sum())
     dynamic_pages = n_dynamic * layout.sink_chunks + selected
@@ -138,8 +138,9 @@ def plan(
         dynamic_heads=n_dynamic,
         static_tokens=recent + c * static_pages // n_static if n_static else 0,
         dynamic_tokens=recent + c * dynamic_pages // n_dynamic if n_dynamic else 0,
+        packed=made.packed,
         step_read_bytes=attended * page + decode["digests"],
-        step_copy_bytes=selected * page if made.ranked else 0,
+        step_copy_bytes=selected * sizes.chunk_bytes(shape, tiers) if made.ranked else 0,
         prefill_copy_bytes=plan_bytes.prefill_copy_bytes(shape, tiers, prompt, question_tokens),
         link=link,
         link_gb_s=link_speed,

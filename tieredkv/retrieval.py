@@ -14,9 +14,10 @@ from tieredkv.attention import reference
 from tieredkv.memory.host import HostLayer
 from tieredkv.memory.residency import Residency
 from tieredkv.ops import TORCH
+from tieredkv.packing import Packing
 from tieredkv.policy import digest, select
 from tieredkv.policy.sketch import Basis
-from tieredkv.sizes import page_bytes, ranked_chunks_at_once, ranking_bytes, reuse_bytes, scratch_page_bytes
+from tieredkv.sizes import chunk_bytes, ranked_chunks_at_once, ranking_bytes, reuse_bytes, scratch_page_bytes
 from tieredkv.stats import Selection
 from tieredkv.tiers import Tiers
 
@@ -38,13 +39,16 @@ class Retrieval:
         table: torch.Tensor,
         first_column: int,
         tiers: Tiers,
+        packing: Packing | None,
     ) -> None:
         """heads: `(n,)` KV heads. digests: uint8 `(K, >= old chunks, bytes)` on the host. saliency: `(K, tokens)`.
 
         table: `(K, P)`: the layer's page table, whose rows `heads` get the selected chunks' slots from `first_column`
-        on. Takes its slots from the pool and fills them with the chunks the question's rows looked at most.
+        on. packing: the layer's, of packed pages. Takes its slots from the pool and fills them with the chunks the
+        question's rows looked at most.
         """
         self.index, self.host, self.heads, self.tiers = index, host, heads, tiers
+        self._packing = packing
         layout, plan, device = tiers.plan.layout, tiers.plan, tiers.pool.pages.device
         self._c, self._first, self._chunks = host.chunk_tokens, layout.sink_chunks, layout.retrievable
         self._table, self._column = table, first_column
@@ -119,8 +123,9 @@ class Retrieval:
         row, place = (self.residency.slots >= 0).nonzero(as_tuple=True)
         tiers = self.tiers
         slots = self.residency.slots[row, place]
-        tiers.ops.fetch(self.host.arena, tiers.pool.pages, self._rows[row], likely[row, place] + self._first, slots)
-        tiers.counters.warm_bytes += len(slots) * page_bytes(tiers.shape, tiers.config)
+        chunks = likely[row, place] + self._first
+        tiers.ops.fetch(self.host.arena, tiers.pool.pages, self._rows[row], chunks, slots, self._packing)
+        tiers.counters.warm_bytes += len(slots) * chunk_bytes(tiers.shape, tiers.config)
 
     # ---- steps
 
@@ -221,7 +226,7 @@ class Retrieval:
         to = self.host.arena, tiers.pool.pages, self._rows
 
         def copy() -> int:
-            tiers.ops.gather(*to, missed, victims, misses, *tables, self._first)
+            tiers.ops.gather(*to, missed, victims, misses, *tables, self._first, self._packing)
             return 0
 
         return copy
@@ -253,9 +258,12 @@ class Retrieval:
 
     def _record_exact(self, query: torch.Tensor, scaling: float, seen: torch.Tensor) -> None:
         """The same from the keys in the pool, where chunks are not ranked, or by what does not tell attention."""
-        tiers, index = self.tiers, self.residency
+        tiers, index, packing = self.tiers, self.residency, self._packing
+        if packing is not None:
+            packing = Packing(packing.scales, packing.norms[self._rows])
         pages = min(tiers.plan.scratch_pages, self._table.numel())
-        with tiers.ledger.scratch("scratch", pages * scratch_page_bytes(tiers.shape, tiers.config)):
+        page = scratch_page_bytes(tiers.shape, tiers.config, packing is not None)
+        with tiers.ledger.scratch("scratch", pages * page):
             width = max(1, pages // len(self.heads))
             for first in range(0, self._most_slots, width):
                 part = slice(first, first + width)
@@ -263,7 +271,7 @@ class Retrieval:
                 chunk, attended = held.clamp(min=0), held >= 0
                 if self.digests is not None:
                     attended = attended & index.chosen.gather(1, chunk)
-                mass = reference.page_mass(query, tiers.pool.pages, index.slots[:, part], seen, scaling)
+                mass = reference.page_mass(query, tiers.pool.pages, index.slots[:, part], seen, scaling, packing)
                 tiers.attended.index_add_(0, chunk.flatten(), torch.where(attended, mass, 0.0).flatten())
 
     def adapt(self) -> bool:
@@ -282,7 +290,7 @@ class Retrieval:
             self._selected += self.steps * self.selected
         tallies = self._selected, self._missed, self._reused, self._fetched
         selected, missed, reused, ahead = torch.stack(tallies).sum(1).tolist()
-        page = page_bytes(self.tiers.shape, self.tiers.config)
+        page = chunk_bytes(self.tiers.shape, self.tiers.config)
         counters.selected += selected
         counters.resident += selected - missed
         counters.reused += reused

@@ -11,12 +11,14 @@ import torch
 from tieredkv.attention import reference
 from tieredkv.decode_plan import table_width
 from tieredkv.errors import BudgetError
+from tieredkv.memory import residency
 from tieredkv.memory.host import HostLayer
+from tieredkv.packing import Packing, rounded, unpack, usual_sizes
 from tieredkv.policy import prune
 from tieredkv.policy.sketch import Basis
 from tieredkv.prefill import TextRows
 from tieredkv.retrieval import Retrieval
-from tieredkv.sizes import FLOAT32, page_bytes, ranking_bytes, scratch_page_bytes
+from tieredkv.sizes import FLOAT32, chunk_bytes, ranking_bytes, scratch_page_bytes
 from tieredkv.tiers import Tiers
 
 MOST_ROWS = 32
@@ -55,6 +57,11 @@ class SealedLayer:
         self.table = tiers.ledger.empty("tables", (heads, width), torch.int32, self.device).zero_()
         self.lengths = tiers.ledger.empty("tables", (heads, width), torch.int32, self.device).zero_()
 
+        self.packing: Packing | None = None
+        if tiers.pool.scales is not None:
+            norms = usual_sizes(host.chunks(), host.length).to(self.device)
+            tiers.ledger.reserve("tables", norms.nbytes)
+            self.packing = Packing(tiers.pool.scales, norms)
         self._fill_recent(recent, layout.recent_start)
         for head in self.static.tolist():
             pages = int(plan.pages[index, head])
@@ -64,7 +71,9 @@ class SealedLayer:
             self._fill_sinks(sinks, recent)
             first = recent + sinks
             saliency = rows.saliency
-            self.retrieval = Retrieval(index, host, self.dynamic, digests, basis, saliency, self.table, first, tiers)
+            self.retrieval = Retrieval(
+                index, host, self.dynamic, digests, basis, saliency, self.table, first, tiers, self.packing
+            )
             self._picked = slice(first, first + self.retrieval.most_selected)
             self._place = torch.arange(self.retrieval.most_selected, device=self.device)
             self._set_lengths(self.retrieval)
@@ -79,8 +88,8 @@ class SealedLayer:
     def _fetch(self, heads: torch.Tensor, ids: torch.Tensor, slots: torch.Tensor) -> None:
         """Copy whole chunks `ids` (absolute) of `heads` into pool `slots`, all `(m,)`."""
         tiers = self.tiers
-        tiers.ops.fetch(self.host.arena, tiers.pool.pages, heads, ids, slots)
-        tiers.counters.warm_bytes += len(ids) * page_bytes(tiers.shape, tiers.config)
+        tiers.ops.fetch(self.host.arena, tiers.pool.pages, heads, ids, slots, self.packing)
+        tiers.counters.warm_bytes += len(ids) * chunk_bytes(tiers.shape, tiers.config)
 
     def _fill_recent(self, pages: int, first_token: int) -> None:
         heads, c = self.host.num_heads, self._c
@@ -93,7 +102,10 @@ class SealedLayer:
         who = torch.arange(heads).repeat_interleave(filled)
         self._fetch(who, ids, self.table[:, :filled].flatten())
         if within := self.recent_tokens % c:  # what the host holds behind its last token was never written
-            self.tiers.pool.pages[self.table[:, filled - 1], :, within:] = 0
+            last = self.table[:, filled - 1]
+            self.tiers.pool.pages[last, :, within:] = 0
+            if self.packing is not None:
+                self.packing.scales[last, :, within:] = 0
         starts = torch.arange(pages, device=self.device) * c
         self.lengths[:, :pages] = (self.recent_tokens - starts).clamp(0, c)
 
@@ -112,13 +124,11 @@ class SealedLayer:
         filled = kept.numel() - c * torch.arange(pages, device=self.device)
         self.lengths[head, column : column + pages] = filled.clamp(0, c).int()
         if method.merge is None:
-            self.tiers.ops.keep(self.host.arena, pool.pages, head, kept, slots)
+            self.tiers.ops.keep(self.host.arena, pool.pages, head, kept, slots, self.packing)
         else:
-            page, place = torch.arange(kept.numel()) // c, torch.arange(kept.numel()) % c
-            pool.pages[slots[page.to(self.device)], :, place.to(self.device)] = torch.stack(
-                method.merge(tokens, kept), dim=1
-            ).to(pool.pages)
-        self.tiers.counters.warm_bytes += kept.numel() * page_bytes(self.tiers.shape, config) // c
+            merged = torch.stack(method.merge(tokens, kept), dim=1)
+            residency.write(merged, pool.pages, head, slots, self.packing)
+        self.tiers.counters.warm_bytes += kept.numel() * chunk_bytes(self.tiers.shape, config) // c
 
     def _fill_sinks(self, sinks: int, column: int) -> None:
         n = len(self.dynamic)
@@ -154,7 +164,11 @@ class SealedLayer:
     ) -> torch.Tensor:
         """The same in one pass, where no head chooses: each row sees the pages that were there, and its forerunners."""
         held = self._attend(query, scaling)
-        out, _ = reference.merge(*held, *reference.attend(query, keys, values, scaling, causal=True))
+        seen = keys, values
+        if self.packing is not None:
+            norms = self.packing.norms
+            seen = rounded(keys, norms[:, 0]), rounded(values, norms[:, 1])
+        out, _ = reference.merge(*held, *reference.attend(query, *seen, scaling, causal=True))
         for row in range(query.shape[1]):
             self._append(keys[:, row], values[:, row])
         return out.to(query.dtype)
@@ -188,7 +202,7 @@ class SealedLayer:
 
     def _scratch_bytes(self) -> int:
         used = min(self.tiers.plan.scratch_pages, self.table.numel())
-        return used * scratch_page_bytes(self.tiers.shape, self.tiers.config)
+        return used * scratch_page_bytes(self.tiers.shape, self.tiers.config, self.packing is not None)
 
     def step(
         self,
@@ -219,13 +233,13 @@ class SealedLayer:
         tiers = self.tiers
         with tiers.ledger.scratch("scratch", self._scratch_bytes()):
             return tiers.ops.paged_attention(
-                query, tiers.pool.pages, self.table, self.lengths, scaling, tiers.plan.scratch_pages
+                query, tiers.pool.pages, self.table, self.lengths, scaling, tiers.plan.scratch_pages, self.packing
             )
 
     def _append(self, key: torch.Tensor, value: torch.Tensor) -> None:
         self.count_step()
         tiers = self.tiers
-        tiers.ops.append(key, value, tiers.pool.pages, self.table, self.lengths, self._held)
+        tiers.ops.append(key, value, tiers.pool.pages, self.table, self.lengths, self._held, self.packing)
         self._held += 1
 
     def count_step(self) -> None:
@@ -253,7 +267,7 @@ class SealedLayer:
     def generated_tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values, each `(K, generated, D)` on the host, of the tokens decoded since the seal.
 
-        Copied page by page, so that no second copy of them is ever on the device.
+        Copied page by page, so that no second copy of them is ever on the device; of packed pages as precise as those.
         """
         shape = (2, self.host.num_heads, self.generated, self.host.head_dim)
         tokens = torch.empty(shape, dtype=self.host.dtype)
@@ -261,6 +275,9 @@ class SealedLayer:
         for head in range(self.host.num_heads):
             for page in range(first // self._c, -(-self.recent_tokens // self._c)):
                 start, stop = max(first, page * self._c), min(self.recent_tokens, (page + 1) * self._c)
-                held = self.tiers.pool.pages[int(self.table[head, page])]
+                slot = int(self.table[head, page])
+                held = self.tiers.pool.pages[slot]
+                if self.packing is not None:
+                    held = unpack(held, self.packing.scales[slot], self.packing.norms[head].unsqueeze(1))
                 tokens[:, head, start - first : stop - first] = held[:, start - page * self._c : stop - page * self._c]
         return tokens[0], tokens[1]

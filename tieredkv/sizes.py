@@ -14,6 +14,7 @@ import torch
 
 from tieredkv.config import GIB, TierConfig
 from tieredkv.errors import BudgetError, UnsupportedModelError
+from tieredkv.packing import norm_bytes, packed_bytes
 from tieredkv.policy import sketch
 from tieredkv.policy.classify import top_k_count
 from tieredkv.policy.digest import DIGESTS
@@ -21,6 +22,7 @@ from tieredkv.policy.digest import DIGESTS
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+FLOAT16 = 2
 FLOAT32 = INT32 = 4
 INT64 = 8
 """Bytes."""
@@ -125,16 +127,21 @@ def lay_out(tiers: TierConfig, tokens: int, text_rows: int, new_tokens: int) -> 
     )
 
 
-def page_bytes(shape: KVShape, tiers: TierConfig) -> int:
-    """One page: keys and values of C tokens of one KV head."""
+def chunk_bytes(shape: KVShape, tiers: TierConfig) -> int:
+    """One chunk on the host, and what is copied of it: keys and values of C tokens of one KV head."""
     return 2 * tiers.chunk_tokens * shape.head_dim * shape.itemsize
+
+
+def page_bytes(shape: KVShape, tiers: TierConfig, packed: bool) -> int:
+    """One page on the device. packed: it is of 8 bits."""
+    return packed_bytes(tiers.chunk_tokens, shape.head_dim) if packed else chunk_bytes(shape, tiers)
 
 
 def host_bytes(shape: KVShape, tiers: TierConfig, prompt: int) -> int:
     """Host memory of the complete cache of `prompt` tokens: whole chunks, room for a longer question, digests."""
     chunks = ceil_div(prompt + QUESTION_ROOM, tiers.chunk_tokens)
     fitted = 3 * shape.head_dim**2 * FLOAT32 if DIGESTS[tiers.method.digest].fitted else 0
-    return shape.kv_heads * (chunks * (page_bytes(shape, tiers) + one_digest_bytes(shape, tiers)) + fitted)
+    return shape.kv_heads * (chunks * (chunk_bytes(shape, tiers) + one_digest_bytes(shape, tiers)) + fitted)
 
 
 def one_digest_bytes(shape: KVShape, tiers: TierConfig) -> int:
@@ -143,21 +150,24 @@ def one_digest_bytes(shape: KVShape, tiers: TierConfig) -> int:
     return DIGESTS[method.digest].packed_bytes(shape.head_dim, tiers.chunk_tokens, method.digest_bits)
 
 
-def scratch_page_bytes(shape: KVShape, tiers: TierConfig) -> int:
+def scratch_page_bytes(shape: KVShape, tiers: TierConfig, packed: bool) -> int:
     """What the torch attention holds per gathered page: keys and values in float32 (torch's kernel packs the keys once
-    more), indices of rows, a mask."""
-    narrow = 0 if shape.itemsize == FLOAT32 else shape.itemsize
-    return tiers.chunk_tokens * (shape.head_dim * (3 * FLOAT32 + narrow) + 2 * INT64 + FLOAT32 + 1)
+    more), indices of rows, a mask; of packed pages the scales of keys or values, in both types."""
+    narrow = 1 if packed else 0 if shape.itemsize == FLOAT32 else shape.itemsize
+    scales = FLOAT32 + FLOAT16 if packed else 0
+    return tiers.chunk_tokens * (shape.head_dim * (3 * FLOAT32 + narrow) + scales + 2 * INT64 + FLOAT32 + 1)
 
 
 def table_bytes(shape: KVShape, tiers: TierConfig, layout: Layout) -> int:
-    """Upper bound of the index tables, int32: page and length of every page a head could have, and its residency."""
+    """Upper bound of the index tables, int32 (page and length of every page a head could have, and its residency), and
+    of what stands beside them."""
     per_page = 2 * INT32
     per_chunk = 6 * INT32  # residency: three for a slot, one and a byte for a chunk, one for no chunk
     reused = reuse_bytes(shape, tiers, shape.kv_heads)
     pages = layout.old_chunks + layout.recent_pages
     tables = shape.kv_heads * (pages * per_page + layout.retrievable * per_chunk)
-    return tables + attended_bytes(layout) + reused
+    norms = norm_bytes(shape.kv_heads, shape.head_dim) if tiers.pack_pages else 0
+    return tables + attended_bytes(layout) + reused + norms
 
 
 def attended_bytes(layout: Layout) -> int:
@@ -306,8 +316,9 @@ def smallest_cap_bytes(shape: KVShape, tiers: TierConfig, layout: Layout, text_r
     others = shape.kv_heads - dense
     pages = shape.kv_heads * layout.recent_pages + dense * layout.old_chunks + others * least_pages(layout)
     gathered = max(shape.num_key_value_heads, ceil_div(pages, shape.kv_heads))
-    scratch = gathered * scratch_page_bytes(shape, tiers)
-    decode = pages * page_bytes(shape, tiers) + scratch + table_bytes(shape, tiers, layout)
+    packed = tiers.pack_pages and not method.keep_all
+    scratch = gathered * scratch_page_bytes(shape, tiers, packed)
+    decode = pages * page_bytes(shape, tiers, packed) + scratch + table_bytes(shape, tiers, layout)
     if others and method.theta > 0:
         least = _least_ranked(tiers)
         decode += digest_bytes(shape, tiers, layout, others) + ranking_bytes(shape, tiers, layout, least)

@@ -11,6 +11,8 @@ from functools import cache
 
 import torch
 
+from tieredkv.packing import Packing
+
 HIDDEN = torch.finfo(torch.float32).min / 2
 """Logit of a key that is not there. Finite, so that a head none of whose keys are there does not become NaN."""
 
@@ -102,17 +104,26 @@ def row_weights(
 
 
 def page_mass(
-    query: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor, lse: torch.Tensor, scaling: float
+    query: torch.Tensor,
+    pages: torch.Tensor,
+    slots: torch.Tensor,
+    lse: torch.Tensor,
+    scaling: float,
+    packing: Packing | None = None,
 ) -> torch.Tensor:
     """Attention that full pages get from one query token, summed over the group: `(K, P)`, float32.
 
     query `(K, G, D)`, pages `(S, 2, C, D)`, slots `(K, P)`: what is negative is read as slot 0. lse `(K, G)`: of all
-    that the query attends to.
+    that the query attends to. packing: of pages in 8 bits, its norms those of these `K` heads.
     """
     kv_heads, columns = slots.shape
+    query, ids = query.float() * scaling, slots.clamp(min=0).long().flatten() * 2
     halves = pages.flatten(2).flatten(0, 1)  # a page's keys, then its values
-    keys = halves.index_select(0, slots.clamp(min=0).long().flatten() * 2).float().view(kv_heads, -1, pages.shape[3])
-    logits = torch.baddbmm(-lse.unsqueeze(-1), query.float() * scaling, keys.mT)
+    keys = halves.index_select(0, ids).float().view(kv_heads, -1, pages.shape[3])
+    if packing is not None:
+        query = query * packing.norms[:, 0].unsqueeze(1)
+        keys *= packing.scales.flatten(0, 1).index_select(0, ids).float().view(kv_heads, -1, 1)
+    logits = torch.baddbmm(-lse.unsqueeze(-1), query, keys.mT)
     return logits.exp_().sum(1).view(kv_heads, columns, -1).sum(-1)
 
 
@@ -123,30 +134,43 @@ def paged_attention(
     lengths: torch.Tensor,
     scaling: float,
     batch_pages: int,
+    packing: Packing | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Query tokens over pages that differ from head to head: output `(H, n, D)` and lse `(H, n)`, float32.
 
     query `(H, n, D)`, pages `(S, 2, C, D)`, finite throughout, table `(K, P)`: the pages of each head in any order,
     lengths `(K, P)`: how many of a page's first tokens count (0: the entry is not there). Every head needs at least
     one token, all of which all its rows see. batch_pages: pages gathered at a time, at least one per KV head, which
-    bounds the scratch whatever `P` is.
+    bounds the scratch whatever `P` is. packing: of pages in 8 bits.
     """
     heads, n, d = query.shape
     kv_heads, columns = table.shape
     c = pages.shape[2]
     rows, within = pages.view(-1, d), torch.arange(c, device=pages.device)
     folded = query.float().reshape(kv_heads, -1, d)
+    if packing is not None:
+        folded = folded * packing.norms[:, :1]
     width = max(1, batch_pages // kv_heads)
     merged: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def read(ids: torch.Tensor) -> torch.Tensor:
+        found = rows.index_select(0, ids).float()
+        if packing is not None:
+            found *= packing.scales.view(-1).index_select(0, ids).float().unsqueeze(-1)
+        return found.view(kv_heads, -1, d)
+
     for first in range(0, columns, width):
         part = slice(first, first + width)
         ids = (table[:, part].long().unsqueeze(-1) * (2 * c) + within).view(-1)
-        keys = rows.index_select(0, ids).float().view(kv_heads, -1, d)
-        values = rows.index_select(0, ids.add_(c)).float().view(kv_heads, -1, d)
+        keys = read(ids)
+        values = read(ids.add_(c))
         hidden = torch.where(within < lengths[:, part].unsqueeze(-1), 0.0, HIDDEN).view(1, kv_heads, 1, -1)
         out, lse = _flash(folded, keys, values, scaling, False, hidden)
         step = out.reshape(heads, n, d), lse.reshape(heads, n)
         merged = step if merged is None else merge(*merged, *step)
     if merged is None or bool((merged[1] < HIDDEN / 2).any()):
         raise ValueError("a KV head has no page to attend to")
+    if packing is not None:
+        out = merged[0].view(kv_heads, -1, d) * packing.norms[:, 1:]
+        merged = out.view(heads, n, d), merged[1]
     return merged

@@ -8,7 +8,10 @@ from tieredkv.memory.device import DeviceLedger
 
 
 class DevicePool:
-    """`S` slots of one page `(2, C, D)` each, 0 at first. A slot belongs to nobody or to exactly one owner."""
+    """`S` slots of one page `(2, C, D)` each, 0 at first. A slot belongs to nobody or to exactly one owner.
+
+    packed: pages are of 8 bits, with `scales` `(S, 2, C)` (`packing`); otherwise scales is None.
+    """
 
     def __init__(
         self,
@@ -18,15 +21,23 @@ class DevicePool:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        packed: bool = False,
     ) -> None:
         self.ledger = ledger
-        self.pages = ledger.empty("pool", (slots, 2, chunk_tokens, head_dim), dtype, device).zero_()
+        shape = (slots, 2, chunk_tokens, head_dim)
+        self.pages = ledger.empty("pool", shape, torch.int8 if packed else dtype, device).zero_()
+        self.scales = ledger.empty("pool", shape[:3], torch.float16, device).zero_() if packed else None
         self._free = list(range(slots - 1, -1, -1))
         self._taken: set[int] = set()
 
     @property
     def free_slots(self) -> int:
         return len(self._free)
+
+    @property
+    def nbytes(self) -> int:
+        """Device bytes of pages and scales."""
+        return self.pages.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
     def take(self, count: int) -> torch.Tensor:
         """`count` free slots as `(count,)` int64; the caller owns them until `give_back`. MemoryError if too few."""
@@ -47,6 +58,7 @@ class DevicePool:
     def close(self) -> None:
         """Free the memory and stop counting it. The pool has no slots afterwards."""
         self.pages = self.pages.new_empty((0, *self.pages.shape[1:]))
+        self.scales = None
         self._free, self._taken = [], set()
         self.ledger.release("pool")
 

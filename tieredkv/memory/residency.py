@@ -10,6 +10,10 @@ from __future__ import annotations
 
 import torch
 
+from tieredkv.packing import Packing, pack
+
+AT_ONCE = 1024
+"""Chunks that are packed together: more would take memory and no less time."""
 NEVER = torch.iinfo(torch.int32).max
 """Last use of a slot that must not give way."""
 
@@ -139,26 +143,38 @@ def gather(
     chunk_in: torch.Tensor,
     slot_of: torch.Tensor,
     first_chunk: int,
+    packing: Packing | None = None,
 ) -> None:
     """Copy every missed chunk into its victim's slot and enter it in the tables.
 
     arena `(K, chunks, 2, C, D)` in host memory, pages `(S, 2, C, D)`, heads `(n,)`. missed, victims `(n, m)`, of which
-    the first `misses` `(n,)` count. Chunk ids count from `first_chunk` of the arena.
+    the first `misses` `(n,)` count. Chunk ids count from `first_chunk` of the arena. packing: of pages in 8 bits.
     """
     there = torch.arange(missed.shape[1], device=missed.device) < misses.unsqueeze(1)
     row, place = there.nonzero(as_tuple=True)
     chunk, local = missed[row, place].long(), victims[row, place].long()
-    fetch(arena, pages, heads[row], chunk + first_chunk, slots[row, local])
+    fetch(arena, pages, heads[row], chunk + first_chunk, slots[row, local], packing)
     slot_of[row, chunk_in[row, local].long()] = -1  # of a slot that was empty: the last place, which stands for none
     chunk_in[row, local] = chunk.int()
     slot_of[row, chunk] = local.int()
 
 
 def fetch(
-    arena: torch.Tensor, pages: torch.Tensor, heads: torch.Tensor, chunks: torch.Tensor, slots: torch.Tensor
+    arena: torch.Tensor,
+    pages: torch.Tensor,
+    heads: torch.Tensor,
+    chunks: torch.Tensor,
+    slots: torch.Tensor,
+    packing: Packing | None = None,
 ) -> None:
-    """Copy chunk `chunks[i]` of head `heads[i]` into pool slot `slots[i]`, all `(m,)`."""
-    pages[slots] = arena[heads.to(arena.device), chunks.to(arena.device)].to(pages.device)
+    """Copy chunk `chunks[i]` of head `heads[i]` into pool slot `slots[i]`, all `(m,)`. packing: of pages in 8 bits."""
+    here = heads.to(arena.device), chunks.to(arena.device)
+    if packing is None:
+        pages[slots] = arena[here].to(pages.device)
+        return
+    for head, chunk, slot in zip(*(ids.split(AT_ONCE) for ids in (*here, slots)), strict=True):
+        tokens, norms = arena[head, chunk].to(pages.device), packing.norms[head.to(pages.device)].unsqueeze(2)
+        pages[slot], packing.scales[slot] = pack(tokens, norms)
 
 
 def append(
@@ -168,22 +184,47 @@ def append(
     table: torch.Tensor,
     lengths: torch.Tensor,
     held: torch.Tensor,
+    packing: Packing | None = None,
 ) -> None:
     """Write a token's key and value `(K, D)` behind the `held` `(1,)` tokens of the recent region.
 
     Its pages are the first columns of `table` `(K, P)`; lengths `(K, P)`: how many tokens of a page count. `held` is
-    left as it was.
+    left as it was. packing: of pages in 8 bits.
     """
     column, place = divmod(int(held), pages.shape[2])
-    slots = table[:, column]
-    pages[slots, 0, place] = keys
-    pages[slots, 1, place] = values
+    slots = table[:, column].long()
+    token = torch.stack((keys, values), dim=1)
+    if packing is None:
+        pages[slots, :, place] = token
+    else:
+        pages[slots, :, place], packing.scales[slots, :, place] = pack(token, packing.norms)
     lengths[:, column] = place + 1
 
 
-def keep(arena: torch.Tensor, pages: torch.Tensor, head: int, tokens: torch.Tensor, slots: torch.Tensor) -> None:
-    """Pack keys and values of single tokens `(b,)` of one head of the arena into pages `slots` `(>= b / C,)`."""
+def keep(
+    arena: torch.Tensor,
+    pages: torch.Tensor,
+    head: int,
+    tokens: torch.Tensor,
+    slots: torch.Tensor,
+    packing: Packing | None = None,
+) -> None:
+    """Pack keys and values of single tokens `(b,)` of one head of the arena into pages `slots` `(>= b / C,)`.
+
+    packing: of pages in 8 bits.
+    """
     c = pages.shape[2]
-    place = torch.arange(len(tokens))
-    page = slots[(place // c).to(slots.device)]
-    pages[page, :, (place % c).to(page.device)] = arena[head, tokens // c, :, tokens % c].to(pages.device)
+    write(arena[head, tokens // c, :, tokens % c], pages, head, slots, packing)
+
+
+def write(
+    tokens: torch.Tensor, pages: torch.Tensor, head: int, slots: torch.Tensor, packing: Packing | None = None
+) -> None:
+    """Put keys and values `(b, 2, D)` of one head into its pages `slots` `(>= b / C,)`, one behind the other."""
+    place = torch.arange(len(tokens), device=pages.device)
+    page, within = slots[place // pages.shape[2]], place % pages.shape[2]
+    tokens = tokens.to(pages.device)
+    if packing is None:
+        pages[page, :, within] = tokens.to(pages.dtype)
+    else:
+        pages[page, :, within], packing.scales[page, :, within] = pack(tokens, packing.norms[head])

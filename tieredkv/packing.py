@@ -1,0 +1,72 @@
+"""Pages in 8 bits: a key or value is whole numbers from -127 to 127, times a scale of its own, times what is usual in
+each channel of its head. Half the room of 16 bits, and next to no loss: docs/log.md.
+
+Some models' keys are a hundred times larger in a few channels than in the others (Qwen2's biases): one scale for all
+of a key's channels would round the others away, hence the second factor.
+
+Shapes: `K` KV heads, `S` slots of the pool, `C` page tokens, `D` head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+LARGEST = 127
+MOST_TOKENS = 1024
+"""First tokens of a prompt that tell what is usual."""
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """What turns the numbers in a pool's pages `(S, 2, C, D)`, int8, into keys and values of one layer."""
+
+    scales: torch.Tensor
+    """`(S, 2, C)` float16, the pool's: of each token's key, and of its value."""
+    norms: torch.Tensor
+    """`(K, 2, D)` float32, the layer's: of each channel of keys, and of values."""
+
+
+def usual_sizes(chunks: torch.Tensor, tokens: int) -> torch.Tensor:
+    """`Packing.norms` of a layer: mean absolute value of each channel over the first tokens; 1 where all are 0.
+
+    chunks: `(K, n, 2, C, D)`, the prompt's, of which `tokens` tokens are written. `(K, 2, D)`, float32. A mean, and not
+    the largest, as the first token is often an outlier.
+    """
+    tokens = min(tokens, MOST_TOKENS)
+    first = chunks[:, : -(-tokens // chunks.shape[3])].transpose(1, 2).flatten(2, 3)[:, :, :tokens]
+    sizes = first.abs().mean(2, dtype=torch.float32)
+    return torch.where(sizes > 0, sizes, 1.0)
+
+
+def norm_bytes(heads: int, head_dim: int) -> int:
+    """Of the norms of `heads` KV heads."""
+    return heads * 2 * head_dim * torch.float32.itemsize
+
+
+def packed_bytes(tokens: int, head_dim: int) -> int:
+    """Of keys and values of `tokens` tokens of one KV head."""
+    return 2 * tokens * (head_dim + torch.float16.itemsize)
+
+
+def pack(rows: torch.Tensor, norms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys or values `(..., D)` -> whole numbers `(..., D)` int8 and scales `(...)` float16. norms `(..., D)`.
+
+    Where a key is not finite, or millions of times the usual, its scale is not finite, and what comes out is no number.
+    """
+    sized = rows.float() / norms
+    scales = (sized.abs().amax(-1) / LARGEST).half()
+    steps = sized / scales.float().clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(-1)
+    return (steps + 0.5).floor().clamp(-LARGEST, LARGEST).nan_to_num().to(torch.int8), scales
+
+
+def rounded(tokens: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
+    """Keys or values `(K, n, D)` as they come out of packed pages, in their own dtype. norms `(K, D)`."""
+    norms = norms.unsqueeze(1)
+    return unpack(*pack(tokens, norms), norms).to(tokens.dtype)
+
+
+def unpack(numbers: torch.Tensor, scales: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
+    """The keys or values again, `(..., D)` float32: each within half a scale, times its norm."""
+    return numbers.float() * scales.float().unsqueeze(-1) * norms
