@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 import tieredkv
 from tieredkv.cache import TieredCache
-from tieredkv.packing import LARGEST, pack, unpack, usual_sizes
+from tieredkv.packing import LARGEST, channel_norms, pack, unpack
 
 
 def rows(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -47,9 +47,9 @@ def test_scaling_by_a_power_of_two_scales_what_comes_out():
 def test_channels_a_hundred_times_larger_do_not_round_the_others_away():
     keys = rows(1, 200, 1, 1, 16).expand(-1, -1, 2, 1, -1).clone()
     keys[..., :2] = 200 + 20 * keys[..., :2]
-    norms = usual_sizes(keys, 200)[0, 0]
+    norms = channel_norms(keys, 200)[0, 0]
     kept = unpack(*pack(keys[0, :, 0, 0], norms), norms)
-    assert (kept - keys[0, :, 0, 0])[:, 2:].abs().max() < 0.03
+    assert (kept - keys[0, :, 0, 0])[:, 2:].abs().max() < 0.05
     plain = unpack(*pack(keys[0, :, 0, 0], torch.ones(16)), torch.ones(16))
     assert (plain - keys[0, :, 0, 0])[:, 2:].abs().max() > 0.5, "a single factor would have done"
 
@@ -69,17 +69,32 @@ def test_what_cannot_be_packed_becomes_no_number(broken):
     assert out[1].isnan().all()
 
 
-def test_what_is_usual_is_told_by_tokens_that_were_written_alone():
+def test_a_norm_is_a_power_of_what_few_tokens_pass():
+    chunks = rows(2, 200, 2, 8, 16)
+    norms = channel_norms(chunks, 1600)
+    tokens = chunks[1, :128, 0, :, 5].flatten()[::4].abs().sort(descending=True).values
+    assert len(tokens) == 256
+    assert float(norms[1, 0, 5]) == pytest.approx(float(tokens[2]) ** 0.75, rel=1e-5)
+
+
+def test_norms_come_from_tokens_that_were_written_alone():
     chunks = rows(2, 4, 2, 8, 16)
-    want = chunks.transpose(1, 2).reshape(2, 2, 32, 16)[:, :, :27].abs().mean(2)
     chunks[:, 3, :, 3:] = float("nan")
-    torch.testing.assert_close(usual_sizes(chunks, 27), want)
+    want = chunks.transpose(1, 2).reshape(2, 2, 32, 16)[:, :, :27:4].abs().amax(2) ** 0.75
+    torch.testing.assert_close(channel_norms(chunks, 27), want)
+
+
+def test_an_outlying_first_token_does_not_set_the_norms():
+    chunks = rows(1, 100, 2, 8, 16)
+    want = channel_norms(chunks, 800)
+    chunks[:, 0, :, 0] *= 1000
+    assert (channel_norms(chunks, 800) < 1.5 * want).all()
 
 
 def test_a_channel_that_is_always_zero_has_a_norm():
     chunks = rows(1, 2, 2, 8, 4)
     chunks[..., 2] = 0
-    sizes = usual_sizes(chunks, 16)
+    sizes = channel_norms(chunks, 16)
     assert (sizes[..., 2] == 1).all()
 
 
@@ -113,7 +128,7 @@ def test_logits_are_close_to_those_of_pages_as_they_were_made(text_model, long_i
     assert plan.packed
     assert not other.packed
     assert torch.equal(plan.selected, other.selected)
-    assert (packed - exact).abs().max() < 0.02 * exact.abs().max()
+    assert (packed - exact).abs().max() < 0.05 * exact.abs().max()  # a chunk may change places with its like
     assert not torch.equal(packed, exact)
 
 

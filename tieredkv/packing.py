@@ -1,21 +1,27 @@
-"""Pages in 8 bits: a key or value is whole numbers from -127 to 127, times a scale of its own, times what is usual in
-each channel of its head. Half the room of 16 bits, and next to no loss: docs/log.md.
+"""Pages in 8 bits: a key or value is whole numbers from -127 to 127, times a scale of its own, times the size of each
+channel of its head. Half the room of 16 bits, and next to no loss: docs/log.md.
 
 Some models' keys are a hundred times larger in a few channels than in the others (Qwen2's biases): one scale for all
-of a key's channels would round the others away, hence the second factor.
+of a key's channels would round the others away. Dividing by all of a channel's size would let those that are large once
+in a while round the rest away instead; a power of it, as SmoothQuant (arXiv 2211.10438) divides its, does neither.
 
 Shapes: `K` KV heads, `S` slots of the pool, `C` page tokens, `D` head dim.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 LARGEST = 127
-MOST_TOKENS = 1024
-"""First tokens of a prompt that tell what is usual."""
+FIRST_TOKENS, EVERY = 1024, 4
+"""Tokens of a prompt that tell how large channels are: of its first, every fourth."""
+LARGE = 0.99
+"""A channel's size is the magnitude that so many of those tokens stay below: the first token is often an outlier."""
+POWER = 0.75
+"""Of that size (docs/log.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,19 +31,19 @@ class Packing:
     scales: torch.Tensor
     """`(S, 2, C)` float16, the pool's: of each token's key, and of its value."""
     norms: torch.Tensor
-    """`(K, 2, D)` float32, the layer's: of each channel of keys, and of values."""
+    """`(K, 2, D)` float32, the layer's: what each channel of keys, and of values, is divided by."""
 
 
-def usual_sizes(chunks: torch.Tensor, tokens: int) -> torch.Tensor:
-    """`Packing.norms` of a layer: mean absolute value of each channel over the first tokens; 1 where all are 0.
+def channel_norms(chunks: torch.Tensor, tokens: int) -> torch.Tensor:
+    """`Packing.norms` of a layer, `(K, 2, D)` float32. 1 where a channel is nothing but 0.
 
-    chunks: `(K, n, 2, C, D)`, the prompt's, of which `tokens` tokens are written. `(K, 2, D)`, float32. A mean, and not
-    the largest, as the first token is often an outlier.
+    chunks: `(K, n, 2, C, D)`, the prompt's, of which `tokens` tokens are written.
     """
-    tokens = min(tokens, MOST_TOKENS)
-    first = chunks[:, : -(-tokens // chunks.shape[3])].transpose(1, 2).flatten(2, 3)[:, :, :tokens]
-    sizes = first.abs().mean(2, dtype=torch.float32)
-    return torch.where(sizes > 0, sizes, 1.0)
+    tokens = min(tokens, FIRST_TOKENS)
+    first = chunks[:, : -(-tokens // chunks.shape[3])].transpose(1, 2).flatten(2, 3)[:, :, :tokens:EVERY]
+    above = math.ceil((1 - LARGE) * first.shape[2])
+    sizes = first.abs().float().topk(above, dim=2).values[:, :, -1]
+    return torch.where(sizes > 0, sizes**POWER, 1.0)
 
 
 def norm_bytes(heads: int, head_dim: int) -> int:

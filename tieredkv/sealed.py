@@ -13,7 +13,7 @@ from tieredkv.decode_plan import table_width
 from tieredkv.errors import BudgetError
 from tieredkv.memory import residency
 from tieredkv.memory.host import HostLayer
-from tieredkv.packing import Packing, rounded, unpack, usual_sizes
+from tieredkv.packing import Packing, channel_norms, rounded, unpack
 from tieredkv.policy import prune
 from tieredkv.policy.sketch import Basis
 from tieredkv.prefill import TextRows
@@ -59,7 +59,7 @@ class SealedLayer:
 
         self.packing: Packing | None = None
         if tiers.pool.scales is not None:
-            norms = usual_sizes(host.chunks(), host.length).to(self.device)
+            norms = channel_norms(host.chunks(), host.length).to(self.device)
             tiers.ledger.reserve("tables", norms.nbytes)
             self.packing = Packing(tiers.pool.scales, norms)
         self._fill_recent(recent, layout.recent_start)

@@ -205,7 +205,7 @@ def keep(
     slots: torch.Tensor,
     packing: Packing | None = None,
 ) -> None:
-    """As `memory.residency.keep`: pack single tokens `(b,)` of one head into pages `slots` `(>= b / C,)`.
+    """As `memory.residency.keep`: put single tokens `(b,)` of one head into pages `slots` `(>= b / C,)`.
 
     arena `(K, chunks, 2, C, D)` in host memory, pages `(S, 2, C, D)`. packing: of pages in 8 bits.
     """

@@ -209,9 +209,8 @@ def keep(
     slots: torch.Tensor,
     packing: Packing | None = None,
 ) -> None:
-    """Pack keys and values of single tokens `(b,)` of one head of the arena into pages `slots` `(>= b / C,)`.
-
-    packing: of pages in 8 bits.
+    """Put keys and values of single tokens `(b,)` of one head of the arena into pages `slots` `(>= b / C,)`, one behind
+    the other. packing: of pages in 8 bits.
     """
     c = pages.shape[2]
     write(arena[head, tokens // c, :, tokens % c], pages, head, slots, packing)
