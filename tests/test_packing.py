@@ -54,6 +54,17 @@ def test_channels_a_hundred_times_larger_do_not_round_the_others_away():
     assert (plain - keys[0, :, 0, 0])[:, 2:].abs().max() > 0.5, "a single factor would have done"
 
 
+def test_a_channel_that_is_large_once_in_a_while_does_not_round_the_others_away():
+    keys = rows(1, 1000, 1, 1, 16).expand(-1, -1, 2, 1, -1).clone()
+    keys[..., 0] *= 0.05
+    keys[:, ::40, ..., 0] = 5
+    norms = channel_norms(keys, 1000)[0, 0]
+    off = (unpack(*pack(keys[0, :, 0, 0], norms), norms) - keys[0, :, 0, 0])[:, 1:].abs().max()
+    assert off < 0.06
+    mean = keys[0, :, 0, 0].abs().mean(0)
+    assert (unpack(*pack(keys[0, :, 0, 0], mean), mean) - keys[0, :, 0, 0])[:, 1:].abs().max() > 1.5 * off
+
+
 def test_nothing_stays_nothing():
     numbers, scales = pack(torch.zeros(2, 8), torch.ones(8))
     assert not numbers.any()
