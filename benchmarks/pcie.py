@@ -4,10 +4,10 @@
     python benchmarks/pcie.py --quick    few sizes, a small shape
 
 First the link by itself, out of page-locked memory: large copies each way, then scattered pieces of 4 KiB to 1 MiB, by
-the kernel that a decoding step uses and by a gather on the host with one copy. Then milliseconds per token against the
-link's speed: the real one, and slower ones by moving the same bytes 2, 4 and 8 times. Beside them what the planner
-says: the step without copies, and on top of it the time of its copies. Draws the second part with --plot; prints a
-table, and one line of JSON at the end.
+the kernel that a decoding step uses, to pages of 8 bits and as made, and by a gather on the host with one copy. Then
+milliseconds per token against the link's speed: the real one, and slower ones by moving the same bytes 2, 4 and 8
+times. Beside them what the planner says: the step without copies, and on top of it the time of its copies. Draws the
+second part with --plot; prints a table, and one line of JSON at the end.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from synthetic import make_model, milliseconds, scripted
 from tieredkv.memory import residency
 from tieredkv.memory.pagelock import PageLocker, aligned
 from tieredkv.ops import Ops, triton
+from tieredkv.packing import Packing
 from tieredkv.plan_table import LINKS
 
-ROUNDS = 20
+ROUNDS, HEAD_DIM = 20, 128
 
 
 def rate(nbytes: int, ms: float) -> float:
@@ -56,8 +57,13 @@ def scattered(memory: torch.Tensor, piece_bytes: int, pieces: int) -> list[dict[
     ids, heads = torch.randint(arena.shape[1], (pieces,)), torch.zeros(pieces, dtype=torch.int64)
     slots = torch.randperm(pieces, device="cuda")
     on_card = heads.cuda(), ids.cuda()
+    chunks = memory.view(torch.bfloat16).view(1, arena.shape[1], 2, -1, min(HEAD_DIM, piece_bytes // 4))
+    packed = torch.empty(pieces, *chunks.shape[2:], dtype=torch.int8, device="cuda")
+    scales = torch.empty(packed.shape[:3], dtype=torch.float16, device="cuda")
+    packing = Packing(scales, torch.ones(1, 2, chunks.shape[4], device="cuda"))
     ways: dict[str, Callable[[], object]] = {
-        "kernel": lambda: triton().fetch(arena, pages, *on_card, slots),
+        "kernel": lambda: triton().fetch(chunks, packed, *on_card, slots, packing),
+        "kernel, pages as made": lambda: triton().fetch(arena, pages, *on_card, slots),
         "by way of the host": lambda: residency.fetch(arena, pages, heads, ids, slots),
     }
     return [

@@ -83,7 +83,7 @@ def test_what_cannot_be_packed_becomes_no_number(broken):
 def test_a_norm_is_a_power_of_what_few_tokens_pass():
     chunks = rows(2, 200, 2, 8, 16)
     norms = channel_norms(chunks, 1600)
-    tokens = chunks[1, :128, 0, :, 5].flatten()[::4].abs().sort(descending=True).values
+    tokens = chunks[1, :128, 0, :, 5].flatten()[1::4].abs().sort(descending=True).values
     assert len(tokens) == 256
     assert float(norms[1, 0, 5]) == pytest.approx(float(tokens[2]) ** 0.75, rel=1e-5)
 
@@ -91,15 +91,17 @@ def test_a_norm_is_a_power_of_what_few_tokens_pass():
 def test_norms_come_from_tokens_that_were_written_alone():
     chunks = rows(2, 4, 2, 8, 16)
     chunks[:, 3, :, 3:] = float("nan")
-    want = chunks.transpose(1, 2).reshape(2, 2, 32, 16)[:, :, :27:4].abs().amax(2) ** 0.75
+    want = chunks.transpose(1, 2).reshape(2, 2, 32, 16)[:, :, 1:27].abs().amax(2) ** 0.75
     torch.testing.assert_close(channel_norms(chunks, 27), want)
 
 
 def test_an_outlying_first_token_does_not_set_the_norms():
     chunks = rows(1, 100, 2, 8, 16)
-    want = channel_norms(chunks, 800)
-    chunks[:, 0, :, 0] *= 1000
-    assert (channel_norms(chunks, 800) < 1.5 * want).all()
+    for tokens in (1, 2, 50, 800):
+        want = channel_norms(chunks, tokens)
+        outlying = chunks.clone()
+        outlying[:, 0, :, 0] *= 1000
+        assert torch.equal(channel_norms(outlying, tokens), want) == (tokens > 1)
 
 
 def test_a_channel_that_is_always_zero_has_a_norm():
@@ -172,6 +174,34 @@ def test_where_everything_fits_in_eight_bits_nothing_is_left_out(llama, long_ids
     assert not plan.ranked
     stock = llama(long_ids).logits[:, -8:-1]
     assert (logits - stock).abs().max() < 0.02 * stock.abs().max()
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 20, 33])
+def test_a_short_prompt_that_is_attended_to_whole_is_exact_under_any_ratio(llama, prompt_ids, tokens):
+    ids = prompt_ids[:, : tokens + 8]
+    logits, _, plan = answered(llama, ids, gpu_kv_gb=1, budget_ratio=0.1)
+    assert not plan.packed
+    torch.testing.assert_close(logits, llama(ids).logits[:, -8:-1], rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("policy", ["hybridkv", "snapkv"])
+@pytest.mark.parametrize("chunk_tokens", [8, 64])
+def test_packing_at_the_seal_takes_less_than_the_cap_leaves(llama, policy, chunk_tokens):
+    """What a seal really allocates, by torch's profiler, with all that it keeps."""
+    ids = torch.randint(0, 97, (1, 6000), generator=torch.Generator().manual_seed(0))
+    options = {"gpu_kv_gb": cap_share(llama, 6000, 0.2), "chunk_tokens": chunk_tokens, "policy": policy}
+    with tiered(llama, **options) as cache:
+        cache.auto_seal = False
+        llama(ids, past_key_values=cache)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            cache.seal()
+        assert cache.tiered_layers[0].sealed.packing is not None
+        live = peak = 0
+        for event in profile.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                live += event.nbytes()
+                peak = max(peak, live)
+        assert peak <= cache.tiers.cap_bytes
 
 
 def test_the_full_cache_is_never_packed(llama, long_ids):

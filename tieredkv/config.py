@@ -40,8 +40,8 @@ class TierConfig:
     recent_window: int = 32
     """Last tokens of the prompt that every head always attends to."""
     pack_pages: bool = True
-    """Where not everything fits: hold keys and values on the device in 8 bits (`packing`), so that twice as many fit.
-    Those on the host stay as the model made them."""
+    """Hold keys and values on the device in 8 bits (`packing`), so that twice as many fit, unless a step attends to
+    everything and it fits as it is. Those on the host stay as the model made them."""
     prefill_chunk: int = 2048
     """Prompt tokens per forward call during prefill."""
     encode_batch: int | None = None

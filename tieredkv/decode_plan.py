@@ -81,7 +81,8 @@ def plan_decode(
     cap = tiers.cap_bytes - table_bytes(shape, tiers, layout)
     ratio, old_pages = tiers.budget_ratio, most
     if ratio is not None and not tiers.method.keep_all:
-        old_pages = int((ratio * layout.tokens - (layout.tokens - layout.recent_start)) // layout.chunk_tokens)
+        recent = layout.tokens - layout.recent_start
+        old_pages = max(least_pages(layout), int((ratio * layout.tokens - recent) // layout.chunk_tokens))
     for packed in (False, True) if tiers.pack_pages and not tiers.method.keep_all else (False,):
         page, scratch_page = _page(shape, tiers, packed)
         pool, scratch = pages_for(cap)
@@ -96,7 +97,7 @@ def plan_decode(
     affordable = pool - n_heads * layout.recent_pages - n_dense * most
     least, total = least_pages(layout), affordable
     if ratio is not None:
-        total = min(affordable, (n_heads - n_dense) * max(least, old_pages))
+        total = min(affordable, (n_heads - n_dense) * old_pages)
     rest, method = static[dense:], tiers.method
     try:
         if method.keep_all:

@@ -1,4 +1,4 @@
-"""Pages in 8 bits: a key or value is whole numbers from -127 to 127, times a scale of its own, times the size of each
+"""Pages in 8 bits: a key or value is whole numbers from -127 to 127, times a scale of its own, times a norm for each
 channel of its head. Half the room of 16 bits, and next to no loss: docs/log.md.
 
 Some models' keys are a hundred times larger in a few channels than in the others (Qwen2's biases): one scale for all
@@ -10,16 +10,17 @@ Shapes: `K` KV heads, `S` slots of the pool, `C` page tokens, `D` head dim.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 
 LARGEST = 127
-FIRST_TOKENS, EVERY = 1024, 4
-"""Tokens of a prompt that tell how large channels are: of its first, every fourth."""
-LARGE = 0.99
-"""A channel's size is the magnitude that so many of those tokens stay below: the first token is often an outlier."""
+FIRST_TOKENS, SAMPLE = 1024, 256
+"""Of so many first tokens of a prompt, so many tell how large channels are; never the very first, often an outlier."""
+ABOVE = 100
+"""A channel's size is what one in so many of them passes."""
+AT_ONCE = 256
+"""Tokens that are packed at a time: their numbers in float32 are beside all that the cap counts."""
 POWER = 0.75
 """Of that size (docs/log.md)."""
 
@@ -40,9 +41,9 @@ def channel_norms(chunks: torch.Tensor, tokens: int) -> torch.Tensor:
     chunks: `(K, n, 2, C, D)`, the prompt's, of which `tokens` tokens are written.
     """
     tokens = min(tokens, FIRST_TOKENS)
-    first = chunks[:, : -(-tokens // chunks.shape[3])].transpose(1, 2).flatten(2, 3)[:, :, :tokens:EVERY]
-    above = math.ceil((1 - LARGE) * first.shape[2])
-    sizes = first.abs().float().topk(above, dim=2).values[:, :, -1]
+    begun = chunks[:, : -(-tokens // chunks.shape[3])].transpose(1, 2).flatten(2, 3)
+    sample = begun[:, :, min(1, tokens - 1) : tokens : max(1, tokens // SAMPLE)]
+    sizes = sample.abs().float().topk(sample.shape[2] // ABOVE + 1, dim=2).values[:, :, -1]
     return torch.where(sizes > 0, sizes**POWER, 1.0)
 
 
@@ -59,12 +60,14 @@ def packed_bytes(tokens: int, head_dim: int) -> int:
 def pack(rows: torch.Tensor, norms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys or values `(..., D)` -> whole numbers `(..., D)` int8 and scales `(...)` float16. norms `(..., D)`.
 
-    Where a key is not finite, or millions of times the usual, its scale is not finite, and what comes out is no number.
+    Where a key is not finite, or millions of times its channels' norms, its scale is not finite, and what comes out is
+    no number.
     """
-    sized = rows.float() / norms
-    scales = (sized.abs().amax(-1) / LARGEST).half()
-    steps = sized / scales.float().clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(-1)
-    return (steps + 0.5).floor().clamp(-LARGEST, LARGEST).nan_to_num().to(torch.int8), scales
+    steps = rows.float() / norms
+    scales = (steps.abs().amax(-1) / LARGEST).half()
+    steps /= scales.float().clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(-1)
+    steps.add_(0.5).floor_().clamp_(-LARGEST, LARGEST).nan_to_num_()
+    return steps.to(torch.int8), scales
 
 
 def rounded(tokens: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:

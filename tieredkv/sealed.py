@@ -59,9 +59,9 @@ class SealedLayer:
 
         self.packing: Packing | None = None
         if tiers.pool.scales is not None:
-            norms = channel_norms(host.chunks(), host.length).to(self.device)
-            tiers.ledger.reserve("tables", norms.nbytes)
-            self.packing = Packing(tiers.pool.scales, norms)
+            shape = heads, 2, host.head_dim
+            self.packing = Packing(tiers.pool.scales, tiers.ledger.empty("tables", shape, torch.float32, self.device))
+            self.packing.norms.copy_(channel_norms(host.chunks(), host.length))
         self._fill_recent(recent, layout.recent_start)
         for head in self.static.tolist():
             pages = int(plan.pages[index, head])

@@ -165,7 +165,7 @@ def table_bytes(shape: KVShape, tiers: TierConfig, layout: Layout) -> int:
     per_chunk = 6 * INT32  # residency: three for a slot, one and a byte for a chunk, one for no chunk
     reused = reuse_bytes(shape, tiers, shape.kv_heads)
     pages = layout.old_chunks + layout.recent_pages
-    tables = shape.kv_heads * (pages * per_page + layout.retrievable * per_chunk)
+    tables = shape.kv_heads * (pages * per_page + layout.retrievable * per_chunk + INT32)
     norms = norm_bytes(shape.kv_heads, shape.head_dim) if tiers.pack_pages else 0
     return tables + attended_bytes(layout) + reused + norms
 

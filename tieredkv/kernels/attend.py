@@ -33,8 +33,8 @@ def _attend_split(
         q = q.to(tl.float32)
     if norms is not None:
         # What all keys have in common is multiplied once, into the query.
-        usual = tl.load(norms + head * 2 * D + d, mask=d < D, other=0.0) * scaling
-        q = (q.to(tl.float32) * usual[None, :]).to(q.dtype)
+        norm = tl.load(norms + head * 2 * D + d, mask=d < D, other=0.0) * scaling
+        q = (q.to(tl.float32) * norm[None, :]).to(q.dtype)
     best = tl.full([PADDED_G], -1e38, tl.float32)
     total = tl.zeros([PADDED_G], tl.float32)
     mixed = tl.zeros([PADDED_G, PADDED_D], tl.float32)

@@ -21,7 +21,10 @@ PIECES, BLOCK = 4, 1024
 
 @triton.jit
 def _pack(rows, norms):
-    """As `packing.pack`, to the bit: rows `(..., D)` -> numbers `(..., D)` int8 and scales `(..., 1)` float16."""
+    """As `packing.pack`: rows `(..., D)` -> numbers `(..., D)` int8 and scales `(..., 1)` float16.
+
+    The same to the bit, but where torch on a card divides less exactly.
+    """
     sized = tl.div_rn(rows.to(tl.float32), norms)
     # The largest bits, not the largest number: that would pass over what is not a number.
     bits = tl.max(sized.to(tl.int32, bitcast=True) & 0x7FFFFFFF, len(rows.shape) - 1, keep_dims=True)
@@ -55,8 +58,8 @@ def _copy_packed(
         inside = counts & (d[None, None, :] < D)
         where = at * D + d[None, None, :]
         data = tl.load(arena + source[:, None, None] + where, mask=inside, other=0.0)
-        usual = tl.load(norms[:, None, None] + at // C * D + d[None, None, :], mask=inside, other=1.0)
-        numbers, scale = _pack(data, usual)
+        norm = tl.load(norms[:, None, None] + at // C * D + d[None, None, :], mask=inside, other=1.0)
+        numbers, scale = _pack(data, norm)
         tl.store(pool + slot[:, None, None] * (2 * C * D) + where, numbers, mask=inside)
         tl.store(scales + slot[:, None, None] * (2 * C) + at, scale, mask=counts)
 
@@ -96,8 +99,8 @@ def _gather(
             if norms is None:
                 _copy_words(arena, pool, source, slot, there, 2 * C * D, BLOCK)
             else:
-                usual = norms + row * (2 * D) + 0 * piece
-                _copy_packed(arena, pool, scales, usual, source, slot, there, C, D, PADDED_D, ROWS)
+                norm = norms + row * (2 * D) + 0 * piece
+                _copy_packed(arena, pool, scales, norm, source, slot, there, C, D, PADDED_D, ROWS)
             before = tl.load(chunk_in + head * slot_stride + local, mask=there, other=-1)
             tl.store(slot_of + head * chunk_stride + before, -1, mask=there & (before >= 0))
             tl.store(chunk_in + head * slot_stride + local, chunk, mask=there)
@@ -144,10 +147,10 @@ def _append(
     key = tl.load(keys + head * D + d, mask=d < D, other=0.0)
     value = tl.load(values + head * D + d, mask=d < D, other=0.0)
     if norms is not None:
-        usual, scale_of = norms + head * 2 * D + d, scales + slot * 2 * C + place + tl.arange(0, 1)
-        key, scale = _pack(key, tl.load(usual, mask=d < D, other=1.0))
+        norm, scale_of = norms + head * 2 * D + d, scales + slot * 2 * C + place + tl.arange(0, 1)
+        key, scale = _pack(key, tl.load(norm, mask=d < D, other=1.0))
         tl.store(scale_of, scale)
-        value, scale = _pack(value, tl.load(usual + D, mask=d < D, other=1.0))
+        value, scale = _pack(value, tl.load(norm + D, mask=d < D, other=1.0))
         tl.store(scale_of + C, scale)
     tl.store(pages + to, key, mask=d < D)
     tl.store(pages + to + C * D, value, mask=d < D)
@@ -190,8 +193,8 @@ def _keep(
         where = part * C * WIDTH + word[None, :]
         data = tl.load(arena + source[:, None] + where, mask=inside, other=0)
         if norms is not None:
-            usual = norms + (head * 2 + part) * WIDTH + word[None, :]
-            data, scale = _pack(data, tl.load(usual, mask=word[None, :] < WIDTH, other=1.0))
+            norm = norms + (head * 2 + part) * WIDTH + word[None, :]
+            data, scale = _pack(data, tl.load(norm, mask=word[None, :] < WIDTH, other=1.0))
             scale_of = scales + (slot * 2 + part) * C + place % C
             tl.store(scale_of[:, None], scale, mask=there[:, None])
         tl.store(pool + to[:, None] + where, data, mask=inside)
@@ -235,8 +238,8 @@ def _fetch(
         if norms is None:
             _copy_words(arena, pool, source, slot, there, 2 * C * D, BLOCK)
         else:
-            usual = norms + row * (2 * D)
-            _copy_packed(arena, pool, scales, usual, source, slot, there, C, D, PADDED_D, ROWS)
+            norm = norms + row * (2 * D)
+            _copy_packed(arena, pool, scales, norm, source, slot, there, C, D, PADDED_D, ROWS)
 
 
 def fetch(

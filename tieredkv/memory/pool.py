@@ -34,11 +34,6 @@ class DevicePool:
     def free_slots(self) -> int:
         return len(self._free)
 
-    @property
-    def nbytes(self) -> int:
-        """Device bytes of pages and scales."""
-        return self.pages.nbytes + (0 if self.scales is None else self.scales.nbytes)
-
     def take(self, count: int) -> torch.Tensor:
         """`count` free slots as `(count,)` int64; the caller owns them until `give_back`. MemoryError if too few."""
         if count > len(self._free):

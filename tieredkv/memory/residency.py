@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import torch
 
-from tieredkv.packing import Packing, pack
+from tieredkv.packing import AT_ONCE, Packing, pack
 
-AT_ONCE = 1024
-"""Chunks that are packed together: more would take memory and no less time."""
 NEVER = torch.iinfo(torch.int32).max
 """Last use of a slot that must not give way."""
 
@@ -172,7 +170,8 @@ def fetch(
     if packing is None:
         pages[slots] = arena[here].to(pages.device)
         return
-    for head, chunk, slot in zip(*(ids.split(AT_ONCE) for ids in (*here, slots)), strict=True):
+    chunks_at_once = max(1, AT_ONCE // arena.shape[3])
+    for head, chunk, slot in zip(*(ids.split(chunks_at_once) for ids in (*here, slots)), strict=True):
         tokens, norms = arena[head, chunk].to(pages.device), packing.norms[head.to(pages.device)].unsqueeze(2)
         pages[slot], packing.scales[slot] = pack(tokens, norms)
 
@@ -222,8 +221,8 @@ def write(
     """Put keys and values `(b, 2, D)` of one head into its pages `slots` `(>= b / C,)`, one behind the other."""
     place = torch.arange(len(tokens), device=pages.device)
     page, within = slots[place // pages.shape[2]], place % pages.shape[2]
-    tokens = tokens.to(pages.device)
     if packing is None:
-        pages[page, :, within] = tokens.to(pages.dtype)
-    else:
-        pages[page, :, within], packing.scales[page, :, within] = pack(tokens, packing.norms[head])
+        pages[page, :, within] = tokens.to(pages)
+        return
+    for part, at, to in zip(*(each.split(AT_ONCE) for each in (tokens, page, within)), strict=True):
+        pages[at, :, to], packing.scales[at, :, to] = pack(part.to(pages.device), packing.norms[head])
