@@ -272,7 +272,7 @@ def test_a_token_is_appended(kernels, device, d):
 
 @pytest.mark.parametrize("options", [
     {"theta": 2.0}, {"theta": 0.0, "pruning": "streaming"}, {"policy": "arkvale"},
-    {"reuse_above": 0.5, "prefetch": True}, {"adaptive": True},
+    {"reuse_above": 0.5, "prefetch": True}, {"adaptive": True}, {"pack_pages": False},
 ], ids=str)  # fmt: skip
 def test_decoding_with_kernels_is_decoding_with_torch(llama, long_ids, kernels, device, options):
     """Logits of several steps, and what was selected and copied."""
