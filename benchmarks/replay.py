@@ -45,7 +45,7 @@ class Answer:
     nll: list[float]
     """Of each scored token, in nats."""
     held_bytes: int
-    """On the device between steps, were keys and values of 16 bits: pool, digests, tables."""
+    """On the device between steps: pool, digests, tables. Keys and values of 32 bits count as of 16."""
     full_bytes: int
     """Keys and values of all tokens in a full cache of 16 bits."""
     missed_bytes: int
