@@ -11,7 +11,7 @@ answer (`replay.py`). Only tokens after the first count, which no policy can tou
 all up to it are, as greedy decoding would have it; of text, where the small model errs by itself, a step is right if
 all its tokens are chosen rightly behind the true ones. Rows are paired: the same questions under every policy, the full
 cache among them. Intervals are 95 %, by bootstrap over questions. Memory is relative to a full cache of 16 bits; pages
-of the models' 32 bits count as of 16, those of 8 as they are. All rows but `hybridkv` have pages as the model made them.
+of the models' 32 bits count as of 16, those of 8 as they are. All rows but `hybridkv` have pages as they were made.
 Finished contexts are kept in a file beside the results until a whole suite is done, so an interrupted run goes on,
 and a suite may be run in parts: `--tasks`, `--tokens`, `--contexts`; `--finished` writes the results of what there is.
 """
