@@ -83,6 +83,7 @@ def plan_decode(
     if ratio is not None and not tiers.method.keep_all:
         recent = layout.tokens - layout.recent_start
         old_pages = max(least_pages(layout), int((ratio * layout.tokens - recent) // layout.chunk_tokens))
+    # As made if all of it fits; the kind tried last is what the rest is counted in.
     for packed in (False, True) if tiers.pack_pages and not tiers.method.keep_all else (False,):
         page, scratch_page = _page(shape, tiers, packed)
         pool, scratch = pages_for(cap)
