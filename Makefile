@@ -1,5 +1,6 @@
 # make demo   a trained model answers questions about a long video, its cache held outside the device
-# make test   the whole test suite          make lint   format, lint and type checks
+# make test   the whole test suite; make test-quick   two minutes of it, while editing
+# make lint   format, lint and type checks; make constraints   bring constraints.txt up to date
 # make package   sdist and wheel in dist/, tried out in a new environment; make docs   the site in build/site
 # make quality   what each policy loses, on two trained models; hours
 # make gpu       everything that needs a card; make test-gpu   its tests alone
@@ -7,21 +8,29 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint docs format package package-quick train quality gpu test-gpu clean
+.PHONY: help setup demo test test-quick constraints lint docs format package package-quick train quality gpu test-gpu clean
 
 help:
-	@sed -n '1,5s/^# //p' Makefile
+	@sed -n '1,6s/^# //p' Makefile
 
 setup: $(READY)
 
-$(READY): pyproject.toml
+# pip's words when the index lacks a version of constraints.txt, or other constraints of this machine exclude it.
+NOT_SERVED := No matching distribution|ResolutionImpossible|conflicting dependencies
+
+$(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "tieredkv needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) -V). Set PYTHON=/path/to/python3.11"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=24"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	$(PIP) install --upgrade "pip>=24"
+	@$(PIP) install -e ".[dev]" -c constraints.txt 2> $(VENV)/pip.log || { \
+		grep -qE "$(NOT_SERVED)" $(VENV)/pip.log || { cat $(VENV)/pip.log >&2; exit 2; }; \
+		echo "The package index does not serve every version in constraints.txt: installing the newest versions instead" \
+			"($$(grep -m 1 -E "$(NOT_SERVED)" $(VENV)/pip.log))." >&2; \
+		$(PIP) install -e ".[dev]"; }
 	@touch $(READY)
 
 demo: $(READY)
@@ -29,6 +38,12 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -q
+
+test-quick: $(READY)
+	$(BIN)/python -m pytest -q -m "not subprocess and not slow and not model"
+
+constraints: $(READY)
+	$(BIN)/python .ci/versions.py constraints
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
@@ -53,7 +68,7 @@ train: $(READY)
 	$(BIN)/python -m tieredkv.tiny.train
 
 quality: $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[quality,plot]"
+	$(PIP) install -e ".[quality,plot]"
 	$(BIN)/python benchmarks/models.py
 	$(BIN)/python benchmarks/quality.py
 

@@ -36,6 +36,7 @@ IN_SDIST = {
     "CHANGELOG.md",
     "CONTRIBUTING.md",
     "Makefile",
+    "constraints.txt",
     "mkdocs.yml",
     "tests/conftest.py",
     "examples/quickstart.py",

@@ -27,6 +27,7 @@ from origin import origin
 from synthetic import keys_and_values, make_model, milliseconds, scripted
 
 from tieredkv.ops import ops_for
+from tieredkv.versions import cache_argument
 
 ROUNDS = 20
 
@@ -47,7 +48,7 @@ def stock(model: Any, tokens: int, kind: str, device: str) -> Callable[[], objec
     token, place = torch.full((1, 1), 7, device=device), torch.full((1, 1), tokens, device=device)
 
     def step() -> None:
-        forward(token, past_key_values=cache, position_ids=place)
+        forward(token, **cache_argument(cache), position_ids=place)
         place.add_(1)
 
     return step

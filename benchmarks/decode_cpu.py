@@ -26,6 +26,7 @@ from synthetic import fill, keys_and_values, make_model
 from tieredkv import TierConfig, TieredCache, use_attention
 from tieredkv.config import GIB
 from tieredkv.sizes import model_shape
+from tieredkv.versions import cache_argument
 
 RESULT = Path(__file__).parent / "results" / "decode-cpu.json"
 
@@ -44,7 +45,7 @@ def stock(model: Any, tokens: int, kind: str, steps: int) -> Callable[[int], Non
         cache.update(keys[None], values[None], index)
 
     def step(count: int) -> None:
-        model(torch.tensor([[7]]), past_key_values=cache, position_ids=torch.tensor([[tokens + count]]))
+        model(torch.tensor([[7]]), **cache_argument(cache), position_ids=torch.tensor([[tokens + count]]))
 
     return step
 
@@ -56,7 +57,8 @@ def tiered(model: Any, tokens: int, tiers: TierConfig, steps: int) -> tuple[Call
 
     def step(count: int) -> None:
         with use_attention(model):
-            model(torch.tensor([[7 + count % 5]]), past_key_values=cache, position_ids=torch.tensor([[tokens + count]]))
+            token, place = torch.tensor([[7 + count % 5]]), torch.tensor([[tokens + count]])
+            model(token, **cache_argument(cache), position_ids=place)
 
     return step, cache
 

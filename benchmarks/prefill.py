@@ -25,6 +25,7 @@ from synthetic import make_model
 from tieredkv import TierConfig, TieredCache, use_attention
 from tieredkv.config import GIB
 from tieredkv.sizes import as_gib, lay_out, model_shape, smallest_cap_bytes
+from tieredkv.versions import cache_argument
 
 
 def timed(work: Callable[[], float | None], device: str) -> dict[str, Any]:
@@ -49,7 +50,7 @@ def stock(model: Any, ids: torch.Tensor) -> None:
     """One call over the whole prompt."""
     from transformers import DynamicCache
 
-    model(ids, past_key_values=DynamicCache(config=model.config), logits_to_keep=1)
+    model(ids, **cache_argument(DynamicCache(config=model.config)), logits_to_keep=1)
 
 
 def tiered(model: Any, ids: torch.Tensor, tiers: TierConfig) -> float:
@@ -60,7 +61,7 @@ def tiered(model: Any, ids: torch.Tensor, tiers: TierConfig) -> float:
     with use_attention(model), TieredCache(model.config, tiers, prompt_tokens=ids.shape[1]) as cache:
         cache.auto_seal, cache.text_rows = False, 0
         for part in ids.split(tiers.prefill_chunk, dim=1):
-            model(part, past_key_values=cache, logits_to_keep=1)
+            model(part, **cache_argument(cache), logits_to_keep=1)
         cache.copies.drain()
         done = time.perf_counter()
     return time.perf_counter() - done

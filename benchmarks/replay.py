@@ -17,6 +17,7 @@ from tieredkv import models
 from tieredkv.cache import TieredCache
 from tieredkv.config import TierConfig
 from tieredkv.models.base import VideoGrid
+from tieredkv.versions import cache_argument
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class TextReader:
         self.cache.settle()
 
     def feed(self, ids: Sequence[int]) -> torch.Tensor:
-        return self.model(torch.tensor([list(ids)]), past_key_values=self.cache).logits[0].float()
+        return self.model(torch.tensor([list(ids)]), **cache_argument(self.cache)).logits[0].float()
 
 
 class VideoReader:

@@ -21,6 +21,7 @@ from tieredkv.ops import Ops
 from tieredkv.prefill import TextRows
 from tieredkv.sizes import model_shape
 from tieredkv.steps import Steps
+from tieredkv.versions import cache_argument
 
 SHAPES: dict[str, dict[str, int]] = {
     "7b": {
@@ -147,7 +148,7 @@ def scripted(
         drift.begin(cache)
 
         def forward(token: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-            return model(token, past_key_values=cache, position_ids=place).logits[:, -1]
+            return model(token, **cache_argument(cache), position_ids=place).logits[:, -1]
 
         steps = Steps(forward, cache, model.device, axes=1, position=tokens)
         for _ in range(3):

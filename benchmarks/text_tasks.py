@@ -264,14 +264,16 @@ def full_cache(model: Any, case: TextCase) -> list[list[bool]]:
     import torch
     from transformers import DynamicCache
 
+    from tieredkv.versions import cache_argument
+
     device, rows = next(model.parameters()).device, []
     with torch.no_grad():
         cache = DynamicCache(config=model.config)
-        model(torch.tensor([case.document_ids], device=device), past_key_values=cache, logits_to_keep=1)
+        model(torch.tensor([case.document_ids], device=device), **cache_argument(cache), logits_to_keep=1)
         for question in case.questions:
             answer = question.answer_ids
             ids = torch.tensor([question.prompt_ids + answer[:-1]], device=device)
-            logits = model(ids, past_key_values=cache, logits_to_keep=len(answer)).logits[0]
+            logits = model(ids, **cache_argument(cache), logits_to_keep=len(answer)).logits[0]
             said = logits.argmax(-1).tolist()
             rows.append([said[place] == answer[place] for place in question.scored])
             cache.crop(-ids.shape[1])

@@ -33,7 +33,8 @@ def main() -> None:
         tieredkv.use_attention(model),
         tieredkv.TieredCache(model.config, gpu_kv_gb=0.001, max_new_tokens=32) as cache,
     ):
-        out = model.generate(ids, past_key_values=cache, max_new_tokens=32, do_sample=False)
+        # Before transformers 5.24 the argument is called past_key_values.
+        out = model.generate(ids, cache=cache, max_new_tokens=32, do_sample=False)
         print(tokenizer.decode(out[0, ids.shape[1] :]) if tokenizer else out[0, ids.shape[1] :].tolist())
         print(f"{cache.ledger.peak_bytes:,} bytes on the device at most, {cache.host_bytes:,} on the host")
 

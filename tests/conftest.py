@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -30,6 +31,28 @@ def no_settings_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterato
         for key in KEYS:
             patch.delenv(f"TIEREDKV_{key.upper()}", raising=False)
         yield
+
+
+class _Deprecations(logging.Handler):
+    """Keeps what transformers logs, instead of warning, about names that will go."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "deprecated" in (message := record.getMessage()):
+            self.messages.append(message)
+
+
+@pytest.fixture(autouse=True)
+def no_deprecated_names() -> Iterator[None]:
+    """Our calls use no name that transformers says is deprecated. It says so once a process, in whichever test is first."""
+    handler, logger = _Deprecations(), logging.getLogger("transformers")
+    logger.addHandler(handler)
+    yield
+    logger.removeHandler(handler)
+    assert not handler.messages, f"transformers: {handler.messages}"
 
 
 @pytest.fixture

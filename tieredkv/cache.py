@@ -42,7 +42,9 @@ class TieredCache(Cache):
     Give it to a model whose attention is switched over:
 
         with tieredkv.use_attention(model):
-            model.generate(input_ids, past_key_values=TieredCache(model.config, gpu_kv_gb=0.5), max_new_tokens=200)
+            model.generate(input_ids, cache=TieredCache(model.config, gpu_kv_gb=0.5), max_new_tokens=200)
+
+    (transformers before 5.24 calls the argument `past_key_values`.)
 
     One sequence, not a batch. The first call of a single token after the prompt seals the cache; until then every
     token attends exactly to all before it. If the prompt itself may end in a call of a single token (prefill in chunks

@@ -16,6 +16,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from tieredkv.errors import OptionError, UnsupportedModelError
+from tieredkv.versions import CACHE_ARGUMENT
 
 NAME = "tieredkv"
 _TAG = "tieredkv_layer"
@@ -54,7 +55,7 @@ def tiered_attention(
     if layer is None:
         raise RuntimeError(
             "attention 'tieredkv' was called with keys that do not come from a TieredCache: pass "
-            "past_key_values=TieredCache(model.config, ...) and leave use_cache on."
+            f"{CACHE_ARGUMENT}=TieredCache(model.config, ...) and leave use_cache on."
         )
     if sliding_window != layer.sliding_window:
         raise UnsupportedModelError(

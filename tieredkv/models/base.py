@@ -10,6 +10,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from tieredkv.versions import cache_argument
+
 Positions = Literal["published", "stock"]
 """How a video and what follows are laid out and numbered: by the model authors' rule, or as transformers does it."""
 
@@ -180,8 +182,8 @@ class VideoFamily(ABC):
             self.decoder(model)(
                 inputs_embeds=embeddings,
                 position_ids=(position_ids if axes == 1 else position_ids.unsqueeze(1)).to(embeddings.device),
-                past_key_values=cache,
                 use_cache=True,
+                **cache_argument(cache),
             )
         ).last_hidden_state
 

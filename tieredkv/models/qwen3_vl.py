@@ -9,6 +9,7 @@ import torch
 
 from tieredkv.models.base import Positions, VideoGrid
 from tieredkv.models.qwen2_vl import Qwen2VL
+from tieredkv.versions import cache_argument
 
 
 class Qwen3VL(Qwen2VL):
@@ -70,7 +71,7 @@ class Qwen3VL(Qwen2VL):
             self.decoder(model)(
                 inputs_embeds=hidden,
                 position_ids=position_ids.unsqueeze(1).to(hidden.device),
-                past_key_values=cache,
+                **cache_argument(cache),
                 use_cache=True,
                 **deepstack,
             )

@@ -29,6 +29,7 @@ from tieredkv.tiny.scene import (
     make_scene,
 )
 from tieredkv.tiny.video import write_video
+from tieredkv.versions import cache_argument
 
 TOKENS_PER_SECOND = 8
 
@@ -106,7 +107,7 @@ def answer_next(model: Any, processor: Any, frames: np.ndarray, questions: list[
         position_ids=positions,
         pixel_values_videos=first["pixel_values_videos"],
         video_grid_thw=first["video_grid_thw"],
-        past_key_values=cache,
+        **cache_argument(cache),
         logits_to_keep=1,
     )
     answers = []
@@ -119,7 +120,7 @@ def answer_next(model: Any, processor: Any, frames: np.ndarray, questions: list[
         words: list[str] = []
         while len(words) < model.generation_config.max_new_tokens:
             place = torch.arange(position, position + len(feed)).expand(3, 1, -1)
-            logits = model(input_ids=torch.tensor([feed]), position_ids=place, past_key_values=cache).logits
+            logits = model(input_ids=torch.tensor([feed]), position_ids=place, **cache_argument(cache)).logits
             position += len(feed)
             feed = [int(logits[0, -1].argmax())]
             if feed[0] == model.generation_config.eos_token_id:

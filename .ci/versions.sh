@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# A short set against the newest of everything and against the lowest versions allowed, each in an environment of its
+# own: exactness, the cache protocol, a short demo, and our deprecation warnings as errors. What breaks is printed
+# loudly and fails nothing: `make test` runs on constraints.txt, and this says what to look at next.
+#
+#   bash .ci/versions.sh [newest|floor]
+set -uo pipefail
+cd "$(dirname "$0")/.."
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+try() { # name, pip's arguments...
+	local name=$1 python="$work/$1/bin/python"
+	shift
+	"${PYTHON:-python3}" -m venv "$work/$name" &&
+		"$python" -m pip install --quiet --disable-pip-version-check --upgrade "pip>=24" 2> "$work/log" &&
+		"$python" -m pip install --quiet --disable-pip-version-check "$@" -e . pytest pytest-asyncio hypothesis 2> "$work/log" || {
+		tail -n 5 "$work/log"
+		echo "could not be installed: the index does not serve it"
+		return 1
+	}
+	"$python" -m pip list --disable-pip-version-check 2> /dev/null | grep -E "^(torch|torchvision|transformers|accelerate|numpy|av) "
+	"$python" -m pytest -q -p no:cacheprovider tests/test_exactness.py tests/test_cache_protocol.py || return 1
+	PYTHONWARNINGS=default "$work/$name/bin/tieredkv" demo --minutes 1 --share 0.5 2> "$work/stderr" || {
+		tail -n 20 "$work/stderr"
+		return 1
+	}
+	if grep -iE "deprecat" "$work/stderr"; then
+		echo "the demo uses names that are deprecated"
+		return 1
+	fi
+}
+
+broken=()
+for name in "${@:-newest floor}"; do for each in $name; do
+	echo "== $each versions"
+	if [ "$each" = floor ]; then
+		"${PYTHON:-python3}" .ci/versions.py floor > "$work/floor.txt"
+		try floor -c "$work/floor.txt" || broken+=(floor)
+	else
+		try newest || broken+=(newest)
+	fi
+	rm -rf "${work:?}/$each"
+done; done
+
+for each in "${broken[@]}"; do
+	echo
+	echo "##############################################################################"
+	echo "##  BROKEN with the $each versions of the dependencies: see above."
+	echo "##############################################################################"
+done
+exit 0
