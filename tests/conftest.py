@@ -47,7 +47,7 @@ class _Deprecations(logging.Handler):
 
 @pytest.fixture(autouse=True)
 def no_deprecated_names() -> Iterator[None]:
-    """Our calls use no name that transformers says is deprecated. It says so once a process, in whichever test is first."""
+    """Our calls use no name that transformers logs as deprecated; it logs each once a process."""
     handler, logger = _Deprecations(), logging.getLogger("transformers")
     logger.addHandler(handler)
     yield

@@ -8,11 +8,12 @@ import torch
 import tieredkv
 from tieredkv.cache import TieredCache
 from tieredkv.errors import OptionError, UnsupportedModelError
+from tieredkv.versions import cache_argument
 
 
 def test_a_model_that_does_not_attend_through_the_cache_is_an_error(llama, prompt_ids):
     with TieredCache(llama.config, gpu_kv_gb=1) as cache, pytest.raises(RuntimeError, match="use_attention"):
-        llama(prompt_ids, past_key_values=cache)
+        llama(prompt_ids, **cache_argument(cache))
 
 
 def test_a_stock_cache_under_our_attention_is_an_error(llama, prompt_ids):
@@ -41,21 +42,21 @@ def test_the_vision_tower_keeps_its_attention(video_model):
 def test_the_length_is_logical_in_both_phases(llama, prompt_ids):
     with tieredkv.use_attention(llama), torch.no_grad(), TieredCache(llama.config, gpu_kv_gb=1) as cache:
         assert cache.get_seq_length() == 0
-        llama(prompt_ids, past_key_values=cache)
+        llama(prompt_ids, **cache_argument(cache))
         assert cache.get_seq_length() == 300
-        llama(prompt_ids[:, :1], past_key_values=cache)
+        llama(prompt_ids[:, :1], **cache_argument(cache))
         assert cache.sealed
         assert cache.get_seq_length() == 301
 
 
 def test_cropping_takes_tokens_off_the_end(llama, prompt_ids):
     with tieredkv.use_attention(llama), torch.no_grad(), TieredCache(llama.config, gpu_kv_gb=1) as cache:
-        want = llama(prompt_ids[:, :220], past_key_values=cache).logits
+        want = llama(prompt_ids[:, :220], **cache_argument(cache)).logits
         cache.crop(-20)
-        again = llama(prompt_ids[:, 200:220], past_key_values=cache).logits
-        llama(prompt_ids[:, :1], past_key_values=cache)
+        again = llama(prompt_ids[:, 200:220], **cache_argument(cache)).logits
+        llama(prompt_ids[:, :1], **cache_argument(cache))
         cache.crop(-21)
-        sealed_between = llama(prompt_ids[:, 200:220], past_key_values=cache).logits
+        sealed_between = llama(prompt_ids[:, 200:220], **cache_argument(cache)).logits
     torch.testing.assert_close(again, want[:, 200:], atol=1e-4, rtol=0)
     torch.testing.assert_close(sealed_between, want[:, 200:], atol=1e-4, rtol=0)
 
@@ -66,7 +67,7 @@ def test_a_batch_is_refused(llama, prompt_ids):
         TieredCache(llama.config, gpu_kv_gb=1) as cache,
         pytest.raises(OptionError, match="batch of 2"),
     ):
-        llama(prompt_ids.repeat(2, 1), past_key_values=cache)
+        llama(prompt_ids.repeat(2, 1), **cache_argument(cache))
 
 
 def test_padding_is_refused(llama, prompt_ids):
@@ -77,7 +78,7 @@ def test_padding_is_refused(llama, prompt_ids):
         TieredCache(llama.config, gpu_kv_gb=1) as cache,
         pytest.raises(OptionError, match="padding"),
     ):
-        llama(prompt_ids, attention_mask=mask, past_key_values=cache)
+        llama(prompt_ids, attention_mask=mask, **cache_argument(cache))
 
 
 def test_beam_search_is_refused(llama, prompt_ids):
@@ -86,7 +87,7 @@ def test_beam_search_is_refused(llama, prompt_ids):
         TieredCache(llama.config, gpu_kv_gb=1) as cache,
         pytest.raises(OptionError, match=r"batch of 2|beam"),
     ):
-        llama.generate(prompt_ids, past_key_values=cache, num_beams=2, max_new_tokens=3)
+        llama.generate(prompt_ids, **cache_argument(cache), num_beams=2, max_new_tokens=3)
 
 
 def test_sliding_layers_are_refused():
@@ -115,7 +116,7 @@ def test_small_budgets_still_answer_and_say_what_they_did(llama, long_ids):
     options = {"gpu_kv_gb": cap_share(llama, 900, 0.35), "text_window": 16, "theta": 2, "reuse_above": -1.0}
     options["pack_pages"] = False
     with tieredkv.use_attention(llama), TieredCache(llama.config, max_new_tokens=20, **options) as cache:
-        out = llama.generate(long_ids, past_key_values=cache, max_new_tokens=20, do_sample=False)
+        out = llama.generate(long_ids, **cache_argument(cache), max_new_tokens=20, do_sample=False)
         cache.finish()
     assert out.shape[1] == 920
     assert cache.counters.dynamic_heads == 6
@@ -134,9 +135,9 @@ def test_a_prompt_that_ends_in_a_single_token_is_prefilled_when_its_length_is_kn
     made = TieredCache(llama.config, tiers, max_new_tokens=4, prompt_tokens=ids.shape[1])
     with torch.no_grad(), tieredkv.use_attention(llama), made as cache:
         for part in ids.split(chunk, dim=1):
-            logits = llama(part, past_key_values=cache).logits[:, -1]
+            logits = llama(part, **cache_argument(cache)).logits[:, -1]
         assert not cache.sealed
-        llama(ids[:, :1], past_key_values=cache)
+        llama(ids[:, :1], **cache_argument(cache))
         assert cache.sealed
     torch.testing.assert_close(logits, want, atol=2e-4, rtol=0)
 
@@ -147,7 +148,7 @@ def test_prefill_is_exact_when_the_past_is_streamed_in_many_blocks(llama, long_i
     want = llama(long_ids).logits
     tiers = tieredkv.TierConfig(gpu_kv_gb=cap_share(llama, 900, 0.1), chunk_tokens=8, text_window=4)
     with torch.no_grad(), tieredkv.use_attention(llama), TieredCache(llama.config, tiers) as cache:
-        parts = [llama(part, past_key_values=cache).logits for part in long_ids.split(130, dim=1)]
+        parts = [llama(part, **cache_argument(cache)).logits for part in long_ids.split(130, dim=1)]
         assert cache.transfer.streamed_bytes > 3 * 900 * cache.shape.token_bytes
         assert cache.ledger.peak_bytes <= cache.ledger.cap_bytes
     torch.testing.assert_close(torch.cat(parts, dim=1), want, atol=2e-4, rtol=0)
@@ -155,15 +156,15 @@ def test_prefill_is_exact_when_the_past_is_streamed_in_many_blocks(llama, long_i
 
 def test_a_forward_cut_off_midway_is_noticed_and_mended_by_truncating(llama, prompt_ids, monkeypatch):
     with torch.no_grad(), tieredkv.use_attention(llama), TieredCache(llama.config, gpu_kv_gb=1) as cache:
-        llama(prompt_ids[:, :200], past_key_values=cache)
+        llama(prompt_ids[:, :200], **cache_argument(cache))
         with monkeypatch.context() as patch:
             patch.setattr(llama.model.layers[1].mlp, "forward", lambda x: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
-                llama(prompt_ids[:, 200:250], past_key_values=cache)
+                llama(prompt_ids[:, 200:250], **cache_argument(cache))
         with pytest.raises(RuntimeError, match=r"did not run through all layers.*truncate\(200\)"):
-            llama(prompt_ids[:, 200:250], past_key_values=cache)
+            llama(prompt_ids[:, 200:250], **cache_argument(cache))
         cache.truncate(200)
-        got = llama(prompt_ids[:, 200:250], past_key_values=cache).logits
+        got = llama(prompt_ids[:, 200:250], **cache_argument(cache)).logits
     torch.testing.assert_close(got, llama(prompt_ids[:, :250]).logits[:, 200:], atol=2e-4, rtol=0)
 
 
@@ -171,9 +172,9 @@ def test_generating_from_a_cropped_prompt_equals_stock(llama, prompt_ids):
     """The usual use of a cached prefix: crop its last token and generate from the whole prompt."""
     want = llama.generate(prompt_ids, max_new_tokens=8, do_sample=False)
     with torch.no_grad(), tieredkv.use_attention(llama), TieredCache(llama.config, gpu_kv_gb=1) as cache:
-        llama(prompt_ids, past_key_values=cache)
+        llama(prompt_ids, **cache_argument(cache))
         cache.crop(-1)
-        got = llama.generate(prompt_ids, past_key_values=cache, max_new_tokens=8, do_sample=False)
+        got = llama.generate(prompt_ids, **cache_argument(cache), max_new_tokens=8, do_sample=False)
     assert torch.equal(got, want)
 
 
@@ -182,16 +183,16 @@ def test_a_seal_that_does_not_fit_leaves_the_cache_in_prefill(llama, prompt_ids)
 
     tiers = tieredkv.TierConfig(**pressed(llama, 300, 0.5), chunk_tokens=8, text_window=16)
     with torch.no_grad(), tieredkv.use_attention(llama), TieredCache(llama.config, tiers, max_new_tokens=500) as cache:
-        llama(prompt_ids[:, :250], past_key_values=cache)
+        llama(prompt_ids[:, :250], **cache_argument(cache))
         with pytest.raises(tieredkv.BudgetError):
-            llama(prompt_ids[:, :1], past_key_values=cache)
-        got = llama(prompt_ids[:, 250:], past_key_values=cache).logits
+            llama(prompt_ids[:, :1], **cache_argument(cache))
+        got = llama(prompt_ids[:, 250:], **cache_argument(cache)).logits
     torch.testing.assert_close(got, llama(prompt_ids).logits[:, 250:], atol=2e-4, rtol=0)
 
 
 def test_the_host_tier_keeps_no_autograd_graph(llama, prompt_ids):
     with tieredkv.use_attention(llama), TieredCache(llama.config, gpu_kv_gb=1) as cache:
-        llama(prompt_ids, past_key_values=cache)
+        llama(prompt_ids, **cache_argument(cache))
         assert not cache.tiered_layers[0].host.chunks().requires_grad
 
 
@@ -201,17 +202,17 @@ def test_a_fault_in_the_last_layers_step_is_noticed(llama, long_ids, monkeypatch
     tiers = tieredkv.TierConfig(**pressed(llama, 900, 0.4), chunk_tokens=8, text_window=16, theta=2)
     made = TieredCache(llama.config, tiers, max_new_tokens=8)
     with torch.no_grad(), tieredkv.use_attention(llama), made as cache:
-        llama(long_ids, past_key_values=cache)
-        llama(long_ids[:, :1], past_key_values=cache)
+        llama(long_ids, **cache_argument(cache))
+        llama(long_ids[:, :1], **cache_argument(cache))
         last = cache.tiered_layers[-1].sealed
         with monkeypatch.context() as patch:
             patch.setattr(last.retrieval, "_gather", lambda *a: lambda: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
-                llama(long_ids[:, 1:2], past_key_values=cache)
+                llama(long_ids[:, 1:2], **cache_argument(cache))
         with pytest.raises(RuntimeError, match="did not run through all layers"):
-            llama(long_ids[:, 1:2], past_key_values=cache)
+            llama(long_ids[:, 1:2], **cache_argument(cache))
         cache.truncate(900)
-        got = llama(long_ids[:, :5], past_key_values=cache).logits
+        got = llama(long_ids[:, :5], **cache_argument(cache)).logits
     want = llama(torch.cat((long_ids, long_ids[:, :5]), dim=1)).logits[:, 900:]
     torch.testing.assert_close(got, want, atol=2e-4, rtol=0)
 
@@ -219,9 +220,9 @@ def test_a_fault_in_the_last_layers_step_is_noticed(llama, long_ids, monkeypatch
 def test_unsealing_by_hand_forgets_what_the_old_question_said(llama, prompt_ids):
     """The next token is prefilled, exactly, and only then may the cache be sealed anew."""
     with torch.no_grad(), tieredkv.use_attention(llama), TieredCache(llama.config, gpu_kv_gb=1) as cache:
-        text = llama.generate(prompt_ids, past_key_values=cache, max_new_tokens=120, do_sample=False)
+        text = llama.generate(prompt_ids, **cache_argument(cache), max_new_tokens=120, do_sample=False)
         cache.unseal()
-        got = llama(text[:, -1:], past_key_values=cache).logits
+        got = llama(text[:, -1:], **cache_argument(cache)).logits
     torch.testing.assert_close(got, llama(text).logits[:, -1:], atol=2e-4, rtol=0)
 
 
@@ -234,7 +235,7 @@ def test_a_cache_that_is_dropped_is_freed_at_once(llama, prompt_ids):
     try:
         cache = TieredCache(llama.config, gpu_kv_gb=1)
         with torch.no_grad(), tieredkv.use_attention(llama):
-            llama.generate(prompt_ids, past_key_values=cache, max_new_tokens=3, do_sample=False)
+            llama.generate(prompt_ids, **cache_argument(cache), max_new_tokens=3, do_sample=False)
         host = weakref.ref(cache.tiered_layers[0].host)
         del cache
         assert host() is None

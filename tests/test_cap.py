@@ -13,6 +13,7 @@ from tieredkv.cache import TieredCache
 from tieredkv.errors import BudgetError
 from tieredkv.memory import device
 from tieredkv.packing import pack
+from tieredkv.versions import cache_argument
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def test_the_cap_holds_at_every_step(llama, long_ids, watched, theta, share):
         tieredkv.use_attention(llama),
         TieredCache(llama.config, **pressed(llama, 900, share), theta=theta, max_new_tokens=30, **options) as cache,
     ):
-        llama.generate(long_ids, past_key_values=cache, max_new_tokens=30, do_sample=False)
+        llama.generate(long_ids, **cache_argument(cache), max_new_tokens=30, do_sample=False)
         assert cache.ledger.peak_bytes <= cache.ledger.cap_bytes
     assert len(watched) > 90
     assert all(used <= cap for used, cap in watched)
@@ -50,7 +51,7 @@ def test_the_ledger_counts_every_byte_of_pool_and_digests(llama, long_ids):
             llama.config, **pressed(llama, 900, 0.5), chunk_tokens=8, text_window=16, max_new_tokens=9
         ) as cache,
     ):
-        llama.generate(long_ids, past_key_values=cache, max_new_tokens=4, do_sample=False)
+        llama.generate(long_ids, **cache_argument(cache), max_new_tokens=4, do_sample=False)
         held = cache.ledger.held()
         layers = [layer.sealed for layer in cache.tiered_layers]
         assert held["pool"] == cache._pools[0].pages.nbytes + cache._pools[0].scales.nbytes
@@ -69,14 +70,14 @@ def test_the_host_tier_holds_every_prompt_token_exactly(llama, long_ids):
 
     stock = DynamicCache(config=llama.config)
     with torch.no_grad():
-        llama(long_ids, past_key_values=stock)
+        llama(long_ids, **cache_argument(stock))
     with (
         tieredkv.use_attention(llama),
         TieredCache(
             llama.config, gpu_kv_gb=cap_share(llama, 900, 0.5), chunk_tokens=8, text_window=16, max_new_tokens=9
         ) as cache,
     ):
-        llama.generate(long_ids, past_key_values=cache, max_new_tokens=9, do_sample=False)
+        llama.generate(long_ids, **cache_argument(cache), max_new_tokens=9, do_sample=False)
         for ours, theirs in zip(cache.tiered_layers, stock.layers, strict=True):
             held = ours.host.chunks()
             torch.testing.assert_close(held[:, :, 0].flatten(1, 2)[:, :900], theirs.keys[0], atol=1e-4, rtol=0)
@@ -96,9 +97,9 @@ def test_pool_and_tables_stay_sound_while_decoding(llama, long_ids, data):
         torch.no_grad(),
         TieredCache(llama.config, **pressed(llama, 900, share), theta=theta, max_new_tokens=12, **options) as cache,
     ):
-        llama(long_ids[:, :length], past_key_values=cache)
+        llama(long_ids[:, :length], **cache_argument(cache))
         for step in range(12):
-            llama(long_ids[:, step : step + 1], past_key_values=cache)
+            llama(long_ids[:, step : step + 1], **cache_argument(cache))
             cache.finish()
             cache._pools[0].check_integrity()
             for layer in cache.tiered_layers:
@@ -127,7 +128,7 @@ def test_more_generated_tokens_than_reserved_is_an_error(llama, prompt_ids):
         TieredCache(llama.config, gpu_kv_gb=1, max_new_tokens=3, chunk_tokens=4) as cache,
         pytest.raises(BudgetError, match=r"room for .* generated tokens and no more"),
     ):
-        llama.generate(prompt_ids, past_key_values=cache, max_new_tokens=60, do_sample=False)
+        llama.generate(prompt_ids, **cache_argument(cache), max_new_tokens=60, do_sample=False)
 
 
 def test_a_cap_too_small_is_refused_naming_one_that_works(llama, long_ids):
@@ -137,23 +138,23 @@ def test_a_cap_too_small_is_refused_naming_one_that_works(llama, long_ids):
             TieredCache(llama.config, gpu_kv_gb=1e-6, max_new_tokens=8, **tiers) as cache,
             pytest.raises(BudgetError, match="the smallest that works is") as refused,
         ):
-            llama.generate(long_ids, past_key_values=cache, max_new_tokens=8, do_sample=False)
+            llama.generate(long_ids, **cache_argument(cache), max_new_tokens=8, do_sample=False)
         works = float(str(refused.value).split("works is ")[1].split(". ")[0])
         with TieredCache(llama.config, gpu_kv_gb=works, max_new_tokens=8, **tiers) as cache:
-            llama.generate(long_ids, past_key_values=cache, max_new_tokens=8, do_sample=False)
+            llama.generate(long_ids, **cache_argument(cache), max_new_tokens=8, do_sample=False)
             assert cache.ledger.peak_bytes <= cache.ledger.cap_bytes
 
 
 def test_closing_frees_both_tiers(llama, prompt_ids):
     cache = TieredCache(llama.config, gpu_kv_gb=1)
     with tieredkv.use_attention(llama):
-        llama.generate(prompt_ids, past_key_values=cache, max_new_tokens=4, do_sample=False)
+        llama.generate(prompt_ids, **cache_argument(cache), max_new_tokens=4, do_sample=False)
     cache.close()
     cache.close()
     assert cache.ledger.used_bytes == 0
     assert cache.host_bytes == 0
     with tieredkv.use_attention(llama), pytest.raises(tieredkv.TieredKVError, match="closed"):
-        llama(prompt_ids, past_key_values=cache)
+        llama(prompt_ids, **cache_argument(cache))
 
 
 @pytest.mark.parametrize("share", [0.6, 1.0, 1.07, 1.4])
@@ -167,6 +168,6 @@ def test_a_prompt_of_known_length_is_served_whatever_stays_on_the_device(llama, 
         TieredCache(llama.config, gpu_kv_gb=cap_share(llama, 900, share), prompt_tokens=900, chunk_tokens=8) as cache,
     ):
         for part in long_ids.split(chunk, dim=1):
-            logits = llama(part, past_key_values=cache).logits[:, -1]
+            logits = llama(part, **cache_argument(cache)).logits[:, -1]
         assert cache.ledger.peak_bytes <= cache.tiers.cap_bytes
         torch.testing.assert_close(logits, stock, rtol=0, atol=2e-4)

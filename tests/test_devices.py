@@ -10,6 +10,7 @@ import tieredkv
 from tieredkv.cache import TieredCache
 from tieredkv.errors import UnsupportedModelError
 from tieredkv.layer import TieredLayer
+from tieredkv.versions import cache_argument
 
 FIRST, SECOND = torch.device("cpu", 0), torch.device("cpu", 1)
 """Tensors are on the one CPU whichever of these is asked for, but the two compare as two devices do."""
@@ -33,7 +34,7 @@ def answer(model, ids, share, **options):
     record = RecordLogits()
     tiers = {**pressed(model, ids.shape[1], share), "chunk_tokens": 8, "text_window": 16, **options}
     with tieredkv.use_attention(model), TieredCache(model.config, **tiers, max_new_tokens=12) as cache:
-        model.generate(ids, past_key_values=cache, max_new_tokens=12, do_sample=False, logits_processor=[record])
+        model.generate(ids, **cache_argument(cache), max_new_tokens=12, do_sample=False, logits_processor=[record])
         for pool in cache._pools:
             pool.check_integrity()
         assert cache.ledger.peak_bytes <= cache.tiers.cap_bytes

@@ -25,6 +25,7 @@ from tieredkv import cli
 from tieredkv.tiny import model as tiny
 from tieredkv.tiny.scene import make_scene
 from tieredkv.tiny.video import write_video
+from tieredkv.versions import cache_argument
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -216,6 +217,6 @@ def test_the_policy_contributing_shows_is_one(text_model, prompt_ids, monkeypatc
     monkeypatch.setitem(POLICIES, "loud", names["POLICY"])
     options = {"gpu_kv_gb": 1, "budget_ratio": 0.5, "policy": "loud", "recent_window": 8, "text_window": 16}
     with tieredkv.use_attention(text_model), tieredkv.TieredCache(text_model.config, **options) as cache:
-        text_model.generate(prompt_ids, past_key_values=cache, max_new_tokens=4, do_sample=False)
+        text_model.generate(prompt_ids, **cache_argument(cache), max_new_tokens=4, do_sample=False)
         assert cache.counters.static_heads > 0
         assert cache.counters.dynamic_heads == 0

@@ -23,6 +23,7 @@ from tieredkv.tiny import model as tiny
 from tieredkv.tiny.evaluate import TOKENS_PER_SECOND
 from tieredkv.tiny.scene import make_scene, questions
 from tieredkv.tiny.video import write_video
+from tieredkv.versions import cache_argument
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import evidence as benchmark
@@ -249,9 +250,9 @@ def test_kernels_record_what_torch_records(llama, long_ids, kernels):
         options = {**pressed(llama, 900, 0.5), "theta": 2.0, "text_window": 16, "max_new_tokens": 4}
         with tieredkv.use_attention(llama), torch.no_grad(), TieredCache(llama.config, **options) as cache:
             cache.ops, cache.looks = ops, Looks(8)
-            llama(long_ids, past_key_values=cache)
+            llama(long_ids, **cache_argument(cache))
             for token in (3, 5):
-                llama(torch.tensor([[token]]), past_key_values=cache)
+                llama(torch.tensor([[token]]), **cache_argument(cache))
             recorded.append(cache.tiered_layers[0].sealed.tiers.attended.clone())
     assert float(recorded[0].sum()) > 0
     assert torch.allclose(*recorded, atol=1e-3)

@@ -8,6 +8,7 @@ from helpers import session_logits, stock_inputs, stock_logits
 
 import tieredkv
 from tieredkv.cache import TieredCache
+from tieredkv.versions import cache_argument
 
 TOLERANCE = {"rtol": 0, "atol": 2e-4}
 THETAS = pytest.mark.parametrize("theta", [0.0, 2.0], ids=["all static", "all dynamic"])
@@ -17,7 +18,7 @@ THETAS = pytest.mark.parametrize("theta", [0.0, 2.0], ids=["all static", "all dy
 def test_text_model_through_generate(text_model, prompt_ids, theta):
     stock = stock_logits(text_model, {"input_ids": prompt_ids}, 24)
     with tieredkv.use_attention(text_model), TieredCache(text_model.config, gpu_kv_gb=1, theta=theta) as cache:
-        tiered = stock_logits(text_model, {"input_ids": prompt_ids}, 24, past_key_values=cache)
+        tiered = stock_logits(text_model, {"input_ids": prompt_ids}, 24, **cache_argument(cache))
     torch.testing.assert_close(tiered, stock, **TOLERANCE)
 
 
@@ -27,7 +28,7 @@ def test_text_model_prefilled_in_chunks(text_model, prompt_ids, chunk):
     tiers = tieredkv.TierConfig(gpu_kv_gb=1, chunk_tokens=16)
     with torch.no_grad(), tieredkv.use_attention(text_model), TieredCache(text_model.config, tiers) as cache:
         cache.auto_seal = False
-        parts = [text_model(part, past_key_values=cache).logits for part in prompt_ids.split(chunk, dim=1)]
+        parts = [text_model(part, **cache_argument(cache)).logits for part in prompt_ids.split(chunk, dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), stock, **TOLERANCE)
 
 
@@ -36,9 +37,9 @@ def test_second_turn_in_the_same_cache(text_model, prompt_ids, theta):
     """Turn 2 continues after the generated tokens of turn 1, as with a stock cache."""
 
     def two_turns(cache):
-        first = text_model.generate(prompt_ids, past_key_values=cache, max_new_tokens=9, do_sample=False)
+        first = text_model.generate(prompt_ids, **cache_argument(cache), max_new_tokens=9, do_sample=False)
         more = torch.cat((first, prompt_ids[:, :50]), dim=1)
-        return stock_logits(text_model, {"input_ids": more}, 9, past_key_values=cache)
+        return stock_logits(text_model, {"input_ids": more}, 9, **cache_argument(cache))
 
     from transformers import DynamicCache
 
@@ -136,7 +137,7 @@ def test_copies_that_lag_behind_change_nothing(llama, long_ids, known, monkeypat
     options = {**pressed(llama, 900, 0.5), "chunk_tokens": 8, "text_window": 8, "prompt_tokens": known}
     with torch.no_grad(), tieredkv.use_attention(llama), TieredCache(llama.config, **options) as cache:
         cache.auto_seal, cache.text_rows = False, 0
-        parts = [llama(part, past_key_values=cache).logits for part in long_ids.split(70, dim=1)]
+        parts = [llama(part, **cache_argument(cache)).logits for part in long_ids.split(70, dim=1)]
         assert cache.transfer.streamed_bytes > 0
         resident = cache.tiered_layers[0].resident
         assert (resident is not None and resident.length > 0) == (known > 0)

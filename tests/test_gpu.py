@@ -16,6 +16,7 @@ from tieredkv.config import GIB
 from tieredkv.memory.pagelock import PageLocker, aligned
 from tieredkv.memory.prefetch import StreamCopies
 from tieredkv.steps import Steps
+from tieredkv.versions import cache_argument
 
 pytestmark = [
     pytest.mark.gpu,
@@ -52,7 +53,7 @@ def test_full_budget_equals_stock_transformers(on_card, long_ids, card, dtype):
     def logits(cache):
         """Of a prompt and the same next tokens, whatever would have been chosen."""
         calls = [ids[:, :890], *ids[:, 890:].split(1, dim=1)]
-        return torch.stack([model(call, past_key_values=cache).logits[0, -1].float() for call in calls])
+        return torch.stack([model(call, **cache_argument(cache)).logits[0, -1].float() for call in calls])
 
     with torch.no_grad():
         stock = logits(DynamicCache(config=model.config))
@@ -74,8 +75,8 @@ def test_a_card_decodes_as_the_cpu_does(llama, on_card, long_ids, card, options)
             TieredCache(model.config, **tiers, max_new_tokens=8, prompt_tokens=900) as cache,
         ):
             for part in ids.split(256, dim=1):
-                model(part, past_key_values=cache)
-            rows = [model(ids[:, i : i + 1], past_key_values=cache).logits[0, -1] for i in range(6)]
+                model(part, **cache_argument(cache))
+            rows = [model(ids[:, i : i + 1], **cache_argument(cache)).logits[0, -1] for i in range(6)]
             cache.finish()
             counters = cache.counters
             return torch.stack(rows).cpu(), (counters.selected, counters.missed_bytes)
@@ -91,11 +92,11 @@ def decode_by_steps(model, ids, card, captured: bool, **options):
     tiers = {**pressed(model, 900, 0.6), **SMALL, **options}
     made = TieredCache(model.config, **tiers, max_new_tokens=12)
     with torch.no_grad(), tieredkv.use_attention(model), made as cache:
-        model(ids, past_key_values=cache)
+        model(ids, **cache_argument(cache))
         cache.seal()
 
         def forward(token, place):
-            return model(token, past_key_values=cache, position_ids=place).logits[:, -1]
+            return model(token, **cache_argument(cache), position_ids=place).logits[:, -1]
 
         steps = Steps(forward, cache, card, axes=1, position=900)
         if not captured:
@@ -120,11 +121,11 @@ def test_no_step_waits_for_the_host(on_card, long_ids, card):
     made = TieredCache(on_card.config, **pressed(on_card, 900, 0.6), **SMALL, max_new_tokens=8)
     token, place = torch.full((1, 1), 7, device=card), torch.full((1, 1), 900, device=card)
     with torch.no_grad(), tieredkv.use_attention(on_card), made as cache:
-        on_card(ids, past_key_values=cache)
-        on_card(token, past_key_values=cache, position_ids=place)
+        on_card(ids, **cache_argument(cache))
+        on_card(token, **cache_argument(cache), position_ids=place)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            on_card(token, past_key_values=cache, position_ids=place + 1)
+            on_card(token, **cache_argument(cache), position_ids=place + 1)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -196,9 +197,9 @@ def test_memory_for_keys_and_values_stays_below_the_cap(card):
         made = TieredCache(model.config, gpu_kv_gb=cap, prompt_tokens=16384, max_new_tokens=8)
         with tieredkv.use_attention(model), made as cache:
             for part in ids.split(1024, dim=1):
-                model(part, past_key_values=cache, logits_to_keep=1)
+                model(part, **cache_argument(cache), logits_to_keep=1)
             for i in range(6):
-                model(ids[:, i : i + 1], past_key_values=cache)
+                model(ids[:, i : i + 1], **cache_argument(cache))
 
     with torch.no_grad():
         answer()  # what is compiled and what libraries keep
@@ -242,8 +243,10 @@ def test_a_model_over_two_cards_decodes_as_on_one(llama, on_card, long_ids, card
             TieredCache(model.config, **tiers, max_new_tokens=8, prompt_tokens=900) as cache,
         ):
             ids = long_ids.to(card)
-            model(ids, past_key_values=cache)
-            found.append(torch.stack([model(ids[:, i : i + 1], past_key_values=cache).logits[0, -1] for i in range(6)]))
+            model(ids, **cache_argument(cache))
+            found.append(
+                torch.stack([model(ids[:, i : i + 1], **cache_argument(cache)).logits[0, -1] for i in range(6)])
+            )
             places = [layer.sealed.tiers.pool.pages.device for layer in cache.tiered_layers]
     assert [place.index for place in places] == [0, 1, 1]
     torch.testing.assert_close(found[1].cpu(), found[0].cpu(), rtol=0, atol=2e-4)

@@ -18,6 +18,7 @@ from tieredkv.memory import residency
 from tieredkv.ops import copying_by_torch, ops_for, triton
 from tieredkv.packing import Packing, pack
 from tieredkv.policy import select, sketch
+from tieredkv.versions import cache_argument
 
 CLOSE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
@@ -287,8 +288,8 @@ def test_decoding_with_kernels_is_decoding_with_torch(llama, long_ids, kernels, 
             TieredCache(llama.config, **tiers, max_new_tokens=8) as cache,
         ):
             cache.ops, cache.copies = ops, LateCopies()  # Triton's interpreter runs on one thread only
-            llama(long_ids, past_key_values=cache)
-            rows = [llama(long_ids[:, i : i + 1], past_key_values=cache).logits[0, -1] for i in range(4)]
+            llama(long_ids, **cache_argument(cache))
+            rows = [llama(long_ids[:, i : i + 1], **cache_argument(cache)).logits[0, -1] for i in range(4)]
             cache.finish()
             counters = cache.counters
             return torch.stack(rows), (counters.selected, counters.missed_bytes, counters.prefetched_bytes)

@@ -21,6 +21,7 @@ from tieredkv.memory.host import HostLayer
 from tieredkv.ops import TORCH, Ops
 from tieredkv.packing import Packing
 from tieredkv.policy import sketch
+from tieredkv.versions import cache_argument
 
 CARD = torch.device("cuda", 0)
 
@@ -111,8 +112,8 @@ def test_a_step_stays_on_the_card_and_never_waits(llama, long_ids, options, reco
     with torch.no_grad(), tieredkv.use_attention(llama), made as cache:
         cache.copies = LateCopies()
         cache.looks = Looks(8) if recorded else None
-        llama(long_ids, past_key_values=cache)
-        llama(long_ids[:, :1], past_key_values=cache)
+        llama(long_ids, **cache_argument(cache))
+        llama(long_ids[:, :1], **cache_argument(cache))
         cache.finish()
         sealed = cache.tiered_layers[1].sealed
     kv_heads, known = sealed.host.num_heads, {}

@@ -12,6 +12,7 @@ from transformers import DynamicCache
 import tieredkv
 from tieredkv.cache import TieredCache
 from tieredkv.packing import LARGEST, channel_norms, pack, unpack
+from tieredkv.versions import cache_argument
 
 
 def rows(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -126,8 +127,8 @@ def answered(model, ids, **fields):
 
 
 def steps(model, ids, cache):
-    model(ids[:, :-8], past_key_values=cache)
-    return torch.cat([model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(-8, -1)], dim=1)
+    model(ids[:, :-8], **cache_argument(cache))
+    return torch.cat([model(ids[:, i : i + 1], **cache_argument(cache)).logits for i in range(-8, -1)], dim=1)
 
 
 POLICIES = pytest.mark.parametrize("policy", ["hybridkv", "quest", "snapkv", "lookm"])
@@ -192,7 +193,7 @@ def test_packing_at_the_seal_takes_less_than_the_cap_leaves(llama, policy, chunk
     options = {"gpu_kv_gb": cap_share(llama, 6000, 0.2), "chunk_tokens": chunk_tokens, "policy": policy}
     with tiered(llama, **options) as cache:
         cache.auto_seal = False
-        llama(ids, past_key_values=cache)
+        llama(ids, **cache_argument(cache))
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             cache.seal()
         assert cache.tiered_layers[0].sealed.packing is not None
@@ -212,7 +213,7 @@ def test_the_full_cache_is_never_packed(llama, long_ids):
 def test_generated_tokens_are_taken_back_as_the_pool_held_them(llama, long_ids):
     stock = DynamicCache(config=llama.config)
     with torch.no_grad():
-        llama(long_ids, past_key_values=stock)
+        llama(long_ids, **cache_argument(stock))
     with tiered(llama, gpu_kv_gb=1, budget_ratio=0.9) as cache:
         steps(llama, long_ids, cache)
         cache.unseal()

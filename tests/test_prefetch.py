@@ -12,6 +12,7 @@ import tieredkv
 from tieredkv import TieredCache
 from tieredkv.memory.prefetch import ThreadPrefetcher
 from tieredkv.memory.transfer import Transfer
+from tieredkv.versions import cache_argument
 
 
 @pytest.fixture
@@ -127,8 +128,8 @@ def test_when_a_copy_arrives_changes_nothing(llama, long_ids, options):
             made.copies = copies
         with torch.no_grad(), tieredkv.use_attention(llama), made as cache:
             for part in long_ids.split(200, dim=1):
-                llama(part, past_key_values=cache)
+                llama(part, **cache_argument(cache))
             assert cache.transfer.streamed_bytes > 0
-            return torch.stack([llama(long_ids[:, i : i + 1], past_key_values=cache).logits for i in range(6)])
+            return torch.stack([llama(long_ids[:, i : i + 1], **cache_argument(cache)).logits for i in range(6)])
 
     assert torch.equal(decode(None), decode(LateCopies()))

@@ -14,6 +14,7 @@ from tieredkv.cache import TieredCache
 from tieredkv.errors import BudgetError
 from tieredkv.policy.presets import POLICIES, lookm, mixkv, streaming
 from tieredkv.policy.prune import kept_tokens
+from tieredkv.versions import cache_argument
 
 EVERY = pytest.mark.parametrize("policy", POLICIES)
 SMALL = {"chunk_tokens": 8, "text_window": 16, "recent_window": 8}
@@ -23,7 +24,7 @@ SMALL = {"chunk_tokens": 8, "text_window": 16, "recent_window": 8}
 def test_full_budget_equals_stock_transformers(text_model, prompt_ids, policy):
     stock = stock_logits(text_model, {"input_ids": prompt_ids}, 12)
     with tieredkv.use_attention(text_model), TieredCache(text_model.config, gpu_kv_gb=1, policy=policy) as cache:
-        tiered = stock_logits(text_model, {"input_ids": prompt_ids}, 12, past_key_values=cache)
+        tiered = stock_logits(text_model, {"input_ids": prompt_ids}, 12, **cache_argument(cache))
     torch.testing.assert_close(tiered, stock, rtol=0, atol=2e-4)
 
 
@@ -32,7 +33,7 @@ def test_full_budget_by_ratio_equals_stock_transformers(llama, long_ids, policy)
     options = {"gpu_kv_gb": 1, "budget_ratio": 1.0, "policy": policy, **SMALL}
     stock = stock_logits(llama, {"input_ids": long_ids}, 12)
     with tieredkv.use_attention(llama), TieredCache(llama.config, **options) as cache:
-        tiered = stock_logits(llama, {"input_ids": long_ids}, 12, past_key_values=cache)
+        tiered = stock_logits(llama, {"input_ids": long_ids}, 12, **cache_argument(cache))
     torch.testing.assert_close(tiered, stock, rtol=0, atol=2e-4)
 
 
@@ -63,14 +64,14 @@ def test_full_is_refused_where_it_does_not_fit(llama, long_ids):
         TieredCache(llama.config, **options) as cache,
         pytest.raises(BudgetError, match="the smallest that works is"),
     ):
-        llama.generate(long_ids, past_key_values=cache, max_new_tokens=2)
+        llama.generate(long_ids, **cache_argument(cache), max_new_tokens=2)
 
 
 def test_dense_layers_keep_everything_whatever_the_budget(llama, long_ids):
     options = {"gpu_kv_gb": 1, "budget_ratio": 0.1, "policy": "quest", "dense_layers": 1, **SMALL}
     with torch.no_grad(), tieredkv.use_attention(llama), TieredCache(llama.config, **options) as cache:
-        llama(long_ids, past_key_values=cache)
-        llama(long_ids[:, :1], past_key_values=cache)
+        llama(long_ids, **cache_argument(cache))
+        llama(long_ids[:, :1], **cache_argument(cache))
         attended = [layer.sealed.lengths.sum(1).tolist() for layer in cache.tiered_layers]
     assert attended[0] == [901] * len(attended[0])
     assert max(attended[1]) < 200
@@ -182,7 +183,7 @@ def test_with_correction_always_on_reuse_changes_nothing(llama, long_ids):
     def answer(**options):
         options = {**pressed(llama, 900, 0.7), "policy": "arkvale", **SMALL, **options}
         with tieredkv.use_attention(llama), TieredCache(llama.config, **options) as cache:
-            return stock_logits(llama, {"input_ids": long_ids}, 12, past_key_values=cache), cache.counters
+            return stock_logits(llama, {"input_ids": long_ids}, 12, **cache_argument(cache)), cache.counters
 
     exact, _ = answer()
     corrected, counters = answer(reuse_above=1.0)
@@ -200,11 +201,11 @@ def unseen(llama, long_ids, **options):
     options = {"gpu_kv_gb": 1, "budget_ratio": 0.3, "theta": 2.0, "digest_bits": 8, **SMALL, **options}
     with torch.no_grad(), tieredkv.use_attention(llama), TieredCache(llama.config, **options) as cache:
         cache.auto_seal = False
-        llama(long_ids, past_key_values=cache)
+        llama(long_ids, **cache_argument(cache))
         cache.counters.trace = []
         cache.seal()
         with cache.forced():
-            llama(long_ids[:, 50:60], past_key_values=cache)
+            llama(long_ids[:, 50:60], **cache_argument(cache))
         true = []
         for made in cache.counters.trace:
             layer = cache.tiered_layers[made.layer]
@@ -264,13 +265,13 @@ def test_a_question_leaves_nothing_behind_when_the_digest_changes(llama, long_id
             TieredCache(llama.config, digest="cuboid", **options) as cache,
         ):
             cache.auto_seal = False
-            llama(context, past_key_values=cache)
+            llama(context, **cache_argument(cache))
             cache.settle()
             cache.set_tiers(tieredkv.TierConfig(digest="sketch", **options))
             for question in questions:
-                llama(question, past_key_values=cache)
+                llama(question, **cache_argument(cache))
                 cache.seal()
-                logits = llama(long_ids[:, :1], past_key_values=cache).logits
+                logits = llama(long_ids[:, :1], **cache_argument(cache)).logits
                 cache.truncate(700)
         return logits
 
@@ -280,11 +281,11 @@ def test_a_question_leaves_nothing_behind_when_the_digest_changes(llama, long_id
 def test_a_basis_fitted_to_little_is_fitted_again_when_there_is_more(llama, long_ids):
     with torch.no_grad(), tieredkv.use_attention(llama), TieredCache(llama.config, gpu_kv_gb=1, **SMALL) as cache:
         cache.auto_seal = False
-        llama(long_ids[:, :40], past_key_values=cache)
+        llama(long_ids[:, :40], **cache_argument(cache))
         cache.seal()
         before = cache.tiered_layers[0].digests.basis
         cache.unseal()
-        llama(long_ids[:, 40:], past_key_values=cache)
+        llama(long_ids[:, 40:], **cache_argument(cache))
         cache.seal()
         after = cache.tiered_layers[0].digests.basis
     assert not torch.equal(before.up, after.up)
@@ -295,11 +296,11 @@ def test_prefill_in_inference_mode_and_decoding_outside_it(llama, long_ids):
     with tieredkv.use_attention(llama), TieredCache(llama.config, **options) as cache:
         cache.auto_seal = False
         with torch.inference_mode():
-            llama(long_ids, past_key_values=cache)
+            llama(long_ids, **cache_argument(cache))
             cache.seal()
         with torch.no_grad():
             for place in range(4):
-                llama(long_ids[:, place : place + 1], past_key_values=cache)
+                llama(long_ids[:, place : place + 1], **cache_argument(cache))
     assert cache.counters.selected > 0
 
 
@@ -315,10 +316,10 @@ def test_forced_tokens_fit_any_cap_that_single_ones_fit(llama, long_ids, share):
         TieredCache(llama.config, **options, max_new_tokens=20) as cache,
     ):
         cache.auto_seal = False
-        llama(long_ids, past_key_values=cache)
+        llama(long_ids, **cache_argument(cache))
         cache.seal()
         with cache.forced():
-            llama(long_ids[:, :20], past_key_values=cache)
+            llama(long_ids[:, :20], **cache_argument(cache))
         assert cache.ledger.peak_bytes <= cache.ledger.cap_bytes
 
 
@@ -329,12 +330,12 @@ def test_forced_tokens_give_what_one_call_each_gives(llama, long_ids, policy):
     for forced in (False, True):
         with torch.no_grad(), tieredkv.use_attention(llama), TieredCache(llama.config, **options) as cache:
             cache.auto_seal = False
-            llama(long_ids, past_key_values=cache)
+            llama(long_ids, **cache_argument(cache))
             cache.seal()
             fed = long_ids[:, 100:120]
             with cache.forced():
                 parts = [fed] if forced else fed.split(1, dim=1)
-                logits.append(torch.cat([llama(part, past_key_values=cache).logits for part in parts], dim=1))
+                logits.append(torch.cat([llama(part, **cache_argument(cache)).logits for part in parts], dim=1))
             assert cache.get_seq_length() == 920
     torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=1e-4)
 
@@ -344,13 +345,13 @@ def test_a_cache_can_be_sealed_again_under_other_settings(llama, long_ids):
 
     def decode(cache):
         cache.seal()
-        logits = llama(long_ids[:, :1], past_key_values=cache).logits
+        logits = llama(long_ids[:, :1], **cache_argument(cache)).logits
         cache.truncate(900)
         return logits
 
     with torch.no_grad(), tieredkv.use_attention(llama), TieredCache(llama.config, **options) as cache:
         cache.auto_seal = False
-        llama(long_ids, past_key_values=cache)
+        llama(long_ids, **cache_argument(cache))
         first = decode(cache)
         cache.set_tiers(tieredkv.TierConfig(policy="quest", **options))
         other = decode(cache)

@@ -11,6 +11,7 @@ import tieredkv
 from tieredkv.cache import TieredCache
 from tieredkv.errors import OptionError, UnsupportedModelError
 from tieredkv.sizes import model_shape
+from tieredkv.versions import cache_argument
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def test_only_layers_that_grow_count(gemma):
 
 def test_a_window_layer_holds_its_window_and_no_more(gemma, long_ids):
     with tieredkv.use_attention(gemma), TieredCache(gemma.config, gpu_kv_gb=1) as cache:
-        gemma.generate(long_ids, past_key_values=cache, max_new_tokens=3, do_sample=False)
+        gemma.generate(long_ids, **cache_argument(cache), max_new_tokens=3, do_sample=False)
         assert {cache.layers[index].keys.shape[2] for index in (0, 3)} == {gemma.config.sliding_window - 1}
         assert cache.get_seq_length() == long_ids.shape[1] + 2
 
@@ -35,7 +36,7 @@ def test_a_window_layer_holds_its_window_and_no_more(gemma, long_ids):
 def test_a_small_cap_is_kept(gemma, long_ids):
     options = {**pressed(gemma, 900, 0.4), "chunk_tokens": 8, "text_window": 8, "max_new_tokens": 12}
     with tieredkv.use_attention(gemma), TieredCache(gemma.config, **options, prompt_tokens=900) as cache:
-        gemma.generate(long_ids, past_key_values=cache, max_new_tokens=12, do_sample=False)
+        gemma.generate(long_ids, **cache_argument(cache), max_new_tokens=12, do_sample=False)
         assert 0 < cache.ledger.peak_bytes <= cache.tiers.cap_bytes
         assert cache.counters.dynamic_heads > 0
 
@@ -45,11 +46,11 @@ def test_going_back_within_the_window_is_exact_and_beyond_it_refused(gemma, long
     stock = stock_logits(gemma, {"input_ids": more}, 1)
     with torch.no_grad(), tieredkv.use_attention(gemma), TieredCache(gemma.config, gpu_kv_gb=1) as cache:
         cache.auto_seal = False
-        gemma(long_ids[:, :30], past_key_values=cache)
+        gemma(long_ids[:, :30], **cache_argument(cache))
         cache.crop(-10)
-        out = gemma(long_ids[:, 40:45], past_key_values=cache).logits[:, -1]
+        out = gemma(long_ids[:, 40:45], **cache_argument(cache)).logits[:, -1]
         torch.testing.assert_close(out, stock, rtol=0, atol=2e-4)
-        gemma(long_ids[:, :60], past_key_values=cache)
+        gemma(long_ids[:, :60], **cache_argument(cache))
         with pytest.raises(OptionError, match="sliding windows cannot go back to 80 of 85 tokens"):
             cache.crop(-5)
         assert {layer.get_seq_length() for layer in cache.layers} == {85}  # nothing has changed
@@ -74,7 +75,7 @@ def test_queries_are_attended_for_in_blocks(gemma, long_ids, rows, monkeypatch):
     monkeypatch.setattr("tieredkv.sliding.ROWS", rows)
     with torch.no_grad(), tieredkv.use_attention(gemma), TieredCache(gemma.config, gpu_kv_gb=1) as cache:
         cache.auto_seal = False
-        parts = [gemma(part, past_key_values=cache).logits for part in long_ids[:, :300].split(130, dim=1)]
+        parts = [gemma(part, **cache_argument(cache)).logits for part in long_ids[:, :300].split(130, dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), stock, rtol=0, atol=2e-4)
 
 
@@ -85,14 +86,14 @@ def test_an_interrupted_forward_is_noticed(gemma, long_ids, broken):
 
     with torch.no_grad(), tieredkv.use_attention(gemma), TieredCache(gemma.config, gpu_kv_gb=1) as cache:
         cache.auto_seal = False
-        gemma(long_ids[:, :20], past_key_values=cache)
+        gemma(long_ids[:, :20], **cache_argument(cache))
         hook = gemma.model.layers[broken].register_forward_pre_hook(interrupt)
         with pytest.raises(KeyboardInterrupt):
-            gemma(long_ids[:, 20:30], past_key_values=cache)
+            gemma(long_ids[:, 20:30], **cache_argument(cache))
         hook.remove()
         with pytest.raises(RuntimeError, match=r"did not run through all layers.*truncate\(20\)"):
-            gemma(long_ids[:, 20:30], past_key_values=cache)
+            gemma(long_ids[:, 20:30], **cache_argument(cache))
         cache.truncate(20)
-        got = gemma(long_ids[:, 20:30], past_key_values=cache).logits[:, -1]
+        got = gemma(long_ids[:, 20:30], **cache_argument(cache)).logits[:, -1]
     stock = gemma(long_ids[:, :30]).logits[:, -1]
     torch.testing.assert_close(got, stock, rtol=0, atol=2e-4)
