@@ -2,6 +2,7 @@
 
     python benchmarks/decode_cpu.py            8k to 64k tokens, layers of Qwen2.5-7B's shape; minutes
     python benchmarks/decode_cpu.py --quick    a small shape, to see that it runs
+    python benchmarks/decode_cpu.py --tokens 32768 --busy 0 1 3    also while other processes keep cores busy
 
 A stack of layers of the real shape, float32, batch 1, as many as fit; no vocabulary to speak of. Baselines are
 transformers' own caches under sdpa: the dynamic one, which grows by a copy each step, and the static one, which is
@@ -12,15 +13,21 @@ are timed in turns, each kind once per round, and the median is taken. Prints a 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from origin import origin  # before torch: it says how torch's threads wait
+
+# isort: split
 import torch
-from origin import origin
 from synthetic import fill, keys_and_values, make_model
 
 from tieredkv import TierConfig, TieredCache, use_attention
@@ -63,8 +70,21 @@ def tiered(model: Any, tokens: int, tiers: TierConfig, steps: int) -> tuple[Call
     return step, cache
 
 
-def measure(model: Any, tokens: int, budget: float, rounds: int) -> dict[str, Any]:
-    """A row: milliseconds per step of each kind, and what ours held and copied."""
+@contextmanager
+def busy_processes(count: int) -> Iterator[None]:
+    """As many other processes compute without a pause, at the same priority, until the block ends."""
+    command = [sys.executable, "-c", "while True: pass"]
+    processes = [subprocess.Popen(command) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def measure(model: Any, tokens: int, budget: float, rounds: int, busy: int) -> dict[str, Any]:
+    """A row: milliseconds per step of each kind beside `busy` busy processes, and what ours held and copied."""
     steps = rounds + 2
     full_bytes = tokens * model_shape(model.config, model.dtype).token_bytes
     tiers = TierConfig(gpu_kv_gb=max(0.5, full_bytes / GIB), budget_ratio=budget)
@@ -76,7 +96,7 @@ def measure(model: Any, tokens: int, budget: float, rounds: int) -> dict[str, An
         "tiered": ours,
     }
     times: dict[str, list[float]] = {name: [] for name in kinds}
-    with torch.inference_mode():
+    with torch.inference_mode(), busy_processes(busy):
         for count in range(steps):
             for name, step in kinds.items():
                 begin = time.perf_counter()
@@ -88,12 +108,14 @@ def measure(model: Any, tokens: int, budget: float, rounds: int) -> dict[str, An
     cache.close()
     return {
         "tokens": tokens,
+        "busy": busy,
         "floor_ms": median["floor"],
         "dynamic_ms": median["dynamic"],
         "static_ms": median["static"],
         "full_ms": full,
         "tiered_ms": median["tiered"],
         "ratio": full / median["tiered"],
+        "ratio_static": median["static"] / median["tiered"],
         "ratio_dynamic": median["dynamic"] / median["tiered"],
         "hit_rate": counters.hit_rate,
         "copied_bytes_per_step": counters.missed_bytes / steps,
@@ -104,6 +126,7 @@ def measure(model: Any, tokens: int, budget: float, rounds: int) -> dict[str, An
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 16384, 32768, 65536])
+    parser.add_argument("--busy", type=int, nargs="+", default=[0], help="other processes that keep a core busy each")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--budget", type=float, default=0.1)
     parser.add_argument("--rounds", type=int, default=8)
@@ -116,15 +139,14 @@ def main() -> None:
     lengths = [1024, 2048] if arguments.quick else arguments.tokens
     shape = "tiny" if arguments.quick else "7b"
     model = make_model(shape, "cpu", torch.float32, num_hidden_layers=arguments.layers, vocab_size=256)
-    heads = ("floor", "dynamic", "static", "tiered")
     heads = " ".join(f"{name:>8}" for name in ("floor", "dynamic", "static", "tiered"))
-    print(f"{'tokens':>7} {heads} {'ratio':>6} {'dynamic':>8} {'hits':>6} {'memory':>7}")
+    print(f"{'tokens':>7} {'busy':>4} {heads} {'ratio':>6} {'dynamic':>8} {'hits':>6} {'memory':>7}")
     rows = []
-    for tokens in lengths:
-        row = measure(model, tokens, arguments.budget, 2 if arguments.quick else arguments.rounds)
+    for tokens, busy in itertools.product(lengths, arguments.busy):
+        row = measure(model, tokens, arguments.budget, 2 if arguments.quick else arguments.rounds, busy)
         rows.append(row)
         print(
-            f"{tokens:>7,} {row['floor_ms']:>8.1f} {row['dynamic_ms']:>8.1f} {row['static_ms']:>8.1f} "
+            f"{tokens:>7,} {busy:>4} {row['floor_ms']:>8.1f} {row['dynamic_ms']:>8.1f} {row['static_ms']:>8.1f} "
             f"{row['tiered_ms']:>8.1f} {row['ratio']:>6.2f} {row['ratio_dynamic']:>8.2f} "
             f"{row['hit_rate']:>6.1%} {row['kv_ratio']:>7.1%}",
             flush=True,

@@ -10,6 +10,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+# As the command line does. Read when torch is imported: benchmarks import this module before it.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 _BESIDE = Path(__file__).parent / "results"
 RESULTS = _BESIDE if _BESIDE.is_dir() else Path.cwd()
 """Where results are kept: beside the benchmarks in a checkout; an installed package has no such folder."""
@@ -45,6 +48,7 @@ def origin(*packages: str) -> dict[str, Any]:
     return {
         "date": datetime.date.today().isoformat(),
         "machine": f"{os.cpu_count()} cores of {processor_name()}{card}",
+        "wait_policy": os.environ["OMP_WAIT_POLICY"],
         "versions": versions(*packages, *(["triton"] if torch.cuda.is_available() else [])),
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
     }

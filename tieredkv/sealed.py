@@ -19,6 +19,7 @@ from tieredkv.policy.sketch import Basis
 from tieredkv.prefill import TextRows
 from tieredkv.retrieval import Retrieval
 from tieredkv.sizes import FLOAT32, chunk_bytes, ranking_bytes, scratch_page_bytes
+from tieredkv.threads import at_most, worth
 from tieredkv.tiers import Tiers
 
 MOST_ROWS = 32
@@ -77,6 +78,9 @@ class SealedLayer:
             self._picked = slice(first, first + self.retrieval.most_selected)
             self._place = torch.arange(self.retrieval.most_selected, device=self.device)
             self._set_lengths(self.retrieval)
+        ranked = 0 if self.retrieval is None or self.retrieval.digests is None else self.retrieval.digests.numel()
+        self._threads = worth(ranked + self.table.numel() * 2 * self._c * host.head_dim)
+        """That a step's operations are large enough for, on a CPU."""
 
     @property
     def length(self) -> int:
@@ -147,6 +151,10 @@ class SealedLayer:
 
     def steps(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
         """Tokens one after another: query and output `(H, n, D)`, keys and values `(K, n, D)`."""
+        with at_most(self._threads):
+            return self._steps(query, keys, values, scaling)
+
+    def _steps(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
         n = query.shape[1]
         if n == 1:
             return self.step(query[:, 0], keys[:, 0], values[:, 0], scaling).unsqueeze(1)

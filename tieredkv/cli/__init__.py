@@ -5,6 +5,7 @@ One file per command. What takes long to import is imported by the command that 
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -13,6 +14,10 @@ import typer
 from tieredkv import __version__
 from tieredkv.cli import ask, bench, chat, defaults, demo, doctor, plan, policies, run
 from tieredkv.errors import TieredKVError
+
+# Read when torch is imported, which only commands do. Threads that spin while they wait for one that has lost its core
+# to another program make decoding several times slower; sleeping costs little (docs/log.md).
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 app = typer.Typer(
     add_completion=False,

@@ -99,13 +99,24 @@ def pack(keys: torch.Tensor, bits: int, basis: Basis | None) -> torch.Tensor:
 
 def token_logits(small: torch.Tensor, packed: torch.Tensor, bits: int) -> torch.Tensor:
     """Products `(K, G, n * C)` of queries along the directions `(K, G, r)` with all sketches."""
+    products = _products(small, packed, bits)
+    return products.add_(_offset(small)) if bits == 4 else products
+
+
+def _products(small: torch.Tensor, packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """`token_logits` less `_offset`, which is the same for all tokens of a query head."""
     kv_heads, r = packed.shape[0], small.shape[-1]
     if bits == 8:
-        return small @ packed.view(torch.int8).view(kv_heads, -1, r).float().transpose(1, 2)
+        return small @ packed.view(torch.int8).view(kv_heads, -1, r).float().mT
     halves = packed.view(kv_heads, -1, r // 2)
     low, high = small.chunk(2, dim=-1)
-    product = low @ (halves & 15).float().transpose(1, 2)
-    return product.add_(high @ (halves >> 4).float().transpose(1, 2)).sub_(8 * small.sum(-1, keepdim=True))
+    products = low @ (halves & 15).float().mT
+    return products.baddbmm_(high, (halves >> 4).float().mT)
+
+
+def _offset(small: torch.Tensor) -> torch.Tensor:
+    """What 4-bit numbers, stored as 0 to 15 for -8 to 7, make products too large by, `(K, G, 1)`, negated."""
+    return -8 * small.sum(-1, keepdim=True)
 
 
 def sketch_logits(small: torch.Tensor, packed: torch.Tensor, bits: int, chunk_tokens: int) -> torch.Tensor:
@@ -113,11 +124,11 @@ def sketch_logits(small: torch.Tensor, packed: torch.Tensor, bits: int, chunk_to
 
     small `(K, G, r)` float32: queries along the directions (`Basis.up`). packed `(K, n, bytes)`.
     """
-    logits = token_logits(small, packed, bits)
+    products = _products(small, packed, bits)
     # Shifted by the best key of all, not of each chunk: what float32 loses by it has no mass beside the best.
-    best = logits.amax(-1, keepdim=True)
-    mass = logits.sub_(best).exp_().unflatten(-1, (-1, chunk_tokens))
-    return (mass @ mass.new_ones(chunk_tokens)).log_().add_(best)
+    best = products.amax(-1, keepdim=True)
+    mass = products.sub_(best).exp_().unflatten(-1, (-1, chunk_tokens))
+    return (mass @ mass.new_ones(chunk_tokens)).log_().add_(best + _offset(small) if bits == 4 else best)
 
 
 def chunk_logits(query: torch.Tensor, packed: torch.Tensor, bits: int, basis: Basis | None) -> torch.Tensor:
