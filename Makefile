@@ -28,8 +28,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PIP) install --upgrade "pip>=24"
 	@$(PIP) install -e ".[dev]" -c constraints.txt 2> $(VENV)/pip.log || { \
 		grep -qE "$(NOT_SERVED)" $(VENV)/pip.log || { cat $(VENV)/pip.log >&2; exit 2; }; \
-		echo "The package index does not serve every version in constraints.txt: installing the newest versions instead" \
-			"($$(grep -m 1 -E "$(NOT_SERVED)" $(VENV)/pip.log))." >&2; \
+		echo "The package index does not serve every version in constraints.txt: installing the newest versions instead." >&2; \
 		$(PIP) install -e ".[dev]"; }
 	@touch $(READY)
 
