@@ -17,7 +17,7 @@ from PIL import Image
 from tieredkv.errors import VideoError
 from tieredkv.memory.limits import check_host_memory
 from tieredkv.video.sampling import FileSource, Tick
-from tieredkv.video.timeline import SAME_TIME
+from tieredkv.video.length import SAME_TIME
 
 Progress = Callable[[int, int | None], None]
 """Called with units done and the total, None while the total is unknown."""
