@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 import av
 
 from tieredkv.video.container import opened
+from tieredkv.video.structure import MATROSKA, MP4, fragments
 
 JITTER = 1.0
 """Seconds a frame's time may run backwards: it is left out. Further back, the file's clock has been restarted."""
@@ -20,8 +20,6 @@ JUMP = 600.0
 SAME_TIME = 1e-4
 """Seconds: a frame this little after a sampling time still counts as shown at it (container clocks round)."""
 
-MP4 = "mov,mp4,m4a,3gp,3g2,mj2"
-MATROSKA = "matroska,webm"
 _GUESSED = {"mpegts", "mpeg", "mpegvideo", "m4v", "h264", "hevc"}
 """Formats that state no length. FFmpeg guesses one from the last time written or the bit rate, which is wrong where
 recordings were joined."""
@@ -76,7 +74,7 @@ def find_length(
     own = _seconds(stream.duration, stream.time_base)
     whole = _seconds(container.duration, Fraction(1, av.time_base))
     if kind == MP4:
-        fragmented, cut = _fragments(path)
+        fragmented, cut = fragments(path)
         if fragmented:
             # What FFmpeg knows of is what the fragments that are there add up to, or an index of all of them.
             found = read()
@@ -174,34 +172,6 @@ def _scan(
         return _Found(None, last, complete)
     end = max(length, times.begin + SAME_TIME)
     return _Found(end, max(last, end), complete)
-
-
-def _fragments(path: Path) -> tuple[bool, str | None]:
-    """Whether an MP4 consists of fragments, and what shows that the last of them is not all there."""
-    fragmented, last, end, size = False, b"", 0, os.path.getsize(path)
-    for last, end in _boxes(path, size):  # noqa: B007  what the last was is looked at below
-        fragmented |= last == b"moof"
-    if fragmented and (last == b"moof" or (last == b"mdat" and end > size) or 0 < size - end < 8):
-        return True, "its last fragment is not all there"
-    return fragmented, None
-
-
-def _boxes(path: Path, size: int) -> Iterator[tuple[bytes, int]]:
-    """Kind of each box of an MP4, and the byte after it by what the box says."""
-    at = 0
-    with path.open("rb") as file:
-        while at + 8 <= size:
-            file.seek(at)
-            head = file.read(16)
-            length = int.from_bytes(head[:4], "big")
-            if length == 1:
-                length = int.from_bytes(head[8:16], "big")
-            elif length == 0:
-                length = size - at
-            if length < 8:
-                return
-            at += length
-            yield head[4:8], at
 
 
 def _seconds(duration: int | None, unit: Fraction | None) -> float | None:

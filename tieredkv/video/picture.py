@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import re
 import struct
-import threading
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -17,17 +15,15 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from PIL import Image
 
 from tieredkv.errors import VideoError
+from tieredkv.video.structure import Margins, margins
 
 _SQUARE = Fraction(1)
 _ROUNDING = 0.005
 """Pixels this little off square come from a display size that was rounded, and are not worth resampling."""
 _LONGEST = 10
 """Sides of a pixel further apart than this are a damaged number."""
-_CROPPED = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
-"""Formats that can tell players to leave margins away."""
 _UNSPECIFIED, _RESERVED = 2, 3
 """Of FFmpeg's colour properties, the same for matrix, transfer and primaries."""
-_dumping = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +32,13 @@ class Geometry:
 
     aspect: Fraction
     """Width of a stored pixel by its height."""
-    crop: tuple[int, int, int, int]
-    """Stored pixels that are not shown: at the top, the bottom, the left and the right."""
+    crop: Margins
 
     @staticmethod
     def of(path: Path, container: Any, stream: Any) -> Geometry:
         """That of an open file's stream. Raises `VideoError` for pixels of a shape that cannot be meant."""
         aspect = stream.sample_aspect_ratio  # the container's, or else the codec's
-        return Geometry(_shape(path, aspect), _margins(container, stream))
+        return Geometry(_shape(path, aspect), margins(path, container.format.name, stream.index))
 
 
 class Painter:
@@ -120,22 +115,3 @@ def _shape(path: Path, aspect: Fraction | None) -> Fraction:
             "re-encode the file with square ones."
         )
     return Fraction(aspect)
-
-
-def _margins(container: Any, stream: Any) -> tuple[int, int, int, int]:
-    """What the container crops. PyAV shows it nowhere but in FFmpeg's description of the file, a log message."""
-    if container.format.name not in _CROPPED:
-        return 0, 0, 0, 0
-    with _dumping:  # what is logged is set for the whole process
-        level = av.logging.get_level()
-        av.logging.set_level(av.logging.INFO)
-        try:
-            text = container.dumps_format()
-        finally:
-            av.logging.set_level(level)
-    part = re.search(rf"Stream #0:{stream.index}\b.*?(?=\n  Stream #|\Z)", text, re.DOTALL)
-    found = part and re.search(r"Frame cropping: (\d+)/(\d+)/(\d+)/(\d+)", part[0], re.IGNORECASE)
-    if not found:
-        return 0, 0, 0, 0
-    top, bottom, left, right = map(int, found.groups())
-    return top, bottom, left, right

@@ -17,8 +17,9 @@ import av
 
 from tieredkv.errors import VideoError
 from tieredkv.video.container import cut_short, decoded, opened, unreadable, video_streams
-from tieredkv.video.length import JITTER, JUMP, MATROSKA, MP4, Times, find_length
+from tieredkv.video.length import JITTER, JUMP, Times, find_length
 from tieredkv.video.picture import Geometry, Painter
+from tieredkv.video.structure import MATROSKA, MP4
 
 _INDEXED = {MP4, MATROSKA}
 """Formats with an index of key frames that FFmpeg seeks by."""
