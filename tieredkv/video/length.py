@@ -96,7 +96,7 @@ def find_length(
     if prompt and (stated is not None or alone):
         end = whole if stated is None else stated
         assert end is not None
-        return Length(end - shift, _TOLERANCE)
+        return Length(end - shift - (times.delay or 0.0), _TOLERANCE)  # FFmpeg's own files count the delay in
     return _compared(read(everything=True), stated, whole, shift, kind)
 
 

@@ -37,7 +37,7 @@ def fragments(path: Path) -> tuple[bool, str | None]:
     """Whether an MP4 consists of fragments, and what shows that the last of them is not all there."""
     fragmented, size, last = False, os.path.getsize(path), Part(b"", 0, 0)
     with path.open("rb") as file:
-        for last in boxes(file, 0, size):  # noqa: B007  what the last was is looked at below
+        for last in boxes(file, 0, size):
             fragmented |= last.kind == b"moof"
     broken = last.kind == b"moof" or (last.kind == b"mdat" and last.end > size) or 0 < size - last.end < 8
     return fragmented, "its last fragment is not all there" if fragmented and broken else None

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -118,7 +119,7 @@ def _beginning(path: Path, container: Any, stream: Any) -> _Beginning | None:
 
 
 def _back(times: list[int]) -> int:
-    return sum(after <= before for before, after in zip(times, times[1:], strict=False))
+    return sum(after <= before for before, after in pairwise(times))
 
 
 def _times(path: Path, container: Any, stream: Any, beginning: _Beginning) -> Times:
