@@ -34,6 +34,12 @@ def test_a_part_of_such_a_file_begins_where_it_should(tmp_path):
     assert numbers(sample(path, 10, max_frames=6)) == [0, 10, 20, 30, 40, 50]
 
 
+def test_b_frames_may_begin_late_in_such_a_file(tmp_path):
+    """A dozen key frames first, which come in order."""
+    path = write(tmp_path / "v.avi", numbered(60), keys=tuple(range(12)), **B_FRAMES)
+    assert numbers(sample(path, 10)) == list(range(60))
+
+
 def test_an_mp4_that_lost_its_times_of_showing_is_read_in_order(tmp_path):
     path = write(tmp_path / "v.mp4", numbered(60), **B_FRAMES)
     path.write_bytes(path.read_bytes().replace(b"ctts", b"free").replace(b"edts", b"free"))

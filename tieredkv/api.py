@@ -49,8 +49,8 @@ def open_session(
     or tensor, uint8 or floats in [0, 1], taken at `source_fps` per second (None: at `fps`). fps: frames sampled per
     second (None: the processor's own rate). max_frames: if there would be more, that many are spread evenly instead.
     start, end: seconds of the video to look at, as players show them. gpu_kv_gb: hard cap in GiB on device memory for
-    keys and values (None: 4). tiers: every other setting; its fields may be given as keywords instead. positions: "published" or
-    "stock", how text after the video is numbered. progress: a bar on stderr.
+    keys and values (None: 4). tiers: every other setting; its fields may be given as keywords instead. positions:
+    "published" or "stock", how text after the video is numbered. progress: a bar on stderr.
 
     Raises `UnsupportedModelError`, `VideoError`, `BudgetError` or `OptionError`, all of them `TieredKVError`.
     """

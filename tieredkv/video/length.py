@@ -142,7 +142,7 @@ def _scan(
                 if check is not None:
                     check()
                 written = packet.pts if times.delay is None else packet.dts
-                if packet.size == 0 or packet.is_discard:
+                if packet.size == 0:
                     continue
                 count += packet.stream_index == index
                 if written is None or packet.time_base is None:

@@ -57,8 +57,8 @@ class FileSource:
         self._seek = self._film.indexed
         if self._until <= self.start + SAME_TIME:
             raise VideoError(
-                f"{self.name}: end={self._until:g} is before the first picture, which comes at {self.start:.2f} s of the "
-                "file: give a later end."
+                f"{self.name}: end={self._until:g} is before the first picture, which comes at {self.start:.2f} s "
+                "of the file: give a later end."
             )
         if self._film.end is None:
             self.expected = max_frames or 1
