@@ -129,8 +129,8 @@ def filtered(picture: np.ndarray, *filters: tuple[str, str]) -> np.ndarray:
     [
         ((1, 0, 0, 1), ()),
         ((-1, 0, 0, 1), (("hflip", ""),)),
-        ((1, 0, 0, -1), (("vflip", ""),)),
-        ((-1, 0, 0, -1), (("hflip", ""), ("vflip", ""))),
+        ((1, 0, 0, -1), (("vflip", ""), ("hflip", ""), ("hflip", ""))),  # PyAV 17 reads no rows from below
+        ((-1, 0, 0, -1), (("vflip", ""), ("hflip", ""))),
         ((0, 1, -1, 0), (("transpose", "clock"),)),
         ((0, -1, 1, 0), (("transpose", "cclock"),)),
         ((0, 1, 1, 0), (("transpose", "cclock_flip"),)),
