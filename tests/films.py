@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -46,6 +47,26 @@ def write(
         container.mux(stream.encode())
     if pipe:
         output.file.close()
+    return path
+
+
+def with_sound(path: Path, pictures, begin: float, rate: int = 4) -> Path:
+    """A video whose pictures come `begin` seconds after its sound."""
+    with av.open(str(path), "w") as output:
+        video = output.add_stream("libx264", rate=rate, options={"bf": "0"})
+        video.height, video.width = pictures[0].shape[:2]
+        video.pix_fmt = "yuv420p"
+        audio = output.add_stream("aac", rate=8000, layout="mono")
+        for i in range(round(10 * (begin + len(pictures) / rate))):
+            part = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.float32), format="fltp", layout="mono")
+            part.rate, part.pts, part.time_base = 8000, 800 * i, Fraction(1, 8000)
+            output.mux(audio.encode(part))
+        for i, picture in enumerate(pictures):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = round(begin * rate) + i, Fraction(1, rate)
+            output.mux(video.encode(frame))
+        output.mux(video.encode())
+        output.mux(audio.encode())
     return path
 
 

@@ -322,7 +322,7 @@ def test_a_length_that_is_not_stated_is_found(tmp_path, name, codec, format):
 
 
 def test_a_stated_length_is_not_looked_for(whole, monkeypatch):
-    monkeypatch.setattr("tieredkv.video.timeline._scan", None)
+    monkeypatch.setattr("tieredkv.video.length._scan", None)
     for kind in ("plain.mp4", "cut.mkv", "cut.avi", "cut.webm"):
         assert open_video(whole[kind], 2).expected == 40
 

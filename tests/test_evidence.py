@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from films import with_sound
 from helpers import RecordLogits, cap_share, pressed
 
 import tieredkv
@@ -268,6 +269,21 @@ def test_times_are_of_the_file_and_outlive_a_save(opened, video_model, processor
         loaded = again.ask(QUESTION, max_new_tokens=3).evidence
     assert loaded.start == 10.0
     assert torch.allclose(loaded.heat, session.ask(QUESTION, max_new_tokens=3).evidence.heat)
+
+
+def test_times_are_on_the_files_own_clock_where_the_picture_begins_after_the_sound(
+    video_model, processor, frames, tmp_path
+):
+    """As players show them; a saved session keeps them."""
+    film = with_sound(tmp_path / "late.mp4", frames[:40], begin=5)
+    settings = {"gpu_kv_gb": 1, "processor": processor}
+    with tieredkv.open_session(video_model, film, fps=4, **settings) as session:
+        evidence = session.ask(QUESTION, max_new_tokens=2).evidence
+        session.save(tmp_path / "late.tkv")
+    assert (evidence.start, evidence.end) == pytest.approx((5.0, 15.0), abs=0.1)
+    assert all(evidence.start <= moment.start <= moment.peak <= moment.end <= evidence.end for moment in evidence)
+    with tieredkv.load_session(tmp_path / "late.tkv", video_model, processor=processor) as again:
+        assert again.ask(QUESTION, max_new_tokens=2).evidence.start == evidence.start
 
 
 def test_a_turn_of_a_conversation_has_the_rows_of_its_own_question(opened, monkeypatch):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from films import numbered, numbers, write
+from films import numbered, numbers, with_sound, write
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -100,6 +100,13 @@ def test_frames_are_those_of_the_moments_peaks(tmp_path):
     assert numbers(np.asarray(frame) for frame in moment_frames(made, film)) == [22, 37]
     frames = list(np.stack(numbered(40)))
     assert numbers(np.asarray(frame) for frame in moment_frames(made, frames, source_fps=10)) == [22, 37]
+
+
+def test_frames_of_a_picture_that_begins_late_are_found_by_the_files_clock(tmp_path):
+    film = with_sound(tmp_path / "film.mp4", numbered(40), begin=5, rate=10)
+    made = evidence({4: 1.0, 7: 0.5}, steps=8, start=5.0)
+    assert [moment.peak for moment in made] == [7.25, 8.75]
+    assert numbers(np.asarray(frame) for frame in moment_frames(made, film)) == [22, 37]
 
 
 @pytest.mark.parametrize("size", [(28, 28), (3840, 2160), (1080, 1920), (2000, 20)])

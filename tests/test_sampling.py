@@ -137,8 +137,8 @@ def closes(monkeypatch) -> list[bool]:
     closed, opened = [], sampling.opened
 
     class Counting:
-        def __init__(self, path):
-            self.context = opened(path)
+        def __init__(self, path, stream):
+            self.context = opened(path, stream)
 
         def __enter__(self):
             return self.context.__enter__()

@@ -48,9 +48,9 @@ def open_session(
     beside the model. video: a path, or frames: a list of PIL images, or `(T, H, W, 3)` or `(T, 3, H, W)` as ndarray
     or tensor, uint8 or floats in [0, 1], taken at `source_fps` per second (None: at `fps`). fps: frames sampled per
     second (None: the processor's own rate). max_frames: if there would be more, that many are spread evenly instead.
-    start, end: seconds of the video to look at. gpu_kv_gb: hard cap in GiB on device memory for keys and values
-    (None: 4). tiers: every other setting; its fields may be given as keywords instead. positions: "published" or
-    "stock", how text after the video is numbered. progress: a bar on stderr.
+    start, end: seconds of the video to look at, as players show them. gpu_kv_gb: hard cap in GiB on device memory for
+    keys and values (None: 4). tiers: every other setting; its fields may be given as keywords instead. positions:
+    "published" or "stock", how text after the video is numbered. progress: a bar on stderr.
 
     Raises `UnsupportedModelError`, `VideoError`, `BudgetError` or `OptionError`, all of them `TieredKVError`.
     """

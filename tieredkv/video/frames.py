@@ -16,8 +16,8 @@ from PIL import Image
 
 from tieredkv.errors import VideoError
 from tieredkv.memory.limits import check_host_memory
+from tieredkv.video.length import SAME_TIME
 from tieredkv.video.sampling import FileSource, Tick
-from tieredkv.video.timeline import SAME_TIME
 
 Progress = Callable[[int, int | None], None]
 """Called with units done and the total, None while the total is unknown."""
@@ -28,17 +28,20 @@ RATES = (1e-6, 1000.0)
 
 
 class VideoSource(Protocol):
-    """Frames at an even rate: frame i shows the video at `start + i / fps` seconds."""
+    """Frames at an even rate: frame i shows the video at `start + i / fps` seconds.
+
+    All times are those that players show: 0 is where the first stream of a file begins, which may be its sound.
+    """
 
     name: str
     """For messages: the path, or "the frames given"."""
     height: int
     width: int
-    """Of every frame, turned upright."""
+    """Of every frame, with square pixels, turned upright."""
     fps: float
     """Frames per second of video; below what was asked for where `max_frames` spreads them."""
     start: float
-    """Seconds into the video of the first frame."""
+    """Seconds into the video of the first frame: the picture may begin after what was asked for."""
     expected: int
     """Frames that will come: exact for arrays; for a file by the length it states, which may be wrong."""
     seconds: float | None
@@ -107,9 +110,9 @@ def open_video(
 
     video: a path, or frames: a list of PIL images, or an array or tensor `(T, H, W, 3)` or `(T, 3, H, W)`, uint8, or
     floats in [0, 1]. Frames given as arrays were taken at `source_fps` per second (None: at `fps`, none is dropped).
-    max_frames: where there would be more, so many are spread evenly over the span. Decodes one frame of a file; reads
-    all of its packets only where it states no length, calling `check` now and then, which may raise to stop. Raises
-    `VideoError`.
+    max_frames: where there would be more, so many are spread evenly over the span. Decodes the first frames of a file;
+    reads all of its packets only where it does not state how long its picture is, calling `check` now and then, which
+    may raise to stop. Raises `VideoError`.
     """
     check_request(video, fps, source_fps, max_frames, start, end)
     _check_rate("fps", fps)

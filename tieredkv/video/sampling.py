@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 
 import av
 import numpy as np
-from av.video.reformatter import VideoReformatter
 
 from tieredkv.errors import VideoError
-from tieredkv.video.timeline import SAME_TIME, Clock, Film, cut_short, decoded, opened, probe, quarter_turns, reason
+from tieredkv.video.container import cut_short, decoded, opened, reason
+from tieredkv.video.length import SAME_TIME
+from tieredkv.video.picture import Painter
+from tieredkv.video.timeline import Clock, Film, probe
 
 Tick = Callable[[float], None]
 """Called for every decoded frame with the seconds of video decoded so far, counted from the first sampling time. May
@@ -26,8 +28,9 @@ BLOCK = 2**20
 
 
 class FileSource:
-    """Samples a video file: frame i is what is on screen `start + i / fps` seconds after its first frame.
+    """Samples a video file: frame i is what is on screen at `start + i / fps` seconds of the file.
 
+    `start` is that of the first frame, if an earlier one was asked for.
     Holds no open file: each call of `frames` opens its own, so that several may run, on any thread.
     """
 
@@ -40,7 +43,7 @@ class FileSource:
         end: float | None,
         check: Callable[[], None] | None = None,
     ) -> None:
-        """Opens the file and decodes one frame. Raises `VideoError` if none comes, or `start` is past the end.
+        """Opens the file and decodes its first frames. Raises `VideoError` if none comes, or `start` is past the end.
 
         check: called for every packet if all must be read to find the length; may raise to stop.
         """
@@ -49,15 +52,20 @@ class FileSource:
         self.height, self.width = self._film.height, self._film.width
         self.fps = fps
         self.seconds: float | None = None
-        self.start, self._limit = start, max_frames
+        self.start, self._limit = max(start, self._film.times.begin), max_frames
         self._until = math.inf if end is None else end
         self._seek = self._film.indexed
-        if self._film.seconds is None:
+        if self._until <= self.start + SAME_TIME:
+            raise VideoError(
+                f"{self.name}: end={self._until:g} is before the first picture, which comes at {self.start:.2f} s "
+                "of the file: give a later end."
+            )
+        if self._film.end is None:
             self.expected = max_frames or 1
             return
-        if start >= self._film.seconds:
-            raise self._past_the_end(self._film.seconds)
-        self.seconds = min(self._until, self._film.seconds) - start
+        if self.start >= self._film.end:
+            raise self._past_the_end(self._film.end)
+        self.seconds = min(self._until, self._film.end) - self.start
         self.expected = _count(self.seconds, fps)
         if max_frames is not None and self.expected > max_frames:
             self.fps, self.expected = max_frames / self.seconds, max_frames
@@ -102,17 +110,19 @@ class FileSource:
     def _pictures(self, n: int, seek: bool, report: Tick) -> Generator[np.ndarray]:
         """Frames from the n-th on. Raises `IndexFailed` where only decoding all of the file will do."""
         self._check_size(0.0)
-        film, painter = self._film, _Painter(self._film)
-        with opened(film.path) as (container, stream):
+        film, screen = self._film, _Screen(self._film)
+        with opened(film.path, film.stream) as (container, stream):
             playback = _Playback(film, container, stream, seek, report)
             shot = playback.read(self._time(n))
             while shot is not None and self._wants(n):
                 following = playback.read(self._time(n))
                 leaves = _last_moment(shot) if following is None else following.time
                 while self._wants(n) and self._time(n) < leaves - SAME_TIME:
-                    yield painter.paint(shot)
+                    yield screen.paint(shot)
                     n += 1
                 shot = following
+            if film.cut is not None and film.end is not None and self._until > film.end:
+                raise cut_short(film.path, film.end, film.cut)
             if self._wants(n):
                 self._check_size(playback.clock.now)
                 playback.check_the_end(self._until)
@@ -135,7 +145,7 @@ class FileSource:
 
     def _past_the_end(self, seconds: float) -> VideoError:
         return VideoError(
-            f"{self.name}: start={self.start:g} is past the end of the video, which lasts {seconds:.2f} s: "
+            f"{self.name}: start={self.start:g} is past the end of the video, which ends at {seconds:.2f} s: "
             "give an earlier start."
         )
 
@@ -201,13 +211,13 @@ class _Playback:
         `IndexFailed` if it may not have without seeking: how long the frame before the last stayed is unknown then.
         """
         film = self._film
-        if film.seconds is None or film.tolerance is None or self.clock.restarted:
+        if film.end is None or film.tolerance is None or self.clock.restarted:
             return
-        if self.clock.shown_until >= min(film.seconds, until) - film.tolerance:
+        if self.clock.shown_until >= min(film.end, until) - film.tolerance:
             return
         if self._sought:
             raise IndexFailed
-        raise cut_short(film.path, self.clock.shown_until, f"the file says it lasts {film.seconds:.2f} s")
+        raise cut_short(film.path, self.clock.shown_until, f"the file says it lasts {film.end:.2f} s")
 
     def _enter(self, wanted: float) -> _Shot:
         """Go to the last key frame shown at or before `wanted`, which may lie before the frame read last."""
@@ -253,13 +263,12 @@ class _Playback:
             raise cut_short(self._film.path, self.clock.now, reason(error)) from None
 
 
-class _Painter:
-    """Decoded frames as arrays, each made once."""
+class _Screen:
+    """What is shown, as arrays, each made once."""
 
     def __init__(self, film: Film) -> None:
         self._film = film
-        # One for all: the state of a scaler is megabytes, and each frame would have its own.
-        self._reformatter = VideoReformatter()
+        self._painter = Painter(film.path, film.geometry)
         self._shot: _Shot | None = None
         self._picture: np.ndarray | None = None
 
@@ -270,11 +279,9 @@ class _Painter:
 
     def _array(self, shot: _Shot) -> np.ndarray:
         try:
-            stored = self._reformatter.reformat(shot.frame, format="rgb24").to_ndarray()
-        except (av.FFmpegError, ValueError) as error:
+            picture = self._painter.paint(shot.frame)
+        except (av.FFmpegError, OSError, ValueError) as error:
             raise cut_short(self._film.path, shot.time, reason(error)) from None
-        # The display matrix turns counterclockwise, and so does rot90: a phone's portrait video stands upright.
-        picture = np.ascontiguousarray(np.rot90(stored, quarter_turns(shot.frame)))
         height, width, _ = picture.shape
         if (height, width) != (self._film.height, self._film.width):
             raise VideoError(

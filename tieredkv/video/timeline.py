@@ -1,38 +1,35 @@
-"""When each frame of a video file is shown: how long the file is, and a clock over the times written in it."""
+"""When each frame of a video file is shown: what there is to know before it is played, and a clock over its times.
+
+All times are seconds on the file's own clock, as players show it: it begins where the first of the file's streams does,
+which may be the sound.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import av
-from av.stream import Disposition
 
 from tieredkv.errors import VideoError
+from tieredkv.video.container import cut_short, decoded, opened, unreadable, video_streams
+from tieredkv.video.length import JITTER, JUMP, Times, find_length
+from tieredkv.video.picture import Geometry, Painter
+from tieredkv.video.structure import MATROSKA, MP4
 
-JITTER = 1.0
-"""Seconds a frame's time may run backwards: it is left out. Further back, the file's clock has been restarted."""
-JUMP = 600.0
-"""Seconds a frame may be later than the one before it in a file that does not say how long it is."""
-SAME_TIME = 1e-4
-"""Seconds: a frame this little after a sampling time still counts as shown at it (container clocks round)."""
-
-_GUESSED = {"mpegts", "mpeg", "mpegvideo", "m4v", "h264", "hevc"}
-"""Formats that state no length. FFmpeg guesses one from the last time written or the bit rate, which is wrong where
-recordings were joined."""
-_FROM_ZERO = {"matroska,webm", "flv"}
-"""Formats whose stated length is the time the video ends, whenever it begins."""
-_LONGEST = 30 * 86400
-"""Seconds: a stated length above this is a damaged number."""
-_INDEXED = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
+_INDEXED = {MP4, MATROSKA}
 """Formats with an index of key frames that FFmpeg seeks by."""
+_DECODING_TIMES = {"avi", "asf"}
+"""Formats that store decoding times only. FFmpeg guesses the others, wrongly where it does not foresee the B-frames."""
 _TIMELESS = 50
 """Frames without a time, from the first on, after which no other frame is expected to have one."""
+_ORDERED = 8
+"""Frames after the first by which it is seen whether the times of a file with B-frames are in order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +37,19 @@ class Film:
     """What there is to know of a video file before it is played."""
 
     path: Path
+    stream: int
+    """Index of the stream that is shown."""
     width: int
     height: int
-    """Of the first frame, turned upright."""
-    seconds: float | None
-    """From the first frame to the end of the last, as stated or, where it is not, as found in the packets."""
+    """Of the first frame as it is shown: with square pixels, turned upright."""
+    geometry: Geometry
+    times: Times
+    end: float | None
+    """When the last frame ends, as stated or, where it is not, as found in the packets."""
     tolerance: float | None
     """Seconds the video may end before or after what is stated; None: the file states no length."""
-    rate: Fraction | None
-    """Frames per second of a file whose frames have no times; None: they have."""
+    cut: str | None
+    """What shows that the end of the file is missing, where its stated length does not."""
     indexed: bool
     """Whether the file can be entered at any key frame."""
     bytes: int
@@ -57,106 +58,97 @@ class Film:
 def probe(path: Path, end: float | None = None, check: Callable[[], None] | None = None) -> Film:
     """Decode the first frame of `path`, and find its length, reading no packet of the rest if it is stated.
 
-    end: seconds since the first frame after which nothing is needed; a search for the length stops there, or
-    where `check`, called for every packet, raises. Raises `VideoError` if there is no frame to be had.
+    end: time after which nothing is needed; a search for the length stops there, or where `check`, called for every
+    packet, raises. Raises `VideoError` if there is no frame to be had.
     """
     try:
         size = os.path.getsize(path)
     except OSError as error:
         raise unreadable(path, error) from None
-    first, timeless = None, 0
-    with opened(path) as (container, stream):
-        try:
-            for frame in decoded(container, stream):
-                first = frame if first is None or frame.time is not None else first
-                timeless += frame.time is None
-                if frame.time is not None or timeless == _TIMELESS:
-                    break
-        except (av.FFmpegError, OSError) as error:
-            if first is None:
+    for index in video_streams(path):
+        with opened(path, index) as (container, stream):
+            beginning = _beginning(path, container, stream)
+            if beginning is None:
+                if stream.frames:
+                    break  # it has frames, but they are not in what is left of the file
+                continue
+            geometry = Geometry.of(path, container, stream)
+            times = _times(path, container, stream, beginning)
+            length = find_length(path, container, stream, times, end, check)
+            try:
+                height, width, _ = Painter(path, geometry).paint(beginning.first).shape
+            except (av.FFmpegError, OSError, ValueError) as error:
                 raise unreadable(path, error) from None
-        if first is None:
-            raise VideoError(f"{path}: there is a video stream but not one frame in it.")
-        rate = None
-        if first.time is None:
-            # The guess looks at the frames; the average of a raw stream is FFmpeg's default of 25.
-            rate = Fraction(stream.guessed_rate or stream.average_rate or 25)
-        kind = container.format.name
-        seconds, tolerance = (None, 0.0) if kind in _GUESSED or rate is not None else _stated(container, stream)
-    if seconds is not None and kind in _FROM_ZERO and 0 < first.time < seconds:
-        seconds -= first.time
-    stated = seconds is not None
-    if not stated:
-        seconds = _scan(path, first.time, rate, end, check)
-    width, height = first.width, first.height
-    if quarter_turns(first) % 2:
-        width, height = height, width
-    indexed = kind in _INDEXED and rate is None
-    return Film(path, width, height, seconds, tolerance if stated else None, rate, indexed, size)
+            indexed = container.format.name in _INDEXED and times.rate is None and times.delay is None
+            return Film(path, index, width, height, geometry, times, *length, indexed, size)
+    raise VideoError(f"{path}: there is a video stream but not one frame in it.")
 
 
-@contextmanager
-def opened(path: Path) -> Iterator[tuple[Any, Any]]:
-    """The file's container and video stream, closed at the end of the block. Raises `VideoError`."""
+class _Beginning(NamedTuple):
+    first: Any
+    """The first frame that has a time or, if none has, the first."""
+    by_decoding: bool
+    """Whether only decoding times tell the order of the frames."""
+
+
+def _beginning(path: Path, container: Any, stream: Any) -> _Beginning | None:
+    """The first frame, and which of the times that frames have to believe; None: no frame comes."""
+    by_decoding = container.format.name in _DECODING_TIMES
+    first, timeless, shown, decoding = None, 0, [], []
     try:
-        # Absolute: FFmpeg would take what stands before a colon in a bare name for a protocol.
-        container = av.open(str(path.absolute()), metadata_errors="replace")
+        for frame in decoded(container, stream):
+            time = frame.dts if by_decoding else frame.pts
+            if first is None or (time is not None and not shown):
+                first = frame
+            timeless += time is None
+            if time is not None:
+                shown.append(time)
+                decoding.append(frame.dts)
+            enough = 1 + (_ORDERED if stream.codec_context.has_b_frames and not by_decoding else 0)
+            if len(shown) >= enough or (not shown and timeless == _TIMELESS):
+                break
     except (av.FFmpegError, OSError) as error:
-        raise unreadable(path, error) from None
-    with container:
-        streams = (s for s in container.streams.video if Disposition.attached_pic not in s.disposition)
-        stream = next(streams, None)
-        if stream is None:
-            raise VideoError(f"{path}: there is no video stream in this file.")
-        if stream.codec_context is None:
-            raise VideoError(
-                f"{path}: FFmpeg has no decoder for this file's video: re-encode it, as H.264 for example."
-            )
-        stream.thread_type = "AUTO"
-        yield container, stream
+        if first is None:
+            raise unreadable(path, error) from None
+    if first is None:
+        return None
+    # A time in the past may be damage; two of eight are a file without times of showing.
+    if not by_decoding and _back(shown) >= 2 and None not in decoding and not _back(decoding):
+        by_decoding = True
+    return _Beginning(first, by_decoding and bool(shown))
 
 
-def decoded(container: Any, stream: Any) -> Iterator[Any]:
-    """Frames from where the container stands. Raises `av.FFmpegError` or `OSError` where decoding fails."""
-    try:
-        yield from container.decode(stream)
-    except IndexError:
-        # PyAV comes upon a stream that appeared in mid-file after the last packet, when it flushes the decoders.
-        flush = av.Packet()
-        flush.stream, flush.time_base = stream, stream.time_base
-        yield from stream.decode(flush)
+def _back(times: list[int]) -> int:
+    return sum(after <= before for before, after in pairwise(times))
 
 
-def quarter_turns(frame: Any) -> int:
-    """Counterclockwise quarter turns after which `frame` stands upright, 0 to 3."""
-    return round(frame.rotation / 90) % 4
-
-
-def unreadable(path: Path, error: Exception) -> VideoError:
-    return VideoError(f"{path}: not a readable video file ({reason(error)}).")
-
-
-def cut_short(path: Path, time: float, why: str) -> VideoError:
-    return VideoError(
-        f"{path}: decoding stopped at {time:.2f} s ({why}): the file is damaged or cut short. "
-        "Get it whole, or re-encode what there is."
-    )
-
-
-def reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
+def _times(path: Path, container: Any, stream: Any, beginning: _Beginning) -> Times:
+    first, delay = beginning.first, None
+    if beginning.by_decoding:
+        with opened(path, stream.index) as (again, same):
+            packet = next(p for p in again.demux(same) if p.dts is not None)
+        written = float(packet.dts * packet.time_base)
+        delay = max(0.0, float(first.dts * first.time_base) - written)
+    elif first.time is None:
+        # The guess looks at the frames; the average of a raw stream is FFmpeg's default of 25.
+        return Times(0.0, 0.0, None, Fraction(stream.guessed_rate or stream.average_rate or 25))
+    else:
+        written = first.time
+    zero = written if container.start_time is None else min(written, container.start_time / av.time_base)
+    return Times(zero, written - zero, delay, None)
 
 
 class Clock:
-    """Turns the times written in a file into seconds since its first frame, which only go forward.
+    """Turns the times written in a file into seconds on the file's clock, which only go forward.
 
     A frame up to `JITTER` in the past is left out. A frame further back than that begins a part whose clock was
-    restarted (recordings joined): it follows what was shown, and so does the rest.
+    restarted (recordings joined): it follows what was shown, and so does the rest. Unless it is that far before its own
+    decoding time as well: then its time is wrong, and it is left out.
     """
 
     def __init__(self, film: Film) -> None:
         self._film = film
-        self.now = 0.0
+        self.now = film.times.begin
         """When the frame placed last came on screen."""
         self.stay = 0.0
         """How long the one before it stayed."""
@@ -167,6 +159,8 @@ class Clock:
         """The zero before the clock restarted, and when the last frame by it came on screen."""
         self._duration = 0.0
         self._count = 0
+        self._decoding = 0.0
+        """Decoding time of the frame placed last."""
 
     def place(self, frame: Any) -> float | None:
         """When `frame`, the next decoded, comes on screen; None: it is not shown. Raises `VideoError` for a jump."""
@@ -174,7 +168,7 @@ class Clock:
         if written is None:
             return None
         if self._zero is None:
-            self._zero = written
+            self._zero = written - self.now
             self._duration = _duration(frame)
             return self.now
         time = written - self._zero
@@ -183,6 +177,8 @@ class Clock:
             self._zero, self._former = self._former[0], None
             time = written - self._zero
         if time < self.now - JITTER:
+            if frame.dts is not None and written < float(frame.dts * frame.time_base) - JITTER:
+                return None
             self._former = (self._zero, self.now)
             time = self.now + (self._duration or self.stay)
             self._zero = written - time
@@ -213,20 +209,27 @@ class Clock:
         return self.now + max(self._duration, self.stay)
 
     def _written(self, frame: Any) -> float | None:
-        if self._film.rate is None:
+        times = self._film.times
+        if times.rate is not None:
+            self._count += 1
+            return float((self._count - 1) / times.rate)
+        if times.delay is None:
             return frame.time
-        self._count += 1
-        return float((self._count - 1) / self._film.rate)
+        if frame.dts is None:  # of the last frames, which no packet brings out of the decoder
+            self._decoding += self._duration or self.stay
+        else:
+            self._decoding = float(frame.dts * frame.time_base)
+        return self._decoding - times.delay
 
     def _check_jump(self, time: float) -> None:
         """A damaged time must not fill the video with one picture; a picture shown long within its length may."""
         film = self._film
-        if film.tolerance is None or film.seconds is None or self.restarted:
+        if film.tolerance is None or film.end is None or self.restarted:
             latest, allowed, states = 0.0, JUMP, "and the file does not say how long it is"
         else:
-            # What is stated may count from zero of the file's clock, and the first frame come later than that.
-            latest = film.seconds + film.tolerance + max(0.0, self.written(0.0))
-            allowed, states = film.tolerance, f"past the {film.seconds:.2f} s the file says it lasts"
+            # What is stated may count from zero of the times written, which the file's clock does not.
+            latest = film.end + film.tolerance + max(0.0, film.times.zero)
+            allowed, states = film.tolerance, f"past the {film.end:.2f} s the file says it lasts"
         if time > latest and time - self.now > allowed:
             raise cut_short(
                 film.path, self.now, f"the next frame is written as {time - self.now:.2f} s later, {states}"
@@ -235,64 +238,3 @@ class Clock:
 
 def _duration(frame: Any) -> float:
     return float((frame.duration or 0) * frame.time_base) if frame.time_base else 0.0
-
-
-def _stated(container: Any, stream: Any) -> tuple[float | None, float]:
-    """How long the file says its video is (None: it does not say), and by how much the last frame may fall short."""
-    seconds = None
-    if stream.duration is not None and stream.time_base is not None:
-        seconds = float(stream.duration * stream.time_base)
-    elif tag := stream.metadata.get("DURATION"):  # matroska's, "00:01:02.500000000"
-        seconds = _clock_seconds(tag)
-    if container.format.name == "avi" and stream.frames and stream.average_rate:
-        # FFmpeg shortens the length of a file that was cut, but not the count.
-        seconds = max(seconds or 0.0, float(stream.frames / stream.average_rate))
-    if seconds is not None and 0 < seconds < _LONGEST:
-        return seconds, 1.0
-    # The length of the longest stream, which may be the sound.
-    seconds = (container.duration or 0) / av.time_base
-    if not 0 < seconds < _LONGEST:
-        return None, 0.0
-    return seconds, 1.0 if len(container.streams) == 1 else max(5.0, 0.1 * seconds)
-
-
-def _clock_seconds(text: str) -> float | None:
-    try:
-        hours, minutes, seconds = text.split(":")
-        return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
-    except ValueError:
-        return None
-
-
-def _scan(
-    path: Path, first: float | None, rate: Fraction | None, end: float | None, check: Callable[[], None] | None
-) -> float | None:
-    """Length in seconds by the times of the packets, none of which is decoded; None: they have none.
-
-    first: time written for the first frame. What `Clock` would make of the times is foreseen here, as far as packets,
-    which come in the order of decoding, let it be: only at a key frame can the clock be seen to restart.
-    """
-    length, newest, zero, count = 0.0, None, first or 0.0, 0
-    with opened(path) as (container, stream):
-        try:
-            for packet in container.demux(stream):
-                if check is not None:
-                    check()
-                count += packet.size > 0
-                if packet.pts is None:
-                    continue
-                time = float(packet.pts * packet.time_base) - zero
-                if newest is not None and packet.is_keyframe and time < newest - JITTER:
-                    zero += time - length
-                    newest = time = length
-                if newest is not None and time - newest > JUMP:
-                    break
-                newest = time if newest is None else max(newest, time)
-                length = max(length, time + float((packet.duration or 0) * packet.time_base))
-                if end is not None and length > end + JITTER:
-                    break
-        except (av.FFmpegError, OSError, IndexError):  # the last as in `decoded`
-            pass  # decoding comes to the same place, and says which
-    if rate is not None:
-        return float(count / rate)
-    return None if newest is None else max(length, SAME_TIME)

@@ -1,0 +1,215 @@
+"""When the picture of a file ends: whole files are whole, whatever else is in them, and files cut short are refused."""
+
+from __future__ import annotations
+
+import struct
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from films import noise, sample
+
+from tieredkv.errors import VideoError
+from tieredkv.video.frames import open_video
+
+NOISE = noise(1)[0]
+FRAGMENTS = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
+
+
+def second(number: int) -> np.ndarray:
+    """A picture that tells its second by its brightness, and is large in any codec."""
+    return np.clip(20 + 10 * number + (NOISE.astype(int) - 128) // 16, 0, 255).astype(np.uint8)
+
+
+def seconds(pictures) -> list[int]:
+    return [round((float(picture.mean()) - 20) / 10) for picture in pictures]
+
+
+def film(
+    path: Path,
+    picture: tuple[int, int],
+    sound: tuple[int, int] | None,
+    codec: str = "libx264",
+    voice: str = "aac",
+    rate: int = 48000,
+    flags: dict[str, str] | None = None,
+) -> Path:
+    """Picture and sound between two seconds each; the picture of second i of the file is `second(i)`."""
+    options = {"libx264": {"g": "10", "bf": "0", "preset": "ultrafast"}}.get(codec, {"g": "10"})
+    with av.open(str(path), "w", options=flags or {}) as out:
+        video = out.add_stream(codec, rate=10, options=options)
+        video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
+        audio = out.add_stream(voice, rate=rate, layout="mono") if sound else None
+        size = rate // 10
+        for i in range(10 * max(picture[1], sound[1] if sound else 0)):
+            if audio is not None and 10 * sound[0] <= i < 10 * sound[1]:
+                kind = "flt" if voice == "libopus" else "fltp"
+                part = av.AudioFrame.from_ndarray(np.zeros((1, size), np.float32), format=kind, layout="mono")
+                part.rate, part.pts, part.time_base = rate, i * size, Fraction(1, rate)
+                out.mux(audio.encode(part))
+            if 10 * picture[0] <= i < 10 * picture[1]:
+                frame = av.VideoFrame.from_ndarray(second(i // 10), format="rgb24")
+                frame.pts, frame.time_base = i, Fraction(1, 10)
+                out.mux(video.encode(frame))
+        out.mux(video.encode())
+        if audio is not None:
+            out.mux(audio.encode())
+    return path
+
+
+def cut(path: Path, share: float = 0.5) -> Path:
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    return path
+
+
+def without_lengths(path: Path) -> Path:
+    """A browser's recorder states no lengths of single tracks."""
+    path.write_bytes(path.read_bytes().replace(b"DURATION", b"XURATION"))
+    return path
+
+
+def boxes(path: Path) -> list[tuple[bytes, bytes]]:
+    data, at, found = path.read_bytes(), 0, []
+    while at + 8 <= len(data):
+        size, kind = struct.unpack(">I4s", data[at : at + 8])
+        found.append((kind, data[at : at + size]))
+        at += size
+    return found
+
+
+def live(path: Path, first: int) -> Path:
+    """What is left of an MP4 from its fragment number `first` on, as the recording of a live stream."""
+    parts = boxes(path)
+    begin = [n for n, (kind, _) in enumerate(parts) if kind == b"moof"][first]
+    kept = [data for n, (kind, data) in enumerate(parts) if kind in (b"ftyp", b"moov") or n >= begin]
+    path.write_bytes(b"".join(kept))
+    return path
+
+
+# ---- tracks of different lengths
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "voice", "rate"),
+    [
+        ("v.mp4", "libx264", "aac", 48000),
+        ("v.mkv", "libx264", "aac", 48000),
+        ("v.webm", "libvpx", "libopus", 48000),
+        ("v.flv", "libx264", "aac", 44100),
+        ("v.ts", "libx264", "aac", 48000),
+        ("v.nut", "libx264", "aac", 48000),
+    ],
+)
+@pytest.mark.parametrize(
+    ("picture", "sound"), [((0, 3), (0, 8)), ((2, 5), (0, 8)), ((3, 8), (0, 4))], ids=["short", "inside", "late"]
+)
+def test_a_picture_has_its_own_beginning_and_end(tmp_path, name, codec, voice, rate, picture, sound):
+    path = without_lengths(film(tmp_path / name, picture, sound, codec, voice, rate))
+    source = open_video(path, 1)
+    assert source.start == pytest.approx(picture[0], abs=0.1)
+    assert source.seconds == pytest.approx(picture[1] - picture[0], abs=0.15)
+    assert seconds(source.frames())[: picture[1] - picture[0]] == list(range(*picture))
+
+
+@pytest.mark.parametrize(("name", "voice", "rate"), [("v.mkv", "aac", 48000), ("v.flv", "aac", 44100)])
+@pytest.mark.parametrize("picture", [(0, 8), (2, 8)], ids=["from the beginning", "late"])
+@pytest.mark.parametrize("tags", [True, False], ids=["lengths", "one length"])
+def test_what_is_cut_short_is_refused_whichever_length_is_stated(tmp_path, name, voice, rate, picture, tags):
+    path = cut(film(tmp_path / name, picture, (0, 8), voice=voice, rate=rate))
+    if not tags:
+        without_lengths(path)
+    with pytest.raises(VideoError, match=r"decoding stopped at [2-5]\.\d+ s \(.*\): the file is damaged or cut short"):
+        sample(path, 1)
+
+
+def test_a_length_that_counts_from_the_first_frame_is_no_cut(tmp_path):
+    """Some programs state the length of a track, where others state its end."""
+    path = film(tmp_path / "v.mkv", (3, 8), (0, 4))
+    stored = path.read_bytes()
+    assert stored.count(b"00:00:08.000000000") == 1
+    path.write_bytes(stored.replace(b"00:00:08.000000000", b"00:00:05.000000000"))
+    source = open_video(path, 1)
+    assert source.seconds == pytest.approx(5, abs=0.1)
+    assert seconds(source.frames()) == [3, 4, 5, 6, 7]
+
+
+# ---- fragments
+
+
+def test_a_part_of_a_live_stream_is_whole(tmp_path):
+    path = live(film(tmp_path / "v.mp4", (0, 8), None, flags=FRAGMENTS), first=3)
+    source = open_video(path, 10, max_frames=5)
+    assert (source.start, source.seconds, source.fps) == (0, pytest.approx(5, abs=0.1), pytest.approx(1, abs=0.02))
+    assert seconds(source.frames()) == [3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("sampling", [{"fps": 1}, {"fps": 10, "max_frames": 3}], ids=["by rate", "spread"])
+@pytest.mark.parametrize("part", [False, True], ids=["whole", "part"])
+def test_a_last_fragment_that_is_not_all_there_is_an_error(tmp_path, part, sampling):
+    path = film(tmp_path / "v.mp4", (0, 8), (0, 8), flags=FRAGMENTS)
+    if part:
+        live(path, first=2)
+    cut(path)
+    with pytest.raises(VideoError, match=r"decoding stopped at [\d.]+ s \(.*\): the file is damaged or cut short"):
+        sample(path, **sampling)
+
+
+def test_a_fragment_without_its_data_is_an_error(tmp_path):
+    path = film(tmp_path / "v.mp4", (0, 4), None, flags=FRAGMENTS)
+    parts = boxes(path)
+    last = max(n for n, (kind, _) in enumerate(parts) if kind == b"moof")
+    path.write_bytes(b"".join(data for _, data in parts[: last + 1]))
+    with pytest.raises(VideoError, match="its last fragment is not all there"):
+        sample(path, 1)
+
+
+def test_what_lies_before_end_suffices_of_fragments_too(tmp_path):
+    path = cut(film(tmp_path / "v.mp4", (0, 8), None, flags=FRAGMENTS))
+    assert seconds(sample(path, 1, end=2)) == [0, 1]
+
+
+def test_an_index_tells_of_fragments_that_are_missing_altogether(tmp_path):
+    flags = {"movflags": FRAGMENTS["movflags"] + "+dash+global_sidx"}
+    path = film(tmp_path / "v.mp4", (0, 8), None, flags=flags)
+    parts = boxes(path)
+    fifth = [n for n, (kind, _) in enumerate(parts) if kind == b"moof"][4]
+    path.write_bytes(b"".join(data for _, data in parts[:fifth]))
+    with pytest.raises(VideoError, match=r"decoding stopped at 4\.00 s \(the file says it lasts 8\.00 s"):
+        sample(path, 1)
+
+
+# ---- the file's own clock
+
+
+def test_start_and_end_are_seconds_of_the_file(tmp_path):
+    path = film(tmp_path / "v.mp4", (3, 8), (0, 8))
+    source = open_video(path, 1, start=4, end=6)
+    assert (source.start, source.seconds) == (4, 2)
+    assert seconds(source.frames()) == [4, 5]
+
+
+def test_a_start_before_the_picture_is_the_first_frame(tmp_path):
+    source = open_video(film(tmp_path / "v.mp4", (3, 8), (0, 8)), 1, start=1, end=5)
+    assert source.start == pytest.approx(3, abs=0.03)
+    assert seconds(source.frames()) == [3, 4]
+
+
+def test_an_end_before_the_picture_tells_when_it_comes(tmp_path):
+    path = film(tmp_path / "v.mp4", (3, 8), (0, 8))
+    with pytest.raises(VideoError, match=r"v\.mp4: end=2 is before the first picture, which comes at 3\.00 s"):
+        open_video(path, 1, end=2)
+
+
+def test_a_start_past_the_picture_tells_when_it_ends(tmp_path):
+    path = film(tmp_path / "v.mp4", (3, 8), (0, 12))
+    with pytest.raises(VideoError, match=r"v\.mp4: start=9 is past the end of the video, which ends at 8\.00 s"):
+        open_video(path, 1, start=9)
+
+
+def test_a_clock_that_does_not_begin_at_zero_is_shown_from_zero(tmp_path):
+    """As players show it: what begins first begins at 0."""
+    path = live(film(tmp_path / "v.mp4", (0, 8), None, flags=FRAGMENTS), first=5)
+    source = open_video(path, 1, start=1)
+    assert (source.start, seconds(source.frames())) == (1, [6, 7])

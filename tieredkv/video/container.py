@@ -1,0 +1,84 @@
+"""A video file opened at the stream that players show, and the errors for what cannot be read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import av
+from av.stream import Disposition
+
+from tieredkv.errors import VideoError
+
+_DEFAULT_COUNTS = 5_000_000
+"""Pixels by which a stream marked as default counts as larger than it is, as in the `ffmpeg` program."""
+
+
+@contextmanager
+def opened(path: Path, index: int) -> Iterator[tuple[Any, Any]]:
+    """The file's container and its stream `index`, closed at the end of the block. Raises `VideoError`."""
+    with _container(path) as container:
+        stream = container.streams[index]
+        stream.thread_type = "AUTO"
+        yield container, stream
+
+
+def video_streams(path: Path) -> list[int]:
+    """Indices of the file's video streams that can be decoded, first the one that FFmpeg shows. Raises `VideoError`.
+
+    It takes the largest picture, after those marked as default. Covers are no video.
+    """
+    with _container(path) as container:
+        streams = [s for s in container.streams.video if Disposition.attached_pic not in s.disposition]
+        if not streams:
+            raise VideoError(f"{path}: there is no video stream in this file.")
+        known = [s for s in streams if s.codec_context is not None]
+        if not known:
+            raise VideoError(
+                f"{path}: FFmpeg has no decoder for this file's video: re-encode it, as H.264 for example."
+            )
+        return [s.index for s in sorted(known, key=_rank, reverse=True)]  # of equals the first stays first
+
+
+def _rank(stream: Any) -> int:
+    default = Disposition.default in stream.disposition
+    return int(stream.codec_context.width * stream.codec_context.height + _DEFAULT_COUNTS * default)
+
+
+@contextmanager
+def _container(path: Path) -> Iterator[Any]:
+    try:
+        # Absolute: FFmpeg would take what stands before a colon in a bare name for a protocol.
+        container = av.open(str(path.absolute()), metadata_errors="replace")
+    except (av.FFmpegError, OSError) as error:
+        raise unreadable(path, error) from None
+    with container:
+        yield container
+
+
+def decoded(container: Any, stream: Any) -> Iterator[Any]:
+    """Frames from where the container stands. Raises `av.FFmpegError` or `OSError` where decoding fails."""
+    try:
+        yield from container.decode(stream)
+    except IndexError:
+        # PyAV comes upon a stream that appeared in mid-file after the last packet, when it flushes the decoders.
+        flush = av.Packet()
+        flush.stream, flush.time_base = stream, stream.time_base
+        yield from stream.decode(flush)
+
+
+def unreadable(path: Path, error: Exception) -> VideoError:
+    return VideoError(f"{path}: not a readable video file ({reason(error)}).")
+
+
+def cut_short(path: Path, time: float, why: str) -> VideoError:
+    return VideoError(
+        f"{path}: decoding stopped at {time:.2f} s ({why}): the file is damaged or cut short. "
+        "Get it whole, or re-encode what there is."
+    )
+
+
+def reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)

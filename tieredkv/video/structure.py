@@ -1,0 +1,143 @@
+"""What PyAV does not tell of a file: whether all fragments of an MP4 are there, and which margins are not shown."""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+MP4 = "mov,mp4,m4a,3gp,3g2,mj2"
+MATROSKA = "matroska,webm"
+
+Margins = tuple[int, int, int, int]
+"""Stored pixels that are not shown: at the top, the bottom, the left and the right."""
+NO_MARGINS = (0, 0, 0, 0)
+
+_TRACK_TO_FORMAT = (b"mdia", b"minf", b"stbl", b"stsd")
+_VISUAL_ENTRY = 78
+"""Bytes of a description of pictures before the boxes in it."""
+_SEGMENT, _TRACKS, _TRACK, _VIDEO, _CLUSTER = 0x18538067, 0x1654AE6B, 0xAE, 0xE0, 0x1F43B675
+_PIXEL_CROP = (0x54BB, 0x54AA, 0x54CC, 0x54DD)
+"""Matroska's margins: at the top, the bottom, the left and the right."""
+
+
+class Part(NamedTuple):
+    """A box of an MP4, or an element of Matroska: its kind, and where in the file its content begins and ends."""
+
+    kind: bytes | int
+    begin: int
+    end: int
+
+
+def fragments(path: Path) -> tuple[bool, str | None]:
+    """Whether an MP4 consists of fragments, and what shows that the last of them is not all there."""
+    fragmented, size, last = False, os.path.getsize(path), Part(b"", 0, 0)
+    with path.open("rb") as file:
+        for last in boxes(file, 0, size):
+            fragmented |= last.kind == b"moof"
+    broken = last.kind == b"moof" or (last.kind == b"mdat" and last.end > size) or 0 < size - last.end < 8
+    return fragmented, "its last fragment is not all there" if fragmented and broken else None
+
+
+def margins(path: Path, kind: str, stream: int) -> Margins:
+    """What the container leaves away of the pictures of its stream of this index."""
+    find = {MP4: _clean_aperture, MATROSKA: _pixel_crop}.get(kind)
+    if find is None:
+        return NO_MARGINS
+    try:
+        with path.open("rb") as file:
+            return find(file, os.path.getsize(path), stream)
+    except (OSError, ValueError, ZeroDivisionError, struct.error):  # damaged: the pictures are read as they are stored
+        return NO_MARGINS
+
+
+def boxes(file: BinaryIO, at: int, end: int) -> Iterator[Part]:
+    """The boxes of an MP4 between two bytes. The last may say that it ends after them."""
+    while at + 8 <= end:
+        file.seek(at)
+        head, header = file.read(16), 8
+        length = int.from_bytes(head[:4], "big")
+        if length == 1:
+            length, header = int.from_bytes(head[8:16], "big"), 16
+        elif length == 0:
+            length = end - at
+        if length < header:
+            return
+        yield Part(head[4:8], at + header, at + length)
+        at += length
+
+
+def elements(file: BinaryIO, at: int, end: int) -> Iterator[Part]:
+    """The elements of Matroska between two bytes."""
+    while at + 2 <= end:
+        file.seek(at)
+        head = file.read(12)
+        id_size, size_size = 9 - head[0].bit_length(), 0
+        if len(head) > id_size:
+            size_size = 9 - head[id_size].bit_length()
+        if id_size > 4 or not 1 <= size_size <= 8 or len(head) < id_size + size_size:
+            return
+        bits = 7 * size_size
+        length = int.from_bytes(head[id_size : id_size + size_size], "big") & ((1 << bits) - 1)
+        begin = at + id_size + size_size
+        at = end if length == (1 << bits) - 1 else begin + length  # all ones: not known when it was written
+        yield Part(int.from_bytes(head[:id_size], "big"), begin, at)
+
+
+def _clean_aperture(file: BinaryIO, size: int, stream: int) -> Margins:
+    """Of an MP4's "clap" box: the part of the picture that is shown, by its size and how far its middle is moved."""
+    movie = next((box for box in boxes(file, 0, size) if box.kind == b"moov"), None)
+    tracks = [] if movie is None else [box for box in boxes(file, *movie[1:]) if box.kind == b"trak"]
+    if stream >= len(tracks):
+        return NO_MARGINS
+    place = tracks[stream]
+    for kind in _TRACK_TO_FORMAT:
+        inside = next((box for box in boxes(file, *place[1:]) if box.kind == kind), None)
+        if inside is None:
+            return NO_MARGINS
+        place = inside
+    entry = next(boxes(file, place.begin + 8, place.end))
+    file.seek(entry.begin + 24)
+    stored = struct.unpack(">2H", file.read(4))
+    for box in boxes(file, entry.begin + _VISUAL_ENTRY, entry.end):
+        if box.kind == b"clap":
+            file.seek(box.begin)
+            numbers = struct.unpack(">8i", file.read(32))
+            width, height, right, down = (Fraction(n, d) for n, d in zip(numbers[::2], numbers[1::2], strict=True))
+            return _sides(stored[1], height, down) + _sides(stored[0], width, right)
+    return NO_MARGINS
+
+
+def _pixel_crop(file: BinaryIO, size: int, stream: int) -> Margins:
+    """Of Matroska's PixelCrop elements."""
+    segment = next((part for part in elements(file, 0, size) if part.kind == _SEGMENT), None)
+    if segment is None:
+        return NO_MARGINS
+    for part in elements(file, segment.begin, min(segment.end, size)):
+        if part.kind == _CLUSTER:
+            break
+        if part.kind == _TRACKS:
+            tracks = [track for track in elements(file, *part[1:]) if track.kind == _TRACK]
+            found = dict.fromkeys(_PIXEL_CROP, 0)
+            for video in elements(file, *tracks[stream][1:]) if stream < len(tracks) else ():
+                if video.kind == _VIDEO:
+                    for number in elements(file, *video[1:]):
+                        if number.kind in found:
+                            file.seek(number.begin)
+                            found[number.kind] = int.from_bytes(file.read(min(8, number.end - number.begin)), "big")
+            top, bottom, left, right = found.values()
+            return top, bottom, left, right
+    return NO_MARGINS
+
+
+def _sides(stored: int, shown: Fraction, moved: Fraction) -> tuple[int, int]:
+    """What is left away before and after the part that is shown, of a whole number of pixels."""
+    before = math.floor((stored - shown) / 2 + moved)
+    after = stored - math.floor(shown) - before
+    if min(before, after) < 0 or shown < 1:
+        raise ValueError
+    return before, after
