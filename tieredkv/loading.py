@@ -9,6 +9,7 @@ import torch
 
 from tieredkv import models, sizes
 from tieredkv.errors import UnsupportedModelError
+from tieredkv.wrapped import unwrapped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -37,7 +38,8 @@ def check_config(config: PreTrainedConfig) -> None:
 def load(model: Any, processor: Any = None) -> tuple[Any, Any]:
     """A model and its processor: loaded if `model` is a path or hub id, the processor found beside it if not given.
 
-    What is loaded here goes to the current CUDA device if there is one, else to the CPU.
+    What is loaded here goes to the current CUDA device if there is one, else to the CPU. Of a wrapped model it is the
+    model inside (`wrapped.unwrapped`).
 
     Raises `UnsupportedModelError` when there is no such model, its family is not supported, or no processor is found.
     """
@@ -58,11 +60,12 @@ def load(model: Any, processor: Any = None) -> tuple[Any, Any]:
             ) from None
         except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
             raise _nothing_at(source, error) from None
-    elif not hasattr(model, "config") or not hasattr(model, "generate"):
+        return model, load_processor(source) if processor is None else processor
+    model = unwrapped(model)
+    if not hasattr(model, "config") or not hasattr(model, "generate"):
         raise UnsupportedModelError(f"model is a {type(model).__name__}: give {WHAT_IS_A_MODEL}.")
-    else:
-        check_config(model.config)
-        source = getattr(model, "name_or_path", "") or ""
+    check_config(model.config)
+    source = getattr(model, "name_or_path", "") or ""
     return model, load_processor(source) if processor is None else processor
 
 
