@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tieredkv import models, sizes
-from tieredkv.errors import UnsupportedModelError
+from tieredkv.errors import UnsupportedModelError, first_line
 from tieredkv.wrapped import unwrapped
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def load(model: Any, processor: Any = None) -> tuple[Any, Any]:
             model = AutoModelForImageTextToText.from_pretrained(source, dtype="auto", device_map=place).eval()
         except torch.OutOfMemoryError as error:
             raise UnsupportedModelError(
-                f"{source}: the weights alone do not fit on the card ({_first_line(error)}): give a smaller model, or "
+                f"{source}: the weights alone do not fit on the card ({first_line(error)}): give a smaller model, or "
                 "one loaded in 4 bits."
             ) from None
         except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
@@ -77,13 +77,9 @@ def load_processor(source: str | Path) -> Any:
         return AutoProcessor.from_pretrained(str(source))
     except (OSError, ValueError, ImportError) as error:  # the last names a package that a processor needs
         raise UnsupportedModelError(
-            f"no processor found beside the model ({_first_line(error)}): pass processor=."
+            f"no processor found beside the model ({first_line(error)}): pass processor=."
         ) from None
 
 
 def _nothing_at(source: str | Path, error: Exception) -> UnsupportedModelError:
-    return UnsupportedModelError(f"{source}: no usable model found there ({_first_line(error)}).")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".:") if str(error).strip() else type(error).__name__
+    return UnsupportedModelError(f"{source}: no usable model found there ({first_line(error)}).")
