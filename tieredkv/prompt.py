@@ -145,11 +145,13 @@ def chat_template(processor: Any) -> str:
 
 
 def check_prompt(prompt: Any) -> None:
-    """Raise `PromptError` unless `prompt` is text with something in it, and can be written as UTF-8."""
+    """Raise `PromptError` unless `prompt` is text with something in it that can be written as UTF-8, without nulls."""
     if not isinstance(prompt, str):
         raise PromptError(f"the prompt is a {type(prompt).__name__}: give the question as text.")
     if not prompt.strip():
         raise PromptError("the prompt is empty: ask something.")
+    if "\0" in prompt:
+        raise PromptError("the prompt holds a null character, as text in UTF-16 does: give it in UTF-8.")
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
