@@ -179,7 +179,9 @@ def test_a_merged_adapter_is_part_of_the_weights(wrapped, processor, film, tmp_p
         tieredkv.load_session(tmp_path / "merged.tkv", wrapped, processor=processor)
 
 
-def test_adapters_that_transformers_itself_loads_count_alike(processor, film, tmp_path):
+def test_adapters_that_transformers_itself_loads_count_alike(processor, film, tmp_path, monkeypatch):
+    # transformers asks for a newer PEFT than this needs
+    monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda **_: None, raising=False)
     model = copy.deepcopy(build("qwen2_5_vl")[0])
     model.add_adapter(config(), "a")
     model.add_adapter(config(), "b")

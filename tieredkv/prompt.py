@@ -69,13 +69,19 @@ class ChatTemplate:
             if answer is not None:
                 messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         template = chat_template(self.processor)
+        given = {} if template is None else {"chat_template": template}
         try:
-            text = self.processor.apply_chat_template(
-                messages, chat_template=template, add_generation_prompt=True, tokenize=False
-            )
+            return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **given)
         except Exception as error:  # noqa: BLE001  a template is a program of its own, and may raise anything
-            raise UnsupportedModelError(f"the processor's chat template fails ({first_line(error)}).") from None
-        return str(text)
+            if template is None:
+                raise UnsupportedModelError(
+                    "the processor has no chat template: copy chat_template.jinja from the model that this one was "
+                    "made of, or set processor.chat_template."
+                ) from None
+            raise UnsupportedModelError(
+                f"the processor's chat template fails ({first_line(error)}): correct it, or set "
+                "processor.chat_template to that of the model that this one was made of."
+            ) from None
 
     def head_ids(self, config: Any, head: str, video: Sampled) -> torch.Tensor:
         """Token ids `(1, n)` of all that comes before the first step. head: from `around_video`."""
@@ -124,11 +130,14 @@ def refused(video: Sampled, error: ValueError) -> VideoError:
     return VideoError(f"the model's processor refuses frames of {video.width}x{video.height}: {error}")
 
 
-def chat_template(processor: Any) -> str:
-    """The chat template in use, of several the one named default. Raises `UnsupportedModelError` where there is none."""
+def chat_template(processor: Any) -> str | None:
+    """The chat template in use, of several the one named default; None where there is none beside the model.
+
+    Raises `UnsupportedModelError` for what is no template.
+    """
     found = getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)
     if isinstance(found, list):  # as old files have it
-        found = {each["name"]: each["template"] for each in found if {"name", "template"} <= set(each)}
+        found = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
     if isinstance(found, dict):
         if "default" not in found:
             raise UnsupportedModelError(
@@ -136,12 +145,9 @@ def chat_template(processor: Any) -> str:
                 "'default': set processor.chat_template to one of them."
             )
         found = found["default"]
-    if not isinstance(found, str):
-        raise UnsupportedModelError(
-            "the processor has no chat template: copy chat_template.jinja from the model that this one was made of, "
-            "or set processor.chat_template."
-        )
-    return found
+    if found is not None and not isinstance(found, str):
+        raise UnsupportedModelError(f"the processor's chat template is a {type(found).__name__}: give it as text.")
+    return found or None
 
 
 def check_prompt(prompt: Any) -> None:
