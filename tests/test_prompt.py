@@ -28,7 +28,7 @@ def around(processor, turns=TURNS):
 
 def test_without_a_chat_template_it_is_said_what_to_do(own, frames):
     own.chat_template = own.tokenizer.chat_template = None
-    with pytest.raises(UnsupportedModelError, match="has no chat template: copy chat_template.jinja"):
+    with pytest.raises(UnsupportedModelError, match=r"has no chat template: copy chat_template\.jinja"):
         tieredkv.open_session(build("qwen2_5_vl")[0], frames, processor=own, fps=4)
     with pytest.raises(UnsupportedModelError, match="has no chat template"):
         tieredkv.plan(build("qwen2_5_vl")[0], frames, processor=own, fps=4)
@@ -91,9 +91,11 @@ def test_a_template_that_repeats_or_changes_the_question_is_used(own):
 
 def test_a_question_before_the_video_is_refused_by_ask(own, frames):
     own.chat_template = placed("{{ messages[-1]['content'][-1]['text'] }}VIDEO")
-    with tieredkv.open_session(build("qwen2_5_vl")[0], frames[:4], processor=own, fps=4, gpu_kv_gb=1) as session:
-        with pytest.raises(PromptError, match="puts the prompt before the video"):
-            session.ask("what is it ?")
+    with (
+        tieredkv.open_session(build("qwen2_5_vl")[0], frames[:4], processor=own, fps=4, gpu_kv_gb=1) as session,
+        pytest.raises(PromptError, match="puts the prompt before the video"),
+    ):
+        session.ask("what is it ?")
 
 
 def test_a_tokenizer_that_does_not_know_the_video_is_refused(own):
@@ -108,7 +110,9 @@ def test_what_a_tokenizer_raises_is_a_prompt_error(own):
 
     template = ChatTemplate(VIDEO_FAMILIES["qwen2_5_vl"], own)
     own.tokenizer = tokenizer
-    with pytest.raises(PromptError, match=r"the tokenizer refuses the prompt \(WordLevel error: Missing \[UNK\] token\)"):
+    with pytest.raises(
+        PromptError, match=r"the tokenizer refuses the prompt \(WordLevel error: Missing \[UNK\] token\)"
+    ):
         template.tokenize("what")
 
 
@@ -157,5 +161,3 @@ def test_a_session_is_not_saved_under_what_is_no_file_name(video_model, processo
         assert list(tmp_path.iterdir()) == []
         session.save(tmp_path / "byte \udce9.tkv")  # Linux allows it
     tieredkv.load_session(tmp_path / "byte \udce9.tkv", video_model, processor=processor).close()
-
-

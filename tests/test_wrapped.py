@@ -84,9 +84,7 @@ def test_adapters_of_every_kind_are_answered_under_saved_and_loaded(peft, film, 
 def refused(peft):
     return {
         "PROMPT_TUNING": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
-        "aLoRA": peft.LoraConfig(
-            task_type="CAUSAL_LM", r=2, target_modules=LAYERS, alora_invocation_tokens=[3, 4]
-        ),
+        "aLoRA": peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=LAYERS, alora_invocation_tokens=[3, 4]),
     }
 
 

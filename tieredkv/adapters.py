@@ -90,10 +90,8 @@ def _active(layer: Any) -> dict[str, float | None]:
     if layer.disable_adapters or getattr(layer, "merged_adapters", None):
         return {}
     has = {name for _, held in _held(layer) for name in held.keys()}  # noqa: SIM118  containers of modules
-    scales = getattr(layer, "scaling", None)
-    by_name = scales if hasattr(scales, "get") else {}
+    scaling: Any = getattr(layer, "scaling", None)
+    scales: dict[str, Any] = dict(scaling) if hasattr(scaling, "keys") else {}
     return {
-        name: None if (scale := by_name.get(name)) is None else float(scale)
-        for name in layer.active_adapters
-        if name in has
+        name: None if scales.get(name) is None else float(scales[name]) for name in layer.active_adapters if name in has
     }

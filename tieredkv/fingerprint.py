@@ -137,7 +137,7 @@ def model_state(model: Any) -> dict[str, Any]:
     the frequencies of positions; floats as they are, up to what two devices compute otherwise, and the rest as a hash.
     "quantization": how the model was quantised, where it says so.
     """
-    quantization = getattr(model.config, "quantization_config", None)
+    quantization: Any = getattr(model.config, "quantization_config", None)
     if hasattr(quantization, "to_dict"):
         quantization = quantization.to_dict()
     made: dict[str, Any] = json.loads(

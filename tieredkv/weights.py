@@ -16,9 +16,9 @@ def plain_tensors(tensor: torch.Tensor, name: str = "") -> Iterator[tuple[str, t
 
     name: of the weight. The texts hold all else that the weight is, such as block sizes, and no address.
     """
-    kind = type(tensor)
+    kind: Any = type(tensor)
     if hasattr(kind, "__tensor_flatten__"):  # torch's own protocol for wrapped tensors, which torchao follows
-        parts, context = tensor.__tensor_flatten__()
+        parts, context = kind.__tensor_flatten__(tensor)
         about = f"{name} {kind.__name__} {tuple(tensor.shape)} {tensor.dtype} {_ADDRESS.sub('', repr(context))}"
         for part in sorted(parts):
             yield from plain_tensors(getattr(tensor, part), f"{about} {part}")
