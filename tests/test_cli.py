@@ -32,8 +32,6 @@ BAD = {
     "no tokens asked for": (["VIDEO", "what ?", "--max-new-tokens", "0"], "max_new_tokens=0 is not valid"),
     "half a character": (["VIDEO", "what \udced\udca0\udcbd"], "half a character ('\\udced' at place 6)"),
     "half a character of a file's name": (["half \ud83d.mp4", "what ?"], "no such file."),
-    "half a character of a session's name": (["VIDEO", "what ?", "--session", "\ud83d"], "is no file name"),
-    "half a character of a page's name": (["VIDEO", "what ?", "--evidence", "\ud83d.png"], "cannot be written"),
     "half a character of a model's name": (["VIDEO", "what ?", "-m", "\ud83d"], "no usable model found there"),
     "no model there": (["VIDEO", "what ?", "-m", "/nowhere/model"], "no usable model found there"),
 }
