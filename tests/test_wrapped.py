@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -121,10 +122,9 @@ def test_every_way_in_takes_a_peft_model(peft, film, tmp_path):
 def test_a_text_peft_model_generates_with_a_tiered_cache(peft, llama, prompt_ids):
     wrapped = adapted(llama, peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=LAYERS))
     expected = wrapped.generate(input_ids=prompt_ids, max_new_tokens=4, do_sample=False)
-    with tieredkv.use_attention(wrapped), tieredkv.TieredCache(wrapped.config, gpu_kv_gb=1) as cache:
-        # a wrapper, and the model inside, are one model to blocks that overlap
-        with tieredkv.use_attention(wrapped.get_base_model()):
-            pass
+    with tieredkv.TieredCache(wrapped.config, gpu_kv_gb=1) as cache, ExitStack() as later:
+        with tieredkv.use_attention(wrapped):  # a wrapper and the model inside are one model to blocks that overlap
+            later.enter_context(tieredkv.use_attention(wrapped.get_base_model()))
         made = wrapped.generate(input_ids=prompt_ids, max_new_tokens=4, do_sample=False, past_key_values=cache)
     assert torch.equal(made, expected)
     assert llama.config._attn_implementation != "tieredkv"
