@@ -30,6 +30,9 @@ BAD = {
     "a budget too small": (["VIDEO", "what ?", "--gpu-kv-gb", "1e-5"], "the smallest that works is"),
     "no frames asked for": (["VIDEO", "what ?", "--max-frames", "0"], "max_frames=0 is not valid"),
     "no tokens asked for": (["VIDEO", "what ?", "--max-new-tokens", "0"], "max_new_tokens=0 is not valid"),
+    "half a character": (["VIDEO", "what \udced\udca0\udcbd"], "half a character ('\\udced' at place 6)"),
+    "half a character of a file's name": (["half \ud83d.mp4", "what ?"], "no such file."),
+    "half a character of a model's name": (["VIDEO", "what ?", "-m", "\ud83d"], "no usable model found there"),
     "no model there": (["VIDEO", "what ?", "-m", "/nowhere/model"], "no usable model found there"),
 }
 
@@ -45,6 +48,23 @@ def test_bad_input_is_one_sentence_and_exit_code_2(monkeypatch, capsys, short_vi
     assert len(complaint) == 1
     assert message in complaint[0]
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("template", [None, "{{ raise_exception('roles must alternate') }}", "{% for %}"])
+@pytest.mark.model
+def test_a_chat_template_that_is_missing_or_fails_is_one_sentence(monkeypatch, capsys, tmp_path, short_video, template):
+    from tieredkv.tiny.model import PATH
+
+    for file in PATH.iterdir():
+        if file.name != "chat_template.jinja":
+            (tmp_path / file.name).symlink_to(file)
+    if template is not None:
+        (tmp_path / "chat_template.jinja").write_text(template)
+    for command in (["ask", str(short_video), "what ?"], ["chat", str(short_video)], ["plan", str(short_video)]):
+        code, out, err = run(monkeypatch, capsys, *command, "-m", str(tmp_path))
+        assert (code, out) == (2, "")
+        assert "has no chat template: copy" in err if template is None else "chat template fails (" in err
+        assert len([line for line in err.splitlines() if line.startswith("tieredkv: ")]) == 1
 
 
 def test_a_model_of_another_family_is_refused_by_name(monkeypatch, capsys, tmp_path, short_video):

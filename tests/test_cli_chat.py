@@ -185,12 +185,15 @@ def test_saving_never_replaces_what_is_no_session(talk, capsys, tmp_path):
     assert "there is no folder" in third
 
 
-def test_bytes_that_are_no_text_are_one_sentence(monkeypatch, capsys, short_video):
-    stdin = io.TextIOWrapper(io.BytesIO(b"what \xff ?\n"), encoding="utf-8")
+@pytest.mark.parametrize("line", [b"what \xff ?", b"what \xed\xa0\xbd ?", "what ?".encode("utf-16-le")])
+def test_a_line_that_is_no_text_does_not_take_the_others_with_it(monkeypatch, capsys, short_video, line):
+    good = MOON.encode()
+    stdin = io.TextIOWrapper(io.BytesIO(b"\n".join([good, line, good, b""])), encoding="utf-8")
     monkeypatch.setattr(sys, "stdin", stdin)
     code, out, err = run(monkeypatch, capsys, "chat", str(short_video), "--fps", "4")
-    assert (code, out) == (2, "")
-    assert "stdin is not utf-8 text" in err
+    assert (code, len(out.splitlines())) == (1, 2)
+    assert err.count("tieredkv: ") == 1
+    assert "tieredkv: the prompt holds " in err
 
 
 @pytest.mark.parametrize(

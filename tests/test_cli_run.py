@@ -112,6 +112,31 @@ def test_an_output_that_is_there_is_refused_and_left_alone(monkeypatch, capsys, 
 
 
 @pytest.mark.model
+def test_half_a_character_is_the_error_of_its_own_line(monkeypatch, capsys, short_video, tmp_path):
+    film, odd = str(short_video), os.fsdecode(b"caf\xe9.mp4")
+    (tmp_path / odd).symlink_to(short_video)
+    asked = [
+        {"id": "before", "video": film, "question": "what colour was the moon ?"},
+        {"id": "half \ud83d", "video": film, "question": "what colour was the \ud83d"},
+        {"id": "null", "video": film, "question": "what\0"},
+        {"id": "no name", "video": "half \ud83d.mp4", "question": "what colour was the moon ?"},
+        {"id": "odd name", "video": odd, "question": "what colour was the moon ?"},
+        {"id": "after", "video": film, "question": "what colour was the fish ?"},
+    ]
+    file, out = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    code, _, err = run(monkeypatch, capsys, "run", str(file), "-o", str(out), "--fps", "4")
+    assert (code, "Traceback" in err) == (1, False)
+    made = rows(out)
+    assert [row["id"] for row in asked if "text" in made[row["id"]]] == ["before", "odd name", "after"]
+    assert "half a character" in made["half \ud83d"]["error"]
+    assert "a null character" in made["null"]["error"]
+    assert "no such file" in made["no name"]["error"]
+    again = run(monkeypatch, capsys, "run", str(file), "-o", str(out), "--fps", "4", "--resume")
+    assert (again[0], len(out.read_text().splitlines())) == (1, 6)  # what was written is taken for what was asked
+
+
+@pytest.mark.model
 def test_a_question_that_needs_too_much_is_its_own_error(monkeypatch, capsys, short_video, tmp_path):
     asked = [{"id": n, "video": str(short_video), "question": "what ?", "max_new_tokens": n} for n in (4, 100_000)]
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, asked)))

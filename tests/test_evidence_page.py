@@ -299,3 +299,10 @@ def test_frames_without_their_rate_are_refused(tmp_path):
     with pytest.raises(OptionError, match="source_fps="):
         save_evidence(answer(), tmp_path / "out.png", video=np.zeros((4, 56, 56, 3), np.uint8))
     assert not (tmp_path / "out.png").exists()
+
+
+@pytest.mark.parametrize("name", ["half \ud83d.png", "null \0.html"])
+def test_what_is_no_file_name_is_refused_before_anything_is_answered(tmp_path, name):
+    with pytest.raises(OptionError, match="cannot be written"):
+        evidence_page.check_target(tmp_path / name)
+    assert list(tmp_path.iterdir()) == []

@@ -18,10 +18,13 @@ from tieredkv.fingerprint import (
     explain,
     model_fingerprint,
     model_settings,
+    model_state,
     processor_settings,
     settings_difference,
+    state_difference,
 )
 from tieredkv.tiny import model as tiny
+from tieredkv.weights import plain_tensors
 
 pytestmark = pytest.mark.model
 
@@ -219,3 +222,94 @@ def test_results_and_devices_are_no_settings(processor: Any) -> None:
     processor.video_processor.return_metadata = True
     processor.video_processor.device = "cuda"
     assert processor_settings(processor) == before
+
+
+# What is in neither weights nor settings
+
+
+def _state_difference(before: dict[str, Any], model: Any) -> str | None:
+    return state_difference(json.loads(json.dumps(before)), model_state(model))
+
+
+def test_changed_frequencies_are_noticed_and_those_of_another_device_are_not(model: Any) -> None:
+    before = model_state(model)
+    rotary = model.model.language_model.rotary_emb
+    assert "model.language_model.rotary_emb.inv_freq" in before["buffers"]
+    rotary.inv_freq[3] *= 1 + 1e-6
+    assert _state_difference(before, model) is None
+    rotary.inv_freq[3] *= 2
+    assert _state_difference(before, model) == "the model's buffer model.language_model.rotary_emb.inv_freq differs"
+
+
+def test_frequencies_rounded_with_the_model_are_noticed(model: Any) -> None:
+    before = model_state(model)
+    model.to(torch.bfloat16).to(torch.float32)
+    assert "inv_freq differs" in str(_state_difference(before, model))
+
+
+def test_frequencies_that_a_forward_pass_changes_are_left_out(model: Any) -> None:
+    rotary = model.model.language_model.rotary_emb
+    rotary.rope_type = "dynamic"
+    before = model_state(model)
+    rotary.inv_freq *= 2
+    assert _state_difference(before, model) is None
+
+
+def test_another_quantisation_is_named(model: Any) -> None:
+    model.config.quantization_config = {"quant_method": "bitsandbytes", "llm_int8_threshold": 6.0}
+    before = model_state(model)
+    model.config.quantization_config = {"quant_method": "bitsandbytes", "llm_int8_threshold": 0.0}
+    assert _state_difference(before, model) == "quantization_config.llm_int8_threshold was 6.0, is 0.0"
+
+
+# Quantised weights
+
+
+def test_weights_of_torchao_are_summed_as_they_are_stored(model: Any) -> None:
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    quantization.quantize_(model.model.language_model, quantization.Int8WeightOnlyConfig())
+    weight = model.model.language_model.layers[1].self_attn.k_proj.weight
+    first = model_fingerprint(model)
+    assert model_fingerprint(model) == first
+    for part in weight.__tensor_flatten__()[0]:
+        octets = getattr(weight, part).view(torch.uint8).view(-1)
+        octets[1] ^= 1
+        assert model_fingerprint(model) != first, part
+        octets[1] ^= 1
+    assert model_fingerprint(model) == first
+
+
+def test_what_else_a_wrapped_weight_is_counts_and_addresses_do_not() -> None:
+    """Block sizes and kinds decide what the numbers mean; functions among them have another address in each process."""
+
+    class Wrapped(torch.Tensor):
+        context: Any = None
+
+        def __tensor_flatten__(self) -> tuple[list[str], Any]:
+            return ["inner"], self.context
+
+        inner = torch.ones(3)
+
+    def told(context: Any) -> list[str]:
+        tensor = torch.ones(3).as_subclass(Wrapped)
+        tensor.context = context
+        return [about for about, _ in plain_tensors(tensor, "w")]
+
+    assert told({"block": 8, "of": object()}) == told({"block": 8, "of": object()})
+    assert told({"block": 8}) != told({"block": 16})
+
+
+def test_what_is_no_tensor_in_a_state_dict_counts_too() -> None:
+    class Extra(torch.nn.Module):
+        state: Any = b"one"
+        config, dtype = tiny.build_config(), torch.float32
+
+        def get_extra_state(self) -> Any:
+            return self.state
+
+    model = Extra()
+    first = model_fingerprint(model)
+    assert model_fingerprint(model) == first
+    for other in (b"two", {"a": 1}, None):
+        model.state = other
+        assert model_fingerprint(model) != first

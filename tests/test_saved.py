@@ -11,6 +11,7 @@ import torch
 from helpers import pressed, session_logits
 
 import tieredkv
+from tieredkv import storage
 from tieredkv.errors import BudgetError, OptionError, SessionError, TieredKVError
 from tieredkv.models.qwen2_5_vl import Qwen25VL
 
@@ -144,6 +145,79 @@ def other_weights(model):
 def test_other_weights_are_refused(kept, video_model, processor):
     with pytest.raises(SessionError, match=r"saved with another model \(.*weights differ"):
         load(kept[0], other_weights(video_model), processor)
+
+
+def test_other_frequencies_are_refused(kept, video_model, processor):
+    import copy
+
+    other = copy.deepcopy(video_model)
+    other.model.language_model.rotary_emb.inv_freq /= 4
+    with pytest.raises(SessionError, match=r"saved with another model \(the model's buffer .*inv_freq differs\)"):
+        load(kept[0], other, processor)
+
+
+def test_a_file_that_says_nothing_of_buffers_and_adapters_loads(
+    video_model, processor, frames, options, tmp_path, monkeypatch
+):
+    """As all did at first."""
+    write = storage.write
+
+    def old(path, manifest, tensors, progress):
+        return write(path, {name: part for name, part in manifest.items() if name != "model_state"}, tensors, progress)
+
+    monkeypatch.setattr("tieredkv.saved.storage.write", old)
+    with tieredkv.open_session(video_model, frames, **options) as session:
+        session.save(tmp_path / "old.tkv")
+    load(tmp_path / "old.tkv", video_model, processor).close()
+    with pytest.raises(SessionError, match="weights differ"):
+        load(tmp_path / "old.tkv", other_weights(video_model), processor)
+
+
+def test_a_model_that_is_cast_while_a_session_is_open_is_refused(video_model, processor, frames, options):
+    import copy
+
+    model = copy.deepcopy(video_model)
+    with tieredkv.open_session(model, frames, **options) as session:
+        model.to(torch.bfloat16)
+        with pytest.raises(SessionError, match=r'opened with another model \(dtype was "float32", is "bfloat16"\)'):
+            session.ask(STAR, max_new_tokens=1)
+
+
+def quantised(kind):
+    """The random model, its decoder quantised by torchao."""
+    import copy
+
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+
+    def made(model):
+        model = copy.deepcopy(model)
+        tables = {"filter_fn": lambda module, name: isinstance(module, torch.nn.Embedding)} if "tables" in kind else {}
+        config = quantization.IntxWeightOnlyConfig if tables else getattr(quantization, kind)
+        quantization.quantize_(model, config(), **tables)
+        return model
+
+    return made
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig", "Float8WeightOnlyConfig", "tables of embeddings"],
+)
+def test_a_quantised_model_is_planned_asked_saved_and_loaded(video_model, processor, frames, options, tmp_path, kind):
+    model = quantised(kind)(video_model)
+    with tieredkv.open_session(model, frames, **options) as session:
+        session.save(tmp_path / "s.tkv")
+        session_logits(session, MOON, 2)
+        expected = session_logits(session, STAR, 4)
+    with load(tmp_path / "s.tkv", model, processor) as session:
+        now = session_logits(session, STAR, 4)
+        torch.testing.assert_close(now, expected, rtol=0, atol=0, equal_nan=True)  # eight bits of float can overflow
+    with pytest.raises(SessionError, match="weights differ"):
+        load(tmp_path / "s.tkv", video_model, processor)
+    smaller, whole = (tieredkv.plan(each, 240, processor=processor) for each in (model, video_model))
+    if "tables" not in kind:
+        assert smaller.decoder_bytes < 0.5 * whole.decoder_bytes
+    assert smaller.dtype == whole.dtype
 
 
 def test_another_dtype_is_refused(kept, video_model, processor):

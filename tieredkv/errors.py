@@ -44,3 +44,9 @@ def reason(error: BaseException) -> str:
     """What went wrong, in a line; an error that is not ours begins with its kind."""
     first = next(iter(str(error).strip().splitlines()), "")
     return first if isinstance(error, TieredKVError) else f"{type(error).__name__}: {first}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's error, to stand inside a sentence; without text, the error's kind."""
+    text = str(error).strip()
+    return text.splitlines()[0].rstrip(".:") if text else type(error).__name__

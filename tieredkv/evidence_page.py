@@ -63,7 +63,7 @@ def check_target(path: Path) -> None:
         part = _part(path)
         part.touch()
         part.unlink()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a null or half a character in its name
         raise _unwritable(path, error) from None
 
 
@@ -215,5 +215,6 @@ def _part(path: Path) -> Path:
     return path.with_name(f"{path.name}.{os.getpid()}.part")
 
 
-def _unwritable(path: Path, error: OSError) -> OptionError:
-    return OptionError(f"{str(path)[:200]} cannot be written ({error.strerror or error}): give another file name.")
+def _unwritable(path: Path, error: OSError | ValueError) -> OptionError:
+    reason = getattr(error, "strerror", None) or error
+    return OptionError(f"{str(path)[:200]} cannot be written ({reason}): give another file name.")

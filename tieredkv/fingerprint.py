@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 
+from tieredkv import adapters
 from tieredkv.errors import UnsupportedModelError
+from tieredkv.weights import entries, plain_tensors
 
 _TOP = (
     "model_type",
@@ -76,6 +79,12 @@ _VISION = (
 _VOLATILE = {"processor_class", "auto_map", "return_metadata", "return_tensors", "device", "name_or_path"}
 
 _COLUMNS = 4096  # of 8-byte words
+_MOVING_ROPE = {"dynamic", "longrope"}
+"""Kinds of positions whose frequencies depend on what was computed last."""
+_SHORT = 1024
+"""Numbers of a buffer that is kept as it is."""
+_RTOL = 1e-4
+"""Frequencies computed on two devices differ by less, those rounded to bfloat16 by more."""
 
 
 def model_settings(model: Any) -> dict[str, Any]:
@@ -98,22 +107,94 @@ def model_settings(model: Any) -> dict[str, Any]:
     }
 
 
-def model_fingerprint(model: Any) -> dict[str, str]:
+def model_fingerprint(model: Any, all_adapters: bool = False) -> dict[str, str]:
     """`{"config": hex, "weights": hex}`: equal for models that compute the same keys and values.
 
     "config" covers `model_settings`. "weights" covers every bit of `model.state_dict()`, its names, shapes and dtypes,
     but not the device: weights are summed where they are, exactly, and only the sums are brought to the host. A change
-    of any one weight, and a swap of any two, is always noticed. Weights without memory (torch's meta device) are an
-    `UnsupportedModelError`.
+    of any one weight, and a swap of any two, is always noticed. Quantised weights are summed as they are stored. The
+    weights of adapters that are not in use are left out, unless `all_adapters`, which is how files were written at
+    first. Weights without memory (torch's meta device) are an `UnsupportedModelError`.
     """
-    weights = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if tensor.device.type == "meta":
-            raise UnsupportedModelError(f"weight {name} is not in memory (device meta): load the whole model.")
-        weights.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        for sums in _sums(tensor):
-            weights.update(sums)
-    return {"config": _hash(model_settings(model)), "weights": weights.hexdigest()}
+    found: Iterable[tuple[str, torch.Tensor]] = entries(model)
+    if not all_adapters:
+        idle = adapters.weights(model, used=False)
+        held = ((name, tensor) for name, tensor in found if not f"{name}.".startswith(idle))
+        found = sorted(((adapters.plain_name(name), tensor) for name, tensor in held), key=lambda entry: entry[0])
+    return {"config": _hash(model_settings(model)), "weights": _weights_hash(found)}
+
+
+def adapter_weights(model: Any) -> str:
+    """A hash of the weights of adapters in use alone: they are few, so it can be made for every question."""
+    used = adapters.weights(model, used=True)
+    return _weights_hash(entry for entry in entries(model) if f"{entry[0]}.".startswith(used)) if used else ""
+
+
+def model_state(model: Any) -> dict[str, Any]:
+    """What decides keys and values but is neither in the weights nor in `model_settings`, as JSON holds it.
+
+    "adapters": those in use, and their scales, by layer. "buffers": tensors that a checkpoint does not hold, such as
+    the frequencies of positions; floats as they are, up to what two devices compute otherwise, and the rest as a hash.
+    "quantization": how the model was quantised, where it says so.
+    """
+    quantization: Any = getattr(model.config, "quantization_config", None)
+    if hasattr(quantization, "to_dict"):
+        quantization = quantization.to_dict()
+    made: dict[str, Any] = json.loads(
+        _canonical({"adapters": adapters.in_use(model), "buffers": _buffers(model), "quantization": quantization})
+    )
+    return made
+
+
+def state_difference(saved: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """How two `model_state`s differ, in words; None where they do not. Adapters are compared by `adapters.difference`.
+
+    What only one of them has is no difference, as in `settings_difference`.
+    """
+    for name in sorted(saved["buffers"].keys() & now["buffers"].keys()):
+        if not _alike(saved["buffers"][name], now["buffers"][name]):
+            return f"the model's buffer {name} differs"
+    old, new = ({"quantization_config": state["quantization"] or {}} for state in (saved, now))
+    return settings_difference(old, new)
+
+
+def _buffers(model: Any) -> dict[str, Any]:
+    """Values of short buffers of floats, hashes of the others; without those that a forward pass changes."""
+    stored = model.state_dict().keys()
+    found: dict[str, Any] = {}
+    for path, module in model.named_modules():
+        kinds = getattr(module, "rope_type", None) or ""
+        kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
+        moving = any(kind in _MOVING_ROPE for kind in kinds)
+        for own, tensor in module.named_buffers(recurse=False):
+            name = f"{path}.{own}" if path else own
+            if name in stored or (moving and "original" not in own):
+                continue
+            short = tensor.is_floating_point() and tensor.numel() <= _SHORT and tensor.device.type != "meta"
+            found[adapters.plain_name(name)] = (
+                [float(f"{value:.9g}") for value in tensor.double().flatten().tolist()]
+                if short
+                else _weights_hash([(own, tensor)])
+            )
+    return found
+
+
+def _alike(a: Any, b: Any) -> bool:
+    if isinstance(a, str) or isinstance(b, str):
+        return bool(a == b)
+    return len(a) == len(b) and all(math.isclose(x, y, rel_tol=_RTOL, abs_tol=1e-30) for x, y in zip(a, b, strict=True))
+
+
+def _weights_hash(found: Iterable[tuple[str, torch.Tensor]]) -> str:
+    made = hashlib.sha256()
+    for name, tensor in found:
+        for about, part in plain_tensors(tensor, name):
+            if part.device.type == "meta":
+                raise UnsupportedModelError(f"weight {name} is not in memory (device meta): load the whole model.")
+            made.update(f"{about}\n".encode())
+            for sums in _sums(part):
+                made.update(sums)
+    return made.hexdigest()
 
 
 def explain(saved: dict[str, str], now: dict[str, str]) -> str | None:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tieredkv import models, sizes
-from tieredkv.errors import UnsupportedModelError
+from tieredkv.errors import UnsupportedModelError, first_line
+from tieredkv.wrapped import unwrapped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -37,7 +38,8 @@ def check_config(config: PreTrainedConfig) -> None:
 def load(model: Any, processor: Any = None) -> tuple[Any, Any]:
     """A model and its processor: loaded if `model` is a path or hub id, the processor found beside it if not given.
 
-    What is loaded here goes to the current CUDA device if there is one, else to the CPU.
+    What is loaded here goes to the current CUDA device if there is one, else to the CPU. Of a wrapped model it is the
+    model inside (`wrapped.unwrapped`).
 
     Raises `UnsupportedModelError` when there is no such model, its family is not supported, or no processor is found.
     """
@@ -53,16 +55,17 @@ def load(model: Any, processor: Any = None) -> tuple[Any, Any]:
             model = AutoModelForImageTextToText.from_pretrained(source, dtype="auto", device_map=place).eval()
         except torch.OutOfMemoryError as error:
             raise UnsupportedModelError(
-                f"{source}: the weights alone do not fit on the card ({_first_line(error)}): give a smaller model, or "
+                f"{source}: the weights alone do not fit on the card ({first_line(error)}): give a smaller model, or "
                 "one loaded in 4 bits."
             ) from None
         except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
             raise _nothing_at(source, error) from None
-    elif not hasattr(model, "config") or not hasattr(model, "generate"):
+        return model, load_processor(source) if processor is None else processor
+    model = unwrapped(model)
+    if not hasattr(model, "config") or not hasattr(model, "generate"):
         raise UnsupportedModelError(f"model is a {type(model).__name__}: give {WHAT_IS_A_MODEL}.")
-    else:
-        check_config(model.config)
-        source = getattr(model, "name_or_path", "") or ""
+    check_config(model.config)
+    source = getattr(model, "name_or_path", "") or ""
     return model, load_processor(source) if processor is None else processor
 
 
@@ -74,13 +77,9 @@ def load_processor(source: str | Path) -> Any:
         return AutoProcessor.from_pretrained(str(source))
     except (OSError, ValueError, ImportError) as error:  # the last names a package that a processor needs
         raise UnsupportedModelError(
-            f"no processor found beside the model ({_first_line(error)}): pass processor=."
+            f"no processor found beside the model ({first_line(error)}): pass processor=."
         ) from None
 
 
 def _nothing_at(source: str | Path, error: Exception) -> UnsupportedModelError:
-    return UnsupportedModelError(f"{source}: no usable model found there ({_first_line(error)}).")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".:") if str(error).strip() else type(error).__name__
+    return UnsupportedModelError(f"{source}: no usable model found there ({first_line(error)}).")

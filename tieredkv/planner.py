@@ -23,6 +23,8 @@ from tieredkv.prompt import ChatTemplate
 from tieredkv.sizes import KVShape
 from tieredkv.video.encode import batch_tokens
 from tieredkv.video.frames import Sampled, check_request, open_video
+from tieredkv.weights import stored_bytes
+from tieredkv.wrapped import unwrapped
 
 HEAD_TOKENS = 15
 """Text before the video where no processor says: what Qwen2.5-VL's chat template writes."""
@@ -170,6 +172,7 @@ class _Model:
     def of(model: Any) -> _Model:
         from transformers import PreTrainedConfig
 
+        model = unwrapped(model)
         if isinstance(model, str | Path):
             config, path, loaded = loading.load_config(model), str(model), None
         elif isinstance(model, PreTrainedConfig):
@@ -201,11 +204,11 @@ class _Model:
         vision = decoder = 0
         for name, weight in model.named_parameters():
             if VISION_MODULES.intersection(name.split(".")):
-                vision += weight.nbytes
+                vision += stored_bytes(weight)
             else:
-                decoder += weight.nbytes
+                decoder += stored_bytes(weight)
         table, output = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-        step = decoder if output is table else decoder - table.nbytes
+        step = decoder if output is table else decoder - stored_bytes(table)
         return {"decoder_bytes": decoder, "vision_bytes": vision, "step_weight_bytes": step}
 
     def head_tokens(self, processor: Any, video: _Video | None) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tieredkv import fingerprint, storage
+from tieredkv import adapters, fingerprint, storage
 from tieredkv.cache import TieredCache
 from tieredkv.config import TierConfig
 from tieredkv.errors import SessionError
@@ -59,6 +59,7 @@ def write(path: Path, model: Any, processor: Any, cache: TieredCache, state: Ses
     manifest = {
         "model": fingerprint.model_fingerprint(model),
         "model_settings": fingerprint.model_settings(model),
+        "model_state": fingerprint.model_state(model),
         "processor": fingerprint.processor_settings(processor),
         "tiers": asdict(cache.tiers),
         "session": asdict(state),
@@ -103,8 +104,15 @@ def tiers_of(stored: storage.Stored, options: dict[str, Any]) -> TierConfig:
 def check_origin(stored: storage.Stored, model: Any, processor: Any) -> None:
     """Raise `SessionError` when the session was made with another model or processor, saying what differs."""
     manifest = stored.manifest
+    state, now = manifest.get("model_state"), fingerprint.model_state(model)  # older files say nothing of this
+    if difference := adapters.difference(state["adapters"] if state else {}, now["adapters"]):
+        raise SessionError(f"{stored.path} was saved {difference}: load it with the adapters it was saved with.")
     difference = fingerprint.settings_difference(manifest["model_settings"], fingerprint.model_settings(model))
-    if difference := difference or fingerprint.explain(manifest["model"], fingerprint.model_fingerprint(model)):
+    if not difference:
+        difference = fingerprint.explain(manifest["model"], fingerprint.model_fingerprint(model, not state))
+    if not difference and state:
+        difference = fingerprint.state_difference(state, now)
+    if difference:
         raise SessionError(f"{stored.path} was saved with another model ({difference}): load it with that one.")
     settings = fingerprint.processor_settings(processor)
     if difference := fingerprint.settings_difference(manifest["processor"], settings):

@@ -26,11 +26,13 @@ from tieredkv.models.base import Positions, VideoFamily, VideoGrid
 from tieredkv.pipeline import Cancelled, Pipeline
 from tieredkv.progress import IngestProgress, progress_bar
 from tieredkv.prompt import ChatTemplate, check_prompt
+from tieredkv.same_model import SameModel
 from tieredkv.saved import SessionState
 from tieredkv.stats import Generation, IngestStats
 from tieredkv.storage import Stored
 from tieredkv.streaming import AnswerStream, Job, Work, check_stream
 from tieredkv.video.frames import VideoSource, open_video
+from tieredkv.wrapped import unwrapped
 
 DEFAULT_NEW_TOKENS = 256
 """`max_new_tokens` where neither the caller nor a generation config says."""
@@ -53,6 +55,7 @@ class VideoSession(AsyncAsking):
         progress: bool = False,
     ) -> None:
         """model, processor: as transformers loads them. The rest as in `tieredkv.open_session`."""
+        model = unwrapped(model)
         device = model.get_input_embeddings().weight.device
         if device.type not in ("cpu", "cuda"):
             raise UnsupportedModelError(f"the model is on {device}: tieredkv runs on CUDA devices and the CPU.")
@@ -67,6 +70,7 @@ class VideoSession(AsyncAsking):
         self._progress = progress
         self._about_video: dict[str, Any] = {}
         self._cache: TieredCache | None = None
+        self._made_by: SameModel | None = None
         self._stored: Stored | None = None
         self._pipeline: Pipeline | None = None
         self._head = ""
@@ -134,6 +138,7 @@ class VideoSession(AsyncAsking):
         cache.auto_seal = False
         bar = IngestProgress(self._progress, self.head_tokens + video.grid.tokens, source.seconds)
         complete = False
+        made_by = SameModel(self.model)
         try:
             grid, self.ingest_stats, sha256 = ingest.run(
                 pipeline, self.template, self.model, video, self._head_ids, self.positions, cache, bar
@@ -141,6 +146,7 @@ class VideoSession(AsyncAsking):
             complete = True
         finally:
             bar.close(complete)
+        made_by.check()
         cache.settle()
         self._about_video = {
             "name": source.name,
@@ -149,11 +155,11 @@ class VideoSession(AsyncAsking):
             "start": source.start,
             "seconds": source.seconds,
         }
-        self._begin_asking(cache, grid)
+        self._begin_asking(cache, grid, made_by)
 
-    def _begin_asking(self, cache: TieredCache, grid: VideoGrid) -> None:
+    def _begin_asking(self, cache: TieredCache, grid: VideoGrid, made_by: SameModel) -> None:
         """`cache` holds the prompt's head and this video."""
-        self._cache, self.video = cache, grid
+        self._cache, self.video, self._made_by = cache, grid, made_by
         cache.auto_seal = False
         cache.visual = self._prompt.is_visual()
 
@@ -221,6 +227,7 @@ class VideoSession(AsyncAsking):
             if self.video is not None:
                 raise TieredKVError("this session has its video already: open another session for another video.")
             state = saved.state_of(stored)
+            made_by = SameModel(self.model)
             saved.check_origin(stored, self.model, self.processor)
             cache = saved.map_cache(stored, self.model.config, self.tiers, state.tokens, self._layer_devices())
             if self.tiers.host_kv_gb is not None:
@@ -231,7 +238,7 @@ class VideoSession(AsyncAsking):
             self._head, self._head_ids = state.head, torch.tensor([state.head_ids], dtype=torch.long)
             self.ingest_s, self.ingest_stats = state.ingest_s, state.ingest_stats
             self._stored = stored
-            self._begin_asking(cache, state.grid)
+            self._begin_asking(cache, state.grid, made_by)
 
     # ---- questions
 
@@ -338,6 +345,7 @@ class VideoSession(AsyncAsking):
                     partial(self._check_going_on, job),
                     self.ingest_s,
                 )
+                self._check_model()  # of a stream, whoever reads it may have changed it
                 if evidence:
                     rows, count = before.question_tokens(tail, prompt), len(made.token_ids)
                     made = replace(made, evidence=looked_at(before, cache, rows, count, evidence == "tokens"))
@@ -403,7 +411,13 @@ class VideoSession(AsyncAsking):
             raise TieredKVError("this session has no video yet: call ingest first.")
         if self._stored is not None:
             self._stored.check_unchanged()
+        self._check_model()
         return self._cache, self.video
+
+    def _check_model(self) -> None:
+        """Raise `SessionError` if the model is not what the cache was made by."""
+        assert self._made_by is not None
+        self._made_by.check()
 
     def _drop_cache(self) -> None:
         if self._cache is not None:

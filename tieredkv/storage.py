@@ -238,6 +238,12 @@ def _written(part: Path) -> int:
 
 def check_target(path: Path) -> None:
     """Raise `SessionError` for a path that `write` could not write to; leaves nothing there."""
+    try:
+        named = b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        named = False
+    if not named:
+        raise SessionError(f"{str(path)!a} is no file name, as it holds a null or half a character: give another.")
     with _as_session_error(path):
         if path.is_dir():
             raise SessionError(f"{path} is a folder: give the name of a file.")

@@ -17,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from tieredkv.errors import OptionError, UnsupportedModelError
 from tieredkv.versions import CACHE_ARGUMENT
+from tieredkv.wrapped import unwrapped
 
 NAME = "tieredkv"
 _TAG = "tieredkv_layer"
@@ -91,12 +92,14 @@ _users_lock = threading.Lock()
 
 
 @contextmanager
-def use_attention(model: PreTrainedModel) -> Iterator[None]:
+def use_attention(model: Any) -> Iterator[None]:
     """Let the model's decoder attend through `TieredCache` inside the block; what was set before comes back after.
 
-    Blocks on one model may nest or overlap, from several threads too; the last to end restores. The vision tower
-    keeps its own attention. Raises `UnsupportedModelError` when the model cannot be switched.
+    model: a transformers model, or a wrapper around one (`PeftModel`, torch.compile's). Blocks on one model may nest or
+    overlap, from several threads too; the last to end restores. The vision tower keeps its own attention. Raises
+    `UnsupportedModelError` when the model cannot be switched.
     """
+    model = unwrapped(model)
     text = model.config.get_text_config(decoder=True)
     sub_key = next((key for key in model.config.sub_configs if getattr(model.config, key, None) is text), None)
 

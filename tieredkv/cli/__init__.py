@@ -5,6 +5,7 @@ One file per command. What takes long to import is imported by the command that 
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import Annotated
@@ -53,6 +54,9 @@ def _options(
 
 def main() -> None:
     """Entry point: an error the user can mend is one sentence on stderr and exit code 2; a failing disk, 1."""
+    for stream in (sys.stdout, sys.stderr):  # file names need not be text, nor every answer fit the terminal's encoding
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except TieredKVError as error:

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from tieredkv.cli.defaults import folder
-from tieredkv.errors import OptionError
 
 REMEMBERED = 1000
 """Lines kept."""
 
 
 def lines(prompt: str) -> Iterator[str]:
-    """Lines of stdin until its end. From a terminal each is asked for by `prompt`, and Ctrl-C begins it anew."""
+    """Lines of stdin until its end. From a terminal each is asked for by `prompt`, and Ctrl-C begins it anew.
+
+    Bytes that are no text come as lone surrogates, so that one such line does not take the others with it.
+    """
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
     if not sys.stdin.isatty():
-        try:
-            yield from (line.rstrip("\n") for line in sys.stdin)
-        except UnicodeDecodeError as error:
-            raise OptionError(f"stdin is not {error.encoding} text: convert it.") from None
+        yield from (line.rstrip("\n") for line in sys.stdin)
         return
     with _remembered(history_file()):
         while True:

@@ -1,0 +1,97 @@
+"""Which of a model's PEFT adapters are in use. Not their weights: those are in the model, in use or not.
+
+Both of PEFT's ways into a model are covered, its own wrapper and transformers' `load_adapter`: they put the same layers
+into it, and these are asked.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from operator import attrgetter
+from typing import Any
+
+Layers = dict[str, dict[str, float | None]]
+"""By layer, adapters and their scales; None for an adapter without one."""
+
+
+def in_use(model: Any) -> Layers:
+    """Adapters that are computed beside their layers' own weights, neither disabled nor merged into these."""
+    return {path: active for path, layer in _layers(model) if (active := _active(layer))}
+
+
+def merged(model: Any) -> dict[str, list[str]]:
+    """By layer, adapters whose weights are added to its own."""
+    found = ((path, layer) for path, layer in _layers(model) if not layer.disable_adapters)
+    return {path: sorted(layer.merged_adapters) for path, layer in found if getattr(layer, "merged_adapters", None)}
+
+
+def weights(model: Any, used: bool) -> tuple[str, ...]:
+    """What the names of weights, with a dot at their end, begin with that belong to adapters in use; or to the others.
+
+    Merged adapters are among the others: their weights are in those of their layers.
+    """
+    return tuple(
+        f"{path}.{attribute}.{name}."
+        for path, layer in _layers(model)
+        for attribute, held in _held(layer)
+        for name in held.keys()  # noqa: SIM118  containers of modules
+        if (name in _active(layer)) == used
+    )
+
+
+def plain_name(name: str) -> str:
+    """The name that a weight has in a model without adapters."""
+    return f".{name}".replace(".base_layer.", ".").replace(".original_module.", ".")[1:]
+
+
+def names(layers: Layers) -> list[str]:
+    """All adapters that are in use anywhere."""
+    return sorted({name for active in layers.values() for name in active})
+
+
+def difference(before: Layers, now: Layers) -> str | None:
+    """How adapters in use have changed, as the end of a sentence; None where they have not."""
+    if before == now:
+        return None
+    old, new = names(before), names(now)
+    if old != new:
+        return f"under {told(old)}, now {told(new)} is active"
+    for name in old:
+        a, b = (sorted({str(active[name]) for active in layers.values() if name in active}) for layers in (before, now))
+        if a != b:
+            return f"with the adapter {name} scaled by {' and '.join(a)}, now it is scaled by {' and '.join(b)}"
+    return f"under {told(old)}, now in use in other layers"
+
+
+def told(adapters: list[str]) -> str:
+    """Adapters in a sentence."""
+    return f"the adapter {' with '.join(adapters)}" if adapters else "no adapter"
+
+
+def _layers(model: Any) -> Iterator[tuple[str, Any]]:
+    if "peft" not in sys.modules:
+        return
+    for path, module in model.named_modules():
+        kind = type(module)
+        if hasattr(kind, "adapter_layer_names") and hasattr(kind, "disable_adapters"):
+            yield path, module
+
+
+def _held(layer: Any) -> Iterator[tuple[str, Any]]:
+    """Containers of a layer's weights by adapter, and where they are."""
+    for attribute in layer.adapter_layer_names:
+        held = attrgetter(attribute)(layer)
+        if hasattr(held, "keys"):
+            yield attribute, held
+
+
+def _active(layer: Any) -> dict[str, float | None]:
+    if layer.disable_adapters or getattr(layer, "merged_adapters", None):
+        return {}
+    has = {name for _, held in _held(layer) for name in held.keys()}  # noqa: SIM118  containers of modules
+    scaling: Any = getattr(layer, "scaling", None)
+    scales: dict[str, Any] = dict(scaling) if hasattr(scaling, "keys") else {}
+    return {
+        name: None if scales.get(name) is None else float(scales[name]) for name in layer.active_adapters if name in has
+    }
