@@ -32,9 +32,6 @@ from tieredkv.storage import Stored
 from tieredkv.streaming import AnswerStream, Job, Work, check_stream
 from tieredkv.video.frames import VideoSource, open_video
 
-DEFAULT_NEW_TOKENS = 256
-"""`max_new_tokens` where neither the caller nor a generation config says."""
-
 
 class VideoSession(AsyncAsking):
     """A video's keys and values in two tiers, and the questions asked of them.
@@ -328,12 +325,13 @@ class VideoSession(AsyncAsking):
             cache.counters.trace = [] if trace else None
             cache.looks = Looks(self.tiers.chunk_tokens) if evidence else None
             try:
+                tail_ids = self.template.tail_ids(tail)
                 made = answer(
                     self.model,
                     before,
                     cache,
-                    self.template.tail_ids(tail),
-                    self.new_tokens(options),
+                    tail_ids,
+                    self.new_tokens(options, before.tokens + tail_ids.shape[1]),
                     options,
                     partial(self._check_going_on, job),
                     self.ingest_s,
@@ -356,11 +354,9 @@ class VideoSession(AsyncAsking):
             if self._closed:
                 raise TieredKVError("the session was closed before the answer was complete.")
 
-    def new_tokens(self, options: dict[str, Any]) -> int:
-        """`max_new_tokens` of a question with these generation options."""
-        configs = (options.get("generation_config"), self.model.generation_config)
-        stated = (options.get("max_new_tokens"), *(getattr(config, "max_new_tokens", None) for config in configs))
-        return next((value for value in stated if value is not None), DEFAULT_NEW_TOKENS)
+    def new_tokens(self, options: dict[str, Any], prompt_tokens: int = 0) -> int:
+        """`max_new_tokens` of a question with these generation options. prompt_tokens: of its prompt, if known."""
+        return decode.new_tokens(options, self.model.generation_config, prompt_tokens)
 
     # ---- model
 
