@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import Cache, PreTrainedConfig
 
-from tieredkv import decode_plan, models, sizes
+from tieredkv import decode_plan, forking, models, sizes
 from tieredkv.config import GIB, TierConfig, tier_config
 from tieredkv.errors import OptionError, TieredKVError, UnsupportedModelError
 from tieredkv.layer import TieredLayer
@@ -110,6 +110,7 @@ class TieredCache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Logical length: every token cached, wherever it is now; the same for every layer."""
+        forking.check()  # the first that a model asks of its cache, before it computes much
         return self.tiered_layers[0].get_seq_length()
 
     @property
@@ -187,6 +188,8 @@ class TieredCache(Cache):
         """Layer `index` is about to attend for `tokens` new tokens; moves between the phases where that asks for it."""
         if self._closed:
             raise TieredKVError("this TieredCache is closed.")
+        if index == 0:
+            forking.enter(self.devices[0].type)
         if index > 0 and self._announced is not None:
             raise RuntimeError(
                 f"layer {self._announced} updated a TieredCache but did not attend through it, so its output ignores "
@@ -481,6 +484,9 @@ class TieredCache(Cache):
                 layer.close()
             if self.locker is not None:
                 self.locker.close()
+
+    def __reduce__(self) -> Any:
+        raise TieredKVError("a TieredCache cannot be pickled or copied: make another, or save a session.")
 
     def __enter__(self) -> TieredCache:
         return self

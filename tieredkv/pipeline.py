@@ -14,11 +14,14 @@ calls `check`, raises `Cancelled`.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator
 from typing import Generic, TypeVar
+
+from tieredkv.errors import TieredKVError
 
 T = TypeVar("T")
 
@@ -85,6 +88,7 @@ class Pipeline:
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
+        self._process = os.getpid()
         self.cancelled = False
         self.waited = 0.0
         """Seconds for which threads that are no stage's have waited for items."""
@@ -115,6 +119,9 @@ class Pipeline:
 
     def cancel(self) -> None:
         """Stop every stage at its next item. Does not wait; twice is fine."""
+        if self._process != os.getpid():  # forked: the stages are not here, and `changed` may be held for ever
+            self.cancelled = True
+            return
         with self.changed:
             self.cancelled = True
             self.changed.notify_all()
@@ -128,6 +135,8 @@ class Pipeline:
 
     def wait(self) -> None:
         """Wait for a change, with `changed` held; the time counts as waiting for the stage whose thread this is."""
+        if self._process != os.getpid():
+            raise TieredKVError("the process was forked while a video was being ingested: open it again here.")
         started = time.perf_counter()
         self.changed.wait()
         waiter: Pipeline | _Stage = self._stage_here() or self

@@ -13,7 +13,7 @@ from typing import Any, Literal, overload
 
 import torch
 
-from tieredkv import decode, ingest, models, saved, sizes
+from tieredkv import decode, forking, ingest, models, saved, sizes
 from tieredkv.aio import AsyncAsking
 from tieredkv.answer import VideoPrompt, answer, looked_at
 from tieredkv.cache import TieredCache
@@ -71,6 +71,9 @@ class VideoSession(AsyncAsking):
         self._lock = threading.RLock()
         self._line: deque[Job] = deque()
         self._closed = False
+        self._torn = False
+        """In a process that was forked while another thread was at work on the session."""
+        forking.follow(self)
 
     # ---- ingest
 
@@ -391,6 +394,24 @@ class VideoSession(AsyncAsking):
     def _check_open(self) -> None:
         if self._closed:
             raise TieredKVError("this session is closed: open another.")
+        if self._torn:
+            raise TieredKVError(
+                "the process was forked while this session was at work in another thread: open or load it again here."
+            )
+        forking.enter(self._device.type)
+
+    def after_fork(self) -> None:
+        """Take a new lock in a forked process, where nobody is left to give the old one back."""
+        self._torn = self._torn or not self._lock.acquire(blocking=False)
+        if self._torn:
+            self._pipeline = None
+        self._lock = threading.RLock()
+        self._line.clear()
+
+    def __reduce__(self) -> Any:
+        raise TieredKVError(
+            "a session cannot be pickled or copied: save it, and give the other process the file for load_session."
+        )
 
     def _ready(self) -> tuple[TieredCache, VideoGrid]:
         """The cache and the video of a session that can be asked."""

@@ -33,6 +33,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from tieredkv import forking
 from tieredkv.errors import SessionError
 from tieredkv.progress import Progress
 from tieredkv.sync import sync_folder
@@ -54,6 +55,14 @@ _DTYPES = {
     "F64": torch.float64,
 }
 _one_writer = threading.Lock()  # two threads that save one path would share a temporary name
+
+
+def _after_fork() -> None:
+    global _one_writer  # noqa: PLW0603
+    _one_writer = threading.Lock()
+
+
+forking.in_child(_after_fork)
 
 
 def write(

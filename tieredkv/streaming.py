@@ -7,6 +7,7 @@ goes on reading never keeps the session from the next one.
 from __future__ import annotations
 
 import atexit
+import os
 import threading
 import time
 import weakref
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from transformers.generation.streamers import BaseStreamer
 
+from tieredkv import forking
 from tieredkv.errors import OptionError, TieredKVError
 from tieredkv.pipeline import Cancelled
 from tieredkv.stats import Generation
@@ -145,6 +147,11 @@ class Job:
         if action is not None:
             action()
 
+    def abandon(self) -> None:
+        """Forget the work, whose thread is not in this process."""
+        self._on_stop = None
+        self._work.line.clear()
+
     def join(self) -> None:
         """Wait for the thread, unless it is the one that asks."""
         if self._thread is not None and self._thread is not threading.current_thread():
@@ -162,6 +169,16 @@ def _stop_all() -> None:
         job.stop()
     for job in jobs:
         job.join()
+
+
+def _after_fork() -> None:
+    """No job goes on in a forked process; whoever would read it, or have its turn after it, is not to wait."""
+    for job in _running:
+        job.abandon()
+    _running.clear()
+
+
+forking.in_child(_after_fork)
 
 
 class Pieces(BaseStreamer):
@@ -208,6 +225,7 @@ class Answer:
 
     def __init__(self, work: Work, streams: bool = True) -> None:
         self._job = Job(work, streams)
+        self._process = os.getpid()
         self._ended = False
         self._generation: Generation | None = None
         weakref.finalize(self, self._job.stop)  # nobody can read it any more
@@ -220,6 +238,15 @@ class Answer:
         if self._ended:
             raise TieredKVError("the stream ended before the answer was complete: ask again.")
         raise TieredKVError("the answer is not complete yet: read the stream to its end first.")
+
+    def __reduce__(self) -> Any:
+        raise TieredKVError("an answer that is being made cannot be pickled or copied: give its `generation`.")
+
+    def _check_process(self) -> None:
+        """Raise `TieredKVError` in a forked process: the thread that makes the answer is not here."""
+        if self._process != os.getpid():
+            self._ended = True
+            raise TieredKVError("this answer was begun before the process was forked: ask again here.")
 
     def _take(self, item: str | End) -> str | None:
         """The piece, or None at the end. Raises what ended the work."""
@@ -255,6 +282,7 @@ class AnswerStream(Answer):
     def __next__(self) -> str:
         if self._ended:
             raise StopIteration
+        self._check_process()
         try:
             piece = self._take(self._items.get())
         except BaseException:  # an error of the work, or an interrupt here
