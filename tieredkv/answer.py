@@ -47,11 +47,11 @@ class VideoPrompt:
 
     def is_visual(self) -> torch.Tensor:
         """Which tokens are visual, `(tokens,)`."""
-        return torch.cat((torch.zeros(self.head_tokens, dtype=torch.bool), self.video.is_visual()))
+        return torch.cat((torch.zeros(self.head_tokens, dtype=torch.bool, device="cpu"), self.video.is_visual()))
 
     def ids(self, tail_ids: torch.Tensor) -> torch.Tensor:
         """Token ids `(1, n)` of a whole prompt, as the model's processor writes it. tail_ids: all after the video."""
-        inside = torch.tensor([self.video.ids(self.template.visual_id)])
+        inside = torch.tensor([self.video.ids(self.template.visual_id)], dtype=torch.long, device="cpu")
         return torch.cat((self.head_ids, inside, tail_ids), dim=1)
 
     def question_tokens(self, tail: str, question: str) -> int:

@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Generic, TypeVar
 
+from tieredkv.ambient import Ambient
 from tieredkv.errors import TieredKVError
 
 T = TypeVar("T")
@@ -39,14 +40,16 @@ class _Stage(Generic[T]):
         self.ended = False
         self.lifetime = self.waited = 0.0
         """Seconds: the thread's life, and its waits for room or for another stage's items."""
+        self._ambient = Ambient()
         self.thread = threading.Thread(target=self._run, name=f"tieredkv-{name}", daemon=True)
 
     def _run(self) -> None:
         started = time.perf_counter()
         try:
             try:
-                for item in self.items:
-                    self._put(item)
+                with self._ambient.here():
+                    for item in self.items:
+                        self._put(item)
             finally:
                 self.lifetime = time.perf_counter() - started
                 if (close := getattr(self.items, "close", None)) is not None:

@@ -67,7 +67,7 @@ class VideoSession(AsyncAsking):
         self._stored: Stored | None = None
         self._pipeline: Pipeline | None = None
         self._head = ""
-        self._head_ids: torch.Tensor = torch.empty((1, 0), dtype=torch.long)
+        self._head_ids: torch.Tensor = torch.empty((1, 0), dtype=torch.long, device="cpu")
         self._lock = threading.RLock()
         self._line: deque[Job] = deque()
         self._closed = False
@@ -228,7 +228,8 @@ class VideoSession(AsyncAsking):
                 check_host(cache.host_bytes, self.tiers.host_kv_gb, what, "raise host_kv_gb")
             self.positions, self._about_video, self._history = state.positions, state.video, state.history
             self.template = ChatTemplate(self.family, self.processor, state.positions)
-            self._head, self._head_ids = state.head, torch.tensor([state.head_ids], dtype=torch.long)
+            self._head = state.head
+            self._head_ids = torch.tensor([state.head_ids], dtype=torch.long, device="cpu")
             self.ingest_s, self.ingest_stats = state.ingest_s, state.ingest_stats
             self._stored = stored
             self._begin_asking(cache, state.grid)

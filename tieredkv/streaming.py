@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any
 
-import torch
 from transformers.generation.streamers import BaseStreamer
 
 from tieredkv import forking
+from tieredkv.ambient import Ambient
 from tieredkv.errors import OptionError, TieredKVError
 from tieredkv.pipeline import Cancelled
 from tieredkv.stats import Generation
@@ -71,9 +71,7 @@ class Job:
 
     def start(self, deliver: Callable[[str | End], None]) -> None:
         """Begin. `deliver` is called on the job's thread with every piece, and at last with an `End`."""
-        # The current card is a thread's own: a new one's would be the first.
-        card = torch.cuda.current_device() if torch.cuda.is_initialized() else -1
-        thread = threading.Thread(target=self._run, args=(deliver, card), name="tieredkv-answer", daemon=True)
+        thread = threading.Thread(target=self._run, args=(deliver, Ambient()), name="tieredkv-answer", daemon=True)
         self._deliver = deliver
         self._work.line.append(self)
         _running.add(self)
@@ -85,8 +83,8 @@ class Job:
             raise
         self._thread = thread
 
-    def _run(self, deliver: Callable[[str | End], None], card: int) -> None:
-        with torch.cuda.device(card):  # of -1, nothing
+    def _run(self, deliver: Callable[[str | End], None], ambient: Ambient) -> None:
+        with ambient.here():
             outcome = self._outcome()
         deliver(outcome)
         _running.discard(self)

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from tieredkv.ambient import attended_dtype, without_gradient
 from tieredkv.errors import OptionError, UnsupportedModelError
 
 NAME = "tieredkv"
@@ -65,7 +66,9 @@ def tiered_attention(
     if attention_mask is not None:
         raise OptionError("attention 'tieredkv' is causal and takes no prepared attention mask: pass none.")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = layer.attend(query[0], key[0], value[0], scaling)
+    # Under autocast as torch's own attention is: all three in its dtype, and so the output.
+    query, key, value = (part.to(attended_dtype(part)) for part in (query, key, value))
+    out = without_gradient(layer.attend(query[0], key[0], value[0], scaling), query)
     return out.transpose(0, 1).unsqueeze(0).contiguous(), None
 
 

@@ -19,7 +19,7 @@ def aligned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Uninitialised host memory that begins on a page and shares none with anything else."""
     nbytes = torch.Size(shape).numel() * dtype.itemsize
     whole = -(-nbytes // PAGE_BYTES) * PAGE_BYTES
-    memory = torch.empty(whole + PAGE_BYTES, dtype=torch.uint8)
+    memory = torch.empty(whole + PAGE_BYTES, dtype=torch.uint8, device="cpu")
     begin = -memory.data_ptr() % PAGE_BYTES
     return memory[begin : begin + nbytes].view(dtype).view(shape)
 
