@@ -52,11 +52,12 @@ def attended_dtype(tensor: torch.Tensor) -> torch.dtype:
 class Ambient:
     """What the calling thread has set, for another thread to run a model under. (No thread begins with its maker's.)"""
 
-    def __init__(self) -> None:
+    def __init__(self, device: bool = False) -> None:
+        """device: the default device too, which whoever is called back may count on."""
         self._cast = [(kind, torch.get_autocast_dtype(kind)) for kind in _KINDS if torch.is_autocast_enabled(kind)]
         self._cache = torch.is_autocast_cache_enabled()
         self._inference = torch.is_inference_mode_enabled()
-        self._device = torch.get_default_device()
+        self._device = torch.get_default_device() if device else torch.device("cpu")
         # The current card and its stream, on which what was given to the card comes before what follows.
         self._stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
 

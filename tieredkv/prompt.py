@@ -81,7 +81,8 @@ class ChatTemplate:
 
     def tokenize(self, text: str) -> torch.Tensor:
         """Token ids `(1, n)`."""
-        return self.processor.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+        ids = self.processor.tokenizer(text, add_special_tokens=False).input_ids
+        return torch.tensor([ids], dtype=torch.long, device="cpu")
 
     def text(self, token_ids: list[int]) -> str:
         """The text of generated tokens, without special ones."""

@@ -64,13 +64,14 @@ class Qwen2VL(VideoFamily):
         return preprocess
 
     def _preprocess(self, processor: Any, video: torch.Tensor, fps: float, **options: Any) -> dict[str, torch.Tensor]:
-        return processor.video_processor(
-            videos=[video],
-            video_metadata=[{"fps": fps, "total_num_frames": video.shape[0]}],
-            do_sample_frames=False,
-            return_tensors="pt",
-            **options,
-        )
+        with torch.device("cpu"):  # whatever the caller's default device
+            return processor.video_processor(
+                videos=[video],
+                video_metadata=[{"fps": fps, "total_num_frames": video.shape[0]}],
+                do_sample_frames=False,
+                return_tensors="pt",
+                **options,
+            )
 
     def _grid(self, config: Any, inputs: dict[str, torch.Tensor]) -> tuple[int, int, int]:
         merge = config.vision_config.spatial_merge_size
