@@ -295,13 +295,15 @@ def test_autocast_reaches_the_threads_that_work_for_the_caller(video_model, proc
         )
     ]
     try:
-        with torch.autocast("cpu", dtype=dtype):
-            with tieredkv.open_session(video_model, few, processor=processor, **TIGHT) as session:
-                plain = session.ask(QUESTION, **OPTIONS).token_ids
-                with session.ask(QUESTION, stream=True, **OPTIONS) as stream:
-                    list(stream)
-                assert stream.generation.token_ids == plain
-                assert asyncio.run(session.aask(QUESTION, **OPTIONS)).token_ids == plain
+        with (
+            torch.autocast("cpu", dtype=dtype),
+            tieredkv.open_session(video_model, few, processor=processor, **TIGHT) as session,
+        ):
+            plain = session.ask(QUESTION, **OPTIONS).token_ids
+            with session.ask(QUESTION, stream=True, **OPTIONS) as stream:
+                list(stream)
+            assert stream.generation.token_ids == plain
+            assert asyncio.run(session.aask(QUESTION, **OPTIONS)).token_ids == plain
     finally:
         for hook in hooks:
             hook.remove()
@@ -343,12 +345,12 @@ def test_a_cache_under_autocast_keeps_what_attention_takes(long_ids, kind):
 def test_greedy_answers_and_ingest_leave_the_callers_random_numbers_alone(roads):
     torch.manual_seed(7)
     random.seed(7)
-    np.random.seed(7)  # noqa: NPY002
-    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    np.random.seed(7)
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     roads()
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
-    assert np.random.get_state()[1].tolist() == before[2]  # noqa: NPY002
+    assert np.random.get_state()[1].tolist() == before[2]
 
 
 def test_a_sampled_stream_draws_what_a_sampled_answer_draws(video_model, processor, few):

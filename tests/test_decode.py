@@ -146,7 +146,7 @@ def spell(llama, byte_tokenizer):
     """The loop, on a model that would write one text."""
     text = byte_tokenizer("one two three four").input_ids
 
-    def run(own=None, stop_after=len(text), **options):
+    def run(own=None, **options):
         place = iter(range(1, len(text)))
 
         def logits(at):
@@ -156,7 +156,7 @@ def spell(llama, byte_tokenizer):
             check_options(options, model_config=llama.generation_config)
             prompt = torch.tensor([[1, 2, 3]])
             made = decode.run(
-                llama, prompt, logits(0), lambda _: logits(next(place)), stop_after, options, byte_tokenizer
+                llama, prompt, logits(0), lambda _: logits(next(place)), len(text), options, byte_tokenizer
             )
         return byte_tokenizer.decode(made.token_ids)
 
@@ -193,13 +193,23 @@ def test_stop_strings_that_a_tokenizer_cannot_find_are_refused(session, video_mo
 
 
 @pytest.mark.parametrize("where", ["option", "generation_config", "model"])
-def test_the_time_that_an_answer_may_take_counts_from_its_question(spell, monkeypatch, where):
-    now = time.time()
-    options = {"option": {"max_time": 5.0}, "generation_config": {"generation_config": GenerationConfig(max_time=5.0)}}
-    own = {"max_time": 5.0} if where == "model" else {}
-    ticks = iter(range(100))
-    monkeypatch.setattr(decode.time, "time", lambda: now + next(ticks))  # a second for each look at the clock
-    assert spell(own, **options.get(where, {})) == "one tw"
+def test_the_time_that_an_answer_may_take_counts_from_its_question(session, video_model, monkeypatch, where):
+    now = 0.0
+
+    def a_second(*_):
+        nonlocal now
+        now += 1
+
+    monkeypatch.setattr(time, "time", lambda: now)
+    limit = {"max_time": 2.5}
+    options = {"option": limit, "generation_config": {"generation_config": GenerationConfig(**limit)}}.get(where, {})
+    hook = video_model.model.language_model.register_forward_hook(a_second)
+    try:
+        with own_settings(video_model, **(limit if where == "model" else {})):
+            made = session.ask(QUESTION, max_new_tokens=9, **options)
+    finally:
+        hook.remove()
+    assert made.stats.new_tokens == 3  # after 1 s, 2 s, and 3 s
 
 
 def test_nothing_is_said_of_a_config_given_with_other_options(session, caplog, monkeypatch):

@@ -1,4 +1,4 @@
-"""torch's settings of the thread that calls us: what our own arithmetic runs under, and what goes along to another thread.
+"""What the calling thread has set in torch: what our own arithmetic runs under, and what another thread gets of it.
 
 A model runs under whatever its caller has set: autocast, inference mode, a default device. Our own arithmetic does
 not: keys and values outlive the mode that they came in, and are of the dtype they were made in. (torch's default dtype

@@ -78,7 +78,7 @@ def answer(
     tail_ids: `(1, n)`. new_tokens: at most. options: transformers' generation options. check: called before every chunk
     of the question and every step; may raise to stop. ingest_s: for the statistics. Raises `BudgetError`.
     """
-    started, since = time.perf_counter(), time.time()
+    started, options = time.perf_counter(), decode.timed(options, model.generation_config)
     family, device, tiers = prompt.template.family, model.get_input_embeddings().weight.device, cache.tiers
     prefix, tail = prompt.tokens, tail_ids.shape[1]
     _make_room(cache, prefix, tail, new_tokens)
@@ -109,7 +109,7 @@ def answer(
 
         tokenizer = prompt.template.processor.tokenizer
         prompt_ids = prompt.ids(tail_ids).to(device)
-        decoded = decode.run(model, prompt_ids, logits, step, new_tokens, options, tokenizer, since)
+        decoded = decode.run(model, prompt_ids, logits, step, new_tokens, options, tokenizer)
     cache.finish()
     stats = _stats(cache, prompt.video, prefix + tail, decoded, started, ingest_s, steps.path)
     return Generation(prompt.template.text(decoded.token_ids), decoded.token_ids, stats, cache.counters.trace)

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, MaxTimeCriteria, StoppingCriteriaList
 from tieredkv.errors import OptionError
 from tieredkv.generation_settings import FORMS, check_options, explicit, new_tokens, setting
 
-__all__ = ["Decoded", "check_options", "ending_on_error", "new_tokens", "resolve_stop_strings", "run"]
+__all__ = ["Decoded", "check_options", "ending_on_error", "new_tokens", "resolve_stop_strings", "run", "timed"]
 
 
 @dataclass(slots=True)
@@ -47,13 +47,11 @@ def run(
     max_new_tokens: int,
     options: dict[str, Any],
     tokenizer: Any,
-    since: float | None = None,
 ) -> Decoded:
     """Generate up to `max_new_tokens` after a prompt that is cached already.
 
     prompt_ids `(1, N)`: what penalties and stopping criteria see. first_logits `(1, vocabulary)`: for the first
-    token. step(token) caches the token and returns the logits for the next. options: transformers' names. since:
-    `time.time()` from which `max_time` counts, None: now.
+    token. step(token) caches the token and returns the logits for the next. options: transformers' names.
     """
     decoded: Decoded | None = None
     started = False
@@ -99,7 +97,7 @@ def run(
         return ids
 
     streamer = options.get("streamer")
-    given = _for_generate(options, tokenizer, model.generation_config, time.time() if since is None else since)
+    given = _for_generate(options, tokenizer, model.generation_config)
     try:
         # Positions and mask are given so that `generate` neither computes nor stores any on the model.
         model.generate(
@@ -127,7 +125,19 @@ def _not_valid(error: Exception) -> OptionError:
     return OptionError(f"a generation option is not valid: {said}")
 
 
-def _for_generate(options: dict[str, Any], tokenizer: Any, model_config: Any, since: float) -> dict[str, Any]:
+def timed(options: dict[str, Any], model_config: Any) -> dict[str, Any]:
+    """The options with `max_time` counting from now, where transformers counts from the first token."""
+    most = setting("max_time", options, model_config)
+    if most is None:
+        return options
+    if not isinstance(most, int | float):
+        raise OptionError(f"max_time={most!r} is not valid: give seconds.")
+    criteria = StoppingCriteriaList(options.get("stopping_criteria") or [])
+    criteria.append(MaxTimeCriteria(max_time=most))
+    return {**options, "max_time": None, "stopping_criteria": criteria}
+
+
+def _for_generate(options: dict[str, Any], tokenizer: Any, model_config: Any) -> dict[str, Any]:
     """What `model.generate` is given of the options, all but `max_new_tokens`.
 
     Settings are given by name: beside a `generation_config` transformers deprecates that, and from a config it would
@@ -136,15 +146,11 @@ def _for_generate(options: dict[str, Any], tokenizer: Any, model_config: Any, si
     criteria = dict(options)
     resolve_stop_strings(criteria, options.get("tokenizer") or tokenizer, model_config)
     stopping = StoppingCriteriaList(criteria.get("stopping_criteria") or [])
-    if (most := setting("max_time", options, model_config)) is not None:
-        if not isinstance(most, int | float):
-            raise OptionError(f"max_time={most!r} is not valid: give seconds.")
-        stopping.append(MaxTimeCriteria(max_time=most, initial_timestamp=since))
     here = vars(GenerationConfig()).keys()
     forms = {name: plain[0] for name, plain in FORMS.items() if name in here}
-    # `generate` drops the tokenizer when it is given a loop of one's own, and times from when it is called. The cache
-    # is ours: it must not allocate one beside it.
-    ours = {"stop_strings": None, "max_time": None, "use_cache": False}
+    # `generate` drops the tokenizer when it is given a loop of one's own. The cache is ours: it must not allocate one
+    # beside it.
+    ours = {"stop_strings": None, "use_cache": False}
     given = {name: value for name, value in explicit(options).items() if name != "max_new_tokens"}
     callables = {name: options.get(name) for name in ("logits_processor", "prefix_allowed_tokens_fn")}
     return {**given, **forms, **ours, **callables, "stopping_criteria": stopping}

@@ -1,9 +1,9 @@
 """Forked processes: a child has its parent's memory, and of its threads only the one that forked.
 
 Threads, and what they hold or were about to do, are lost: locks are made anew, background threads begin again when they
-are needed, and what another thread was at work on is refused. Two things cannot be made anew. torch's threads (OpenMP's)
-do not survive a fork once they have been used, and an operation of several threads waits for them for ever, stock
-transformers' too. And a card that the parent has used cannot be used by a child.
+are needed, and what another thread was at work on is refused. Two things cannot be made anew. torch's own threads
+(OpenMP's), once used, do not survive a fork, and an operation on several of them waits for ever, in stock transformers
+too. And a card that the parent has used cannot be used by a child.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ class TieredLayer(CacheLayerMixin):
         self._check_once()
         with on_device(self.device):
             attend = self._prefill if self.sealed is None else self.sealed.steps
-            out = attend(*(part.to(self.dtype) for part in (query, keys, values)), scaling)
+            out = attend(query.to(self.dtype), keys.to(self.dtype), values.to(self.dtype), scaling)
         self.cache.attended()
         return out.to(query.dtype)
 

@@ -59,7 +59,7 @@ _one_writer = threading.Lock()  # two threads that save one path would share a t
 
 
 def _after_fork() -> None:
-    global _one_writer  # noqa: PLW0603
+    global _one_writer
     _one_writer = threading.Lock()
 
 

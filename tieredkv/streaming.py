@@ -71,7 +71,9 @@ class Job:
 
     def start(self, deliver: Callable[[str | End], None]) -> None:
         """Begin. `deliver` is called on the job's thread with every piece, and at last with an `End`."""
-        thread = threading.Thread(target=self._run, args=(deliver, Ambient(device=True)), name="tieredkv-answer", daemon=True)
+        thread = threading.Thread(
+            target=self._run, args=(deliver, Ambient(device=True)), name="tieredkv-answer", daemon=True
+        )
         self._deliver = deliver
         self._work.line.append(self)
         _running.add(self)

@@ -110,7 +110,7 @@ def _leave(model: PreTrainedModel, thread: int) -> None:
 
 def _after_fork() -> None:
     """The blocks of other threads do not go on in a forked process."""
-    global _users_lock  # noqa: PLW0603
+    global _users_lock
     _users_lock = threading.Lock()
     for model, (threads, _) in list(_users.items()):
         for thread in [thread for thread in threads if thread != threading.get_ident()]:
