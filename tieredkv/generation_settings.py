@@ -35,61 +35,21 @@ _OTHER_LOOPS = (
 )
 """Options of `generate` that no config holds and that make another loop: refused unless None or False."""
 
-WORKS = frozenset(
-    {
-        "max_new_tokens",
-        "min_length",
-        "min_new_tokens",
-        "max_time",
-        "stop_strings",
-        "do_sample",
-        "temperature",
-        "top_k",
-        "top_p",
-        "min_p",
-        "top_h",
-        "typical_p",
-        "epsilon_cutoff",
-        "eta_cutoff",
-        "repetition_penalty",
-        "encoder_repetition_penalty",
-        "no_repeat_ngram_size",
-        "encoder_no_repeat_ngram_size",
-        "bad_words_ids",
-        "renormalize_logits",
-        "forced_bos_token_id",
-        "forced_eos_token_id",
-        "remove_invalid_values",
-        "exponential_decay_length_penalty",
-        "suppress_tokens",
-        "begin_suppress_tokens",
-        "sequence_bias",
-        "watermarking_config",
-        "eos_token_id",
-    }
-)
+WORKS = frozenset((
+    "max_new_tokens", "min_length", "min_new_tokens", "max_time", "stop_strings", "do_sample", "temperature",
+    "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty",
+    "encoder_repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids",
+    "renormalize_logits", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
+    "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "sequence_bias",
+    "watermarking_config", "eos_token_id"
+))  # fmt: skip
 """Settings that do what they do in `model.generate`, most of them by transformers' own processors and criteria."""
-IDLE = frozenset(
-    {
-        "pad_token_id",
-        "bos_token_id",
-        "decoder_start_token_id",
-        "early_stopping",
-        "length_penalty",
-        "diversity_penalty",
-        "low_memory",
-        "num_assistant_tokens",
-        "num_assistant_tokens_schedule",
-        "assistant_confidence_threshold",
-        "max_matching_ngram_size",
-        "assistant_lookbehind",
-        "target_lookbehind",
-        "assistant_ensemble_weight",
-        "speculation_type",
-        "disable_compile",
-        "transformers_version",
-    }
-)
+IDLE = frozenset((
+    "pad_token_id", "bos_token_id", "decoder_start_token_id", "early_stopping", "length_penalty",
+    "diversity_penalty", "low_memory", "num_assistant_tokens", "num_assistant_tokens_schedule",
+    "assistant_confidence_threshold", "max_matching_ngram_size", "assistant_lookbehind", "target_lookbehind",
+    "assistant_ensemble_weight", "speculation_type", "disable_compile", "transformers_version"
+))  # fmt: skip
 """Settings that change nothing for one sequence, one beam and no second model, in `model.generate` as here."""
 SEARCHES: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),
