@@ -7,6 +7,7 @@ import asyncio
 import gc
 import random
 import threading
+import traceback
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,11 +16,13 @@ import pytest
 import torch
 from families import BUILD, build
 from helpers import RecordLogits, session_logits, stock_inputs, stock_logits
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tieredkv
-from tieredkv import TieredCache
+from tieredkv import TieredCache, models
 from tieredkv.ambient import Ambient
 from tieredkv.attention.interface import use_attention
+from tieredkv.models.base import VideoGrid
 from tieredkv.pipeline import Pipeline
 from tieredkv.policy.presets import POLICIES
 
@@ -412,3 +415,54 @@ def test_who_is_called_back_from_a_stream_finds_the_callers_default_device(video
             list(stream)
         session.ask(QUESTION, logits_processor=[look], **OPTIONS)
     assert devices == {"meta"}
+
+
+def test_a_plan_and_a_page_of_evidence_are_the_same_too(video_model, processor, few, tmp_path):
+    def take():
+        plan = tieredkv.plan(video_model, few, processor=processor, host_kv_gb=1, **TIGHT)
+        with tieredkv.open_session(video_model, few, processor=processor, **TIGHT) as session:
+            made = session.ask(QUESTION, evidence="tokens", **OPTIONS)
+        tieredkv.save_evidence(made, tmp_path / "page.html", question=QUESTION, video=few, source_fps=4)
+        return str(plan), (tmp_path / "page.html").read_text()
+
+    plain = take()
+    with everything(torch.float16):
+        assert take() == plain
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_large_numbers_are_not_counted_in_a_small_default_dtype(video_model, processor, dtype):
+    """What tens of thousands of tokens come to, of which the short videos above have no need."""
+    grid = VideoGrid(steps=3001, rows=2, columns=2, seconds_per_step=0.75)
+    family = models.video_family(video_model.config)
+
+    def take():
+        positions = family.positions(video_model, 7, grid, 0, grid.tokens + 20, "published")
+        plan = tieredkv.plan(video_model.config, 50_001, gpu_kv_gb=0.05, host_kv_gb=1)
+        return positions, str(plan)
+
+    plain = take()
+    with restored(torch.set_default_dtype, torch.get_default_dtype, dtype):
+        assert same(take(), plain)
+
+
+@pytest.mark.parametrize("options", [TIGHT, {**TIGHT, "adaptive": True}, {**TIGHT, "reuse_above": 0.5}], ids=str)
+def test_nothing_that_is_computed_here_is_of_the_default_dtype(video_model, processor, few, options):
+    """A whole number times a fraction, or divided, would be: small ones then come out right, and large ones do not."""
+    made = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.dtype == torch.bfloat16:
+                frames = [frame for frame in traceback.extract_stack() if "/torch/" not in frame.filename]
+                caller = Path(frames[-2].filename)
+                if PACKAGE in caller.parents:
+                    made.add(f"{caller.relative_to(PACKAGE)}:{frames[-2].lineno}: {function}")
+            return out
+
+    with restored(torch.set_default_dtype, torch.get_default_dtype, torch.bfloat16), Watch():
+        tieredkv.plan(video_model.config, 50_001, gpu_kv_gb=0.05, host_kv_gb=1)
+        with tieredkv.open_session(video_model, few, processor=processor, **options) as session:
+            session.ask(QUESTION, evidence="tokens", **OPTIONS)
+    assert {one for one in made if not one.startswith("planner.py")} == set()  # which counts a model's weights

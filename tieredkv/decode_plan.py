@@ -117,7 +117,7 @@ def plan_decode(
     room = torch.where(static, 0, pages - layout.sink_chunks)
     if ratio is None:  # all of it is slots, some of them spare
         slots = room
-        spare = torch.minimum((slots - 1).clamp(min=0), (slots * tiers.spare_ratio).long())
+        spare = torch.minimum((slots - 1).clamp(min=0), (slots.float() * tiers.spare_ratio).long())
         selected = torch.where(slots == layout.retrievable, slots, slots - spare)
     else:  # as many are selected as the ratio says, and the spare ones come on top
         selected = room
