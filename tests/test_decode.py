@@ -414,3 +414,10 @@ def test_a_silly_length_is_refused(value):
 def test_an_unknown_option_of_generate_is_refused_before_anything_is_loaded():
     with pytest.raises(OptionError, match="Did you mean max_frames"):
         tieredkv.generate("/nowhere", "nothing.mp4", "what ?", max_frame=3)
+
+
+def test_generate_makes_no_cache_of_its_own(session, video_model, monkeypatch):
+    made = []
+    monkeypatch.setattr(transformers.generation.utils, "DynamicCache", lambda *args, **options: made.append(args))
+    session.ask(QUESTION, max_new_tokens=2, use_cache=True)
+    assert made == []

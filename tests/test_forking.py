@@ -277,8 +277,19 @@ def test_a_pipeline_of_the_parent_ends_in_the_child():
         gate = threading.Event()
         items = pipeline.stage("waits", (gate.wait(60) for _ in range(2)))
         assert "forked while a video was being ingested" in forked(lambda: next(items))
-        with pipeline.changed:  # held by whoever forks, or by another thread: the child does not ask for it
-            assert forked(lambda: pipeline.__exit__()) == "None"
+        held, give_back = threading.Event(), threading.Event()
+
+        def hold():
+            with pipeline.changed:
+                held.set()
+                give_back.wait(60)
+
+        thread = threading.Thread(target=hold)
+        thread.start()
+        assert held.wait(60)
+        assert forked(lambda: pipeline.__exit__()) == "None", "the child waits for a thread that it does not have"
+        give_back.set()
+        thread.join()
         gate.set()
 
 

@@ -148,9 +148,8 @@ class Job:
             action()
 
     def abandon(self) -> None:
-        """Forget the work, whose thread is not in this process."""
+        """Have nothing more to stop: the thread is not in this process."""
         self._on_stop = None
-        self._work.line.clear()
 
     def join(self) -> None:
         """Wait for the thread, unless it is the one that asks."""
@@ -172,7 +171,7 @@ def _stop_all() -> None:
 
 
 def _after_fork() -> None:
-    """No job goes on in a forked process; whoever would read it, or have its turn after it, is not to wait."""
+    """No job goes on in a forked process. (Their sessions clear the line of those that had no turn yet.)"""
     for job in _running:
         job.abandon()
     _running.clear()
