@@ -33,6 +33,7 @@ class AsyncAnswerStream(Answer):
     async def __anext__(self) -> str:
         if self._ended:
             raise StopAsyncIteration
+        self._check_process()
         if not self._job.started:
             self._job.start(_deliverer(self._job, self._items, self._over))
         try:

@@ -47,11 +47,11 @@ class VideoPrompt:
 
     def is_visual(self) -> torch.Tensor:
         """Which tokens are visual, `(tokens,)`."""
-        return torch.cat((torch.zeros(self.head_tokens, dtype=torch.bool), self.video.is_visual()))
+        return torch.cat((torch.zeros(self.head_tokens, dtype=torch.bool, device="cpu"), self.video.is_visual()))
 
     def ids(self, tail_ids: torch.Tensor) -> torch.Tensor:
         """Token ids `(1, n)` of a whole prompt, as the model's processor writes it. tail_ids: all after the video."""
-        inside = torch.tensor([self.video.ids(self.template.visual_id)])
+        inside = torch.tensor([self.video.ids(self.template.visual_id)], dtype=torch.long, device="cpu")
         return torch.cat((self.head_ids, inside, tail_ids), dim=1)
 
     def question_tokens(self, tail: str, question: str) -> int:
@@ -78,7 +78,7 @@ def answer(
     tail_ids: `(1, n)`. new_tokens: at most. options: transformers' generation options. check: called before every chunk
     of the question and every step; may raise to stop. ingest_s: for the statistics. Raises `BudgetError`.
     """
-    started = time.perf_counter()
+    started, options = time.perf_counter(), decode.timed(options, model.generation_config)
     family, device, tiers = prompt.template.family, model.get_input_embeddings().weight.device, cache.tiers
     prefix, tail = prompt.tokens, tail_ids.shape[1]
     _make_room(cache, prefix, tail, new_tokens)

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from transformers import Cache, PreTrainedConfig
 
-from tieredkv import decode_plan, models, sizes
+from tieredkv import decode_plan, forking, models, sizes
+from tieredkv.ambient import settled
 from tieredkv.config import GIB, TierConfig, tier_config
 from tieredkv.errors import OptionError, TieredKVError, UnsupportedModelError
 from tieredkv.layer import TieredLayer
@@ -112,6 +113,7 @@ class TieredCache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Logical length: every token cached, wherever it is now; the same for every layer."""
+        forking.check()  # the first that a model asks of its cache, before it computes much
         return self.tiered_layers[0].get_seq_length()
 
     @property
@@ -172,6 +174,7 @@ class TieredCache(Cache):
         """Tokens that the host tier holds without growing."""
         return min(layer.host.capacity if layer.host is not None else 0 for layer in self.tiered_layers)
 
+    @settled
     def reserve(self, tokens: int) -> None:
         """Make room for exactly `tokens` tokens in the host tier."""
         for layer in self.tiered_layers:
@@ -189,6 +192,8 @@ class TieredCache(Cache):
         """Layer `index` is about to attend for `tokens` new tokens; moves between the phases where that asks for it."""
         if self._closed:
             raise TieredKVError("this TieredCache is closed.")
+        if index == 0:
+            forking.enter(self.devices[0].type)
         if index > 0 and self._announced is not None:
             raise RuntimeError(
                 f"layer {self._announced} updated a TieredCache but did not attend through it, so its output ignores "
@@ -241,6 +246,7 @@ class TieredCache(Cache):
 
     # ---- phases
 
+    @settled
     def seal(self) -> None:
         """Classify the heads, spend the budget, prune the static heads, fill the pool: ready for decoding steps.
 
@@ -267,9 +273,9 @@ class TieredCache(Cache):
         within = replace(self.tiers, gpu_kv_gb=(self.tiers.cap_bytes - more) / GIB) if more else self.tiers
         plan = decode_plan.plan_decode(self.shape, within, layout, scores, static, need)
         if self.visual is None:
-            is_text = torch.arange(length) >= length - self.text_rows
+            is_text = torch.arange(length, device="cpu") >= length - self.text_rows
         else:
-            is_text = torch.ones(length, dtype=torch.bool)
+            is_text = torch.ones(length, dtype=torch.bool, device="cpu")
             is_text[: self.visual.shape[0]] = ~self.visual
         trace = self._counters.trace
         self._counters = Counters(
@@ -334,11 +340,11 @@ class TieredCache(Cache):
 
     def _need(self, rows: list[TextRows], layout: sizes.Layout) -> torch.Tensor:
         """Tokens that every head would need, `(2, L, K)`: to be static, and for a smaller share of its attention."""
-        unknown = torch.full((2, self.shape.num_key_value_heads), layout.tokens + 1)
+        unknown = torch.full((2, self.shape.num_key_value_heads), layout.tokens + 1, dtype=torch.int64, device="cpu")
         shares = (self.tiers.method.theta, classify.SPREAD_SHARE)
         recent = layout.tokens - layout.recent_start
         if shares[0] <= 0:
-            return torch.zeros((2, len(rows), self.shape.num_key_value_heads), dtype=torch.int64)
+            return torch.zeros((2, len(rows), self.shape.num_key_value_heads), dtype=torch.int64, device="cpu")
         need = [
             classify.tokens_to_cover(row.halves, self.tiers.sink_tokens, recent, shares)
             if row.count >= classify.LEAST_ROWS
@@ -353,6 +359,7 @@ class TieredCache(Cache):
             assert layer.sealed is not None
             layer.sealed.count_step()
 
+    @settled
     def note_step(self) -> None:
         """Keep what the step just taken attended to, where it is recorded. Waits for the device."""
         if self.looks is not None and self._pools:
@@ -380,6 +387,7 @@ class TieredCache(Cache):
         finally:
             self._forced = False
 
+    @settled
     def settle(self) -> None:
         """Say that what is cached is the context, and that what follows are questions about it.
 
@@ -388,6 +396,7 @@ class TieredCache(Cache):
         for layer in self.tiered_layers:
             layer.settle()
 
+    @settled
     def set_tiers(self, tiers: TierConfig) -> None:
         """Other settings from the next seal on; what is cached stays. Not while sealed.
 
@@ -406,6 +415,7 @@ class TieredCache(Cache):
         self.tiers = tiers
         self.ledger.cap_bytes = tiers.cap_bytes
 
+    @settled
     def unseal(self) -> None:
         """Back to prefill; generated tokens become cached tokens like any other. Nothing happens if not sealed."""
         if not self.sealed:
@@ -444,6 +454,7 @@ class TieredCache(Cache):
             with on_device(layer.device):
                 self.copies.wait(layer.index)
 
+    @settled
     def truncate(self, tokens: int) -> None:
         """Forget all but the first `tokens` tokens, leaving the decode phase if need be.
 
@@ -483,6 +494,9 @@ class TieredCache(Cache):
                 layer.close()
             if self.locker is not None:
                 self.locker.close()
+
+    def __reduce__(self) -> Any:
+        raise TieredKVError("a TieredCache cannot be pickled or copied: make another, or save a session.")
 
     def __enter__(self) -> TieredCache:
         return self

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,37 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, StoppingCriteriaList, StopStringCriteria
+from transformers import GenerationConfig, MaxTimeCriteria, StoppingCriteriaList, StopStringCriteria
 
 from tieredkv.errors import OptionError
+from tieredkv.generation_settings import FORMS, check_options, explicit, new_tokens, setting
 
-_RUN_OPTIONS = ("generation_config", "logits_processor", "stopping_criteria", "streamer")
-_SEARCHES = {
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "num_beam_groups": 1,
-    "constraints": None,
-    "force_words_ids": None,
-    "penalty_alpha": None,
-    "dola_layers": None,
-    "guidance_scale": None,
-    "token_healing": False,
-    "prompt_lookup_num_tokens": None,
-}
-"""Options that make another search of decoding."""
-_REFUSED = {
-    **_SEARCHES,
-    "prefill_chunk_size": None,
-    "cache_implementation": None,
-    "use_cache": True,
-    "max_length": None,
-    "output_attentions": False,
-    "output_hidden_states": False,
-    "output_scores": False,
-    "output_logits": False,
-    "return_dict_in_generate": False,
-}
-"""Options of transformers without effect or of another meaning here; only the plain value given is accepted."""
+__all__ = ["Decoded", "check_options", "ending_on_error", "new_tokens", "resolve_stop_strings", "run", "timed"]
 
 
 @dataclass(slots=True)
@@ -52,33 +26,6 @@ class Decoded:
     first_token_at: float
     """`time.perf_counter()` when the first token was chosen."""
     last_token_at: float
-
-
-def check_options(options: dict[str, Any], also: tuple[str, ...] = (), model_config: Any = None) -> None:
-    """Raise `OptionError` for a generation option that transformers does not know or that is not supported here.
-
-    A `generation_config` among the options is looked into, and so is the model's own where it is given; there, what
-    would only change the form of the output is let pass.
-    """
-    known = {name for name in {*vars(GenerationConfig()), *_RUN_OPTIONS, *also} if not name.startswith("_")}
-    for name in options:
-        if name not in known:
-            close = difflib.get_close_matches(name, sorted(known), n=1)
-            hint = f" Did you mean {close[0]}?" if close else " Generation options have transformers' names."
-            raise OptionError(f"{name!r} is not an option.{hint}")
-    config = options.get("generation_config")
-    if config is not None and not isinstance(config, GenerationConfig):
-        raise OptionError(f"generation_config is a {type(config).__name__}: give a transformers GenerationConfig.")
-    for name, plain in _REFUSED.items():
-        values = [options.get(name), getattr(config, name, None)]
-        if name in _SEARCHES:
-            values.append(getattr(model_config, name, None))
-        for value in values:
-            if value is not None and value != plain:
-                raise OptionError(f"{name}={value!r} is not supported: leave it out, or set it to {plain!r}.")
-    for new in (options.get("max_new_tokens"), getattr(config, "max_new_tokens", None)):
-        if new is not None and (not isinstance(new, int) or isinstance(new, bool) or new < 1):
-            raise OptionError(f"max_new_tokens={new!r} is not valid: give a whole number of at least 1.")
 
 
 @contextmanager
@@ -125,7 +72,12 @@ def run(
         new: list[int] = []
         first_at = 0.0
         while True:
-            scores = logits_processor(ids, logits)
+            try:
+                scores = logits_processor(ids, logits)
+            except _REFUSALS as error:
+                if options.get("logits_processor") or options.get("prefix_allowed_tokens_fn"):
+                    raise  # of somebody's own
+                raise _not_valid(error) from None
             if generation_config.do_sample:
                 token = torch.multinomial(scores.softmax(-1), 1)
             else:
@@ -144,10 +96,8 @@ def run(
         decoded = Decoded(new, first_at, time.perf_counter())
         return ids
 
-    # `generate` drops streamer and tokenizer when it is given a loop of one's own: both are handled here.
-    given = {name: value for name, value in options.items() if name not in ("max_new_tokens", "streamer")}
     streamer = options.get("streamer")
-    resolve_stop_strings(given, tokenizer, model.generation_config)
+    given = _for_generate(options, tokenizer, model.generation_config)
     try:
         # Positions and mask are given so that `generate` neither computes nor stores any on the model.
         model.generate(
@@ -155,30 +105,69 @@ def run(
             attention_mask=torch.ones_like(prompt_ids),
             position_ids=torch.zeros_like(prompt_ids),
             max_new_tokens=max_new_tokens,
-            use_cache=False,  # the cache is ours: `generate` must not allocate one beside it
             custom_generate=loop,
             **given,
         )
-    except (ValueError, TypeError) as error:
+    except _REFUSALS as error:
         if started:
             raise
-        raise OptionError(f"a generation option is not valid: {str(error).strip().splitlines()[0]}") from None
+        raise _not_valid(error) from None
     assert decoded is not None
     return decoded
 
 
+_REFUSALS = (ValueError, TypeError, AttributeError, LookupError, NotImplementedError)
+"""How transformers refuses settings of the wrong kind."""
+
+
+def _not_valid(error: Exception) -> OptionError:
+    said = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    return OptionError(f"a generation option is not valid: {said}")
+
+
+def timed(options: dict[str, Any], model_config: Any) -> dict[str, Any]:
+    """The options with `max_time` counting from now, where transformers counts from the first token."""
+    most = setting("max_time", options, model_config)
+    if most is None:
+        return options
+    if not isinstance(most, int | float):
+        raise OptionError(f"max_time={most!r} is not valid: give seconds.")
+    criteria = StoppingCriteriaList(options.get("stopping_criteria") or [])
+    criteria.append(MaxTimeCriteria(max_time=most))
+    return {**options, "max_time": None, "stopping_criteria": criteria}
+
+
+def _for_generate(options: dict[str, Any], tokenizer: Any, model_config: Any) -> dict[str, Any]:
+    """What `model.generate` is given of the options, all but `max_new_tokens`.
+
+    Settings are given by name: beside a `generation_config` transformers deprecates that, and from a config it would
+    take None for "as in the model's own".
+    """
+    criteria = dict(options)
+    resolve_stop_strings(criteria, options.get("tokenizer") or tokenizer, model_config)
+    stopping = StoppingCriteriaList(criteria.get("stopping_criteria") or [])
+    here = vars(GenerationConfig()).keys()
+    forms = {name: plain[0] for name, plain in FORMS.items() if name in here}
+    # `generate` drops the tokenizer when it is given a loop of one's own. The cache is ours: it must not allocate one
+    # beside it.
+    ours = {"stop_strings": None, "use_cache": False}
+    given = {name: value for name, value in explicit(options).items() if name != "max_new_tokens"}
+    callables = {name: options.get(name) for name in ("logits_processor", "prefix_allowed_tokens_fn")}
+    return {**given, **forms, **ours, **callables, "stopping_criteria": stopping}
+
+
 def resolve_stop_strings(options: dict[str, Any], tokenizer: Any, model_config: Any = None) -> None:
     """Turn `stop_strings`, of the options, their config or the model's, into a stopping criterion; in place."""
-    config = options.get("generation_config") or model_config
-    strings = options.pop("stop_strings", None) or getattr(config, "stop_strings", None)
+    strings = setting("stop_strings", options, model_config)
+    options.pop("stop_strings", None)
     if not strings:
         return
-    if config is not None:
-        options["generation_config"] = copy.copy(config)
+    if options.get("generation_config") is not None:
+        options["generation_config"] = copy.copy(options["generation_config"])
         options["generation_config"].stop_strings = None
     criteria = StoppingCriteriaList(options.get("stopping_criteria") or [])
     try:
         criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=strings))
-    except (ValueError, IndexError) as error:  # transformers cannot search every vocabulary
+    except (*_REFUSALS, AssertionError) as error:  # transformers cannot search every vocabulary
         raise OptionError(f"stop_strings does not work with this tokenizer ({error}): use stopping_criteria.") from None
     options["stopping_criteria"] = criteria

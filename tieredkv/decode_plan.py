@@ -117,12 +117,12 @@ def plan_decode(
     room = torch.where(static, 0, pages - layout.sink_chunks)
     if ratio is None:  # all of it is slots, some of them spare
         slots = room
-        spare = torch.minimum((slots - 1).clamp(min=0), (slots * tiers.spare_ratio).long())
+        spare = torch.minimum((slots - 1).clamp(min=0), (slots.float() * tiers.spare_ratio).long())
         selected = torch.where(slots == layout.retrievable, slots, slots - spare)
     else:  # as many are selected as the ratio says, and the spare ones come on top
         selected = room
         left = (affordable - int(budgets.sum())) // n_dynamic if n_dynamic else 0
-        wanted = (selected / (1 - tiers.spare_ratio)).long()
+        wanted = (selected.float() / (1 - tiers.spare_ratio)).long()
         slots = torch.minimum(wanted, selected + left).clamp(max=layout.retrievable)
         pages = torch.where(static, pages, layout.sink_chunks + slots)
     ranked = bool((selected[~static] < layout.retrievable).any())
@@ -143,7 +143,7 @@ def table_width(made: DecodePlan, tiers: TierConfig, index: int, static: torch.T
 
 def mean_old_tokens(shape: KVShape, tiers: TierConfig, layout: Layout) -> int:
     """Tokens before the recent region that an average head can keep, were all heads static."""
-    scores = torch.ones((shape.num_layers, shape.num_key_value_heads))
+    scores = torch.ones((shape.num_layers, shape.num_key_value_heads), dtype=torch.float32, device="cpu")
     made = plan_decode(shape, tiers, layout, scores, scores.bool())
     dense = tiers.method.dense_layers
     pages = made.pages[dense:]

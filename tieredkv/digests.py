@@ -41,7 +41,8 @@ class ContextDigests:
         self._name = ""
         self._digested = 0
         self.basis: sketch.Basis | None = None
-        self.query_moment = torch.zeros(host.num_heads, host.head_dim, host.head_dim)
+        shape = host.num_heads, host.head_dim, host.head_dim
+        self.query_moment = torch.zeros(shape, dtype=torch.float32, device="cpu")
         """`(K, D, D)`: sum of q q^T over the context's first rows, to fit a basis to."""
         self._fitted_to = 0
         self._settled = False
@@ -49,7 +50,9 @@ class ContextDigests:
     @property
     def packed(self) -> torch.Tensor:
         """uint8 `(K, chunks, bytes)` on the host, of the chunks digested so far or more."""
-        return torch.empty((self._host.num_heads, 0, 0), dtype=torch.uint8) if self._packed is None else self._packed
+        if self._packed is None:
+            return torch.empty((self._host.num_heads, 0, 0), dtype=torch.uint8, device="cpu")
+        return self._packed
 
     def before_prompt(self) -> None:
         """Before tokens are written: what has been asked for since, fitted to what is there and not to them."""

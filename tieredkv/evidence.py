@@ -88,18 +88,22 @@ def step_of(tokens: torch.Tensor, head: int, video: VideoGrid) -> torch.Tensor:
     return torch.where(of_a_step, video.step_of(inside), -1)
 
 
+def _zeros(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.float32, device="cpu")
+
+
 def by_step(mass: torch.Tensor, first_chunk: int, chunk_tokens: int, head: int, video: VideoGrid) -> torch.Tensor:
     """Attention `(rows, n)` to chunks, from `first_chunk` on, as attention to the video's steps: `(rows, S)`.
 
     What a chunk got is spread evenly over its tokens; what of it fell on text is left out.
     """
     first = first_chunk * chunk_tokens
-    token = torch.arange(mass.shape[1] * chunk_tokens)
+    token = torch.arange(mass.shape[1] * chunk_tokens, device="cpu")
     step = step_of(first + token, head, video)
     pairs = torch.stack((token // chunk_tokens, step))[:, step >= 0]
     (chunk, step), tokens = pairs.unique(dim=1, return_counts=True)  # how many tokens of a chunk are of a step
-    share = mass[:, chunk] * (tokens / chunk_tokens)
-    return torch.zeros((mass.shape[0], video.steps)).index_add_(1, step, share)
+    share = mass[:, chunk] * (tokens.float() / chunk_tokens)
+    return _zeros(mass.shape[0], video.steps).index_add_(1, step, share)
 
 
 def find_moments(
@@ -168,9 +172,9 @@ def collect(
     """
     c = looks.chunk_tokens
     asked = by_step(looks.question[-rows:] / heads, 0, c, head, video)
-    steps = torch.stack(looks.steps) / max(1, looks.heads) if looks.steps else torch.zeros((0, 0))
+    steps = torch.stack(looks.steps) / max(1, looks.heads) if looks.steps else _zeros(0, 0)
     answered = by_step(steps, looks.first_chunk, c, head, video)
-    always = asked.amin(0) if len(asked) > 1 else torch.zeros(video.steps)
+    always = asked.amin(0) if len(asked) > 1 else _zeros(video.steps)
     asked, answered = (asked - always).clamp(min=0), (answered - always).clamp(min=0)
 
     def found(heat: torch.Tensor) -> tuple[Moment, ...]:

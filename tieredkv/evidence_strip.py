@@ -47,7 +47,7 @@ def columns(evidence: Evidence, count: int, least: int) -> list[float]:
     """The heat as `count` numbers from 0 to 1: of each column's times the highest, each step `least` columns wide."""
     heat, steps = evidence.heat, len(evidence.heat)
     top = float(heat.max()) if steps else 0.0
-    out = torch.zeros(count)
+    out = torch.zeros(count, dtype=torch.float32, device="cpu")
     if top <= 0:
         return out.tolist()
     for step in range(steps):

@@ -10,6 +10,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from tieredkv import prefill, sizes
+from tieredkv.ambient import attended_dtype, settled
 from tieredkv.attention import interface
 from tieredkv.digests import ContextDigests
 from tieredkv.errors import OptionError, UnsupportedModelError
@@ -43,7 +44,11 @@ class TieredLayer(CacheLayerMixin):
     # ---- transformers' protocol
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
+        self._begin(key_states, value_states, attended_dtype(key_states))
+
+    @settled
+    def _begin(self, key_states: torch.Tensor, value_states: torch.Tensor, dtype: torch.dtype) -> None:
+        self.dtype, self.device = dtype, key_states.device
         self.cache.place(self.device)
         _, heads, _, head_dim = key_states.shape
         if value_states.shape != key_states.shape:
@@ -91,15 +96,19 @@ class TieredLayer(CacheLayerMixin):
 
     # ---- attention
 
+    @settled
     def attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
-        """Cache new tokens and attend to them and all before. query `(H, n, D)`, keys and values `(K, n, D)`."""
+        """Cache new tokens and attend to them and all before. query `(H, n, D)`, keys and values `(K, n, D)`.
+
+        Keys and values stay of the dtype of the first; the output is of the query's.
+        """
         self.cache.check_turn(self.index)
         self._check_once()
         with on_device(self.device):
             attend = self._prefill if self.sealed is None else self.sealed.steps
-            out = attend(query, keys, values, scaling)
+            out = attend(query.to(self.dtype), keys.to(self.dtype), values.to(self.dtype), scaling)
         self.cache.attended()
-        return out
+        return out.to(query.dtype)
 
     def _check_once(self) -> None:
         if self._check is not None:
@@ -177,6 +186,7 @@ class TieredLayer(CacheLayerMixin):
         self.digests.truncate(tokens)
         self.rows = None
 
+    @settled
     def state(self) -> dict[str, torch.Tensor]:
         """What `restore` needs, contiguous, in host memory. Not while sealed."""
         assert self.host is not None
@@ -186,6 +196,7 @@ class TieredLayer(CacheLayerMixin):
         self.cache.copies.drain()
         return {"kv": self.host.whole(sizes.QUESTION_ROOM), **digests}
 
+    @settled
     def restore(
         self, state: dict[str, torch.Tensor], tokens: int, device: torch.device, check: Callable[[], None]
     ) -> None:

@@ -13,7 +13,7 @@ class Looks:
 
     def __init__(self, chunk_tokens: int) -> None:
         self.chunk_tokens = chunk_tokens
-        self.question = torch.zeros((0, 0))
+        self.question = torch.zeros((0, 0), dtype=torch.float32, device="cpu")
         """`(T, chunks)`: attention that each scored row of the prompt pays, over all heads, exact."""
         self.steps: list[torch.Tensor] = []
         """`(n,)` each: attention that a step's dynamic heads paid the chunks they chose, from `first_chunk` on."""
@@ -25,10 +25,11 @@ class Looks:
         """Add one layer's attention weights `(K, G, T, m)` on the tokens from `first_token` on, `tokens` in all."""
         c, (rows, m) = self.chunk_tokens, weights.shape[2:]
         if self.question.shape[0] != rows:
-            self.question = torch.zeros((rows, -(-tokens // c)))
+            self.question = torch.zeros((rows, -(-tokens // c)), dtype=torch.float32, device="cpu")
         first, last = first_token // c, (first_token + m - 1) // c
         chunk = torch.arange(first_token, first_token + m, device=weights.device) // c - first
-        mass = torch.zeros((rows, last - first + 1), device=weights.device).index_add_(1, chunk, weights.sum((0, 1)))
+        mass = torch.zeros((rows, last - first + 1), dtype=torch.float32, device=weights.device)
+        mass.index_add_(1, chunk, weights.sum((0, 1)))
         self.question[:, first : last + 1] += mass.cpu()
 
     def seal(self, first_chunk: int, heads: int) -> None:

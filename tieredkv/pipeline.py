@@ -14,11 +14,15 @@ calls `check`, raises `Cancelled`.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator
 from typing import Generic, TypeVar
+
+from tieredkv.ambient import Ambient
+from tieredkv.errors import TieredKVError
 
 T = TypeVar("T")
 
@@ -36,14 +40,16 @@ class _Stage(Generic[T]):
         self.ended = False
         self.lifetime = self.waited = 0.0
         """Seconds: the thread's life, and its waits for room or for another stage's items."""
+        self._ambient = Ambient()
         self.thread = threading.Thread(target=self._run, name=f"tieredkv-{name}", daemon=True)
 
     def _run(self) -> None:
         started = time.perf_counter()
         try:
             try:
-                for item in self.items:
-                    self._put(item)
+                with self._ambient.here():
+                    for item in self.items:
+                        self._put(item)
             finally:
                 self.lifetime = time.perf_counter() - started
                 if (close := getattr(self.items, "close", None)) is not None:
@@ -85,6 +91,7 @@ class Pipeline:
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
+        self._process = os.getpid()
         self.cancelled = False
         self.waited = 0.0
         """Seconds for which threads that are no stage's have waited for items."""
@@ -115,6 +122,9 @@ class Pipeline:
 
     def cancel(self) -> None:
         """Stop every stage at its next item. Does not wait; twice is fine."""
+        if self._process != os.getpid():  # forked: the stages are not here, and `changed` may be held for ever
+            self.cancelled = True
+            return
         with self.changed:
             self.cancelled = True
             self.changed.notify_all()
@@ -128,6 +138,8 @@ class Pipeline:
 
     def wait(self) -> None:
         """Wait for a change, with `changed` held; the time counts as waiting for the stage whose thread this is."""
+        if self._process != os.getpid():
+            raise TieredKVError("the process was forked while a video was being ingested: open it again here.")
         started = time.perf_counter()
         self.changed.wait()
         waiter: Pipeline | _Stage = self._stage_here() or self

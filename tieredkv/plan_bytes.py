@@ -15,7 +15,7 @@ def assumed_static(shape: KVShape, tiers: TierConfig, share: float) -> torch.Ten
     """Mask `(L, K)`: `share` of the heads static, spread evenly over the layers, or what the policy settles itself."""
     method = tiers.method
     share = 1.0 if method.theta <= 0 else 0.0 if method.theta > 1 else share
-    index = torch.arange(shape.kv_heads, dtype=torch.float64)
+    index = torch.arange(shape.kv_heads, dtype=torch.float64, device="cpu")
     static = torch.floor((index + 1) * share + 0.5) > torch.floor(index * share + 0.5)
     static = static.view(shape.num_layers, shape.num_key_value_heads)
     static[: method.dense_layers] = True

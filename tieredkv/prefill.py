@@ -210,7 +210,7 @@ def score_text_rows(
     total = past.tokens + new
     k = classify.top_k_count(tiers.method.top_k_ratio, total)
     window = min(t, tiers.method.saliency_window)
-    halves = torch.empty((2, keys.shape[0], total), dtype=torch.float32)
+    halves = torch.empty((2, keys.shape[0], total), dtype=torch.float32, device="cpu")
     best: torch.Tensor | None = None
     done = 0
 

@@ -116,9 +116,10 @@ class ChatTemplate:
     def tokenize(self, text: str) -> torch.Tensor:
         """Token ids `(1, n)`. Raises `PromptError` for text that the tokenizer refuses."""
         try:
-            return self.processor.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+            ids = self.processor.tokenizer(text, add_special_tokens=False).input_ids
         except Exception as error:  # noqa: BLE001  what tokenizers raise is of no kind of its own
             raise PromptError(f"the tokenizer refuses the prompt ({first_line(error)}): ask in other words.") from None
+        return torch.tensor([ids], dtype=torch.long, device="cpu")
 
     def text(self, token_ids: list[int]) -> str:
         """The text of generated tokens, without special ones."""

@@ -82,13 +82,12 @@ class Retrieval:
         self._unseen: torch.Tensor | None = None
         """`(n,)`: share of attention mass that the step before did not see. Like all that one step leaves to the next,
         it stays where it is: a graph reads and writes it there."""
-        with torch.inference_mode(False):
-            self._clock = torch.zeros(1, dtype=torch.int32, device=device)
-            self._selected, self._missed, self._reused, self._fetched = torch.zeros(
-                (4, n), dtype=torch.int64, device=device
-            )
-            """`(n,)`: chunks selected (if their number changes), missed, reused, fetched ahead; not yet counted."""
-            self._unseen_sum = torch.zeros(n, dtype=torch.float64, device=device)
+        self._clock = torch.zeros(1, dtype=torch.int32, device=device)
+        self._selected, self._missed, self._reused, self._fetched = torch.zeros(
+            (4, n), dtype=torch.int64, device=device
+        )
+        """`(n,)`: chunks selected (if their number changes), missed, reused, fetched ahead; not yet counted."""
+        self._unseen_sum = torch.zeros(n, dtype=torch.float64, device=device)
         tiers.ledger.reserve("tables", Residency.bytes_for(n, self._most_slots, self._chunks))
         tiers.ledger.reserve("tables", reuse_bytes(tiers.shape, tiers.config, n))
         slots = torch.full((n, self._most_slots), -1, dtype=torch.int64, device=device)

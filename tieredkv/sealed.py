@@ -99,11 +99,10 @@ class SealedLayer:
         heads, c = self.host.num_heads, self._c
         self.table[:, :pages] = self.tiers.pool.take(heads * pages).view(heads, pages)
         self.recent_tokens = self.host.length - first_token
-        with torch.inference_mode(False):  # or it could not be written outside that mode
-            self._held = torch.full((1,), self.recent_tokens, dtype=torch.int32, device=self.device)
+        self._held = torch.full((1,), self.recent_tokens, dtype=torch.int32, device=self.device)
         filled = -(-self.recent_tokens // c)
-        ids = (first_token // c + torch.arange(filled)).repeat(heads)
-        who = torch.arange(heads).repeat_interleave(filled)
+        ids = (first_token // c + torch.arange(filled, device="cpu")).repeat(heads)
+        who = torch.arange(heads, device="cpu").repeat_interleave(filled)
         self._fetch(who, ids, self.table[:, :filled].flatten())
         if within := self.recent_tokens % c:  # what the host holds behind its last token was never written
             last = self.table[:, filled - 1]
@@ -120,7 +119,7 @@ class SealedLayer:
         method, n = config.method, saliency.shape[0]
 
         def read() -> tuple[torch.Tensor, torch.Tensor]:
-            return self.host.tokens(head, torch.arange(n))
+            return self.host.tokens(head, torch.arange(n, device="cpu"))
 
         tokens = prune.HeadTokens(saliency, is_text[:n], config.sink_tokens, method.saliency_pool, read)
         kept, slots = prune.kept_tokens(method.rank(tokens), pages * c), pool.take(pages)
@@ -140,7 +139,7 @@ class SealedLayer:
         self.table[self.dynamic, column : column + sinks] = slots.int()
         self.lengths[self.dynamic, column : column + sinks] = self._c
         who = self.dynamic.repeat_interleave(sinks)
-        self._fetch(who, torch.arange(sinks).repeat(n), slots.flatten())
+        self._fetch(who, torch.arange(sinks, device="cpu").repeat(n), slots.flatten())
 
     def _set_lengths(self, retrieval: Retrieval) -> None:
         """Of the chunks selected, which are always full, as many as each head attends to."""
@@ -278,7 +277,7 @@ class SealedLayer:
         Copied page by page, so that no second copy of them is ever on the device; of packed pages as precise as those.
         """
         shape = (2, self.host.num_heads, self.generated, self.host.head_dim)
-        tokens = torch.empty(shape, dtype=self.host.dtype)
+        tokens = torch.empty(shape, dtype=self.host.dtype, device="cpu")
         first = self.recent_tokens - self.generated
         for head in range(self.host.num_heads):
             for page in range(first // self._c, -(-self.recent_tokens // self._c)):

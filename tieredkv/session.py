@@ -13,7 +13,7 @@ from typing import Any, Literal, overload
 
 import torch
 
-from tieredkv import decode, ingest, models, saved, sizes
+from tieredkv import decode, forking, ingest, models, saved, sizes
 from tieredkv.aio import AsyncAsking
 from tieredkv.answer import VideoPrompt, answer, looked_at
 from tieredkv.cache import TieredCache
@@ -33,9 +33,6 @@ from tieredkv.storage import Stored
 from tieredkv.streaming import AnswerStream, Job, Work, check_stream
 from tieredkv.video.frames import VideoSource, open_video
 from tieredkv.wrapped import unwrapped
-
-DEFAULT_NEW_TOKENS = 256
-"""`max_new_tokens` where neither the caller nor a generation config says."""
 
 
 class VideoSession(AsyncAsking):
@@ -74,10 +71,13 @@ class VideoSession(AsyncAsking):
         self._stored: Stored | None = None
         self._pipeline: Pipeline | None = None
         self._head = ""
-        self._head_ids: torch.Tensor = torch.empty((1, 0), dtype=torch.long)
+        self._head_ids: torch.Tensor = torch.empty((1, 0), dtype=torch.long, device="cpu")
         self._lock = threading.RLock()
         self._line: deque[Job] = deque()
         self._closed = False
+        self._torn = False
+        """In a process that was forked while another thread was at work on the session."""
+        forking.follow(self)
 
     # ---- ingest
 
@@ -235,7 +235,8 @@ class VideoSession(AsyncAsking):
                 check_host(cache.host_bytes, self.tiers.host_kv_gb, what, "raise host_kv_gb")
             self.positions, self._about_video, self._history = state.positions, state.video, state.history
             self.template = ChatTemplate(self.family, self.processor, state.positions)
-            self._head, self._head_ids = state.head, torch.tensor([state.head_ids], dtype=torch.long)
+            self._head = state.head
+            self._head_ids = torch.tensor([state.head_ids], dtype=torch.long, device="cpu")
             self.ingest_s, self.ingest_stats = state.ingest_s, state.ingest_stats
             self._stored = stored
             self._begin_asking(cache, state.grid, made_by)
@@ -335,12 +336,13 @@ class VideoSession(AsyncAsking):
             cache.counters.trace = [] if trace else None
             cache.looks = Looks(self.tiers.chunk_tokens) if evidence else None
             try:
+                tail_ids = self.template.tail_ids(tail)
                 made = answer(
                     self.model,
                     before,
                     cache,
-                    self.template.tail_ids(tail),
-                    self.new_tokens(options),
+                    tail_ids,
+                    self.new_tokens(options, before.tokens + tail_ids.shape[1]),
                     options,
                     partial(self._check_going_on, job),
                     self.ingest_s,
@@ -364,11 +366,9 @@ class VideoSession(AsyncAsking):
             if self._closed:
                 raise TieredKVError("the session was closed before the answer was complete.")
 
-    def new_tokens(self, options: dict[str, Any]) -> int:
-        """`max_new_tokens` of a question with these generation options."""
-        configs = (options.get("generation_config"), self.model.generation_config)
-        stated = (options.get("max_new_tokens"), *(getattr(config, "max_new_tokens", None) for config in configs))
-        return next((value for value in stated if value is not None), DEFAULT_NEW_TOKENS)
+    def new_tokens(self, options: dict[str, Any], prompt_tokens: int = 0) -> int:
+        """`max_new_tokens` of a question with these generation options. prompt_tokens: of its prompt, if known."""
+        return decode.new_tokens(options, self.model.generation_config, prompt_tokens)
 
     # ---- model
 
@@ -403,6 +403,24 @@ class VideoSession(AsyncAsking):
     def _check_open(self) -> None:
         if self._closed:
             raise TieredKVError("this session is closed: open another.")
+        if self._torn:
+            raise TieredKVError(
+                "the process was forked while this session was at work in another thread: open or load it again here."
+            )
+        forking.enter(self._device.type)
+
+    def after_fork(self) -> None:
+        """Take a new lock in a forked process, where nobody is left to give the old one back."""
+        self._torn = self._torn or not self._lock.acquire(blocking=False)
+        if self._torn:
+            self._pipeline = None
+        self._lock = threading.RLock()
+        self._line.clear()
+
+    def __reduce__(self) -> Any:
+        raise TieredKVError(
+            "a session cannot be pickled or copied: save it, and give the other process the file for load_session."
+        )
 
     def _ready(self) -> tuple[TieredCache, VideoGrid]:
         """The cache and the video of a session that can be asked."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
+from tieredkv.ambient import settled
 from tieredkv.attention import interface
 from tieredkv.errors import OptionError
 
@@ -32,9 +33,10 @@ class SlidingLayer(DynamicSlidingWindowLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         self._cache.check_length(self, key_states.shape[-2])
-        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        keys, values = super().update(key_states.detach(), value_states.detach(), *args, **kwargs)
         return interface.tag(keys, self), values
 
+    @settled
     def attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
         """query `(H, n, D)`, the last n of the m tokens of keys and values `(K, m, D)` -> `(H, n, D)`."""
         groups, n, m = query.shape[0] // keys.shape[0], query.shape[1], keys.shape[1]

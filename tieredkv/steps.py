@@ -31,7 +31,7 @@ class Steps:
         self._place = torch.zeros((axes, 1), dtype=torch.int64, device=device)
         self._position, self._taken = position, 0
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._logits = torch.empty(0)
+        self._logits = torch.empty(0, dtype=torch.float32, device=device)
         self.path = "eager"
         """How the last step ran: "eager", "graph", or "eager: " and why there is no graph."""
         if device.type == "cuda" and cache.counters.trace is not None:

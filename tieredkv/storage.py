@@ -33,6 +33,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from tieredkv import forking
+from tieredkv.ambient import settled
 from tieredkv.errors import SessionError
 from tieredkv.progress import Progress
 from tieredkv.sync import sync_folder
@@ -54,6 +56,14 @@ _DTYPES = {
     "F64": torch.float64,
 }
 _one_writer = threading.Lock()  # two threads that save one path would share a temporary name
+
+
+def _after_fork() -> None:
+    global _one_writer
+    _one_writer = threading.Lock()
+
+
+forking.in_child(_after_fork)
 
 
 def write(
@@ -89,7 +99,7 @@ def write(
         # A folder: `save_file` has a temporary file of its own, which would be left under a random name.
         with _part_of(path) as part:
             file = part / "data"
-            sealed = tensors | {_SEAL: torch.zeros(1, dtype=torch.int64)}
+            sealed = tensors | {_SEAL: torch.zeros(1, dtype=torch.int64, device="cpu")}
             with ThreadPoolExecutor(1) as pool:
                 saving = pool.submit(save_file, sealed, file, {_KEY: json.dumps(about)})
                 while progress and not wait([saving], timeout=0.1).done:
@@ -158,12 +168,13 @@ class Stored:
         """Names of the tensors, sorted."""
         return sorted(self._entries)
 
+    @settled
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor of that name, mapped: nothing is read before it is used. An unknown name is a `SessionError`."""
         start, stop = self._place(name)
         dtype, shape = _DTYPES[self._entries[name]["dtype"]], self._entries[name]["shape"]
         if start == stop:
-            return torch.empty(shape, dtype=dtype)  # torch maps no empty buffer
+            return torch.empty(shape, dtype=dtype, device="cpu")  # torch maps no empty buffer
         count = (stop - start) // dtype.itemsize
         return torch.frombuffer(self._mapped, dtype=dtype, count=count, offset=start).reshape(shape)
 

@@ -7,6 +7,7 @@ goes on reading never keeps the session from the next one.
 from __future__ import annotations
 
 import atexit
+import os
 import threading
 import time
 import weakref
@@ -17,9 +18,10 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any
 
-import torch
 from transformers.generation.streamers import BaseStreamer
 
+from tieredkv import forking
+from tieredkv.ambient import Ambient
 from tieredkv.errors import OptionError, TieredKVError
 from tieredkv.pipeline import Cancelled
 from tieredkv.stats import Generation
@@ -69,9 +71,9 @@ class Job:
 
     def start(self, deliver: Callable[[str | End], None]) -> None:
         """Begin. `deliver` is called on the job's thread with every piece, and at last with an `End`."""
-        # The current card is a thread's own: a new one's would be the first.
-        card = torch.cuda.current_device() if torch.cuda.is_initialized() else -1
-        thread = threading.Thread(target=self._run, args=(deliver, card), name="tieredkv-answer", daemon=True)
+        thread = threading.Thread(
+            target=self._run, args=(deliver, Ambient(device=True)), name="tieredkv-answer", daemon=True
+        )
         self._deliver = deliver
         self._work.line.append(self)
         _running.add(self)
@@ -83,8 +85,8 @@ class Job:
             raise
         self._thread = thread
 
-    def _run(self, deliver: Callable[[str | End], None], card: int) -> None:
-        with torch.cuda.device(card):  # of -1, nothing
+    def _run(self, deliver: Callable[[str | End], None], ambient: Ambient) -> None:
+        with ambient.here():
             outcome = self._outcome()
         deliver(outcome)
         _running.discard(self)
@@ -145,6 +147,10 @@ class Job:
         if action is not None:
             action()
 
+    def abandon(self) -> None:
+        """Have nothing more to stop: the thread is not in this process."""
+        self._on_stop = None
+
     def join(self) -> None:
         """Wait for the thread, unless it is the one that asks."""
         if self._thread is not None and self._thread is not threading.current_thread():
@@ -162,6 +168,16 @@ def _stop_all() -> None:
         job.stop()
     for job in jobs:
         job.join()
+
+
+def _after_fork() -> None:
+    """No job goes on in a forked process. (Their sessions clear the line of those that had no turn yet.)"""
+    for job in _running:
+        job.abandon()
+    _running.clear()
+
+
+forking.in_child(_after_fork)
 
 
 class Pieces(BaseStreamer):
@@ -208,6 +224,7 @@ class Answer:
 
     def __init__(self, work: Work, streams: bool = True) -> None:
         self._job = Job(work, streams)
+        self._process = os.getpid()
         self._ended = False
         self._generation: Generation | None = None
         weakref.finalize(self, self._job.stop)  # nobody can read it any more
@@ -220,6 +237,15 @@ class Answer:
         if self._ended:
             raise TieredKVError("the stream ended before the answer was complete: ask again.")
         raise TieredKVError("the answer is not complete yet: read the stream to its end first.")
+
+    def __reduce__(self) -> Any:
+        raise TieredKVError("an answer that is being made cannot be pickled or copied: give its `generation`.")
+
+    def _check_process(self) -> None:
+        """Raise `TieredKVError` in a forked process: the thread that makes the answer is not here."""
+        if self._process != os.getpid():
+            self._ended = True
+            raise TieredKVError("this answer was begun before the process was forked: ask again here.")
 
     def _take(self, item: str | End) -> str | None:
         """The piece, or None at the end. Raises what ended the work."""
@@ -255,6 +281,7 @@ class AnswerStream(Answer):
     def __next__(self) -> str:
         if self._ended:
             raise StopIteration
+        self._check_process()
         try:
             piece = self._take(self._items.get())
         except BaseException:  # an error of the work, or an interrupt here

@@ -6,6 +6,7 @@ family hands that very tensor on to the attention function, which lets the layer
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from tieredkv.ambient import attended_dtype, without_gradient
 from tieredkv.errors import OptionError, UnsupportedModelError
 from tieredkv.versions import CACHE_ARGUMENT
 from tieredkv.wrapped import unwrapped
@@ -66,7 +68,9 @@ def tiered_attention(
     if attention_mask is not None:
         raise OptionError("attention 'tieredkv' is causal and takes no prepared attention mask: pass none.")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = layer.attend(query[0], key[0], value[0], scaling)
+    # Under autocast as torch's own attention is: all three in its dtype, and so the output.
+    query, key, value = (part.to(attended_dtype(part)) for part in (query, key, value))
+    out = without_gradient(layer.attend(query[0], key[0], value[0], scaling), query)
     return out.transpose(0, 1).unsqueeze(0).contiguous(), None
 
 
@@ -86,9 +90,37 @@ AttentionInterface.register(NAME, tiered_attention)
 AttentionMaskInterface.register(NAME, tiered_mask)
 
 
-_users: weakref.WeakKeyDictionary[PreTrainedModel, tuple[int, str]] = weakref.WeakKeyDictionary()
-"""How many `use_attention` blocks are open on a model, and what to go back to after the last."""
+_users: weakref.WeakKeyDictionary[PreTrainedModel, tuple[list[int], str]] = weakref.WeakKeyDictionary()
+"""The threads of the `use_attention` blocks open on a model, and what to go back to after the last."""
 _users_lock = threading.Lock()
+
+
+def _switch(model: PreTrainedModel, name: str) -> None:
+    text = model.config.get_text_config(decoder=True)
+    sub_key = next((key for key in model.config.sub_configs if getattr(model.config, key, None) is text), None)
+    model.set_attn_implementation(name if sub_key is None else {sub_key: name})
+
+
+def _leave(model: PreTrainedModel, thread: int) -> None:
+    """End one block of a thread's."""
+    threads, before = _users[model]
+    threads.remove(thread)
+    if not threads:
+        del _users[model]
+        _switch(model, before)
+
+
+def _after_fork() -> None:
+    """The blocks of other threads do not go on in a forked process."""
+    global _users_lock
+    _users_lock = threading.Lock()
+    for model, (threads, _) in list(_users.items()):
+        for thread in [thread for thread in threads if thread != threading.get_ident()]:
+            _leave(model, thread)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 @contextmanager
@@ -100,29 +132,23 @@ def use_attention(model: Any) -> Iterator[None]:
     `UnsupportedModelError` when the model cannot be switched.
     """
     model = unwrapped(model)
-    text = model.config.get_text_config(decoder=True)
-    sub_key = next((key for key in model.config.sub_configs if getattr(model.config, key, None) is text), None)
-
-    def switch(name: str) -> None:
-        model.set_attn_implementation(name if sub_key is None else {sub_key: name})
-
+    text, thread = model.config.get_text_config(decoder=True), threading.get_ident()
     with _users_lock:
-        count, before = _users.get(model, (0, text._attn_implementation))
-        if count == 0:
-            switch(NAME)
-            if text._attn_implementation != NAME:
-                raise UnsupportedModelError(
-                    f"{type(model).__name__} ignores set_attn_implementation: its attention does not go through "
-                    "transformers' AttentionInterface."
-                )
-        _users[model] = (count + 1, before)
+        threads, _ = _users.setdefault(model, ([], text._attn_implementation))
+        threads.append(thread)
+        if len(threads) == 1:
+            try:
+                _switch(model, NAME)
+                if text._attn_implementation != NAME:
+                    raise UnsupportedModelError(
+                        f"{type(model).__name__} ignores set_attn_implementation: its attention does not go through "
+                        "transformers' AttentionInterface."
+                    )
+            except BaseException:
+                del _users[model]
+                raise
     try:
         yield
     finally:
         with _users_lock:
-            count, before = _users[model]
-            if count == 1:
-                del _users[model]
-                switch(before)
-            else:
-                _users[model] = (count - 1, before)
+            _leave(model, thread)

@@ -54,8 +54,7 @@ class DeviceLedger:
         nbytes = math.prod(shape) * dtype.itemsize
         self.reserve(purpose, nbytes)
         try:
-            with torch.inference_mode(False):  # or the copy thread may not write into it
-                return torch.empty(shape, dtype=dtype, device=device)
+            return torch.empty(shape, dtype=dtype, device=device)
         except BaseException:
             self._held[purpose] -= nbytes
             raise

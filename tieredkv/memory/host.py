@@ -28,7 +28,7 @@ class HostLayer:
         )
         self.length = 0
         self._locker = locker
-        self._arena = torch.empty((num_heads, 0, 2, chunk_tokens, head_dim), dtype=dtype)
+        self._arena = torch.empty((num_heads, 0, 2, chunk_tokens, head_dim), dtype=dtype, device="cpu")
 
     @property
     def arena(self) -> torch.Tensor:
@@ -64,8 +64,9 @@ class HostLayer:
         self._replace(grown)
 
     def _empty(self, shape: tuple[int, ...]) -> torch.Tensor:
-        with torch.inference_mode(False):  # or the copy thread may not write into it
-            return torch.empty(shape, dtype=self.dtype) if self._locker is None else aligned(shape, self.dtype)
+        if self._locker is not None:
+            return aligned(shape, self.dtype)
+        return torch.empty(shape, dtype=self.dtype, device="cpu")
 
     def _replace(self, arena: torch.Tensor) -> None:
         if self._locker is not None:

@@ -5,6 +5,7 @@ torch's own page-locked allocator rounds every block up to a power of two; regis
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -18,7 +19,7 @@ def aligned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Uninitialised host memory that begins on a page and shares none with anything else."""
     nbytes = torch.Size(shape).numel() * dtype.itemsize
     whole = -(-nbytes // PAGE_BYTES) * PAGE_BYTES
-    memory = torch.empty(whole + PAGE_BYTES, dtype=torch.uint8)
+    memory = torch.empty(whole + PAGE_BYTES, dtype=torch.uint8, device="cpu")
     begin = -memory.data_ptr() % PAGE_BYTES
     return memory[begin : begin + nbytes].view(dtype).view(shape)
 
@@ -27,6 +28,7 @@ class PageLocker:
     """Registers tensors with the CUDA driver on a thread of its own: half to one second per GiB, others report."""
 
     def __init__(self) -> None:
+        self._process = os.getpid()
         self._cards: list[torch.device] = []
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tieredkv-pagelock")
         self._locks: dict[int, tuple[torch.Tensor, Future[None]]] = {}
@@ -54,7 +56,10 @@ class PageLocker:
         return None
 
     def unlock(self, tensor: torch.Tensor) -> None:
-        """Take back what `lock` did, once the device is idle. Nothing happens if it was refused or never asked for."""
+        """Take back what `lock` did, once the device is idle. Nothing happens if it was refused or never asked for, or
+        in a forked process."""
+        if self._process != os.getpid():
+            return
         self._unlock(tensor.data_ptr())
 
     def _unlock(self, address: int) -> None:
@@ -66,7 +71,9 @@ class PageLocker:
                 _check(torch.cuda.cudart().cudaHostUnregister(address), "cudaHostUnregister")
 
     def close(self) -> None:
-        """Unlock everything and end the thread. Twice is fine."""
+        """Unlock everything and end the thread. Twice is fine; in a forked process it is the parent's to do."""
+        if self._process != os.getpid():
+            return
         for address in list(self._locks):
             self._unlock(address)
         self._executor.shutdown(wait=True)

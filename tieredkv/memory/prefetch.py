@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Protocol
 
 import torch
+
+from tieredkv.errors import TieredKVError
 
 
 class Prefetcher(Protocol):
@@ -30,18 +33,37 @@ class Prefetcher(Protocol):
 
 
 class ThreadPrefetcher:
-    """Prefetcher on one thread of its own: for a CPU-only machine, where torch's copies release the interpreter."""
+    """Prefetcher on one thread of its own: for a CPU-only machine, where torch's copies release the interpreter.
+
+    In a forked process, where that thread is not, it begins another; to wait for a copy of before raises
+    `TieredKVError`.
+    """
 
     def __init__(self) -> None:
+        self._lost: set[Hashable] = set()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._process = os.getpid()
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tieredkv-prefetch")
         self._pending: dict[Hashable, Future[int]] = {}
 
+    def _after_fork(self) -> None:
+        if self._process != os.getpid():
+            self._lost.update(self._pending)
+            self._begin()
+
     def submit(self, key: Hashable, copy: Callable[[], int]) -> None:
+        self._after_fork()
         if key in self._pending:
             raise RuntimeError(f"a copy for {key!r} is outstanding: wait for it first")
         self._pending[key] = self._executor.submit(copy)
 
     def wait(self, key: Hashable) -> int:
+        self._after_fork()
+        if key in self._lost:
+            self._lost.discard(key)
+            raise TieredKVError("the process was forked while keys and values were being copied: ask again.")
         future = self._pending.get(key)
         if future is None:
             return 0
@@ -52,10 +74,13 @@ class ThreadPrefetcher:
                 self._pending.pop(key, None)
 
     def drain(self) -> None:
+        self._after_fork()
+        self._lost.clear()
         wait(self._pending.values())
         self._pending.clear()
 
     def close(self) -> None:
+        self._after_fork()
         self._executor.shutdown(wait=True)
         self._pending.clear()
 
@@ -69,6 +94,7 @@ class StreamCopies:
     """
 
     def __init__(self) -> None:
+        self._process = os.getpid()
         self._streams: dict[int, torch.cuda.Stream] = {}
         self._pending: dict[Hashable, tuple[torch.cuda.Event, int, Callable[[], int]]] = {}
 
@@ -94,8 +120,9 @@ class StreamCopies:
         return moved
 
     def drain(self) -> None:
-        for stream in self._streams.values():
-            stream.synchronize()
+        if self._process == os.getpid():  # a forked process has no use of the card
+            for stream in self._streams.values():
+                stream.synchronize()
         self._pending.clear()
 
     def close(self) -> None:

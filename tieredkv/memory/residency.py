@@ -22,15 +22,14 @@ class Residency:
     def __init__(self, slots: torch.Tensor, chunks: int) -> None:
         """slots: `(n, R)` pool slots owned, -1 for none. chunks: how many each head could ask for; none is resident."""
         n, r = slots.shape
-        with torch.inference_mode(False):  # or they could not be written outside that mode
-            self.slots = slots.clone().int()
-            self.chunk_in = torch.full((n, r), -1, dtype=torch.int32, device=slots.device)
-            """`(n, R)`: the chunk in each slot, -1 for none."""
-            self.slot_of = torch.full((n, chunks + 1), -1, dtype=torch.int32, device=slots.device)
-            """`(n, N + 1)`: the slot each chunk is in, -1 for none; what lies in no chunk's place is never read."""
-            self.last_used = torch.full((n, r), -1, dtype=torch.int32, device=slots.device)
-            self.chosen = torch.zeros((n, chunks), dtype=torch.bool, device=slots.device)
-            """`(n, N)`: chunks that the last step attended to."""
+        self.slots = slots.clone().int()
+        self.chunk_in = torch.full((n, r), -1, dtype=torch.int32, device=slots.device)
+        """`(n, R)`: the chunk in each slot, -1 for none."""
+        self.slot_of = torch.full((n, chunks + 1), -1, dtype=torch.int32, device=slots.device)
+        """`(n, N + 1)`: the slot each chunk is in, -1 for none; what lies in no chunk's place is never read."""
+        self.last_used = torch.full((n, r), -1, dtype=torch.int32, device=slots.device)
+        self.chosen = torch.zeros((n, chunks), dtype=torch.bool, device=slots.device)
+        """`(n, N)`: chunks that the last step attended to."""
 
     @property
     def nbytes(self) -> int:

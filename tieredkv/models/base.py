@@ -53,10 +53,11 @@ class VideoGrid:
 
     def starts(self) -> torch.Tensor:
         """Where each step's visual tokens begin, `(steps,)`, counted from the video's first token."""
-        plain = torch.arange(self.steps) * self.step_tokens
+        plain = torch.arange(self.steps, device="cpu") * self.step_tokens
         if not self.between:
             return plain
-        return plain + torch.tensor([len(ids) for ids in self.between[: self.steps]]).cumsum(0)
+        lengths = [len(ids) for ids in self.between[: self.steps]]
+        return plain + torch.tensor(lengths, dtype=torch.long, device="cpu").cumsum(0)
 
     def step_of(self, index: torch.Tensor) -> torch.Tensor:
         """The step that each of the video's tokens is of; text before a step, and what closes the video, is too."""
@@ -65,8 +66,8 @@ class VideoGrid:
 
     def is_visual(self) -> torch.Tensor:
         """Which of the video's tokens are visual, `(tokens,)`."""
-        mask = torch.zeros(self.tokens, dtype=torch.bool)
-        mask[(self.starts().unsqueeze(1) + torch.arange(self.step_tokens)).flatten()] = True
+        mask = torch.zeros(self.tokens, dtype=torch.bool, device="cpu")
+        mask[(self.starts().unsqueeze(1) + torch.arange(self.step_tokens, device="cpu")).flatten()] = True
         mask[self.tokens - self.closing :] = True
         return mask
 
@@ -162,7 +163,7 @@ class VideoFamily(ABC):
 
         While a video is still being read, `video` needs as many steps as the tokens up to `stop` and no more.
         """
-        return torch.arange(begin, stop).unsqueeze(0)
+        return torch.arange(begin, stop, device="cpu").unsqueeze(0)
 
     def embed(self, model: Any, input_ids: torch.Tensor) -> torch.Tensor:
         """Embeddings `(1, n, hidden)` of text tokens `(1, n)`."""

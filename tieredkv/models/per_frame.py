@@ -30,12 +30,13 @@ class PerFrame(VideoFamily):
         self, config: Any, processor: Any, frames: int, height: int, width: int, fps: float
     ) -> Callable[[np.ndarray], dict[str, torch.Tensor]]:
         def preprocess(pixels: np.ndarray) -> dict[str, torch.Tensor]:
-            return processor.video_processor(
-                videos=[torch.from_numpy(pixels).permute(0, 3, 1, 2)],
-                video_metadata=[{"fps": fps, "total_num_frames": len(pixels)}],
-                do_sample_frames=False,
-                return_tensors="pt",
-            )
+            with torch.device("cpu"):  # whatever the caller's default device
+                return processor.video_processor(
+                    videos=[torch.from_numpy(pixels).permute(0, 3, 1, 2)],
+                    video_metadata=[{"fps": fps, "total_num_frames": len(pixels)}],
+                    do_sample_frames=False,
+                    return_tensors="pt",
+                )
 
         return preprocess
 

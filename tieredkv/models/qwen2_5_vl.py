@@ -17,4 +17,4 @@ class Qwen25VL(Qwen2VL):
         return model.config.vision_config.tokens_per_second * video.seconds_per_step
 
     def _stock_times(self, video: VideoGrid) -> dict[str, Any]:
-        return {"second_per_grid_ts": torch.tensor([video.seconds_per_step])}
+        return {"second_per_grid_ts": torch.tensor([video.seconds_per_step], dtype=torch.float32, device="cpu")}

@@ -64,13 +64,14 @@ class Qwen2VL(VideoFamily):
         return preprocess
 
     def _preprocess(self, processor: Any, video: torch.Tensor, fps: float, **options: Any) -> dict[str, torch.Tensor]:
-        return processor.video_processor(
-            videos=[video],
-            video_metadata=[{"fps": fps, "total_num_frames": video.shape[0]}],
-            do_sample_frames=False,
-            return_tensors="pt",
-            **options,
-        )
+        with torch.device("cpu"):  # whatever the caller's default device
+            return processor.video_processor(
+                videos=[video],
+                video_metadata=[{"fps": fps, "total_num_frames": video.shape[0]}],
+                do_sample_frames=False,
+                return_tensors="pt",
+                **options,
+            )
 
     def _grid(self, config: Any, inputs: dict[str, torch.Tensor]) -> tuple[int, int, int]:
         merge = config.vision_config.spatial_merge_size
@@ -112,24 +113,32 @@ class Qwen2VL(VideoFamily):
         """
         if rule == "stock":
             return self._stock(model, head, video, stop)[:, begin:]
-        index = torch.arange(begin, stop)
+        index = torch.arange(begin, stop, device="cpu")
         visual = (index - head).clamp(0, video.tokens - 1)
         within = visual % video.step_tokens
         step, rate = visual // video.step_tokens, self.rate(model, video)
-        grid = torch.stack(((step * rate).long(), within // video.columns, within % video.columns)) + head
-        last = max(int(torch.tensor(video.steps - 1) * rate), video.rows - 1, video.columns - 1) + head
+        grid = torch.stack(((step.float() * rate).long(), within // video.columns, within % video.columns)) + head
+        last = (
+            max(
+                int(torch.tensor(video.steps - 1, dtype=torch.float32, device="cpu") * rate),
+                video.rows - 1,
+                video.columns - 1,
+            )
+            + head
+        )
         after = index - head - video.tokens + last + 1
         return torch.where(index < head, index, torch.where(index < head + video.tokens, grid, after))
 
     def _stock(self, model: Any, head: int, video: VideoGrid, stop: int) -> torch.Tensor:
         merge = model.config.vision_config.spatial_merge_size
         total = max(stop, head + video.tokens)
-        kinds = torch.zeros((1, total), dtype=torch.long)
+        kinds = torch.zeros((1, total), dtype=torch.long, device="cpu")
         kinds[:, head : head + video.tokens] = 2
+        grid = video.steps, video.rows * merge, video.columns * merge
         positions, _ = model.model.get_rope_index(
             input_ids=torch.zeros_like(kinds),
             mm_token_type_ids=kinds,
-            video_grid_thw=torch.tensor([[video.steps, video.rows * merge, video.columns * merge]]),
+            video_grid_thw=torch.tensor([grid], dtype=torch.long, device="cpu"),
             **self._stock_times(video),
         )
         return positions[:, 0, :stop]

@@ -44,7 +44,7 @@ class Qwen3VL(Qwen2VL):
         self, model: Any, head: int, video: VideoGrid, begin: int, stop: int, rule: Positions
     ) -> torch.Tensor:
         """Three axes. Each step is a picture of its own: text goes on max(rows, columns) after the step's start."""
-        index = torch.arange(begin, stop)
+        index = torch.arange(begin, stop, device="cpu")
         within_video = (index - head).clamp(0, max(0, video.tokens - 1))
         side, starts = max(video.rows, video.columns), video.starts()
         step = torch.bucketize(within_video, starts, right=True) - 1  # the last one that has begun; -1 before the first

@@ -52,7 +52,7 @@ def split_budget(
         dynamic_pages = min(max(dynamic_pages, least_dynamic), affordable, most_pages)
     left = total_pages - n_dynamic * dynamic_pages
 
-    pages = torch.zeros(scores.shape, dtype=torch.int64)
+    pages = torch.zeros(scores.shape, dtype=torch.int64, device="cpu")
     if n_static:
         pages[static] = _share_out(WEIGHTS[static_weight](scores[static].double()), left, most_pages, static_floor)
         if n_dynamic:  # what capped static heads could not use goes back to the dynamic ones
@@ -81,7 +81,7 @@ def by_need(
     to what it lacks. ValueError as `split_budget`.
     """
     n_static, n_dynamic = int(static.sum()), int((~static).sum())
-    pages = torch.zeros(need.shape, dtype=torch.int64)
+    pages = torch.zeros(need.shape, dtype=torch.int64, device="cpu")
     pages[static] = ((need[static] + chunk_tokens - 1) // chunk_tokens).clamp(min(1, most_pages), most_pages)
     least = min(least_dynamic, most_pages)
     if int(pages.sum()) + n_dynamic * least > total_pages:  # needs are met in proportion
@@ -105,11 +105,11 @@ def _share_out(weights: torch.Tensor, pages: int, most: int, floor: float, least
     """
     n = weights.numel()
     if most == 0:
-        return torch.zeros(n, dtype=torch.int64)
+        return torch.zeros(n, dtype=torch.int64, device="cpu")
     if pages >= n * most:
-        return torch.full((n,), most, dtype=torch.int64)
+        return torch.full((n,), most, dtype=torch.int64, device="cpu")
     base = max(least, min(most, int(floor * pages / n)))
-    given = torch.full((n,), float(base), dtype=torch.float64)
+    given = torch.full((n,), float(base), dtype=torch.float64, device="cpu")
     left = float(pages - n * base)
     open_ = given < most
     while left > 1e-9 and bool(open_.any()):

@@ -53,7 +53,7 @@ def tokens_to_cover(halves: torch.Tensor, sinks: int, recent: int, shares: tuple
     """
     old, n = halves.shape[-1] - recent, halves.shape[-1]
     first = min(sinks, old)
-    covered = torch.zeros((halves.shape[1], old - first + 1))
+    covered = torch.zeros((halves.shape[1], old - first + 1), dtype=torch.float32, device=halves.device)
     for chosen_by, seen_by in ((halves[0], halves[1]), (halves[1], halves[0])):
         order = chosen_by[:, first:old].argsort(dim=-1, descending=True)
         covered[:, 1:] += seen_by[:, first:old].gather(1, order).cumsum(-1)

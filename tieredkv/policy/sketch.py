@@ -60,7 +60,7 @@ def fit(query_moment: torch.Tensor, keys: torch.Tensor, bits: int) -> Basis:
     keys, moment = keys.double(), query_moment.double()
     d = keys.shape[-1]
     mean = moment.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30).view(-1, 1, 1)
-    damped = moment / mean + DAMPING * torch.eye(d, dtype=torch.float64)
+    damped = moment / mean + DAMPING * torch.eye(d, dtype=torch.float64, device=moment.device)
     strength, axes = torch.linalg.eigh(damped)
     root = axes * strength.clamp(min=DAMPING).sqrt().unsqueeze(1)
     weigh, back = root @ axes.transpose(1, 2), axes / strength.clamp(min=DAMPING).sqrt().unsqueeze(1)

@@ -15,8 +15,8 @@ PATCH, MERGE, PAIR = 14, 2, 2
 SIDE = SIZE // PATCH
 TOKENS = (SIDE // MERGE) ** 2  # per grid step
 
-_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
-_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073], dtype=torch.float32, device="cpu").view(3, 1, 1)
+_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711], dtype=torch.float32, device="cpu").view(3, 1, 1)
 
 
 def to_pairs(frames: np.ndarray) -> torch.Tensor:

@@ -18,14 +18,14 @@ def merge(tokens: HeadTokens, kept: torch.Tensor) -> tuple[torch.Tensor, torch.T
     Nearest is by cosine of keys (LOOK-M's averaged merging, with the many-to-one nearest-neighbour assignment).
     """
     keys, values = tokens.read()
-    evicted = torch.ones(keys.shape[0], dtype=torch.bool)
+    evicted = torch.ones(keys.shape[0], dtype=torch.bool, device="cpu")
     evicted[kept] = False
     gone = evicted.nonzero().squeeze(1)
     if gone.numel() == 0 or kept.numel() == 0:
         return keys[kept], values[kept]
     unit = F.normalize(keys.float(), dim=-1)
     nearest = torch.cat([(unit[part] @ unit[kept].T).argmax(-1) for part in gone.split(BLOCK)])
-    count = torch.ones(kept.numel()).index_add_(0, nearest, torch.ones(gone.numel()))
+    count = 1 + nearest.bincount(minlength=kept.numel()).float()
     merged = []
     for states in (keys, values):
         total = states[kept].float().index_add_(0, nearest, states[gone].float())

@@ -10,7 +10,7 @@ from tieredkv.policy.prune import HeadTokens
 
 def rank(tokens: HeadTokens) -> torch.Tensor:
     """The later the better, the first `sinks` before all."""
-    order = torch.arange(tokens.saliency.shape[0], dtype=torch.float64)
+    order = torch.arange(tokens.saliency.shape[0], dtype=torch.float64, device="cpu")
     order[: tokens.sinks] = float("inf")
     return order
 
