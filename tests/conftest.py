@@ -100,6 +100,29 @@ def llama() -> Any:
     return LlamaForCausalLM(text_config("llama")).eval()
 
 
+@pytest.fixture
+def when_stopped(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`when_stopped(session, action)`: call `action` once the session, or a job of it, has been told to stop."""
+    from tieredkv.streaming import Job
+
+    def register(session: Any, action: Any) -> None:
+        stop_job, stop_session = Job.stop, session.stop
+
+        def stopping_job(job: Job) -> None:
+            stop_job(job)
+            if job in session._line:
+                action()
+
+        def stopping_session() -> None:
+            stop_session()
+            action()
+
+        monkeypatch.setattr(Job, "stop", stopping_job)
+        monkeypatch.setattr(session, "stop", stopping_session)
+
+    return register
+
+
 @pytest.fixture(scope="session")
 def processor() -> Any:
     from tieredkv.tiny.model import build_processor

@@ -1,16 +1,21 @@
-"""What several test files need: stock answers, logits, and caps that are shares of the full cache."""
+"""What several test files need: stock answers, logits, gates, and caps that are shares of the full cache."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import StoppingCriteria
 
 from tieredkv.config import GIB
 from tieredkv.session import VideoSession
 from tieredkv.sizes import model_shape
+
+PATIENCE_S = 60
+"""Seconds after which a wait counts as a hang. Nothing that works comes near it, on a busy machine either."""
 
 
 class LateCopies:
@@ -32,6 +37,36 @@ class LateCopies:
 
     def close(self) -> None:
         self.drain()
+
+
+class Gate(StoppingCriteria):
+    """Counts the steps of an answer and, at each but the first `free`, waits to be opened."""
+
+    def __init__(self, free: int = 0) -> None:
+        self.steps, self._free, self._is_open = 0, free, False
+        self._changed = threading.Condition()
+
+    def open(self) -> None:
+        with self._changed:
+            self._is_open = True
+            self._changed.notify_all()
+
+    def wait_for_step(self, number: int) -> None:
+        with self._changed:
+            assert self._changed.wait_for(lambda: self.steps >= number, PATIENCE_S), "it hangs"
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        with self._changed:
+            self.steps += 1
+            self._changed.notify_all()
+            assert self._changed.wait_for(lambda: self._is_open or self.steps <= self._free, PATIENCE_S), "not opened"
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+
+def ended(thread: threading.Thread) -> bool:
+    """Wait for the end of a thread that was told to stop."""
+    thread.join(PATIENCE_S)
+    return not thread.is_alive()
 
 
 def cap_share(model: Any, tokens: int, share: float) -> float:
