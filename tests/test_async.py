@@ -18,7 +18,9 @@ from helpers import PATIENCE_S, Gate, ended, pressed
 from transformers import AsyncTextIteratorStreamer
 
 import tieredkv
+from tieredkv import session as session_module
 from tieredkv.errors import BudgetError, OptionError, PromptError, TieredKVError, VideoError
+from tieredkv.models import video_family
 
 STAR, MOON = "what colour was the star ?", "follow the moon for 4 ?"
 TIGHT = {"chunk_tokens": 8, "recent_window": 16, "theta": 0.4}
@@ -46,13 +48,13 @@ def opening(video_model, processor):
 @pytest.fixture
 def caches(monkeypatch):
     """Every cache that sessions make."""
-    made, make = [], tieredkv.session.TieredCache
+    made, make = [], session_module.TieredCache
 
     def recorded(*args, **options):
         made.append(make(*args, **options))
         return made[-1]
 
-    monkeypatch.setattr(tieredkv.session, "TieredCache", recorded)
+    monkeypatch.setattr(session_module, "TieredCache", recorded)
     return made
 
 
@@ -207,7 +209,7 @@ async def test_cancelling_twice_still_waits_for_the_last_step(session):
 async def test_cancelling_agenerate_in_its_ingest_stops_it_and_frees_everything(
     video_model, frames, opening, caches, monkeypatch, stream
 ):
-    family, stop = type(tieredkv.models.video_family(video_model.config)), tieredkv.session.VideoSession.stop
+    family, stop = type(video_family(video_model.config)), session_module.VideoSession.stop
     decode, calls, begun, go_on = family.decode, [], threading.Event(), threading.Event()
 
     def slow(self, *args):
@@ -222,7 +224,7 @@ async def test_cancelling_agenerate_in_its_ingest_stops_it_and_frees_everything(
         go_on.set()
 
     monkeypatch.setattr(family, "decode", slow)
-    monkeypatch.setattr(tieredkv.session.VideoSession, "stop", stopping)
+    monkeypatch.setattr(session_module.VideoSession, "stop", stopping)
 
     async def work() -> None:
         if stream:
@@ -348,7 +350,7 @@ def modules_that_run_here() -> Iterator[set[str]]:
 @pytest.mark.parametrize("what", ["agenerate", "aask"])
 async def test_the_event_loop_is_never_blocked(video_model, frames, opening, monkeypatch, what):
     """Whatever part of the work is under way, the loop comes to its turn; nothing but the taking of pieces runs on it."""
-    family, loop, seen = type(tieredkv.models.video_family(video_model.config)), asyncio.get_running_loop(), set()
+    family, loop, seen = type(video_family(video_model.config)), asyncio.get_running_loop(), set()
     parts = ("decode", "encode", "embed", "logits", "positions")
     for name in parts:
 

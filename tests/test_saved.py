@@ -11,6 +11,7 @@ import torch
 from helpers import pressed, session_logits
 
 import tieredkv
+from tieredkv.api import new_session
 from tieredkv.errors import BudgetError, OptionError, SessionError, TieredKVError
 from tieredkv.models.qwen2_5_vl import Qwen25VL
 
@@ -235,7 +236,7 @@ def test_a_file_of_something_else_is_refused(video_model, processor, tmp_path):
 
 
 def test_a_session_without_a_video_or_closed_cannot_be_saved(video_model, processor, frames, options, tmp_path):
-    session = tieredkv.api.new_session(video_model, gpu_kv_gb=1, processor=processor)
+    session = new_session(video_model, gpu_kv_gb=1, processor=processor)
     with pytest.raises(TieredKVError, match="no video yet"):
         session.save(tmp_path / "x")
     session.close()
