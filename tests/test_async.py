@@ -349,12 +349,13 @@ def modules_that_run_here() -> Iterator[set[str]]:
 
 @pytest.mark.parametrize("what", ["agenerate", "aask"])
 async def test_the_event_loop_is_never_blocked(video_model, frames, opening, monkeypatch, what):
-    """Whatever part of the work is under way, the loop comes to its turn; nothing but the taking of pieces runs on it."""
+    """Each part of the work waits until the loop has had a turn; its thread does nothing but take pieces."""
     family, loop, seen = type(video_family(video_model.config)), asyncio.get_running_loop(), set()
     parts = ("decode", "encode", "embed", "logits", "positions")
     for name in parts:
+        method = getattr(family, name)
 
-        def after_a_turn_of_the_loop(*args, method=getattr(family, name), name=name, **options):
+        def after_a_turn_of_the_loop(*args, method=method, name=name, **options):
             turn = threading.Event()
             loop.call_soon_threadsafe(turn.set)
             assert turn.wait(PATIENCE_S), f"the loop waits for {name}"
