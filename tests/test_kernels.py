@@ -311,6 +311,7 @@ def test_where_memory_is_not_page_locked_no_kernel_reads_it():
 
 
 @pytest.mark.slow
+@pytest.mark.subprocess
 def test_every_kernel_compiles_for_a_consumer_card():
     """In a process of its own, where Triton compiles: shared memory and registers of an RTX 40."""
     pytest.importorskip("triton", reason="Triton is not installed")

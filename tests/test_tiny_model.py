@@ -47,6 +47,7 @@ def trained():
     return load()
 
 
+@pytest.mark.subprocess
 def test_importing_the_package_loads_neither_torch_nor_transformers() -> None:
     code = (
         "import sys, tieredkv.tiny.model, tieredkv.tiny.scene, tieredkv.tiny.video;"
