@@ -63,6 +63,22 @@ class Gate(StoppingCriteria):
         return torch.zeros(input_ids.shape[0], dtype=torch.bool)
 
 
+NEAR = {torch.float32: 2**-14, torch.float16: 2**-8, torch.bfloat16: 2**-6}
+"""How far apart the same sums in another order may be, as a share of the largest: 512, 4 and 2 epsilons of the dtype.
+Those of the tiny models are at most 30 apart in float32, whatever instructions and threads a processor has; a token
+left out, or a page of another head, changes a thousandth or more."""
+
+
+def assert_near(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype | None = None) -> None:
+    """Equal, but for the order in which a processor adds up. dtype: that of the sums, if not `want`'s.
+
+    Relative to the largest number and not to each one, as a sum is off by a share of its largest terms. Where the
+    operations and shapes are the same, nothing may differ: that is `torch.equal`.
+    """
+    largest = float(want.detach().abs().nan_to_num(0, 0, 0).max())
+    torch.testing.assert_close(got, want, rtol=0, atol=NEAR[dtype or want.dtype] * largest)
+
+
 def ended(thread: threading.Thread) -> bool:
     """Wait for the end of a thread that was told to stop."""
     thread.join(PATIENCE_S)

@@ -200,6 +200,7 @@ print("NVIDIA GeForce RTX 3060, 580.65, 4, 4, 4, 16")
 """
 
 
+@pytest.mark.subprocess
 def test_nvidia_smi_is_asked_for_the_first_card(tmp_path, monkeypatch):
     tool = tmp_path / "nvidia-smi"
     tool.write_text(SMI_SCRIPT.format(python=sys.executable))
@@ -208,6 +209,7 @@ def test_nvidia_smi_is_asked_for_the_first_card(tmp_path, monkeypatch):
     assert doctor.nvidia_smi() == SMI
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize("script", ["#!/bin/sh\nexit 9\n", "not a program", "#!/bin/sh\n"])
 def test_an_nvidia_smi_that_fails_tells_nothing(tmp_path, monkeypatch, script):
     tool = tmp_path / "nvidia-smi"

@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from helpers import PATIENCE_S, cap_share, session_logits, stock_inputs, stock_logits
+from helpers import PATIENCE_S, assert_near, cap_share, session_logits, stock_inputs, stock_logits
 from test_pipeline import WatchedPipeline, stage_threads
 
 import tieredkv
@@ -18,7 +18,6 @@ from tieredkv.pipeline import Pipeline
 from tieredkv.video.frames import open_video
 
 QUESTION = "what colour was the star ?"
-TOLERANCE = {"rtol": 0, "atol": 2e-4}
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +59,7 @@ def test_a_file_gives_the_logits_of_stock_transformers(video_model, processor, f
         **sampling,
     ) as session:
         assert session.ingest_stats.frames == len(frames)
-        torch.testing.assert_close(session_logits(session, QUESTION, 3), stock, **TOLERANCE)
+        assert_near(session_logits(session, QUESTION, 3), stock)
 
 
 @pytest.mark.parametrize("encode_batch", [1, 12, 4096])
@@ -83,7 +82,7 @@ def test_segments_of_any_size_give_the_features_of_the_whole(video_model, proces
         session.template.family = Recording()
         session.ingest(frames[:61], fps=4)
         assert len(seen) > 1 or encode_batch > 240
-    torch.testing.assert_close(torch.cat(seen), whole, rtol=0, atol=1e-5)
+    assert_near(torch.cat(seen), whole)
 
 
 def test_frames_of_a_long_video_get_the_size_they_have_in_the_whole(video_model, frames):
@@ -102,7 +101,7 @@ def test_frames_of_a_long_video_get_the_size_they_have_in_the_whole(video_model,
     with tieredkv.open_session(
         video_model, large, gpu_kv_gb=1, processor=shrinking, fps=4, positions="stock", encode_batch=16
     ) as session:
-        torch.testing.assert_close(session_logits(session, QUESTION, 2), stock, **TOLERANCE)
+        assert_near(session_logits(session, QUESTION, 2), stock)
 
 
 def test_nothing_is_read_again_when_the_cap_has_room_for_all(video_model, processor, frames):
