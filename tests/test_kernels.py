@@ -290,12 +290,12 @@ def test_decoding_with_kernels_is_decoding_with_torch(llama, long_ids, kernels, 
             rows = [llama(ids[:, i : i + 1], past_key_values=cache).logits[0, -1] for i in range(2)]
             cache.finish()
             counters = cache.counters
-            return torch.stack(rows), (counters.selected, counters.missed_bytes, counters.prefetched_bytes)
+            return torch.stack(rows), (counters.reused, counters.selected, counters.missed_bytes)
 
     (got, counts), (want, want_counts) = decode(kernels), decode(None)
     assert_near(got, want)
     assert counts == want_counts
-    assert (counts[2] > 0) == ("prefetch" in options)
+    assert (counts[0] > 0) == ("reuse_above" in options)
 
 
 def test_kernels_are_for_cards():
