@@ -268,6 +268,7 @@ def test_a_token_is_appended(kernels, device, d):
     assert torch.equal(got[2].cpu(), lengths)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [
     {"theta": 2.0}, {"theta": 0.0, "pruning": "streaming"}, {"policy": "arkvale"},
     {"reuse_above": -1.0, "prefetch": True}, {"adaptive": True}, {"pack_pages": False},
