@@ -45,7 +45,7 @@ def kernels() -> Ops:
     return triton()
 
 
-@pytest.fixture(params=["torch", "triton"])
+@pytest.fixture(params=["torch", pytest.param("triton", marks=pytest.mark.interpreter)])
 def ops(request: pytest.FixtureRequest) -> Ops:
     """Both implementations of a decoding step's operations."""
     return TORCH if request.param == "torch" else request.getfixturevalue("kernels")

@@ -243,7 +243,7 @@ def test_what_sketches_estimate_is_near_what_the_keys_say(opened, monkeypatch):
     assert float(torch.corrcoef(torch.stack((told, exact)))[0, 1]) > 0.9
 
 
-@pytest.mark.slow
+@pytest.mark.interpreter
 def test_kernels_record_what_torch_records(llama, long_ids, kernels):
     recorded = []
     for ops in (None, kernels):

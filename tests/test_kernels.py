@@ -20,6 +20,9 @@ from tieredkv.packing import Packing, pack
 from tieredkv.policy import select, sketch
 
 
+pytestmark = pytest.mark.interpreter
+
+
 def on_host(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """As a kernel on `device` can read it from host memory."""
     return tensor.pin_memory() if device.type == "cuda" else tensor
@@ -268,7 +271,6 @@ def test_a_token_is_appended(kernels, device, d):
     assert torch.equal(got[2].cpu(), lengths)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("options", [
     {"theta": 2.0}, {"theta": 0.0, "pruning": "streaming"}, {"policy": "arkvale"},
     {"reuse_above": -1.0, "prefetch": True}, {"adaptive": True}, {"pack_pages": False},

@@ -117,6 +117,7 @@ def test_batched_vision_equals_the_stock_tower(processor, random_model) -> None:
     assert_near(features, expected.pooler_output)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_packed_conversations_equal_the_stock_forward_of_each(random_model) -> None:
     language_model = random_model.model.language_model
