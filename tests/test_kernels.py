@@ -19,7 +19,6 @@ from tieredkv.ops import copying_by_torch, ops_for, triton
 from tieredkv.packing import Packing, pack
 from tieredkv.policy import select, sketch
 
-
 pytestmark = pytest.mark.interpreter
 
 
