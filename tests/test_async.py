@@ -22,6 +22,7 @@ from tieredkv import session as session_module
 from tieredkv.errors import BudgetError, OptionError, PromptError, TieredKVError, VideoError
 from tieredkv.models import video_family
 
+pytestmark = pytest.mark.threads
 STAR, MOON = "what colour was the star ?", "follow the moon for 4 ?"
 TIGHT = {"chunk_tokens": 8, "recent_window": 16, "theta": 0.4}
 

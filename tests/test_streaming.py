@@ -18,6 +18,7 @@ from tieredkv import decode
 from tieredkv.errors import BudgetError, OptionError, PromptError, TieredKVError, VideoError
 from tieredkv.streaming import Pieces
 
+pytestmark = pytest.mark.threads
 STAR, MOON = "what colour was the star ?", "follow the moon for 4 ?"
 
 
