@@ -81,7 +81,7 @@ def main() -> None:
         parser.error("there is no CUDA device here: give --device cpu, with --quick, to see that it runs")
     shape, lengths, chunk = arguments.shape, arguments.tokens, arguments.chunk
     if arguments.quick:
-        shape, lengths, chunk = "tiny", [2048, 4096], 1024
+        shape, lengths, chunk = "tiny", [1024, 2048], 512
     rows = []
     with torch.inference_mode():
         model = make_model(shape, device, torch.float32 if device == "cpu" else torch.bfloat16)

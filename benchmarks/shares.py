@@ -62,10 +62,10 @@ def main() -> None:
     parser.add_argument("--shares", type=float, nargs="+", default=[0.085, 0.1, 0.2])
     parser.add_argument("--first-seed", type=int, default=1_100_000)
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of TierConfig")
-    parser.add_argument("--quick", action="store_true", help="two short videos")
+    parser.add_argument("--quick", action="store_true", help="one short video")
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.scenes, arguments.minutes, arguments.shares = 2, 4.2, [0.15, 0.2]
+        arguments.scenes, arguments.minutes, arguments.shares = 1, 4.2, [0.15]
     options = {name: json.loads(value) for name, value in (pair.split("=") for pair in arguments.set)}
     TierConfig(**options)
 

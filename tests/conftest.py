@@ -69,7 +69,7 @@ def kernels() -> Ops:
     return triton()
 
 
-@pytest.fixture(params=["torch", "triton"])
+@pytest.fixture(params=["torch", pytest.param("triton", marks=pytest.mark.interpreter)])
 def ops(request: pytest.FixtureRequest) -> Ops:
     """Both implementations of a decoding step's operations."""
     return TORCH if request.param == "torch" else request.getfixturevalue("kernels")
@@ -122,6 +122,29 @@ def llama() -> Any:
 
     torch.manual_seed(0)
     return LlamaForCausalLM(text_config("llama")).eval()
+
+
+@pytest.fixture
+def when_stopped(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`when_stopped(session, action)`: call `action` once the session, or a job of it, has been told to stop."""
+    from tieredkv.streaming import Job
+
+    def register(session: Any, action: Any) -> None:
+        stop_job, stop_session = Job.stop, session.stop
+
+        def stopping_job(job: Job) -> None:
+            stop_job(job)
+            if job in session._line:
+                action()
+
+        def stopping_session() -> None:
+            stop_session()
+            action()
+
+        monkeypatch.setattr(Job, "stop", stopping_job)
+        monkeypatch.setattr(session, "stop", stopping_session)
+
+    return register
 
 
 @pytest.fixture(scope="session")

@@ -1,16 +1,21 @@
-"""What several test files need: stock answers, logits, and caps that are shares of the full cache."""
+"""What several test files need: stock answers, logits, gates, and caps that are shares of the full cache."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import StoppingCriteria
 
 from tieredkv.config import GIB
 from tieredkv.session import VideoSession
 from tieredkv.sizes import model_shape
+
+PATIENCE_S = 60
+"""Seconds after which a wait counts as a hang. Nothing that works comes near it, on a busy machine either."""
 
 
 class LateCopies:
@@ -32,6 +37,52 @@ class LateCopies:
 
     def close(self) -> None:
         self.drain()
+
+
+class Gate(StoppingCriteria):
+    """Counts the steps of an answer and, at each but the first `free`, waits to be opened."""
+
+    def __init__(self, free: int = 0) -> None:
+        self.steps, self._free, self._is_open = 0, free, False
+        self._changed = threading.Condition()
+
+    def open(self) -> None:
+        with self._changed:
+            self._is_open = True
+            self._changed.notify_all()
+
+    def wait_for_step(self, number: int) -> None:
+        with self._changed:
+            assert self._changed.wait_for(lambda: self.steps >= number, PATIENCE_S), "it hangs"
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        with self._changed:
+            self.steps += 1
+            self._changed.notify_all()
+            assert self._changed.wait_for(lambda: self._is_open or self.steps <= self._free, PATIENCE_S), "not opened"
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+
+NEAR = {torch.float32: 2**-14, torch.float16: 2**-8, torch.bfloat16: 2**-6}
+"""How far apart the same sums in another order may be, as a share of the largest: 512, 4 and 2 epsilons of the dtype.
+Those of the tiny models are at most 30 apart in float32, whatever instructions and threads a processor has; a token
+left out, or a page of another head, changes a thousandth or more."""
+
+
+def assert_near(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype | None = None) -> None:
+    """Equal, but for the order in which a processor adds up. dtype: that of the sums, if not `want`'s.
+
+    Relative to the largest number and not to each one, as a sum is off by a share of its largest terms. Where the
+    operations and shapes are the same, nothing may differ: that is `torch.equal`.
+    """
+    largest = float(want.detach().abs().nan_to_num(0, 0, 0).max())
+    torch.testing.assert_close(got, want, rtol=0, atol=NEAR[dtype or want.dtype] * largest)
+
+
+def ended(thread: threading.Thread) -> bool:
+    """Wait for the end of a thread that was told to stop."""
+    thread.join(PATIENCE_S)
+    return not thread.is_alive()
 
 
 def cap_share(model: Any, tokens: int, share: float) -> float:

@@ -5,23 +5,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import subprocess
 import sys
 import threading
-import time
-from collections.abc import AsyncIterator
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import pressed
-from transformers import AsyncTextIteratorStreamer, StoppingCriteria
+from helpers import PATIENCE_S, Gate, ended, pressed
+from transformers import AsyncTextIteratorStreamer
 
 import tieredkv
+from tieredkv import session as session_module
 from tieredkv.errors import BudgetError, OptionError, PromptError, TieredKVError, VideoError
+from tieredkv.models import video_family
 
+pytestmark = pytest.mark.threads
 STAR, MOON = "what colour was the star ?", "follow the moon for 4 ?"
-LONGEST_GAP_S = 0.05
 TIGHT = {"chunk_tokens": 8, "recent_window": 16, "theta": 0.4}
 
 
@@ -47,13 +49,13 @@ def opening(video_model, processor):
 @pytest.fixture
 def caches(monkeypatch):
     """Every cache that sessions make."""
-    made, make = [], tieredkv.session.TieredCache
+    made, make = [], session_module.TieredCache
 
     def recorded(*args, **options):
         made.append(make(*args, **options))
         return made[-1]
 
-    monkeypatch.setattr(tieredkv.session, "TieredCache", recorded)
+    monkeypatch.setattr(session_module, "TieredCache", recorded)
     return made
 
 
@@ -61,18 +63,9 @@ def our_threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("tieredkv")]
 
 
-class Slow(StoppingCriteria):
-    """Counts steps, each of which takes a while."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-        self.thread: int | None = None
-
-    def __call__(self, input_ids, scores, **kwargs):
-        self.steps += 1
-        self.thread = threading.get_ident()
-        time.sleep(0.02)
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+async def reached(gate: Gate, step: int) -> None:
+    """Wait, without holding up the loop, until the answer is at that step."""
+    await asyncio.to_thread(gate.wait_for_step, step)
 
 
 @pytest.mark.parametrize("way", ["ask", "chat"])
@@ -161,12 +154,13 @@ async def test_stop_criteria_and_asynchronous_streamers_of_transformers_work(ses
 
 @pytest.mark.parametrize("stop", ["cancel", "timeout"])
 @pytest.mark.parametrize("stream", [False, True])
-async def test_cancelling_stops_decoding_within_a_step(session, stop, stream):
+async def test_cancelling_stops_decoding_within_a_step(session, when_stopped, stop, stream):
     want = session.ask(STAR, max_new_tokens=4).token_ids
-    slow = Slow()
+    gate = Gate(free=1)
+    when_stopped(session, gate.open)
 
     async def work() -> None:
-        options = {"max_new_tokens": 50, "stopping_criteria": [slow]}
+        options = {"max_new_tokens": 50, "stopping_criteria": [gate]}
         if stream:
             async for _ in session.achat(MOON, stream=True, **options):
                 pass
@@ -175,32 +169,38 @@ async def test_cancelling_stops_decoding_within_a_step(session, stop, stream):
 
     if stop == "timeout":
         with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.3):
+            async with asyncio.timeout(None) as limit:
+
+                async def expire() -> None:
+                    await reached(gate, 2)
+                    limit.reschedule(asyncio.get_running_loop().time())
+
+                expiring = asyncio.create_task(expire())
                 await work()
+        await expiring
     else:
         task = asyncio.create_task(work())
-        while slow.steps < 2:
-            await asyncio.sleep(0.005)
+        await reached(gate, 2)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-    stopped_at = slow.steps
-    assert stopped_at < 50
+    assert gate.steps == 2
     assert "tieredkv-answer" not in our_threads()
     assert session.history == ()
     assert session._cache.ledger.used_bytes == 0
     assert (await session.aask(STAR, max_new_tokens=4)).token_ids == want
-    assert slow.steps == stopped_at
+    assert gate.steps == 2
 
 
 async def test_cancelling_twice_still_waits_for_the_last_step(session):
-    slow = Slow()
-    task = asyncio.create_task(session.aask(MOON, max_new_tokens=50, stopping_criteria=[slow]))
-    while slow.steps < 2:
-        await asyncio.sleep(0.005)
-    task.cancel()
-    await asyncio.sleep(0)
-    task.cancel()
+    gate = Gate(free=1)
+    task = asyncio.create_task(session.aask(MOON, max_new_tokens=50, stopping_criteria=[gate]))
+    await reached(gate, 2)
+    for _ in range(2):
+        task.cancel()
+        await asyncio.sleep(0)
+        assert not task.done()
+    gate.open()
     with pytest.raises(asyncio.CancelledError):
         await task
     assert "tieredkv-answer" not in our_threads()
@@ -210,15 +210,22 @@ async def test_cancelling_twice_still_waits_for_the_last_step(session):
 async def test_cancelling_agenerate_in_its_ingest_stops_it_and_frees_everything(
     video_model, frames, opening, caches, monkeypatch, stream
 ):
-    family = type(tieredkv.models.video_family(video_model.config))
-    decode, calls = family.decode, []
+    family, stop = type(video_family(video_model.config)), session_module.VideoSession.stop
+    decode, calls, begun, go_on = family.decode, [], threading.Event(), threading.Event()
 
     def slow(self, *args):
         calls.append(1)
-        time.sleep(0.05)
+        if len(calls) == 2:
+            begun.set()
+            assert go_on.wait(PATIENCE_S)
         return decode(self, *args)
 
+    def stopping(self):
+        stop(self)
+        go_on.set()
+
     monkeypatch.setattr(family, "decode", slow)
+    monkeypatch.setattr(session_module.VideoSession, "stop", stopping)
 
     async def work() -> None:
         if stream:
@@ -228,40 +235,40 @@ async def test_cancelling_agenerate_in_its_ingest_stops_it_and_frees_everything(
             await tieredkv.agenerate(video_model, frames, MOON, **opening)
 
     task = asyncio.create_task(work())
-    while len(calls) < 2:
-        await asyncio.sleep(0.005)
+    assert await asyncio.to_thread(begun.wait, PATIENCE_S)
     task.cancel()
-    begun = len(calls)
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert begun <= len(calls) <= begun + 1
+    assert len(calls) == 2
     assert our_threads() == []
     assert [cache.ledger.used_bytes + cache.host_bytes for cache in caches] == [0]
 
 
 async def test_a_question_cancelled_while_it_waits_for_its_turn_ends_at_once(session):
-    slow = Slow()
-    first = asyncio.create_task(session.aask(MOON, max_new_tokens=50, stopping_criteria=[slow]))
-    while slow.steps < 1:
-        await asyncio.sleep(0.005)
-    with pytest.raises(TimeoutError):
-        async with asyncio.timeout(0.05):
-            await session.aask(STAR)
-    assert not first.done()
-    first.cancel()
+    gate = Gate()
+    first = asyncio.create_task(session.aask(MOON, max_new_tokens=2, stopping_criteria=[gate]))
+    await reached(gate, 1)
+    second = asyncio.create_task(session.aask(STAR))
+    await asyncio.sleep(0)
+    assert len(session._line) == 2
+    second.cancel()
     with pytest.raises(asyncio.CancelledError):
-        await first
+        await second
+    assert not first.done()
+    gate.open()
+    assert (await first).token_ids
 
 
 @pytest.mark.parametrize("way", ["aclose", "with", "break"])
-async def test_leaving_an_asynchronous_stream_stops_the_work(session, way):
-    slow = Slow()
-    options = {"max_new_tokens": 50, "stopping_criteria": [slow], "stream": True}
+async def test_leaving_an_asynchronous_stream_stops_the_work(session, when_stopped, way):
+    gate = Gate(free=2)
+    when_stopped(session, gate.open)
+    options = {"max_new_tokens": 50, "stopping_criteria": [gate], "stream": True}
     if way == "break":
         async for _ in session.aask(MOON, **options):
             break
-        while "tieredkv-answer" in our_threads():
-            await asyncio.sleep(0.01)
+        for thread in threading.enumerate():
+            assert thread.name != "tieredkv-answer" or await asyncio.to_thread(ended, thread)
     elif way == "with":
         async with session.aask(MOON, **options) as stream:
             await anext(stream)
@@ -271,24 +278,26 @@ async def test_leaving_an_asynchronous_stream_stops_the_work(session, way):
         await stream.aclose()
         await stream.aclose()
     assert "tieredkv-answer" not in our_threads()
-    assert slow.steps < 50
+    assert gate.steps <= 3
     assert (await session.aask(STAR, max_new_tokens=3)).token_ids
 
 
-async def test_a_stream_closed_by_another_task_ends_for_its_reader(session):
-    stream = session.aask(MOON, max_new_tokens=50, stopping_criteria=[Slow()], stream=True)
+async def test_a_stream_closed_by_another_task_ends_for_its_reader(session, when_stopped):
+    gate, first = Gate(free=1), asyncio.Event()
+    when_stopped(session, gate.open)
+    stream = session.aask(MOON, max_new_tokens=50, stopping_criteria=[gate], stream=True)
     got: list[str] = []
 
     async def read() -> None:
         async for piece in stream:
             got.append(piece)
+            first.set()
 
     reader = asyncio.create_task(read())
-    while not got:
-        await asyncio.sleep(0.005)
+    await first.wait()
     await stream.aclose()
     await reader
-    assert len(got) < 50
+    assert len(got) <= 2
 
 
 async def test_a_stream_that_is_never_read_begins_nothing(session):
@@ -308,86 +317,65 @@ async def test_questions_asked_at_once_take_turns(session):
 
 
 def test_a_loop_that_closes_under_a_stream_stops_its_work(session):
-    kept, slow = [], Slow()
+    kept, gate = [], Gate(free=2)
 
     async def main() -> None:
-        kept.append(session.aask(MOON, max_new_tokens=50, stopping_criteria=[slow], stream=True))
+        kept.append(session.aask(MOON, max_new_tokens=50, stopping_criteria=[gate], stream=True))
         await anext(kept[0])
 
     asyncio.run(main())
+    gate.open()
     assert session.ask(STAR, max_new_tokens=2).token_ids
-    assert slow.steps < 50
+    assert gate.steps < 10  # it is noticed where a piece cannot be delivered
 
 
-TICKER = """
-import select, sys, time
-longest, last = 0.0, time.monotonic()
-print(flush=True)
-while not select.select([sys.stdin], [], [], 0.005)[0]:
-    now = time.monotonic()
-    longest, last = max(longest, now - last), now
-print(longest)
-"""
+@contextlib.contextmanager
+def modules_that_run_here() -> Iterator[set[str]]:
+    """The modules of the package of which a function is called on this thread meanwhile."""
+    root, names = Path(tieredkv.__file__).parent, set()
 
+    def called(frame, event, argument) -> None:
+        if (path := Path(frame.f_code.co_filename)).is_relative_to(root):
+            names.add(path.stem)
 
-@contextlib.asynccontextmanager
-async def watched_loop() -> AsyncIterator[dict[str, float]]:
-    """The longest gaps between ticks, in seconds: `wall` and `cpu` of the running loop, `cpu` being what its thread
-    worked meanwhile, and `control`, of a process that only ticks and that nothing but the machine delays."""
-    gaps, ended = {"wall": 0.0, "cpu": 0.0}, False
-
-    async def tick() -> None:
-        wall, cpu = time.monotonic(), time.thread_time()
-        while not ended:
-            await asyncio.sleep(0.005)
-            now, worked = time.monotonic(), time.thread_time()
-            gaps["wall"], gaps["cpu"] = max(gaps["wall"], now - wall), max(gaps["cpu"], worked - cpu)
-            wall, cpu = now, worked
-
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", TICKER], text=True, **pipes) as control:
-        control.stdout.readline()
-        ticking = asyncio.create_task(tick())
-        await asyncio.sleep(0)
-        try:
-            yield gaps
-        finally:
-            ended = True
-            await ticking
-            gaps["control"] = float(control.communicate()[0])
+    gc.collect()
+    gc.disable()  # it would call, on this thread, what other tests' sessions have to be called when they are gone
+    sys.setprofile(called)
+    try:
+        yield names
+    finally:
+        sys.setprofile(None)
+        gc.enable()
 
 
 @pytest.mark.parametrize("what", ["agenerate", "aask"])
 async def test_the_event_loop_is_never_blocked(video_model, frames, opening, monkeypatch, what):
-    """Nothing of ours runs on the loop's thread, and it comes to its turn whatever other threads do.
+    """Each part of the work waits until the loop has had a turn; its thread does nothing but take pieces."""
+    family, loop, seen = type(video_family(video_model.config)), asyncio.get_running_loop(), set()
+    parts = ("decode", "encode", "embed", "logits", "positions")
+    for name in parts:
+        method = getattr(family, name)
 
-    On a busy machine every process waits for a processor now and then: the best of three runs counts, beside a process
-    that only ticks.
-    """
-    family, threads = type(tieredkv.models.video_family(video_model.config)), set()
-    for name in ("decode", "encode", "embed", "logits", "positions", "preprocess"):
-        if (method := getattr(family, name, None)) is not None:
+        def after_a_turn_of_the_loop(*args, method=method, name=name, **options):
+            turn = threading.Event()
+            loop.call_soon_threadsafe(turn.set)
+            assert turn.wait(PATIENCE_S), f"the loop waits for {name}"
+            seen.add(name)
+            return method(*args, **options)
 
-            def recorded(*args, method=method, **options):
-                threads.add(threading.get_ident())
-                return method(*args, **options)
-
-            monkeypatch.setattr(family, name, recorded)
-    long = np.concatenate([frames] * 2)
-    with tieredkv.open_session(video_model, long, **opening) as session:
-        threads.clear()
-        measured = []
-        for _ in range(3):
-            gc.collect()
-            async with watched_loop() as gaps:
-                if what == "agenerate":
-                    await tieredkv.agenerate(video_model, long, MOON, max_new_tokens=20, **opening)
-                else:
-                    await session.aask(MOON, max_new_tokens=60)
-            measured.append(gaps)
-            if gaps["wall"] <= LONGEST_GAP_S:
-                break
-    assert threads
-    assert threading.get_ident() not in threads
-    assert min(gaps["cpu"] for gaps in measured) < LONGEST_GAP_S
-    assert min(gaps["wall"] - gaps["control"] for gaps in measured) < LONGEST_GAP_S, measured
+        monkeypatch.setattr(family, name, after_a_turn_of_the_loop)
+    if what == "agenerate":
+        work = tieredkv.agenerate(video_model, frames, MOON, max_new_tokens=4, **opening)
+        with modules_that_run_here() as modules:
+            await work
+        assert seen == set(parts)
+    else:
+        async with contextlib.AsyncExitStack() as stack:
+            open_session = partial(tieredkv.open_session, video_model, frames, **opening)
+            session = stack.enter_context(await asyncio.to_thread(open_session))
+            seen.clear()
+            work = session.aask(MOON, max_new_tokens=4)
+            with modules_that_run_here() as modules:
+                await work
+        assert {"decode", "logits"} <= seen
+    assert modules == {"aio", "streaming"}

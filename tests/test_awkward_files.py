@@ -10,6 +10,7 @@ import av
 import numpy as np
 import pytest
 from films import KINDS, greys, levels, numbered, numbers, retime, sample, ticks, write
+from helpers import ended
 
 from tieredkv.errors import VideoError
 from tieredkv.video import sampling
@@ -17,7 +18,6 @@ from tieredkv.video.frames import load_frames, open_video
 
 BOUND = 1000
 """More frames than any file here may give."""
-PATIENCE_S = 20
 
 
 def outcome(path: Path, fps: float = 2, **options) -> tuple[int, str | None]:
@@ -34,8 +34,7 @@ def outcome(path: Path, fps: float = 2, **options) -> tuple[int, str | None]:
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    thread.join(PATIENCE_S)
-    assert not thread.is_alive(), "it hangs"
+    assert ended(thread), "it hangs"
     if not raised:
         assert given
         return len(given), None

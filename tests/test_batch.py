@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import random
-import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -317,45 +314,56 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(tmp_path, questions, monkeyp
 
 
 KILLED = """
-import os, sys, time
+import os, random, signal, sys
 from pathlib import Path
 
 sys.path.insert(0, sys.argv[1])
 import test_batch
 
-write = os.write
+folder, mode, write = Path(sys.argv[2]), sys.argv[3], os.write
+left = 0
+
+def moment(*event):
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 def slowly(descriptor, data):  # so that a kill finds lines half written
-    time.sleep(0.0005)
+    moment()
     return write(descriptor, data[:16])
 
-os.write = slowly
-folder = Path(sys.argv[2])
-test_batch.answer(folder / "answers.jsonl", folder / "questions.jsonl", retry_errors=sys.argv[3] == "retry")
+rng, kills, torn = random.Random(mode), 0, 0
+while True:
+    at = rng.randrange(40, 120 + 20 * kills)
+    child = os.fork()
+    if not child:
+        os.write, left = slowly, at
+        sys.addaudithook(moment)  # of opening, renaming, removing, ...
+        test_batch.answer(folder / "answers.jsonl", folder / "questions.jsonl", retry_errors=mode == "retry")
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code == 0:
+        break
+    assert code == -signal.SIGKILL, code
+    kills += 1
+    file = folder / "answers.jsonl"
+    torn += file.exists() and not file.read_bytes().endswith(b"\\n")
+    assert kills < 100
+print(kills, torn)
 """
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize("mode", ["resume", "retry"])
 def test_killed_at_random_moments_each_question_is_answered_once(tmp_path, mode):
-    rng, file = random.Random(mode), tmp_path / "answers.jsonl"
+    file = tmp_path / "answers.jsonl"
     lines = [{"video": f"{n % 3}.mp4", "question": "bad" if n % 7 == 0 else f"number {n}", "id": n} for n in range(40)]
     ask(tmp_path, *lines)
     command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(tmp_path), mode]
-    kills = torn = 0
-    while True:
-        more = rng.randrange(300, 1200)
-        goal = (file.stat().st_size if file.exists() else 0) + more
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-            while process.poll() is None and (not file.exists() or file.stat().st_size < goal):
-                time.sleep(0.001)
-            process.send_signal(signal.SIGKILL)
-            _, err = process.communicate()
-        if process.returncode == 0:
-            break
-        assert process.returncode == -signal.SIGKILL, err
-        kills += 1
-        torn += not file.read_bytes().endswith(b"\n")
-        assert kills < 100
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    kills, torn = map(int, done.stdout.split())
     assert kills > 3
     assert torn > 0
     assert Counter(row["id"] for row in found(file)) == Counter(range(40))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import assert_near
 
 import tieredkv
 from tieredkv.cache import TieredCache
@@ -57,8 +58,8 @@ def test_cropping_takes_tokens_off_the_end(llama, prompt_ids):
         llama(prompt_ids[:, :1], **cache_argument(cache))
         cache.crop(-21)
         sealed_between = llama(prompt_ids[:, 200:220], **cache_argument(cache)).logits
-    torch.testing.assert_close(again, want[:, 200:], atol=1e-4, rtol=0)
-    torch.testing.assert_close(sealed_between, want[:, 200:], atol=1e-4, rtol=0)
+    assert_near(again, want[:, 200:])
+    assert_near(sealed_between, want[:, 200:])
 
 
 def test_a_batch_is_refused(llama, prompt_ids):
@@ -139,7 +140,7 @@ def test_a_prompt_that_ends_in_a_single_token_is_prefilled_when_its_length_is_kn
         assert not cache.sealed
         llama(ids[:, :1], **cache_argument(cache))
         assert cache.sealed
-    torch.testing.assert_close(logits, want, atol=2e-4, rtol=0)
+    assert_near(logits, want)
 
 
 def test_prefill_is_exact_when_the_past_is_streamed_in_many_blocks(llama, long_ids):
@@ -151,7 +152,7 @@ def test_prefill_is_exact_when_the_past_is_streamed_in_many_blocks(llama, long_i
         parts = [llama(part, **cache_argument(cache)).logits for part in long_ids.split(130, dim=1)]
         assert cache.transfer.streamed_bytes > 3 * 900 * cache.shape.token_bytes
         assert cache.ledger.peak_bytes <= cache.ledger.cap_bytes
-    torch.testing.assert_close(torch.cat(parts, dim=1), want, atol=2e-4, rtol=0)
+    assert_near(torch.cat(parts, dim=1), want)
 
 
 def test_a_forward_cut_off_midway_is_noticed_and_mended_by_truncating(llama, prompt_ids, monkeypatch):
@@ -165,7 +166,7 @@ def test_a_forward_cut_off_midway_is_noticed_and_mended_by_truncating(llama, pro
             llama(prompt_ids[:, 200:250], **cache_argument(cache))
         cache.truncate(200)
         got = llama(prompt_ids[:, 200:250], **cache_argument(cache)).logits
-    torch.testing.assert_close(got, llama(prompt_ids[:, :250]).logits[:, 200:], atol=2e-4, rtol=0)
+    assert_near(got, llama(prompt_ids[:, :250]).logits[:, 200:])
 
 
 def test_generating_from_a_cropped_prompt_equals_stock(llama, prompt_ids):
@@ -187,7 +188,7 @@ def test_a_seal_that_does_not_fit_leaves_the_cache_in_prefill(llama, prompt_ids)
         with pytest.raises(tieredkv.BudgetError):
             llama(prompt_ids[:, :1], **cache_argument(cache))
         got = llama(prompt_ids[:, 250:], **cache_argument(cache)).logits
-    torch.testing.assert_close(got, llama(prompt_ids).logits[:, 250:], atol=2e-4, rtol=0)
+    assert_near(got, llama(prompt_ids).logits[:, 250:])
 
 
 def test_the_host_tier_keeps_no_autograd_graph(llama, prompt_ids):
@@ -214,7 +215,7 @@ def test_a_fault_in_the_last_layers_step_is_noticed(llama, long_ids, monkeypatch
         cache.truncate(900)
         got = llama(long_ids[:, :5], **cache_argument(cache)).logits
     want = llama(torch.cat((long_ids, long_ids[:, :5]), dim=1)).logits[:, 900:]
-    torch.testing.assert_close(got, want, atol=2e-4, rtol=0)
+    assert_near(got, want)
 
 
 def test_unsealing_by_hand_forgets_what_the_old_question_said(llama, prompt_ids):
@@ -223,7 +224,7 @@ def test_unsealing_by_hand_forgets_what_the_old_question_said(llama, prompt_ids)
         text = llama.generate(prompt_ids, **cache_argument(cache), max_new_tokens=120, do_sample=False)
         cache.unseal()
         got = llama(text[:, -1:], **cache_argument(cache)).logits
-    torch.testing.assert_close(got, llama(text).logits[:, -1:], atol=2e-4, rtol=0)
+    assert_near(got, llama(text).logits[:, -1:])
 
 
 def test_a_cache_that_is_dropped_is_freed_at_once(llama, prompt_ids):

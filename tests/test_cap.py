@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import cap_share, pressed
+from helpers import assert_near, cap_share, pressed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -80,8 +80,8 @@ def test_the_host_tier_holds_every_prompt_token_exactly(llama, long_ids):
         llama.generate(long_ids, **cache_argument(cache), max_new_tokens=9, do_sample=False)
         for ours, theirs in zip(cache.tiered_layers, stock.layers, strict=True):
             held = ours.host.chunks()
-            torch.testing.assert_close(held[:, :, 0].flatten(1, 2)[:, :900], theirs.keys[0], atol=1e-4, rtol=0)
-            torch.testing.assert_close(held[:, :, 1].flatten(1, 2)[:, :900], theirs.values[0], atol=1e-4, rtol=0)
+            assert_near(held[:, :, 0].flatten(1, 2)[:, :900], theirs.keys[0])
+            assert_near(held[:, :, 1].flatten(1, 2)[:, :900], theirs.values[0])
 
 
 @given(st.data())
@@ -170,4 +170,4 @@ def test_a_prompt_of_known_length_is_served_whatever_stays_on_the_device(llama, 
         for part in long_ids.split(chunk, dim=1):
             logits = llama(part, **cache_argument(cache)).logits[:, -1]
         assert cache.ledger.peak_bytes <= cache.tiers.cap_bytes
-        torch.testing.assert_close(logits, stock, rtol=0, atol=2e-4)
+        assert_near(logits, stock)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import PATIENCE_S
 
 from tieredkv import cli
 
@@ -193,6 +194,7 @@ def test_every_command_is_held_to_its_help():
     assert names == {name for command in COMMANDS for name in command}
 
 
+@pytest.mark.subprocess
 def test_help_imports_nothing_heavy_in_any_command():
     code = """
 import sys
@@ -218,6 +220,7 @@ def test_a_failing_disk_is_one_sentence_and_exit_code_1(monkeypatch, capsys):
     assert (code, out, err) == (1, "", "tieredkv: answers.jsonl: No space left on device.\n")
 
 
+@pytest.mark.subprocess
 def test_importing_the_package_imports_neither_torch_nor_transformers():
     code = "import sys, tieredkv, tieredkv.cli; print([m for m in ('torch', 'transformers', 'av') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -323,29 +326,31 @@ def test_a_share_too_small_for_a_short_demo_is_refused_naming_one_that_works(mon
     assert "give 0.14 or more" in err
 
 
+@pytest.mark.subprocess
 def test_an_interrupt_says_so():
     import signal
 
     code = """
-import time
-import tieredkv.cli, tieredkv.demo
+import signal, sys, types
+import tieredkv.cli
 
 def run(**options):
     print("ready", flush=True)
-    time.sleep(60)
+    signal.pause()
 
-tieredkv.demo.run = run
+sys.modules["tieredkv.demo"] = types.SimpleNamespace(run=run)  # the true one imports torch, which takes its time
 tieredkv.cli.main()
 """
     command = [sys.executable, "-c", code, "demo"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=20)
+        _, err = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 130
     assert err.strip().endswith("tieredkv: interrupted.")
 
 
+@pytest.mark.subprocess
 def test_the_package_runs_as_a_module():
     done = subprocess.run([sys.executable, "-m", "tieredkv", "--version"], capture_output=True, text=True, check=True)
     import tieredkv

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 from test_cli import run
 
 from tieredkv.cli import bench
@@ -38,21 +38,22 @@ def test_an_unknown_name_is_refused_naming_those_there_are(monkeypatch, capsys):
     assert "'origin' is no benchmark: give one of decode, decode_cpu" in err
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_options_go_to_the_benchmark_and_its_exit_code_comes_back(tmp_path):
-    command = [sys.executable, "-m", "tieredkv", "bench", "prefill", "--", "--quick", "--tokens", "1024"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment(), cwd=tmp_path)
-    assert done.returncode == 2
-    assert "there is no CUDA device here" in done.stderr
+@pytest.mark.subprocess
+def test_options_go_to_the_benchmark_and_its_exit_code_comes_back(monkeypatch, capfd):
+    code, _, err = run(monkeypatch, capfd, "bench", "prefill", "--", "--quick", "--tokens", "many")
+    assert code == 2
+    assert "--tokens: invalid int value: 'many'" in err
 
 
-@pytest.mark.slow
+@pytest.mark.subprocess
 def test_a_benchmark_runs_and_ends_with_json(tmp_path):
     command = [sys.executable, "-m", "tieredkv", "bench", "decode_cpu", "--", "--quick"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment(), cwd=tmp_path)
+    environment = {**os.environ, "PYTHONPATH": str(bench.PACKAGE.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=tmp_path)
     assert json.loads(done.stdout.splitlines()[-1])["benchmark"] == "decode_cpu"
 
 
+@pytest.mark.subprocess
 def test_results_go_beside_the_benchmarks_or_where_there_is_no_such_folder_into_the_current_one(tmp_path):
     (tmp_path / "origin.py").write_text((bench.folder() / "origin.py").read_text())
     code = "import sys; sys.path.insert(0, sys.argv[1]); import origin; print(origin.RESULTS)"
@@ -63,9 +64,3 @@ def test_results_go_beside_the_benchmarks_or_where_there_is_no_such_folder_into_
 
     assert results(tmp_path) == "/"
     assert results(bench.folder()) == str(bench.folder() / "results")
-
-
-def environment() -> dict[str, str]:
-    import os
-
-    return {**os.environ, "PYTHONPATH": str(bench.PACKAGE.parent)}

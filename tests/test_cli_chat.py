@@ -9,10 +9,10 @@ import pty
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from helpers import PATIENCE_S
 from test_cli import run
 
 import tieredkv
@@ -212,7 +212,7 @@ def test_bad_input_is_one_sentence(monkeypatch, capsys, short_video, arguments, 
     assert message in err
 
 
-@pytest.mark.slow
+@pytest.mark.subprocess
 def test_at_a_terminal_lines_are_prompted_for_remembered_and_ctrl_d_leaves(short_video, tmp_path):
     environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path), "TERM": "dumb"}
     environment["PYTHONPATH"] = str(Path(tieredkv.__file__).parents[1])
@@ -226,11 +226,11 @@ def test_at_a_terminal_lines_are_prompted_for_remembered_and_ctrl_d_leaves(short
         os.write(ours, MOON.encode() + b"\n")
         answered = read_until(ours, b"> ")
         os.write(ours, b"half a lin")
-        time.sleep(0.3)
+        read_until(ours, b"half a lin")  # as a line editor shows it
         process.send_signal(signal.SIGINT)
         read_until(ours, b"> ")
         os.write(ours, b"\x04")
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=PATIENCE_S)
     os.close(ours)
     assert process.returncode == 0, err
     with tieredkv.open_session(tiny.PATH, short_video, fps=4) as session:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -148,22 +146,40 @@ def test_a_question_that_needs_too_much_is_its_own_error(monkeypatch, capsys, sh
     assert "gpu_kv_gb" in made[100_000]["error"]
 
 
-@pytest.mark.slow
+KILLED = """
+import os, signal, sys
+import tieredkv.cli
+
+write, lines = os.write, int(sys.argv.pop(1))
+
+def counted(descriptor, data):
+    global lines
+    lines -= data.startswith(b'{"id"')
+    if not lines:
+        write(descriptor, data[: len(data) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write(descriptor, data)
+
+os.write = counted
+tieredkv.cli.main()
+"""
+
+
+@pytest.mark.subprocess
 @pytest.mark.model
-def test_killed_while_the_model_answers_each_question_is_answered_once(short_video, tmp_path):
-    rng, file = random.Random(0), tmp_path / "answers.jsonl"
-    asked = [{"video": str(short_video), "question": f"what colour was the {SHAPES[n % 4]} ?"} for n in range(60)]
+def test_killed_while_the_model_answers_each_question_is_answered_once(monkeypatch, capsys, short_video, tmp_path):
+    file = tmp_path / "answers.jsonl"
+    asked = [{"video": str(short_video), "question": f"what colour was the {SHAPES[n % 4]} ?"} for n in range(12)]
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, asked)))
-    command = [sys.executable, "-m", "tieredkv", "run", str(tmp_path / "questions.jsonl"), "-o", str(file), "--resume"]
+    arguments = ["run", str(tmp_path / "questions.jsonl"), "-o", str(file), "--resume"]
     environment = {**os.environ, "PYTHONPATH": str(Path(tieredkv.__file__).parents[1])}
-    for more in (1, rng.randrange(5_000, 9_000), None):
-        goal = float("inf") if more is None else (file.stat().st_size if file.exists() else 0) + more
-        with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as process:
-            while process.poll() is None and (not file.exists() or file.stat().st_size < goal):
-                time.sleep(0.002)
-            process.send_signal(signal.SIGKILL)
-        assert process.returncode == (0 if more is None else -signal.SIGKILL)
+    command = [sys.executable, "-c", KILLED, "5", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not file.read_bytes().endswith(b"\n")
+    assert file.read_bytes().count(b"\n") == 4
+    assert run(monkeypatch, capsys, *arguments)[0] == 0
     made = [json.loads(line) for line in file.read_text().splitlines()]
-    assert len(made) == len({row["id"] for row in made}) == 60
+    assert len(made) == len({row["id"] for row in made}) == 12
     assert Counter(row["question"] for row in made) == Counter(row["question"] for row in asked)
     assert len({(row["question"], row["text"]) for row in made}) == 4

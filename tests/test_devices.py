@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import RecordLogits, cap_share, pressed, session_logits
+from helpers import RecordLogits, assert_near, cap_share, pressed, session_logits
 
 import tieredkv
 from tieredkv.cache import TieredCache
@@ -51,7 +51,7 @@ def test_logits_are_those_of_one_device(llama, long_ids, options, request):
     alone, (pages,), _ = answer(llama, long_ids, 0.6, **options)
     request.getfixturevalue("spread")
     spread, each, pools = answer(llama, long_ids, 0.6, **options)
-    torch.testing.assert_close(spread, alone, rtol=0, atol=1e-6)
+    assert_near(spread, alone)
     assert len(each) == 2
     assert sum(each) == pages
     assert pools[0] is pools[2] is not pools[1]
@@ -74,8 +74,8 @@ def test_evidence_adds_up_what_every_device_saw(video_model, processor, frames, 
     heat, logits = look()
     request.getfixturevalue("spread")
     heat_spread, logits_spread = look()
-    torch.testing.assert_close(logits_spread, logits, rtol=0, atol=1e-5)
-    torch.testing.assert_close(heat_spread, heat, rtol=0, atol=1e-6)
+    assert_near(logits_spread, logits)
+    assert_near(heat_spread, heat)
 
 
 def test_cards_and_the_cpu_do_not_mix(llama):

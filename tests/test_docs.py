@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
 import shlex
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import typer
+from test_cli import run
 
 import tieredkv
 from tieredkv import cli
@@ -157,7 +156,7 @@ def test_the_readme_session_runs(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 @pytest.mark.model
-def test_the_command_lines_examples_run(tmp_path, short_video):
+def test_the_command_lines_examples_run(tmp_path, short_video, monkeypatch, capsys):
     text = (ROOT / "docs" / "command-line.md").read_text()
     shell, (questions,), (settings,) = (
         re.findall(rf"```{kind}\n(.*?)```", text, re.DOTALL) for kind in ("sh", "json", "toml")
@@ -165,17 +164,19 @@ def test_the_command_lines_examples_run(tmp_path, short_video):
     (tmp_path / "film.mp4").write_bytes(short_video.read_bytes())
     (tmp_path / "questions.jsonl").write_text(questions)
     (tmp_path / "tieredkv.toml").write_text(settings)
-    (tmp_path / "tieredkv").write_text(f'#!/bin/sh\nexec {sys.executable} -m tieredkv "$@"\n')
-    (tmp_path / "tieredkv").chmod(0o755)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    environment |= {"XDG_CONFIG_HOME": str(tmp_path), "XDG_STATE_HOME": str(tmp_path)}
+    monkeypatch.chdir(tmp_path)
+    for name in ("XDG_CONFIG_HOME", "XDG_STATE_HOME"):
+        monkeypatch.setenv(name, str(tmp_path))
     made = []
     for command in "".join(shell).splitlines():
         if " bench " in command:  # takes its time, and is run by test_cli_bench.py
             continue
-        done = subprocess.run(["sh", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0 or command.startswith("tieredkv doctor"), done.stderr
-        made.append(done.stdout)
+        *echo, line = command.split(" | ")
+        typed = "".join(" ".join(shlex.split(part)[1:]) + "\n" for part in echo)
+        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+        code, out, err = run(monkeypatch, capsys, *shlex.split(line)[1:])
+        assert code == 0 or command.startswith("tieredkv doctor"), err
+        made.append(out)
     moon, cup, again, *_ = made
     assert again == moon
     rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]

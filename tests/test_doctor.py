@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -142,6 +143,7 @@ def beside(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.subprocess
 def test_a_torchvision_that_does_not_fit_is_recognised(beside):
     library(beside, "torchvision", 'raise RuntimeError("operator torchvision::nms does not exist")')
     facts = doctor.probe()
@@ -152,6 +154,7 @@ def test_a_torchvision_that_does_not_fit_is_recognised(beside):
     assert "error" not in facts["codecs"]
 
 
+@pytest.mark.subprocess
 def test_a_library_that_crashes_is_named_and_what_was_known_before_is_kept(beside):
     library(beside, "torchvision", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
     facts = doctor.probe()
@@ -165,11 +168,13 @@ def test_a_library_that_is_not_there_is_not_installed():
 
 
 def test_a_probe_that_hangs_is_given_up(monkeypatch):
-    monkeypatch.setattr(doctor, "PROBE_SECONDS", 0.5)
-    code = 'import time; print(\'{"torch": {"version": "9"}}\', flush=True); time.sleep(60)'
-    facts = doctor.probe(("-c", code))
+    def hangs(command, timeout, **options):
+        raise subprocess.TimeoutExpired(command, timeout, output=b'{"torch": {"version": "9"}}\n')
+
+    monkeypatch.setattr(subprocess, "run", hangs)
+    facts = doctor.probe()
     assert facts["torch"] == {"version": "9"}
-    assert facts["torchvision"] == {"error": "importing it did not end within 0.5 s"}
+    assert facts["torchvision"] == {"error": "importing it did not end within 300 s"}
 
 
 def test_a_codec_without_decoder_is_found_out(monkeypatch):
@@ -195,6 +200,7 @@ print("NVIDIA GeForce RTX 3060, 580.65, 4, 4, 4, 16")
 """
 
 
+@pytest.mark.subprocess
 def test_nvidia_smi_is_asked_for_the_first_card(tmp_path, monkeypatch):
     tool = tmp_path / "nvidia-smi"
     tool.write_text(SMI_SCRIPT.format(python=sys.executable))
@@ -203,6 +209,7 @@ def test_nvidia_smi_is_asked_for_the_first_card(tmp_path, monkeypatch):
     assert doctor.nvidia_smi() == SMI
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize("script", ["#!/bin/sh\nexit 9\n", "not a program", "#!/bin/sh\n"])
 def test_an_nvidia_smi_that_fails_tells_nothing(tmp_path, monkeypatch, script):
     tool = tmp_path / "nvidia-smi"
@@ -236,7 +243,7 @@ def test_the_command_prints_a_line_per_check_and_its_exit_code_tells_of_problems
     assert made["checks"][2] == {"name": "torch", "state": "problem", "found": "not installed", "remedy": "install it"}
 
 
-@pytest.mark.slow
+@pytest.mark.subprocess
 def test_this_machine_is_examined(monkeypatch, capsys):
     code, out, _ = run(monkeypatch, capsys, "doctor", "--json")
     made = json.loads(out)

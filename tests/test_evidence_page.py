@@ -209,7 +209,8 @@ def test_where_nothing_stands_out_a_page_says_so():
 def test_both_kinds_are_written_from_an_answer(tmp_path, name):
     path = save_evidence(answer("r\x1b[0m\ud800\n\u202eed"), tmp_path / name, question=ATTACK, video=None)
     if name.lower().endswith("png"):
-        assert Image.open(path).size[0] == 1600
+        with Image.open(path) as picture:
+            assert picture.size[0] == 1600
     else:
         assert "\x1b" not in path.read_text(encoding="utf-8")
     assert [found.name for found in tmp_path.iterdir()] == [name]
@@ -231,7 +232,8 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch)
     path.write_text("old")
 
     def full(self, data):
-        self.open("wb").write(data[:100])
+        with self.open("wb") as file:
+            file.write(data[:100])
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import session_logits, stock_inputs, stock_logits
+from helpers import assert_near, session_logits, stock_inputs, stock_logits
 
 import tieredkv
 from tieredkv.cache import TieredCache
 from tieredkv.versions import cache_argument
 
-TOLERANCE = {"rtol": 0, "atol": 2e-4}
 THETAS = pytest.mark.parametrize("theta", [0.0, 2.0], ids=["all static", "all dynamic"])
 
 
@@ -19,7 +18,7 @@ def test_text_model_through_generate(text_model, prompt_ids, theta):
     stock = stock_logits(text_model, {"input_ids": prompt_ids}, 24)
     with tieredkv.use_attention(text_model), TieredCache(text_model.config, gpu_kv_gb=1, theta=theta) as cache:
         tiered = stock_logits(text_model, {"input_ids": prompt_ids}, 24, **cache_argument(cache))
-    torch.testing.assert_close(tiered, stock, **TOLERANCE)
+    assert_near(tiered, stock)
 
 
 @pytest.mark.parametrize("chunk", [1, 37, 64, 150, 299])
@@ -29,7 +28,7 @@ def test_text_model_prefilled_in_chunks(text_model, prompt_ids, chunk):
     with torch.no_grad(), tieredkv.use_attention(text_model), TieredCache(text_model.config, tiers) as cache:
         cache.auto_seal = False
         parts = [text_model(part, **cache_argument(cache)).logits for part in prompt_ids.split(chunk, dim=1)]
-    torch.testing.assert_close(torch.cat(parts, dim=1), stock, **TOLERANCE)
+    assert_near(torch.cat(parts, dim=1), stock)
 
 
 @THETAS
@@ -46,7 +45,7 @@ def test_second_turn_in_the_same_cache(text_model, prompt_ids, theta):
     stock = two_turns(DynamicCache(config=text_model.config))
     with tieredkv.use_attention(text_model), TieredCache(text_model.config, gpu_kv_gb=1, theta=theta) as cache:
         tiered = two_turns(cache)
-    torch.testing.assert_close(tiered, stock, **TOLERANCE)
+    assert_near(tiered, stock)
 
 
 @THETAS
@@ -65,7 +64,7 @@ def test_video_model_over_two_questions(video_model, processor, frames, theta, p
         for question in ("what colour was the star ?", "follow the moon for 4 ?"):
             tiered = session_logits(session, question, 10)
             stock = stock_logits(video_model, stock_inputs(processor, frames, question), 10)
-            torch.testing.assert_close(tiered, stock, **TOLERANCE)
+            assert_near(tiered, stock)
 
 
 @pytest.mark.parametrize(("frames_used", "fps"), [(2, 4.0), (7, 4.0), (61, 2.0), (120, 1.0)])
@@ -76,7 +75,7 @@ def test_video_model_over_frame_counts_and_rates(video_model, processor, frames,
     with tieredkv.open_session(
         video_model, video, gpu_kv_gb=1, processor=processor, fps=fps, positions="stock"
     ) as session:
-        torch.testing.assert_close(session_logits(session, question, 4), stock, **TOLERANCE)
+        assert_near(session_logits(session, question, 4), stock)
 
 
 def test_published_positions_equal_a_stock_forward_given_them(video_model, processor, frames):
@@ -93,7 +92,7 @@ def test_published_positions_equal_a_stock_forward_given_them(video_model, proce
     with torch.no_grad():
         stock = video_model(**inputs, position_ids=expected).logits[:, -1]
     with tieredkv.open_session(video_model, frames, gpu_kv_gb=1, processor=processor, fps=4) as session:
-        torch.testing.assert_close(session_logits(session, question, 1), stock, **TOLERANCE)
+        assert_near(session_logits(session, question, 1), stock)
 
 
 def test_bf16_stays_within_its_rounding(video_model, processor, frames):
@@ -141,4 +140,4 @@ def test_copies_that_lag_behind_change_nothing(llama, long_ids, known, monkeypat
         assert cache.transfer.streamed_bytes > 0
         resident = cache.tiered_layers[0].resident
         assert (resident is not None and resident.length > 0) == (known > 0)
-    torch.testing.assert_close(torch.cat(parts, dim=1), stock, **TOLERANCE)
+    assert_near(torch.cat(parts, dim=1), stock)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from families import BUILD, build
-from helpers import pressed, session_logits, stock_inputs, stock_logits
+from helpers import assert_near, pressed, session_logits, stock_inputs, stock_logits
 
 import tieredkv
 from tieredkv import models
@@ -16,7 +16,6 @@ from tieredkv.errors import UnsupportedModelError
 from tieredkv.models.base import VideoGrid
 from tieredkv.video.frames import Sampled
 
-TOLERANCE = {"rtol": 0, "atol": 2e-4}
 FAMILIES = pytest.mark.parametrize("name", BUILD)
 QUESTIONS = ("what is it ?", "and who is that ?")
 
@@ -36,7 +35,7 @@ def test_two_questions_equal_stock(name, film, pieces, theta):
     with tieredkv.open_session(model, film, processor=processor, **options) as session:
         for question in QUESTIONS:
             stock = stock_logits(model, stock_inputs(processor, film, question), 5)
-            torch.testing.assert_close(session_logits(session, question, 5), stock, **TOLERANCE)
+            assert_near(session_logits(session, question, 5), stock)
 
 
 @FAMILIES
@@ -79,7 +78,7 @@ def test_a_saved_session_answers_as_before(name, film, tmp_path):
         expected = session_logits(session, QUESTIONS[0], 4)
         session.save(tmp_path / "film.tkv")
     with tieredkv.load_session(tmp_path / "film.tkv", model, processor=processor) as session:
-        torch.testing.assert_close(session_logits(session, QUESTIONS[0], 4), expected, rtol=0, atol=1e-5)
+        assert_near(session_logits(session, QUESTIONS[0], 4), expected)
 
 
 @FAMILIES
@@ -107,7 +106,7 @@ def test_qwen3_vl_follows_its_authors_unless_told_to_follow_transformers(film):
     with torch.no_grad():
         stock = model(**inner, **pixels).logits[:, -1]
     with tieredkv.open_session(model, film, processor=processor, gpu_kv_gb=1, fps=4) as session:
-        torch.testing.assert_close(session_logits(session, QUESTIONS[0], 1), stock, **TOLERANCE)
+        assert_near(session_logits(session, QUESTIONS[0], 1), stock)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 40])

@@ -325,6 +325,8 @@ def test_images_are_converted_one_at_a_time(tmp_path):
     frames = source.frames()
     assert next(frames).tolist() == np.full((6, 8, 3), 7).tolist()
     assert images[2].fp is not None  # which reading the picture closes
+    for image in images:
+        image.close()
 
 
 def test_frames_given_tick_with_the_seconds_so_far():

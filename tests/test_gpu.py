@@ -7,7 +7,7 @@ import gc
 
 import pytest
 import torch
-from helpers import cap_share, pressed
+from helpers import assert_near, cap_share, pressed
 from transformers import DynamicCache
 
 import tieredkv
@@ -59,8 +59,10 @@ def test_full_budget_equals_stock_transformers(on_card, long_ids, card, dtype):
         stock = logits(DynamicCache(config=model.config))
         with tieredkv.use_attention(model), TieredCache(model.config, gpu_kv_gb=1, **SMALL) as cache:
             tiered = logits(cache)
-    near = 2e-4 if dtype == torch.float32 else 0.15
-    torch.testing.assert_close(tiered, stock, rtol=0, atol=near)
+    if dtype == torch.float32:
+        assert_near(tiered, stock)
+    else:  # whose roundings add up over the layers
+        torch.testing.assert_close(tiered, stock, rtol=0, atol=0.05 * float(stock.abs().max()))
 
 
 @pytest.mark.parametrize("options", POLICIES, ids=str)
@@ -112,7 +114,7 @@ def test_a_replayed_graph_gives_what_eager_steps_give(on_card, long_ids, card, o
     eager, _, want = decode_by_steps(on_card, long_ids.to(card), card, captured=False, **options)
     graph, path, got = decode_by_steps(on_card, long_ids.to(card), card, captured=True, **options)
     assert path == "graph"
-    torch.testing.assert_close(graph, eager, atol=1e-5, rtol=0)
+    assert_near(graph, eager)
     assert got == pytest.approx(want)
 
 
@@ -169,7 +171,7 @@ def test_memory_that_cannot_be_locked_is_copied_through_the_host(on_card, long_i
     monkeypatch.undo()
     want, _, _ = decode_by_steps(on_card, long_ids.to(card), card, captured=False)
     assert path == "eager: operations by triton, copies by torch"
-    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+    assert_near(got, want)
 
 
 def test_memory_for_keys_and_values_stays_below_the_cap(card):
@@ -249,7 +251,7 @@ def test_a_model_over_two_cards_decodes_as_on_one(llama, on_card, long_ids, card
             )
             places = [layer.sealed.tiers.pool.pages.device for layer in cache.tiered_layers]
     assert [place.index for place in places] == [0, 1, 1]
-    torch.testing.assert_close(found[1].cpu(), found[0].cpu(), rtol=0, atol=2e-4)
+    assert_near(found[1].cpu(), found[0].cpu())
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

@@ -3,11 +3,35 @@
 from __future__ import annotations
 
 import threading
-import time
+from types import SimpleNamespace
 
 import pytest
+from helpers import PATIENCE_S
 
+from tieredkv import pipeline as pipelines
 from tieredkv.pipeline import Cancelled, Pipeline
+
+
+class WatchedPipeline(Pipeline):
+    """Tells which threads wait, by name; the threads that are no stage's are "outside"."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        lock = threading.RLock()
+        self.changed, self.told = threading.Condition(lock), threading.Condition(lock)
+        self.waiting: set[str] = set()
+
+    def wait(self) -> None:
+        name = stage.name if (stage := self._stage_here()) else "outside"
+        self.waiting.add(name)
+        self.told.notify_all()
+        super().wait()
+        self.waiting.discard(name)
+
+    def wait_for(self, *names: str) -> None:
+        """Until all of these wait at once; with `changed` held, for as long as it is held."""
+        with self.told:
+            assert self.told.wait_for(lambda: self.waiting >= set(names), PATIENCE_S), "it hangs"
 
 
 def stage_threads() -> list[str]:
@@ -30,10 +54,10 @@ def test_a_stage_runs_no_further_ahead_than_its_queue(depth):
             made.append(n)
             yield n
 
-    with Pipeline() as pipeline:
+    with WatchedPipeline() as pipeline:
         items = pipeline.stage("numbers", numbers(), depth)
         next(items)
-        time.sleep(0.05)
+        pipeline.wait_for("numbers")
         assert len(made) <= 1 + depth + 1  # taken, queued, and one in hand
         assert list(items) == list(range(1, 100))
 
@@ -46,7 +70,7 @@ def test_an_error_is_raised_where_the_items_are_taken_ahead_of_queued_ones():
 
     with Pipeline() as pipeline:
         items = pipeline.stage("failing", failing(), depth=5)
-        time.sleep(0.05)
+        items.thread.join()
         with pytest.raises(ValueError, match="broken"):
             next(items)
     assert stage_threads() == []
@@ -92,19 +116,24 @@ def test_cancelling_from_another_thread_wakes_whoever_waits():
     release = threading.Event()
 
     def stuck():
-        release.wait(5)
+        release.wait(PATIENCE_S)
         yield 1
 
-    with Pipeline() as pipeline:
+    def cancel():
+        pipeline.wait_for("outside")
+        pipeline.cancel()
+
+    with WatchedPipeline() as pipeline:
         items = pipeline.stage("stuck", stuck())
-        threading.Timer(0.05, pipeline.cancel).start()
-        started = time.perf_counter()
+        canceller = threading.Thread(target=cancel)
+        canceller.start()
         with pytest.raises(Cancelled):
             next(items)
-        assert time.perf_counter() - started < 2
+        assert not release.is_set()
         with pytest.raises(Cancelled):
             pipeline.check()
         release.set()
+    canceller.join()
     assert stage_threads() == []
 
 
@@ -122,7 +151,7 @@ def test_an_error_in_a_stage_nobody_takes_from_is_noticed():
         pipeline.stage("aside", failing())
         with pytest.raises(OSError, match="the file is gone"):
             for _ in numbers:
-                time.sleep(0.001)
+                pass
 
 
 def test_a_handled_error_keeps_nothing_alive():
@@ -176,17 +205,21 @@ def test_a_thread_that_cannot_start_is_the_error_told(monkeypatch):
     assert stage_threads() == []
 
 
-def test_waiting_does_not_count_as_work():
+def test_waiting_does_not_count_as_work(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(pipelines, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+
     def slow():
         for n in range(4):
-            time.sleep(0.03)
+            with pipeline.changed:
+                pipeline.wait_for("quick", "outside")
+                clock[0] += 1
             yield n
 
-    with Pipeline() as pipeline:
+    with WatchedPipeline() as pipeline:
         slowly = pipeline.stage("slow", slow())
         quickly = pipeline.stage("quick", (n for n in slowly))
         assert list(quickly) == [0, 1, 2, 3]
         busy = pipeline.busy_seconds()
-    assert busy["slow"] > 0.11
-    assert busy["quick"] < busy["slow"] / 2
-    assert pipeline.waited > 0.05
+    assert pipeline.waited == 4
+    assert {name: busy[name] for name in ("slow", "quick")} == {"slow": 4, "quick": 0}

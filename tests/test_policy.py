@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import assert_near
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -84,7 +85,7 @@ def test_a_segment_holds_keys_that_lie_on_a_line():
     query = torch.randn(1, 5, 8)
     got = digest.end_score(query, exact_dot(digest.segment(keys)))
     want = torch.einsum("kgd,kncd->kgnc", query, keys).amax(-1)
-    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    assert_near(got, want)
 
 
 def test_a_segment_runs_along_the_first_principal_component():
@@ -149,7 +150,7 @@ def test_packed_products_are_those_of_rounded_vectors(bits):
     packed = digest.pack(vectors, bits)
     assert packed.shape == (2, 5, digest.packed_bytes(8, bits))
     got = digest.dots(query, packed, bits)
-    torch.testing.assert_close(got, query @ rounded.transpose(1, 2), atol=1e-4, rtol=1e-4)
+    assert_near(got, query @ rounded.transpose(1, 2))
 
 
 def test_eight_bits_are_as_good_as_all_of_them():
@@ -216,7 +217,7 @@ def test_chunks_are_ranked_by_the_mass_of_their_tokens():
     got = sketch.chunk_logits(queries[:, :3], packed, 8, basis)
     logits = sketch.token_logits(queries[:, :3] @ basis.up, packed, 8)
     want = torch.stack([part.exp().sum(-1).log() for part in logits.split(16, dim=-1)], dim=-1)
-    torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-4)
+    assert_near(got, want)
 
 
 def test_a_constant_added_to_all_keys_changes_no_sketch():

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from helpers import LateCopies, pressed
+from helpers import PATIENCE_S, LateCopies, pressed
 
 import tieredkv
 from tieredkv import TieredCache
@@ -26,7 +26,7 @@ def test_wait_returns_only_when_the_copy_is_done(prefetcher):
     gate, done = threading.Event(), []
 
     def copy() -> int:
-        gate.wait(5)
+        gate.wait(PATIENCE_S)
         done.append(True)
         return 7
 
@@ -98,11 +98,11 @@ def test_an_interrupted_wait_leaves_the_copy_outstanding(monkeypatch):
 
     def copy() -> int:
         begun.set()
-        go.wait(5)
+        go.wait(PATIENCE_S)
         return 7
 
     copies.submit("a", copy)
-    begun.wait(5)
+    assert begun.wait(PATIENCE_S)
 
     def interrupted(self, timeout=None):
         raise KeyboardInterrupt

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import assert_near
 
 from tieredkv.attention import reference
 
@@ -25,8 +26,8 @@ def test_one_block(group, head_dim):
     values = torch.randn(2, 11, head_dim)
     out, lse = reference.attend(query, keys, values, 0.3, causal=False)
     want, want_lse, _ = plain(query, keys, values, 0.3)
-    torch.testing.assert_close(out, want, atol=1e-5, rtol=0)
-    torch.testing.assert_close(lse, want_lse, atol=1e-5, rtol=0)
+    assert_near(out, want)
+    assert_near(lse, want_lse)
 
 
 def test_causal_block():
@@ -34,8 +35,8 @@ def test_causal_block():
     out, lse = reference.attend(query, keys, values, 0.25, causal=True)
     hidden = torch.ones(9, 9).triu(1).bool()
     want, want_lse, _ = plain(query, keys, values, 0.25, hidden)
-    torch.testing.assert_close(out, want, atol=1e-5, rtol=0)
-    torch.testing.assert_close(lse, want_lse, atol=1e-5, rtol=0)
+    assert_near(out, want)
+    assert_near(lse, want_lse)
 
 
 def test_blocks_merged_are_the_whole():
@@ -48,8 +49,8 @@ def test_blocks_merged_are_the_whole():
     for part in parts[1:]:
         out, lse = reference.merge(out, lse, *part)
     want, want_lse, _ = plain(query, keys, values, 0.5)
-    torch.testing.assert_close(out, want, atol=1e-5, rtol=0)
-    torch.testing.assert_close(lse, want_lse, atol=1e-5, rtol=0)
+    assert_near(out, want)
+    assert_near(lse, want_lse)
 
 
 def test_row_weights_of_all_blocks_add_up_to_one():
@@ -63,7 +64,7 @@ def test_row_weights_of_all_blocks_add_up_to_one():
         ],
         dim=-1,
     )
-    torch.testing.assert_close(got.flatten(0, 1), want, atol=1e-5, rtol=0)
+    assert_near(got.flatten(0, 1), want)
     torch.testing.assert_close(got.sum(-1), torch.ones(2, 2, 3))
 
 
@@ -82,7 +83,7 @@ def test_pages_differ_from_head_to_head(batch_pages, group):
         tokens = torch.cat(held, dim=1)
         rows = query[head * group : (head + 1) * group]
         want, _, _ = plain(rows, tokens[:1].expand(1, -1, -1), tokens[1:], 0.4)
-        torch.testing.assert_close(out[head * group : (head + 1) * group], want, atol=1e-5, rtol=0)
+        assert_near(out[head * group : (head + 1) * group], want)
 
 
 def test_the_order_of_pages_does_not_matter():

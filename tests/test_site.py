@@ -43,6 +43,7 @@ def site(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.subprocess
 def test_every_page_is_in_the_site_and_fetches_nothing_from_elsewhere(site):
     pages = {path.stem for path in site.glob("*.html")} - {"404"}
     assert pages == {path.stem for path in DOCS.glob("*.md")}
@@ -53,6 +54,7 @@ def test_every_page_is_in_the_site_and_fetches_nothing_from_elsewhere(site):
         assert fetched == [], path.name
 
 
+@pytest.mark.subprocess
 def test_the_reference_holds_every_public_name(site):
     text = (site / "api.html").read_text()
     missing = [name for name in tieredkv.__all__ if not re.search(rf'id="tieredkv\.[\w.]+\.{name}"', text)]

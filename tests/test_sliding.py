@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import text_config
-from helpers import pressed, stock_logits
+from helpers import assert_near, pressed, stock_logits
 
 import tieredkv
 from tieredkv.cache import TieredCache
@@ -49,7 +49,7 @@ def test_going_back_within_the_window_is_exact_and_beyond_it_refused(gemma, long
         gemma(long_ids[:, :30], **cache_argument(cache))
         cache.crop(-10)
         out = gemma(long_ids[:, 40:45], **cache_argument(cache)).logits[:, -1]
-        torch.testing.assert_close(out, stock, rtol=0, atol=2e-4)
+        assert_near(out, stock)
         gemma(long_ids[:, :60], **cache_argument(cache))
         with pytest.raises(OptionError, match="sliding windows cannot go back to 80 of 85 tokens"):
             cache.crop(-5)
@@ -76,7 +76,7 @@ def test_queries_are_attended_for_in_blocks(gemma, long_ids, rows, monkeypatch):
     with torch.no_grad(), tieredkv.use_attention(gemma), TieredCache(gemma.config, gpu_kv_gb=1) as cache:
         cache.auto_seal = False
         parts = [gemma(part, **cache_argument(cache)).logits for part in long_ids[:, :300].split(130, dim=1)]
-    torch.testing.assert_close(torch.cat(parts, dim=1), stock, rtol=0, atol=2e-4)
+    assert_near(torch.cat(parts, dim=1), stock)
 
 
 @pytest.mark.parametrize("broken", [1, 3], ids=["before the first layer that grows", "behind it"])
@@ -96,4 +96,4 @@ def test_an_interrupted_forward_is_noticed(gemma, long_ids, broken):
         cache.truncate(20)
         got = gemma(long_ids[:, 20:30], **cache_argument(cache)).logits[:, -1]
     stock = gemma(long_ids[:, :30]).logits[:, -1]
-    torch.testing.assert_close(got, stock, rtol=0, atol=2e-4)
+    assert_near(got, stock)

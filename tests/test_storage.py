@@ -230,6 +230,7 @@ def test_what_is_not_there_is_said(tmp_path: Path, saved: Path) -> None:
 # Mapping
 
 
+@pytest.mark.subprocess
 def test_reading_maps_and_does_not_read(path: Path) -> None:
     storage.write(path, {}, {"a": torch.ones(25_000_000)})
     code = """
@@ -324,7 +325,7 @@ def test_a_limit_on_file_size_leaves_the_old_file(saved: Path) -> None:
 
 def test_progress_may_undo_the_writing(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stopped = threading.Event()
-    monkeypatch.setattr(storage, "save_file", lambda *_: stopped.wait(10))
+    monkeypatch.setattr(storage, "save_file", lambda *_: stopped.wait(60))
 
     def stop(done: int, total: int | None) -> None:
         stopped.set()
@@ -355,6 +356,7 @@ def test_a_target_that_cannot_be_a_file_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.subprocess
 def test_leftovers_of_dead_writers_of_this_path_are_removed(tmp_path: Path) -> None:
     path = tmp_path / "clip [1].kv"
     dead = subprocess.Popen([sys.executable, "-c", ""])
@@ -389,51 +391,65 @@ def test_threads_that_save_one_path_take_turns(path: Path) -> None:
 
 
 KILLS = """
-import json, os, signal, sys, time
+import json, os, signal, sys, threading
 from pathlib import Path
 import torch
 from tieredkv import storage
 
 path = Path(sys.argv[1])
-content = {name: torch.full((5_000_000,), value) for value, name in enumerate(("old", "new"), start=1)}
+content = {name: torch.full((2_000_000,), value) for value, name in enumerate(("old", "new"), start=1)}
 save = lambda name: storage.write(path, {"is": name}, {"a": content[name], "b": content[name][:1000].clone()})
+die = lambda: os.kill(os.getpid(), signal.SIGKILL)
 
-def seconds():
-    begun = time.perf_counter()
-    save("old")
-    return time.perf_counter() - begun
+def at_event(number):  # of opening, making a folder, renaming, removing, ...
+    left = number
+    def count(*event):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            die()
+    sys.addaudithook(count)
 
-duration, counts = max(seconds() for _ in range(3)), {"old": 0, "new": 0, "torn": 0}
-for kill in range(50):
+def at_share(share):  # of the bytes written
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    def watch():
+        while not part.exists() or storage._written(part) < share * content["new"].nbytes:
+            pass
+        die()
+    threading.Thread(target=watch, daemon=True).start()
+
+def killed(arrange, value):
     if storage.read(path).manifest["is"] == "new":
         save("old")
-    ready, tell = os.pipe()
     child = os.fork()
     if not child:
-        os.write(tell, b"x")
+        arrange(value)
         save("new")
         os._exit(0)
-    os.read(ready, 1)
-    time.sleep(1.5 * duration * kill / 49)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    os.close(ready), os.close(tell)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     stored = storage.read(path)
     stored.verify()
     found = stored.manifest["is"]
     assert torch.equal(stored.tensor("a"), content[found]) and stored.names == ["a", "b"]
     counts[found] += 1
     counts["torn"] += len(os.listdir(path.parent)) > 1
+    return code == -signal.SIGKILL
+
+counts, event = {"old": 0, "new": 0, "torn": 0}, 1
 save("old")
-print(json.dumps({"counts": counts, "files": os.listdir(path.parent), "duration": duration}))
+while killed(at_event, event):
+    event += 1
+for tenth in range(10):
+    killed(at_share, tenth / 10)
+save("old")
+print(json.dumps({"counts": counts, "events": event, "files": os.listdir(path.parent)}))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.subprocess
 def test_a_kill_at_any_moment_leaves_the_old_file_or_the_new(path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", KILLS, str(path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    print(report)
     assert min(report["counts"].values()) >= 1, report  # torn: killed while writing
     assert report["files"] == [path.name]  # what the killed ones left is gone

@@ -5,20 +5,20 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 import torch
-from helpers import pressed
+from helpers import PATIENCE_S, Gate, ended, pressed
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import StoppingCriteria, TextIteratorStreamer
+from transformers import TextIteratorStreamer
 
 import tieredkv
 from tieredkv import decode
 from tieredkv.errors import BudgetError, OptionError, PromptError, TieredKVError, VideoError
 from tieredkv.streaming import Pieces
 
+pytestmark = pytest.mark.threads
 STAR, MOON = "what colour was the star ?", "follow the moon for 4 ?"
 
 
@@ -35,45 +35,7 @@ def no_thread_is_left(request):
     before = set(threading.enumerate())
     yield
     # Whoever drops a stream does not wait for its last step.
-    deadline = time.monotonic() + 10
-    while (left := [t for t in threading.enumerate() if t not in before and t.name == "tieredkv-answer"]) != []:
-        assert time.monotonic() < deadline, left
-        time.sleep(0.01)
-
-
-class Gate(StoppingCriteria):
-    """Counts steps and, at each but the first `free`, waits to be opened."""
-
-    def __init__(self, free: int = 0) -> None:
-        self.steps, self._free, self._open = 0, free, threading.Event()
-
-    def open(self) -> None:
-        self._open.set()
-
-    def __call__(self, input_ids, scores, **kwargs):
-        self.steps += 1
-        if self.steps > self._free:
-            assert self._open.wait(20)
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
-
-
-def wait_for(condition) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
-def when_stopped(session, action) -> None:
-    """Have `action` called as soon as the first job of the session, or the session, is told to stop."""
-
-    def watch() -> None:
-        wait_for(lambda: session._line)
-        job = session._line[0]
-        wait_for(lambda: job._stopped or session._closed)
-        action()
-
-    threading.Thread(target=watch).start()
+    assert all(ended(t) for t in threading.enumerate() if t not in before and t.name == "tieredkv-answer")
 
 
 @pytest.mark.parametrize("way", ["ask", "chat"])
@@ -117,7 +79,7 @@ def test_the_answer_is_not_there_before_the_end_nor_after_a_stop(session):
 
 
 @pytest.mark.parametrize("way", ["close", "with", "break", "drop"])
-def test_leaving_a_stream_stops_the_work_within_a_step(session, way):
+def test_leaving_a_stream_stops_the_work_within_a_step(session, when_stopped, way):
     want = session.ask(STAR, max_new_tokens=4).token_ids
     gate = Gate(free=2)
     options = {"max_new_tokens": 50, "stream": True, "stopping_criteria": [gate]}
@@ -140,34 +102,40 @@ def test_leaving_a_stream_stops_the_work_within_a_step(session, way):
 
 
 @pytest.mark.parametrize("session", [4], indirect=True)
-def test_a_stream_closed_before_its_first_piece_stops_the_prefill_of_its_question(session, monkeypatch):
-    family, calls, go_on = type(session.family), [], threading.Event()
+def test_a_stream_closed_before_its_first_piece_stops_the_prefill_of_its_question(session, when_stopped, monkeypatch):
+    family, calls, begun, go_on = type(session.family), [], threading.Event(), threading.Event()
     decode = family.decode
 
     def slow(self, *args):
         calls.append(1)
-        assert go_on.wait(20)
+        begun.set()
+        assert go_on.wait(PATIENCE_S)
         return decode(self, *args)
 
     monkeypatch.setattr(family, "decode", slow)
     stream = session.ask(" ".join([STAR] * 4), max_new_tokens=4, stream=True)  # calls of four tokens
-    wait_for(lambda: calls)
+    assert begun.wait(PATIENCE_S)
     when_stopped(session, go_on.set)
     stream.close()
     assert len(calls) == 1
     assert session.ask(STAR, max_new_tokens=2).token_ids
 
 
-def test_a_stream_closed_by_another_thread_ends_for_its_reader(session):
-    gate, got = Gate(free=1), []
+def test_a_stream_closed_by_another_thread_ends_for_its_reader(session, when_stopped):
+    gate, got, first = Gate(free=1), [], threading.Event()
     stream = session.ask(MOON, max_new_tokens=50, stream=True, stopping_criteria=[gate])
-    reader = threading.Thread(target=lambda: got.extend(stream))
+
+    def read() -> None:
+        for piece in stream:
+            got.append(piece)
+            first.set()
+
+    reader = threading.Thread(target=read)
     reader.start()
-    wait_for(lambda: got)
+    assert first.wait(PATIENCE_S)
     when_stopped(session, gate.open)
     stream.close()
-    reader.join(10)
-    assert not reader.is_alive()
+    assert ended(reader)
     assert len(got) <= 2
 
 
@@ -198,7 +166,7 @@ def test_an_interrupt_while_waiting_for_a_piece_stops_the_work(session):
 )
 def test_what_can_be_known_at_once_is_raised_by_the_call(session, prompt, options, error):
     if "streamer" in options:
-        options = {"streamer": TextIteratorStreamer(session.processor.tokenizer, timeout=5)}
+        options = {"streamer": TextIteratorStreamer(session.processor.tokenizer, timeout=PATIENCE_S)}
     with pytest.raises(error):
         session.ask(prompt, stream=True, **options)
     if streamer := options.get("streamer"):
@@ -250,10 +218,10 @@ def test_an_error_of_a_callback_reaches_the_reader_behind_what_was_made(session,
 
 
 @pytest.mark.parametrize("new", [3, 50], ids=["stopped at the last token", "stopped before"])
-def test_a_turn_counts_only_when_its_answer_is_complete(session, new):
+def test_a_turn_counts_only_when_its_answer_is_complete(session, when_stopped, new):
     gate = Gate(free=2)
     stream = session.chat(STAR, max_new_tokens=new, stream=True, stopping_criteria=[gate])
-    wait_for(lambda: gate.steps == 3)
+    gate.wait_for_step(3)
     when_stopped(session, gate.open)
     stream.close()
     assert session.history == ()
@@ -287,7 +255,7 @@ def test_a_stream_that_waits_for_its_turn_is_closed_at_once(session, behind):
     else:
         ahead = threading.Thread(target=session.ask, args=(STAR,), kwargs={"stopping_criteria": [gate]})
         ahead.start()
-    wait_for(lambda: gate.steps)
+    gate.wait_for_step(1)
     late = session.ask(MOON, max_new_tokens=2, stream=True)
     late.close()  # would wait for ever
     gate.open()
@@ -298,7 +266,7 @@ def test_a_stream_that_waits_for_its_turn_is_closed_at_once(session, behind):
     assert session.ask(STAR, max_new_tokens=2).token_ids
 
 
-def test_closing_the_session_stops_its_streams_and_tells_their_readers(session):
+def test_closing_the_session_stops_its_streams_and_tells_their_readers(session, when_stopped):
     gate = Gate(free=1)
     running = session.ask(MOON, max_new_tokens=50, stream=True, stopping_criteria=[gate])
     waiting = session.ask(MOON, max_new_tokens=4, stream=True)
@@ -335,9 +303,10 @@ def test_stop_strings_and_stopping_criteria_end_a_stream(session, byte_tokenizer
     assert stream.generation.stats.new_tokens == 4
 
 
+@pytest.mark.subprocess
 def test_a_program_that_ends_with_a_stream_half_read_ends_soon():
     program = """
-import torch, tieredkv, numpy as np
+import sys, torch, tieredkv, numpy as np
 from tieredkv.tiny.model import build_model, build_processor
 torch.manual_seed(0)
 model = build_model().eval()
@@ -346,10 +315,11 @@ frames = np.zeros((20, 56, 56, 3), np.uint8)
 session = tieredkv.open_session(model, frames, gpu_kv_gb=1, processor=build_processor(), fps=4)
 stream = session.ask("what colour was the star ?", max_new_tokens=20_000, stream=True)
 next(stream)
-print("half read")
+print("half read", file=sys.stderr)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout, done.stderr[-300:]) == (0, "half read\n", "")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=2 * PATIENCE_S)
+    _, half_read, at_the_end = done.stderr.partition("half read\n")
+    assert (done.returncode, half_read, at_the_end) == (0, "half read\n", ""), done.stderr
 
 
 def pieces_of(tokenizer, ids: list[int]) -> tuple[list[str], str]:

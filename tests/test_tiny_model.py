@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from helpers import assert_near
 from safetensors import safe_open
 
 from tieredkv.tiny import train as training
@@ -47,6 +48,7 @@ def trained():
     return load()
 
 
+@pytest.mark.subprocess
 def test_importing_the_package_loads_neither_torch_nor_transformers() -> None:
     code = (
         "import sys, tieredkv.tiny.model, tieredkv.tiny.scene, tieredkv.tiny.video;"
@@ -112,9 +114,10 @@ def test_batched_vision_equals_the_stock_tower(processor, random_model) -> None:
     torch.testing.assert_close(patches.flatten(0, 1), stock["pixel_values_videos"])
     expected = random_model.model.visual(stock["pixel_values_videos"], grid_thw=stock["video_grid_thw"])
     features = encode(random_model.model.visual, patches).flatten(0, 1)
-    torch.testing.assert_close(features, expected.pooler_output, atol=1e-5, rtol=1e-4)
+    assert_near(features, expected.pooler_output)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_packed_conversations_equal_the_stock_forward_of_each(random_model) -> None:
     language_model = random_model.model.language_model
@@ -134,7 +137,7 @@ def test_packed_conversations_equal_the_stock_forward_of_each(random_model) -> N
                 position_ids=torch.cat([packed.prefix_positions[video], positions], dim=1)[:, None],
                 use_cache=False,
             ).last_hidden_state[0, -len(rows) :]
-            torch.testing.assert_close(hidden[video, rows], expected, atol=2e-5, rtol=1e-4)
+            assert_near(hidden[video, rows], expected)
 
 
 @pytest.mark.slow
