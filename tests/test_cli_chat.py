@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -228,6 +229,8 @@ def test_at_a_terminal_lines_are_prompted_for_remembered_and_ctrl_d_leaves(short
         os.write(ours, b"half a lin")
         read_until(ours, b"half a lin")  # as a line editor shows it
         process.send_signal(signal.SIGINT)
+        while not select.select([ours], [], [], 1)[0]:  # a signal just before the line editor waits is not noticed
+            process.send_signal(signal.SIGINT)
         read_until(ours, b"> ")
         os.write(ours, b"\x04")
         _, err = process.communicate(timeout=PATIENCE_S)
@@ -243,5 +246,6 @@ def read_until(descriptor: int, end: bytes) -> bytes:
     """What a terminal shows up to this, at its end."""
     shown = b""
     while not shown.endswith(end):
+        assert select.select([descriptor], [], [], PATIENCE_S)[0], f"a terminal shows no more than {shown!r}"
         shown += os.read(descriptor, 1024)
     return shown
