@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from tieredkv import TierConfig, TieredCache, use_attention
+from tieredkv.ambient import settled
 from tieredkv.config import GIB
 from tieredkv.ops import Ops
 from tieredkv.prefill import TextRows
@@ -110,6 +111,7 @@ class Drift:
         self._scripts: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         self.ops = replace(ops, chunk_ranks=self._ranks)
 
+    @settled  # steps write to the script outside inference mode
     def begin(self, cache: TieredCache) -> None:
         """Write the script for a cache that was sealed with these operations."""
         for layer in cache.tiered_layers:

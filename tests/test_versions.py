@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 from transformers import DynamicCache, LlamaForCausalLM
 
-from tieredkv.versions import CACHE_ARGUMENT, cache_argument
+from tieredkv.versions import cache_argument, cache_name
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -32,9 +32,9 @@ def versions() -> ModuleType:
 
 
 def test_a_cache_is_given_by_the_name_that_models_of_the_installed_transformers_take() -> None:
-    assert CACHE_ARGUMENT in inspect.signature(LlamaForCausalLM.forward).parameters
+    assert cache_name() in inspect.signature(LlamaForCausalLM.forward).parameters
     cache = DynamicCache()
-    assert cache_argument(cache) == {CACHE_ARGUMENT: cache}
+    assert cache_argument(cache) == {cache_name(): cache}
 
 
 def test_every_dependency_has_its_line_in_the_constraints() -> None:

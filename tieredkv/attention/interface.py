@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from tieredkv.ambient import attended_dtype, without_gradient
 from tieredkv.errors import OptionError, UnsupportedModelError
-from tieredkv.versions import CACHE_ARGUMENT
+from tieredkv.versions import cache_name
 from tieredkv.wrapped import unwrapped
 
 NAME = "tieredkv"
@@ -58,7 +58,7 @@ def tiered_attention(
     if layer is None:
         raise RuntimeError(
             "attention 'tieredkv' was called with keys that do not come from a TieredCache: pass "
-            f"{CACHE_ARGUMENT}=TieredCache(model.config, ...) and leave use_cache on."
+            f"{cache_name()}=TieredCache(model.config, ...) and leave use_cache on."
         )
     if sliding_window != layer.sliding_window:
         raise UnsupportedModelError(

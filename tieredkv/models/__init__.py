@@ -12,7 +12,7 @@ from tieredkv.models.qwen2_5_vl import Qwen25VL
 from tieredkv.models.qwen2_vl import Qwen2VL
 from tieredkv.models.qwen3_vl import Qwen3VL
 from tieredkv.models.smolvlm import SmolVLM
-from tieredkv.versions import CACHE_ARGUMENT
+from tieredkv.versions import cache_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -42,7 +42,7 @@ def video_family(config: PreTrainedConfig) -> VideoFamily:
     family = VIDEO_FAMILIES.get(config.model_type)
     if family is None:
         if config.model_type in TEXT_FAMILIES:
-            more = f"{config.model_type} takes no video: use model.generate({CACHE_ARGUMENT}=TieredCache(...))."
+            more = f"{config.model_type} takes no video: use model.generate({cache_name()}=TieredCache(...))."
         else:
             more = f"{WHAT_IT_TAKES[0].upper()}{WHAT_IT_TAKES[1:]}."
         raise UnsupportedModelError(
