@@ -44,7 +44,7 @@ for name in "${@:-newest floor}"; do for each in $name; do
 	rm -rf "${work:?}/$each"
 done; done
 
-for each in "${broken[@]}"; do
+for each in ${broken[@]+"${broken[@]}"}; do
 	echo
 	echo "##############################################################################"
 	echo "##  BROKEN with the $each versions of the dependencies: see above."

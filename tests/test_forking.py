@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import tieredkv
-from tieredkv import TieredCache, forking
+from tieredkv import TieredCache, forking, threads
 from tieredkv.attention.interface import use_attention
 from tieredkv.errors import TieredKVError
 from tieredkv.memory.prefetch import ThreadPrefetcher
@@ -153,7 +153,44 @@ def test_a_child_ends_by_itself(session):
     assert forked(work) == "False"
 
 
-def test_torch_threads_that_the_child_does_not_have_are_an_error_and_no_hang(session, want):
+@pytest.fixture
+def several_threads():
+    """torch has used two threads in this process, whoever asked it to."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    torch.rand(300, 300, dtype=torch.float32, device="cpu") @ torch.rand(2**21, device="cpu").exp_()[:90000].view(
+        300, -1
+    )
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(threads._setters() is None, reason="this torch is not built with OpenMP and MKL")
+def test_a_child_computes_on_one_thread_where_the_parent_used_several(session, want, several_threads):
+    def work():
+        torch.set_num_threads(2)
+        return session.ask(QUESTION, **OPTIONS).token_ids, torch.get_num_threads()
+
+    assert forked(work) == str((want, 1))
+
+
+@pytest.mark.skipif(threads._setters() is None, reason="this torch is not built with OpenMP and MKL")
+def test_a_child_opens_a_session_though_the_parent_has_used_torch_alone(
+    video_model, processor, frames, several_threads, monkeypatch
+):
+    monkeypatch.setattr(forking, "_used", set())
+
+    def work():
+        torch.set_num_threads(2)
+        with tieredkv.open_session(video_model, frames, processor=processor, fps=4, gpu_kv_gb=1) as opened:
+            return len(opened.ask(QUESTION, **OPTIONS).token_ids)
+
+    assert forked(work) == "4"
+
+
+def test_where_threads_cannot_be_limited_the_child_says_so(session, want, several_threads, monkeypatch):
+    monkeypatch.setattr(threads, "_setters", lambda: None)
+
     def work():
         torch.set_num_threads(2)
         try:
@@ -240,6 +277,8 @@ def test_a_fork_from_within_an_answer_ends_it_in_the_child_or_goes_on(session, w
         torch.set_num_threads(1)
         got = session.ask(QUESTION, **OPTIONS, logits_processor=[fork]).token_ids
     except TieredKVError:
+        if not forks:
+            raise
         got = want
     finally:
         if forks:

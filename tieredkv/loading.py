@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tieredkv import models, sizes
+from tieredkv import forking, models, sizes
 from tieredkv.errors import UnsupportedModelError, first_line
 from tieredkv.wrapped import unwrapped
 
@@ -46,6 +46,7 @@ def load(model: Any, processor: Any = None) -> tuple[Any, Any]:
     from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText
 
+    forking.check()
     if isinstance(model, str | Path):
         source = str(model)
         check_config(load_config(source))

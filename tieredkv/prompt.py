@@ -25,6 +25,7 @@ class ChatTemplate:
                 kind = type(processor).__name__
                 raise UnsupportedModelError(f"processor is a {kind} without {part}: give the model's AutoProcessor.")
         self.family, self.processor = family, processor
+        self._source = chat_template(processor)
         self.placeholder = family.placeholder(processor, rule)
         token = family.visual_token(processor)
         self.visual_id: int = processor.tokenizer.convert_tokens_to_ids(token)
@@ -37,8 +38,9 @@ class ChatTemplate:
     def around_video(self, turns: Sequence[Turn]) -> tuple[str, str]:
         """The text before the video and after it, of a conversation whose last answer is None.
 
-        Raises `PromptError` for a question that holds the placeholder itself, and `UnsupportedModelError` for a
-        template that is missing, fails, or does not write one video and the last question.
+        What a template writes before the video may change with the day. Raises `PromptError` for a question that holds
+        the placeholder itself or would come before the video, and `UnsupportedModelError` for a template that is
+        missing, fails, or does not write one video and the last question.
         """
         reserved = (self.placeholder, self.family.visual_token(self.processor))
         for question, _ in turns:
@@ -54,7 +56,11 @@ class ChatTemplate:
                 "the processor's chat template, or an earlier answer, writes the video's placeholder a second time."
             )
         *earlier, (question, _) = turns
-        if text == self._written([*earlier, (f"{question}, or another?", None)]):
+        other = self._written([*earlier, (f"{question}, or another?", None)])
+        # Unless a template writes the time, the same question gives the same text.
+        if other.partition(self.placeholder)[0] != head == self._written(turns).partition(self.placeholder)[0]:
+            raise PromptError("the chat template puts the prompt before the video: that is not supported.")
+        if text == other:
             raise UnsupportedModelError(
                 "the processor's chat template leaves the question out: give one that writes every turn of a "
                 "conversation."
@@ -68,7 +74,7 @@ class ChatTemplate:
             messages.append({"role": "user", "content": [*content, {"type": "text", "text": question}]})
             if answer is not None:
                 messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-        template = chat_template(self.processor)
+        template = self._source
         given = {} if template is None else {"chat_template": template}
         try:
             return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **given)
@@ -118,7 +124,9 @@ class ChatTemplate:
         try:
             ids = self.processor.tokenizer(text, add_special_tokens=False).input_ids
         except Exception as error:  # noqa: BLE001  what tokenizers raise is of no kind of its own
-            raise PromptError(f"the tokenizer refuses the prompt ({first_line(error)}): ask in other words.") from None
+            raise PromptError(
+                f"the tokenizer refuses the prompt, or what the chat template adds to it ({first_line(error)})."
+            ) from None
         return torch.tensor([ids], dtype=torch.long, device="cpu")
 
     def text(self, token_ids: list[int]) -> str:

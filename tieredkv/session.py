@@ -18,7 +18,7 @@ from tieredkv.aio import AsyncAsking
 from tieredkv.answer import VideoPrompt, answer, looked_at
 from tieredkv.cache import TieredCache
 from tieredkv.config import DEFAULT_FPS, TierConfig
-from tieredkv.errors import PromptError, TieredKVError, UnsupportedModelError
+from tieredkv.errors import TieredKVError, UnsupportedModelError
 from tieredkv.evidence import Wanted, check_wanted
 from tieredkv.looks import Looks
 from tieredkv.memory.limits import check_host, check_host_memory
@@ -329,9 +329,7 @@ class VideoSession(AsyncAsking):
         with decode.ending_on_error(options.get("streamer")), self._lock if job is None else job.turn(self._lock):
             cache, _ = self._ready()
             before = self._prompt
-            head, tail = self.template.around_video([*(self._history if chat else ()), (prompt, None)])
-            if head != before.head:
-                raise PromptError("the chat template puts the prompt before the video: that is not supported.")
+            _, tail = self.template.around_video([*(self._history if chat else ()), (prompt, None)])
             cache.truncate(before.tokens)
             cache.counters.trace = [] if trace else None
             cache.looks = Looks(self.tiers.chunk_tokens) if evidence else None

@@ -121,6 +121,7 @@ def read(path: str | Path) -> Stored:
     `SessionError` that says which.
     """
     path = Path(path)
+    _check_name(path)
     try:
         if not path.exists():
             raise SessionError(f"{path}: no such file.")
@@ -247,14 +248,19 @@ def _written(part: Path) -> int:
     return size
 
 
-def check_target(path: Path) -> None:
-    """Raise `SessionError` for a path that `write` could not write to; leaves nothing there."""
+def _check_name(path: Path) -> None:
+    """Raise `SessionError`, in words that can be printed, for what no file can be called."""
     try:
         named = b"\0" not in os.fsencode(path)
     except UnicodeEncodeError:
         named = False
     if not named:
         raise SessionError(f"{str(path)!a} is no file name, as it holds a null or half a character: give another.")
+
+
+def check_target(path: Path) -> None:
+    """Raise `SessionError` for a path that `write` could not write to; leaves nothing there."""
+    _check_name(path)
     with _as_session_error(path):
         if path.is_dir():
             raise SessionError(f"{path} is a folder: give the name of a file.")

@@ -23,25 +23,37 @@ def worth(numbers: int) -> int:
     return max(1, numbers // NUMBERS_PER_THREAD)
 
 
+_OF_THE_PROCESS = 0
+"""What MKL takes for "as many as the process has"."""
+
+
+def limit(threads: int, mkl: int | None = None) -> bool:
+    """Let this thread's operations use `threads` threads from here on. mkl: MKL's, if not as many.
+
+    False, and nothing happens, where torch was built with other libraries than OpenMP and MKL, or on another system
+    than Linux. (`torch.set_num_threads` would change MKL's threads for the whole process, and all threads that begin
+    meanwhile.)
+    """
+    setters = _setters()
+    if setters is None:
+        return False
+    set_openmp, set_mkl = setters
+    set_openmp(threads)
+    set_mkl(threads if mkl is None else mkl)
+    return True
+
+
 @contextmanager
 def at_most(threads: int) -> Iterator[None]:
-    """Let torch's operations on the CPU use at most `threads` threads where this thread calls them inside the block.
-
-    `torch.set_num_threads` would change MKL's threads for the whole process, and all threads that begin meanwhile.
-    Nothing happens where torch was built with other libraries than OpenMP and MKL, or on another system than Linux.
-    """
-    before, setters = torch.get_num_threads(), _setters()
-    if threads >= before or setters is None:
+    """Let torch's operations on the CPU use at most `threads` threads where this thread calls them inside the block."""
+    before = torch.get_num_threads()
+    if threads >= before or not limit(threads):
         yield
         return
-    openmp, mkl = setters
-    openmp(threads)
-    mkl(threads)
     try:
         yield
     finally:
-        openmp(before)
-        mkl(0)  # the process's number again
+        limit(before, mkl=_OF_THE_PROCESS)
 
 
 @cache
