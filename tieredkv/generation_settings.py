@@ -83,8 +83,8 @@ FORMS: dict[str, tuple[Any, ...]] = {
     "output_logits": (False,),
     "return_dict_in_generate": (False,),
 }
-"""Settings of another cache or another form of output, with the values that say what is so here. Others are refused
-where the caller gives them; in the model's own config, where they change no token, they are let pass."""
+"""Settings of another cache or another form of output, with the values that describe what happens here anyway. Other
+values are refused where the caller gives them, and ignored in the model's own config, where they change no token."""
 
 
 def check_options(options: dict[str, Any], also: tuple[str, ...] = (), model_config: Any = None) -> None:
