@@ -8,6 +8,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from films import with_sound
 from helpers import assert_near, pressed, session_logits
 
 import tieredkv
@@ -409,3 +410,17 @@ def test_a_file_replaced_while_loaded_stays_as_it_was(kept, video_model, process
         with tieredkv.open_session(video_model, frames[::-1], **options) as other:
             other.save(path)
         assert torch.equal(session_logits(session, STAR, 6), answers[0])
+
+
+def test_a_file_that_counts_from_the_first_picture_is_put_on_the_files_clock(
+    video_model, processor, frames, tmp_path, monkeypatch
+):
+    """As sessions were saved at first; when the first picture is shown, only the video says."""
+    film = with_sound(tmp_path / "late.mp4", frames[:40], begin=5)
+    options = {"processor": processor}
+    with tieredkv.open_session(video_model, film, fps=4, gpu_kv_gb=1, **options) as session:
+        del session._about_video["clock"]
+        session._about_video["start"] = 0.0
+        session.save(tmp_path / "old.tkv")
+    with tieredkv.load_session(tmp_path / "old.tkv", video_model, video=film, **options) as again:
+        assert again.ask("what colour was the star ?", max_new_tokens=2).evidence.start == pytest.approx(5.0, abs=0.1)

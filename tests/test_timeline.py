@@ -6,6 +6,7 @@ from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
+import av
 import pytest
 from films import numbered, numbers, sample, write
 
@@ -38,6 +39,22 @@ def test_b_frames_may_begin_late_in_such_a_file(tmp_path):
     """A dozen key frames first, which come in order."""
     path = write(tmp_path / "v.avi", numbered(60), keys=tuple(range(12)), **B_FRAMES)
     assert numbers(sample(path, 10)) == list(range(60))
+
+
+@pytest.mark.parametrize("missing", [1, 3, 15, 40])
+def test_pictures_may_be_missing_after_the_first_of_such_a_file(tmp_path, missing):
+    """As capture programs leave them out; packets without a byte stand for them."""
+    whole, path = write(tmp_path / "whole.avi", numbered(60), **MPEG4), tmp_path / "v.avi"
+    with av.open(str(whole)) as original, av.open(str(path), "w") as output:
+        stream = output.add_stream_from_template(original.streams.video[0])
+        packets = [packet for packet in original.demux(original.streams.video[0]) if packet.size]
+        for index, packet in enumerate(packets):
+            packet.pts = packet.dts = index + (missing if index else 0)
+            packet.time_base, packet.stream = Fraction(1, 10), stream
+            output.mux(packet)
+    want = [0] * (missing + 1) + list(range(1, 60))
+    assert numbers(sample(path, 10)) == want
+    assert numbers(sample(path, 10, start=5, end=6)) == want[50:60]
 
 
 def test_an_mp4_that_lost_its_times_of_showing_is_read_in_order(tmp_path):

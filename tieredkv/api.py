@@ -120,11 +120,14 @@ def load_session(
     _check_tier_options(given)
     stored = storage.read(path)
     tiers = saved.tiers_of(stored, given)
+    begin = 0.0
     if video is not None:
-        saved.check_video(stored, open_video(video, DEFAULT_FPS))
+        source = open_video(video, DEFAULT_FPS)
+        saved.check_video(stored, source)
+        begin = source.start
     model, processor = load(model, processor)
     session = VideoSession(model, processor, tiers, progress=progress)
-    session.restore(stored)
+    session.restore(stored, begin)
     return session
 
 

@@ -154,6 +154,7 @@ class VideoSession(AsyncAsking):
             "fps": source.fps,
             "start": source.start,
             "seconds": source.seconds,
+            "clock": "file",
         }
         self._begin_asking(cache, grid, made_by)
 
@@ -220,8 +221,11 @@ class VideoSession(AsyncAsking):
             with progress_bar("save", "B", self._progress) as bar:
                 return saved.write(Path(path), self.model, self.processor, cache, state, bar)
 
-    def restore(self, stored: Stored) -> None:
-        """Take up what `save` wrote, instead of `ingest`. See `tieredkv.load_session`."""
+    def restore(self, stored: Stored, begin: float = 0.0) -> None:
+        """Resume what `save` wrote, instead of `ingest`. See `tieredkv.load_session`.
+
+        begin: when the video's first picture is shown, from which older files count.
+        """
         with self._lock:
             self._check_open()
             if self.video is not None:
@@ -233,7 +237,9 @@ class VideoSession(AsyncAsking):
             if self.tiers.host_kv_gb is not None:
                 what = f"the cache of {state.tokens:,} tokens"
                 check_host(cache.host_bytes, self.tiers.host_kv_gb, what, "raise host_kv_gb")
-            self.positions, self._about_video, self._history = state.positions, state.video, state.history
+            self.positions, self._history = state.positions, state.history
+            older = {**state.video, "start": state.video.get("start", 0.0) + begin, "clock": "file"}
+            self._about_video = state.video if "clock" in state.video else older
             self.template = ChatTemplate(self.family, self.processor, state.positions)
             self._head = state.head
             self._head_ids = torch.tensor([state.head_ids], dtype=torch.long, device="cpu")

@@ -21,7 +21,7 @@ _SQUARE = Fraction(1)
 _ROUNDING = 0.005
 """Pixels this little off square come from a display size that was rounded, and are not worth resampling."""
 _LONGEST = 10
-"""Sides of a pixel further apart than this are a damaged number."""
+"""Sides of a pixel further apart than this are a damaged number: pixels are then square."""
 _UNSPECIFIED, _RESERVED = 2, 3
 """Of FFmpeg's colour properties, the same for matrix, transfer and primaries."""
 
@@ -36,9 +36,9 @@ class Geometry:
 
     @staticmethod
     def of(path: Path, container: Any, stream: Any) -> Geometry:
-        """That of an open file's stream. Raises `VideoError` for pixels of a shape that cannot be meant."""
+        """That of an open file's stream."""
         aspect = stream.sample_aspect_ratio  # the container's, or else the codec's
-        return Geometry(_shape(path, aspect), margins(path, container.format.name, stream.index))
+        return Geometry(_shape(aspect), margins(path, container.format.name, stream.index))
 
 
 class Painter:
@@ -106,12 +106,7 @@ def turned(picture: np.ndarray, matrix: tuple[int, ...]) -> np.ndarray:
     return picture[::-1] if matrix[4] < 0 else picture
 
 
-def _shape(path: Path, aspect: Fraction | None) -> Fraction:
-    if aspect is None or aspect <= 0 or abs(aspect - 1) < _ROUNDING:
+def _shape(aspect: Fraction | None) -> Fraction:
+    if aspect is None or abs(aspect - 1) < _ROUNDING or not 1 / _LONGEST <= aspect <= _LONGEST:
         return _SQUARE
-    if not 1 / _LONGEST <= aspect <= _LONGEST:
-        raise VideoError(
-            f"{path}: its pixels are said to be {float(aspect):g} times as wide as high: "
-            "re-encode the file with square ones."
-        )
     return Fraction(aspect)

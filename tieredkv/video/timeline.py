@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,10 +125,10 @@ def _back(times: list[int]) -> int:
 def _times(path: Path, container: Any, stream: Any, beginning: _Beginning) -> Times:
     first, delay = beginning.first, None
     if beginning.by_decoding:
-        with opened(path, stream.index) as (again, same):
-            packet = next(p for p in again.demux(same) if p.dts is not None)
-        written = float(packet.dts * packet.time_base)
+        written, taken = _first_packets(path, stream, first)
         delay = max(0.0, float(first.dts * first.time_base) - written)
+        if stream.average_rate:  # no longer than the packets last, if pictures are missing between them
+            delay = min(delay, float(taken / stream.average_rate))
     elif first.time is None:
         # The guess looks at the frames; the average of a raw stream is FFmpeg's default of 25.
         return Times(0.0, 0.0, None, Fraction(stream.guessed_rate or stream.average_rate or 25))
@@ -136,6 +136,15 @@ def _times(path: Path, container: Any, stream: Any, beginning: _Beginning) -> Ti
         written = first.time
     zero = written if container.start_time is None else min(written, container.start_time / av.time_base)
     return Times(zero, written - zero, delay, None)
+
+
+def _first_packets(path: Path, stream: Any, first: Any) -> tuple[float, int]:
+    """Decoding time in seconds of the stream's first packet, and how many came before the one that brought `first`."""
+    with opened(path, stream.index) as (container, same):
+        packets = (packet for packet in container.demux(same) if packet.dts is not None)
+        packet = next(packets)
+        taken = 0 if packet.dts >= first.dts else 1 + sum(1 for _ in takewhile(lambda p: p.dts < first.dts, packets))
+        return float(packet.dts * packet.time_base), taken
 
 
 class Clock:
@@ -168,7 +177,8 @@ class Clock:
         if written is None:
             return None
         if self._zero is None:
-            self._zero = written - self.now
+            # By decoding times, the packet that brings the first frame may be later than its fellows.
+            self._zero = written - self.now if self._film.times.delay is None else self._film.times.zero
             self._duration = _duration(frame)
             return self.now
         time = written - self._zero
