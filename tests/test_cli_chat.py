@@ -228,9 +228,10 @@ def test_at_a_terminal_lines_are_prompted_for_remembered_and_ctrl_d_leaves(short
         answered = read_until(ours, b"> ")
         os.write(ours, b"half a lin")
         read_until(ours, b"half a lin")  # as a line editor shows it
-        process.send_signal(signal.SIGINT)
-        while not select.select([ours], [], [], 1)[0]:  # a signal just before the line editor waits is not noticed
+        for _ in range(PATIENCE_S):  # a signal just before the line editor waits is not noticed
             process.send_signal(signal.SIGINT)
+            if select.select([ours], [], [], 1)[0]:
+                break
         read_until(ours, b"> ")
         os.write(ours, b"\x04")
         _, err = process.communicate(timeout=PATIENCE_S)
