@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from operator import attrgetter
 from typing import Any
 
-import torch
+from tieredkv.weights import modules
 
 Layers = dict[str, dict[str, float | None]]
 """By layer, adapters and their scales; None for an adapter without one."""
@@ -56,7 +56,7 @@ def weights(model: Any, used: bool) -> tuple[str, ...]:
         for path, layer in _layers(model)
         for active in [active_in(layer)]
         for attribute, held in _held(layer, layer.adapter_layer_names + _others(layer))
-        if isinstance(held, torch.nn.Module)
+        if hasattr(held, "state_dict")
         for name in held.keys()  # noqa: SIM118  containers of modules
         if (name in active) == used
     )
@@ -117,7 +117,7 @@ def told(adapters: list[str]) -> str:
 def _layers(model: Any) -> Iterator[tuple[str, Any]]:
     if "peft" not in sys.modules:
         return
-    for path, module in model.named_modules():
+    for path, module in modules(model):
         kind = type(module)
         if hasattr(kind, "adapter_layer_names") and hasattr(kind, "disable_adapters"):
             yield path, module

@@ -8,10 +8,9 @@ import re
 from typing import Any
 
 import torch
-from torch.nn.modules.dropout import _DropoutNd
 
 from tieredkv import adapters
-from tieredkv.weights import tensors_hash
+from tieredkv.weights import modules, tensors_hash
 
 _MOVING_ROPE = {"dynamic", "longrope"}
 """Kinds of positions whose frequencies depend on what was computed last."""
@@ -23,6 +22,7 @@ _KNOWN = ("torch.", "transformers.", "peft.")
 """Whose modules' numbers count. Those of quantisation libraries change with the device and the first forward pass."""
 _IDLE = {"training", "gradient_checkpointing", "layer_idx", "padding_idx", "sparse", "scale_grad_by_freq"}
 """Numbers that decide nothing where a model answers."""
+_PASSIVE = {torch.nn.ModuleDict, torch.nn.ModuleList, torch.nn.ParameterDict, torch.nn.Dropout, torch.nn.Identity}
 _LAYER = re.compile(r"\.\d+(?=\.)")
 
 
@@ -32,7 +32,7 @@ def buffers(model: Any, long: bool = True) -> dict[str, Any]:
     long: with the others, and `UnsupportedModelError` for what is not in memory.
     """
     found: dict[str, Any] = {}
-    for path, module in model.named_modules():
+    for path, module in modules(model):
         moving = _moving(module)
         for own in module._non_persistent_buffers_set:  # the others are in the checkpoint
             tensor = module._buffers.get(own)
@@ -61,9 +61,9 @@ def numbers(model: Any) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     idle = adapters.weights(model, used=False)
-    for path, module in model.named_modules():
+    for path, module in modules(model):
         kind = type(module)
-        if not f"{kind.__module__}.".startswith(_KNOWN) or isinstance(module, _DropoutNd) or _moving(module):
+        if kind in _PASSIVE or not kind.__module__.startswith(_KNOWN) or _moving(module):
             continue
         if idle and f"{path}.".startswith(idle):
             continue
@@ -108,5 +108,5 @@ def _rounded(value: float | int) -> Any:
 
 
 def _moving(module: Any) -> bool:
-    kinds = getattr(module, "rope_type", None) or ""
+    kinds = vars(module).get("rope_type") or ""
     return any(kind in _MOVING_ROPE for kind in (kinds.values() if isinstance(kinds, dict) else [kinds]))

@@ -10,6 +10,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from tieredkv import adapters
 from tieredkv.errors import UnsupportedModelError
+from tieredkv.weights import modules
 
 _OUTSIDE = ("ADAPTION_PROMPT", "POLY", "SHADOW", "XLORA")
 """PEFT methods that work in the wrapper's forward, which is not run here; so does every kind of prompt learning."""
@@ -60,8 +61,8 @@ def check_mode(model: Any) -> None:
 
     And for adapters that draw random numbers in any mode.
     """
-    for name, module in model.named_modules():
-        samples = getattr(module, "sample_at_inference", None)  # of PEFT's PVeRA, by adapter
+    for name, module in modules(model):
+        samples = vars(module).get("sample_at_inference")  # of PEFT's PVeRA, by adapter
         if samples and any(samples.get(adapter) for adapter in adapters.active_in(module)):
             raise UnsupportedModelError(
                 f"an adapter samples at inference, so answers would be random ({name}): set sample_at_inference=False."
