@@ -27,23 +27,23 @@ _LAYER = re.compile(r"\.\d+(?=\.)")
 
 
 def buffers(model: Any, long: bool = True) -> dict[str, Any]:
-    """Values of short buffers of floats, hashes of the others; without those that a forward pass changes.
+    """Values of short buffers of floats, hashes of the others; without those that a forward pass changes, and
+    those of adapters that are not in use.
 
     long: with the others, and `UnsupportedModelError` for what is not in memory.
     """
     found: dict[str, Any] = {}
+    idle = adapters.weights(model, used=False)
     for path, module in modules(model):
-        moving = _moving(module)
         for own in module._non_persistent_buffers_set:  # the others are in the checkpoint
-            tensor = module._buffers.get(own)
-            if tensor is None or (moving and "original" not in own):
+            tensor, name = module._buffers.get(own), f"{path}.{own}" if path else own
+            if tensor is None or (_moving(module) and "original" not in own) or f"{name}.".startswith(idle):
                 continue
             short = tensor.is_floating_point() and tensor.numel() <= _SHORT and tensor.device.type != "meta"
             if short:
                 values = [_rounded(value) for value in tensor.double().flatten().tolist()]
             if short or long:
-                name = adapters.plain_name(f"{path}.{own}" if path else own)
-                found[name] = values if short else tensors_hash([(own, tensor)])
+                found[adapters.plain_name(name)] = values if short else tensors_hash([(own, tensor)])
     return found
 
 
@@ -65,7 +65,7 @@ def numbers(model: Any) -> dict[str, Any]:
         kind = type(module)
         if kind in _PASSIVE or not kind.__module__.startswith(_KNOWN) or _moving(module):
             continue
-        if idle and f"{path}.".startswith(idle):
+        if f"{path}.".startswith(idle):
             continue
         prefix = f"{path}." if path else ""
         for own, value in vars(module).items():
