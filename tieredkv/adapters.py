@@ -55,7 +55,7 @@ def weights(model: Any, used: bool) -> tuple[str, ...]:
         f"{path}.{attribute}.{name}."
         for path, layer in _layers(model)
         for active in [active_in(layer)]
-        for attribute, held in _held(layer, layer.adapter_layer_names + _others(layer))
+        for attribute, held in _held(layer, (*layer.adapter_layer_names, *_others(layer)))
         if hasattr(held, "state_dict")
         for name in held.keys()  # noqa: SIM118  containers of modules
         if (name in active) == used

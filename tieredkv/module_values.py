@@ -23,7 +23,7 @@ _KNOWN = ("torch.", "transformers.", "peft.")
 _IDLE = {"training", "gradient_checkpointing", "layer_idx", "padding_idx", "sparse", "scale_grad_by_freq"}
 """Numbers that decide nothing where a model answers."""
 _PASSIVE = {torch.nn.ModuleDict, torch.nn.ModuleList, torch.nn.ParameterDict, torch.nn.Dropout, torch.nn.Identity}
-_LAYER = re.compile(r"\.\d+(?=\.)")
+_LAYER = re.compile(r"(?<![^.])\d+(?=\.)")
 
 
 def buffers(model: Any, long: bool = True) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def numbers(model: Any) -> dict[str, Any]:
 def _by_place(found: dict[str, Any]) -> dict[str, Any]:
     places: dict[str, list[Any]] = {}
     for name, value in found.items():
-        places.setdefault(_LAYER.sub(".*", name), []).append(value)
+        places.setdefault(_LAYER.sub("*", name), []).append(value)
     return {place: all_of[0] if all_of.count(all_of[0]) == len(all_of) else all_of for place, all_of in places.items()}
 
 

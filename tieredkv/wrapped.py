@@ -63,7 +63,7 @@ def check_mode(model: Any) -> None:
     """
     for name, module in modules(model):
         samples = vars(module).get("sample_at_inference")  # of PEFT's PVeRA, by adapter
-        if samples and any(samples.get(adapter) for adapter in adapters.active_in(module)):
+        if isinstance(samples, dict) and any(samples.get(adapter) for adapter in adapters.active_in(module)):
             raise UnsupportedModelError(
                 f"an adapter samples at inference, so answers would be random ({name}): set sample_at_inference=False."
             )
