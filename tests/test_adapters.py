@@ -278,10 +278,14 @@ def test_an_adapter_of_other_settings_is_refused_by_their_name(processor, film, 
             session.ask(QUESTION, max_new_tokens=1)
 
 
-def test_settings_that_change_nothing_do_not_count(saved, wrapped, processor):
-    now = wrapped.peft_config["a"]
+def test_settings_that_change_nothing_do_not_count(wrapped):
+    from tieredkv.fingerprint import model_state
+
+    inside, now = wrapped.get_base_model(), wrapped.peft_config["a"]
+    before = model_state(inside)
     now.base_model_name_or_path, now.revision, now.lora_dropout, now.init_lora_weights = "elsewhere", "2", 0.5, False
-    tieredkv.load_session(saved, wrapped, processor=processor).close()
+    now.inference_mode, now.target_modules, now.bias = not now.inference_mode, "(q|v)_proj", "all"
+    assert model_state(inside) == before
 
 
 @pytest.mark.parametrize("method", ["OFT", "VeRA", "LoRA"])

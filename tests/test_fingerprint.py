@@ -300,9 +300,11 @@ def test_what_is_done_with_a_model_changes_no_number(model: Any, tmp_path: Path)
     for attention in ("eager", "sdpa"):
         model.set_attn_implementation(attention)
         model.train()(input_ids=ids)
+        assert model_state(model) == before
         model.eval().generate(input_ids=ids, max_new_tokens=2)
         assert model_state(model) == before
     model.compile()
+    model.model.language_model.gradient_checkpointing = True
     assert model_state(model) == before
     model._compiled_call_impl = None
     model.save_pretrained(tmp_path / "saved")

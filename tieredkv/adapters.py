@@ -1,4 +1,4 @@
-"""Which of a model's PEFT adapters are in use. Not their weights: those are in the model, in use or not.
+"""Which of a model's PEFT adapters are in use, how, and where their weights are: those are in the model, in use or not.
 
 Both of PEFT's ways into a model are covered, its own wrapper and transformers' `load_adapter`: they put the same layers
 into it, and these are asked.
