@@ -108,8 +108,8 @@ def model_fingerprint(model: Any, all_adapters: bool = False) -> dict[str, str]:
 
     "config" covers `model_settings`. "weights" covers every bit of `model.state_dict()`, its names, shapes and dtypes,
     but not the device: weights are summed where they are, exactly, and only the sums are brought to the host. A change
-    of any one weight, and a swap of any two, is always noticed. Quantised weights are summed as they are stored. The
-    weights that layers hold for adapters not in use are left out, unless `all_adapters`, which is how files were written at
+    of any one weight, and a swap of any two, is always noticed. Quantised weights are summed as they are stored. What
+    layers hold for adapters that are not in use is left out, unless `all_adapters`, which is how files were written at
     first. Weights without memory (torch's meta device) are an `UnsupportedModelError`.
     """
     found: Iterable[tuple[str, torch.Tensor]] = entries(model)
