@@ -11,7 +11,7 @@ import torch
 from families import build
 
 import tieredkv
-from tieredkv.errors import SessionError
+from tieredkv.errors import SessionError, UnsupportedModelError
 
 pytest.importorskip("peft", reason="peft is not installed: pip install 'tieredkv[dev]'")
 
@@ -224,3 +224,93 @@ def test_a_file_written_before_adapters_were_recorded_loads_where_there_are_none
         tieredkv.load_session(tmp_path / "old.tkv", wrapped, processor=processor).close()
     with pytest.raises(SessionError, match="under no adapter, now the adapter a is active"):
         tieredkv.load_session(tmp_path / "old.tkv", wrapped, processor=processor)
+
+
+# Settings that adapters keep outside their weights
+
+
+def methods() -> dict[str, tuple]:
+    """By name: a kind of adapter, what all of it needs, and a setting that changes answers but no weight."""
+    import peft
+
+    return {
+        "OFT": (peft.OFTConfig, {"r": 0, "oft_block_size": 8}, {"use_cayley_neumann": False}),
+        "WaveFT": (peft.WaveFTConfig, {"n_frequency": 16}, {"scaling": 3.0}),
+        "SHiRA": (peft.ShiraConfig, {"r": 2}, {"random_seed": 5}),
+        "FourierFT": (peft.FourierFTConfig, {"n_frequency": 16}, {"random_loc_seed": 5}),
+        "VBLoRA": (peft.VBLoRAConfig, {"r": 2, "num_vectors": 16, "vector_length": 16}, {"topk": 1}),
+        "HRA": (peft.HRAConfig, {"r": 2}, {"apply_GS": True}),
+        "VeRA": (peft.VeraConfig, {"r": 2, "save_projection": False}, {"projection_prng_key": 7}),
+    }
+
+
+def under(kind, needs, changed):
+    """A model under such an adapter, with the same weights each time."""
+    from peft import get_peft_model
+
+    torch.manual_seed(1)
+    adapter = kind(target_modules=["q_proj"], **needs, **changed)
+    return get_peft_model(copy.deepcopy(build("qwen2_5_vl")[0]), adapter).eval()
+
+
+@pytest.mark.parametrize("method", ["OFT", "WaveFT", "SHiRA", "FourierFT", "VBLoRA", "HRA", "VeRA"])
+def test_settings_of_an_adapter_outside_its_weights_count(method):
+    from tieredkv.fingerprint import adapter_weights, model_state, state_difference
+
+    kind, needs, changed = methods()[method]
+    first, again, other = (under(kind, needs, of).get_base_model() for of in ({}, {}, changed))
+    assert adapter_weights(first) == adapter_weights(other)
+    before = json.loads(json.dumps(model_state(first)))
+    assert state_difference(before, model_state(again)) is None
+    assert state_difference(before, model_state(other))
+
+
+def test_an_adapter_of_other_settings_is_refused_by_their_name(processor, film, tmp_path):
+    kind, needs, changed = methods()["WaveFT"]
+    model = under(kind, needs, {})
+    with tieredkv.open_session(model, film, processor=processor, fps=4, gpu_kv_gb=1) as session:
+        session.save(tmp_path / "s.tkv")
+        with pytest.raises(SessionError, match=r"adapter\.default\.scaling was 25.0, is 3.0"):
+            tieredkv.load_session(tmp_path / "s.tkv", under(kind, needs, changed), processor=processor)
+        tieredkv.load_session(tmp_path / "s.tkv", under(kind, needs, {}), processor=processor).close()
+        model.get_base_model().model.language_model.layers[1].self_attn.q_proj.waveft_scaling["default"] = 3.0
+        with pytest.raises(SessionError, match=r"this session was opened .*waveft_scaling.default was 25.0"):
+            session.ask(QUESTION, max_new_tokens=1)
+
+
+def test_settings_that_change_nothing_do_not_count(wrapped):
+    from tieredkv.fingerprint import model_state
+
+    inside, now = wrapped.get_base_model(), wrapped.peft_config["a"]
+    before = model_state(inside)
+    now.base_model_name_or_path, now.revision, now.lora_dropout, now.init_lora_weights = "elsewhere", "2", 0.5, False
+    now.inference_mode, now.target_modules, now.bias = not now.inference_mode, "(q|v)_proj", "all"
+    assert model_state(inside) == before
+
+
+@pytest.mark.parametrize("method", ["OFT", "VeRA", "LoRA"])
+def test_what_an_idle_adapter_holds_does_not_count(method):
+    from tieredkv.fingerprint import explain, model_fingerprint, model_state
+
+    kind, needs, _ = {**methods(), "LoRA": (type(config()), {"r": 2}, {})}[method]
+    wrapped = under(kind, needs, {})
+    inside = wrapped.get_base_model()
+    before, state = model_fingerprint(inside), model_state(inside)
+    wrapped.add_adapter("idle", kind(target_modules=["q_proj"], **needs))
+    assert explain(before, model_fingerprint(inside)) is None
+    assert model_state(inside) == state
+
+
+def test_under_an_adapter_in_layers_that_are_offloaded_sessions_answer_but_are_not_saved(processor, film, tmp_path):
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    from peft import get_peft_model
+
+    model = get_peft_model(copy.deepcopy(build("qwen2_5_vl")[0]), config(), adapter_name="a").eval()
+    fill(model)
+    options = {"processor": processor, "fps": 4, "gpu_kv_gb": 1}
+    expected = tieredkv.generate(model, film, QUESTION, max_new_tokens=3, **options).token_ids
+    accelerate.cpu_offload(model.get_base_model().model.language_model.layers, execution_device=torch.device("cpu"))
+    with tieredkv.open_session(model, film, **options) as session:
+        assert session.ask(QUESTION, max_new_tokens=3).token_ids == expected
+        with pytest.raises(UnsupportedModelError, match="not in memory"):
+            session.save(tmp_path / "s.tkv")

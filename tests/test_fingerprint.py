@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from tieredkv.attention.interface import use_attention
-from tieredkv.errors import UnsupportedModelError
+from tieredkv.errors import SessionError, UnsupportedModelError
 from tieredkv.fingerprint import (
     explain,
     model_fingerprint,
@@ -23,6 +24,7 @@ from tieredkv.fingerprint import (
     settings_difference,
     state_difference,
 )
+from tieredkv.same_model import SameModel
 from tieredkv.tiny import model as tiny
 from tieredkv.weights import plain_tensors
 
@@ -260,6 +262,91 @@ def test_another_quantisation_is_named(model: Any) -> None:
     before = model_state(model)
     model.config.quantization_config = {"quant_method": "bitsandbytes", "llm_int8_threshold": 0.0}
     assert _state_difference(before, model) == "quantization_config.llm_int8_threshold was 6.0, is 0.0"
+
+
+NUMBERS = {
+    "scale of attention": ("model.language_model.layers.1.self_attn", "scaling", 0.3),
+    "epsilon": ("model.language_model.norm", "variance_epsilon", 1e-3),
+    "scale of rotations": ("model.language_model.rotary_emb", "attention_scaling", 1.5),
+    "scale in the vision tower": ("model.visual.blocks.0.attn", "scaling", 0.3),
+    "epsilon of torch's own": ("model.visual.blocks.0.norm1", "eps", 1e-3),
+    "causality": ("model.language_model.layers.0.self_attn", "is_causal", False),
+    "no number": ("model.language_model.norm", "variance_epsilon", float("nan")),
+}
+
+
+@pytest.mark.parametrize(("path", "name", "value"), NUMBERS.values(), ids=NUMBERS)
+def test_a_number_set_by_hand_is_named_and_noticed_by_an_open_session(
+    model: Any, path: str, name: str, value: float
+) -> None:
+    module = model.get_submodule(path)
+    if not hasattr(module, name):
+        module.__dict__[name] = 1e-6  # as in other families' norms
+    before, opened = model_state(model), SameModel(model)
+    opened.check()
+    setattr(module, name, value)
+    said = f"{name} was {json.dumps(before['numbers'][re.sub('[.][0-9]+[.]', '.*.', f'{path}.{name}')])}, is "
+    assert said in str(_state_difference(before, model))
+    assert state_difference(model_state(model), model_state(model)) is None
+    with pytest.raises(SessionError, match="this session was opened with another model"):
+        opened.check()
+
+
+def test_what_is_done_with_a_model_changes_no_number(model: Any, tmp_path: Path) -> None:
+    before = model_state(model)
+    ids = torch.tensor([[1, 2, 3]])
+    with use_attention(model):
+        assert model_state(model) == before
+    for attention in ("eager", "sdpa"):
+        model.set_attn_implementation(attention)
+        model.train()(input_ids=ids)
+        assert model_state(model) == before
+        model.eval().generate(input_ids=ids, max_new_tokens=2)
+        assert model_state(model) == before
+    model.compile()
+    model.model.language_model.gradient_checkpointing = True
+    assert model_state(model) == before
+    model._compiled_call_impl = None
+    model.save_pretrained(tmp_path / "saved")
+    assert _state_difference(before, type(model).from_pretrained(tmp_path / "saved")) is None
+
+
+def test_numbers_take_little_room_however_many_layers() -> None:
+    from tieredkv.module_values import numbers
+
+    def size(layers: int) -> int:
+        return len(
+            json.dumps(
+                numbers(torch.nn.Sequential(*(torch.nn.Sequential(torch.nn.LayerNorm(4)) for _ in range(layers))))
+            )
+        )
+
+    assert size(36) < size(2) + 20
+
+
+def test_a_state_without_numbers_was_written_before_they_were_compared(model: Any) -> None:
+    before = model_state(model)
+    del before["numbers"], before["adapter_settings"]
+    model.model.language_model.layers[1].self_attn.scaling = 0.3
+    assert _state_difference(before, model) is None
+
+
+def test_frequencies_edited_in_place_are_noticed_by_an_open_session(model: Any) -> None:
+    opened = SameModel(model)
+    model.model.language_model.rotary_emb.inv_freq[3] *= 2
+    with pytest.raises(SessionError, match=r"rotary_emb\.inv_freq differs"):
+        opened.check()
+
+
+def test_fields_that_were_added_are_named_but_not_in_the_hash_of_older_files(
+    model: Any, prints: dict[str, str]
+) -> None:
+    model.config.vision_config.layer_norm_eps, model.config.text_config.hidden_activation = 1e-6, "gelu"
+    before = model_settings(model)
+    assert model_fingerprint(model)["config"] == prints["config"]
+    model.config.vision_config.layer_norm_eps, model.config.text_config.hidden_activation = 1e-3, "silu"
+    named = settings_difference(before, model_settings(model))
+    assert named == 'text.hidden_activation was "gelu", is "silu", vision.layer_norm_eps was 1e-06, is 0.001'
 
 
 # Quantised weights

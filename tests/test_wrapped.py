@@ -15,7 +15,7 @@ from helpers import session_logits, stock_inputs, stock_logits
 import tieredkv
 from tieredkv.errors import UnsupportedModelError
 from tieredkv.versions import cache_argument
-from tieredkv.wrapped import unwrapped
+from tieredkv.wrapped import check_mode, unwrapped
 
 QUESTION = "what is it ?"
 LAYERS = ["q_proj", "k_proj", "v_proj"]
@@ -153,6 +153,48 @@ def test_dropout_at_work_is_refused_and_training_without_it_is_not(peft, film):
         tieredkv.open_session(wrapped, film, **options)
     tieredkv.open_session(wrapped.eval(), film, **options).close()
     tieredkv.open_session(copy.deepcopy(model).train(), film, **options).close()
+
+
+RATES = {
+    "attention of Qwen's vision tower": ("qwen2_5_vl", "VisionAttention", "attention_dropout"),
+    "attention of Qwen's text": ("qwen2_5_vl", "VLAttention", "attention_dropout"),
+    "attention of SigLIP": ("llava_onevision", "SiglipAttention", "dropout"),
+    "attention of InternViT": ("internvl", "InternVLVisionAttention", "attention_dropout"),
+    "whole layers": ("llava_onevision", "SiglipEncoder", "layerdrop"),
+}
+
+
+@pytest.mark.parametrize(("family", "kind", "rate"), RATES.values(), ids=RATES)
+def test_dropout_in_functions_is_refused_in_training_mode(family, kind, rate):
+    model = copy.deepcopy(build(family)[0]).train()
+    check_mode(model)
+    setattr(next(module for module in model.modules() if type(module).__name__.endswith(kind)), rate, 0.1)
+    with pytest.raises(UnsupportedModelError, match="training mode, with random dropout"):
+        check_mode(model)
+    check_mode(model.eval())
+
+
+def test_dropout_of_ranks_is_refused_in_training_mode(peft):
+    model = build("qwen2_5_vl")[0]
+    inside = adapted(model, peft.LoHaConfig(r=2, target_modules=LAYERS, rank_dropout=0.1)).get_base_model()
+    check_mode(inside)
+    with pytest.raises(UnsupportedModelError, match="training mode, with random dropout"):
+        check_mode(inside.train())
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("always", [False, True])
+def test_an_adapter_that_draws_random_numbers_is_refused_while_it_does(peft, always, training):
+    config = peft.PveraConfig(r=2, target_modules=["q_proj"], sample_at_inference=always)
+    wrapped = adapted(build("qwen2_5_vl")[0], config)
+    inside = wrapped.get_base_model().train(training)
+    if always or training:
+        with pytest.raises(UnsupportedModelError, match="samples at inference" if always else "training mode"):
+            check_mode(inside)
+    else:
+        check_mode(inside)
+    with wrapped.disable_adapter():
+        check_mode(inside)
 
 
 def test_gradient_checkpointing_at_work_is_refused(film):

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 
 from tieredkv import adapters
-from tieredkv.errors import UnsupportedModelError
-from tieredkv.weights import entries, plain_tensors
+from tieredkv.module_values import alike, buffers, numbers
+from tieredkv.weights import entries, tensors_hash
 
 _TOP = (
     "model_type",
@@ -39,6 +38,7 @@ _TEXT = (
     "num_key_value_heads",
     "head_dim",
     "hidden_act",
+    "hidden_activation",
     "rms_norm_eps",
     "rope_parameters",
     "layer_types",
@@ -62,6 +62,7 @@ _VISION = (
     "num_heads",
     "num_attention_heads",
     "hidden_act",
+    "layer_norm_eps",
     "in_channels",
     "num_channels",
     "image_size",
@@ -78,13 +79,8 @@ _VISION = (
 )
 _VOLATILE = {"processor_class", "auto_map", "return_metadata", "return_tensors", "device", "name_or_path"}
 
-_COLUMNS = 4096  # of 8-byte words
-_MOVING_ROPE = {"dynamic", "longrope"}
-"""Kinds of positions whose frequencies depend on what was computed last."""
-_SHORT = 1024
-"""Numbers of a buffer that is kept as it is."""
-_RTOL = 1e-4
-"""Frequencies computed on two devices differ by less, those rounded to bfloat16 by more."""
+_ADDED = ("layer_norm_eps", "hidden_activation")
+"""Fields that the hash of settings leaves out: older files' hashes do not cover them."""
 
 
 def model_settings(model: Any) -> dict[str, Any]:
@@ -112,8 +108,8 @@ def model_fingerprint(model: Any, all_adapters: bool = False) -> dict[str, str]:
 
     "config" covers `model_settings`. "weights" covers every bit of `model.state_dict()`, its names, shapes and dtypes,
     but not the device: weights are summed where they are, exactly, and only the sums are brought to the host. A change
-    of any one weight, and a swap of any two, is always noticed. Quantised weights are summed as they are stored. The
-    weights of adapters that are not in use are left out, unless `all_adapters`, which is how files were written at
+    of any one weight, and a swap of any two, is always noticed. Quantised weights are summed as they are stored. What
+    layers hold for adapters that are not in use is left out, unless `all_adapters`, which is how files were written at
     first. Weights without memory (torch's meta device) are an `UnsupportedModelError`.
     """
     found: Iterable[tuple[str, torch.Tensor]] = entries(model)
@@ -121,28 +117,44 @@ def model_fingerprint(model: Any, all_adapters: bool = False) -> dict[str, str]:
         idle = adapters.weights(model, used=False)
         held = ((name, tensor) for name, tensor in found if not f"{name}.".startswith(idle))
         found = sorted(((adapters.plain_name(name), tensor) for name, tensor in held), key=lambda entry: entry[0])
-    return {"config": _hash(model_settings(model)), "weights": _weights_hash(found)}
+    settings = {
+        key: {field: of for field, of in value.items() if field not in _ADDED} if isinstance(value, dict) else value
+        for key, value in model_settings(model).items()
+    }
+    return {"config": _hash(settings), "weights": tensors_hash(found)}
 
 
 def adapter_weights(model: Any) -> str:
-    """A hash of the weights of adapters in use alone: they are few, so it can be made for every question."""
-    used = adapters.weights(model, used=True)
-    return _weights_hash(entry for entry in entries(model) if f"{entry[0]}.".startswith(used)) if used else ""
+    """A hash of the weights of adapters in use alone: they are few, so it can be made for every question.
+
+    Without those that accelerate has moved out of memory.
+    """
+    if not (used := adapters.weights(model, used=True)):
+        return ""
+    found = ((name, tensor) for name, tensor in entries(model) if f"{name}.".startswith(used))
+    return tensors_hash((name, tensor) for name, tensor in found if tensor.device.type != "meta")
 
 
-def model_state(model: Any) -> dict[str, Any]:
+def model_state(model: Any, long: bool = True) -> dict[str, Any]:
     """What decides keys and values but is neither in the weights nor in `model_settings`, as JSON holds it.
 
-    "adapters": those in use, and their scales, by layer. "buffers": tensors that a checkpoint does not hold, such as
-    the frequencies of positions; floats as they are, up to what two devices compute otherwise, and the rest as a hash.
+    "adapters": those in use, and their scales, by layer. "adapter_settings": theirs, by name. "buffers": tensors that
+    a checkpoint does not hold, such as the frequencies of positions; floats as they are, up to what two devices
+    compute otherwise, and the rest as a hash, unless `long` is False. "numbers": what modules hold as plain numbers.
     "quantization": how the model was quantised, where it says so.
     """
     quantization: Any = getattr(model.config, "quantization_config", None)
     if hasattr(quantization, "to_dict"):
         quantization = quantization.to_dict()
-    made: dict[str, Any] = json.loads(
-        _canonical({"adapters": adapters.in_use(model), "buffers": _buffers(model), "quantization": quantization})
-    )
+    used = adapters.in_use(model)
+    state = {
+        "adapters": used,
+        "adapter_settings": adapters.settings(model, adapters.names(used)),
+        "buffers": buffers(model, long),
+        "numbers": numbers(model),
+        "quantization": quantization,
+    }
+    made: dict[str, Any] = json.loads(_canonical(state))
     return made
 
 
@@ -152,49 +164,17 @@ def state_difference(saved: dict[str, Any], now: dict[str, Any]) -> str | None:
     What only one of them has is no difference, as in `settings_difference`.
     """
     for name in sorted(saved["buffers"].keys() & now["buffers"].keys()):
-        if not _alike(saved["buffers"][name], now["buffers"][name]):
+        if not alike(saved["buffers"][name], now["buffers"][name]):
             return f"the model's buffer {name} differs"
-    old, new = ({"quantization_config": state["quantization"] or {}} for state in (saved, now))
+    old, new = (
+        {
+            "adapter": state.get("adapter_settings", {}),
+            **state.get("numbers", {}),
+            "quantization_config": state["quantization"] or {},
+        }
+        for state in (saved, now)
+    )
     return settings_difference(old, new)
-
-
-def _buffers(model: Any) -> dict[str, Any]:
-    """Values of short buffers of floats, hashes of the others; without those that a forward pass changes."""
-    stored = model.state_dict().keys()
-    found: dict[str, Any] = {}
-    for path, module in model.named_modules():
-        kinds = getattr(module, "rope_type", None) or ""
-        kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
-        moving = any(kind in _MOVING_ROPE for kind in kinds)
-        for own, tensor in module.named_buffers(recurse=False):
-            name = f"{path}.{own}" if path else own
-            if name in stored or (moving and "original" not in own):
-                continue
-            short = tensor.is_floating_point() and tensor.numel() <= _SHORT and tensor.device.type != "meta"
-            found[adapters.plain_name(name)] = (
-                [float(f"{value:.9g}") for value in tensor.double().flatten().tolist()]
-                if short
-                else _weights_hash([(own, tensor)])
-            )
-    return found
-
-
-def _alike(a: Any, b: Any) -> bool:
-    if isinstance(a, str) or isinstance(b, str):
-        return bool(a == b)
-    return len(a) == len(b) and all(math.isclose(x, y, rel_tol=_RTOL, abs_tol=1e-30) for x, y in zip(a, b, strict=True))
-
-
-def _weights_hash(found: Iterable[tuple[str, torch.Tensor]]) -> str:
-    made = hashlib.sha256()
-    for name, tensor in found:
-        for about, part in plain_tensors(tensor, name):
-            if part.device.type == "meta":
-                raise UnsupportedModelError(f"weight {name} is not in memory (device meta): load the whole model.")
-            made.update(f"{about}\n".encode())
-            for sums in _sums(part):
-                made.update(sums)
-    return made.hexdigest()
 
 
 def explain(saved: dict[str, str], now: dict[str, str]) -> str | None:
@@ -273,21 +253,3 @@ def _canonical(value: Any) -> str:
 
 def _hash(value: Any) -> str:
     return hashlib.sha256(_canonical(value).encode()).hexdigest()
-
-
-def _sums(tensor: torch.Tensor) -> Iterator[bytes]:
-    """Bytes that stand for all bits of a tensor, computed on its device without a copy of it.
-
-    The tensor is read as a table of 8-byte words, summed as integers modulo 2**64 down columns and along rows; what
-    fills no row is given as it is. One changed word changes its row's sum and its column's. Of two changed words, as
-    after a swap, either both columns' sums change or, in one column, both rows'. Integer sums do not depend on the
-    order of adding, so every device and thread count gives the same.
-    """
-    octets = tensor.detach().reshape(-1).view(torch.uint8)  # copies where the weight is not contiguous
-    if octets.storage_offset() % 8:
-        octets = octets.clone()  # words cannot start there
-    whole = octets.numel() - octets.numel() % (8 * _COLUMNS)
-    if whole:
-        table = octets[:whole].view(torch.int64).view(-1, _COLUMNS)
-        yield torch.cat([table.sum(0), table.sum(1)]).cpu().numpy().tobytes()
-    yield octets[whole:].cpu().numpy().tobytes()

@@ -6,31 +6,33 @@ from typing import Any
 
 from tieredkv import adapters
 from tieredkv.errors import SessionError
-from tieredkv.fingerprint import adapter_weights, model_settings, settings_difference
+from tieredkv.fingerprint import adapter_weights, model_settings, model_state, settings_difference, state_difference
 from tieredkv.wrapped import check_mode
 
 
 class SameModel:
-    """A model's settings and adapters at one time. The weights below the adapters are too large to look at."""
+    """A model's settings, adapters, numbers and short buffers at one time. All its weights are too large to look at."""
 
     def __init__(self, model: Any) -> None:
         """Raises `UnsupportedModelError` for a model in a mode that computes something random."""
         check_mode(model)
         self._model = model
-        self._settings = model_settings(model)
-        self._adapters, self._merged = adapters.in_use(model), adapters.merged(model)
+        self._settings, self._state = model_settings(model), model_state(model, long=False)
+        self._merged = adapters.merged(model)
         self._adapter_weights = adapter_weights(model)
 
     def check(self) -> None:
         """Raise `SessionError` if the model is another one now, or `UnsupportedModelError` as at first."""
         check_mode(self._model)
-        now = adapters.in_use(self._model)
-        difference = adapters.difference(self._adapters, now)
+        now = model_state(self._model, long=False)
+        difference = adapters.difference(self._state["adapters"], now["adapters"])
         if not difference and adapters.merged(self._model) != self._merged:
             difference = "with other adapters merged into the weights than now"
         if not difference and adapter_weights(self._model) != self._adapter_weights:
-            difference = f"with other weights in {adapters.told(adapters.names(now))}"
-        if not difference and (named := settings_difference(self._settings, model_settings(self._model))):
-            difference = f"with another model ({named})"
+            difference = f"with other weights in {adapters.told(adapters.names(now['adapters']))}"
+        if not difference:
+            named = settings_difference(self._settings, model_settings(self._model))
+            if named := named or state_difference(self._state, now):
+                difference = f"with another model ({named})"
         if difference:
             raise SessionError(f"this session was opened {difference}: go back to that, or open another session.")

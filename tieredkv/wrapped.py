@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch.nn.modules.dropout import _DropoutNd
 
+from tieredkv import adapters
 from tieredkv.errors import UnsupportedModelError
+from tieredkv.weights import modules
 
 _OUTSIDE = ("ADAPTION_PROMPT", "POLY", "SHADOW", "XLORA")
 """PEFT methods that work in the wrapper's forward, which is not run here; so does every kind of prompt learning."""
@@ -55,13 +57,30 @@ def _check_adapters(model: Any) -> None:
 
 
 def check_mode(model: Any) -> None:
-    """Raise `UnsupportedModelError` for a model in training mode where that changes what it computes."""
-    for name, module in model.named_modules():
+    """Raise `UnsupportedModelError` for a model in training mode where that changes what it computes.
+
+    And for adapters that draw random numbers in any mode.
+    """
+    for name, module in modules(model):
+        samples = vars(module).get("sample_at_inference")  # of PEFT's PVeRA, by adapter
+        if isinstance(samples, dict) and any(samples.get(adapter) for adapter in adapters.active_in(module)):
+            raise UnsupportedModelError(
+                f"an adapter samples at inference, so answers would be random ({name}): set sample_at_inference=False."
+            )
         if not module.training:
             continue
-        dropout = isinstance(module, _DropoutNd) and module.p > 0
+        dropout = _drops(module) or (samples and adapters.active_in(module))
         if dropout or getattr(module, "gradient_checkpointing", False):
             what = "random dropout" if dropout else "gradient checkpointing, which drops the cache"
             raise UnsupportedModelError(
                 f"the model is in training mode, with {what} ({name or 'the model itself'}): call model.eval() first."
             )
+
+
+def _drops(module: Any) -> bool:
+    """Whether a module, in training mode, leaves out something at random: by itself, or by functions it calls."""
+    if isinstance(module, _DropoutNd):
+        return module.p > 0
+    rates = (value for own, value in vars(module).items() if "drop" in own and own[0] != "_")
+    each = (rate for value in rates for rate in (value.values() if isinstance(value, dict) else [value]))
+    return any(isinstance(rate, float | int) and not isinstance(rate, bool) and rate > 0 for rate in each)
