@@ -180,6 +180,69 @@ def test_an_index_tells_of_fragments_that_are_missing_altogether(tmp_path):
         sample(path, 1)
 
 
+# ---- written to a pipe
+
+
+class Pipe:
+    """What cannot be gone back in, so that no length gets filled in at the end."""
+
+    def __init__(self) -> None:
+        self.data = b""
+
+    def write(self, data: bytes) -> int:
+        self.data += bytes(data)
+        return len(data)
+
+
+def piped(path: Path, kind: str, codec: str, length: int = 6, flags: dict[str, str] | None = None) -> Path:
+    pipe = Pipe()
+    with av.open(pipe, "w", format=kind, options=flags or {}) as out:
+        video = out.add_stream(codec, rate=10, options={"g": "10"})
+        video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
+        for i in range(10 * length):
+            frame = av.VideoFrame.from_ndarray(second(i // 10), format="rgb24")
+            frame.pts, frame.time_base = i, Fraction(1, 10)
+            out.mux(video.encode(frame))
+        out.mux(video.encode())
+    path.write_bytes(pipe.data)
+    return path
+
+
+def test_an_avi_that_does_not_know_its_length_is_whole(tmp_path):
+    source = open_video(piped(tmp_path / "v.avi", "avi", "mpeg4"), 1)
+    assert source.seconds == pytest.approx(6, abs=0.1)
+    assert seconds(source.frames()) == [0, 1, 2, 3, 4, 5]
+
+
+# ---- edit lists
+
+
+def edited(path: Path, seconds: int, begin: int = 0) -> Path:
+    """Trim a picture that begins late: its second edit, after the empty one, shows this many seconds of it."""
+    data = bytearray(path.read_bytes())
+    at = data.index(b"elst")
+    count, _, empty = struct.unpack_from(">IIi", data, at + 8)
+    _, offset = struct.unpack_from(">Ii", data, at + 24)
+    assert (count, empty) == (2, -1)
+    struct.pack_into(">Ii", data, at + 24, 1000 * seconds, offset + 10240 * begin)
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize(("length", "begin", "shown"), [(2, 0, [3, 4]), (4, 0, [3, 4, 5, 6]), (9, 3, [6, 7])])
+def test_a_late_picture_may_be_trimmed(tmp_path, length, begin, shown):
+    """The last edit asks for more than there is of the media."""
+    source = open_video(edited(film(tmp_path / "v.mp4", (3, 8), (0, 8)), length, begin), 1)
+    assert (source.start, source.seconds) == (3, pytest.approx(len(shown), abs=0.1))
+    assert seconds(source.frames()) == shown
+
+
+def test_a_late_trimmed_picture_that_is_cut_is_refused(tmp_path):
+    path = edited(film(tmp_path / "v.mp4", (3, 8), (0, 8), flags={"movflags": "faststart"}), 4)
+    with pytest.raises(VideoError, match="the file is damaged or cut short"):
+        sample(cut(path, 0.6), 1)
+
+
 # ---- the file's own clock
 
 

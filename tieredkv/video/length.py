@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import av
 
 from tieredkv.video.container import opened
-from tieredkv.video.structure import MATROSKA, MP4, fragments
+from tieredkv.video.structure import MATROSKA, MP4, edited_end, fragments
 
 JITTER = 1.0
 """Seconds a frame's time may run backwards: it is left out. Further back, the file's clock has been restarted."""
@@ -83,8 +83,14 @@ def find_length(
                     return Length(own - times.zero, _TOLERANCE)
                 return Length(found.end, _TOLERANCE, cut)
             return Length(found.end, None, cut)
+        # FFmpeg's length of a track is no help where edits leave time empty before it: it may count that in, or not.
+        edited = edited_end(path, stream.id)
+        if edited is not None and times.begin < edited - times.zero < _LONGEST:
+            return Length(edited - times.zero, _TOLERANCE)
     if kind == "avi" and stream.frames and stream.average_rate:
         # FFmpeg shortens the length of a file that was cut, but not the count.
+        if stream.frames / stream.average_rate > _LONGEST:
+            return Length(read().end, None)  # the count was not known when the file was written
         own = max(own or 0.0, float(stream.frames / stream.average_rate))
     if kind in _PER_TRACK and own is not None:
         return Length(times.begin + own, _TOLERANCE)

@@ -43,6 +43,21 @@ def fragments(path: Path) -> tuple[bool, str | None]:
     return fragmented, "its last fragment is not all there" if fragmented and broken else None
 
 
+def edited_end(path: Path, track: int) -> float | None:
+    """Seconds on the clock of an MP4 at which its edit list ends the track of this number; None: it has none."""
+    try:
+        with path.open("rb") as file:
+            movie = _inside(file, Part(b"", 0, os.path.getsize(path)), b"moov")
+            unit = _timed(file, _inside(file, movie, b"mvhd"))[0]
+            for box in boxes(file, *movie[1:]):
+                if box.kind == b"trak" and _number(file, _inside(file, box, b"tkhd")) == track:
+                    media_unit, media = _timed(file, _inside(file, box, b"mdia", b"mdhd"))
+                    return _sum_of_edits(file, _inside(file, box, b"edts", b"elst"), unit, media, media_unit)
+    except (OSError, ValueError, ZeroDivisionError, struct.error):  # damaged, or without a list
+        pass
+    return None
+
+
 def margins(path: Path, kind: str, stream: int) -> Margins:
     """What the container leaves away of the pictures of its stream of this index."""
     find = {MP4: _clean_aperture, MATROSKA: _pixel_crop}.get(kind)
@@ -86,6 +101,46 @@ def elements(file: BinaryIO, at: int, end: int) -> Iterator[Part]:
         begin = at + id_size + size_size
         at = end if length == (1 << bits) - 1 else begin + length  # all ones: not known when it was written
         yield Part(int.from_bytes(head[:id_size], "big"), begin, at)
+
+
+def _inside(file: BinaryIO, box: Part, *kinds: bytes) -> Part:
+    """The first box of each kind within the one before. Raises `ValueError` if there is none."""
+    for kind in kinds:
+        found = next((inner for inner in boxes(file, *box[1:]) if inner.kind == kind), None)
+        if found is None:
+            raise ValueError
+        box = found
+    return box
+
+
+def _number(file: BinaryIO, header: Part) -> int:
+    """The number that follows the two dates at the beginning of a header: a track's own, or units per second."""
+    file.seek(header.begin)
+    head = file.read(24)
+    number: int = struct.unpack_from(">I", head, 20 if head[:1] == b"\1" else 12)[0]
+    return number
+
+
+def _timed(file: BinaryIO, header: Part) -> tuple[int, int]:
+    """Units per second, and the duration in them."""
+    file.seek(header.begin)
+    head = file.read(32)
+    unit, duration = struct.unpack_from(">IQ", head, 20) if head[:1] == b"\1" else struct.unpack_from(">2I", head, 12)
+    return unit, duration
+
+
+def _sum_of_edits(file: BinaryIO, edits: Part, unit: int, media: int, media_unit: int) -> float:
+    """Seconds of all edits, the empty ones included, none of which can show more than there is of the media."""
+    file.seek(edits.begin)
+    version, count = struct.unpack(">B3xI", file.read(8))
+    entry, total = struct.Struct(">QqI" if version == 1 else ">IiI"), Fraction(0)
+    for _ in range(min(count, (edits.end - edits.begin - 8) // entry.size)):
+        duration, begin, _rate = entry.unpack(file.read(entry.size))
+        seconds, rest = Fraction(duration, unit), Fraction(media - begin, media_unit)
+        if begin >= 0 and media:
+            seconds = max(Fraction(0), min(seconds, rest) if duration else rest)  # 0: to the end of the media
+        total += seconds
+    return float(total)
 
 
 def _clean_aperture(file: BinaryIO, size: int, stream: int) -> Margins:
