@@ -180,6 +180,60 @@ def test_an_index_tells_of_fragments_that_are_missing_altogether(tmp_path):
         sample(path, 1)
 
 
+@pytest.mark.parametrize("picture", [(0, 8), (4, 8)], ids=["from the beginning", "late"])
+@pytest.mark.parametrize("offset", ["0", "7200"])
+def test_an_index_may_count_from_another_zero_than_its_fragments(tmp_path, picture, offset):
+    flags = {"movflags": "frag_keyframe+dash", "avoid_negative_ts": "disabled", "output_ts_offset": offset}
+    source = open_video(film(tmp_path / "v.mp4", picture, (0, 8), flags=flags), 1)
+    assert source.seconds == pytest.approx(picture[1] - picture[0], abs=0.1)
+    assert seconds(source.frames()) == list(range(*picture))
+
+
+def test_an_index_that_counts_from_another_zero_tells_of_missing_fragments(tmp_path):
+    flags = {"movflags": FRAGMENTS["movflags"] + "+dash+global_sidx"}
+    path = film(tmp_path / "v.mp4", (0, 8), None, flags=flags)
+    parts = boxes(path)
+    fifth = [n for n, (kind, _) in enumerate(parts) if kind == b"moof"][4]
+    path.write_bytes(b"".join(data for _, data in parts[:fifth]))
+    data = bytearray(path.read_bytes())
+    at = data.index(b"sidx")
+    assert data[at + 4] == 1
+    data[at + 16 : at + 24] = struct.pack(">q", -4 * 10240)  # of the earliest time
+    path.write_bytes(data)
+    with pytest.raises(VideoError, match="the file says it lasts 8.00 s"):
+        sample(path, 1)
+
+
+def unfinished(kind: bytes) -> bytes:
+    return struct.pack(">I4s", 44, kind) + bytes(12)
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        *(unfinished(kind) for kind in (b"styp", b"sidx", b"emsg", b"prft", b"moof", b"mdat")),
+        *(unfinished(kind) + bytes(24) for kind in (b"styp", b"sidx", b"prft")),
+        bytes(70000),
+        b"\0\0\0",
+    ],
+    ids=lambda tail: f"{tail[4:8].decode()} {len(tail)}".strip("\0"),
+)
+def test_an_end_within_what_precedes_a_fragment_is_a_cut(tmp_path, tail):
+    path = film(tmp_path / "v.mp4", (0, 4), None, flags=FRAGMENTS)
+    parts = boxes(path)
+    assert parts[-1][0] == b"mfra"
+    path.write_bytes(b"".join(data for _, data in parts[:-1]) + tail)
+    with pytest.raises(VideoError, match="its last fragment is not all there"):
+        sample(path, 1)
+
+
+@pytest.mark.parametrize("tail", [b"", bytes(4096), unfinished(b"mfra"), unfinished(b"free"), unfinished(b"skip")])
+def test_an_end_within_what_follows_the_fragments_is_none(tmp_path, tail):
+    path = film(tmp_path / "v.mp4", (0, 4), None, flags=FRAGMENTS)
+    path.write_bytes(b"".join(data for kind, data in boxes(path) if kind != b"mfra") + tail)
+    assert seconds(sample(path, 1)) == [0, 1, 2, 3]
+
+
 # ---- written to a pipe
 
 

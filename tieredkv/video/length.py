@@ -74,10 +74,12 @@ def find_length(
     own = _seconds(stream.duration, stream.time_base)
     whole = _seconds(container.duration, Fraction(1, av.time_base))
     if kind == MP4:
-        fragmented, cut = fragments(path)
+        fragmented, cut, promised = fragments(path, stream.id)
         if fragmented:
             # What FFmpeg knows of is what the fragments that are there add up to, or an index of all of them.
             found = read()
+            if promised is not None and promised < _LONGEST:
+                own = times.zero + times.begin + promised  # an index may count from another zero than its fragments
             if found.end is not None and found.complete and own is not None:
                 if found.end + times.zero < own - _TOLERANCE:
                     return Length(own - times.zero, _TOLERANCE)

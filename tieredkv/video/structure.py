@@ -20,6 +20,13 @@ NO_MARGINS = (0, 0, 0, 0)
 _TRACK_TO_FORMAT = (b"mdia", b"minf", b"stbl", b"stsd")
 _VISUAL_ENTRY = 78
 """Bytes of a description of pictures before the boxes in it."""
+_OPENING = (b"styp", b"sidx", b"prft", b"moof")
+"""Boxes that are followed by the rest of their fragment."""
+_FRAGMENT = (*_OPENING, b"ssix", b"emsg", b"uuid", b"mdat")
+_NO_KIND = bytes(4)
+"""Where a box should be, but zeros are."""
+_PADDING = 1 << 16
+"""Bytes of zeros at the end of a file that may be no more than padding."""
 _SEGMENT, _TRACKS, _TRACK, _VIDEO, _CLUSTER = 0x18538067, 0x1654AE6B, 0xAE, 0xE0, 0x1F43B675
 _PIXEL_CROP = (0x54BB, 0x54AA, 0x54CC, 0x54DD)
 """Matroska's margins: at the top, the bottom, the left and the right."""
@@ -33,14 +40,34 @@ class Part(NamedTuple):
     end: int
 
 
-def fragments(path: Path) -> tuple[bool, str | None]:
-    """Whether an MP4 consists of fragments, and what shows that the last of them is not all there."""
-    fragmented, size, last = False, os.path.getsize(path), Part(b"", 0, 0)
+class Fragments(NamedTuple):
+    """What the boxes of an MP4 tell of its fragments."""
+
+    found: bool
+    cut: str | None
+    """What shows that the last of them is not all there."""
+    promised: float | None
+    """Seconds of the track that an index says they hold; None: no index says."""
+
+
+def fragments(path: Path, track: int) -> Fragments:
+    """Of an MP4 and the track of this number."""
+    fragmented, size, last, promised = False, os.path.getsize(path), Part(b"", 0, 0), 0.0
     with path.open("rb") as file:
-        for last in boxes(file, 0, size):
+        for box in boxes(file, 0, size):
+            if box.kind == _NO_KIND:
+                break
+            last = box
             fragmented |= last.kind == b"moof"
-    broken = last.kind == b"moof" or (last.kind == b"mdat" and last.end > size) or 0 < size - last.end < 8
-    return fragmented, "its last fragment is not all there" if fragmented and broken else None
+            if last.kind == b"sidx":
+                promised = max(promised, _indexed_seconds(file, last, track))
+        rest = size - last.end
+        broken = last.kind in _OPENING or (rest < 0 and last.kind in _FRAGMENT) or 0 < rest < 8
+        if last.kind in _FRAGMENT and rest > _PADDING:
+            file.seek(size - _PADDING)
+            broken |= not any(file.read())  # room that a download took beforehand
+    cut = "its last fragment is not all there" if fragmented and broken else None
+    return Fragments(fragmented, cut, promised or None)
 
 
 def edited_end(path: Path, track: int) -> float | None:
@@ -101,6 +128,20 @@ def elements(file: BinaryIO, at: int, end: int) -> Iterator[Part]:
         begin = at + id_size + size_size
         at = end if length == (1 << bits) - 1 else begin + length  # all ones: not known when it was written
         yield Part(int.from_bytes(head[:id_size], "big"), begin, at)
+
+
+def _indexed_seconds(file: BinaryIO, index: Part, track: int) -> float:
+    """How long the fragments are that an index of this track lists; 0: it is none, or is damaged."""
+    file.seek(index.begin)
+    head = file.read(12)
+    file.seek(index.begin + (28 if head[:1] == b"\1" else 20))
+    count = file.read(4)[2:]
+    entries = file.read(12 * int.from_bytes(count, "big"))
+    if len(head) < 12 or struct.unpack_from(">I", head, 4)[0] != track:
+        return 0.0
+    whole = entries[: len(entries) // 12 * 12]
+    total, unit = sum(entry[1] for entry in struct.iter_unpack(">3I", whole)), struct.unpack_from(">I", head, 8)[0]
+    return total / unit if unit else 0.0
 
 
 def _inside(file: BinaryIO, box: Part, *kinds: bytes) -> Part:
