@@ -200,7 +200,7 @@ def test_an_index_that_counts_from_another_zero_tells_of_missing_fragments(tmp_p
     assert data[at + 4] == 1
     data[at + 16 : at + 24] = struct.pack(">q", -4 * 10240)  # of the earliest time
     path.write_bytes(data)
-    with pytest.raises(VideoError, match="the file says it lasts 8.00 s"):
+    with pytest.raises(VideoError, match=r"the file says it lasts 8\.00 s"):
         sample(path, 1)
 
 
@@ -266,6 +266,48 @@ def test_an_avi_that_does_not_know_its_length_is_whole(tmp_path):
     source = open_video(piped(tmp_path / "v.avi", "avi", "mpeg4"), 1)
     assert source.seconds == pytest.approx(6, abs=0.1)
     assert seconds(source.frames()) == [0, 1, 2, 3, 4, 5]
+
+
+LIVE = {"live": "1", "cluster_time_limit": "1000"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "codec", "flags"),
+    [("webm", "libvpx", LIVE), ("webm", "libvpx", None), ("matroska", "libx264", None)],
+    ids=["live", "webm", "mkv"],
+)
+def test_a_matroska_file_without_a_length_is_whole_unless_cut_within_a_block(tmp_path, kind, codec, flags):
+    path = piped(tmp_path / "v.mkv", kind, codec, 4, flags)
+    assert seconds(sample(path, 1)) == [0, 1, 2, 3]
+    stored, refused = path.read_bytes(), 0
+    for more in range(4):  # one or two of which may lie between two elements
+        path.write_bytes(stored[: len(stored) // 2 + more])
+        try:
+            sample(path, 1)
+        except VideoError as error:
+            assert "its last cluster is not all there" in str(error)
+            refused += 1
+    assert refused >= 2
+    assert seconds(sample(path, 1, end=1)) == [0]
+
+
+@pytest.mark.parametrize(
+    "tail", [b"\xa3", b"\xa3\x41", b"\x1f\x43\xb6\x75", bytes(70000)], ids=lambda tail: str(len(tail))
+)
+def test_a_live_stream_that_ends_where_an_element_begins_is_cut(tmp_path, tail):
+    path = piped(tmp_path / "v.webm", "webm", "libvpx", 2, LIVE)
+    path.write_bytes(path.read_bytes() + tail)
+    with pytest.raises(VideoError, match="its last cluster is not all there"):
+        sample(path, 1)
+
+
+@pytest.mark.parametrize(
+    "tail", [bytes(9), bytes(5000), b"\xff" * 9, b"\r\n", b"\n" * 20], ids=lambda tail: f"{tail[0]}-{len(tail)}"
+)
+def test_what_is_no_element_at_the_end_of_a_live_stream_is_no_cut(tmp_path, tail):
+    path = piped(tmp_path / "v.webm", "webm", "libvpx", 2, LIVE)
+    path.write_bytes(path.read_bytes() + tail)
+    assert seconds(sample(path, 1)) == [0, 1]
 
 
 # ---- edit lists

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import av
 
 from tieredkv.video.container import opened
-from tieredkv.video.structure import MATROSKA, MP4, edited_end, fragments
+from tieredkv.video.structure import MATROSKA, MP4, cut_element, edited_end, fragments
 
 JITTER = 1.0
 """Seconds a frame's time may run backwards: it is left out. Further back, the file's clock has been restarted."""
@@ -99,7 +99,7 @@ def find_length(
     shift = times.zero if kind in _FROM_ZERO else 0.0
     stated = _clock_seconds(stream.metadata.get("DURATION")) if kind == MATROSKA else None
     if stated is None and whole is None:
-        return Length(read().end, None)
+        return Length(read().end, None, cut_element(path) if kind == MATROSKA else None)
     prompt = times.begin + shift < _TOLERANCE  # then the end and the length are the same to within the tolerance
     if prompt and (stated is not None or alone):
         end = whole if stated is None else stated

@@ -28,6 +28,14 @@ _NO_KIND = bytes(4)
 _PADDING = 1 << 16
 """Bytes of zeros at the end of a file that may be no more than padding."""
 _SEGMENT, _TRACKS, _TRACK, _VIDEO, _CLUSTER = 0x18538067, 0x1654AE6B, 0xAE, 0xE0, 0x1F43B675
+_PLACES = {
+    *(_SEGMENT, _TRACKS, _CLUSTER, 0x1A45DFA3, 0x114D9B74, 0x1549A966, 0x1C53BB6B, 0x1043A770, 0x1941A469, 0x1254C367),
+    *(0xE7, 0x5854, 0xA7, 0xAB, 0xA3, 0xA0, 0xAF, 0xEC, 0xBF),
+}
+"""What may stand in a Matroska file: at its top and in its segment, and in a cluster."""
+_BEGINNINGS = [kind.to_bytes((kind.bit_length() + 7) // 8, "big") for kind in _PLACES]
+_LONGEST_HEAD = 12
+"""Bytes that the kind and the size of an element take at most."""
 _PIXEL_CROP = (0x54BB, 0x54AA, 0x54CC, 0x54DD)
 """Matroska's margins: at the top, the bottom, the left and the right."""
 
@@ -63,11 +71,27 @@ def fragments(path: Path, track: int) -> Fragments:
                 promised = max(promised, _indexed_seconds(file, last, track))
         rest = size - last.end
         broken = last.kind in _OPENING or (rest < 0 and last.kind in _FRAGMENT) or 0 < rest < 8
-        if last.kind in _FRAGMENT and rest > _PADDING:
-            file.seek(size - _PADDING)
-            broken |= not any(file.read())  # room that a download took beforehand
+        broken |= last.kind in _FRAGMENT and _ends_in_zeros(file, last.end, size)
     cut = "its last fragment is not all there" if fragmented and broken else None
     return Fragments(fragmented, cut, promised or None)
+
+
+def cut_element(path: Path) -> str | None:
+    """What shows that the last element of a Matroska file is not all there."""
+    at, size, cut = 0, os.path.getsize(path), False
+    with path.open("rb") as file:
+        while at < size:
+            part = next(elements(file, at, size), None)
+            if part is None or part.kind not in _PLACES:
+                file.seek(at)
+                rest = file.read(_LONGEST_HEAD)
+                begun = len(rest) < _LONGEST_HEAD and any(kind.startswith(rest[: len(kind)]) for kind in _BEGINNINGS)
+                cut = begun or _ends_in_zeros(file, at, size)  # anything else is damage, which decoding tells of
+                break
+            # Those of unknown size are gone into, and so is the segment: its size says no more than its last part's.
+            inside = part.kind == _SEGMENT or (part.kind == _CLUSTER and part.end == size)
+            at = part.begin if inside else part.end
+    return "its last cluster is not all there" if cut or at > size else None
 
 
 def edited_end(path: Path, track: int) -> float | None:
@@ -117,7 +141,7 @@ def elements(file: BinaryIO, at: int, end: int) -> Iterator[Part]:
     """The elements of Matroska between two bytes."""
     while at + 2 <= end:
         file.seek(at)
-        head = file.read(12)
+        head = file.read(_LONGEST_HEAD)
         id_size, size_size = 9 - head[0].bit_length(), 0
         if len(head) > id_size:
             size_size = 9 - head[id_size].bit_length()
@@ -128,6 +152,14 @@ def elements(file: BinaryIO, at: int, end: int) -> Iterator[Part]:
         begin = at + id_size + size_size
         at = end if length == (1 << bits) - 1 else begin + length  # all ones: not known when it was written
         yield Part(int.from_bytes(head[:id_size], "big"), begin, at)
+
+
+def _ends_in_zeros(file: BinaryIO, at: int, size: int) -> bool:
+    """Whether nothing follows but the room that a download took beforehand."""
+    if size - at <= _PADDING:
+        return False
+    file.seek(size - _PADDING)
+    return not any(file.read())
 
 
 def _indexed_seconds(file: BinaryIO, index: Part, track: int) -> float:
