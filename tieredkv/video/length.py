@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import av
 
 from tieredkv.video.container import opened
-from tieredkv.video.structure import MATROSKA, MP4, cut_element, edited_end, fragments
+from tieredkv.video.structure import MATROSKA, MP4, asf_seconds, cut_element, edited_end, fragments
 
 JITTER = 1.0
 """Seconds a frame's time may run backwards: it is left out. Further back, the file's clock has been restarted."""
@@ -73,6 +73,9 @@ def find_length(
         return Length(read().end, None)
     own = _seconds(stream.duration, stream.time_base)
     whole = _seconds(container.duration, Fraction(1, av.time_base))
+    if kind == "asf":
+        stated_by_file = asf_seconds(path)
+        whole = stated_by_file if stated_by_file is not None and stated_by_file < _LONGEST else whole
     if kind == MP4:
         fragmented, cut, promised = fragments(path, stream.id)
         if fragmented:

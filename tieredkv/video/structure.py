@@ -25,6 +25,8 @@ _OPENING = (b"styp", b"sidx", b"prft", b"moof")
 _FRAGMENT = (*_OPENING, b"ssix", b"emsg", b"uuid", b"mdat")
 _NO_KIND = bytes(4)
 """Where a box should be, but zeros are."""
+_FILE_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
+"""The kind of the object of an ASF file that tells its length."""
 _PADDING = 1 << 16
 """Bytes of zeros at the end of a file that may be no more than padding."""
 _SEGMENT, _TRACKS, _TRACK, _VIDEO, _CLUSTER = 0x18538067, 0x1654AE6B, 0xAE, 0xE0, 0x1F43B675
@@ -107,6 +109,18 @@ def edited_end(path: Path, track: int) -> float | None:
     except (OSError, ValueError, ZeroDivisionError, struct.error):  # damaged, or without a list
         pass
     return None
+
+
+def asf_seconds(path: Path) -> float | None:
+    """How long an ASF file says it is, which FFmpeg leaves out of one that was cut; None: it does not say."""
+    with path.open("rb") as file:
+        head = file.read(1 << 16)
+    at = head.find(_FILE_PROPERTIES)
+    if at < 0 or len(head) < at + 92:
+        return None
+    playing, preroll, flags = struct.unpack_from("<Q8xQI", head, at + 64)
+    seconds = playing / 1e7 - preroll / 1e3
+    return seconds if seconds > 0 and not flags & 1 else None  # 1: a broadcast, of which it was not known
 
 
 def margins(path: Path, kind: str, stream: int) -> Margins:
@@ -203,7 +217,7 @@ def _timed(file: BinaryIO, header: Part) -> tuple[int, int]:
 
 
 def _sum_of_edits(file: BinaryIO, edits: Part, unit: int, media: int, media_unit: int) -> float:
-    """Seconds of all edits, the empty ones included, none of which can show more than there is of the media."""
+    """Seconds of all edits, the empty ones included; what one asks for that is far past the media is not shown."""
     file.seek(edits.begin)
     version, count = struct.unpack(">B3xI", file.read(8))
     entry, total = struct.Struct(">QqI" if version == 1 else ">IiI"), Fraction(0)
@@ -211,7 +225,8 @@ def _sum_of_edits(file: BinaryIO, edits: Part, unit: int, media: int, media_unit
         duration, begin, _rate = entry.unpack(file.read(entry.size))
         seconds, rest = Fraction(duration, unit), Fraction(media - begin, media_unit)
         if begin >= 0 and media:
-            seconds = max(Fraction(0), min(seconds, rest) if duration else rest)  # 0: to the end of the media
+            # The media's length is one of decoding: frames may be shown a little after it. 0: all that is left.
+            seconds = seconds if duration and seconds <= rest + 1 else max(Fraction(0), rest)
         total += seconds
     return float(total)
 
