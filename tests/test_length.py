@@ -180,6 +180,182 @@ def test_an_index_tells_of_fragments_that_are_missing_altogether(tmp_path):
         sample(path, 1)
 
 
+@pytest.mark.parametrize("picture", [(0, 8), (4, 8)], ids=["from the beginning", "late"])
+@pytest.mark.parametrize("offset", ["0", "7200"])
+def test_an_index_may_count_from_another_zero_than_its_fragments(tmp_path, picture, offset):
+    flags = {"movflags": "frag_keyframe+dash", "avoid_negative_ts": "disabled", "output_ts_offset": offset}
+    source = open_video(film(tmp_path / "v.mp4", picture, (0, 8), flags=flags), 1)
+    assert source.seconds == pytest.approx(picture[1] - picture[0], abs=0.1)
+    assert seconds(source.frames()) == list(range(*picture))
+
+
+def test_an_index_that_counts_from_another_zero_tells_of_missing_fragments(tmp_path):
+    flags = {"movflags": FRAGMENTS["movflags"] + "+dash+global_sidx"}
+    path = film(tmp_path / "v.mp4", (0, 8), None, flags=flags)
+    parts = boxes(path)
+    fifth = [n for n, (kind, _) in enumerate(parts) if kind == b"moof"][4]
+    path.write_bytes(b"".join(data for _, data in parts[:fifth]))
+    data = bytearray(path.read_bytes())
+    at = data.index(b"sidx")
+    assert data[at + 4] == 1
+    data[at + 16 : at + 24] = struct.pack(">q", -4 * 10240)  # of the earliest time
+    path.write_bytes(data)
+    with pytest.raises(VideoError, match=r"the file says it lasts 8\.00 s"):
+        sample(path, 1)
+
+
+def unfinished(kind: bytes) -> bytes:
+    return struct.pack(">I4s", 44, kind) + bytes(12)
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        *(unfinished(kind) for kind in (b"styp", b"sidx", b"emsg", b"prft", b"moof", b"mdat")),
+        *(unfinished(kind) + bytes(24) for kind in (b"styp", b"sidx", b"prft")),
+        bytes(70000),
+        b"\0\0\0",
+    ],
+    ids=lambda tail: f"{tail[4:8].decode()} {len(tail)}".strip("\0"),
+)
+def test_an_end_within_what_precedes_a_fragment_is_a_cut(tmp_path, tail):
+    path = film(tmp_path / "v.mp4", (0, 4), None, flags=FRAGMENTS)
+    parts = boxes(path)
+    assert parts[-1][0] == b"mfra"
+    path.write_bytes(b"".join(data for _, data in parts[:-1]) + tail)
+    with pytest.raises(VideoError, match="its last fragment is not all there"):
+        sample(path, 1)
+
+
+@pytest.mark.parametrize("tail", [b"", bytes(4096), unfinished(b"mfra"), unfinished(b"free"), unfinished(b"skip")])
+def test_an_end_within_what_follows_the_fragments_is_none(tmp_path, tail):
+    path = film(tmp_path / "v.mp4", (0, 4), None, flags=FRAGMENTS)
+    path.write_bytes(b"".join(data for kind, data in boxes(path) if kind != b"mfra") + tail)
+    assert seconds(sample(path, 1)) == [0, 1, 2, 3]
+
+
+# ---- written to a pipe
+
+
+class Pipe:
+    """What cannot be gone back in, so that no length gets filled in at the end."""
+
+    def __init__(self) -> None:
+        self.data = b""
+
+    def write(self, data: bytes) -> int:
+        self.data += bytes(data)
+        return len(data)
+
+
+def piped(path: Path, kind: str, codec: str, length: int = 6, flags: dict[str, str] | None = None) -> Path:
+    pipe = Pipe()
+    with av.open(pipe, "w", format=kind, options=flags or {}) as out:
+        video = out.add_stream(codec, rate=10, options={"g": "10"})
+        video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
+        for i in range(10 * length):
+            frame = av.VideoFrame.from_ndarray(second(i // 10), format="rgb24")
+            frame.pts, frame.time_base = i, Fraction(1, 10)
+            out.mux(video.encode(frame))
+        out.mux(video.encode())
+    path.write_bytes(pipe.data)
+    return path
+
+
+def test_an_avi_that_does_not_know_its_length_is_whole(tmp_path):
+    source = open_video(piped(tmp_path / "v.avi", "avi", "mpeg4"), 1)
+    assert source.seconds == pytest.approx(6, abs=0.1)
+    assert seconds(source.frames()) == [0, 1, 2, 3, 4, 5]
+
+
+LIVE = {"live": "1", "cluster_time_limit": "1000"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "codec", "flags"),
+    [("webm", "libvpx", LIVE), ("webm", "libvpx", None), ("matroska", "libx264", None)],
+    ids=["live", "webm", "mkv"],
+)
+def test_a_matroska_file_without_a_length_is_whole_unless_cut_within_a_block(tmp_path, kind, codec, flags):
+    path = piped(tmp_path / "v.mkv", kind, codec, 4, flags)
+    assert seconds(sample(path, 1)) == [0, 1, 2, 3]
+    stored, refused = path.read_bytes(), 0
+    for more in range(4):  # one or two of which may lie between two elements
+        path.write_bytes(stored[: len(stored) // 2 + more])
+        try:
+            sample(path, 1)
+        except VideoError as error:
+            refused += "its last cluster is not all there" in str(error)
+    assert refused >= 2
+    assert seconds(sample(path, 1, end=1)) == [0]
+
+
+@pytest.mark.parametrize(
+    "tail", [b"\xa3", b"\xa3\x41", b"\x1f\x43\xb6\x75", bytes(70000)], ids=lambda tail: str(len(tail))
+)
+def test_a_live_stream_that_ends_where_an_element_begins_is_cut(tmp_path, tail):
+    path = piped(tmp_path / "v.webm", "webm", "libvpx", 2, LIVE)
+    path.write_bytes(path.read_bytes() + tail)
+    with pytest.raises(VideoError, match="its last cluster is not all there"):
+        sample(path, 1)
+
+
+@pytest.mark.parametrize(
+    "tail", [bytes(9), bytes(5000), b"\xff" * 9, b"\r\n", b"\n" * 20], ids=lambda tail: f"{tail[0]}-{len(tail)}"
+)
+def test_what_is_no_element_at_the_end_of_a_live_stream_is_no_cut(tmp_path, tail):
+    path = piped(tmp_path / "v.webm", "webm", "libvpx", 2, LIVE)
+    path.write_bytes(path.read_bytes() + tail)
+    assert seconds(sample(path, 1)) == [0, 1]
+
+
+@pytest.mark.parametrize("sound", [None, (0, 16)], ids=["picture", "with sound"])
+def test_a_windows_media_file_that_is_cut_is_refused(tmp_path, sound):
+    path = film(tmp_path / "v.wmv", (0, 16), sound, "mpeg4", "libmp3lame", 44100)
+    assert seconds(sample(path, 1)) == list(range(16))
+    with pytest.raises(VideoError, match="the file is damaged or cut short"):
+        sample(cut(path, 0.3), 1)
+
+
+def test_a_windows_media_broadcast_states_no_length(tmp_path):
+    path = film(tmp_path / "v.wmv", (0, 8), None, "mpeg4")
+    data = bytearray(path.read_bytes())
+    at = data.index(bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365"))
+    data[at + 64 : at + 72] = struct.pack("<Q", 10**9)
+    data[at + 88] |= 1
+    path.write_bytes(data)
+    assert seconds(sample(path, 1)) == list(range(8))
+
+
+# ---- edit lists
+
+
+def edited(path: Path, seconds: int, begin: int = 0) -> Path:
+    """Trim a picture that begins late: its second edit, after the empty one, shows this many seconds of it."""
+    data = bytearray(path.read_bytes())
+    at = data.index(b"elst")
+    count, _, empty = struct.unpack_from(">IIi", data, at + 8)
+    _, offset = struct.unpack_from(">Ii", data, at + 24)
+    assert (count, empty) == (2, -1)
+    struct.pack_into(">Ii", data, at + 24, 1000 * seconds, offset + 10240 * begin)
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize(("length", "begin", "shown"), [(2, 0, [3, 4]), (4, 0, [3, 4, 5, 6]), (9, 3, [6, 7])])
+def test_a_late_picture_may_be_trimmed(tmp_path, length, begin, shown):
+    """The last edit asks for more than there is of the media."""
+    source = open_video(edited(film(tmp_path / "v.mp4", (3, 8), (0, 8)), length, begin), 1)
+    assert (source.start, source.seconds) == (3, pytest.approx(len(shown), abs=0.1))
+    assert seconds(source.frames()) == shown
+
+
+def test_a_late_trimmed_picture_that_is_cut_is_refused(tmp_path):
+    path = edited(film(tmp_path / "v.mp4", (3, 8), (0, 8), flags={"movflags": "faststart"}), 4)
+    with pytest.raises(VideoError, match="the file is damaged or cut short"):
+        sample(cut(path, 0.6), 1)
+
+
 # ---- the file's own clock
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import av
 
 from tieredkv.video.container import opened
-from tieredkv.video.structure import MATROSKA, MP4, fragments
+from tieredkv.video.structure import MATROSKA, MP4, asf_seconds, cut_element, edited_end, fragments
 
 JITTER = 1.0
 """Seconds a frame's time may run backwards: it is left out. Further back, the file's clock has been restarted."""
@@ -73,25 +73,36 @@ def find_length(
         return Length(read().end, None)
     own = _seconds(stream.duration, stream.time_base)
     whole = _seconds(container.duration, Fraction(1, av.time_base))
+    if kind == "asf":
+        stated_by_file = asf_seconds(path)
+        whole = stated_by_file if stated_by_file is not None and stated_by_file < _LONGEST else whole
     if kind == MP4:
-        fragmented, cut = fragments(path)
+        fragmented, cut, promised = fragments(path, stream.id)
         if fragmented:
             # What FFmpeg knows of is what the fragments that are there add up to, or an index of all of them.
             found = read()
+            if promised is not None and promised < _LONGEST:
+                own = times.zero + times.begin + promised  # an index may count from another zero than its fragments
             if found.end is not None and found.complete and own is not None:
                 if found.end + times.zero < own - _TOLERANCE:
                     return Length(own - times.zero, _TOLERANCE)
                 return Length(found.end, _TOLERANCE, cut)
             return Length(found.end, None, cut)
+        # FFmpeg's length of a track is no help where edits leave time empty before it: it may count that in, or not.
+        edited = edited_end(path, stream.id)
+        if edited is not None and times.begin < edited - times.zero < _LONGEST:
+            return Length(edited - times.zero, _TOLERANCE)
     if kind == "avi" and stream.frames and stream.average_rate:
         # FFmpeg shortens the length of a file that was cut, but not the count.
+        if stream.frames / stream.average_rate > _LONGEST:
+            return Length(read().end, None)  # the count was not known when the file was written
         own = max(own or 0.0, float(stream.frames / stream.average_rate))
     if kind in _PER_TRACK and own is not None:
         return Length(times.begin + own, _TOLERANCE)
     shift = times.zero if kind in _FROM_ZERO else 0.0
     stated = _clock_seconds(stream.metadata.get("DURATION")) if kind == MATROSKA else None
     if stated is None and whole is None:
-        return Length(read().end, None)
+        return Length(read().end, None, cut_element(path) if kind == MATROSKA else None)
     prompt = times.begin + shift < _TOLERANCE  # then the end and the length are the same to within the tolerance
     if prompt and (stated is not None or alone):
         end = whole if stated is None else stated
