@@ -13,6 +13,8 @@ from families import build
 import tieredkv
 from tieredkv.errors import SessionError, UnsupportedModelError
 
+pytestmark = pytest.mark.setups
+
 pytest.importorskip("peft", reason="peft is not installed: pip install 'tieredkv[dev]'")
 
 QUESTION = "what is it ?"

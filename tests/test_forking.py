@@ -26,6 +26,7 @@ QUESTION = "what colour was the star ?"
 OPTIONS = {"max_new_tokens": 4, "min_new_tokens": 4}
 
 pytestmark = [
+    pytest.mark.setups,
     pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here"),
     pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),
 ]

@@ -17,6 +17,8 @@ from tieredkv.errors import UnsupportedModelError
 from tieredkv.versions import cache_argument
 from tieredkv.wrapped import check_mode, unwrapped
 
+pytestmark = pytest.mark.setups
+
 QUESTION = "what is it ?"
 LAYERS = ["q_proj", "k_proj", "v_proj"]
 
