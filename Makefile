@@ -39,7 +39,7 @@ test: $(READY)
 	$(BIN)/python -m pytest -q
 
 test-quick: $(READY)
-	$(BIN)/python -m pytest -q -m "not (slow or model or subprocess or threads or interpreter or setups)"
+	$(BIN)/python -m pytest -q -m "not (slow or model or subprocess or threads or interpreter or setups or files)"
 
 constraints: $(READY)
 	$(BIN)/python .ci/versions.py constraints

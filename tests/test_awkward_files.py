@@ -16,6 +16,8 @@ from tieredkv.errors import VideoError
 from tieredkv.video import sampling
 from tieredkv.video.frames import load_frames, open_video
 
+pytestmark = pytest.mark.files
+
 BOUND = 1000
 """More frames than any file here may give."""
 

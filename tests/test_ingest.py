@@ -17,6 +17,8 @@ from tieredkv.models.qwen2_5_vl import Qwen25VL
 from tieredkv.pipeline import Pipeline
 from tieredkv.video.frames import open_video
 
+pytestmark = pytest.mark.files
+
 QUESTION = "what colour was the star ?"
 
 

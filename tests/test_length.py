@@ -14,6 +14,8 @@ from films import noise, sample
 from tieredkv.errors import VideoError
 from tieredkv.video.frames import open_video
 
+pytestmark = pytest.mark.files
+
 NOISE = noise(1)[0]
 FRAGMENTS = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
 

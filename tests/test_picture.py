@@ -16,6 +16,8 @@ from tieredkv.video.frames import open_video
 from tieredkv.video.picture import Geometry, Painter, turned
 from tieredkv.video.structure import NO_MARGINS
 
+pytestmark = pytest.mark.files
+
 # ---- of several streams, the one that FFmpeg shows
 
 

@@ -14,6 +14,8 @@ from tieredkv.errors import VideoError
 from tieredkv.video import sampling
 from tieredkv.video.frames import open_video
 
+pytestmark = pytest.mark.files
+
 # ---- start, end, max_frames
 
 

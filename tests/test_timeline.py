@@ -14,6 +14,8 @@ from tieredkv.video.frames import open_video
 from tieredkv.video.length import Times
 from tieredkv.video.timeline import Clock
 
+pytestmark = pytest.mark.files
+
 B_FRAMES = {"bf": "3", "x264-params": "b-adapt=0:keyint=30"}
 MPEG4 = {"codec": "mpeg4", "bf": "2", "g": "12", "qmin": "1", "qmax": "2"}
 
