@@ -20,7 +20,7 @@ try() { # name, pip's arguments...
 		return 1
 	}
 	"$python" -m pip list --disable-pip-version-check 2> /dev/null | grep -E "^(torch|torchvision|transformers|accelerate|numpy|av) "
-	"$python" -m pytest -q -p no:cacheprovider tests/test_exactness.py tests/test_cache_protocol.py || return 1
+	"$python" -m pytest -q -p no:cacheprovider tests/cache/test_exactness.py tests/cache/test_cache_protocol.py || return 1
 	PYTHONWARNINGS=default "$work/$name/bin/tieredkv" demo --minutes 1 --share 0.5 2> "$work/stderr" || {
 		tail -n 20 "$work/stderr"
 		return 1

@@ -26,8 +26,8 @@ import torch
 from origin import origin
 from synthetic import keys_and_values, make_model, milliseconds, scripted
 
-from tieredkv.ops import ops_for
-from tieredkv.versions import cache_argument
+from tieredkv.environment.versions import cache_argument
+from tieredkv.ops.select import ops_for
 
 ROUNDS = 20
 

@@ -31,9 +31,9 @@ import torch
 from synthetic import fill, keys_and_values, make_model
 
 from tieredkv import TierConfig, TieredCache, use_attention
-from tieredkv.config import GIB
-from tieredkv.sizes import model_shape
-from tieredkv.versions import cache_argument
+from tieredkv.environment.versions import cache_argument
+from tieredkv.memory.units import GIB
+from tieredkv.models.kv_shape import model_shape
 
 RESULT = Path(__file__).parent / "results" / "decode-cpu.json"
 

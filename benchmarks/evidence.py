@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import tieredkv
-from tieredkv.config import GIB, TierConfig
-from tieredkv.evidence import Moment
-from tieredkv.session import VideoSession
-from tieredkv.sizes import model_shape
+from tieredkv.config import TierConfig
+from tieredkv.evidence.moments import Moment
+from tieredkv.memory.units import GIB
+from tieredkv.models.kv_shape import model_shape
+from tieredkv.session.video_session import VideoSession
 from tieredkv.tiny import model as tiny
 from tieredkv.tiny.evaluate import TOKENS_PER_SECOND
 from tieredkv.tiny.scene import Question, make_scene, questions

@@ -24,7 +24,7 @@ import torch
 from origin import origin
 from synthetic import SHAPES
 
-from tieredkv.config import GIB
+from tieredkv.memory.units import GIB
 
 SIDE = 280
 STEP_TOKENS = (SIDE // 28) ** 2

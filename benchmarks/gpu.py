@@ -35,7 +35,17 @@ NEEDED = (
 )
 PARTS = {
     # Without the project's settings, which need plugins of the other tests.
-    "tests": ["-m", "pytest", "-q", "-c", "/dev/null", "--rootdir", ".", "tests/test_gpu.py", "tests/test_kernels.py"],
+    "tests": [
+        "-m",
+        "pytest",
+        "-q",
+        "-c",
+        "/dev/null",
+        "--rootdir",
+        ".",
+        "tests/test_gpu.py",
+        "tests/ops/test_kernels.py",
+    ],
     "decode": ["benchmarks/decode.py", "--shapes", "7b", "--out", "OUT/decode-gpu.json"],
     "pcie": ["benchmarks/pcie.py", "--out", "OUT/pcie-gpu.json"],
     "prefill": ["benchmarks/prefill.py", "--out", "OUT/prefill-gpu.json"],

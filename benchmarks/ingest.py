@@ -112,17 +112,19 @@ def one_after_the_other(model: Any, processor: Any, path: Path, options: dict[st
     """Seconds of the same work with each stage finished before the next begins."""
     import torch
 
-    from tieredkv import TierConfig, ingest, models
-    from tieredkv.cache import TieredCache
-    from tieredkv.pipeline import Pipeline
+    from tieredkv import TierConfig
+    from tieredkv.cache.tiered_cache import TieredCache
+    from tieredkv.models import families
+    from tieredkv.models.chat_template import ChatTemplate
+    from tieredkv.models.encode import encode, segments
     from tieredkv.progress import IngestProgress
-    from tieredkv.prompt import ChatTemplate
-    from tieredkv.video.encode import encode, segments
+    from tieredkv.session import ingest
+    from tieredkv.session.pipeline import Pipeline
     from tieredkv.video.frames import open_video
 
     started = time.perf_counter()
     tiers = TierConfig(gpu_kv_gb=options["gpu_kv_gb"])
-    template = ChatTemplate(models.video_family(model.config), processor)
+    template = ChatTemplate(families.video_family(model.config), processor)
     family, video = template.family, ingest.prepare(template, model.config, open_video(path, options["fps"]), tiers)
     decoded = list(segments(video.source.frames(), video.segment_frames))
     encoded = list(encode(family, model, video.preprocess, iter(decoded)))

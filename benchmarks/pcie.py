@@ -23,11 +23,12 @@ import torch
 from origin import origin
 from synthetic import make_model, milliseconds, scripted
 
-from tieredkv.memory import residency
 from tieredkv.memory.pagelock import PageLocker, aligned
-from tieredkv.ops import Ops, triton
-from tieredkv.packing import Packing
-from tieredkv.plan_table import LINKS
+from tieredkv.ops import torch_ops
+from tieredkv.ops.base import Ops
+from tieredkv.ops.packing import Packing
+from tieredkv.ops.select import triton
+from tieredkv.planning.report import LINKS
 
 ROUNDS, HEAD_DIM = 20, 128
 
@@ -64,7 +65,7 @@ def scattered(memory: torch.Tensor, piece_bytes: int, pieces: int) -> list[dict[
     ways: dict[str, Callable[[], object]] = {
         "kernel": lambda: triton().fetch(chunks, packed, *on_card, slots, packing),
         "kernel, pages as made": lambda: triton().fetch(arena, pages, *on_card, slots),
-        "by way of the host": lambda: residency.fetch(arena, pages, heads, ids, slots),
+        "by way of the host": lambda: torch_ops.fetch(arena, pages, heads, ids, slots),
     }
     return [
         {"kind": name, "piece_bytes": piece_bytes, "pieces": pieces, "gb_s": rate(pages.nbytes, ms)}

@@ -23,9 +23,10 @@ from origin import origin
 from synthetic import make_model
 
 from tieredkv import TierConfig, TieredCache, use_attention
-from tieredkv.config import GIB
-from tieredkv.sizes import as_gib, lay_out, model_shape, smallest_cap_bytes
-from tieredkv.versions import cache_argument
+from tieredkv.environment.versions import cache_argument
+from tieredkv.memory.units import GIB, as_gib
+from tieredkv.models.kv_shape import model_shape
+from tieredkv.planning.sizes import lay_out, smallest_cap_bytes
 
 
 def timed(work: Callable[[], float | None], device: str) -> dict[str, Any]:

@@ -80,13 +80,14 @@ def _run_video(unit: Unit) -> list[dict[str, Any]]:
     import video_tasks
     from replay import replay, replay_unsealed
 
-    from tieredkv import models, use_attention
+    from tieredkv import use_attention
+    from tieredkv.models import families
 
     model, processor = _model("tiny")
     settings, records = _settings(unit), []
     with use_attention(model):
         reader, scene = video_tasks.read_video(model, processor, unit.tokens, unit.number, _scoring(unit))
-        for asked in video_tasks.ask(processor, models.video_family(model.config), scene, unit.questions):
+        for asked in video_tasks.ask(processor, families.video_family(model.config), scene, unit.questions):
             answers = replay(reader, asked, [tiers for _, _, tiers in settings], recall=asked.task == "chain")
             records += [_record(unit, asked, asked.task, *each) for each in zip(settings, answers, strict=True)]
             if unit.unsealed and asked.before is not None:

@@ -13,11 +13,11 @@ from typing import Any, Protocol
 
 import torch
 
-from tieredkv import models
-from tieredkv.cache import TieredCache
+from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.config import TierConfig
-from tieredkv.models.base import VideoGrid
-from tieredkv.versions import cache_argument
+from tieredkv.environment.versions import cache_argument
+from tieredkv.models import families
+from tieredkv.models.families.base import VideoGrid
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class VideoReader:
 
     def __init__(self, model: Any, head: Sequence[int], features: torch.Tensor, grid: VideoGrid, tiers: TierConfig):
         """features `(n, hidden)`: the vision tower's, `grid.tokens` of them."""
-        self.model, self.family = model, models.video_family(model.config)
+        self.model, self.family = model, families.video_family(model.config)
         self.cache = TieredCache(model.config, tiers)
         self.cache.auto_seal, self.cache.text_rows = False, 0
         context = len(head) + grid.tokens

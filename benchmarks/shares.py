@@ -3,7 +3,7 @@
     python benchmarks/shares.py [--scenes 20] [--minutes 8.5] [--shares 0.05 0.1 0.2] [--set chunk_tokens=16 ...]
 
 For every video the same questions are asked under each share and under a budget that holds everything (which equals
-stock transformers, tests/test_exactness.py). Prints a table and ends with one JSON line.
+stock transformers, tests/cache/test_exactness.py). Prints a table and ends with one JSON line.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from collections import defaultdict
 from typing import Any
 
 import tieredkv
-from tieredkv.config import GIB, TierConfig
-from tieredkv.demo import right_hops, right_words
-from tieredkv.sizes import model_shape
+from tieredkv.config import TierConfig
+from tieredkv.demo.run import right_hops, right_words
+from tieredkv.memory.units import GIB
+from tieredkv.models.kv_shape import model_shape
 from tieredkv.tiny import model as tiny
 from tieredkv.tiny.evaluate import TOKENS_PER_SECOND
 from tieredkv.tiny.scene import make_scene, questions

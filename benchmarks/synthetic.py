@@ -16,13 +16,13 @@ from typing import Any
 import torch
 
 from tieredkv import TierConfig, TieredCache, use_attention
-from tieredkv.ambient import settled
-from tieredkv.config import GIB
-from tieredkv.ops import Ops
-from tieredkv.prefill import TextRows
-from tieredkv.sizes import model_shape
-from tieredkv.steps import Steps
-from tieredkv.versions import cache_argument
+from tieredkv.cache.prefill import TextRows
+from tieredkv.environment.ambient import settled
+from tieredkv.environment.versions import cache_argument
+from tieredkv.memory.units import GIB
+from tieredkv.models.kv_shape import model_shape
+from tieredkv.ops.base import Ops
+from tieredkv.session.step_graph import Steps
 
 SHAPES: dict[str, dict[str, int]] = {
     "7b": {

@@ -264,7 +264,7 @@ def full_cache(model: Any, case: TextCase) -> list[list[bool]]:
     import torch
     from transformers import DynamicCache
 
-    from tieredkv.versions import cache_argument
+    from tieredkv.environment.versions import cache_argument
 
     device, rows = next(model.parameters()).device, []
     with torch.no_grad():

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from replay import Question, VideoReader
 
-from tieredkv import models
 from tieredkv.config import TierConfig
-from tieredkv.models.base import VideoGrid
-from tieredkv.prompt import ChatTemplate
+from tieredkv.models import families
+from tieredkv.models.chat_template import ChatTemplate
+from tieredkv.models.families.base import VideoGrid
 from tieredkv.tiny import scene as scenes
 from tieredkv.tiny.evaluate import TOKENS_PER_SECOND, prepare
 
@@ -24,9 +24,9 @@ END = "<|im_end|>"
 def read_video(model: Any, processor: Any, tokens: int, number: int, tiers: TierConfig) -> tuple[VideoReader, Any]:
     """A reader behind video `number` of `tokens` visual tokens, and the scene it shows."""
     scene = scenes.make_scene(FIRST_SEED + tokens * 1000 + number, tokens / TOKENS_PER_SECOND, CARDS)
-    template = ChatTemplate(models.video_family(model.config), processor)
+    template = ChatTemplate(families.video_family(model.config), processor)
     inputs = prepare(processor, scene.frames(), "what ?")
-    family = models.video_family(model.config)
+    family = families.video_family(model.config)
     steps, rows, columns = (int(size) for size in inputs["video_grid_thw"][0])
     merge = model.config.vision_config.spatial_merge_size
     grid = VideoGrid(steps, rows // merge, columns // merge, float(inputs["second_per_grid_ts"][0]))

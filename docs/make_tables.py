@@ -13,9 +13,11 @@ from unittest.mock import patch
 
 import torch
 
-from tieredkv import planner, sizes
-from tieredkv.config import GIB, TierConfig
+from tieredkv.config import TierConfig
 from tieredkv.memory import limits
+from tieredkv.memory.units import GIB, as_gib
+from tieredkv.models.kv_shape import model_shape
+from tieredkv.planning import forecast, sizes
 from tieredkv.policy.base import Policy
 from tieredkv.policy.presets import POLICIES
 
@@ -81,8 +83,8 @@ def gib(nbytes: float) -> str:
 
 def per_token() -> str:
     """Bytes of a full cache in 16 bits, by model and length."""
-    shapes = {name: sizes.model_shape(video_config(name), torch.bfloat16) for name in VIDEO_SHAPES}
-    shapes |= {name: sizes.model_shape(text_config(name), torch.bfloat16) for name in TEXT_SHAPES}
+    shapes = {name: model_shape(video_config(name), torch.bfloat16) for name in VIDEO_SHAPES}
+    shapes |= {name: model_shape(text_config(name), torch.bfloat16) for name in TEXT_SHAPES}
     header = ["model", "layers", "KV heads", "head dim", "KiB per token", *(f"{n:,} tokens, GiB" for n in LENGTHS)]
     body = [
         [name, str(one.num_layers), str(one.num_key_value_heads), str(one.head_dim), f"{one.token_bytes / 1024:g}"]
@@ -95,12 +97,12 @@ def per_token() -> str:
 def per_hour() -> str:
     """Visual tokens of an hour of video, and the host memory of its cache."""
     tiers = TierConfig()
-    shapes = {name: sizes.model_shape(video_config(name), torch.bfloat16) for name in VIDEO_SHAPES}
+    shapes = {name: model_shape(video_config(name), torch.bfloat16) for name in VIDEO_SHAPES}
     body = []
     for height, width in FRAMES:
         for fps in RATES:
             tokens = round(3600 * fps / 2) * (height // PATCH) * (width // PATCH)
-            prompt = planner.HEAD_TOKENS + tokens + QUESTION
+            prompt = forecast.HEAD_TOKENS + tokens + QUESTION
             held = [gib(sizes.host_bytes(shape, tiers, prompt)) for shape in shapes.values()]
             body.append([f"{width} x {height}", f"{fps:g}", f"{tokens:,}", *held])
     return rows(["frames", "per second", "tokens an hour", *(f"{name}, GiB" for name in shapes)], body)
@@ -110,7 +112,7 @@ def weights() -> str:
     """What the weights take in 16 bits."""
     body = []
     for name in VIDEO_SHAPES:
-        made = planner.plan(video_config(name), 1000)
+        made = forecast.plan(video_config(name), 1000)
         total = made.decoder_bytes + made.vision_bytes
         body.append([name, gib(made.decoder_bytes), gib(made.vision_bytes), gib(total)])
     return rows(["model", "decoder, GiB", "vision tower, GiB", "together, GiB"], body)
@@ -121,18 +123,18 @@ def plans() -> str:
     body = []
     for name in VIDEO_SHAPES:
         config = video_config(name)
-        shape = sizes.model_shape(config, torch.bfloat16)
+        shape = model_shape(config, torch.bfloat16)
         for tokens in (32_768, 131_072, 262_144):
-            prompt = planner.HEAD_TOKENS + tokens + QUESTION
+            prompt = forecast.HEAD_TOKENS + tokens + QUESTION
             layout = sizes.lay_out(TierConfig(), prompt, QUESTION, ANSWER)
             least = sizes.smallest_cap_bytes(shape, TierConfig(), layout, QUESTION)
             host = sizes.host_bytes(shape, TierConfig(), prompt)
             for cap in (1.0, 2.0, 4.0):
-                row = [name, f"{tokens:,}", gib(host), sizes.as_gib(least), f"{cap:g}"]
+                row = [name, f"{tokens:,}", gib(host), as_gib(least), f"{cap:g}"]
                 if cap * GIB < least:
                     body.append([*row, "refused", ""])
                     continue
-                made = planner.plan(config, tokens, gpu_kv_gb=cap, question_tokens=QUESTION, max_new_tokens=ANSWER)
+                made = forecast.plan(config, tokens, gpu_kv_gb=cap, question_tokens=QUESTION, max_new_tokens=ANSWER)
                 share = min(1.0, made.dynamic_tokens / (prompt + ANSWER))
                 body.append([*row, f"{made.dynamic_tokens:,} ({share:.0%})", gib(made.prefill_copy_bytes)])
     header = ["model", "visual tokens", "host, GiB", "least cap, GiB", "cap, GiB", "tokens a step attends to"]

@@ -20,7 +20,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels then run anywhere
 
 from tieredkv.cli.defaults import KEYS
-from tieredkv.ops import TORCH, Ops, triton
+from tieredkv.ops.base import Ops
+from tieredkv.ops.select import TORCH, triton
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell; programs inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -131,7 +132,7 @@ def llama() -> Any:
 @pytest.fixture
 def when_stopped(monkeypatch: pytest.MonkeyPatch) -> Any:
     """`when_stopped(session, action)`: call `action` once the session, or a job of it, has been told to stop."""
-    from tieredkv.streaming import Job
+    from tieredkv.session.stream import Job
 
     def register(session: Any, action: Any) -> None:
         stop_job, stop_session = Job.stop, session.stop

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from transformers import StoppingCriteria
 
-from tieredkv.config import GIB
-from tieredkv.session import VideoSession
-from tieredkv.sizes import model_shape
+from tieredkv.memory.units import GIB
+from tieredkv.models.kv_shape import model_shape
+from tieredkv.session.video_session import VideoSession
 
 PATIENCE_S = 60
 """Seconds after which a wait counts as a hang. Nothing that works comes near it, on a busy machine either."""

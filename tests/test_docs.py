@@ -17,14 +17,14 @@ from types import SimpleNamespace
 
 import pytest
 import typer
-from test_cli import run
+from command_line import run
 
 import tieredkv
 from tieredkv import cli
+from tieredkv.environment.versions import cache_argument
 from tieredkv.tiny import model as tiny
 from tieredkv.tiny.scene import make_scene
 from tieredkv.tiny.video import write_video
-from tieredkv.versions import cache_argument
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -12,11 +12,11 @@ from transformers import DynamicCache
 
 import tieredkv
 from tieredkv import TieredCache
-from tieredkv.config import GIB
+from tieredkv.environment.versions import cache_argument
+from tieredkv.memory.copies import StreamCopies
 from tieredkv.memory.pagelock import PageLocker, aligned
-from tieredkv.memory.prefetch import StreamCopies
-from tieredkv.steps import Steps
-from tieredkv.versions import cache_argument
+from tieredkv.memory.units import GIB
+from tieredkv.session.step_graph import Steps
 
 pytestmark = [
     pytest.mark.gpu,

@@ -16,12 +16,13 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import tieredkv
 from tieredkv import TieredCache
-from tieredkv.looks import Looks
+from tieredkv.cache.looks import Looks
+from tieredkv.environment.versions import cache_argument
 from tieredkv.memory.host import HostLayer
-from tieredkv.ops import TORCH, Ops
-from tieredkv.packing import Packing
-from tieredkv.policy import sketch
-from tieredkv.versions import cache_argument
+from tieredkv.ops.base import Ops
+from tieredkv.ops.packing import Packing
+from tieredkv.ops.select import TORCH
+from tieredkv.policy.digests import sketch
 
 CARD = torch.device("cuda", 0)
 
@@ -140,13 +141,13 @@ def test_a_step_stays_on_the_card_and_never_waits(llama, long_ids, options, reco
 
 
 def test_prefill_attends_on_the_card():
-    from tieredkv.attention import reference
+    from tieredkv.attention import exact
 
     with FakeTensorMode():
         for dtype in (torch.float32, torch.bfloat16):
             query = torch.empty(6, 40, 64, dtype=dtype, device=CARD)
             keys = torch.empty(2, 40, 64, dtype=dtype, device=CARD)
             for causal in (True, False):
-                out, lse = reference.attend(query, keys, keys, 0.125, causal)
+                out, lse = exact.attend(query, keys, keys, 0.125, causal)
                 assert (out.shape, lse.shape, lse.dtype) == ((6, 40, 64), (6, 40), torch.float32)
                 on_card(out, lse)

@@ -6,10 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tieredkv.aio import AsyncAnswerStream
     from tieredkv.api import agenerate, generate, load_session, open_session
-    from tieredkv.attention.interface import use_attention
-    from tieredkv.cache import TieredCache
+    from tieredkv.cache.tiered_cache import TieredCache
     from tieredkv.config import TierConfig
     from tieredkv.errors import (
         BudgetError,
@@ -20,13 +18,15 @@ if TYPE_CHECKING:
         UnsupportedModelError,
         VideoError,
     )
-    from tieredkv.evidence import Evidence, Moment
-    from tieredkv.evidence_page import save_evidence
-    from tieredkv.plan_table import MemoryPlan
-    from tieredkv.planner import plan
-    from tieredkv.session import VideoSession
-    from tieredkv.stats import Generation, IngestStats, Stats
-    from tieredkv.streaming import AnswerStream
+    from tieredkv.evidence.moments import Evidence, Moment
+    from tieredkv.evidence.page import save_evidence
+    from tieredkv.models.switch import use_attention
+    from tieredkv.planning.forecast import plan
+    from tieredkv.planning.report import MemoryPlan
+    from tieredkv.session.aio import AsyncAnswerStream
+    from tieredkv.session.results import Generation, IngestStats, Stats
+    from tieredkv.session.stream import AnswerStream
+    from tieredkv.session.video_session import VideoSession
 
 __version__ = "0.1.0.dev0"
 
@@ -35,10 +35,10 @@ _HOME = {
     "generate": "api",
     "load_session": "api",
     "open_session": "api",
-    "plan": "planner",
-    "AsyncAnswerStream": "aio",
-    "use_attention": "attention.interface",
-    "TieredCache": "cache",
+    "plan": "planning.forecast",
+    "AsyncAnswerStream": "session.aio",
+    "use_attention": "models.switch",
+    "TieredCache": "cache.tiered_cache",
     "TierConfig": "config",
     "BudgetError": "errors",
     "OptionError": "errors",
@@ -47,15 +47,15 @@ _HOME = {
     "TieredKVError": "errors",
     "UnsupportedModelError": "errors",
     "VideoError": "errors",
-    "VideoSession": "session",
-    "Evidence": "evidence",
-    "Moment": "evidence",
-    "save_evidence": "evidence_page",
-    "Generation": "stats",
-    "IngestStats": "stats",
-    "MemoryPlan": "plan_table",
-    "Stats": "stats",
-    "AnswerStream": "streaming",
+    "VideoSession": "session.video_session",
+    "Evidence": "evidence.moments",
+    "Moment": "evidence.moments",
+    "save_evidence": "evidence.page",
+    "Generation": "session.results",
+    "IngestStats": "session.results",
+    "MemoryPlan": "planning.report",
+    "Stats": "session.results",
+    "AnswerStream": "session.stream",
 }
 
 __all__ = [

@@ -8,17 +8,18 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, get_args, overload
 
-from tieredkv import decode, saved, storage
-from tieredkv.aio import AsyncAnswerStream, answering
 from tieredkv.config import DEFAULT_FPS, TierConfig, tier_config
 from tieredkv.errors import OptionError
-from tieredkv.evidence import check_wanted
-from tieredkv.loading import load
-from tieredkv.models.base import Positions
-from tieredkv.prompt import check_prompt
-from tieredkv.session import VideoSession
-from tieredkv.stats import Generation
-from tieredkv.streaming import AnswerStream, Job, Work, check_stream
+from tieredkv.evidence.moments import check_wanted
+from tieredkv.models.chat_template import check_prompt
+from tieredkv.models.families.base import Positions
+from tieredkv.models.loading import load
+from tieredkv.session import generation, session_file
+from tieredkv.session.aio import AsyncAnswerStream, answering
+from tieredkv.session.results import Generation
+from tieredkv.session.stream import AnswerStream, Job, Work, check_stream
+from tieredkv.session.video_session import VideoSession
+from tieredkv.storage import tensor_file
 from tieredkv.video.frames import check_request, open_video
 
 _TIER_OPTIONS = {field.name for field in fields(TierConfig)}
@@ -118,12 +119,12 @@ def load_session(
         raise OptionError(f"{kept[0]!r} cannot be given: a saved session keeps how its video was read.")
     given = {**options, **({} if gpu_kv_gb is None else {"gpu_kv_gb": gpu_kv_gb})}
     _check_tier_options(given)
-    stored = storage.read(path)
-    tiers = saved.tiers_of(stored, given)
+    stored = tensor_file.read(path)
+    tiers = session_file.tiers_of(stored, given)
     begin = 0.0
     if video is not None:
         source = open_video(video, DEFAULT_FPS)
-        saved.check_video(stored, source)
+        session_file.check_video(stored, source)
         begin = source.start
     model, processor = load(model, processor)
     session = VideoSession(model, processor, tiers, progress=progress)
@@ -193,16 +194,16 @@ def _single_question(
     source: dict[str, Any] = {"fps": None, "source_fps": None, "max_frames": None, "start": 0.0, "end": None}
     source |= {name: opening.pop(name) for name in _VIDEO_OPTIONS & opening.keys()}
     streamer = options.get("streamer")
-    with decode.ending_on_error(streamer):
+    with generation.ending_on_error(streamer):
         check_stream(stream, options)
-        decode.check_options(asking, also=(*_OPENING, "trace", "evidence"))
+        generation.check_options(asking, also=(*_OPENING, "trace", "evidence"))
         check_prompt(prompt)
         check_request(video, **source)
         check_wanted(asking.get("evidence", True))
 
     def run(job: Job | None) -> Generation:
         with ExitStack() as opened:
-            with decode.ending_on_error(streamer):
+            with generation.ending_on_error(streamer):
                 session = opened.enter_context(new_session(model, gpu_kv_gb=gpu_kv_gb, **opening))
                 if job is not None:
                     job.on_stop(session.stop)
@@ -214,11 +215,11 @@ def _single_question(
 
 def check_question(prompt: str, options: dict[str, Any]) -> None:
     """Raise `PromptError` or `OptionError` for a question that no session could answer, before anything is loaded."""
-    decode.check_options(options)
+    generation.check_options(options)
     check_prompt(prompt)
 
 
 def _check_tier_options(options: dict[str, Any]) -> None:
     if unknown := sorted(set(options) - _TIER_OPTIONS):
-        decode.check_options({unknown[0]: None}, also=tuple(_OPENING))
+        generation.check_options({unknown[0]: None}, also=tuple(_OPENING))
         raise OptionError(f"{unknown[0]!r} is a generation option: give it to ask, not to open_session.")

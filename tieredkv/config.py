@@ -8,10 +8,10 @@ from functools import lru_cache
 from typing import Any
 
 from tieredkv.errors import BudgetError, OptionError
+from tieredkv.memory.units import GIB
 from tieredkv.policy.base import Policy
 from tieredkv.policy.presets import POLICIES
 
-GIB = 2**30
 DEFAULT_FPS = 2.0
 """Frames sampled per second where neither the caller nor the processor says (Qwen2.5-VL's own rate)."""
 

@@ -20,7 +20,7 @@ def demo(
 
     Exits with 1 if the answers are more than 5 points behind the full cache's, or the memory cap was passed.
     """
-    from tieredkv.demo import run
+    from tieredkv.demo.run import run
 
     passed = run(seed=seed, minutes=minutes, share=share, plot=plot, video_path=video, as_json=as_json)
     raise typer.Exit(0 if passed else 1)

@@ -17,7 +17,7 @@ def doctor(
     """
     from dataclasses import asdict
 
-    from tieredkv.doctor import examine
+    from tieredkv.doctor.checks import examine
 
     checks = examine()
     problems = sum(check.state == "problem" for check in checks)

@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tieredkv import api, storage
+from tieredkv import api
 from tieredkv.cli.options import model_path
 from tieredkv.errors import OptionError, SessionError
-from tieredkv.session import VideoSession
+from tieredkv.session.video_session import VideoSession
+from tieredkv.storage import tensor_file
 from tieredkv.video.frames import check_request
 
 
@@ -43,7 +44,7 @@ def opened(
         raise OptionError(f"there is no video to ask about: {missing}.")
     check_request(video, **{"fps": None, "source_fps": None, "max_frames": None, **sampling})
     if saved is not None:
-        storage.check_target(saved)
+        tensor_file.check_target(saved)
     with api.new_session(model_path(model), progress=True, **tiers) as session:
         session.ingest(video, **asked, **sampling)
         unsaved: SessionError | None = None

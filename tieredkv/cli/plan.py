@@ -43,13 +43,13 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show what a video would take of both memory tiers. Loads no weights and decodes nothing."""
-    from tieredkv import planner
+    from tieredkv.planning import forecast
 
     tokens = video.isascii() and video.isdigit() and len(video) < 20 and not Path(video).exists()
     sampling = given(fps=fps, max_frames=max_frames)
     if tokens and not typed(context, sampling):
         sampling = {}  # defaults for videos say nothing of a number of tokens
-    made = planner.plan(
+    made = forecast.plan(
         model_path(model),
         int(video) if tokens else video,
         gpu_kv_gb=4.0 if gpu_kv_gb is None else gpu_kv_gb,

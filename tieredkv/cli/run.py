@@ -13,8 +13,8 @@ from tieredkv.cli.options import Fps, GpuGiB, HostGiB, MaxFrames, Model, NewToke
 from tieredkv.errors import BatchError
 
 if TYPE_CHECKING:
-    from tieredkv.batch import Question
-    from tieredkv.session import VideoSession
+    from tieredkv.batch.questions_file import Question
+    from tieredkv.session.video_session import VideoSession
 
 
 def run(
@@ -35,14 +35,16 @@ def run(
     A line: {"video": "a.mp4", "question": "What ...?"}, with "id" or generation options if you like. Videos lie
     relative to the file. What fails is a line with "error"; the exit code is 1 if there is one.
     """
-    from tieredkv import api, batch, loading
-    from tieredkv.answers import Answers
+    from tieredkv import api
+    from tieredkv.batch import questions_file
+    from tieredkv.batch.answers_file import Answers
     from tieredkv.config import tier_config
+    from tieredkv.models import loading
     from tieredkv.video.frames import check_request
 
     if retry_errors and not resume:
         raise BatchError("--retry-errors is for a file that is there: give --resume too.")
-    asked = batch.read_questions(questions)
+    asked = questions_file.read_questions(questions)
     options = {"max_new_tokens": max_new_tokens}
     api.check_question("?", options)
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
@@ -67,7 +69,9 @@ def run(
                 return session
 
             answers.begin()
-            batch.run(asked, answers, open_session, options, lambda line: print(line, file=sys.stderr, flush=True))
+            questions_file.run(
+                asked, answers, open_session, options, lambda line: print(line, file=sys.stderr, flush=True)
+            )
     failed = len(answers.failed)
     again = ": --resume --retry-errors asks again" if failed else ""
     print(f"{output}: {len(answers.answered)} answered, {failed} failed{again}.", file=sys.stderr)

@@ -11,9 +11,9 @@ from typing import Any
 from tieredkv.cli.opening import is_there
 from tieredkv.cli.pieces import Pieces, Stopped, stopped_by_interrupt
 from tieredkv.errors import FAILURES, SessionError, TieredKVError, reason
-from tieredkv.session import VideoSession
-from tieredkv.stats import Stats
-from tieredkv.storage import read
+from tieredkv.session.results import Stats
+from tieredkv.session.video_session import VideoSession
+from tieredkv.storage.tensor_file import read
 
 HELP = """\
 /clear      begin another conversation

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import psutil
 
-from tieredkv.config import GIB
 from tieredkv.errors import BudgetError
+from tieredkv.memory.units import GIB
 
 SAFE_SHARE = 0.8
 """Share of the available memory to use where no `host_kv_gb` says otherwise: decoding and torch need some too."""

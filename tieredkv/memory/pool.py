@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tieredkv.memory.device import DeviceLedger
+from tieredkv.memory.ledger import DeviceLedger
 
 
 class DevicePool:

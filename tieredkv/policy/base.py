@@ -10,7 +10,7 @@ import torch
 
 from tieredkv.errors import BudgetError
 from tieredkv.policy.budget import WEIGHTS
-from tieredkv.policy.digest import BITS, DIGESTS
+from tieredkv.policy.digests.vectors import BITS, DIGESTS
 from tieredkv.policy.prune import HeadTokens, text_prior
 from tieredkv.policy.select import GROUPS
 

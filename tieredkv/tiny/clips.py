@@ -10,16 +10,7 @@ import numpy as np
 import torch
 
 from tieredkv.tiny.encode import encode, to_pairs, to_patches
-from tieredkv.tiny.scene import (
-    COLOUR_NAMES,
-    FPS,
-    LETTER_NAMES,
-    NAMED_BY,
-    SHAPE_NAMES,
-    Card,
-    Scene,
-    deal_times,
-)
+from tieredkv.tiny.scene import COLOUR_NAMES, FPS, LETTER_NAMES, NAMED_BY, SHAPE_NAMES, Card, Scene, deal_times
 from tieredkv.tiny.train_vision import blemish, card_steps, crowded_scene
 
 

@@ -18,18 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from tieredkv.environment.versions import cache_argument
 from tieredkv.tiny.model import FPS, PATH, load
-from tieredkv.tiny.scene import (
-    EVALUATION_SEED,
-    MAX_HOPS,
-    Question,
-    Scene,
-    chain_question,
-    colour_question,
-    make_scene,
-)
+from tieredkv.tiny.scene import EVALUATION_SEED, MAX_HOPS, Question, Scene, chain_question, colour_question, make_scene
 from tieredkv.tiny.video import write_video
-from tieredkv.versions import cache_argument
 
 TOKENS_PER_SECOND = 8
 

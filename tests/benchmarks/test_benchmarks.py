@@ -1,0 +1,67 @@
+"""Every benchmark runs, quickly, on a machine without a card, or says that it cannot; its last line is JSON."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """`run(name, *options)`: exit code, stdout and stderr of a quick benchmark, run as a script in this process."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+    def running(name: str, *options: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [str(FOLDER / name), "--quick", *options])
+        try:
+            runpy.run_path(str(FOLDER / name), run_name="__main__")
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        return code, *capfd.readouterr()
+
+    return running
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "options", "row"),
+    [
+        ("decode_cpu.py", [], {"tokens", "full_ms", "tiered_ms", "ratio"}),
+        ("decode.py", ["--device", "cpu"], {"shape", "tokens", "kind", "ms", "over_floor"}),
+        ("prefill.py", ["--device", "cpu"], {"tokens", "kind", "seconds", "tokens_per_s"}),
+        ("fits.py", ["--device", "cpu"], {"shape", "card_gib", "tokens", "kind", "seconds"}),
+    ],
+)
+def test_it_runs_without_a_card(run, name, options, row):
+    code, out, err = run(name, *options)
+    assert code == 0, err
+    result = json.loads(out.splitlines()[-1])
+    assert {"benchmark", "date", "machine", "versions", "command", "rows"} <= set(result)
+    assert result["rows"]
+    for one in result["rows"]:
+        assert row <= set(one)
+
+
+@pytest.mark.slow
+@pytest.mark.model
+@pytest.mark.parametrize("name", ["ingest.py", "shares.py", "evidence.py"])
+def test_what_the_bundled_model_is_measured_by_runs(run, name):
+    code, out, err = run(name)
+    assert code == 0, err
+    assert json.loads(out.splitlines()[-1])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("name", ["pcie.py", "decode.py"])
+def test_what_needs_a_card_says_so(run, name):
+    code, _, err = run(name)
+    assert code == 2
+    assert "there is no CUDA device here" in err

@@ -1,0 +1,173 @@
+"""The device cap holds at every moment, prefill included; the tiers hold what they say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import assert_near, cap_share, pressed
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tieredkv
+from tieredkv.cache.tiered_cache import TieredCache
+from tieredkv.environment.versions import cache_argument
+from tieredkv.errors import BudgetError
+from tieredkv.memory import ledger
+from tieredkv.ops.packing import pack
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """Every change of every ledger's use, as (used, cap)."""
+    seen: list[tuple[int, int]] = []
+    reserve = ledger.DeviceLedger.reserve
+
+    def watch(self, purpose, nbytes):
+        reserve(self, purpose, nbytes)
+        seen.append((self.used_bytes, self.cap_bytes))
+
+    monkeypatch.setattr(ledger.DeviceLedger, "reserve", watch)
+    return seen
+
+
+@pytest.mark.parametrize("theta", [0.0, 0.4, 2.0])
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
+def test_the_cap_holds_at_every_step(llama, long_ids, watched, theta, share):
+    options = {"chunk_tokens": 8, "text_window": 16, "recent_window": 8, "prefill_chunk": 64}
+    with (
+        tieredkv.use_attention(llama),
+        TieredCache(llama.config, **pressed(llama, 900, share), theta=theta, max_new_tokens=30, **options) as cache,
+    ):
+        llama.generate(long_ids, **cache_argument(cache), max_new_tokens=30, do_sample=False)
+        assert cache.ledger.peak_bytes <= cache.ledger.cap_bytes
+    assert len(watched) > 90
+    assert all(used <= cap for used, cap in watched)
+
+
+def test_the_ledger_counts_every_byte_of_pool_and_digests(llama, long_ids):
+    with (
+        tieredkv.use_attention(llama),
+        TieredCache(
+            llama.config, **pressed(llama, 900, 0.5), chunk_tokens=8, text_window=16, max_new_tokens=9
+        ) as cache,
+    ):
+        llama.generate(long_ids, **cache_argument(cache), max_new_tokens=4, do_sample=False)
+        held = cache.ledger.held()
+        layers = [layer.sealed for layer in cache.tiered_layers]
+        assert held["pool"] == cache._pools[0].pages.nbytes + cache._pools[0].scales.nbytes
+        assert held["digests"] == sum(
+            s.retrieval.ranking_bytes for s in layers if s.retrieval is not None and s.retrieval.digests is not None
+        )
+        tables = sum(t.numel() * 4 for s in layers for t in (s.table, s.lengths))
+        tables += sum(s.retrieval.residency.nbytes for s in layers if len(s.dynamic))
+        tables += layers[0].tiers.attended.nbytes + sum(s.packing.norms.nbytes for s in layers)
+        assert held["tables"] == tables
+        assert set(held) <= {"pool", "digests", "tables"}
+
+
+def test_the_host_tier_holds_every_prompt_token_exactly(llama, long_ids):
+    from transformers import DynamicCache
+
+    stock = DynamicCache(config=llama.config)
+    with torch.no_grad():
+        llama(long_ids, **cache_argument(stock))
+    with (
+        tieredkv.use_attention(llama),
+        TieredCache(
+            llama.config, gpu_kv_gb=cap_share(llama, 900, 0.5), chunk_tokens=8, text_window=16, max_new_tokens=9
+        ) as cache,
+    ):
+        llama.generate(long_ids, **cache_argument(cache), max_new_tokens=9, do_sample=False)
+        for ours, theirs in zip(cache.tiered_layers, stock.layers, strict=True):
+            held = ours.host.chunks()
+            assert_near(held[:, :, 0].flatten(1, 2)[:, :900], theirs.keys[0])
+            assert_near(held[:, :, 1].flatten(1, 2)[:, :900], theirs.values[0])
+
+
+@given(st.data())
+@settings(max_examples=12, deadline=None)
+def test_pool_and_tables_stay_sound_while_decoding(llama, long_ids, data):
+    """Pages in the pool are what the tables say they are, after every step."""
+    share, theta = data.draw(st.floats(0.4, 0.9)), data.draw(st.sampled_from([0.0, 0.4, 2.0]))
+    length = data.draw(st.integers(300, 900))
+    options = {"chunk_tokens": data.draw(st.sampled_from([4, 8])), "text_window": 16, "recent_window": 8}
+    options["pack_pages"] = data.draw(st.booleans())
+    with (
+        tieredkv.use_attention(llama),
+        torch.no_grad(),
+        TieredCache(llama.config, **pressed(llama, 900, share), theta=theta, max_new_tokens=12, **options) as cache,
+    ):
+        llama(long_ids[:, :length], **cache_argument(cache))
+        for step in range(12):
+            llama(long_ids[:, step : step + 1], **cache_argument(cache))
+            cache.finish()
+            cache._pools[0].check_integrity()
+            for layer in cache.tiered_layers:
+                sealed = layer.sealed
+                if not len(sealed.dynamic):
+                    continue
+                sealed.retrieval.residency.check_integrity()
+                chunks, sinks = layer.host.chunks(), sealed.tiers.plan.layout.sink_chunks
+                for row, head in enumerate(sealed.dynamic.tolist()):
+                    for slot, chunk in zip(
+                        sealed.retrieval.residency.slots[row].tolist(),
+                        sealed.retrieval.residency.chunk_in[row].tolist(),
+                        strict=True,
+                    ):
+                        if chunk >= 0:
+                            want, pool = chunks[head, sinks + chunk], cache._pools[0]
+                            if sealed.packing is not None:
+                                want, scales = pack(want, sealed.packing.norms[head].unsqueeze(1))
+                                assert torch.equal(pool.scales[slot], scales)
+                            assert torch.equal(pool.pages[slot], want)
+
+
+def test_more_generated_tokens_than_reserved_is_an_error(llama, prompt_ids):
+    with (
+        tieredkv.use_attention(llama),
+        TieredCache(llama.config, gpu_kv_gb=1, max_new_tokens=3, chunk_tokens=4) as cache,
+        pytest.raises(BudgetError, match=r"room for .* generated tokens and no more"),
+    ):
+        llama.generate(prompt_ids, **cache_argument(cache), max_new_tokens=60, do_sample=False)
+
+
+def test_a_cap_too_small_is_refused_naming_one_that_works(llama, long_ids):
+    tiers = {"chunk_tokens": 8, "text_window": 16}
+    with tieredkv.use_attention(llama):
+        with (
+            TieredCache(llama.config, gpu_kv_gb=1e-6, max_new_tokens=8, **tiers) as cache,
+            pytest.raises(BudgetError, match="the smallest that works is") as refused,
+        ):
+            llama.generate(long_ids, **cache_argument(cache), max_new_tokens=8, do_sample=False)
+        works = float(str(refused.value).split("works is ")[1].split(". ")[0])
+        with TieredCache(llama.config, gpu_kv_gb=works, max_new_tokens=8, **tiers) as cache:
+            llama.generate(long_ids, **cache_argument(cache), max_new_tokens=8, do_sample=False)
+            assert cache.ledger.peak_bytes <= cache.ledger.cap_bytes
+
+
+def test_closing_frees_both_tiers(llama, prompt_ids):
+    cache = TieredCache(llama.config, gpu_kv_gb=1)
+    with tieredkv.use_attention(llama):
+        llama.generate(prompt_ids, **cache_argument(cache), max_new_tokens=4, do_sample=False)
+    cache.close()
+    cache.close()
+    assert cache.ledger.used_bytes == 0
+    assert cache.host_bytes == 0
+    with tieredkv.use_attention(llama), pytest.raises(tieredkv.TieredKVError, match="closed"):
+        llama(prompt_ids, **cache_argument(cache))
+
+
+@pytest.mark.parametrize("share", [0.6, 1.0, 1.07, 1.4])
+@pytest.mark.parametrize("chunk", [900, 200])
+def test_a_prompt_of_known_length_is_served_whatever_stays_on_the_device(llama, long_ids, share, chunk):
+    """Layers that see their first token when room for the scores was made already must not fill it again."""
+    stock = llama(long_ids).logits[:, -1]
+    with (
+        tieredkv.use_attention(llama),
+        torch.no_grad(),
+        TieredCache(llama.config, gpu_kv_gb=cap_share(llama, 900, share), prompt_tokens=900, chunk_tokens=8) as cache,
+    ):
+        for part in long_ids.split(chunk, dim=1):
+            logits = llama(part, **cache_argument(cache)).logits[:, -1]
+        assert cache.ledger.peak_bytes <= cache.tiers.cap_bytes
+        assert_near(logits, stock)

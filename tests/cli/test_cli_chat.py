@@ -1,0 +1,252 @@
+"""tieredkv chat, on the bundled model: what is typed, what is answered, and how an answer is stopped."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from command_line import run
+from helpers import PATIENCE_S
+
+import tieredkv
+from tieredkv.cli.talk import Talk
+from tieredkv.tiny import model as tiny
+
+pytestmark = pytest.mark.model
+
+MOON, CUP, FOLLOW = "what colour was the moon ?", "what colour was the cup ?", "follow the moon for 3 ?"
+
+
+@pytest.fixture(scope="module")
+def session(short_video):
+    with tieredkv.open_session(tiny.PATH, short_video, fps=4) as session:
+        yield session
+
+
+@pytest.fixture
+def talk(session):
+    session.clear_history()
+    return Talk(session, {"max_new_tokens": 16})
+
+
+def piped(monkeypatch, capsys, text: str, *arguments: str) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    return run(monkeypatch, capsys, "chat", *arguments)
+
+
+def test_from_a_pipe_only_answers_are_printed_and_each_is_that_of_chat(monkeypatch, capsys, short_video, session):
+    session.clear_history()
+    expected = [session.chat(question).text for question in (MOON, FOLLOW, CUP)]
+    assert len(expected[1].split()) > 1
+    text = f"{MOON}\n\n{FOLLOW}\n{CUP}"
+    code, out, err = piped(monkeypatch, capsys, text, str(short_video), "--fps", "4")
+    assert code == 0
+    assert out.splitlines() == expected
+    assert "> " not in err
+
+
+def test_as_json_each_answer_is_one_object(monkeypatch, capsys, short_video):
+    code, out, _ = piped(monkeypatch, capsys, f"{MOON}\n{CUP}\n", str(short_video), "--fps", "4", "--json")
+    assert code == 0
+    made = [json.loads(line) for line in out.splitlines()]
+    assert [{"text", "token_ids", "hit_rate"} <= row.keys() for row in made] == [True, True]
+
+
+def test_a_question_that_fails_says_why_in_one_line_and_the_next_is_answered(monkeypatch, capsys, short_video):
+    text = f"what is <|video_pad|> ?\n{MOON}\n"
+    code, out, err = piped(monkeypatch, capsys, text, str(short_video), "--fps", "4")
+    assert code == 1
+    assert len(out.splitlines()) == 1
+    assert [line for line in err.splitlines() if line.startswith("tieredkv: ")] == [
+        "tieredkv: the prompt contains '<|video_pad|>', which stands for the video: leave it out."
+    ]
+
+
+def test_an_error_of_torch_is_one_line_with_its_kind(talk, monkeypatch, capsys):
+    def out_of_memory(*arguments, **options):
+        raise RuntimeError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+    monkeypatch.setattr(talk.session, "chat", out_of_memory)
+    talk.hold([MOON])
+    assert capsys.readouterr() == ("", "tieredkv: RuntimeError: CUDA out of memory.\n")
+    assert talk.failed == 1
+
+
+def test_words_are_written_as_they_come(talk, monkeypatch):
+    writes: list[str] = []
+    monkeypatch.setattr(sys, "stdout", writer := io.StringIO())
+    monkeypatch.setattr(writer, "write", writes.append)
+    talk.hold([FOLLOW])
+    words = [piece for piece in writes if piece]
+    assert len(words) > 2
+    assert "".join(words) == f"{talk.session.history[-1][1]}\n"
+
+
+class Interrupt:
+    """A logits processor that presses Ctrl-C when the third token of its first answer is due."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, input_ids, scores):
+        self.calls += 1
+        if self.calls == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return scores
+
+
+def test_an_interrupt_stops_the_answer_and_the_conversation_goes_on(talk, capsys):
+    before = signal.getsignal(signal.SIGINT)
+    talk.hold([FOLLOW])
+    whole = capsys.readouterr().out
+    talk.session.clear_history()
+    talk.options["logits_processor"] = [Interrupt()]
+    talk.hold([FOLLOW, FOLLOW])
+    out, err = capsys.readouterr()
+    stopped, again = out.splitlines()
+    assert 0 < len(stopped.split()) < len(again.split())
+    assert whole == f"{again}\n"
+    assert again.startswith(stopped)
+    assert "stopped" in err
+    assert [question for question, _ in talk.session.history] == [FOLLOW]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_second_interrupt_is_not_held_back(talk):
+    class Twice:
+        def __call__(self, input_ids, scores):
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            return scores
+
+    talk.options["logits_processor"] = [Twice()]
+    with pytest.raises(KeyboardInterrupt):
+        talk.hold([FOLLOW])
+
+
+def test_clear_begins_another_conversation(talk):
+    talk.hold([MOON, "/clear", CUP])
+    assert [question for question, _ in talk.session.history] == [CUP]
+
+
+def test_quit_leaves_what_follows(talk):
+    talk.hold([MOON, "/quit", CUP])
+    assert [question for question, _ in talk.session.history] == [MOON]
+
+
+def test_stats_are_of_the_last_answer(talk, capsys):
+    talk.hold(["/stats", MOON, "/stats"])
+    err = capsys.readouterr().err.splitlines()
+    assert err[0] == "nothing has been answered yet."
+    assert {"visual_tokens", "hit_rate", "ttft_s"} <= {line.split()[0] for line in err[1:]}
+
+
+@pytest.mark.parametrize("line", ["/nonsense", "/stats now", "/"])
+def test_what_is_no_command_is_not_asked(talk, capsys, line):
+    talk.hold([line])
+    assert capsys.readouterr() == ("", f"tieredkv: {line} is no command: /help lists them.\n")
+    assert talk.session.history == ()
+
+
+def test_help_names_every_command(talk, capsys):
+    talk.hold(["/help"])
+    assert {line.split()[0] for line in capsys.readouterr().err.splitlines()} == {"/clear", "/save", "/stats", "/quit"}
+
+
+def test_a_conversation_is_saved_and_gone_on_with(monkeypatch, capsys, short_video, tmp_path):
+    kept = tmp_path / "film.tkv"
+    arguments = ["--session", str(kept)]
+    code, _, _ = piped(monkeypatch, capsys, f"{MOON}\n/save\n", str(short_video), "--fps", "4", *arguments)
+    assert code == 0
+    code, out, err = piped(monkeypatch, capsys, f"{CUP}\n/save {tmp_path}/two words.tkv\n", *arguments)
+    assert code == 0
+    assert "ingest" not in err
+    with tieredkv.load_session(tmp_path / "two words.tkv", tiny.PATH) as session:
+        assert [question for question, _ in session.history] == [MOON, CUP]
+        assert session.history[1][1] == out.strip()
+
+
+def test_saving_never_replaces_what_is_no_session(talk, capsys, tmp_path):
+    film = tmp_path / "film.mp4"
+    film.write_text("precious")
+    talk.hold([f"/save {film}", "/save", "/save /nowhere/at/all.tkv"])
+    assert film.read_text() == "precious"
+    assert talk.failed == 3
+    first, second, third = capsys.readouterr().err.splitlines()
+    assert "is there, and no session: not saved over it" in first
+    assert "there is no file to save to: give one" in second
+    assert "there is no folder" in third
+
+
+@pytest.mark.parametrize("line", [b"what \xff ?", b"what \xed\xa0\xbd ?", "what ?".encode("utf-16-le")])
+def test_a_line_that_is_no_text_does_not_take_the_others_with_it(monkeypatch, capsys, short_video, line):
+    good = MOON.encode()
+    stdin = io.TextIOWrapper(io.BytesIO(b"\n".join([good, line, good, b""])), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", stdin)
+    code, out, err = run(monkeypatch, capsys, "chat", str(short_video), "--fps", "4")
+    assert (code, len(out.splitlines())) == (1, 2)
+    assert err.count("tieredkv: ") == 1
+    assert "tieredkv: the prompt holds " in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "there is no video to ask about"),
+        (["gone.mp4"], "gone.mp4: no such file"),
+        (["VIDEO", "--max-new-tokens", "0"], "max_new_tokens=0 is not valid"),
+        (["VIDEO", "--session", "/nowhere/at/all.tkv"], "there is no folder"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_bad_input_is_one_sentence(monkeypatch, capsys, short_video, arguments, message):
+    code, out, err = piped(monkeypatch, capsys, "", *[str(short_video) if a == "VIDEO" else a for a in arguments])
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+@pytest.mark.subprocess
+def test_at_a_terminal_lines_are_prompted_for_remembered_and_ctrl_d_leaves(short_video, tmp_path):
+    environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path), "TERM": "dumb"}
+    environment["PYTHONPATH"] = str(Path(tieredkv.__file__).parents[1])
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "tieredkv", "chat", str(short_video), "--fps", "4"]
+    with subprocess.Popen(
+        command, stdin=theirs, stdout=theirs, stderr=subprocess.PIPE, env=environment, start_new_session=True
+    ) as process:
+        os.close(theirs)
+        read_until(ours, b"> ")
+        os.write(ours, MOON.encode() + b"\n")
+        answered = read_until(ours, b"> ")
+        os.write(ours, b"half a lin")
+        read_until(ours, b"half a lin")  # as a line editor shows it
+        for _ in range(PATIENCE_S):  # a signal just before the line editor waits is not noticed
+            process.send_signal(signal.SIGINT)
+            if select.select([ours], [], [], 1)[0]:
+                break
+        read_until(ours, b"> ")
+        os.write(ours, b"\x04")
+        _, err = process.communicate(timeout=PATIENCE_S)
+    os.close(ours)
+    assert process.returncode == 0, err
+    with tieredkv.open_session(tiny.PATH, short_video, fps=4) as session:
+        assert session.ask(MOON).text in answered.decode()
+    assert (tmp_path / "tieredkv" / "history").read_text().splitlines()[-1] == MOON
+    assert b"visual tokens. Ask, or /help." in err
+
+
+def read_until(descriptor: int, end: bytes) -> bytes:
+    """What a terminal shows up to this, at its end."""
+    shown = b""
+    while not shown.endswith(end):
+        assert select.select([descriptor], [], [], PATIENCE_S)[0], f"a terminal shows no more than {shown!r}"
+        shown += os.read(descriptor, 1024)
+    return shown

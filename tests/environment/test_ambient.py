@@ -1,0 +1,473 @@
+"""What a caller's script has set in torch changes no answer, but where it changes stock transformers' too."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import gc
+import random
+import threading
+import traceback
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from families import BUILD, build
+from helpers import RecordLogits, session_logits, stock_inputs, stock_logits
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import tieredkv
+from tieredkv import TieredCache
+from tieredkv.environment.ambient import Ambient
+from tieredkv.environment.versions import cache_argument
+from tieredkv.models import families
+from tieredkv.models.families.base import VideoGrid
+from tieredkv.models.switch import use_attention
+from tieredkv.policy.presets import POLICIES
+from tieredkv.session.pipeline import Pipeline
+
+pytestmark = pytest.mark.setups
+
+QUESTION = "what colour was the star ?"
+OPTIONS = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+TIGHT = {"fps": 4, "gpu_kv_gb": 1, "budget_ratio": 0.4, "chunk_tokens": 8, "text_window": 4}
+PACKAGE = Path(tieredkv.__file__).parent
+
+
+@contextmanager
+def restored(setting, getting, value):
+    before = getting()
+    setting(value)
+    try:
+        yield
+    finally:
+        setting(before)
+
+
+@contextmanager
+def default_device(name):
+    """As `torch.set_default_device` sets it, and not as a context manager does."""
+    torch.set_default_device(name)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+@contextmanager
+def deterministic():
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+STATES = {
+    "inference mode": torch.inference_mode,
+    "gradients": torch.enable_grad,
+    "no gradients": torch.no_grad,
+    "default float64": lambda: restored(torch.set_default_dtype, torch.get_default_dtype, torch.float64),
+    "default bfloat16": lambda: restored(torch.set_default_dtype, torch.get_default_dtype, torch.bfloat16),
+    "default float16": lambda: restored(torch.set_default_dtype, torch.get_default_dtype, torch.float16),
+    "in a device's context": lambda: torch.device("meta"),
+    "default device": lambda: default_device("meta"),
+    "deterministic, memory filled": deterministic,
+    "one thread": lambda: restored(torch.set_num_threads, torch.get_num_threads, 1),
+    "anomalies looked for": torch.autograd.detect_anomaly,
+}
+
+
+@pytest.fixture(scope="module")
+def few(frames):
+    return frames[:48]
+
+
+@pytest.fixture
+def roads(video_model, processor, few, tmp_path):
+    """What is answered on every main road, to the bit."""
+
+    def logits(session, **options):
+        record = RecordLogits()
+        made = session.ask(QUESTION, **OPTIONS, logits_processor=[record], **options)
+        return made.token_ids, torch.cat(record.seen), made.evidence
+
+    def seen(made):
+        token_ids, scores, evidence = made
+        return token_ids, scores, evidence and (evidence.moments, evidence.heat, evidence.tokens)
+
+    def take():
+        yield (
+            "generate",
+            tieredkv.generate(video_model, few, QUESTION, processor=processor, **TIGHT, **OPTIONS).token_ids,
+        )
+        with tieredkv.open_session(video_model, few, processor=processor, **TIGHT) as session:
+            yield "ask", seen(logits(session, evidence="tokens"))
+            yield "no evidence", seen(logits(session, evidence=False))
+            yield "chat", [session.chat(QUESTION, **OPTIONS).token_ids for _ in range(2)]
+            with session.ask(QUESTION, stream=True, **OPTIONS) as stream:
+                yield "stream", list(stream)
+            yield "asyncio", asyncio.run(session.aask(QUESTION, **OPTIONS)).token_ids
+            session.save(tmp_path / "session.tkv")
+        for more in ({}, {"policy": "full"}, {"prefill_chunk": 32, "gpu_kv_gb": 0.0005}):
+            with tieredkv.load_session(tmp_path / "session.tkv", video_model, processor=processor, **more) as loaded:
+                yield f"loaded {more}", seen(logits(loaded))
+
+    return lambda: dict(take())
+
+
+def same(ours, plain):
+    if isinstance(plain, torch.Tensor):
+        return ours.dtype == plain.dtype and torch.equal(ours, plain)
+    if isinstance(plain, tuple | list):
+        return len(ours) == len(plain) and all(map(same, ours, plain))
+    return ours == plain
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """Roads as they are when nothing is set, taken once."""
+    return {}
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+@pytest.mark.parametrize("state", STATES)
+def test_what_the_caller_has_set_changes_no_answer(roads, plain, state):
+    plain = plain or plain.update(roads()) or plain
+    with STATES[state]():
+        ours = roads()
+    assert ours.keys() == plain.keys()
+    assert [road for road in plain if not same(ours[road], plain[road])] == []
+
+
+@contextmanager
+def everything(dtype):
+    """All at once, but for the modes that exclude each other."""
+    with STATES["in a device's context"](), STATES["inference mode"](), deterministic():
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_no_policy_minds_what_the_caller_has_set(video_model, processor, few, policy, dtype):
+    def answer():
+        with tieredkv.open_session(video_model, few, processor=processor, policy=policy, **TIGHT) as session:
+            return session_logits(session, QUESTION, 3)
+
+    plain = answer()
+    with everything(dtype):
+        ours = answer()
+    assert same(ours, plain)
+
+
+@pytest.mark.parametrize("name", BUILD)
+@pytest.mark.parametrize("positions", ["published", "stock"])
+def test_no_family_minds_a_default_dtype(name, few, positions):
+    model, processor = build(name)
+
+    def answer():
+        options = {"processor": processor, "gpu_kv_gb": 1, "fps": 4, "positions": positions}
+        with tieredkv.open_session(model, few[:6], **options) as session:
+            return session_logits(session, "what is it ?", 3)
+
+    plain = answer()
+    for dtype in (torch.bfloat16, torch.float64):
+        with restored(torch.set_default_dtype, torch.get_default_dtype, dtype):
+            assert same(answer(), plain)
+
+
+def test_every_tensor_that_is_made_names_its_dtype_and_device():
+    """So that torch's defaults, which are a script's to set, decide nothing."""
+    makers = ("empty", "zeros", "ones", "full", "eye", "tensor", "as_tensor", "linspace", "arange", "rand", "randn")
+    training = {"train.py", "train_decoder.py", "train_vision.py", "evaluate.py"}
+    missing = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())) if path.name not in training else ():
+            match node:
+                case ast.Call(ast.Attribute(ast.Name("torch"), name), _, keywords) if name in makers:
+                    named = {keyword.arg for keyword in keywords} | ({"dtype"} if name == "arange" else set())
+                    if not {"dtype", "device"} <= named:
+                        missing.append(f"{path.relative_to(PACKAGE)}:{node.lineno}: {ast.unparse(node)}")
+    assert missing == []
+
+
+# ---- one mode first, another later
+
+
+MODES = {"inference mode": torch.inference_mode, "gradients": torch.enable_grad}
+
+
+@pytest.mark.parametrize("later", MODES)
+@pytest.mark.parametrize("first", MODES)
+def test_a_session_goes_on_in_another_mode_than_it_was_made_in(video_model, processor, few, tmp_path, first, later):
+    def answers(session):
+        with session.ask(QUESTION, stream=True, **OPTIONS) as stream:
+            list(stream)
+            return [session.ask(QUESTION, **OPTIONS).token_ids, stream.generation.token_ids]
+
+    with MODES[first](), tieredkv.open_session(video_model, few, processor=processor, **TIGHT) as session:
+        want = answers(session)
+        with MODES[later]():
+            assert answers(session) == want
+            session.save(tmp_path / "session.tkv")
+    with MODES[first]():
+        loaded = tieredkv.load_session(tmp_path / "session.tkv", video_model, processor=processor)
+    with loaded, MODES[later]():
+        assert [answers(loaded) for _ in range(2)] == [want, want]
+        loaded.save(tmp_path / "again.tkv")
+
+
+@pytest.mark.parametrize("later", MODES)
+@pytest.mark.parametrize("first", MODES)
+def test_a_cache_goes_on_in_another_mode_than_it_was_filled_in(text_model, long_ids, first, later):
+    prompt, new = long_ids[:, :200], long_ids[:, 200:204]
+
+    def logits(first, later):
+        options = {"gpu_kv_gb": 1, "budget_ratio": 0.3, "chunk_tokens": 8, "text_window": 8, "prompt_tokens": 200}
+        with use_attention(text_model), TieredCache(text_model.config, **options) as cache:
+            with first():
+                text_model(prompt[:, :120], **cache_argument(cache))
+            with later():
+                text_model(prompt[:, 120:], **cache_argument(cache))
+                out = [text_model(token[:, None], **cache_argument(cache)).logits for token in new.T]
+            with first():
+                out.append(text_model(new, **cache_argument(cache)).logits)
+                return [one.detach() for one in out]
+
+    want = logits(torch.no_grad, torch.no_grad)
+    got = logits(MODES[first], MODES[later])
+    assert all(torch.equal(*pair) for pair in zip(got, want, strict=True))
+
+
+# ---- gradients
+
+
+def test_nothing_of_a_forward_with_gradients_is_kept(text_model, long_ids):
+    def graphs():
+        gc.collect()
+        return sum(issubclass(type(one), torch.Tensor) and one.grad_fn is not None for one in gc.get_objects())
+
+    before = graphs()
+    with use_attention(text_model), TieredCache(text_model.config, gpu_kv_gb=1, text_window=8) as cache:
+        for part in (long_ids[:, :100], long_ids[:, 100:150], *long_ids[:, 150:155].T[:, None]):
+            assert text_model(part, **cache_argument(cache)).logits.requires_grad, "as in stock transformers"
+        assert graphs() == before
+
+
+def test_a_gradient_through_a_cache_is_refused(llama, long_ids):
+    with use_attention(llama), TieredCache(llama.config, gpu_kv_gb=1) as cache:
+        loss = llama(long_ids[:, :50], **cache_argument(cache)).logits.sum()
+        with pytest.raises(RuntimeError, match="a TieredCache keeps no gradients"):
+            loss.backward()
+
+
+# ---- autocast
+
+
+AUTOCAST = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+
+
+@AUTOCAST
+@pytest.mark.parametrize("theta", [0.0, 2.0], ids=["all static", "all dynamic"])
+def test_under_autocast_logits_are_those_of_stock_under_autocast(video_model, processor, few, dtype, theta):
+    inputs = stock_inputs(processor, few, QUESTION)
+    exact = stock_logits(video_model, inputs, 1)
+    options = {"processor": processor, "gpu_kv_gb": 1, "fps": 4, "positions": "stock", "theta": theta}
+    with torch.autocast("cpu", dtype=dtype):
+        stock = stock_logits(video_model, inputs, 1)
+        with tieredkv.open_session(video_model, few, **options) as session:
+            ours = session_logits(session, QUESTION, 1)
+            assert session._cache.tiered_layers[0].host.dtype == dtype
+    # Both round at other places: ours is as near as stock's own distance from float32.
+    assert float((ours - stock).norm()) <= 2 * float((exact - stock).norm())
+    assert float((ours - stock).norm()) < 0.1 * float(stock.norm())
+
+
+@AUTOCAST
+def test_autocast_reaches_the_threads_that_work_for_the_caller(video_model, processor, few, dtype):
+    seen = {}
+    hooks = [
+        module.register_forward_hook(lambda _, __, out, name=name: seen.setdefault(name, set()).add(out.dtype))
+        for name, module in (
+            ("tower", video_model.model.visual.blocks[0].mlp),
+            ("decoder", video_model.model.language_model.layers[0].mlp),
+        )
+    ]
+    try:
+        with (
+            torch.autocast("cpu", dtype=dtype),
+            tieredkv.open_session(video_model, few, processor=processor, **TIGHT) as session,
+        ):
+            plain = session.ask(QUESTION, **OPTIONS).token_ids
+            with session.ask(QUESTION, stream=True, **OPTIONS) as stream:
+                list(stream)
+            assert stream.generation.token_ids == plain
+            assert asyncio.run(session.aask(QUESTION, **OPTIONS)).token_ids == plain
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert seen == {"tower": {dtype}, "decoder": {dtype}}
+
+
+def test_autocast_may_begin_or_end_between_video_and_question(video_model, processor, few, tmp_path):
+    for first, later in ((True, False), (False, True)):
+        with torch.autocast("cpu", enabled=first):
+            session = tieredkv.open_session(video_model, few, processor=processor, **TIGHT)
+        with session, torch.autocast("cpu", enabled=later):
+            assert session.ask(QUESTION, **OPTIONS).stats.new_tokens == 4
+            session.save(tmp_path / "session.tkv")
+        with torch.autocast("cpu", enabled=first):
+            loaded = tieredkv.load_session(tmp_path / "session.tkv", video_model, processor=processor)
+            with loaded:
+                assert loaded.ask(QUESTION, **OPTIONS).stats.new_tokens == 4
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+def test_a_cache_under_autocast_keeps_what_attention_takes(long_ids, kind):
+    from conftest import text_config
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(text_config(kind)).eval()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        stock = model(long_ids[:, :200]).logits.float()
+        with use_attention(model), TieredCache(model.config, gpu_kv_gb=1, chunk_tokens=8) as cache:
+            parts = [model(part, **cache_argument(cache)).logits for part in long_ids[:, :200].split(50, dim=1)]
+            assert cache.tiered_layers[0].host.dtype == torch.bfloat16
+    exact = model(long_ids[:, :200]).logits.detach()
+    assert float((torch.cat(parts, 1) - stock).norm()) <= 2 * float((exact - stock).norm())
+
+
+# ---- random numbers
+
+
+def test_greedy_answers_and_ingest_leave_the_callers_random_numbers_alone(roads):
+    torch.manual_seed(7)
+    random.seed(7)
+    np.random.seed(7)
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    roads()
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    assert np.random.get_state()[1].tolist() == before[2]
+
+
+def test_a_sampled_stream_draws_what_a_sampled_answer_draws(video_model, processor, few):
+    options = {"max_new_tokens": 12, "do_sample": True, "temperature": 1.5}
+    with tieredkv.open_session(video_model, few, processor=processor, **TIGHT) as session:
+        torch.manual_seed(5)
+        plain = session.ask(QUESTION, **options).token_ids
+        torch.manual_seed(5)
+        with session.ask(QUESTION, stream=True, **options) as stream:
+            list(stream)
+        assert stream.generation.token_ids == plain
+
+
+# ---- other threads
+
+
+def in_a_thread(work):
+    got = []
+    thread = threading.Thread(target=lambda: got.append(work()))
+    thread.start()
+    thread.join()
+    return got[0]
+
+
+def now():
+    cast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+    return *cast, torch.is_inference_mode_enabled(), torch.get_default_device().type
+
+
+def test_another_thread_gets_what_the_caller_has_set_and_is_left_as_it_was():
+    with torch.autocast("cpu", dtype=torch.float16), torch.inference_mode(), torch.device("meta"):
+        ambient, set_here = Ambient(device=True), now()
+
+    def work():
+        before = now()
+        with ambient.here():
+            inside = now()
+        return before, inside, now()
+
+    before, inside, after = in_a_thread(work)
+    assert inside == set_here == (True, torch.float16, True, "meta")
+    assert after == before == (False, torch.bfloat16, False, "cpu")
+
+
+def test_stages_run_under_what_their_maker_has_set():
+    with torch.autocast("cpu", dtype=torch.float16), torch.inference_mode(), Pipeline() as pipeline:
+        assert next(pipeline.stage("looks", (now() for _ in range(1))))[:3] == (True, torch.float16, True)
+
+
+def test_who_is_called_back_from_a_stream_finds_the_callers_default_device(video_model, processor, few):
+    devices = set()
+
+    def look(ids, scores):
+        devices.add(torch.zeros(1).device.type)
+        return scores
+
+    with tieredkv.open_session(video_model, few, processor=processor, **TIGHT) as session, torch.device("meta"):
+        with session.ask(QUESTION, stream=True, logits_processor=[look], **OPTIONS) as stream:
+            list(stream)
+        session.ask(QUESTION, logits_processor=[look], **OPTIONS)
+    assert devices == {"meta"}
+
+
+def test_a_plan_and_a_page_of_evidence_are_the_same_too(video_model, processor, few, tmp_path):
+    def take():
+        plan = tieredkv.plan(video_model, few, processor=processor, host_kv_gb=1, **TIGHT)
+        with tieredkv.open_session(video_model, few, processor=processor, **TIGHT) as session:
+            made = session.ask(QUESTION, evidence="tokens", **OPTIONS)
+        tieredkv.save_evidence(made, tmp_path / "page.html", question=QUESTION, video=few, source_fps=4)
+        return str(plan), (tmp_path / "page.html").read_text()
+
+    plain = take()
+    with everything(torch.float16):
+        assert take() == plain
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_large_numbers_are_not_counted_in_a_small_default_dtype(video_model, processor, dtype):
+    """What tens of thousands of tokens come to, of which the short videos above have no need."""
+    grid = VideoGrid(steps=3001, rows=2, columns=2, seconds_per_step=0.75)
+    family = families.video_family(video_model.config)
+
+    def take():
+        positions = family.positions(video_model, 7, grid, 0, grid.tokens + 20, "published")
+        plan = tieredkv.plan(video_model.config, 50_001, gpu_kv_gb=0.05, host_kv_gb=1)
+        return positions, str(plan)
+
+    plain = take()
+    with restored(torch.set_default_dtype, torch.get_default_dtype, dtype):
+        assert same(take(), plain)
+
+
+@pytest.mark.parametrize("options", [TIGHT, {**TIGHT, "adaptive": True}, {**TIGHT, "reuse_above": 0.5}], ids=str)
+def test_nothing_that_is_computed_here_is_of_the_default_dtype(video_model, processor, few, options):
+    """A whole number times a fraction, or divided, would be: small ones then come out right, and large ones do not."""
+    made = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.dtype == torch.bfloat16:
+                frames = [frame for frame in traceback.extract_stack() if "/torch/" not in frame.filename]
+                caller = Path(frames[-2].filename)
+                if PACKAGE in caller.parents:
+                    made.add(f"{caller.relative_to(PACKAGE)}:{frames[-2].lineno}: {function}")
+            return out
+
+    with restored(torch.set_default_dtype, torch.get_default_dtype, torch.bfloat16), Watch():
+        tieredkv.plan(video_model.config, 50_001, gpu_kv_gb=0.05, host_kv_gb=1)
+        with tieredkv.open_session(video_model, few, processor=processor, **options) as session:
+            session.ask(QUESTION, evidence="tokens", **OPTIONS)
+    counted = ("planner.py", "weights.py")  # a model's weights, which are of that dtype
+    assert {one for one in made if not one.startswith(counted)} == set()

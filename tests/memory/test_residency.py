@@ -1,0 +1,132 @@
+"""Residency tables under random sequences of steps, in torch and in kernels, against a dictionary per head."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tieredkv.ops import torch_ops
+
+pytest.importorskip("hypothesis", reason="hypothesis is not installed")
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tieredkv.memory.residency import Residency
+
+
+@st.composite
+def sequences(draw: st.DrawFn) -> tuple[list[int], list[int], int, int, list[tuple[bool, bool]]]:
+    """Slots and selected chunks of each head, chunks, a seed, and for each step: ranks like before; copies ahead."""
+    slots = draw(st.lists(st.integers(1, 7), min_size=1, max_size=3))
+    selected = [draw(st.integers(0, most)) for most in slots]
+    chunks = draw(st.integers(max(slots), 20))
+    steps = draw(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=5))
+    return slots, selected, chunks, draw(st.integers(0, 2**16)), steps
+
+
+class Model:
+    """One head's slots: chunk -> local slot, and when each slot was last used."""
+
+    def __init__(self, slots: int) -> None:
+        self.slot_of: dict[int, int] = {}
+        self.used = dict.fromkeys(range(slots), -1)
+
+    def admit(self, wanted: list[int], kept: list[int], clock: int) -> tuple[list[int], list[int]]:
+        """Missed chunks and the slots they get."""
+        missed = [chunk for chunk in wanted if chunk not in self.slot_of]
+        busy = {self.slot_of[chunk] for chunk in kept if chunk in self.slot_of}
+        oldest = sorted((when, slot) for slot, when in self.used.items() if slot not in busy)[: len(missed)]
+        victims = sorted(slot for _, slot in oldest)
+        for chunk, slot in zip(missed, victims, strict=True):
+            self.slot_of = {c: s for c, s in self.slot_of.items() if s != slot} | {chunk: slot}
+        for chunk in wanted:
+            self.used[self.slot_of[chunk]] = clock
+        return missed, victims
+
+
+@given(sequences())
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_steps_agree_with_a_dictionary_of_each_head(ops, device, case):
+    slots, selected, chunks, seed, steps = case
+    n, heads, first = len(slots), torch.arange(len(slots)) * 2, 2
+    generator = torch.Generator().manual_seed(seed)
+    arena = torch.randn(2 * n, chunks + 3, 2, 4, 8, generator=generator)
+    arena = arena.pin_memory() if device.type == "cuda" else arena
+    pages = torch.zeros(sum(slots) + 3, 2, 4, 8, device=device)
+    owned = torch.full((n, max(slots)), -1)
+    owned[torch.arange(max(slots)) < torch.tensor(slots).unsqueeze(1)] = torch.randperm(sum(slots), generator=generator)
+    index, most = Residency(owned.to(device), chunks), max(slots)
+    table = torch.zeros((2 * n, most + 1), dtype=torch.int32, device=device)
+    rows, count = heads.to(device), torch.tensor(selected, device=device)
+    models = [Model(each) for each in slots]
+    ranks = torch.rand(n, chunks, generator=generator)
+    clock = torch.zeros(1, dtype=torch.int32, device=device)
+
+    def enter(asked: torch.Tensor, kept: torch.Tensor | None, listed: torch.Tensor | None) -> torch.Tensor:
+        want, missed, misses = ops.choose(ranks.to(device), asked, index.slot_of, most)
+        stay = want if kept is None else want | kept
+        used = index.chunk_in, index.last_used, index.slots
+        victims = ops.place(want, stay, misses, *used, clock, most, listed, rows, 1)
+        for head, model in enumerate(models):
+            best = sorted(ranks[head].topk(int(asked[head])).indices.tolist())
+            assert want[head].nonzero().flatten().tolist() == best
+            gone, to = model.admit(best, stay[head].nonzero().flatten().tolist(), int(clock))
+            assert missed[head, : int(misses[head])].tolist() == gone
+            assert victims[head, : int(misses[head])].tolist() == to
+        tables = index.slots, index.chunk_in, index.slot_of
+        ops.gather(arena, pages, rows, missed, victims, misses, *tables, first)
+        return want
+
+    for like_before, ahead in steps:
+        clock += 1
+        fresh = torch.rand(n, chunks, generator=generator)
+        ranks = ranks * 0.9 + fresh * 0.1 if like_before else fresh
+        chosen = enter(count, None, table)
+        for head, model in enumerate(models):
+            pool_slots = {int(owned[head, model.slot_of[c]]) for c in chosen[head].nonzero().flatten().tolist()}
+            assert set(table[heads[head], 1 : 1 + selected[head]].tolist()) == pool_slots
+        if ahead:
+            spare = (torch.tensor(slots, device=device) - count).clamp(max=2)
+            ranks = torch.rand(n, chunks, generator=generator)
+            enter(torch.minimum(spare, torch.tensor(most, device=device)), chosen, None)
+        index.check_integrity()
+        for head, model in enumerate(models):
+            assert {c: s for c, s in enumerate(index.slot_of[head, :-1].tolist()) if s >= 0} == model.slot_of
+            for chunk, slot in model.slot_of.items():
+                assert torch.equal(pages[owned[head, slot]].cpu(), arena[heads[head], chunk + first])
+
+
+def test_what_enters_first_gives_way_last():
+    index = Residency(torch.tensor([[4, 7, 9], [2, 3, -1]]), 8)
+    index.enter(torch.tensor([[5, 0, 2], [1, 6, 7]]))
+    index.check_integrity()
+    assert index.chunk_in.tolist() == [[5, 0, 2], [1, 6, -1]]
+    none = torch.zeros(2, 8, dtype=torch.bool)
+    used, clock = (index.chunk_in, index.last_used, index.slots), torch.ones(1, dtype=torch.int32)
+    misses = torch.tensor([2, 1], dtype=torch.int32)
+    victims = torch_ops.place(none, none, misses, *used, clock, 2, None, torch.arange(2), 0)
+    assert victims[0].tolist() == [1, 2]
+    assert victims[1, :1].tolist() == [1]
+
+
+def test_more_chunks_than_may_give_way_are_refused():
+    index = Residency(torch.arange(3).view(1, 3), 8)
+    index.enter(torch.tensor([[0, 1, 2]]))
+    kept = torch.arange(8).view(1, 8) < 2
+    used, clock = (index.chunk_in, index.last_used, index.slots), torch.ones(1, dtype=torch.int32)
+    with pytest.raises(ValueError, match="more chunks wanted than fit"):
+        torch_ops.place(kept, kept, torch.tensor([2]), *used, clock, 3, None, torch.arange(1), 0)
+
+
+def test_chunks_are_fetched_to_their_slots(ops):
+    arena, pages = torch.arange(2 * 3 * 2 * 4 * 5.0).view(2, 3, 2, 4, 5), torch.zeros(6, 2, 4, 5)
+    ops.fetch(arena, pages, torch.tensor([1, 0]), torch.tensor([2, 1]), torch.tensor([5, 0]))
+    assert torch.equal(pages[5], arena[1, 2])
+    assert torch.equal(pages[0], arena[0, 1])
+    assert not pages[1:5].any()
+
+
+def test_nothing_is_fetched_where_nothing_is_asked_for(ops):
+    none = torch.empty(0, dtype=torch.int64)
+    ops.fetch(torch.ones(1, 1, 2, 1, 1), pages := torch.zeros(1, 2, 1, 1), none, none, none)
+    assert not pages.any()

@@ -1,0 +1,156 @@
+"""Every family of video models: stock transformers' logits, one-shot and in pieces, question after question."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from families import BUILD, build
+from helpers import assert_near, pressed, session_logits, stock_inputs, stock_logits
+
+import tieredkv
+from tieredkv.errors import UnsupportedModelError
+from tieredkv.models import families
+from tieredkv.models.families.base import VideoGrid
+from tieredkv.video.frames import Sampled
+
+FAMILIES = pytest.mark.parametrize("name", BUILD)
+QUESTIONS = ("what is it ?", "and who is that ?")
+
+
+@pytest.fixture(scope="module")
+def film() -> np.ndarray:
+    """Twenty-three frames: an odd number, so that the last temporal step of those that take two is cut short."""
+    return np.random.default_rng(2).integers(0, 256, (23, 60, 90, 3), dtype=np.uint8)
+
+
+@FAMILIES
+@pytest.mark.parametrize("pieces", [{}, {"prefill_chunk": 17, "encode_batch": 10}], ids=["one-shot", "in pieces"])
+@pytest.mark.parametrize("theta", [0.0, 2.0], ids=["all static", "all dynamic"])
+def test_two_questions_equal_stock(name, film, pieces, theta):
+    model, processor = build(name)
+    options = {"gpu_kv_gb": 1, "fps": 4, "positions": "stock", "theta": theta, **pieces}
+    with tieredkv.open_session(model, film, processor=processor, **options) as session:
+        for question in QUESTIONS:
+            stock = stock_logits(model, stock_inputs(processor, film, question), 5)
+            assert_near(session_logits(session, question, 5), stock)
+
+
+@FAMILIES
+def test_a_conversation_equals_stock(name, film):
+    model, processor = build(name)
+    with tieredkv.open_session(model, film, processor=processor, gpu_kv_gb=1, fps=4, positions="stock") as session:
+        first = session.chat(QUESTIONS[0], max_new_tokens=4).text
+        inputs = stock_inputs(processor, film, QUESTIONS[1], earlier=[(QUESTIONS[0], first)])
+        stock = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        assert session.chat(QUESTIONS[1], max_new_tokens=4).token_ids == stock.tolist()
+
+
+@FAMILIES
+def test_the_prompt_is_the_processors_to_the_token(name, film):
+    model, processor = build(name)
+    theirs = stock_inputs(processor, film, QUESTIONS[0])["input_ids"][0].tolist()
+    with tieredkv.open_session(model, film, processor=processor, gpu_kv_gb=1, fps=4, positions="stock") as session:
+        template = session.template
+        head, tail = template.around_video([(QUESTIONS[0], None)])
+        head_ids = template.head_ids(model.config, head, Sampled(len(film), 60, 90, 4.0, 0.0, len(film) / 4))
+        ours = [*head_ids[0].tolist(), *session.video.ids(template.visual_id), *template.tail_ids(tail)[0].tolist()]
+    assert ours == theirs
+
+
+@FAMILIES
+def test_a_plan_counts_the_tokens_that_come(name, film):
+    model, processor = build(name)
+    made = tieredkv.plan(model, film, gpu_kv_gb=1, processor=processor, fps=4, question_tokens=9)
+    with tieredkv.open_session(model, film, processor=processor, gpu_kv_gb=1, fps=4) as session:
+        assert made.visual_tokens == session.video.visual_tokens
+        assert made.video_text_tokens == session.video.tokens - session.video.visual_tokens
+        assert made.prompt_tokens == session.head_tokens + session.video.tokens + 9
+
+
+@FAMILIES
+def test_a_saved_session_answers_as_before(name, film, tmp_path):
+    model, processor = build(name)
+    with tieredkv.open_session(model, film, processor=processor, gpu_kv_gb=1, fps=4) as session:
+        session.ask(QUESTIONS[1], max_new_tokens=2)
+        expected = session_logits(session, QUESTIONS[0], 4)
+        session.save(tmp_path / "film.tkv")
+    with tieredkv.load_session(tmp_path / "film.tkv", model, processor=processor) as session:
+        assert_near(session_logits(session, QUESTIONS[0], 4), expected)
+
+
+@FAMILIES
+def test_a_small_cap_holds_and_leaves_only_chosen_tokens(name, film):
+    model, processor = build(name)
+    options = {"processor": processor, "fps": 4, "chunk_tokens": 8, "prefill_chunk": 64, "text_window": 8}
+    longer = film.repeat(6, axis=0)
+    tokens = tieredkv.plan(model, longer, gpu_kv_gb=1, processor=processor, fps=4).prompt_tokens
+    with tieredkv.open_session(model, longer, **pressed(model, tokens, 0.5), **options) as session:
+        stats = session.ask(QUESTIONS[0], max_new_tokens=6).stats
+    assert stats.kv_device_peak_bytes <= stats.kv_cap_bytes < stats.kv_full_bytes
+
+
+def test_qwen3_vl_follows_its_authors_unless_told_to_follow_transformers(film):
+    """Each step brings its own vision tokens; transformers 5.x leaves those of the template around all of them too."""
+    model, processor = build("qwen3_vl")
+    inputs = stock_inputs(processor, film, QUESTIONS[0])
+    text = processor.tokenizer.decode(inputs["input_ids"][0])
+    assert "user\n<|vision_start|><0.1 seconds><|vision_start|><|video_pad|>" in text
+    assert "<|video_pad|><|vision_end|><|vision_end|>what" in text
+    text = text.replace("user\n<|vision_start|>", "user\n").replace("<|vision_end|><|vision_end|>", "<|vision_end|>")
+    ids = processor.tokenizer(text, return_tensors="pt").input_ids
+    inner = {"input_ids": ids, "mm_token_type_ids": 2 * (ids == processor.video_token_id).int()}
+    pixels = {key: inputs[key] for key in ("pixel_values_videos", "video_grid_thw")}
+    with torch.no_grad():
+        stock = model(**inner, **pixels).logits[:, -1]
+    with tieredkv.open_session(model, film, processor=processor, gpu_kv_gb=1, fps=4) as session:
+        assert_near(session_logits(session, QUESTIONS[0], 1), stock)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 40])
+def test_positions_of_qwen3_vl_in_chunks_are_slices_of_the_whole(chunk):
+    model, _ = build("qwen3_vl")
+    between = ((), (1, 2), (1, 2, 3), (4,), (1, 2, 3, 4, 5))
+    family, video = families.video_family(model.config), VideoGrid(5, 2, 3, 0.5, between)
+    total = 11 + video.tokens + 6
+    whole = family.positions(model, 11, video, 0, total, "published")
+    parts = [
+        family.positions(model, 11, video, begin, min(begin + chunk, total), "published")
+        for begin in range(0, total, chunk)
+    ]
+    assert torch.equal(torch.cat(parts, dim=1), whole)
+    kinds = torch.cat((torch.zeros(11), 2 * video.is_visual(), torch.zeros(6))).long().unsqueeze(0)
+    theirs, _ = model.model.get_rope_index(
+        input_ids=torch.zeros_like(kinds), mm_token_type_ids=kinds, video_grid_thw=torch.tensor([[5, 4, 6]])
+    )
+    assert torch.equal(whole, theirs[:, 0])
+
+
+def test_times_written_are_those_of_the_file(film):
+    model, processor = build("qwen3_vl")
+    with tieredkv.open_session(model, film, processor=processor, gpu_kv_gb=1, fps=4, start=2.0) as session:
+        text = processor.tokenizer.decode(session.video.between[1])
+    assert "<2.6 seconds>" in text
+
+
+def test_frames_of_plain_grey_are_frames_all_the_same(film):
+    """SmolVLM's own code takes frames whose normalised pixels are all zero for padding and drops them."""
+    model, processor = build("smolvlm")
+    processor = copy.deepcopy(processor)
+    processor.video_processor.image_mean, processor.video_processor.image_std = [0.0] * 3, [1.0] * 3
+    grey = film.copy()
+    grey[3:5] = 0
+    with tieredkv.open_session(model, grey, processor=processor, gpu_kv_gb=1, fps=4) as session:
+        assert session.video.steps == len(grey)
+
+
+@pytest.mark.parametrize("kind", ["mllama", "t5", "mamba"])
+def test_a_family_that_is_not_supported_is_refused_by_name_with_what_it_would_take(kind):
+    from types import SimpleNamespace
+
+    with pytest.raises(UnsupportedModelError, match=rf"'{kind}'.*qwen3_vl.*adapter"):
+        families.video_family(SimpleNamespace(model_type=kind))
+    with pytest.raises(UnsupportedModelError, match=rf"'{kind}'.*gemma3_text.*adapter"):
+        families.check_text_family(kind)

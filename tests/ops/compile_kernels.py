@@ -1,0 +1,126 @@
+"""Compile every kernel for a card that need not be there: python tests/compile_kernels.py 89
+
+The wrappers are called as ever, with tensors on the CPU and a driver that knows its target and launches nothing. Prints
+a line per kernel: its name, shared memory and the stack of a thread. Exit code 1 where one needs more than a block has.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from tieredkv.ops.packing import Packing
+from tieredkv.ops.triton import attend, choose, copy, rank
+from tieredkv.policy.digests import sketch
+
+SHARED = {75: 65_536, 80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 120: 101_376}
+"""Bytes of shared memory that a block may have, by compute capability."""
+MOST_STACK = 256
+"""Bytes of stack per thread: more means that registers spill."""
+
+
+class Driver:
+    """What the compiler asks of a driver."""
+
+    def __init__(self, capability: int) -> None:
+        self._target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def stack(cubin: bytes) -> int:
+    """Bytes of stack per thread, as the vendor's tool reads them; 0 where Triton brings none."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not tool.exists():
+        return 0
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        said = subprocess.run([str(tool), "-res-usage", file.name], capture_output=True, text=True, check=True)
+    found = re.findall(r"STACK:(\d+)", said.stdout + said.stderr)
+    return max(map(int, found), default=0)
+
+
+def packed(slots: int, c: int, d: int) -> tuple[torch.Tensor, Packing]:
+    """Pages in 8 bits, of four heads."""
+    scales = torch.zeros(slots, 2, c, dtype=torch.float16)
+    return torch.zeros(slots, 2, c, d, dtype=torch.int8), Packing(scales, torch.zeros(4, 2, d))
+
+
+def call_all() -> None:
+    """Every wrapper, with the shapes and types of real models."""
+    for dtype, group, c, d in (
+        (torch.bfloat16, 7, 8, 128), (torch.float16, 7, 8, 80), (torch.bfloat16, 1, 32, 64), (torch.bfloat16, 8, 8, 96),
+        (torch.bfloat16, 16, 8, 256), (torch.float32, 7, 8, 128), (torch.float32, 32, 8, 64), (torch.float32, 2, 8, 16),
+    ):  # fmt: skip
+        pages, table = torch.zeros(40, 2, c, d, dtype=dtype), torch.zeros(4, 37, dtype=torch.int32)
+        attend.paged_attention(torch.zeros(4 * group, 1, d, dtype=dtype), pages, table, table, 0.1)
+        rows = torch.zeros(4, d, dtype=dtype)
+        copy.append(rows, rows, pages, table, table, torch.zeros(1, dtype=torch.int32))
+        pages, packing = packed(40, c, d)
+        attend.paged_attention(torch.zeros(4 * group, 1, d, dtype=dtype), pages, table, table, 0.1, packing=packing)
+        copy.append(rows, rows, pages, table, table, torch.zeros(1, dtype=torch.int32), packing)
+    for group, c, r, bits in ((7, 8, 64, 4), (2, 8, 8, 4), (7, 8, 64, 8), (7, 128, 64, 4), (16, 32, 48, 4)):
+        basis = sketch.Basis(torch.zeros(4, 2 * r, r), torch.zeros(4, 2 * r, r), torch.zeros(4, 1, 2 * r))
+        rank.pack_sketches(torch.zeros(4, 9, 2, c, 2 * r, dtype=torch.bfloat16)[:, :, 0], bits, basis)
+        rank.sketch_logits(torch.zeros(4, group, r), torch.zeros(4, 99, c * r * bits // 8, dtype=torch.uint8), bits, c)
+    chosen = torch.zeros(4, 4001, dtype=torch.bool)
+    for rule in rank.GROUPS:
+        rank.chunk_ranks(torch.zeros(4, 7, 4001), chosen, rule, 1.0)
+    slot_of, tables = (
+        torch.zeros(4, 4002, dtype=torch.int32),
+        [torch.zeros(4, 300, dtype=torch.int32) for _ in range(3)],
+    )
+    heads, few = torch.arange(4), torch.zeros(4, dtype=torch.int64)
+    _, missed, misses = choose.choose(torch.zeros(4, 4001), few, slot_of, 200)
+    clock = torch.zeros(1, dtype=torch.int32)
+    for table in (torch.zeros(4, 500, dtype=torch.int32), None):
+        victims = choose.place(chosen, chosen, misses, *tables, clock, 200, table, heads, 3)
+    for c, d, dtype in (
+        (8, 128, torch.bfloat16), (8, 80, torch.float16), (32, 128, torch.bfloat16), (128, 128, torch.bfloat16),
+        (8, 256, torch.bfloat16), (8, 64, torch.float32),
+    ):  # fmt: skip
+        arena = torch.zeros(4, 60, 2, c, d, dtype=dtype)
+        for pages, packing in ((arena[0], None), packed(60, c, d)):
+            copy.gather(arena, pages, heads, missed, victims, misses, *tables[:2], slot_of, 1, packing)
+            copy.fetch(arena, pages, heads, heads, heads, packing)
+            copy.keep(arena, pages, 1, torch.arange(20), torch.arange(9), packing)
+
+
+def main() -> int:
+    capability = int(sys.argv[1]) if len(sys.argv) > 1 else 89
+    triton.runtime.driver.set_active(Driver(capability))
+    launch, failed = JITFunction.run, []
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        made = launch(self, *args, grid=grid, warmup=True, **options)
+        shared, stacked = made.metadata.shared, stack(made.asm["cubin"])
+        fits = shared <= SHARED[capability] and stacked <= MOST_STACK
+        print(f"{self.__name__:<16} shared {shared:>7,} stack {stacked:>5,}{'' if fits else '  TOO MUCH'}", flush=True)
+        if not fits:
+            failed.append(self.__name__)
+        return made
+
+    JITFunction.run = compile_only
+    call_all()
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

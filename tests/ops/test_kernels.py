@@ -1,0 +1,326 @@
+"""Every Triton kernel against its twin in torch: interpreted on a machine without a card, compiled on one with."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import LateCopies, assert_near, pressed
+
+import tieredkv
+from tieredkv import TieredCache
+from tieredkv.environment.versions import cache_argument
+from tieredkv.memory import residency
+from tieredkv.ops import torch_ops
+from tieredkv.ops.packing import Packing, pack
+from tieredkv.ops.select import copying_by_torch, ops_for, triton
+from tieredkv.policy import select
+from tieredkv.policy.digests import sketch
+
+pytestmark = pytest.mark.interpreter
+
+
+def on_host(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """As a kernel on `device` can read it from host memory."""
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
+def empty_pool(slots: int, heads: int, c: int, d: int, device: torch.device) -> tuple[torch.Tensor, Packing]:
+    """Pages in 8 bits that hold nothing, the same at every call: heads whose channels differ much in size."""
+    norms = torch.rand(heads, 2, d, generator=torch.Generator().manual_seed(d)) ** 2 * 2 + 0.01
+    scales = torch.zeros(slots, 2, c, dtype=torch.float16, device=device)
+    return torch.zeros(slots, 2, c, d, dtype=torch.int8, device=device), Packing(scales, norms.to(device))
+
+
+def odd_tokens(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    """Keys and values `(..., D)`, some of which are hard to pack: none at all, not finite, very large, very small."""
+    tokens = torch.randn(shape)
+    rows = tokens.view(-1, shape[-1])
+    rows[0] = 0
+    rows[1, 3], rows[2, 5] = float("nan"), -float("inf")
+    rows[3], rows[4] = rows[3] * 3e4, rows[4] * 1e-6
+    return tokens.to(dtype)
+
+
+def assert_packed_alike(got: torch.Tensor, want: torch.Tensor, packing: Packing, wanted: Packing) -> None:
+    """To the bit; on a card numbers that lie between two steps may be rounded either way."""
+    near = 1 if got.device.type == "cuda" else 0
+    torch.testing.assert_close(got.cpu().int(), want.int(), atol=near, rtol=0)
+    torch.testing.assert_close(packing.scales.cpu(), wanted.scales, atol=0, rtol=near * 1e-3, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("heads", "group", "d", "c", "columns", "rows"),
+    [(3, 3, 64, 8, 21, 1), (2, 7, 80, 16, 5, 1), (1, 1, 128, 32, 7, 1), (2, 16, 96, 8, 9, 1), (2, 7, 256, 8, 9, 1),
+     (2, 2, 32, 8, 9, 5), (1, 7, 64, 8, 3, 12)],
+)  # fmt: skip
+def test_attention_over_ragged_pages(kernels, device, dtype, heads, group, d, c, columns, rows):
+    generator = torch.Generator().manual_seed(d + group)
+    pages = torch.randn(40, 2, c, d, generator=generator).to(dtype)
+    table = torch.stack([torch.randperm(40, generator=generator)[:columns] for _ in range(heads)]).int()
+    lengths = torch.full((heads, columns), c, dtype=torch.int32)
+    lengths[:, 2], lengths[0, 1] = 3, 0
+    query = torch.randn(heads * group, rows, d, generator=generator).to(dtype)
+    given = [part.to(device) for part in (query, pages, table, lengths)]
+    out, lse = kernels.paged_attention(*given, d**-0.5, 8)
+    want, want_lse = torch_ops.paged_attention(query, pages, table, lengths, d**-0.5, 8)
+    assert_near(out.cpu(), want, dtype)
+    assert_near(lse.cpu(), want_lse, dtype)
+
+
+def test_what_lies_beyond_a_pages_length_is_not_read(kernels, device):
+    pages, query = torch.randn(2, 2, 4, 16, device=device), torch.randn(2, 1, 16, device=device)
+    table, lengths = torch.tensor([[0, 1]], device=device).int(), torch.tensor([[4, 2]], device=device).int()
+    want, _ = kernels.paged_attention(query, pages, table, lengths, 1.0, 8)
+    pages[1, :, 2:] = float("nan")
+    torch.testing.assert_close(kernels.paged_attention(query, pages, table, lengths, 1.0, 8)[0], want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("heads", "group", "d", "c", "columns", "rows"),
+    [(3, 3, 64, 8, 21, 1), (2, 7, 80, 16, 5, 1), (2, 16, 96, 8, 9, 1), (1, 7, 64, 8, 3, 12)],
+)
+def test_attention_over_packed_pages(kernels, device, dtype, heads, group, d, c, columns, rows):
+    pages, packing = empty_pool(heads * columns, heads, c, d, torch.device("cpu"))
+    table = torch.randperm(heads * columns).view(heads, columns).int()
+    norms = packing.norms.unsqueeze(1).unsqueeze(3)
+    pages[table], packing.scales[table] = pack(torch.randn(heads, columns, 2, c, d) * norms, norms)
+    lengths = torch.full((heads, columns), c, dtype=torch.int32)
+    lengths[:, 2], lengths[0, 1] = 3, 0
+    query = torch.randn(heads * group, rows, d).to(dtype)
+    given = [part.to(device) for part in (query, pages, table, lengths)]
+    held = Packing(packing.scales.to(device), packing.norms.to(device))
+    out, lse = kernels.paged_attention(*given, d**-0.5, 8, held)
+    want, want_lse = torch_ops.paged_attention(query, pages, table, lengths, d**-0.5, 8, packing)
+    assert_near(out.cpu(), want, dtype)
+    assert_near(lse.cpu(), want_lse, dtype)
+
+
+def test_what_lies_beyond_a_packed_pages_length_is_not_read(kernels, device):
+    pages, packing = empty_pool(3, 1, 4, 16, device)
+    pages.random_(-127, 128)
+    packing.scales.uniform_(0.01, 0.02)
+    query, table = torch.randn(2, 1, 16, device=device), torch.tensor([[0, 1, 2]], device=device).int()
+    lengths = torch.tensor([[4, 2, 0]], device=device).int()
+    want, want_lse = kernels.paged_attention(query, pages, table, lengths, 1.0, 8, packing)
+    pages[1, :, 2:], packing.scales[1, :, 2:] = -128, float("nan")
+    pages[2], packing.scales[2] = -128, float("nan")
+    out, lse = kernels.paged_attention(query, pages, table, lengths, 1.0, 8, packing)
+    torch.testing.assert_close(out, want)
+    torch.testing.assert_close(lse, want_lse)
+
+
+@pytest.mark.parametrize("half", [0, 1], ids=["key", "value"])
+def test_a_packed_token_that_is_not_a_number_is_heard_of(kernels, device, half):
+    pages, packing = empty_pool(2, 1, 4, 16, device)
+    packing.scales[1, half, 2] = float("nan")
+    table, lengths = torch.tensor([[0, 1]], device=device).int(), torch.tensor([[4, 4]], device=device).int()
+    out, _ = kernels.paged_attention(torch.randn(2, 1, 16, device=device), pages, table, lengths, 1.0, 8, packing)
+    assert out.isnan().all()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("heads", "group", "c", "d", "chunks"), [(3, 3, 8, 64, 37), (1, 7, 16, 128, 20), (2, 1, 32, 32, 9)]
+)
+def test_sketch_logits(kernels, device, bits, heads, group, c, d, chunks):
+    keys, queries = torch.randn(heads, chunks, c, d), torch.randn(heads, group, d)
+    basis = sketch.fit(torch.eye(d).expand(heads, d, d), keys.flatten(1, 2), bits)
+    packed, small = sketch.pack(keys, bits, basis), queries @ basis.up
+    got = kernels.sketch_logits(small.to(device), packed.to(device), bits, c)
+    # On a card the products are of TF32: ten bits of the queries, as many as a half float has, all of a sketch.
+    dtype = torch.float32 if device.type == "cpu" else torch.float16
+    assert_near(got.cpu(), sketch.sketch_logits(small, packed, bits, c), dtype)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("heads", "c", "d", "chunks"), [(3, 8, 64, 11), (2, 16, 80, 5), (1, 32, 32, 3)])
+def test_sketches_are_packed(kernels, device, bits, dtype, heads, c, d, chunks):
+    """Keys lie between values, as they are staged."""
+    staged = torch.randn(heads, chunks, 2, c, d).to(dtype)
+    keys = staged[:, :, 0]
+    basis = sketch.fit(torch.eye(d).expand(heads, d, d), keys.flatten(1, 2), bits)
+    got = kernels.pack_sketches(staged.to(device)[:, :, 0], bits, basis.to(device)).cpu()
+    want = sketch.pack(keys, bits, basis)
+    assert got.shape == want.shape
+    assert (got != want).float().mean() < 0.002  # keys that lie between two steps may be rounded either way
+
+
+@pytest.mark.parametrize(("group", "stay"), [("mean", 2.0), ("mean", 1.0), ("max", 3.0), ("max_logit", 1.0)])
+@pytest.mark.parametrize("chunks", [5, 1024, 2500])
+def test_chunk_ranks(kernels, device, group, stay, chunks):
+    logits, chosen = 3 * torch.randn(2, 3, chunks), torch.rand(2, chunks) < 0.2
+    got = kernels.chunk_ranks(logits.to(device), chosen.to(device), group, stay)
+    assert_near(got.cpu(), select.chunk_ranks(logits, chosen, group, stay))
+
+
+@pytest.mark.parametrize("chunks", [7, 2048, 5000])
+def test_the_best_chunks_are_chosen(kernels, device, chunks):
+    ranks = torch.randn(3, chunks)
+    slot_of = torch.where(torch.rand(3, chunks + 1) < 0.5, 1, -1).int()
+    selected = torch.tensor([0, 3, 7])
+    got = kernels.choose(ranks.to(device), selected.to(device), slot_of.to(device), 7)
+    want = torch_ops.choose(ranks, selected, slot_of, 7)
+    assert torch.equal(got[0].cpu(), want[0])
+    assert torch.equal(got[2].cpu(), want[2])
+    for head, count in enumerate(want[2].tolist()):
+        assert torch.equal(got[1][head, :count].cpu(), want[1][head, :count])
+
+
+def test_of_equal_ranks_as_many_are_chosen_as_were_asked_for(kernels, device):
+    ranks = torch.tensor([[0.0, 1.0, 0.0, 0.0, 2.0, 0.0]], device=device)
+    none = torch.full((1, 7), -1, dtype=torch.int32, device=device)
+    chosen, missed, misses = kernels.choose(ranks, torch.tensor([4], device=device), none, 5)
+    assert chosen.int().tolist() == [[1, 1, 1, 0, 1, 0]]
+    assert (missed[0, :4].tolist(), misses.tolist()) == ([0, 1, 2, 4], [4])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_copies_of_chunks_and_tokens(kernels, device, dtype):
+    arena, heads = torch.randn(3, 9, 2, 8, 16).to(dtype), torch.tensor([2, 0, 2, 1, 0])
+    chunks, slots = torch.tensor([0, 8, 3, 1, 4]), torch.tensor([6, 2, 0, 1, 9])
+    pages = torch.zeros(10, 2, 8, 16, dtype=dtype)
+    kernels.fetch(on_host(arena, device), got := pages.clone().to(device), heads, chunks, slots.to(device))
+    torch_ops.fetch(arena, want := pages.clone(), heads, chunks, slots)
+    assert torch.equal(got.cpu(), want)
+    tokens = torch.randperm(72)[:19].sort().values
+    kernels.keep(on_host(arena, device), got, 1, tokens, torch.tensor([3, 5, 8], device=device))
+    torch_ops.keep(arena, want, 1, tokens, torch.tensor([3, 5, 8]))
+    assert torch.equal(got.cpu(), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("c", "d"), [(8, 16), (4, 80), (32, 96)])
+def test_chunks_are_packed_as_they_are_fetched(kernels, device, dtype, c, d):
+    arena, heads = odd_tokens(dtype, 3, 9, 2, c, d), torch.tensor([2, 0, 2, 1, 0])
+    chunks, slots = torch.tensor([0, 0, 3, 1, 4]), torch.tensor([6, 2, 0, 1, 9])
+    got, packing = empty_pool(10, 3, c, d, device)
+    want, wanted = empty_pool(10, 3, c, d, torch.device("cpu"))
+    kernels.fetch(on_host(arena, device), got, heads, chunks, slots.to(device), packing)
+    torch_ops.fetch(arena, want, heads, chunks, slots, wanted)
+    assert wanted.scales[2, 0, 1].isnan()
+    assert_packed_alike(got, want, packing, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("c", "d"), [(8, 16), (4, 80), (32, 96)])
+def test_tokens_are_packed_as_they_are_kept(kernels, device, dtype, c, d):
+    arena, slots = odd_tokens(dtype, 3, 9, 2, c, d), torch.tensor([3, 5, 8, 1, 0])
+    tokens = torch.cat((torch.arange(5), 5 + torch.randperm(9 * c - 5)[:13].sort().values)).clamp(max=9 * c - 1)
+    got, packing = empty_pool(10, 3, c, d, device)
+    want, wanted = empty_pool(10, 3, c, d, torch.device("cpu"))
+    for head in range(3):
+        kernels.keep(on_host(arena, device), got, head, tokens, slots.to(device), packing)
+        torch_ops.keep(arena, want, head, tokens, slots, wanted)
+        assert_packed_alike(got, want, packing, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("c", "d"), [(8, 16), (4, 80), (32, 96)])
+def test_missed_chunks_are_packed_as_they_are_gathered(kernels, device, dtype, c, d):
+    """More misses than one program has under way, heads in any order, slots that were empty and slots that were not."""
+    arena, heads = odd_tokens(dtype, 3, 12, 2, c, d), torch.tensor([2, 0])
+    missed = torch.tensor([[0, 2, 4, 5, 7, 9], [0, 1, 3, 0, 0, 0]], dtype=torch.int32)
+    victims = torch.tensor([[0, 1, 2, 3, 4, 6], [1, 4, 5, 0, 0, 0]], dtype=torch.int32)
+    misses = torch.tensor([6, 3], dtype=torch.int32)
+    slots = torch.randperm(20)[:14].view(2, 7).int()
+    chunk_in, slot_of = torch.full((2, 7), -1, dtype=torch.int32), torch.full((2, 12), -1, dtype=torch.int32)
+    chunk_in[0, 1], slot_of[0, 8] = 8, 1
+    tables = [part.to(device) for part in (heads, missed, victims, misses, slots)]
+    got_tables = [chunk_in.to(device).clone(), slot_of.to(device).clone()]
+    got, packing = empty_pool(20, 3, c, d, device)
+    want, wanted = empty_pool(20, 3, c, d, torch.device("cpu"))
+    kernels.gather(on_host(arena, device), got, *tables, *got_tables, 1, packing)
+    torch_ops.gather(arena, want, heads, missed, victims, misses, slots, chunk_in, slot_of, 1, wanted)
+    assert_packed_alike(got, want, packing, wanted)
+    assert torch.equal(got_tables[0].cpu(), chunk_in)
+    assert torch.equal(got_tables[1].cpu(), slot_of)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("d", [16, 80, 96])
+def test_a_token_is_packed_as_it_is_appended(kernels, device, dtype, d):
+    table, lengths = torch.tensor([[3, 1, 7], [0, 8, 2]], dtype=torch.int32), torch.zeros(2, 3, dtype=torch.int32)
+    got, packing = empty_pool(9, 2, 4, d, device)
+    want, wanted = empty_pool(9, 2, 4, d, torch.device("cpu"))
+    got_lengths = lengths.to(device).clone()
+    for held, tokens in enumerate(odd_tokens(dtype, 5, 2, 2, d)):
+        count = torch.tensor([held], dtype=torch.int32)
+        new = [part.to(device) for part in tokens.unbind()]
+        kernels.append(*new, got, table.to(device), got_lengths, count.to(device), packing)
+        torch_ops.append(*tokens.unbind(), want, table, lengths, count, wanted)
+    assert_packed_alike(got, want, packing, wanted)
+    assert torch.equal(got_lengths.cpu(), lengths)
+
+
+@pytest.mark.parametrize("d", [16, 80])
+def test_a_token_is_appended(kernels, device, d):
+    pages, table = torch.zeros(9, 2, 4, d), torch.tensor([[3, 1, 7], [0, 8, 2]], dtype=torch.int32)
+    lengths, held = torch.zeros(2, 3, dtype=torch.int32), torch.tensor([6], dtype=torch.int32)
+    keys, values = torch.randn(2, d), torch.randn(2, d)
+    got = [pages.to(device).clone(), table.to(device), lengths.to(device).clone(), held.to(device)]
+    kernels.append(keys.to(device), values.to(device), *got)
+    torch_ops.append(keys, values, pages, table, lengths, held)
+    assert torch.equal(got[0].cpu(), pages)
+    assert torch.equal(got[2].cpu(), lengths)
+
+
+@pytest.mark.parametrize("options", [
+    {"theta": 2.0}, {"theta": 0.0, "pruning": "streaming"}, {"policy": "arkvale"},
+    {"reuse_above": -1.0, "prefetch": True}, {"adaptive": True}, {"pack_pages": False},
+], ids=str)  # fmt: skip
+def test_decoding_with_kernels_is_decoding_with_torch(llama, long_ids, kernels, device, options):
+    """Logits of several steps, and what was selected and copied."""
+    if device.type != "cpu":
+        pytest.skip("interpreted; on a card the whole path is tested")
+    ids = long_ids[:, :480]
+    tiers = {**pressed(llama, 480, 0.5), "chunk_tokens": 8, "text_window": 16, **options}
+
+    def decode(ops):
+        with (
+            torch.no_grad(),
+            tieredkv.use_attention(llama),
+            TieredCache(llama.config, **tiers, max_new_tokens=8) as cache,
+        ):
+            cache.ops, cache.copies = ops, LateCopies()  # Triton's interpreter runs on one thread only
+            llama(ids, **cache_argument(cache))
+            rows = [llama(ids[:, i : i + 1], **cache_argument(cache)).logits[0, -1] for i in range(2)]
+            cache.finish()
+            counters = cache.counters
+            return torch.stack(rows), (counters.reused, counters.selected, counters.missed_bytes)
+
+    (got, counts), (want, want_counts) = decode(kernels), decode(None)
+    assert_near(got, want)
+    assert counts == want_counts
+    assert (counts[0] > 0) == ("reuse_above" in options)
+
+
+def test_kernels_are_for_cards():
+    assert ops_for(torch.device("cpu")).name == "torch"
+    assert ops_for(torch.device("cuda")) is triton()
+
+
+def test_where_memory_is_not_page_locked_no_kernel_reads_it():
+    without = copying_by_torch(triton())
+    assert not without.capturable
+    assert (without.gather, without.fetch, without.keep) == (residency.gather, residency.fetch, residency.keep)
+    assert without.paged_attention is triton().paged_attention
+
+
+@pytest.mark.slow
+@pytest.mark.subprocess
+def test_every_kernel_compiles_for_a_consumer_card():
+    """In a process of its own, where Triton compiles: shared memory and registers of an RTX 40."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).parent / "compile_kernels.py"
+    done = subprocess.run([sys.executable, str(script), "89"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {line.split()[0] for line in done.stdout.splitlines()} >= {"_attend_split", "_choose", "_place", "_gather"}

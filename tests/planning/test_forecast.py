@@ -1,0 +1,401 @@
+"""plan: the arithmetic is the cache's own, what it refuses a session refuses, and what it suggests fits."""
+
+from __future__ import annotations
+
+import json
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from command_line import run
+from helpers import cap_share
+
+from tieredkv.api import new_session
+from tieredkv.cache.tiered_cache import TieredCache
+from tieredkv.config import TierConfig
+from tieredkv.errors import BudgetError, OptionError, UnsupportedModelError, VideoError
+from tieredkv.memory import ledger, limits
+from tieredkv.memory.units import GIB
+from tieredkv.models import encode
+from tieredkv.models.families.base import VideoGrid
+from tieredkv.models.families.qwen2_5_vl import Qwen25VL
+from tieredkv.models.kv_shape import KVShape
+from tieredkv.planning import decode_plan, forecast, forecast_bytes
+from tieredkv.planning.forecast import plan
+from tieredkv.planning.report import MemoryPlan
+from tieredkv.tiny.model import PATH, build_config
+
+QUESTION, NEW = "what colour was the star ?", 6
+SMALL = {"chunk_tokens": 8, "text_window": 16, "recent_window": 8, "prefill_chunk": 64}
+
+
+def published_config(layers: int, heads: int, kv_heads: int, hidden: int, inner: int, tied: bool):
+    """A config in the shape of a published Qwen2.5-VL."""
+    from transformers import Qwen2_5_VLConfig
+
+    text = {
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "vocab_size": 151_936 if tied else 152_064,
+        "tie_word_embeddings": tied,
+    }
+    vision = {"hidden_size": 1280, "intermediate_size": 3420, "depth": 32, "num_heads": 16, "out_hidden_size": hidden}
+    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied)
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch):
+    """16 GiB of host memory, and a transformers that loads no weights."""
+    from transformers import PreTrainedModel
+
+    def refuse(*args, **options):
+        raise AssertionError("a plan loaded weights")
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", refuse)
+    monkeypatch.setattr(limits, "available_host_bytes", lambda: 16 * GIB)
+
+
+@pytest.fixture(scope="module")
+def seven_billion():
+    return published_config(28, 28, 4, 3584, 18_944, tied=False)
+
+
+@pytest.fixture
+def film(monkeypatch, tmp_path):
+    """A film of 600 s, 640x360, of which the header is all there is."""
+
+    def open_video(video, fps, *, source_fps=None, max_frames=None, start=0.0, end=None):
+        seconds = (600.0 if end is None else end) - start
+        expected = min(int(seconds * fps), max_frames or 10**9)
+        return SimpleNamespace(
+            name=video, height=360, width=640, fps=fps, expected=expected, start=0.0, seconds=seconds
+        )
+
+    monkeypatch.setattr(forecast, "open_video", open_video)
+    (tmp_path / "film.mp4").touch()
+    return str(tmp_path / "film.mp4")
+
+
+# ---- published models
+
+
+def test_bytes_per_token_are_those_known_of_the_published_models(seven_billion):
+    three = plan(published_config(36, 16, 2, 2048, 11_008, tied=True), 1000)
+    seven = plan(seven_billion, 1000)
+    assert three.shape.token_bytes == 36 * 1024
+    assert seven.shape.token_bytes == 56 * 1024
+    assert seven.full_bytes == seven.prompt_tokens * 56 * 1024
+    assert seven.dtype == "bfloat16"
+    # 3.75 and 8.29 billion parameters, of which the 3B's step reads all but the vision tower's.
+    assert 3.7e9 < (three.decoder_bytes + three.vision_bytes) / 2 < 3.8e9
+    assert 8.2e9 < (seven.decoder_bytes + seven.vision_bytes) / 2 < 8.4e9
+    assert three.step_weight_bytes == three.decoder_bytes
+    assert seven.decoder_bytes - seven.step_weight_bytes == 2 * 152_064 * 3584
+
+
+def test_weights_counted_from_the_config_are_those_of_the_model(video_model):
+    model = plan(video_model, 500)
+    config = plan(video_model.config, 500)
+    assert model.dtype == "float32"
+    assert sum(p.nbytes for p in video_model.parameters()) == model.decoder_bytes + model.vision_bytes
+    assert model.vision_bytes == sum(p.nbytes for p in video_model.model.visual.parameters())
+    assert (model.decoder_bytes * config.shape.itemsize, model.vision_bytes * config.shape.itemsize) == (
+        config.decoder_bytes * 4,
+        config.vision_bytes * 4,
+    )
+
+
+def test_times_follow_from_the_bytes(seven_billion):
+    made = plan(seven_billion, 131_072, link=10, card=1000)
+    assert made.step_copy_ms == pytest.approx(made.step_copy_bytes / 1e7)
+    assert made.prefill_copy_s == pytest.approx(made.prefill_copy_bytes / 1e10)
+    least, most = made.token_ms
+    assert least == pytest.approx((made.step_weight_bytes + made.step_read_bytes) / 1e9)
+    assert most == pytest.approx(least + made.step_copy_ms)
+    assert plan(seven_billion, 131_072).token_ms is None
+    assert plan(seven_billion, 1000, card="rtx4090", link="PCIe5x16").card_gb_s == 1008
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("gib", [0.75, 2, 30])
+def test_both_phases_stay_under_the_cap(seven_billion, gib, share):
+    made = plan(seven_billion, 131_072, gpu_kv_gb=gib, static_share=share)
+    assert sum(made.prefill.values()) <= made.cap_bytes
+    assert sum(made.decode.values()) <= made.cap_bytes
+    assert made.static_heads == round(share * 112)
+    copied = made.step_copy_bytes / (2 if made.packed else 1)  # what arrives in 16 bits is held in 8
+    assert copied <= made.step_read_bytes
+
+
+def test_a_cap_beyond_the_cache_copies_nothing(seven_billion):
+    made = plan(seven_billion, 10_000, gpu_kv_gb=8)
+    assert (made.step_copy_bytes, made.prefill_copy_bytes) == (0, 0)
+    assert made.dynamic_tokens == made.prompt_tokens + made.new_tokens
+
+
+# ---- against a session
+
+
+class Watch:
+    """What a session's cache really held: by purpose at the seal and at most, and what it was planned from."""
+
+    def __init__(self, monkeypatch):
+        self.most: dict[str, int] = {}
+        self.prefill = 0
+        self.sealed: dict[str, int] = {}
+        reserve, seal, plan_decode = ledger.DeviceLedger.reserve, TieredCache.seal, decode_plan.plan_decode
+
+        def watched_reserve(ledger, purpose, nbytes):
+            reserve(ledger, purpose, nbytes)
+            held = ledger.held()
+            self.most[purpose] = max(self.most.get(purpose, 0), held[purpose])
+            if not {"pool", "tables"} & set(held):
+                self.prefill = max(self.prefill, sum(held.values()))
+
+        def watched_seal(cache):
+            seal(cache)
+            self.sealed = cache.ledger.held()
+
+        def watched_plan(shape, tiers, layout, scores, static, need=None):
+            made = plan_decode(shape, tiers, layout, scores, static)
+            self.planned = (shape, tiers, made, static)
+            return made
+
+        monkeypatch.setattr(ledger.DeviceLedger, "reserve", watched_reserve)
+        monkeypatch.setattr(TieredCache, "seal", watched_seal)
+        monkeypatch.setattr(decode_plan, "plan_decode", watched_plan)
+
+
+@pytest.mark.parametrize(("theta", "static_share"), [(0.0, 1.0), (0.18, None), (2.0, 0.0)])
+@pytest.mark.parametrize("share", [0.7, 3.0])
+def test_every_purpose_takes_what_the_plan_says(
+    monkeypatch, video_model, processor, frames, theta, static_share, share
+):
+    film = np.concatenate([frames, frames, frames])
+    options = {"gpu_kv_gb": cap_share(video_model, 800, share), "policy": "paper", "theta": theta, **SMALL}
+    watch = Watch(monkeypatch)
+    with new_session(video_model, processor=processor, **options) as session:
+        session.ingest(film, fps=4.0, question=QUESTION, max_new_tokens=NEW)
+        answer = session.ask(QUESTION, max_new_tokens=NEW)
+        tail = answer.stats.prompt_tokens - answer.stats.visual_tokens - session.head_tokens
+        streamed = session.ingest_stats.streamed_bytes + session._cache.transfer.streamed_bytes
+        digests = sum(layer.digests.packed.nbytes for layer in session._cache.tiered_layers)
+        host = session._cache.host_bytes
+    real = forecast_bytes.decode_bytes(*watch.planned)
+    assert (answer.stats.static_heads > 0, answer.stats.dynamic_heads > 0) == (theta < 2, theta > 0)
+    made = plan(
+        video_model,
+        film,
+        processor=processor,
+        fps=4.0,
+        question_tokens=tail,
+        max_new_tokens=NEW,
+        static_share=0.5 if static_share is None else static_share,
+        **options,
+    )
+    pool = real["recent pages"] + real["static pages"] + real["retrieval pool"]
+    assert pool == watch.sealed["pool"]
+    for purpose in ("digests", "tables"):
+        assert real[purpose] == watch.sealed.get(purpose, 0)
+    assert real["ranking"] == watch.most.get("ranking", 0)
+    assert real["attention"] == watch.most["scratch"]
+    if static_share is not None:  # how far static heads' budgets differ, and so the width of tables, is not known ahead
+        assert made.decode == {**real, "tables": made.decode["tables"] if static_share else real["tables"]}
+    assert made.prompt_tokens == answer.stats.prompt_tokens
+    assert sum(made.prefill.values()) == watch.prefill
+    assert made.prefill["resident"] == watch.most.get("resident", 0)
+    assert made.prefill_copy_bytes == streamed
+    assert 0 <= made.host_bytes - host - digests < 0.1 * host
+
+
+def test_a_plan_refuses_with_the_cap_of_the_session(video_model, processor, frames):
+    with (
+        new_session(video_model, processor=processor, gpu_kv_gb=1e-5, **SMALL) as session,
+        pytest.raises(BudgetError) as refused,
+    ):
+        session.ingest(frames, fps=4.0, question="?", max_new_tokens=NEW)
+    tail = processor.tokenizer("<|vision_end|>?<|im_end|>\n<|im_start|>assistant\n").input_ids
+    with pytest.raises(BudgetError) as planned:
+        plan(
+            video_model,
+            frames,
+            processor=processor,
+            fps=4.0,
+            gpu_kv_gb=1e-5,
+            question_tokens=len(tail),
+            max_new_tokens=NEW,
+            **SMALL,
+        )
+    assert str(planned.value) == str(refused.value)
+
+
+# ---- refusals name what fits
+
+
+def test_the_smallest_device_cap_named_is_enough(seven_billion):
+    with pytest.raises(BudgetError, match="the smallest that works is") as refused:
+        plan(seven_billion, 131_072, gpu_kv_gb=0.1)
+    works = float(re.search(r"works is ([\d.]+)\. ", str(refused.value))[1])
+    made = plan(seven_billion, 131_072, gpu_kv_gb=works, static_share=0.0)
+    assert sum(made.decode.values()) <= made.cap_bytes
+
+
+def test_every_change_named_for_the_host_is_enough_and_more_is_not(film):
+    options = {"gpu_kv_gb": 0.01, "host_kv_gb": 0.003}
+    with pytest.raises(
+        BudgetError, match=r"needs .* GiB of host memory, host_kv_gb allows 0.003: give fps="
+    ) as refused:
+        plan(PATH, film, fps=4.0, **options)
+    fps, max_frames, host = (
+        float(re.search(rf"{name}=([\d.]+\d)", str(refused.value).split(": give")[1])[1])
+        for name in ("fps", "max_frames", "host_kv_gb")
+    )
+    plan(PATH, film, fps=fps, **options)
+    plan(PATH, film, fps=4.0, max_frames=int(max_frames), **options)
+    plan(PATH, film, fps=4.0, gpu_kv_gb=0.01, host_kv_gb=host)
+    with pytest.raises(BudgetError):
+        plan(PATH, film, fps=1.05 * fps, **options)
+    with pytest.raises(BudgetError):
+        plan(PATH, film, fps=4.0, max_frames=int(max_frames) + 2, **options)
+
+
+def test_a_number_of_tokens_is_refused_with_the_number_that_fits(seven_billion):
+    with pytest.raises(BudgetError, match=r"at most [\d,]+ visual tokens or host_kv_gb=") as refused:
+        plan(seven_billion, 200_000, host_kv_gb=4)
+    tokens = int(re.search(r"at most ([\d,]+)", str(refused.value))[1].replace(",", ""))
+    plan(seven_billion, tokens, host_kv_gb=4)
+    with pytest.raises(BudgetError):
+        plan(seven_billion, tokens + 32, host_kv_gb=4)
+
+
+def test_without_a_host_cap_a_safe_share_of_the_memory_is_the_limit(seven_billion, monkeypatch):
+    plan(seven_billion, 200_000)
+    monkeypatch.setattr(limits, "available_host_bytes", lambda: 13 * GIB)
+    with pytest.raises(BudgetError, match=r"80% of what is available.*: give .* or host_kv_gb="):
+        plan(seven_billion, 200_000)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"video_or_tokens": 0}, OptionError, "visual tokens=0 is not valid"),
+        ({"video_or_tokens": True}, OptionError, "visual tokens=True is not valid"),
+        ({"question_tokens": 0}, OptionError, "question_tokens=0 is not valid"),
+        ({"static_share": 1.5}, OptionError, "static_share=1.5 is not valid"),
+        ({"link": "usb"}, OptionError, "link='usb' is not known: give GB/s, or one of pcie3x16"),
+        ({"card": "-1"}, OptionError, "card='-1' is not known"),
+        ({"nonsense": 1}, OptionError, "nonsense"),
+        ({"tiers": TierConfig(), "host_kv_gb": 3}, OptionError, "either tiers or host_kv_gb"),
+        ({"gpu_kv_gb": 0}, BudgetError, "gpu_kv_gb=0 is not valid"),
+        ({"model": 3}, UnsupportedModelError, "model is a int"),
+        ({"model": "/nowhere"}, UnsupportedModelError, "no usable model found there"),
+        ({"video_or_tokens": "/nowhere.mp4"}, VideoError, "no such file"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_named(options, error, message):
+    with pytest.raises(error, match=message):
+        plan(**{"model": PATH, "video_or_tokens": 100, **options})
+
+
+def test_a_processor_that_refuses_the_frames_is_an_error_of_the_video(film, monkeypatch, processor):
+    def refuse(*args, **options):
+        raise ValueError("too thin")
+
+    monkeypatch.setattr(type(processor.video_processor), "__call__", refuse)
+    with pytest.raises(VideoError, match="refuses frames of 640x360: too thin"):
+        plan(PATH, film, processor=processor)
+
+
+# ---- the vision tower's calls
+
+
+def batch_tokens(height, width, grid, tiers):
+    return encode.batch_tokens(Qwen25VL(), build_config(), height, width, VideoGrid(*grid, 0.5), tiers)
+
+
+def test_a_call_of_the_tower_takes_whole_steps_within_the_bounds():
+    tiers = TierConfig()
+    for grid in [(500, 2, 2), (3, 2, 2), (500, 40, 40), (500, 7, 11)]:
+        batch = batch_tokens(360, 640, grid, tiers)
+        step = grid[1] * grid[2]
+        assert batch % step == 0
+        assert step <= batch <= max(step, min(grid[0] * step, tiers.prefill_chunk // 2))
+
+
+def test_large_frames_make_calls_smaller():
+    small = batch_tokens(56, 56, (5000, 2, 2), TierConfig(prefill_chunk=10**6))
+    large = batch_tokens(2160, 3840, (5000, 2, 2), TierConfig(prefill_chunk=10**6))
+    assert large < small
+    assert large * 2 * 2160 * 3840 * 3 / 4 <= encode.ENCODE_BYTES
+
+
+@pytest.mark.parametrize(("asked", "given"), [(1, 4), (4, 4), (11, 8), (10**9, 2000)])
+def test_encode_batch_decides_in_whole_steps(asked, given):
+    assert batch_tokens(56, 56, (500, 2, 2), TierConfig(encode_batch=asked)) == given
+
+
+# ---- what is printed
+
+
+def test_the_table_fits_a_terminal_and_says_what_is_assumed(film):
+    text = str(plan(PATH, film, fps=4.0, gpu_kv_gb=0.002, card="RTX 3060"))
+    lines = text.splitlines()
+    assert len(lines) <= 30
+    assert max(len(line) for line in lines) <= 110
+    for words in ("film.mp4: 2,400 frames of 640x360", "as assumed", "estimates, not measured", "by its data sheet"):
+        assert words in text
+
+
+def test_the_dictionary_is_json_and_complete(seven_billion):
+    made = plan(seven_billion, 1000, card=500)
+    values = json.loads(json.dumps(made.as_dict()))
+    names = set(MemoryPlan.__dataclass_fields__) - {"shape"}
+    assert names | {"layers", "token_bytes", "token_ms", "step_copy_ms", "prefill_copy_s"} <= values.keys()
+    assert values["decode"] == made.decode
+
+
+def test_the_command_prints_a_table_or_json(monkeypatch, capsys, film):
+    code, out, _ = run(monkeypatch, capsys, "plan", film, "--gpu-kv-gb", "0.002", "--fps", "4", "--end", "300")
+    assert code == 0
+    assert "1,200 frames" in out
+    assert "resident" in out
+    code, out, _ = run(monkeypatch, capsys, "plan", "5000", "--json", "--card", "rtx 4090", "--link", "13")
+    assert code == 0
+    assert json.loads(out)["visual_tokens"] == 5000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["5000", "--gpu-kv-gb", "0.0001"], "the smallest that works is"),
+        (["50000", "--host-kv-gb", "0.01", "--gpu-kv-gb", "1"], "host_kv_gb allows 0.01: give at most"),
+        (["5000", "--link", "string"], "link='string' is not known"),
+        (["gone.mp4"], "gone.mp4: no such file"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_the_command_refuses_in_one_sentence_with_exit_code_2(monkeypatch, capsys, arguments, message):
+    code, out, err = run(monkeypatch, capsys, "plan", *arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_heads_assumed_static_are_spread_over_the_layers():
+    shape = KVShape(28, 28, 4, 128, 2)
+    static = forecast_bytes.assumed_static(shape, TierConfig(), 0.5)
+    assert static.sum(1).tolist() == [2] * 28
+    assert torch.equal(forecast_bytes.assumed_static(shape, TierConfig(), 0.0), torch.zeros(28, 4, dtype=torch.bool))
+    assert forecast_bytes.assumed_static(shape, TierConfig(), 1.0).all()
+
+
+@pytest.mark.parametrize(("policy", "static"), [("snapkv", 112), ("arkvale", 0), ("quest", 8), ("hybridkv", 56)])
+def test_what_a_policy_settles_itself_is_not_assumed(seven_billion, policy, static):
+    made = plan(seven_billion, 4096, gpu_kv_gb=1, static_share=0.5, policy=policy)
+    assert made.static_heads == static

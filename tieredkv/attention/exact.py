@@ -1,0 +1,101 @@
+"""Attention in plain torch: what runs on a CPU-only machine, what prefill runs everywhere, and what any kernel must
+agree with.
+
+Shapes: `H` query heads, `K` KV heads, `G = H // K`, `n` queries, `m` keys, `C` page tokens, `D` head dim,
+`P` pages per head. Query head `h` reads KV head `h // G`. lse is the log-sum-exp of a row's scaled logits, float32.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+HIDDEN = torch.finfo(torch.float32).min / 2
+"""Logit of a key that is not there. Finite, so that a head none of whose keys are there does not become NaN."""
+
+
+def attend(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over one block of keys: output `(H, n, D)` and its lse `(H, n)`, to be merged with other blocks.
+
+    query `(H, n, D)`, keys and values `(K, m, D)`. causal: `m == n`, query i sees keys 0..i; otherwise all see all.
+    """
+    heads, n, d = query.shape
+    kv_heads = keys.shape[0]
+    group = heads // kv_heads
+    if causal:
+        keys = keys.repeat_interleave(group, dim=0)
+        values = values.repeat_interleave(group, dim=0)
+    else:  # no mask: the group folds into the query axis and nothing is repeated
+        query = query.reshape(kv_heads, group * n, d)
+    out, lse = flash(query, keys, values, scaling, causal)
+    return out.reshape(heads, n, d), lse.reshape(heads, n)
+
+
+def flash(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scaling: float,
+    causal: bool,
+    mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """torch's own attention, by the operators that also return the lse. They are private in torch; only used here.
+
+    query `(A, n, D)`, keys and values `(A, m, D)`. mask `(1, A, 1, m)`: added to the logits; not with `causal`.
+    """
+    batched = query.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0)
+    if query.device.type == "cpu":
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *batched, 0.0, causal, attn_mask=mask, scale=scaling
+        )
+    elif mask is not None:  # a few rows over gathered pages
+        logits = (batched[0] @ batched[1].mT).float() * scaling + mask
+        lse = logits.logsumexp(-1)
+        out = (logits - lse.unsqueeze(-1)).exp().to(values.dtype) @ batched[2]
+    elif query.dtype == torch.float32 or not _hasflash(query.device):
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+            *batched, None, True, 0.0, causal, scale=scaling
+        )
+    else:
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(*batched, 0.0, causal, False, scale=scaling)
+    return out.squeeze(0), lse.squeeze(0)[:, : query.shape[1]].float()
+
+
+@cache
+def _hasflash(device: torch.device) -> bool:
+    """Flash attention begins with Ampere."""
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def merge(
+    out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Join the attention over two disjoint sets of keys. Exact up to rounding; outputs are kept in float32."""
+    lse = torch.logaddexp(lse_a, lse_b)
+    weight_a, weight_b = (lse_a - lse).exp().unsqueeze(-1), (lse_b - lse).exp().unsqueeze(-1)
+    return out_a.float() * weight_a + out_b.float() * weight_b, lse
+
+
+def row_weights(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    lse: torch.Tensor,
+    scaling: float,
+    first_hidden: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention weights of a few rows on one block of keys: `(K, G, T, m)`, float32.
+
+    query `(H, T, D)`, keys `(K, m, D)`, lse `(H, T)` over *all* the keys the rows see, so that the weights of all
+    blocks add up to 1. first_hidden `(T,)`: row t sees only the block's keys before that index (None: all).
+    """
+    kv_heads, m, d = keys.shape
+    heads, t, _ = query.shape
+    folded = query.float().reshape(kv_heads, (heads // kv_heads) * t, d)
+    logits = (folded @ keys.float().transpose(1, 2)).mul_(scaling).view(kv_heads, -1, t, m)
+    weights = logits.sub_(lse.view(kv_heads, -1, t, 1)).exp_()
+    if first_hidden is not None:
+        weights.masked_fill_(torch.arange(m, device=keys.device) >= first_hidden.unsqueeze(-1), 0.0)
+    return weights

@@ -1,0 +1,1 @@
+"""A file of questions, and the file of their answers."""

@@ -1,0 +1,1 @@
+"""transformers' Cache protocol over two tiers, in two phases: prefill, then decode."""

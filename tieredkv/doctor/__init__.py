@@ -1,0 +1,1 @@
+"""tieredkv doctor: is this machine fit?"""

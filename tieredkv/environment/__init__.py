@@ -1,0 +1,1 @@
+"""What lies around the package: torch's modes and threads, forks, names that transformers has changed."""

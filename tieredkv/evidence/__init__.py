@@ -1,0 +1,1 @@
+"""Which moments of a video an answer rests on, and how they are shown."""

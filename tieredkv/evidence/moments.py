@@ -1,0 +1,193 @@
+"""Evidence: the moments of a video that a question and its answer looked at, told from recorded attention (ours).
+
+Every row of attention is a look: that of each token of the question, exact, and that of each decoding step. Rows are
+compared, not added: one row that looks at one place says more than many that look everywhere. What all of the
+question's rows look at alike, whatever they ask, is taken off first. Shapes: `S` temporal steps of the video.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+import torch
+
+from tieredkv.cache.looks import Looks
+from tieredkv.errors import OptionError
+from tieredkv.models.families.base import VideoGrid
+
+Wanted = bool | Literal["tokens"]
+"""Whether moments are told, or those of every single token with them."""
+LONGEST_S = 4.0
+"""Seconds that a moment lasts at most; it is one step of the video at least."""
+MOST = 12
+"""Moments told."""
+EDGE = 0.5
+"""A moment reaches as far as attention is this share of its peak."""
+FAINT = 0.1
+"""A peak below this share of the highest is no moment."""
+
+
+def check_wanted(evidence: object) -> None:
+    """Raise `OptionError` unless this is one of `Wanted`."""
+    if not (isinstance(evidence, bool) or evidence == "tokens"):
+        raise OptionError(f"evidence={evidence!r} is not valid: give True, False or 'tokens'.")
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """A few seconds of a video that were looked at. Times are seconds of the file."""
+
+    start: float
+    end: float
+    weight: float
+    """Share of the attention to the video, beyond what every row of the question pays, that fell into it."""
+    peak: float
+    """When the frame is shown to which attention was highest."""
+
+    def as_dict(self) -> dict[str, float]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What an answer looked at: the moments, best first, when iterated over."""
+
+    moments: tuple[Moment, ...]
+    heat: torch.Tensor = field(repr=False)
+    """`(S,)`: attention to each step of the video, its sum 1 (or all 0, where no row looked at the video)."""
+    start: float
+    """Second of the file at which the video that was read begins."""
+    end: float
+    """Second of the file at which it ends: the last step may be cut short."""
+    seconds_per_step: float
+    tokens: tuple[tuple[Moment, ...], ...] | None = None
+    """Of every generated token, where asked for with `evidence="tokens"`: what the row looked at that it came from."""
+
+    def __iter__(self) -> Iterator[Moment]:
+        return iter(self.moments)
+
+    def __len__(self) -> int:
+        return len(self.moments)
+
+    def __getitem__(self, index: int) -> Moment:
+        return self.moments[index]
+
+
+def step_of(tokens: torch.Tensor, head: int, video: VideoGrid) -> torch.Tensor:
+    """Temporal step of the video that each of the prompt's `tokens` belongs to, by index; -1 for what is of no step.
+
+    head: tokens of the prompt before the video.
+    """
+    place = tokens - head
+    inside = place.clamp(0, video.tokens - 1)
+    of_a_step = (place >= 0) & (place < video.tokens - video.closing) & video.is_visual()[inside]
+    return torch.where(of_a_step, video.step_of(inside), -1)
+
+
+def _zeros(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.float32, device="cpu")
+
+
+def by_step(mass: torch.Tensor, first_chunk: int, chunk_tokens: int, head: int, video: VideoGrid) -> torch.Tensor:
+    """Attention `(rows, n)` to chunks, from `first_chunk` on, as attention to the video's steps: `(rows, S)`.
+
+    What a chunk got is spread evenly over its tokens; what of it fell on text is left out.
+    """
+    first = first_chunk * chunk_tokens
+    token = torch.arange(mass.shape[1] * chunk_tokens, device="cpu")
+    step = step_of(first + token, head, video)
+    pairs = torch.stack((token // chunk_tokens, step))[:, step >= 0]
+    (chunk, step), tokens = pairs.unique(dim=1, return_counts=True)  # how many tokens of a chunk are of a step
+    share = mass[:, chunk] * (tokens.float() / chunk_tokens)
+    return _zeros(mass.shape[0], video.steps).index_add_(1, step, share)
+
+
+def find_moments(
+    heat: torch.Tensor, start: float, end: float, seconds_per_step: float, frames_per_step: int = 2
+) -> tuple[Moment, ...]:
+    """The best moments of a video by the attention `(S,)` to its steps, best first, none overlapping another.
+
+    start, end: of the video. It is cut into steps from its start; the last may be shorter. A peak is where the last
+    frame of its step is.
+    """
+    frame = seconds_per_step / frames_per_step
+    last_frame = start + frame * max(0, math.ceil((end - start) / frame - 1e-6) - 1)
+    total = float(heat.sum())
+    if total <= 0:
+        return ()
+    left, longest = heat.tolist(), max(1, int(LONGEST_S / seconds_per_step + 1e-9))
+    least = FAINT * max(left)
+    found: list[Moment] = []
+    while len(found) < MOST and max(left) >= least:
+        peak = left.index(max(left))
+        first, last = _reach(left, peak, longest)
+        begin, finish = (min(end, start + place * seconds_per_step) for place in (first, last + 1))
+        shown = min(last_frame, start + peak * seconds_per_step + (frames_per_step - 1) * frame)
+        found.append(Moment(begin, finish, sum(left[first : last + 1]) / total, shown))
+        for place in _slopes(left, first, last):
+            left[place] = 0.0
+    return tuple(sorted(found, key=lambda moment: -moment.weight))
+
+
+def _reach(heat: list[float], peak: int, longest: int) -> tuple[int, int]:
+    """First and last step of the moment around a peak."""
+    first = last = peak
+    while last - first + 1 < longest:
+        before = heat[first - 1] if first > 0 else 0.0
+        after = heat[last + 1] if last + 1 < len(heat) else 0.0
+        if max(before, after) < EDGE * heat[peak] or max(before, after) <= 0:
+            break
+        first, last = (first - 1, last) if before >= after else (first, last + 1)
+    return first, last
+
+
+def _slopes(heat: list[float], first: int, last: int) -> range:
+    """The steps of a moment and of its slopes, as far as they fall: no moments of their own."""
+    while first > 0 and 0 < heat[first - 1] < heat[first]:
+        first -= 1
+    while last + 1 < len(heat) and 0 < heat[last + 1] < heat[last]:
+        last += 1
+    return range(first, last + 1)
+
+
+def collect(
+    looks: Looks,
+    rows: int,
+    heads: int,
+    head: int,
+    video: VideoGrid,
+    span: tuple[float, float],
+    tokens: int,
+    each: bool,
+) -> Evidence:
+    """The evidence of an answer of `tokens` tokens, from what was recorded.
+
+    rows: of the scored rows, the last that are the question's. heads: query heads of all layers, which those rows add
+    up. head: prompt tokens before the video. span: seconds of the file between which it was read. each: of every token
+    too.
+    """
+    c = looks.chunk_tokens
+    asked = by_step(looks.question[-rows:] / heads, 0, c, head, video)
+    steps = torch.stack(looks.steps) / max(1, looks.heads) if looks.steps else _zeros(0, 0)
+    answered = by_step(steps, looks.first_chunk, c, head, video)
+    always = asked.amin(0) if len(asked) > 1 else _zeros(video.steps)
+    asked, answered = (asked - always).clamp(min=0), (answered - always).clamp(min=0)
+
+    def found(heat: torch.Tensor) -> tuple[Moment, ...]:
+        return find_moments(heat, *span, video.seconds_per_step, video.frames_per_step)
+
+    first = asked.amax(0)
+    heat = torch.cat((first.unsqueeze(0), answered)).amax(0)
+    told = (first, *answered)[:tokens] if each else ()
+    return Evidence(
+        moments=found(heat),
+        heat=heat / heat.sum().clamp(min=torch.finfo(torch.float32).tiny),
+        start=span[0],
+        end=span[1],
+        seconds_per_step=video.seconds_per_step,
+        tokens=tuple(found(one) for one in told) if each else None,
+    )

@@ -1,0 +1,77 @@
+"""What a picture and a page of evidence share: times as text, ticks, columns of heat, places of labels."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from tieredkv.evidence.moments import Evidence, Moment
+
+TICK_STEPS = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 28800, 86400)
+"""Seconds between ticks that read well."""
+MOST_TICKS = 10
+
+
+def clock(seconds: float, hours: bool = False) -> str:
+    """Seconds as m:ss, or h:mm:ss from an hour on or where asked."""
+    whole = int(seconds + 1e-6)
+    minutes, rest = divmod(whole, 60)
+    if hours or minutes >= 60:
+        return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+    return f"{minutes}:{rest:02}"
+
+
+def span(moment: Moment, dash: str) -> str:
+    """From when to when, in whole seconds that hold the moment."""
+    last = math.ceil(moment.end - 1e-6)
+    hours = last >= 3600
+    return f"{clock(moment.start, hours)}{dash}{clock(last, hours)}"
+
+
+def percent(share: float) -> str:
+    """A share in percent, of which small ones keep a digit."""
+    return f"{100 * share:.0f} %" if share >= 0.0995 else f"{100 * share:.1f} %"
+
+
+def ticks(start: float, end: float) -> list[tuple[float, str]]:
+    """Times of the axis with their labels: at most ten, an even number of seconds apart."""
+    length = max(end - start, 1e-6)
+    step = next((one for one in TICK_STEPS if length / one < MOST_TICKS), 0)
+    step = step or TICK_STEPS[-1] * math.ceil(length / TICK_STEPS[-1] / MOST_TICKS)
+    first = math.ceil(start / step - 1e-9)
+    return [(n * step, clock(n * step, hours=end >= 3600)) for n in range(first, math.floor(end / step + 1e-9) + 1)]
+
+
+def columns(evidence: Evidence, count: int, least: int) -> list[float]:
+    """The heat as `count` numbers from 0 to 1: of each column's times the highest, each step `least` columns wide."""
+    heat, steps = evidence.heat, len(evidence.heat)
+    top = float(heat.max()) if steps else 0.0
+    out = torch.zeros(count, dtype=torch.float32, device="cpu")
+    if top <= 0:
+        return out.tolist()
+    for step in range(steps):
+        first, last = math.floor(step * count / steps), math.ceil((step + 1) * count / steps)
+        if last - first < least:
+            first = max(0, min(count - least, (first + last - least) // 2))
+            last = first + least
+        out[first:last] = out[first:last].clamp(min=float(heat[step]) / top)
+    return out.tolist()
+
+
+def spread(places: list[float], width: float, low: float, high: float) -> list[float]:
+    """Where labels `width` wide stand, each near its place and none over another: those that crowd, around a place.
+
+    Halfway between where each would stand if all made way to the right and if all made way to the left.
+    """
+    count = len(places)
+    width = min(width, (high - low) / max(1, count))
+    order = sorted(range(count), key=lambda i: places[i])
+    right, left = [0.0] * count, [0.0] * count
+    for rank, i in enumerate(order):
+        edge = right[order[rank - 1]] + width if rank else low + width / 2
+        right[i] = min(max(places[i], edge), high - width / 2 - (count - 1 - rank) * width)
+    for rank, i in reversed(list(enumerate(order))):
+        edge = left[order[rank + 1]] - width if rank + 1 < count else high - width / 2
+        left[i] = max(min(places[i], edge), low + width / 2 + rank * width)
+    return [(a + b) / 2 for a, b in zip(right, left, strict=True)]

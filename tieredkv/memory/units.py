@@ -1,0 +1,31 @@
+"""Sizes: bytes as GiB, and bytes of the number types that are counted."""
+
+from __future__ import annotations
+
+GIB = 2**30
+FLOAT16 = 2
+FLOAT32 = INT32 = 4
+INT64 = 8
+"""Bytes."""
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def as_gib(nbytes: int) -> str:
+    """Bytes as GiB in few digits, rounded up, so that the number given back as `gpu_kv_gb` is enough."""
+    value = nbytes / GIB
+    for digits in range(3, 18):
+        text = f"{value:.{digits}g}"
+        if int(float(text) * GIB) >= nbytes:
+            return text
+        step = 10.0 ** (_exponent(value) - digits + 1)
+        text = f"{value + step:.{digits}g}"
+        if int(float(text) * GIB) >= nbytes:
+            return text
+    return repr(value * (1 + 1e-12))
+
+
+def _exponent(value: float) -> int:
+    return int(f"{value:e}".rpartition("e")[2])

@@ -1,0 +1,176 @@
+"""Prompts as text and tokens: the processor's chat template around one video, and what is written inside the video."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from tieredkv.errors import PromptError, UnsupportedModelError, VideoError, first_line
+from tieredkv.models.families.base import Positions, VideoFamily, VideoGrid
+from tieredkv.video.frames import Sampled
+
+Turn = tuple[str, str | None]
+"""A question and its answer; None where the model is to write it."""
+
+
+class ChatTemplate:
+    """The chat template of a processor, cut at the video's placeholder."""
+
+    def __init__(self, family: VideoFamily, processor: Any, rule: Positions = "published") -> None:
+        """Raises `UnsupportedModelError` for what is no processor of a video model."""
+        for part in ("video_processor", "tokenizer", "apply_chat_template"):
+            if not hasattr(processor, part):
+                kind = type(processor).__name__
+                raise UnsupportedModelError(f"processor is a {kind} without {part}: give the model's AutoProcessor.")
+        self.family, self.processor = family, processor
+        self._source = chat_template(processor)
+        self.placeholder = family.placeholder(processor, rule)
+        token = family.visual_token(processor)
+        self.visual_id: int = processor.tokenizer.convert_tokens_to_ids(token)
+        """What stands for a visual token where token ids are asked for."""
+        if self.visual_id is None or self.visual_id == processor.tokenizer.unk_token_id:
+            raise UnsupportedModelError(
+                f"the tokenizer does not know {token!r}, which stands for the video: give the model's own processor."
+            )
+
+    def around_video(self, turns: Sequence[Turn]) -> tuple[str, str]:
+        """The text before the video and after it, of a conversation whose last answer is None.
+
+        What a template writes before the video may change with the day. Raises `PromptError` for a question that holds
+        the placeholder itself or would come before the video, and `UnsupportedModelError` for a template that is
+        missing, fails, or does not write one video and the last question.
+        """
+        reserved = (self.placeholder, self.family.visual_token(self.processor))
+        for question, _ in turns:
+            for token in reserved:
+                if token in question:
+                    raise PromptError(f"the prompt contains {token!r}, which stands for the video: leave it out.")
+        text = self._written(turns)
+        head, found, tail = text.partition(self.placeholder)
+        if not found:
+            raise UnsupportedModelError("the processor's chat template writes no placeholder for the video.")
+        if any(token in tail for token in reserved):
+            raise UnsupportedModelError(
+                "the processor's chat template, or an earlier answer, writes the video's placeholder a second time."
+            )
+        *earlier, (question, _) = turns
+        other = self._written([*earlier, (f"{question}, or another?", None)])
+        # Unless a template writes the time, the same question gives the same text.
+        if other.partition(self.placeholder)[0] != head == self._written(turns).partition(self.placeholder)[0]:
+            raise PromptError("the chat template puts the prompt before the video: that is not supported.")
+        if text == other:
+            raise UnsupportedModelError(
+                "the processor's chat template leaves the question out: give one that writes every turn of a "
+                "conversation."
+            )
+        return head, tail
+
+    def _written(self, turns: Sequence[Turn]) -> str:
+        messages: list[dict[str, Any]] = []
+        for question, answer in turns:
+            content = [] if messages else [{"type": "video"}]
+            messages.append({"role": "user", "content": [*content, {"type": "text", "text": question}]})
+            if answer is not None:
+                messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        template = self._source
+        given = {} if template is None else {"chat_template": template}
+        try:
+            return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **given)
+        except Exception as error:  # noqa: BLE001  a template is a program of its own, and may raise anything
+            if template is None:
+                raise UnsupportedModelError(
+                    "the processor has no chat template: copy chat_template.jinja from the model that this one was "
+                    "made of, or set processor.chat_template."
+                ) from None
+            raise UnsupportedModelError(
+                f"the processor's chat template fails ({first_line(error)}): correct it, or set "
+                "processor.chat_template to that of the model that this one was made of."
+            ) from None
+
+    def head_ids(self, config: Any, head: str, video: Sampled) -> torch.Tensor:
+        """Token ids `(1, n)` of all that comes before the first step. head: from `around_video`."""
+        times = video.times(0, self.family.step_frames(config))
+        return self.tokenize(head + self.family.opening(self.processor, video.frames, video.seconds, times))
+
+    def between_ids(self, step: int, times: Sequence[float]) -> tuple[int, ...] | None:
+        """Token ids between a step and the one before; None where the family never writes any."""
+        text = self.family.between(self.processor, step, times)
+        if text is None:
+            return None
+        return tuple(self.processor.tokenizer(text, add_special_tokens=False).input_ids) if step else ()
+
+    def tail_ids(self, tail: str) -> torch.Tensor:
+        """Token ids `(1, n)` of all that comes after the video. tail: from `around_video`."""
+        return self.tokenize(self.family.ending(self.processor) + tail)
+
+    def grid(self, config: Any, video: Sampled) -> VideoGrid:
+        """The tokens of a video as expected. Raises `VideoError` when the processor refuses frames of this size."""
+        family, step_frames = self.family, self.family.step_frames(config)
+        try:
+            steps, rows, columns = family.frame_grid(
+                config, self.processor, video.frames, video.height, video.width, video.fps
+            )
+        except ValueError as error:
+            raise refused(video, error) from None
+        between = [self.between_ids(step, video.times(step, step_frames)) for step in range(steps)]
+        written = () if steps == 0 or between[0] is None else tuple(ids or () for ids in between)
+        closing = family.closing_tokens(config)
+        return VideoGrid(steps, rows, columns, step_frames / video.fps, written, closing, step_frames)
+
+    def tokenize(self, text: str) -> torch.Tensor:
+        """Token ids `(1, n)`. Raises `PromptError` for text that the tokenizer refuses."""
+        try:
+            ids = self.processor.tokenizer(text, add_special_tokens=False).input_ids
+        except Exception as error:  # noqa: BLE001  what tokenizers raise is of no kind of its own
+            raise PromptError(
+                f"the tokenizer refuses the prompt, or what the chat template adds to it ({first_line(error)})."
+            ) from None
+        return torch.tensor([ids], dtype=torch.long, device="cpu")
+
+    def text(self, token_ids: list[int]) -> str:
+        """The text of generated tokens, without special ones."""
+        return self.processor.tokenizer.decode(token_ids, skip_special_tokens=True).strip()
+
+
+def refused(video: Sampled, error: ValueError) -> VideoError:
+    """What to raise where a processor refuses frames."""
+    return VideoError(f"the model's processor refuses frames of {video.width}x{video.height}: {error}")
+
+
+def chat_template(processor: Any) -> str | None:
+    """The chat template in use, of several the one named default; None where there is none beside the model.
+
+    Raises `UnsupportedModelError` for what is no template.
+    """
+    found = getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)
+    if isinstance(found, list):  # as old files have it
+        found = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
+    if isinstance(found, dict):
+        if "default" not in found:
+            raise UnsupportedModelError(
+                f"the processor's chat templates are named {', '.join(map(str, found)) or 'nothing'}, and none "
+                "'default': set processor.chat_template to one of them."
+            )
+        found = found["default"]
+    if found is not None and not isinstance(found, str):
+        raise UnsupportedModelError(f"the processor's chat template is a {type(found).__name__}: give it as text.")
+    return found or None
+
+
+def check_prompt(prompt: Any) -> None:
+    """Raise `PromptError` unless `prompt` is text with something in it that can be written as UTF-8, without nulls."""
+    if not isinstance(prompt, str):
+        raise PromptError(f"the prompt is a {type(prompt).__name__}: give the question as text.")
+    if not prompt.strip():
+        raise PromptError("the prompt is empty: ask something.")
+    if "\0" in prompt:
+        raise PromptError("the prompt holds a null character, as text in UTF-16 does: give it in UTF-8.")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"the prompt holds half a character ({prompt[error.start]!a} at place {error.start + 1}): give whole "
+            "characters, in UTF-8."
+        ) from None

@@ -1,0 +1,40 @@
+"""InternVL: a video is a list of pictures, each announced by its number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from tieredkv.models.families.per_frame import PerFrame, patches_per_side
+
+
+class InternVL(PerFrame):
+    """Adapter for `InternVLForConditionalGeneration`."""
+
+    def side(self, config: Any) -> int:
+        return int(patches_per_side(config.vision_config) * config.downsample_ratio)
+
+    def visual_token(self, processor: Any) -> str:
+        return processor.image_token
+
+    def opening(self, processor: Any, frames: int, seconds: float, times: Sequence[float]) -> str:
+        return f"Frame1: {processor.start_image_token}"
+
+    def between(self, processor: Any, step: int, times: Sequence[float]) -> str | None:
+        return f"{processor.end_image_token}\nFrame{step + 1}: {processor.start_image_token}"
+
+    def ending(self, processor: Any) -> str:
+        return processor.end_image_token
+
+    def encode(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        tower = next(model.model.vision_tower.parameters())
+        pixels = inputs["pixel_values_videos"].flatten(0, 1).to(tower.device, model.dtype)
+        features = model.model.get_image_features(
+            pixels,
+            vision_feature_layer=model.config.vision_feature_layer,
+            vision_feature_select_strategy=model.config.vision_feature_select_strategy,
+            return_dict=True,
+        ).pooler_output
+        return features.flatten(0, 1)

@@ -1,0 +1,57 @@
+"""What families share that take a video as pictures of one size, each encoded by itself."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from tieredkv.models.families.base import VideoFamily, activation_bytes
+
+
+class PerFrame(VideoFamily):
+    """A temporal step is a frame, resized to a square, of which the tower makes `side` x `side` tokens."""
+
+    @abstractmethod
+    def side(self, config: Any) -> int:
+        """Rows, and columns, of a frame's tokens."""
+
+    def frame_grid(
+        self, config: Any, processor: Any, frames: int, height: int, width: int, fps: float
+    ) -> tuple[int, int, int]:
+        side = self.side(config)
+        return frames, side, side
+
+    def preprocessor(
+        self, config: Any, processor: Any, frames: int, height: int, width: int, fps: float
+    ) -> Callable[[np.ndarray], dict[str, torch.Tensor]]:
+        def preprocess(pixels: np.ndarray) -> dict[str, torch.Tensor]:
+            with torch.device("cpu"):  # whatever the caller's default device
+                return processor.video_processor(
+                    videos=[torch.from_numpy(pixels).permute(0, 3, 1, 2)],
+                    video_metadata=[{"fps": fps, "total_num_frames": len(pixels)}],
+                    do_sample_frames=False,
+                    return_tensors="pt",
+                )
+
+        return preprocess
+
+    def encode_bytes(self, config: Any, grid: tuple[int, int, int]) -> int:
+        vision = config.vision_config
+        patch, channels = _pair(vision.patch_size), vision.num_channels
+        patches = math.prod(size // edge for size, edge in zip(_pair(vision.image_size), patch, strict=True))
+        pixels = channels * math.prod(patch)
+        return activation_bytes(patches, pixels, vision.hidden_size, vision.intermediate_size, vision.dtype)
+
+
+def patches_per_side(vision: Any) -> int:
+    """Patches along an edge of the square that frames are resized to. vision: the tower's config."""
+    return _pair(vision.image_size)[0] // _pair(vision.patch_size)[0]
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -1,0 +1,161 @@
+"""Qwen2-VL: rotary positions on three axes, videos in temporal steps of two frames; what its successors share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from tieredkv.models.families.base import Positions, VideoFamily, VideoGrid, activation_bytes
+
+UNLIMITED = 2**40
+"""Pixels."""
+
+
+class Qwen2VL(VideoFamily):
+    """Adapter for `Qwen2VLForConditionalGeneration`."""
+
+    def frame_grid(
+        self, config: Any, processor: Any, frames: int, height: int, width: int, fps: float
+    ) -> tuple[int, int, int]:
+        """Asks the processor itself, with a video on torch's meta device, which has a shape and no pixels."""
+        frames = max(frames, self.step_frames(config))
+        return self._grid(config, self._preprocess(processor, _empty(frames, height, width), fps))
+
+    def preprocessor(
+        self, config: Any, processor: Any, frames: int, height: int, width: int, fps: float
+    ) -> Callable[[np.ndarray], dict[str, torch.Tensor]]:
+        _, rows, columns = self.frame_grid(config, processor, frames, height, width, fps)
+
+        @cache
+        def limits(n: int) -> dict[str, int]:
+            """With which a segment of n frames gets frames of the size that they have in the whole video."""
+
+            def tokens(least: int, most: int) -> int:
+                size = {"shortest_edge": least, "longest_edge": most}
+                inputs = self._preprocess(processor, _empty(n, height, width), fps, size=size)
+                return math.prod(self._grid(config, inputs)[1:])
+
+            # Rows and columns both grow with either limit, so the limit that binds is found by bisection.
+            wanted, free = rows * columns, tokens(1, UNLIMITED)
+            least, most = 1, UNLIMITED
+            if free > wanted:
+                most = _first(lambda limit: tokens(1, limit) >= wanted)
+            elif free < wanted:
+                least = _first(lambda limit: tokens(limit, UNLIMITED) >= wanted)
+            if tokens(least, most) != wanted:
+                raise ValueError(f"no size limit makes {rows}x{columns} tokens of frames of {width}x{height}")
+            return {"shortest_edge": least, "longest_edge": most}
+
+        step_frames = self.step_frames(config)
+        limits(step_frames)  # a refusal comes before anything is decoded
+
+        def preprocess(pixels: np.ndarray) -> dict[str, torch.Tensor]:
+            if short := -len(pixels) % step_frames:  # as processors do, but of Qwen3-VL's not with a single frame
+                pixels = np.concatenate((pixels, pixels[-1:].repeat(short, axis=0)))
+            # uint8 all the way: resizing through float32 changes up to a quarter of the values.
+            video = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+            return self._preprocess(processor, video, fps, size=limits(video.shape[0]))
+
+        return preprocess
+
+    def _preprocess(self, processor: Any, video: torch.Tensor, fps: float, **options: Any) -> dict[str, torch.Tensor]:
+        with torch.device("cpu"):  # whatever the caller's default device
+            return processor.video_processor(
+                videos=[video],
+                video_metadata=[{"fps": fps, "total_num_frames": video.shape[0]}],
+                do_sample_frames=False,
+                return_tensors="pt",
+                **options,
+            )
+
+    def _grid(self, config: Any, inputs: dict[str, torch.Tensor]) -> tuple[int, int, int]:
+        merge = config.vision_config.spatial_merge_size
+        t, h, w = inputs["video_grid_thw"][0].tolist()
+        return t, h // merge, w // merge
+
+    def step_frames(self, config: Any) -> int:
+        return config.vision_config.temporal_patch_size
+
+    def encode(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Attention in the tower never crosses a temporal patch, so segments of whole patches are exact."""
+        return torch.cat(tuple(self._features(model, inputs).pooler_output), dim=0)
+
+    def _features(self, model: Any, inputs: dict[str, torch.Tensor]) -> Any:
+        device = next(model.model.visual.parameters()).device
+        pixels, grid = inputs["pixel_values_videos"].to(device), inputs["video_grid_thw"].to(device)
+        return model.model.get_video_features(pixels, grid, return_dict=True)
+
+    def encode_bytes(self, config: Any, grid: tuple[int, int, int]) -> int:
+        vision = config.vision_config
+        hidden = getattr(vision, "embed_dim", None) or vision.hidden_size
+        intermediate = getattr(vision, "intermediate_size", None) or int(vision.embed_dim * vision.mlp_ratio)
+        patches = grid[1] * grid[2] * vision.spatial_merge_size**2
+        pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        return activation_bytes(patches, pixels, hidden, intermediate, vision.dtype)
+
+    def rate(self, model: Any, video: VideoGrid) -> float:
+        """How far temporal positions advance per step."""
+        return 1.0
+
+    def positions(
+        self, model: Any, head: int, video: VideoGrid, begin: int, stop: int, rule: Positions
+    ) -> torch.Tensor:
+        """Three axes: time, row, column; text advances all three together.
+
+        published: text after the video starts at max(previous) + 1, the model authors' rule. stock: whatever the
+        installed transformers numbers a prompt (5.x starts the text max(rows, columns) after the video's start,
+        whatever its duration; 5.17 also cuts the seconds per step to whole ones).
+        """
+        if rule == "stock":
+            return self._stock(model, head, video, stop)[:, begin:]
+        index = torch.arange(begin, stop, device="cpu")
+        visual = (index - head).clamp(0, video.tokens - 1)
+        within = visual % video.step_tokens
+        step, rate = visual // video.step_tokens, self.rate(model, video)
+        grid = torch.stack(((step.float() * rate).long(), within // video.columns, within % video.columns)) + head
+        last = (
+            max(
+                int(torch.tensor(video.steps - 1, dtype=torch.float32, device="cpu") * rate),
+                video.rows - 1,
+                video.columns - 1,
+            )
+            + head
+        )
+        after = index - head - video.tokens + last + 1
+        return torch.where(index < head, index, torch.where(index < head + video.tokens, grid, after))
+
+    def _stock(self, model: Any, head: int, video: VideoGrid, stop: int) -> torch.Tensor:
+        merge = model.config.vision_config.spatial_merge_size
+        total = max(stop, head + video.tokens)
+        kinds = torch.zeros((1, total), dtype=torch.long, device="cpu")
+        kinds[:, head : head + video.tokens] = 2
+        grid = video.steps, video.rows * merge, video.columns * merge
+        positions, _ = model.model.get_rope_index(
+            input_ids=torch.zeros_like(kinds),
+            mm_token_type_ids=kinds,
+            video_grid_thw=torch.tensor([grid], dtype=torch.long, device="cpu"),
+            **self._stock_times(video),
+        )
+        return positions[:, 0, :stop]
+
+    def _stock_times(self, video: VideoGrid) -> dict[str, Any]:
+        """What else `get_rope_index` takes."""
+        return {}
+
+
+def _empty(frames: int, height: int, width: int) -> torch.Tensor:
+    return torch.empty((frames, 3, height, width), dtype=torch.uint8, device="meta")
+
+
+def _first(reached: Callable[[int], bool]) -> int:
+    """The smallest limit that reaches, of a condition that stays true once it is."""
+    low, high = 1, UNLIMITED
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if reached(middle) else (middle + 1, high)
+    return low

@@ -1,0 +1,88 @@
+"""Configs, models and processors from a folder or a hub, with one clear sentence where there is none to be had."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tieredkv.environment import forking
+from tieredkv.errors import UnsupportedModelError, first_line
+from tieredkv.models import families
+from tieredkv.models.kv_shape import model_shape
+from tieredkv.models.wrapped import unwrapped
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+WHAT_IS_A_MODEL = "a transformers model, a local path, or a hub id"
+
+
+def load_config(source: str | Path) -> PreTrainedConfig:
+    """The config of the model at a local path or hub id. Raises `UnsupportedModelError`."""
+    from huggingface_hub.errors import StrictDataclassError  # a field of the wrong type
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(str(source))
+    except (OSError, ValueError, TypeError, AttributeError, StrictDataclassError) as error:
+        raise _nothing_at(source, error) from None
+
+
+def check_config(config: PreTrainedConfig) -> None:
+    """Raise `UnsupportedModelError` unless this is a sound config of a family that takes video."""
+    families.video_family(config)
+    families.check_layers(config.get_text_config(decoder=True))
+    model_shape(config, torch.float32)
+
+
+def load(model: Any, processor: Any = None) -> tuple[Any, Any]:
+    """A model and its processor: loaded if `model` is a path or hub id, the processor found beside it if not given.
+
+    What is loaded here goes to the current CUDA device if there is one, else to the CPU. Of a wrapped model it is the
+    model inside (`wrapped.unwrapped`).
+
+    Raises `UnsupportedModelError` when there is no such model, its family is not supported, or no processor is found.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForImageTextToText
+
+    forking.check()
+    if isinstance(model, str | Path):
+        source = str(model)
+        check_config(load_config(source))
+        try:
+            # On a card at once: weights need not pass through as much host memory, and quantised ones cannot be moved.
+            place = {"": torch.cuda.current_device()} if torch.cuda.is_available() else None
+            model = AutoModelForImageTextToText.from_pretrained(source, dtype="auto", device_map=place).eval()
+        except torch.OutOfMemoryError as error:
+            raise UnsupportedModelError(
+                f"{source}: the weights alone do not fit on the card ({first_line(error)}): give a smaller model, or "
+                "one loaded in 4 bits."
+            ) from None
+        except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+            raise _nothing_at(source, error) from None
+        return model, load_processor(source) if processor is None else processor
+    model = unwrapped(model)
+    if not hasattr(model, "config") or not hasattr(model, "generate"):
+        raise UnsupportedModelError(f"model is a {type(model).__name__}: give {WHAT_IS_A_MODEL}.")
+    check_config(model.config)
+    source = getattr(model, "name_or_path", "") or ""
+    return model, load_processor(source) if processor is None else processor
+
+
+def load_processor(source: str | Path) -> Any:
+    """The processor beside a model. Raises `UnsupportedModelError`."""
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(str(source))
+    except (OSError, ValueError, ImportError) as error:  # the last names a package that a processor needs
+        raise UnsupportedModelError(
+            f"no processor found beside the model ({first_line(error)}): pass processor=."
+        ) from None
+
+
+def _nothing_at(source: str | Path, error: Exception) -> UnsupportedModelError:
+    return UnsupportedModelError(f"{source}: no usable model found there ({first_line(error)}).")

@@ -1,0 +1,1 @@
+"""What fits: sizes, and how a cap is spent, before anything is allocated."""

@@ -1,0 +1,301 @@
+"""plan: what a prompt would take of both tiers and of the link, before a weight is loaded or a frame decoded.
+
+Bytes come from the functions that size the real cache (`sizes`), so a plan refuses what a session would refuse.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tieredkv.config import DEFAULT_FPS, TierConfig, tier_config
+from tieredkv.errors import OptionError, UnsupportedModelError
+from tieredkv.memory import limits
+from tieredkv.memory.units import as_gib
+from tieredkv.models import families, loading
+from tieredkv.models.chat_template import ChatTemplate
+from tieredkv.models.encode import batch_tokens
+from tieredkv.models.families.base import VideoGrid
+from tieredkv.models.kv_shape import KVShape, model_shape
+from tieredkv.models.weights import stored_bytes
+from tieredkv.models.wrapped import unwrapped
+from tieredkv.planning import decode_plan, forecast_bytes, sizes
+from tieredkv.planning.report import CARDS, LINKS, MemoryPlan, rate
+from tieredkv.video.frames import Sampled, check_request, open_video
+
+HEAD_TOKENS = 15
+"""Text before the video where no processor says: what Qwen2.5-VL's chat template writes."""
+VISION_MODULES = {"visual", "vision_tower", "vision_model", "multi_modal_projector", "connector", "image_newline"}
+"""What transformers' families call their vision tower and what joins it to the decoder."""
+
+
+def plan(
+    model: Any,
+    video_or_tokens: Any,
+    *,
+    gpu_kv_gb: float | None = None,
+    host_kv_gb: float | None = None,
+    tiers: TierConfig | None = None,
+    processor: Any = None,
+    fps: float | None = None,
+    source_fps: float | None = None,
+    max_frames: int | None = None,
+    start: float = 0.0,
+    end: float | None = None,
+    question_tokens: int = 64,
+    max_new_tokens: int = 256,
+    static_share: float = 0.0,
+    link: str | float = "pcie4x16",
+    card: str | float | None = None,
+    **options: Any,
+) -> MemoryPlan:
+    """What one video and one question would take: bytes by tier and purpose, and the times copies would need.
+
+    model: a transformers config or model, a local path or a hub id; of the last two only the config is read. A config
+    without a dtype is taken for bfloat16, a quantised checkpoint for one that is not. video_or_tokens: a number of
+    visual tokens, or a video as in `open_session`, which is opened but not decoded and needs the model's processor.
+    question_tokens: text after the video, the chat template's end included. static_share: share of the heads assumed
+    static, where the policy does not say. link: of `LINKS` or GB/s; card: of `CARDS` or GB/s. tiers, or its fields as
+    further keywords.
+
+    Raises `BudgetError` when a tier is too small, naming the smallest change that fits; `VideoError`,
+    `UnsupportedModelError` or `OptionError` for bad input.
+    """
+    tiers = tier_config(tiers, {"gpu_kv_gb": gpu_kv_gb, "host_kv_gb": host_kv_gb, **options})
+    link, link_speed = rate("link", link, LINKS)
+    card, card_speed = (None, None) if card is None else rate("card", card, CARDS)
+    for name, value in (("question_tokens", question_tokens), ("max_new_tokens", max_new_tokens)):
+        _check_count(name, value)
+    number = isinstance(static_share, int | float) and not isinstance(static_share, bool)
+    if not number or not 0 <= static_share <= 1:
+        raise OptionError(f"static_share={static_share!r} is not valid: give a share between 0 and 1.")
+
+    source = _Model.of(model)
+    shape = source.shape
+    video: _Video | None = None
+    request: dict[str, Any] = {"source_fps": source_fps, "max_frames": max_frames, "start": start, "end": end}
+    if isinstance(video_or_tokens, int):
+        _check_count("visual tokens", video_or_tokens)
+        for name, value in (*request.items(), ("fps", fps)):
+            if value not in (None, 0.0):
+                raise OptionError(f"{name} says nothing of a number of tokens: give a video, or leave it out.")
+        visual = video_or_tokens
+    else:
+        check_request(video_or_tokens, fps, **request)
+        if processor is None:
+            processor = loading.load_processor(source.path)
+        video = _Video.open(source, processor, video_or_tokens, fps, request)
+        visual = video.grid(video.sampled.frames).visual_tokens
+    head = HEAD_TOKENS if processor is None else source.head_tokens(processor, video)
+    text = head + question_tokens
+    inside = visual if video is None else video.tokens(video.sampled.frames)
+    prompt = text + inside
+
+    rows = sizes.question_rows(tiers, question_tokens)
+    layout = sizes.lay_out(tiers, prompt, rows, max_new_tokens)
+    fewer = sizes.FEWER_TOKENS if video is not None else "give fewer tokens or a smaller max_new_tokens"
+    sizes.check_cap(shape, tiers, layout, rows, fewer)
+    host = sizes.host_bytes(shape, tiers, prompt)
+    available = limits.available_host_bytes()
+
+    def remedy(allowed: int) -> str:
+        return _smaller_host(shape, tiers, host, available, text, video, allowed)
+
+    limits.check_host(host, tiers.host_kv_gb, f"the cache of {prompt:,} tokens", remedy, available)
+
+    static = forecast_bytes.assumed_static(shape, tiers, static_share)
+    made = decode_plan.plan_decode(shape, tiers, layout, static.double(), static)
+    n_static, n_dynamic = int(static.sum()), int((~static).sum())
+    c, page = tiers.chunk_tokens, sizes.page_bytes(shape, tiers, made.packed)
+    recent = prompt - layout.recent_start + max_new_tokens
+    static_pages, selected = int(made.pages[static].sum()), int(made.selected.sum())
+    dynamic_pages = n_dynamic * layout.sink_chunks + selected
+    decode = forecast_bytes.decode_bytes(shape, tiers, made, static)
+    attended = shape.kv_heads * layout.recent_pages + static_pages + dynamic_pages
+    return MemoryPlan(
+        model_type=source.config.model_type,
+        dtype=str(source.dtype).removeprefix("torch."),
+        shape=shape,
+        **source.weight_bytes(),
+        video=None if video is None else video.name,
+        frames=None if video is None else video.sampled.frames,
+        frame_size=None if video is None else (video.sampled.height, video.sampled.width),
+        fps=None if video is None else video.sampled.fps,
+        grid=None if video is None else video.steps_rows_columns,
+        encode_batch=None if video is None else video.encode_batch(tiers),
+        visual_tokens=visual,
+        video_text_tokens=inside - visual,
+        prompt_tokens=prompt,
+        new_tokens=max_new_tokens,
+        full_bytes=prompt * shape.token_bytes,
+        host_bytes=host,
+        host_budget_bytes=limits.host_budget_bytes(tiers.host_kv_gb, available),
+        cap_bytes=tiers.cap_bytes,
+        prefill=forecast_bytes.prefill_bytes(shape, tiers, prompt, question_tokens),
+        decode=decode,
+        static_heads=n_static,
+        dynamic_heads=n_dynamic,
+        static_tokens=recent + c * static_pages // n_static if n_static else 0,
+        dynamic_tokens=recent + c * dynamic_pages // n_dynamic if n_dynamic else 0,
+        packed=made.packed,
+        step_read_bytes=attended * page + decode["digests"],
+        step_copy_bytes=selected * sizes.chunk_bytes(shape, tiers) if made.ranked else 0,
+        prefill_copy_bytes=forecast_bytes.prefill_copy_bytes(shape, tiers, prompt, question_tokens),
+        link=link,
+        link_gb_s=link_speed,
+        card=card,
+        card_gb_s=card_speed,
+    )
+
+
+def _check_count(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise OptionError(f"{name}={value!r} is not valid: give a whole number of at least 1.")
+
+
+# ---- what is asked about
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A model's config, and the model itself only if it was given."""
+
+    config: Any
+    dtype: torch.dtype
+    path: str
+    loaded: Any = None
+
+    @staticmethod
+    def of(model: Any) -> _Model:
+        from transformers import PreTrainedConfig
+
+        model = unwrapped(model)
+        if isinstance(model, str | Path):
+            config, path, loaded = loading.load_config(model), str(model), None
+        elif isinstance(model, PreTrainedConfig):
+            config, path, loaded = model, getattr(model, "name_or_path", "") or "", None
+        elif isinstance(getattr(model, "config", None), PreTrainedConfig) and hasattr(model, "generate"):
+            config, path, loaded = model.config, getattr(model, "name_or_path", "") or "", model
+        else:
+            kind = type(model).__name__
+            raise UnsupportedModelError(f"model is a {kind}: give a transformers config, {loading.WHAT_IS_A_MODEL}.")
+        loading.check_config(config)
+        if loaded is not None:
+            dtype = loaded.get_input_embeddings().weight.dtype
+        else:
+            dtype = config.dtype or config.get_text_config(decoder=True).dtype or torch.bfloat16
+        return _Model(config, dtype, path, loaded)
+
+    @property
+    def shape(self) -> KVShape:
+        return model_shape(self.config, self.dtype)
+
+    def weight_bytes(self) -> dict[str, int]:
+        """Bytes of the decoder, of the vision tower, and of what a step reads; counted on torch's meta device."""
+        from transformers import AutoModelForImageTextToText
+
+        model = self.loaded
+        if model is None:
+            with torch.device("meta"):
+                model = AutoModelForImageTextToText.from_config(copy.deepcopy(self.config), dtype=self.dtype)
+        vision = decoder = 0
+        for name, weight in model.named_parameters():
+            if VISION_MODULES.intersection(name.split(".")):
+                vision += stored_bytes(weight)
+            else:
+                decoder += stored_bytes(weight)
+        table, output = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+        step = decoder if output is table else decoder - stored_bytes(table)
+        return {"decoder_bytes": decoder, "vision_bytes": vision, "step_weight_bytes": step}
+
+    def head_tokens(self, processor: Any, video: _Video | None) -> int:
+        """Prompt tokens before the first visual token."""
+        template = ChatTemplate(families.video_family(self.config), processor)
+        some = Sampled(1, 1, 1, 1.0, 0.0, 1.0) if video is None else video.sampled
+        return template.head_ids(self.config, template.around_video([("?", None)])[0], some).shape[1]
+
+
+@dataclass(frozen=True)
+class _Video:
+    """A video that was opened, not decoded, and the processor that would make visual tokens of it."""
+
+    source: _Model
+    processor: Any
+    video: Any
+    request: dict[str, Any]
+    name: str
+    sampled: Sampled
+
+    @staticmethod
+    def open(source: _Model, processor: Any, video: Any, fps: float | None, request: dict[str, Any]) -> _Video:
+        rate = (getattr(processor.video_processor, "fps", None) or DEFAULT_FPS) if fps is None else fps
+        opened = open_video(video, rate, **request)
+        return _Video(source, processor, video, request, opened.name, Sampled.of(opened))
+
+    def grid(self, frames: int) -> VideoGrid:
+        """Of the first `frames` frames."""
+        family = families.video_family(self.source.config)
+        return ChatTemplate(family, self.processor).grid(self.source.config, replace(self.sampled, frames=frames))
+
+    @property
+    def steps_rows_columns(self) -> tuple[int, int, int]:
+        grid = self.grid(self.sampled.frames)
+        return grid.steps, grid.rows, grid.columns
+
+    def tokens(self, frames: int) -> int:
+        """Of the first `frames` frames, the text between them too."""
+        return self.grid(frames).tokens
+
+    def encode_batch(self, tiers: TierConfig) -> int:
+        config, video = self.source.config, self.sampled
+        return batch_tokens(
+            families.video_family(config), config, video.height, video.width, self.grid(video.frames), tiers
+        )
+
+    def most_frames(self, tokens: int) -> int:
+        """The most frames from the start whose tokens are at most `tokens`; 0 if not even one's are."""
+        low, high = 0, self.sampled.frames
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.tokens(middle) <= tokens else (low, middle - 1)
+        return low
+
+    def most_fps(self, tokens: int, frames: int) -> float | None:
+        """A rate in three digits at which the whole video has at most `tokens`, next to that of `frames` frames."""
+        value = self.sampled.fps * frames / self.sampled.frames
+        unit = 10.0 ** (math.floor(math.log10(value)) - 2)
+        for lower in range(3):
+            fps = float(f"{(math.floor(value / unit + 1e-9) - lower) * unit:.6g}")
+            expected = _Video.open(self.source, self.processor, self.video, fps, self.request).sampled.frames
+            if expected < self.sampled.frames and self.tokens(expected) <= tokens:
+                return fps
+        return None
+
+
+def _smaller_host(
+    shape: KVShape, tiers: TierConfig, needed: int, available: int, text: int, video: _Video | None, allowed: int
+) -> str:
+    """The smallest changes with which the host tier holds the cache: fewer frames or tokens, or a larger cap."""
+    low, high = 0, needed // shape.token_bytes
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if sizes.host_bytes(shape, tiers, middle) <= allowed else (low, middle - 1)
+    tokens = low - text
+    changes = []
+    if video is not None:
+        if frames := video.most_frames(tokens):
+            fps = video.most_fps(tokens, frames)
+            changes += [f"fps={fps:g}"] if fps else []
+            changes.append(f"max_frames={frames}")
+    elif tokens > 0:
+        changes.append(f"at most {tokens:,} visual tokens")
+    if needed <= available:
+        changes.append(f"host_kv_gb={as_gib(needed)}")
+    if not changes:
+        return "that is too little for any video"
+    return "give " + " or ".join([", ".join(changes[:-1]), changes[-1]] if len(changes) > 1 else changes)

@@ -1,0 +1,232 @@
+"""What a plan says: bytes by tier and purpose, the times a link and a card would give, as JSON and as a table.
+
+Sizes are bytes, rates GB/s (1e9 bytes). Times are estimates from data moved, not measurements.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from tieredkv.errors import OptionError
+from tieredkv.memory.units import GIB
+from tieredkv.models.kv_shape import KVShape
+
+LINKS = {"pcie3x16": 11.3, "pcie4x4": 6.6, "pcie4x8": 13.4, "pcie4x16": 25.0, "pcie5x16": 56.0}
+"""Host-to-device GB/s as measured on such links: less than the bus is rated for."""
+CARDS = {
+    "RTX 3060": 360.0,
+    "RTX 3060 Ti": 448.0,
+    "RTX 3070": 448.0,
+    "RTX 3080": 760.0,
+    "RTX 3090": 936.0,
+    "RTX 4060": 272.0,
+    "RTX 4060 Ti": 288.0,
+    "RTX 4070": 504.0,
+    "RTX 4070 Ti SUPER": 672.0,
+    "RTX 4080": 717.0,
+    "RTX 4090": 1008.0,
+    "RTX 5060 Ti": 448.0,
+    "RTX 5070": 672.0,
+    "RTX 5070 Ti": 896.0,
+    "RTX 5080": 960.0,
+    "RTX 5090": 1792.0,
+}
+"""Memory bandwidth in GB/s by the vendor's data sheet, cards of 8 to 32 GB."""
+
+
+def rate(kind: str, value: str | float, known: dict[str, float]) -> tuple[str, float]:
+    """Name and GB/s of a `kind` ("link", "card"): a name in `known`, whatever its case and spaces, or a number."""
+
+    def plain(name: str) -> str:
+        return "".join(letter for letter in name.lower() if letter.isalnum())
+
+    if isinstance(value, str):
+        for name, speed in known.items():
+            if plain(value) == plain(name):
+                return name, speed
+    try:
+        speed = float(value)
+    except (TypeError, ValueError):
+        speed = 0.0
+    if not 0 < speed < 1e6 or isinstance(value, bool):
+        raise OptionError(f"{kind}={value!r} is not known: give GB/s, or one of {', '.join(known)}.")
+    return f"{speed:g} GB/s", speed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """Where a prompt's keys and values would go, and what moving them costs. `str()` of it is the table."""
+
+    model_type: str
+    dtype: str
+    shape: KVShape
+    decoder_bytes: int
+    """Weights of the decoder, embeddings and output layer included."""
+    vision_bytes: int
+    """Weights of the vision tower."""
+    step_weight_bytes: int
+    """Weights one decoding step reads: the decoder's, without an input embedding of its own."""
+    video: str | None
+    """Name of the video; None: the plan was made for a number of tokens. So for the next five."""
+    frames: int | None
+    frame_size: tuple[int, int] | None
+    """Height and width of the frames before the processor resizes them."""
+    fps: float | None
+    grid: tuple[int, int, int] | None
+    """Temporal steps, rows and columns of visual tokens."""
+    encode_batch: int | None
+    """Visual tokens per call of the vision tower."""
+    visual_tokens: int
+    video_text_tokens: int
+    """Text that the model's prompt holds inside the video: timestamps, frame numbers."""
+    prompt_tokens: int
+    new_tokens: int
+    full_bytes: int
+    """Keys and values of the prompt in a full cache."""
+    host_bytes: int
+    """Host memory of the complete cache: whole chunks, room for a longer question, digests."""
+    host_budget_bytes: int
+    cap_bytes: int
+    """`gpu_kv_gb` in bytes; the sum of neither phase passes it."""
+    prefill: dict[str, int]
+    """Device bytes of the prefill phase by purpose."""
+    decode: dict[str, int]
+    """Device bytes of the decode phase by purpose."""
+    static_heads: int
+    """Assumed: which heads are static, and how many, is known only once a question is asked."""
+    dynamic_heads: int
+    static_tokens: int
+    """Tokens a static head attends to per step, all of them on the device (mean)."""
+    dynamic_tokens: int
+    """Tokens a dynamic head attends to per step."""
+    packed: bool
+    """Whether keys and values on the device are of 8 bits while decoding."""
+    step_read_bytes: int
+    """Keys, values and digests that one step reads on the device."""
+    step_copy_bytes: int
+    """Most that one step copies from the host: everything it selects, as if none of it were resident."""
+    prefill_copy_bytes: int
+    """Past keys and values streamed to the device while the whole prompt is prefilled and its question scored."""
+    link: str
+    link_gb_s: float
+    card: str | None
+    card_gb_s: float | None
+
+    @property
+    def prefill_copy_s(self) -> float:
+        """Seconds the link needs for what prefill streams."""
+        return self.prefill_copy_bytes / self.link_gb_s / 1e9
+
+    @property
+    def step_copy_ms(self) -> float:
+        """Milliseconds the link needs for the most that one step copies."""
+        return self.step_copy_bytes / self.link_gb_s / 1e6
+
+    @property
+    def token_ms(self) -> tuple[float, float] | None:
+        """Least and most milliseconds per token; None without a card.
+
+        Least: the card reads weights and attended KV once, nothing is copied. Most: everything selected is copied
+        first, none of it overlapped.
+        """
+        if self.card_gb_s is None:
+            return None
+        least = (self.step_weight_bytes + self.step_read_bytes) / self.card_gb_s / 1e6
+        return least, least + self.step_copy_ms
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        shape = values.pop("shape")
+        return {
+            "layers": shape.num_layers,
+            "heads": shape.num_attention_heads,
+            "kv_heads": shape.num_key_value_heads,
+            "head_dim": shape.head_dim,
+            "token_bytes": shape.token_bytes,
+            **{name: list(value) if isinstance(value, tuple) else value for name, value in values.items()},
+            "prefill_copy_s": self.prefill_copy_s,
+            "step_copy_ms": self.step_copy_ms,
+            "token_ms": None if self.token_ms is None else list(self.token_ms),
+        }
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name:<17} {text}".rstrip() for name, text in self._rows())
+
+    def _rows(self) -> list[tuple[str, str]]:
+        shape = self.shape
+        text = self.prompt_tokens - self.visual_tokens
+        rows = [
+            (
+                "model",
+                f"{self.model_type}, {self.dtype}: {shape.num_layers} layers x {shape.num_attention_heads} heads, "
+                f"{shape.num_key_value_heads} KV heads of {shape.head_dim}",
+            ),
+            ("weights", f"decoder {_size(self.decoder_bytes)}, vision tower {_size(self.vision_bytes)}"),
+            *self._video_rows(),
+            ("prompt", f"{self.prompt_tokens:,} tokens, {text:,} of them text; then {self.new_tokens:,} generated"),
+            ("full KV cache", f"{_size(self.full_bytes)}, {_size(shape.token_bytes)} per token"),
+            ("host memory", f"{_size(self.host_bytes)} of {_size(self.host_budget_bytes)} allowed"),
+            ("", ""),
+            ("device memory", f"{'prefill':>12} {'decode':>12}"),
+        ]
+        for purpose in (*self.prefill, *self.decode):
+            cells = [_size(phase[purpose]) if purpose in phase else "" for phase in (self.prefill, self.decode)]
+            rows.append((f"  {purpose}", f"{cells[0]:>12} {cells[1]:>12}"))
+        sums = [_size(sum(phase.values())) for phase in (self.prefill, self.decode)]
+        low = _size(self.cap_bytes)
+        rows += [
+            ("  sum", f"{sums[0]:>12} {sums[1]:>12}   of {low} allowed"),
+            ("", ""),
+            (
+                "heads",
+                f"{self.static_heads} static, {self.dynamic_heads} dynamic, as assumed: "
+                "which are static is known once a question is asked",
+            ),
+            (
+                "a step attends to",
+                f"{self.dynamic_tokens:,} tokens per dynamic head, {self.static_tokens:,} per static head; "
+                f"reads {_size(self.step_read_bytes)}{', pages of 8 bits' if self.packed else ''}",
+            ),
+            *self._time_rows(),
+        ]
+        return rows
+
+    def _video_rows(self) -> list[tuple[str, str]]:
+        if self.frames is None or self.frame_size is None or self.grid is None:
+            return [("visual tokens", f"{self.visual_tokens:,}")]
+        height, width = self.frame_size
+        steps, rows, columns = self.grid
+        return [
+            (
+                "video",
+                f"{Path(self.video or '').name}: {self.frames:,} frames of {width}x{height} at {self.fps:g} per second",
+            ),
+            (
+                "visual tokens",
+                f"{self.visual_tokens:,}: {steps:,} steps of {rows}x{columns}, {self.encode_batch:,} per tower call"
+                + (f"; {self.video_text_tokens:,} of text between" if self.video_text_tokens else ""),
+            ),
+        ]
+
+    def _time_rows(self) -> list[tuple[str, str]]:
+        link = f"{self.link_gb_s:g} GB/s" + (f", {self.link}" if self.link in LINKS else "")
+        rows = [
+            ("prefill copies", f"{_size(self.prefill_copy_bytes)}: {self.prefill_copy_s:.3g} s at {link}"),
+            ("a step copies", f"at most {_size(self.step_copy_bytes)}: {self.step_copy_ms:.3g} ms"),
+        ]
+        if self.token_ms is not None:
+            least, most = self.token_ms
+            card = f"{self.card_gb_s:g} GB/s" + (f", {self.card} by its data sheet" if self.card in CARDS else "")
+            rows.append(("time per token", f"{least:.3g} to {most:.3g} ms at {card}"))
+        return [*rows, ("", "Times are estimates, not measured.")]
+
+
+def _size(nbytes: int) -> str:
+    """Bytes in the largest binary unit that leaves at least one, three digits."""
+    for unit, size in (("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10)):
+        if nbytes >= size:
+            return f"{nbytes / size:.3g} {unit}" if nbytes < 1000 * size else f"{nbytes / size:.0f} {unit}"
+    return f"{nbytes} B"

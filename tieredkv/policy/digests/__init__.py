@@ -1,0 +1,1 @@
+"""Digests: what stands for a chunk's keys when chunks are ranked."""

@@ -1,0 +1,131 @@
+"""Answers for asyncio: made on a thread of their own like streams, awaited on the event loop, stopped by cancelling."""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Coroutine
+from typing import Any, Literal, overload
+
+from tieredkv.session.results import Generation
+from tieredkv.session.stream import Answer, End, Job, Work
+
+_LOOK_S = 0.5
+"""Seconds between looks at a thread that is to end."""
+
+
+class AsyncAnswerStream(Answer):
+    """Asynchronous iterator of the pieces of an answer; joined they are `generation.text`.
+
+    The work begins with the first piece asked for. Cancelling whoever waits for a piece, `aclose`, leaving it as an
+    asynchronous context manager, or dropping it stops the work within one decoding step, before that within one
+    prefill chunk; all but the last wait until it has stopped.
+    """
+
+    def __init__(self, work: Work, streams: bool = True) -> None:
+        super().__init__(work, streams)
+        self._items: asyncio.Queue[str | End] = asyncio.Queue()
+        self._over = asyncio.Event()
+
+    def __aiter__(self) -> AsyncAnswerStream:
+        return self
+
+    async def __anext__(self) -> str:
+        if self._ended:
+            raise StopAsyncIteration
+        self._check_process()
+        if not self._job.started:
+            self._job.start(_deliverer(self._job, self._items, self._over))
+        try:
+            piece = self._take(await self._items.get())
+        except BaseException:  # an error of the work, or a cancellation here
+            await self.aclose()
+            raise
+        if piece is None:
+            await self.aclose()
+            raise StopAsyncIteration
+        return piece
+
+    async def finished(self) -> Generation:
+        """The whole answer."""
+        async for _ in self:
+            pass
+        return self.generation
+
+    async def aclose(self) -> None:
+        """Stop the work and wait until it has stopped. Twice is fine."""
+        self._ended = True
+        self._job.stop()
+        cancelled = False
+        while self._job.started and self._job.running and not self._over.is_set():
+            try:
+                # The end is not told where the loop that asked is closed: then the thread itself is looked at.
+                await asyncio.wait_for(self._over.wait(), _LOOK_S)
+            except TimeoutError:
+                continue
+            except asyncio.CancelledError:
+                cancelled = True  # but memory and threads are given back first
+        self._job.join()
+        if cancelled:
+            raise asyncio.CancelledError
+
+    async def __aenter__(self) -> AsyncAnswerStream:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.aclose()
+
+
+def _deliverer(job: Job, items: asyncio.Queue[str | End], over: asyncio.Event) -> Callable[[str | End], None]:
+    """What hands a job's items to the running loop."""
+    loop = asyncio.get_running_loop()
+
+    def arrive(item: str | End) -> None:
+        items.put_nowait(item)
+        if isinstance(item, End):
+            over.set()
+
+    def deliver(item: str | End) -> None:
+        try:
+            loop.call_soon_threadsafe(arrive, item)
+        except RuntimeError:  # the loop is closed: nobody is left to read
+            job.stop()
+
+    return deliver
+
+
+class AsyncAsking(ABC):
+    """`ask` and `chat` of a session for asyncio."""
+
+    @abstractmethod
+    def asking(self, prompt: str, options: dict[str, Any], *, chat: bool = False, stream: bool = False) -> Work:
+        """What answers the question; raises at once what can be known at once."""
+
+    @overload
+    def aask(
+        self, prompt: str, *, stream: Literal[False] = False, **options: Any
+    ) -> Coroutine[Any, Any, Generation]: ...
+    @overload
+    def aask(self, prompt: str, *, stream: Literal[True], **options: Any) -> AsyncAnswerStream: ...
+    def aask(self, prompt: str, *, stream: bool = False, **options: Any) -> Any:
+        """`ask`, with its options, for asyncio: to be awaited, or with `stream=True` to be read with `async for`.
+
+        The event loop runs on meanwhile. Cancelling stops the work within one decoding step, or within one prefill
+        chunk before that; the session can be asked again.
+        """
+        return answering(self.asking(prompt, options, stream=stream), stream)
+
+    @overload
+    def achat(
+        self, prompt: str, *, stream: Literal[False] = False, **options: Any
+    ) -> Coroutine[Any, Any, Generation]: ...
+    @overload
+    def achat(self, prompt: str, *, stream: Literal[True], **options: Any) -> AsyncAnswerStream: ...
+    def achat(self, prompt: str, *, stream: bool = False, **options: Any) -> Any:
+        """`chat` for asyncio, as `aask` is `ask`. A turn that is cancelled leaves `history` as it was."""
+        return answering(self.asking(prompt, options, chat=True, stream=stream), stream)
+
+
+def answering(work: Work, stream: bool) -> AsyncAnswerStream | Coroutine[Any, Any, Generation]:
+    """The pieces, or the whole answer."""
+    return AsyncAnswerStream(work) if stream else AsyncAnswerStream(work, streams=False).finished()

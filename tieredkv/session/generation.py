@@ -1,0 +1,173 @@
+"""The decoding loop: transformers' own generation settings, logits processors, stopping criteria and streamers."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, MaxTimeCriteria, StoppingCriteriaList, StopStringCriteria
+
+from tieredkv.errors import OptionError
+from tieredkv.session.generation_settings import FORMS, check_options, explicit, new_tokens, setting
+
+__all__ = ["Decoded", "check_options", "ending_on_error", "new_tokens", "resolve_stop_strings", "run", "timed"]
+
+
+@dataclass(slots=True)
+class Decoded:
+    """What the loop made."""
+
+    token_ids: list[int]
+    first_token_at: float
+    """`time.perf_counter()` when the first token was chosen."""
+    last_token_at: float
+
+
+@contextmanager
+def ending_on_error(streamer: Any) -> Iterator[None]:
+    """End a streamer when the block raises, or whoever reads it would wait for ever. None: nothing to end."""
+    try:
+        yield
+    except BaseException:
+        if streamer is not None:
+            streamer.end()
+        raise
+
+
+def run(
+    model: Any,
+    prompt_ids: torch.Tensor,
+    first_logits: torch.Tensor,
+    step: Callable[[int], torch.Tensor],
+    max_new_tokens: int,
+    options: dict[str, Any],
+    tokenizer: Any,
+) -> Decoded:
+    """Generate up to `max_new_tokens` after a prompt that is cached already.
+
+    prompt_ids `(1, N)`: what penalties and stopping criteria see. first_logits `(1, vocabulary)`: for the first
+    token. step(token) caches the token and returns the logits for the next. options: transformers' names.
+    """
+    decoded: Decoded | None = None
+    started = False
+
+    def loop(
+        model: Any,
+        input_ids: torch.Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> torch.Tensor:
+        nonlocal decoded, started
+        started = True
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
+        ids, logits = input_ids, first_logits
+        new: list[int] = []
+        first_at = 0.0
+        while True:
+            try:
+                scores = logits_processor(ids, logits)
+            except _REFUSALS as error:
+                if options.get("logits_processor") or options.get("prefix_allowed_tokens_fn"):
+                    raise  # of somebody's own
+                raise _not_valid(error) from None
+            if generation_config.do_sample:
+                token = torch.multinomial(scores.softmax(-1), 1)
+            else:
+                token = scores.argmax(-1, keepdim=True)
+            new.append(int(token))
+            if len(new) == 1:
+                first_at = time.perf_counter()
+            ids = torch.cat((ids, token), dim=-1)
+            if streamer is not None:
+                streamer.put(token[0].cpu())
+            if bool(stopping_criteria(ids, None).all()) or len(new) >= max_new_tokens:
+                break
+            logits = step(new[-1])
+        if streamer is not None:
+            streamer.end()
+        decoded = Decoded(new, first_at, time.perf_counter())
+        return ids
+
+    streamer = options.get("streamer")
+    given = _for_generate(options, tokenizer, model.generation_config)
+    try:
+        # Positions and mask are given so that `generate` neither computes nor stores any on the model.
+        model.generate(
+            input_ids=prompt_ids,
+            attention_mask=torch.ones_like(prompt_ids),
+            position_ids=torch.zeros_like(prompt_ids),
+            max_new_tokens=max_new_tokens,
+            custom_generate=loop,
+            **given,
+        )
+    except _REFUSALS as error:
+        if started:
+            raise
+        raise _not_valid(error) from None
+    assert decoded is not None
+    return decoded
+
+
+_REFUSALS = (ValueError, TypeError, AttributeError, LookupError, NotImplementedError)
+"""How transformers refuses settings of the wrong kind."""
+
+
+def _not_valid(error: Exception) -> OptionError:
+    said = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    return OptionError(f"a generation option is not valid: {said}")
+
+
+def timed(options: dict[str, Any], model_config: Any) -> dict[str, Any]:
+    """The options with `max_time` counting from now, where transformers counts from the first token."""
+    most = setting("max_time", options, model_config)
+    if most is None:
+        return options
+    if not isinstance(most, int | float):
+        raise OptionError(f"max_time={most!r} is not valid: give seconds.")
+    criteria = StoppingCriteriaList(options.get("stopping_criteria") or [])
+    criteria.append(MaxTimeCriteria(max_time=most))
+    return {**options, "max_time": None, "stopping_criteria": criteria}
+
+
+def _for_generate(options: dict[str, Any], tokenizer: Any, model_config: Any) -> dict[str, Any]:
+    """What `model.generate` is given of the options, all but `max_new_tokens`.
+
+    Settings are given by name: beside a `generation_config` transformers deprecates that, and from a config it would
+    take None for "as in the model's own".
+    """
+    criteria = dict(options)
+    resolve_stop_strings(criteria, options.get("tokenizer") or tokenizer, model_config)
+    stopping = StoppingCriteriaList(criteria.get("stopping_criteria") or [])
+    here = vars(GenerationConfig()).keys()
+    forms = {name: plain[0] for name, plain in FORMS.items() if name in here}
+    # `generate` drops the tokenizer when it is given a loop of one's own. The cache is ours: it must not allocate one
+    # beside it.
+    ours = {"stop_strings": None, "use_cache": False}
+    given = {name: value for name, value in explicit(options).items() if name != "max_new_tokens"}
+    callables = {name: options.get(name) for name in ("logits_processor", "prefix_allowed_tokens_fn")}
+    return {**given, **forms, **ours, **callables, "stopping_criteria": stopping}
+
+
+def resolve_stop_strings(options: dict[str, Any], tokenizer: Any, model_config: Any = None) -> None:
+    """Turn `stop_strings`, of the options, their config or the model's, into a stopping criterion; in place."""
+    strings = setting("stop_strings", options, model_config)
+    options.pop("stop_strings", None)
+    if not strings:
+        return
+    if options.get("generation_config") is not None:
+        options["generation_config"] = copy.copy(options["generation_config"])
+        options["generation_config"].stop_strings = None
+    criteria = StoppingCriteriaList(options.get("stopping_criteria") or [])
+    try:
+        criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=strings))
+    except (*_REFUSALS, AssertionError) as error:  # transformers cannot search every vocabulary
+        raise OptionError(f"stop_strings does not work with this tokenizer ({error}): use stopping_criteria.") from None
+    options["stopping_criteria"] = criteria

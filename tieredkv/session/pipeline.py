@@ -1,0 +1,165 @@
+"""Stages of one job, each ahead of the next on a thread of its own, joined by bounded queues.
+
+    with Pipeline() as pipeline:
+        segments = pipeline.stage("decode", decode(file), depth=1)
+        features = pipeline.stage("encode", map(encode, segments), depth=1)
+        for part in features:
+            ...
+
+A stage is an iterator; its queue holds at most `depth` items that nobody has taken yet. An error in any stage stops all
+of them, and is raised outside of them at the next item taken or `check`, ahead of items still queued. Leaving the
+block, by an error or not, stops and joins every thread. `cancel` may be called from any thread: whoever waits, or
+calls `check`, raises `Cancelled`.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import Generic, TypeVar
+
+from tieredkv.environment.ambient import Ambient
+from tieredkv.errors import TieredKVError
+
+T = TypeVar("T")
+
+
+class Cancelled(Exception):
+    """The job was cancelled; raised in every stage that goes on working."""
+
+
+class _Stage(Generic[T]):
+    """One stage's thread and queue. All waiting is on the pipeline's condition."""
+
+    def __init__(self, pipeline: Pipeline, name: str, items: Iterator[T], depth: int) -> None:
+        self.pipeline, self.name, self.items, self.depth = pipeline, name, items, depth
+        self.queue: deque[T] = deque()
+        self.ended = False
+        self.lifetime = self.waited = 0.0
+        """Seconds: the thread's life, and its waits for room or for another stage's items."""
+        self._ambient = Ambient()
+        self.thread = threading.Thread(target=self._run, name=f"tieredkv-{name}", daemon=True)
+
+    def _run(self) -> None:
+        started = time.perf_counter()
+        try:
+            try:
+                with self._ambient.here():
+                    for item in self.items:
+                        self._put(item)
+            finally:
+                self.lifetime = time.perf_counter() - started
+                if (close := getattr(self.items, "close", None)) is not None:
+                    close()
+        except Cancelled:
+            pass  # whoever cancelled knows
+        except BaseException as error:  # noqa: BLE001  raised again by whoever waits or checks outside the stages
+            self.pipeline.fail(error)
+        finally:
+            with self.pipeline.changed:
+                self.ended = True
+                self.pipeline.changed.notify_all()
+
+    def _put(self, item: T) -> None:
+        with self.pipeline.changed:
+            while len(self.queue) >= self.depth and not self.pipeline.cancelled:
+                self.pipeline.wait()
+            self.pipeline.check()
+            self.queue.append(item)
+            self.pipeline.changed.notify_all()
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        with self.pipeline.changed:
+            while not (self.queue or self.ended or self.pipeline.cancelled):
+                self.pipeline.wait()
+            self.pipeline.check()
+            if not self.queue:
+                raise StopIteration
+            item = self.queue.popleft()
+            self.pipeline.changed.notify_all()
+            return item
+
+
+class Pipeline:
+    """Stages that run at once, usually each taking the items of the one before."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self._process = os.getpid()
+        self.cancelled = False
+        self.waited = 0.0
+        """Seconds for which threads that are no stage's have waited for items."""
+        self._error: BaseException | None = None
+        self._stages: list[_Stage] = []
+
+    def stage(self, name: str, items: Iterator[T], depth: int = 1) -> Iterator[T]:
+        """Run `items` ahead on a thread; the iterator returned gives the same items."""
+        stage = _Stage(self, name, items, depth)
+        self._stages.append(stage)
+        try:
+            stage.thread.start()
+        except BaseException:
+            self._stages.remove(stage)  # nothing to join
+            raise
+        return stage
+
+    def check(self) -> None:
+        """Raise what a stage raised, once and outside of the stages, or `Cancelled` if the job was cancelled."""
+        if self._error is not None and self._stage_here() is None:
+            error, self._error = self._error, None  # or it would hold, by its traceback, all that the stages hold
+            try:
+                raise error
+            finally:
+                del error
+        if self.cancelled:
+            raise Cancelled
+
+    def cancel(self) -> None:
+        """Stop every stage at its next item. Does not wait; twice is fine."""
+        if self._process != os.getpid():  # forked: the stages are not here, and `changed` may be held for ever
+            self.cancelled = True
+            return
+        with self.changed:
+            self.cancelled = True
+            self.changed.notify_all()
+
+    def fail(self, error: BaseException) -> None:
+        """Cancel because of an error in a stage; the first one counts."""
+        with self.changed:
+            if not self.cancelled:
+                self._error = error
+            self.cancel()
+
+    def wait(self) -> None:
+        """Wait for a change, with `changed` held; the time counts as waiting for the stage whose thread this is."""
+        if self._process != os.getpid():
+            raise TieredKVError("the process was forked while a video was being ingested: open it again here.")
+        started = time.perf_counter()
+        self.changed.wait()
+        waiter: Pipeline | _Stage = self._stage_here() or self
+        waiter.waited += time.perf_counter() - started
+
+    def _stage_here(self) -> _Stage | None:
+        """The stage whose thread this is."""
+        here = threading.current_thread()
+        return next((stage for stage in self._stages if stage.thread is here), None)
+
+    def busy_seconds(self) -> dict[str, float]:
+        """Seconds each stage has worked, its waits left out. Final once the stages have ended."""
+        return {stage.name: stage.lifetime - stage.waited for stage in self._stages}
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.cancel()
+        for stage in self._stages:
+            stage.thread.join()
+        self._stages.clear()
+        self._error = None
