@@ -469,5 +469,5 @@ def test_nothing_that_is_computed_here_is_of_the_default_dtype(video_model, proc
         tieredkv.plan(video_model.config, 50_001, gpu_kv_gb=0.05, host_kv_gb=1)
         with tieredkv.open_session(video_model, few, processor=processor, **options) as session:
             session.ask(QUESTION, evidence="tokens", **OPTIONS)
-    counted = ("planner.py", "weights.py")  # a model's weights, which are of that dtype
+    counted = ("planning/forecast.py", "models/weights.py")  # a model's weights, which are of that dtype
     assert {one for one in made if not one.startswith(counted)} == set()

@@ -14,7 +14,6 @@ from helpers import LateCopies, assert_near, pressed
 import tieredkv
 from tieredkv import TieredCache
 from tieredkv.environment.versions import cache_argument
-from tieredkv.memory import residency
 from tieredkv.ops import torch_ops
 from tieredkv.ops.packing import Packing, pack
 from tieredkv.ops.select import copying_by_torch, ops_for, triton
@@ -310,7 +309,7 @@ def test_kernels_are_for_cards():
 def test_where_memory_is_not_page_locked_no_kernel_reads_it():
     without = copying_by_torch(triton())
     assert not without.capturable
-    assert (without.gather, without.fetch, without.keep) == (residency.gather, residency.fetch, residency.keep)
+    assert (without.gather, without.fetch, without.keep) == (torch_ops.gather, torch_ops.fetch, torch_ops.keep)
     assert without.paged_attention is triton().paged_attention
 
 

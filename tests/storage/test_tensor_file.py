@@ -235,11 +235,11 @@ def test_reading_maps_and_does_not_read(path: Path) -> None:
     tensor_file.write(path, {}, {"a": torch.ones(25_000_000)})
     code = """
 import sys, psutil, torch
-from tieredkv import storage
+from tieredkv.storage import tensor_file
 resident = lambda: psutil.Process().memory_info().rss
 torch.ones(10)[::5].tolist()  # what torch itself loads at first use
 before = resident()
-tensor = storage.read(sys.argv[1]).tensor("a")
+tensor = tensor_file.read(sys.argv[1]).tensor("a")
 assert tensor[::5_000_000].tolist() == [1.0] * 5
 print((resident() - before) / 2**20)
 """
@@ -394,11 +394,11 @@ KILLS = """
 import json, os, signal, sys, threading
 from pathlib import Path
 import torch
-from tieredkv import storage
+from tieredkv.storage import tensor_file
 
 path = Path(sys.argv[1])
 content = {name: torch.full((2_000_000,), value) for value, name in enumerate(("old", "new"), start=1)}
-save = lambda name: storage.write(path, {"is": name}, {"a": content[name], "b": content[name][:1000].clone()})
+save = lambda name: tensor_file.write(path, {"is": name}, {"a": content[name], "b": content[name][:1000].clone()})
 die = lambda: os.kill(os.getpid(), signal.SIGKILL)
 
 def at_event(number):  # of opening, making a folder, renaming, removing, ...
@@ -413,13 +413,13 @@ def at_event(number):  # of opening, making a folder, renaming, removing, ...
 def at_share(share):  # of the bytes written
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     def watch():
-        while not part.exists() or storage._written(part) < share * content["new"].nbytes:
+        while not part.exists() or tensor_file._written(part) < share * content["new"].nbytes:
             pass
         die()
     threading.Thread(target=watch, daemon=True).start()
 
 def killed(arrange, value):
-    if storage.read(path).manifest["is"] == "new":
+    if tensor_file.read(path).manifest["is"] == "new":
         save("old")
     child = os.fork()
     if not child:
@@ -427,7 +427,7 @@ def killed(arrange, value):
         save("new")
         os._exit(0)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    stored = storage.read(path)
+    stored = tensor_file.read(path)
     stored.verify()
     found = stored.manifest["is"]
     assert torch.equal(stored.tensor("a"), content[found]) and stored.names == ["a", "b"]
