@@ -136,7 +136,7 @@ def replay_unsealed(reader: Reader, question: Question, policies: Sequence[TierC
 def _prefill(reader: Reader, ids: Sequence[int]) -> torch.Tensor:
     """Feed a prompt, its last rows scored; logits behind it."""
     cache = reader.cache
-    window = cache.tiers.method.text_window
+    window = cache.tiers.policy.text_window
     if len(ids) > window:
         reader.feed(ids[:-window])
     cache.text_rows = window

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from tieredkv import TierConfig, TieredCache, use_attention
+from tieredkv import Policy, TierConfig, TieredCache, use_attention
 from tieredkv.cache.prefill import TextRows
 from tieredkv.environment.ambient import settled
 from tieredkv.environment.versions import cache_argument
@@ -132,14 +132,14 @@ class Drift:
 
 @contextmanager
 def scripted(
-    model: Any, tokens: int, ops: Ops, hit_rate: float, budget: float, room: int, **fields: Any
+    model: Any, tokens: int, ops: Ops, hit_rate: float, budget: float, room: int, policy: str | Policy = "hybridkv"
 ) -> Iterator[tuple[TieredCache, Steps]]:
     """A sealed cache of `tokens` tokens whose ranks follow a script, and its steps, of which there is room for `room`.
 
-    Three are taken: they fetch the first chunks, compile, and on a card capture the graph. fields: of `TierConfig`.
+    Three are taken: they fetch the first chunks, compile, and on a card capture the graph.
     """
     full_gib = tokens * model_shape(model.config, model.dtype).token_bytes / GIB
-    tiers = TierConfig(gpu_kv_gb=max(0.5, full_gib), budget_ratio=budget, **fields)
+    tiers = TierConfig(gpu_kv_gb=max(0.5, full_gib), budget_ratio=budget, policy=policy)
     with (
         use_attention(model),
         TieredCache(model.config, tiers, max_new_tokens=room + 3, prompt_tokens=tokens + 256) as cache,

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from tieredkv.models.switch import use_attention
     from tieredkv.planning.forecast import plan
     from tieredkv.planning.report import MemoryPlan
+    from tieredkv.policy.base import Policy
+    from tieredkv.policy.presets import POLICIES
     from tieredkv.session.aio import AsyncAnswerStream
     from tieredkv.session.results import Generation, IngestStats, Stats
     from tieredkv.session.stream import AnswerStream
@@ -38,6 +40,8 @@ _HOME = {
     "plan": "planning.forecast",
     "AsyncAnswerStream": "session.aio",
     "use_attention": "models.switch",
+    "POLICIES": "policy.presets",
+    "Policy": "policy.base",
     "TieredCache": "cache.tiered_cache",
     "TierConfig": "config",
     "BudgetError": "errors",
@@ -59,6 +63,7 @@ _HOME = {
 }
 
 __all__ = [
+    "POLICIES",
     "AnswerStream",
     "AsyncAnswerStream",
     "BudgetError",
@@ -68,6 +73,7 @@ __all__ = [
     "MemoryPlan",
     "Moment",
     "OptionError",
+    "Policy",
     "PromptError",
     "SessionError",
     "Stats",

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from families import BUILD, build
-from helpers import RecordLogits, session_logits, stock_inputs, stock_logits
+from helpers import RecordLogits, session_logits, stock_inputs, stock_logits, tier_options
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tieredkv
@@ -102,9 +102,11 @@ def roads(video_model, processor, few, tmp_path):
     def take():
         yield (
             "generate",
-            tieredkv.generate(video_model, few, QUESTION, processor=processor, **TIGHT, **OPTIONS).token_ids,
+            tieredkv.generate(
+                video_model, few, QUESTION, processor=processor, **tier_options(**TIGHT), **OPTIONS
+            ).token_ids,
         )
-        with tieredkv.open_session(video_model, few, processor=processor, **TIGHT) as session:
+        with tieredkv.open_session(video_model, few, processor=processor, **tier_options(**TIGHT)) as session:
             yield "ask", seen(logits(session, evidence="tokens"))
             yield "no evidence", seen(logits(session, evidence=False))
             yield "chat", [session.chat(QUESTION, **OPTIONS).token_ids for _ in range(2)]
@@ -159,7 +161,9 @@ def everything(dtype):
 @pytest.mark.parametrize("policy", POLICIES)
 def test_no_policy_minds_what_the_caller_has_set(video_model, processor, few, policy, dtype):
     def answer():
-        with tieredkv.open_session(video_model, few, processor=processor, policy=policy, **TIGHT) as session:
+        with tieredkv.open_session(
+            video_model, few, processor=processor, **tier_options(policy=policy, **TIGHT)
+        ) as session:
             return session_logits(session, QUESTION, 3)
 
     plain = answer()
@@ -213,7 +217,10 @@ def test_a_session_goes_on_in_another_mode_than_it_was_made_in(video_model, proc
             list(stream)
             return [session.ask(QUESTION, **OPTIONS).token_ids, stream.generation.token_ids]
 
-    with MODES[first](), tieredkv.open_session(video_model, few, processor=processor, **TIGHT) as session:
+    with (
+        MODES[first](),
+        tieredkv.open_session(video_model, few, processor=processor, **tier_options(**TIGHT)) as session,
+    ):
         want = answers(session)
         with MODES[later]():
             assert answers(session) == want
@@ -232,7 +239,7 @@ def test_a_cache_goes_on_in_another_mode_than_it_was_filled_in(text_model, long_
 
     def logits(first, later):
         options = {"gpu_kv_gb": 1, "budget_ratio": 0.3, "chunk_tokens": 8, "text_window": 8, "prompt_tokens": 200}
-        with use_attention(text_model), TieredCache(text_model.config, **options) as cache:
+        with use_attention(text_model), TieredCache(text_model.config, **tier_options(**options)) as cache:
             with first():
                 text_model(prompt[:, :120], **cache_argument(cache))
             with later():
@@ -256,7 +263,7 @@ def test_nothing_of_a_forward_with_gradients_is_kept(text_model, long_ids):
         return sum(issubclass(type(one), torch.Tensor) and one.grad_fn is not None for one in gc.get_objects())
 
     before = graphs()
-    with use_attention(text_model), TieredCache(text_model.config, gpu_kv_gb=1, text_window=8) as cache:
+    with use_attention(text_model), TieredCache(text_model.config, **tier_options(gpu_kv_gb=1, text_window=8)) as cache:
         for part in (long_ids[:, :100], long_ids[:, 100:150], *long_ids[:, 150:155].T[:, None]):
             assert text_model(part, **cache_argument(cache)).logits.requires_grad, "as in stock transformers"
         assert graphs() == before
@@ -283,7 +290,7 @@ def test_under_autocast_logits_are_those_of_stock_under_autocast(video_model, pr
     options = {"processor": processor, "gpu_kv_gb": 1, "fps": 4, "positions": "stock", "theta": theta}
     with torch.autocast("cpu", dtype=dtype):
         stock = stock_logits(video_model, inputs, 1)
-        with tieredkv.open_session(video_model, few, **options) as session:
+        with tieredkv.open_session(video_model, few, **tier_options(**options)) as session:
             ours = session_logits(session, QUESTION, 1)
             assert session._cache.tiered_layers[0].host.dtype == dtype
     # Both round at other places: ours is as near as stock's own distance from float32.
@@ -304,7 +311,7 @@ def test_autocast_reaches_the_threads_that_work_for_the_caller(video_model, proc
     try:
         with (
             torch.autocast("cpu", dtype=dtype),
-            tieredkv.open_session(video_model, few, processor=processor, **TIGHT) as session,
+            tieredkv.open_session(video_model, few, processor=processor, **tier_options(**TIGHT)) as session,
         ):
             plain = session.ask(QUESTION, **OPTIONS).token_ids
             with session.ask(QUESTION, stream=True, **OPTIONS) as stream:
@@ -320,7 +327,7 @@ def test_autocast_reaches_the_threads_that_work_for_the_caller(video_model, proc
 def test_autocast_may_begin_or_end_between_video_and_question(video_model, processor, few, tmp_path):
     for first, later in ((True, False), (False, True)):
         with torch.autocast("cpu", enabled=first):
-            session = tieredkv.open_session(video_model, few, processor=processor, **TIGHT)
+            session = tieredkv.open_session(video_model, few, processor=processor, **tier_options(**TIGHT))
         with session, torch.autocast("cpu", enabled=later):
             assert session.ask(QUESTION, **OPTIONS).stats.new_tokens == 4
             session.save(tmp_path / "session.tkv")
@@ -362,7 +369,7 @@ def test_greedy_answers_and_ingest_leave_the_callers_random_numbers_alone(roads)
 
 def test_a_sampled_stream_draws_what_a_sampled_answer_draws(video_model, processor, few):
     options = {"max_new_tokens": 12, "do_sample": True, "temperature": 1.5}
-    with tieredkv.open_session(video_model, few, processor=processor, **TIGHT) as session:
+    with tieredkv.open_session(video_model, few, processor=processor, **tier_options(**TIGHT)) as session:
         torch.manual_seed(5)
         plain = session.ask(QUESTION, **options).token_ids
         torch.manual_seed(5)
@@ -414,7 +421,10 @@ def test_who_is_called_back_from_a_stream_finds_the_callers_default_device(video
         devices.add(torch.zeros(1).device.type)
         return scores
 
-    with tieredkv.open_session(video_model, few, processor=processor, **TIGHT) as session, torch.device("meta"):
+    with (
+        tieredkv.open_session(video_model, few, processor=processor, **tier_options(**TIGHT)) as session,
+        torch.device("meta"),
+    ):
         with session.ask(QUESTION, stream=True, logits_processor=[look], **OPTIONS) as stream:
             list(stream)
         session.ask(QUESTION, logits_processor=[look], **OPTIONS)
@@ -423,8 +433,8 @@ def test_who_is_called_back_from_a_stream_finds_the_callers_default_device(video
 
 def test_a_plan_and_a_page_of_evidence_are_the_same_too(video_model, processor, few, tmp_path):
     def take():
-        plan = tieredkv.plan(video_model, few, processor=processor, host_kv_gb=1, **TIGHT)
-        with tieredkv.open_session(video_model, few, processor=processor, **TIGHT) as session:
+        plan = tieredkv.plan(video_model, few, processor=processor, host_kv_gb=1, **tier_options(**TIGHT))
+        with tieredkv.open_session(video_model, few, processor=processor, **tier_options(**TIGHT)) as session:
             made = session.ask(QUESTION, evidence="tokens", **OPTIONS)
         tieredkv.save_evidence(made, tmp_path / "page.html", question=QUESTION, video=few, source_fps=4)
         return str(plan), (tmp_path / "page.html").read_text()
@@ -467,7 +477,7 @@ def test_nothing_that_is_computed_here_is_of_the_default_dtype(video_model, proc
 
     with restored(torch.set_default_dtype, torch.get_default_dtype, torch.bfloat16), Watch():
         tieredkv.plan(video_model.config, 50_001, gpu_kv_gb=0.05, host_kv_gb=1)
-        with tieredkv.open_session(video_model, few, processor=processor, **options) as session:
+        with tieredkv.open_session(video_model, few, processor=processor, **tier_options(**options)) as session:
             session.ask(QUESTION, evidence="tokens", **OPTIONS)
     counted = ("planning/forecast.py", "models/weights.py")  # a model's weights, which are of that dtype
     assert {one for one in made if not one.startswith(counted)} == set()

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from helpers import assert_near, cap_share
+from helpers import assert_near, cap_share, tier_options
 from transformers import DynamicCache
 
 import tieredkv
@@ -114,7 +114,7 @@ def test_a_channel_that_is_always_zero_has_a_norm():
 
 @contextmanager
 def tiered(model, **fields):
-    tiers = tieredkv.TierConfig(text_window=16, **fields)
+    tiers = tieredkv.TierConfig(**tier_options(text_window=16, **fields))
     with torch.no_grad(), tieredkv.use_attention(model), TieredCache(model.config, tiers, max_new_tokens=9) as cache:
         yield cache
 

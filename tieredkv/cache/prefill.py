@@ -209,8 +209,8 @@ def score_text_rows(
     """
     t, new = query.shape[1], keys.shape[1]
     total = past.tokens + new
-    k = classify.top_k_count(tiers.method.top_k_ratio, total)
-    window = min(t, tiers.method.saliency_window)
+    k = classify.top_k_count(tiers.policy.top_k_ratio, total)
+    window = min(t, tiers.policy.saliency_window)
     halves = torch.empty((2, keys.shape[0], total), dtype=torch.float32, device="cpu")
     best: torch.Tensor | None = None
     done = 0
@@ -235,7 +235,7 @@ def score_text_rows(
         take(exact.row_weights(query, block, lse, scaling, first_hidden=sees - start))
     assert best is not None
     return TextRows(
-        scores=classify.text_centric_scores(best, tiers.method.score_group).cpu(),
+        scores=classify.text_centric_scores(best, tiers.policy.score_group).cpu(),
         halves=halves,
         count=window,
     )

@@ -117,7 +117,7 @@ class SealedLayer:
         if pages == 0:
             return
         config, c, pool = self.tiers.config, self._c, self.tiers.pool
-        method, n = config.method, saliency.shape[0]
+        method, n = config.policy, saliency.shape[0]
 
         def read() -> tuple[torch.Tensor, torch.Tensor]:
             return self.host.tokens(head, torch.arange(n, device="cpu"))

@@ -91,7 +91,7 @@ class TieredCache(Cache):
         self.new_tokens, self.prompt_tokens = max_new_tokens, prompt_tokens
         self.auto_seal = True
         """Seal at the first single token after the prompt. A session turns this off and seals by itself."""
-        self.text_rows = self.tiers.method.text_window
+        self.text_rows = self.tiers.policy.text_window
         """Last rows of each prefill call to score; 0 when the question is not in it."""
         self.visual: torch.Tensor | None = None
         """`(N,)` mask of visual tokens; None: all but the last `text_rows` tokens count as visual."""
@@ -264,7 +264,7 @@ class TieredCache(Cache):
             raise RuntimeError("no text rows were scored: nothing to classify the heads by")
         length = self.get_seq_length()
         layout = sizes.lay_out(self.tiers, length, self.text_rows, self.new_tokens)
-        method = self.tiers.method
+        method = self.tiers.policy
         scores, need = torch.stack([row.scores for row in rows]), None
         if method.head_score == "mass":
             static = classify.static_heads(scores, method.theta)
@@ -345,7 +345,7 @@ class TieredCache(Cache):
     def _need(self, rows: list[TextRows], layout: sizes.Layout) -> torch.Tensor:
         """Tokens that every head would need, `(2, L, K)`: to be static, and for a smaller share of its attention."""
         unknown = torch.full((2, self.shape.num_key_value_heads), layout.tokens + 1, dtype=torch.int64, device="cpu")
-        shares = (self.tiers.method.theta, classify.SPREAD_SHARE)
+        shares = (self.tiers.policy.theta, classify.SPREAD_SHARE)
         recent = layout.tokens - layout.recent_start
         if shares[0] <= 0:
             return torch.zeros((2, len(rows), self.shape.num_key_value_heads), dtype=torch.int64, device="cpu")
@@ -414,8 +414,8 @@ class TieredCache(Cache):
         self._drop_resident()
         if self.get_seq_length() == 0:
             self._resident = None
-        if self.text_rows == self.tiers.method.text_window:
-            self.text_rows = tiers.method.text_window
+        if self.text_rows == self.tiers.policy.text_window:
+            self.text_rows = tiers.policy.text_window
         self.tiers = tiers
         self.ledger.cap_bytes = tiers.cap_bytes
 

@@ -58,7 +58,7 @@ def plan_decode(
     n_heads = shape.kv_heads
     most = layout.old_chunks
     everything = n_heads * (most + layout.recent_pages)
-    dense = tiers.method.dense_layers
+    dense = tiers.policy.dense_layers
     if not bool(static[:dense].all()):
         raise ValueError("heads of dense layers must be static")
     n_dense = static[:dense].numel()
@@ -80,11 +80,11 @@ def plan_decode(
 
     cap = tiers.cap_bytes - table_bytes(shape, tiers, layout)
     ratio, old_pages = tiers.budget_ratio, most
-    if ratio is not None and not tiers.method.keep_all:
+    if ratio is not None and not tiers.policy.keep_all:
         recent = layout.tokens - layout.recent_start
         old_pages = max(least_pages(layout), int((ratio * layout.tokens - recent) // layout.chunk_tokens))
     # As made if all of it fits; the kind tried last is what the rest is counted in.
-    for packed in (False, True) if tiers.pack_pages and not tiers.method.keep_all else (False,):
+    for packed in (False, True) if tiers.pack_pages and not tiers.policy.keep_all else (False,):
         page, scratch_page = _page(shape, tiers, packed)
         pool, scratch = pages_for(cap)
         if pool >= everything and old_pages >= most:
@@ -99,7 +99,7 @@ def plan_decode(
     least, total = least_pages(layout), affordable
     if ratio is not None:
         total = min(affordable, (n_heads - n_dense) * old_pages)
-    rest, method = static[dense:], tiers.method
+    rest, method = static[dense:], tiers.policy
     try:
         if method.keep_all:
             raise ValueError("everything does not fit")
@@ -145,6 +145,6 @@ def mean_old_tokens(shape: KVShape, tiers: TierConfig, layout: Layout) -> int:
     """Tokens before the recent region that an average head can keep, were all heads static."""
     scores = torch.ones((shape.num_layers, shape.num_key_value_heads), dtype=torch.float32, device="cpu")
     made = plan_decode(shape, tiers, layout, scores, scores.bool())
-    dense = tiers.method.dense_layers
+    dense = tiers.policy.dense_layers
     pages = made.pages[dense:]
     return int(pages.double().mean()) * layout.chunk_tokens if pages.numel() else layout.recent_start

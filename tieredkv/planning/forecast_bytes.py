@@ -14,7 +14,7 @@ from tieredkv.planning import decode_plan, sizes
 
 def assumed_static(shape: KVShape, tiers: TierConfig, share: float) -> torch.Tensor:
     """Mask `(L, K)`: `share` of the heads static, spread evenly over the layers, or what the policy settles itself."""
-    method = tiers.method
+    method = tiers.policy
     share = 1.0 if method.theta <= 0 else 0.0 if method.theta > 1 else share
     index = torch.arange(shape.kv_heads, dtype=torch.float64, device="cpu")
     static = torch.floor((index + 1) * share + 0.5) > torch.floor(index * share + 0.5)
@@ -91,6 +91,6 @@ def _calls(shape: KVShape, tiers: TierConfig, prompt: int, asked: int) -> list[t
     calls = [(begin, min(begin + size, prefix), 0, room) for begin in range(0, prefix, size)]
     last = max(prefix, prompt - size)
     calls += [(max(prefix, stop - size), stop, 0, room) for stop in range(last, prefix, -size)]
-    rows = min(asked, size, tiers.method.text_window)
+    rows = min(asked, size, tiers.policy.text_window)
     left = sizes.resident_beside_scores(shape, tiers, room, last, prompt, rows)
     return [*calls, (last, prompt, rows, left)]

@@ -59,13 +59,13 @@ class Layout:
 
 def question_rows(tiers: TierConfig, asked: int) -> int:
     """Text rows that are scored for a question of `asked` tokens: the last ones of its last prefill call."""
-    return min(asked, tiers.prefill_chunk, tiers.method.text_window)
+    return min(asked, tiers.prefill_chunk, tiers.policy.text_window)
 
 
 def lay_out(tiers: TierConfig, tokens: int, text_rows: int, new_tokens: int) -> Layout:
     """Divide `tokens` prompt tokens, the last `text_rows` of them the question, before `new_tokens` generated ones."""
     c = tiers.chunk_tokens
-    window = max(tiers.recent_window, min(text_rows, tiers.method.text_window))
+    window = max(tiers.recent_window, min(text_rows, tiers.policy.text_window))
     start = c * (max(0, tokens - window) // c)
     return Layout(
         chunk_tokens=c,
@@ -89,13 +89,13 @@ def page_bytes(shape: KVShape, tiers: TierConfig, packed: bool) -> int:
 def host_bytes(shape: KVShape, tiers: TierConfig, prompt: int) -> int:
     """Host memory of the complete cache of `prompt` tokens: whole chunks, room for a longer question, digests."""
     chunks = ceil_div(prompt + QUESTION_ROOM, tiers.chunk_tokens)
-    fitted = 3 * shape.head_dim**2 * FLOAT32 if DIGESTS[tiers.method.digest].fitted else 0
+    fitted = 3 * shape.head_dim**2 * FLOAT32 if DIGESTS[tiers.policy.digest].fitted else 0
     return shape.kv_heads * (chunks * (chunk_bytes(shape, tiers) + one_digest_bytes(shape, tiers)) + fitted)
 
 
 def one_digest_bytes(shape: KVShape, tiers: TierConfig) -> int:
     """The digest of one chunk."""
-    method = tiers.method
+    method = tiers.policy
     return DIGESTS[method.digest].packed_bytes(shape.head_dim, tiers.chunk_tokens, method.digest_bits)
 
 
@@ -127,20 +127,20 @@ def attended_bytes(layout: Layout) -> int:
 def reuse_bytes(shape: KVShape, tiers: TierConfig, heads: int) -> int:
     """What dynamic heads remember of a step beyond the chunks they chose: the query, where they may reuse them."""
     group = shape.num_attention_heads // shape.num_key_value_heads
-    return heads * group * shape.head_dim * FLOAT32 if tiers.method.reuse_above <= 1 else 0
+    return heads * group * shape.head_dim * FLOAT32 if tiers.policy.reuse_above <= 1 else 0
 
 
 def digest_bytes(shape: KVShape, tiers: TierConfig, layout: Layout, dynamic_heads: int) -> int:
     """Digests of every retrievable chunk of `dynamic_heads` heads, and what ranks by those that are fitted."""
-    fitted, bits = DIGESTS[tiers.method.digest].fitted, tiers.method.digest_bits
+    fitted, bits = DIGESTS[tiers.policy.digest].fitted, tiers.policy.digest_bits
     basis = sketch.ranking_basis_bytes(shape.head_dim, bits) if fitted else 0
     return dynamic_heads * (layout.retrievable * one_digest_bytes(shape, tiers) + basis)
 
 
 def _ranked_chunk_bytes(shape: KVShape, tiers: TierConfig) -> int:
     """Scratch per chunk being ranked: part of its digest in float32 and, where it is of tokens, their logits."""
-    heads, kv_heads, bits = shape.num_attention_heads, shape.num_key_value_heads, tiers.method.digest_bits
-    if DIGESTS[tiers.method.digest].fitted:
+    heads, kv_heads, bits = shape.num_attention_heads, shape.num_key_value_heads, tiers.policy.digest_bits
+    if DIGESTS[tiers.policy.digest].fitted:
         numbers = sketch.directions(shape.head_dim, bits) // (1 if bits == 8 else 2)
         return tiers.chunk_tokens * (kv_heads * numbers * (FLOAT32 + 1) + 3 * FLOAT32 * heads)
     return kv_heads * shape.head_dim * (FLOAT32 + 1) + 2 * FLOAT32 * heads
@@ -187,7 +187,7 @@ def scoring_bytes(shape: KVShape, tiers: TierConfig, tokens: int, rows: int, blo
     if rows == 0:
         return 0
     heads = shape.num_attention_heads
-    k = top_k_count(tiers.method.top_k_ratio, tokens)
+    k = top_k_count(tiers.policy.top_k_ratio, tokens)
     keys_float = shape.num_key_value_heads * block_tokens * shape.head_dim
     weights = 3 * heads * rows * block_tokens
     top = 7 * heads * rows * min(k, tokens)  # old, block's, both joined, and the new with its int64 indices
@@ -201,7 +201,7 @@ def resident_tokens(shape: KVShape, tiers: TierConfig, tokens: int) -> int:
     the first are read the most often. Room for the scores of `text_window` rows is left free if that saves more copies
     at the end, where residents make way otherwise, than it costs before.
     """
-    c, rows = tiers.chunk_tokens, tiers.method.text_window
+    c, rows = tiers.chunk_tokens, tiers.policy.text_window
     everything = ceil_div(tokens, c) * c
     choices = []
     if block_tokens(shape, tiers, tokens, rows=0, resident=everything, staged=False):
@@ -256,9 +256,9 @@ def least_pages(layout: Layout) -> int:
 def smallest_cap_bytes(shape: KVShape, tiers: TierConfig, layout: Layout, text_rows: int) -> int:
     """The least cap with which this prompt can be prefilled and decoded, whatever the heads turn out to be."""
     c = tiers.chunk_tokens
-    rows = min(text_rows, tiers.method.text_window)
+    rows = min(text_rows, tiers.policy.text_window)
     prefill = staging_bytes(shape, c) + scoring_bytes(shape, tiers, layout.tokens, rows, c)
-    method = tiers.method
+    method = tiers.policy
     dense = (
         shape.kv_heads if method.keep_all else min(method.dense_layers, shape.num_layers) * shape.num_key_value_heads
     )
@@ -285,7 +285,7 @@ def refusal(
     shape: KVShape, tiers: TierConfig, layout: Layout, text_rows: int | None = None, remedy: str = FEWER_TOKENS
 ) -> BudgetError:
     """The error that says what was asked, what it takes, and the smallest `gpu_kv_gb` that works."""
-    rows = tiers.method.text_window if text_rows is None else text_rows
+    rows = tiers.policy.text_window if text_rows is None else text_rows
     smallest = smallest_cap_bytes(shape, tiers, layout, rows)
     return BudgetError(
         f"gpu_kv_gb={tiers.gpu_kv_gb:g} is too small for {layout.tokens:,} tokens in {shape.kv_heads} KV heads "

@@ -91,7 +91,7 @@ def answer(
         first_calls = max(0, tail - tiers.prefill_chunk)
         for begin, stop in _spans(first_calls, tiers.prefill_chunk, tail):
             check()
-            cache.text_rows = min(stop - begin, tiers.method.text_window) if stop == tail else 0
+            cache.text_rows = min(stop - begin, tiers.policy.text_window) if stop == tail else 0
             embeddings = family.embed(model, tail_ids[:, begin:stop].to(device))
             hidden = family.decode(model, embeddings, positions[:, begin:stop], cache)
         logits = family.logits(model, hidden[:, -1]).to(device)
