@@ -26,7 +26,8 @@ from tieredkv import TierConfig, TieredCache, use_attention
 from tieredkv.environment.versions import cache_argument
 from tieredkv.memory.units import GIB, as_gib
 from tieredkv.models.kv_shape import model_shape
-from tieredkv.planning.sizes import lay_out, smallest_cap_bytes
+from tieredkv.planning.admission import smallest_cap_bytes
+from tieredkv.planning.sizes import lay_out
 
 
 def timed(work: Callable[[], float | None], device: str) -> dict[str, Any]:

@@ -24,7 +24,7 @@ ALLOWED = {
     "ops": "attention policy",
     "video": "errors memory",
     "config": "errors memory policy",
-    "models": "attention config environment errors video",
+    "models": "attention config environment errors memory video",
     "planning": "config errors memory models ops policy video",
     "cache": "attention config environment errors memory models ops planning policy",
     "storage": "environment errors progress",

@@ -134,7 +134,7 @@ def test_copies_that_lag_behind_change_nothing(llama, long_ids, known, monkeypat
         return run
 
     stock = llama(long_ids).logits
-    monkeypatch.setattr("tieredkv.planning.sizes.STAGING_TOKENS", 64)
+    monkeypatch.setattr("tieredkv.planning.prefill_plan.STAGING_TOKENS", 64)
     monkeypatch.setattr(Transfer, "stage", late(stage))
     monkeypatch.setattr(HostLayer, "write", late(write))
     options = {**pressed(llama, 900, 0.5), "chunk_tokens": 8, "text_window": 8, "prompt_tokens": known}

@@ -151,7 +151,9 @@ def test_a_packed_pool_takes_the_bytes_of_its_numbers_and_scales(llama, long_ids
     _, packed, plan = answered(llama, long_ids, **fields)
     _, exact, _ = answered(llama, long_ids, **fields, pack_pages=False)
     d = llama.config.head_dim
-    assert packed["pool"] == plan.pool_pages * 2 * plan.layout.chunk_tokens * (d + 2)
+    assert packed["pool"] == plan.pool_pages(
+        [*range(llama.config.num_hidden_layers)]
+    ) * 2 * plan.layout.chunk_tokens * (d + 2)
     assert packed["pool"] * 4 * d == exact["pool"] * (d + 2)  # the model is of float32
 
 

@@ -161,8 +161,8 @@ class Watch:
             seal(cache)
             self.sealed = cache.ledger.held()
 
-        def watched_plan(shape, tiers, layout, scores, static, need=None):
-            made = plan_decode(shape, tiers, layout, scores, static)
+        def watched_plan(shape, tiers, layout, cap_bytes, scores, static, need=None):
+            made = plan_decode(shape, tiers, layout, cap_bytes, scores, static, need)
             self.planned = (shape, tiers, made, static)
             return made
 

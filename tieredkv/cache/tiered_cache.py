@@ -12,7 +12,6 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,12 +31,11 @@ from tieredkv.memory.copies import Prefetcher, StreamCopies, ThreadPrefetcher, T
 from tieredkv.memory.ledger import DeviceLedger, on_device
 from tieredkv.memory.pagelock import PageLocker
 from tieredkv.memory.pool import DevicePool
-from tieredkv.memory.units import GIB
 from tieredkv.models import families
 from tieredkv.models.kv_shape import KVShape
 from tieredkv.ops.base import Ops
 from tieredkv.ops.select import copying_by_torch, ops_for
-from tieredkv.planning import decode_plan, sizes
+from tieredkv.planning import decode_plan, prefill_plan, sizes
 from tieredkv.policy import classify
 
 
@@ -137,7 +135,7 @@ class TieredCache(Cache):
         """First tokens of every layer to keep on the device during prefill; 0 when the prompt's length is not known."""
         if self._resident is None:
             known = self.prompt_tokens > 0
-            self._resident = sizes.resident_tokens(self.shape, self.tiers, self.prompt_tokens) if known else 0
+            self._resident = prefill_plan.resident_tokens(self.shape, self.tiers, self.prompt_tokens) if known else 0
         return self._resident
 
     @property
@@ -264,18 +262,17 @@ class TieredCache(Cache):
             raise RuntimeError("no text rows were scored: nothing to classify the heads by")
         length = self.get_seq_length()
         layout = sizes.lay_out(self.tiers, length, self.text_rows, self.new_tokens)
+        # What a step adds up is held on every device; the plan knows of one.
+        cap_bytes = self.tiers.cap_bytes - (len(self.devices) - 1) * sizes.attended_bytes(layout)
         method = self.tiers.policy
         scores, need = torch.stack([row.scores for row in rows]), None
         if method.head_score == "mass":
             static = classify.static_heads(scores, method.theta)
         else:
             need = self._need(rows, layout)
-            static = need[0] <= decode_plan.mean_old_tokens(self.shape, self.tiers, layout)
+            static = need[0] <= decode_plan.mean_old_tokens(self.shape, self.tiers, layout, cap_bytes)
         static[: method.dense_layers] = True
-        # What a step adds up is held on every device; the plan knows of one.
-        more = (len(self.devices) - 1) * sizes.attended_bytes(layout)
-        within = replace(self.tiers, gpu_kv_gb=(self.tiers.cap_bytes - more) / GIB) if more else self.tiers
-        plan = decode_plan.plan_decode(self.shape, within, layout, scores, static, need)
+        plan = decode_plan.plan_decode(self.shape, self.tiers, layout, cap_bytes, scores, static, need)
         if self.visual is None:
             is_text = torch.arange(length, device="cpu") >= length - self.text_rows
         else:
@@ -303,10 +300,9 @@ class TieredCache(Cache):
     def _share(self, device: torch.device, plan: decode_plan.DecodePlan) -> Tiers:
         """What the layers on one device have in common while decoding."""
         here = [layer.index for layer in self.tiered_layers if layer.device == device]
-        pages = int(plan.pages[here].sum()) + len(here) * self.shape.num_key_value_heads * plan.layout.recent_pages
         dtype, layout = self.tiered_layers[0].dtype, plan.layout
         page = self.tiers.chunk_tokens, self.shape.head_dim, dtype
-        pool = DevicePool(self.ledger, pages, *page, device, plan.packed)
+        pool = DevicePool(self.ledger, plan.pool_pages(here), *page, device, plan.packed)
         self._pools.append(pool)
         return Tiers(
             config=self.tiers,
@@ -433,7 +429,8 @@ class TieredCache(Cache):
     def make_room_for_scores(self, past: int, new: int, rows: int) -> None:
         """Give up the tokens kept on the device if scoring `rows` of `new` tokens after `past` needs their room."""
         room = self.resident_tokens()
-        if room and not sizes.resident_beside_scores(self.shape, self.tiers, room, past, past + new, rows):
+        call = prefill_plan.Call(past, past + new, rows)
+        if room and not prefill_plan.resident_beside_scores(self.shape, self.tiers, room, call):
             self._drop_resident()
 
     def _drop_resident(self) -> None:

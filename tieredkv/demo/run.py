@@ -28,7 +28,8 @@ from tieredkv.errors import OptionError
 from tieredkv.memory.units import GIB
 from tieredkv.models.families.base import VideoFamily, VideoGrid
 from tieredkv.models.kv_shape import model_shape
-from tieredkv.planning import sizes
+from tieredkv.planning.admission import smallest_cap_bytes
+from tieredkv.planning.sizes import lay_out
 from tieredkv.progress import progress_bar
 from tieredkv.session.results import Generation
 from tieredkv.tiny import model as tiny
@@ -128,8 +129,8 @@ def _check_share(share: float, minutes: float, visual: int, longest: int) -> Non
     """Raise `OptionError` for a share that cannot hold what a video this short needs, before the video is made."""
     shape = model_shape(tiny.build_config(), torch.float32)
     full, text = visual * shape.token_bytes, 64  # tokens around the video are fewer
-    layout = sizes.lay_out(TierConfig(), visual + text, text, longest)
-    needed = sizes.smallest_cap_bytes(shape, TierConfig(), layout, text)
+    layout = lay_out(TierConfig(), visual + text, text, longest)
+    needed = smallest_cap_bytes(shape, TierConfig(), layout, text)
     if share * full < needed:
         raise OptionError(
             f"--share {share:g} is too small for a video of {minutes:g} minutes, where fixed costs weigh more: "
