@@ -26,7 +26,7 @@ from tieredkv.cache.tiers import Tiers
 from tieredkv.config import TierConfig, tier_config
 from tieredkv.environment import forking
 from tieredkv.environment.ambient import settled
-from tieredkv.errors import OptionError, TieredKVError, UnsupportedModelError
+from tieredkv.errors import OptionError, TieredKVError, UnsupportedModelError, check_whole
 from tieredkv.memory.copies import Prefetcher, StreamCopies, ThreadPrefetcher, Transfer
 from tieredkv.memory.ledger import DeviceLedger, on_device
 from tieredkv.memory.pagelock import PageLocker
@@ -72,8 +72,7 @@ class TieredCache(Cache):
         """
         self.tiers = tier_config(tiers, options)
         for name, value in (("max_new_tokens", max_new_tokens), ("prompt_tokens", prompt_tokens)):
-            if not isinstance(value, int) or value < 0:
-                raise OptionError(f"{name}={value!r} is not valid: give a whole number of at least 0.")
+            check_whole(name, value, 0)
         text = config.get_text_config(decoder=True)
         kinds = families.check_layers(text)
         numbers = itertools.count()
