@@ -19,7 +19,7 @@ from tieredkv import TieredCache
 from tieredkv.environment import forking, threads
 from tieredkv.environment.versions import cache_argument
 from tieredkv.errors import TieredKVError
-from tieredkv.memory.copies import ThreadPrefetcher
+from tieredkv.memory.copies import ThreadCopies
 from tieredkv.models.switch import use_attention
 from tieredkv.session.pipeline import Pipeline
 
@@ -347,21 +347,21 @@ def test_a_cache_prefilled_before_the_fork_goes_on_in_the_child(llama, long_ids)
 
 
 def test_a_copy_outstanding_at_the_fork_is_an_error_in_the_child():
-    gate, prefetcher = threading.Event(), ThreadPrefetcher()
-    prefetcher.submit("layer", lambda: int(gate.wait(60)))
+    gate, copies = threading.Event(), ThreadCopies()
+    copies.submit("layer", lambda: int(gate.wait(60)))
 
     def work():
         with pytest.raises(TieredKVError, match="forked while keys and values were being copied"):
-            prefetcher.wait("layer")
-        prefetcher.submit("layer", lambda: 7)
-        return prefetcher.wait("layer")
+            copies.wait("layer")
+        copies.submit("layer", lambda: 7)
+        return copies.wait("layer")
 
     assert forked(work) == "7"
-    assert forked(prefetcher.drain) == "None"
-    assert forked(prefetcher.close) == "None"
+    assert forked(copies.drain) == "None"
+    assert forked(copies.close) == "None"
     gate.set()
-    assert prefetcher.wait("layer") == 1
-    prefetcher.close()
+    assert copies.wait("layer") == 1
+    copies.close()
 
 
 @pytest.mark.parametrize("way", [pickle.dumps, copy.copy, copy.deepcopy])
