@@ -23,7 +23,7 @@ class BackgroundCopies(Protocol):
         """Start `copy`, which returns the bytes it moved. RuntimeError if the key has one outstanding."""
 
     def wait(self, key: Hashable) -> int:
-        """Order later work after the copy. Returns the bytes moved, 0 if none was outstanding. Raises the copy's error."""
+        """Order later work after the copy. Returns its bytes, 0 if none was outstanding. Raises what it raised."""
 
     def drain(self) -> None:
         """Block until no copy is outstanding, and ignore their errors: called before slots are given up."""
