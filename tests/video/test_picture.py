@@ -13,7 +13,7 @@ from films import greys, levels, sample, write
 
 from tieredkv.errors import VideoError
 from tieredkv.video.frames import open_video
-from tieredkv.video.picture import Geometry, Painter, turned
+from tieredkv.video.picture import Geometry, Painter, rotated
 from tieredkv.video.structure import NO_MARGINS
 
 pytestmark = pytest.mark.files
@@ -143,7 +143,7 @@ def filtered(picture: np.ndarray, *filters: tuple[str, str]) -> np.ndarray:
 )
 def test_the_display_matrix_turns_and_mirrors_as_ffmpeg_does(numbers, filters):
     expected = filtered(CORNER, *filters) if filters else CORNER
-    assert np.array_equal(turned(CORNER, matrix(*numbers)), expected)
+    assert np.array_equal(rotated(CORNER, matrix(*numbers)), expected)
 
 
 @pytest.mark.parametrize("degrees", [30, 135, -45])
@@ -151,7 +151,7 @@ def test_an_angle_that_is_no_quarter_turn_keeps_the_size_with_black_corners(degr
     picture = np.full((48, 64, 3), 40, np.uint8)
     picture[10:20, 40:52] = 220
     angle = np.radians(degrees)
-    got = turned(picture, matrix(np.cos(angle), np.sin(angle), -np.sin(angle), np.cos(angle)))
+    got = rotated(picture, matrix(np.cos(angle), np.sin(angle), -np.sin(angle), np.cos(angle)))
     expected = filtered(picture, ("rotate", f"{degrees}*PI/180"))
     assert got.shape == picture.shape
     assert np.abs(got.astype(int) - expected).mean() < 6
