@@ -13,7 +13,7 @@ from films import KINDS, greys, levels, numbered, numbers, retime, sample, ticks
 from helpers import ended
 
 from tieredkv.errors import VideoError
-from tieredkv.video import sampling
+from tieredkv.video.clock import Clock
 from tieredkv.video.frames import load_frames, open_video
 
 pytestmark = pytest.mark.files
@@ -134,7 +134,7 @@ def test_a_header_without_frames_is_refused_when_opened(tmp_path, whole):
     stored = whole["faststart.mp4"].read_bytes()
     path = tmp_path / "header.mp4"
     path.write_bytes(stored[: stored.index(b"mdat") + 4])
-    with pytest.raises(VideoError, match=r"header\.mp4: there is a video stream but not one frame in it"):
+    with pytest.raises(VideoError, match=r"header\.mp4: its video stream has no frame"):
         open_video(path, 1)
 
 
@@ -158,7 +158,7 @@ def test_a_file_that_vanishes_after_it_was_opened_is_named(tmp_path, steady):
     path.write_bytes(steady.read_bytes())
     source = open_video(path, 1)
     path.unlink()
-    with pytest.raises(VideoError, match=r"gone\.mkv: was there when it was opened"):
+    with pytest.raises(VideoError, match=r"gone\.mkv: the file was removed after it was opened"):
         next(source.frames())
     with pytest.raises(VideoError, match=r"gone\.mkv: cannot be read"):
         source.sha256()
@@ -260,14 +260,14 @@ def test_frames_that_come_late_do_not_stretch_the_video(tmp_path, steady):
 def test_a_clock_that_restarts_within_an_indexed_file_ends_seeking(tmp_path, monkeypatch):
     """What the index says of such a file is of no use; a run that went by it begins again, and goes on from there."""
     path = write(tmp_path / "v.mkv", numbered(60), g="5", bf="0")
-    place = sampling.Clock.place
+    place = Clock.place
 
     def restarting(self, frame):
         time = place(self, frame)
         self.restarted = frame.time > 5
         return time
 
-    monkeypatch.setattr(sampling.Clock, "place", restarting)
+    monkeypatch.setattr(Clock, "place", restarting)
     seen = ticks(path, fps=0.8)
     assert len(seen) > 60
     assert seen == sorted(seen)
@@ -290,7 +290,7 @@ def test_a_jump_far_forward_is_an_error_that_tells_it(tmp_path, stated):
         say_it_lasts(path, b"00:00:02.000000000")
     given, message = outcome(path)
     assert given <= 3
-    assert re.search(r"decoding stopped at 0\.90 s \(the next frame is written as 5000\.\d+ s later", message)
+    assert re.search(r"decoding stopped at 0\.90 s \(the next frame has a timestamp 5000\.\d+ s later", message)
 
 
 def test_a_first_frame_that_comes_late_begins_the_video(tmp_path, steady):

@@ -13,8 +13,8 @@ from films import greys, levels, sample, write
 
 from tieredkv.errors import VideoError
 from tieredkv.video.frames import open_video
+from tieredkv.video.margins import NO_MARGINS
 from tieredkv.video.picture import Geometry, Painter, rotated
-from tieredkv.video.structure import NO_MARGINS
 
 pytestmark = pytest.mark.files
 

@@ -13,6 +13,7 @@ from films import noise, numbered, numbers, sample, ticks, write
 from tieredkv.errors import VideoError
 from tieredkv.video import sampling
 from tieredkv.video.frames import open_video
+from tieredkv.video.playback import Playback
 
 pytestmark = pytest.mark.files
 
@@ -111,8 +112,8 @@ def test_formats_without_an_index_are_read_to_the_end(whole):
 
 def test_an_index_that_leads_past_the_time_wanted_is_not_followed(counted, monkeypatch):
     """Every seek lands a second too late: decoding begins again, and gives no frame twice."""
-    enter_at = sampling._Playback._enter_at
-    monkeypatch.setattr(sampling._Playback, "_enter_at", lambda self, time: enter_at(self, time + 100))
+    enter_at = Playback._enter_at
+    monkeypatch.setattr(Playback, "_enter_at", lambda self, time: enter_at(self, time + 100))
     assert numbers(sample(counted, 0.25)) == [0, 40, 80]
 
 

@@ -10,9 +10,9 @@ import av
 import pytest
 from films import numbered, numbers, sample, write
 
+from tieredkv.video.clock import Clock
 from tieredkv.video.frames import open_video
 from tieredkv.video.length import Times
-from tieredkv.video.timeline import Clock
 
 pytestmark = pytest.mark.files
 

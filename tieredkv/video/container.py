@@ -12,6 +12,10 @@ from av.stream import Disposition
 
 from tieredkv.errors import VideoError
 
+MP4 = "mov,mp4,m4a,3gp,3g2,mj2"
+MATROSKA = "matroska,webm"
+"""FFmpeg's names of formats."""
+
 _DEFAULT_BONUS = 5_000_000
 """Pixels added to the size of a stream marked as default when streams are ranked, as in the `ffmpeg` program."""
 

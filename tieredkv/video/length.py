@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -10,8 +11,9 @@ from typing import Any, NamedTuple
 
 import av
 
-from tieredkv.video.container import opened
-from tieredkv.video.structure import MATROSKA, MP4, asf_seconds, cut_element, edited_end, fragments
+from tieredkv.video.container import MATROSKA, MP4, opened
+from tieredkv.video.matroska import cut_element
+from tieredkv.video.mp4 import edited_end, fragments
 
 JITTER = 1.0
 """Seconds. A frame up to this much earlier than the one before is left out; beyond that the clock was restarted."""
@@ -27,6 +29,8 @@ _PER_TRACK = {MP4, "avi", "mxf"}
 """Formats that state the length of each track. For others FFmpeg reports the longest track's for all."""
 _FROM_ZERO = {MATROSKA, "flv"}
 """Formats whose stated length is the time at which the video ends, whenever it begins."""
+_ASF_FILE_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
+"""GUID of the object of an ASF file that states its length."""
 _LONGEST = 30 * 86400
 """Seconds. A longer stated length is a damaged number."""
 _TOLERANCE = 1.0
@@ -74,15 +78,15 @@ def find_length(
     own = _seconds(stream.duration, stream.time_base)
     whole = _seconds(container.duration, Fraction(1, av.time_base))
     if kind == "asf":
-        stated_by_file = asf_seconds(path)
-        whole = stated_by_file if stated_by_file is not None and stated_by_file < _LONGEST else whole
+        header = _asf_seconds(path)
+        whole = header if header is not None and header < _LONGEST else whole
     if kind == MP4:
-        fragmented, cut, promised = fragments(path, stream.id)
+        fragmented, cut, indexed = fragments(path, stream.id)
         if fragmented:
             # FFmpeg reports the sum of the fragments that exist, or what an index of all of them says.
             found = read()
-            if promised is not None and promised < _LONGEST:
-                own = times.zero + times.begin + promised  # the index may have another zero than the fragments
+            if indexed is not None and indexed < _LONGEST:
+                own = times.zero + times.begin + indexed  # the index may have another zero than the fragments
             if found.end is not None and found.complete and own is not None:
                 if found.end + times.zero < own - _TOLERANCE:
                     return Length(own - times.zero, _TOLERANCE)
@@ -183,6 +187,18 @@ def _scan(
         return _Found(None, last, complete)
     end = max(length, times.begin + SAME_TIME)
     return _Found(end, max(last, end), complete)
+
+
+def _asf_seconds(path: Path) -> float | None:
+    """Length that an ASF file states, which FFmpeg does not report of a truncated one; None: it states none."""
+    with path.open("rb") as file:
+        head = file.read(1 << 16)
+    at = head.find(_ASF_FILE_PROPERTIES)
+    if at < 0 or len(head) < at + 92:
+        return None
+    playing, preroll, flags = struct.unpack_from("<Q8xQI", head, at + 64)
+    seconds = playing / 1e7 - preroll / 1e3
+    return seconds if seconds > 0 and not flags & 1 else None  # flag 1: a broadcast of unknown length
 
 
 def _seconds(duration: int | None, unit: Fraction | None) -> float | None:

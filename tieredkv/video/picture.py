@@ -15,7 +15,7 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from PIL import Image
 
 from tieredkv.errors import VideoError
-from tieredkv.video.structure import Margins, margins
+from tieredkv.video.margins import Margins, margins
 
 _SQUARE = Fraction(1)
 _ROUNDING = 0.005
