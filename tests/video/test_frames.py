@@ -100,7 +100,7 @@ def test_frames_given_at_one_rate_are_resampled_to_another():
         (np.full((3, 8, 8, 3), np.nan), r"must lie in \[0, 1\]"),
         ([], "no frames"),
         ([np.zeros((8, 8, 3), np.uint8), np.zeros((9, 8, 3), np.uint8)], "different sizes"),
-        (42, "video is a int"),
+        (42, "video is of type int"),
     ],
     ids=["3 axes", "4 channels", "none", "int64", "too bright", "nan", "empty list", "sizes", "number"],
 )
