@@ -292,14 +292,14 @@ def test_settings_that_change_nothing_do_not_count(wrapped):
 
 @pytest.mark.parametrize("method", ["OFT", "VeRA", "LoRA"])
 def test_what_an_idle_adapter_holds_does_not_count(method):
-    from tieredkv.models.fingerprint import explain, model_fingerprint, model_state
+    from tieredkv.models.fingerprint import fingerprint_difference, model_fingerprint, model_state
 
     kind, needs, _ = {**methods(), "LoRA": (type(config()), {"r": 2}, {})}[method]
     wrapped = under(kind, needs, {})
     inside = wrapped.get_base_model()
     before, state = model_fingerprint(inside), model_state(inside)
     wrapped.add_adapter("idle", kind(target_modules=["q_proj"], **needs))
-    assert explain(before, model_fingerprint(inside)) is None
+    assert fingerprint_difference(before, model_fingerprint(inside)) is None
     assert model_state(inside) == state
 
 

@@ -14,16 +14,9 @@ import pytest
 import torch
 
 from tieredkv.errors import SessionError, UnsupportedModelError
-from tieredkv.models.fingerprint import (
-    explain,
-    model_fingerprint,
-    model_settings,
-    model_state,
-    processor_settings,
-    settings_difference,
-    state_difference,
-)
+from tieredkv.models.fingerprint import fingerprint_difference, model_fingerprint, model_state, state_difference
 from tieredkv.models.same_model import SameModel
+from tieredkv.models.settings import model_settings, processor_settings, settings_difference
 from tieredkv.models.switch import use_attention
 from tieredkv.models.weights import plain_tensors
 from tieredkv.tiny import model as tiny
@@ -47,11 +40,6 @@ def model(bundled: tuple[Any, Any]) -> Any:
     return copy.deepcopy(bundled[0])
 
 
-@pytest.fixture
-def processor(bundled: tuple[Any, Any]) -> Any:
-    return copy.deepcopy(bundled[1])
-
-
 def _weight(model: Any) -> torch.Tensor:
     return model.state_dict()["model.language_model.layers.2.self_attn.k_proj.weight"]
 
@@ -65,7 +53,7 @@ def test_the_same_model_loaded_from_another_folder_is_equal(
     shutil.copytree(tiny.PATH, tmp_path / "elsewhere")
     model, processor = tiny.load(path=tmp_path / "elsewhere")
     assert model_fingerprint(model) == prints
-    assert explain(prints, model_fingerprint(model)) is None
+    assert fingerprint_difference(prints, model_fingerprint(model)) is None
     assert settings_difference(processor_settings(bundled[1]), processor_settings(processor)) is None
 
 
@@ -112,7 +100,7 @@ def test_changed_weights_are_noticed(
     change(_weight(model))
     now = model_fingerprint(model)
     assert now["config"] == prints["config"]
-    assert explain(prints, now) == "the model's weights differ"
+    assert fingerprint_difference(prints, now) == "the model's weights differ"
 
 
 def test_any_changed_bit_and_any_swap_is_noticed() -> None:
@@ -148,7 +136,7 @@ def test_any_changed_bit_and_any_swap_is_noticed() -> None:
 
 def test_another_dtype_differs_in_both(model: Any, prints: dict[str, str]) -> None:
     now = model_fingerprint(model.to(torch.bfloat16))
-    assert explain(prints, now) == "the model's configuration and weights differ"
+    assert fingerprint_difference(prints, now) == "the model's configuration and weights differ"
 
 
 def test_a_changed_configuration_is_noticed_and_named(model: Any, prints: dict[str, str]) -> None:
@@ -156,7 +144,7 @@ def test_a_changed_configuration_is_noticed_and_named(model: Any, prints: dict[s
     model.config.text_config.rope_parameters = {**model.config.text_config.rope_parameters, "rope_theta": 5e5}
     now = model_fingerprint(model)
     assert now["weights"] == prints["weights"]
-    assert explain(prints, now) == "the model's configuration differs"
+    assert fingerprint_difference(prints, now) == "the model's configuration differs"
     named = settings_difference(before, model_settings(model))
     assert named == "text.rope_parameters.rope_theta was 1000000.0, is 500000.0"
 
@@ -170,60 +158,9 @@ def test_what_changes_no_key_or_value_is_ignored(model: Any, prints: dict[str, s
     assert model_fingerprint(model) == prints
 
 
-def test_a_text_model_has_its_fields_at_the_top(llama: Any) -> None:
-    assert model_settings(llama)["text"]["num_key_value_heads"] == 2
-    assert model_settings(llama)["vision"] == {}
-
-
 def test_weights_that_are_not_loaded_are_refused(model: Any) -> None:
     with pytest.raises(UnsupportedModelError, match="not in memory"):
         model_fingerprint(model.to("meta"))
-
-
-# The processor
-
-
-def test_settings_survive_json(processor: Any) -> None:
-    settings = processor_settings(processor)
-    assert json.loads(json.dumps(settings)) == settings
-    assert settings_difference(json.loads(json.dumps(settings)), settings) is None
-
-
-def test_a_changed_size_is_named(processor: Any) -> None:
-    before = processor_settings(processor)
-    processor.video_processor.size = {"shortest_edge": 3136, "longest_edge": 6272}
-    named = settings_difference(before, processor_settings(processor))
-    assert named == "video_processor.size.longest_edge was 3136, is 6272"
-
-
-def test_a_changed_template_and_vocabulary_are_named(processor: Any) -> None:
-    before = processor_settings(processor)
-    processor.chat_template += " "
-    processor.tokenizer.add_tokens(["<new>"])
-    named = settings_difference(before, processor_settings(processor))
-    assert named is not None
-    assert named.startswith("chat_template was ")
-    assert "tokenizer.vocabulary was " in named
-
-
-def test_only_the_first_differences_are_written_out() -> None:
-    before, now = dict.fromkeys("abcde", 1), dict.fromkeys("abcde", 2)
-    assert settings_difference(before, now) == "a was 1, is 2, b was 1, is 2, c was 1, is 2 and 2 more"
-
-
-def test_settings_that_only_one_release_knows_are_no_difference(processor: Any) -> None:
-    before = processor_settings(processor)
-    now = copy.deepcopy(before)
-    now["video_processor"]["new_in_a_release"] = False
-    assert settings_difference(before, now) is None
-    assert settings_difference(now, before) is None
-
-
-def test_results_and_devices_are_no_settings(processor: Any) -> None:
-    before = processor_settings(processor)
-    processor.video_processor.return_metadata = True
-    processor.video_processor.device = "cuda"
-    assert processor_settings(processor) == before
 
 
 # What is in neither weights nor settings
