@@ -161,7 +161,7 @@ def _decode(
     cache.new_tokens = len(between) + len(answer)
     cache.counters.trace = [] if recall else None
     cache.seal()
-    held, itemsize = cache.ledger.held(), cache.shape.itemsize
+    held, itemsize = cache.ledger.by_purpose(), cache.shape.itemsize
     packed = cache.tiered_layers[0].sealed.packing is not None
     held_bytes = sum(held.values()) - (0 if packed else held["pool"] - held["pool"] * 2 // itemsize)
     fed = [*between, *answer[:-1]]

@@ -52,7 +52,7 @@ def test_the_ledger_counts_every_byte_of_pool_and_digests(llama, long_ids):
         ) as cache,
     ):
         llama.generate(long_ids, **cache_argument(cache), max_new_tokens=4, do_sample=False)
-        held = cache.ledger.held()
+        held = cache.ledger.by_purpose()
         layers = [layer.sealed for layer in cache.tiered_layers]
         assert held["pool"] == cache._pools[0].pages.nbytes + cache._pools[0].scales.nbytes
         assert held["digests"] == sum(

@@ -123,7 +123,7 @@ def answered(model, ids, **fields):
     """Logits of eight forced tokens behind a prompt, the cache's bytes by purpose, and how it was divided."""
     with tiered(model, **fields) as cache:
         out = steps(model, ids, cache)
-        return out, cache.ledger.held(), cache.tiered_layers[0].sealed.tiers.plan
+        return out, cache.ledger.by_purpose(), cache.tiered_layers[0].sealed.tiers.plan
 
 
 def steps(model, ids, cache):

@@ -152,14 +152,14 @@ class Watch:
 
         def watched_reserve(ledger, purpose, nbytes):
             reserve(ledger, purpose, nbytes)
-            held = ledger.held()
+            held = ledger.by_purpose()
             self.most[purpose] = max(self.most.get(purpose, 0), held[purpose])
             if not {"pool", "tables"} & set(held):
                 self.prefill = max(self.prefill, sum(held.values()))
 
         def watched_seal(cache):
             seal(cache)
-            self.sealed = cache.ledger.held()
+            self.sealed = cache.ledger.by_purpose()
 
         def watched_plan(shape, tiers, layout, cap_bytes, scores, static, need=None):
             made = plan_decode(shape, tiers, layout, cap_bytes, scores, static, need)

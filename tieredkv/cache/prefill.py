@@ -15,7 +15,7 @@ import torch
 from tieredkv.attention import exact
 from tieredkv.cache.looks import Looks
 from tieredkv.config import TierConfig
-from tieredkv.memory.copies import Prefetcher, Transfer
+from tieredkv.memory.copies import BackgroundCopies, Transfer
 from tieredkv.memory.host import HostLayer
 from tieredkv.memory.ledger import DeviceLedger
 from tieredkv.models.kv_shape import KVShape
@@ -78,7 +78,7 @@ class Past:
         block_tokens: int,
         buffers: list[torch.Tensor],
         transfer: Transfer,
-        copies: Prefetcher,
+        copies: BackgroundCopies,
     ) -> None:
         """buffers: three flat tensors, each with room for the keys and values of `block_tokens` tokens.
 
@@ -147,7 +147,7 @@ def staged_past(
     tiers: TierConfig,
     ledger: DeviceLedger,
     transfer: Transfer,
-    copies: Prefetcher,
+    copies: BackgroundCopies,
     device: torch.device,
     to_generate: int,
 ) -> Iterator[Past]:

@@ -27,7 +27,7 @@ from tieredkv.config import TierConfig, tier_config
 from tieredkv.environment import forking
 from tieredkv.environment.ambient import settled
 from tieredkv.errors import OptionError, TieredKVError, UnsupportedModelError, check_whole
-from tieredkv.memory.copies import Prefetcher, StreamCopies, ThreadPrefetcher, Transfer
+from tieredkv.memory.copies import BackgroundCopies, StreamCopies, ThreadCopies, Transfer
 from tieredkv.memory.ledger import DeviceLedger, on_device
 from tieredkv.memory.pagelock import PageLocker
 from tieredkv.memory.pool import DevicePool
@@ -99,7 +99,7 @@ class TieredCache(Cache):
         self._counters = Counters()
         self.ops: Ops | None = None
         """What a decoding step is made of; None: what suits the device."""
-        self.copies: Prefetcher = ThreadPrefetcher()
+        self.copies: BackgroundCopies = ThreadCopies()
         """Copies under way between the tiers, in both phases."""
         self.locker: PageLocker | None = None
         """Keeps the host tier page-locked, where the model is on a card."""
