@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from tieredkv.errors import (
         BudgetError,
         OptionError,
+        OutputError,
         PromptError,
         SessionError,
         TieredKVError,
@@ -42,6 +43,7 @@ _HOME = {
     "TierConfig": "config",
     "BudgetError": "errors",
     "OptionError": "errors",
+    "OutputError": "errors",
     "PromptError": "errors",
     "SessionError": "errors",
     "TieredKVError": "errors",
@@ -68,6 +70,7 @@ __all__ = [
     "MemoryPlan",
     "Moment",
     "OptionError",
+    "OutputError",
     "PromptError",
     "SessionError",
     "Stats",
