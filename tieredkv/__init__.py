@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         VideoError,
     )
     from tieredkv.evidence.moments import Evidence, Moment
-    from tieredkv.evidence.page import save_evidence
+    from tieredkv.evidence.save import save_evidence
     from tieredkv.models.switch import use_attention
     from tieredkv.planning.forecast import plan
     from tieredkv.planning.report import MemoryPlan
@@ -52,7 +52,7 @@ _HOME = {
     "VideoSession": "session.video_session",
     "Evidence": "evidence.moments",
     "Moment": "evidence.moments",
-    "save_evidence": "evidence.page",
+    "save_evidence": "evidence.save",
     "Generation": "session.results",
     "IngestStats": "session.results",
     "MemoryPlan": "planning.report",

@@ -35,13 +35,13 @@ def ask(
     """Answer one question about one video, or about a saved session."""
     from tieredkv import api
     from tieredkv.cli.opening import opened
-    from tieredkv.evidence import page
+    from tieredkv.evidence.save import check_target, save_evidence
 
     *videos, question = words
     if len(videos) > 1:
         raise OptionError(f"ask takes one video and one question, got {len(words)} words: put quotes around each.")
     if evidence is not None:
-        page.check_target(evidence)
+        check_target(evidence)
     sampling = given(fps=fps, max_frames=max_frames, start=start, end=end)
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
     api.check_question(question, {"max_new_tokens": max_new_tokens})
@@ -63,7 +63,7 @@ def ask(
     else:
         typer.echo(answer.text)
     if evidence is not None:
-        page.save_evidence(answer, evidence, question=question, video=videos[0] if videos else None)
+        save_evidence(answer, evidence, question=question, video=videos[0] if videos else None)
     if unsaved is not None:
         raise unsaved
 
