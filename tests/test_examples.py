@@ -122,7 +122,7 @@ def test_a_file_of_answers_is_not_written_over(refused, clip, tmp_path):
     questions, answers = tmp_path / "questions.txt", tmp_path / "answers.csv"
     questions.write_text(QUESTION)
     answers.write_text("precious")
-    assert "is there already" in refused("many_questions", clip, questions, answers)
+    assert "exists already" in refused("many_questions", clip, questions, answers)
     assert answers.read_text() == "precious"
 
 
@@ -183,7 +183,7 @@ def test_another_question_is_asked_of_clips_answered_before(run, archive, tmp_pa
 def test_a_file_of_something_else_is_left_alone(refused, archive, tmp_path, content):
     answers = tmp_path / "letter.txt"
     answers.write_text(content)
-    assert "is no file of answers" in refused("camera_archive", archive, answers, QUESTION, *on_tiny())
+    assert "is not a file of answers" in refused("camera_archive", archive, answers, QUESTION, *on_tiny())
     assert answers.read_text() == content
 
 

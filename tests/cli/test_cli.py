@@ -283,7 +283,7 @@ def test_a_pipe_is_not_waited_for(monkeypatch, capsys, tmp_path):
     os.mkfifo(tmp_path / "film.mp4")
     code, out, err = run(monkeypatch, capsys, "ask", str(tmp_path / "film.mp4"), "what ?")
     assert (code, out) == (2, "")
-    assert "is no regular file" in err
+    assert "is not a regular file" in err
 
 
 @pytest.mark.model

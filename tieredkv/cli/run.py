@@ -13,7 +13,7 @@ from tieredkv.cli.options import Fps, GpuGiB, HostGiB, MaxFrames, Model, NewToke
 from tieredkv.errors import BatchError
 
 if TYPE_CHECKING:
-    from tieredkv.batch.questions_file import Question
+    from tieredkv.batch.questions_file import BatchQuestion
     from tieredkv.session.video_session import VideoSession
 
 
@@ -36,15 +36,16 @@ def run(
     relative to the file. What fails is a line with "error"; the exit code is 1 if there is one.
     """
     from tieredkv import api
-    from tieredkv.batch import questions_file
-    from tieredkv.batch.answers_file import Answers
+    from tieredkv.batch.answers_file import AnswersFile
+    from tieredkv.batch.questions_file import read_questions
+    from tieredkv.batch.run import run as run_batch
     from tieredkv.config import tier_config
     from tieredkv.models import loading
     from tieredkv.video.frames import check_request
 
     if retry_errors and not resume:
         raise BatchError("--retry-errors is for a file that is there: give --resume too.")
-    asked = questions_file.read_questions(questions)
+    asked = read_questions(questions)
     options = {"max_new_tokens": max_new_tokens}
     api.check_question("?", options)
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
@@ -52,11 +53,11 @@ def run(
     sampling = given(fps=fps, max_frames=max_frames)
     nothing_yet = {"fps": None, "source_fps": None, "max_frames": None, **sampling}
     check_request([], **nothing_yet)
-    with Answers(output, asked, resume=resume, retry_errors=retry_errors) as answers:
+    with AnswersFile(output, asked, resume=resume, retry_errors=retry_errors) as answers:
         if not all(map(answers.has, asked)):
             loaded, processor = loading.load(model_path(model))
 
-            def open_session(video: Path, pending: Sequence[Question]) -> VideoSession:
+            def open_session(video: Path, pending: Sequence[BatchQuestion]) -> VideoSession:
                 check_request(video, **nothing_yet)
                 session = api.new_session(loaded, processor=processor, progress=True, **tiers)
                 # What the least of them needs must fit; what another needs more is that one's error.
@@ -69,9 +70,7 @@ def run(
                 return session
 
             answers.begin()
-            questions_file.run(
-                asked, answers, open_session, options, lambda line: print(line, file=sys.stderr, flush=True)
-            )
+            run_batch(asked, answers, open_session, options, lambda line: print(line, file=sys.stderr, flush=True))
     failed = len(answers.failed)
     again = ": --resume --retry-errors asks again" if failed else ""
     print(f"{output}: {len(answers.answered)} answered, {failed} failed{again}.", file=sys.stderr)
