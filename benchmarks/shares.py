@@ -16,7 +16,7 @@ from typing import Any
 
 import tieredkv
 from tieredkv.config import TierConfig
-from tieredkv.demo.run import right_hops, right_words
+from tieredkv.demo.answers import right_hops, right_words
 from tieredkv.memory.units import GIB
 from tieredkv.models.kv_shape import model_shape
 from tieredkv.tiny import model as tiny

@@ -6,7 +6,6 @@ stopped goes on from the last one. `DIR/log.jsonl` has the numbers, `DIR/weights
 
 import argparse
 import json
-import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 
+from tieredkv.storage.atomic import replace_file
 from tieredkv.tiny.clips import Clips
 from tieredkv.tiny.model import build_model, save
 from tieredkv.tiny.train_decoder import CURRICULUM, train_stage
@@ -78,8 +78,8 @@ def _check_run(path: Path, run: dict[str, Any]) -> None:
 
 def _keep(path: Path, model: Any, optimizer: torch.optim.Optimizer | None) -> None:
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict() if optimizer else None}
-    torch.save(state, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
+    with replace_file(path) as part:
+        torch.save(state, part)
 
 
 def _restore(path: Path, model: Any, optimizer: torch.optim.Optimizer | None) -> bool:

@@ -16,12 +16,9 @@ from PIL import Image
 
 from tieredkv.errors import VideoError
 from tieredkv.memory.limits import check_host_memory
+from tieredkv.progress import Progress
 from tieredkv.video.length import SAME_TIME
 from tieredkv.video.sampling import FileSource, Tick
-
-Progress = Callable[[int, int | None], None]
-"""Called with units done and the total, None while the total is unknown."""
-
 
 RATES = (1e-6, 1000.0)
 """Frames per second that may be asked for, least and most: one in eleven days, and what no camera of today shoots."""
