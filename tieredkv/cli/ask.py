@@ -17,7 +17,7 @@ def ask(
     words: Annotated[list[str], typer.Argument(metavar="[VIDEO] QUESTION", help="A video file, and what to ask.")],
     model: Model = "tiny",
     session: Annotated[
-        Path | None, typer.Option(help="Ask this saved session; if there is no such file, save one.")
+        Path | None, typer.Option(help="Ask this saved session; if the file does not exist, save one.")
     ] = None,
     gpu_kv_gb: GpuGiB = None,
     host_kv_gb: HostGiB = None,
@@ -28,7 +28,7 @@ def ask(
     end: End = None,
     max_new_tokens: NewTokens = 256,
     evidence: Annotated[
-        Path | None, typer.Option(help="Write which moments were looked at here, as PNG or HTML.")
+        Path | None, typer.Option(help="Write the moments that were attended to, as .png or .html.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print answer and statistics as JSON.")] = False,
 ) -> None:
@@ -58,8 +58,8 @@ def ask(
         answer = video_session.ask(question, max_new_tokens=max_new_tokens)
     if as_json:
         moments = [moment.as_dict() for moment in answer.evidence or ()]
-        said = {"text": answer.text, "token_ids": answer.token_ids, "evidence": moments}
-        typer.echo(json.dumps({**said, **answer.stats.as_dict()}))
+        fields = {"text": answer.text, "token_ids": answer.token_ids, "evidence": moments}
+        typer.echo(json.dumps({**fields, **answer.stats.as_dict()}))
     else:
         typer.echo(answer.text)
     if evidence is not None:
