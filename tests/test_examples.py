@@ -163,7 +163,7 @@ def test_an_archive_goes_on_past_a_bad_clip_and_after_a_kill(run, archive, tmp_p
     kept = [line for line in lines if '"a.mp4"' in line]
     answers.write_text("".join(kept) + '{"clip": "porch/b.mp4", "ans')  # killed in the middle of a line
     printed = run("camera_archive", archive, answers, QUESTION, *on_tiny())
-    assert "3 clips, 1 of them answered already" in printed
+    assert "3 clips, 1 of them already answered" in printed
     assert answers.read_text().startswith(kept[0])
     assert sorted(map(str, rows_of(answers))) == sorted(map(str, first))
 
@@ -173,7 +173,7 @@ def test_another_question_is_asked_of_clips_answered_before(run, archive, tmp_pa
     answers = tmp_path / "answers.jsonl"
     (archive / "broken.mp4").unlink()
     run("camera_archive", archive, answers, QUESTION, *on_tiny())
-    assert "2 clips, 2 of them answered" in run("camera_archive", archive, answers, QUESTION, *on_tiny())
+    assert "2 clips, 2 of them already answered" in run("camera_archive", archive, answers, QUESTION, *on_tiny())
     assert "2 clips, 0 of them" in run(
         "camera_archive", archive, answers, QUESTION, "what colour was the moon ?", *on_tiny()
     )
