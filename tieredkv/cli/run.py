@@ -47,7 +47,7 @@ def run(
 
     if retry_errors and not resume:
         raise BatchError("--retry-errors continues an existing file of answers: give --resume too.")
-    asked = read_questions(questions)
+    batch = read_questions(questions)
     options = {"max_new_tokens": max_new_tokens}
     api.check_question("?", options)
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
@@ -55,8 +55,8 @@ def run(
     sampling = given(fps=fps, max_frames=max_frames)
     nothing_yet = {"fps": None, "source_fps": None, "max_frames": None, **sampling}
     check_request([], **nothing_yet)
-    with AnswersFile(output, asked, resume=resume, retry_errors=retry_errors) as answers:
-        if not all(map(answers.has, asked)):
+    with AnswersFile(output, batch, resume=resume, retry_errors=retry_errors) as answers:
+        if not all(map(answers.has, batch)):
             loaded, processor = loading.load(model_path(model))
 
             def open_session(video: Path, pending: Sequence[BatchQuestion]) -> VideoSession:
@@ -72,7 +72,7 @@ def run(
                 return session
 
             answers.begin()
-            run_batch(asked, answers, open_session, options, lambda line: print(line, file=sys.stderr, flush=True))
+            run_batch(batch, answers, open_session, options, lambda line: print(line, file=sys.stderr, flush=True))
     failed = len(answers.failed)
     again = ": --resume --retry-errors asks again" if failed else ""
     print(f"{output}: {len(answers.answered)} answered, {failed} failed{again}.", file=sys.stderr)

@@ -43,8 +43,8 @@ def run(seed: int, minutes: float, share: float, plot: Path | None, video_path: 
     _check(minutes, share, plot, video_path)
     console = Console(highlight=False)
     scene = make_scene(seed, round(minutes * 60), CARDS)
-    asked = list({question.text: question for question in questions(scene, seed, QUESTIONS)}.values())
-    longest = max(len(question.words) for question in asked) + 1
+    selected = list({question.text: question for question in questions(scene, seed, QUESTIONS)}.values())
+    longest = max(len(question.words) for question in selected) + 1
     _check_share(share, minutes, round(scene.seconds * TOKENS_PER_SECOND), longest)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "demo.mp4" if video_path is None else video_path
@@ -62,10 +62,10 @@ def run(seed: int, minutes: float, share: float, plot: Path | None, video_path: 
         ) as session:
             assert session.video is not None
             head, encoded, family = session.head_tokens, session.video, session.family
-            tiered = [session.ask(q.text, max_new_tokens=longest, trace=plot is not None) for q in asked]
+            tiered = [session.ask(q.text, max_new_tokens=longest, trace=plot is not None) for q in selected]
         frames = load_frames(path, tiny.FPS)
-        full = [ask_stock(model, processor, family, frames, encoded, question.text, longest) for question in asked]
-    answers = [ComparedAnswer(*row) for row in zip(asked, tiered, full, strict=True)]
+        full = [ask_stock(model, processor, family, frames, encoded, question.text, longest) for question in selected]
+    answers = [ComparedAnswer(*row) for row in zip(selected, tiered, full, strict=True)]
     report = summarize(answers, time.perf_counter() - started)
     if not as_json:
         print_table(console, answers, report)

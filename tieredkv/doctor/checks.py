@@ -57,10 +57,10 @@ def examine() -> list[Check]:
     ]
 
 
-def python(found: tuple[int, ...]) -> Check:
+def python(running: tuple[int, ...]) -> Check:
     """Python's own version."""
-    text = ".".join(map(str, found))
-    if found[:2] < FLOORS["python"]:
+    text = ".".join(map(str, running))
+    if running[:2] < FLOORS["python"]:
         return Check("python", "problem", text, f"use {_text(FLOORS['python'])} or newer")
     return Check("python", "ok", text)
 
@@ -91,13 +91,13 @@ def cuda(facts: Facts, smi: Mapping[str, str]) -> Check:
     if "name" in facts:
         driver = f", driver {smi['driver_version']}" if "driver_version" in smi else ""
         capability = tuple(facts["capability"])
-        found = (
+        text = (
             f"{facts['name']}, compute capability {_text(capability)}, {_gib(facts['free'])} of "
             f"{_gib(facts['total'])} GiB free, CUDA {facts['build']}{driver}"
         )
         if capability < KERNELS_FROM:
-            return Check("card", "note", found, f"the kernels need {_text(KERNELS_FROM)} or newer")
-        return Check("card", "ok", found)
+            return Check("card", "note", text, f"the kernels need {_text(KERNELS_FROM)} or newer")
+        return Check("card", "ok", text)
     if "error" in facts:
         return Check("card", "problem", facts["error"], FIX_FIRST)
     if name and facts["build"] is None:
@@ -129,15 +129,15 @@ def link(smi: Mapping[str, str]) -> Check:
     if not all(number.isdigit() for number in numbers.values()):
         return Check("link", "ok", "unknown: there is no card, or nvidia-smi does not report it")
     generation, most_generation, width, most_width = map(int, numbers.values())
-    found = f"PCIe {most_generation} x{width}"
+    text = f"PCIe {most_generation} x{width}"
     if generation < most_generation:
-        found += f" (at {generation} now, as usual for an idle card)"
+        text += f" (at {generation} now, as usual for an idle card)"
     if width < most_width:
         times = most_width / width
         return Check(
-            "link", "note", f"{found} of x{most_width}", f"copies take {times:g} times as long: try another slot"
+            "link", "note", f"{text} of x{most_width}", f"copies take {times:g} times as long: try another slot"
         )
-    return Check("link", "ok", found)
+    return Check("link", "ok", text)
 
 
 def page_locked(card: Facts, limit: int | None) -> Check:
@@ -158,12 +158,12 @@ def host_memory(facts: Facts) -> Check:
     if "error" in facts:
         return Check("host memory", "note", facts["error"], FIX_FIRST)
     allowed, machine = facts["allowed"], facts["machine"]
-    found = f"{_gib(allowed)} GiB available"
+    text = f"{_gib(allowed)} GiB available"
     if allowed < machine:
-        found += f", of the machine's {_gib(machine)} (the limit of its control group)"
+        text += f", of the machine's {_gib(machine)} (the limit of its control group)"
     if allowed < LEAST_HOST:
-        return Check("host memory", "problem", found, "close other programs, or raise the container's limit")
-    return Check("host memory", "ok", found)
+        return Check("host memory", "problem", text, "close other programs, or raise the container's limit")
+    return Check("host memory", "ok", text)
 
 
 def codecs(facts: Facts) -> Check:

@@ -121,16 +121,16 @@ def find_moments(
         return ()
     left, longest = heat.tolist(), max(1, int(LONGEST_S / seconds_per_step + 1e-9))
     least = FAINT * max(left)
-    found: list[Moment] = []
-    while len(found) < MOST and max(left) >= least:
+    moments: list[Moment] = []
+    while len(moments) < MOST and max(left) >= least:
         peak = left.index(max(left))
         first, last = _reach(left, peak, longest)
         begin, finish = (min(end, start + place * seconds_per_step) for place in (first, last + 1))
         shown = min(last_frame, start + peak * seconds_per_step + (frames_per_step - 1) * frame)
-        found.append(Moment(begin, finish, sum(left[first : last + 1]) / total, shown))
+        moments.append(Moment(begin, finish, sum(left[first : last + 1]) / total, shown))
         for place in _slopes(left, first, last):
             left[place] = 0.0
-    return tuple(sorted(found, key=lambda moment: -moment.weight))
+    return tuple(sorted(moments, key=lambda moment: -moment.weight))
 
 
 def _reach(heat: list[float], peak: int, longest: int) -> tuple[int, int]:
@@ -171,23 +171,23 @@ def collect(
     was read. each: also find moments of every token.
     """
     c = looks.chunk_tokens
-    asked = by_step(looks.question[-rows:] / heads, 0, c, head, video)
+    question_rows = by_step(looks.question[-rows:] / heads, 0, c, head, video)
     steps = torch.stack(looks.steps) / max(1, looks.heads) if looks.steps else _zeros(0, 0)
-    answered = by_step(steps, looks.first_chunk, c, head, video)
-    always = asked.amin(0) if len(asked) > 1 else _zeros(video.steps)
-    asked, answered = (asked - always).clamp(min=0), (answered - always).clamp(min=0)
+    answer_rows = by_step(steps, looks.first_chunk, c, head, video)
+    common = question_rows.amin(0) if len(question_rows) > 1 else _zeros(video.steps)
+    question_rows, answer_rows = (question_rows - common).clamp(min=0), (answer_rows - common).clamp(min=0)
 
     def moments(heat: torch.Tensor) -> tuple[Moment, ...]:
         return find_moments(heat, *span, video.seconds_per_step, video.frames_per_step)
 
-    first = asked.amax(0)
-    heat = torch.cat((first.unsqueeze(0), answered)).amax(0)
-    of_tokens = (first, *answered)[:tokens] if each else ()
+    first = question_rows.amax(0)
+    heat = torch.cat((first.unsqueeze(0), answer_rows)).amax(0)
+    token_rows = (first, *answer_rows)[:tokens] if each else ()
     return Evidence(
         moments=moments(heat),
         heat=heat / heat.sum().clamp(min=torch.finfo(torch.float32).tiny),
         start=span[0],
         end=span[1],
         seconds_per_step=video.seconds_per_step,
-        tokens=tuple(moments(row) for row in of_tokens) if each else None,
+        tokens=tuple(moments(row) for row in token_rows) if each else None,
     )

@@ -133,9 +133,9 @@ def ask(scene: Scene, colours: int = 3, chains: int = 4) -> list[Question]:
     rng = np.random.default_rng((scene.seed, 6))
     shapes = [card.shape for card in scene.cards]
     longest = min(MAX_HOPS, len(shapes))
-    asked = [colour_question(scene, str(shape)) for shape in rng.permutation(shapes)[:colours]]
-    asked += [chain_question(scene, str(shape), longest) for shape in rng.permutation(shapes)[:chains]]
-    return [*asked, chain_question(scene, str(rng.choice(shapes)), int(rng.integers(1, longest + 1)))]
+    selected = [colour_question(scene, str(shape)) for shape in rng.permutation(shapes)[:colours]]
+    selected += [chain_question(scene, str(shape), longest) for shape in rng.permutation(shapes)[:chains]]
+    return [*selected, chain_question(scene, str(rng.choice(shapes)), int(rng.integers(1, longest + 1)))]
 
 
 def file_frames(scene: Scene) -> np.ndarray:

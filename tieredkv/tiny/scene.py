@@ -163,11 +163,11 @@ def questions(scene: Scene, seed: int, count: int = 8, max_hops: int = MAX_HOPS)
     """
     rng = np.random.default_rng((seed, 3))
     max_hops = min(max_hops, len(scene.cards))
-    asked = []
+    selected = []
     for i in rng.permutation(count):
         shape = scene.cards[rng.integers(len(scene.cards))].shape
         if i % 3 == 0:
-            asked.append(colour_question(scene, shape))
+            selected.append(colour_question(scene, shape))
         else:
-            asked.append(chain_question(scene, shape, int(rng.integers(1, max_hops + 1))))
-    return asked
+            selected.append(chain_question(scene, shape, int(rng.integers(1, max_hops + 1))))
+    return selected
