@@ -1,9 +1,9 @@
-"""Accuracy and traffic of the tiered cache by share of device memory, on the bundled model and fresh videos.
+"""Accuracy and traffic of the tiered cache by share of device memory, on the bundled model and new videos.
 
     python benchmarks/shares.py [--scenes 20] [--minutes 8.5] [--shares 0.05 0.1 0.2] [--set chunk_tokens=16 ...]
 
-For every video the same questions are asked under each share and under a budget that holds everything (which equals
-stock transformers, tests/cache/test_exactness.py). Prints a table and ends with one JSON line.
+For every video the same questions are asked under each share and under a budget that holds everything (equal to stock
+transformers, tests/cache/test_exactness.py). Prints a table and ends with one JSON line.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from settings import tier_config
 
 import tieredkv
-from tieredkv.demo.run import right_hops, right_words
+from tieredkv.demo.answers import right_hops, right_words
 from tieredkv.memory.units import GIB
 from tieredkv.models.kv_shape import model_shape
 from tieredkv.tiny import model as tiny
@@ -25,7 +25,7 @@ from tieredkv.tiny.evaluate import TOKENS_PER_SECOND
 from tieredkv.tiny.scene import make_scene, questions
 
 FULL = 2.0
-"""A share that holds everything, whatever the digests and the recent region take."""
+"""A share that holds everything, including the digests and the recent region."""
 
 
 def ask_all(scene: Any, asked: list[Any], model: Any, processor: Any, share: float, options: dict[str, Any]) -> dict:

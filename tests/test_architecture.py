@@ -32,8 +32,8 @@ ALLOWED = {
     "session": "cache config environment errors evidence memory models planning progress storage video",
     "api": "config errors evidence models session storage video",
     "batch": "errors session storage",
-    "tiny": "environment",
-    "demo": "api config errors memory models planning progress session tiny video",
+    "tiny": "environment progress storage",
+    "demo": "api config errors memory models planning progress session storage tiny video",
     "doctor": "memory",
     "cli": "api batch config demo doctor errors evidence models planning policy session storage tiny video",
 }

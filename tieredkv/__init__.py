@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from tieredkv.errors import (
         BudgetError,
         OptionError,
+        OutputError,
         PromptError,
         SessionError,
         TieredKVError,
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
         VideoError,
     )
     from tieredkv.evidence.moments import Evidence, Moment
-    from tieredkv.evidence.page import save_evidence
+    from tieredkv.evidence.save import save_evidence
     from tieredkv.models.switch import use_attention
     from tieredkv.planning.forecast import plan
     from tieredkv.planning.report import MemoryPlan
@@ -46,6 +47,7 @@ _HOME = {
     "TierConfig": "config",
     "BudgetError": "errors",
     "OptionError": "errors",
+    "OutputError": "errors",
     "PromptError": "errors",
     "SessionError": "errors",
     "TieredKVError": "errors",
@@ -54,7 +56,7 @@ _HOME = {
     "VideoSession": "session.video_session",
     "Evidence": "evidence.moments",
     "Moment": "evidence.moments",
-    "save_evidence": "evidence.page",
+    "save_evidence": "evidence.save",
     "Generation": "session.results",
     "IngestStats": "session.results",
     "MemoryPlan": "planning.report",
@@ -73,6 +75,7 @@ __all__ = [
     "MemoryPlan",
     "Moment",
     "OptionError",
+    "OutputError",
     "Policy",
     "PromptError",
     "SessionError",

@@ -37,6 +37,10 @@ class SessionError(TieredKVError, ValueError):
     """A saved session cannot be read, is damaged, or belongs to another model, processor or video; says which."""
 
 
+class OutputError(TieredKVError, OSError):
+    """A file cannot be written; says which, and why."""
+
+
 class BatchError(TieredKVError, ValueError):
     """A file of questions or of answers cannot be used as it is; says which line, and what is wrong with it."""
 
