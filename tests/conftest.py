@@ -139,7 +139,7 @@ def when_stopped(monkeypatch: pytest.MonkeyPatch) -> Any:
 
         def stopping_job(job: Job) -> None:
             stop_job(job)
-            if job in session._line:
+            if job in session._turns.line:
                 action()
 
         def stopping_session() -> None:

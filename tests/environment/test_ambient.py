@@ -285,7 +285,7 @@ def test_under_autocast_logits_are_those_of_stock_under_autocast(video_model, pr
         stock = stock_logits(video_model, inputs, 1)
         with tieredkv.open_session(video_model, few, **options) as session:
             ours = session_logits(session, QUESTION, 1)
-            assert session._cache.tiered_layers[0].host.dtype == dtype
+            assert session._cached.cache.tiered_layers[0].host.dtype == dtype
     # Both round at other places: ours is as near as stock's own distance from float32.
     assert float((ours - stock).norm()) <= 2 * float((exact - stock).norm())
     assert float((ours - stock).norm()) < 0.1 * float(stock.norm())

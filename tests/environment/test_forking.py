@@ -22,6 +22,7 @@ from tieredkv.errors import TieredKVError
 from tieredkv.memory.copies import ThreadPrefetcher
 from tieredkv.models.switch import use_attention
 from tieredkv.session.pipeline import Pipeline
+from tieredkv.video.frames import Sampling
 
 QUESTION = "what colour was the star ?"
 OPTIONS = {"max_new_tokens": 4, "min_new_tokens": 4}
@@ -301,13 +302,13 @@ def test_an_ingest_of_another_thread_is_over_in_the_child(video_model, processor
         check(self)
 
     monkeypatch.setattr(Pipeline, "check", held)
-    thread = threading.Thread(target=session.ingest, args=(frames,), kwargs={"fps": 4})
+    thread = threading.Thread(target=session.ingest, args=(frames, Sampling(fps=4)))
     thread.start()
     try:
         assert inside.wait(60)
         assert forked(session.close) == "None"
         assert "was at work in another thread" in forked(lambda: session.ask(QUESTION))
-        assert "was at work in another thread" in forked(lambda: session.ingest(frames, fps=4))
+        assert "was at work in another thread" in forked(lambda: session.ingest(frames, Sampling(fps=4)))
     finally:
         go_on.set()
         thread.join()

@@ -47,14 +47,6 @@ def pictures(count: int, width: int = 64, height: int = 48) -> list[Image.Image]
 # ---- times, ticks, columns, labels
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "0:00"), (59.99, "0:59"), (60, "1:00"), (3599, "59:59"), (3600, "1:00:00"), (9e4, "25:00:00")],
-)
-def test_seconds_are_shown_as_a_clock_shows_them(seconds, text):
-    assert strip.clock(seconds) == text
-
-
 def test_a_span_holds_its_moment_and_has_hours_on_both_sides_or_none():
     (found,) = evidence({4: 1.0}, start=3597.0)
     assert (found.start, found.end) == (3599.0, 3599.5)

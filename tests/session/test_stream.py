@@ -16,7 +16,7 @@ from transformers import TextIteratorStreamer
 import tieredkv
 from tieredkv.errors import BudgetError, OptionError, PromptError, TieredKVError, VideoError
 from tieredkv.session import generation
-from tieredkv.session.stream import Pieces
+from tieredkv.session.stream import StableTextStreamer
 
 pytestmark = pytest.mark.threads
 STAR, MOON = "what colour was the star ?", "follow the moon for 4 ?"
@@ -150,7 +150,7 @@ def test_an_interrupt_while_waiting_for_a_piece_stops_the_work(session):
     gate.open()
     with pytest.raises(KeyboardInterrupt):
         next(stream)
-    assert session._line == type(session._line)()
+    assert session._turns.line == type(session._turns.line)()
     assert session.ask(STAR, max_new_tokens=2).token_ids
 
 
@@ -272,7 +272,7 @@ def test_closing_the_session_stops_its_streams_and_tells_their_readers(session, 
     waiting = session.ask(MOON, max_new_tokens=4, stream=True)
     next(running)
     when_stopped(session, gate.open)
-    cache = session._cache
+    cache = session._cached.cache
     session.close()
     assert gate.steps <= 2
     assert cache.ledger.used_bytes == cache.host_bytes == 0
@@ -327,7 +327,7 @@ def pieces_of(tokenizer, ids: list[int]) -> tuple[list[str], str]:
         return tokenizer.decode(token_ids, skip_special_tokens=True).strip()
 
     got: list[str] = []
-    pieces = Pieces(text, got.append)
+    pieces = StableTextStreamer(text, got.append)
     pieces.put(torch.tensor([[1, 2, 3]]))
     for token in ids:
         pieces.put(torch.tensor([token]))

@@ -10,7 +10,7 @@ import av
 import pytest
 from films import numbered, numbers, sample, write
 
-from tieredkv.video.frames import open_video
+from tieredkv.video.frames import Sampling, open_video
 from tieredkv.video.length import Times
 from tieredkv.video.timeline import Clock
 
@@ -67,7 +67,7 @@ def test_an_mp4_that_lost_its_times_of_showing_is_read_in_order(tmp_path):
 
 @pytest.mark.parametrize("name", ["v.mkv", "v.mp4", "v.ts", "v.flv"])
 def test_times_of_showing_are_believed_where_they_are_stored(tmp_path, name):
-    source = open_video(write(tmp_path / name, numbered(60), **B_FRAMES), 10)
+    source = open_video(write(tmp_path / name, numbered(60), **B_FRAMES), Sampling(10))
     assert source._film.times.delay is None
     assert numbers(source.frames()) == list(range(60))
 

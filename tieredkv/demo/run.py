@@ -35,7 +35,7 @@ from tieredkv.tiny import model as tiny
 from tieredkv.tiny.evaluate import TOKENS_PER_SECOND, prepare
 from tieredkv.tiny.scene import Question, make_scene, questions
 from tieredkv.tiny.video import write_video
-from tieredkv.video.frames import Frames, load_frames
+from tieredkv.video.frames import Frames, Sampling, load_frames
 
 QUESTIONS = 12
 CARDS = 12
@@ -90,7 +90,7 @@ def run(seed: int, minutes: float, share: float, plot: Path | None, video_path: 
             assert session.video is not None
             head, encoded, family = session.head_tokens, session.video, session.family
             tiered = [session.ask(q.text, max_new_tokens=longest, trace=plot is not None) for q in asked]
-        frames = load_frames(path, tiny.FPS)
+        frames = load_frames(path, Sampling(tiny.FPS))
         full = [ask_stock(model, processor, family, frames, encoded, question.text, longest) for question in asked]
     answers = [Answered(*row) for row in zip(asked, tiered, full, strict=True)]
     report = summarize(answers, time.perf_counter() - started)

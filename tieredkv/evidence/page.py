@@ -16,8 +16,9 @@ from PIL import Image
 
 from tieredkv.errors import OptionError
 from tieredkv.evidence.moments import Evidence
-from tieredkv.evidence.strip import clock, columns, percent, span, spread, ticks
-from tieredkv.video.frames import open_video
+from tieredkv.evidence.strip import columns, percent, span, spread, ticks
+from tieredkv.progress import clock
+from tieredkv.video.frames import Sampling, open_video
 
 if TYPE_CHECKING:
     from tieredkv.session.results import Generation
@@ -110,7 +111,7 @@ def moment_frames(evidence: Evidence, video: Any, source_fps: float | None = Non
     """The frame of each moment's peak, decoded from the video; large ones made smaller."""
     frames = []
     for moment in evidence:
-        source = open_video(video, 1.0, source_fps=source_fps, max_frames=1, start=moment.peak)
+        source = open_video(video, Sampling(1.0, source_fps=source_fps, max_frames=1, start=moment.peak))
         pictures = source.frames()
         frame = Image.fromarray(next(pictures).copy())
         frames.append(scaled(frame, LARGE, LARGE) if max(frame.size) > LARGE else frame)
