@@ -337,3 +337,30 @@ def test_the_hash_of_frames_given_is_of_what_they_show():
     assert len({open_video(form, Sampling(fps=1)).sha256() for form in same}) == 1
     other = [video, video[:3], video.reshape(4, 8, 6, 3)]
     assert len({open_video(form, Sampling(fps=1)).sha256() for form in other}) == 3
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"fps": 0},
+        {"fps": 1e-7},
+        {"fps": 1001},
+        {"fps": 2, "source_fps": "30"},
+        {"max_frames": 0},
+        {"max_frames": 2.5},
+        {"max_frames": True},
+        {"start": -1},
+        {"start": 3, "end": 3},
+        {"end": float("inf")},
+    ],
+    ids=str,
+)
+def test_a_sampling_that_no_video_allows_is_refused_when_it_is_made(values):
+    name = list(values)[-1]
+    with pytest.raises(VideoError, match=f"^{name}=.* is not valid: give "):
+        Sampling(**values)
+
+
+def test_a_sampling_tells_which_values_are_not_the_defaults():
+    assert Sampling().given() == Sampling(start=0).given() == []
+    assert Sampling(fps=2, end=3).given() == ["fps", "end"]
