@@ -16,8 +16,9 @@ from tieredkv.models.families.base import Positions
 from tieredkv.models.loading import load
 from tieredkv.session import generation, session_file
 from tieredkv.session.aio import AsyncAnswerStream, answering
+from tieredkv.session.job import Job, Work
 from tieredkv.session.results import Generation
-from tieredkv.session.stream import AnswerStream, Job, Work, check_stream
+from tieredkv.session.stream import AnswerStream, check_stream
 from tieredkv.session.video_session import VideoSession
 from tieredkv.storage import tensor_file
 from tieredkv.video.frames import Sampling, check_video, open_video
@@ -45,8 +46,8 @@ def open_session(
 ) -> VideoSession:
     """Ingest a video and return the session that answers questions about it.
 
-    model: a transformers model, or a local path or hub id to load one from. processor: the model's; None: it is loaded
-    from beside the model. video: a path, or frames: a list of PIL images, or `(T, H, W, 3)` or `(T, 3, H, W)` as
+    model: a transformers model, or a local path or hub id to load one from. processor: the model's; None: loaded from
+    beside the model. video: a path, or frames: a list of PIL images, or `(T, H, W, 3)` or `(T, 3, H, W)` as
     ndarray or tensor, uint8 or floats in [0, 1], taken at `source_fps` per second (None: at `fps`). fps: frames sampled
     per second (None: the processor's own rate). max_frames: if there would be more, this many are spread evenly.
     start, end: seconds of the video to read, as players show them. gpu_kv_gb: hard cap in GiB on device memory for

@@ -22,7 +22,7 @@ BAD = {
     "a budget too small": (["VIDEO", "what ?", "--gpu-kv-gb", "1e-5"], "the smallest that works is"),
     "no frames asked for": (["VIDEO", "what ?", "--max-frames", "0"], "max_frames=0 is not valid"),
     "no tokens asked for": (["VIDEO", "what ?", "--max-new-tokens", "0"], "max_new_tokens=0 is not valid"),
-    "half a character": (["VIDEO", "what \udced\udca0\udcbd"], "half a character ('\\udced' at place 6)"),
+    "half a character": (["VIDEO", "what \udced\udca0\udcbd"], "half a character ('\\udced' at position 6)"),
     "half a character of a file's name": (["half \ud83d.mp4", "what ?"], "no such file."),
     "half a character of a model's name": (["VIDEO", "what ?", "-m", "\ud83d"], "no usable model found there"),
     "no model there": (["VIDEO", "what ?", "-m", "/nowhere/model"], "no usable model found there"),

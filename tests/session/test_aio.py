@@ -379,4 +379,4 @@ async def test_the_event_loop_is_never_blocked(video_model, frames, opening, mon
             with modules_that_run_here() as modules:
                 await work
         assert {"decode", "logits"} <= seen
-    assert modules == {"aio", "ambient", "stream"}  # the second notes what is set here, for the thread
+    assert modules == {"aio", "ambient", "job", "stream"}  # the second notes what is set here, for the thread

@@ -14,6 +14,7 @@ import tieredkv
 from tieredkv.api import new_session
 from tieredkv.errors import TieredKVError, VideoError
 from tieredkv.models.families.qwen2_5_vl import Qwen25VL
+from tieredkv.session.ingest import Ingest
 from tieredkv.session.pipeline import Pipeline
 from tieredkv.video.frames import Sampling, open_video
 
@@ -250,7 +251,25 @@ def test_closing_from_another_thread_stops_an_ingest_promptly(video_model, proce
     assert stage_threads() == []
 
 
-def test_the_stages_times_are_told(video_model, processor, film):
+def test_closing_just_before_an_ingest_begins_stops_it_before_the_video_is_opened(
+    video_model, processor, frames, monkeypatch
+):
+    class Late(Ingest):
+        def __init__(self, *args):
+            session.stop()
+            super().__init__(*args)
+
+    def forbidden(*args):
+        raise AssertionError("the video was opened")
+
+    monkeypatch.setattr("tieredkv.session.video_session.Ingest", Late)
+    monkeypatch.setattr("tieredkv.session.ingest.open_video", forbidden)
+    session = new_session(video_model, gpu_kv_gb=1, processor=processor)
+    with pytest.raises(TieredKVError, match="closed while its video was being ingested"):
+        session.ingest(frames, Sampling(fps=4))
+
+
+def test_the_stages_times_are_measured(video_model, processor, film):
     with tieredkv.open_session(video_model, film, gpu_kv_gb=1, processor=processor, fps=8) as session:
         stats = session.ingest_stats
         plain = stats.as_dict()

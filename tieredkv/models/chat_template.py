@@ -173,11 +173,11 @@ def check_prompt(prompt: Any) -> None:
     if not prompt.strip():
         raise PromptError("the prompt is empty: ask something.")
     if "\0" in prompt:
-        raise PromptError("the prompt holds a null character, as text in UTF-16 does: give it in UTF-8.")
+        raise PromptError("the prompt contains a null character, as text in UTF-16 does: give it in UTF-8.")
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
         raise PromptError(
-            f"the prompt holds half a character ({prompt[error.start]!a} at place {error.start + 1}): give whole "
+            f"the prompt contains half a character ({prompt[error.start]!a} at position {error.start + 1}): give whole "
             "characters, in UTF-8."
         ) from None

@@ -7,8 +7,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine
 from typing import Any, Literal, overload
 
+from tieredkv.session.job import End, Job, Work
 from tieredkv.session.results import Generation
-from tieredkv.session.stream import End, Job, PendingAnswer, Work
+from tieredkv.session.stream import PendingAnswer
 
 GenerationCoroutine = Coroutine[Any, Any, Generation]
 _POLL_S = 0.5

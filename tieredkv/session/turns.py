@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 
 from tieredkv.environment import forking
 from tieredkv.errors import TieredKVError
-from tieredkv.session.stream import Job
+from tieredkv.session.job import Job
 
 
 class Turns:

@@ -20,9 +20,10 @@ from tieredkv.session.aio import AsyncAsking
 from tieredkv.session.cached_video import CachedVideo
 from tieredkv.session.ingest import Ingest
 from tieredkv.session.ingested_video import IngestedVideo
+from tieredkv.session.job import Job, Work
 from tieredkv.session.question import Request
 from tieredkv.session.results import Generation, IngestStats
-from tieredkv.session.stream import AnswerStream, Job, Work, check_stream
+from tieredkv.session.stream import AnswerStream, check_stream
 from tieredkv.session.turns import Turns
 from tieredkv.storage.tensor_file import Stored
 from tieredkv.video.frames import Sampling
