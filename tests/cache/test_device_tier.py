@@ -41,7 +41,7 @@ def test_the_first_tokens_stay_on_the_device_where_the_prompts_length_is_known(t
         made.keep_first_tokens(0, host, CPU)
     assert unknown.residents == {}
     assert known.residents[0].keys.shape == (2, 104, 16)
-    assert known.ledger.held()["resident"] == 2 * known.residents[0].keys.nbytes
+    assert known.ledger.by_purpose()["resident"] == 2 * known.residents[0].keys.nbytes
 
 
 def test_layers_that_begin_after_the_residents_were_dropped_keep_none(llama, tier):
@@ -54,7 +54,7 @@ def test_layers_that_begin_after_the_residents_were_dropped_keep_none(llama, tie
     tight.make_room_for_scores(3000, 100, rows=64)
     tight.keep_first_tokens(1, host, CPU)
     assert tight.residents == {}
-    assert tight.ledger.held() == {}
+    assert tight.ledger.by_purpose() == {}
 
 
 def test_residents_keep_what_fits_and_nothing_after_a_gap():
@@ -78,7 +78,7 @@ def test_decoding_ends_with_nothing_counted(tier):
     made = tier()
     pool = made.new_pool(3, torch.float32, CPU, packed=True)
     made.ledger.reserve("tables", 100)
-    assert made.ledger.held() == {"pool": pool.pages.nbytes + pool.scales.nbytes, "tables": 100}
+    assert made.ledger.by_purpose() == {"pool": pool.pages.nbytes + pool.scales.nbytes, "tables": 100}
     made.end_decoding()
     assert made.pools == []
-    assert made.ledger.held() == {}
+    assert made.ledger.by_purpose() == {}

@@ -89,7 +89,7 @@ def test_a_fault_while_the_pool_is_filled_leaves_the_cache_in_prefill(llama, lon
             with pytest.raises(MemoryError):
                 cache.seal()
         assert not cache.sealed
-        assert cache.ledger.held() == {}
+        assert cache.ledger.by_purpose() == {}
         got = llama(long_ids[:, 880:], **cache_argument(cache)).logits
         cache.seal()
     assert_near(got, llama(long_ids).logits[:, 880:])

@@ -26,6 +26,7 @@ from tieredkv.planning import decode_plan, forecast, forecast_bytes
 from tieredkv.planning.forecast import plan
 from tieredkv.planning.report import MemoryPlan
 from tieredkv.tiny.model import PATH, build_config
+from tieredkv.video.frames import Sampling
 
 QUESTION, NEW = "what colour was the star ?", 6
 SMALL = {"chunk_tokens": 8, "text_window": 16, "recent_window": 8, "prefill_chunk": 64}
@@ -69,11 +70,11 @@ def seven_billion():
 def film(monkeypatch, tmp_path):
     """A film of 600 s, 640x360, of which the header is all there is."""
 
-    def open_video(video, fps, *, source_fps=None, max_frames=None, start=0.0, end=None):
-        seconds = (600.0 if end is None else end) - start
-        expected = min(int(seconds * fps), max_frames or 10**9)
+    def open_video(video, sampling):
+        seconds = (600.0 if sampling.end is None else sampling.end) - sampling.start
+        expected = min(int(seconds * sampling.fps), sampling.max_frames or 10**9)
         return SimpleNamespace(
-            name=video, height=360, width=640, fps=fps, expected=expected, start=0.0, seconds=seconds
+            name=video, height=360, width=640, fps=sampling.fps, expected=expected, start=0.0, seconds=seconds
         )
 
     monkeypatch.setattr(forecast, "open_video", open_video)
@@ -180,12 +181,12 @@ def test_every_purpose_takes_what_the_plan_says(
     options = {"gpu_kv_gb": cap_share(video_model, 800, share), "policy": "paper", "theta": theta, **SMALL}
     watch = Watch(monkeypatch)
     with new_session(video_model, processor=processor, **tier_options(**options)) as session:
-        session.ingest(film, fps=4.0, question=QUESTION, max_new_tokens=NEW)
+        session.ingest(film, Sampling(fps=4.0), question=QUESTION, max_new_tokens=NEW)
         answer = session.ask(QUESTION, max_new_tokens=NEW)
         tail = answer.stats.prompt_tokens - answer.stats.visual_tokens - session.head_tokens
-        streamed = session.ingest_stats.streamed_bytes + session._cache.device_tier.transfer.streamed_bytes
-        digests = sum(layer.digests.packed.nbytes for layer in session._cache.tiered_layers)
-        host = session._cache.host_bytes
+        streamed = session.ingest_stats.streamed_bytes + session._cached.cache.device_tier.transfer.streamed_bytes
+        digests = sum(layer.digests.packed.nbytes for layer in session._cached.cache.tiered_layers)
+        host = session._cached.cache.host_bytes
     real = forecast_bytes.decode_bytes(*watch.planned)
     assert (answer.stats.static_heads > 0, answer.stats.dynamic_heads > 0) == (theta < 2, theta > 0)
     made = plan(
@@ -218,7 +219,7 @@ def test_a_plan_refuses_with_the_cap_of_the_session(video_model, processor, fram
         new_session(video_model, processor=processor, gpu_kv_gb=1e-5, **tier_options(**SMALL)) as session,
         pytest.raises(BudgetError) as refused,
     ):
-        session.ingest(frames, fps=4.0, question="?", max_new_tokens=NEW)
+        session.ingest(frames, Sampling(fps=4.0), question="?", max_new_tokens=NEW)
     tail = processor.tokenizer("<|vision_end|>?<|im_end|>\n<|im_start|>assistant\n").input_ids
     with pytest.raises(BudgetError) as planned:
         plan(

@@ -13,21 +13,21 @@ from typing import Any
 
 import torch
 
-from tieredkv.config import DEFAULT_FPS, TierConfig, tier_config
+from tieredkv.config import TierConfig, tier_config
 from tieredkv.errors import OptionError, UnsupportedModelError, check, check_whole, is_number
 from tieredkv.memory import limits
 from tieredkv.memory.units import as_gib, largest
 from tieredkv.models import families, loading
 from tieredkv.models.chat_template import ChatTemplate
-from tieredkv.models.encode import batch_tokens
+from tieredkv.models.encode import at_processor_rate, batch_tokens
 from tieredkv.models.families.base import VideoGrid
 from tieredkv.models.kv_shape import KVShape, model_shape
 from tieredkv.models.weights import stored_bytes
 from tieredkv.models.wrapped import unwrapped
 from tieredkv.planning import decode_plan, forecast_bytes, sizes
-from tieredkv.planning.admission import FEWER_TOKENS, Request, check_memory
+from tieredkv.planning.admission import FEWER_TOKENS, PromptSize, check_memory
 from tieredkv.planning.report import CARDS, LINKS, MemoryPlan, rate
-from tieredkv.video.frames import Sampled, check_request, open_video
+from tieredkv.video.frames import Sampled, Sampling, check_video, open_video
 
 HEAD_TOKENS = 15
 """Text before the video where no processor says: what Qwen2.5-VL's chat template writes."""
@@ -78,18 +78,17 @@ def plan(
     source = _Model.of(model)
     shape = source.shape
     video: _Video | None = None
-    request: dict[str, Any] = {"source_fps": source_fps, "max_frames": max_frames, "start": start, "end": end}
+    sampling = Sampling(fps, source_fps, max_frames, start, end)
     if isinstance(video_or_tokens, int):
         check_whole("visual tokens", video_or_tokens)
-        for name, value in (*request.items(), ("fps", fps)):
-            if value not in (None, 0.0):
-                raise OptionError(f"{name} says nothing of a number of tokens: give a video, or leave it out.")
+        if given := sampling.given():
+            raise OptionError(f"{given[0]} has no meaning for a number of tokens: give a video, or leave it out.")
         visual = video_or_tokens
     else:
-        check_request(video_or_tokens, fps, **request)
+        check_video(video_or_tokens)
         if processor is None:
             processor = loading.load_processor(source.path)
-        video = _Video.open(source, processor, video_or_tokens, fps, request)
+        video = _Video.open(source, processor, video_or_tokens, sampling)
         visual = video.grid(video.sampled.frames).visual_tokens
     head = HEAD_TOKENS if processor is None else source.head_tokens(processor, video)
     text = head + question_tokens
@@ -102,7 +101,7 @@ def plan(
     def smaller(allowed: int) -> str:
         return _smaller_host(shape, tiers, host, available, text, video, allowed)
 
-    needs = Request(prompt, question_tokens, max_new_tokens)
+    needs = PromptSize(prompt, question_tokens, max_new_tokens)
     layout = check_memory(shape, tiers, needs, fewer, smaller, available=available)
 
     static = forecast_bytes.assumed_static(shape, tiers, static_share)
@@ -219,15 +218,14 @@ class _Video:
     source: _Model
     processor: Any
     video: Any
-    request: dict[str, Any]
+    sampling: Sampling
     name: str
     sampled: Sampled
 
     @staticmethod
-    def open(source: _Model, processor: Any, video: Any, fps: float | None, request: dict[str, Any]) -> _Video:
-        rate = (getattr(processor.video_processor, "fps", None) or DEFAULT_FPS) if fps is None else fps
-        opened = open_video(video, rate, **request)
-        return _Video(source, processor, video, request, opened.name, Sampled.of(opened))
+    def open(source: _Model, processor: Any, video: Any, sampling: Sampling) -> _Video:
+        opened = open_video(video, at_processor_rate(sampling, processor))
+        return _Video(source, processor, video, sampling, opened.name, Sampled.of(opened))
 
     def grid(self, frames: int) -> VideoGrid:
         """Of the first `frames` frames."""
@@ -259,7 +257,8 @@ class _Video:
         unit = 10.0 ** (math.floor(math.log10(value)) - 2)
         for lower in range(3):
             fps = float(f"{(math.floor(value / unit + 1e-9) - lower) * unit:.6g}")
-            expected = _Video.open(self.source, self.processor, self.video, fps, self.request).sampled.frames
+            slower = replace(self.sampling, fps=fps)
+            expected = _Video.open(self.source, self.processor, self.video, slower).sampled.frames
             if expected < self.sampled.frames and self.tokens(expected) <= tokens:
                 return fps
         return None
