@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import PATIENCE_S, Gate, ended, pressed
+from helpers import PATIENCE_S, Gate, ended, pressed, tier_options
 from transformers import AsyncTextIteratorStreamer
 
 import tieredkv
@@ -25,7 +25,7 @@ from tieredkv.session.video_session import VideoSession
 
 pytestmark = pytest.mark.threads
 STAR, MOON = "what colour was the star ?", "follow the moon for 4 ?"
-TIGHT = {"chunk_tokens": 8, "recent_window": 16, "theta": 0.4}
+TIGHT = tier_options(chunk_tokens=8, recent_window=16, theta=0.4)
 
 
 @pytest.fixture

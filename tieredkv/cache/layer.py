@@ -195,7 +195,7 @@ class TieredLayer(CacheLayerMixin):
         self._check_once()  # or damage would be given a checksum that fits it
         digests = self.digests.state()
         self.cache.copies.drain()
-        return {"kv": self.host.whole(sizes.QUESTION_ROOM), **digests}
+        return {"kv": self.host.arena_to_store(sizes.QUESTION_ROOM), **digests}
 
     @settled
     def restore(

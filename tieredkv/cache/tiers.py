@@ -9,7 +9,7 @@ import torch
 from tieredkv.cache.counters import Counters
 from tieredkv.cache.looks import Looks
 from tieredkv.config import TierConfig
-from tieredkv.memory.copies import Prefetcher, Transfer
+from tieredkv.memory.copies import BackgroundCopies, Transfer
 from tieredkv.memory.ledger import DeviceLedger
 from tieredkv.memory.pool import DevicePool
 from tieredkv.models.kv_shape import KVShape
@@ -27,7 +27,7 @@ class Tiers:
     ledger: DeviceLedger
     pool: DevicePool
     transfer: Transfer
-    prefetcher: Prefetcher | None
+    prefetcher: BackgroundCopies | None
     counters: Counters
     ops: Ops
     attended: torch.Tensor

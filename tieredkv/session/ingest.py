@@ -16,15 +16,15 @@ import torch
 from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.config import TierConfig
 from tieredkv.errors import TieredKVError
-from tieredkv.memory.limits import check_host, check_host_memory
-from tieredkv.memory.units import as_gib
 from tieredkv.models.chat_template import ChatTemplate
 from tieredkv.models.encode import at_processor_rate, encode, segments
 from tieredkv.models.families.base import VideoGrid
 from tieredkv.models.kv_shape import model_shape
 from tieredkv.models.same_model import SameModel
 from tieredkv.models.switch import use_attention
-from tieredkv.planning import sizes
+from tieredkv.planning.admission import Request, check_memory
+from tieredkv.planning.prefill_plan import context_calls
+from tieredkv.planning.sizes import QUESTION_ROOM
 from tieredkv.progress import IngestProgress
 from tieredkv.session.cached_video import CachedVideo
 from tieredkv.session.ingested_video import IngestedVideo, VideoFacts
@@ -109,21 +109,9 @@ class Ingest:
         """
         weight = self.model.get_input_embeddings().weight
         shape = model_shape(self.model.config, weight.dtype)
-        tokens = head + video + asked
-        rows = sizes.question_rows(self.tiers, asked)
-        sizes.check_cap(shape, self.tiers, sizes.lay_out(self.tiers, tokens, rows, max_new_tokens), rows)
-        what = f"the cache of {tokens:,} tokens"
-        needed = sizes.host_bytes(shape, self.tiers, tokens)
-        remedy = f"lower fps or max_frames, or give host_kv_gb={as_gib(needed)}"
-        check_host(needed, self.tiers.host_kv_gb, what, remedy)
-        if weight.device.type == "cpu":
-            in_all = needed + min(self.tiers.cap_bytes, needed)
-            check_host_memory(
-                in_all,
-                f"{what}, with the device's share of it in the same memory,",
-                "lower fps, max_frames or gpu_kv_gb",
-            )
-        return tokens + sizes.QUESTION_ROOM
+        request = Request(head + video + asked, asked, max_new_tokens)
+        check_memory(shape, self.tiers, request, one_memory=weight.device.type == "cpu")
+        return request.tokens + QUESTION_ROOM
 
     def _fill(
         self, cache: TieredCache, video: Prepared, head_ids: torch.Tensor, progress: IngestProgress
@@ -198,8 +186,8 @@ def prefill(
             if waiting_tokens < size:
                 continue
             whole = join(waiting)
-            for start in range(0, waiting_tokens - size + 1, size):
-                chunk(whole[:, start : start + size])
+            for call in context_calls(waiting_tokens - waiting_tokens % size, size):
+                chunk(whole[:, call.begin : call.stop])
             waiting_tokens %= size
             waiting = [whole[:, whole.shape[1] - waiting_tokens :].clone()] if waiting_tokens else []
         if waiting:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,9 +13,9 @@ from tieredkv.cache.looks import Looks
 from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.evidence import moments
 from tieredkv.evidence.moments import Evidence, Wanted
-from tieredkv.memory.limits import check_host
 from tieredkv.models.switch import use_attention
-from tieredkv.planning import sizes
+from tieredkv.planning.admission import Request, check_memory
+from tieredkv.planning.prefill_plan import question_calls
 from tieredkv.session import generation
 from tieredkv.session.cached_video import CachedVideo
 from tieredkv.session.ingested_video import IngestedVideo
@@ -25,7 +24,7 @@ from tieredkv.session.step_graph import StepGraph
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class UserQuestion:
     """A question as a user asked it, checked as far as possible without the session's turn."""
 
     prompt: str
@@ -36,13 +35,13 @@ class Request:
     trace: bool = False
     evidence: Wanted = True
 
-    def with_streamer(self, streamer: Any) -> Request:
+    def with_streamer(self, streamer: Any) -> UserQuestion:
         """The same, with a streamer."""
         return replace(self, options={**self.options, "streamer": streamer})
 
 
 def ask(
-    cached: CachedVideo, request: Request, earlier: Sequence[tuple[str, str]], check: Callable[[], None]
+    cached: CachedVideo, question: UserQuestion, earlier: Sequence[tuple[str, str]], check: Callable[[], None]
 ) -> Generation:
     """Answer a question. earlier: questions and answers of the conversation that come before it in the prompt.
 
@@ -50,17 +49,17 @@ def ask(
     whatever happens. Raises `PromptError`, `OptionError` or `BudgetError`.
     """
     template, cache, video = cached.template, cached.cache, cached.video
-    _, tail = template.around_video([*earlier, (request.prompt, None)])
+    _, tail = template.around_video([*earlier, (question.prompt, None)])
     cache.truncate(video.tokens)
     cache.visual = video.is_visual()
-    cache.counters.trace = [] if request.trace else None
-    cache.looks = Looks(cache.tiers.chunk_tokens) if request.evidence else None
+    cache.counters.trace = [] if question.trace else None
+    cache.looks = Looks(cache.tiers.chunk_tokens) if question.evidence else None
     try:
-        result = answer(cached, template.tail_ids(tail), request.options, check)
+        result = answer(cached, template.tail_ids(tail), question.options, check)
         cached.same_model.check()  # whoever reads a stream may have changed the model
-        if request.evidence:
-            rows, count = template.question_tokens(tail, request.prompt), len(result.token_ids)
-            result = replace(result, evidence=collect_evidence(cached, rows, count, request.evidence == "tokens"))
+        if question.evidence:
+            rows, count = template.question_tokens(tail, question.prompt), len(result.token_ids)
+            result = replace(result, evidence=collect_evidence(cached, rows, count, question.evidence == "tokens"))
     finally:
         cache.looks = None
         cache.truncate(video.tokens)
@@ -83,10 +82,9 @@ def answer(
     positions = family.positions(model, video.head_tokens, video.grid, prefix, prefix + tail, video.positions)
     with use_attention(model):
         # The question's last rows, which classify the heads, go in one call.
-        first_calls = max(0, tail - tiers.prefill_chunk)
-        for begin, stop in _spans(first_calls, tiers.prefill_chunk, tail):
+        for call in question_calls(tiers, prefix, prefix + tail):
             check()
-            cache.text_rows = min(stop - begin, tiers.method.text_window) if stop == tail else 0
+            begin, stop, cache.text_rows = call.begin - prefix, call.stop - prefix, call.rows
             embeddings = family.embed(model, tail_ids[:, begin:stop].to(device))
             hidden = family.decode(model, embeddings, positions[:, begin:stop], cache)
         logits = family.logits(model, hidden[:, -1]).to(device)
@@ -124,14 +122,11 @@ def collect_evidence(cached: CachedVideo, rows: int, tokens: int, each: bool) ->
 def _make_room(cache: TieredCache, prefix: int, tail: int, new_tokens: int) -> None:
     """Raise `BudgetError` unless both tiers hold a question of `tail` tokens after `prefix` others, and its answer."""
     cache.new_tokens = new_tokens
-    rows, shorter = sizes.question_rows(cache.tiers, tail), "shorten the question or the conversation"
-    layout = sizes.lay_out(cache.tiers, prefix + tail, rows, new_tokens)
-    sizes.check_cap(cache.shape, cache.tiers, layout, rows, f"lower max_new_tokens, or {shorter}")
-    if cache.room < prefix + tail:
-        what = f"the cache of the video and a question of {tail:,} tokens"
-        needed = (prefix + tail) * cache.shape.token_bytes
-        check_host(needed, cache.tiers.host_kv_gb, what, shorter, held_bytes=cache.host_bytes)
-        cache.reserve(prefix + tail)
+    request, shorter = Request(prefix + tail, tail, new_tokens), "shorten the question or the conversation"
+    longer, held = f"lower max_new_tokens, or {shorter}", cache.host_bytes
+    check_memory(cache.shape, cache.tiers, request, longer, shorter, room=cache.room, room_bytes=held)
+    if cache.room < request.tokens:
+        cache.reserve(request.tokens)
 
 
 def _stats(
@@ -165,10 +160,3 @@ def _stats(
         tpot_ms=later / (count - 1) if count > 1 else None,
         decode_path=decode_path,
     )
-
-
-def _spans(first: int, size: int, total: int) -> list[tuple[int, int]]:
-    """Cut 0..total into calls of at most `size`, the last of them full: its rows are the ones that are scored."""
-    ends = [total, *range(first, 0, -size), 0]
-    ends = sorted(set(ends))
-    return list(itertools.pairwise(ends))

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 
 from tieredkv.cache.tiered_cache import TieredCache
-from tieredkv.config import TierConfig
+from tieredkv.config import TierConfig, tiers_as_plain, tiers_from_file
 from tieredkv.errors import SessionError
 from tieredkv.memory.limits import check_host
-from tieredkv.models import adapters, fingerprint
+from tieredkv.models import adapters
 from tieredkv.models.chat_template import ChatTemplate
 from tieredkv.models.families.base import VideoGrid
+from tieredkv.models.fingerprint import fingerprint_difference, model_fingerprint, model_state, state_difference
 from tieredkv.models.same_model import SameModel
+from tieredkv.models.settings import model_settings, processor_settings, settings_difference
 from tieredkv.progress import Progress
 from tieredkv.session.cached_video import CachedVideo
 from tieredkv.session.ingested_video import IngestedVideo, VideoFacts
@@ -73,11 +75,11 @@ def write(path: Path, cached: CachedVideo, history: list[tuple[str, str]], progr
     """Write a session, no question being answered; bytes written. Raises `SessionError`."""
     model, processor, cache = cached.model, cached.template.processor, cached.cache
     manifest = {
-        "model": fingerprint.model_fingerprint(model),
-        "model_settings": fingerprint.model_settings(model),
-        "model_state": fingerprint.model_state(model),
-        "processor": fingerprint.processor_settings(processor),
-        "tiers": asdict(cache.tiers),
+        "model": model_fingerprint(model),
+        "model_settings": model_settings(model),
+        "model_state": model_state(model),
+        "processor": processor_settings(processor),
+        "tiers": tiers_as_plain(cache.tiers),
         "session": SessionState(cached.video, history).as_plain(),
     }
     tensors = {
@@ -107,7 +109,7 @@ def state_of(stored: tensor_file.Stored, first_picture: float = 0.0) -> SessionS
 def tiers_of(stored: tensor_file.Stored, options: dict[str, Any]) -> TierConfig:
     """The settings a session was saved with, changed by `options`. Raises `SessionError` if they cannot be changed."""
     state_of(stored)  # raises if it is not a session
-    tiers = TierConfig(**_known(TierConfig, stored.manifest["tiers"]))
+    tiers = tiers_from_file(stored.manifest["tiers"], options.get("policy"))
     changed = replace(tiers, **options)
     if changed.chunk_tokens != tiers.chunk_tokens:
         raise SessionError(
@@ -120,18 +122,18 @@ def tiers_of(stored: tensor_file.Stored, options: dict[str, Any]) -> TierConfig:
 def check_origin(stored: tensor_file.Stored, model: Any, processor: Any) -> None:
     """Raise `SessionError` if the session was made with another model or processor, saying what differs."""
     manifest = stored.manifest
-    state, now = manifest.get("model_state"), fingerprint.model_state(model)  # older files do not state it
+    state, now = manifest.get("model_state"), model_state(model)  # older files do not state it
     if difference := adapters.difference(state["adapters"] if state else {}, now["adapters"]):
         raise SessionError(f"{stored.path} was saved {difference}: load it with the adapters it was saved with.")
-    difference = fingerprint.settings_difference(manifest["model_settings"], fingerprint.model_settings(model))
+    difference = settings_difference(manifest["model_settings"], model_settings(model))
     if not difference:
-        difference = fingerprint.explain(manifest["model"], fingerprint.model_fingerprint(model, not state))
+        difference = fingerprint_difference(manifest["model"], model_fingerprint(model, not state))
     if not difference and state:
-        difference = fingerprint.state_difference(state, now)
+        difference = state_difference(state, now)
     if difference:
         raise SessionError(f"{stored.path} was saved with another model ({difference}): load it with that one.")
-    settings = fingerprint.processor_settings(processor)
-    if difference := fingerprint.settings_difference(manifest["processor"], settings):
+    settings = processor_settings(processor)
+    if difference := settings_difference(manifest["processor"], settings):
         raise SessionError(f"{stored.path} was saved with another processor ({difference}): load it with that one.")
 
 
