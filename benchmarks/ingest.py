@@ -131,7 +131,6 @@ def one_after_the_other(model: Any, processor: Any, path: Path, options: dict[st
     decoded = list(segments(video.source.frames(), video.segment_frames))
     encoded = list(encode(template.family, model, video.preprocess, iter(decoded)))
     with TieredCache(model.config, tiers, prompt_tokens=video.grid.tokens + 300) as cache:
-        cache.auto_seal = False
         head, bar = torch.zeros((1, 15), dtype=torch.long), IngestProgress(False, 0, None)
         prefill(VideoEmbeddings(template, model, video, iter(encoded)), head, cache, Pipeline(), bar)
     return time.perf_counter() - started

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tieredkv.cache.question import CONTEXT
 from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.config import TierConfig
 from tieredkv.errors import TieredKVError
@@ -80,7 +81,6 @@ class Ingest:
         asked = template.tail_ids(tail).shape[1]
         room = self._check_memory(head_ids.shape[1], prepared.grid.tokens, asked, max_new_tokens)
         cache = self._cache = TieredCache(self.model.config, self.tiers, prompt_tokens=room)
-        cache.auto_seal = False
         same_model = SameModel(model)
         progress = IngestProgress(self._show_progress, head_ids.shape[1] + prepared.grid.tokens, source.seconds)
         complete = False
@@ -153,7 +153,7 @@ class Ingest:
             encode_s=busy["encode"],
             prefill_s=prefill_s,
             wall_s=now - started,
-            streamed_bytes=cache.transfer.streamed_bytes,
+            streamed_bytes=cache.device_tier.transfer.streamed_bytes,
         )
         return grid, stats, next(hashed)
 
@@ -168,7 +168,7 @@ def prefill(
     head, size = head_ids.shape[1], cache.tiers.prefill_chunk
     waiting = [family.embed(model, head_ids.to(weight.device))] if head else []
     waiting_tokens, done = head, 0
-    cache.text_rows = 0
+    cache.expect(CONTEXT)
 
     def chunk(embeddings: torch.Tensor) -> None:
         nonlocal done

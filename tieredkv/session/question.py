@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from tieredkv.cache.looks import Looks
+from tieredkv.cache.question import CONTEXT, Question
 from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.evidence import moments
 from tieredkv.evidence.moments import Evidence, Wanted
 from tieredkv.models.switch import use_attention
 from tieredkv.planning.admission import Request, check_memory
-from tieredkv.planning.prefill_plan import question_calls
+from tieredkv.planning.prefill_plan import question_calls, question_rows
 from tieredkv.session import generation
 from tieredkv.session.cached_video import CachedVideo
 from tieredkv.session.ingested_video import IngestedVideo
@@ -41,50 +42,58 @@ class UserQuestion:
 
 
 def ask(
-    cached: CachedVideo, question: UserQuestion, earlier: Sequence[tuple[str, str]], check: Callable[[], None]
+    cached: CachedVideo, asked: UserQuestion, earlier: Sequence[tuple[str, str]], check: Callable[[], None]
 ) -> Generation:
     """Answer a question. earlier: questions and answers of the conversation that come before it in the prompt.
 
     check: called before every chunk of the question and every step; may raise to stop. The cache is left as it was,
     whatever happens. Raises `PromptError`, `OptionError` or `BudgetError`.
     """
-    template, cache, video = cached.template, cached.cache, cached.video
-    _, tail = template.around_video([*earlier, (question.prompt, None)])
+    model, template, cache, video = cached.model, cached.template, cached.cache, cached.video
+    _, tail = template.around_video([*earlier, (asked.prompt, None)])
+    tail_ids = template.tail_ids(tail)
+    prompt_tokens = video.tokens + tail_ids.shape[1]
+    question = Question(
+        max_new_tokens=generation.new_tokens(asked.options, model.generation_config, prompt_tokens),
+        prompt_tokens=prompt_tokens,
+        rows=question_rows(cache.tiers, tail_ids.shape[1]),
+        visual=video.is_visual(),
+        looks=Looks(cache.tiers.chunk_tokens) if asked.evidence else None,
+        trace=asked.trace,
+    )
     cache.truncate(video.tokens)
-    cache.visual = video.is_visual()
-    cache.counters.trace = [] if question.trace else None
-    cache.looks = Looks(cache.tiers.chunk_tokens) if question.evidence else None
     try:
-        result = answer(cached, template.tail_ids(tail), question.options, check)
+        result = answer(cached, tail_ids, question, asked.options, check)
         cached.same_model.check()  # whoever reads a stream may have changed the model
-        if question.evidence:
-            rows, count = template.question_tokens(tail, question.prompt), len(result.token_ids)
-            result = replace(result, evidence=collect_evidence(cached, rows, count, question.evidence == "tokens"))
+        if question.looks is not None:
+            rows, count = template.question_tokens(tail, asked.prompt), len(result.token_ids)
+            evidence = collect_evidence(cached, question.looks, rows, count, asked.evidence == "tokens")
+            result = replace(result, evidence=evidence)
     finally:
-        cache.looks = None
         cache.truncate(video.tokens)
+        cache.expect(CONTEXT)
     return result
 
 
 @torch.no_grad()
 def answer(
-    cached: CachedVideo, tail_ids: torch.Tensor, options: dict[str, Any], check: Callable[[], None]
+    cached: CachedVideo, tail_ids: torch.Tensor, question: Question, options: dict[str, Any], check: Callable[[], None]
 ) -> Generation:
     """Answer the prompt that ends with `tail_ids` `(1, n)`; the cache, which holds the video alone, is left sealed."""
     model, template, cache, video = cached.model, cached.template, cached.cache, cached.video
     started = time.perf_counter()
     family, device, tiers = template.family, model.get_input_embeddings().weight.device, cache.tiers
     prefix, tail = video.tokens, tail_ids.shape[1]
-    new_tokens = generation.new_tokens(options, model.generation_config, prefix + tail)
     options = generation.timed(options, model.generation_config)
-    _make_room(cache, prefix, tail, new_tokens)
-    cache.transfer.reset()
+    _make_room(cache, question, tail)
+    cache.expect(question)
+    cache.device_tier.transfer.reset()
     positions = family.positions(model, video.head_tokens, video.grid, prefix, prefix + tail, video.positions)
     with use_attention(model):
         # The question's last rows, which classify the heads, go in one call.
         for call in question_calls(tiers, prefix, prefix + tail):
             check()
-            begin, stop, cache.text_rows = call.begin - prefix, call.stop - prefix, call.rows
+            begin, stop = call.begin - prefix, call.stop - prefix
             embeddings = family.embed(model, tail_ids[:, begin:stop].to(device))
             hidden = family.decode(model, embeddings, positions[:, begin:stop], cache)
         logits = family.logits(model, hidden[:, -1]).to(device)
@@ -105,26 +114,25 @@ def answer(
         tokenizer = template.processor.tokenizer
         before_tail = torch.tensor([video.ids(template.visual_id)], dtype=torch.long, device="cpu")
         prompt_ids = torch.cat((before_tail, tail_ids), dim=1).to(device)
-        decoded = generation.run(model, prompt_ids, logits, step, new_tokens, options, tokenizer)
+        decoded = generation.run(model, prompt_ids, logits, step, question.max_new_tokens, options, tokenizer)
     cache.finish()
     stats = _stats(cache, video, prefix + tail, decoded, started, steps.path)
     return Generation(template.text(decoded.token_ids), decoded.token_ids, stats, cache.counters.trace)
 
 
-def collect_evidence(cached: CachedVideo, rows: int, tokens: int, each: bool) -> Evidence:
+def collect_evidence(cached: CachedVideo, looks: Looks, rows: int, tokens: int, each: bool) -> Evidence:
     """The evidence of the answer just given. rows: tokens from the question on. each: of every one of its `tokens`."""
     cache, video = cached.cache, cached.video
-    assert cache.looks is not None
     heads = cache.shape.num_attention_heads * cache.shape.num_layers
-    return moments.collect(cache.looks, rows, heads, video.head_tokens, video.grid, video.span, tokens, each)
+    return moments.collect(looks, rows, heads, video.head_tokens, video.grid, video.span, tokens, each)
 
 
-def _make_room(cache: TieredCache, prefix: int, tail: int, new_tokens: int) -> None:
-    """Raise `BudgetError` unless both tiers hold a question of `tail` tokens after `prefix` others, and its answer."""
-    cache.new_tokens = new_tokens
-    request, shorter = Request(prefix + tail, tail, new_tokens), "shorten the question or the conversation"
-    longer, held = f"lower max_new_tokens, or {shorter}", cache.host_bytes
-    check_memory(cache.shape, cache.tiers, request, longer, shorter, room=cache.room, room_bytes=held)
+def _make_room(cache: TieredCache, question: Question, asked: int) -> None:
+    """Raise `BudgetError` unless both tiers can hold the prompt, which ends with `asked` tokens of text, and an answer."""
+    request = Request(question.prompt_tokens, asked, question.max_new_tokens)
+    shorter = "shorten the question or the conversation"
+    longer = f"lower max_new_tokens, or {shorter}"
+    check_memory(cache.shape, cache.tiers, request, longer, shorter, room=cache.room, room_bytes=cache.host_bytes)
     if cache.room < request.tokens:
         cache.reserve(request.tokens)
 
@@ -138,7 +146,8 @@ def _stats(
     decode_path: str,
 ) -> Stats:
     counters, count = cache.counters, len(decoded.token_ids)
-    moved = counters.warm_bytes + counters.missed_bytes + counters.prefetched_bytes + cache.transfer.streamed_bytes
+    streamed = cache.device_tier.transfer.streamed_bytes
+    moved = counters.warm_bytes + counters.missed_bytes + counters.prefetched_bytes + streamed
     later = (decoded.last_token_at - decoded.first_token_at) * 1000
     return Stats(
         prompt_tokens=prompt_tokens,

@@ -154,7 +154,6 @@ def load(
     tokens, same_model = state.video.tokens, SameModel(model)
     check_origin(stored, model, template.processor)
     cache = map_cache(stored, model.config, tiers, tokens, _layer_devices(template, model))
-    cache.auto_seal = False
     if tiers.host_kv_gb is not None:
         check_host(cache.host_bytes, tiers.host_kv_gb, f"the cache of {tokens:,} tokens", "raise host_kv_gb")
     return CachedVideo(model, template, cache, state.video, same_model, stored)
