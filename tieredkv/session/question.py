@@ -102,7 +102,7 @@ def answer(
 
         def forward(token: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
             hidden = family.decode(model, family.embed(model, token), place, cache)
-            return family.logits(model, hidden[:, -1]).to(device)  # of several cards, from the last to the first
+            return family.logits(model, hidden[:, -1]).to(device)  # if on several cards, from the last to the first
 
         # Generated tokens follow the prompt, at the same position on all axes.
         steps = StepGraph(forward, cache, device, positions.shape[0], int(positions[0, -1]) + 1)
@@ -128,7 +128,7 @@ def collect_evidence(cached: CachedVideo, looks: Looks, rows: int, tokens: int, 
 
 
 def _make_room(cache: TieredCache, question: Question, asked: int) -> None:
-    """Raise `BudgetError` unless both tiers can hold the prompt, which ends with `asked` tokens of text, and an answer."""
+    """Raise `BudgetError` unless both tiers can hold the prompt, ending in `asked` tokens of text, and the answer."""
     request = Request(question.prompt_tokens, asked, question.max_new_tokens)
     shorter = "shorten the question or the conversation"
     longer = f"lower max_new_tokens, or {shorter}"
