@@ -304,7 +304,7 @@ def test_an_ingest_in_another_thread_is_lost_in_the_child(video_model, processor
         check(self)
 
     monkeypatch.setattr(Pipeline, "check", wait)
-    thread = threading.Thread(target=session.ingest, args=(frames,), kwargs={"fps": 4})
+    thread = threading.Thread(target=session.ingest, args=(frames, Sampling(fps=4)))
     thread.start()
     try:
         assert inside.wait(60)

@@ -18,7 +18,7 @@ FEWER_TOKENS = "lower fps, max_frames or max_new_tokens"
 
 
 @dataclass(frozen=True, slots=True)
-class PromptSize:
+class Request:
     """What is to be served: a prompt of `tokens` tokens, the last `asked` of them the question, and an answer."""
 
     tokens: int
@@ -32,7 +32,7 @@ class PromptSize:
 def check_memory(
     shape: KVShape,
     tiers: TierConfig,
-    request: PromptSize,
+    request: Request,
     device_remedy: str = FEWER_TOKENS,
     host_remedy: str | Callable[[int], str] | None = None,
     *,

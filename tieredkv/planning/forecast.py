@@ -25,7 +25,7 @@ from tieredkv.models.kv_shape import KVShape, model_shape
 from tieredkv.models.weights import stored_bytes
 from tieredkv.models.wrapped import unwrapped
 from tieredkv.planning import decode_plan, forecast_bytes, sizes
-from tieredkv.planning.admission import FEWER_TOKENS, PromptSize, check_memory
+from tieredkv.planning.admission import FEWER_TOKENS, Request, check_memory
 from tieredkv.planning.report import CARDS, LINKS, MemoryPlan, rate
 from tieredkv.video.frames import Sampled, Sampling, check_video, open_video
 
@@ -101,7 +101,7 @@ def plan(
     def smaller(allowed: int) -> str:
         return _smaller_host(shape, tiers, host, available, text, video, allowed)
 
-    needs = PromptSize(prompt, question_tokens, max_new_tokens)
+    needs = Request(prompt, question_tokens, max_new_tokens)
     layout = check_memory(shape, tiers, needs, fewer, smaller, available=available)
 
     static = forecast_bytes.assumed_static(shape, tiers, static_share)

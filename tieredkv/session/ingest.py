@@ -23,7 +23,8 @@ from tieredkv.models.families.base import VideoGrid
 from tieredkv.models.kv_shape import model_shape
 from tieredkv.models.same_model import SameModel
 from tieredkv.models.switch import use_attention
-from tieredkv.planning.admission import PromptSize, check_memory
+from tieredkv.planning.admission import Request, check_memory
+from tieredkv.planning.prefill_plan import context_calls
 from tieredkv.planning.sizes import QUESTION_ROOM
 from tieredkv.progress import IngestProgress
 from tieredkv.session.cached_video import CachedVideo
@@ -108,9 +109,9 @@ class Ingest:
         """
         weight = self.model.get_input_embeddings().weight
         shape = model_shape(self.model.config, weight.dtype)
-        size = PromptSize(head + video + asked, asked, max_new_tokens)
-        check_memory(shape, self.tiers, size, one_memory=weight.device.type == "cpu")
-        return size.tokens + QUESTION_ROOM
+        request = Request(head + video + asked, asked, max_new_tokens)
+        check_memory(shape, self.tiers, request, one_memory=weight.device.type == "cpu")
+        return request.tokens + QUESTION_ROOM
 
     def _fill(
         self, cache: TieredCache, video: Prepared, head_ids: torch.Tensor, progress: IngestProgress
@@ -185,8 +186,8 @@ def prefill(
             if waiting_tokens < size:
                 continue
             whole = join(waiting)
-            for start in range(0, waiting_tokens - size + 1, size):
-                chunk(whole[:, start : start + size])
+            for call in context_calls(waiting_tokens - waiting_tokens % size, size):
+                chunk(whole[:, call.begin : call.stop])
             waiting_tokens %= size
             waiting = [whole[:, whole.shape[1] - waiting_tokens :].clone()] if waiting_tokens else []
         if waiting:

@@ -15,7 +15,7 @@ from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.evidence import moments
 from tieredkv.evidence.moments import Evidence, Wanted
 from tieredkv.models.switch import use_attention
-from tieredkv.planning.admission import PromptSize, check_memory
+from tieredkv.planning.admission import Request, check_memory
 from tieredkv.planning.prefill_plan import question_calls, question_rows
 from tieredkv.session import generation
 from tieredkv.session.cached_video import CachedVideo
@@ -25,7 +25,7 @@ from tieredkv.session.step_graph import StepGraph
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class UserQuestion:
     """A question as a user asked it, checked as far as possible without the session's turn."""
 
     prompt: str
@@ -36,28 +36,39 @@ class Request:
     trace: bool = False
     evidence: Wanted = True
 
-    def with_streamer(self, streamer: Any) -> Request:
+    def with_streamer(self, streamer: Any) -> UserQuestion:
         """The same, with a streamer."""
         return replace(self, options={**self.options, "streamer": streamer})
 
 
 def ask(
-    cached: CachedVideo, request: Request, earlier: Sequence[tuple[str, str]], check: Callable[[], None]
+    cached: CachedVideo, asked: UserQuestion, earlier: Sequence[tuple[str, str]], check: Callable[[], None]
 ) -> Generation:
     """Answer a question. earlier: questions and answers of the conversation that come before it in the prompt.
 
     check: called before every chunk of the question and every step; may raise to stop. The cache is left as it was,
     whatever happens. Raises `PromptError`, `OptionError` or `BudgetError`.
     """
-    template, cache, video = cached.template, cached.cache, cached.video
-    _, tail = template.around_video([*earlier, (request.prompt, None)])
+    model, template, cache, video = cached.model, cached.template, cached.cache, cached.video
+    _, tail = template.around_video([*earlier, (asked.prompt, None)])
+    tail_ids = template.tail_ids(tail)
+    prompt_tokens = video.tokens + tail_ids.shape[1]
+    question = Question(
+        max_new_tokens=generation.new_tokens(asked.options, model.generation_config, prompt_tokens),
+        prompt_tokens=prompt_tokens,
+        rows=question_rows(cache.tiers, tail_ids.shape[1]),
+        visual=video.is_visual(),
+        looks=Looks(cache.tiers.chunk_tokens) if asked.evidence else None,
+        trace=asked.trace,
+    )
     cache.truncate(video.tokens)
     try:
-        result = answer(cached, template.tail_ids(tail), request, check)
+        result = answer(cached, tail_ids, question, asked.options, check)
         cached.same_model.check()  # whoever reads a stream may have changed the model
-        if request.evidence:
-            rows, count = template.question_tokens(tail, request.prompt), len(result.token_ids)
-            result = replace(result, evidence=collect_evidence(cached, rows, count, request.evidence == "tokens"))
+        if question.looks is not None:
+            rows, count = template.question_tokens(tail, asked.prompt), len(result.token_ids)
+            evidence = collect_evidence(cached, question.looks, rows, count, asked.evidence == "tokens")
+            result = replace(result, evidence=evidence)
     finally:
         cache.truncate(video.tokens)
         cache.expect(CONTEXT)
@@ -65,22 +76,16 @@ def ask(
 
 
 @torch.no_grad()
-def answer(cached: CachedVideo, tail_ids: torch.Tensor, request: Request, check: Callable[[], None]) -> Generation:
+def answer(
+    cached: CachedVideo, tail_ids: torch.Tensor, question: Question, options: dict[str, Any], check: Callable[[], None]
+) -> Generation:
     """Answer the prompt that ends with `tail_ids` `(1, n)`; the cache, which holds the video alone, is left sealed."""
     model, template, cache, video = cached.model, cached.template, cached.cache, cached.video
     started = time.perf_counter()
     family, device, tiers = template.family, model.get_input_embeddings().weight.device, cache.tiers
     prefix, tail = video.tokens, tail_ids.shape[1]
-    options = generation.timed(request.options, model.generation_config)
-    question = Question(
-        max_new_tokens=generation.new_tokens(options, model.generation_config, prefix + tail),
-        prompt_tokens=prefix + tail,
-        rows=question_rows(tiers, tail),
-        visual=video.is_visual(),
-        looks=Looks(tiers.chunk_tokens) if request.evidence else None,
-        trace=request.trace,
-    )
-    _make_room(cache, tail, question)
+    options = generation.timed(options, model.generation_config)
+    _make_room(cache, question, tail)
     cache.expect(question)
     cache.device_tier.transfer.reset()
     positions = family.positions(model, video.head_tokens, video.grid, prefix, prefix + tail, video.positions)
@@ -97,7 +102,7 @@ def answer(cached: CachedVideo, tail_ids: torch.Tensor, request: Request, check:
 
         def forward(token: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
             hidden = family.decode(model, family.embed(model, token), place, cache)
-            return family.logits(model, hidden[:, -1]).to(device)  # of several cards, from the last to the first
+            return family.logits(model, hidden[:, -1]).to(device)  # if on several cards, from the last to the first
 
         # Generated tokens follow the prompt, at the same position on all axes.
         steps = StepGraph(forward, cache, device, positions.shape[0], int(positions[0, -1]) + 1)
@@ -115,23 +120,21 @@ def answer(cached: CachedVideo, tail_ids: torch.Tensor, request: Request, check:
     return Generation(template.text(decoded.token_ids), decoded.token_ids, stats, cache.counters.trace)
 
 
-def collect_evidence(cached: CachedVideo, rows: int, tokens: int, each: bool) -> Evidence:
+def collect_evidence(cached: CachedVideo, looks: Looks, rows: int, tokens: int, each: bool) -> Evidence:
     """The evidence of the answer just given. rows: tokens from the question on. each: of every one of its `tokens`."""
     cache, video = cached.cache, cached.video
-    looks = cache.question.looks
-    assert looks is not None
     heads = cache.shape.num_attention_heads * cache.shape.num_layers
     return moments.collect(looks, rows, heads, video.head_tokens, video.grid, video.span, tokens, each)
 
 
-def _make_room(cache: TieredCache, asked: int, question: Question) -> None:
-    """Raise `BudgetError` unless both tiers hold the question, of `asked` tokens, after the video, and its answer."""
-    size = PromptSize(question.prompt_tokens, asked, question.max_new_tokens)
+def _make_room(cache: TieredCache, question: Question, asked: int) -> None:
+    """Raise `BudgetError` unless both tiers can hold the prompt, ending in `asked` tokens of text, and the answer."""
+    request = Request(question.prompt_tokens, asked, question.max_new_tokens)
     shorter = "shorten the question or the conversation"
     longer = f"lower max_new_tokens, or {shorter}"
-    check_memory(cache.shape, cache.tiers, size, longer, shorter, room=cache.room, room_bytes=cache.host_bytes)
-    if cache.room < size.tokens:
-        cache.reserve(size.tokens)
+    check_memory(cache.shape, cache.tiers, request, longer, shorter, room=cache.room, room_bytes=cache.host_bytes)
+    if cache.room < request.tokens:
+        cache.reserve(request.tokens)
 
 
 def _stats(

@@ -21,7 +21,7 @@ from tieredkv.session.cached_video import CachedVideo
 from tieredkv.session.ingest import Ingest
 from tieredkv.session.ingested_video import IngestedVideo
 from tieredkv.session.job import Job, Work
-from tieredkv.session.question import Request
+from tieredkv.session.question import UserQuestion
 from tieredkv.session.results import Generation, IngestStats
 from tieredkv.session.stream import AnswerStream, check_stream
 from tieredkv.session.turns import Turns
@@ -165,19 +165,19 @@ class VideoSession(AsyncAsking):
             check_wanted(evidence)
             generation.check_options(options, model_config=self.model.generation_config)
             check_prompt(prompt)
-        return Work(partial(self._answer, Request(prompt, options, chat, trace, evidence)), self._turns.line)
+        return Work(partial(self._answer, UserQuestion(prompt, options, chat, trace, evidence)), self._turns.line)
 
-    def _answer(self, request: Request, job: Job | None) -> Generation:
-        streamer = request.options.get("streamer")
+    def _answer(self, asked: UserQuestion, job: Job | None) -> Generation:
+        streamer = asked.options.get("streamer")
         if job is not None and job.streams:
             streamer = job.streamer(self.template.text)
-            request = request.with_streamer(streamer)
+            asked = asked.with_streamer(streamer)
         with generation.ending_on_error(streamer), self._turns.take(job):
-            earlier = self._history if request.chat else ()
-            result = question.ask(self._ready(), request, earlier, partial(self._turns.check_wanted, job))
-            if request.chat:
+            earlier = self._history if asked.chat else ()
+            result = question.ask(self._ready(), asked, earlier, partial(self._turns.check_wanted, job))
+            if asked.chat:
                 self._turns.check_wanted(job)
-                self._history.append((request.prompt, result.text))
+                self._history.append((asked.prompt, result.text))
             return result
 
     def new_tokens(self, options: dict[str, Any]) -> int:

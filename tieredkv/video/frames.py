@@ -172,7 +172,7 @@ def check_video(video: Any) -> None:
             raise VideoError(f"{video}: no such file.")
         if folder:
             raise VideoError(f"{str(video) or repr(str(video))} is a folder, not a video file.")
-        if not Path(video).is_file():  # opening a pipe would wait for ever
+        if not Path(video).is_file():  # reading a pipe might never end
             raise VideoError(f"{video} is not a regular file: save the video as one.")
 
 
