@@ -7,10 +7,10 @@ import torch
 from helpers import assert_near, pressed
 
 import tieredkv
+from tieredkv.cache.layer_pages import LayerPages
 from tieredkv.cache.prefill import TextRows
 from tieredkv.cache.question import Question
 from tieredkv.cache.seal import classify_heads, text_mask
-from tieredkv.cache.sealed_layer import SealedLayer
 from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.config import TierConfig
 from tieredkv.environment.versions import cache_argument
@@ -83,8 +83,8 @@ def test_a_fault_while_the_pool_is_filled_leaves_the_cache_in_prefill(llama, lon
     with torch.no_grad(), tieredkv.use_attention(llama), TieredCache(llama.config, **options) as cache:
         llama(long_ids[:, :880], **cache_argument(cache))
         with monkeypatch.context() as patch:
-            patch.setattr(SealedLayer, "_fill_sinks", fail)
-            patch.setattr(SealedLayer, "_fill_static", fail)
+            patch.setattr(LayerPages, "fill_sinks", fail)
+            patch.setattr(LayerPages, "fill_static", fail)
             with pytest.raises(MemoryError):
                 cache.seal()
         assert not cache.sealed

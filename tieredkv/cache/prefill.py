@@ -179,11 +179,11 @@ def score_text_rows(
     scaling: float,
     past: Past,
     tiers: TierConfig,
-    looks: Looks | None = None,
+    looks: Looks | None,
 ) -> TextRows:
     """Scores of the last `T` new tokens over past and new keys, in a second pass that reads keys only.
 
-    query `(H, T, D)` and lse `(H, T)`: the last rows of the call whose new keys are `(K, n, D)`. looks: takes the
+    query `(H, T, D)` and lse `(H, T)`: the last rows of the call whose new keys are `(K, n, D)`. looks: records the
     rows' attention to the past.
     """
     t, new = query.shape[1], keys.shape[1]
