@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import pressed
+from helpers import pressed, tier_options
 
 import tieredkv
 from tieredkv.cache.looks import Looks
@@ -18,7 +18,7 @@ from tieredkv.errors import BudgetError
 def cache(llama, long_ids):
     """Sealed after 900 tokens, with dynamic heads and room for five more tokens, or a page of eight."""
     options = {**pressed(llama, 900, 0.4), "chunk_tokens": 8, "text_window": 16, "theta": 2}
-    with torch.no_grad(), tieredkv.use_attention(llama), TieredCache(llama.config, **options) as made:
+    with torch.no_grad(), tieredkv.use_attention(llama), TieredCache(llama.config, **tier_options(**options)) as made:
         made.expect(Question(max_new_tokens=5, looks=Looks(8)))
         llama(long_ids, **cache_argument(made))
         made.seal()

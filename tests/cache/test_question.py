@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from helpers import assert_near
+from helpers import assert_near, tier_options
 
 import tieredkv
 from tieredkv.cache.looks import Looks
@@ -14,6 +14,7 @@ from tieredkv.cache.question import CONTEXT, Question
 from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.environment.versions import cache_argument
 from tieredkv.errors import OptionError
+from tieredkv.planning.prefill_plan import Call
 
 
 @pytest.mark.parametrize(
@@ -30,7 +31,7 @@ from tieredkv.errors import OptionError
     ],
 )
 def test_only_the_call_that_may_be_the_last_is_scored(question, past, new, rows):
-    assert question.scored_rows(past, new, text_window=64) == rows
+    assert question.call(past, new, text_window=64) == Call(past, past + new, rows)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +86,7 @@ def test_what_is_expected_does_not_change_while_the_answer_is_decoded(llama, pro
 
 def test_chunks_are_traced_where_the_question_asks_for_it(llama, long_ids):
     options = {"gpu_kv_gb": 1, "budget_ratio": 0.2, "theta": 2.0, "chunk_tokens": 8}
-    with torch.no_grad(), tieredkv.use_attention(llama), TieredCache(llama.config, **options) as cache:
+    with torch.no_grad(), tieredkv.use_attention(llama), TieredCache(llama.config, **tier_options(**options)) as cache:
         for trace in (True, False):
             cache.expect(Question(trace=trace))
             llama(long_ids, **cache_argument(cache))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import assert_near, pressed
+from helpers import assert_near, pressed, tier_options
 
 import tieredkv
 from tieredkv.cache.layer_pages import LayerPages
@@ -34,8 +34,8 @@ def rows(focused: list[bool], count: int) -> TextRows:
 
 
 def classified(of_layers: list[TextRows], share: float = 0.3, **options):
-    tiers = TierConfig(gpu_kv_gb=share * TOKENS * SHAPE.token_bytes / GIB, pack_pages=False, **options)
-    return classify_heads(of_layers, SHAPE, tiers, sizes.lay_out(tiers, TOKENS, 16, 8))
+    tiers = TierConfig(gpu_kv_gb=share * TOKENS * SHAPE.token_bytes / GIB, pack_pages=False, **tier_options(**options))
+    return classify_heads(of_layers, SHAPE, tiers, sizes.lay_out(tiers, TOKENS, 16, 8), tiers.cap_bytes)
 
 
 def test_heads_that_need_few_tokens_are_static():
@@ -80,7 +80,7 @@ def test_a_fault_while_the_pool_is_filled_leaves_the_cache_in_prefill(llama, lon
         raise MemoryError("not enough")
 
     options = {**pressed(llama, 900, 0.5), "chunk_tokens": 8, "text_window": 16}
-    with torch.no_grad(), tieredkv.use_attention(llama), TieredCache(llama.config, **options) as cache:
+    with torch.no_grad(), tieredkv.use_attention(llama), TieredCache(llama.config, **tier_options(**options)) as cache:
         llama(long_ids[:, :880], **cache_argument(cache))
         with monkeypatch.context() as patch:
             patch.setattr(LayerPages, "fill_sinks", fail)
@@ -88,7 +88,7 @@ def test_a_fault_while_the_pool_is_filled_leaves_the_cache_in_prefill(llama, lon
             with pytest.raises(MemoryError):
                 cache.seal()
         assert not cache.sealed
-        assert cache.ledger.held() == {}
+        assert cache.ledger.by_purpose() == {}
         got = llama(long_ids[:, 880:], **cache_argument(cache)).logits
         cache.seal()
     assert_near(got, llama(long_ids).logits[:, 880:])

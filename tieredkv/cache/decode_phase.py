@@ -9,7 +9,7 @@ import torch
 from tieredkv.cache.counters import Counters
 from tieredkv.cache.looks import Looks
 from tieredkv.config import TierConfig
-from tieredkv.memory.copies import Prefetcher
+from tieredkv.memory.copies import BackgroundCopies
 from tieredkv.memory.ledger import DeviceLedger
 from tieredkv.memory.pool import DevicePool
 from tieredkv.models.kv_shape import KVShape
@@ -26,7 +26,7 @@ class DecodePhase:
     plan: DecodePlan
     ledger: DeviceLedger
     pool: DevicePool
-    prefetcher: Prefetcher | None
+    prefetcher: BackgroundCopies | None
     """None: nothing is fetched ahead."""
     counters: Counters
     """One for all devices."""

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 
 from tieredkv.config import TierConfig
 from tieredkv.errors import UnsupportedModelError
-from tieredkv.memory.copies import Prefetcher, StreamCopies, ThreadPrefetcher, Transfer
+from tieredkv.memory.copies import BackgroundCopies, StreamCopies, ThreadCopies, Transfer
 from tieredkv.memory.host import HostLayer
 from tieredkv.memory.ledger import DeviceLedger
 from tieredkv.memory.pagelock import PageLocker
@@ -19,7 +19,8 @@ from tieredkv.memory.pool import DevicePool
 from tieredkv.models.kv_shape import KVShape, model_shape
 from tieredkv.ops.base import Ops
 from tieredkv.ops.select import copying_by_torch, ops_for
-from tieredkv.planning import sizes
+from tieredkv.planning import prefill_plan
+from tieredkv.planning.prefill_plan import Call
 
 DECODE_PURPOSES = ("pool", "digests", "tables", "logits")
 """What the ledger counts only while decoding."""
@@ -59,14 +60,14 @@ class DeviceTier:
         config: PreTrainedConfig,
         prompt_tokens: int = 0,
         ops: Ops | None = None,
-        copies: Prefetcher | None = None,
+        copies: BackgroundCopies | None = None,
     ) -> None:
         """config: the model's. prompt_tokens: length of the prompt, 0 if unknown. ops, copies: instead of those that
         suit the device."""
         self.tiers = tiers
         self.ledger = DeviceLedger(tiers.cap_bytes)
         self.transfer = Transfer()
-        self.copies: Prefetcher = ThreadPrefetcher() if copies is None else copies
+        self.copies: BackgroundCopies = ThreadCopies() if copies is None else copies
         """Copies under way between the tiers, in both phases."""
         self.locker: PageLocker | None = None
         """Keeps the host tier page-locked, if the model is on a card."""
@@ -132,7 +133,9 @@ class DeviceTier:
         """
         if self._resident_tokens is None:
             known = self._prompt_tokens > 0
-            self._resident_tokens = sizes.resident_tokens(self.shape, self.tiers, self._prompt_tokens) if known else 0
+            self._resident_tokens = (
+                prefill_plan.resident_tokens(self.shape, self.tiers, self._prompt_tokens) if known else 0
+            )
         if self._resident_tokens:
             shape = (host.num_heads, self._resident_tokens, host.head_dim)
             self.residents[layer] = Resident(
@@ -140,10 +143,10 @@ class DeviceTier:
                 self.ledger.empty("resident", shape, host.dtype, device),
             )
 
-    def make_room_for_scores(self, past: int, new: int, rows: int) -> None:
-        """Drop the residents if scoring `rows` of `new` tokens after `past` others needs their room."""
-        kept, total = self._resident_tokens, past + new
-        if kept and not sizes.resident_beside_scores(self.shape, self.tiers, kept, past, total, rows):
+    def make_room_for_scores(self, call: Call) -> None:
+        """Drop the residents if scoring a call's rows needs their room."""
+        kept = self._resident_tokens
+        if kept and not prefill_plan.resident_beside_scores(self.shape, self.tiers, kept, call):
             self.drop_residents()
 
     def drop_residents(self) -> None:

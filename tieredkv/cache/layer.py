@@ -201,7 +201,7 @@ class TieredLayer(CacheLayerMixin):
         self._check_once()  # or damage would be saved with a checksum that fits it
         digested = digests.state()
         self.device_tier.copies.drain()
-        return {"kv": host.whole(sizes.QUESTION_ROOM), **digested}
+        return {"kv": host.arena_to_store(sizes.QUESTION_ROOM), **digested}
 
     @settled
     def restore(

@@ -14,7 +14,8 @@ from tieredkv.memory.host import HostLayer
 from tieredkv.memory.units import ceil_div
 from tieredkv.ops import torch_ops
 from tieredkv.ops.packing import Packing, channel_norms, unpack
-from tieredkv.planning.sizes import chunk_bytes, scratch_page_bytes
+from tieredkv.planning.decode_plan import gather_bytes
+from tieredkv.planning.sizes import chunk_bytes
 from tieredkv.policy import prune
 
 
@@ -74,7 +75,7 @@ class LayerPages:
         if pages == 0:
             return
         tiers, c, pool = self.phase.tiers, self._c, self.phase.pool
-        policy, old = tiers.method, self.phase.plan.layout.recent_start
+        policy, old = tiers.policy, self.phase.plan.layout.recent_start
 
         def read() -> tuple[torch.Tensor, torch.Tensor]:
             return self.host.tokens(head, torch.arange(old, device="cpu"))
@@ -131,8 +132,7 @@ class LayerPages:
     @property
     def scratch_bytes(self) -> int:
         """Device bytes that `attend` takes."""
-        gathered = min(self.phase.plan.scratch_pages, self.table.numel())
-        return gathered * scratch_page_bytes(self.phase.shape, self.phase.tiers, self.packing is not None)
+        return gather_bytes(self.phase.shape, self.phase.tiers, self.phase.plan, self.table.numel())
 
     # ---- the end
 

@@ -18,8 +18,9 @@ from tieredkv.cache.looks import Looks
 from tieredkv.cache.question import Question
 from tieredkv.config import TierConfig
 from tieredkv.memory.host import HostLayer
-from tieredkv.memory.units import ceil_div
-from tieredkv.planning import sizes
+from tieredkv.planning.admission import refusal
+from tieredkv.planning.prefill_plan import buffer_bytes, plan_staging
+from tieredkv.planning.sizes import lay_out
 from tieredkv.policy import classify
 
 
@@ -131,25 +132,20 @@ def staged_past(
     generated tokens.
     """
     tiers, shape, ledger = device_tier.tiers, device_tier.shape, device_tier.ledger
-    past, total = host.length, host.length + new_tokens
-    rows = question.scored_rows(past, new_tokens, tiers.method.text_window)
-    device_tier.make_room_for_scores(past, new_tokens, rows)
+    call = question.call(host.length, new_tokens, tiers.policy.text_window)
+    device_tier.make_room_for_scores(call)
     resident = device_tier.residents.get(layer)
     room, kept = (0, 0) if resident is None else (resident.room, resident.length)
-    block = sizes.block_tokens(shape, tiers, total, rows, room, staged=past > kept)
-    if block == 0:
-        raise sizes.refusal(shape, tiers, sizes.lay_out(tiers, total, rows, question.max_new_tokens), rows)
-    c = tiers.chunk_tokens
-    to_stage = ceil_div(past - kept, c) * c
-    block = min(block, max(to_stage, ceil_div(max(kept, new_tokens), c) * c))
-    flat = (2 * host.num_heads * min(block, to_stage) * host.head_dim,)
-    count = sizes.staging_buffers(to_stage, block)
+    staging = plan_staging(shape, tiers, call, kept, room)
+    if staging is None:
+        raise refusal(shape, tiers, lay_out(tiers, call.stop, call.rows, question.max_new_tokens), call.rows)
+    flat = (buffer_bytes(shape, staging.buffer_tokens) // host.dtype.itemsize,)
     try:
-        buffers = [ledger.empty("staging", flat, host.dtype, device) for _ in range(count)]
-        if count == 2:  # a single block is staged to the first alone
+        buffers = [ledger.empty("staging", flat, host.dtype, device) for _ in range(staging.buffers)]
+        if staging.buffers == 2:  # a single block is staged to the first alone
             buffers.insert(1, buffers[0])
-        ledger.reserve("scores", sizes.scoring_bytes(shape, tiers, total, rows, block))
-        yield Past(device_tier, host, resident, rows, block, buffers)
+        ledger.reserve("scores", staging.scoring_bytes)
+        yield Past(device_tier, host, resident, call.rows, staging.block_tokens, buffers)
     except BaseException:
         device_tier.copies.drain()  # copies still under way write to the buffers
         raise
@@ -188,8 +184,8 @@ def score_text_rows(
     """
     t, new = query.shape[1], keys.shape[1]
     total = past.tokens + new
-    k = classify.top_k_count(tiers.method.top_k_ratio, total)
-    window = min(t, tiers.method.saliency_window)
+    k = classify.top_k_count(tiers.policy.top_k_ratio, total)
+    window = min(t, tiers.policy.saliency_window)
     halves = torch.empty((2, keys.shape[0], total), dtype=torch.float32, device="cpu")
     best: torch.Tensor | None = None
     done = 0
@@ -214,7 +210,7 @@ def score_text_rows(
         take(exact.row_weights(query, block, lse, scaling, first_hidden=sees - start))
     assert best is not None
     return TextRows(
-        scores=classify.text_centric_scores(best, tiers.method.score_group).cpu(),
+        scores=classify.text_centric_scores(best, tiers.policy.score_group).cpu(),
         halves=halves,
         count=window,
     )

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from tieredkv.cache.looks import Looks
-from tieredkv.errors import OptionError
+from tieredkv.errors import check_whole
+from tieredkv.planning.prefill_plan import Call
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,18 +37,19 @@ class Question:
     """Record in the counters which chunks every step attends to."""
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "prompt_tokens", "rows"):
-            value = getattr(self, name)
-            if not (isinstance(value, int) and value >= 0) and (name, value) != ("rows", None):
-                raise OptionError(f"{name}={value!r} is not valid: give a whole number of at least 0.")
+        check_whole("max_new_tokens", self.max_new_tokens, 0)
+        check_whole("prompt_tokens", self.prompt_tokens, 0)
+        if self.rows is not None:
+            check_whole("rows", self.rows, 0)
 
     def most_rows(self, text_window: int) -> int:
         """Rows of a scored call that are scored, at most."""
         return text_window if self.rows is None else self.rows
 
-    def scored_rows(self, past: int, new: int, text_window: int) -> int:
-        """Rows to score of a call of `new` tokens after `past` others: 0 if the prompt goes on after it."""
-        return 0 if past + new < self.prompt_tokens else min(new, self.most_rows(text_window))
+    def call(self, past: int, new: int, text_window: int) -> Call:
+        """The call of `new` tokens after `past` others; no row of it is scored if the prompt goes on after it."""
+        stop = past + new
+        return Call(past, stop, 0 if stop < self.prompt_tokens else min(new, self.most_rows(text_window)))
 
 
 CONTEXT = Question(rows=0)

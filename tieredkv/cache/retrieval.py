@@ -71,7 +71,7 @@ class Retrieval:
         self.most_selected = self._most_slots if phase.tiers.adaptive else int(self.selected.max())
         """Columns of the table that may be used."""
         ahead = torch.minimum(self.slots - self.selected, self.selected)
-        reuse = phase.tiers.method.reuse_above <= 1
+        reuse = phase.tiers.policy.reuse_above <= 1
         self._ahead = ahead if phase.prefetcher is not None and reuse and bool(ahead.any()) else None
         """`(n,)`: chunks each head may fetch for the step after."""
         self._most_ahead = int(ahead.max())
@@ -133,7 +133,7 @@ class Retrieval:
     def logits(self, query: torch.Tensor, scaling: float) -> torch.Tensor:
         """Estimated logits `(n, rows, N)` of every chunk, for queries `(K, rows, D)` of any number of steps."""
         assert self.digests is not None
-        method = self.phase.tiers.method
+        method = self.phase.tiers.policy
         scaled = query[self._rows].float() * scaling
         if self._basis is None:
 
@@ -159,7 +159,7 @@ class Retrieval:
         if self.digests is None:
             return
         phase, index = self.phase, self.residency
-        ops, method = phase.ops, phase.tiers.method
+        ops, method = phase.ops, phase.tiers.policy
         if phase.prefetcher is not None:
             phase.prefetcher.wait(self.index)
         if self._kept is not None:  # of a step that broke off
@@ -196,7 +196,7 @@ class Retrieval:
 
     def _reusing(self, ranks: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
         """Ranks by which a head whose query is like the one before takes the chunks of the step before again."""
-        reuse_above = self.phase.tiers.method.reuse_above
+        reuse_above = self.phase.tiers.policy.reuse_above
         if reuse_above > 1:
             return ranks
         if self._query is None:

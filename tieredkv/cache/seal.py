@@ -6,7 +6,7 @@ Shapes: `L` layers, `K` KV heads, `N` prompt tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -20,7 +20,6 @@ from tieredkv.cache.question import Question
 from tieredkv.cache.turns import LayerTurns
 from tieredkv.config import TierConfig
 from tieredkv.memory.ledger import on_device
-from tieredkv.memory.units import GIB
 from tieredkv.models.kv_shape import KVShape
 from tieredkv.planning import decode_plan, sizes
 from tieredkv.policy import classify
@@ -39,21 +38,23 @@ class HeadTypes:
     does not measure it."""
 
 
-def classify_heads(rows: Sequence[TextRows], shape: KVShape, tiers: TierConfig, layout: sizes.Layout) -> HeadTypes:
-    """rows: of each layer."""
-    policy, scores, need = tiers.method, torch.stack([layer.scores for layer in rows]), None
+def classify_heads(
+    rows: Sequence[TextRows], shape: KVShape, tiers: TierConfig, layout: sizes.Layout, cap_bytes: int
+) -> HeadTypes:
+    """rows: of each layer. cap_bytes: what the plan may spend."""
+    policy, scores, need = tiers.policy, torch.stack([layer.scores for layer in rows]), None
     if policy.head_score == "mass":
         static = classify.static_heads(scores, policy.theta)
     else:
         need = _need(rows, shape, tiers, layout)
-        static = need[0] <= decode_plan.mean_old_tokens(shape, tiers, layout)
+        static = need[0] <= decode_plan.mean_old_tokens(shape, tiers, layout, cap_bytes)
     static[: policy.dense_layers] = True
     return HeadTypes(scores, static, need)
 
 
 def _need(rows: Sequence[TextRows], shape: KVShape, tiers: TierConfig, layout: sizes.Layout) -> torch.Tensor:
     """`HeadTypes.need`; beyond the prompt's length where there are too few rows to tell."""
-    heads, theta = shape.num_key_value_heads, tiers.method.theta
+    heads, theta = shape.num_key_value_heads, tiers.policy.theta
     if theta <= 0:
         return torch.zeros((2, len(rows), heads), dtype=torch.int64, device="cpu")
     unknown = torch.full((2, heads), layout.tokens + 1, dtype=torch.int64, device="cpu")
@@ -86,13 +87,12 @@ def seal(layers: Sequence[TieredLayer], device_tier: DeviceTier, question: Quest
     if len(rows) != len(layers):
         raise RuntimeError("no text rows were scored: nothing to classify the heads by")
     tiers, shape, tokens = device_tier.tiers, device_tier.shape, layers[0].prompt_length
-    text_window = tiers.method.text_window
+    text_window = tiers.policy.text_window
     layout = sizes.lay_out(tiers, tokens, question.most_rows(text_window), question.max_new_tokens)
-    types = classify_heads(rows, shape, tiers, layout)
-    # The plan knows of one device, and the chunk masses are on each.
-    others = (len(device_tier.devices) - 1) * sizes.attended_bytes(layout)
-    within = replace(tiers, gpu_kv_gb=(tiers.cap_bytes - others) / GIB) if others else tiers
-    plan = decode_plan.plan_decode(shape, within, layout, types.scores, types.static, types.need)
+    # The plan counts the chunk masses of one device, and each has its own.
+    cap_bytes = tiers.cap_bytes - (len(device_tier.devices) - 1) * sizes.attended_bytes(layout)
+    types = classify_heads(rows, shape, tiers, layout, cap_bytes)
+    plan = decode_plan.plan_decode(shape, tiers, layout, cap_bytes, types.scores, types.static, types.need)
     device_tier.drop_residents()
     try:
         phases = _fill(layers, device_tier, question, plan, types.static)
@@ -122,13 +122,12 @@ def _fill(
 
     def phase(device: torch.device) -> DecodePhase:
         here = [layer.index for layer in layers if layer.device == device]
-        pages = int(plan.pages[here].sum()) + len(here) * shape.num_key_value_heads * layout.recent_pages
         return DecodePhase(
             tiers=tiers,
             shape=shape,
             plan=plan,
             ledger=device_tier.ledger,
-            pool=device_tier.new_pool(pages, layers[0].dtype, device, plan.packed),
+            pool=device_tier.new_pool(plan.pool_pages(here), layers[0].dtype, device, plan.packed),
             prefetcher=device_tier.copies if tiers.prefetch else None,
             counters=counters,
             ops=device_tier.step_ops(device),
@@ -137,7 +136,7 @@ def _fill(
         )
 
     phases = {device: phase(device) for device in device_tier.devices}
-    is_text = text_mask(question, layout.tokens, tiers.method.text_window)
+    is_text = text_mask(question, layout.tokens, tiers.policy.text_window)
     for layer, mask in zip(layers, static, strict=True):
         with on_device(layer.device):
             layer.seal(mask, is_text, phases[layer.device])

@@ -25,7 +25,7 @@ from tieredkv.config import TierConfig, tier_config
 from tieredkv.environment import forking
 from tieredkv.environment.ambient import settled
 from tieredkv.errors import OptionError, TieredKVError
-from tieredkv.memory.copies import Prefetcher
+from tieredkv.memory.copies import BackgroundCopies
 from tieredkv.memory.ledger import on_device
 from tieredkv.models import families
 from tieredkv.models.kv_shape import KVShape
@@ -55,7 +55,7 @@ class TieredCache(Cache):
         max_new_tokens: int = 256,
         prompt_tokens: int = 0,
         ops: Ops | None = None,
-        copies: Prefetcher | None = None,
+        copies: BackgroundCopies | None = None,
         **options: Any,
     ) -> None:
         """config: the model's. tiers, or its fields as keywords (`gpu_kv_gb=...`), not both.
