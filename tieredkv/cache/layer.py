@@ -32,7 +32,7 @@ class CacheOfLayers(Protocol):
         """What follows the cached tokens."""
 
     def begin_layer(self, index: int, tokens: int) -> None:
-        """Layer `index` is updated with `tokens` new tokens, for which the cache may change its phase."""
+        """Called when layer `index` is updated with `tokens` new tokens; the cache may change its phase for them."""
 
 
 class TieredLayer(CacheLayerMixin):
@@ -76,7 +76,7 @@ class TieredLayer(CacheLayerMixin):
     def _begin_at(
         self, device: torch.device, heads: int, head_dim: int, chunk_tokens: int, dtype: torch.dtype
     ) -> tuple[HostLayer, ContextDigests]:
-        """The layer is at `device`, and empty."""
+        """Make the host tier and the digests, empty, of a layer at `device`."""
         self.dtype, self.device = dtype, device
         self.device_tier.place(device, dtype)
         self.host = HostLayer(heads, head_dim, chunk_tokens, dtype, self.device_tier.locker)
@@ -179,7 +179,7 @@ class TieredLayer(CacheLayerMixin):
         digests.update()
 
     def settle(self) -> None:
-        """Take what is cached for the context: digests are fitted to it and to nothing that follows."""
+        """Treat what is cached as the context: digests are fitted to it and to nothing that follows."""
         if self.digests is not None:
             self.digests.settle()
 
@@ -196,7 +196,7 @@ class TieredLayer(CacheLayerMixin):
 
     @settled
     def state(self) -> dict[str, torch.Tensor]:
-        """What `restore` needs, contiguous, in host memory. Not while sealed."""
+        """What `restore` needs: contiguous tensors in host memory. Not while sealed."""
         host, digests = self._context()
         self._check_once()  # or damage would be saved with a checksum that fits it
         digested = digests.state()

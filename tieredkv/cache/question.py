@@ -18,8 +18,8 @@ class Question:
     Three uses:
 
     - `Question()`, under `model.generate`: where the prompt ends is unknown, so every call is scored.
-    - `CONTEXT`: nothing is scored, as what is being asked is still to come.
-    - `Question(prompt_tokens=...)`: the call that completes the prompt is scored, no other.
+    - `CONTEXT`: no call is scored, as questions are still to come.
+    - `Question(prompt_tokens=...)`: the call that completes the prompt is scored; none before it.
     """
 
     max_new_tokens: int = 256
@@ -27,7 +27,7 @@ class Question:
     prompt_tokens: int = 0
     """Length of the prompt up to the end of the question; 0: not known."""
     rows: int | None = None
-    """Last rows of a scored call that are scored, at most; None: as many as the policy's `text_window`."""
+    """How many rows of a scored call are scored at most, the last ones; None: the policy's `text_window`."""
     visual: torch.Tensor | None = None
     """`(n,)` mask of visual tokens, over the first n of the prompt; those after them are text. None: all but the last
     `rows` tokens count as visual."""
@@ -43,7 +43,7 @@ class Question:
             check_whole("rows", self.rows, 0)
 
     def most_rows(self, text_window: int) -> int:
-        """Rows of a scored call that are scored, at most."""
+        """`rows`, or the policy's."""
         return text_window if self.rows is None else self.rows
 
     def call(self, past: int, new: int, text_window: int) -> Call:
@@ -53,4 +53,4 @@ class Question:
 
 
 CONTEXT = Question(rows=0)
-"""For the part of a prompt that questions will be asked of. Without scored rows nothing seals the cache."""
+"""For the part of a prompt that questions will be asked about. Without scored rows nothing seals the cache."""
