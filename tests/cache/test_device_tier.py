@@ -11,6 +11,7 @@ from tieredkv.config import TierConfig
 from tieredkv.errors import UnsupportedModelError
 from tieredkv.memory.copies import ThreadCopies
 from tieredkv.memory.host import HostLayer
+from tieredkv.planning.prefill_plan import Call
 
 CPU = torch.device("cpu")
 
@@ -49,9 +50,9 @@ def test_layers_that_begin_after_the_residents_were_dropped_keep_none(llama, tie
     tight = tier(prompt_tokens=900, gpu_kv_gb=cap_share(llama, 900, 1.2))
     tight.keep_first_tokens(0, host, CPU)
     assert set(tight.residents) == {0}
-    tight.make_room_for_scores(0, 900, rows=1)
+    tight.make_room_for_scores(Call(0, 900, rows=1))
     assert set(tight.residents) == {0}
-    tight.make_room_for_scores(3000, 100, rows=64)
+    tight.make_room_for_scores(Call(3000, 3100, rows=64))
     tight.keep_first_tokens(1, host, CPU)
     assert tight.residents == {}
     assert tight.ledger.by_purpose() == {}

@@ -256,7 +256,7 @@ def test_kernels_record_what_torch_records(llama, long_ids, kernels):
         with (
             tieredkv.use_attention(llama),
             torch.no_grad(),
-            TieredCache(llama.config, ops=ops, **tier_options(**options)) as cache,
+            TieredCache(llama.config, **tier_options(**options), ops=ops) as cache,
         ):
             cache.expect(Question(max_new_tokens=4, looks=Looks(8)))
             llama(long_ids, **cache_argument(cache))
