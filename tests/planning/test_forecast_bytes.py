@@ -133,9 +133,9 @@ def test_decoding_holds_what_is_forecast(data):
     heads = kv_heads * data.draw(st.integers(1, 3))
     layers, tokens = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 400))
     config = LlamaConfig(
-        vocab_size=31, hidden_size=heads * head_dim, intermediate_size=16, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, head_dim=head_dim, initializer_range=0.3, max_position_embeddings=4096,
-        bos_token_id=None, eos_token_id=None,
+        vocab_size=31, hidden_size=heads * head_dim, intermediate_size=16, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim, initializer_range=0.3,
+        max_position_embeddings=4096, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     policies = [name for name in tieredkv.POLICIES if name != "full"]
     policy = dataclasses.replace(
