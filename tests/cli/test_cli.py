@@ -308,7 +308,7 @@ def test_a_session_that_appears_during_ingest_is_not_overwritten(monkeypatch, ca
 def test_a_number_of_tokens_is_not_sampled(monkeypatch, capsys):
     code, out, err = run(monkeypatch, capsys, "plan", "5000", "--fps", "3")
     assert (code, out) == (2, "")
-    assert "fps has no meaning for a number of tokens" in err
+    assert "fps does not apply to a number of tokens" in err
 
 
 def test_a_share_too_small_for_a_short_demo_is_refused_naming_one_that_works(monkeypatch, capsys):

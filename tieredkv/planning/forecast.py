@@ -1,6 +1,6 @@
 """plan: what a prompt would take of both tiers and of the link, before a weight is loaded or a frame decoded.
 
-Bytes come from the functions that size the real cache (`sizes`), so a plan refuses what a session would refuse.
+Bytes come from the functions that size the real cache, so a plan refuses what a session would refuse.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from tieredkv.config import TierConfig, tier_config
-from tieredkv.errors import OptionError, UnsupportedModelError, check, check_whole, is_number
+from tieredkv.errors import OptionError, UnsupportedModelError, check_value, check_whole, is_number
 from tieredkv.memory import limits
 from tieredkv.memory.units import as_gib, largest
 from tieredkv.models import families, loading
@@ -30,9 +30,9 @@ from tieredkv.planning.report import CARDS, LINKS, MemoryPlan, rate
 from tieredkv.video.frames import Sampled, Sampling, check_video, open_video
 
 HEAD_TOKENS = 15
-"""Text before the video where no processor says: what Qwen2.5-VL's chat template writes."""
+"""Tokens of text before the video without a processor: those of Qwen2.5-VL's chat template."""
 VISION_MODULES = {"visual", "vision_tower", "vision_model", "multi_modal_projector", "connector", "image_newline"}
-"""What transformers' families call their vision tower and what joins it to the decoder."""
+"""Names, in transformers' families, of the vision tower and of what connects it to the decoder."""
 
 
 def plan(
@@ -73,7 +73,7 @@ def plan(
     for name, value in (("question_tokens", question_tokens), ("max_new_tokens", max_new_tokens)):
         check_whole(name, value)
     share = is_number(static_share) and 0 <= static_share <= 1
-    check(share, "static_share", static_share, "a share between 0 and 1")
+    check_value(share, "static_share", static_share, "a share between 0 and 1")
 
     source = _Model.of(model)
     shape = source.shape
@@ -82,7 +82,7 @@ def plan(
     if isinstance(video_or_tokens, int):
         check_whole("visual tokens", video_or_tokens)
         if given := sampling.given():
-            raise OptionError(f"{given[0]} has no meaning for a number of tokens: give a video, or leave it out.")
+            raise OptionError(f"{given[0]} does not apply to a number of tokens: give a video, or leave it out.")
         visual = video_or_tokens
     else:
         check_video(video_or_tokens)
@@ -105,13 +105,13 @@ def plan(
     layout = check_memory(shape, tiers, needs, fewer, smaller, available=available)
 
     static = forecast_bytes.assumed_static(shape, tiers, static_share)
-    made = decode_plan.plan_decode(shape, tiers, layout, tiers.cap_bytes, static.double(), static)
+    decoding = decode_plan.plan_decode(shape, tiers, layout, tiers.cap_bytes, static.double(), static)
     n_static, n_dynamic = int(static.sum()), int((~static).sum())
-    c, page = tiers.chunk_tokens, sizes.page_bytes(shape, tiers, made.packed)
+    c, page = tiers.chunk_tokens, sizes.page_bytes(shape, tiers, decoding.packed)
     recent = prompt - layout.recent_start + max_new_tokens
-    static_pages, selected = int(made.pages[static].sum()), int(made.selected.sum())
+    static_pages, selected = int(decoding.pages[static].sum()), int(decoding.selected.sum())
     dynamic_pages = n_dynamic * layout.sink_chunks + selected
-    decode = forecast_bytes.decode_bytes(shape, tiers, made, static)
+    decode = forecast_bytes.decode_bytes(shape, tiers, decoding, static)
     attended = shape.kv_heads * layout.recent_pages + static_pages + dynamic_pages
     return MemoryPlan(
         model_type=source.config.model_type,
@@ -138,9 +138,9 @@ def plan(
         dynamic_heads=n_dynamic,
         static_tokens=recent + c * static_pages // n_static if n_static else 0,
         dynamic_tokens=recent + c * dynamic_pages // n_dynamic if n_dynamic else 0,
-        packed=made.packed,
+        packed=decoding.packed,
         step_read_bytes=attended * page + decode["digests"],
-        step_copy_bytes=selected * sizes.chunk_bytes(shape, tiers) if made.ranked else 0,
+        step_copy_bytes=selected * sizes.chunk_bytes(shape, tiers) if decoding.ranked else 0,
         prefill_copy_bytes=forecast_bytes.prefill_copy_bytes(shape, tiers, prompt, question_tokens),
         link=link,
         link_gb_s=link_speed,
