@@ -10,6 +10,7 @@ from typing import Any
 from tieredkv.errors import BudgetError, OptionError
 from tieredkv.memory.units import GIB
 from tieredkv.policy.base import Policy
+from tieredkv.policy.digests import DIGESTS
 from tieredkv.policy.presets import POLICIES
 
 DEFAULT_FPS = 2.0
@@ -50,7 +51,7 @@ class TierConfig:
     """Cap, in GiB, on the host memory of the complete cache; None: a safe share of what the machine has available."""
     adaptive: bool = False
     """Let a dynamic head attend to more chunks, of its spare slots, while much attention mass seems to go unseen.
-    Needs digest="sketch"."""
+    Needs a digest that estimates it, such as "sketch"."""
     prefetch: bool = True
     """Where a step may attend to the chunks chosen a step before (`reuse_above`), copy them meanwhile."""
 
@@ -115,7 +116,8 @@ class TierConfig:
             check(isinstance(getattr(self, name), bool), name, "True or False")
         method = _method.__wrapped__(self)  # raises where a field does not suit the policy
         if self.adaptive:
-            check(method.digest == "sketch", "adaptive", "digest='sketch' with it: others do not tell what goes unseen")
+            estimates = DIGESTS[method.digest].estimates_mass
+            check(estimates, "adaptive", "a digest with it that estimates what goes unseen, such as 'sketch'")
             check(method.reuse_above > 1, "adaptive", "no reuse_above with it: a reused choice has the size it had")
 
     @property

@@ -226,8 +226,8 @@ class TieredLayer(CacheLayerMixin):
         assert self.rows is not None
         assert self.digests is not None
         self.digests.update(fit=True)
-        packed, basis = self.digests.packed, self.digests.basis
-        self.sealed = SealedLayer(self.index, self.host, packed, basis, static, self.rows, is_text, tiers)
+        packed, fitted = self.digests.packed, self.digests.fitted
+        self.sealed = SealedLayer(self.index, self.host, packed, fitted, static, self.rows, is_text, tiers)
 
     def unseal(self) -> None:
         """Back to prefill: the tokens generated since the seal join the host tier."""

@@ -15,13 +15,12 @@ from tieredkv.cache.tiers import Tiers
 from tieredkv.environment.threads import at_most, worth
 from tieredkv.errors import BudgetError
 from tieredkv.memory.host import HostLayer
-from tieredkv.memory.units import FLOAT32
 from tieredkv.ops import torch_ops
 from tieredkv.ops.packing import Packing, channel_norms, rounded, unpack
 from tieredkv.planning.decode_plan import table_width
-from tieredkv.planning.sizes import chunk_bytes, ranking_bytes, scratch_page_bytes
+from tieredkv.planning.sizes import chunk_bytes, ranked_ahead_bytes, ranking_bytes, scratch_page_bytes
 from tieredkv.policy import prune
-from tieredkv.policy.digests.sketch import Basis
+from tieredkv.policy.digests import Fitted
 
 MOST_ROWS = 32
 """Steps whose chunks are ranked in one pass."""
@@ -35,15 +34,15 @@ class SealedLayer:
         index: int,
         host: HostLayer,
         digests: torch.Tensor,
-        basis: Basis | None,
+        fitted: Fitted | None,
         static: torch.Tensor,
         rows: TextRows,
         is_text: torch.Tensor,
         tiers: Tiers,
     ) -> None:
-        """host: all prompt tokens. digests: `(K, >= old chunks, bytes)` on the host. static: `(K,)` mask.
+        """host: all prompt tokens. digests: `(K, >= old chunks, bytes)` on the host, made with `fitted`.
 
-        is_text: `(N,)`, which prompt tokens are text. Copies pages to the device; counts them as warm.
+        static: `(K,)` mask. is_text: `(N,)`, which prompt tokens are text. Copies pages to the device, counted as warm.
         """
         self.index, self.host, self.tiers = index, host, tiers
         self.device = tiers.pool.pages.device
@@ -74,12 +73,13 @@ class SealedLayer:
             first = recent + sinks
             saliency = rows.saliency
             self.retrieval = Retrieval(
-                index, host, self.dynamic, digests, basis, saliency, self.table, first, tiers, self.packing
+                index, host, self.dynamic, digests, fitted, saliency, self.table, first, tiers, self.packing
             )
             self._picked = slice(first, first + self.retrieval.most_selected)
             self._place = torch.arange(self.retrieval.most_selected, device=self.device)
             self._set_lengths(self.retrieval)
-        ranked = 0 if self.retrieval is None or self.retrieval.digests is None else self.retrieval.digests.numel()
+        ranking = None if self.retrieval is None else self.retrieval.ranking
+        ranked = 0 if ranking is None else ranking.digests.numel()
         self._threads = worth(ranked + self.table.numel() * 2 * self._c * host.head_dim)
         """That a step's operations are large enough for, on a CPU."""
 
@@ -158,7 +158,7 @@ class SealedLayer:
         n = query.shape[1]
         if n == 1:
             return self.step(query[:, 0], keys[:, 0], values[:, 0], scaling).unsqueeze(1)
-        if self.retrieval is None or self.retrieval.digests is None:
+        if self.retrieval is None or self.retrieval.ranking is None:
             return self._steps_together(query, keys, values, scaling)
         at_once = max(1, min(n, self._rows_at_once()))
         out = []
@@ -189,17 +189,17 @@ class SealedLayer:
         if n == 1:
             return [self.step(query[:, 0], keys[:, 0], values[:, 0], scaling)]
         assert self.retrieval is not None
+        assert self.retrieval.ranking is not None
         with self.tiers.ledger.scratch("ranked ahead", n * self._row_bytes()):
             folded = query.reshape(self.host.num_heads, -1, query.shape[-1])
-            ahead = self.retrieval.logits(folded, scaling).unflatten(1, (-1, n))
+            ahead = self.retrieval.ranking.logits(folded, scaling).unflatten(1, (-1, n))
             return [
                 self.step(query[:, row], keys[:, row], values[:, row], scaling, ahead[:, :, row]) for row in range(n)
             ]
 
     def _row_bytes(self) -> int:
-        """Of one more step ranked ahead: logits of all chunks or tokens, and what their making takes."""
-        shape, layout = self.tiers.shape, self.tiers.plan.layout
-        return 4 * FLOAT32 * shape.num_attention_heads * layout.retrievable * layout.chunk_tokens
+        """Of one more step ranked ahead."""
+        return ranked_ahead_bytes(self.tiers.shape, self.tiers.plan.layout)
 
     def _rows_at_once(self) -> int:
         """Steps that can be ranked ahead beside the scratch that each of them takes."""
@@ -222,7 +222,7 @@ class SealedLayer:
     ) -> torch.Tensor:
         """Take one token's key and value, each `(K, D)`, and attend with its query `(H, D)`: output `(H, D)`.
 
-        logits: its chunks', if they are known already (`Retrieval.logits`).
+        logits: its chunks', if they are known already (`Ranking.logits`).
         """
         tiers = self.tiers
         self._append(key, value)
@@ -233,7 +233,7 @@ class SealedLayer:
             self.retrieval.step(grouped, scaling, logits)
         out, lse = self._attend(query.unsqueeze(1), scaling)
         if self.retrieval is not None:
-            self.retrieval.attended(grouped, scaling, lse.view(self.host.num_heads, -1))
+            self.retrieval.record_step(grouped, scaling, lse.view(self.host.num_heads, -1))
         return out.squeeze(1).to(query.dtype)
 
     def _attend(self, query: torch.Tensor, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -149,7 +149,7 @@ class TieredCache(Cache):
     def _count(self) -> None:
         for layer in self.tiered_layers:
             if layer.sealed is not None and layer.sealed.retrieval is not None:
-                layer.sealed.retrieval.count()
+                layer.sealed.retrieval.flush_counters()
 
     def place(self, device: torch.device) -> None:
         """Say where a layer of the model is. Raises `UnsupportedModelError` unless all are on the CPU, or on cards."""

@@ -41,7 +41,7 @@ def decode_bytes(
         tables += 2 * heads * width * INT32  # a page and its length
         if n_dynamic:
             tables += Residency.bytes_for(n_dynamic, int(made.slots[index].max()), layout.retrievable)
-            tables += sizes.reuse_bytes(shape, tiers, n_dynamic)
+            tables += sizes.reuse_bytes(shape, tiers, n_dynamic) if made.ranked else 0
     n_dynamic = int((~static).sum())
     ranked = made.ranked and n_dynamic > 0
     page = sizes.page_bytes(shape, tiers, made.packed)
