@@ -23,8 +23,8 @@ class Residency:
         self.chunk_in = torch.full((n, r), -1, dtype=torch.int32, device=slots.device)
         """`(n, R)`: the chunk in each slot, -1 for none."""
         self.slot_of = torch.full((n, chunks + 1), -1, dtype=torch.int32, device=slots.device)
-        """`(n, N + 1)`: the local slot of each chunk, -1 for none. The last column stands for no chunk: it may be written
-        to and is never read."""
+        """`(n, N + 1)`: the local slot of each chunk, -1 for none. The last column stands for no chunk: it may be
+        written to and is never read."""
         self.last_used = torch.full((n, r), -1, dtype=torch.int32, device=slots.device)
         """`(n, R)`: the step that last used each slot; negative before the first."""
         self.chosen = torch.zeros((n, chunks), dtype=torch.bool, device=slots.device)
