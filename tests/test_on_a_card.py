@@ -11,18 +11,19 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import LateCopies, pressed
+from helpers import LateCopies, pressed, tier_options
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import tieredkv
 from tieredkv import TieredCache
+from tieredkv.cache.decode_phase import DecodePhase
 from tieredkv.cache.fetching import FetchAhead, Fetching
 from tieredkv.cache.looks import Looks
+from tieredkv.cache.question import Question
 from tieredkv.cache.ranking import Ranking, Reuse
 from tieredkv.cache.recording import EstimatedMass, ExactMass, Tally
 from tieredkv.cache.retrieval import Retrieval
 from tieredkv.cache.sealed_layer import SealedLayer
-from tieredkv.cache.tiers import Tiers
 from tieredkv.environment.versions import cache_argument
 from tieredkv.memory.host import HostLayer
 from tieredkv.memory.pool import DevicePool
@@ -124,7 +125,7 @@ class Card:
             return self._ops.digest(thing)
         if isinstance(thing, tuple):
             return tuple(map(self.move, thing))
-        if isinstance(thing, Packing | Fitted | Tiers):
+        if isinstance(thing, Packing | Fitted | DecodePhase):
             names = [field.name for field in dataclasses.fields(thing) if field.name != "plan"]
             return dataclasses.replace(thing, **{name: self.move(getattr(thing, name)) for name in names})
         if isinstance(thing, STATEFUL):
@@ -136,17 +137,16 @@ class Card:
 
 @pytest.mark.parametrize(
     "options",
-    [{"theta": 2.0}, {"theta": 0.0, "pruning": "streaming"}, {"policy": "arkvale"}, {"policy": "quest"},
+    [{"theta": 2.0}, {"policy": "streaming"}, {"policy": "arkvale"}, {"policy": "quest"},
      {"reuse_above": 0.5, "prefetch": True}, {"adaptive": True}, {"gpu_kv_gb": 1.0}],
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("recorded", [False, True], ids=["", "recorded"])
 def test_a_step_stays_on_the_card_and_never_waits(llama, long_ids, options, recorded):
     tiers = {**pressed(llama, 900, 1.5 if "quest" in options.values() else 0.6), "chunk_tokens": 8}
-    made = TieredCache(llama.config, **{**tiers, **options}, text_window=16, max_new_tokens=8)
+    made = TieredCache(llama.config, **tier_options(**{**tiers, **options}, text_window=16), copies=LateCopies())
     with torch.no_grad(), tieredkv.use_attention(llama), made as cache:
-        cache.copies = LateCopies()
-        cache.looks = Looks(8) if recorded else None
+        cache.expect(Question(max_new_tokens=8, looks=Looks(8) if recorded else None))
         llama(long_ids, **cache_argument(cache))
         llama(long_ids[:, :1], **cache_argument(cache))
         cache.finish()

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from helpers import assert_near, cap_share, pressed, session_logits
+from helpers import assert_near, cap_share, pressed, session_logits, tier_options
 
 import tieredkv
 from tieredkv import TieredCache
 from tieredkv.cache.looks import Looks
+from tieredkv.cache.question import Question
 from tieredkv.environment.versions import cache_argument
-from tieredkv.errors import BudgetError
+from tieredkv.errors import OptionError
 from tieredkv.planning import sizes
 from tieredkv.policy.digests import DIGESTS, Digest, Fitted
 
@@ -77,7 +78,7 @@ def kind(request, monkeypatch):
 
 
 def options(kind, **tiers):
-    return {"digest": kind.name, "theta": 2.0, "chunk_tokens": 8, "text_window": 16, **tiers}
+    return tier_options(digest=kind.name, theta=2.0, text_window=16, chunk_tokens=8, **tiers)
 
 
 def test_where_everything_fits_answers_are_those_of_a_full_cache(kind, llama, prompt_ids):
@@ -90,27 +91,28 @@ def test_where_everything_fits_answers_are_those_of_a_full_cache(kind, llama, pr
 
 def test_few_chunks_are_chosen_under_the_cap_and_every_byte_is_counted(kind, llama, long_ids):
     tiers = options(kind, **pressed(llama, 900, 0.5))
-    with torch.no_grad(), tieredkv.use_attention(llama), TieredCache(llama.config, **tiers, max_new_tokens=9) as cache:
-        cache.looks = Looks(8)
+    with torch.no_grad(), tieredkv.use_attention(llama), TieredCache(llama.config, **tiers) as cache:
+        looks = Looks(8)
+        cache.expect(Question(max_new_tokens=9, looks=looks))
         llama(long_ids, **cache_argument(cache))
         for token in range(5):
             llama(long_ids[:, token : token + 1], **cache_argument(cache))
-            cache.note_step()
+            cache.decoding.record_step()
         layers = [layer.sealed for layer in cache.tiered_layers]
-        layout, counters = layers[0].tiers.plan.layout, cache.counters
-        held = cache.ledger.held()["digests"]
+        layout, counters = layers[0].phase.plan.layout, cache.counters
+        held = cache.ledger.by_purpose()["digests"]
         assert held == sum(layer.retrieval.ranking.nbytes for layer in layers)
         assert held == sizes.digest_bytes(cache.shape, cache.tiers, layout, counters.dynamic_heads)
         assert cache.ledger.peak_bytes <= cache.tiers.cap_bytes
         assert 0 < counters.selected < 5 * counters.dynamic_heads * layout.retrievable
         assert (counters.unseen_mass is not None) == kind.estimates_mass
-        assert all(float(step.sum()) > 0 for step in cache.looks.steps)
+        assert all(float(step.sum()) > 0 for step in looks.steps)
 
 
 def test_only_heads_whose_digests_estimate_mass_adapt(kind, llama, long_ids):
     if not kind.estimates_mass:
-        with pytest.raises(BudgetError, match="adaptive=True is not valid"):
-            tieredkv.TierConfig(adaptive=True, **options(kind))
+        with pytest.raises(OptionError, match="adaptive=True is not valid"):
+            tieredkv.TierConfig(**options(kind, adaptive=True))
         return
     tiers = options(kind, gpu_kv_gb=cap_share(llama, 900, 1), budget_ratio=0.1, spare_ratio=0.5, adaptive=True)
     with torch.no_grad(), tieredkv.use_attention(llama), TieredCache(llama.config, **tiers, max_new_tokens=9) as cache:
@@ -118,7 +120,7 @@ def test_only_heads_whose_digests_estimate_mass_adapt(kind, llama, long_ids):
         for token in range(5):
             llama(long_ids[:, token : token + 1], **cache_argument(cache))
         sealed = cache.tiered_layers[0].sealed
-        assert bool((sealed.retrieval.selected > sealed.tiers.plan.selected[0]).any())
+        assert bool((sealed.retrieval.selected > sealed.phase.plan.selected[0]).any())
 
 
 @pytest.mark.parametrize("share", [0.6, 3.0])

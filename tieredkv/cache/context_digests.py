@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from tieredkv.cache.device_tier import DeviceTier
 from tieredkv.memory.host import HostLayer
 from tieredkv.memory.ledger import on_device
 from tieredkv.memory.units import FLOAT32
 from tieredkv.ops.select import ops_for
 from tieredkv.policy.digests import DIGESTS, Digest, Fitted
-
-if TYPE_CHECKING:
-    from tieredkv.cache.tiered_cache import TieredCache
 
 MOST_CHUNKS = 1024
 """Chunks to digest at a time."""
@@ -28,9 +26,9 @@ class ContextDigests:
     is. After `settle` nothing is fitted to tokens that follow: no answer depends on an earlier question.
     """
 
-    def __init__(self, cache: TieredCache, host: HostLayer, device: torch.device) -> None:
-        """cache: for its policy, copies and ledger. device: where digests are made."""
-        self._cache, self._host, self._device = cache, host, device
+    def __init__(self, device_tier: DeviceTier, host: HostLayer, device: torch.device) -> None:
+        """device_tier: for its policy, copies and ledger. device: where digests are made."""
+        self._device_tier, self._host, self._device = device_tier, host, device
         self.fitted: Fitted | None = None
         """What the digests were made with; None: not fitted yet, and there are no digests."""
         shape = host.num_heads, host.head_dim, host.head_dim
@@ -51,7 +49,7 @@ class ContextDigests:
 
     def _digest(self) -> Digest[Any]:
         """The kind that the policy names now, by the fastest implementation."""
-        policy, host = self._cache.tiers.method, self._host
+        policy, host = self._device_tier.tiers.policy, self._host
         digest = DIGESTS[policy.digest](host.head_dim, host.chunk_tokens, policy.digest_bits)
         return ops_for(self._device).digest(digest)
 
@@ -84,7 +82,7 @@ class ContextDigests:
             if whole == 0 or (host.length < FIT_TOKENS and not fit):
                 return
             self._fitted_to = min(whole, most)
-            self._cache.copies.drain()  # the host reads what was written back
+            self._device_tier.copies.drain()  # the host reads what was written back
             self.fitted = digest.fit(self.query_moment, host.chunks(0, self._fitted_to)[:, :, 0].flatten(1, 2))
         fitted, at_once = self.fitted.to(self._device), self._chunks_at_once(whole - self._digested)
         new = [
@@ -101,8 +99,9 @@ class ContextDigests:
 
     def _chunks_at_once(self, most: int) -> int:
         """On a card, as many as the cap leaves room for."""
-        room = MOST_CHUNKS if self._device.type == "cpu" else self._cache.ledger.free_bytes // self._scratch_bytes(1)
-        return max(1, min(MOST_CHUNKS, most, room))
+        if self._device.type != "cpu":
+            most = min(most, self._device_tier.ledger.free_bytes // self._scratch_bytes(1))
+        return max(1, min(MOST_CHUNKS, most))
 
     def _scratch_bytes(self, chunks: int) -> int:
         """Device bytes of digesting chunks: the staged keys and values, and three copies of the keys in float32."""
@@ -114,9 +113,9 @@ class ContextDigests:
         chunks = self._host.chunks(first, stop)
         if self._device.type == "cpu":
             return digest.make(chunks[:, :, 0], fitted)
-        with on_device(self._device), self._cache.ledger.scratch("digesting", self._scratch_bytes(stop - first)):
+        with on_device(self._device), self._device_tier.ledger.scratch("digesting", self._scratch_bytes(stop - first)):
             staged = torch.empty(chunks.shape, dtype=self._host.dtype, device=self._device)
-            self._cache.transfer.stage(chunks, staged, with_values=True)
+            self._device_tier.transfer.stage(chunks, staged, with_values=True)
             return digest.make(staged[:, :, 0], fitted).cpu()
 
     def settle(self) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from tieredkv.memory.copies import Prefetcher
+from tieredkv.memory.copies import BackgroundCopies
 from tieredkv.memory.host import HostLayer
 from tieredkv.memory.ledger import DeviceLedger
 from tieredkv.memory.pool import DevicePool
@@ -95,7 +95,7 @@ class Fetching:
 class FetchAhead:
     """Copies chunks into spare slots while a step computes, for heads that may reuse its choice in the next step."""
 
-    def __init__(self, fetching: Fetching, counts: torch.Tensor, prefetcher: Prefetcher, key: int) -> None:
+    def __init__(self, fetching: Fetching, counts: torch.Tensor, prefetcher: BackgroundCopies, key: int) -> None:
         """counts: `(n,)`, chunks per head. key: of the layer's copies in the prefetcher."""
         self._fetching, self._counts, self._most = fetching, counts, int(counts.max())
         self._prefetcher, self._key = prefetcher, key

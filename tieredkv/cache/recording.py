@@ -101,16 +101,16 @@ class ExactMass:
         packing: Packing | None,
         chunk_mass: torch.Tensor,
         pages_at_once: int,
-        page_bytes: int,
+        scratch_bytes: int,
         ledger: DeviceLedger,
         ranked: bool,
     ) -> None:
-        """heads: `(n,)`. chunk_mass: `(N,)`, to which each step adds. page_bytes: scratch per page read at a time.
-        ranked: whether steps attend to the chosen chunks only, not to all that are resident."""
+        """heads: `(n,)`. chunk_mass: `(N,)`, to which each step adds. pages_at_once, scratch_bytes: to read at a
+        time, and what that takes. ranked: whether steps attend to the chosen chunks only, not to all resident ones."""
         self._heads, self._residency, self._pool, self._chunk_mass = heads, residency, pool, chunk_mass
         self._packing = None if packing is None else Packing(packing.scales, packing.norms[heads])
         self._width, self._ledger, self._ranked = max(1, pages_at_once // len(heads)), ledger, ranked
-        self._scratch_bytes = pages_at_once * page_bytes
+        self._scratch_bytes = scratch_bytes
 
     def record(self, query: torch.Tensor, scaling: float, lse: torch.Tensor) -> None:
         """Record a step: its queries `(K, G, D)`, lse `(n, G)` of all logits it attended to."""

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import torch
 
+from tieredkv.cache.decode_phase import DecodePhase
 from tieredkv.cache.fetching import FetchAhead, Fetching
 from tieredkv.cache.ranking import Ranking, Reuse
 from tieredkv.cache.recording import EstimatedMass, ExactMass, Tally, Trace
-from tieredkv.cache.tiers import Tiers
 from tieredkv.memory.host import HostLayer
 from tieredkv.ops.packing import Packing
 from tieredkv.planning import sizes
+from tieredkv.planning.decode_plan import gather_bytes
 from tieredkv.policy import select
 from tieredkv.policy.digests import Fitted
 
@@ -36,7 +37,7 @@ class Retrieval:
         saliency: torch.Tensor,
         table: torch.Tensor,
         first_column: int,
-        phase: Tiers,
+        phase: DecodePhase,
         packing: Packing | None,
     ) -> None:
         """heads: `(n,)` KV heads. digests: uint8 `(K, >= old chunks, bytes)` on the host, made with `fitted`. saliency:
@@ -46,9 +47,9 @@ class Retrieval:
         on. packing: the layer's, of packed pages. Takes its slots from the pool and fills them with the chunks that the
         question's rows attended to most.
         """
-        tiers, plan, shape, ledger, counters = phase.config, phase.plan, phase.shape, phase.ledger, phase.counters
-        layout, policy, device = plan.layout, tiers.method, phase.pool.pages.device
-        chunk_mass = None if phase.looks is None else phase.attended
+        tiers, plan, shape, ledger, counters = phase.tiers, phase.plan, phase.shape, phase.ledger, phase.counters
+        layout, policy, device = plan.layout, tiers.policy, phase.pool.pages.device
+        chunk_mass = None if phase.looks is None else phase.chunk_mass
         slots, self._heads = plan.slots[index, heads].to(device), heads.to(device)
         self.selected = plan.selected[index, heads].to(device)
         """`(n,)`: chunks each head attends to."""
@@ -104,7 +105,7 @@ class Retrieval:
                 packing,
                 chunk_mass,
                 min(plan.scratch_pages, table.numel()),
-                sizes.scratch_page_bytes(shape, tiers, packing is not None),
+                gather_bytes(shape, tiers, plan, table.numel()),
                 ledger,
                 ranked=plan.ranked,
             )
