@@ -73,8 +73,8 @@ def fake_kernels() -> OpTable:
         assert arena.device.type == "cpu"
         on_card(pages, heads, missed, victims, misses, slots, chunk_in, slot_of, *parts(packing))
 
-    def append(keys, values, pages, table, lengths, held, packing):
-        on_card(keys, values, pages, table, lengths, held, *parts(packing))
+    def append(keys, values, pages, table, lengths, count, packing):
+        on_card(keys, values, pages, table, lengths, count, *parts(packing))
 
     def paged_attention(query, pages, table, lengths, scaling, batch_pages, packing):
         on_card(query, pages, table, lengths, *parts(packing))

@@ -122,13 +122,13 @@ class Ops(Protocol):
         pages: torch.Tensor,
         table: torch.Tensor,
         lengths: torch.Tensor,
-        held: torch.Tensor,
+        count: torch.Tensor,
         packing: Packing | None = None,
     ) -> None:
-        """Write one token's keys and values `(K, D)` after the `held` `(1,)` int32 tokens of the recent region.
+        """Write one token's keys and values `(K, D)` after the `count` `(1,)` int32 tokens of the recent region.
 
         The region's pages are the first columns of `table` `(K, P)`. Updates lengths `(K, P)`, the tokens of each page
-        that count, but not `held`.
+        that count, but not `count`.
         """
 
     def keep(

@@ -117,11 +117,11 @@ def append(
     pages: torch.Tensor,
     table: torch.Tensor,
     lengths: torch.Tensor,
-    held: torch.Tensor,
+    count: torch.Tensor,
     packing: Packing | None = None,
 ) -> None:
     """As `Ops.append`. Waits for the device."""
-    column, place = divmod(int(held), pages.shape[2])
+    column, place = divmod(int(count), pages.shape[2])
     slots = table[:, column].long()
     token = torch.stack((keys, values), dim=1)
     if packing is None:

@@ -139,7 +139,7 @@ def paged_attention(
     padded = max(16, triton.next_power_of_2(d))
     token_bytes = padded * dtype.itemsize
     if packing is not None and dtype == torch.float32:
-        token_bytes *= 2  # unpacked numbers are held in registers, where a full block of 32 bits does not fit
+        token_bytes *= 2  # unpacked numbers live in registers, where a full block of 32 bits does not fit
     _attend_split[(kv_heads, splits)](
         query.to(dtype).contiguous(), pages, scales, norms, table, lengths, parts, part_lse, scaling,
         columns, triton.cdiv(columns, splits),

@@ -133,11 +133,11 @@ def gather(
 
 @triton.jit
 def _append(
-    keys, values, pages, scales, norms, table, lengths, held, columns,
+    keys, values, pages, scales, norms, table, lengths, recent_tokens, columns,
     C: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr,
 ):  # fmt: skip
     head, d = tl.program_id(0), tl.arange(0, PADDED_D)
-    count = tl.load(held)
+    count = tl.load(recent_tokens)
     column, place = count // C, count % C
     slot = tl.load(table + head * columns + column).to(tl.int64)
     to = slot * 2 * C * D + place * D + d
@@ -160,14 +160,14 @@ def append(
     pages: torch.Tensor,
     table: torch.Tensor,
     lengths: torch.Tensor,
-    held: torch.Tensor,
+    count: torch.Tensor,
     packing: Packing | None = None,
 ) -> None:
     """As `Ops.append`."""
     kv_heads, d = keys.shape
     scales, norms = (None, None) if packing is None else (packing.scales, packing.norms)
     _append[(kv_heads,)](
-        keys.contiguous(), values.contiguous(), pages, scales, norms, table, lengths, held, table.shape[1],
+        keys.contiguous(), values.contiguous(), pages, scales, norms, table, lengths, count, table.shape[1],
         C=pages.shape[2], D=d, PADDED_D=triton.next_power_of_2(d),
     )  # fmt: skip
 
