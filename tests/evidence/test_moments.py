@@ -15,6 +15,7 @@ import tieredkv
 from tieredkv import TieredCache
 from tieredkv.cache.looks import Looks
 from tieredkv.cache.question import Question
+from tieredkv.cache.recording import ExactMass
 from tieredkv.cache.retrieval import Retrieval
 from tieredkv.environment.versions import cache_argument
 from tieredkv.errors import OptionError
@@ -233,17 +234,20 @@ def test_steps_pay_at_most_all_of_their_attention(opened, monkeypatch, share):
 
 def test_what_sketches_estimate_is_near_what_the_keys_say(opened, monkeypatch):
     pairs = []
-    estimated = Retrieval.record_step
+    record = Retrieval.record_step
 
     def both(self, query, scaling, lse):
-        before = self.phase.chunk_mass.clone()
-        estimated(self, query, scaling, lse)
-        told, self.phase.chunk_mass[:] = self.phase.chunk_mass - before, before
-        self._record_exact(query[self._rows], scaling, lse[self._rows])
-        pairs.append((told, self.phase.chunk_mass - before))
+        mass, ledger = self._estimated._chunk_mass, self._estimated._ledger
+        pool, packing = self._fetching._pool, self._fetching._packing
+        before = mass.clone()
+        record(self, query, scaling, lse)
+        estimated, mass[:] = mass - before, before
+        exact = ExactMass(self._heads, self.residency, pool, packing, mass, 8, 0, ledger, ranked=True)
+        exact.record(query, scaling, lse[self._heads])
+        pairs.append((estimated, mass - before))
 
     monkeypatch.setattr(Retrieval, "record_step", both)
-    opened(theta=2.0, digest_bits=8).ask(QUESTION, max_new_tokens=4)
+    opened(theta=2.0, digest_bits=8, pack_pages=False).ask(QUESTION, max_new_tokens=4)
     told, exact = (torch.cat(part) for part in zip(*pairs, strict=True))
     assert float(torch.corrcoef(torch.stack((told, exact)))[0, 1]) > 0.9
 
