@@ -67,7 +67,7 @@ def test_a_video_that_cannot_be_read_leaves_no_file(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_page_is_made_where_ascii_is_the_locale(tmp_path, monkeypatch):
+def test_a_page_is_written_under_an_ascii_locale(tmp_path, monkeypatch):
     monkeypatch.setattr("locale.getpreferredencoding", lambda *given: "ascii")
     path = save_evidence(answer("красный"), tmp_path / "out.html", question="桌子上有什么")
     assert "красный" in path.read_text(encoding="utf-8")
@@ -80,7 +80,7 @@ def test_frames_without_their_rate_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["half \ud83d.png", "null \0.html"])
-def test_what_is_no_file_name_is_refused_before_anything_is_answered(tmp_path, name):
+def test_an_invalid_file_name_is_refused_when_checked(tmp_path, name):
     with pytest.raises(OutputError, match="is no file name"):
         check_target(tmp_path / name)
     assert list(tmp_path.iterdir()) == []
