@@ -115,10 +115,17 @@ def test_the_command_writes_a_page_with_frames_and_without_the_video_one_without
     assert re.findall(times, bare) == re.findall(times, with_frames.read_text())
 
 
-def test_the_command_refuses_another_kind_of_file_before_any_work(film, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("out.pdf", "give a file name that ends in .png or .html"),
+        ("gone/out.png", "cannot be written: there is no folder"),
+    ],
+)
+def test_the_command_refuses_a_bad_target_before_any_work(film, tmp_path, monkeypatch, capsys, name, message):
     from command_line import run
 
-    monkeypatch.setattr("tieredkv.api.generate", lambda *given, **options: pytest.fail("work was begun"))
-    code, out, err = run(monkeypatch, capsys, "ask", str(film), "what ?", "--evidence", str(tmp_path / "out.pdf"))
+    monkeypatch.setattr("tieredkv.api.new_session", lambda *given, **options: pytest.fail("work was begun"))
+    code, out, err = run(monkeypatch, capsys, "ask", str(film), "what ?", "--evidence", str(tmp_path / name))
     assert (code, out) == (2, "")
-    assert "give a file name that ends in .png or .html" in err
+    assert message in err
