@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import LateCopies, pressed
+from helpers import LateCopies, pressed, tier_options
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import tieredkv
@@ -102,14 +102,14 @@ def to_card(thing: Any, known: dict[int, Any]) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"theta": 2.0}, {"theta": 0.0, "pruning": "streaming"}, {"policy": "arkvale"}, {"policy": "quest"},
+    [{"theta": 2.0}, {"policy": "streaming"}, {"policy": "arkvale"}, {"policy": "quest"},
      {"reuse_above": 0.5, "prefetch": True}, {"adaptive": True}, {"gpu_kv_gb": 1.0}],
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("recorded", [False, True], ids=["", "recorded"])
 def test_a_step_stays_on_the_card_and_never_waits(llama, long_ids, options, recorded):
     tiers = {**pressed(llama, 900, 1.5 if "quest" in options.values() else 0.6), "chunk_tokens": 8}
-    made = TieredCache(llama.config, **{**tiers, **options}, text_window=16, max_new_tokens=8)
+    made = TieredCache(llama.config, **tier_options(**{**tiers, **options}, text_window=16), max_new_tokens=8)
     with torch.no_grad(), tieredkv.use_attention(llama), made as cache:
         cache.copies = LateCopies()
         cache.looks = Looks(8) if recorded else None

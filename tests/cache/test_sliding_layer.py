@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import text_config
-from helpers import assert_near, pressed, stock_logits
+from helpers import assert_near, pressed, stock_logits, tier_options
 
 import tieredkv
 from tieredkv.cache.tiered_cache import TieredCache
@@ -34,8 +34,11 @@ def test_a_window_layer_holds_its_window_and_no_more(gemma, long_ids):
 
 
 def test_a_small_cap_is_kept(gemma, long_ids):
-    options = {**pressed(gemma, 900, 0.4), "chunk_tokens": 8, "text_window": 8, "max_new_tokens": 12}
-    with tieredkv.use_attention(gemma), TieredCache(gemma.config, **options, prompt_tokens=900) as cache:
+    options = {**pressed(gemma, 900, 0.4), "chunk_tokens": 8, "text_window": 8}
+    with (
+        tieredkv.use_attention(gemma),
+        TieredCache(gemma.config, **tier_options(**options), max_new_tokens=12, prompt_tokens=900) as cache,
+    ):
         gemma.generate(long_ids, **cache_argument(cache), max_new_tokens=12, do_sample=False)
         assert 0 < cache.ledger.peak_bytes <= cache.tiers.cap_bytes
         assert cache.counters.dynamic_heads > 0

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from families import BUILD, build
-from helpers import RecordLogits, session_logits, stock_inputs, stock_logits
+from helpers import RecordLogits, session_logits, stock_inputs, stock_logits, tier_options
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tieredkv
@@ -100,9 +100,11 @@ def answers(video_model, processor, few, tmp_path):
     def take():
         yield (
             "generate",
-            tieredkv.generate(video_model, few, QUESTION, processor=processor, **TIGHT, **OPTIONS).token_ids,
+            tieredkv.generate(
+                video_model, few, QUESTION, processor=processor, **tier_options(**TIGHT), **OPTIONS
+            ).token_ids,
         )
-        with tieredkv.open_session(video_model, few, processor=processor, **TIGHT) as session:
+        with tieredkv.open_session(video_model, few, processor=processor, **tier_options(**TIGHT)) as session:
             yield "ask", logits(session, evidence="tokens")
             yield "no evidence", logits(session, evidence=False)
             yield "chat", [session.chat(QUESTION, **OPTIONS).token_ids for _ in range(2)]
@@ -157,7 +159,9 @@ def everything(dtype):
 @pytest.mark.parametrize("policy", POLICIES)
 def test_settings_of_the_caller_change_no_answer_under_any_policy(video_model, processor, few, policy, dtype):
     def answer():
-        with tieredkv.open_session(video_model, few, processor=processor, policy=policy, **TIGHT) as session:
+        with tieredkv.open_session(
+            video_model, few, processor=processor, **tier_options(policy=policy, **TIGHT)
+        ) as session:
             return session_logits(session, QUESTION, 3)
 
     plain = answer()
@@ -211,7 +215,10 @@ def test_a_session_continues_in_another_mode(video_model, processor, few, tmp_pa
             list(stream)
             return [session.ask(QUESTION, **OPTIONS).token_ids, stream.generation.token_ids]
 
-    with MODES[first](), tieredkv.open_session(video_model, few, processor=processor, **TIGHT) as session:
+    with (
+        MODES[first](),
+        tieredkv.open_session(video_model, few, processor=processor, **tier_options(**TIGHT)) as session,
+    ):
         want = answers(session)
         with MODES[later]():
             assert answers(session) == want
@@ -230,7 +237,7 @@ def test_a_cache_continues_in_another_mode(text_model, long_ids, first, later):
 
     def logits(first, later):
         options = {"gpu_kv_gb": 1, "budget_ratio": 0.3, "chunk_tokens": 8, "text_window": 8, "prompt_tokens": 200}
-        with use_attention(text_model), TieredCache(text_model.config, **options) as cache:
+        with use_attention(text_model), TieredCache(text_model.config, **tier_options(**options)) as cache:
             with first():
                 text_model(prompt[:, :120], **cache_argument(cache))
             with later():
@@ -254,7 +261,7 @@ def test_a_forward_pass_with_gradients_leaves_no_graph(text_model, long_ids):
         return sum(issubclass(type(one), torch.Tensor) and one.grad_fn is not None for one in gc.get_objects())
 
     before = graphs()
-    with use_attention(text_model), TieredCache(text_model.config, gpu_kv_gb=1, text_window=8) as cache:
+    with use_attention(text_model), TieredCache(text_model.config, **tier_options(gpu_kv_gb=1, text_window=8)) as cache:
         for part in (long_ids[:, :100], long_ids[:, 100:150], *long_ids[:, 150:155].T[:, None]):
             assert text_model(part, **cache_argument(cache)).logits.requires_grad, "as in stock transformers"
         assert graphs() == before
@@ -281,7 +288,7 @@ def test_under_autocast_logits_equal_those_of_stock_under_autocast(video_model, 
     options = {"processor": processor, "gpu_kv_gb": 1, "fps": 4, "positions": "stock", "theta": theta}
     with torch.autocast("cpu", dtype=dtype):
         stock = stock_logits(video_model, inputs, 1)
-        with tieredkv.open_session(video_model, few, **options) as session:
+        with tieredkv.open_session(video_model, few, **tier_options(**options)) as session:
             ours = session_logits(session, QUESTION, 1)
             assert session._cache.tiered_layers[0].host.dtype == dtype
     # They round in different places: ours is as near to stock as stock is to float32.
@@ -302,7 +309,7 @@ def test_autocast_applies_in_background_threads(video_model, processor, few, dty
     try:
         with (
             torch.autocast("cpu", dtype=dtype),
-            tieredkv.open_session(video_model, few, processor=processor, **TIGHT) as session,
+            tieredkv.open_session(video_model, few, processor=processor, **tier_options(**TIGHT)) as session,
         ):
             plain = session.ask(QUESTION, **OPTIONS).token_ids
             with session.ask(QUESTION, stream=True, **OPTIONS) as stream:
@@ -318,7 +325,7 @@ def test_autocast_applies_in_background_threads(video_model, processor, few, dty
 def test_autocast_may_begin_or_end_between_video_and_question(video_model, processor, few, tmp_path):
     for first, later in ((True, False), (False, True)):
         with torch.autocast("cpu", enabled=first):
-            session = tieredkv.open_session(video_model, few, processor=processor, **TIGHT)
+            session = tieredkv.open_session(video_model, few, processor=processor, **tier_options(**TIGHT))
         with session, torch.autocast("cpu", enabled=later):
             assert session.ask(QUESTION, **OPTIONS).stats.new_tokens == 4
             session.save(tmp_path / "session.tkv")
@@ -360,7 +367,7 @@ def test_greedy_answers_and_ingest_leave_random_generators_unchanged(answers):
 
 def test_a_sampled_stream_equals_a_sampled_answer(video_model, processor, few):
     options = {"max_new_tokens": 12, "do_sample": True, "temperature": 1.5}
-    with tieredkv.open_session(video_model, few, processor=processor, **TIGHT) as session:
+    with tieredkv.open_session(video_model, few, processor=processor, **tier_options(**TIGHT)) as session:
         torch.manual_seed(5)
         plain = session.ask(QUESTION, **options).token_ids
         torch.manual_seed(5)
@@ -412,7 +419,10 @@ def test_callbacks_of_a_stream_run_under_the_callers_default_device(video_model,
         devices.add(torch.zeros(1).device.type)
         return scores
 
-    with tieredkv.open_session(video_model, few, processor=processor, **TIGHT) as session, torch.device("meta"):
+    with (
+        tieredkv.open_session(video_model, few, processor=processor, **tier_options(**TIGHT)) as session,
+        torch.device("meta"),
+    ):
         with session.ask(QUESTION, stream=True, logits_processor=[look], **OPTIONS) as stream:
             list(stream)
         session.ask(QUESTION, logits_processor=[look], **OPTIONS)
@@ -421,8 +431,8 @@ def test_callbacks_of_a_stream_run_under_the_callers_default_device(video_model,
 
 def test_settings_of_the_caller_change_no_plan_and_no_evidence_page(video_model, processor, few, tmp_path):
     def take():
-        plan = tieredkv.plan(video_model, few, processor=processor, host_kv_gb=1, **TIGHT)
-        with tieredkv.open_session(video_model, few, processor=processor, **TIGHT) as session:
+        plan = tieredkv.plan(video_model, few, processor=processor, host_kv_gb=1, **tier_options(**TIGHT))
+        with tieredkv.open_session(video_model, few, processor=processor, **tier_options(**TIGHT)) as session:
             answer = session.ask(QUESTION, evidence="tokens", **OPTIONS)
         tieredkv.save_evidence(answer, tmp_path / "page.html", question=QUESTION, video=few, source_fps=4)
         return str(plan), (tmp_path / "page.html").read_text()
@@ -465,7 +475,7 @@ def test_nothing_is_computed_in_the_default_dtype(video_model, processor, few, o
 
     with restored(torch.set_default_dtype, torch.get_default_dtype, torch.bfloat16), Watch():
         tieredkv.plan(video_model.config, 50_001, gpu_kv_gb=0.05, host_kv_gb=1)
-        with tieredkv.open_session(video_model, few, processor=processor, **options) as session:
+        with tieredkv.open_session(video_model, few, processor=processor, **tier_options(**options)) as session:
             session.ask(QUESTION, evidence="tokens", **OPTIONS)
     counted = ("planning/forecast.py", "models/weights.py")  # a model's weights, which have that dtype
     assert {place for place in found if not place.startswith(counted)} == set()

@@ -13,6 +13,7 @@ import traceback
 
 import pytest
 import torch
+from helpers import tier_options
 
 import tieredkv
 from tieredkv import TieredCache
@@ -59,7 +60,7 @@ def forked(work) -> str:
 @pytest.fixture(scope="module")
 def session(video_model, processor, frames):
     options = {"processor": processor, "fps": 4, "gpu_kv_gb": 1, "budget_ratio": 0.5, "chunk_tokens": 8}
-    with tieredkv.open_session(video_model, frames, **options, text_window=4) as opened:
+    with tieredkv.open_session(video_model, frames, **tier_options(**options, text_window=4)) as opened:
         yield opened
 
 
@@ -134,7 +135,7 @@ def test_a_loaded_session_answers_in_the_child_and_its_file_stays(session, expec
 def test_a_session_can_be_opened_in_the_child(session, expected, video_model, processor, frames):
     def work():
         options = {"processor": processor, "fps": 4, "gpu_kv_gb": 1, "budget_ratio": 0.5, "chunk_tokens": 8}
-        with tieredkv.open_session(video_model, frames, **options, text_window=4) as opened:
+        with tieredkv.open_session(video_model, frames, **tier_options(**options, text_window=4)) as opened:
             return opened.ask(QUESTION, **OPTIONS).token_ids
 
     assert forked(work) == str(expected)
@@ -341,7 +342,7 @@ def test_a_cache_prefilled_before_the_fork_generates_in_the_child(llama, long_id
         with use_attention(llama):
             return llama.generate(long_ids, **cache_argument(cache), max_new_tokens=4)[0, -4:].tolist()
 
-    cache = TieredCache(llama.config, gpu_kv_gb=1, budget_ratio=0.3, chunk_tokens=8, text_window=8)
+    cache = TieredCache(llama.config, **tier_options(gpu_kv_gb=1, budget_ratio=0.3, chunk_tokens=8, text_window=8))
     with cache, use_attention(llama), torch.no_grad():
         llama(long_ids[:, :-20], **cache_argument(cache))
         assert forked(rest) == str(rest())

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from films import with_sound
-from helpers import RecordLogits, assert_near, cap_share, pressed
+from helpers import RecordLogits, assert_near, cap_share, pressed, tier_options
 
 import tieredkv
 from tieredkv import TieredCache
@@ -170,7 +170,9 @@ def opened(video_model, processor, frames):
     def open_one(share=0.6, video=frames, **options):
         cap = cap_share(video_model, 2 * len(frames) + 40, share)
         settings = {"recent_window": 16, "theta": 0.4, **options}
-        made = tieredkv.open_session(video_model, video, gpu_kv_gb=cap, processor=processor, fps=4, **settings)
+        made = tieredkv.open_session(
+            video_model, video, gpu_kv_gb=cap, processor=processor, fps=4, **tier_options(**settings)
+        )
         sessions.append(made)
         return made
 
@@ -249,8 +251,12 @@ def test_what_sketches_estimate_is_near_what_the_keys_say(opened, monkeypatch):
 def test_kernels_record_what_torch_records(llama, long_ids, kernels):
     recorded = []
     for ops in (None, kernels):
-        options = {**pressed(llama, 900, 0.5), "theta": 2.0, "text_window": 16, "max_new_tokens": 4}
-        with tieredkv.use_attention(llama), torch.no_grad(), TieredCache(llama.config, **options) as cache:
+        options = {**pressed(llama, 900, 0.5), "theta": 2.0, "text_window": 16}
+        with (
+            tieredkv.use_attention(llama),
+            torch.no_grad(),
+            TieredCache(llama.config, **tier_options(**options), max_new_tokens=4) as cache,
+        ):
             cache.ops, cache.looks = ops, Looks(8)
             llama(long_ids, **cache_argument(cache))
             for token in (3, 5):

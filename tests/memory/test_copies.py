@@ -7,7 +7,7 @@ from concurrent.futures import Future
 
 import pytest
 import torch
-from helpers import PATIENCE_S, LateCopies, pressed
+from helpers import PATIENCE_S, LateCopies, pressed, tier_options
 
 import tieredkv
 from tieredkv import TieredCache
@@ -118,7 +118,7 @@ def test_when_a_copy_arrives_changes_nothing(llama, long_ids, options):
     tiers = {**pressed(llama, 900, 0.6), "chunk_tokens": 8, "text_window": 16, **options}
 
     def decode(copies):
-        cache = TieredCache(llama.config, **tiers, max_new_tokens=8)
+        cache = TieredCache(llama.config, **tier_options(**tiers), max_new_tokens=8)
         if copies is not None:
             cache.copies.close()
             cache.copies = copies

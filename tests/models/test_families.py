@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from families import BUILD, build
-from helpers import assert_near, pressed, session_logits, stock_inputs, stock_logits
+from helpers import assert_near, pressed, session_logits, stock_inputs, stock_logits, tier_options
 
 import tieredkv
 from tieredkv.errors import UnsupportedModelError
@@ -32,7 +32,7 @@ def film() -> np.ndarray:
 def test_two_questions_equal_stock(name, film, chunks, theta):
     model, processor = build(name)
     options = {"gpu_kv_gb": 1, "fps": 4, "positions": "stock", "theta": theta, **chunks}
-    with tieredkv.open_session(model, film, processor=processor, **options) as session:
+    with tieredkv.open_session(model, film, processor=processor, **tier_options(**options)) as session:
         for question in QUESTIONS:
             stock = stock_logits(model, stock_inputs(processor, film, question), 5)
             assert_near(session_logits(session, question, 5), stock)
@@ -87,7 +87,7 @@ def test_a_small_cap_holds(name, film):
     options = {"processor": processor, "fps": 4, "chunk_tokens": 8, "prefill_chunk": 64, "text_window": 8}
     longer = film.repeat(6, axis=0)
     tokens = tieredkv.plan(model, longer, gpu_kv_gb=1, processor=processor, fps=4).prompt_tokens
-    with tieredkv.open_session(model, longer, **pressed(model, tokens, 0.5), **options) as session:
+    with tieredkv.open_session(model, longer, **pressed(model, tokens, 0.5), **tier_options(**options)) as session:
         stats = session.ask(QUESTIONS[0], max_new_tokens=6).stats
     assert stats.kv_device_peak_bytes <= stats.kv_cap_bytes < stats.kv_full_bytes
 

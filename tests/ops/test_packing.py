@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from helpers import assert_near, cap_share
+from helpers import assert_near, cap_share, tier_options
 from transformers import DynamicCache
 
 import tieredkv
@@ -114,7 +114,7 @@ def test_a_channel_that_is_always_zero_has_a_norm():
 
 @contextmanager
 def tiered(model, **fields):
-    tiers = tieredkv.TierConfig(text_window=16, **fields)
+    tiers = tieredkv.TierConfig(**tier_options(text_window=16, **fields))
     with torch.no_grad(), tieredkv.use_attention(model), TieredCache(model.config, tiers, max_new_tokens=9) as cache:
         yield cache
 
@@ -151,7 +151,9 @@ def test_a_packed_pool_takes_the_bytes_of_its_numbers_and_scales(llama, long_ids
     _, packed, plan = answered(llama, long_ids, **fields)
     _, exact, _ = answered(llama, long_ids, **fields, pack_pages=False)
     d = llama.config.head_dim
-    assert packed["pool"] == plan.pool_pages * 2 * plan.layout.chunk_tokens * (d + 2)
+    assert packed["pool"] == plan.pool_pages(
+        [*range(llama.config.num_hidden_layers)]
+    ) * 2 * plan.layout.chunk_tokens * (d + 2)
     assert packed["pool"] * 4 * d == exact["pool"] * (d + 2)  # the model is of float32
 
 

@@ -70,7 +70,7 @@ class ContextDigests:
 
         A basis that was fitted to less, in a context that is not settled, is fitted again when the context has doubled.
         """
-        method, c = self._cache.tiers.method, self._host.chunk_tokens
+        method, c = self._cache.tiers.policy, self._host.chunk_tokens
         kind, bits, name = vectors.DIGESTS[method.digest], method.digest_bits, _name(method)
         if self._name != name:
             self._packed, self._digested, self.basis, self._name = None, 0, None, name
@@ -142,7 +142,7 @@ class ContextDigests:
 
     def restore(self, state: dict[str, torch.Tensor]) -> None:
         """Take a settled state. Digests of another kind than the policy's are made anew before they are used."""
-        self._name = _name(self._cache.tiers.method)
+        self._name = _name(self._cache.tiers.policy)
         self._packed = state.get(self._name)
         self._digested = 0 if self._packed is None else self._packed.shape[1]
         self.query_moment, self._settled = state["query_moment"], True

@@ -18,9 +18,10 @@ from tieredkv.config import TierConfig
 from tieredkv.memory.copies import BackgroundCopies, Transfer
 from tieredkv.memory.host import HostLayer
 from tieredkv.memory.ledger import DeviceLedger
-from tieredkv.memory.units import ceil_div
 from tieredkv.models.kv_shape import KVShape
-from tieredkv.planning import sizes
+from tieredkv.planning.admission import refusal
+from tieredkv.planning.prefill_plan import Call, buffer_bytes, plan_staging
+from tieredkv.planning.sizes import lay_out
 from tieredkv.policy import classify
 
 
@@ -157,20 +158,15 @@ def staged_past(
     """
     total = host.length + new_tokens
     room, held = (0, 0) if resident is None else (resident.room, resident.length)
-    staged = host.length > held
-    block = sizes.block_tokens(shape, tiers, total, rows, room, staged)
-    if block == 0:
-        raise sizes.refusal(shape, tiers, sizes.lay_out(tiers, total, rows, to_generate), rows)
-    c = tiers.chunk_tokens
-    to_stage = ceil_div(host.length - held, c) * c
-    block = min(block, max(to_stage, ceil_div(max(held, new_tokens), c) * c))
-    flat = 2 * host.num_heads * min(block, to_stage) * host.head_dim
+    staging = plan_staging(shape, tiers, Call(host.length, total, rows), held, room)
+    if staging is None:
+        raise refusal(shape, tiers, lay_out(tiers, total, rows, to_generate), rows)
+    flat = buffer_bytes(shape, staging.buffer_tokens) // host.dtype.itemsize
     try:
-        made = [
-            ledger.empty("staging", (flat,), host.dtype, device) for _ in range(sizes.staging_buffers(to_stage, block))
-        ]
-        ledger.reserve("scores", sizes.scoring_bytes(shape, tiers, total, rows, block))
-        yield Past(host, resident, block, [made[0], made[-2], made[-1]] if made else [], transfer, copies)
+        made = [ledger.empty("staging", (flat,), host.dtype, device) for _ in range(staging.buffers)]
+        ledger.reserve("scores", staging.scoring_bytes)
+        buffers = [made[0], made[-2], made[-1]] if made else []
+        yield Past(host, resident, staging.block_tokens, buffers, transfer, copies)
     except BaseException:
         copies.drain()  # into buffers that are given up
         raise
@@ -209,8 +205,8 @@ def score_text_rows(
     """
     t, new = query.shape[1], keys.shape[1]
     total = past.tokens + new
-    k = classify.top_k_count(tiers.method.top_k_ratio, total)
-    window = min(t, tiers.method.saliency_window)
+    k = classify.top_k_count(tiers.policy.top_k_ratio, total)
+    window = min(t, tiers.policy.saliency_window)
     halves = torch.empty((2, keys.shape[0], total), dtype=torch.float32, device="cpu")
     best: torch.Tensor | None = None
     done = 0
@@ -235,7 +231,7 @@ def score_text_rows(
         take(exact.row_weights(query, block, lse, scaling, first_hidden=sees - start))
     assert best is not None
     return TextRows(
-        scores=classify.text_centric_scores(best, tiers.method.score_group).cpu(),
+        scores=classify.text_centric_scores(best, tiers.policy.score_group).cpu(),
         halves=halves,
         count=window,
     )

@@ -70,7 +70,7 @@ class Retrieval:
         self.most_selected = self._most_slots if tiers.config.adaptive else int(self.selected.max())
         """Columns of the table that may be used."""
         ahead = torch.minimum(self.slots - self.selected, self.selected)
-        reuse = tiers.config.method.reuse_above <= 1
+        reuse = tiers.config.policy.reuse_above <= 1
         self._ahead = ahead if tiers.prefetcher is not None and reuse and bool(ahead.any()) else None
         """`(n,)`: chunks each head may fetch for the step after."""
         self._most_ahead = int(ahead.max())
@@ -132,7 +132,7 @@ class Retrieval:
     def logits(self, query: torch.Tensor, scaling: float) -> torch.Tensor:
         """Estimated logits `(n, rows, N)` of every chunk, for queries `(K, rows, D)` of any number of steps."""
         assert self.digests is not None
-        method = self.tiers.config.method
+        method = self.tiers.config.policy
         scaled = query[self._rows].float() * scaling
         if self._basis is None:
 
@@ -158,7 +158,7 @@ class Retrieval:
         if self.digests is None:
             return
         tiers, index = self.tiers, self.residency
-        ops, method = tiers.ops, tiers.config.method
+        ops, method = tiers.ops, tiers.config.policy
         if tiers.prefetcher is not None:
             tiers.prefetcher.wait(self.index)
         if self._kept is not None:  # of a step that broke off
@@ -195,7 +195,7 @@ class Retrieval:
 
     def _reusing(self, ranks: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
         """Ranks by which a head whose query is like the one before takes the chunks of the step before again."""
-        reuse_above = self.tiers.config.method.reuse_above
+        reuse_above = self.tiers.config.policy.reuse_above
         if reuse_above > 1:
             return ranks
         if self._query is None:

@@ -18,8 +18,8 @@ from tieredkv.memory.host import HostLayer
 from tieredkv.memory.units import FLOAT32
 from tieredkv.ops import torch_ops
 from tieredkv.ops.packing import Packing, channel_norms, rounded, unpack
-from tieredkv.planning.decode_plan import table_width
-from tieredkv.planning.sizes import chunk_bytes, ranking_bytes, scratch_page_bytes
+from tieredkv.planning.decode_plan import gather_bytes, table_width
+from tieredkv.planning.sizes import chunk_bytes, ranking_bytes
 from tieredkv.policy import prune
 from tieredkv.policy.digests.sketch import Basis
 
@@ -117,7 +117,7 @@ class SealedLayer:
         if pages == 0:
             return
         config, c, pool = self.tiers.config, self._c, self.tiers.pool
-        method, n = config.method, saliency.shape[0]
+        method, n = config.policy, saliency.shape[0]
 
         def read() -> tuple[torch.Tensor, torch.Tensor]:
             return self.host.tokens(head, torch.arange(n, device="cpu"))
@@ -209,8 +209,7 @@ class SealedLayer:
         return min(MOST_ROWS, spare // self._row_bytes())
 
     def _scratch_bytes(self) -> int:
-        used = min(self.tiers.plan.scratch_pages, self.table.numel())
-        return used * scratch_page_bytes(self.tiers.shape, self.tiers.config, self.packing is not None)
+        return gather_bytes(self.tiers.shape, self.tiers.config, self.tiers.plan, self.table.numel())
 
     def step(
         self,

@@ -12,7 +12,6 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,17 +26,16 @@ from tieredkv.cache.tiers import Tiers
 from tieredkv.config import TierConfig, tier_config
 from tieredkv.environment import forking
 from tieredkv.environment.ambient import settled
-from tieredkv.errors import OptionError, TieredKVError, UnsupportedModelError
+from tieredkv.errors import OptionError, TieredKVError, UnsupportedModelError, check_whole
 from tieredkv.memory.copies import BackgroundCopies, StreamCopies, ThreadCopies, Transfer
 from tieredkv.memory.ledger import DeviceLedger, on_device
 from tieredkv.memory.pagelock import PageLocker
 from tieredkv.memory.pool import DevicePool
-from tieredkv.memory.units import GIB
 from tieredkv.models import families
 from tieredkv.models.kv_shape import KVShape
 from tieredkv.ops.base import Ops
 from tieredkv.ops.select import copying_by_torch, ops_for
-from tieredkv.planning import decode_plan, sizes
+from tieredkv.planning import decode_plan, prefill_plan, sizes
 from tieredkv.policy import classify
 
 
@@ -74,8 +72,7 @@ class TieredCache(Cache):
         """
         self.tiers = tier_config(tiers, options)
         for name, value in (("max_new_tokens", max_new_tokens), ("prompt_tokens", prompt_tokens)):
-            if not isinstance(value, int) or value < 0:
-                raise OptionError(f"{name}={value!r} is not valid: give a whole number of at least 0.")
+            check_whole(name, value, 0)
         text = config.get_text_config(decoder=True)
         kinds = families.check_layers(text)
         numbers = itertools.count()
@@ -91,7 +88,7 @@ class TieredCache(Cache):
         self.new_tokens, self.prompt_tokens = max_new_tokens, prompt_tokens
         self.auto_seal = True
         """Seal at the first single token after the prompt. A session turns this off and seals by itself."""
-        self.text_rows = self.tiers.method.text_window
+        self.text_rows = self.tiers.policy.text_window
         """Last rows of each prefill call to score; 0 when the question is not in it."""
         self.visual: torch.Tensor | None = None
         """`(N,)` mask of visual tokens; None: all but the last `text_rows` tokens count as visual."""
@@ -137,7 +134,7 @@ class TieredCache(Cache):
         """First tokens of every layer to keep on the device during prefill; 0 when the prompt's length is not known."""
         if self._resident is None:
             known = self.prompt_tokens > 0
-            self._resident = sizes.resident_tokens(self.shape, self.tiers, self.prompt_tokens) if known else 0
+            self._resident = prefill_plan.resident_tokens(self.shape, self.tiers, self.prompt_tokens) if known else 0
         return self._resident
 
     @property
@@ -264,18 +261,17 @@ class TieredCache(Cache):
             raise RuntimeError("no text rows were scored: nothing to classify the heads by")
         length = self.get_seq_length()
         layout = sizes.lay_out(self.tiers, length, self.text_rows, self.new_tokens)
-        method = self.tiers.method
+        # What a step adds up is held on every device; the plan knows of one.
+        cap_bytes = self.tiers.cap_bytes - (len(self.devices) - 1) * sizes.attended_bytes(layout)
+        method = self.tiers.policy
         scores, need = torch.stack([row.scores for row in rows]), None
         if method.head_score == "mass":
             static = classify.static_heads(scores, method.theta)
         else:
             need = self._need(rows, layout)
-            static = need[0] <= decode_plan.mean_old_tokens(self.shape, self.tiers, layout)
+            static = need[0] <= decode_plan.mean_old_tokens(self.shape, self.tiers, layout, cap_bytes)
         static[: method.dense_layers] = True
-        # What a step adds up is held on every device; the plan knows of one.
-        more = (len(self.devices) - 1) * sizes.attended_bytes(layout)
-        within = replace(self.tiers, gpu_kv_gb=(self.tiers.cap_bytes - more) / GIB) if more else self.tiers
-        plan = decode_plan.plan_decode(self.shape, within, layout, scores, static, need)
+        plan = decode_plan.plan_decode(self.shape, self.tiers, layout, cap_bytes, scores, static, need)
         if self.visual is None:
             is_text = torch.arange(length, device="cpu") >= length - self.text_rows
         else:
@@ -303,10 +299,9 @@ class TieredCache(Cache):
     def _share(self, device: torch.device, plan: decode_plan.DecodePlan) -> Tiers:
         """What the layers on one device have in common while decoding."""
         here = [layer.index for layer in self.tiered_layers if layer.device == device]
-        pages = int(plan.pages[here].sum()) + len(here) * self.shape.num_key_value_heads * plan.layout.recent_pages
         dtype, layout = self.tiered_layers[0].dtype, plan.layout
         page = self.tiers.chunk_tokens, self.shape.head_dim, dtype
-        pool = DevicePool(self.ledger, pages, *page, device, plan.packed)
+        pool = DevicePool(self.ledger, plan.pool_pages(here), *page, device, plan.packed)
         self._pools.append(pool)
         return Tiers(
             config=self.tiers,
@@ -345,7 +340,7 @@ class TieredCache(Cache):
     def _need(self, rows: list[TextRows], layout: sizes.Layout) -> torch.Tensor:
         """Tokens that every head would need, `(2, L, K)`: to be static, and for a smaller share of its attention."""
         unknown = torch.full((2, self.shape.num_key_value_heads), layout.tokens + 1, dtype=torch.int64, device="cpu")
-        shares = (self.tiers.method.theta, classify.SPREAD_SHARE)
+        shares = (self.tiers.policy.theta, classify.SPREAD_SHARE)
         recent = layout.tokens - layout.recent_start
         if shares[0] <= 0:
             return torch.zeros((2, len(rows), self.shape.num_key_value_heads), dtype=torch.int64, device="cpu")
@@ -414,8 +409,8 @@ class TieredCache(Cache):
         self._drop_resident()
         if self.get_seq_length() == 0:
             self._resident = None
-        if self.text_rows == self.tiers.method.text_window:
-            self.text_rows = tiers.method.text_window
+        if self.text_rows == self.tiers.policy.text_window:
+            self.text_rows = tiers.policy.text_window
         self.tiers = tiers
         self.ledger.cap_bytes = tiers.cap_bytes
 
@@ -433,7 +428,8 @@ class TieredCache(Cache):
     def make_room_for_scores(self, past: int, new: int, rows: int) -> None:
         """Give up the tokens kept on the device if scoring `rows` of `new` tokens after `past` needs their room."""
         room = self.resident_tokens()
-        if room and not sizes.resident_beside_scores(self.shape, self.tiers, room, past, past + new, rows):
+        call = prefill_plan.Call(past, past + new, rows)
+        if room and not prefill_plan.resident_beside_scores(self.shape, self.tiers, room, call):
             self._drop_resident()
 
     def _drop_resident(self) -> None:

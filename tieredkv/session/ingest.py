@@ -21,6 +21,7 @@ from tieredkv.models.chat_template import ChatTemplate, refused
 from tieredkv.models.encode import batch_tokens, encode, segments
 from tieredkv.models.families.base import Positions, VideoFamily, VideoGrid
 from tieredkv.models.switch import use_attention
+from tieredkv.planning.prefill_plan import context_calls
 from tieredkv.progress import IngestProgress
 from tieredkv.session.pipeline import Pipeline
 from tieredkv.session.results import IngestStats
@@ -197,8 +198,8 @@ def prefill(
             if held < size:
                 continue
             whole = join(waiting)
-            for start in range(0, held - size + 1, size):
-                chunk(whole[:, start : start + size])
+            for call in context_calls(held - held % size, size):
+                chunk(whole[:, call.begin : call.stop])
             held %= size
             waiting = [whole[:, whole.shape[1] - held :].clone()] if held else []
         if waiting:

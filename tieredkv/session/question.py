@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,11 +12,11 @@ import torch
 from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.evidence import moments
 from tieredkv.evidence.moments import Evidence
-from tieredkv.memory.limits import check_host
 from tieredkv.models.chat_template import ChatTemplate
 from tieredkv.models.families.base import Positions, VideoGrid
 from tieredkv.models.switch import use_attention
-from tieredkv.planning import sizes
+from tieredkv.planning.admission import Request, check_memory
+from tieredkv.planning.prefill_plan import question_calls
 from tieredkv.session import generation
 from tieredkv.session.results import Generation, Stats
 from tieredkv.session.step_graph import Steps
@@ -88,10 +87,9 @@ def answer(
     positions = family.positions(model, prompt.head_tokens, prompt.video, prefix, prefix + tail, prompt.positions)
     with use_attention(model):
         # The question's last rows, which classify the heads, go in one call.
-        first_calls = max(0, tail - tiers.prefill_chunk)
-        for begin, stop in _spans(first_calls, tiers.prefill_chunk, tail):
+        for call in question_calls(tiers, prefix, prefix + tail):
             check()
-            cache.text_rows = min(stop - begin, tiers.method.text_window) if stop == tail else 0
+            begin, stop, cache.text_rows = call.begin - prefix, call.stop - prefix, call.rows
             embeddings = family.embed(model, tail_ids[:, begin:stop].to(device))
             hidden = family.decode(model, embeddings, positions[:, begin:stop], cache)
         logits = family.logits(model, hidden[:, -1]).to(device)
@@ -128,14 +126,11 @@ def looked_at(prompt: VideoPrompt, cache: TieredCache, rows: int, tokens: int, e
 def _make_room(cache: TieredCache, prefix: int, tail: int, new_tokens: int) -> None:
     """Raise `BudgetError` unless both tiers hold a question of `tail` tokens behind `prefix` others, and its answer."""
     cache.new_tokens = new_tokens
-    rows, shorter = sizes.question_rows(cache.tiers, tail), "shorten the question or the conversation"
-    layout = sizes.lay_out(cache.tiers, prefix + tail, rows, new_tokens)
-    sizes.check_cap(cache.shape, cache.tiers, layout, rows, f"lower max_new_tokens, or {shorter}")
-    if cache.room < prefix + tail:
-        what = f"the cache of the video and a question of {tail:,} tokens"
-        needed = (prefix + tail) * cache.shape.token_bytes
-        check_host(needed, cache.tiers.host_kv_gb, what, shorter, held_bytes=cache.host_bytes)
-        cache.reserve(prefix + tail)
+    request, shorter = Request(prefix + tail, tail, new_tokens), "shorten the question or the conversation"
+    longer, held = f"lower max_new_tokens, or {shorter}", cache.host_bytes
+    check_memory(cache.shape, cache.tiers, request, longer, shorter, room=cache.room, room_bytes=held)
+    if cache.room < request.tokens:
+        cache.reserve(request.tokens)
 
 
 def _stats(
@@ -170,10 +165,3 @@ def _stats(
         tpot_ms=later / (count - 1) if count > 1 else None,
         decode_path=path,
     )
-
-
-def _spans(first: int, size: int, total: int) -> list[tuple[int, int]]:
-    """Cut 0..total into calls of at most `size`, the last of them full: its rows are the ones that are scored."""
-    ends = [total, *range(first, 0, -size), 0]
-    ends = sorted(set(ends))
-    return list(itertools.pairwise(ends))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tieredkv.cache.tiered_cache import TieredCache
-from tieredkv.config import TierConfig
+from tieredkv.config import TierConfig, tiers_as_plain, tiers_from_file
 from tieredkv.errors import SessionError
 from tieredkv.models import adapters
 from tieredkv.models.families.base import Positions, VideoGrid
@@ -64,7 +64,7 @@ def write(path: Path, model: Any, processor: Any, cache: TieredCache, state: Ses
         "model_settings": model_settings(model),
         "model_state": model_state(model),
         "processor": processor_settings(processor),
-        "tiers": asdict(cache.tiers),
+        "tiers": tiers_as_plain(cache.tiers),
         "session": asdict(state),
     }
     tensors = {
@@ -94,7 +94,7 @@ def state_of(stored: tensor_file.Stored) -> SessionState:
 def tiers_of(stored: tensor_file.Stored, options: dict[str, Any]) -> TierConfig:
     """The settings a session was saved with, changed by `options`. Raises `SessionError` where that cannot be."""
     state_of(stored)  # or it is no session at all
-    tiers = TierConfig(**_known(TierConfig, stored.manifest["tiers"]))
+    tiers = tiers_from_file(stored.manifest["tiers"], options.get("policy"))
     changed = replace(tiers, **options)
     if changed.chunk_tokens != tiers.chunk_tokens:
         raise SessionError(

@@ -19,15 +19,15 @@ from tieredkv.config import DEFAULT_FPS, TierConfig
 from tieredkv.environment import forking
 from tieredkv.errors import TieredKVError, UnsupportedModelError
 from tieredkv.evidence.moments import Wanted, check_wanted
-from tieredkv.memory.limits import check_host, check_host_memory
-from tieredkv.memory.units import as_gib
+from tieredkv.memory.limits import check_host
 from tieredkv.models import families
 from tieredkv.models.chat_template import ChatTemplate, check_prompt
 from tieredkv.models.families.base import Positions, VideoFamily, VideoGrid
 from tieredkv.models.kv_shape import model_shape
 from tieredkv.models.same_model import SameModel
 from tieredkv.models.wrapped import unwrapped
-from tieredkv.planning import sizes
+from tieredkv.planning.admission import Request, check_memory
+from tieredkv.planning.sizes import QUESTION_ROOM
 from tieredkv.progress import IngestProgress, progress_bar
 from tieredkv.session import generation, ingest, session_file
 from tieredkv.session.aio import AsyncAsking
@@ -176,20 +176,9 @@ class VideoSession(AsyncAsking):
         """
         shape = model_shape(self.model.config, self._dtype)
         tokens = self.head_tokens + video + asked
-        rows = sizes.question_rows(self.tiers, asked)
-        sizes.check_cap(shape, self.tiers, sizes.lay_out(self.tiers, tokens, rows, max_new_tokens), rows)
-        what = f"the cache of {tokens:,} tokens"
-        needed = sizes.host_bytes(shape, self.tiers, tokens)
-        remedy = f"lower fps or max_frames, or give host_kv_gb={as_gib(needed)}"
-        check_host(needed, self.tiers.host_kv_gb, what, remedy)
-        if self._device.type == "cpu":
-            in_all = needed + min(self.tiers.cap_bytes, needed)
-            check_host_memory(
-                in_all,
-                f"{what}, with the device's share of it in the same memory,",
-                "lower fps, max_frames or gpu_kv_gb",
-            )
-        return tokens + sizes.QUESTION_ROOM
+        request = Request(tokens, asked, max_new_tokens)
+        check_memory(shape, self.tiers, request, one_memory=self._device.type == "cpu")
+        return tokens + QUESTION_ROOM
 
     @property
     def _prompt(self) -> VideoPrompt:

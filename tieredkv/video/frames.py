@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tieredkv.errors import VideoError
+from tieredkv.errors import VideoError, check_whole, is_number
 from tieredkv.memory.limits import check_host_memory
 from tieredkv.progress import Progress
 from tieredkv.video.length import SAME_TIME
@@ -162,11 +162,11 @@ def check_request(
         _check_rate("fps", fps)
     if source_fps is not None:
         _check_rate("source_fps", source_fps)
-    if max_frames is not None and (not isinstance(max_frames, int) or isinstance(max_frames, bool) or max_frames < 1):
-        raise VideoError(f"max_frames={max_frames!r} is not valid: give a whole number of at least 1.")
-    if not _is_number(start) or start < 0:
+    if max_frames is not None:
+        check_whole("max_frames", max_frames, error=VideoError)
+    if not is_number(start) or start < 0:
         raise VideoError(f"start={start!r} is not valid: give seconds from the video's beginning, 0 or more.")
-    if end is not None and (not _is_number(end) or end <= start + SAME_TIME):
+    if end is not None and (not is_number(end) or end <= start + SAME_TIME):
         raise VideoError(f"end={end!r} is not valid: give seconds after start={start:g}, or None for the video's end.")
     if isinstance(video, bytes | bytearray) or not isinstance(video, str | Path | torch.Tensor | np.ndarray | Sequence):
         raise VideoError(
@@ -186,12 +186,8 @@ def check_request(
 
 
 def _check_rate(name: str, value: Any) -> None:
-    if not _is_number(value) or not RATES[0] <= value <= RATES[1]:
+    if not is_number(value) or not RATES[0] <= value <= RATES[1]:
         raise VideoError(f"{name}={value!r} is not valid: give frames per second, {RATES[0]:g} to {RATES[1]:g}.")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 class ArraySource:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tieredkv.memory.units import largest
 from tieredkv.models.families.base import Positions, VideoFamily, VideoGrid, activation_bytes
 
 UNLIMITED = 2**40
@@ -153,9 +154,5 @@ def _empty(frames: int, height: int, width: int) -> torch.Tensor:
 
 
 def _first(reached: Callable[[int], bool]) -> int:
-    """The smallest limit for which a monotonic condition holds, by bisection."""
-    low, high = 1, UNLIMITED
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if reached(middle) else (middle + 1, high)
-    return low
+    """The smallest limit for which a monotonic condition holds."""
+    return 1 + largest(lambda limit: not reached(limit), UNLIMITED - 1)
