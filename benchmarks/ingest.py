@@ -129,7 +129,6 @@ def one_after_the_other(model: Any, processor: Any, path: Path, options: dict[st
     decoded = list(segments(video.source.frames(), video.segment_frames))
     encoded = list(encode(family, model, video.preprocess, iter(decoded)))
     with TieredCache(model.config, tiers, prompt_tokens=video.grid.tokens + 300) as cache:
-        cache.auto_seal = False
         head, bar = torch.zeros((1, 15), dtype=torch.long), IngestProgress(False, 0, None)
         steps = ingest.Steps(template, model, video)
         embeddings = steps.embeddings(iter(encoded))

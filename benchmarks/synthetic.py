@@ -94,7 +94,7 @@ def fill(cache: TieredCache, model: Any, tokens: int) -> None:
         layer.append(keys.cpu(), values.cpu())
         even = torch.rand(2, len(keys), tokens)
         layer.rows = TextRows(torch.zeros(len(keys)), even / even.sum(-1, keepdim=True), count=32)
-    cache.text_rows = 32
+    cache.expect(replace(cache.question, rows=32))
     cache.settle()
     cache.seal()
 
@@ -140,12 +140,11 @@ def scripted(
     """
     full_gib = tokens * model_shape(model.config, model.dtype).token_bytes / GIB
     tiers = TierConfig(gpu_kv_gb=max(0.5, full_gib), budget_ratio=budget, policy=policy)
+    drift = Drift(ops, hit_rate)
     with (
         use_attention(model),
-        TieredCache(model.config, tiers, max_new_tokens=room + 3, prompt_tokens=tokens + 256) as cache,
+        TieredCache(model.config, tiers, max_new_tokens=room + 3, prompt_tokens=tokens + 256, ops=drift.ops) as cache,
     ):
-        drift = Drift(ops, hit_rate)
-        cache.ops = drift.ops
         fill(cache, model, tokens)
         drift.begin(cache)
 

@@ -249,7 +249,7 @@ def test_a_model_over_two_cards_decodes_as_on_one(llama, on_card, long_ids, card
             found.append(
                 torch.stack([model(ids[:, i : i + 1], **cache_argument(cache)).logits[0, -1] for i in range(6)])
             )
-            places = [layer.sealed.tiers.pool.pages.device for layer in cache.tiered_layers]
+            places = [layer.sealed.phase.pool.pages.device for layer in cache.tiered_layers]
     assert [place.index for place in places] == [0, 1, 1]
     assert_near(found[1].cpu(), found[0].cpu())
 

@@ -54,13 +54,13 @@ def test_the_ledger_counts_every_byte_of_pool_and_digests(llama, long_ids):
         llama.generate(long_ids, **cache_argument(cache), max_new_tokens=4, do_sample=False)
         held = cache.ledger.by_purpose()
         layers = [layer.sealed for layer in cache.tiered_layers]
-        assert held["pool"] == cache._pools[0].pages.nbytes + cache._pools[0].scales.nbytes
+        assert held["pool"] == cache.device_tier.pools[0].pages.nbytes + cache.device_tier.pools[0].scales.nbytes
         assert held["digests"] == sum(
             s.retrieval.ranking_bytes for s in layers if s.retrieval is not None and s.retrieval.digests is not None
         )
         tables = sum(t.numel() * 4 for s in layers for t in (s.table, s.lengths))
         tables += sum(s.retrieval.residency.nbytes for s in layers if len(s.dynamic))
-        tables += layers[0].tiers.attended.nbytes + sum(s.packing.norms.nbytes for s in layers)
+        tables += layers[0].phase.chunk_mass.nbytes + sum(s.packing.norms.nbytes for s in layers)
         assert held["tables"] == tables
         assert set(held) <= {"pool", "digests", "tables"}
 
@@ -104,13 +104,13 @@ def test_pool_and_tables_stay_sound_while_decoding(llama, long_ids, data):
         for step in range(12):
             llama(long_ids[:, step : step + 1], **cache_argument(cache))
             cache.finish()
-            cache._pools[0].check_integrity()
+            cache.device_tier.pools[0].check_integrity()
             for layer in cache.tiered_layers:
                 sealed = layer.sealed
                 if not len(sealed.dynamic):
                     continue
                 sealed.retrieval.residency.check_integrity()
-                chunks, sinks = layer.host.chunks(), sealed.tiers.plan.layout.sink_chunks
+                chunks, sinks = layer.host.chunks(), sealed.phase.plan.layout.sink_chunks
                 for row, head in enumerate(sealed.dynamic.tolist()):
                     for slot, chunk in zip(
                         sealed.retrieval.residency.slots[row].tolist(),
@@ -118,7 +118,7 @@ def test_pool_and_tables_stay_sound_while_decoding(llama, long_ids, data):
                         strict=True,
                     ):
                         if chunk >= 0:
-                            want, pool = chunks[head, sinks + chunk], cache._pools[0]
+                            want, pool = chunks[head, sinks + chunk], cache.device_tier.pools[0]
                             if sealed.packing is not None:
                                 want, scales = pack(want, sealed.packing.norms[head].unsqueeze(1))
                                 assert torch.equal(pool.scales[slot], scales)

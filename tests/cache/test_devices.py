@@ -10,7 +10,6 @@ import tieredkv
 from tieredkv.cache.layer import TieredLayer
 from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.environment.versions import cache_argument
-from tieredkv.errors import UnsupportedModelError
 
 FIRST, SECOND = torch.device("cpu", 0), torch.device("cpu", 1)
 """Tensors are on the one CPU whichever of these is asked for, but the two compare as two devices do."""
@@ -24,8 +23,9 @@ def spread(monkeypatch):
     def lazily(self, keys, values):
         initialise(self, keys, values)
         self.device = (FIRST, SECOND)[self.index % 2]
-        self.cache.devices[:] = [known for known in self.cache.devices if known.index is not None]
-        self.cache.place(self.device)
+        devices = self.device_tier.devices
+        devices[:] = [known for known in devices if known.index is not None]
+        self.device_tier.place(self.device, keys.dtype)
 
     monkeypatch.setattr(TieredLayer, "lazy_initialization", lazily)
 
@@ -35,12 +35,12 @@ def answer(model, ids, share, **options):
     tiers = {**pressed(model, ids.shape[1], share), "chunk_tokens": 8, "text_window": 16, **options}
     with tieredkv.use_attention(model), TieredCache(model.config, **tier_options(**tiers), max_new_tokens=12) as cache:
         model.generate(ids, **cache_argument(cache), max_new_tokens=12, do_sample=False, logits_processor=[record])
-        for pool in cache._pools:
+        for pool in cache.device_tier.pools:
             pool.check_integrity()
         assert cache.ledger.peak_bytes <= cache.tiers.cap_bytes
-        pages = [len(pool.pages) for pool in cache._pools]
+        pages = [len(pool.pages) for pool in cache.device_tier.pools]
         sealed = [layer.sealed for layer in cache.tiered_layers]
-        shares = [layer.tiers.pool for layer in sealed]
+        shares = [layer.phase.pool for layer in sealed]
     return torch.cat(record.seen), pages, shares
 
 
@@ -76,12 +76,3 @@ def test_evidence_adds_up_what_every_device_saw(video_model, processor, frames, 
     heat_spread, logits_spread = look()
     assert_near(logits_spread, logits)
     assert_near(heat_spread, heat)
-
-
-def test_cards_and_the_cpu_do_not_mix(llama):
-    cache = TieredCache(llama.config, gpu_kv_gb=1)
-    cache.place(torch.device("cpu"))
-    with pytest.raises(UnsupportedModelError, match="cards alone, or on the CPU"):
-        cache.place(torch.device("cuda", 0))
-    with pytest.raises(UnsupportedModelError, match="runs on CUDA devices and the CPU"):
-        cache.place(torch.device("mps"))

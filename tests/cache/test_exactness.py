@@ -7,6 +7,7 @@ import torch
 from helpers import assert_near, pressed, session_logits, stock_inputs, stock_logits, tier_options
 
 import tieredkv
+from tieredkv.cache.question import CONTEXT, Question
 from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.environment.versions import cache_argument
 
@@ -29,7 +30,7 @@ def test_text_model_prefilled_in_chunks(text_model, prompt_ids, chunk):
     stock = text_model(prompt_ids).logits
     tiers = tieredkv.TierConfig(gpu_kv_gb=1, chunk_tokens=16)
     with torch.no_grad(), tieredkv.use_attention(text_model), TieredCache(text_model.config, tiers) as cache:
-        cache.auto_seal = False
+        cache.expect(Question(prompt_tokens=300))
         parts = [text_model(part, **cache_argument(cache)).logits for part in prompt_ids.split(chunk, dim=1)]
     assert_near(torch.cat(parts, dim=1), stock)
 
@@ -139,9 +140,9 @@ def test_copies_that_lag_behind_change_nothing(llama, long_ids, known, monkeypat
     monkeypatch.setattr(HostLayer, "write", late(write))
     options = {**pressed(llama, 900, 0.5), "chunk_tokens": 8, "text_window": 8, "prompt_tokens": known}
     with torch.no_grad(), tieredkv.use_attention(llama), TieredCache(llama.config, **tier_options(**options)) as cache:
-        cache.auto_seal, cache.text_rows = False, 0
+        cache.expect(CONTEXT)
         parts = [llama(part, **cache_argument(cache)).logits for part in long_ids.split(70, dim=1)]
-        assert cache.transfer.streamed_bytes > 0
-        resident = cache.tiered_layers[0].resident
+        assert cache.device_tier.transfer.streamed_bytes > 0
+        resident = cache.device_tier.residents.get(0)
         assert (resident is not None and resident.length > 0) == (known > 0)
     assert_near(torch.cat(parts, dim=1), stock)

@@ -14,6 +14,7 @@ from helpers import RecordLogits, assert_near, cap_share, pressed, tier_options
 import tieredkv
 from tieredkv import TieredCache
 from tieredkv.cache.looks import Looks
+from tieredkv.cache.question import Question
 from tieredkv.cache.retrieval import Retrieval
 from tieredkv.environment.versions import cache_argument
 from tieredkv.errors import OptionError
@@ -107,7 +108,7 @@ def looks_of(question: torch.Tensor, steps: list[torch.Tensor]) -> Looks:
     """Rows over chunks of one step each, behind a head of one chunk."""
     looks = Looks(4)
     looks.question, looks.steps = question, steps
-    looks.seal(0, 2)
+    looks.begin_answer(0, 2)
     return looks
 
 
@@ -232,16 +233,16 @@ def test_steps_pay_at_most_all_of_their_attention(opened, monkeypatch, share):
 
 def test_what_sketches_estimate_is_near_what_the_keys_say(opened, monkeypatch):
     pairs = []
-    estimated = Retrieval.attended
+    estimated = Retrieval.record_step
 
     def both(self, query, scaling, lse):
-        before = self.tiers.attended.clone()
+        before = self.phase.chunk_mass.clone()
         estimated(self, query, scaling, lse)
-        told, self.tiers.attended[:] = self.tiers.attended - before, before
+        told, self.phase.chunk_mass[:] = self.phase.chunk_mass - before, before
         self._record_exact(query[self._rows], scaling, lse[self._rows])
-        pairs.append((told, self.tiers.attended - before))
+        pairs.append((told, self.phase.chunk_mass - before))
 
-    monkeypatch.setattr(Retrieval, "attended", both)
+    monkeypatch.setattr(Retrieval, "record_step", both)
     opened(theta=2.0, digest_bits=8).ask(QUESTION, max_new_tokens=4)
     told, exact = (torch.cat(part) for part in zip(*pairs, strict=True))
     assert float(torch.corrcoef(torch.stack((told, exact)))[0, 1]) > 0.9
@@ -255,13 +256,13 @@ def test_kernels_record_what_torch_records(llama, long_ids, kernels):
         with (
             tieredkv.use_attention(llama),
             torch.no_grad(),
-            TieredCache(llama.config, **tier_options(**options), max_new_tokens=4) as cache,
+            TieredCache(llama.config, ops=ops, **tier_options(**options)) as cache,
         ):
-            cache.ops, cache.looks = ops, Looks(8)
+            cache.expect(Question(max_new_tokens=4, looks=Looks(8)))
             llama(long_ids, **cache_argument(cache))
             for token in (3, 5):
                 llama(torch.tensor([[token]]), **cache_argument(cache))
-            recorded.append(cache.tiered_layers[0].sealed.tiers.attended.clone())
+            recorded.append(cache.tiered_layers[0].sealed.phase.chunk_mass.clone())
     assert float(recorded[0].sum()) > 0
     assert_near(recorded[1], recorded[0])
 

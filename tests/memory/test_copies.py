@@ -118,14 +118,11 @@ def test_when_a_copy_arrives_changes_nothing(llama, long_ids, options):
     tiers = {**pressed(llama, 900, 0.6), "chunk_tokens": 8, "text_window": 16, **options}
 
     def decode(copies):
-        cache = TieredCache(llama.config, **tier_options(**tiers), max_new_tokens=8)
-        if copies is not None:
-            cache.copies.close()
-            cache.copies = copies
-        with torch.no_grad(), tieredkv.use_attention(llama), cache:
+        made = TieredCache(llama.config, **tier_options(**tiers), max_new_tokens=8, copies=copies)
+        with torch.no_grad(), tieredkv.use_attention(llama), made as cache:
             for part in long_ids.split(200, dim=1):
                 llama(part, **cache_argument(cache))
-            assert cache.transfer.streamed_bytes > 0
+            assert cache.device_tier.transfer.streamed_bytes > 0
             return torch.stack([llama(long_ids[:, i : i + 1], **cache_argument(cache)).logits for i in range(6)])
 
     assert torch.equal(decode(None), decode(LateCopies()))

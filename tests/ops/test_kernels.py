@@ -286,9 +286,9 @@ def test_decoding_with_kernels_is_decoding_with_torch(llama, long_ids, kernels, 
         with (
             torch.no_grad(),
             tieredkv.use_attention(llama),
-            TieredCache(llama.config, **tier_options(**tiers), max_new_tokens=8) as cache,
+            # Triton's interpreter runs on one thread only.
+            TieredCache(llama.config, **tier_options(**tiers), max_new_tokens=8, ops=ops, copies=LateCopies()) as cache,
         ):
-            cache.ops, cache.copies = ops, LateCopies()  # Triton's interpreter runs on one thread only
             llama(ids, **cache_argument(cache))
             rows = [llama(ids[:, i : i + 1], **cache_argument(cache)).logits[0, -1] for i in range(2)]
             cache.finish()

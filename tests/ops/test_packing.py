@@ -123,7 +123,7 @@ def answered(model, ids, **fields):
     """Logits of eight forced tokens behind a prompt, the cache's bytes by purpose, and how it was divided."""
     with tiered(model, **fields) as cache:
         out = steps(model, ids, cache)
-        return out, cache.ledger.by_purpose(), cache.tiered_layers[0].sealed.tiers.plan
+        return out, cache.ledger.by_purpose(), cache.tiered_layers[0].sealed.phase.plan
 
 
 def steps(model, ids, cache):
@@ -194,7 +194,6 @@ def test_packing_at_the_seal_takes_less_than_the_cap_leaves(llama, policy, chunk
     ids = torch.randint(0, 97, (1, 6000), generator=torch.Generator().manual_seed(0))
     options = {"gpu_kv_gb": cap_share(llama, 6000, 0.2), "chunk_tokens": chunk_tokens, "policy": policy}
     with tiered(llama, **options) as cache:
-        cache.auto_seal = False
         llama(ids, **cache_argument(cache))
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             cache.seal()

@@ -183,7 +183,7 @@ def test_every_purpose_takes_what_the_plan_says(
         session.ingest(film, fps=4.0, question=QUESTION, max_new_tokens=NEW)
         answer = session.ask(QUESTION, max_new_tokens=NEW)
         tail = answer.stats.prompt_tokens - answer.stats.visual_tokens - session.head_tokens
-        streamed = session.ingest_stats.streamed_bytes + session._cache.transfer.streamed_bytes
+        streamed = session.ingest_stats.streamed_bytes + session._cache.device_tier.transfer.streamed_bytes
         digests = sum(layer.digests.packed.nbytes for layer in session._cache.tiered_layers)
         host = session._cache.host_bytes
     real = forecast_bytes.decode_bytes(*watch.planned)

@@ -10,6 +10,7 @@ from helpers import assert_near, cap_share, pressed, session_logits, stock_input
 from test_policy import tokens
 
 import tieredkv
+from tieredkv.cache.question import Question
 from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.environment.versions import cache_argument
 from tieredkv.errors import BudgetError, OptionError
@@ -189,16 +190,15 @@ def unseen(llama, long_ids, **options):
     """Estimated and true unseen share of attention mass, mean over steps and heads."""
     options = {"gpu_kv_gb": 1, "budget_ratio": 0.3, "theta": 2.0, "digest_bits": 8, **SMALL, **options}
     with torch.no_grad(), tieredkv.use_attention(llama), TieredCache(llama.config, **tier_options(**options)) as cache:
-        cache.auto_seal = False
+        cache.expect(Question(trace=True))
         llama(long_ids, **cache_argument(cache))
-        cache.counters.trace = []
         cache.seal()
         with cache.forced():
             llama(long_ids[:, 50:60], **cache_argument(cache))
         true = []
         for made in cache.counters.trace:
             layer = cache.tiered_layers[made.layer]
-            layout, recent = layer.sealed.tiers.plan.layout, 900 + made.step
+            layout, recent = layer.sealed.phase.plan.layout, 900 + made.step
             keys = layer.host.chunks()[:, :, 0].flatten(1, 2)[:, : layout.recent_start]
             generated, _ = layer.sealed.generated_tokens()
             rest = layer.host.chunks()[:, :, 0].flatten(1, 2)[:, layout.recent_start : 900]
@@ -253,7 +253,6 @@ def test_a_question_leaves_nothing_behind_when_the_digest_changes(llama, long_id
             tieredkv.use_attention(llama),
             TieredCache(llama.config, **tier_options(digest="cuboid", **options)) as cache,
         ):
-            cache.auto_seal = False
             llama(context, **cache_argument(cache))
             cache.settle()
             cache.set_tiers(tieredkv.TierConfig(**tier_options(digest="sketch", **options)))
@@ -273,7 +272,6 @@ def test_a_basis_fitted_to_little_is_fitted_again_when_there_is_more(llama, long
         tieredkv.use_attention(llama),
         TieredCache(llama.config, **tier_options(gpu_kv_gb=1, **SMALL)) as cache,
     ):
-        cache.auto_seal = False
         llama(long_ids[:, :40], **cache_argument(cache))
         cache.seal()
         before = cache.tiered_layers[0].digests.basis
@@ -287,7 +285,6 @@ def test_a_basis_fitted_to_little_is_fitted_again_when_there_is_more(llama, long
 def test_prefill_in_inference_mode_and_decoding_outside_it(llama, long_ids):
     options = {"gpu_kv_gb": 1, "budget_ratio": 0.2, **SMALL}
     with tieredkv.use_attention(llama), TieredCache(llama.config, **tier_options(**options)) as cache:
-        cache.auto_seal = False
         with torch.inference_mode():
             llama(long_ids, **cache_argument(cache))
             cache.seal()
@@ -308,7 +305,6 @@ def test_forced_tokens_fit_any_cap_that_single_ones_fit(llama, long_ids, share):
         tieredkv.use_attention(llama),
         TieredCache(llama.config, **tier_options(**options), max_new_tokens=20) as cache,
     ):
-        cache.auto_seal = False
         llama(long_ids, **cache_argument(cache))
         cache.seal()
         with cache.forced():
@@ -326,7 +322,6 @@ def test_forced_tokens_give_what_one_call_each_gives(llama, long_ids, policy):
             tieredkv.use_attention(llama),
             TieredCache(llama.config, **tier_options(**options)) as cache,
         ):
-            cache.auto_seal = False
             llama(long_ids, **cache_argument(cache))
             cache.seal()
             fed = long_ids[:, 100:120]
@@ -347,7 +342,6 @@ def test_a_cache_can_be_sealed_again_under_other_settings(llama, long_ids):
         return logits
 
     with torch.no_grad(), tieredkv.use_attention(llama), TieredCache(llama.config, **tier_options(**options)) as cache:
-        cache.auto_seal = False
         llama(long_ids, **cache_argument(cache))
         first = decode(cache)
         cache.set_tiers(tieredkv.TierConfig(**tier_options(policy="quest", **options)))

@@ -223,7 +223,7 @@ def test_a_streamer_is_ended_when_the_question_is_refused(opened):
 def test_a_copy_that_fails_reaches_the_asker_and_leaves_the_session_usable(opened, monkeypatch):
     session = opened(theta=2.0, reuse_above=-1.0)
     want = session.ask(MOON, max_new_tokens=6).token_ids
-    prefetcher = session._cache.copies
+    prefetcher = session._cache.device_tier.copies
 
     def fail() -> int:
         raise OSError("the copy failed")

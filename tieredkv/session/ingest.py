@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tieredkv.cache.question import CONTEXT
 from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.config import TierConfig
 from tieredkv.errors import UnsupportedModelError, VideoError
@@ -105,7 +106,7 @@ def run(
         encode_s=busy["encode"],
         prefill_s=prefill_s,
         wall_s=now - started,
-        streamed_bytes=cache.transfer.streamed_bytes,
+        streamed_bytes=cache.device_tier.transfer.streamed_bytes,
     )
     return grid, stats, next(hashed)
 
@@ -180,7 +181,7 @@ def prefill(
     head, size = head_ids.shape[1], cache.tiers.prefill_chunk
     waiting = [family.embed(model, head_ids.to(weight.device))] if head else []
     held, done = head, 0
-    cache.text_rows = 0
+    cache.expect(CONTEXT)
 
     def chunk(embeddings: torch.Tensor) -> None:
         nonlocal done

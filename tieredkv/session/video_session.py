@@ -14,6 +14,7 @@ from typing import Any, Literal, overload
 import torch
 
 from tieredkv.cache.looks import Looks
+from tieredkv.cache.question import CONTEXT, Question
 from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.config import DEFAULT_FPS, TierConfig
 from tieredkv.environment import forking
@@ -27,6 +28,7 @@ from tieredkv.models.kv_shape import model_shape
 from tieredkv.models.same_model import SameModel
 from tieredkv.models.wrapped import unwrapped
 from tieredkv.planning.admission import Request, check_memory
+from tieredkv.planning.prefill_plan import question_rows
 from tieredkv.planning.sizes import QUESTION_ROOM
 from tieredkv.progress import IngestProgress, progress_bar
 from tieredkv.session import generation, ingest, session_file
@@ -140,7 +142,6 @@ class VideoSession(AsyncAsking):
         self._head, self._head_ids = head, self.template.head_ids(config, head, video.sampled)
         room = self._check_memory(video.grid.tokens, self.template.tail_ids(tail).shape[1], max_new_tokens)
         cache = self._cache = TieredCache(self.model.config, self.tiers, prompt_tokens=room)
-        cache.auto_seal = False
         bar = IngestProgress(self._progress, self.head_tokens + video.grid.tokens, source.seconds)
         complete = False
         made_by = SameModel(self.model)
@@ -166,8 +167,6 @@ class VideoSession(AsyncAsking):
     def _begin_asking(self, cache: TieredCache, grid: VideoGrid, made_by: SameModel) -> None:
         """`cache` holds the prompt's head and this video."""
         self._cache, self.video, self._made_by = cache, grid, made_by
-        cache.auto_seal = False
-        cache.visual = self._prompt.is_visual()
 
     def _check_memory(self, video: int, asked: int, max_new_tokens: int) -> int:
         """Refuse what neither tier can hold, before the costly stages; prompt tokens to make room for in the host tier.
@@ -331,16 +330,23 @@ class VideoSession(AsyncAsking):
             before = self._prompt
             _, tail = self.template.around_video([*(self._history if chat else ()), (prompt, None)])
             cache.truncate(before.tokens)
-            cache.counters.trace = [] if trace else None
-            cache.looks = Looks(self.tiers.chunk_tokens) if evidence else None
             try:
                 tail_ids = self.template.tail_ids(tail)
+                prompt_tokens = before.tokens + tail_ids.shape[1]
+                question = Question(
+                    max_new_tokens=self.new_tokens(options, prompt_tokens),
+                    prompt_tokens=prompt_tokens,
+                    rows=question_rows(self.tiers, tail_ids.shape[1]),
+                    visual=before.is_visual(),
+                    looks=Looks(self.tiers.chunk_tokens) if evidence else None,
+                    trace=trace,
+                )
                 made = answer(
                     self.model,
                     before,
                     cache,
                     tail_ids,
-                    self.new_tokens(options, before.tokens + tail_ids.shape[1]),
+                    question,
                     options,
                     partial(self._check_going_on, job),
                     self.ingest_s,
@@ -350,8 +356,8 @@ class VideoSession(AsyncAsking):
                     rows, count = before.question_tokens(tail, prompt), len(made.token_ids)
                     made = replace(made, evidence=looked_at(before, cache, rows, count, evidence == "tokens"))
             finally:
-                cache.looks = None
                 cache.truncate(before.tokens)
+                cache.expect(CONTEXT)
             if chat:
                 self._check_going_on(job)
                 self._history.append((prompt, made.text))
