@@ -189,9 +189,11 @@ class SealedLayer:
         if n == 1:
             return [self.step(query[:, 0], keys[:, 0], values[:, 0], scaling)]
         assert self.retrieval is not None
-        with self.tiers.ledger.scratch("ranked ahead", n * self._row_bytes()):
+        tiers = self.tiers
+        with tiers.ledger.scratch("ranked ahead", n * self._row_bytes()):
             folded = query.reshape(self.host.num_heads, -1, query.shape[-1])
-            ahead = self.retrieval.logits(folded, scaling).unflatten(1, (-1, n))
+            with tiers.ledger.scratch("ranking", ranking_bytes(tiers.shape, tiers.config, tiers.plan.layout)):
+                ahead = self.retrieval.logits(folded, scaling).unflatten(1, (-1, n))
             return [
                 self.step(query[:, row], keys[:, row], values[:, row], scaling, ahead[:, :, row]) for row in range(n)
             ]
