@@ -32,15 +32,27 @@ MOMENTS = "held in prefill", "held in a step", "held"
 
 CASES: dict[str, tuple[torch.dtype, int, int, float, dict[str, Any]]] = {
     "sketches": (torch.float32, 8, 2, AMPLE, {}),
-    "sketches of 8 bits, no groups": (torch.bfloat16, 4, 4, AMPLE, {"digest_bits": 8, "pack_pages": False}),
-    "sketches, no groups, tight cap": (torch.float32, 2, 2, TIGHT, {}),
-    "boxes, reused": (torch.bfloat16, 8, 2, AMPLE, {"digest": "cuboid", "digest_bits": 8, "reuse_above": 0.5}),
-    "segments, tight cap": (torch.float32, 4, 2, TIGHT, {"digest": "segment"}),
+    "sketches of 8 bits, few rows": (
+        torch.bfloat16,
+        4,
+        4,
+        AMPLE,
+        {"digest_bits": 8, "pack_pages": False, "text_window": 8},
+    ),
+    "sketches, few rows, tight cap": (torch.bfloat16, 2, 2, TIGHT, {"text_window": 8}),
+    "boxes, reused": (
+        torch.bfloat16,
+        8,
+        2,
+        AMPLE,
+        {"digest": "cuboid", "digest_bits": 8, "reuse_above": 0.5, "top_k_ratio": 0.5},
+    ),
+    "segments, one KV head": (torch.float32, 16, 1, 1.0, {"digest": "segment", "chunk_tokens": 2}),
     "static heads": (torch.bfloat16, 8, 2, AMPLE, {"policy": "snapkv"}),
 }
 """dtype, query heads, KV heads, cap, settings."""
 
-MOST = {"scores": 3.0, "ranking": 2.6, "scratch": 1.6, "ranked ahead": 6.0}
+MOST = {"scores": 3.0, "ranking": 3.0, "scratch": 1.6, "ranked ahead": 3.0}
 """How many times what a phase allocates may be counted for it: tensors are counted that are not all there at once."""
 
 
@@ -49,7 +61,7 @@ MOST = {"scores": 3.0, "ranking": 2.6, "scratch": 1.6, "ranked ahead": 6.0}
 
 def settings(fields: dict[str, Any], gpu_kv_gb: float) -> tieredkv.TierConfig:
     all_dynamic = {} if "policy" in fields else {"theta": 2.0}
-    return tieredkv.TierConfig(gpu_kv_gb=gpu_kv_gb, budget_ratio=0.1, chunk_tokens=4, **all_dynamic, **fields)
+    return tieredkv.TierConfig(gpu_kv_gb=gpu_kv_gb, budget_ratio=0.1, **{"chunk_tokens": 4, **all_dynamic, **fields})
 
 
 def work(model: Any, cache: TieredCache, profiled: Callable[[str], Any]) -> None:
@@ -69,7 +81,7 @@ def work(model: Any, cache: TieredCache, profiled: Callable[[str], Any]) -> None
             with block("held", cache.ledger.used_bytes):
                 pass
     with profiled("several tokens"), cache.forced():
-        for tokens in (2, 9):
+        for tokens in (2, 16):
             model(ids[:, :tokens], **cache_argument(cache))
 
 
@@ -236,16 +248,16 @@ def test_what_a_sealed_cache_holds_is_counted_and_nothing_else(measured, case):
     held = [one for one in measured[case, "steps"] if one.name == "held"]
     assert len(held) == 2
     for one in held:
-        assert one.counted <= one.before <= one.counted + 2048
+        assert one.counted <= one.before <= one.counted + 2500
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("sketches")])
 def test_what_a_step_keeps_until_it_has_attended_is_counted(measured, case):
-    """With the others, logits that say what is recorded of the step; not counted are activations of one token."""
+    """The logits that sketches gave, from which evidence is recorded. Not counted are activations of one token."""
     held = [one for one in measured[case, "steps"] if one.name == "held in a step"]
     assert held
     for one in held:
-        assert one.before <= one.counted + 9000
+        assert one.before <= one.counted + 12_000
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

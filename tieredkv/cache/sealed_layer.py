@@ -199,9 +199,9 @@ class SealedLayer:
             ]
 
     def _row_bytes(self) -> int:
-        """Of one more step ranked ahead: logits of all chunks or tokens, and what their making takes."""
+        """Of one more step ranked ahead: logits of all tokens, and three times logits of all chunks."""
         shape, layout = self.tiers.shape, self.tiers.plan.layout
-        return 4 * FLOAT32 * shape.num_attention_heads * layout.retrievable * layout.chunk_tokens
+        return FLOAT32 * shape.num_attention_heads * layout.retrievable * (layout.chunk_tokens + 3)
 
     def _rows_at_once(self) -> int:
         """Steps that can be ranked ahead beside the scratch that each of them takes."""
