@@ -110,6 +110,14 @@ def test_prefill_holds_no_more_than_the_cap_and_all_of_it_where_it_fits(share, t
     assert not scored or kept * SHAPE.token_bytes + scratch <= tiers.cap_bytes
 
 
+def test_past_tokens_are_staged_in_blocks_worth_a_copy_and_most_of_the_cap_is_left():
+    shape = KVShape(num_layers=28, num_attention_heads=28, num_key_value_heads=4, head_dim=128, itemsize=2)
+    tiers, tokens = TierConfig(gpu_kv_gb=2), 200_000
+    block = sizes.block_tokens(shape, tiers, tokens, 0, 0, staged=True)
+    assert sizes.buffer_bytes(shape, block) >= 2**20
+    assert sizes.resident_tokens(shape, tiers, tokens) * shape.token_bytes > 0.9 * tiers.cap_bytes
+
+
 @given(st.integers(1, 2**45))
 def test_gib_text_read_back_is_enough_and_hardly_more(nbytes):
     back = int(float(as_gib(nbytes)) * GIB)

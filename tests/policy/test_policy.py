@@ -99,6 +99,14 @@ def test_a_segment_runs_along_the_first_principal_component():
     assert torch.cosine_similarity(high - low, principal, dim=0).abs() > 0.999
 
 
+def test_a_segment_finds_its_direction_where_others_are_nearly_as_strong():
+    generator = torch.Generator().manual_seed(6)
+    keys = torch.randn(20, 64, 6, generator=generator) * torch.tensor([3.0, 2, 2, 2, 2, 2])
+    low, high = vectors.segment(keys).unbind(1)
+    principal = torch.linalg.svd(keys - keys.mean(1, keepdim=True)).Vh[:, 0]
+    assert torch.cosine_similarity(high - low, principal, dim=-1).abs().mean() > 0.97
+
+
 VECTORS = {
     "mean": (vectors.mean, vectors.point_score),
     "minmax": (vectors.min_max, vectors.box_score),
@@ -196,6 +204,17 @@ def test_a_basis_keeps_the_directions_that_queries_look_in():
     packed = sketch.pack(keys.view(1, 25, 16, 16), 8, basis)
     want = queries[:, :4] @ (keys - keys.mean(1, keepdim=True)).transpose(1, 2)
     torch.testing.assert_close(sketch.token_logits(queries[:, :4] @ basis.up, packed, 8), want, atol=0.15, rtol=0)
+
+
+def test_a_basis_leaves_out_directions_that_queries_do_not_look_in_however_much_keys_differ_there():
+    generator = torch.Generator().manual_seed(5)
+    used = torch.cat((torch.ones(8), torch.zeros(8)))
+    keys = torch.randn(1, 400, 16, generator=generator) * (10 - 9 * used)
+    queries = torch.randn(1, 200, 16, generator=generator) * used
+    basis = sketch.fit(queries.transpose(1, 2) @ queries, keys, 8)
+    want = queries[:, :4] @ (keys - keys.mean(1, keepdim=True)).transpose(1, 2)
+    got = sketch.token_logits(queries[:, :4] @ basis.up, sketch.pack(keys.view(1, 25, 16, 16), 8, basis), 8)
+    torch.testing.assert_close(got, want, atol=0.3, rtol=0)
 
 
 @pytest.mark.parametrize("d", [18, 20, 80])
