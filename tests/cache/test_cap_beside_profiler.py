@@ -5,10 +5,11 @@ On a CPU the device tier is in the same RAM as everything else, so the profiler 
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -23,35 +24,36 @@ from tieredkv.memory.ledger import DeviceLedger
 from tieredkv.policy.digests import sketch
 from tieredkv.policy.digests.vectors import DIGESTS
 
-PROMPT, QUESTION = 2500, 80
-TIGHT, AMPLE = 0.3, 50.0
-"""Caps, as shares of the full cache: past, scores and digests are read in several blocks, or in one."""
+PROMPT, QUESTION = 2000, 80
+TIGHT, AMPLE = 0.4, 50.0
+"""Caps under which the past and the digests are read in several blocks, or in one."""
 
+
+class Case(NamedTuple):
+    """A tiny model and the settings of its cache."""
+
+    dtype: torch.dtype
+    heads: int
+    kv_heads: int
+    share: float
+    """The cap, as a share of the full cache."""
+    fields: dict[str, Any]
+
+
+CASES = {
+    "sketches": Case(torch.float32, 8, 2, AMPLE, {}),
+    "sketches of 8 bits, few rows": Case(
+        torch.bfloat16, 4, 4, AMPLE, {"digest_bits": 8, "pack_pages": False, "text_window": 8}
+    ),
+    "sketches, few rows, tight cap": Case(torch.bfloat16, 2, 2, TIGHT, {"text_window": 8}),
+    "boxes, reused": Case(
+        torch.bfloat16, 8, 2, AMPLE, {"digest": "cuboid", "digest_bits": 8, "reuse_above": 0.5, "top_k_ratio": 0.5}
+    ),
+    "segments, one KV head": Case(torch.float32, 16, 1, 1.0, {"digest": "segment", "chunk_tokens": 2}),
+    "static heads": Case(torch.bfloat16, 8, 2, AMPLE, {"policy": "snapkv"}),
+}
 PARTS = "question", "steps", "several tokens"
 MOMENTS = "held in prefill", "held in a step", "held"
-
-CASES: dict[str, tuple[torch.dtype, int, int, float, dict[str, Any]]] = {
-    "sketches": (torch.float32, 8, 2, AMPLE, {}),
-    "sketches of 8 bits, few rows": (
-        torch.bfloat16,
-        4,
-        4,
-        AMPLE,
-        {"digest_bits": 8, "pack_pages": False, "text_window": 8},
-    ),
-    "sketches, few rows, tight cap": (torch.bfloat16, 2, 2, TIGHT, {"text_window": 8}),
-    "boxes, reused": (
-        torch.bfloat16,
-        8,
-        2,
-        AMPLE,
-        {"digest": "cuboid", "digest_bits": 8, "reuse_above": 0.5, "top_k_ratio": 0.5},
-    ),
-    "segments, one KV head": (torch.float32, 16, 1, 1.0, {"digest": "segment", "chunk_tokens": 2}),
-    "static heads": (torch.bfloat16, 8, 2, AMPLE, {"policy": "snapkv"}),
-}
-"""dtype, query heads, KV heads, cap, settings."""
-
 MOST = {"scores": 3.0, "ranking": 3.0, "scratch": 1.6, "ranked ahead": 3.0}
 """How many times what a phase allocates may be counted for it: tensors are counted that are not all there at once."""
 
@@ -78,8 +80,7 @@ def work(model: Any, cache: TieredCache, profiled: Callable[[str], Any]) -> None
         cache.seal()
         for place in range(2):
             model(ids[:, place : place + 1], **cache_argument(cache))
-            with block("held", cache.ledger.used_bytes):
-                pass
+            moment("held", cache.ledger.used_bytes)
     with profiled("several tokens"), cache.forced():
         for tokens in (2, 16):
             model(ids[:, :tokens], **cache_argument(cache))
@@ -116,7 +117,7 @@ class Block:
 
     name: str
     counted: int
-    """Bytes that the ledger counts for it."""
+    """Bytes that the ledger counts for it; of a moment, all that it counts."""
     before: int
     """Bytes allocated when it began, since the profiler was started."""
     live: int = 0
@@ -133,11 +134,20 @@ def block(name: str, counted: int) -> Any:
     return torch.profiler.record_function(f"{name}|{counted}")
 
 
+def moment(name: str, counted: int) -> None:
+    with block(name, counted):
+        pass
+
+
 @contextmanager
 def profiling(done: list[Block]) -> Iterator[None]:
     """Adds to `done` the blocks of what the calling thread does that are in no other block."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        yield
+    gc.disable()  # what it frees was not allocated by this
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            yield
+    finally:
+        gc.enable()
     begins, allocates, ends = range(3)
     events: list[tuple[int, int, str, int]] = []
     for event in profile.profiler.kineto_results.events():
@@ -166,33 +176,32 @@ def profiling(done: list[Block]) -> Iterator[None]:
                     outer.uncounted = max(outer.uncounted, outer.live - counted)
 
 
-def tiny_llama(dtype: torch.dtype, heads: int, kv_heads: int) -> Any:
+def tiny_llama(case: Case) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 64}
-    groups = {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
-    return LlamaForCausalLM(LlamaConfig(**sizes, **groups, initializer_range=0.3)).to(dtype).eval()
+    groups = {"num_attention_heads": case.heads, "num_key_value_heads": case.kv_heads}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **groups, initializer_range=0.3)).to(case.dtype).eval()
 
 
 @pytest.fixture(scope="module")
 def measured() -> dict[tuple[str, str], list[Block]]:
-    """Of each case and part of the work, the blocks of scratch by purpose, and moments: "held in prefill" before rows
-    are scored, "held in a step" before it attends, "held" after it."""
+    """By case and part of the work: the blocks of scratch, named by purpose, and moments with the bytes counted then:
+    "held in prefill" before rows are scored, "held in a step" before it attends, "held" after it."""
     scratch, score = DeviceLedger.scratch, getattr(*SCORING)
     found: dict[tuple[str, str], list[Block]] = {}
 
     @contextmanager
     def watched_scratch(ledger: DeviceLedger, purpose: str, nbytes: int) -> Iterator[None]:
-        with block("held in a step", ledger.used_bytes) if purpose == "scratch" else nullcontext():
-            pass
+        if purpose == "scratch":
+            moment("held in a step", ledger.used_bytes)
         with scratch(ledger, purpose, nbytes), block(purpose, nbytes):
             yield
 
     def measure(case: str) -> None:
-        dtype, heads, kv_heads, share, fields = CASES[case]
-        model = tiny_llama(dtype, heads, kv_heads)
-        tiers = settings(fields, cap_share(model, PROMPT, share))
+        model = tiny_llama(CASES[case])
+        tiers = settings(CASES[case].fields, cap_share(model, PROMPT, CASES[case].share))
         with (
             pytest.MonkeyPatch.context() as patch,
             torch.no_grad(),
@@ -202,8 +211,7 @@ def measured() -> dict[tuple[str, str], list[Block]]:
 
             def watched_score(*args: Any, **options: Any) -> Any:
                 counted = cache.ledger.held()["scores"]
-                with block("held in prefill", cache.ledger.used_bytes - counted):
-                    pass
+                moment("held in prefill", cache.ledger.used_bytes - counted)
                 with block("scores", counted):
                     return score(*args, **options)
 
@@ -233,7 +241,7 @@ def test_every_purpose_of_scratch_was_measured(measured):
     assert {one.name for blocks in measured.values() for one in blocks} == {*MOST, *MOMENTS}
 
 
-@pytest.mark.parametrize("case", [case for case, (*_, share, _) in CASES.items() if share == AMPLE])
+@pytest.mark.parametrize("case", [name for name, case in CASES.items() if case.share == AMPLE])
 def test_what_the_past_is_staged_in_is_counted(measured, case):
     """Not counted are the activations of the question's tokens, here less than one buffer."""
     held = [one for one in measured[case, "question"] if one.name == "held in prefill"]
@@ -251,7 +259,7 @@ def test_what_a_sealed_cache_holds_is_counted_and_nothing_else(measured, case):
         assert one.counted <= one.before <= one.counted + 2500
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("sketches")])
+@pytest.mark.parametrize("case", [name for name in CASES if name.startswith("sketches")])
 def test_what_a_step_keeps_until_it_has_attended_is_counted(measured, case):
     """The logits that sketches gave, from which evidence is recorded. Not counted are activations of one token."""
     held = [one for one in measured[case, "steps"] if one.name == "held in a step"]
