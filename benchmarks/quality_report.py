@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 FULL = "full"
-"""Label of the full cache, with which every row is paired."""
+"""Label of the full cache, with which every row is compared."""
 AS_MADE_LABEL = "hybridkv, 16-bit pages"
 
 
 def aggregate(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per model, task, tokens, chunk size, label and budget; hops apart for chains."""
+    """One row per model, task, tokens, chunk size, label and budget; for chains also one per hop."""
     cells: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     for record in records:
         budget = record["fields"].get("budget_ratio", 1.0)
@@ -47,12 +47,12 @@ def aggregate(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _steps(record: dict[str, Any]) -> dict[int, bool]:
-    """Step -> whether it is right."""
+    """Whether each step is right."""
     right = record["so_far"] if record["model"] == "tiny" else record["right"]
     steps: dict[int, bool] = {}
     for step, one in zip(record["steps"], right, strict=True):
         steps[step] = bool(one) and steps.get(step, True)
-    if record["model"] == "tiny" and len(steps) > 1:  # the first hop comes out of the prefill
+    if record["model"] == "tiny" and len(steps) > 1:  # the prefill gives the first hop
         del steps[1]
     return steps
 
@@ -81,7 +81,7 @@ def _accuracy(held: list[dict[str, Any]], full: list[dict[str, Any]], of: Callab
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """The table, widest tasks first."""
+    """Print the table."""
     head = f"{'model':8} {'tokens':>6} {'task':28} {'budget':>6} {'policy':28} {'n':>4} {'acc':>6} {'95 %':>13} "
     print(head + f"{'full':>6} {'ppl x':>7} {'kv':>6} {'recall':>6} {'KB/step':>8}")
     for row in sorted(rows, key=lambda r: (r["model"], r["tokens"], r["task"], -r["budget"], r["policy"])):
@@ -112,7 +112,7 @@ DRAWN = {
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Accuracy against the memory each policy really took, a panel for each task and length."""
+    """Draw accuracy against the memory that each policy used, with a panel for each task and length."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,23 +1,22 @@
-"""Text tasks that show what a cache policy loses while decoding: python benchmarks/text_tasks.py [chain copy ...]
+"""Text tasks that measure what a cache policy loses while decoding: python benchmarks/text_tasks.py [chain copy ...]
 
-Facts are hidden between the lines of real text, code or manual of Python's standard library; the answer is read off
-them token by token. It is fed as it should be (teacher forcing) and counts as right up to a token if the argmax is the
-reference at every scored token up to there: what greedy decoding gives. The first token comes out of an exact prefill
-and is never scored; every scored one is found by tokens just generated, or forced, that are not in the question:
+Facts are hidden between the lines of real text, code or manual of Python's standard library; each token of the answer
+is found in them. The true answer is fed (teacher forcing) and counts as right up to a token if the argmax is the true
+token at every scored one up to there, as in greedy decoding. The first token comes from an exact prefill and is never
+scored; each scored one is found by means of tokens just generated, or forced, that are not in the question:
 
     chain       lines `4178.8823`, shuffled; the answer goes from pair to pair: `8823`, then `8823.3052`, `3052.7716`.
                 Scored: the numbers reached from the second hop on. A step is a hop.
-    lookup      lines `zebra-lamp.8823`; the answer lists some of them. Keys are forced, the question names none.
+    lookup      lines `zebra-lamp.8823`; the answer lists some of them. Keys are forced; the question names none.
                 Scored: the numbers. A step is a line of the answer.
-    copy        lines `zebra: 417 882 305 ...`; the answer repeats one. Scored: from the fourth number on, spaces
-                aside. A step is a number.
+    copy        lines `zebra: 417 882 305 ...`; the answer repeats one. Scored: from the fourth number on, without
+                spaces. A step is a number.
     needle      lines `zebra=48217733`, one for each question, at even depths from 5 % to 95 %, in the questions' order.
                 Scored: from the second digit on. A step is a digit.
     perplexity  of the last 512 tokens of a text given the rest; the question: the 64 tokens before. A step is a token.
 
-SmolLM2-135M-Instruct finds digits and rarely finds words, hence the formats. A case is the same for the same seed,
-tokenizer and version of Python: another version's library holds other text. Run as a script, it prints what a full
-cache scores.
+SmolLM2-135M-Instruct finds digits but rarely words, hence the formats. A case depends on the seed, the tokenizer and
+the version of Python, whose library is the text. Run as a script, it prints the accuracy of a full cache.
 """
 
 from __future__ import annotations
@@ -33,8 +32,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-HOPS = 6  # the first of them is answered by the prefill
-RING = 12  # numbers of the ring that the chains run along
+HOPS = 6  # the first is answered by the prefill
+RING = 12  # numbers in the cycle that chains follow
 STRAY_PAIRS = 4
 LOOKUP_LINES = 16
 LOOKUP_ASKED = 4
@@ -81,7 +80,7 @@ class TextQuestion:
 
 @dataclass(frozen=True)
 class TextCase:
-    """A document and questions about it, each asked as if alone."""
+    """A document and questions about it, asked independently of each other."""
 
     document_ids: list[int]  # prefilled once
     questions: list[TextQuestion]
@@ -89,7 +88,7 @@ class TextCase:
 
 @dataclass(frozen=True)
 class Hidden:
-    """A line to hide in the document, and where: 0 is its beginning, 1 its end."""
+    """A line to hide in the document, at a depth from 0, its beginning, to 1, its end."""
 
     line: str
     depth: float
@@ -97,7 +96,7 @@ class Hidden:
 
 @dataclass(frozen=True)
 class Asked:
-    """A question's text and its answer in pieces, each with the step it is scored for; 0: not scored."""
+    """A question's text, and its answer in pieces, each with its step; 0 if it is not scored."""
 
     prompt: str
     answer: list[tuple[str, int]]
@@ -109,17 +108,17 @@ Plan = Callable[[random.Random, Iterator[str], Iterator[str], int], tuple[list[H
 def make_case(task: str, tokenizer: Any, tokens: int, seed: int, questions: int = 8) -> TextCase:
     """A document and questions; document and longest question together are exactly `tokens` tokens, others fewer.
 
-    Even seeds take code, odd ones prose. `perplexity` has one question, whose answer follows the `tokens` tokens.
+    Even seeds use code, odd ones prose. `perplexity` has one question, whose answer follows the `tokens` tokens.
     """
     if task not in TASKS:
         raise ValueError(f"task {task!r}: not one of {', '.join(TASKS)}")
-    rng = random.Random(f"{task} {seed}")  # a string is hashed the same everywhere
+    rng = random.Random(f"{task} {seed}")  # a string seeds alike everywhere
     lines = _carrier(rng, seed % 2 == 0, 8 * (tokens + LAST))
     plan = TASKS[task]
     if plan is None:
         ids = _encode(tokenizer, "\n".join(lines))
         if len(ids) < tokens + LAST:
-            raise ValueError(f"{tokens} tokens: the texts at hand have {len(ids)}, {LAST} of them to be scored")
+            raise ValueError(f"{tokens} tokens: the available texts have {len(ids)}, of which {LAST} are scored")
         middle, end = tokens - BEFORE_LAST, tokens + LAST
         scored = list(range(1, LAST))
         last = TextQuestion(task, ids[middle:tokens], ids[tokens:end], scored, [place + 1 for place in scored])
@@ -203,7 +202,7 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
 
 
 def _carrier(rng: random.Random, code: bool, characters: int) -> list[str]:
-    """Lines of the standard library, at least so many characters if there are as many."""
+    """Lines of the standard library: at least `characters` characters, or all there are."""
     from pydoc_data.topics import topics
 
     names = CODE.split() if code else sorted(topics)
@@ -240,7 +239,7 @@ def _question(task: str, tokenizer: Any, asked: Asked) -> TextQuestion:
 
 
 def _document(tokenizer: Any, length: int, hidden: list[Hidden], lines: list[str]) -> list[int]:
-    """Exactly `length` tokens: the lines in order, those to hide between them, cut after the last of them."""
+    """Exactly `length` tokens: the lines in order with the hidden ones between them, cut off at the end."""
     room = length - sum(len(_encode(tokenizer, "\n" + one.line)) for one in hidden)
     waiting = sorted(hidden, key=lambda one: one.depth)
     written: list[str] = []
@@ -255,12 +254,12 @@ def _document(tokenizer: Any, length: int, hidden: list[Hidden], lines: list[str
     ids = _encode(tokenizer, "\n".join(written))
     facts = [place for place, line in enumerate(written) if line in {one.line for one in hidden}]
     if waiting or len(ids) < length or len(_encode(tokenizer, "\n".join(written[: facts[-1] + 1]))) > length:
-        raise ValueError(f"{length} tokens are too few for what is to be hidden, or too many for the texts at hand")
+        raise ValueError(f"{length} tokens are too few for the hidden lines, or too many for the available texts")
     return ids[:length]
 
 
 def full_cache(model: Any, case: TextCase) -> list[list[bool]]:
-    """Per question, which scored tokens the model predicts with nothing taken from its cache."""
+    """Per question, which scored tokens the model predicts with its full cache."""
     import torch
     from transformers import DynamicCache
 

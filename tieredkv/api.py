@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Coroutine
 from contextlib import ExitStack
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, get_args, overload
 
-from tieredkv.config import DEFAULT_FPS, TierConfig, tier_config
+from tieredkv.config import DEFAULT_FPS, FIELDS, TierConfig, refuse_policy_fields, tier_config
 from tieredkv.errors import OptionError
 from tieredkv.evidence.moments import check_wanted
 from tieredkv.models.chat_template import check_prompt
@@ -22,9 +21,8 @@ from tieredkv.session.video_session import VideoSession
 from tieredkv.storage import tensor_file
 from tieredkv.video.frames import check_request, open_video
 
-_TIER_OPTIONS = {field.name for field in fields(TierConfig)}
 _VIDEO_OPTIONS = {"fps", "source_fps", "max_frames", "start", "end"}
-_OPENING = {*_TIER_OPTIONS, *_VIDEO_OPTIONS, "tiers", "processor", "positions", "progress"}
+_OPENING = {*FIELDS, *_VIDEO_OPTIONS, "tiers", "processor", "positions", "progress"}
 
 
 def open_session(
@@ -115,7 +113,7 @@ def load_session(
         raise OptionError(
             "'tiers' cannot be given: give those fields as keywords that are to differ from the saved ones."
         )
-    if kept := sorted(options.keys() & (_OPENING - _TIER_OPTIONS)):
+    if kept := sorted(options.keys() & (_OPENING - FIELDS)):
         raise OptionError(f"{kept[0]!r} cannot be given: a saved session keeps how its video was read.")
     given = {**options, **({} if gpu_kv_gb is None else {"gpu_kv_gb": gpu_kv_gb})}
     _check_tier_options(given)
@@ -196,6 +194,7 @@ def _single_question(
     streamer = options.get("streamer")
     with generation.ending_on_error(streamer):
         check_stream(stream, options)
+        refuse_policy_fields(asking)
         generation.check_options(asking, also=(*_OPENING, "trace", "evidence"))
         check_prompt(prompt)
         check_request(video, **source)
@@ -220,6 +219,7 @@ def check_question(prompt: str, options: dict[str, Any]) -> None:
 
 
 def _check_tier_options(options: dict[str, Any]) -> None:
-    if unknown := sorted(set(options) - _TIER_OPTIONS):
+    refuse_policy_fields(options)
+    if unknown := sorted(set(options) - FIELDS):
         generation.check_options({unknown[0]: None}, also=tuple(_OPENING))
         raise OptionError(f"{unknown[0]!r} is a generation option: give it to ask, not to open_session.")

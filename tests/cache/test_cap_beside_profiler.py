@@ -13,13 +13,16 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from helpers import cap_share
+from helpers import cap_share, tier_options
 
 import tieredkv
 from tieredkv.cache import prefill
+from tieredkv.cache.context_digests import ContextDigests
 from tieredkv.cache.looks import Looks
+from tieredkv.cache.question import CONTEXT, Question
 from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.environment.versions import cache_argument
+from tieredkv.memory.host import HostLayer
 from tieredkv.memory.ledger import DeviceLedger
 from tieredkv.policy.digests import sketch
 from tieredkv.policy.digests.vectors import DIGESTS
@@ -63,17 +66,17 @@ MOST = {"scores": 3.0, "ranking": 3.0, "scratch": 1.6, "ranked ahead": 3.0}
 
 def settings(fields: dict[str, Any], gpu_kv_gb: float) -> tieredkv.TierConfig:
     all_dynamic = {} if "policy" in fields else {"theta": 2.0}
-    return tieredkv.TierConfig(gpu_kv_gb=gpu_kv_gb, budget_ratio=0.1, **{"chunk_tokens": 4, **all_dynamic, **fields})
+    options = {"gpu_kv_gb": gpu_kv_gb, "budget_ratio": 0.1, "chunk_tokens": 4, **all_dynamic, **fields}
+    return tieredkv.TierConfig(**tier_options(**options))
 
 
 def work(model: Any, cache: TieredCache, profiled: Callable[[str], Any]) -> None:
     """A prompt; then, each profiled, a question with scored rows, the seal and single tokens, several tokens a call."""
     ids = torch.randint(0, 97, (1, PROMPT), generator=torch.Generator().manual_seed(0))
-    cache.auto_seal, cache.text_rows = False, 0
+    cache.expect(CONTEXT)
     model(ids[:, :-QUESTION], **cache_argument(cache))
     cache.settle()  # makes the digests, which are on the host
-    cache.text_rows = cache.tiers.method.text_window
-    cache.looks = Looks(cache.tiers.chunk_tokens)
+    cache.expect(Question(max_new_tokens=20, looks=Looks(cache.tiers.chunk_tokens)))
     with profiled("question"):
         model(ids[:, -QUESTION:], **cache_argument(cache))
     with profiled("steps"):
@@ -100,9 +103,6 @@ def digest_of(kind: str, keys: torch.Tensor, bits: int) -> Callable[[], torch.Te
 
 def counted_for_digesting(chunks: torch.Tensor) -> int:
     """What a card's ledger counts for digesting chunks `(K, n, 2, C, D)`."""
-    from tieredkv.cache.context_digests import ContextDigests
-    from tieredkv.memory.host import HostLayer
-
     heads, count, _, c, d = chunks.shape
     host = HostLayer(heads, d, c, chunks.dtype)
     return ContextDigests(None, host, torch.device("cpu"))._scratch_bytes(count)
@@ -206,11 +206,11 @@ def measured() -> dict[tuple[str, str], list[Block]]:
             pytest.MonkeyPatch.context() as patch,
             torch.no_grad(),
             tieredkv.use_attention(model),
-            TieredCache(model.config, tiers, max_new_tokens=20) as cache,
+            TieredCache(model.config, tiers) as cache,
         ):
 
             def watched_score(*args: Any, **options: Any) -> Any:
-                counted = cache.ledger.held()["scores"]
+                counted = cache.ledger.by_purpose()["scores"]
                 moment("held in prefill", cache.ledger.used_bytes - counted)
                 with block("scores", counted):
                     return score(*args, **options)

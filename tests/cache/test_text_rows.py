@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from helpers import tier_options
 
 import tieredkv
 from tieredkv.cache.counters import Counters
 from tieredkv.cache.prefill import TextRows
+from tieredkv.cache.question import Question
 from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.environment.versions import cache_argument
 
@@ -20,7 +22,7 @@ SMALL = {"gpu_kv_gb": 1.0, "chunk_tokens": C, "text_window": 32, "recent_window"
 
 
 def settings(fields: dict[str, Any]) -> tieredkv.TierConfig:
-    return tieredkv.TierConfig(**{**SMALL, **fields})
+    return tieredkv.TierConfig(**tier_options(**{**SMALL, **fields}))
 
 
 def decode(
@@ -32,12 +34,11 @@ def decode(
     """
     tiers = settings(fields)
     with torch.no_grad(), tieredkv.use_attention(model), TieredCache(model.config, tiers) as cache:
-        cache.auto_seal = False
+        cache.expect(Question(trace=True))
         model(ids, **cache_argument(cache))
         if attention is not None:
             for layer, paid in zip(cache.tiered_layers, attention, strict=True):
-                layer.rows = TextRows(torch.ones(paid.shape[0]), paid.expand(2, -1, -1), tiers.text_window)
-        cache.counters.trace = []
+                layer.rows = TextRows(torch.ones(paid.shape[0]), paid.expand(2, -1, -1), 32)
         cache.seal()
         for token in tokens:
             model(torch.tensor([[token]]), **cache_argument(cache))

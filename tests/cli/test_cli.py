@@ -106,7 +106,7 @@ def test_bad_use_of_a_session_is_one_sentence(monkeypatch, capsys, short_video, 
     (tmp_path / "cut.tkv").write_bytes(kept.read_bytes()[:-100])
     bad = {
         "no such file; give a video too": [question, "--session", str(tmp_path / "gone.tkv")],
-        "saved as it was sampled: leave out --fps": [question, "--session", str(kept), "--fps", "2"],
+        "keeps the sampling it was saved with: leave out --fps": [question, "--session", str(kept), "--fps", "2"],
         "is a session of another video": [str(write_other(tmp_path)), question, "--session", str(kept)],
         "is cut short": [question, "--session", str(tmp_path / "cut.tkv")],
         "not a file of tieredkv": [question, "--session", __file__],
@@ -283,7 +283,7 @@ def test_a_pipe_is_not_waited_for(monkeypatch, capsys, tmp_path):
     os.mkfifo(tmp_path / "film.mp4")
     code, out, err = run(monkeypatch, capsys, "ask", str(tmp_path / "film.mp4"), "what ?")
     assert (code, out) == (2, "")
-    assert "is no regular file" in err
+    assert "is not a regular file" in err
 
 
 @pytest.mark.model
@@ -301,7 +301,7 @@ def test_a_session_that_appears_during_ingest_is_not_overwritten(monkeypatch, ca
     code, out, err = run(monkeypatch, capsys, "ask", *arguments)
     assert code == 2
     assert out.strip()
-    assert "written by somebody else meanwhile" in err
+    assert "written by another program meanwhile" in err
     assert kept.read_text() == "of another process"
 
 

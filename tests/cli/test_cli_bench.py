@@ -35,7 +35,7 @@ def test_a_package_without_benchmarks_says_so(tmp_path):
 def test_an_unknown_name_is_refused_naming_those_there_are(monkeypatch, capsys):
     code, out, err = run(monkeypatch, capsys, "bench", "origin")
     assert (code, out) == (2, "")
-    assert "'origin' is no benchmark: give one of decode, decode_cpu" in err
+    assert "'origin' is not a benchmark: give one of decode, decode_cpu" in err
 
 
 @pytest.mark.subprocess

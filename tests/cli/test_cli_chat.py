@@ -75,7 +75,7 @@ def test_an_error_of_torch_is_one_line_with_its_kind(talk, monkeypatch, capsys):
         raise RuntimeError("CUDA out of memory.\nTried to allocate 2 GiB")
 
     monkeypatch.setattr(talk.session, "chat", out_of_memory)
-    talk.hold([MOON])
+    talk.run([MOON])
     assert capsys.readouterr() == ("", "tieredkv: RuntimeError: CUDA out of memory.\n")
     assert talk.failed == 1
 
@@ -84,7 +84,7 @@ def test_words_are_written_as_they_come(talk, monkeypatch):
     writes: list[str] = []
     monkeypatch.setattr(sys, "stdout", writer := io.StringIO())
     monkeypatch.setattr(writer, "write", writes.append)
-    talk.hold([FOLLOW])
+    talk.run([FOLLOW])
     words = [piece for piece in writes if piece]
     assert len(words) > 2
     assert "".join(words) == f"{talk.session.history[-1][1]}\n"
@@ -105,11 +105,11 @@ class Interrupt:
 
 def test_an_interrupt_stops_the_answer_and_the_conversation_goes_on(talk, capsys):
     before = signal.getsignal(signal.SIGINT)
-    talk.hold([FOLLOW])
+    talk.run([FOLLOW])
     whole = capsys.readouterr().out
     talk.session.clear_history()
     talk.options["logits_processor"] = [Interrupt()]
-    talk.hold([FOLLOW, FOLLOW])
+    talk.run([FOLLOW, FOLLOW])
     out, err = capsys.readouterr()
     stopped, again = out.splitlines()
     assert 0 < len(stopped.split()) < len(again.split())
@@ -129,21 +129,21 @@ def test_a_second_interrupt_is_not_held_back(talk):
 
     talk.options["logits_processor"] = [Twice()]
     with pytest.raises(KeyboardInterrupt):
-        talk.hold([FOLLOW])
+        talk.run([FOLLOW])
 
 
 def test_clear_begins_another_conversation(talk):
-    talk.hold([MOON, "/clear", CUP])
+    talk.run([MOON, "/clear", CUP])
     assert [question for question, _ in talk.session.history] == [CUP]
 
 
 def test_quit_leaves_what_follows(talk):
-    talk.hold([MOON, "/quit", CUP])
+    talk.run([MOON, "/quit", CUP])
     assert [question for question, _ in talk.session.history] == [MOON]
 
 
 def test_stats_are_of_the_last_answer(talk, capsys):
-    talk.hold(["/stats", MOON, "/stats"])
+    talk.run(["/stats", MOON, "/stats"])
     err = capsys.readouterr().err.splitlines()
     assert err[0] == "nothing has been answered yet."
     assert {"visual_tokens", "hit_rate", "ttft_s"} <= {line.split()[0] for line in err[1:]}
@@ -151,13 +151,13 @@ def test_stats_are_of_the_last_answer(talk, capsys):
 
 @pytest.mark.parametrize("line", ["/nonsense", "/stats now", "/"])
 def test_what_is_no_command_is_not_asked(talk, capsys, line):
-    talk.hold([line])
-    assert capsys.readouterr() == ("", f"tieredkv: {line} is no command: /help lists them.\n")
+    talk.run([line])
+    assert capsys.readouterr() == ("", f"tieredkv: {line} is not a command: /help lists them.\n")
     assert talk.session.history == ()
 
 
 def test_help_names_every_command(talk, capsys):
-    talk.hold(["/help"])
+    talk.run(["/help"])
     assert {line.split()[0] for line in capsys.readouterr().err.splitlines()} == {"/clear", "/save", "/stats", "/quit"}
 
 
@@ -177,11 +177,11 @@ def test_a_conversation_is_saved_and_gone_on_with(monkeypatch, capsys, short_vid
 def test_saving_never_replaces_what_is_no_session(talk, capsys, tmp_path):
     film = tmp_path / "film.mp4"
     film.write_text("precious")
-    talk.hold([f"/save {film}", "/save", "/save /nowhere/at/all.tkv"])
+    talk.run([f"/save {film}", "/save", "/save /nowhere/at/all.tkv"])
     assert film.read_text() == "precious"
     assert talk.failed == 3
     first, second, third = capsys.readouterr().err.splitlines()
-    assert "is there, and no session: not saved over it" in first
+    assert "exists and is not a session: it is not overwritten" in first
     assert "there is no file to save to: give one" in second
     assert "there is no folder" in third
 

@@ -54,12 +54,12 @@ def test_every_key_is_an_option_and_a_variable(monkeypatch, capsys, file, short_
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("gpu_kv = 1", "'gpu_kv' is no setting: give one of model, gpu_kv_gb"),
+        ("gpu_kv = 1", "'gpu_kv' is not a setting: give one of model, gpu_kv_gb"),
         ('fps = "2"', "fps = '2' is not valid: give a number"),
         ("fps = true", "fps = True is not valid: give a number"),
         ("max_frames = 2.5", "max_frames = 2.5 is not valid: give a whole number"),
         ("model = 3", "model = 3 is not valid: give text in quotes"),
-        ("[ask]\nfps = 2", "'ask' is no setting"),
+        ("[ask]\nfps = 2", "'ask' is not a setting"),
         ("fps 2", "is not TOML"),
         (b"\xff", "is not TOML"),
     ],

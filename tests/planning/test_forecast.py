@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import run
-from helpers import cap_share
+from helpers import cap_share, tier_options
 
 from tieredkv.api import new_session
 from tieredkv.cache.tiered_cache import TieredCache
@@ -152,17 +152,17 @@ class Watch:
 
         def watched_reserve(ledger, purpose, nbytes):
             reserve(ledger, purpose, nbytes)
-            held = ledger.held()
+            held = ledger.by_purpose()
             self.most[purpose] = max(self.most.get(purpose, 0), held[purpose])
             if not {"pool", "tables"} & set(held):
                 self.prefill = max(self.prefill, sum(held.values()))
 
         def watched_seal(cache):
             seal(cache)
-            self.sealed = cache.ledger.held()
+            self.sealed = cache.ledger.by_purpose()
 
-        def watched_plan(shape, tiers, layout, scores, static, need=None):
-            made = plan_decode(shape, tiers, layout, scores, static)
+        def watched_plan(shape, tiers, layout, cap_bytes, scores, static, need=None):
+            made = plan_decode(shape, tiers, layout, cap_bytes, scores, static, need)
             self.planned = (shape, tiers, made, static)
             return made
 
@@ -179,11 +179,11 @@ def test_every_purpose_takes_what_the_plan_says(
     film = np.concatenate([frames, frames, frames])
     options = {"gpu_kv_gb": cap_share(video_model, 800, share), "policy": "paper", "theta": theta, **SMALL}
     watch = Watch(monkeypatch)
-    with new_session(video_model, processor=processor, **options) as session:
+    with new_session(video_model, processor=processor, **tier_options(**options)) as session:
         session.ingest(film, fps=4.0, question=QUESTION, max_new_tokens=NEW)
         answer = session.ask(QUESTION, max_new_tokens=NEW)
         tail = answer.stats.prompt_tokens - answer.stats.visual_tokens - session.head_tokens
-        streamed = session.ingest_stats.streamed_bytes + session._cache.transfer.streamed_bytes
+        streamed = session.ingest_stats.streamed_bytes + session._cache.device_tier.transfer.streamed_bytes
         digests = sum(layer.digests.packed.nbytes for layer in session._cache.tiered_layers)
         host = session._cache.host_bytes
     real = forecast_bytes.decode_bytes(*watch.planned)
@@ -196,7 +196,7 @@ def test_every_purpose_takes_what_the_plan_says(
         question_tokens=tail,
         max_new_tokens=NEW,
         static_share=0.5 if static_share is None else static_share,
-        **options,
+        **tier_options(**options),
     )
     pool = real["recent pages"] + real["static pages"] + real["retrieval pool"]
     assert pool == watch.sealed["pool"]
@@ -215,7 +215,7 @@ def test_every_purpose_takes_what_the_plan_says(
 
 def test_a_plan_refuses_with_the_cap_of_the_session(video_model, processor, frames):
     with (
-        new_session(video_model, processor=processor, gpu_kv_gb=1e-5, **SMALL) as session,
+        new_session(video_model, processor=processor, gpu_kv_gb=1e-5, **tier_options(**SMALL)) as session,
         pytest.raises(BudgetError) as refused,
     ):
         session.ingest(frames, fps=4.0, question="?", max_new_tokens=NEW)
@@ -229,7 +229,7 @@ def test_a_plan_refuses_with_the_cap_of_the_session(video_model, processor, fram
             gpu_kv_gb=1e-5,
             question_tokens=len(tail),
             max_new_tokens=NEW,
-            **SMALL,
+            **tier_options(**SMALL),
         )
     assert str(planned.value) == str(refused.value)
 

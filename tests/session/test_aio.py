@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import PATIENCE_S, Gate, ended, pressed
+from helpers import PATIENCE_S, Gate, ended, pressed, tier_options
 from transformers import AsyncTextIteratorStreamer
 
 import tieredkv
@@ -24,7 +24,7 @@ from tieredkv.session import video_session as session_module
 
 pytestmark = pytest.mark.threads
 STAR, MOON = "what colour was the star ?", "follow the moon for 4 ?"
-TIGHT = {"chunk_tokens": 8, "recent_window": 16, "theta": 0.4}
+TIGHT = tier_options(chunk_tokens=8, recent_window=16, theta=0.4)
 
 
 @pytest.fixture
@@ -378,4 +378,4 @@ async def test_the_event_loop_is_never_blocked(video_model, frames, opening, mon
             with modules_that_run_here() as modules:
                 await work
         assert {"decode", "logits"} <= seen
-    assert modules == {"aio", "ambient", "streaming"}  # the second notes what is set here, for the thread
+    assert modules == {"aio", "ambient", "stream"}  # the second notes what is set here, for the thread

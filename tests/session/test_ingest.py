@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from helpers import PATIENCE_S, assert_near, cap_share, session_logits, stock_inputs, stock_logits
+from helpers import PATIENCE_S, assert_near, cap_share, session_logits, stock_inputs, stock_logits, tier_options
 from test_pipeline import WatchedPipeline, stage_threads
 
 import tieredkv
@@ -124,7 +124,7 @@ def test_less_is_read_again_the_larger_the_cap(video_model, processor, frames):
             fps=4,
             prefill_chunk=64,
             chunk_tokens=8,
-            text_window=8,
+            **tier_options(text_window=8),
         ) as session:
             moved.append(session.ingest_stats.streamed_bytes)
     assert moved == sorted(moved, reverse=True)
@@ -286,9 +286,9 @@ def test_images_that_were_opened_and_not_read_are_a_video(video_model, processor
 def test_it_works_in_inference_mode(video_model, processor, frames):
     options = {"gpu_kv_gb": cap_share(video_model, 280, 0.6), "processor": processor, "fps": 4}
     options |= {"chunk_tokens": 8, "recent_window": 16, "theta": 0.4, "prefill_chunk": 64}
-    with tieredkv.open_session(video_model, frames, **options) as session:
+    with tieredkv.open_session(video_model, frames, **tier_options(**options)) as session:
         expected = session.ask(QUESTION, max_new_tokens=8).token_ids
-    with torch.inference_mode(), tieredkv.open_session(video_model, frames, **options) as session:
+    with torch.inference_mode(), tieredkv.open_session(video_model, frames, **tier_options(**options)) as session:
         assert session.ask(QUESTION, max_new_tokens=8).token_ids == expected
 
 

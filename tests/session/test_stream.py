@@ -8,7 +8,7 @@ import threading
 
 import pytest
 import torch
-from helpers import PATIENCE_S, Gate, ended, pressed
+from helpers import PATIENCE_S, Gate, ended, pressed, tier_options
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import TextIteratorStreamer
@@ -24,7 +24,7 @@ STAR, MOON = "what colour was the star ?", "follow the moon for 4 ?"
 
 @pytest.fixture
 def session(video_model, processor, frames, request):
-    options = {"chunk_tokens": 8, "recent_window": 16, "theta": 0.4, "prefill_chunk": getattr(request, "param", 4096)}
+    options = tier_options(chunk_tokens=8, recent_window=16, theta=0.4, prefill_chunk=getattr(request, "param", 4096))
     options |= pressed(video_model, 280, 0.6)
     with tieredkv.open_session(video_model, frames, processor=processor, fps=4, **options) as opened:
         yield opened

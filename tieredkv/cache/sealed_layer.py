@@ -6,25 +6,37 @@ pruning; for a dynamic head, the sink chunks and the chunks selected in this ste
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from tieredkv.attention import exact
+from tieredkv.cache.decode_phase import DecodePhase
 from tieredkv.cache.prefill import TextRows
 from tieredkv.cache.retrieval import Retrieval
-from tieredkv.cache.tiers import Tiers
 from tieredkv.environment.threads import at_most, worth
 from tieredkv.errors import BudgetError
 from tieredkv.memory.host import HostLayer
 from tieredkv.memory.units import FLOAT32
 from tieredkv.ops import torch_ops
 from tieredkv.ops.packing import Packing, channel_norms, rounded, unpack
-from tieredkv.planning.decode_plan import table_width
-from tieredkv.planning.sizes import chunk_bytes, ranking_bytes, scratch_page_bytes
+from tieredkv.planning.decode_plan import gather_bytes, table_width
+from tieredkv.planning.sizes import chunk_bytes, ranking_bytes
 from tieredkv.policy import prune
 from tieredkv.policy.digests.sketch import Basis
 
 MOST_ROWS = 32
 """Steps whose chunks are ranked in one pass."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPosition:
+    """How far a layer has decoded, as far as it is counted in Python."""
+
+    recent_tokens: int
+    generated: int
+    steps: int
+    """Of the retrieval, since its counters were flushed."""
 
 
 class SealedLayer:
@@ -39,15 +51,15 @@ class SealedLayer:
         static: torch.Tensor,
         rows: TextRows,
         is_text: torch.Tensor,
-        tiers: Tiers,
+        phase: DecodePhase,
     ) -> None:
         """host: all prompt tokens. digests: `(K, >= old chunks, bytes)` on the host. static: `(K,)` mask.
 
         is_text: `(N,)`, which prompt tokens are text. Copies pages to the device; counts them as warm.
         """
-        self.index, self.host, self.tiers = index, host, tiers
-        self.device = tiers.pool.pages.device
-        layout, plan = tiers.plan.layout, tiers.plan
+        self.host, self.phase = host, phase
+        self.device = phase.pool.pages.device
+        layout, plan = phase.plan.layout, phase.plan
         heads, self._c = host.num_heads, host.chunk_tokens
         self.generated = 0
 
@@ -55,14 +67,14 @@ class SealedLayer:
         self.dynamic = (~static).nonzero().squeeze(1)
         self._rows = self.dynamic.to(self.device)
         sinks, recent = layout.sink_chunks, layout.recent_pages
-        width = table_width(plan, tiers.config, index, static)
-        self.table = tiers.ledger.empty("tables", (heads, width), torch.int32, self.device).zero_()
-        self.lengths = tiers.ledger.empty("tables", (heads, width), torch.int32, self.device).zero_()
+        width = table_width(plan, phase.tiers, index, static)
+        self.table = phase.ledger.empty("tables", (heads, width), torch.int32, self.device).zero_()
+        self.lengths = phase.ledger.empty("tables", (heads, width), torch.int32, self.device).zero_()
 
         self.packing: Packing | None = None
-        if tiers.pool.scales is not None:
+        if phase.pool.scales is not None:
             shape = heads, 2, host.head_dim
-            self.packing = Packing(tiers.pool.scales, tiers.ledger.empty("tables", shape, torch.float32, self.device))
+            self.packing = Packing(phase.pool.scales, phase.ledger.empty("tables", shape, torch.float32, self.device))
             self.packing.norms.copy_(channel_norms(host.chunks(), host.length))
         self._fill_recent(recent, layout.recent_start)
         for head in self.static.tolist():
@@ -74,7 +86,7 @@ class SealedLayer:
             first = recent + sinks
             saliency = rows.saliency
             self.retrieval = Retrieval(
-                index, host, self.dynamic, digests, basis, saliency, self.table, first, tiers, self.packing
+                index, host, self.dynamic, digests, basis, saliency, self.table, first, phase, self.packing
             )
             self._picked = slice(first, first + self.retrieval.most_selected)
             self._place = torch.arange(self.retrieval.most_selected, device=self.device)
@@ -92,22 +104,22 @@ class SealedLayer:
 
     def _fetch(self, heads: torch.Tensor, ids: torch.Tensor, slots: torch.Tensor) -> None:
         """Copy whole chunks `ids` (absolute) of `heads` into pool `slots`, all `(m,)`."""
-        tiers = self.tiers
-        tiers.ops.fetch(self.host.arena, tiers.pool.pages, heads, ids, slots, self.packing)
-        tiers.counters.warm_bytes += len(ids) * chunk_bytes(tiers.shape, tiers.config)
+        phase = self.phase
+        phase.ops.fetch(self.host.arena, phase.pool.pages, heads, ids, slots, self.packing)
+        phase.counters.warm_bytes += len(ids) * chunk_bytes(phase.shape, phase.tiers)
 
     def _fill_recent(self, pages: int, first_token: int) -> None:
         heads, c = self.host.num_heads, self._c
-        self.table[:, :pages] = self.tiers.pool.take(heads * pages).view(heads, pages)
+        self.table[:, :pages] = self.phase.pool.take(heads * pages).view(heads, pages)
         self.recent_tokens = self.host.length - first_token
-        self._held = torch.full((1,), self.recent_tokens, dtype=torch.int32, device=self.device)
+        self._recent_length = torch.full((1,), self.recent_tokens, dtype=torch.int32, device=self.device)
         filled = -(-self.recent_tokens // c)
         ids = (first_token // c + torch.arange(filled, device="cpu")).repeat(heads)
         who = torch.arange(heads, device="cpu").repeat_interleave(filled)
         self._fetch(who, ids, self.table[:, :filled].flatten())
         if within := self.recent_tokens % c:  # what the host holds behind its last token was never written
             last = self.table[:, filled - 1]
-            self.tiers.pool.pages[last, :, within:] = 0
+            self.phase.pool.pages[last, :, within:] = 0
             if self.packing is not None:
                 self.packing.scales[last, :, within:] = 0
         starts = torch.arange(pages, device=self.device) * c
@@ -116,8 +128,8 @@ class SealedLayer:
     def _fill_static(self, head: int, pages: int, column: int, saliency: torch.Tensor, is_text: torch.Tensor) -> None:
         if pages == 0:
             return
-        config, c, pool = self.tiers.config, self._c, self.tiers.pool
-        method, n = config.method, saliency.shape[0]
+        config, c, pool = self.phase.tiers, self._c, self.phase.pool
+        method, n = config.policy, saliency.shape[0]
 
         def read() -> tuple[torch.Tensor, torch.Tensor]:
             return self.host.tokens(head, torch.arange(n, device="cpu"))
@@ -128,15 +140,15 @@ class SealedLayer:
         filled = kept.numel() - c * torch.arange(pages, device=self.device)
         self.lengths[head, column : column + pages] = filled.clamp(0, c).int()
         if method.merge is None:
-            self.tiers.ops.keep(self.host.arena, pool.pages, head, kept, slots, self.packing)
+            self.phase.ops.keep(self.host.arena, pool.pages, head, kept, slots, self.packing)
         else:
             merged = torch.stack(method.merge(tokens, kept), dim=1)
             torch_ops.write(merged, pool.pages, head, slots, self.packing)
-        self.tiers.counters.warm_bytes += kept.numel() * chunk_bytes(self.tiers.shape, config) // c
+        self.phase.counters.warm_bytes += kept.numel() * chunk_bytes(self.phase.shape, config) // c
 
     def _fill_sinks(self, sinks: int, column: int) -> None:
         n = len(self.dynamic)
-        slots = self.tiers.pool.take(n * sinks).view(n, sinks)
+        slots = self.phase.pool.take(n * sinks).view(n, sinks)
         self.table[self.dynamic, column : column + sinks] = slots.int()
         self.lengths[self.dynamic, column : column + sinks] = self._c
         who = self.dynamic.repeat_interleave(sinks)
@@ -189,10 +201,10 @@ class SealedLayer:
         if n == 1:
             return [self.step(query[:, 0], keys[:, 0], values[:, 0], scaling)]
         assert self.retrieval is not None
-        tiers = self.tiers
-        with tiers.ledger.scratch("ranked ahead", n * self._row_bytes()):
+        phase = self.phase
+        with phase.ledger.scratch("ranked ahead", n * self._row_bytes()):
             folded = query.reshape(self.host.num_heads, -1, query.shape[-1])
-            with tiers.ledger.scratch("ranking", ranking_bytes(tiers.shape, tiers.config, tiers.plan.layout)):
+            with phase.ledger.scratch("ranking", ranking_bytes(phase.shape, phase.tiers, phase.plan.layout)):
                 ahead = self.retrieval.logits(folded, scaling).unflatten(1, (-1, n))
             return [
                 self.step(query[:, row], keys[:, row], values[:, row], scaling, ahead[:, :, row]) for row in range(n)
@@ -200,19 +212,18 @@ class SealedLayer:
 
     def _row_bytes(self) -> int:
         """Of one more step ranked ahead: logits of all tokens, and three times logits of all chunks."""
-        shape, layout = self.tiers.shape, self.tiers.plan.layout
+        shape, layout = self.phase.shape, self.phase.plan.layout
         return FLOAT32 * shape.num_attention_heads * layout.retrievable * (layout.chunk_tokens + 3)
 
     def _rows_at_once(self) -> int:
         """Steps that can be ranked ahead beside the scratch that each of them takes."""
-        tiers = self.tiers
-        ranking = ranking_bytes(tiers.shape, tiers.config, tiers.plan.layout)
-        spare = tiers.ledger.free_bytes - max(ranking, self._scratch_bytes())
+        phase = self.phase
+        ranking = ranking_bytes(phase.shape, phase.tiers, phase.plan.layout)
+        spare = phase.ledger.free_bytes - max(ranking, self._scratch_bytes())
         return min(MOST_ROWS, spare // self._row_bytes())
 
     def _scratch_bytes(self) -> int:
-        used = min(self.tiers.plan.scratch_pages, self.table.numel())
-        return used * scratch_page_bytes(self.tiers.shape, self.tiers.config, self.packing is not None)
+        return gather_bytes(self.phase.shape, self.phase.tiers, self.phase.plan, self.table.numel())
 
     def step(
         self,
@@ -226,51 +237,54 @@ class SealedLayer:
 
         logits: its chunks', if they are known already (`Retrieval.logits`).
         """
-        tiers = self.tiers
+        phase = self.phase
         self._append(key, value)
         if self.retrieval is not None:
             grouped = query.view(self.host.num_heads, -1, query.shape[-1])
-            if tiers.config.adaptive and self.retrieval.adapt():
+            if phase.tiers.adaptive and self.retrieval.adapt():
                 self._set_lengths(self.retrieval)
             self.retrieval.step(grouped, scaling, logits)
         out, lse = self._attend(query.unsqueeze(1), scaling)
         if self.retrieval is not None:
-            self.retrieval.attended(grouped, scaling, lse.view(self.host.num_heads, -1))
+            self.retrieval.record_step(grouped, scaling, lse.view(self.host.num_heads, -1))
         return out.squeeze(1).to(query.dtype)
 
     def _attend(self, query: torch.Tensor, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Of queries `(H, n, D)` to everything in the table: output and lse, float32."""
-        tiers = self.tiers
-        with tiers.ledger.scratch("scratch", self._scratch_bytes()):
-            return tiers.ops.paged_attention(
-                query, tiers.pool.pages, self.table, self.lengths, scaling, tiers.plan.scratch_pages, self.packing
+        phase = self.phase
+        with phase.ledger.scratch("scratch", self._scratch_bytes()):
+            return phase.ops.paged_attention(
+                query, phase.pool.pages, self.table, self.lengths, scaling, phase.plan.scratch_pages, self.packing
             )
 
     def _append(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        self.count_step()
-        tiers = self.tiers
-        tiers.ops.append(key, value, tiers.pool.pages, self.table, self.lengths, self._held, self.packing)
-        self._held += 1
+        self.advance()
+        phase = self.phase
+        phase.ops.append(key, value, phase.pool.pages, self.table, self.lengths, self._recent_length, self.packing)
+        self._recent_length += 1
 
-    def count_step(self) -> None:
+    def advance(self) -> None:
         """Count a generated token. Raises `BudgetError` if there is no room for it."""
-        if self.recent_tokens // self._c >= self.tiers.plan.layout.recent_pages:
+        if self.recent_tokens // self._c >= self.phase.plan.layout.recent_pages:
             raise BudgetError(
                 f"the device has room for {self.generated} generated tokens and no more: ask for a larger "
                 "max_new_tokens before generating, so that it is reserved."
             )
-        self.counted = (self.recent_tokens + 1, self.generated + 1, self.counted[2] + 1)
-
-    @property
-    def counted(self) -> tuple[int, int, int]:
-        """Tokens of the recent region, those of them that were generated, steps of the retrieval."""
-        return self.recent_tokens, self.generated, 0 if self.retrieval is None else self.retrieval.steps
-
-    @counted.setter
-    def counted(self, values: tuple[int, int, int]) -> None:
-        self.recent_tokens, self.generated = values[:2]
+        self.recent_tokens += 1
+        self.generated += 1
         if self.retrieval is not None:
-            self.retrieval.steps = values[2]
+            self.retrieval.steps += 1
+
+    def position(self) -> LayerPosition:
+        """What `advance` changes."""
+        steps = 0 if self.retrieval is None else self.retrieval.steps
+        return LayerPosition(self.recent_tokens, self.generated, steps)
+
+    def go_back(self, position: LayerPosition) -> None:
+        """Undo every `advance` since `position` was taken."""
+        self.recent_tokens, self.generated = position.recent_tokens, position.generated
+        if self.retrieval is not None:
+            self.retrieval.steps = position.steps
 
     # ---- end
 
@@ -286,7 +300,7 @@ class SealedLayer:
             for page in range(first // self._c, -(-self.recent_tokens // self._c)):
                 start, stop = max(first, page * self._c), min(self.recent_tokens, (page + 1) * self._c)
                 slot = int(self.table[head, page])
-                held = self.tiers.pool.pages[slot]
+                held = self.phase.pool.pages[slot]
                 if self.packing is not None:
                     held = unpack(held, self.packing.scales[slot], self.packing.norms[head].unsqueeze(1))
                 tokens[:, head, start - first : stop - first] = held[:, start - page * self._c : stop - page * self._c]

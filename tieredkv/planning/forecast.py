@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from tieredkv.config import DEFAULT_FPS, TierConfig, tier_config
-from tieredkv.errors import OptionError, UnsupportedModelError
+from tieredkv.errors import OptionError, UnsupportedModelError, check, check_whole, is_number
 from tieredkv.memory import limits
-from tieredkv.memory.units import as_gib
+from tieredkv.memory.units import as_gib, largest
 from tieredkv.models import families, loading
 from tieredkv.models.chat_template import ChatTemplate
 from tieredkv.models.encode import batch_tokens
@@ -25,6 +25,7 @@ from tieredkv.models.kv_shape import KVShape, model_shape
 from tieredkv.models.weights import stored_bytes
 from tieredkv.models.wrapped import unwrapped
 from tieredkv.planning import decode_plan, forecast_bytes, sizes
+from tieredkv.planning.admission import FEWER_TOKENS, Request, check_memory
 from tieredkv.planning.report import CARDS, LINKS, MemoryPlan, rate
 from tieredkv.video.frames import Sampled, check_request, open_video
 
@@ -70,17 +71,16 @@ def plan(
     link, link_speed = rate("link", link, LINKS)
     card, card_speed = (None, None) if card is None else rate("card", card, CARDS)
     for name, value in (("question_tokens", question_tokens), ("max_new_tokens", max_new_tokens)):
-        _check_count(name, value)
-    number = isinstance(static_share, int | float) and not isinstance(static_share, bool)
-    if not number or not 0 <= static_share <= 1:
-        raise OptionError(f"static_share={static_share!r} is not valid: give a share between 0 and 1.")
+        check_whole(name, value)
+    share = is_number(static_share) and 0 <= static_share <= 1
+    check(share, "static_share", static_share, "a share between 0 and 1")
 
     source = _Model.of(model)
     shape = source.shape
     video: _Video | None = None
     request: dict[str, Any] = {"source_fps": source_fps, "max_frames": max_frames, "start": start, "end": end}
     if isinstance(video_or_tokens, int):
-        _check_count("visual tokens", video_or_tokens)
+        check_whole("visual tokens", video_or_tokens)
         for name, value in (*request.items(), ("fps", fps)):
             if value not in (None, 0.0):
                 raise OptionError(f"{name} says nothing of a number of tokens: give a video, or leave it out.")
@@ -96,20 +96,17 @@ def plan(
     inside = visual if video is None else video.tokens(video.sampled.frames)
     prompt = text + inside
 
-    rows = sizes.question_rows(tiers, question_tokens)
-    layout = sizes.lay_out(tiers, prompt, rows, max_new_tokens)
-    fewer = sizes.FEWER_TOKENS if video is not None else "give fewer tokens or a smaller max_new_tokens"
-    sizes.check_cap(shape, tiers, layout, rows, fewer)
-    host = sizes.host_bytes(shape, tiers, prompt)
-    available = limits.available_host_bytes()
+    host, available = sizes.host_bytes(shape, tiers, prompt), limits.available_host_bytes()
+    fewer = FEWER_TOKENS if video is not None else "give fewer tokens or a smaller max_new_tokens"
 
-    def remedy(allowed: int) -> str:
+    def smaller(allowed: int) -> str:
         return _smaller_host(shape, tiers, host, available, text, video, allowed)
 
-    limits.check_host(host, tiers.host_kv_gb, f"the cache of {prompt:,} tokens", remedy, available)
+    needs = Request(prompt, question_tokens, max_new_tokens)
+    layout = check_memory(shape, tiers, needs, fewer, smaller, available=available)
 
     static = forecast_bytes.assumed_static(shape, tiers, static_share)
-    made = decode_plan.plan_decode(shape, tiers, layout, static.double(), static)
+    made = decode_plan.plan_decode(shape, tiers, layout, tiers.cap_bytes, static.double(), static)
     n_static, n_dynamic = int(static.sum()), int((~static).sum())
     c, page = tiers.chunk_tokens, sizes.page_bytes(shape, tiers, made.packed)
     recent = prompt - layout.recent_start + max_new_tokens
@@ -151,11 +148,6 @@ def plan(
         card=card,
         card_gb_s=card_speed,
     )
-
-
-def _check_count(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise OptionError(f"{name}={value!r} is not valid: give a whole number of at least 1.")
 
 
 # ---- what is asked about
@@ -259,11 +251,7 @@ class _Video:
 
     def most_frames(self, tokens: int) -> int:
         """The most frames from the start whose tokens are at most `tokens`; 0 if not even one's are."""
-        low, high = 0, self.sampled.frames
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if self.tokens(middle) <= tokens else (low, middle - 1)
-        return low
+        return largest(lambda frames: self.tokens(frames) <= tokens, self.sampled.frames)
 
     def most_fps(self, tokens: int, frames: int) -> float | None:
         """A rate in three digits at which the whole video has at most `tokens`, next to that of `frames` frames."""
@@ -281,11 +269,8 @@ def _smaller_host(
     shape: KVShape, tiers: TierConfig, needed: int, available: int, text: int, video: _Video | None, allowed: int
 ) -> str:
     """The smallest changes with which the host tier holds the cache: fewer frames or tokens, or a larger cap."""
-    low, high = 0, needed // shape.token_bytes
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if sizes.host_bytes(shape, tiers, middle) <= allowed else (low, middle - 1)
-    tokens = low - text
+    most = needed // shape.token_bytes
+    tokens = largest(lambda prompt: sizes.host_bytes(shape, tiers, prompt) <= allowed, most) - text
     changes = []
     if video is not None:
         if frames := video.most_frames(tokens):

@@ -1,14 +1,13 @@
-"""Policy: one way to spend a budget, composed of numbers and pure functions. The presets are in `policy.presets`."""
+"""Policy: one way to spend a budget, made of numbers and pure functions. The presets are in `policy.presets`."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-from tieredkv.errors import BudgetError
+from tieredkv.errors import check, check_whole, is_number
 from tieredkv.policy.budget import WEIGHTS
 from tieredkv.policy.digests.vectors import BITS, DIGESTS
 from tieredkv.policy.prune import HeadTokens, text_prior
@@ -24,13 +23,14 @@ Merge = Callable[[HeadTokens, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 class Policy:
     """Which heads are static, what each may hold, which tokens a static head keeps and how a dynamic head chooses.
 
-    Raises `BudgetError` on construction when a value is outside its range.
+    `dataclasses.replace` makes a changed copy: `replace(POLICIES["hybridkv"], theta=0.9)`. Raises `OptionError` on
+    construction when a value is outside its range.
     """
 
     name: str
-    source: str
+    source: str = field(repr=False)
     """Where it is from: paper, or "ours"."""
-    summary: str
+    summary: str = field(repr=False)
     """One paragraph for `tieredkv policies`."""
 
     head_score: str = "mass"
@@ -61,7 +61,7 @@ class Policy:
     rank: Rank = text_prior
     merge: Merge | None = None
     digest: str = "cuboid"
-    """What stands in for a chunk's keys: a name in `policy.digest.DIGESTS`."""
+    """What stands in for a chunk's keys: a name in `policy.digests.vectors.DIGESTS`."""
     digest_bits: int = 8
     """Bits per number of a digest, 4 or 8."""
     chunk_group: str = "mean"
@@ -78,26 +78,24 @@ class Policy:
     """Everything on the device: no policy at all. Refused where it does not fit."""
 
     def __post_init__(self) -> None:
-        def check(ok: bool, name: str, want: str) -> None:
-            if not ok:
-                raise BudgetError(f"{name}={getattr(self, name)!r} is not valid: give {want}.")
+        def wanted(ok: bool, name: str, want: str) -> None:
+            check(ok, name, getattr(self, name), want)
 
         for name in ("theta", "top_k_ratio", "type_split", "static_floor", "dynamic_floor", "stay", "reuse_above"):
-            value = getattr(self, name)
-            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-            check(number, name, "a finite number")
-        for name in ("text_window", "saliency_window", "saliency_pool", "dense_layers"):
-            value, least = getattr(self, name), 0 if name == "dense_layers" else 1
-            whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
-            check(whole, name, f"a whole number of at least {least}")
-        check(self.saliency_pool % 2 == 1, "saliency_pool", "an odd width")
-        check(0 < self.top_k_ratio <= 1, "top_k_ratio", "a share above 0 and at most 1")
-        check(0 < self.type_split <= 1, "type_split", "a share above 0 and at most 1")
-        check(0 <= self.static_floor <= 1, "static_floor", "a share between 0 and 1")
-        check(0 <= self.dynamic_floor <= 1, "dynamic_floor", "a share between 0 and 1")
-        check(self.stay >= 1, "stay", "a factor of at least 1")
+            wanted(is_number(getattr(self, name)), name, "a finite number")
+        for name in ("text_window", "saliency_window", "saliency_pool"):
+            check_whole(name, getattr(self, name))
+        check_whole("dense_layers", self.dense_layers, 0)
+        wanted(self.saliency_pool % 2 == 1, "saliency_pool", "an odd width")
+        wanted(0 < self.top_k_ratio <= 1, "top_k_ratio", "a share above 0 and at most 1")
+        wanted(0 < self.type_split <= 1, "type_split", "a share above 0 and at most 1")
+        wanted(0 <= self.static_floor <= 1, "static_floor", "a share between 0 and 1")
+        wanted(0 <= self.dynamic_floor <= 1, "dynamic_floor", "a share between 0 and 1")
+        wanted(self.stay >= 1, "stay", "a factor of at least 1")
         logits = self.chunk_group == "max_logit"
-        check(self.stay == 1 or not logits, "stay", "1 with chunk_group='max_logit', which ranks by logits, not shares")
+        wanted(
+            self.stay == 1 or not logits, "stay", "1 with chunk_group='max_logit', which ranks by logits, not shares"
+        )
         choices = {
             "head_score": ("mass", "coverage"),
             "score_group": ("mean", "max"),
@@ -109,5 +107,7 @@ class Policy:
         for name, known in choices.items():
             value = getattr(self, name)
             of_kind = type(value) is type(known[0])
-            check(of_kind and value in known, name, f"one of {', '.join(map(str, known))}")
-        check(isinstance(self.keep_all, bool), "keep_all", "True or False")
+            wanted(of_kind and value in known, name, f"one of {', '.join(map(str, known))}")
+        wanted(isinstance(self.keep_all, bool), "keep_all", "True or False")
+        wanted(callable(self.rank), "rank", "a function of HeadTokens")
+        wanted(self.merge is None or callable(self.merge), "merge", "None or a function of HeadTokens and kept tokens")

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from tieredkv.errors import OptionError
+from tieredkv.errors import OptionError, check_whole
 
 DEFAULT_NEW_TOKENS = 256
 """`max_new_tokens` where neither the caller nor a generation config says."""
@@ -117,8 +117,8 @@ def check_options(options: dict[str, Any], also: tuple[str, ...] = (), model_con
                 f"{name}={own!r}, of the model's generation config, is not supported: give {name}={plain[0]!r}."
             )
     new = given["max_new_tokens"] if "max_new_tokens" in given else getattr(model_config, "max_new_tokens", None)
-    if new is not None and (not isinstance(new, int) or isinstance(new, bool) or new < 1):
-        raise OptionError(f"max_new_tokens={new!r} is not valid: give a whole number of at least 1.")
+    if new is not None:
+        check_whole("max_new_tokens", new)
 
 
 def _fields() -> set[str]:

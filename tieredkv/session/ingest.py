@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tieredkv.cache.question import CONTEXT
 from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.config import TierConfig
 from tieredkv.errors import UnsupportedModelError, VideoError
@@ -21,6 +22,7 @@ from tieredkv.models.chat_template import ChatTemplate, refused
 from tieredkv.models.encode import batch_tokens, encode, segments
 from tieredkv.models.families.base import Positions, VideoFamily, VideoGrid
 from tieredkv.models.switch import use_attention
+from tieredkv.planning.prefill_plan import context_calls
 from tieredkv.progress import IngestProgress
 from tieredkv.session.pipeline import Pipeline
 from tieredkv.session.results import IngestStats
@@ -104,7 +106,7 @@ def run(
         encode_s=busy["encode"],
         prefill_s=prefill_s,
         wall_s=now - started,
-        streamed_bytes=cache.transfer.streamed_bytes,
+        streamed_bytes=cache.device_tier.transfer.streamed_bytes,
     )
     return grid, stats, next(hashed)
 
@@ -179,7 +181,7 @@ def prefill(
     head, size = head_ids.shape[1], cache.tiers.prefill_chunk
     waiting = [family.embed(model, head_ids.to(weight.device))] if head else []
     held, done = head, 0
-    cache.text_rows = 0
+    cache.expect(CONTEXT)
 
     def chunk(embeddings: torch.Tensor) -> None:
         nonlocal done
@@ -197,8 +199,8 @@ def prefill(
             if held < size:
                 continue
             whole = join(waiting)
-            for start in range(0, held - size + 1, size):
-                chunk(whole[:, start : start + size])
+            for call in context_calls(held - held % size, size):
+                chunk(whole[:, call.begin : call.stop])
             held %= size
             waiting = [whole[:, whole.shape[1] - held :].clone()] if held else []
         if waiting:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,14 +9,15 @@ from typing import Any
 
 import torch
 
+from tieredkv.cache.question import Question
 from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.evidence import moments
 from tieredkv.evidence.moments import Evidence
-from tieredkv.memory.limits import check_host
 from tieredkv.models.chat_template import ChatTemplate
 from tieredkv.models.families.base import Positions, VideoGrid
 from tieredkv.models.switch import use_attention
-from tieredkv.planning import sizes
+from tieredkv.planning.admission import Request, check_memory
+from tieredkv.planning.prefill_plan import question_calls
 from tieredkv.session import generation
 from tieredkv.session.results import Generation, Stats
 from tieredkv.session.step_graph import Steps
@@ -70,28 +70,29 @@ def answer(
     prompt: VideoPrompt,
     cache: TieredCache,
     tail_ids: torch.Tensor,
-    new_tokens: int,
+    question: Question,
     options: dict[str, Any],
     check: Callable[[], None],
     ingest_s: float,
 ) -> Generation:
     """Answer what follows the video in a prompt; the cache holds the video and nothing more, and is left sealed.
 
-    tail_ids: `(1, n)`. new_tokens: at most. options: transformers' generation options. check: called before every chunk
-    of the question and every step; may raise to stop. ingest_s: for the statistics. Raises `BudgetError`.
+    tail_ids: `(1, n)`. question: what the cache must know of them. options: transformers' generation options. check:
+    called before every chunk of the question and every step; may raise to stop. ingest_s: for the statistics. Raises
+    `BudgetError`.
     """
     started, options = time.perf_counter(), generation.timed(options, model.generation_config)
     family, device, tiers = prompt.template.family, model.get_input_embeddings().weight.device, cache.tiers
     prefix, tail = prompt.tokens, tail_ids.shape[1]
-    _make_room(cache, prefix, tail, new_tokens)
-    cache.transfer.reset()
+    _make_room(cache, prefix, tail, question)
+    cache.expect(question)
+    cache.device_tier.transfer.reset()
     positions = family.positions(model, prompt.head_tokens, prompt.video, prefix, prefix + tail, prompt.positions)
     with use_attention(model):
         # The question's last rows, which classify the heads, go in one call.
-        first_calls = max(0, tail - tiers.prefill_chunk)
-        for begin, stop in _spans(first_calls, tiers.prefill_chunk, tail):
+        for call in question_calls(tiers, prefix, prefix + tail):
             check()
-            cache.text_rows = min(stop - begin, tiers.method.text_window) if stop == tail else 0
+            begin, stop = call.begin - prefix, call.stop - prefix
             embeddings = family.embed(model, tail_ids[:, begin:stop].to(device))
             hidden = family.decode(model, embeddings, positions[:, begin:stop], cache)
         logits = family.logits(model, hidden[:, -1]).to(device)
@@ -111,7 +112,7 @@ def answer(
 
         tokenizer = prompt.template.processor.tokenizer
         prompt_ids = prompt.ids(tail_ids).to(device)
-        decoded = generation.run(model, prompt_ids, logits, step, new_tokens, options, tokenizer)
+        decoded = generation.run(model, prompt_ids, logits, step, question.max_new_tokens, options, tokenizer)
     cache.finish()
     stats = _stats(cache, prompt.video, prefix + tail, decoded, started, ingest_s, steps.path)
     return Generation(prompt.template.text(decoded.token_ids), decoded.token_ids, stats, cache.counters.trace)
@@ -119,23 +120,21 @@ def answer(
 
 def looked_at(prompt: VideoPrompt, cache: TieredCache, rows: int, tokens: int, each: bool) -> Evidence:
     """The evidence of an answer of `tokens` tokens that has just been made. rows: tokens from the question on."""
-    assert cache.looks is not None
+    looks = cache.question.looks
+    assert looks is not None
     heads = cache.shape.num_attention_heads * cache.shape.num_layers
     span = prompt.start, prompt.end
-    return moments.collect(cache.looks, rows, heads, prompt.head_tokens, prompt.video, span, tokens, each)
+    return moments.collect(looks, rows, heads, prompt.head_tokens, prompt.video, span, tokens, each)
 
 
-def _make_room(cache: TieredCache, prefix: int, tail: int, new_tokens: int) -> None:
+def _make_room(cache: TieredCache, prefix: int, tail: int, question: Question) -> None:
     """Raise `BudgetError` unless both tiers hold a question of `tail` tokens behind `prefix` others, and its answer."""
-    cache.new_tokens = new_tokens
-    rows, shorter = sizes.question_rows(cache.tiers, tail), "shorten the question or the conversation"
-    layout = sizes.lay_out(cache.tiers, prefix + tail, rows, new_tokens)
-    sizes.check_cap(cache.shape, cache.tiers, layout, rows, f"lower max_new_tokens, or {shorter}")
-    if cache.room < prefix + tail:
-        what = f"the cache of the video and a question of {tail:,} tokens"
-        needed = (prefix + tail) * cache.shape.token_bytes
-        check_host(needed, cache.tiers.host_kv_gb, what, shorter, held_bytes=cache.host_bytes)
-        cache.reserve(prefix + tail)
+    request = Request(prefix + tail, tail, question.max_new_tokens)
+    shorter = "shorten the question or the conversation"
+    longer = f"lower max_new_tokens, or {shorter}"
+    check_memory(cache.shape, cache.tiers, request, longer, shorter, room=cache.room, room_bytes=cache.host_bytes)
+    if cache.room < request.tokens:
+        cache.reserve(request.tokens)
 
 
 def _stats(
@@ -148,7 +147,8 @@ def _stats(
     path: str,
 ) -> Stats:
     counters, count = cache.counters, len(decoded.token_ids)
-    moved = counters.warm_bytes + counters.missed_bytes + counters.prefetched_bytes + cache.transfer.streamed_bytes
+    streamed = cache.device_tier.transfer.streamed_bytes
+    moved = counters.warm_bytes + counters.missed_bytes + counters.prefetched_bytes + streamed
     later = (decoded.last_token_at - decoded.first_token_at) * 1000
     return Stats(
         prompt_tokens=prompt_tokens,
@@ -170,10 +170,3 @@ def _stats(
         tpot_ms=later / (count - 1) if count > 1 else None,
         decode_path=path,
     )
-
-
-def _spans(first: int, size: int, total: int) -> list[tuple[int, int]]:
-    """Cut 0..total into calls of at most `size`, the last of them full: its rows are the ones that are scored."""
-    ends = [total, *range(first, 0, -size), 0]
-    ends = sorted(set(ends))
-    return list(itertools.pairwise(ends))

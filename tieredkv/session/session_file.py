@@ -10,10 +10,12 @@ from typing import Any
 import torch
 
 from tieredkv.cache.tiered_cache import TieredCache
-from tieredkv.config import TierConfig
+from tieredkv.config import TierConfig, tiers_as_plain, tiers_from_file
 from tieredkv.errors import SessionError
-from tieredkv.models import adapters, fingerprint
+from tieredkv.models import adapters
 from tieredkv.models.families.base import Positions, VideoGrid
+from tieredkv.models.fingerprint import fingerprint_difference, model_fingerprint, model_state, state_difference
+from tieredkv.models.settings import model_settings, processor_settings, settings_difference
 from tieredkv.progress import Progress
 from tieredkv.session.results import IngestStats
 from tieredkv.storage import tensor_file
@@ -58,11 +60,11 @@ def _tuples(grid: dict[str, Any]) -> tuple[tuple[int, ...], ...]:
 def write(path: Path, model: Any, processor: Any, cache: TieredCache, state: SessionState, progress: Progress) -> int:
     """Write a session whose cache holds the video and no question; bytes written. Raises `SessionError`."""
     manifest = {
-        "model": fingerprint.model_fingerprint(model),
-        "model_settings": fingerprint.model_settings(model),
-        "model_state": fingerprint.model_state(model),
-        "processor": fingerprint.processor_settings(processor),
-        "tiers": asdict(cache.tiers),
+        "model": model_fingerprint(model),
+        "model_settings": model_settings(model),
+        "model_state": model_state(model),
+        "processor": processor_settings(processor),
+        "tiers": tiers_as_plain(cache.tiers),
         "session": asdict(state),
     }
     tensors = {
@@ -92,7 +94,7 @@ def state_of(stored: tensor_file.Stored) -> SessionState:
 def tiers_of(stored: tensor_file.Stored, options: dict[str, Any]) -> TierConfig:
     """The settings a session was saved with, changed by `options`. Raises `SessionError` where that cannot be."""
     state_of(stored)  # or it is no session at all
-    tiers = TierConfig(**_known(TierConfig, stored.manifest["tiers"]))
+    tiers = tiers_from_file(stored.manifest["tiers"], options.get("policy"))
     changed = replace(tiers, **options)
     if changed.chunk_tokens != tiers.chunk_tokens:
         raise SessionError(
@@ -105,18 +107,18 @@ def tiers_of(stored: tensor_file.Stored, options: dict[str, Any]) -> TierConfig:
 def check_origin(stored: tensor_file.Stored, model: Any, processor: Any) -> None:
     """Raise `SessionError` when the session was made with another model or processor, saying what differs."""
     manifest = stored.manifest
-    state, now = manifest.get("model_state"), fingerprint.model_state(model)  # older files say nothing of this
+    state, now = manifest.get("model_state"), model_state(model)  # older files say nothing of this
     if difference := adapters.difference(state["adapters"] if state else {}, now["adapters"]):
         raise SessionError(f"{stored.path} was saved {difference}: load it with the adapters it was saved with.")
-    difference = fingerprint.settings_difference(manifest["model_settings"], fingerprint.model_settings(model))
+    difference = settings_difference(manifest["model_settings"], model_settings(model))
     if not difference:
-        difference = fingerprint.explain(manifest["model"], fingerprint.model_fingerprint(model, not state))
+        difference = fingerprint_difference(manifest["model"], model_fingerprint(model, not state))
     if not difference and state:
-        difference = fingerprint.state_difference(state, now)
+        difference = state_difference(state, now)
     if difference:
         raise SessionError(f"{stored.path} was saved with another model ({difference}): load it with that one.")
-    settings = fingerprint.processor_settings(processor)
-    if difference := fingerprint.settings_difference(manifest["processor"], settings):
+    settings = processor_settings(processor)
+    if difference := settings_difference(manifest["processor"], settings):
         raise SessionError(f"{stored.path} was saved with another processor ({difference}): load it with that one.")
 
 

@@ -26,7 +26,8 @@ class Steps:
 
     def __init__(self, forward: Forward, cache: TieredCache, device: torch.device, axes: int, position: int) -> None:
         """position: of the first token. axes: of positions, on all of which generated tokens go on alike."""
-        self._forward, self._cache = forward, cache
+        assert cache.decoding is not None
+        self._forward, self._cache, self._decoding = forward, cache, cache.decoding
         self._token = torch.zeros((1, 1), dtype=torch.int64, device=device)
         self._place = torch.zeros((axes, 1), dtype=torch.int64, device=device)
         self._position, self._taken = position, 0
@@ -34,12 +35,12 @@ class Steps:
         self._logits = torch.empty(0, dtype=torch.float32, device=device)
         self.path = "eager"
         """How the last step ran: "eager", "graph", or "eager: " and why there is no graph."""
-        if device.type == "cuda" and cache.counters.trace is not None:
+        if device.type == "cuda" and cache.question.trace:
             self.path = "eager: the chunks looked at are recorded"
-        elif len(cache.devices) > 1:
+        elif len(cache.device_tier.devices) > 1:
             self.path = "eager: the model is spread over several devices"
-        elif device.type == "cuda" and not cache.step_ops.capturable:
-            self.path = f"eager: operations by {cache.step_ops.name}"
+        elif device.type == "cuda" and not self._decoding.ops.capturable:
+            self.path = f"eager: operations by {self._decoding.ops.name}"
 
     def __call__(self, token: int) -> torch.Tensor:
         """Cache the token; logits `(1, vocabulary)` behind it, valid until the next step."""
@@ -52,16 +53,16 @@ class Steps:
         if self._graph is None:
             logits = self._forward(self._token, self._place)
         else:
-            self._cache.count_step()
+            self._decoding.advance()
             self._graph.replay()
             logits = self._logits
-        self._cache.note_step()
+        self._decoding.record_step()
         return logits
 
     def _capture(self) -> None:
         cache, device = self._cache, self._token.device
-        cache.copies.drain()
-        counted, graph, before = cache.counted(), torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
+        cache.device_tier.copies.drain()
+        position, graph, before = self._decoding.position(), torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
         try:
             with (
                 _capturing,
@@ -73,7 +74,7 @@ class Steps:
         except RuntimeError as error:
             self.path = f"eager: {str(error).strip().splitlines()[0]}"
             torch.cuda.set_stream(before)  # which some versions of torch leave to the failed capture
-            cache.copies.drain()
+            cache.device_tier.copies.drain()
         else:
             self._graph, self.path = graph, "graph"
-        cache.count_again(counted)  # what was captured did not happen
+        self._decoding.go_back(position)  # what was captured has not run

@@ -14,20 +14,22 @@ from typing import Any, Literal, overload
 import torch
 
 from tieredkv.cache.looks import Looks
+from tieredkv.cache.question import CONTEXT, Question
 from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.config import DEFAULT_FPS, TierConfig
 from tieredkv.environment import forking
 from tieredkv.errors import TieredKVError, UnsupportedModelError
 from tieredkv.evidence.moments import Wanted, check_wanted
-from tieredkv.memory.limits import check_host, check_host_memory
-from tieredkv.memory.units import as_gib
+from tieredkv.memory.limits import check_host
 from tieredkv.models import families
 from tieredkv.models.chat_template import ChatTemplate, check_prompt
 from tieredkv.models.families.base import Positions, VideoFamily, VideoGrid
 from tieredkv.models.kv_shape import model_shape
 from tieredkv.models.same_model import SameModel
 from tieredkv.models.wrapped import unwrapped
-from tieredkv.planning import sizes
+from tieredkv.planning.admission import Request, check_memory
+from tieredkv.planning.prefill_plan import question_rows
+from tieredkv.planning.sizes import QUESTION_ROOM
 from tieredkv.progress import IngestProgress, progress_bar
 from tieredkv.session import generation, ingest, session_file
 from tieredkv.session.aio import AsyncAsking
@@ -140,7 +142,6 @@ class VideoSession(AsyncAsking):
         self._head, self._head_ids = head, self.template.head_ids(config, head, video.sampled)
         room = self._check_memory(video.grid.tokens, self.template.tail_ids(tail).shape[1], max_new_tokens)
         cache = self._cache = TieredCache(self.model.config, self.tiers, prompt_tokens=room)
-        cache.auto_seal = False
         bar = IngestProgress(self._progress, self.head_tokens + video.grid.tokens, source.seconds)
         complete = False
         made_by = SameModel(self.model)
@@ -166,8 +167,6 @@ class VideoSession(AsyncAsking):
     def _begin_asking(self, cache: TieredCache, grid: VideoGrid, made_by: SameModel) -> None:
         """`cache` holds the prompt's head and this video."""
         self._cache, self.video, self._made_by = cache, grid, made_by
-        cache.auto_seal = False
-        cache.visual = self._prompt.is_visual()
 
     def _check_memory(self, video: int, asked: int, max_new_tokens: int) -> int:
         """Refuse what neither tier can hold, before the costly stages; prompt tokens to make room for in the host tier.
@@ -176,20 +175,9 @@ class VideoSession(AsyncAsking):
         """
         shape = model_shape(self.model.config, self._dtype)
         tokens = self.head_tokens + video + asked
-        rows = sizes.question_rows(self.tiers, asked)
-        sizes.check_cap(shape, self.tiers, sizes.lay_out(self.tiers, tokens, rows, max_new_tokens), rows)
-        what = f"the cache of {tokens:,} tokens"
-        needed = sizes.host_bytes(shape, self.tiers, tokens)
-        remedy = f"lower fps or max_frames, or give host_kv_gb={as_gib(needed)}"
-        check_host(needed, self.tiers.host_kv_gb, what, remedy)
-        if self._device.type == "cpu":
-            in_all = needed + min(self.tiers.cap_bytes, needed)
-            check_host_memory(
-                in_all,
-                f"{what}, with the device's share of it in the same memory,",
-                "lower fps, max_frames or gpu_kv_gb",
-            )
-        return tokens + sizes.QUESTION_ROOM
+        request = Request(tokens, asked, max_new_tokens)
+        check_memory(shape, self.tiers, request, one_memory=self._device.type == "cpu")
+        return tokens + QUESTION_ROOM
 
     @property
     def _prompt(self) -> VideoPrompt:
@@ -342,16 +330,23 @@ class VideoSession(AsyncAsking):
             before = self._prompt
             _, tail = self.template.around_video([*(self._history if chat else ()), (prompt, None)])
             cache.truncate(before.tokens)
-            cache.counters.trace = [] if trace else None
-            cache.looks = Looks(self.tiers.chunk_tokens) if evidence else None
             try:
                 tail_ids = self.template.tail_ids(tail)
+                prompt_tokens = before.tokens + tail_ids.shape[1]
+                question = Question(
+                    max_new_tokens=self.new_tokens(options, prompt_tokens),
+                    prompt_tokens=prompt_tokens,
+                    rows=question_rows(self.tiers, tail_ids.shape[1]),
+                    visual=before.is_visual(),
+                    looks=Looks(self.tiers.chunk_tokens) if evidence else None,
+                    trace=trace,
+                )
                 made = answer(
                     self.model,
                     before,
                     cache,
                     tail_ids,
-                    self.new_tokens(options, before.tokens + tail_ids.shape[1]),
+                    question,
                     options,
                     partial(self._check_going_on, job),
                     self.ingest_s,
@@ -361,8 +356,8 @@ class VideoSession(AsyncAsking):
                     rows, count = before.question_tokens(tail, prompt), len(made.token_ids)
                     made = replace(made, evidence=looked_at(before, cache, rows, count, evidence == "tokens"))
             finally:
-                cache.looks = None
                 cache.truncate(before.tokens)
+                cache.expect(CONTEXT)
             if chat:
                 self._check_going_on(job)
                 self._history.append((prompt, made.text))
