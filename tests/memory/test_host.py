@@ -48,11 +48,11 @@ def test_truncating_to_more_than_the_length_raises():
 def test_tokens_that_come_one_by_one_seldom_move_those_that_are_held():
     host, places = HostLayer(1, 1, 4, torch.float32), set()
     token = torch.zeros(1, 1, 1)
-    for _ in range(2000):
+    for _ in range(700):
         host.append(token, token)
         places.add(host.capacity)
-    assert len(places) <= 8
-    assert host.capacity <= 2 * 2000
+    assert len(places) <= 4
+    assert host.capacity <= 2 * 700
 
 
 def test_a_chunk_is_one_contiguous_piece():
