@@ -302,7 +302,7 @@ def test_text_comes_before_any_visual_token_and_sinks_before_all():
     assert prune.kept_tokens(prune.text_prior(tokens(saliency, is_text, sinks=1)), 4).tolist() == [0, 1, 2, 4]
 
 
-def test_text_beyond_the_budget_is_ranked_among_itself():
+def test_text_that_exceeds_the_budget_is_ranked_by_saliency():
     saliency = torch.tensor([0.3, 0.1, 0.2, 0.9])
     is_text = torch.tensor([True, True, True, False])
     assert prune.kept_tokens(prune.text_prior(tokens(saliency, is_text)), 2).tolist() == [0, 2]
@@ -342,7 +342,7 @@ def test_budgets_add_up_and_respect_their_limits(values, theta, total, most, lea
 
 
 def check_budget(got, static, total, most, least):
-    """Adds up, and every head has what it cannot do without and no more than there is."""
+    """No more is spent than there is, and every head has its least and at most everything."""
     assert int(got.sum()) <= total
     assert int(got.max()) <= most
     assert (got[static] >= min(1, most)).all()
@@ -423,7 +423,7 @@ def test_tokens_to_cover_against_trying_every_number():
             assert int(got[head]) == want
 
 
-def test_rows_that_look_at_different_tokens_need_many_where_each_looks_at_few():
+def test_a_head_whose_rows_each_look_at_another_token_needs_many():
     """The paper's score takes such a head for static; pruning by one row would lose what the next one looks at."""
     each, same = torch.zeros(2, 100), torch.zeros(2, 100)
     each[0, 3] = each[1, 60] = 1.0
@@ -433,8 +433,8 @@ def test_rows_that_look_at_different_tokens_need_many_where_each_looks_at_few():
     assert need[1] == 1
 
 
-def test_what_goes_to_the_sinks_says_nothing():
-    """A head at rest on them is no head that looks at few tokens."""
+def test_attention_to_the_sinks_does_not_count():
+    """A head that rests on them may have to look up many tokens later."""
     halves = torch.zeros(2, 1, 100)
     halves[:, :, 0] = 0.9
     halves[0, 0, 20:30], halves[1, 0, 60:70] = 0.01, 0.01
