@@ -18,7 +18,7 @@ from tieredkv.ops.packing import pack
 
 @pytest.fixture
 def watched(monkeypatch):
-    """Every change of every ledger's use, as (used, cap)."""
+    """(used, cap) of a ledger after each of its reservations."""
     seen: list[tuple[int, int]] = []
     reserve = ledger.DeviceLedger.reserve
 
@@ -134,7 +134,7 @@ def test_more_generated_tokens_than_reserved_is_an_error(llama, prompt_ids):
         llama.generate(prompt_ids, **cache_argument(cache), max_new_tokens=60, do_sample=False)
 
 
-def test_a_cap_too_small_is_refused_naming_one_that_works(llama, long_ids):
+def test_a_cap_that_is_too_small_is_refused_with_one_that_works(llama, long_ids):
     tiers = tier_options(chunk_tokens=8, text_window=16)
     with tieredkv.use_attention(llama):
         with (
@@ -163,7 +163,7 @@ def test_closing_frees_both_tiers(llama, prompt_ids):
 @pytest.mark.parametrize("share", [0.6, 1.0, 1.07, 1.4])
 @pytest.mark.parametrize("chunk", [900, 200])
 def test_a_prompt_of_known_length_is_served_whatever_stays_on_the_device(llama, long_ids, share, chunk):
-    """Layers that see their first token when room for the scores was made already must not fill it again."""
+    """A layer that sees its first token after the residents made way for the scores must keep none."""
     stock = llama(long_ids).logits[:, -1]
     with (
         tieredkv.use_attention(llama),

@@ -78,6 +78,14 @@ def test_a_segment_runs_along_the_first_principal_component():
     assert torch.cosine_similarity(high - low, principal, dim=0).abs() > 0.999
 
 
+def test_a_segment_finds_its_direction_where_others_are_nearly_as_strong():
+    generator = torch.Generator().manual_seed(6)
+    keys = torch.randn(20, 64, 6, generator=generator) * torch.tensor([3.0, 2, 2, 2, 2, 2])
+    low, high = vectors.segment(keys).unbind(1)
+    principal = torch.linalg.svd(keys - keys.mean(1, keepdim=True)).Vh[:, 0]
+    assert torch.cosine_similarity(high - low, principal, dim=-1).abs().mean() > 0.97
+
+
 VECTORS = pytest.mark.parametrize("kind", ["mean", "minmax", "cuboid", "segment"])
 
 
@@ -261,7 +269,7 @@ def test_unseen_share_is_what_the_unchosen_chunks_hold():
 
 
 def test_heads_that_miss_much_select_more_and_never_beyond_their_slots():
-    selected, least, most = torch.tensor([[8] * 4, [8, 8, 2, 8], [20, 9, 9, 8]])
+    selected, least, most = torch.tensor([[8] * 4, [8, 8, 2, 2], [20, 9, 9, 20]])
     unseen = torch.tensor([0.5, 0.5, 0.0, 0.07])
     assert select.adapted(selected, unseen, least, most).tolist() == [10, 9, 6, 8]
 

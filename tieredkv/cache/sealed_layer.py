@@ -130,9 +130,11 @@ class SealedLayer:
             return [self.step(query[:, 0], keys[:, 0], values[:, 0], scaling)]
         assert self.retrieval is not None
         assert self.retrieval.ranking is not None
-        with self.phase.ledger.scratch("ranked ahead", n * self._row_bytes()):
+        phase = self.phase
+        with phase.ledger.scratch("ranked ahead", n * self._row_bytes()):
             folded = query.reshape(self._host.num_heads, -1, query.shape[-1])
-            logits = self.retrieval.ranking.logits(folded, scaling).unflatten(1, (-1, n))
+            with phase.ledger.scratch("ranking", ranking_bytes(phase.shape, phase.tiers, phase.plan.layout)):
+                logits = self.retrieval.ranking.logits(folded, scaling).unflatten(1, (-1, n))
             return [
                 self.step(query[:, row], keys[:, row], values[:, row], scaling, logits[:, :, row]) for row in range(n)
             ]

@@ -157,9 +157,9 @@ def ranking_bytes(shape: KVShape, tiers: TierConfig, layout: Layout, at_once: in
 
 
 def ranked_ahead_bytes(shape: KVShape, layout: Layout) -> int:
-    """Scratch of ranking one layer's chunks for one more step at the same time: at most the logits of every token,
-    four times."""
-    return 4 * FLOAT32 * shape.num_attention_heads * layout.retrievable * layout.chunk_tokens
+    """Scratch of ranking one layer's chunks for one more step at the same time: at most the logits of every token, and
+    three times those of every chunk."""
+    return FLOAT32 * shape.num_attention_heads * layout.retrievable * (layout.chunk_tokens + 3)
 
 
 def gathered_pages(shape: KVShape, pool_pages: int) -> int:
