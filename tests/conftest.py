@@ -19,6 +19,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels then run anywhere
 
+from helpers import text_config
+
 from tieredkv.cli.defaults import KEYS
 from tieredkv.ops.base import Ops
 from tieredkv.ops.select import TORCH, triton
@@ -86,31 +88,6 @@ def _sharpen(model: torch.nn.Module, factor: float = 2.0) -> Any:
             if "norm" not in name:
                 parameter.mul_(factor)
     return model.eval()
-
-
-def text_config(kind: str) -> Any:
-    """A config of three layers, four query heads and two KV heads."""
-    from transformers import Gemma3TextConfig, LlamaConfig, Qwen2Config, Qwen3Config
-
-    sizes = {
-        "vocab_size": 97,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 4096,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "initializer_range": 0.1,
-    }
-    if kind == "gemma3_text":  # a window much shorter than the prompts, in the first layer and the last
-        kinds = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
-        more = {"num_hidden_layers": 4, "layer_types": kinds, "sliding_window": 33, "head_dim": 16}
-        return Gemma3TextConfig(**{**sizes, **more, "query_pre_attn_scalar": 24, "pad_token_id": None})
-    if kind == "qwen3":
-        return Qwen3Config(**sizes, head_dim=16)
-    return {"llama": LlamaConfig, "qwen2": Qwen2Config}[kind](**sizes)
 
 
 @pytest.fixture(scope="session", params=["llama", "qwen2", "qwen3", "gemma3_text"])

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import text_config
-from helpers import assert_near, pressed, stock_logits, tier_options
+from helpers import assert_near, pressed, stock_logits, text_config, tier_options
 
 import tieredkv
 from tieredkv.cache.tiered_cache import TieredCache

@@ -337,7 +337,7 @@ def test_autocast_may_begin_or_end_between_video_and_question(video_model, proce
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
 def test_a_cache_under_autocast_stores_the_dtype_of_attention(long_ids, kind):
-    from conftest import text_config
+    from helpers import text_config
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)

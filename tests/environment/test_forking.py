@@ -242,7 +242,7 @@ def test_other_sessions_answer_in_the_child_while_a_thread_of_the_parent_answers
 def test_a_stream_half_read_is_refused_in_the_child_and_continues_in_the_parent(session, expected):
     with session.ask(QUESTION, stream=True, **OPTIONS) as stream:
         first = next(stream)
-        assert "begun before the process was forked" in forked(lambda: list(stream))
+        assert "started before the process was forked" in forked(lambda: list(stream))
         assert forked(stream.close) == "None"
         assert forked(lambda: (stream.__exit__(None, None, None), list(stream))) == "(None, [])"
         assert first + "".join(stream) == stream.generation.text
@@ -260,7 +260,7 @@ def test_an_asyncio_stream_half_read_is_refused_in_the_child(session):
 
             return forked(child)
 
-    assert "begun before the process was forked" in asyncio.run(parent())
+    assert "started before the process was forked" in asyncio.run(parent())
 
 
 def test_an_answer_that_forks_ends_or_continues_in_the_child(session, expected):

@@ -90,7 +90,7 @@ def _deliverer(job: Job, items: asyncio.Queue[str | End], over: asyncio.Event) -
     def deliver(item: str | End) -> None:
         try:
             loop.call_soon_threadsafe(arrive, item)
-        except RuntimeError:  # the loop is closed: nobody is left to read
+        except RuntimeError:  # the loop is closed: there is no reader
             job.stop()
 
     return deliver

@@ -88,7 +88,7 @@ class Job:
             if self._streamer is not None:
                 self._streamer.finish(generation.text)
             return End(generation)
-        except BaseException as error:  # noqa: BLE001  raised again by whoever reads
+        except BaseException as error:  # noqa: BLE001  raised again for the reader
             if self._stopped:
                 return End()
             if isinstance(error, StopIteration | StopAsyncIteration):  # would end the reader's iteration instead

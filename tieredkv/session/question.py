@@ -64,7 +64,7 @@ def ask(
     cache.truncate(video.tokens)
     try:
         result = answer(cached, tail_ids, question, asked.options, check)
-        cached.same_model.check()  # whoever reads a stream may have changed the model
+        cached.same_model.check()  # the reader of a stream may have changed the model
         if question.looks is not None:
             rows, count = template.question_tokens(tail, asked.prompt), len(result.token_ids)
             evidence = collect_evidence(cached, question.looks, rows, count, asked.evidence == "tokens")

@@ -36,7 +36,7 @@ class StepGraph:
         self.path = "eager"
         """How the last step ran: "eager", "graph", or "eager: " and why there is no graph."""
         if device.type == "cuda" and cache.question.trace:
-            self.path = "eager: the chunks looked at are recorded"
+            self.path = "eager: the chunks attended to are recorded"
         elif len(cache.device_tier.devices) > 1:
             self.path = "eager: the model is spread over several devices"
         elif device.type == "cuda" and not self._decoding.ops.capturable:

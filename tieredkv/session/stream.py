@@ -42,7 +42,7 @@ class PendingAnswer:
         """Raise `TieredKVError` in a forked process, which has no thread that generates the answer."""
         if self._process != os.getpid():
             self._ended = True
-            raise TieredKVError("this answer was begun before the process was forked: ask again here.")
+            raise TieredKVError("this answer was started before the process was forked: ask again here.")
 
     def _take(self, item: str | End) -> str | None:
         """The piece, or None at the end. Raises what ended the work."""

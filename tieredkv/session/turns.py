@@ -37,7 +37,7 @@ class Turns:
         """Hold the lock inside the block. job: waits for the jobs before it, and can be stopped meanwhile."""
         return self.lock if job is None else job.turn(self.lock)
 
-    def check_wanted(self, job: Job | None) -> None:
+    def check_still_wanted(self, job: Job | None) -> None:
         """Raise if a job's answer is no longer wanted. Without a job a caller waits for it, so it always is."""
         if job is not None:
             job.check()

@@ -174,9 +174,9 @@ class VideoSession(AsyncAsking):
             asked = asked.with_streamer(streamer)
         with generation.ending_on_error(streamer), self._turns.take(job):
             earlier = self._history if asked.chat else ()
-            result = question.ask(self._ready(), asked, earlier, partial(self._turns.check_wanted, job))
+            result = question.ask(self._ready(), asked, earlier, partial(self._turns.check_still_wanted, job))
             if asked.chat:
-                self._turns.check_wanted(job)
+                self._turns.check_still_wanted(job)
                 self._history.append((asked.prompt, result.text))
             return result
 
