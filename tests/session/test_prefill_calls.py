@@ -36,7 +36,7 @@ def test_a_question_of_several_calls_copies_what_the_plan_says(video_model, proc
     options["gpu_kv_gb"] = cap_share(video_model, 260, 0.7)
     with tieredkv.open_session(video_model, frames, **options) as session:
         stats = session.ask(QUESTION, max_new_tokens=1).stats
-        streamed = session.ingest_stats.streamed_bytes + session._cache.device_tier.transfer.streamed_bytes
+        streamed = session.ingest_stats.streamed_bytes + session._cached.cache.device_tier.transfer.streamed_bytes
         asked = stats.prompt_tokens - session.head_tokens - session.video.tokens
     planned = tieredkv.plan(video_model, frames, question_tokens=asked, max_new_tokens=1, **options)
     assert asked > 2 * CALL
