@@ -28,6 +28,7 @@ from tieredkv.tiny.video import write_video
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+USING = (ROOT / "docs" / "using.md").read_text()
 PAGES = ("README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
 COMMANDS = "docs/command-line.md"
 """Run as one, by a test below."""
@@ -140,11 +141,11 @@ def test_every_file_the_readme_links_to_exists():
 
 
 @pytest.mark.model
-def test_the_readme_session_runs(tmp_path, monkeypatch, capsys):
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def test_the_session_of_the_guide_runs(tmp_path, monkeypatch, capsys):
+    blocks = re.findall(r"```python\n(.*?)```", USING, re.DOTALL)
     (block,) = [b for b in blocks if "open_session" in b]
     monkeypatch.chdir(tmp_path)
-    exec(compile(block, "README.md", "exec"), {})
+    exec(compile(block, "using.md", "exec"), {})
     *table, colour, chain, stats, talk, again = capsys.readouterr().out.strip().splitlines()
     assert any("visual tokens" in line for line in table)
     assert len(colour.split()) == 1
@@ -194,14 +195,14 @@ def test_the_command_lines_examples_run(tmp_path, short_video, monkeypatch, caps
 
 
 @pytest.mark.model
-def test_the_readme_streams(tmp_path, monkeypatch, capsys):
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def test_the_guide_streams(tmp_path, monkeypatch, capsys):
+    blocks = re.findall(r"```python\n(.*?)```", USING, re.DOTALL)
     opening, streaming = [b for b in blocks if "import" in b and "scene" in b]
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    exec(compile(opening, "README.md", "exec"), names)
+    exec(compile(opening, "using.md", "exec"), names)
     capsys.readouterr()
-    exec(compile(streaming, "README.md", "exec"), names)
+    exec(compile(streaming, "using.md", "exec"), names)
     chat, awaited = capsys.readouterr().out.strip().splitlines()
     text = chat.removesuffix(" (7 tokens)")
     assert len(text.split()) == 6
