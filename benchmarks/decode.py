@@ -1,14 +1,14 @@
-"""Decoding on a card: milliseconds per token of stock caches and of ours, at real shapes, batch 1.
+"""Decoding on a card: milliseconds per token of transformers' caches and of tieredkv, at real shapes, batch 1.
 
     python benchmarks/decode.py                  Qwen2.5-VL-7B and 3B, 8k to 256k cached tokens
     python benchmarks/decode.py --quick          a small shape; runs on a CPU too (--device cpu)
 
-For every shape and length, in one run: the weights alone (an empty cache: the floor), transformers' cache on the card
-under sdpa, its static cache compiled (at one length: compiling takes minutes), its offloaded cache, and tieredkv with
-every chunk chosen anew and speculating. Weights, keys and values are random. How many of the chosen chunks are in the
-pool already decides how much is copied, and random queries do not say: so ranks follow a script (`synthetic.Drift`)
-that sets the hit rate; all of a step's work is done, only the outcome of the ranking is not used. Prints a table, where
-memory ran out too, and one line of JSON at the end.
+For every shape and length, in one run: an empty cache (the time of the weights, the floor), transformers' cache on the
+card with sdpa, its static cache compiled (at one length, as compiling takes minutes), its offloaded cache, and tieredkv
+without and with speculation. Weights, keys and values are random. How much is copied depends on how many of the chosen
+chunks are in the pool already, which random queries do not determine, so ranks follow a script (`synthetic.Drift`) that
+sets the hit rate; all work of a step is done, but the result of the ranking is not used. Prints a table, including
+where memory ran out, and one line of JSON at the end.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import torch
 from origin import origin
 from synthetic import keys_and_values, make_model, milliseconds, scripted
 
+from tieredkv import POLICIES
 from tieredkv.environment.versions import cache_argument
 from tieredkv.ops.select import ops_for
 
@@ -33,7 +34,7 @@ ROUNDS = 20
 
 
 def stock(model: Any, tokens: int, kind: str, device: str) -> Callable[[], object]:
-    """A decoding step of a stock cache: "full", "offloaded", or "static", compiled."""
+    """A decoding step of transformers' cache: "full", "offloaded", or "static" (compiled)."""
     from transformers import DynamicCache, StaticCache
 
     cache: Any
@@ -55,10 +56,10 @@ def stock(model: Any, tokens: int, kind: str, device: str) -> Callable[[], objec
 
 
 def tiered(model: Any, tokens: int, hit_rate: float, speculative: bool, budget: float, device: str) -> dict[str, Any]:
-    """A row of ours: time per step and what was copied in it."""
-    fields = {"reuse_above": 0.8} if speculative else {}
+    """A row of tieredkv: time per step and bytes copied."""
+    policy = replace(POLICIES["hybridkv"], reuse_above=0.8) if speculative else POLICIES["hybridkv"]
     ops = ops_for(torch.device(device))
-    with scripted(model, tokens, ops, hit_rate, budget, 2 * ROUNDS, **fields) as (cache, steps):
+    with scripted(model, tokens, ops, hit_rate, budget, 2 * ROUNDS, policy) as (cache, steps):
         before = replace(cache.counters)
         ms = milliseconds(lambda: steps(7), ROUNDS, device)
         after = replace(cache.counters)
@@ -75,7 +76,7 @@ def tiered(model: Any, tokens: int, hit_rate: float, speculative: bool, budget: 
 
 
 def share_of_kernels(step: Callable[[], object], device: str) -> dict[str, float]:
-    """Share of a step's time on the card in each kernel, the dearest ten; empty on a CPU."""
+    """Share of a step's time on the card in each of the ten slowest kernels; empty on a CPU."""
     if device == "cpu":
         return {}
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -92,16 +93,16 @@ def measure(model: Any, shape: str, tokens: int, arguments: argparse.Namespace) 
     """All rows of one shape and length."""
     device, rows = arguments.device, []
 
-    def row(kind: str, of: Callable[[], dict[str, Any]], **more: Any) -> None:
+    def row(kind: str, work: Callable[[], dict[str, Any]], **more: Any) -> None:
         try:
-            made = of()
+            result = work()
         except torch.OutOfMemoryError:
-            made = {"error": "out of memory"}
+            result = {"error": "out of memory"}
         if device != "cpu":
             torch.cuda.empty_cache()
-        rows.append({"shape": shape, "tokens": tokens, "kind": kind, **more, **made})
-        shown = f"{made['ms']:9.2f} ms" if "ms" in made else made["error"]
-        aside = f"{made['bytes_per_step'] / 1e6:8.1f} MB/step {made['path']}" if "path" in made else ""
+        rows.append({"shape": shape, "tokens": tokens, "kind": kind, **more, **result})
+        shown = f"{result['ms']:9.2f} ms" if "ms" in result else result["error"]
+        aside = f"{result['bytes_per_step'] / 1e6:8.1f} MB/step {result['path']}" if "path" in result else ""
         print(f"{shape} {tokens:>8,} {kind:<12} {more.get('target', ''):>5} {shown} {aside}", flush=True)
 
     def timed(kind: str, length: int) -> dict[str, Any]:
@@ -111,7 +112,7 @@ def measure(model: Any, shape: str, tokens: int, arguments: argparse.Namespace) 
     row("full", lambda: timed("full", tokens))
     if tokens in arguments.compile_at:
         row("static", lambda: timed("static", tokens))
-    if device != "cpu":  # which needs streams
+    if device != "cpu":  # offloading needs streams
         row("offloaded", lambda: timed("offloaded", tokens))
     for target in arguments.hit_rates:
         row("tiered", partial(tiered, model, tokens, target, False, arguments.budget, device), target=target)

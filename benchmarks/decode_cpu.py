@@ -1,13 +1,13 @@
-"""Decoding on a CPU: tieredkv at a tenth of the tokens beside stock full caches, in one run, on one machine.
+"""Decoding on a CPU: tieredkv attending to a tenth of the tokens, compared with transformers' full caches.
 
     python benchmarks/decode_cpu.py            8k to 64k tokens, layers of Qwen2.5-7B's shape; minutes
-    python benchmarks/decode_cpu.py --quick    a small shape, to see that it runs
+    python benchmarks/decode_cpu.py --quick    a small shape, as a check that it runs
     python benchmarks/decode_cpu.py --tokens 32768 --busy 0 1 3    also while other processes keep cores busy
 
-A stack of layers of the real shape, float32, batch 1, as many as fit; no vocabulary to speak of. Baselines are
-transformers' own caches under sdpa: the dynamic one, which grows by a copy each step, and the static one, which is
-preallocated; `ratio` is against the faster, `ratio_dynamic` against what `generate` uses unless told otherwise. Steps
-are timed in turns, each kind once per round, and the median is taken. Prints a table, and one line of JSON at the end.
+A few layers of the real shape, float32, batch 1, with a small vocabulary. Baselines are transformers' own caches with
+sdpa: the dynamic cache, which is copied to grow at each step, and the static one, which is preallocated; `ratio` is
+relative to the faster, `ratio_dynamic` to the default of `generate`. Steps are timed in turn, each kind once per round,
+and the median is taken. Prints a table, and one line of JSON at the end.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from origin import origin  # before torch: it says how torch's threads wait
+from origin import origin  # before torch: it sets how torch's threads wait
 
 # isort: split
 import torch
@@ -39,7 +39,7 @@ RESULT = Path(__file__).parent / "results" / "decode-cpu.json"
 
 
 def stock(model: Any, tokens: int, kind: str, steps: int) -> Callable[[int], None]:
-    """One decoding step of a stock cache of `tokens` tokens."""
+    """A decoding step of transformers' cache of `tokens` tokens."""
     from transformers import DynamicCache, StaticCache
 
     cache = (
@@ -58,7 +58,7 @@ def stock(model: Any, tokens: int, kind: str, steps: int) -> Callable[[int], Non
 
 
 def tiered(model: Any, tokens: int, tiers: TierConfig, steps: int) -> tuple[Callable[[int], None], TieredCache]:
-    """One decoding step of ours."""
+    """A decoding step of tieredkv, and its cache."""
     cache = TieredCache(model.config, tiers, max_new_tokens=steps)
     fill(cache, model, tokens)
 
@@ -72,7 +72,7 @@ def tiered(model: Any, tokens: int, tiers: TierConfig, steps: int) -> tuple[Call
 
 @contextmanager
 def busy_processes(count: int) -> Iterator[None]:
-    """As many other processes compute without a pause, at the same priority, until the block ends."""
+    """`count` other processes that compute without a pause, at the same priority, until the block ends."""
     command = [sys.executable, "-c", "while True: pass"]
     processes = [subprocess.Popen(command) for _ in range(count)]
     try:
@@ -84,7 +84,7 @@ def busy_processes(count: int) -> Iterator[None]:
 
 
 def measure(model: Any, tokens: int, budget: float, rounds: int, busy: int) -> dict[str, Any]:
-    """A row: milliseconds per step of each kind beside `busy` busy processes, and what ours held and copied."""
+    """A row: milliseconds per step of each kind beside `busy` busy processes, and the memory and copies of tieredkv."""
     steps = rounds + 2
     full_bytes = tokens * model_shape(model.config, model.dtype).token_bytes
     tiers = TierConfig(gpu_kv_gb=max(0.5, full_bytes / GIB), budget_ratio=budget)
@@ -126,11 +126,13 @@ def measure(model: Any, tokens: int, budget: float, rounds: int, busy: int) -> d
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 16384, 32768, 65536])
-    parser.add_argument("--busy", type=int, nargs="+", default=[0], help="other processes that keep a core busy each")
+    parser.add_argument(
+        "--busy", type=int, nargs="+", default=[0], help="numbers of other processes that keep a core busy"
+    )
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--budget", type=float, default=0.1)
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--threads", type=int, help="torch's own choice by default")
+    parser.add_argument("--threads", type=int, help="threads of torch; its own choice by default")
     parser.add_argument("--out", type=Path, help=f"also write the result here, as {RESULT} was")
     parser.add_argument("--quick", action="store_true", help="a small shape and few tokens")
     arguments = parser.parse_args()

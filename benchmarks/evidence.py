@@ -1,12 +1,12 @@
-"""Whether evidence tells the truth: the bundled model, videos it never saw, questions whose true moments are known.
+"""Accuracy of evidence: the bundled model, new videos, questions whose true moments are known.
 
     python benchmarks/evidence.py [--scenes 6] [--share 0.1] [--set policy=\\"arkvale\\" ...]
 
-Counted are correctly answered questions. A card is hit where a moment overlaps the time it was on screen. `last`: the
-last card that was looked up, among the best three moments of the token that named its letter or colour; `looked_up`:
-every such card (the shape behind a letter needs no look: the letter says it); `answer_best`, `answer`: of questions
-that rest on one card, whether the best moment, or one of the best three, of the whole answer hits it; `chain`: of
-chains over n cards, the share hit by the answer's best n + 2. Ends with one JSON line.
+Only correctly answered questions count. A card is hit if a moment overlaps the time it was on screen. `last`: the last
+card that was looked up, by the best three moments of the token that named its letter or colour; `looked_up`: every such
+card (shapes do not count, as the letter determines the shape); `answer_best`, `answer`: for questions that depend on
+one card, whether the best moment, or one of the best three, of the whole answer hits it; `chain`: for chains over n
+cards, the share hit by the best n + 2 moments of the answer. Ends with one JSON line.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from settings import tier_config
+
 import tieredkv
-from tieredkv.config import TierConfig
 from tieredkv.evidence.moments import Moment
 from tieredkv.memory.units import GIB
 from tieredkv.models.kv_shape import model_shape
@@ -40,7 +41,7 @@ def hits(moments: Iterable[Moment], span: tuple[float, float]) -> bool:
 
 
 def judge(session: VideoSession, asked: Sequence[Question]) -> dict[str, list[float]]:
-    """What is counted, of every correctly answered question: 1 for a hit, 0 for none, of chains a share."""
+    """The counts of every correctly answered question: 1 for a hit, 0 for none; a share for chains."""
     counted: dict[str, list[float]] = {name: [] for name in COUNTS}
     for question in asked:
         answer = session.ask(question.text, max_new_tokens=len(question.words) + 1, evidence="tokens")
@@ -66,15 +67,19 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=510)
     parser.add_argument("--cards", type=int, default=12)
     parser.add_argument("--questions", type=int, default=14)
-    parser.add_argument("--share", type=float, default=0.1, help="device memory, of a full cache; 2 holds everything")
+    parser.add_argument(
+        "--share", type=float, default=0.1, help="device memory, as a share of a full cache; 2 holds everything"
+    )
     parser.add_argument("--first-seed", type=int, default=1_000_400)
-    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of TierConfig")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of TierConfig or of the policy"
+    )
     parser.add_argument("--quick", action="store_true", help="one short video")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.scenes, arguments.seconds, arguments.share = 1, 256, 0.15
     options: dict[str, Any] = {name: json.loads(value) for name, value in (p.split("=") for p in arguments.set)}
-    TierConfig(**options)
+    tier_config(**options)
     started = time.perf_counter()
     model, processor = tiny.load()
     tokens = arguments.seconds * TOKENS_PER_SECOND
@@ -88,7 +93,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = write_video(scene, Path(folder) / "scene.mp4")
             with tieredkv.open_session(
-                model, path, gpu_kv_gb=cap, processor=processor, fps=tiny.FPS, **options
+                model, path, tiers=tier_config(gpu_kv_gb=cap, **options), processor=processor, fps=tiny.FPS
             ) as session:
                 for name, values in judge(session, chosen).items():
                     total[name] += values

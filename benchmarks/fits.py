@@ -1,12 +1,12 @@
-"""What fits a consumer card: the longest video that is ingested and asked about under 24 and 12 GiB, beside stock.
+"""What fits a consumer card: the longest video that can be asked about within 24 and 12 GiB, with and without tieredkv.
 
     python benchmarks/fits.py            on a CUDA device with at least as much memory; minutes
     python benchmarks/fits.py --quick    a small model, one length; runs on a CPU too (--device cpu)
 
-Qwen2.5-VL's shapes with random weights in bf16, 7B under 24 GiB and 3B under 12, vision tower included; frames are
-noise of 280 x 280 pixels, 100 tokens for every two. Each case is a process of its own whose allocator is held to the
-card's memory (`set_per_process_memory_fraction`); what the driver itself takes comes on top. Stock: the processor's
-tensors, `model.generate`, transformers' cache. Prints what was reached and every peak, and one line of JSON at the end.
+Qwen2.5-VL's shapes with random weights in bf16, 7B within 24 GiB and 3B within 12, vision tower included; frames are
+noise of 280 x 280 pixels, 100 tokens for every two. Each case is a process of its own whose allocator is limited to the
+card's memory (`set_per_process_memory_fraction`), not counting that of the driver. Stock: the processor's tensors,
+`model.generate`, transformers' cache. Prints the outcome and peak of each case, and one line of JSON at the end.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def make_video_model(shape: str, device: str) -> tuple[Any, Any]:
 
 
 def run_tiered(model: Any, processor: Any, frames: np.ndarray, cap: float) -> dict[str, Any]:
-    """Ingest and one answer."""
+    """Ingest and two answers, of which the second is reported."""
     import tieredkv
 
     with tieredkv.open_session(model, frames, processor=processor, fps=2, gpu_kv_gb=cap) as session:
@@ -120,7 +120,7 @@ def run_stock(model: Any, processor: Any, frames: np.ndarray) -> dict[str, Any]:
 
 
 def where(error: BaseException) -> str:
-    """The innermost function of transformers or tieredkv that an error came through."""
+    """The innermost function of transformers or tieredkv in an error's traceback."""
     names = []
     trace = error.__traceback__
     while trace is not None:

@@ -1,12 +1,11 @@
-"""Everything that needs a card, in one go: the GPU tests, then decode, pcie, prefill and fits, in under eight minutes.
+"""Everything that needs a card, in one run: the GPU tests, then decode, pcie, prefill and fits, in under eight minutes.
 
     make gpu                                    or: python benchmarks/gpu.py --out benchmarks/results
     python benchmarks/gpu.py --only tests pcie  parts of it
 
-Needs torch and torchvision with CUDA, triton, transformers, accelerate, numpy, pytest and av; says how to lay beside it
-what is missing, for a machine that reaches no package index. Results are JSON files in --out, each with machine,
-versions and date; what a part printed is in NAME.log. A part that fails does not stop the others; the exit code says
-that one did.
+Needs torch and torchvision with CUDA, triton, transformers, accelerate, numpy, pytest and av; if any is missing, says
+how to add it, also without access to a package index. Results are JSON files in --out, each with machine, versions and
+date; the output of a part is in NAME.log. A part that fails does not stop the others, but the exit code is 1.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ NEEDED = (
     "av",
 )
 PARTS = {
-    # Without the project's settings, which need plugins of the other tests.
+    # Without the project's settings, which need plugins that only other tests use.
     "tests": [
         "-m",
         "pytest",
@@ -61,8 +60,8 @@ def main() -> int:
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         names = " ".join({"PIL": "pillow"}.get(name, name) for name in missing)
         parser.error(
-            f"missing here: {names}. Where there is an index: pip install {names}. Where there is none, on a machine "
-            f"that reaches one: pip download --no-deps -d wheels {names}; carry the folder, then here: "
+            f"missing: {names}. With a package index: pip install {names}. Without one, on another machine: "
+            f"pip download --no-deps -d wheels {names}; copy the folder, then here: "
             "pip install --no-index --no-deps --target beside wheels/*.whl, and set PYTHONPATH=beside."
         )
     import torch
@@ -87,7 +86,7 @@ def main() -> int:
 
 
 def _environment() -> dict[str, str]:
-    """Ours, with the source tree on the path."""
+    """The environment of this process, with the source tree on the path."""
     import os
 
     paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]

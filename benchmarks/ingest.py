@@ -1,20 +1,20 @@
-"""Ingest and sessions by length of video, on the bundled model: memory, overlap of stages, what a session saves.
+"""Ingest and sessions by length of video, on the bundled model: memory, overlap of stages, time that a session saves.
 
     python benchmarks/ingest.py [--minutes 1 4 16 60] [--gpu-kv-gb 0.008] [--plot ingest.png] [--output ingest.json]
 
-A video of each length is made first. Each is then measured in a process of its own, so that its peak memory is its own:
+A video of each length is generated, and measured in a process of its own, so that peak memory is that of one video:
 
 1. ingest, a question, a follow-up question;
 2. the same video ingested again by a second session, whose answer must be the same;
 3. the session saved, loaded and asked, whose answer must be the same;
-4. the three stages one after the other on the main thread, for an overlap that does not count waiting for a busy core
-   as work: `speedup` is this time / that of step 2's ingest, both of them warm.
+4. the three stages one after the other on the main thread, for a measure of overlap that does not count waiting for a
+   busy core as work: `speedup` is this time / that of step 2's ingest, both of them warm.
 
-Prints a table and ends with one JSON line, a list with a run per length (bytes, seconds): `peak_rss_bytes` of step 1,
-of which `base_rss_bytes` were there before the video; `kv_device_peak_bytes` and `kv_cap_bytes`; `ttft_s` from the
-request to the first token of the first answer, ingest included; `followup_ttft_s`, the second question's;
-`reingest_s`, the ingest of step 2; `load_s`, until the loaded session can be asked; `loaded_ttft_s`, its first
-question, which reads and checks the file.
+Prints a table and ends with one JSON line, a list with an entry per length (bytes, seconds): `peak_rss_bytes` of step
+1, of which `base_rss_bytes` precede the video; `kv_device_peak_bytes` and `kv_cap_bytes`; `ttft_s` from the request to
+the first token of the first answer, ingest included; `followup_ttft_s`, the second question's; `reingest_s`, the ingest
+of step 2; `load_s`, until the loaded session can be asked; `loaded_ttft_s`, its first question, which reads and checks
+the file.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from typing import Any
 from origin import processor_name, versions
 
 KIB = 1024 if sys.platform == "linux" else 1
-"""Bytes in a unit of `ru_maxrss`."""
+"""Bytes per unit of `ru_maxrss`."""
 CARDS = 12
 QUESTION, FOLLOW_UP = "what colour was the star ?", "follow the moon for 4 ?"
 SEED = 1_300_000
 
 
 def measure(path: Path, minutes: float, gpu_kv_gb: float) -> dict[str, Any]:
-    """One row, in this process."""
+    """A row, measured in this process."""
     import psutil
     import torch
 
@@ -48,7 +48,7 @@ def measure(path: Path, minutes: float, gpu_kv_gb: float) -> dict[str, Any]:
     from tieredkv.tiny import model as tiny
 
     model, processor = tiny.load()
-    with torch.no_grad():  # what torch allocates once
+    with torch.no_grad():  # for memory that torch allocates once
         model.generate(torch.ones((1, 4), dtype=torch.long), max_new_tokens=2)
     base = psutil.Process().memory_info().rss
     options = {"gpu_kv_gb": gpu_kv_gb, "processor": processor, "fps": tiny.FPS}
@@ -109,7 +109,7 @@ def measure(path: Path, minutes: float, gpu_kv_gb: float) -> dict[str, Any]:
 
 
 def one_after_the_other(model: Any, processor: Any, path: Path, options: dict[str, Any]) -> float:
-    """Seconds of the same work with each stage finished before the next begins."""
+    """Seconds for the same work if each stage ends before the next begins."""
     import torch
 
     from tieredkv import TierConfig
@@ -118,27 +118,26 @@ def one_after_the_other(model: Any, processor: Any, path: Path, options: dict[st
     from tieredkv.models.chat_template import ChatTemplate
     from tieredkv.models.encode import encode, segments
     from tieredkv.progress import IngestProgress
-    from tieredkv.session import ingest
+    from tieredkv.session.ingest import prefill
     from tieredkv.session.pipeline import Pipeline
-    from tieredkv.video.frames import open_video
+    from tieredkv.session.video_embeddings import VideoEmbeddings, prepare
+    from tieredkv.video.frames import Sampling, open_video
 
     started = time.perf_counter()
     tiers = TierConfig(gpu_kv_gb=options["gpu_kv_gb"])
     template = ChatTemplate(families.video_family(model.config), processor)
-    family, video = template.family, ingest.prepare(template, model.config, open_video(path, options["fps"]), tiers)
+    source = open_video(path, Sampling(options["fps"]))
+    video = prepare(template, model.config, source, tiers)
     decoded = list(segments(video.source.frames(), video.segment_frames))
-    encoded = list(encode(family, model, video.preprocess, iter(decoded)))
+    encoded = list(encode(template.family, model, video.preprocess, iter(decoded)))
     with TieredCache(model.config, tiers, prompt_tokens=video.grid.tokens + 300) as cache:
-        cache.auto_seal = False
         head, bar = torch.zeros((1, 15), dtype=torch.long), IngestProgress(False, 0, None)
-        steps = ingest.Steps(template, model, video)
-        embeddings = steps.embeddings(iter(encoded))
-        ingest.prefill(Pipeline(), family, model, embeddings, head, steps, "published", cache, bar)
+        prefill(VideoEmbeddings(template, model, video, iter(encoded)), head, cache, Pipeline(), bar)
     return time.perf_counter() - started
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Four panels over the length of the video."""
+    """Draw four panels over the length of the video."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -162,10 +161,12 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     lines(
         memory,
         {
-            "resident memory beyond the model's": [(r["peak_rss_bytes"] - r["base_rss_bytes"]) / mib for r in rows],
+            "resident memory in addition to the model's": [
+                (r["peak_rss_bytes"] - r["base_rss_bytes"]) / mib for r in rows
+            ],
             "cache in host memory": [r["kv_host_bytes"] / mib for r in rows],
-            "device KV at most": [r["kv_device_peak_bytes"] / mib for r in rows],
-            "device KV allowed": [r["kv_cap_bytes"] / mib for r in rows],
+            "device KV, peak": [r["kv_device_peak_bytes"] / mib for r in rows],
+            "device KV, cap": [r["kv_cap_bytes"] / mib for r in rows],
         },
         "Memory",
         "MiB",
@@ -207,7 +208,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, nargs="+", default=[1, 4, 16, 60])
     parser.add_argument("--gpu-kv-gb", type=float, default=0.008)
     parser.add_argument("--plot", type=Path)
-    parser.add_argument("--output", type=Path, help="write the JSON here too, indented")
+    parser.add_argument("--output", type=Path, help="also write the JSON here, indented")
     parser.add_argument("--quick", action="store_true", help="one minute")
     parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

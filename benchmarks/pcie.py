@@ -1,12 +1,12 @@
-"""The link between host and card: what it gives, and what a decoding step is worth at slower ones.
+"""The link between host and card: its rate, and the time of a decoding step at this and at slower rates.
 
     python benchmarks/pcie.py            on a CUDA device; a minute or two
     python benchmarks/pcie.py --quick    few sizes, a small shape
 
-First the link by itself, out of page-locked memory: large copies each way, then scattered pieces of 4 KiB to 1 MiB, by
-the kernel that a decoding step uses, to pages of 8 bits and as made, and by a gather on the host with one copy. Then
-milliseconds per token against the link's speed: the real one, and slower ones by moving the same bytes 2, 4 and 8
-times. Beside them what the planner says: the step without copies, and on top of it the time of its copies. Draws the
+First the link by itself, from page-locked memory: large copies each way, then scattered pieces of 4 KiB to 1 MiB, by
+the kernel of a decoding step, to 8-bit and to 16-bit pages, and by a gather on the host with one copy. Then
+milliseconds per token against the link's speed: the real one, and slower ones, simulated by copying the same bytes 2, 4
+and 8 times. Next to them the planner's prediction: the step without copies plus the time of its copies. Draws the
 second part with --plot; prints a table, and one line of JSON at the end.
 """
 
@@ -34,7 +34,7 @@ ROUNDS, HEAD_DIM = 20, 128
 
 
 def rate(nbytes: int, ms: float) -> float:
-    """GB/s."""
+    """Rate in GB/s."""
     return nbytes / ms / 1e6
 
 
@@ -52,7 +52,7 @@ def contiguous(host: torch.Tensor, device: torch.Tensor) -> list[dict[str, Any]]
 
 
 def scattered(memory: torch.Tensor, piece_bytes: int, pieces: int) -> list[dict[str, Any]]:
-    """Pieces of a size from random places to random slots, by kernel and by way of the host."""
+    """Pieces of one size from random places to random slots, by the kernel and by way of the host."""
     arena = memory.view(1, -1, 2, 1, piece_bytes // 4)
     pages = torch.empty(pieces, 2, 1, piece_bytes // 4, dtype=torch.int16, device="cuda")
     ids, heads = torch.randint(arena.shape[1], (pieces,)), torch.zeros(pieces, dtype=torch.int64)
@@ -85,7 +85,7 @@ def slower(ops: Ops, times: int) -> Ops:
 
 
 def token_time(model: Any, tokens: int, hit_rate: float, times: int, budget: float) -> dict[str, Any]:
-    """Milliseconds per token where every missed chunk is copied `times` times, and the bytes of one copy of them."""
+    """Milliseconds per token if every missed chunk is copied `times` times, and the bytes of one copy."""
     with scripted(model, tokens, slower(triton(), times), hit_rate, budget, ROUNDS + 2) as (cache, steps):
         before = cache.counters.missed_bytes
         ms = milliseconds(lambda: steps(7), ROUNDS, "cuda")
@@ -93,7 +93,7 @@ def token_time(model: Any, tokens: int, hit_rate: float, times: int, budget: flo
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Milliseconds per token against the link, measured and predicted."""
+    """Draw milliseconds per token against the link, measured and predicted."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -107,7 +107,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     for name, speed in LINKS.items():
         axes.axvline(speed, color="0.85", zorder=0)
         axes.text(speed, axes.get_ylim()[1], name, rotation=90, va="top", ha="right", fontsize=7, color="0.5")
-    axes.set(xscale="log", xlabel="link, GB/s", ylabel="ms per token (dotted: as planned)")
+    axes.set(xscale="log", xlabel="link, GB/s", ylabel="ms per token (dotted: predicted)")
     axes.legend()
     figure.savefig(path, dpi=110)
 
@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few sizes and a small shape")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        parser.error("there is no CUDA device here, and so no link to measure")
+        parser.error("there is no CUDA device here, hence no link to measure")
     shape, tokens = ("tiny", 8192) if arguments.quick else (arguments.shape, arguments.tokens)
     memory = aligned((2**28 if arguments.quick else 2**30,), torch.int16)
     memory.zero_()
@@ -153,7 +153,7 @@ def main() -> None:
                 predicted = still + made["bytes"] / speed / 1e6
                 rows.append({"hit_rate": hit_rate, "link_gb_s": speed, "predicted_ms": predicted, **made})
                 print(
-                    f"{hit_rate:.0%} hits, {speed:6.1f} GB/s: {made['ms']:7.2f} ms, planned {predicted:7.2f}",
+                    f"{hit_rate:.0%} hits, {speed:6.1f} GB/s: {made['ms']:7.2f} ms, predicted {predicted:7.2f}",
                     flush=True,
                 )
     if arguments.plot:

@@ -1,12 +1,12 @@
-"""Prefill: tokens per second and peak memory against length, ours with the past in host memory beside stock one-shot.
+"""Prefill: tokens per second and peak memory by length, in chunks with the past in host memory and in one stock call.
 
     python benchmarks/prefill.py            the 7B shape on a CUDA device, 8k to 128k tokens
     python benchmarks/prefill.py --quick    a small shape; runs on a CPU too (--device cpu)
 
-Text decoders of the real shape with random weights. Stock: one call over the whole prompt, transformers' cache on the
-card. Ours: calls of `prefill_chunk` tokens under caps of device memory, from all that the cache takes down to the
-smallest that the planner allows. Peak memory is the allocator's, less the weights. Prints a table, and one line of
-JSON at the end.
+Text decoders of the real shape with random weights. Stock: one call over the whole prompt, with transformers' cache on
+the card. tieredkv: calls of `prefill_chunk` tokens under device caps from the size of the whole cache down to the
+smallest that the planner allows. Peak memory is the allocator's, less the weights. Prints a table, and one line of JSON
+at the end.
 """
 
 from __future__ import annotations
@@ -23,14 +23,16 @@ from origin import origin
 from synthetic import make_model
 
 from tieredkv import TierConfig, TieredCache, use_attention
+from tieredkv.cache.question import CONTEXT
 from tieredkv.environment.versions import cache_argument
 from tieredkv.memory.units import GIB, as_gib
 from tieredkv.models.kv_shape import model_shape
-from tieredkv.planning.sizes import lay_out, smallest_cap_bytes
+from tieredkv.planning.admission import smallest_cap_bytes
+from tieredkv.planning.sizes import lay_out
 
 
 def timed(work: Callable[[], float | None], device: str) -> dict[str, Any]:
-    """Seconds, less those of setting up that the work tells, and peak bytes; or that memory ran out."""
+    """Seconds, less the set-up seconds that `work` returns, and peak bytes; or an "error" if memory ran out."""
     if device != "cpu":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -55,15 +57,15 @@ def stock(model: Any, ids: torch.Tensor) -> None:
 
 
 def tiered(model: Any, ids: torch.Tensor, tiers: TierConfig) -> float:
-    """Calls of `prefill_chunk` tokens; seconds that the host tier took to be given back, which is not prefill.
+    """Calls of `prefill_chunk` tokens; returns the seconds of freeing the host tier, which is not part of prefill.
 
-    Page-locking it runs beside the prefill, as it does beside a video being read.
+    Page-locking it runs beside the prefill, as it does while a video is read.
     """
     with use_attention(model), TieredCache(model.config, tiers, prompt_tokens=ids.shape[1]) as cache:
-        cache.auto_seal, cache.text_rows = False, 0
+        cache.expect(CONTEXT)
         for part in ids.split(tiers.prefill_chunk, dim=1):
             model(part, **cache_argument(cache), logits_to_keep=1)
-        cache.copies.drain()
+        cache.device_tier.copies.drain()
         done = time.perf_counter()
     return time.perf_counter() - done
 
@@ -72,7 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="7b")
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768, 131072])
-    parser.add_argument("--chunk", type=int, default=8192, help="tokens per call of ours")
+    parser.add_argument("--chunk", type=int, default=8192, help="tokens per call of tieredkv")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, help="also write the result here")
     parser.add_argument("--quick", action="store_true", help="a small shape and few tokens")
@@ -97,7 +99,7 @@ def main() -> None:
             for name, cap in caps.items():
                 tiers = TierConfig(gpu_kv_gb=max(cap, least), prefill_chunk=chunk)
                 kinds[name] = lambda ids=ids, tiers=tiers: tiered(model, ids, tiers)
-            for work in kinds.values():  # warms up what is compiled or cached
+            for work in kinds.values():  # warm up
                 timed(work, device)
             for name, work in kinds.items():
                 made = timed(work, device)

@@ -1,19 +1,19 @@
-"""What policies lose, on trained models, where it shows: in tokens that need a new look at the context while decoding.
+"""Accuracy that policies lose, on trained models, for answers whose tokens must be read from the context one by one.
 
     make quality                                  everything, hours on two cores
     python benchmarks/quality.py --suite video    one of: video, text, ablations, sweeps
-    python benchmarks/quality.py --quick          a few questions of each, to see that it runs
+    python benchmarks/quality.py --quick          a few questions of each, as a check that it runs
 
-Writes quality-SUITE.json and .png below benchmarks/results/, or into the current folder where there is none.
+Writes quality-SUITE.json and .png into benchmarks/results/, or into the current folder if there is none.
 
-Contexts are prefilled once and exactly, each question once and exactly, and from there on every policy decodes the same
-answer (`replay.py`). Only tokens after the first count, which no policy can touch. Of video chains a hop is right if
-all up to it are, as greedy decoding would have it; of text, where the small model errs by itself, a step is right if
-all its tokens are chosen rightly behind the true ones. Rows are paired: the same questions under every policy, the full
-cache among them. Intervals are 95 %, by bootstrap over questions. Memory is relative to a full cache of 16 bits; pages
-of the models' 32 bits count as of 16, those of 8 as they are. All rows but `hybridkv` have pages as they were made.
-Finished contexts are kept in a file beside the results until a whole suite is done, so an interrupted run goes on,
-and a suite may be run in parts: `--tasks`, `--tokens`, `--contexts`; `--finished` writes the results of what there is.
+Each context and each question is prefilled once, exactly; from there every policy decodes the same answer
+(`replay.py`). The first token is not counted, as no policy affects it. A hop of a video chain is right if all up to it
+are, as in greedy decoding; with text, where the small model makes errors of its own, a step is right if all of its
+tokens are predicted correctly given the true ones before. Rows are paired: the same questions under every policy,
+including the full cache. Intervals are 95 %, by bootstrap over questions. Memory is relative to a full cache of 16
+bits; pages of the models' 32 bits count as 16, pages of 8 bits as 8. All rows but `hybridkv` have unpacked pages.
+Finished contexts are kept in a file beside the results until a suite is complete, so an interrupted run resumes, and a
+suite may be run in parts: `--tasks`, `--tokens`, `--contexts`; `--finished` writes the results so far.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from quality_suites import Unit, units
 
 
 def run(unit: Unit) -> list[dict[str, Any]]:
-    """Records of every question of a context under every setting."""
+    """Records of every question of a context, under every setting."""
     import torch
 
     with torch.no_grad():
@@ -62,18 +62,18 @@ def _model(name: str) -> Any:
 
 
 def _settings(unit: Unit) -> list[tuple[str, Any, Any]]:
-    from tieredkv.config import TierConfig
+    from settings import tier_config
 
     return [
-        (label, json.loads(fields), TierConfig(chunk_tokens=unit.chunk_tokens, spare_ratio=0.0, **json.loads(fields)))
+        (label, json.loads(fields), tier_config(chunk_tokens=unit.chunk_tokens, spare_ratio=0.0, **json.loads(fields)))
         for label, fields in unit.settings
     ]
 
 
 def _scoring(unit: Unit) -> Any:
-    from tieredkv.config import TierConfig
+    from settings import tier_config
 
-    return TierConfig(chunk_tokens=unit.chunk_tokens, **json.loads(unit.scored_with))
+    return tier_config(chunk_tokens=unit.chunk_tokens, **json.loads(unit.scored_with))
 
 
 def _run_video(unit: Unit) -> list[dict[str, Any]]:
@@ -143,7 +143,7 @@ def _record(unit: Unit, asked: Any, task: str, setting: tuple[str, Any, Any], an
 
 
 def finished(parts: Path) -> dict[str, list[dict[str, Any]]]:
-    """Records of the units that earlier runs have left in `parts`, by their keys."""
+    """Records of units that earlier runs wrote into `parts`, by key."""
     lines = parts.read_text().splitlines() if parts.exists() else []
     return {stored["key"]: stored["records"] for stored in map(json.loads, lines)}
 
@@ -170,7 +170,7 @@ def _keyed(unit: Unit) -> tuple[Unit, list[dict[str, Any]]]:
 
 
 def about(arguments: argparse.Namespace, suite: str) -> dict[str, Any]:
-    """Where, when, with what, and by which command."""
+    """Machine, date, versions, command, seeds and default settings."""
     import dataclasses
 
     import video_tasks
@@ -178,17 +178,17 @@ def about(arguments: argparse.Namespace, suite: str) -> dict[str, Any]:
 
     import tieredkv
 
-    method = dataclasses.asdict(tieredkv.TierConfig().method)
+    policy = dataclasses.asdict(tieredkv.TierConfig().policy)
     return {
         **origin(),
         "command": " ".join(["python benchmarks/quality.py --suite", suite, *_chosen(arguments)]),
         "seeds": {"video": f"{video_tasks.FIRST_SEED} + 1000 * tokens + number", "text": "number"},
-        "defaults": {name: value for name, value in method.items() if not callable(value) and name != "summary"},
+        "defaults": {name: value for name, value in policy.items() if not callable(value) and name != "summary"},
     }
 
 
 def _chosen(arguments: argparse.Namespace) -> list[str]:
-    """The options that say which contexts were run."""
+    """The options that select contexts."""
     lengths = [] if arguments.tokens is None else ["--tokens", *map(str, arguments.tokens)]
     tasks = [] if arguments.tasks is None else ["--tasks", *arguments.tasks]
     contexts = [] if arguments.contexts is None else ["--contexts", str(arguments.contexts)]

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 FULL = "full"
-"""Label of the full cache, with which every row is paired."""
+"""Label of the full cache, with which every row is compared."""
 AS_MADE_LABEL = "hybridkv, 16-bit pages"
 
 
 def aggregate(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per model, task, tokens, chunk size, label and budget; hops apart for chains."""
+    """One row per model, task, tokens, chunk size, label and budget; for chains also one per hop."""
     cells: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     for record in records:
         budget = record["fields"].get("budget_ratio", 1.0)
@@ -22,7 +22,7 @@ def aggregate(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
             (*(record[name] for name in ("model", "task", "tokens", "chunk_tokens")), record["label"], budget)
         ].append(record)
     rows = []
-    for (model, task, tokens, chunk, label, budget), held in cells.items():
+    for (model, task, tokens, chunk, label, budget), cell in cells.items():
         full = cells[(model, task, tokens, chunk, FULL, 1.0)]
         shared = {
             "model": model,
@@ -30,43 +30,43 @@ def aggregate(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "budget": budget,
             "policy": label,
             "chunk_tokens": chunk,
-            "n": len(held),
+            "n": len(cell),
             "ppl_ratio": math.exp(
-                (sum(r["nll"] for r in held) - sum(r["nll"] for r in full)) / sum(r["scored"] for r in held)
+                (sum(r["nll"] for r in cell) - sum(r["nll"] for r in full)) / sum(r["scored"] for r in cell)
             ),
-            "kv_ratio": _mean(r["held"] / r["full"] for r in held),
-            "mass_recall": _mean(r["recall"] for r in held if r["recall"] is not None),
-            "bytes_per_step": sum(r["missed"] for r in held) / max(1, sum(r["decoded"] for r in held)),
+            "kv_ratio": _mean(r["held"] / r["full"] for r in cell),
+            "mass_recall": _mean(r["recall"] for r in cell if r["recall"] is not None),
+            "bytes_per_step": sum(r["missed"] for r in cell) / max(1, sum(r["decoded"] for r in cell)),
         }
-        rows.append({**shared, "task": task, **_accuracy(held, full, lambda r: _mean(_steps(r).values()))})
+        rows.append({**shared, "task": task, **_accuracy(cell, full, lambda r: _mean(_steps(r).values()))})
         if model == "tiny" and task != "lookup":
-            for hop in sorted(_steps(held[0])):
-                at_hop = _accuracy(held, full, lambda r, hop=hop: _steps(r)[hop])
+            for hop in sorted(_steps(cell[0])):
+                at_hop = _accuracy(cell, full, lambda r, hop=hop: _steps(r)[hop])
                 rows.append({**shared, "task": f"{task}, hop {hop}", **at_hop})
     return rows
 
 
 def _steps(record: dict[str, Any]) -> dict[int, bool]:
-    """Step -> whether it is right."""
+    """Whether each step is right."""
     right = record["so_far"] if record["model"] == "tiny" else record["right"]
     steps: dict[int, bool] = {}
     for step, one in zip(record["steps"], right, strict=True):
         steps[step] = bool(one) and steps.get(step, True)
-    if record["model"] == "tiny" and len(steps) > 1:  # the first hop comes out of the prefill
+    if record["model"] == "tiny" and len(steps) > 1:  # the prefill gives the first hop
         del steps[1]
     return steps
 
 
 def _mean(values: Iterable[float]) -> float | None:
-    held = list(values)
-    return sum(held) / len(held) if held else None
+    numbers = list(values)
+    return sum(numbers) / len(numbers) if numbers else None
 
 
-def _accuracy(held: list[dict[str, Any]], full: list[dict[str, Any]], of: Callable[[Any], Any]) -> dict[str, Any]:
+def _accuracy(records: list[dict[str, Any]], full: list[dict[str, Any]], score: Callable[[Any], Any]) -> dict[str, Any]:
     """Mean accuracy, its interval, the full cache's on the same questions, and the interval of the difference."""
     import numpy as np
 
-    got, want = np.array([of(r) for r in held], float), np.array([of(r) for r in full], float)
+    got, want = np.array([score(r) for r in records], float), np.array([score(r) for r in full], float)
     picks = np.random.default_rng(0).integers(0, len(got), (2000, len(got)))
     low, high = np.quantile(got[picks].mean(1), (0.025, 0.975))
     below, above = np.quantile((got - want)[picks].mean(1), (0.025, 0.975))
@@ -81,7 +81,7 @@ def _accuracy(held: list[dict[str, Any]], full: list[dict[str, Any]], of: Callab
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """The table, widest tasks first."""
+    """Print the table."""
     head = f"{'model':8} {'tokens':>6} {'task':28} {'budget':>6} {'policy':28} {'n':>4} {'acc':>6} {'95 %':>13} "
     print(head + f"{'full':>6} {'ppl x':>7} {'kv':>6} {'recall':>6} {'KB/step':>8}")
     for row in sorted(rows, key=lambda r: (r["model"], r["tokens"], r["task"], -r["budget"], r["policy"])):
@@ -112,7 +112,7 @@ DRAWN = {
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Accuracy against the memory each policy really took, a panel for each task and length."""
+    """Draw accuracy against the memory that each policy used, with a panel for each task and length."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

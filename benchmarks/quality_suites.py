@@ -1,4 +1,4 @@
-"""What `quality.py` asks: suites of contexts, and under which settings each of them."""
+"""Suites of `quality.py`: contexts, and the settings under which each is measured."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ PRESETS = ("paper", "mixkv", "snapkv", "lookm", "streaming", "quest", "arkvale")
 BUDGETS = (0.05, 0.1, 0.2)
 CHUNK = 8
 AS_MADE: dict[str, Any] = {"pack_pages": False}
-"""Pages as the model makes keys and values, so that nothing but what is named differs between rows."""
+"""Pages in the model's dtype, so that rows differ only in what they name."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One context and all that is asked of it."""
+    """One context, its questions and their settings."""
 
     model: str
     task: str
-    """For the video model all tasks of a video are one unit, "video"."""
+    """For the video model always "video": all tasks of a video are one unit."""
     tokens: int
     number: int
     questions: int
     chunk_tokens: int
     settings: tuple[tuple[str, str], ...]
-    """(label, JSON of the fields of TierConfig)."""
+    """(label, JSON of settings as `settings.tier_config` takes them)."""
     unsealed: bool = False
-    """Also ask second questions without sealing anew."""
+    """Also ask second questions without sealing again."""
     scored_with: str = "{}"
-    """JSON of fields of TierConfig that the questions' rows are scored with, which a seal cannot change."""
+    """JSON of settings for scoring the questions' rows, which a seal cannot change."""
 
     @property
     def key(self) -> str:
@@ -41,7 +41,7 @@ class Unit:
 
 
 def grid() -> tuple[tuple[str, str], ...]:
-    """The full cache once, and every preset at every budget, with pages as the papers have them."""
+    """The full cache once, and every preset at every budget, with unpacked pages as in the papers."""
     made: list[tuple[str, dict[str, Any]]] = [(FULL, {"policy": FULL})]
     made += [(AS_MADE_LABEL, {"policy": "hybridkv", "budget_ratio": one, **AS_MADE}) for one in (0.025, *BUDGETS)]
     made += [(name, {"policy": name, "budget_ratio": one, **AS_MADE}) for name in PRESETS for one in BUDGETS]
@@ -49,14 +49,14 @@ def grid() -> tuple[tuple[str, str], ...]:
 
 
 def shipped() -> tuple[tuple[str, str], ...]:
-    """What is the default, its pages in 8 bits; paired with the full cache of `grid`."""
+    """The default, with pages of 8 bits; compared with the full cache of `grid`."""
     return tuple(("hybridkv", json.dumps({"policy": "hybridkv", "budget_ratio": one})) for one in BUDGETS)
 
 
 def variants(
     budgets: Iterable[float], named: dict[str, dict[str, Any]], full: bool = True
 ) -> tuple[tuple[str, str], ...]:
-    """Changes of hybridkv by name at every budget and, unless they are paired with another's, the full cache once."""
+    """Named variants of hybridkv at every budget. full: also the full cache, unless another set has it."""
     made = [(FULL, {"policy": FULL})] if full else []
     for label, fields in named.items():
         made += [(label, {"budget_ratio": budget, **fields, **AS_MADE}) for budget in budgets]
@@ -96,7 +96,7 @@ SWEEPS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def units(suite: str, quick: bool) -> list[Unit]:
-    """The contexts of a suite, short ones first."""
+    """The contexts of a suite, the shortest first."""
     made: list[Unit] = []
 
     def add(model: str, task: str, tokens: int, settings: Any, asked: int, each: int, **more: Any) -> None:
@@ -129,7 +129,7 @@ def units(suite: str, quick: bool) -> list[Unit]:
             named = {f"paper, k {ratio:.1%}": fields}
             add("tiny", "video", 2048, variants((0.05,), named, full=False), 96, 8, **more)
             add("smollm2", "chain", 2048, variants((0.05,), named, full=False), 48, 8, **more)
-        for chunk in (4, 16, 32, 64):  # 8 is everybody's
+        for chunk in (4, 16, 32, 64):  # 8 is that of all others
             named = {f"C {chunk}": {}}
             add("tiny", "video", 2048, variants((0.05,), named), 96, 8, chunk_tokens=chunk)
             add("smollm2", "chain", 2048, variants((0.05,), named), 48, 8, chunk_tokens=chunk)

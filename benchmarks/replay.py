@@ -1,8 +1,8 @@
-"""Answers decoded under a policy, token by token along the true answer: what `quality.py` measures with.
+"""The true answer decoded token by token under a policy, as `quality.py` measures it.
 
-An answer is right up to a token exactly if each token before it was chosen rightly, so feeding the true tokens (as
-decoding steps, `TieredCache.forced`) and looking where the greedy choice differs says what greedy decoding would have
-answered. The context is prefilled once and each question once, exactly; policies differ from the seal on.
+True tokens are fed as decoding steps (`TieredCache.forced`); greedy decoding would have given the same tokens up to the
+first at which the greedy choice differs. The context and each question are prefilled once, exactly; policies differ
+from the seal on.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 import torch
 
+from tieredkv.cache.question import CONTEXT
+from tieredkv.cache.question import Question as CacheQuestion
 from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.config import TierConfig
 from tieredkv.environment.versions import cache_argument
@@ -30,50 +32,52 @@ class Question:
     scored: list[int]
     """Positions in `answer_ids`; never the first, which the exact prefill gives."""
     steps: list[int]
-    """For each scored position the hop, word or value it belongs to, from 1."""
+    """For each scored position, its hop, word or value, counted from 1."""
     before: tuple[list[int], list[int]] | None = None
     """Prompt and answer of an earlier question of the same conversation."""
 
 
 @dataclass
 class Answer:
-    """What one question gave under one policy."""
+    """Results of one question under one policy."""
 
     right: list[bool]
-    """For each scored position, whether its token was chosen rightly behind the true ones."""
+    """For each scored position, whether its token was predicted, given the true ones before it."""
     right_so_far: list[bool]
-    """For each scored position, whether every token up to it was: what greedy decoding would have answered."""
+    """For each scored position, whether all tokens up to it were, as in greedy decoding."""
     nll: list[float]
-    """Of each scored token, in nats."""
+    """Negative log likelihood of each scored token, in nats."""
     held_bytes: int
-    """On the device between steps: pool, digests, tables. Keys and values of 32 bits count as of 16."""
+    """On the device between steps: pool, digests, tables. Keys and values of 32 bits count as 16."""
     full_bytes: int
     """Keys and values of all tokens in a full cache of 16 bits."""
     missed_bytes: int
     steps: int
     recalls: list[float] = field(default_factory=list)
-    """Per step and dynamic head: attention mass of the chosen chunks over that of the best choice of as many."""
+    """Per step and dynamic head: attention mass of the chosen chunks, relative to the best choice of as many."""
 
 
 class Reader(Protocol):
     """A model, and a cache that holds a context."""
 
     cache: TieredCache
+    visual: torch.Tensor
+    """`(n,)` mask of the context's visual tokens, to which a document's count."""
 
     def feed(self, ids: Sequence[int]) -> torch.Tensor:
-        """Logits `(n, vocabulary)` behind each of the next tokens."""
+        """Logits `(n, vocabulary)` after each of the next tokens."""
 
 
 class TextReader:
-    """A text model behind a document."""
+    """A text model that has read a document."""
 
     def __init__(self, model: Any, document: Sequence[int], tiers: TierConfig) -> None:
         self.model = model
         self.cache = TieredCache(model.config, tiers)
-        self.cache.auto_seal, self.cache.text_rows = False, 0
+        self.cache.expect(CONTEXT)
         for begin in range(0, len(document), tiers.prefill_chunk):
             self.feed(document[begin : begin + tiers.prefill_chunk])
-        self.cache.visual = torch.ones(len(document), dtype=torch.bool)
+        self.visual = torch.ones(len(document), dtype=torch.bool)
         self.cache.settle()
 
     def feed(self, ids: Sequence[int]) -> torch.Tensor:
@@ -81,22 +85,22 @@ class TextReader:
 
 
 class VideoReader:
-    """A video model behind a chat template's head and a video."""
+    """A video model that has read a chat template's head and a video."""
 
     def __init__(self, model: Any, head: Sequence[int], features: torch.Tensor, grid: VideoGrid, tiers: TierConfig):
         """features `(n, hidden)`: the vision tower's, `grid.tokens` of them."""
         self.model, self.family = model, families.video_family(model.config)
         self.cache = TieredCache(model.config, tiers)
-        self.cache.auto_seal, self.cache.text_rows = False, 0
+        self.cache.expect(CONTEXT)
         context = len(head) + grid.tokens
         positions = self.family.positions(model, len(head), grid, 0, context + 1, "published")
         self._after = int(positions[0, -1]) - context
-        """What to add to a later token's place in the prompt for its position."""
+        """Position of a later token, less its index in the prompt."""
         embeddings = torch.cat((self.family.embed(model, torch.tensor([list(head)])), features[None]), dim=1)
         for begin in range(0, context, tiers.prefill_chunk):
             part = slice(begin, min(begin + tiers.prefill_chunk, context))
             self.family.decode(model, embeddings[:, part], positions[:, part], self.cache)
-        self.cache.visual = torch.arange(context) >= len(head)
+        self.visual = torch.arange(context) >= len(head)
         self.cache.settle()
 
     def feed(self, ids: Sequence[int]) -> torch.Tensor:
@@ -107,7 +111,7 @@ class VideoReader:
 
 
 def replay(reader: Reader, question: Question, policies: Sequence[TierConfig], recall: bool = False) -> list[Answer]:
-    """The question under each policy. The reader's cache holds the context before and after. recall: measure it."""
+    """The question under each policy; the reader's cache ends as it was. recall: measure recalls."""
     cache, context = reader.cache, reader.cache.get_seq_length()
     before = [] if question.before is None else [*question.before[0], *question.before[1]]
     first = _prefill(reader, [*before, *question.prompt_ids])
@@ -120,7 +124,7 @@ def replay(reader: Reader, question: Question, policies: Sequence[TierConfig], r
 
 
 def replay_unsealed(reader: Reader, question: Question, policies: Sequence[TierConfig]) -> list[Answer]:
-    """The same for a second question that the cache is not sealed anew for: what the first one's seal kept must do."""
+    """The same for a second question, answered with the chunks and heads that the first one's seal kept."""
     assert question.before is not None
     cache, context = reader.cache, reader.cache.get_seq_length()
     asked, answered = question.before
@@ -134,15 +138,13 @@ def replay_unsealed(reader: Reader, question: Question, policies: Sequence[TierC
 
 
 def _prefill(reader: Reader, ids: Sequence[int]) -> torch.Tensor:
-    """Feed a prompt, its last rows scored; logits behind it."""
+    """Feed a prompt and score its last rows; returns the logits after it."""
     cache = reader.cache
-    window = cache.tiers.method.text_window
+    window = cache.tiers.policy.text_window
+    cache.expect(CacheQuestion(prompt_tokens=cache.get_seq_length() + len(ids), rows=window))
     if len(ids) > window:
         reader.feed(ids[:-window])
-    cache.text_rows = window
-    logits = reader.feed(ids[-window:])[-1:]
-    cache.text_rows = 0
-    return logits
+    return reader.feed(ids[-window:])[-1:]
 
 
 def _decode(
@@ -154,15 +156,15 @@ def _decode(
     between: Sequence[int],
     recall: bool = False,
 ) -> Answer:
-    """Seal and feed `between` and the answer as decoding steps. first: logits behind the prompt."""
+    """Seal and feed `between` and the answer as decoding steps. first: logits after the prompt."""
     cache = reader.cache
     prompt = cache.get_seq_length()
     cache.set_tiers(replace(tiers, prefetch=False))
-    cache.new_tokens = len(between) + len(answer)
-    cache.counters.trace = [] if recall else None
+    # The rows are scored already; rows=0 leaves the recent region at `recent_window` tokens.
+    cache.expect(CacheQuestion(max_new_tokens=len(between) + len(answer), rows=0, visual=reader.visual, trace=recall))
     cache.seal()
-    held, itemsize = cache.ledger.held(), cache.shape.itemsize
-    packed = cache.tiered_layers[0].sealed.packing is not None
+    held, itemsize = cache.ledger.by_purpose(), cache.shape.itemsize
+    packed = cache.tiered_layers[0].sealed.pages.packing is not None
     held_bytes = sum(held.values()) - (0 if packed else held["pool"] - held["pool"] * 2 // itemsize)
     fed = [*between, *answer[:-1]]
     with cache.forced():
@@ -186,16 +188,16 @@ def _decode(
 
 
 def _recalls(cache: TieredCache) -> list[float]:
-    """For every recorded selection: the true attention mass of its chunks over that of the best as many chunks.
+    """For every recorded selection: the true attention mass of its chunks, relative to the best as many chunks.
 
-    Mass is of the softmax over all retrievable chunks' keys, averaged over the group's query heads; sinks and the
-    recent region, which nobody chooses, are apart.
+    Mass is that of the softmax over the keys of all retrievable chunks, averaged over the group's query heads; sinks
+    and the recent region, which are always attended to, are left out.
     """
     shares = []
     for made in cache.counters.trace or []:
         layer = cache.tiered_layers[made.layer]
         assert layer.sealed is not None
-        layout, c = layer.sealed.tiers.plan.layout, layer.sealed.tiers.plan.layout.chunk_tokens
+        layout, c = layer.sealed.phase.plan.layout, layer.sealed.phase.plan.layout.chunk_tokens
         keys = layer.host.chunks(layout.sink_chunks, layout.sink_chunks + layout.retrievable)[made.heads, :, 0]
         keys = keys.reshape(len(made.heads), -1, keys.shape[-1]).float()
         logits = (made.query[made.heads].float() @ keys.transpose(1, 2)) * keys.shape[-1] ** -0.5

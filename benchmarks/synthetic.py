@@ -1,7 +1,7 @@
 """Models of real shapes with random weights, and caches filled without a prefill: for benchmarks of decoding.
 
-Keys and values are random; queries are what random weights make of tokens. Sizes, copies and arithmetic are those of a
-real model; which chunks are chosen is not, so hit rates are reported beside what they cost.
+Keys, values and weights are random. Sizes, copies and arithmetic are those of a real model; the choice of chunks is
+not, so hit rates are reported beside times.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 
-from tieredkv import TierConfig, TieredCache, use_attention
+from tieredkv import Policy, TierConfig, TieredCache, use_attention
 from tieredkv.cache.prefill import TextRows
 from tieredkv.environment.ambient import settled
 from tieredkv.environment.versions import cache_argument
 from tieredkv.memory.units import GIB
 from tieredkv.models.kv_shape import model_shape
 from tieredkv.ops.base import Ops
-from tieredkv.session.step_graph import Steps
+from tieredkv.session.step_graph import StepGraph
 
 SHAPES: dict[str, dict[str, int]] = {
     "7b": {
@@ -50,11 +50,11 @@ SHAPES: dict[str, dict[str, int]] = {
         "vocab_size": 512,
     },
 }
-"""Decoders of Qwen2.5-VL-7B and 3B, and one to see that a benchmark runs."""
+"""Decoders of Qwen2.5-VL-7B and 3B, and a small one, to check that a benchmark runs."""
 
 
 def make_model(shape: str, device: str, dtype: torch.dtype, **changes: int) -> Any:
-    """A Qwen2 decoder of the given shape, with sdpa; weights are random and small."""
+    """A Qwen2 decoder of the given shape, with sdpa and random weights."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     config = Qwen2Config(
@@ -71,7 +71,7 @@ def make_model(shape: str, device: str, dtype: torch.dtype, **changes: int) -> A
 
 
 def keys_and_values(model: Any, tokens: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of a layer, each `(K, N, D)`, on the model's device: the same whenever they are asked for."""
+    """Keys and values of a layer, each `(K, N, D)`, on the model's device; the same at every call."""
     config = model.config
     head_dim = config.hidden_size // config.num_attention_heads
     generator = torch.Generator(device=model.device).manual_seed(1000 * layer + tokens)
@@ -84,7 +84,7 @@ def keys_and_values(model: Any, tokens: int, layer: int) -> tuple[torch.Tensor, 
 def fill(cache: TieredCache, model: Any, tokens: int) -> None:
     """Put `tokens` tokens into a cache as a prefill would, and seal it.
 
-    What the text rows say is made up so that no head is static: the dearest case, and what trained models come to.
+    The text rows are invented so that no head is static: the most expensive case, and the usual one of trained models.
     """
     for index, layer in enumerate(cache.tiered_layers):
         keys, values = keys_and_values(model, tokens, index)
@@ -94,16 +94,16 @@ def fill(cache: TieredCache, model: Any, tokens: int) -> None:
         layer.append(keys.cpu(), values.cpu())
         even = torch.rand(2, len(keys), tokens)
         layer.rows = TextRows(torch.zeros(len(keys)), even / even.sum(-1, keepdim=True), count=32)
-    cache.text_rows = 32
+    cache.expect(replace(cache.question, rows=32))
     cache.settle()
     cache.seal()
 
 
 class Drift:
-    """Operations whose ranks follow a script, so that a set share of the chunks chosen is in the pool already.
+    """Operations whose ranks follow a script, so that a given share of the chosen chunks is in the pool already.
 
-    Each head goes through its chunks in a random order, by so many chunks a step that `hit_rate` of those chosen were
-    chosen the step before. Everything else is done as ever, the real ranking too; only its outcome is not used.
+    Each head advances through its chunks in a random order, at a rate such that `hit_rate` of the chosen chunks were
+    chosen at the step before. Everything else is done as usual, including the real ranking, whose result is not used.
     """
 
     def __init__(self, ops: Ops, hit_rate: float) -> None:
@@ -132,34 +132,33 @@ class Drift:
 
 @contextmanager
 def scripted(
-    model: Any, tokens: int, ops: Ops, hit_rate: float, budget: float, room: int, **fields: Any
-) -> Iterator[tuple[TieredCache, Steps]]:
-    """A sealed cache of `tokens` tokens whose ranks follow a script, and its steps, of which there is room for `room`.
+    model: Any, tokens: int, ops: Ops, hit_rate: float, budget: float, room: int, policy: str | Policy = "hybridkv"
+) -> Iterator[tuple[TieredCache, StepGraph]]:
+    """A sealed cache of `tokens` tokens whose ranks follow a script, and its steps, with memory for `room` of them.
 
-    Three are taken: they fetch the first chunks, compile, and on a card capture the graph. fields: of `TierConfig`.
+    Three more are done first: they fetch the first chunks, compile, and on a card capture the graph.
     """
     full_gib = tokens * model_shape(model.config, model.dtype).token_bytes / GIB
-    tiers = TierConfig(gpu_kv_gb=max(0.5, full_gib), budget_ratio=budget, **fields)
+    tiers = TierConfig(gpu_kv_gb=max(0.5, full_gib), budget_ratio=budget, policy=policy)
+    drift = Drift(ops, hit_rate)
     with (
         use_attention(model),
-        TieredCache(model.config, tiers, max_new_tokens=room + 3, prompt_tokens=tokens + 256) as cache,
+        TieredCache(model.config, tiers, max_new_tokens=room + 3, prompt_tokens=tokens + 256, ops=drift.ops) as cache,
     ):
-        drift = Drift(ops, hit_rate)
-        cache.ops = drift.ops
         fill(cache, model, tokens)
         drift.begin(cache)
 
         def forward(token: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
             return model(token, **cache_argument(cache), position_ids=place).logits[:, -1]
 
-        steps = Steps(forward, cache, model.device, axes=1, position=tokens)
+        steps = StepGraph(forward, cache, model.device, axes=1, position=tokens)
         for _ in range(3):
             steps(7)
         yield cache, steps
 
 
 def milliseconds(step: Callable[[], object], rounds: int, device: str) -> float:
-    """Median time of a step after two that do not count; on a card by its own clock."""
+    """Median time of a step, after two that do not count; on a card, by its own clock."""
     times = []
     for count in range(rounds + 2):
         if device == "cpu":

@@ -1,23 +1,22 @@
-"""Text tasks that show what a cache policy loses while decoding: python benchmarks/text_tasks.py [chain copy ...]
+"""Text tasks that measure what a cache policy loses while decoding: python benchmarks/text_tasks.py [chain copy ...]
 
-Facts are hidden between the lines of real text, code or manual of Python's standard library; the answer is read off
-them token by token. It is fed as it should be (teacher forcing) and counts as right up to a token if the argmax is the
-reference at every scored token up to there: what greedy decoding gives. The first token comes out of an exact prefill
-and is never scored; every scored one is found by tokens just generated, or forced, that are not in the question:
+Facts are hidden between the lines of real text, code or manual of Python's standard library; each token of the answer
+is found in them. The true answer is fed (teacher forcing) and counts as right up to a token if the argmax is the true
+token at every scored one up to there, as in greedy decoding. The first token comes from an exact prefill and is never
+scored; each scored one is found by means of tokens just generated, or forced, that are not in the question:
 
     chain       lines `4178.8823`, shuffled; the answer goes from pair to pair: `8823`, then `8823.3052`, `3052.7716`.
                 Scored: the numbers reached from the second hop on. A step is a hop.
-    lookup      lines `zebra-lamp.8823`; the answer lists some of them. Keys are forced, the question names none.
+    lookup      lines `zebra-lamp.8823`; the answer lists some of them. Keys are forced; the question names none.
                 Scored: the numbers. A step is a line of the answer.
-    copy        lines `zebra: 417 882 305 ...`; the answer repeats one. Scored: from the fourth number on, spaces
-                aside. A step is a number.
+    copy        lines `zebra: 417 882 305 ...`; the answer repeats one. Scored: from the fourth number on, without
+                spaces. A step is a number.
     needle      lines `zebra=48217733`, one for each question, at even depths from 5 % to 95 %, in the questions' order.
                 Scored: from the second digit on. A step is a digit.
     perplexity  of the last 512 tokens of a text given the rest; the question: the 64 tokens before. A step is a token.
 
-SmolLM2-135M-Instruct finds digits and rarely finds words, hence the formats. A case is the same for the same seed,
-tokenizer and version of Python: another version's library holds other text. Run as a script, it prints what a full
-cache scores.
+SmolLM2-135M-Instruct finds digits but rarely words, hence the formats. A case depends on the seed, the tokenizer and
+the version of Python, whose library is the text. Run as a script, it prints the accuracy of a full cache.
 """
 
 from __future__ import annotations
@@ -33,8 +32,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-HOPS = 6  # the first of them is answered by the prefill
-RING = 12  # numbers of the ring that the chains run along
+HOPS = 6  # the first is answered by the prefill
+RING = 12  # numbers in the cycle that chains follow
 STRAY_PAIRS = 4
 LOOKUP_LINES = 16
 LOOKUP_ASKED = 4
@@ -81,64 +80,64 @@ class TextQuestion:
 
 @dataclass(frozen=True)
 class TextCase:
-    """A document and questions about it, each asked as if alone."""
+    """A document and questions about it, asked independently of each other."""
 
     document_ids: list[int]  # prefilled once
     questions: list[TextQuestion]
 
 
 @dataclass(frozen=True)
-class Hidden:
-    """A line to hide in the document, and where: 0 is its beginning, 1 its end."""
+class HiddenLine:
+    """A line to hide in the document, at a depth from 0, its beginning, to 1, its end."""
 
     line: str
     depth: float
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A question's text and its answer in pieces, each with the step it is scored for; 0: not scored."""
+class PlannedQuestion:
+    """A question's text, and its answer in pieces, each with its step; 0 if it is not scored."""
 
     prompt: str
     answer: list[tuple[str, int]]
 
 
-Plan = Callable[[random.Random, Iterator[str], Iterator[str], int], tuple[list[Hidden], list[Asked]]]
+Plan = Callable[[random.Random, Iterator[str], Iterator[str], int], tuple[list[HiddenLine], list[PlannedQuestion]]]
 
 
 def make_case(task: str, tokenizer: Any, tokens: int, seed: int, questions: int = 8) -> TextCase:
     """A document and questions; document and longest question together are exactly `tokens` tokens, others fewer.
 
-    Even seeds take code, odd ones prose. `perplexity` has one question, whose answer follows the `tokens` tokens.
+    Even seeds use code, odd ones prose. `perplexity` has one question, whose answer follows the `tokens` tokens.
     """
     if task not in TASKS:
         raise ValueError(f"task {task!r}: not one of {', '.join(TASKS)}")
-    rng = random.Random(f"{task} {seed}")  # a string is hashed the same everywhere
+    rng = random.Random(f"{task} {seed}")  # a string seeds alike everywhere
     lines = _carrier(rng, seed % 2 == 0, 8 * (tokens + LAST))
     plan = TASKS[task]
     if plan is None:
         ids = _encode(tokenizer, "\n".join(lines))
         if len(ids) < tokens + LAST:
-            raise ValueError(f"{tokens} tokens: the texts at hand have {len(ids)}, {LAST} of them to be scored")
+            raise ValueError(f"{tokens} tokens: the available texts have {len(ids)}, of which {LAST} are scored")
         middle, end = tokens - BEFORE_LAST, tokens + LAST
         scored = list(range(1, LAST))
         last = TextQuestion(task, ids[middle:tokens], ids[tokens:end], scored, [place + 1 for place in scored])
         return TextCase(ids[:middle], [last])
     text = "\n".join(lines)
-    hidden, asked = plan(rng, _unused_words(rng, text), _unused_numbers(rng, text), questions)
-    made = [_question(task, tokenizer, one) for one in asked]
-    room = tokens - max(len(question.prompt_ids) for question in made)
-    return TextCase(_document(tokenizer, room, hidden, lines), made)
+    hidden, planned = plan(rng, _unused_words(rng, text), _unused_numbers(rng, text), questions)
+    text_questions = [_question(task, tokenizer, question) for question in planned]
+    room = tokens - max(len(question.prompt_ids) for question in text_questions)
+    return TextCase(_document(tokenizer, room, hidden, lines), text_questions)
 
 
 def _chain(
     rng: random.Random, words: Iterator[str], numbers: Iterator[str], questions: int
-) -> tuple[list[Hidden], list[Asked]]:
+) -> tuple[list[HiddenLine], list[PlannedQuestion]]:
     ring = [next(numbers) for _ in range(max(RING, questions))]
     pairs = [*zip(ring, ring[1:] + ring[:1], strict=True)]
     pairs += [(next(numbers), next(numbers)) for _ in range(STRAY_PAIRS)]
     rng.shuffle(pairs)
-    asked = []
+    planned = []
     for question in range(questions):
         begin = question * len(ring) // questions
         *keys, last = (ring[(begin + hop) % len(ring)] for hop in range(HOPS + 1))
@@ -146,47 +145,47 @@ def _chain(
         for hop, (key, value) in enumerate(zip(keys, [*keys[1:], last], strict=True), 1):
             answer += [(f"\n{key}.", 0)] if hop > 1 else []
             answer += [(value, hop if hop > 1 else 0)]
-        asked.append(Asked(f"\n\n{keys[0]}.", answer))
-    return [Hidden(f"{key}.{value}", rng.random()) for key, value in pairs], asked
+        planned.append(PlannedQuestion(f"\n\n{keys[0]}.", answer))
+    return [HiddenLine(f"{key}.{value}", rng.random()) for key, value in pairs], planned
 
 
 def _lookup(
     rng: random.Random, words: Iterator[str], numbers: Iterator[str], questions: int
-) -> tuple[list[Hidden], list[Asked]]:
+) -> tuple[list[HiddenLine], list[PlannedQuestion]]:
     lines = {f"{next(words)}-{next(words)}": next(numbers) for _ in range(LOOKUP_LINES)}
-    asked = []
+    planned = []
     for _ in range(questions):
         answer = []
         for step, key in enumerate(rng.sample(sorted(lines), LOOKUP_ASKED), 1):
             answer += [(f"\n{key}.", 0), (lines[key], step)]
-        asked.append(Asked("\n", answer))
-    return [Hidden(f"{key}.{value}", rng.random()) for key, value in lines.items()], asked
+        planned.append(PlannedQuestion("\n", answer))
+    return [HiddenLine(f"{key}.{value}", rng.random()) for key, value in lines.items()], planned
 
 
 def _copy(
     rng: random.Random, words: Iterator[str], numbers: Iterator[str], questions: int
-) -> tuple[list[Hidden], list[Asked]]:
-    hidden, asked = [], []
+) -> tuple[list[HiddenLine], list[PlannedQuestion]]:
+    hidden, planned = [], []
     for _ in range(questions):
         name, items = next(words), [str(rng.randrange(100, 1000)) for _ in range(COPY_ITEMS)]
-        hidden.append(Hidden(f"{name}: {' '.join(items)}", rng.random()))
+        hidden.append(HiddenLine(f"{name}: {' '.join(items)}", rng.random()))
         answer = []
         for step, item in enumerate(items, 1):
             answer += [(" ", 0), (item, step if step > COPY_GIVEN else 0)]
-        asked.append(Asked(f"\n\n{name}:", answer))
-    return hidden, asked
+        planned.append(PlannedQuestion(f"\n\n{name}:", answer))
+    return hidden, planned
 
 
 def _needle(
     rng: random.Random, words: Iterator[str], numbers: Iterator[str], questions: int
-) -> tuple[list[Hidden], list[Asked]]:
-    hidden, asked = [], []
+) -> tuple[list[HiddenLine], list[PlannedQuestion]]:
+    hidden, planned = [], []
     for question in range(questions):
         name, code = next(words), str(rng.randrange(10 ** (NEEDLE_DIGITS - 1), 10**NEEDLE_DIGITS))
-        hidden.append(Hidden(f"{name}={code}", 0.05 + 0.9 * question / max(questions - 1, 1)))
+        hidden.append(HiddenLine(f"{name}={code}", 0.05 + 0.9 * question / max(questions - 1, 1)))
         answer = [(digit, step if step > 1 else 0) for step, digit in enumerate(code, 1)]
-        asked.append(Asked(f"\n\n{name}=", answer))
-    return hidden, asked
+        planned.append(PlannedQuestion(f"\n\n{name}=", answer))
+    return hidden, planned
 
 
 TASKS: dict[str, Plan | None] = {
@@ -203,7 +202,7 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
 
 
 def _carrier(rng: random.Random, code: bool, characters: int) -> list[str]:
-    """Lines of the standard library, at least so many characters if there are as many."""
+    """Lines of the standard library: at least `characters` characters, or all there are."""
     from pydoc_data.topics import topics
 
     names = CODE.split() if code else sorted(topics)
@@ -226,21 +225,21 @@ def _unused_numbers(rng: random.Random, text: str) -> Iterator[str]:
     return (number for number in map(str, rng.sample(range(1000, 10_000), 9000)) if number not in text)
 
 
-def _question(task: str, tokenizer: Any, asked: Asked) -> TextQuestion:
+def _question(task: str, tokenizer: Any, plan: PlannedQuestion) -> TextQuestion:
     answer_ids: list[int] = []
     scored: list[int] = []
     steps: list[int] = []
-    for text, step in asked.answer:
+    for text, step in plan.answer:
         for token in _encode(tokenizer, text):
             if step and answer_ids:
                 scored.append(len(answer_ids))
                 steps.append(step)
             answer_ids.append(token)
-    return TextQuestion(task, _encode(tokenizer, asked.prompt), answer_ids, scored, steps)
+    return TextQuestion(task, _encode(tokenizer, plan.prompt), answer_ids, scored, steps)
 
 
-def _document(tokenizer: Any, length: int, hidden: list[Hidden], lines: list[str]) -> list[int]:
-    """Exactly `length` tokens: the lines in order, those to hide between them, cut after the last of them."""
+def _document(tokenizer: Any, length: int, hidden: list[HiddenLine], lines: list[str]) -> list[int]:
+    """Exactly `length` tokens: the lines in order with the hidden ones between them, cut off at the end."""
     room = length - sum(len(_encode(tokenizer, "\n" + one.line)) for one in hidden)
     waiting = sorted(hidden, key=lambda one: one.depth)
     written: list[str] = []
@@ -255,12 +254,12 @@ def _document(tokenizer: Any, length: int, hidden: list[Hidden], lines: list[str
     ids = _encode(tokenizer, "\n".join(written))
     facts = [place for place, line in enumerate(written) if line in {one.line for one in hidden}]
     if waiting or len(ids) < length or len(_encode(tokenizer, "\n".join(written[: facts[-1] + 1]))) > length:
-        raise ValueError(f"{length} tokens are too few for what is to be hidden, or too many for the texts at hand")
+        raise ValueError(f"{length} tokens are too few for the hidden lines, or too many for the available texts")
     return ids[:length]
 
 
 def full_cache(model: Any, case: TextCase) -> list[list[bool]]:
-    """Per question, which scored tokens the model predicts with nothing taken from its cache."""
+    """Per question, which scored tokens the model predicts with its full cache."""
     import torch
     from transformers import DynamicCache
 

@@ -1,4 +1,4 @@
-"""Questions about fresh synthetic videos for the bundled model, as tokens: chains, lookups, second questions."""
+"""Questions about new synthetic videos for the bundled model, as tokens: chains, lookups, second questions."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from tieredkv.tiny import scene as scenes
 from tieredkv.tiny.evaluate import TOKENS_PER_SECOND, prepare
 
 FIRST_SEED = 1_300_000
-"""Never drawn from in training, nor by the other benchmarks."""
+"""Seeds from here on are used neither in training nor by other benchmarks."""
 CARDS, HOPS = 16, 6
 END = "<|im_end|>"
 
 
 def read_video(model: Any, processor: Any, tokens: int, number: int, tiers: TierConfig) -> tuple[VideoReader, Any]:
-    """A reader behind video `number` of `tokens` visual tokens, and the scene it shows."""
+    """A reader of video `number`, of `tokens` visual tokens, and the scene that it shows."""
     scene = scenes.make_scene(FIRST_SEED + tokens * 1000 + number, tokens / TOKENS_PER_SECOND, CARDS)
     template = ChatTemplate(families.video_family(model.config), processor)
     inputs = prepare(processor, scene.frames(), "what ?")
@@ -52,14 +52,14 @@ def ask(processor: Any, family: Any, scene: Any, count: int) -> list[Question]:
 def _question(template: ChatTemplate, task: str, asked: scenes.Question) -> Question:
     _, tail = template.around_video([(asked.text, None)])
     answer = template.tokenize(" ".join(asked.words) + END)[0].tolist()
-    if task == "lookup":  # the word comes out of the prefill: what is left to score is that it stops
+    if task == "lookup":  # the prefill gives the word, so only the end is scored
         return Question(task, template.tokenize(tail)[0].tolist(), answer, [1], [1])
     scored = list(range(1, len(asked.words)))
     return Question(task, template.tokenize(tail)[0].tolist(), answer, scored, [place // 2 + 1 for place in scored])
 
 
 def _second(template: ChatTemplate, earlier: scenes.Question, later: scenes.Question) -> Question:
-    """`later` in the conversation that began with `earlier` and its true answer."""
+    """`later`, in the conversation after `earlier` and its true answer."""
     first = _question(template, "lookup", earlier)
     _, whole = template.around_video([(earlier.text, " ".join(earlier.words)), (later.text, None)])
     ids = template.tokenize(whole)[0].tolist()

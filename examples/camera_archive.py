@@ -1,10 +1,10 @@
-"""The same questions about every clip in a folder, as JSON lines; stop it whenever you like and start it again.
+"""The same questions about every clip in a folder, as JSON lines. May be stopped at any time and started again.
 
     python examples/camera_archive.py clips/ answers.jsonl "Is somebody at the door?" "Which cars are there?"
     python examples/camera_archive.py --tiny    the bundled model and clips of its own, on any machine
 
-A clip is one line: {"clip": ..., "answers": {question: answer}}, or {"clip": ..., "error": ...} where it cannot be
-read or does not fit. Clips whose answers are in the file are skipped; those that failed are tried again.
+Each clip gets one line: {"clip": ..., "answers": {question: answer}}, or {"clip": ..., "error": ...} if it cannot be
+read or does not fit. Clips whose answers are in the file are skipped; those that failed are retried.
 """
 
 import argparse
@@ -22,8 +22,8 @@ import tieredkv
 VIDEOS = {".mp4", ".mkv", ".mov", ".webm", ".avi", ".ts"}
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("clips", nargs="?", type=Path, help="a folder; those inside it are looked through too")
-parser.add_argument("answers", nargs="?", type=Path, help="a .jsonl file, new or begun")
+parser.add_argument("clips", nargs="?", type=Path, help="a folder, searched with its subfolders")
+parser.add_argument("answers", nargs="?", type=Path, help="a .jsonl file, new or to be continued")
 parser.add_argument("questions", nargs="*")
 parser.add_argument("--model", "-m", default="Qwen/Qwen2.5-VL-3B-Instruct", help="a path or hub id [%(default)s]")
 parser.add_argument("--fps", type=float, default=1.0, help="frames sampled per second [1]")
@@ -32,7 +32,7 @@ parser.add_argument("--tiny", action="store_true")
 
 
 def answered(file: Path, questions: list[str]) -> set[str]:
-    """Clips for which the file has an answer to every question. A last line that a kill cut short is removed."""
+    """Clips for which the file answers every question. An incomplete last line, after a kill, is removed."""
     text = file.read_bytes() if file.exists() else b""
     whole = text[: text.rfind(b"\n") + 1]
     cut = text[len(whole) :]
@@ -42,18 +42,18 @@ def answered(file: Path, questions: list[str]) -> set[str]:
     except (ValueError, KeyError, TypeError, AttributeError):
         done = None
     if done is None or (cut and not cut.startswith(b'{"')):
-        parser.error(f"{file} is no file of answers: give another.")
+        parser.error(f"{file} is not a file of answers: give another.")
     if cut:
         with file.open("r+b") as opened:
             opened.truncate(len(whole))
     return done
 
 
-def look_through(model_name: str, folder: Path, file: Path, questions: list[str], fps: float, gpu_kv_gb: float) -> None:
+def answer_clips(model_name: str, folder: Path, file: Path, questions: list[str], fps: float, gpu_kv_gb: float) -> None:
     clips = sorted(path for path in folder.rglob("*") if path.suffix.lower() in VIDEOS)
     done = answered(file, questions)
     left = [clip for clip in clips if str(clip.relative_to(folder)) not in done]
-    print(f"{len(clips)} clips, {len(clips) - len(left)} of them answered already")
+    print(f"{len(clips)} clips, {len(clips) - len(left)} of them already answered")
     if not left:
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -67,8 +67,8 @@ def look_through(model_name: str, folder: Path, file: Path, questions: list[str]
                     answers = {question: session.ask(question, max_new_tokens=128) for question in questions}
                     peak = max(answer.stats.kv_device_peak_bytes for answer in answers.values())
                 row["answers"] = {question: answer.text for question, answer in answers.items()}
-                outcome = f"answered, with {peak:,} bytes of keys and values on the device at most"
-            except (tieredkv.VideoError, tieredkv.BudgetError) as error:  # this clip's fault; any other ends the run
+                outcome = f"answered, with at most {peak:,} bytes of keys and values on the device"
+            except (tieredkv.VideoError, tieredkv.BudgetError) as error:  # of this clip; any other error ends the run
                 row["error"] = outcome = str(error)
             out.write(json.dumps(row, ensure_ascii=False) + "\n")
             out.flush()
@@ -88,16 +88,16 @@ def main() -> None:
                 little.make_video(clips, seed=10)
                 (clips / "broken.mp4").write_bytes(b"no video")
                 file = Path(folder, "answers.jsonl")
-                for _ in range(2):  # the second time only the bad clip is looked at
-                    look_through(little.MODEL, clips, file, questions, little.FPS, little.GPU_KV_GB)
+                for _ in range(2):  # the second time, only the broken clip is tried
+                    answer_clips(little.MODEL, clips, file, questions, little.FPS, little.GPU_KV_GB)
                 print(file.read_text(), end="")
             return
         if not arguments.questions:
             parser.error("give a folder of clips, a .jsonl file and at least one question, or --tiny.")
         if not arguments.clips.is_dir():
-            parser.error(f"{arguments.clips} is not a folder: give the one that holds the clips.")
+            parser.error(f"{arguments.clips} is not a folder: give the one with the clips.")
         options = {"fps": arguments.fps, "gpu_kv_gb": arguments.gpu_kv_gb}
-        look_through(arguments.model, arguments.clips, arguments.answers, arguments.questions, **options)
+        answer_clips(arguments.model, arguments.clips, arguments.answers, arguments.questions, **options)
     except tieredkv.TieredKVError as error:
         parser.error(str(error))
     except OSError as error:  # no such model, or a file of answers that cannot be written

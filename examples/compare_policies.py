@@ -3,8 +3,8 @@
     python examples/compare_policies.py film.mp4 "What is on the table?" -m Qwen/Qwen2.5-VL-3B-Instruct
     python examples/compare_policies.py --tiny    the bundled model and a video of its own, on any machine
 
-The video is ingested once and the session saved; it is then loaded under one policy after the other. `tieredkv
-policies` says what each of them does. Few questions prove little: benchmarks/quality.py asks hundreds.
+The video is ingested once and its session saved, which is then loaded under each policy. `tieredkv policies` describes
+them. A few questions prove little: benchmarks/quality.py asks hundreds.
 """
 
 import argparse
@@ -22,7 +22,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("video", nargs="?")
 parser.add_argument("questions", nargs="*")
 parser.add_argument(
-    "--policies", default="hybridkv,arkvale,snapkv,streaming,full", help="names, with commas [%(default)s]"
+    "--policies", default="hybridkv,arkvale,snapkv,streaming,full", help="names, separated by commas [%(default)s]"
 )
 parser.add_argument("--model", "-m", default="Qwen/Qwen2.5-VL-3B-Instruct", help="a path or hub id [%(default)s]")
 parser.add_argument("--fps", type=float, default=1.0, help="frames sampled per second [1]")
@@ -48,14 +48,14 @@ def compare(
     for policy in policies:
         with tieredkv.load_session(saved, model, processor=processor, policy=policy) as session:
             try:
-                session.ask(questions[0], max_new_tokens=1)  # the file is read, and the policy's digests made
+                session.ask(questions[0], max_new_tokens=1)  # reads the file, and computes the policy's digests
                 answers = [session.ask(question, max_new_tokens=64) for question in questions]
-            except tieredkv.BudgetError as error:  # `full` does not fit unless everything does
+            except tieredkv.BudgetError as error:  # `full` fits only if everything does
                 table.add_row(policy, str(error))
                 continue
         seconds = [one.stats.ttft_s + (one.stats.new_tokens - 1) * (one.stats.tpot_ms or 0) / 1000 for one in answers]
         peak = answers[-1].stats.kv_device_peak_bytes / 2**20
-        texts = [one.text for one in answers]
+        texts = [answer.text for answer in answers]
         table.add_row(policy, *texts, f"{peak:.3g}", f"{sum(seconds) / len(seconds):.3g}")
     return table
 

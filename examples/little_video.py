@@ -1,4 +1,4 @@
-"""What --tiny stands for in the examples: the bundled model, a short made video, and questions it can answer."""
+"""What --tiny means in the examples: the bundled model, a short generated video, and questions it can answer."""
 
 from pathlib import Path
 
@@ -8,11 +8,11 @@ from tieredkv.tiny.video import write_video
 
 MODEL = str(tiny.PATH)
 FPS = tiny.FPS
-GPU_KV_GB = 0.002  # a full cache of the video takes 0.004
+GPU_KV_GB = 0.002  # a full cache of the video would take 0.004
 
 
 def make_video(folder: Path, seed: int = 7) -> tuple[str, list[str]]:
-    """Four minutes of video in `folder` and questions about the cards hidden in it."""
+    """Generate four minutes of video in `folder`; returns its path and questions about the cards hidden in it."""
     scene = make_scene(seed=seed, seconds=256, cards=8)
     video = write_video(scene, folder / f"scene-{seed}.mp4")
     first, second = scene.cards[0].shape, scene.cards[1].shape

@@ -1,4 +1,4 @@
-"""Questions about a long video on a 12 GB card: Qwen2.5-VL-3B-Instruct in bfloat16, or 7B with weights of 4 bits.
+"""Questions about a long video on a 12 GB card: Qwen2.5-VL-3B-Instruct in bfloat16, or 7B with 4-bit weights.
 
     python examples/long_video_qa_12gb.py film.mp4 "What is on the table?" "Who comes in last?"
     python examples/long_video_qa_12gb.py --quantize 4bit film.mp4 "What is on the table?"
@@ -6,8 +6,8 @@
 
 The 3B model's weights take 7.0 GiB. --quantize 4bit loads the 7B model through transformers' BitsAndBytesConfig, in
 about 6.7 GiB, and needs `pip install bitsandbytes`; the vision tower and the embeddings stay in bfloat16. Keys and
-values are those of the bfloat16 model either way: 2 GiB of the card at most, the rest in host memory. The plan's figure
-for weights is that of weights which are not quantised.
+values are bfloat16 in both cases: at most 2 GiB on the card, the rest in host memory. The plan's size of the weights is
+that before quantisation.
 """
 
 import argparse
@@ -23,14 +23,14 @@ import tieredkv
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("video", nargs="?")
 parser.add_argument("questions", nargs="*")
-parser.add_argument("--quantize", choices=["4bit"], help="the 7B model with weights of 4 bits")
+parser.add_argument("--quantize", choices=["4bit"], help="the 7B model with 4-bit weights")
 parser.add_argument("--fps", type=float, default=1.0, help="frames sampled per second [1]")
 parser.add_argument("--gpu-kv-gb", type=float, default=2.0, help="GiB of the card for keys and values [2]")
 parser.add_argument("--tiny", action="store_true")
 
 
 def four_bits() -> BitsAndBytesConfig:
-    """The decoder's weights in 4 bits; the vision tower and the output layer as they are."""
+    """4-bit weights for the decoder; the vision tower and the output layer unchanged."""
     if find_spec("bitsandbytes") is None:
         parser.error("--quantize 4bit needs bitsandbytes: pip install bitsandbytes.")
     return BitsAndBytesConfig(
@@ -57,7 +57,7 @@ def run(name: str, quantize: str | None, video: str, questions: list[str], fps: 
         stats = answer.stats
         print(f"ingest {stats.ingest_s:.1f} s, then {stats.ttft_s:.2f} s to the first token of the last answer")
         print(
-            f"{stats.kv_device_peak_bytes:,} of {stats.kv_full_bytes:,} bytes of keys and values on the device at most"
+            f"at most {stats.kv_device_peak_bytes:,} of {stats.kv_full_bytes:,} bytes of keys and values on the device"
         )
 
 

@@ -3,9 +3,9 @@
     python examples/long_video_qa_24gb.py film.mp4 "What is on the table?" "Who comes in last?"
     python examples/long_video_qa_24gb.py --tiny    the bundled model and a video of its own, on any machine
 
-The weights take 15.4 GiB. Keys and values get 4 GiB of the card at most, whatever the film's length; the complete
-cache lies in host memory, 7.5 GiB for 131,072 tokens. The plan says all that before a weight is loaded. If it refuses,
-it says what would fit: fewer frames a second, or more memory.
+The weights take 15.4 GiB. Keys and values take at most 4 GiB of the card, however long the film; the complete cache is
+in host memory, 7.5 GiB for 131,072 tokens. The plan reports all of this before any weights are loaded. If the film does
+not fit, it says what would: fewer frames per second, or more memory.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def run(name: str, video: str, questions: list[str], fps: float, gpu_kv_gb: floa
         stats = answer.stats
         print(f"ingest {stats.ingest_s:.1f} s, then {stats.ttft_s:.2f} s to the first token of the last answer")
         print(
-            f"{stats.kv_device_peak_bytes:,} of {stats.kv_full_bytes:,} bytes of keys and values on the device at most"
+            f"at most {stats.kv_device_peak_bytes:,} of {stats.kv_full_bytes:,} bytes of keys and values on the device"
         )
 
 

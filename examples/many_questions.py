@@ -3,7 +3,7 @@
     python examples/many_questions.py film.mp4 questions.txt answers.csv -m Qwen/Qwen2.5-VL-3B-Instruct
     python examples/many_questions.py --tiny    the bundled model and a video of its own, on any machine
 
-questions.txt holds one question a line. Each answer is written as soon as it is there.
+questions.txt has one question per line. Each answer is written as soon as it is complete.
 """
 
 import argparse
@@ -18,7 +18,7 @@ COLUMNS = ["question", "answer", "seconds", "tokens"]
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("video", nargs="?")
-parser.add_argument("questions", nargs="?", type=Path, help="a text file, one question a line")
+parser.add_argument("questions", nargs="?", type=Path, help="a text file, one question per line")
 parser.add_argument("answers", nargs="?", type=Path, help="a new file that ends in .csv or .jsonl")
 parser.add_argument("--model", "-m", default="Qwen/Qwen2.5-VL-3B-Instruct", help="a path or hub id [%(default)s]")
 parser.add_argument("--fps", type=float, default=1.0, help="frames sampled per second [1]")
@@ -46,7 +46,7 @@ def answer_all(model: str, video: str, questions: list[str], answers: Path, fps:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
         print(f"{len(questions)} answers after {session.ingest_s:.1f} s of ingest")
-        print(f"{stats.kv_device_peak_bytes:,} of {stats.kv_full_bytes:,} bytes on the device at most")
+        print(f"at most {stats.kv_device_peak_bytes:,} of {stats.kv_full_bytes:,} bytes on the device")
 
 
 def main() -> None:
@@ -64,10 +64,10 @@ def main() -> None:
         if arguments.answers is None or arguments.answers.suffix not in (".csv", ".jsonl"):
             parser.error("give a video, a file of questions and a new .csv or .jsonl file, or --tiny.")
         if arguments.answers.exists() or not arguments.answers.parent.is_dir():
-            parser.error(f"{arguments.answers} is there already, or its folder is not: give the name of a new file.")
+            parser.error(f"{arguments.answers} exists already, or its folder does not: give the name of a new file.")
         questions = [line.strip() for line in arguments.questions.read_text().splitlines() if line.strip()]
         if not questions:
-            parser.error(f"{arguments.questions} holds no question: write one a line.")
+            parser.error(f"{arguments.questions} holds no question: write one per line.")
         options = {"fps": arguments.fps, "gpu_kv_gb": arguments.gpu_kv_gb}
         answer_all(arguments.model, arguments.video, questions, arguments.answers, **options)
     except UnicodeDecodeError:

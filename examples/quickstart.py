@@ -1,6 +1,6 @@
 """Ask about a video through tiered memory: python examples/quickstart.py [VIDEO QUESTION]
 
-Without arguments a short video is made and the bundled tiny model is asked about it. To use a real model, replace
+Without arguments, a short video is generated and the bundled tiny model asked about it. To use a real model, replace
 `tiny.PATH` by a path or hub id such as "Qwen/Qwen2.5-VL-3B-Instruct".
 """
 

@@ -1,7 +1,7 @@
-"""Ingest a video once, keep the session, ask about it again: python examples/sessions.py [VIDEO SESSION QUESTION...]
+"""Ingest a video once, save the session, ask it again: python examples/sessions.py [VIDEO SESSION QUESTION...]
 
-The first run ingests VIDEO and writes SESSION; later ones load SESSION and need no video. The questions are one
-conversation. Without arguments a short video is made and the bundled tiny model is asked about it.
+The first run ingests VIDEO and writes SESSION; later runs load SESSION and need no video. The questions form one
+conversation. Without arguments, a short video is generated and the bundled tiny model asked about it.
 """
 
 import sys
@@ -24,7 +24,7 @@ def converse(video: str, saved: Path, questions: list[str]) -> None:
             print(f"{session.save(saved):,} bytes saved after {session.ingest_s:.1f} s of ingest")
     started = time.perf_counter()
     with tieredkv.load_session(saved, MODEL) as session:
-        print(f"loaded, model and all, in {time.perf_counter() - started:.2f} s")
+        print(f"session and model loaded in {time.perf_counter() - started:.2f} s")
         for question in questions:
             answer = session.chat(question, max_new_tokens=16)
             print(f"{question}  ->  {answer.text}")
@@ -39,7 +39,7 @@ def main() -> None:
         scene = make_scene(seed=7, seconds=256, cards=8)
         video = write_video(scene, Path(folder) / "scene.mp4")
         questions = [f"what colour was the {card.shape} ?" for card in scene.cards[:2]]
-        for _ in range(2):  # the second time, nothing is ingested
+        for _ in range(2):  # the second time, the session is loaded
             converse(str(video), Path(folder) / "scene.tkv", questions)
 
 

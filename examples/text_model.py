@@ -1,6 +1,6 @@
 """The same cache under a text model: python examples/text_model.py [MODEL]
 
-Without an argument a tiny random Llama stands in, so that the example runs anywhere; its text means nothing.
+Without an argument a tiny random Llama is used, so that the example runs anywhere; its text is meaningless.
 """
 
 import sys
@@ -36,7 +36,7 @@ def main() -> None:
         # Before transformers 5.24 the argument is called past_key_values.
         out = model.generate(ids, cache=cache, max_new_tokens=32, do_sample=False)
         print(tokenizer.decode(out[0, ids.shape[1] :]) if tokenizer else out[0, ids.shape[1] :].tolist())
-        print(f"{cache.ledger.peak_bytes:,} bytes on the device at most, {cache.host_bytes:,} on the host")
+        print(f"at most {cache.ledger.peak_bytes:,} bytes on the device, {cache.host_bytes:,} on the host")
 
 
 if __name__ == "__main__":

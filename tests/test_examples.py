@@ -122,7 +122,7 @@ def test_a_file_of_answers_is_not_written_over(refused, clip, tmp_path):
     questions, answers = tmp_path / "questions.txt", tmp_path / "answers.csv"
     questions.write_text(QUESTION)
     answers.write_text("precious")
-    assert "is there already" in refused("many_questions", clip, questions, answers)
+    assert "exists already" in refused("many_questions", clip, questions, answers)
     assert answers.read_text() == "precious"
 
 
@@ -163,7 +163,7 @@ def test_an_archive_goes_on_past_a_bad_clip_and_after_a_kill(run, archive, tmp_p
     kept = [line for line in lines if '"a.mp4"' in line]
     answers.write_text("".join(kept) + '{"clip": "porch/b.mp4", "ans')  # killed in the middle of a line
     printed = run("camera_archive", archive, answers, QUESTION, *on_tiny())
-    assert "3 clips, 1 of them answered already" in printed
+    assert "3 clips, 1 of them already answered" in printed
     assert answers.read_text().startswith(kept[0])
     assert sorted(map(str, rows_of(answers))) == sorted(map(str, first))
 
@@ -173,7 +173,7 @@ def test_another_question_is_asked_of_clips_answered_before(run, archive, tmp_pa
     answers = tmp_path / "answers.jsonl"
     (archive / "broken.mp4").unlink()
     run("camera_archive", archive, answers, QUESTION, *on_tiny())
-    assert "2 clips, 2 of them answered" in run("camera_archive", archive, answers, QUESTION, *on_tiny())
+    assert "2 clips, 2 of them already answered" in run("camera_archive", archive, answers, QUESTION, *on_tiny())
     assert "2 clips, 0 of them" in run(
         "camera_archive", archive, answers, QUESTION, "what colour was the moon ?", *on_tiny()
     )
@@ -183,7 +183,7 @@ def test_another_question_is_asked_of_clips_answered_before(run, archive, tmp_pa
 def test_a_file_of_something_else_is_left_alone(refused, archive, tmp_path, content):
     answers = tmp_path / "letter.txt"
     answers.write_text(content)
-    assert "is no file of answers" in refused("camera_archive", archive, answers, QUESTION, *on_tiny())
+    assert "is not a file of answers" in refused("camera_archive", archive, answers, QUESTION, *on_tiny())
     assert answers.read_text() == content
 
 

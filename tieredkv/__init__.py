@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from tieredkv.errors import (
         BudgetError,
         OptionError,
+        OutputError,
         PromptError,
         SessionError,
         TieredKVError,
@@ -19,10 +20,12 @@ if TYPE_CHECKING:
         VideoError,
     )
     from tieredkv.evidence.moments import Evidence, Moment
-    from tieredkv.evidence.page import save_evidence
+    from tieredkv.evidence.save import save_evidence
     from tieredkv.models.switch import use_attention
     from tieredkv.planning.forecast import plan
     from tieredkv.planning.report import MemoryPlan
+    from tieredkv.policy.base import Policy
+    from tieredkv.policy.presets import POLICIES
     from tieredkv.session.aio import AsyncAnswerStream
     from tieredkv.session.results import Generation, IngestStats, Stats
     from tieredkv.session.stream import AnswerStream
@@ -38,10 +41,13 @@ _HOME = {
     "plan": "planning.forecast",
     "AsyncAnswerStream": "session.aio",
     "use_attention": "models.switch",
+    "POLICIES": "policy.presets",
+    "Policy": "policy.base",
     "TieredCache": "cache.tiered_cache",
     "TierConfig": "config",
     "BudgetError": "errors",
     "OptionError": "errors",
+    "OutputError": "errors",
     "PromptError": "errors",
     "SessionError": "errors",
     "TieredKVError": "errors",
@@ -50,7 +56,7 @@ _HOME = {
     "VideoSession": "session.video_session",
     "Evidence": "evidence.moments",
     "Moment": "evidence.moments",
-    "save_evidence": "evidence.page",
+    "save_evidence": "evidence.save",
     "Generation": "session.results",
     "IngestStats": "session.results",
     "MemoryPlan": "planning.report",
@@ -59,6 +65,7 @@ _HOME = {
 }
 
 __all__ = [
+    "POLICIES",
     "AnswerStream",
     "AsyncAnswerStream",
     "BudgetError",
@@ -68,6 +75,8 @@ __all__ = [
     "MemoryPlan",
     "Moment",
     "OptionError",
+    "OutputError",
+    "Policy",
     "PromptError",
     "SessionError",
     "Stats",

@@ -75,16 +75,16 @@ def test_an_error_of_torch_is_one_line_with_its_kind(talk, monkeypatch, capsys):
         raise RuntimeError("CUDA out of memory.\nTried to allocate 2 GiB")
 
     monkeypatch.setattr(talk.session, "chat", out_of_memory)
-    talk.hold([MOON])
+    talk.run([MOON])
     assert capsys.readouterr() == ("", "tieredkv: RuntimeError: CUDA out of memory.\n")
     assert talk.failed == 1
 
 
-def test_words_are_written_as_they_come(talk, monkeypatch):
+def test_words_are_written_as_they_are_generated(talk, monkeypatch):
     writes: list[str] = []
     monkeypatch.setattr(sys, "stdout", writer := io.StringIO())
     monkeypatch.setattr(writer, "write", writes.append)
-    talk.hold([FOLLOW])
+    talk.run([FOLLOW])
     words = [piece for piece in writes if piece]
     assert len(words) > 2
     assert "".join(words) == f"{talk.session.history[-1][1]}\n"
@@ -103,13 +103,13 @@ class Interrupt:
         return scores
 
 
-def test_an_interrupt_stops_the_answer_and_the_conversation_goes_on(talk, capsys):
+def test_an_interrupt_stops_the_answer_and_the_conversation_continues(talk, capsys):
     before = signal.getsignal(signal.SIGINT)
-    talk.hold([FOLLOW])
+    talk.run([FOLLOW])
     whole = capsys.readouterr().out
     talk.session.clear_history()
     talk.options["logits_processor"] = [Interrupt()]
-    talk.hold([FOLLOW, FOLLOW])
+    talk.run([FOLLOW, FOLLOW])
     out, err = capsys.readouterr()
     stopped, again = out.splitlines()
     assert 0 < len(stopped.split()) < len(again.split())
@@ -120,7 +120,7 @@ def test_an_interrupt_stops_the_answer_and_the_conversation_goes_on(talk, capsys
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_second_interrupt_is_not_held_back(talk):
+def test_a_second_interrupt_acts_at_once(talk):
     class Twice:
         def __call__(self, input_ids, scores):
             os.kill(os.getpid(), signal.SIGINT)
@@ -129,39 +129,39 @@ def test_a_second_interrupt_is_not_held_back(talk):
 
     talk.options["logits_processor"] = [Twice()]
     with pytest.raises(KeyboardInterrupt):
-        talk.hold([FOLLOW])
+        talk.run([FOLLOW])
 
 
-def test_clear_begins_another_conversation(talk):
-    talk.hold([MOON, "/clear", CUP])
+def test_clear_starts_a_new_conversation(talk):
+    talk.run([MOON, "/clear", CUP])
     assert [question for question, _ in talk.session.history] == [CUP]
 
 
-def test_quit_leaves_what_follows(talk):
-    talk.hold([MOON, "/quit", CUP])
+def test_lines_after_quit_are_not_read(talk):
+    talk.run([MOON, "/quit", CUP])
     assert [question for question, _ in talk.session.history] == [MOON]
 
 
 def test_stats_are_of_the_last_answer(talk, capsys):
-    talk.hold(["/stats", MOON, "/stats"])
+    talk.run(["/stats", MOON, "/stats"])
     err = capsys.readouterr().err.splitlines()
     assert err[0] == "nothing has been answered yet."
     assert {"visual_tokens", "hit_rate", "ttft_s"} <= {line.split()[0] for line in err[1:]}
 
 
 @pytest.mark.parametrize("line", ["/nonsense", "/stats now", "/"])
-def test_what_is_no_command_is_not_asked(talk, capsys, line):
-    talk.hold([line])
-    assert capsys.readouterr() == ("", f"tieredkv: {line} is no command: /help lists them.\n")
+def test_an_unknown_command_is_not_taken_for_a_question(talk, capsys, line):
+    talk.run([line])
+    assert capsys.readouterr() == ("", f"tieredkv: {line} is not a command: /help lists them.\n")
     assert talk.session.history == ()
 
 
 def test_help_names_every_command(talk, capsys):
-    talk.hold(["/help"])
+    talk.run(["/help"])
     assert {line.split()[0] for line in capsys.readouterr().err.splitlines()} == {"/clear", "/save", "/stats", "/quit"}
 
 
-def test_a_conversation_is_saved_and_gone_on_with(monkeypatch, capsys, short_video, tmp_path):
+def test_a_conversation_is_saved_and_continued(monkeypatch, capsys, short_video, tmp_path):
     kept = tmp_path / "film.tkv"
     arguments = ["--session", str(kept)]
     code, _, _ = piped(monkeypatch, capsys, f"{MOON}\n/save\n", str(short_video), "--fps", "4", *arguments)
@@ -174,20 +174,20 @@ def test_a_conversation_is_saved_and_gone_on_with(monkeypatch, capsys, short_vid
         assert session.history[1][1] == out.strip()
 
 
-def test_saving_never_replaces_what_is_no_session(talk, capsys, tmp_path):
+def test_saving_never_replaces_a_file_that_is_not_a_session(talk, capsys, tmp_path):
     film = tmp_path / "film.mp4"
     film.write_text("precious")
-    talk.hold([f"/save {film}", "/save", "/save /nowhere/at/all.tkv"])
+    talk.run([f"/save {film}", "/save", "/save /nowhere/at/all.tkv"])
     assert film.read_text() == "precious"
     assert talk.failed == 3
     first, second, third = capsys.readouterr().err.splitlines()
-    assert "is there, and no session: not saved over it" in first
+    assert "exists and is not a session: it is not overwritten" in first
     assert "there is no file to save to: give one" in second
     assert "there is no folder" in third
 
 
 @pytest.mark.parametrize("line", [b"what \xff ?", b"what \xed\xa0\xbd ?", "what ?".encode("utf-16-le")])
-def test_a_line_that_is_no_text_does_not_take_the_others_with_it(monkeypatch, capsys, short_video, line):
+def test_a_line_that_is_not_text_does_not_affect_the_others(monkeypatch, capsys, short_video, line):
     good = MOON.encode()
     stdin = io.TextIOWrapper(io.BytesIO(b"\n".join([good, line, good, b""])), encoding="utf-8")
     monkeypatch.setattr(sys, "stdin", stdin)
@@ -214,7 +214,7 @@ def test_bad_input_is_one_sentence(monkeypatch, capsys, short_video, arguments, 
 
 
 @pytest.mark.subprocess
-def test_at_a_terminal_lines_are_prompted_for_remembered_and_ctrl_d_leaves(short_video, tmp_path):
+def test_at_a_terminal_there_is_a_prompt_and_a_history_and_ctrl_d_leaves(short_video, tmp_path):
     environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path), "TERM": "dumb"}
     environment["PYTHONPATH"] = str(Path(tieredkv.__file__).parents[1])
     ours, theirs = pty.openpty()

@@ -24,7 +24,7 @@ def planned(monkeypatch, capsys, *options: str, of: object = 1000) -> dict:
     return json.loads(out)
 
 
-def test_option_goes_before_environment_before_file_before_default(monkeypatch, capsys, file):
+def test_options_precede_the_environment_the_file_and_the_default_in_this_order(monkeypatch, capsys, file):
     assert planned(monkeypatch, capsys)["new_tokens"] == 256
     file.write_text("max_new_tokens = 7\ngpu_kv_gb = 1")
     assert planned(monkeypatch, capsys)["new_tokens"] == 7
@@ -54,12 +54,12 @@ def test_every_key_is_an_option_and_a_variable(monkeypatch, capsys, file, short_
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("gpu_kv = 1", "'gpu_kv' is no setting: give one of model, gpu_kv_gb"),
+        ("gpu_kv = 1", "'gpu_kv' is not a setting: give one of model, gpu_kv_gb"),
         ('fps = "2"', "fps = '2' is not valid: give a number"),
         ("fps = true", "fps = True is not valid: give a number"),
         ("max_frames = 2.5", "max_frames = 2.5 is not valid: give a whole number"),
         ("model = 3", "model = 3 is not valid: give text in quotes"),
-        ("[ask]\nfps = 2", "'ask' is no setting"),
+        ("[ask]\nfps = 2", "'ask' is not a setting"),
         ("fps 2", "is not TOML"),
         (b"\xff", "is not TOML"),
     ],
@@ -81,13 +81,13 @@ def test_a_bad_variable_is_named(monkeypatch, capsys):
     assert "TIEREDKV_FPS" in err
 
 
-def test_a_folder_in_the_files_place_is_refused(file):
+def test_a_folder_instead_of_the_file_is_refused(file):
     file.mkdir()
     with pytest.raises(OptionError, match="cannot be read: Is a directory"):
         defaults.read(file)
 
 
-def test_a_relative_xdg_folder_is_left_aside(monkeypatch):
+def test_a_relative_xdg_folder_is_ignored(monkeypatch):
     monkeypatch.setenv("XDG_CONFIG_HOME", "settings")
     monkeypatch.setenv("HOME", "/home/somebody")
     assert str(defaults.path()) == "/home/somebody/.config/tieredkv.toml"

@@ -6,8 +6,10 @@ import json
 
 import pytest
 
-from tieredkv.demo import run
-from tieredkv.errors import OptionError
+from tieredkv.demo.answers import right_hops, right_words
+from tieredkv.demo.run import run
+from tieredkv.errors import OutputError
+from tieredkv.storage import atomic
 from tieredkv.tiny.scene import Question
 
 CHAIN = Question("follow the star for 2 ?", ("f", "heart", "k", "moon"), "chain", ((0, 1),) * 4)
@@ -25,8 +27,8 @@ CHAIN = Question("follow the star for 2 ?", ("f", "heart", "k", "moon"), "chain"
     ],
 )
 def test_words_and_hops_are_counted_in_their_place(answer, words, hops):
-    assert run.right_words(CHAIN, answer) == words
-    assert run.right_hops(CHAIN, answer) == hops
+    assert right_words(CHAIN, answer) == words
+    assert right_hops(CHAIN, answer) == hops
 
 
 FIELDS = (
@@ -39,7 +41,7 @@ FIELDS = (
 @pytest.mark.model
 def test_the_demo_passes_draws_its_picture_and_ends_with_json(tmp_path, capsys):
     picture, video = tmp_path / "where.png", tmp_path / "kept.mp4"
-    passed = run.run(seed=1_000_010, minutes=4.2, share=0.15, plot=picture, video_path=video, as_json=False)
+    passed = run(seed=1_000_010, minutes=4.2, share=0.15, plot=picture, video_path=video, as_json=False)
     lines = capsys.readouterr().out.strip().splitlines()
     report = json.loads(lines[-1])
     assert passed
@@ -52,32 +54,33 @@ def test_the_demo_passes_draws_its_picture_and_ends_with_json(tmp_path, capsys):
     assert report["hit_rate"] > 0
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert video.stat().st_size > 0
-    assert not list(tmp_path.glob("*.part"))
+    assert sorted(tmp_path.iterdir()) == sorted([picture, video])
 
 
 @pytest.mark.model
 def test_as_json_prints_one_object_and_nothing_else(capsys):
-    run.run(seed=1_000_011, minutes=2, share=0.3, plot=None, video_path=None, as_json=True)
+    run(seed=1_000_011, minutes=2, share=0.3, plot=None, video_path=None, as_json=True)
     out = capsys.readouterr().out
     assert out.count("\n") == 1
     assert list(json.loads(out)) == FIELDS
 
 
 @pytest.mark.model
-def test_the_demo_fails_when_the_answers_fall_behind(monkeypatch, capsys):
+def test_the_demo_fails_if_the_answers_are_worse(monkeypatch, capsys):
     """A policy that picks random chunks must not pass."""
     import torch
 
     from tieredkv.policy import select
 
     monkeypatch.setitem(select.GROUPS, "mean", lambda logits: torch.rand(logits.shape[0], logits.shape[-1]))
-    assert not run.run(seed=1_000_010, minutes=4.2, share=0.15, plot=None, video_path=None, as_json=True)
+    assert not run(seed=1_000_010, minutes=4.2, share=0.15, plot=None, video_path=None, as_json=True)
 
 
 def test_a_full_disk_is_one_sentence(monkeypatch, tmp_path):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(run, "write_video", full)
-    with pytest.raises(OptionError, match=r"v\.mp4: cannot be written \(No space left on device\)"):
-        run.run(seed=1, minutes=2, share=0.5, plot=None, video_path=tmp_path / "v.mp4", as_json=True)
+    monkeypatch.setattr(atomic.os, "replace", full)
+    with pytest.raises(OutputError, match=r"v\.mp4 could not be written: No space left on device\."):
+        run(seed=1, minutes=2, share=0.5, plot=None, video_path=tmp_path / "v.mp4", as_json=True)
+    assert not list(tmp_path.iterdir())

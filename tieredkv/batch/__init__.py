@@ -1,1 +1,1 @@
-"""A file of questions, and the file of their answers."""
+"""Answering a file of questions, written to a file of answers that can be resumed."""

@@ -1,7 +1,7 @@
-"""The file of answers of a run: a line each, whole or cut off, each question once, one writer at a time.
+"""The file of answers of a run: one line per question, each written whole or cut off, by one process at a time.
 
-A line is written in one go and synced, so that only the last of a file can be torn; going on cuts it off. Lines
-belong to questions by id. What no run of these questions can have written is refused, never mended.
+Each line is synced before the next is written, so only the last can be incomplete; resuming cuts it off. Lines belong
+to questions by id. A file that no run of these questions can have written is refused and never changed.
 """
 
 from __future__ import annotations
@@ -14,35 +14,33 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from tieredkv.batch.questions_file import BatchQuestion
 from tieredkv.errors import BatchError, reason
-from tieredkv.storage.atomic import sync_folder
+from tieredkv.storage.atomic import replace_file, sync_folder
 
-if TYPE_CHECKING:
-    from tieredkv.batch.questions_file import Question
-
-_BEGINNING = b'{"id": '
+_FIRST_BYTES = b'{"id": '
 
 
-class Answers:
-    """The file of answers while questions are answered: one process at a time, each id once.
+class AnswersFile:
+    """The file of answers while questions are answered. Locked against other processes; each id has one line.
 
-    Nothing is written before `begin`. A context manager; leaving it lets go of the file.
+    Nothing is written before `begin`. A context manager, which closes the file.
     """
 
-    def __init__(self, file: Path, questions: Sequence[Question], *, resume: bool, retry_errors: bool) -> None:
-        """resume: go on with a file that is there. retry_errors: take its error lines for not answered.
+    def __init__(self, file: Path, questions: Sequence[BatchQuestion], *, resume: bool, retry_errors: bool) -> None:
+        """resume: continue an existing file. retry_errors: treat its error lines as not answered.
 
-        Raises `BatchError` for a file that is there without `resume`, in the hands of another process, or not of these
-        questions; and for one that cannot be written.
+        Raises `BatchError` if the file exists and `resume` is not set, is locked by another process, does not belong
+        to these questions, or cannot be written.
         """
         self.file = file
         self.failed: set[str] = set()
         """Ids of error lines."""
         self.answered: set[str] = set()
         self._descriptor: int | None = None
-        self._kept, self._whole = b"", True
+        self._kept, self._unchanged = b"", True
         try:
             self._descriptor = os.open(file, os.O_RDWR | os.O_APPEND)
         except FileNotFoundError:
@@ -53,55 +51,55 @@ class Answers:
             raise BatchError(f"{file} cannot be written: {error.strerror}.") from None
         try:
             if not resume:
-                raise BatchError(f"{file} is there already: give --resume to go on with it, or another name.")
-            self._take_up(questions, retry_errors)
+                raise BatchError(f"{file} exists already: give --resume to continue it, or another name.")
+            self._resume(self._descriptor, questions, retry_errors)
         except BaseException:
             self.close()
             raise
 
-    def _take_up(self, questions: Sequence[Question], retry_errors: bool) -> None:
-        assert self._descriptor is not None
-        state = os.fstat(self._descriptor)
+    def _resume(self, descriptor: int, questions: Sequence[BatchQuestion], retry_errors: bool) -> None:
+        """Lock an existing file, and determine which of its lines stay."""
+        state = os.fstat(descriptor)
         if not stat.S_ISREG(state.st_mode):
-            raise BatchError(f"{self.file} is no regular file: give another name.")
-        _lock(self._descriptor, self.file)
+            raise BatchError(f"{self.file} is not a regular file: give another name.")
+        _lock(descriptor, self.file)
         if not os.path.samestat(state, os.stat(self.file)):
             raise BatchError(f"{self.file} was written by another run meanwhile: give --resume again.")
-        found = self.file.read_bytes()
-        complete, newline, torn = found.rpartition(b"\n")
-        if not (torn.startswith(_BEGINNING) or _BEGINNING.startswith(torn)):
-            raise BatchError(f"{self.file} is no file of answers: give another name.")
-        asked = {str(question.id): question for question in questions}
+        content = self.file.read_bytes()
+        complete, newline, rest = content.rpartition(b"\n")
+        if not (rest.startswith(_FIRST_BYTES) or _FIRST_BYTES.startswith(rest)):
+            raise BatchError(f"{self.file} is not a file of answers: give another name.")
+        by_id = {str(question.id): question for question in questions}
         kept: list[bytes] = []
         for number, line in enumerate(complete.split(b"\n") if newline else [], 1):
-            key, about = self._line(number, line)
-            error = "error" in about
-            if error and retry_errors:
+            key, fields = self._parse(number, line)
+            is_error = "error" in fields
+            if is_error and retry_errors:
                 continue
             if key in self.answered | self.failed:
                 raise BatchError(f"{self.file}: line {number} answers {key!r} a second time: remove one of them.")
-            question = asked.get(key)
-            if question is None or (question.video, question.text) != (about["video"], about["question"]):
+            question = by_id.get(key)
+            if question is None or (question.video, question.text) != (fields["video"], fields["question"]):
                 raise BatchError(
-                    f"{self.file}: line {number} answers {key!r}, which the questions do not ask: they were changed "
+                    f"{self.file}: line {number} answers {key!r}, which is not among the questions: they were changed "
                     "since; give another name."
                 )
-            (self.failed if error else self.answered).add(key)
+            (self.failed if is_error else self.answered).add(key)
             kept.append(line)
         self._kept = b"".join(line + b"\n" for line in kept)
-        self._whole = self._kept == found
+        self._unchanged = self._kept == content
 
-    def _line(self, number: int, line: bytes) -> tuple[str, dict[str, Any]]:
-        """The id and all of a line that this program wrote."""
+    def _parse(self, number: int, line: bytes) -> tuple[str, dict[str, Any]]:
+        """The id and all fields of a line; raises `BatchError` for a line that no run has written."""
         with suppress(ValueError, TypeError):
-            found = json.loads(line)
-            names = found.keys() if isinstance(found, dict) else set()
+            fields = json.loads(line)
+            names = fields.keys() if isinstance(fields, dict) else set()
             if {"id", "video", "question"} <= names and {"error", "text"} & names:
-                return str(found["id"]), found
-        raise BatchError(f"{self.file}: line {number} is no answer: this is another file, or it is damaged.")
+                return str(fields["id"]), fields
+        raise BatchError(f"{self.file}: line {number} is not an answer: this is another file, or it is damaged.")
 
     def begin(self) -> None:
-        """Make the file ready to be written to: created, or rid of a torn line and of errors to be tried again."""
+        """Prepare the file for writing: create it, or remove an incomplete line and errors that are to be retried."""
         if self._descriptor is None:
             try:
                 self._descriptor = os.open(self.file, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o666)
@@ -109,53 +107,47 @@ class Answers:
                 raise BatchError(f"{self.file} was written by another run meanwhile: give --resume.") from None
             _lock(self._descriptor, self.file)
             sync_folder(self.file.parent)
-        elif not self._whole:
+        elif not self._unchanged:
             self._replace(self._descriptor)
 
     def _replace(self, old: int) -> None:
-        """Put what is kept in the file's place, all at once."""
-        target = self.file.resolve()
-        part = target.with_name(f"{target.name}.part")  # of a killed run, if there is one: the lock is ours
-        new = os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        """Replace the open file by one that holds the lines that stay."""
         try:
-            _lock(new, self.file)  # before it has the name, so that no other run can have it
-            os.fchmod(new, os.fstat(old).st_mode & 0o777)
-            _write(new, self._kept, self.file)
-            os.replace(part, target)
-        except BaseException:
-            os.close(new)
-            part.unlink(missing_ok=True)
-            raise
-        self._descriptor = new
-        os.close(old)
-        sync_folder(target.parent)
+            with replace_file(self.file.resolve(), len(self._kept)) as part:  # resolved: a link stays a link
+                self._descriptor = os.open(part, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+                _lock(self._descriptor, self.file)  # before the file has its name: no other run can lock it first
+                os.fchmod(self._descriptor, os.fstat(old).st_mode & 0o777)
+                _write(self._descriptor, self._kept, self.file)
+        finally:
+            if self._descriptor != old:
+                os.close(old)
 
-    def has(self, question: Question) -> bool:
-        """Whether there is a line for it."""
+    def has(self, question: BatchQuestion) -> bool:
+        """Whether the question has a line, answer or error."""
         return str(question.id) in self.answered | self.failed
 
-    def answer(self, question: Question, text: str, about: dict[str, Any]) -> None:
-        """Write an answer. about: what else is to be in its line."""
-        self._append(question, {"text": text, **about})
+    def answer(self, question: BatchQuestion, text: str, fields: dict[str, Any]) -> None:
+        """Write an answer; `fields` are added to its line."""
+        self._append(question, {"text": text, **fields})
         self.answered.add(str(question.id))
 
-    def fail(self, question: Question, error: BaseException) -> None:
+    def fail(self, question: BatchQuestion, error: BaseException) -> None:
         """Write why there is no answer."""
         self._append(question, {"error": reason(error)})
         self.failed.add(str(question.id))
 
-    def _append(self, question: Question, rest: dict[str, Any]) -> None:
+    def _append(self, question: BatchQuestion, fields: dict[str, Any]) -> None:
         assert self._descriptor is not None, "begin first"
-        line = {"id": question.id, "video": question.video, "question": question.text, **rest}
+        line = {"id": question.id, "video": question.video, "question": question.text, **fields}
         _write(self._descriptor, json.dumps(line).encode() + b"\n", self.file)
 
     def close(self) -> None:
-        """Let go of the file. Twice is fine."""
+        """Close and unlock the file. May be called twice."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
 
-    def __enter__(self) -> Answers:
+    def __enter__(self) -> AnswersFile:
         return self
 
     def __exit__(
@@ -172,7 +164,7 @@ def _lock(descriptor: int, file: Path) -> None:
 
 
 def _write(descriptor: int, data: bytes, file: Path) -> None:
-    """All of it, on disk when this returns. Raises `OSError` naming the file."""
+    """Write all of `data` and sync. Raises `OSError` with the file's name."""
     try:
         while data:
             data = data[os.write(descriptor, data) :]

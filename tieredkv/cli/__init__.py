@@ -1,6 +1,6 @@
 """The command line: answers on stdout, everything else on stderr; exit code 0, 1 (something failed) or 2 (bad input).
 
-One file per command. What takes long to import is imported by the command that needs it.
+One file per command. A module that takes long to import is imported by the command that needs it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from tieredkv import __version__
 from tieredkv.cli import ask, bench, chat, defaults, demo, doctor, plan, policies, run
 from tieredkv.errors import TieredKVError
 
-# Read when torch is imported, which only commands do. Threads that spin while they wait for one that has lost its core
-# to another program make decoding several times slower; sleeping costs little (docs/log.md).
+# Read when torch is imported, which only commands do. When another program takes a core, threads that spin while they
+# wait for the one that lost it make decoding several times slower; sleeping costs little (docs/log.md).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 app = typer.Typer(
@@ -48,13 +48,13 @@ def _options(
 
     Answers go to stdout, everything else to stderr. Exit code: 0, 1 (something failed) or 2 (bad input).
     """
-    found = defaults.read(defaults.path())
-    context.default_map = {command.name: found for command in app.registered_commands if command.name}
+    settings = defaults.read(defaults.path())
+    context.default_map = {command.name: settings for command in app.registered_commands if command.name}
 
 
 def main() -> None:
-    """Entry point: an error the user can mend is one sentence on stderr and exit code 2; a failing disk, 1."""
-    for stream in (sys.stdout, sys.stderr):  # file names need not be text, nor every answer fit the terminal's encoding
+    """Entry point. An error that the user can fix is one sentence on stderr and exit code 2; a failing disk, code 1."""
+    for stream in (sys.stdout, sys.stderr):  # file names may be invalid text, and answers may not fit the encoding
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:

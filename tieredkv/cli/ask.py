@@ -17,7 +17,7 @@ def ask(
     words: Annotated[list[str], typer.Argument(metavar="[VIDEO] QUESTION", help="A video file, and what to ask.")],
     model: Model = "tiny",
     session: Annotated[
-        Path | None, typer.Option(help="Ask this saved session; if there is no such file, save one.")
+        Path | None, typer.Option(help="Ask this saved session; if the file does not exist, save one.")
     ] = None,
     gpu_kv_gb: GpuGiB = None,
     host_kv_gb: HostGiB = None,
@@ -28,20 +28,20 @@ def ask(
     end: End = None,
     max_new_tokens: NewTokens = 256,
     evidence: Annotated[
-        Path | None, typer.Option(help="Write which moments were looked at here, as PNG or HTML.")
+        Path | None, typer.Option(help="Write the moments that were attended to, as .png or .html.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print answer and statistics as JSON.")] = False,
 ) -> None:
     """Answer one question about one video, or about a saved session."""
     from tieredkv import api
     from tieredkv.cli.opening import opened
-    from tieredkv.evidence import page
+    from tieredkv.evidence.save import check_target, save_evidence
 
     *videos, question = words
     if len(videos) > 1:
         raise OptionError(f"ask takes one video and one question, got {len(words)} words: put quotes around each.")
     if evidence is not None:
-        page.check_target(evidence)
+        check_target(evidence)
     sampling = given(fps=fps, max_frames=max_frames, start=start, end=end)
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
     api.check_question(question, {"max_new_tokens": max_new_tokens})
@@ -58,12 +58,12 @@ def ask(
         answer = video_session.ask(question, max_new_tokens=max_new_tokens)
     if as_json:
         moments = [moment.as_dict() for moment in answer.evidence or ()]
-        said = {"text": answer.text, "token_ids": answer.token_ids, "evidence": moments}
-        typer.echo(json.dumps({**said, **answer.stats.as_dict()}))
+        fields = {"text": answer.text, "token_ids": answer.token_ids, "evidence": moments}
+        typer.echo(json.dumps({**fields, **answer.stats.as_dict()}))
     else:
         typer.echo(answer.text)
     if evidence is not None:
-        page.save_evidence(answer, evidence, question=question, video=videos[0] if videos else None)
+        save_evidence(answer, evidence, question=question, video=videos[0] if videos else None)
     if unsaved is not None:
         raise unsaved
 

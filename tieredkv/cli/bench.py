@@ -1,4 +1,4 @@
-"""tieredkv bench: a benchmark by its name."""
+"""tieredkv bench: run a benchmark by name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[1]
 
 
 def folder(package: Path = PACKAGE) -> Path:
-    """Where the benchmarks are: inside an installed package, or beside it in a checkout. Raises `OptionError`."""
+    """Where the benchmarks are: inside an installed package, beside it in a checkout; `OptionError` if nowhere."""
     for found in (package / "benchmarks", package.parent / "benchmarks"):
         if (found / "origin.py").is_file():
             return found
@@ -26,14 +26,15 @@ def folder(package: Path = PACKAGE) -> Path:
 
 def bench(
     name: Annotated[str, typer.Argument(help=f"One of {', '.join(NAMES)}.")],
-    options: Annotated[list[str] | None, typer.Argument(help="Its own options, behind --.")] = None,
+    options: Annotated[list[str] | None, typer.Argument(help="Options of the benchmark, after --.")] = None,
 ) -> None:
-    """Run a benchmark: what it measures on this machine, and a last line of JSON. `bench NAME -- --help` explains it.
+    """Run a benchmark. Its last line is JSON; `tieredkv bench NAME -- --help` describes it.
 
-    In a checkout it writes where its help says; installed, below the current folder. Exits as the benchmark does.
+    In a checkout it writes where its help says; if installed, below the current folder. The exit code is the
+    benchmark's.
     """
     if name not in NAMES:
-        raise OptionError(f"{name!r} is no benchmark: give one of {', '.join(NAMES)}.")
+        raise OptionError(f"{name!r} is not a benchmark: give one of {', '.join(NAMES)}.")
     paths = [str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     command = [sys.executable, str(folder() / f"{name}.py"), *(options or [])]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}, check=False)

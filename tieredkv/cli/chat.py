@@ -13,10 +13,10 @@ from tieredkv.cli.options import End, Fps, GpuGiB, HostGiB, MaxFrames, Model, Ne
 
 def chat(
     context: typer.Context,
-    video: Annotated[str | None, typer.Argument(help="A video file; none is needed with a saved session.")] = None,
+    video: Annotated[str | None, typer.Argument(help="A video file; not needed with a saved session.")] = None,
     model: Model = "tiny",
     session: Annotated[
-        Path | None, typer.Option(help="Go on with this saved session; if there is no such file, save one.")
+        Path | None, typer.Option(help="Continue this saved session; if the file does not exist, save one.")
     ] = None,
     gpu_kv_gb: GpuGiB = None,
     host_kv_gb: HostGiB = None,
@@ -28,9 +28,9 @@ def chat(
     max_new_tokens: NewTokens = 256,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object per answer.")] = False,
 ) -> None:
-    """Talk about one video: it is ingested once, and each answer knows the questions and answers before it.
+    """Talk about one video, ingested once. Each answer takes earlier questions and answers into account.
 
-    Type /help for the commands. From a pipe, a question per line; exits with 1 if one of them failed.
+    Type /help for commands. From a pipe, reads one question per line, and exits with 1 if any failed.
     """
     from tieredkv import api
     from tieredkv.cli.lines import lines
@@ -42,17 +42,20 @@ def chat(
     options = {"max_new_tokens": max_new_tokens}
     api.check_question("?", options)
     names = typed(context, sampling)
-    with opened(model, video, session, tiers=tiers, sampling=sampling, typed=names, **options) as (opening, unsaved):
+    with opened(model, video, session, tiers=tiers, sampling=sampling, typed=names, **options) as (
+        video_session,
+        unsaved,
+    ):
         if unsaved is not None:
             print(f"tieredkv: {unsaved}", file=sys.stderr)
-        talk = Talk(opening, options, as_json, save_to=session)
-        by_hand = sys.stdin.isatty()
-        if by_hand:
-            assert opening.video is not None
-            earlier = f", {len(opening.history)} questions so far" if opening.history else ""
-            print(f"{opening.video.visual_tokens:,} visual tokens{earlier}. Ask, or /help.", file=sys.stderr)
-        talk.hold(lines("> "))
-    if unsaved is not None or (talk.failed and not by_hand):
+        talk = Talk(video_session, options, as_json, save_to=session)
+        interactive = sys.stdin.isatty()
+        if interactive:
+            assert video_session.video is not None
+            earlier = f", {len(video_session.history)} questions so far" if video_session.history else ""
+            print(f"{video_session.video.visual_tokens:,} visual tokens{earlier}. Ask, or /help.", file=sys.stderr)
+        talk.run(lines("> "))
+    if unsaved is not None or (talk.failed and not interactive):
         raise typer.Exit(1)
 
 

@@ -1,4 +1,4 @@
-"""Defaults of options, from `tieredkv.toml` in the user's folder of settings; the environment and options go before."""
+"""Defaults of options from the user's `tieredkv.toml`; the environment and the command line take precedence."""
 
 from __future__ import annotations
 
@@ -20,35 +20,34 @@ KEYS: dict[str, type] = {
     "card": str,
     "link": str,
 }
-_WANTED = {str: "text in quotes", float: "a number", int: "a whole number"}
+_EXPECTED = {str: "text in quotes", float: "a number", int: "a whole number"}
 
 
 def path() -> Path:
-    """Where the file is, if there is one: `$XDG_CONFIG_HOME/tieredkv.toml`, by default below `~/.config`."""
+    """`$XDG_CONFIG_HOME/tieredkv.toml`, by default in `~/.config`; it need not exist."""
     return folder("XDG_CONFIG_HOME", "~/.config") / "tieredkv.toml"
 
 
 def folder(variable: str, default: str) -> Path:
-    """A folder that the environment names; the default where it names none, or not from the root (XDG says so)."""
-    named = Path(os.environ.get(variable, ""))
-    return named if named.is_absolute() else Path(default).expanduser()
+    """The folder that an environment variable names; the default if it is not absolute, as XDG requires."""
+    value = Path(os.environ.get(variable, ""))
+    return value if value.is_absolute() else Path(default).expanduser()
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The defaults in a file; none where there is no file. Raises `OptionError` naming file and key."""
+    """The defaults in a file, none if it does not exist. Raises `OptionError` naming file and key."""
     try:
-        found = tomllib.loads(path.read_bytes().decode())
+        settings = tomllib.loads(path.read_bytes().decode())
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise OptionError(f"{path} cannot be read: {error.strerror}.") from None
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise OptionError(f"{path} is not TOML ({error}): mend it or remove it.") from None
-    for key, value in found.items():
+        raise OptionError(f"{path} is not TOML ({error}): fix or remove it.") from None
+    for key, value in settings.items():
         if key not in KEYS:
-            raise OptionError(f"{path}: {key!r} is no setting: give one of {', '.join(KEYS)}.")
-        wanted = KEYS[key]
-        number = wanted is float and type(value) is int
-        if type(value) is not wanted and not number:
-            raise OptionError(f"{path}: {key} = {value!r} is not valid: give {_WANTED[wanted]}.")
-    return found
+            raise OptionError(f"{path}: {key!r} is not a setting: give one of {', '.join(KEYS)}.")
+        kind = KEYS[key]
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise OptionError(f"{path}: {key} = {value!r} is not valid: give {_EXPECTED[kind]}.")
+    return settings

@@ -1,4 +1,4 @@
-"""tieredkv demo: the product, in two minutes."""
+"""tieredkv demo: a generated video and questions about it."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ import typer
 
 
 def demo(
-    seed: Annotated[int, typer.Option(min=0, help="Which video is made.")] = 1_000_000,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the video and the questions.")] = 1_000_000,
     minutes: Annotated[float, typer.Option(help="Length of the video.")] = 8.5,
-    share: Annotated[float, typer.Option(help="Device memory, as a share of the full cache.")] = 0.1,
-    plot: Annotated[Path | None, typer.Option(help="Draw where each answer looked, as PNG.")] = None,
-    video: Annotated[Path | None, typer.Option(help="Keep the video here.")] = None,
+    share: Annotated[
+        float, typer.Option(help="Device memory for keys and values, as a share of the full cache.")
+    ] = 0.1,
+    plot: Annotated[Path | None, typer.Option(help="Draw which chunks each answer selected, as .png.")] = None,
+    video: Annotated[Path | None, typer.Option(help="Keep the video in this file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
-    """Make a video, let the bundled trained model answer questions about it, and compare with a full cache.
+    """Generate a video, ask the bundled model about it, and compare the answers with a full cache's.
 
-    Exits with 1 if the answers are more than 5 points behind the full cache's, or the memory cap was passed.
+    Exits with 1 if the answers are more than 5 points worse, or memory exceeded the cap.
     """
     from tieredkv.demo.run import run
 

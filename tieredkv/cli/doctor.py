@@ -1,4 +1,4 @@
-"""tieredkv doctor: whether this machine is fit for it."""
+"""tieredkv doctor: check this machine."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import typer
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Look over this machine: libraries, card, link, memory, codecs. A line each, and what to do where one is wanting.
+    """Check this machine: libraries, card, link, memory, codecs. Says what to do about each fault.
 
-    "note" is worth knowing, "problem" keeps something from working; exits with 1 if there is a problem.
+    A "problem" keeps something from working, a "note" does not. Exits with 1 if there is a problem.
     """
     from dataclasses import asdict
 

@@ -1,4 +1,4 @@
-"""What is typed or piped in, line by line; typed lines are remembered from one run to the next."""
+"""Lines of stdin, typed or piped; typed lines are saved in a history file."""
 
 from __future__ import annotations
 
@@ -10,21 +10,20 @@ from pathlib import Path
 
 from tieredkv.cli.defaults import folder
 
-REMEMBERED = 1000
-"""Lines kept."""
+HISTORY_LINES = 1000
 
 
 def lines(prompt: str) -> Iterator[str]:
-    """Lines of stdin until its end. From a terminal each is asked for by `prompt`, and Ctrl-C begins it anew.
+    """Lines of stdin until its end. At a terminal, `prompt` precedes each, and Ctrl-C discards the one being typed.
 
-    Bytes that are no text come as lone surrogates, so that one such line does not take the others with it.
+    Bytes that are not valid text become lone surrogates, so that one such line does not end the others.
     """
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")
     if not sys.stdin.isatty():
         yield from (line.rstrip("\n") for line in sys.stdin)
         return
-    with _remembered(history_file()):
+    with _history(history_file()):
         while True:
             try:
                 yield _typed(prompt)
@@ -36,20 +35,20 @@ def lines(prompt: str) -> Iterator[str]:
 
 
 def history_file() -> Path:
-    """Below `$XDG_STATE_HOME`, by default `~/.local/state`."""
+    """In `$XDG_STATE_HOME/tieredkv`, by default `~/.local/state/tieredkv`."""
     return folder("XDG_STATE_HOME", "~/.local/state") / "tieredkv" / "history"
 
 
 def _typed(prompt: str) -> str:
-    if sys.stdout.isatty():  # else readline would write the prompt among the answers
+    if sys.stdout.isatty():  # otherwise readline would write the prompt into the answers
         return input(prompt)
     print(prompt, end="", file=sys.stderr, flush=True)
     return input()
 
 
 @contextmanager
-def _remembered(file: Path) -> Iterator[None]:
-    """Line editing and the lines of earlier runs, where Python has readline; a file that cannot be used is told of."""
+def _history(file: Path) -> Iterator[None]:
+    """Line editing and the lines of earlier runs, if Python has readline. A file that cannot be used is reported."""
     try:
         import readline
     except ImportError:
@@ -59,9 +58,9 @@ def _remembered(file: Path) -> Iterator[None]:
         file.parent.mkdir(parents=True, exist_ok=True)
         if file.exists():
             readline.read_history_file(file)
-        readline.set_history_length(REMEMBERED)
+        readline.set_history_length(HISTORY_LINES)
     except OSError as error:
-        print(f"tieredkv: lines are not remembered: {file}: {error.strerror or error}.", file=sys.stderr)
+        print(f"tieredkv: lines are not saved: {file}: {error.strerror or error}.", file=sys.stderr)
         yield
         return
     try:
@@ -70,4 +69,4 @@ def _remembered(file: Path) -> Iterator[None]:
         try:
             readline.write_history_file(file)
         except OSError as error:
-            print(f"tieredkv: lines are not remembered: {file}: {error.strerror or error}.", file=sys.stderr)
+            print(f"tieredkv: lines are not saved: {file}: {error.strerror or error}.", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""A session for a command: a saved one taken up, or a video ingested, and saved where that is asked for."""
+"""A session for a command: a saved one, or that of a video, which may then be saved."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tieredkv.cli.options import model_path
 from tieredkv.errors import OptionError, SessionError
 from tieredkv.session.video_session import VideoSession
 from tieredkv.storage import tensor_file
-from tieredkv.video.frames import check_request
+from tieredkv.video.frames import Sampling, check_video
 
 
 @contextmanager
@@ -26,40 +26,40 @@ def opened(
     typed: list[str],
     **asked: Any,
 ) -> Iterator[tuple[VideoSession, SessionError | None]]:
-    """The session, and why it could not be saved, or None.
+    """Yields the session, and why it could not be saved, or None.
 
-    saved: a file to take up, or to write if there is none. tiers, sampling: options that are given. typed: which
-    options of sampling stand on the command line; a saved session keeps its own, so there they are refused, and what
-    the environment says of them is left aside. asked: `question` and `max_new_tokens` where they are known, for the
-    check that the budget suffices.
+    saved: a file to load, or to write if it does not exist. tiers, sampling: the options given. typed: those of
+    sampling that are on the command line; a saved session keeps its own sampling, so these are refused, while values
+    from the environment are ignored. asked: `question` and `max_new_tokens` if known, for the check of the budget.
     """
     if saved is not None and is_there(saved):
         if typed:
-            raise OptionError(f"{saved} is saved as it was sampled: leave out {typed[0]}.")
+            raise OptionError(f"{saved} keeps the sampling it was saved with: leave out {typed[0]}.")
         with api.load_session(saved, model_path(model), video=video, **tiers) as session:
             yield session, None
         return
     if video is None:
         missing = "give a video and a question" if saved is None else f"{saved}: no such file; give a video too"
         raise OptionError(f"there is no video to ask about: {missing}.")
-    check_request(video, **{"fps": None, "source_fps": None, "max_frames": None, **sampling})
+    frames = Sampling(**sampling)
+    check_video(video)
     if saved is not None:
         tensor_file.check_target(saved)
     with api.new_session(model_path(model), progress=True, **tiers) as session:
-        session.ingest(video, **asked, **sampling)
+        session.ingest(video, frames, **asked)
         unsaved: SessionError | None = None
         if saved is not None:
             try:
                 if is_there(saved):
-                    raise SessionError(f"{saved} was written by somebody else meanwhile: not saved over it.")
+                    raise SessionError(f"{saved} was written by another program meanwhile, and is not overwritten.")
                 session.save(saved)
-            except SessionError as error:  # what was ingested is worth an answer all the same
+            except SessionError as error:  # the ingested video is worth an answer all the same
                 unsaved = error
         yield session, unsaved
 
 
 def is_there(path: Path) -> bool:
-    """Whether there is anything at a path. Raises `OptionError` for what is no path."""
+    """Whether anything exists at a path. Raises `OptionError` for an invalid path."""
     try:
         return path.exists()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Options that commands share. Each may also be set in the environment or in the file of `defaults`."""
+"""Options that commands share. Those of `defaults.KEYS` may also be set in the environment or a file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ HostGiB = Annotated[
     float | None, typer.Option(envvar="TIEREDKV_HOST_KV_GB", help="Host memory for keys and values, GiB.")
 ]
 Fps = Annotated[float | None, typer.Option(envvar="TIEREDKV_FPS", help="Frames sampled per second.")]
-MaxFrames = Annotated[int | None, typer.Option(envvar="TIEREDKV_MAX_FRAMES", help="Spread at most this many frames.")]
+MaxFrames = Annotated[
+    int | None, typer.Option(envvar="TIEREDKV_MAX_FRAMES", help="Sample at most this many frames, evenly spread.")
+]
 Start = Annotated[float | None, typer.Option(help="Second of the video to start at.")]
 End = Annotated[float | None, typer.Option(help="Second of the video to end at.")]
 PolicyName = Annotated[
@@ -28,12 +30,12 @@ NewTokens = Annotated[int, typer.Option(envvar="TIEREDKV_MAX_NEW_TOKENS", help="
 
 
 def given(**options: Any) -> dict[str, Any]:
-    """Those of the options that are not None."""
+    """The options that are not None."""
     return {name: value for name, value in options.items() if value is not None}
 
 
 def typed(context: typer.Context, options: dict[str, Any]) -> list[str]:
-    """Those of the options that stand on the command line itself, as they are written there."""
+    """The options that are on the command line itself, as written there."""
     sources = {name: context.get_parameter_source(name) for name in options}
     return [
         f"--{name.replace('_', '-')}" for name, source in sources.items() if source and source.name == "COMMANDLINE"
@@ -41,7 +43,7 @@ def typed(context: typer.Context, options: dict[str, Any]) -> list[str]:
 
 
 def model_path(model: str) -> str:
-    """What `--model` names: the bundled model's folder for 'tiny', else as it is, a leading ~ expanded."""
+    """The path or hub id that `--model` names: 'tiny' is the bundled model, a leading ~ is expanded."""
     if model == "tiny":
         from tieredkv.tiny.model import PATH
 

@@ -1,4 +1,4 @@
-"""tieredkv plan: what a video would take."""
+"""tieredkv plan: the memory that a video would need."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ def plan(
     start: Start = None,
     end: End = None,
     max_new_tokens: NewTokens = 256,
-    link: Annotated[str, typer.Option(envvar="TIEREDKV_LINK", help="Bus to the card, or its GB/s.")] = "pcie4x16",
+    link: Annotated[str, typer.Option(envvar="TIEREDKV_LINK", help="Link to the card, or its GB/s.")] = "pcie4x16",
     card: Annotated[
-        str | None, typer.Option(envvar="TIEREDKV_CARD", help="As 'RTX 4090', or GB/s of its memory.")
+        str | None, typer.Option(envvar="TIEREDKV_CARD", help="Such as 'RTX 4090', or GB/s of its memory.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show what a video would take of both memory tiers. Loads no weights and decodes nothing."""
+    """Show the memory and time that a video would need. Loads no weights and decodes nothing."""
     from tieredkv.planning import forecast
 
     tokens = video.isascii() and video.isdigit() and len(video) < 20 and not Path(video).exists()
     sampling = given(fps=fps, max_frames=max_frames)
     if tokens and not typed(context, sampling):
-        sampling = {}  # defaults for videos say nothing of a number of tokens
-    made = forecast.plan(
+        sampling = {}  # defaults for videos do not apply to a number of tokens
+    estimate = forecast.plan(
         model_path(model),
         int(video) if tokens else video,
         gpu_kv_gb=4.0 if gpu_kv_gb is None else gpu_kv_gb,
@@ -62,7 +62,7 @@ def plan(
         link=link,
         card=card,
     )
-    typer.echo(json.dumps(made.as_dict()) if as_json else str(made))
+    typer.echo(json.dumps(estimate.as_dict()) if as_json else str(estimate))
 
 
 def add_to(app: typer.Typer) -> None:

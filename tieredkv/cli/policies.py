@@ -1,4 +1,4 @@
-"""tieredkv policies: what --policy may name."""
+"""tieredkv policies: list the policies."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import typer
 def policies(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """List what --policy and TierConfig(policy=...) may name, each in a paragraph with its source."""
+    """List the policies for --policy and TierConfig(policy=...), with their sources."""
     from tieredkv.policy.presets import POLICIES
 
     if as_json:
-        made = {name: {"source": one.source, "summary": one.summary} for name, one in POLICIES.items()}
-        typer.echo(json.dumps(made))
+        plain = {name: {"source": policy.source, "summary": policy.summary} for name, policy in POLICIES.items()}
+        typer.echo(json.dumps(plain))
         return
-    for name, one in POLICIES.items():
-        typer.echo(f"{name}  ({one.source})")
-        typer.echo(textwrap.indent(textwrap.fill(one.summary, 100), "    ") + "\n")
+    for name, policy in POLICIES.items():
+        typer.echo(f"{name}  ({policy.source})")
+        typer.echo(textwrap.indent(textwrap.fill(policy.summary, 100), "    ") + "\n")
 
 
 def add_to(app: typer.Typer) -> None:

@@ -1,4 +1,4 @@
-"""tieredkv run: a file of questions."""
+"""tieredkv run: answer a file of questions."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from tieredkv.cli.options import Fps, GpuGiB, HostGiB, MaxFrames, Model, NewToke
 from tieredkv.errors import BatchError
 
 if TYPE_CHECKING:
-    from tieredkv.batch.questions_file import Question
+    from tieredkv.batch.questions_file import BatchQuestion
     from tieredkv.session.video_session import VideoSession
 
 
 def run(
-    questions: Annotated[Path, typer.Argument(help="JSON lines: video, question, and what else they hold.")],
+    questions: Annotated[Path, typer.Argument(help="The file of questions, JSON lines.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The file of answers, JSON lines.")],
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a file of answers that is there.")] = False,
-    retry_errors: Annotated[bool, typer.Option("--retry-errors", help="With --resume: ask again what failed.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an existing file of answers.")] = False,
+    retry_errors: Annotated[
+        bool, typer.Option("--retry-errors", help="With --resume: ask failed questions again.")
+    ] = False,
     model: Model = "tiny",
     gpu_kv_gb: GpuGiB = None,
     host_kv_gb: HostGiB = None,
@@ -30,48 +32,45 @@ def run(
     max_frames: MaxFrames = None,
     max_new_tokens: NewTokens = 256,
 ) -> None:
-    """Answer a file of questions, each video ingested once. A run that was cut off goes on with --resume.
+    """Answer a file of questions, each video ingested once. --resume continues an interrupted run.
 
-    A line: {"video": "a.mp4", "question": "What ...?"}, with "id" or generation options if you like. Videos lie
-    relative to the file. What fails is a line with "error"; the exit code is 1 if there is one.
+    A line is {"video": "a.mp4", "question": "What ...?"}, optionally with "id" and generation options. Paths of videos
+    are relative to the file. A question that fails gets a line with "error", and the exit code is then 1.
     """
     from tieredkv import api
-    from tieredkv.batch import questions_file
-    from tieredkv.batch.answers_file import Answers
+    from tieredkv.batch.answers_file import AnswersFile
+    from tieredkv.batch.questions_file import read_questions
+    from tieredkv.batch.run import run as run_batch
     from tieredkv.config import tier_config
     from tieredkv.models import loading
-    from tieredkv.video.frames import check_request
+    from tieredkv.video.frames import Sampling, check_video
 
     if retry_errors and not resume:
-        raise BatchError("--retry-errors is for a file that is there: give --resume too.")
-    asked = questions_file.read_questions(questions)
+        raise BatchError("--retry-errors continues an existing file of answers: give --resume too.")
+    batch = read_questions(questions)
     options = {"max_new_tokens": max_new_tokens}
     api.check_question("?", options)
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
     tier_config(None, tiers)
-    sampling = given(fps=fps, max_frames=max_frames)
-    nothing_yet = {"fps": None, "source_fps": None, "max_frames": None, **sampling}
-    check_request([], **nothing_yet)
-    with Answers(output, asked, resume=resume, retry_errors=retry_errors) as answers:
-        if not all(map(answers.has, asked)):
+    sampling = Sampling(fps=fps, max_frames=max_frames)
+    with AnswersFile(output, batch, resume=resume, retry_errors=retry_errors) as answers:
+        if not all(map(answers.has, batch)):
             loaded, processor = loading.load(model_path(model))
 
-            def open_session(video: Path, pending: Sequence[Question]) -> VideoSession:
-                check_request(video, **nothing_yet)
+            def open_session(video: Path, pending: Sequence[BatchQuestion]) -> VideoSession:
+                check_video(video)
                 session = api.new_session(loaded, processor=processor, progress=True, **tiers)
-                # What the least of them needs must fit; what another needs more is that one's error.
+                # The shortest answer must fit; a longer one that does not is an error of its own question.
                 least = min(session.new_tokens(options | question.options) for question in pending)
                 try:
-                    session.ingest(video, max_new_tokens=least, **sampling)
+                    session.ingest(video, sampling, max_new_tokens=least)
                 except BaseException:
                     session.close()
                     raise
                 return session
 
             answers.begin()
-            questions_file.run(
-                asked, answers, open_session, options, lambda line: print(line, file=sys.stderr, flush=True)
-            )
+            run_batch(batch, answers, open_session, options, lambda line: print(line, file=sys.stderr, flush=True))
     failed = len(answers.failed)
     again = ": --resume --retry-errors asks again" if failed else ""
     print(f"{output}: {len(answers.answered)} answered, {failed} failed{again}.", file=sys.stderr)

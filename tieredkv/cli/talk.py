@@ -9,34 +9,34 @@ from pathlib import Path
 from typing import Any
 
 from tieredkv.cli.opening import is_there
-from tieredkv.cli.pieces import Pieces, Stopped, stopped_by_interrupt
+from tieredkv.cli.terminal import Stopped, TerminalStreamer, stopped_by_interrupt
 from tieredkv.errors import FAILURES, SessionError, TieredKVError, reason
 from tieredkv.session.results import Stats
 from tieredkv.session.video_session import VideoSession
 from tieredkv.storage.tensor_file import read
 
 HELP = """\
-/clear      begin another conversation
-/save FILE  save the session, conversation included; without FILE, where --session says
+/clear      start a new conversation
+/save FILE  save the session, conversation included; without FILE, to that of --session
 /stats      measurements of the last answer
-/quit       leave, as Ctrl-D does; Ctrl-C stops the answer that is being written"""
+/quit       leave, as Ctrl-D does; Ctrl-C stops the answer being generated"""
 
 
 class Talk:
-    """One session's conversation. Answers go to stdout, everything else to stderr."""
+    """The conversation of one session. Answers go to stdout, everything else to stderr."""
 
     def __init__(
         self, session: VideoSession, options: dict[str, Any], as_json: bool = False, save_to: Path | None = None
     ) -> None:
-        """options: generation options of every answer. as_json: an object per answer, not its text as it is made.
-        save_to: where `/save` saves if it names nothing."""
+        """options: generation options of every answer. as_json: print an object per answer instead of its text as it is
+        generated. save_to: where `/save` without a file saves."""
         self.session, self.options, self.as_json, self.save_to = session, options, as_json, save_to
         self.failed = 0
         """Questions and commands that failed."""
         self._stats: Stats | None = None
 
-    def hold(self, lines: Iterable[str]) -> None:
-        """Answer line by line until there are none, or `/quit`. What fails says why, and the conversation goes on."""
+    def run(self, lines: Iterable[str]) -> None:
+        """Answer line by line until the end or `/quit`. A failure is reported, and the conversation continues."""
         for line in map(str.strip, lines):
             if line == "/quit":
                 return
@@ -50,28 +50,28 @@ class Talk:
                 _say(f"tieredkv: {reason(error)}")
 
     def _answer(self, question: str) -> None:
-        pieces = Pieces(self.session.processor.tokenizer, shown=not self.as_json)
+        streamer = TerminalStreamer(self.session.processor.tokenizer, shown=not self.as_json)
         try:
-            with stopped_by_interrupt(pieces):
-                answer = self.session.chat(question, streamer=pieces, **self.options)
+            with stopped_by_interrupt(streamer):
+                answer = self.session.chat(question, streamer=streamer, **self.options)
         except Stopped:
-            _say("stopped: the conversation goes on as if this had not been asked.")
+            _say("stopped: the conversation continues without this question.")
             return
         self._stats = answer.stats
         if self.as_json:
-            made = {"text": answer.text, "token_ids": answer.token_ids, **answer.stats.as_dict()}
-            print(json.dumps(made), flush=True)
-        elif not pieces.begun:  # an empty answer is a line too
+            fields = {"text": answer.text, "token_ids": answer.token_ids, **answer.stats.as_dict()}
+            print(json.dumps(fields), flush=True)
+        elif not streamer.wrote_text:  # an empty answer is a line too
             print(flush=True)
 
     def _command(self, name: str, rest: str = "") -> None:
         if name == "/save":
             self._save(Path(rest).expanduser() if rest else self.save_to)
         elif rest or name not in ("/clear", "/stats", "/help"):
-            raise TieredKVError(f"{name} {rest}".strip() + " is no command: /help lists them.")
+            raise TieredKVError(f"{name} {rest}".strip() + " is not a command: /help lists them.")
         elif name == "/clear":
             self.session.clear_history()
-            _say("another conversation begins.")
+            _say("a new conversation begins.")
         elif name == "/help":
             _say(HELP)
         elif self._stats is None:
@@ -87,7 +87,7 @@ class Talk:
             try:
                 read(path)
             except SessionError:
-                raise SessionError(f"{path} is there, and no session: not saved over it.") from None
+                raise SessionError(f"{path} exists and is not a session: it is not overwritten.") from None
         size = self.session.save(path)
         _say(f"{path}: {size / 2**20:,.1f} MiB.")
 

@@ -1,1 +1,1 @@
-"""tieredkv demo: a long video, a small cap, and the answers beside those of a full cache."""
+"""The demo: a long video, a small cap, and the answers beside those of a full cache."""

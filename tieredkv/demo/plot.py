@@ -1,32 +1,30 @@
-"""The demo's picture: where in the video each answer's dynamic heads fetched from, and where the events were."""
+"""The demo's picture: which parts of the video each answer's dynamic heads selected, and where the events were."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tieredkv.demo.answers import ComparedAnswer
 from tieredkv.errors import OptionError
+from tieredkv.storage.atomic import replace_file
 from tieredkv.tiny.scene import Scene
-
-if TYPE_CHECKING:
-    from tieredkv.demo.run import Answered
 
 
 def check_plot(path: Path) -> None:
-    """Raise `OptionError` if a picture cannot be drawn, before minutes are spent on what it would show."""
+    """Raise `OptionError` if a picture cannot be drawn, before minutes are spent on the demo."""
     if find_spec("matplotlib") is None:
         raise OptionError("--plot needs matplotlib: pip install 'tieredkv[plot]'.")
     if path.suffix.lower() != ".png":
         raise OptionError(f"--plot {path}: give a file name that ends in .png.")
 
 
-def selections_per_chunk(answer: Answered, chunks: int, chunk_tokens: int) -> np.ndarray:
+def selections_per_chunk(answer: ComparedAnswer, chunks: int, chunk_tokens: int) -> np.ndarray:
     """How often the answer's dynamic heads selected each of the prompt's chunks: `(chunks,)`, over steps and heads.
 
-    Each was copied from host memory for this answer at some time, as the pool starts empty.
+    Each was copied from host memory at least once for this answer, as the pool starts empty.
     """
     starts = [s.first_token[s.first_token >= 0].numpy() for s in answer.tiered.trace or []]
     picked = np.concatenate(starts) // chunk_tokens if starts else np.empty(0, int)
@@ -35,16 +33,16 @@ def selections_per_chunk(answer: Answered, chunks: int, chunk_tokens: int) -> np
 
 def draw_fetches(
     scene: Scene,
-    answers: list[Answered],
+    answers: list[ComparedAnswer],
     head_tokens: int,
     tokens_per_second: float,
     path: Path,
     chunk_tokens: int = 32,
 ) -> None:
-    """One row per question: selections of each chunk as shade, the events its answer needs as circles.
+    """Draw one row per question: selections of each chunk as shade, the events its answer needs as circles.
 
-    head_tokens: prompt tokens before the first visual one, so that chunks are drawn where their frames are. Written to
-    `path` only when complete.
+    head_tokens: prompt tokens before the first visual one, so that chunks are drawn where their frames are. Raises
+    `OutputError` if `path` cannot be written.
     """
     import matplotlib
 
@@ -71,16 +69,14 @@ def draw_fetches(
     axes.set_ylim(len(answers) - 0.5, -0.5)
     axes.set_xlabel("video time, s")
     axes.set_title(
-        "Chunks that each answer's dynamic heads drew from host memory (shade), the events of the video (triangles), "
+        "Chunks that each answer's dynamic heads selected (shade), the events of the video (triangles), "
         "those the answer needed (circles)",
         fontsize=9,
         pad=20,
     )
     figure.colorbar(image, ax=axes, label="times selected, share of the row's most", pad=0.01)
-    partial = path.with_name(path.name + ".part")
     try:
-        figure.savefig(partial, dpi=130, format="png")
-        partial.replace(path)
+        with replace_file(path) as part:
+            figure.savefig(part, dpi=130, format="png")
     finally:
         plt.close(figure)
-        partial.unlink(missing_ok=True)

@@ -1,1 +1,1 @@
-"""tieredkv doctor: is this machine fit?"""
+"""Checks of the machine, for `tieredkv doctor`."""

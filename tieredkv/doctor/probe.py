@@ -1,7 +1,7 @@
-"""What `tieredkv.doctor.checks` looks at by importing it, in a process of its own: an import may fail, or crash.
+"""Facts about this machine that need imports, gathered in a process of their own, as an import may crash.
 
-`python -m tieredkv.doctor.probe` prints a line of JSON per section, `{name: facts}`, as soon as it has them; facts with
-an "error" say why there are no others.
+`python -m tieredkv.doctor.probe` prints a line of JSON for each section, `{name: facts}`, as soon as it is known. Facts
+with an "error" say why there are no others.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 LOCKED_BYTES = 2**26
-"""Host memory that is page-locked to see whether it can be."""
+"""Bytes of host memory that are page-locked as a test."""
 DECODERS = {
     "h264": ("h264",),
     "hevc": ("hevc",),
     "vp9": ("vp9", "libvpx-vp9"),
-    "av1": ("libdav1d", "libaom-av1"),  # FFmpeg's own decodes on cards only
+    "av1": ("libdav1d", "libaom-av1"),  # FFmpeg's own decoder works on cards only
 }
 
 
 def library(name: str) -> dict[str, Any]:
-    """Version of a library that imports."""
+    """Version of a library, if it can be imported."""
     facts: dict[str, Any] = {}
     try:
         facts["version"] = version(name)
@@ -34,7 +34,7 @@ def library(name: str) -> dict[str, Any]:
 
 
 def cuda() -> dict[str, Any]:
-    """The first device as torch sees it, with whether host memory can be page-locked for it."""
+    """The first device that torch sees, and whether host memory can be page-locked for it."""
     import torch
 
     facts: dict[str, Any] = {"build": torch.version.cuda}
@@ -44,9 +44,9 @@ def cuda() -> dict[str, Any]:
         except (RuntimeError, AssertionError) as error:
             facts["why"] = str(error).strip().splitlines()[0]
         return facts
-    about = torch.cuda.get_device_properties(0)
+    properties = torch.cuda.get_device_properties(0)
     free, total = torch.cuda.mem_get_info(0)
-    facts |= {"name": about.name, "capability": [about.major, about.minor], "free": free, "total": total}
+    facts |= {"name": properties.name, "capability": [properties.major, properties.minor], "free": free, "total": total}
 
     from tieredkv.memory.pagelock import PageLocker, aligned
 
@@ -59,7 +59,7 @@ def cuda() -> dict[str, Any]:
 
 
 def host() -> dict[str, Any]:
-    """Bytes of host memory: what the machine has available, and what of it this process may take."""
+    """Bytes of host memory available on the machine, and to this process."""
     import psutil
 
     from tieredkv.memory.limits import available_host_bytes
@@ -68,7 +68,7 @@ def host() -> dict[str, Any]:
 
 
 def codecs() -> dict[str, Any]:
-    """Which of the usual codecs PyAV's FFmpeg can decode."""
+    """Which of the common codecs PyAV's FFmpeg can decode."""
     import av
 
     def decodes(name: str) -> bool:
@@ -92,10 +92,10 @@ SECTIONS: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 def main() -> None:
-    for name, look in SECTIONS.items():
+    for name, section in SECTIONS.items():
         try:
-            facts = look()
-        except Exception as error:  # noqa: BLE001 what is broken may raise anything, and is what is reported
+            facts = section()
+        except Exception as error:  # noqa: BLE001 a broken import may raise anything; it is reported
             facts = {"error": f"{type(error).__name__}: {error}".strip().splitlines()[0]}
         print(json.dumps({name: facts}), flush=True)
 

@@ -1,1 +1,1 @@
-"""Which moments of a video an answer rests on, and how they are shown."""
+"""The moments of a video that an answer attended to: how they are found, drawn and saved."""

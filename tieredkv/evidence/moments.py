@@ -1,8 +1,8 @@
-"""Evidence: the moments of a video that a question and its answer looked at, told from recorded attention (ours).
+"""Evidence: the moments of a video that a question and its answer attended to, from recorded attention (ours).
 
-Every row of attention is a look: that of each token of the question, exact, and that of each decoding step. Rows are
-compared, not added: one row that looks at one place says more than many that look everywhere. What all of the
-question's rows look at alike, whatever they ask, is taken off first. Shapes: `S` temporal steps of the video.
+There is one row of attention per token of the question, exact, and one per decoding step. Rows are combined by their
+maximum, not their sum: one row that attends to one place says more than many that attend everywhere. Attention that all
+rows of the question have in common, whatever is asked, is subtracted first. Shapes: `S` temporal steps of the video.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from tieredkv.errors import OptionError
 from tieredkv.models.families.base import VideoGrid
 
 Wanted = bool | Literal["tokens"]
-"""Whether moments are told, or those of every single token with them."""
+"""Whether to find moments; "tokens": also those of every single token."""
 LONGEST_S = 4.0
-"""Seconds that a moment lasts at most; it is one step of the video at least."""
+"""Longest moment, in seconds; the shortest is one step of the video."""
 MOST = 12
-"""Moments told."""
+"""Most moments of an answer."""
 EDGE = 0.5
-"""A moment reaches as far as attention is this share of its peak."""
+"""A moment extends while attention is at least this share of its peak."""
 FAINT = 0.1
-"""A peak below this share of the highest is no moment."""
+"""Peaks below this share of the highest are ignored."""
 
 
 def check_wanted(evidence: object) -> None:
@@ -38,14 +38,14 @@ def check_wanted(evidence: object) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """A few seconds of a video that were looked at. Times are seconds of the file."""
+    """A few seconds of a video that were attended to. Times are seconds on the file's clock."""
 
     start: float
     end: float
     weight: float
-    """Share of the attention to the video, beyond what every row of the question pays, that fell into it."""
+    """Its share of the attention to the video, less what every row of the question pays."""
     peak: float
-    """When the frame is shown to which attention was highest."""
+    """Time of the frame with the most attention."""
 
     def as_dict(self) -> dict[str, float]:
         """Plain values, for JSON."""
@@ -54,18 +54,18 @@ class Moment:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What an answer looked at: the moments, best first, when iterated over."""
+    """What an answer attended to. Iterates over its moments, the best first."""
 
     moments: tuple[Moment, ...]
     heat: torch.Tensor = field(repr=False)
-    """`(S,)`: attention to each step of the video, its sum 1 (or all 0, where no row looked at the video)."""
+    """`(S,)`: attention to each step of the video; sums to 1, or all 0 if no row attended to the video."""
     start: float
-    """Second of the file at which the video that was read begins."""
+    """Second of the file at which the part that was read begins."""
     end: float
-    """Second of the file at which it ends: the last step may be cut short."""
+    """Second of the file at which it ends; the last step may be shorter."""
     seconds_per_step: float
     tokens: tuple[tuple[Moment, ...], ...] | None = None
-    """Of every generated token, where asked for with `evidence="tokens"`: what the row looked at that it came from."""
+    """With `evidence="tokens"`, moments of each generated token: those of the row that predicted it."""
 
     def __iter__(self) -> Iterator[Moment]:
         return iter(self.moments)
@@ -78,14 +78,14 @@ class Evidence:
 
 
 def step_of(tokens: torch.Tensor, head: int, video: VideoGrid) -> torch.Tensor:
-    """Temporal step of the video that each of the prompt's `tokens` belongs to, by index; -1 for what is of no step.
+    """Temporal step of the video for each of the prompt's `tokens`, given by index; -1 for tokens that are not visual.
 
     head: tokens of the prompt before the video.
     """
-    place = tokens - head
-    inside = place.clamp(0, video.tokens - 1)
-    of_a_step = (place >= 0) & (place < video.tokens - video.closing) & video.is_visual()[inside]
-    return torch.where(of_a_step, video.step_of(inside), -1)
+    index = tokens - head
+    inside = index.clamp(0, video.tokens - 1)
+    visual = (index >= 0) & (index < video.tokens - video.closing) & video.is_visual()[inside]
+    return torch.where(visual, video.step_of(inside), -1)
 
 
 def _zeros(*shape: int) -> torch.Tensor:
@@ -93,15 +93,15 @@ def _zeros(*shape: int) -> torch.Tensor:
 
 
 def by_step(mass: torch.Tensor, first_chunk: int, chunk_tokens: int, head: int, video: VideoGrid) -> torch.Tensor:
-    """Attention `(rows, n)` to chunks, from `first_chunk` on, as attention to the video's steps: `(rows, S)`.
+    """Attention `(rows, n)` to chunks from `first_chunk` on, as attention to the video's steps: `(rows, S)`.
 
-    What a chunk got is spread evenly over its tokens; what of it fell on text is left out.
+    The attention to a chunk is spread evenly over its tokens; the part on text is left out.
     """
     first = first_chunk * chunk_tokens
     token = torch.arange(mass.shape[1] * chunk_tokens, device="cpu")
     step = step_of(first + token, head, video)
     pairs = torch.stack((token // chunk_tokens, step))[:, step >= 0]
-    (chunk, step), tokens = pairs.unique(dim=1, return_counts=True)  # how many tokens of a chunk are of a step
+    (chunk, step), tokens = pairs.unique(dim=1, return_counts=True)  # tokens that a chunk shares with a step
     share = mass[:, chunk] * (tokens.float() / chunk_tokens)
     return _zeros(mass.shape[0], video.steps).index_add_(1, step, share)
 
@@ -109,10 +109,10 @@ def by_step(mass: torch.Tensor, first_chunk: int, chunk_tokens: int, head: int, 
 def find_moments(
     heat: torch.Tensor, start: float, end: float, seconds_per_step: float, frames_per_step: int = 2
 ) -> tuple[Moment, ...]:
-    """The best moments of a video by the attention `(S,)` to its steps, best first, none overlapping another.
+    """The best moments of a video by the attention `(S,)` to its steps: best first, without overlaps.
 
-    start, end: of the video. It is cut into steps from its start; the last may be shorter. A peak is where the last
-    frame of its step is.
+    start, end: seconds between which the video was read. Steps are counted from its start; the last may be shorter. A
+    peak is the time of the last frame of its step.
     """
     frame = seconds_per_step / frames_per_step
     last_frame = start + frame * max(0, math.ceil((end - start) / frame - 1e-6) - 1)
@@ -121,20 +121,20 @@ def find_moments(
         return ()
     left, longest = heat.tolist(), max(1, int(LONGEST_S / seconds_per_step + 1e-9))
     least = FAINT * max(left)
-    found: list[Moment] = []
-    while len(found) < MOST and max(left) >= least:
+    moments: list[Moment] = []
+    while len(moments) < MOST and max(left) >= least:
         peak = left.index(max(left))
         first, last = _reach(left, peak, longest)
         begin, finish = (min(end, start + place * seconds_per_step) for place in (first, last + 1))
         shown = min(last_frame, start + peak * seconds_per_step + (frames_per_step - 1) * frame)
-        found.append(Moment(begin, finish, sum(left[first : last + 1]) / total, shown))
+        moments.append(Moment(begin, finish, sum(left[first : last + 1]) / total, shown))
         for place in _slopes(left, first, last):
             left[place] = 0.0
-    return tuple(sorted(found, key=lambda moment: -moment.weight))
+    return tuple(sorted(moments, key=lambda moment: -moment.weight))
 
 
 def _reach(heat: list[float], peak: int, longest: int) -> tuple[int, int]:
-    """First and last step of the moment around a peak."""
+    """First and last step of the moment around a peak, at most `longest` steps long."""
     first = last = peak
     while last - first + 1 < longest:
         before = heat[first - 1] if first > 0 else 0.0
@@ -146,7 +146,7 @@ def _reach(heat: list[float], peak: int, longest: int) -> tuple[int, int]:
 
 
 def _slopes(heat: list[float], first: int, last: int) -> range:
-    """The steps of a moment and of its slopes, as far as they fall: no moments of their own."""
+    """The steps of a moment and of its slopes, along which attention falls: they are no moments of their own."""
     while first > 0 and 0 < heat[first - 1] < heat[first]:
         first -= 1
     while last + 1 < len(heat) and 0 < heat[last + 1] < heat[last]:
@@ -164,30 +164,30 @@ def collect(
     tokens: int,
     each: bool,
 ) -> Evidence:
-    """The evidence of an answer of `tokens` tokens, from what was recorded.
+    """The evidence of an answer of `tokens` tokens, from recorded attention.
 
-    rows: of the scored rows, the last that are the question's. heads: query heads of all layers, which those rows add
-    up. head: prompt tokens before the video. span: seconds of the file between which it was read. each: of every token
-    too.
+    rows: how many of the scored rows, counted from the last, belong to the question. heads: query heads of all layers,
+    over which those rows are summed. head: prompt tokens before the video. span: seconds of the file between which it
+    was read. each: also find moments of every token.
     """
     c = looks.chunk_tokens
-    asked = by_step(looks.question[-rows:] / heads, 0, c, head, video)
+    question_rows = by_step(looks.question[-rows:] / heads, 0, c, head, video)
     steps = torch.stack(looks.steps) / max(1, looks.heads) if looks.steps else _zeros(0, 0)
-    answered = by_step(steps, looks.first_chunk, c, head, video)
-    always = asked.amin(0) if len(asked) > 1 else _zeros(video.steps)
-    asked, answered = (asked - always).clamp(min=0), (answered - always).clamp(min=0)
+    answer_rows = by_step(steps, looks.first_chunk, c, head, video)
+    common = question_rows.amin(0) if len(question_rows) > 1 else _zeros(video.steps)
+    question_rows, answer_rows = (question_rows - common).clamp(min=0), (answer_rows - common).clamp(min=0)
 
-    def found(heat: torch.Tensor) -> tuple[Moment, ...]:
+    def moments(heat: torch.Tensor) -> tuple[Moment, ...]:
         return find_moments(heat, *span, video.seconds_per_step, video.frames_per_step)
 
-    first = asked.amax(0)
-    heat = torch.cat((first.unsqueeze(0), answered)).amax(0)
-    told = (first, *answered)[:tokens] if each else ()
+    first = question_rows.amax(0)
+    heat = torch.cat((first.unsqueeze(0), answer_rows)).amax(0)
+    token_rows = (first, *answer_rows)[:tokens] if each else ()
     return Evidence(
-        moments=found(heat),
+        moments=moments(heat),
         heat=heat / heat.sum().clamp(min=torch.finfo(torch.float32).tiny),
         start=span[0],
         end=span[1],
         seconds_per_step=video.seconds_per_step,
-        tokens=tuple(found(one) for one in told) if each else None,
+        tokens=tuple(moments(row) for row in token_rows) if each else None,
     )

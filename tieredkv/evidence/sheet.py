@@ -1,4 +1,4 @@
-"""The contact sheet: question, answer, the heat over the video and the frames of its moments in one picture."""
+"""The contact sheet: question, answer, moments and heat as one picture."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from functools import cache
 
 from PIL import Image, ImageDraw, ImageFont
 
-from tieredkv.evidence.page import LONG_ANSWER, Shown, note, scaled
 from tieredkv.evidence.strip import columns, percent, span, spread, ticks
+from tieredkv.evidence.view import LONG_ANSWER, View, scaled
 
 WIDTH, MARGIN, GAP = 1600, 64, 20
 INK, SOFT, GROUND, WELL = (28, 29, 33), (109, 112, 120), (255, 255, 255), (240, 241, 243)
@@ -22,7 +22,7 @@ WIDE_FONTS = (
     "msyh.ttc",
     "Arial Unicode.ttf",
 )
-"""Tried in turn for what Pillow's own font, which is of Latin letters, cannot write."""
+"""Tried in this order for text that Pillow's own font, which has only Latin letters, cannot write."""
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
@@ -36,52 +36,52 @@ def _font(size: int, wide: bool = False) -> Font:
     return ImageFont.load_default(size)
 
 
-def draw(shown: Shown) -> Image.Image:
+def draw(view: View) -> Image.Image:
     """The picture, RGB, 1,600 pixels wide."""
-    evidence, inner = shown.evidence, WIDTH - 2 * MARGIN
+    evidence, inner = view.evidence, WIDTH - 2 * MARGIN
     count = len(evidence)
-    across, cell, high = _grid(shown)
+    across, cell, high = _grid(view)
     rows = -(-count // across)
-    question = _lines(shown.question, 32, inner, 3)
-    size, leading = (32, 44) if len(shown.answer) > LONG_ANSWER else (46, 60)
-    answer = _lines(shown.answer or "(no answer)", size, inner, 8)
+    question = _lines(view.question, 32, inner, 3)
+    size, leading = (32, 44) if len(view.answer) > LONG_ANSWER else (46, 60)
+    answer = _lines(view.answer or "(no answer)", size, inner, 8)
     text_height = 44 * len(question) + leading * len(answer) + 48
     strip_top = MARGIN + text_height + 2 * MARK + 28
     grid_top = strip_top + STRIP + 84
     grid_height = rows * (high + GAP) if count else 60
-    bottom = _lines(note(shown), 22, inner, 2)
+    bottom = _lines(view.note(), 22, inner, 2)
     picture = Image.new("RGB", (WIDTH, grid_top + grid_height + 16 + 32 * len(bottom) + MARGIN), GROUND)
     pen = ImageDraw.Draw(picture)
     y = MARGIN
     for line in question:
-        pen.text((MARGIN, y), line, SOFT, _for(line, 32))
+        pen.text((MARGIN, y), line, SOFT, _font_for(line, 32))
         y += 44
     y += 8
     for line in answer:
-        pen.text((MARGIN, y), line, INK, _for(line, size))
+        pen.text((MARGIN, y), line, INK, _font_for(line, size))
         y += leading
-    _draw_strip(picture, pen, shown, strip_top)
+    _draw_strip(picture, pen, view, strip_top)
     for place in range(count):
         left = MARGIN + place % across * (cell + GAP)
-        _draw_moment(picture, pen, shown, place, (left, grid_top + place // across * (high + GAP), cell, high))
+        _draw_moment(picture, pen, view, place, (left, grid_top + place // across * (high + GAP), cell, high))
     if not count:
         pen.text((MARGIN, grid_top), "No moment stands out.", SOFT, _font(28))
     for number, line in enumerate(bottom):
-        pen.text((MARGIN, grid_top + grid_height + 16 + 32 * number), line, SOFT, _for(line, 22))
+        pen.text((MARGIN, grid_top + grid_height + 16 + 32 * number), line, SOFT, _font_for(line, 22))
     return picture
 
 
-def _grid(shown: Shown) -> tuple[int, int, int]:
-    """Moments side by side, and width and height of the cell of one: as large as suits how many there are."""
-    width, height = (16, 9) if not shown.frames else shown.frames[0].size
-    count, upright = len(shown.evidence), height > 1.2 * width
+def _grid(view: View) -> tuple[int, int, int]:
+    """Number of columns, and width and height of a cell; the fewer moments, the larger."""
+    width, height = (16, 9) if not view.frames else view.frames[0].size
+    count, upright = len(view.evidence), height > 1.2 * width
     across = (4 if upright else 3) if count <= 4 else 6 if upright else 4
     cell = (WIDTH - 2 * MARGIN - (across - 1) * GAP) // across
     return across, cell, round(cell * min(max(height / width, 0.4), 1.8))
 
 
-def _draw_strip(picture: Image.Image, pen: ImageDraw.ImageDraw, shown: Shown, top: int) -> None:
-    evidence, inner = shown.evidence, WIDTH - 2 * MARGIN
+def _draw_strip(picture: Image.Image, pen: ImageDraw.ImageDraw, view: View, top: int) -> None:
+    evidence, inner = view.evidence, WIDTH - 2 * MARGIN
     length = max(evidence.end - evidence.start, 1e-9)
 
     def x(time: float) -> float:
@@ -100,7 +100,7 @@ def _draw_strip(picture: Image.Image, pen: ImageDraw.ImageDraw, shown: Shown, to
     peaks = [x(moment.peak) for moment in evidence]
     labels = spread(peaks, 2 * MARK + 8, MARGIN, WIDTH - MARGIN)
     centre, below = top - 28 - MARK, top - 28
-    leads = Image.new("L", (4 * WIDTH, 4 * 28))  # large, then made smaller: smooth slopes
+    leads = Image.new("L", (4 * WIDTH, 4 * 28))  # drawn large and reduced, for smooth slopes
     for peak, label in zip(peaks, labels, strict=True):
         ends = [(4 * label, 0), (4 * label, 4 * 8), (4 * peak, 4 * 25)]
         ImageDraw.Draw(leads).line(ends, 255, 8, joint="curve")
@@ -112,15 +112,15 @@ def _draw_strip(picture: Image.Image, pen: ImageDraw.ImageDraw, shown: Shown, to
 
 
 def _draw_moment(
-    picture: Image.Image, pen: ImageDraw.ImageDraw, shown: Shown, place: int, box: tuple[int, int, int, int]
+    picture: Image.Image, pen: ImageDraw.ImageDraw, view: View, place: int, box: tuple[int, int, int, int]
 ) -> None:
     left, top, cell, high = box
-    moment = shown.evidence[place]
+    moment = view.evidence[place]
     tile = Image.new("RGB", (cell, high), WELL)
-    if shown.frames is None:
+    if view.frames is None:
         ImageDraw.Draw(tile).text((cell / 2, high / 2), "no frame", SOFT, _font(24), anchor="mm")
     else:
-        frame = scaled(shown.frames[place].convert("RGB"), cell, high)
+        frame = scaled(view.frames[place].convert("RGB"), cell, high)
         tile.paste(frame, ((cell - frame.width) // 2, (high - frame.height) // 2))
     picture.paste(tile, (left, top), _rounded(cell, high, 14))
     edge = 12
@@ -133,7 +133,7 @@ PILL = 36
 
 
 def _pill(picture: Image.Image, text: str, x: float, y: float, colour: tuple[int, ...], right: bool = False) -> None:
-    """A label on a frame, legible on whatever is behind it."""
+    """A label that is legible on any frame."""
     font = _font(22)
     width = max(PILL, round(font.getlength(text)) + 24)
     left = round(x - width if right else x)
@@ -149,19 +149,19 @@ def _disc(picture: Image.Image, x: float, y: float, radius: int) -> None:
 
 @cache
 def _rounded(width: int, height: int, radius: int, opacity: int = 255) -> Image.Image:
-    """A mask with round corners, drawn large and made smaller, so that its edges are smooth."""
+    """A mask with round corners; drawn large and reduced, for smooth edges."""
     mask = Image.new("L", (4 * width, 4 * height))
     ImageDraw.Draw(mask).rounded_rectangle((0, 0, 4 * width - 1, 4 * height - 1), 4 * radius, fill=opacity)
     return mask.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def _for(text: str, size: int) -> Font:
+def _font_for(text: str, size: int) -> Font:
     return _font(size, wide=any(ord(c) > 0x2FF and not 0x2000 <= ord(c) < 0x2070 for c in text))
 
 
 def _lines(text: str, size: int, width: int, most: int) -> list[str]:
-    """Text in at most `most` lines that fit; words longer than a line are cut."""
-    font, rest = _for(text, size), text
+    """Text in at most `most` lines of at most `width` pixels; longer words are broken, and the rest is cut off."""
+    font, rest = _font_for(text, size), text
     lines: list[str] = []
     while rest and len(lines) < most:
         fit = len(rest)

@@ -1,4 +1,4 @@
-"""What a picture and a page of evidence share: times as text, ticks, columns of heat, places of labels."""
+"""What the sheet and the page draw alike: times as text, ticks, columns of heat, positions of labels."""
 
 from __future__ import annotations
 
@@ -7,35 +7,27 @@ import math
 import torch
 
 from tieredkv.evidence.moments import Evidence, Moment
+from tieredkv.progress import clock
 
 TICK_STEPS = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 28800, 86400)
-"""Seconds between ticks that read well."""
+"""Seconds between ticks to choose from."""
 MOST_TICKS = 10
 
 
-def clock(seconds: float, hours: bool = False) -> str:
-    """Seconds as m:ss, or h:mm:ss from an hour on or where asked."""
-    whole = int(seconds + 1e-6)
-    minutes, rest = divmod(whole, 60)
-    if hours or minutes >= 60:
-        return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
-    return f"{minutes}:{rest:02}"
-
-
 def span(moment: Moment, dash: str) -> str:
-    """From when to when, in whole seconds that hold the moment."""
+    """Start and end of a moment, rounded outwards to whole seconds."""
     last = math.ceil(moment.end - 1e-6)
     hours = last >= 3600
     return f"{clock(moment.start, hours)}{dash}{clock(last, hours)}"
 
 
 def percent(share: float) -> str:
-    """A share in percent, of which small ones keep a digit."""
+    """A share in percent, with one decimal below 10 %."""
     return f"{100 * share:.0f} %" if share >= 0.0995 else f"{100 * share:.1f} %"
 
 
 def ticks(start: float, end: float) -> list[tuple[float, str]]:
-    """Times of the axis with their labels: at most ten, an even number of seconds apart."""
+    """Times and labels of the axis: about ten at most, at multiples of one of `TICK_STEPS`."""
     length = max(end - start, 1e-6)
     step = next((one for one in TICK_STEPS if length / one < MOST_TICKS), 0)
     step = step or TICK_STEPS[-1] * math.ceil(length / TICK_STEPS[-1] / MOST_TICKS)
@@ -44,7 +36,7 @@ def ticks(start: float, end: float) -> list[tuple[float, str]]:
 
 
 def columns(evidence: Evidence, count: int, least: int) -> list[float]:
-    """The heat as `count` numbers from 0 to 1: of each column's times the highest, each step `least` columns wide."""
+    """The heat as `count` numbers from 0 to 1: the maximum in each column, each step at least `least` columns wide."""
     heat, steps = evidence.heat, len(evidence.heat)
     top = float(heat.max()) if steps else 0.0
     out = torch.zeros(count, dtype=torch.float32, device="cpu")
@@ -60,9 +52,9 @@ def columns(evidence: Evidence, count: int, least: int) -> list[float]:
 
 
 def spread(places: list[float], width: float, low: float, high: float) -> list[float]:
-    """Where labels `width` wide stand, each near its place and none over another: those that crowd, around a place.
+    """Centres of labels `width` wide, each near its place, without overlaps, in the order of `places`.
 
-    Halfway between where each would stand if all made way to the right and if all made way to the left.
+    Each is halfway between where it would be if all gave way to the right and if all gave way to the left.
     """
     count = len(places)
     width = min(width, (high - low) / max(1, count))

@@ -1,6 +1,6 @@
-"""Videos for training the decoder, spliced from features: the frozen vision tower sees each clip once.
+"""Videos for training the decoder, spliced from features, so that the frozen vision tower encodes each clip once.
 
-Grid steps do not see each other in the vision tower, so a card's features can be moved to another video.
+Grid steps do not attend to each other in the vision tower, so a card's features can be moved to another video.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from tieredkv.tiny.train_vision import blemish, card_steps, crowded_scene
 
 @dataclass(frozen=True)
 class Clip:
-    """Where one card lies in the features: grid steps `first` to `last`."""
+    """One card in the features: grid steps `first` to `last`, `last` excluded."""
 
     first: int
     last: int
@@ -25,14 +25,14 @@ class Clip:
 
 @dataclass(frozen=True)
 class Video:
-    """A spliced video: features (T, 4, hidden), and per shape on its cards the (colour, letter) beside it."""
+    """A spliced video: features (T, 4, hidden), and the (colour, letter) shown with each shape on its cards."""
 
     features: torch.Tensor
     cards: dict[str, tuple[str, str]]
 
 
 class Clips:
-    """A stock of encoded cards and backgrounds; `splice` makes a new video of them."""
+    """A stock of encoded cards and backgrounds, of which `splice` composes videos."""
 
     @torch.no_grad()
     def __init__(self, model: Any, seed: int, crowded: int = 340, empty: int = 60) -> None:
@@ -55,9 +55,9 @@ class Clips:
         self.features = torch.cat(parts)
 
     def splice(self, rng: np.random.Generator, steps: int, cards: int, random_letters: bool = False) -> Video:
-        """A video of `steps` grid steps with `cards` cards whose letters form one cycle over its shapes.
+        """A video of `steps` grid steps with `cards` cards, whose letters form one cycle over its shapes.
 
-        With `random_letters` they are anything, so a letter may name a shape that is not in the video.
+        With `random_letters` the letters are random, and may name a shape that is not in the video.
         """
         shapes = [SHAPE_NAMES[i] for i in rng.permutation(len(SHAPE_NAMES))[:cards]]
         names = dict(zip(NAMED_BY.values(), NAMED_BY, strict=True))
@@ -84,12 +84,12 @@ class Clips:
         )
 
     def _backgrounds(self, rng: np.random.Generator, steps: int) -> torch.Tensor:
-        runs, have = [], 0
-        while have < steps:
-            size = min(int(rng.integers(8, 100)), steps - have)
+        runs, length = [], 0
+        while length < steps:
+            size = min(int(rng.integers(8, 100)), steps - length)
             start = int(rng.integers(self.background, len(self.features) - size))
             runs.append(self.features[start : start + size])
-            have += size
+            length += size
         return torch.cat(runs)
 
 
@@ -101,6 +101,6 @@ def _empty_scene(seed: int, seconds: float = 128.0) -> Scene:
 
 
 def _some_blemished(pairs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """`blemish` acts on the first half of a batch: shuffle, blemish, put back in order."""
+    """`blemish` a random half: it changes the first half of a batch, so shuffle, blemish, and restore the order."""
     order = torch.randperm(len(pairs), generator=generator)
     return blemish(pairs[order], generator)[order.argsort()]

@@ -70,13 +70,13 @@ def card(rng: np.random.Generator, shape: str, colour: str, letter: str) -> np.n
 
 
 def path(rng: np.random.Generator, frames: int) -> np.ndarray:
-    """A card's top left corner in each frame: `(frames, 2)` integers (y, x), drifting, always inside."""
+    """A card's top left corner in each frame: `(frames, 2)` integers (y, x), drifting, with the card inside."""
     room = np.array([SIZE - CARD_HEIGHT, SIZE - CARD_WIDTH])
     start, speed = rng.uniform(0, 1, 2) * room, rng.uniform(-1.5, 1.5, 2)
     return np.clip(start + speed * np.arange(frames)[:, None], 0, room).astype(int)
 
 
 def stamp(frame: np.ndarray, picture: np.ndarray, corner: np.ndarray) -> None:
-    """Draws a card onto one frame, in place."""
+    """Draw a card onto one frame, in place."""
     y, x = corner
     frame[y : y + CARD_HEIGHT, x : x + CARD_WIDTH] = picture

@@ -1,6 +1,6 @@
 """The vision tower over many grid steps at once: the stock computation without its loop over windows.
 
-A frame pair is one attention window and one full-attention group here: grid steps never see each other.
+A frame pair is one attention window and one full-attention group here: grid steps never attend to each other.
 Shapes: `S` grid steps (frame pairs), 16 patches and 4 merged tokens per step.
 """
 
@@ -61,7 +61,7 @@ def encode(visual: Any, patches: torch.Tensor) -> torch.Tensor:
     for block in visual.blocks:
         qkv = block.attn.qkv(block.norm1(x)).view(steps, count, 3, attention.num_heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        # Written out: for 16 patches the backward pass of the fused kernel is three times slower.
+        # Not the fused kernel, whose backward pass is three times slower for 16 patches.
         scores = rotate(q, cos, sin) @ rotate(k, cos, sin).transpose(-1, -2) * attention.scaling
         mixed = scores.softmax(-1).to(v.dtype) @ v
         x = x + block.attn.proj(mixed.transpose(1, 2).reshape(steps, count, -1))

@@ -6,10 +6,10 @@ from typing import Any
 from tieredkv.tiny.processor import TOKEN, build_processor
 
 PATH = Path(__file__).parent / "weights"
-"""A folder as a model hub lays it out: configurations, bf16 weights, tokenizer and processor files."""
+"""A folder in the layout of a model hub: configurations, bf16 weights, tokenizer and processor files."""
 
 FPS = 4.0
-"""Frames per second to sample videos at: two frames are one grid step of four tokens, half a second long."""
+"""Frames per second to sample videos at. Two frames are one grid step: half a second, four tokens."""
 
 
 def build_config() -> Any:
@@ -55,7 +55,7 @@ def build_config() -> Any:
 
 
 def build_model() -> Any:
-    """The model with random weights, float32; seed torch before calling for reproducible ones."""
+    """The model with random weights, float32, from torch's global generator."""
     from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
 
     model = Qwen2_5_VLForConditionalGeneration(build_config())
@@ -69,18 +69,18 @@ def build_model() -> Any:
 
 
 def save(model: Any, path: Path) -> None:
-    """Writes model (as bf16) and processor so that transformers' `from_pretrained` reads both back."""
+    """Write model (as bf16) and processor so that transformers' `from_pretrained` can load both."""
     import copy
 
     import torch
 
     copy.deepcopy(model).to(torch.bfloat16).save_pretrained(path)
     build_processor().save_pretrained(path)
-    (path / "model.safetensors").chmod(0o644)  # written readable by its owner only
+    (path / "model.safetensors").chmod(0o644)  # safetensors makes it readable by its owner only
 
 
 def load(dtype: Any = None, path: Path = PATH) -> tuple[Any, Any]:
-    """The trained model (float32 unless told otherwise, in eval mode, on the CPU) and its processor."""
+    """The trained model (float32 by default, in eval mode, on the CPU) and its processor."""
     import torch
     from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 

@@ -1,7 +1,7 @@
-"""The decoder over videos with many conversations packed behind each: one pass over a video, many labels.
+"""The decoder over videos with many conversations packed after each: one pass over a video, many labels.
 
-Equals the stock forward of each conversation behind its video alone (tested), and leaves out what the loss cannot
-see: the video's rows of the last layer.
+Equals the stock forward of each conversation after its video alone (tested). The video's rows of the last layer, on
+which the loss does not depend, are not computed.
 
 Shapes: `B` videos, `P` prefix tokens (system turn and video), `Q` packed conversation tokens, `D` head dim.
 """
@@ -17,17 +17,17 @@ from tieredkv.tiny.encode import rotate
 
 @dataclass(frozen=True)
 class Packed:
-    """One batch. A conversation's token sees the whole prefix and the conversation's earlier tokens."""
+    """One batch. A conversation's token attends to the whole prefix and to the conversation's earlier tokens."""
 
     prefix: torch.Tensor  # (B, P, hidden) embeddings
     prefix_positions: torch.Tensor  # (B, 3, P)
     ids: torch.Tensor  # (B, Q)
-    positions: torch.Tensor  # (B, Q), the same on all three axes: text
+    positions: torch.Tensor  # (B, Q), the same on all three axes, as for text
     conversation: torch.Tensor  # (B, Q) number of the conversation a token belongs to
 
 
 def _angles(positions: torch.Tensor, config: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, 3, N) positions -> cos, sin (B, 1, N, D): each section of frequencies turns by its own axis."""
+    """(B, 3, N) positions -> cos, sin (B, 1, N, D); each section of frequencies uses one axis."""
     head_dim = config.hidden_size // config.num_attention_heads
     rope = config.rope_parameters
     exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
@@ -38,7 +38,7 @@ def _angles(positions: torch.Tensor, config: Any) -> tuple[torch.Tensor, torch.T
 
 
 def forward(language_model: Any, packed: Packed) -> torch.Tensor:
-    """Final hidden states (B, Q, hidden) of the conversations; times the word embeddings: the logits."""
+    """Final hidden states (B, Q, hidden) of the conversations; logits are their product with the word embeddings."""
     config = language_model.config
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     batch, length, _ = packed.prefix.shape

@@ -48,7 +48,7 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer() -> Any:
-    """A `PreTrainedTokenizerFast`: lower-cases, splits on spaces and punctuation, keeps newlines as a token.
+    """A `PreTrainedTokenizerFast` that lower-cases, splits at spaces and punctuation, and keeps newlines as tokens.
 
     Decoding joins words with single spaces. A word outside the vocabulary becomes `<unk>`.
     """
@@ -75,7 +75,7 @@ def build_tokenizer() -> Any:
 
 
 def build_processor() -> Any:
-    """A `Qwen2_5_VLProcessor` that makes every frame 56 x 56 pixels: four tokens for every two frames."""
+    """A `Qwen2_5_VLProcessor` that scales every frame to 56 x 56 pixels: four tokens for every two frames."""
     from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
     size = {"shortest_edge": SIZE * SIZE, "longest_edge": SIZE * SIZE}

@@ -1,10 +1,10 @@
-"""Scenes: what a synthetic video shows and when, and the questions whose answers are true of it.
+"""Scenes: what a synthetic video shows and when, and questions about it with their true answers.
 
-A card shows a shape (its key), in a colour, beside a letter. Letter i names shape i, so each card points to
-another one, and the letters of a scene are dealt so that its cards form one cycle. A hop is one (letter, shape)
-pair: the letter on the current shape's card, then the shape that letter names.
+A card shows a shape (its key) in a colour, and a letter beside it. Letter i names shape i, so each card points to
+another one, and the letters of a scene are chosen so that its cards form one cycle. A hop is one (letter, shape)
+pair: the letter on the current shape's card, then the shape that this letter names.
 
-The same arguments give the same pixels. Seeds from `EVALUATION_SEED` up are never drawn from in training.
+The same arguments give the same pixels. Seeds from `EVALUATION_SEED` on are never used in training.
 """
 
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Scene:
-    """One synthetic video, not yet rendered. Cards are in order of appearance and never overlap."""
+    """One synthetic video, to be rendered. Cards are in order of appearance and never overlap in time."""
 
     seed: int
     seconds: float
@@ -54,11 +54,11 @@ class Scene:
         return round(self.seconds * self.fps)
 
     def card(self, shape: str) -> Card:
-        """The card that shows this shape; `KeyError` if none does."""
+        """The card with this shape; `KeyError` if there is none."""
         return self._by_shape[shape]
 
     def render(self) -> Iterator[np.ndarray]:
-        """Blocks of consecutive frames, `(n, 56, 56, 3)` uint8, one per shot, `frame_count` frames in all."""
+        """Consecutive frames, a block `(n, 56, 56, 3)` uint8 per shot, `frame_count` frames in total."""
         shots = np.random.default_rng((self.seed, 1))
         stamps = self._stamps()
         start = 0
@@ -88,7 +88,7 @@ class Scene:
 
 
 def make_scene(seed: int, seconds: float, cards: int, distractors: int | None = None, fps: float = FPS) -> Scene:
-    """A scene of `cards` cards with distinct shapes whose letters form one cycle, hidden at random times.
+    """A scene of `cards` cards with distinct shapes, whose letters form one cycle, at random times.
 
     `distractors` defaults to about one for every four cards. Raises `ValueError` when they do not fit.
     """
@@ -129,7 +129,7 @@ def deal_times(rng: np.random.Generator, count: int, frames: int, fps: float) ->
 
 @dataclass(frozen=True)
 class Question:
-    """A question, the words of its true answer, and for each word the seconds it must be read from."""
+    """A question, the words of its true answer, and for each word the seconds during which its card is visible."""
 
     text: str
     words: tuple[str, ...]
@@ -159,15 +159,15 @@ def chain_question(scene: Scene, shape: str, hops: int) -> Question:
 def questions(scene: Scene, seed: int, count: int = 8, max_hops: int = MAX_HOPS) -> list[Question]:
     """`count` questions in random order: a third about colours, the others chains of 1 to `max_hops` hops.
 
-    No chain has more hops than the scene has cards, so none can be answered by repeating itself.
+    No chain has more hops than the scene has cards, so no answer can be continued by repeating its beginning.
     """
     rng = np.random.default_rng((seed, 3))
     max_hops = min(max_hops, len(scene.cards))
-    asked = []
+    selected = []
     for i in rng.permutation(count):
         shape = scene.cards[rng.integers(len(scene.cards))].shape
         if i % 3 == 0:
-            asked.append(colour_question(scene, shape))
+            selected.append(colour_question(scene, shape))
         else:
-            asked.append(chain_question(scene, shape, int(rng.integers(1, max_hops + 1))))
-    return asked
+            selected.append(chain_question(scene, shape, int(rng.integers(1, max_hops + 1))))
+    return selected

@@ -1,12 +1,11 @@
-"""Trains the bundled model from scratch: `python -m tieredkv.tiny.train --out DIR`.
+"""Train the bundled model from scratch: `python -m tieredkv.tiny.train --out DIR`.
 
-Two CPU cores need about three quarters of an hour. Every stage leaves a checkpoint in DIR, and a run that was
-stopped goes on from the last one. `DIR/log.jsonl` has the numbers, `DIR/weights` the model after the newest stage.
+Takes about three quarters of an hour on two CPU cores. Each stage writes a checkpoint into DIR, and a run that was
+stopped resumes from the last one. `DIR/log.jsonl` has the numbers, `DIR/weights` the model after the latest stage.
 """
 
 import argparse
 import json
-import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,19 +13,20 @@ from typing import Any
 
 import torch
 
+from tieredkv.storage.atomic import replace_file
 from tieredkv.tiny.clips import Clips
 from tieredkv.tiny.model import build_model, save
 from tieredkv.tiny.train_decoder import CURRICULUM, train_stage
 from tieredkv.tiny.train_vision import accuracy, train_vision
 
 VISION_STEPS = 1600
-CLIP_SEED = 100_000  # first scene seed of the clips; each stage has its own ten thousand
+CLIP_SEED = 100_000  # first scene seed of the clips; each stage has 10,000 of its own
 
 
 def train(out: Path, quick: bool = False, seed: int = 0) -> None:
-    """Runs what is not done yet: vision, then each stage of the curriculum. `quick` is a smoke test."""
+    """Run the stages that are not done: vision, then the curriculum. `quick` is a smoke test."""
     if not 0 <= seed < 50:
-        raise ValueError(f"seed {seed} is not in 0 .. 49: further ones would train on scenes kept for evaluation")
+        raise ValueError(f"seed {seed} is not in 0 .. 49: larger ones would train on scenes reserved for evaluation")
     out.mkdir(parents=True, exist_ok=True)
     _check_run(out / "run.json", {"quick": quick, "seed": seed})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -39,13 +39,13 @@ def train(out: Path, quick: bool = False, seed: int = 0) -> None:
         with (out / "log.jsonl").open("a") as log:
             log.write(text + "\n")
 
-    if not _restore(out / "vision.pt", model, None):
+    if not _load_checkpoint(out / "vision.pt", model, None):
         started = time.perf_counter()
         train_vision(model, 10 if quick else VISION_STEPS, report, seed=seed)
         shape, colour, letter = accuracy(model, range(1_000_000, 1_000_002 if quick else 1_000_020))
         seconds = round(time.perf_counter() - started, 1)
         report({"done": "vision", "shape": shape, "colour": colour, "letter": letter, "seconds": seconds})
-        _keep(out / "vision.pt", model, None)
+        _save_checkpoint(out / "vision.pt", model, None)
 
     model.model.visual.requires_grad_(False)
     decoder = [p for p in model.model.language_model.parameters() if p.requires_grad]
@@ -53,7 +53,7 @@ def train(out: Path, quick: bool = False, seed: int = 0) -> None:
     clips: Clips | None = None
     for number, stage in enumerate(CURRICULUM):
         path = out / f"decoder-{number}.pt"
-        if _restore(path, model, optimizer):
+        if _load_checkpoint(path, model, optimizer):
             continue
         started = time.perf_counter()
         if clips is None or not quick:
@@ -64,26 +64,26 @@ def train(out: Path, quick: bool = False, seed: int = 0) -> None:
         warmup = 100 if number == 0 else 10
         steps = train_stage(model, optimizer, clips, stage, seed * 1000 + number, report, warmup)
         report({"done": stage.name, "steps": steps, "seconds": round(time.perf_counter() - started, 1)})
-        _keep(path, model, optimizer)
+        _save_checkpoint(path, model, optimizer)
         save(model, out / "weights")
     save(model, out / "weights")
 
 
 def _check_run(path: Path, run: dict[str, Any]) -> None:
-    """Refuse to go on from the checkpoints of a run with other settings."""
+    """Refuse to resume from checkpoints of a run with other settings."""
     if path.exists() and (before := json.loads(path.read_text())) != run:
         raise SystemExit(f"{path.parent} holds a run with {before}, this one has {run}: give another --out.")
     path.write_text(json.dumps(run))
 
 
-def _keep(path: Path, model: Any, optimizer: torch.optim.Optimizer | None) -> None:
+def _save_checkpoint(path: Path, model: Any, optimizer: torch.optim.Optimizer | None) -> None:
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict() if optimizer else None}
-    torch.save(state, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
+    with replace_file(path) as part:
+        torch.save(state, part)
 
 
-def _restore(path: Path, model: Any, optimizer: torch.optim.Optimizer | None) -> bool:
-    """Loads a checkpoint if there is one."""
+def _load_checkpoint(path: Path, model: Any, optimizer: torch.optim.Optimizer | None) -> bool:
+    """Load a checkpoint; returns whether there is one."""
     if not path.exists():
         return False
     state = torch.load(path, map_location="cpu", weights_only=True)

@@ -1,9 +1,9 @@
-"""Stage two: the decoder learns to look things up in ever longer videos, the vision tower being frozen.
+"""Stage two: the decoder learns retrieval from ever longer videos, with the vision tower frozen.
 
-Three things are decisive. The answer is also asked for at the question's key word ("star"): without that,
-retrieval from two cards stays at chance. Text behind the video gets stock transformers' positions in half of
-the videos and `max(previous) + 1` in the other half. Lengths vary within every stage: with fixed ones a position
-rule is memorised per length.
+Three things are decisive. The answer is also a label at the question's key word ("star"): without it, retrieval from
+two cards stays at chance. Text after the video has stock transformers' positions in half of the videos and
+`max(previous) + 1` in the other half. Lengths vary within every stage: with fixed lengths a rule of positions is
+memorised for each.
 """
 
 import time
@@ -36,7 +36,7 @@ WEIGHTS = {"colour": 2.0, "letter": 1.0, "shape": 0.4, "key": 1.0}
 class Stage:
     """One step of the curriculum: lengths in grid steps, cards per video, packed conversations per video.
 
-    It ends after `steps` optimiser steps, or sooner when `enough` of the retrieved words are right.
+    It ends after `steps` optimiser steps, or as soon as the share `enough` of retrieved words is right.
     """
 
     name: str
@@ -46,8 +46,8 @@ class Stage:
     steps: int
     lr: float
     enough: float = 0.96
-    tokens: int = 5_000  # of video and text per optimiser step, roughly
-    end: float = 0.4  # weight of stopping; counting to six hops is learned last
+    tokens: int = 5_000  # of video and text per optimiser step, approximately
+    end: float = 0.4  # weight of the label that ends an answer; counting to six hops is learned last
     final_lr: float | None = None  # reached linearly over the last three quarters of the stage
 
 
@@ -66,7 +66,7 @@ CURRICULUM = (
 
 @dataclass
 class _Labels:
-    """Which rows of which packed sequence must predict what, and how much it counts."""
+    """Rows of packed sequences, the token that each must predict, and its kind, which determines its weight."""
 
     video: list[int]
     row: list[int]
@@ -81,12 +81,12 @@ class _Labels:
 
 
 def _ask(rng: np.random.Generator, cards: dict[str, tuple[str, str]]) -> tuple[list[str], int, list[str], list[str]]:
-    """A random question about a video: its words, its key word's place, the answer's words, their kinds."""
+    """A random question about a video: its words, the index of its key word, the answer's words, their kinds."""
     shapes = list(cards)
     shape = shapes[rng.integers(len(shapes))]
     if rng.random() < 1 / 3:
         return f"what colour was the {shape} ?".split(), 4, [cards[shape][0]], ["colour"]
-    # No more hops than cards: a second round could be copied from the answer instead of read from the video.
+    # No more hops than cards: a second round could be copied from the answer instead of the video.
     hops, answer, current = int(rng.integers(1, min(MAX_HOPS, len(cards)) + 1)), [], shape
     for done in range(hops):
         if current not in cards:  # only where letters are random
@@ -154,10 +154,10 @@ def _converse(
     position: int,
     video_last: int | None,
 ) -> None:
-    """Appends one conversation, mostly of one turn, to a packed row. Positions count up from `position`.
+    """Append one conversation, mostly of one turn, to a packed row. Positions count up from `position`.
 
     With `video_last` (the video's largest position) they are those of stock transformers: the prompt is
-    numbered as if the video took two positions, and generated tokens go on from there.
+    numbered as if the video took two positions, and generated tokens continue from there.
     """
     turns = 2 if rng.random() < 0.15 else 1
     for turn in range(turns):
@@ -171,8 +171,8 @@ def _converse(
             labels.add(number, base + len(prompt) - 1 + i, token, f"{kind}{i // 2 + 1}" if kind == "letter" else kind)
         positions = list(range(position, position + len(prompt)))
         position += len(prompt)
-        # `generate` numbers new tokens last + 1 (5.17 to 5.23, checked); only a bare forward, through `rope_deltas`,
-        # jumps to the largest position so far, hence a small share of that.
+        # `generate` numbers new tokens from the last + 1 (checked in 5.17 to 5.23). Only a bare forward, through
+        # `rope_deltas`, continues from the largest position so far: hence a small share of that.
         if turn == turns - 1 and video_last is not None and rng.random() < 0.2:
             position = max(video_last + 1, position)
         positions += range(position, position + len(reply))
@@ -208,7 +208,7 @@ def train_stage(
     report: Callable[[dict[str, Any]], None],
     warmup: int = 0,
 ) -> int:
-    """Trains the decoder in place; returns the number of optimiser steps taken."""
+    """Train the decoder in place; returns the number of optimiser steps."""
     rng = np.random.default_rng(seed)
     language_model, device = model.model.language_model, model.device
     parameters = [p for group in optimizer.param_groups for p in group["params"]]

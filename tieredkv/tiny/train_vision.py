@@ -1,6 +1,6 @@
-"""Stage one: the vision tower learns to name what a card shows, before any question is asked.
+"""Stage one: the vision tower learns to name what a card shows, without questions.
 
-End to end from the answers alone, colours are learned and shapes are not. So each merged token, normalised and
+Trained end to end on answers alone, the model learns colours but not shapes. So each merged token, normalised and
 multiplied by the word embeddings, must name the shape, the colour and the letter on screen, or `none`.
 """
 
@@ -22,7 +22,7 @@ _CHOICES = [torch.tensor([TOKEN[name] for name in (*names, "none")]) for names i
 
 
 def crowded_scene(seed: int, seconds: float = 64.0) -> Scene:
-    """A scene with cards at every turn, independent of each other (shapes repeat): examples, not a puzzle."""
+    """A scene with many independent cards, whose shapes may repeat: for examples, not for questions."""
     rng = np.random.default_rng((seed, 4))
     spans = deal_times(rng, int(seconds * 0.42), round(seconds * FPS), FPS)
     noise = max(1, len(spans) // 10)
@@ -40,7 +40,7 @@ def card_steps(card: Card) -> range:
 
 
 def labels(scene: Scene) -> torch.Tensor:
-    """`(S, 3)` indices into shape, colour and letter names; one past the last where there is no card."""
+    """`(S, 3)` indices into shape, colour and letter names; the number of names where there is no card."""
     named = torch.tensor([[len(names) for names in ATTRIBUTES]]).repeat(scene.frame_count // 2, 1)
     for card in scene.cards:
         values = [
@@ -53,7 +53,7 @@ def labels(scene: Scene) -> torch.Tensor:
 
 
 def blemish(pairs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """What rescaling and a codec do, roughly: the first quarter of the pairs blurred, the next noisy."""
+    """Imitate rescaling and a codec: the first quarter of the pairs is blurred, the next made noisy."""
     x = pairs.float()
     quarter = len(x) // 4
     blurred, noisy = x[:quarter], x[quarter : 2 * quarter]
@@ -76,7 +76,7 @@ def attribute_logits(model: Any, features: torch.Tensor) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def accuracy(model: Any, seeds: range) -> list[float]:
-    """Share of merged tokens that name (shape, colour, letter) rightly, where a card is visible."""
+    """Share of merged tokens that name (shape, colour, letter) correctly, while a card is visible."""
     right, seen = torch.zeros(3), 0
     for seed in seeds:
         scene = crowded_scene(seed)
@@ -97,7 +97,7 @@ def train_vision(
     lr: float = 1.5e-3,
     seed: int = 0,
 ) -> None:
-    """Trains the tower and the word embeddings in place; `report` gets a line of numbers every 50 steps."""
+    """Train the tower and the word embeddings in place; `report` is called with numbers every 50 steps."""
     device = model.device
     generator = torch.Generator().manual_seed(seed)
     parameters = [*model.model.visual.parameters(), model.model.language_model.embed_tokens.weight]
@@ -136,7 +136,7 @@ def train_vision(
 
 
 class _Shelf:
-    """Frame pairs of several scenes, taken out in random order so that a batch mixes them."""
+    """Frame pairs of several scenes, removed in random order so that a batch mixes scenes."""
 
     def __init__(self) -> None:
         self.pairs = torch.empty(0, 2, 3, 56, 56, dtype=torch.uint8)

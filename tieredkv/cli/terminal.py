@@ -1,0 +1,58 @@
+"""An answer on stdout while it is generated, and how Ctrl-C stops it."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import TextStreamer
+
+
+class Stopped(Exception):
+    """The answer was stopped by the user."""
+
+
+class TerminalStreamer(TextStreamer):
+    """Writes whole words as they are generated: `Generation.text` in the end, and a newline after it."""
+
+    def __init__(self, tokenizer: Any, shown: bool = True) -> None:
+        """shown: if False, nothing is written; the answer can be stopped all the same."""
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.stopped = False
+        self.wrote_text = False
+        """Whether there was any text but blanks."""
+        self._shown, self._blanks = shown, ""
+
+    def put(self, value: Any) -> None:
+        """Take the next token. Raises `Stopped` once `stopped` is set: between two tokens the state is consistent."""
+        if self.stopped:
+            raise Stopped
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Write text, except blanks at the beginning and end of the answer."""
+        text = self._blanks + text if self.wrote_text else text.lstrip()
+        words = text.rstrip()
+        self._blanks = text[len(words) :]
+        self.wrote_text |= bool(words)
+        if self._shown:
+            sys.stdout.write(words + ("\n" if stream_end and self.wrote_text else ""))
+            sys.stdout.flush()
+
+
+@contextmanager
+def stopped_by_interrupt(streamer: TerminalStreamer) -> Iterator[None]:
+    """The first Ctrl-C stops the answer at its next token; a second one interrupts as usual, at once."""
+
+    def stop(number: int, frame: Any) -> None:
+        streamer.stopped = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

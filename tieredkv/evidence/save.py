@@ -1,0 +1,70 @@
+"""Evidence as a file: a contact sheet as PNG, or a self-contained page as HTML."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any, Protocol
+
+from tieredkv.errors import OptionError
+from tieredkv.evidence import page, sheet
+from tieredkv.evidence.moments import Evidence
+from tieredkv.evidence.view import View, moment_frames
+from tieredkv.storage import atomic
+from tieredkv.storage.atomic import replace_file
+
+SUFFIXES = (".png", ".html")
+
+
+class Answer(Protocol):
+    """What is needed of an answer, such as a `Generation`."""
+
+    @property
+    def text(self) -> str: ...
+
+    @property
+    def evidence(self) -> Evidence | None: ...
+
+
+def check_target(path: Path) -> None:
+    """Raise `OptionError` or `OutputError` for a file that `save_evidence` could not write."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise OptionError(f"{path}: give a file name that ends in .png or .html.")
+    atomic.check_target(path)
+
+
+def save_evidence(
+    answer: Answer, path: str | Path, *, question: str = "", video: Any = None, source_fps: float | None = None
+) -> Path:
+    """Write what an answer attended to: its moments with their frames, and the attention over the whole video.
+
+    path: ends in .png (a contact sheet) or .html (one page that needs no other file). question: shown above the answer.
+    video: the path or frames that the question was about, from which frames are taken; if None, only times are shown.
+    source_fps: frames per second of frames given as arrays. An older file is replaced whole or not at all. Raises
+    `OptionError`, `OutputError` if the file cannot be written, and `VideoError` if frames cannot be read.
+    """
+    path = Path(path)
+    check_target(path)
+    if answer.evidence is None:
+        raise OptionError("this answer has no evidence: ask with evidence=True.")
+    if video is not None and source_fps is None and not isinstance(video, str | Path):
+        raise OptionError("the video is given as frames: give source_fps=, their number per second.")
+    frames = None if video is None else moment_frames(answer.evidence, video, source_fps)
+    name = Path(video).name if isinstance(video, str | Path) else ""
+    view = View(_plain(question), _plain(answer.text), answer.evidence, frames, _plain(name))
+    data = _png(view) if path.suffix.lower() == ".png" else page.to_html(view).encode()
+    with replace_file(path, len(data)) as part:
+        part.write_bytes(data)
+    return path
+
+
+def _png(view: View) -> bytes:
+    buffer = io.BytesIO()
+    sheet.draw(view).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _plain(text: str) -> str:
+    """Text in one line that any Unicode encoding can write, without control characters."""
+    text = text.encode("utf-8", "replace").decode()
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())

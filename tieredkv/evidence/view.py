@@ -1,0 +1,61 @@
+"""What a page and a sheet of evidence show: question, answer, moments and their frames."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from tieredkv.evidence.moments import Evidence
+from tieredkv.progress import clock
+from tieredkv.video.frames import Sampling, open_video
+
+LARGEST = 1600
+"""Longer side of a frame, in pixels: the width of a sheet. Larger frames are reduced to it."""
+PIXEL_ART = 160
+"""Frames whose longer side is below this keep square pixels when enlarged."""
+LONG_ANSWER = 140
+"""Answers of more characters are set in smaller type."""
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What is drawn. Question and answer are untrusted text."""
+
+    question: str
+    answer: str
+    evidence: Evidence
+    frames: list[Image.Image] | None
+    """One per moment; None if there is no video to take them from."""
+    video: str
+    """Name of the video; empty if unknown."""
+
+    def note(self) -> str:
+        """The line below the moments."""
+        parts = [self.video, f"{clock(self.evidence.start)} to {clock(self.evidence.end)}"]
+        if len(self.evidence):
+            parts.append("%: share of the attention that question and answer paid to the video")
+        if self.frames is None:
+            parts.append("no frames, as the video was not given")
+        return " \u00b7 ".join(part for part in parts if part)
+
+
+def moment_frames(evidence: Evidence, video: Any, source_fps: float | None = None) -> list[Image.Image]:
+    """The frame at each moment's peak, decoded from the video, at most `LARGEST` pixels wide and high."""
+    frames = []
+    for moment in evidence:
+        source = open_video(video, Sampling(1.0, source_fps=source_fps, max_frames=1, start=moment.peak))
+        pictures = source.frames()
+        frame = Image.fromarray(next(pictures).copy())
+        frames.append(scaled(frame, LARGEST, LARGEST) if max(frame.size) > LARGEST else frame)
+        pictures.close()  # type: ignore[attr-defined]
+    return frames
+
+
+def scaled(frame: Image.Image, width: int, height: int) -> Image.Image:
+    """The frame, resized to the largest size that fits."""
+    factor = min(width / frame.width, height / frame.height)
+    size = max(1, round(frame.width * factor)), max(1, round(frame.height * factor))
+    enlarged = factor > 1 and max(frame.size) < PIXEL_ART
+    return frame.resize(size, Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS)
