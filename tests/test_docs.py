@@ -169,6 +169,12 @@ def test_functions_and_classes_that_a_page_names_exist(page):
     members = [name for name in re.findall(r"`([A-Z]\w+\.[a-z]\w+)`", text) if name.split(".")[0] in classes]
     plain = [name.rpartition(".")[2] if name[0].islower() else name for name in called]  # without its module
     assert [name for name in (*plain, *members) if name not in functions] == []
+    placed = re.findall(r"`(?:\w+\.)?(\w+)(?:\(\))?` (?:in |of |\()`((?:[a-z]\w*/)+\w+\.py)`", text)
+    files = [
+        (name, next(root / path for root in (ROOT / "tieredkv", ROOT) if (root / path).exists()))
+        for name, path in placed
+    ]
+    assert [(name, path) for name, path in files if not re.search(rf"\b{name}\b", path.read_text())] == []
     others = {"Cache", "CancelledError", "PRESETS", "PeftModel"}
     named = set(re.findall(r"`([A-Z][a-z]+\w*|TieredKVError)`", text)) - others
     assert sorted(named - classes) == []
