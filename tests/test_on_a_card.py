@@ -18,6 +18,7 @@ import tieredkv
 from tieredkv import TieredCache
 from tieredkv.cache.decode_phase import DecodePhase
 from tieredkv.cache.fetching import FetchAhead, Fetching
+from tieredkv.cache.layer_pages import LayerPages
 from tieredkv.cache.looks import Looks
 from tieredkv.cache.question import Question
 from tieredkv.cache.ranking import Ranking, Reuse
@@ -92,10 +93,11 @@ def fake_kernels() -> OpTable:
     )
 
 
-HOST = ("static", "dynamic")
+HOST = ("dynamic",)
 """Attributes of a layer that are on the host."""
 STATEFUL = (
-    SealedLayer, Retrieval, Ranking, Reuse, Fetching, FetchAhead, Tally, EstimatedMass, ExactMass, Residency, DevicePool
+    SealedLayer, LayerPages, Retrieval, Ranking, Reuse, Fetching, FetchAhead, Tally, EstimatedMass, ExactMass,
+    Residency, DevicePool,
 )  # fmt: skip
 """Parts of a layer that hold tensors."""
 
@@ -151,7 +153,7 @@ def test_a_step_stays_on_the_card_and_never_waits(llama, long_ids, options, reco
         llama(long_ids[:, :1], **cache_argument(cache))
         cache.finish()
         sealed = cache.tiered_layers[1].sealed
-    kv_heads = sealed.host.num_heads
+    kv_heads = sealed.pages.host.num_heads
     with FakeTensorMode():
         host = HostLayer(kv_heads, 16, 8, torch.float32)
         host.reserve(1000)
@@ -161,7 +163,7 @@ def test_a_step_stays_on_the_card_and_never_waits(llama, long_ids, options, reco
         on_card(out)
         assert out.shape == (4, 1, 16)
         with pytest.raises(DataDependentOutputException):
-            int(sealed.lengths.sum())  # what the test rests on
+            int(sealed.pages.lengths.sum())  # what the test rests on
 
 
 def test_prefill_attends_on_the_card():

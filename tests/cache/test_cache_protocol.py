@@ -111,7 +111,7 @@ def test_an_unknown_tier_option_is_refused(llama):
         TieredCache(llama.config, gpu_gb=1)
 
 
-def test_small_budgets_still_answer_and_say_what_they_did(llama, long_ids):
+def test_under_a_small_budget_counters_say_what_was_done(llama, long_ids):
     options = {"gpu_kv_gb": cap_share(llama, 900, 0.35), "text_window": 16, "theta": 2, "reuse_above": -1.0}
     options["pack_pages"] = False
     with (
@@ -154,7 +154,7 @@ def test_prefill_is_exact_when_the_past_is_streamed_in_many_blocks(llama, long_i
     assert_near(torch.cat(parts, dim=1), want)
 
 
-def test_a_forward_cut_off_midway_is_noticed_and_mended_by_truncating(llama, prompt_ids, monkeypatch):
+def test_an_interrupted_forward_is_noticed_and_truncating_repairs_the_cache(llama, prompt_ids, monkeypatch):
     with torch.no_grad(), tieredkv.use_attention(llama), TieredCache(llama.config, gpu_kv_gb=1) as cache:
         llama(prompt_ids[:, :200], **cache_argument(cache))
         with monkeypatch.context() as patch:
@@ -215,7 +215,7 @@ def test_a_fault_in_the_last_layers_step_is_noticed(llama, long_ids, monkeypatch
     assert_near(got, want)
 
 
-def test_unsealing_by_hand_forgets_what_the_old_question_said(llama, prompt_ids):
+def test_unsealing_forgets_the_rows_of_the_last_question(llama, prompt_ids):
     """The next token is prefilled, exactly, and only then may the cache be sealed anew."""
     with torch.no_grad(), tieredkv.use_attention(llama), TieredCache(llama.config, gpu_kv_gb=1) as cache:
         text = llama.generate(prompt_ids, **cache_argument(cache), max_new_tokens=120, do_sample=False)
@@ -224,7 +224,7 @@ def test_unsealing_by_hand_forgets_what_the_old_question_said(llama, prompt_ids)
     assert_near(got, llama(text).logits[:, -1:])
 
 
-def test_a_cache_that_is_dropped_is_freed_at_once(llama, prompt_ids):
+def test_a_cache_without_a_reference_is_freed_at_once(llama, prompt_ids):
     import gc
     import weakref
 
@@ -241,6 +241,6 @@ def test_a_cache_that_is_dropped_is_freed_at_once(llama, prompt_ids):
         gc.enable()
 
 
-def test_tiers_that_are_no_tiers_are_refused(llama):
+def test_tiers_of_another_type_are_refused(llama):
     with pytest.raises(OptionError, match="tiers is a float"):
         TieredCache(llama.config, 0.5)

@@ -18,7 +18,7 @@ from tieredkv.ops.packing import pack
 
 @pytest.fixture
 def watched(monkeypatch):
-    """Every change of every ledger's use, as (used, cap)."""
+    """(used, cap) of a ledger after each of its reservations."""
     seen: list[tuple[int, int]] = []
     reserve = ledger.DeviceLedger.reserve
 
@@ -58,9 +58,9 @@ def test_the_ledger_counts_every_byte_of_pool_and_digests(llama, long_ids):
         assert held["digests"] == sum(
             s.retrieval.ranking.nbytes for s in layers if s.retrieval is not None and s.retrieval.ranking is not None
         )
-        tables = sum(t.numel() * 4 for s in layers for t in (s.table, s.lengths))
+        tables = sum(t.numel() * 4 for s in layers for t in (s.pages.table, s.pages.lengths))
         tables += sum(s.retrieval.residency.nbytes for s in layers if len(s.dynamic))
-        tables += layers[0].phase.chunk_mass.nbytes + sum(s.packing.norms.nbytes for s in layers)
+        tables += layers[0].phase.chunk_mass.nbytes + sum(s.pages.packing.norms.nbytes for s in layers)
         assert held["tables"] == tables
         assert set(held) <= {"pool", "digests", "tables"}
 
@@ -119,8 +119,8 @@ def test_pool_and_tables_stay_sound_while_decoding(llama, long_ids, data):
                     ):
                         if chunk >= 0:
                             want, pool = chunks[head, sinks + chunk], cache.device_tier.pools[0]
-                            if sealed.packing is not None:
-                                want, scales = pack(want, sealed.packing.norms[head].unsqueeze(1))
+                            if sealed.pages.packing is not None:
+                                want, scales = pack(want, sealed.pages.packing.norms[head].unsqueeze(1))
                                 assert torch.equal(pool.scales[slot], scales)
                             assert torch.equal(pool.pages[slot], want)
 
@@ -134,7 +134,7 @@ def test_more_generated_tokens_than_reserved_is_an_error(llama, prompt_ids):
         llama.generate(prompt_ids, **cache_argument(cache), max_new_tokens=60, do_sample=False)
 
 
-def test_a_cap_too_small_is_refused_naming_one_that_works(llama, long_ids):
+def test_a_cap_that_is_too_small_is_refused_with_one_that_works(llama, long_ids):
     tiers = tier_options(chunk_tokens=8, text_window=16)
     with tieredkv.use_attention(llama):
         with (
@@ -163,7 +163,7 @@ def test_closing_frees_both_tiers(llama, prompt_ids):
 @pytest.mark.parametrize("share", [0.6, 1.0, 1.07, 1.4])
 @pytest.mark.parametrize("chunk", [900, 200])
 def test_a_prompt_of_known_length_is_served_whatever_stays_on_the_device(llama, long_ids, share, chunk):
-    """Layers that see their first token when room for the scores was made already must not fill it again."""
+    """A layer that sees its first token after the residents made way for the scores must keep none."""
     stock = llama(long_ids).logits[:, -1]
     with (
         tieredkv.use_attention(llama),

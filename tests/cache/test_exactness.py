@@ -116,8 +116,8 @@ def test_bf16_stays_within_its_rounding(video_model, processor, frames):
 
 
 @pytest.mark.parametrize("known", [0, 900], ids=["all staged", "partly resident"])
-def test_copies_that_lag_behind_change_nothing(llama, long_ids, known, monkeypatch):
-    """Staging and writing back at random moments: neither a block read too early nor one overwritten too soon."""
+def test_delayed_copies_change_nothing(llama, long_ids, known, monkeypatch):
+    """Staged and written back at random moments, no block is read too early or overwritten too soon."""
     import random
     import time
 

@@ -72,7 +72,7 @@ def test_models_with_nothing_to_tier_are_refused(gemma, change):
 
 
 @pytest.mark.parametrize("rows", [1, 64])
-def test_queries_are_attended_for_in_blocks(gemma, long_ids, rows, monkeypatch):
+def test_queries_attend_in_blocks(gemma, long_ids, rows, monkeypatch):
     stock = gemma(long_ids[:, :300]).logits
     monkeypatch.setattr("tieredkv.cache.sliding_layer.ROWS", rows)
     with torch.no_grad(), tieredkv.use_attention(gemma), TieredCache(gemma.config, gpu_kv_gb=1) as cache:

@@ -45,6 +45,16 @@ def test_truncating_to_more_than_the_length_raises():
         HostLayer(1, 1, 4, torch.float32).truncate(1)
 
 
+def test_tokens_that_come_one_by_one_seldom_move_those_that_are_held():
+    host, places = HostLayer(1, 1, 4, torch.float32), set()
+    token = torch.zeros(1, 1, 1)
+    for _ in range(700):
+        host.append(token, token)
+        places.add(host.capacity)
+    assert len(places) <= 4
+    assert host.capacity <= 2 * 700
+
+
 def test_a_chunk_is_one_contiguous_piece():
     host = HostLayer(2, 3, 4, torch.float32)
     host.reserve(20)

@@ -42,3 +42,11 @@ def test_prefill_holds_no_more_than_the_cap_and_all_of_it_where_it_fits(share, t
     scored = prefill_plan.block_tokens(SHAPE, tiers, tokens + rows, rows, kept, tokens > kept)
     scratch = prefill_plan.reading_bytes(SHAPE, tiers, tokens + rows, rows, scored, tokens > kept)
     assert not scored or kept * SHAPE.token_bytes + scratch <= tiers.cap_bytes
+
+
+def test_past_tokens_are_staged_in_blocks_worth_a_copy_and_most_of_the_cap_is_left():
+    shape = KVShape(num_layers=28, num_attention_heads=28, num_key_value_heads=4, head_dim=128, itemsize=2)
+    tiers, tokens = TierConfig(gpu_kv_gb=2), 200_000
+    block = prefill_plan.block_tokens(shape, tiers, tokens, 0, 0, staged=True)
+    assert prefill_plan.buffer_bytes(shape, block) >= 2**20
+    assert prefill_plan.resident_tokens(shape, tiers, tokens) * shape.token_bytes > 0.9 * tiers.cap_bytes

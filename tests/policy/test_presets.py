@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import assert_near, cap_share, pressed, session_logits, stock_inputs, stock_logits, tier_options
-from test_policy import tokens
+from test_prune import tokens
 
 import tieredkv
 from tieredkv.cache.question import Question
@@ -72,7 +72,7 @@ def test_dense_layers_keep_everything_whatever_the_budget(llama, long_ids):
     with torch.no_grad(), tieredkv.use_attention(llama), TieredCache(llama.config, **tier_options(**options)) as cache:
         llama(long_ids, **cache_argument(cache))
         llama(long_ids[:, :1], **cache_argument(cache))
-        attended = [layer.sealed.lengths.sum(1).tolist() for layer in cache.tiered_layers]
+        attended = [layer.sealed.pages.lengths.sum(1).tolist() for layer in cache.tiered_layers]
     assert attended[0] == [901] * len(attended[0])
     assert max(attended[1]) < 200
 
@@ -200,7 +200,7 @@ def unseen(llama, long_ids, **options):
             layer = cache.tiered_layers[made.layer]
             layout, recent = layer.sealed.phase.plan.layout, 900 + made.step
             keys = layer.host.chunks()[:, :, 0].flatten(1, 2)[:, : layout.recent_start]
-            generated, _ = layer.sealed.generated_tokens()
+            generated, _ = layer.sealed.pages.generated_tokens()
             rest = layer.host.chunks()[:, :, 0].flatten(1, 2)[:, layout.recent_start : 900]
             keys = torch.cat((keys, rest, generated[:, : recent - 900]), dim=1)
             weights = (made.query @ keys.transpose(1, 2) * keys.shape[-1] ** -0.5).softmax(-1).mean(1)
@@ -280,6 +280,22 @@ def test_a_digest_fitted_to_little_is_fitted_again_when_there_is_more(llama, lon
         cache.seal()
         after = cache.tiered_layers[0].digests.fitted
     assert not torch.equal(before.up, after.up)
+
+
+def test_chunks_are_chosen_alike_however_a_prompt_is_cut_into_calls(llama, long_ids):
+    """A basis is fitted to all of a prompt of this length, and not to its first call."""
+
+    def chosen(call):
+        options = tier_options(gpu_kv_gb=1, budget_ratio=0.2, theta=2.0, **SMALL)
+        with torch.no_grad(), tieredkv.use_attention(llama), TieredCache(llama.config, **options) as cache:
+            cache.expect(Question(trace=True))
+            for part in long_ids.split(call, dim=1):
+                llama(part, **cache_argument(cache))
+            for token in range(3):
+                llama(long_ids[:, token : token + 1], **cache_argument(cache))
+            return torch.stack([step.first_token for step in cache.counters.trace])
+
+    assert (chosen(100) == chosen(900)).float().mean() > 0.9  # but for sums in another order
 
 
 def test_prefill_in_inference_mode_and_decoding_outside_it(llama, long_ids):

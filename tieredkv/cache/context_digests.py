@@ -104,9 +104,11 @@ class ContextDigests:
         return max(1, min(MOST_CHUNKS, most))
 
     def _scratch_bytes(self, chunks: int) -> int:
-        """Device bytes of digesting chunks: the staged keys and values, and three copies of the keys in float32."""
-        tokens = chunks * self._host.num_heads * self._host.chunk_tokens
-        return tokens * self._host.head_dim * (2 * self._host.dtype.itemsize + 3 * FLOAT32)
+        """Device bytes of digesting chunks. Of their tokens: what is staged, three copies of the keys in float32, and
+        products of a chunk's keys with each other. Of each chunk: two vectors, and three copies of them to pack."""
+        c, d = self._host.chunk_tokens, self._host.head_dim
+        token = d * (2 * self._host.dtype.itemsize + 3 * FLOAT32) + c * FLOAT32
+        return chunks * self._host.num_heads * (c * token + 2 * 4 * d * FLOAT32)
 
     def _make(self, digest: Digest[Any], fitted: Fitted, first: int, stop: int) -> torch.Tensor:
         """Digests of chunks first..stop, on the host; made on the device."""
