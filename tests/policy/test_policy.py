@@ -156,6 +156,24 @@ def test_a_digest_keeps_its_contract(name, bits, d):
     assert_near(kind.logits(kind.prepare(query[[2, 0]], own), packed[[2, 0]], 3), whole)
 
 
+@pytest.mark.parametrize("name", DIGESTS)
+@pytest.mark.parametrize("bits", BITS)
+def test_ranking_allocates_no_more_than_it_says(name, bits):
+    """Beside torch's own profiler: the result, in parts and joined, and the scratch of one part."""
+    keys, query, at_once = torch.randn(2, 256, 8, 64), torch.randn(2, 4, 64), 64
+    kind = digest(name, 64, 8, bits)
+    fitted = kind.fit(torch.eye(64).expand(2, 64, 64), keys.flatten(1, 2)) if kind.needs_fit else Fitted()
+    packed, prepared = kind.make(keys, fitted), kind.prepare(query, fitted)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = kind.logits(prepared, packed, at_once)
+    live = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    assert result.nbytes < peak <= 2 * result.nbytes + at_once * kind.scratch_bytes(2, 8)
+
+
 # ---- sketch
 
 
