@@ -1,9 +1,9 @@
-# make demo   a trained model answers questions about a long video, its cache held outside the device
+# make demo   a trained model answers questions about a long video, with its cache outside the device
 # make test   the whole test suite; make test-quick   two minutes of it, while editing
-# make lint   format, lint and type checks; make constraints   bring constraints.txt up to date
-# make package   sdist and wheel in dist/, tried out in a new environment; make docs   the site in build/site
-# make quality   what each policy loses, on two trained models; hours
-# make gpu       everything that needs a card; make test-gpu   its tests alone
+# make lint   format, lint and type checks; make constraints   update constraints.txt
+# make package   sdist and wheel in dist/, tested in a new environment; make docs   the site in build/site
+# make quality   accuracy of each policy, on two trained models; takes hours
+# make gpu       everything that needs a card; make test-gpu   only its tests
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -18,7 +18,7 @@ help:
 
 setup: $(READY)
 
-# pip's words when the index lacks a version of constraints.txt, or other constraints of this machine exclude it.
+# pip's messages when the index lacks a version of constraints.txt, or other constraints of this machine exclude it.
 NOT_SERVED := No matching distribution|ResolutionImpossible|conflicting dependencies
 
 $(READY): pyproject.toml constraints.txt
@@ -57,7 +57,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-package: $(READY)  # installs torch once more, several GB
+package: $(READY)  # installs torch again, several GB
 	$(BIN)/python .ci/package.py
 
 package-quick: $(READY)

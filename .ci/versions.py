@@ -1,7 +1,7 @@
-"""Which versions of its dependencies tieredkv is installed with: python .ci/versions.py COMMAND
+"""Versions of the dependencies with which tieredkv is installed: python .ci/versions.py COMMAND
 
-constraints   Write constraints.txt: the newest version of everything that the index serves now, as pip resolves it. A
-              line that ends in a comment is pinned for the reason the comment gives, and stays as it is.
+constraints   Write constraints.txt: the newest versions that the index serves, as pip resolves them. A line that ends
+              in a comment is pinned for the reason in the comment, and is kept.
 floor         Print the lowest versions that pyproject.toml allows, as constraints.
 """
 
@@ -23,17 +23,17 @@ HEADER = """\
 # Users' `pip install` follows the ranges in pyproject.toml instead.
 """
 PINNED_BY_TORCH = re.compile(r"^(nvidia|cuda)-|^triton$")
-"""Packages whose exact version torch itself asks for; other platforms have none of them."""
+"""Packages whose exact versions torch requires, on some platforms."""
 
 
 def pinned_lines(text: str) -> dict[str, str]:
-    """Lines of a constraints file that give a reason, by package name."""
+    """Lines of a constraints file with a reason, by package."""
     lines = [line.strip() for line in text.splitlines() if not line.startswith("#")]
     return {line.split("==")[0]: line for line in lines if "#" in line}
 
 
 def newest(pinned: dict[str, str]) -> dict[str, str]:
-    """Name and version of everything that `pip install -e ".[dev]"` would install, installing nothing."""
+    """Names and versions of all that `pip install -e ".[dev]"` would install, without installing it."""
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints, tempfile.TemporaryDirectory() as folder:
         constraints.write("\n".join(pinned.values()) + "\n")
         constraints.flush()
@@ -46,7 +46,7 @@ def newest(pinned: dict[str, str]) -> dict[str, str]:
 
 
 def write_constraints() -> None:
-    """Bring constraints.txt up to date. A local version (`2.14.1+cpu`) is written without its suffix."""
+    """Update constraints.txt. Local versions (`2.14.1+cpu`) are written without their suffix."""
     pinned = pinned_lines(CONSTRAINTS.read_text() if CONSTRAINTS.exists() else "")
     lines = [
         pinned.get(name, f"{name}=={version.split('+')[0]}")
@@ -57,7 +57,7 @@ def write_constraints() -> None:
 
 
 def floor() -> list[str]:
-    """`name==X.*` for every dependency that pyproject.toml allows from `X` on."""
+    """`name==X.*` for every dependency that pyproject.toml allows from version X."""
     dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     return [re.sub(r">=\s*([\d.]+).*", r"==\1.*", dependency) for dependency in dependencies]
 

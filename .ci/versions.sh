@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# A short set against the newest of everything and against the lowest versions allowed, each in an environment of its
-# own: exactness, the cache protocol, a short demo, and our deprecation warnings as errors. What breaks is printed
-# loudly and fails nothing: `make test` runs on constraints.txt, and this says what to look at next.
+# A short set of tests with the newest and with the lowest versions of the dependencies, each in a new environment:
+# exactness, the cache protocol, a short demo, and deprecation warnings caused by our calls. Reports failures, but exits
+# with 0: `make test` uses constraints.txt, and this shows what to look at next.
 #
 #   bash .ci/versions.sh [newest|floor]
 set -uo pipefail
@@ -16,7 +16,7 @@ try() { # name, pip's arguments...
 		"$python" -m pip install --quiet --disable-pip-version-check --upgrade "pip>=24" 2> "$work/log" &&
 		"$python" -m pip install --quiet --disable-pip-version-check "$@" -e . pytest pytest-asyncio hypothesis 2> "$work/log" || {
 		tail -n 5 "$work/log"
-		echo "could not be installed: the index does not serve it"
+		echo "installation failed: the index does not serve these versions"
 		return 1
 	}
 	"$python" -m pip list --disable-pip-version-check 2> /dev/null | grep -E "^(torch|torchvision|transformers|accelerate|numpy|av) "
@@ -25,9 +25,9 @@ try() { # name, pip's arguments...
 		tail -n 20 "$work/stderr"
 		return 1
 	}
-	# What typer says of click is not caused by our calls.
+	# typer's warnings about click are not caused by our calls.
 	if grep -iE "deprecat" "$work/stderr" | grep -v "site-packages/typer/"; then
-		echo "the demo uses names that are deprecated"
+		echo "the demo uses deprecated names"
 		return 1
 	fi
 }

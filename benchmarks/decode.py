@@ -26,6 +26,7 @@ import torch
 from origin import origin
 from synthetic import keys_and_values, make_model, milliseconds, scripted
 
+from tieredkv import POLICIES
 from tieredkv.environment.versions import cache_argument
 from tieredkv.ops.select import ops_for
 
@@ -56,9 +57,9 @@ def stock(model: Any, tokens: int, kind: str, device: str) -> Callable[[], objec
 
 def tiered(model: Any, tokens: int, hit_rate: float, speculative: bool, budget: float, device: str) -> dict[str, Any]:
     """A row of tieredkv: time per step and bytes copied."""
-    fields = {"reuse_above": 0.8} if speculative else {}
+    policy = replace(POLICIES["hybridkv"], reuse_above=0.8) if speculative else POLICIES["hybridkv"]
     ops = ops_for(torch.device(device))
-    with scripted(model, tokens, ops, hit_rate, budget, 2 * ROUNDS, **fields) as (cache, steps):
+    with scripted(model, tokens, ops, hit_rate, budget, 2 * ROUNDS, policy) as (cache, steps):
         before = replace(cache.counters)
         ms = milliseconds(lambda: steps(7), ROUNDS, device)
         after = replace(cache.counters)

@@ -19,8 +19,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from settings import tier_config
+
 import tieredkv
-from tieredkv.config import TierConfig
 from tieredkv.evidence.moments import Moment
 from tieredkv.memory.units import GIB
 from tieredkv.models.kv_shape import model_shape
@@ -70,13 +71,15 @@ def main() -> None:
         "--share", type=float, default=0.1, help="device memory, as a share of a full cache; 2 holds everything"
     )
     parser.add_argument("--first-seed", type=int, default=1_000_400)
-    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of TierConfig")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of TierConfig or of the policy"
+    )
     parser.add_argument("--quick", action="store_true", help="one short video")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.scenes, arguments.seconds, arguments.share = 1, 256, 0.15
     options: dict[str, Any] = {name: json.loads(value) for name, value in (p.split("=") for p in arguments.set)}
-    TierConfig(**options)
+    tier_config(**options)
     started = time.perf_counter()
     model, processor = tiny.load()
     tokens = arguments.seconds * TOKENS_PER_SECOND
@@ -90,7 +93,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = write_video(scene, Path(folder) / "scene.mp4")
             with tieredkv.open_session(
-                model, path, gpu_kv_gb=cap, processor=processor, fps=tiny.FPS, **options
+                model, path, tiers=tier_config(gpu_kv_gb=cap, **options), processor=processor, fps=tiny.FPS
             ) as session:
                 for name, values in judge(session, chosen).items():
                     total[name] += values

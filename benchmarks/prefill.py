@@ -23,10 +23,12 @@ from origin import origin
 from synthetic import make_model
 
 from tieredkv import TierConfig, TieredCache, use_attention
+from tieredkv.cache.question import CONTEXT
 from tieredkv.environment.versions import cache_argument
 from tieredkv.memory.units import GIB, as_gib
 from tieredkv.models.kv_shape import model_shape
-from tieredkv.planning.sizes import lay_out, smallest_cap_bytes
+from tieredkv.planning.admission import smallest_cap_bytes
+from tieredkv.planning.sizes import lay_out
 
 
 def timed(work: Callable[[], float | None], device: str) -> dict[str, Any]:
@@ -60,10 +62,10 @@ def tiered(model: Any, ids: torch.Tensor, tiers: TierConfig) -> float:
     Page-locking it runs beside the prefill, as it does while a video is read.
     """
     with use_attention(model), TieredCache(model.config, tiers, prompt_tokens=ids.shape[1]) as cache:
-        cache.auto_seal, cache.text_rows = False, 0
+        cache.expect(CONTEXT)
         for part in ids.split(tiers.prefill_chunk, dim=1):
             model(part, **cache_argument(cache), logits_to_keep=1)
-        cache.copies.drain()
+        cache.device_tier.copies.drain()
         done = time.perf_counter()
     return time.perf_counter() - done
 

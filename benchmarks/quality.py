@@ -62,18 +62,18 @@ def _model(name: str) -> Any:
 
 
 def _settings(unit: Unit) -> list[tuple[str, Any, Any]]:
-    from tieredkv.config import TierConfig
+    from settings import tier_config
 
     return [
-        (label, json.loads(fields), TierConfig(chunk_tokens=unit.chunk_tokens, spare_ratio=0.0, **json.loads(fields)))
+        (label, json.loads(fields), tier_config(chunk_tokens=unit.chunk_tokens, spare_ratio=0.0, **json.loads(fields)))
         for label, fields in unit.settings
     ]
 
 
 def _scoring(unit: Unit) -> Any:
-    from tieredkv.config import TierConfig
+    from settings import tier_config
 
-    return TierConfig(chunk_tokens=unit.chunk_tokens, **json.loads(unit.scored_with))
+    return tier_config(chunk_tokens=unit.chunk_tokens, **json.loads(unit.scored_with))
 
 
 def _run_video(unit: Unit) -> list[dict[str, Any]]:
@@ -178,12 +178,12 @@ def about(arguments: argparse.Namespace, suite: str) -> dict[str, Any]:
 
     import tieredkv
 
-    method = dataclasses.asdict(tieredkv.TierConfig().method)
+    policy = dataclasses.asdict(tieredkv.TierConfig().policy)
     return {
         **origin(),
         "command": " ".join(["python benchmarks/quality.py --suite", suite, *_chosen(arguments)]),
         "seeds": {"video": f"{video_tasks.FIRST_SEED} + 1000 * tokens + number", "text": "number"},
-        "defaults": {name: value for name, value in method.items() if not callable(value) and name != "summary"},
+        "defaults": {name: value for name, value in policy.items() if not callable(value) and name != "summary"},
     }
 
 

@@ -29,11 +29,11 @@ class Unit:
     questions: int
     chunk_tokens: int
     settings: tuple[tuple[str, str], ...]
-    """(label, JSON of the fields of TierConfig)."""
+    """(label, JSON of settings as `settings.tier_config` takes them)."""
     unsealed: bool = False
     """Also ask second questions without sealing again."""
     scored_with: str = "{}"
-    """JSON of fields of TierConfig for scoring the questions' rows, which a seal cannot change."""
+    """JSON of settings for scoring the questions' rows, which a seal cannot change."""
 
     @property
     def key(self) -> str:

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 import torch
 
+from tieredkv.cache.question import CONTEXT
+from tieredkv.cache.question import Question as CacheQuestion
 from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.config import TierConfig
 from tieredkv.environment.versions import cache_argument
@@ -59,6 +61,8 @@ class Reader(Protocol):
     """A model, and a cache that holds a context."""
 
     cache: TieredCache
+    visual: torch.Tensor
+    """`(n,)` mask of the context's visual tokens, to which a document's count."""
 
     def feed(self, ids: Sequence[int]) -> torch.Tensor:
         """Logits `(n, vocabulary)` after each of the next tokens."""
@@ -70,10 +74,10 @@ class TextReader:
     def __init__(self, model: Any, document: Sequence[int], tiers: TierConfig) -> None:
         self.model = model
         self.cache = TieredCache(model.config, tiers)
-        self.cache.auto_seal, self.cache.text_rows = False, 0
+        self.cache.expect(CONTEXT)
         for begin in range(0, len(document), tiers.prefill_chunk):
             self.feed(document[begin : begin + tiers.prefill_chunk])
-        self.cache.visual = torch.ones(len(document), dtype=torch.bool)
+        self.visual = torch.ones(len(document), dtype=torch.bool)
         self.cache.settle()
 
     def feed(self, ids: Sequence[int]) -> torch.Tensor:
@@ -87,7 +91,7 @@ class VideoReader:
         """features `(n, hidden)`: the vision tower's, `grid.tokens` of them."""
         self.model, self.family = model, families.video_family(model.config)
         self.cache = TieredCache(model.config, tiers)
-        self.cache.auto_seal, self.cache.text_rows = False, 0
+        self.cache.expect(CONTEXT)
         context = len(head) + grid.tokens
         positions = self.family.positions(model, len(head), grid, 0, context + 1, "published")
         self._after = int(positions[0, -1]) - context
@@ -96,7 +100,7 @@ class VideoReader:
         for begin in range(0, context, tiers.prefill_chunk):
             part = slice(begin, min(begin + tiers.prefill_chunk, context))
             self.family.decode(model, embeddings[:, part], positions[:, part], self.cache)
-        self.cache.visual = torch.arange(context) >= len(head)
+        self.visual = torch.arange(context) >= len(head)
         self.cache.settle()
 
     def feed(self, ids: Sequence[int]) -> torch.Tensor:
@@ -136,13 +140,11 @@ def replay_unsealed(reader: Reader, question: Question, policies: Sequence[TierC
 def _prefill(reader: Reader, ids: Sequence[int]) -> torch.Tensor:
     """Feed a prompt and score its last rows; returns the logits after it."""
     cache = reader.cache
-    window = cache.tiers.method.text_window
+    window = cache.tiers.policy.text_window
+    cache.expect(CacheQuestion(prompt_tokens=cache.get_seq_length() + len(ids), rows=window))
     if len(ids) > window:
         reader.feed(ids[:-window])
-    cache.text_rows = window
-    logits = reader.feed(ids[-window:])[-1:]
-    cache.text_rows = 0
-    return logits
+    return reader.feed(ids[-window:])[-1:]
 
 
 def _decode(
@@ -158,11 +160,11 @@ def _decode(
     cache = reader.cache
     prompt = cache.get_seq_length()
     cache.set_tiers(replace(tiers, prefetch=False))
-    cache.new_tokens = len(between) + len(answer)
-    cache.counters.trace = [] if recall else None
+    # The rows are scored already; rows=0 leaves the recent region at `recent_window` tokens.
+    cache.expect(CacheQuestion(max_new_tokens=len(between) + len(answer), rows=0, visual=reader.visual, trace=recall))
     cache.seal()
-    held, itemsize = cache.ledger.held(), cache.shape.itemsize
-    packed = cache.tiered_layers[0].sealed.packing is not None
+    held, itemsize = cache.ledger.by_purpose(), cache.shape.itemsize
+    packed = cache.tiered_layers[0].sealed.pages.packing is not None
     held_bytes = sum(held.values()) - (0 if packed else held["pool"] - held["pool"] * 2 // itemsize)
     fed = [*between, *answer[:-1]]
     with cache.forced():
@@ -195,7 +197,7 @@ def _recalls(cache: TieredCache) -> list[float]:
     for made in cache.counters.trace or []:
         layer = cache.tiered_layers[made.layer]
         assert layer.sealed is not None
-        layout, c = layer.sealed.tiers.plan.layout, layer.sealed.tiers.plan.layout.chunk_tokens
+        layout, c = layer.sealed.phase.plan.layout, layer.sealed.phase.plan.layout.chunk_tokens
         keys = layer.host.chunks(layout.sink_chunks, layout.sink_chunks + layout.retrievable)[made.heads, :, 0]
         keys = keys.reshape(len(made.heads), -1, keys.shape[-1]).float()
         logits = (made.query[made.heads].float() @ keys.transpose(1, 2)) * keys.shape[-1] ** -0.5

@@ -14,8 +14,9 @@ import time
 from collections import defaultdict
 from typing import Any
 
+from settings import tier_config
+
 import tieredkv
-from tieredkv.config import TierConfig
 from tieredkv.demo.answers import right_hops, right_words
 from tieredkv.memory.units import GIB
 from tieredkv.models.kv_shape import model_shape
@@ -34,7 +35,7 @@ def ask_all(scene: Any, asked: list[Any], model: Any, processor: Any, share: flo
     longest = max(len(question.words) for question in asked) + 1
     row: dict[str, float] = defaultdict(float)
     with tieredkv.open_session(
-        model, scene.frames(), gpu_kv_gb=cap, processor=processor, fps=tiny.FPS, **options
+        model, scene.frames(), tiers=tier_config(gpu_kv_gb=cap, **options), processor=processor, fps=tiny.FPS
     ) as session:
         for question in asked:
             answer = session.ask(question.text, max_new_tokens=longest)
@@ -62,13 +63,15 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=12)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.085, 0.1, 0.2])
     parser.add_argument("--first-seed", type=int, default=1_100_000)
-    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of TierConfig")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of TierConfig or of the policy"
+    )
     parser.add_argument("--quick", action="store_true", help="one short video")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.scenes, arguments.minutes, arguments.shares = 1, 4.2, [0.15]
     options = {name: json.loads(value) for name, value in (pair.split("=") for pair in arguments.set)}
-    TierConfig(**options)
+    tier_config(**options)
 
     started = time.perf_counter()
     model, processor = tiny.load()

@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 
-from tieredkv import TierConfig, TieredCache, use_attention
+from tieredkv import Policy, TierConfig, TieredCache, use_attention
 from tieredkv.cache.prefill import TextRows
 from tieredkv.environment.ambient import settled
 from tieredkv.environment.versions import cache_argument
 from tieredkv.memory.units import GIB
 from tieredkv.models.kv_shape import model_shape
 from tieredkv.ops.base import Ops
-from tieredkv.session.step_graph import Steps
+from tieredkv.session.step_graph import StepGraph
 
 SHAPES: dict[str, dict[str, int]] = {
     "7b": {
@@ -94,7 +94,7 @@ def fill(cache: TieredCache, model: Any, tokens: int) -> None:
         layer.append(keys.cpu(), values.cpu())
         even = torch.rand(2, len(keys), tokens)
         layer.rows = TextRows(torch.zeros(len(keys)), even / even.sum(-1, keepdim=True), count=32)
-    cache.text_rows = 32
+    cache.expect(replace(cache.question, rows=32))
     cache.settle()
     cache.seal()
 
@@ -132,28 +132,26 @@ class Drift:
 
 @contextmanager
 def scripted(
-    model: Any, tokens: int, ops: Ops, hit_rate: float, budget: float, room: int, **fields: Any
-) -> Iterator[tuple[TieredCache, Steps]]:
+    model: Any, tokens: int, ops: Ops, hit_rate: float, budget: float, room: int, policy: str | Policy = "hybridkv"
+) -> Iterator[tuple[TieredCache, StepGraph]]:
     """A sealed cache of `tokens` tokens whose ranks follow a script, and its steps, with memory for `room` of them.
 
-    Three more are done first: they fetch the first chunks, compile, and on a card capture the graph. fields: those of
-    `TierConfig`.
+    Three more are done first: they fetch the first chunks, compile, and on a card capture the graph.
     """
     full_gib = tokens * model_shape(model.config, model.dtype).token_bytes / GIB
-    tiers = TierConfig(gpu_kv_gb=max(0.5, full_gib), budget_ratio=budget, **fields)
+    tiers = TierConfig(gpu_kv_gb=max(0.5, full_gib), budget_ratio=budget, policy=policy)
+    drift = Drift(ops, hit_rate)
     with (
         use_attention(model),
-        TieredCache(model.config, tiers, max_new_tokens=room + 3, prompt_tokens=tokens + 256) as cache,
+        TieredCache(model.config, tiers, max_new_tokens=room + 3, prompt_tokens=tokens + 256, ops=drift.ops) as cache,
     ):
-        drift = Drift(ops, hit_rate)
-        cache.ops = drift.ops
         fill(cache, model, tokens)
         drift.begin(cache)
 
         def forward(token: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
             return model(token, **cache_argument(cache), position_ids=place).logits[:, -1]
 
-        steps = Steps(forward, cache, model.device, axes=1, position=tokens)
+        steps = StepGraph(forward, cache, model.device, axes=1, position=tokens)
         for _ in range(3):
             steps(7)
         yield cache, steps

@@ -17,7 +17,7 @@ from tieredkv.config import TierConfig
 from tieredkv.memory import limits
 from tieredkv.memory.units import GIB, as_gib
 from tieredkv.models.kv_shape import model_shape
-from tieredkv.planning import forecast, sizes
+from tieredkv.planning import admission, forecast, sizes
 from tieredkv.policy.base import Policy
 from tieredkv.policy.presets import POLICIES
 
@@ -127,7 +127,7 @@ def plans() -> str:
         for tokens in (32_768, 131_072, 262_144):
             prompt = forecast.HEAD_TOKENS + tokens + QUESTION
             layout = sizes.lay_out(TierConfig(), prompt, QUESTION, ANSWER)
-            least = sizes.smallest_cap_bytes(shape, TierConfig(), layout, QUESTION)
+            least = admission.smallest_cap_bytes(shape, TierConfig(), layout, QUESTION)
             host = sizes.host_bytes(shape, TierConfig(), prompt)
             for cap in (1.0, 2.0, 4.0):
                 row = [name, f"{tokens:,}", gib(host), as_gib(least), f"{cap:g}"]

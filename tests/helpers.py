@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import StoppingCriteria
 
+from tieredkv.config import POLICY_FIELDS
 from tieredkv.memory.units import GIB
 from tieredkv.models.kv_shape import model_shape
+from tieredkv.policy.presets import POLICIES
 from tieredkv.session.video_session import VideoSession
 
 PATIENCE_S = 60
@@ -88,6 +91,12 @@ def ended(thread: threading.Thread) -> bool:
 def cap_share(model: Any, tokens: int, share: float) -> float:
     """`gpu_kv_gb` that is `share` of a full cache of `tokens` tokens."""
     return share * tokens * model_shape(model.config, model.dtype).token_bytes / GIB
+
+
+def tier_options(policy: str = "hybridkv", **options: Any) -> dict[str, Any]:
+    """Keywords for a TierConfig or a session: fields of a policy among the options change the policy of that name."""
+    changes = {name: options.pop(name) for name in POLICY_FIELDS & options.keys()}
+    return {**options, "policy": replace(POLICIES[policy], **changes)}
 
 
 def pressed(model: Any, tokens: int, share: float) -> dict[str, float]:

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import pytest
 import typer
 from command_line import run
+from helpers import tier_options
 
 import tieredkv
 from tieredkv import cli
@@ -217,7 +218,10 @@ def test_the_policy_contributing_shows_is_one(text_model, prompt_ids, monkeypatc
     exec(compile(block, "CONTRIBUTING.md", "exec"), names)
     monkeypatch.setitem(POLICIES, "loud", names["POLICY"])
     options = {"gpu_kv_gb": 1, "budget_ratio": 0.5, "policy": "loud", "recent_window": 8, "text_window": 16}
-    with tieredkv.use_attention(text_model), tieredkv.TieredCache(text_model.config, **options) as cache:
+    with (
+        tieredkv.use_attention(text_model),
+        tieredkv.TieredCache(text_model.config, **tier_options(**options)) as cache,
+    ):
         text_model.generate(prompt_ids, **cache_argument(cache), max_new_tokens=4, do_sample=False)
         assert cache.counters.static_heads > 0
         assert cache.counters.dynamic_heads == 0

@@ -7,7 +7,7 @@ import gc
 
 import pytest
 import torch
-from helpers import assert_near, cap_share, pressed
+from helpers import assert_near, cap_share, pressed, tier_options
 from transformers import DynamicCache
 
 import tieredkv
@@ -16,7 +16,7 @@ from tieredkv.environment.versions import cache_argument
 from tieredkv.memory.copies import StreamCopies
 from tieredkv.memory.pagelock import PageLocker, aligned
 from tieredkv.memory.units import GIB
-from tieredkv.session.step_graph import Steps
+from tieredkv.session.step_graph import StepGraph
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,7 +26,7 @@ SMALL = {"chunk_tokens": 8, "text_window": 16}
 POLICIES = [
     {"pack_pages": False},
     {"theta": 2.0},
-    {"theta": 0.0, "pruning": "streaming"},
+    {"policy": "streaming"},
     {"policy": "arkvale"},
     {"policy": "snapkv"},
     {"reuse_above": 0.5, "prefetch": True},
@@ -57,7 +57,7 @@ def test_full_budget_equals_stock_transformers(on_card, long_ids, card, dtype):
 
     with torch.no_grad():
         stock = logits(DynamicCache(config=model.config))
-        with tieredkv.use_attention(model), TieredCache(model.config, gpu_kv_gb=1, **SMALL) as cache:
+        with tieredkv.use_attention(model), TieredCache(model.config, **tier_options(gpu_kv_gb=1, **SMALL)) as cache:
             tiered = logits(cache)
     if dtype == torch.float32:
         assert_near(tiered, stock)
@@ -74,7 +74,7 @@ def test_a_card_decodes_as_the_cpu_does(llama, on_card, long_ids, card, options)
         with (
             torch.no_grad(),
             tieredkv.use_attention(model),
-            TieredCache(model.config, **tiers, max_new_tokens=8, prompt_tokens=900) as cache,
+            TieredCache(model.config, **tier_options(**tiers), max_new_tokens=8, prompt_tokens=900) as cache,
         ):
             for part in ids.split(256, dim=1):
                 model(part, **cache_argument(cache))
@@ -92,7 +92,7 @@ def test_a_card_decodes_as_the_cpu_does(llama, on_card, long_ids, card, options)
 
 def decode_by_steps(model, ids, card, captured: bool, **options):
     tiers = {**pressed(model, 900, 0.6), **SMALL, **options}
-    made = TieredCache(model.config, **tiers, max_new_tokens=12)
+    made = TieredCache(model.config, **tier_options(**tiers), max_new_tokens=12)
     with torch.no_grad(), tieredkv.use_attention(model), made as cache:
         model(ids, **cache_argument(cache))
         cache.seal()
@@ -100,7 +100,7 @@ def decode_by_steps(model, ids, card, captured: bool, **options):
         def forward(token, place):
             return model(token, **cache_argument(cache), position_ids=place).logits[:, -1]
 
-        steps = Steps(forward, cache, card, axes=1, position=900)
+        steps = StepGraph(forward, cache, card, axes=1, position=900)
         if not captured:
             steps.path = "eager: asked for"
         rows = [steps(7 + i).clone() for i in range(10)]
@@ -120,7 +120,7 @@ def test_a_replayed_graph_gives_what_eager_steps_give(on_card, long_ids, card, o
 
 def test_no_step_waits_for_the_host(on_card, long_ids, card):
     ids = long_ids.to(card)
-    made = TieredCache(on_card.config, **pressed(on_card, 900, 0.6), **SMALL, max_new_tokens=8)
+    made = TieredCache(on_card.config, **tier_options(**pressed(on_card, 900, 0.6), **SMALL), max_new_tokens=8)
     token, place = torch.full((1, 1), 7, device=card), torch.full((1, 1), 900, device=card)
     with torch.no_grad(), tieredkv.use_attention(on_card), made as cache:
         on_card(ids, **cache_argument(cache))
@@ -214,7 +214,7 @@ def test_memory_for_keys_and_values_stays_below_the_cap(card):
 def test_a_session_on_a_card_answers_as_on_the_cpu(video_model, processor, frames, card, tmp_path):
     def answer(model):
         options = {**pressed(model, 280, 0.6), "processor": processor, "fps": 4, **SMALL}
-        with tieredkv.open_session(model, frames, **options) as session:
+        with tieredkv.open_session(model, frames, **tier_options(**options)) as session:
             session.save(tmp_path / "saved")
             one = session.ask("what colour was the star ?", max_new_tokens=8)
         with tieredkv.load_session(tmp_path / "saved", model, processor=processor) as session:
@@ -242,14 +242,14 @@ def test_a_model_over_two_cards_decodes_as_on_one(llama, on_card, long_ids, card
         with (
             torch.no_grad(),
             tieredkv.use_attention(model),
-            TieredCache(model.config, **tiers, max_new_tokens=8, prompt_tokens=900) as cache,
+            TieredCache(model.config, **tier_options(**tiers), max_new_tokens=8, prompt_tokens=900) as cache,
         ):
             ids = long_ids.to(card)
             model(ids, **cache_argument(cache))
             found.append(
                 torch.stack([model(ids[:, i : i + 1], **cache_argument(cache)).logits[0, -1] for i in range(6)])
             )
-            places = [layer.sealed.tiers.pool.pages.device for layer in cache.tiered_layers]
+            places = [layer.sealed.phase.pool.pages.device for layer in cache.tiered_layers]
     assert [place.index for place in places] == [0, 1, 1]
     assert_near(found[1].cpu(), found[0].cpu())
 
@@ -260,7 +260,9 @@ def test_a_session_over_two_cards_answers_as_on_one(video_model, processor, fram
 
     def answer(model):
         options = {"gpu_kv_gb": cap_share(video_model, 260, 0.9), "chunk_tokens": 8, "text_window": 8, "theta": 2.0}
-        with tieredkv.open_session(model, frames, processor=processor, fps=4, **options, budget_ratio=0.3) as session:
+        with tieredkv.open_session(
+            model, frames, processor=processor, fps=4, **tier_options(**options), budget_ratio=0.3
+        ) as session:
             return session.ask("what colour was the star ?", max_new_tokens=6).token_ids
 
     layers = {f"model.language_model.layers.{index}": int(index > 1) for index in range(4)}

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import LateCopies, pressed
+from helpers import LateCopies, pressed, tier_options
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import tieredkv
 from tieredkv import TieredCache
 from tieredkv.cache.looks import Looks
+from tieredkv.cache.question import Question
 from tieredkv.environment.versions import cache_argument
 from tieredkv.memory.host import HostLayer
 from tieredkv.ops.base import Ops
@@ -89,7 +90,7 @@ def moved(thing: Any, device: torch.device, known: dict[int, Any]) -> Any:
     return thing
 
 
-HOST = ("heads", "static", "dynamic")
+HOST = ("heads", "dynamic")
 """Attributes that are on the host."""
 
 
@@ -102,42 +103,42 @@ def to_card(thing: Any, known: dict[int, Any]) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"theta": 2.0}, {"theta": 0.0, "pruning": "streaming"}, {"policy": "arkvale"}, {"policy": "quest"},
+    [{"theta": 2.0}, {"policy": "streaming"}, {"policy": "arkvale"}, {"policy": "quest"},
      {"reuse_above": 0.5, "prefetch": True}, {"adaptive": True}, {"gpu_kv_gb": 1.0}],
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("recorded", [False, True], ids=["", "recorded"])
 def test_a_step_stays_on_the_card_and_never_waits(llama, long_ids, options, recorded):
     tiers = {**pressed(llama, 900, 1.5 if "quest" in options.values() else 0.6), "chunk_tokens": 8}
-    made = TieredCache(llama.config, **{**tiers, **options}, text_window=16, max_new_tokens=8)
+    made = TieredCache(llama.config, **tier_options(**{**tiers, **options}, text_window=16), copies=LateCopies())
     with torch.no_grad(), tieredkv.use_attention(llama), made as cache:
-        cache.copies = LateCopies()
-        cache.looks = Looks(8) if recorded else None
+        cache.expect(Question(max_new_tokens=8, looks=Looks(8) if recorded else None))
         llama(long_ids, **cache_argument(cache))
         llama(long_ids[:, :1], **cache_argument(cache))
         cache.finish()
         sealed = cache.tiered_layers[1].sealed
-    kv_heads, known = sealed.host.num_heads, {}
+    kv_heads, known = sealed.pages.host.num_heads, {}
     with FakeTensorMode():
-        host = sealed.host = HostLayer(kv_heads, 16, 8, torch.float32)
+        host = sealed.pages.host = HostLayer(kv_heads, 16, 8, torch.float32)
         host.reserve(1000)
         if sealed.retrieval is not None:
             sealed.retrieval.host = host
             to_card(sealed.retrieval.residency, known)
             to_card(sealed.retrieval, known)
         to_card(sealed, known)
-        to_card(sealed.tiers.pool, known)
-        attended = moved(sealed.tiers.attended, CARD, known)
-        fake = dataclasses.replace(sealed.tiers, ops=fake_kernels(), attended=attended)
-        sealed.tiers = fake
+        to_card(sealed.pages, known)
+        to_card(sealed.phase.pool, known)
+        chunk_mass = moved(sealed.phase.chunk_mass, CARD, known)
+        fake = dataclasses.replace(sealed.phase, ops=fake_kernels(), chunk_mass=chunk_mass)
+        sealed.phase = sealed.pages.phase = fake
         if sealed.retrieval is not None:
-            sealed.retrieval.tiers = fake
+            sealed.retrieval.phase = fake
         rows = [torch.empty(heads, 1, 16, device=CARD) for heads in (4, kv_heads, kv_heads)]
         out = sealed.steps(*rows, 0.25)
         on_card(out)
         assert out.shape == (4, 1, 16)
         with pytest.raises(DataDependentOutputException):
-            int(sealed.lengths.sum())  # what the test rests on
+            int(sealed.pages.lengths.sum())  # what the test rests on
 
 
 def test_prefill_attends_on_the_card():

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from tieredkv.models.switch import use_attention
     from tieredkv.planning.forecast import plan
     from tieredkv.planning.report import MemoryPlan
+    from tieredkv.policy.base import Policy
+    from tieredkv.policy.presets import POLICIES
     from tieredkv.session.aio import AsyncAnswerStream
     from tieredkv.session.results import Generation, IngestStats, Stats
     from tieredkv.session.stream import AnswerStream
@@ -39,6 +41,8 @@ _HOME = {
     "plan": "planning.forecast",
     "AsyncAnswerStream": "session.aio",
     "use_attention": "models.switch",
+    "POLICIES": "policy.presets",
+    "Policy": "policy.base",
     "TieredCache": "cache.tiered_cache",
     "TierConfig": "config",
     "BudgetError": "errors",
@@ -61,6 +65,7 @@ _HOME = {
 }
 
 __all__ = [
+    "POLICIES",
     "AnswerStream",
     "AsyncAnswerStream",
     "BudgetError",
@@ -71,6 +76,7 @@ __all__ = [
     "Moment",
     "OptionError",
     "OutputError",
+    "Policy",
     "PromptError",
     "SessionError",
     "Stats",

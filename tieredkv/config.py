@@ -2,33 +2,56 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
-from typing import Any
+from typing import Any, overload
 
-from tieredkv.errors import BudgetError, OptionError
+from tieredkv.errors import BudgetError, OptionError, check_value, check_whole, is_number
 from tieredkv.memory.units import GIB
 from tieredkv.policy.base import Policy
 from tieredkv.policy.presets import POLICIES
 
 DEFAULT_FPS = 2.0
 """Frames sampled per second where neither the caller nor the processor says (Qwen2.5-VL's own rate)."""
+DEFAULT_POLICY = "hybridkv"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyField:
+    """A field of a dataclass that takes a policy or the name of one in `POLICIES`, and is the policy ever after."""
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> str: ...
+    @overload
+    def __get__(self, instance: object, owner: type) -> Policy: ...
+    def __get__(self, instance: Any, owner: type) -> str | Policy:
+        return DEFAULT_POLICY if instance is None else instance._policy
+
+    def __set__(self, instance: Any, value: str | Policy) -> None:
+        object.__setattr__(instance, "_policy", find_policy(value))
+
+
+def find_policy(policy: str | Policy) -> Policy:
+    """A policy by its name in `POLICIES`; a `Policy` as it is. Raises `OptionError` when there is none of that name."""
+    if isinstance(policy, Policy):
+        return policy
+    known = isinstance(policy, str) and policy in POLICIES
+    check_value(known, "policy", policy, f"one of {', '.join(POLICIES)}, or a Policy")
+    return POLICIES[policy]
+
+
+@dataclass(frozen=True, kw_only=True)
 class TierConfig:
     """Settings of one tiered cache. Immutable; `dataclasses.replace` makes a changed copy.
 
-    Raises `BudgetError` on construction when a value is outside its range.
+    Raises `BudgetError` on construction when a memory size is outside its range, `OptionError` when another value is.
     """
 
     gpu_kv_gb: float = 4.0
     """Hard cap, in GiB, on the device memory that keys and values may occupy: pool, digests, staging, scores."""
     chunk_tokens: int = 8
     """C: tokens in one chunk, the unit of transfer and of a device page."""
-    policy: str = "hybridkv"
-    """What is kept and what is fetched: a name in `POLICIES`, listed by `tieredkv policies`."""
+    policy: PolicyField = PolicyField()
+    """What is kept and what is fetched: a `Policy`, or a name in `POLICIES`, listed by `tieredkv policies`, which is
+    replaced by the policy of that name. Another theta: `replace(POLICIES["hybridkv"], theta=0.9)`."""
     budget_ratio: float | None = None
     """Mean share of the prompt a head attends to per step; None: as much as fits under `gpu_kv_gb`."""
     spare_ratio: float = 0.2
@@ -54,74 +77,30 @@ class TierConfig:
     prefetch: bool = True
     """Where a step may attend to the chunks chosen a step before (`reuse_above`), copy them meanwhile."""
 
-    head_score: str | None = None
-    """This and what follows change one field of the policy, which says what it means (`policy.base.Policy`); None
-    leaves it as it is."""
-    theta: float | None = None
-    top_k_ratio: float | None = None
-    text_window: int | None = None
-    score_group: str | None = None
-    type_split: float | None = None
-    static_weight: str | None = None
-    static_floor: float | None = None
-    dynamic_floor: float | None = None
-    saliency_window: int | None = None
-    saliency_pool: int | None = None
-    pruning: str | None = None
-    """Prune static heads by the rule of the policy of this name."""
-    digest: str | None = None
-    digest_bits: int | None = None
-    chunk_group: str | None = None
-    stay: float | None = None
-    dense_layers: int | None = None
-    reuse_above: float | None = None
-
     def __post_init__(self) -> None:
-        def check(ok: bool, name: str, want: str) -> None:
-            if not ok:
-                raise BudgetError(f"{name}={getattr(self, name)!r} is not valid: give {want}.")
+        def wanted(ok: bool, name: str, want: str, error: type[BudgetError | OptionError] = OptionError) -> None:
+            check_value(ok, name, getattr(self, name), want, error)
 
-        def is_number(value: object) -> bool:
-            return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-        for name in ("gpu_kv_gb", "spare_ratio"):
-            check(is_number(getattr(self, name)), name, "a finite number")
-        check(
-            0 < self.gpu_kv_gb <= 2**20,
-            "gpu_kv_gb",
-            "a number of GiB above 0 (fractions are allowed) and at most 2**20",
-        )
+        device, host, ratio = self.gpu_kv_gb, self.host_kv_gb, self.budget_ratio
+        size = "a number of GiB above 0 (fractions are allowed) and at most 2**20"
+        wanted(is_number(device) and 0 < device <= 2**20, "gpu_kv_gb", size, BudgetError)
+        wanted(host is None or (is_number(host) and host > 0), "host_kv_gb", "None or a number above 0", BudgetError)
         for name in ("chunk_tokens", "prefill_chunk"):
-            value = getattr(self, name)
-            check(isinstance(value, int) and value >= 1, name, "a whole number of at least 1")
-        for name in ("encode_batch", "host_kv_gb"):
-            value, whole = getattr(self, name), name == "encode_batch"
-            good = is_number(value) and value > 0 and (not whole or isinstance(value, int))
-            check(value is None or good, name, f"None or a {'whole ' if whole else ''}number above 0")
+            check_whole(name, getattr(self, name))
         for name in ("sink_tokens", "recent_window"):
-            value = getattr(self, name)
-            check(isinstance(value, int) and value >= 0, name, "a whole number of at least 0")
-        check(0 <= self.spare_ratio < 1, "spare_ratio", "a share of at least 0 and below 1")
-        check(
-            self.budget_ratio is None or (is_number(self.budget_ratio) and 0 < self.budget_ratio <= 1),
-            "budget_ratio",
-            "None or a share above 0 and at most 1",
-        )
-        for name in ("policy", "pruning"):
-            value = getattr(self, name)
-            known = isinstance(value, str) and value in POLICIES
-            check(known or (value is None and name == "pruning"), name, f"one of {', '.join(POLICIES)}")
+            check_whole(name, getattr(self, name), 0)
+        if self.encode_batch is not None:
+            check_whole("encode_batch", self.encode_batch)
+        share = is_number(self.spare_ratio) and 0 <= self.spare_ratio < 1
+        wanted(share, "spare_ratio", "a share of at least 0 and below 1")
+        share = ratio is None or (is_number(ratio) and 0 < ratio <= 1)
+        wanted(share, "budget_ratio", "None or a share above 0 and at most 1")
         for name in ("adaptive", "pack_pages", "prefetch"):
-            check(isinstance(getattr(self, name), bool), name, "True or False")
-        method = _method.__wrapped__(self)  # raises where a field does not suit the policy
+            wanted(isinstance(getattr(self, name), bool), name, "True or False")
         if self.adaptive:
-            check(method.digest == "sketch", "adaptive", "digest='sketch' with it: others do not tell what goes unseen")
-            check(method.reuse_above > 1, "adaptive", "no reuse_above with it: a reused choice has the size it had")
-
-    @property
-    def method(self) -> Policy:
-        """The policy with the fields that are given here."""
-        return _method(self)
+            estimates = self.policy.digest == "sketch"
+            wanted(estimates, "adaptive", "it with digest='sketch': others do not estimate the mass that goes unseen")
+            wanted(self.policy.reuse_above > 1, "adaptive", "it without reuse_above: a reused choice keeps its size")
 
     @property
     def cap_bytes(self) -> int:
@@ -129,28 +108,86 @@ class TierConfig:
         return int(self.gpu_kv_gb * GIB)
 
 
-OVERRIDES = tuple({field.name for field in fields(TierConfig)} & {field.name for field in fields(Policy)})
-"""Fields of a policy that a `TierConfig` can change."""
+FIELDS = frozenset(field.name for field in fields(TierConfig))
+POLICY_FIELDS = frozenset(field.name for field in fields(Policy))
 
 
-@lru_cache(maxsize=256)
-def _method(tiers: TierConfig) -> Policy:
-    changes = {name: getattr(tiers, name) for name in OVERRIDES if getattr(tiers, name) is not None}
-    if tiers.pruning is not None:
-        changes |= {"rank": POLICIES[tiers.pruning].rank, "merge": POLICIES[tiers.pruning].merge}
-    return replace(POLICIES[tiers.policy], **changes)
-
-
-def tier_config(tiers: TierConfig | None, fields: dict[str, Any]) -> TierConfig:
-    """`tiers`, or one made of its fields; fields that are None were not given. Raises `OptionError`, `BudgetError`."""
-    given = {name: value for name, value in fields.items() if value is not None}
+def tier_config(tiers: TierConfig | None, options: dict[str, Any]) -> TierConfig:
+    """`tiers`, or a TierConfig of the options that are not None. Raises `OptionError`, `BudgetError`."""
+    given = {name: value for name, value in options.items() if value is not None}
     if tiers is None:
-        try:
-            return TierConfig(**given)
-        except TypeError as error:
-            raise OptionError(f"{error}; the options are the fields of TierConfig.") from None
+        refuse_policy_fields(given)
+        if unknown := sorted(given.keys() - FIELDS):
+            raise OptionError(f"{unknown[0]!r} is not an option: the options are the fields of TierConfig.")
+        return TierConfig(**given)
     if not isinstance(tiers, TierConfig):
         raise OptionError(f"tiers is a {type(tiers).__name__}: give a TierConfig, or its fields as keywords.")
     if given:
         raise OptionError(f"give either tiers or {', '.join(sorted(given))}, not both.")
     return tiers
+
+
+def refuse_policy_fields(options: dict[str, Any]) -> None:
+    """Raise `OptionError` for an option that is a field of a policy, saying how to change that."""
+    changes = {name: f"{name}=..." for name in POLICY_FIELDS}
+    changes["pruning"] = "rank=POLICIES['snapkv'].rank"
+    for name in options:
+        if name in changes:
+            preset = options.get("policy")
+            preset = preset if isinstance(preset, str) else DEFAULT_POLICY
+            raise OptionError(
+                f"{name!r} belongs to the policy: give policy=replace(POLICIES[{preset!r}], {changes[name]}), with "
+                "dataclasses.replace and tieredkv.POLICIES."
+            )
+
+
+# ---- settings in a file
+
+RULES = ("rank", "merge")
+"""Fields of a policy that are functions: a file holds the name of the preset that they come from."""
+
+
+def tiers_as_plain(tiers: TierConfig) -> dict[str, Any]:
+    """Settings as JSON values, for `tiers_from_file`: of the policy its preset and the fields that differ."""
+    policy = tiers.policy
+    preset = POLICIES.get(policy.name, POLICIES[DEFAULT_POLICY])
+    plain: dict[str, Any] = {"preset": preset.name}
+    for name in sorted(POLICY_FIELDS):
+        value = getattr(policy, name)
+        if value != getattr(preset, name):
+            plain[name] = _preset_with(name, value) if name in RULES else value
+    return {**{name: getattr(tiers, name) for name in sorted(FIELDS)}, "policy": plain}
+
+
+def _preset_with(rule: str, value: Any) -> str | None:
+    """Name of the preset that has this function for a rule; None: no preset has."""
+    return next((name for name, preset in POLICIES.items() if getattr(preset, rule) == value), None)
+
+
+def tiers_from_file(plain: dict[str, Any], policy: str | Policy | None = None) -> TierConfig:
+    """The settings that `tiers_as_plain` wrote, or earlier versions, without fields that a later version has added.
+
+    policy: instead of the one in the file, which is then not read. Raises `OptionError` when the file's policy is not
+    known here, or has functions of the user's own, which no file holds.
+    """
+    given = {name: value for name, value in plain.items() if name in FIELDS}
+    given["policy"] = _stored_policy(plain) if policy is None else policy
+    return TierConfig(**given)
+
+
+def _stored_policy(plain: dict[str, Any]) -> Policy:
+    stored = plain.get("policy", DEFAULT_POLICY)
+    if isinstance(stored, dict):
+        preset = find_policy(stored["preset"])
+        changes = {name: value for name, value in stored.items() if name in POLICY_FIELDS}
+    else:  # a name, and beside it the fields that were changed, the others None
+        preset = find_policy(stored)
+        changes = {name: plain[name] for name in POLICY_FIELDS if plain.get(name) is not None}
+        if plain.get("pruning") is not None:
+            changes |= dict.fromkeys(RULES, plain["pruning"])
+    for rule in changes.keys() & set(RULES):
+        if changes[rule] is None:
+            name = changes.get("name", preset.name)
+            raise OptionError(f"the saved policy {name!r} has a {rule} of its own, which no file holds: give policy=.")
+        changes[rule] = getattr(find_policy(changes[rule]), rule)
+    return replace(preset, **changes)

@@ -1,15 +1,20 @@
-"""Errors that are the user's to mend: one sentence that says what was wrong and what to do.
+"""Errors that the user can fix, each a sentence that says what was wrong and what to do; and checks of plain values.
 
-The command line turns each of these into that sentence on stderr and exit code 2.
+The command line prints that sentence to stderr and exits with code 2.
 """
+
+from __future__ import annotations
+
+import math
+from typing import TypeGuard
 
 
 class TieredKVError(Exception):
-    """Base of every error that a change of the input or the settings can mend."""
+    """Base of every error that a change of the input or the settings can fix."""
 
 
 class BudgetError(TieredKVError, ValueError):
-    """A memory budget is malformed, or too small for what was asked; says the smallest that works."""
+    """A memory size is not valid, or too small for what was asked; names the smallest that works."""
 
 
 class VideoError(TieredKVError, ValueError):
@@ -21,11 +26,11 @@ class UnsupportedModelError(TieredKVError, ValueError):
 
 
 class OptionError(TieredKVError, TypeError):
-    """A generation option is unknown or not supported here."""
+    """An option is unknown, has a value out of its range, or is not supported here."""
 
 
 class PromptError(TieredKVError, ValueError):
-    """The prompt is empty, or holds a token that only the runtime may write."""
+    """The prompt is empty, or contains a token that only the runtime may write."""
 
 
 class SessionError(TieredKVError, ValueError):
@@ -38,6 +43,23 @@ class OutputError(TieredKVError, OSError):
 
 class BatchError(TieredKVError, ValueError):
     """A file of questions or of answers cannot be used as it is; says which line, and what is wrong with it."""
+
+
+def check_value(ok: bool, name: str, value: object, want: str, error: type[TieredKVError] = OptionError) -> None:
+    """Raise `error`, which names the value and what to give instead, unless `ok`."""
+    if not ok:
+        raise error(f"{name}={value!r} is not valid: give {want}.")
+
+
+def check_whole(name: str, value: object, least: int = 1, error: type[TieredKVError] = OptionError) -> None:
+    """Raise `error` unless `value` is a whole number of at least `least`; a bool is not."""
+    whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
+    check_value(whole, name, value, f"a whole number of at least {least}", error)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether `value` is a finite int or float; a bool is neither."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 FAILURES = (TieredKVError, RuntimeError, MemoryError, ValueError, TypeError, OSError)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import assert_near
+from helpers import assert_near, cap_share, pressed, tier_options
 
 import tieredkv
 from tieredkv.cache.tiered_cache import TieredCache
@@ -112,11 +112,12 @@ def test_an_unknown_tier_option_is_refused(llama):
 
 
 def test_small_budgets_still_answer_and_say_what_they_did(llama, long_ids):
-    from helpers import cap_share
-
     options = {"gpu_kv_gb": cap_share(llama, 900, 0.35), "text_window": 16, "theta": 2, "reuse_above": -1.0}
     options["pack_pages"] = False
-    with tieredkv.use_attention(llama), TieredCache(llama.config, max_new_tokens=20, **options) as cache:
+    with (
+        tieredkv.use_attention(llama),
+        TieredCache(llama.config, max_new_tokens=20, **tier_options(**options)) as cache,
+    ):
         out = llama.generate(long_ids, **cache_argument(cache), max_new_tokens=20, do_sample=False)
         cache.finish()
     assert out.shape[1] == 920
@@ -128,11 +129,11 @@ def test_small_budgets_still_answer_and_say_what_they_did(llama, long_ids):
 
 @pytest.mark.parametrize("chunk", [100, 299])
 def test_a_prompt_that_ends_in_a_single_token_is_prefilled_when_its_length_is_known(llama, long_ids, chunk):
-    from helpers import cap_share
-
     ids = long_ids[:, : 2 * chunk + 1]
     want = llama(ids).logits[:, -1]
-    tiers = tieredkv.TierConfig(gpu_kv_gb=cap_share(llama, ids.shape[1], 1.0), chunk_tokens=8, text_window=16)
+    tiers = tieredkv.TierConfig(
+        **tier_options(gpu_kv_gb=cap_share(llama, ids.shape[1], 1.0), chunk_tokens=8, text_window=16)
+    )
     made = TieredCache(llama.config, tiers, max_new_tokens=4, prompt_tokens=ids.shape[1])
     with torch.no_grad(), tieredkv.use_attention(llama), made as cache:
         for part in ids.split(chunk, dim=1):
@@ -144,13 +145,11 @@ def test_a_prompt_that_ends_in_a_single_token_is_prefilled_when_its_length_is_kn
 
 
 def test_prefill_is_exact_when_the_past_is_streamed_in_many_blocks(llama, long_ids):
-    from helpers import cap_share
-
     want = llama(long_ids).logits
-    tiers = tieredkv.TierConfig(gpu_kv_gb=cap_share(llama, 900, 0.1), chunk_tokens=8, text_window=4)
+    tiers = tieredkv.TierConfig(**tier_options(gpu_kv_gb=cap_share(llama, 900, 0.1), chunk_tokens=8, text_window=4))
     with torch.no_grad(), tieredkv.use_attention(llama), TieredCache(llama.config, tiers) as cache:
         parts = [llama(part, **cache_argument(cache)).logits for part in long_ids.split(130, dim=1)]
-        assert cache.transfer.streamed_bytes > 3 * 900 * cache.shape.token_bytes
+        assert cache.device_tier.transfer.streamed_bytes > 3 * 900 * cache.shape.token_bytes
         assert cache.ledger.peak_bytes <= cache.ledger.cap_bytes
     assert_near(torch.cat(parts, dim=1), want)
 
@@ -180,9 +179,7 @@ def test_generating_from_a_cropped_prompt_equals_stock(llama, prompt_ids):
 
 
 def test_a_seal_that_does_not_fit_leaves_the_cache_in_prefill(llama, prompt_ids):
-    from helpers import pressed
-
-    tiers = tieredkv.TierConfig(**pressed(llama, 300, 0.5), chunk_tokens=8, text_window=16)
+    tiers = tieredkv.TierConfig(**tier_options(**pressed(llama, 300, 0.5), chunk_tokens=8, text_window=16))
     with torch.no_grad(), tieredkv.use_attention(llama), TieredCache(llama.config, tiers, max_new_tokens=500) as cache:
         llama(prompt_ids[:, :250], **cache_argument(cache))
         with pytest.raises(tieredkv.BudgetError):
@@ -198,9 +195,7 @@ def test_the_host_tier_keeps_no_autograd_graph(llama, prompt_ids):
 
 
 def test_a_fault_in_the_last_layers_step_is_noticed(llama, long_ids, monkeypatch):
-    from helpers import pressed
-
-    tiers = tieredkv.TierConfig(**pressed(llama, 900, 0.4), chunk_tokens=8, text_window=16, theta=2)
+    tiers = tieredkv.TierConfig(**tier_options(**pressed(llama, 900, 0.4), chunk_tokens=8, text_window=16, theta=2))
     made = TieredCache(llama.config, tiers, max_new_tokens=8)
     with torch.no_grad(), tieredkv.use_attention(llama), made as cache:
         llama(long_ids, **cache_argument(cache))

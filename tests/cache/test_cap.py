@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import assert_near, cap_share, pressed
+from helpers import assert_near, cap_share, pressed, tier_options
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -33,10 +33,10 @@ def watched(monkeypatch):
 @pytest.mark.parametrize("theta", [0.0, 0.4, 2.0])
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
 def test_the_cap_holds_at_every_step(llama, long_ids, watched, theta, share):
-    options = {"chunk_tokens": 8, "text_window": 16, "recent_window": 8, "prefill_chunk": 64}
+    options = {"theta": theta, "chunk_tokens": 8, "text_window": 16, "recent_window": 8, "prefill_chunk": 64}
     with (
         tieredkv.use_attention(llama),
-        TieredCache(llama.config, **pressed(llama, 900, share), theta=theta, max_new_tokens=30, **options) as cache,
+        TieredCache(llama.config, **tier_options(**pressed(llama, 900, share), **options), max_new_tokens=30) as cache,
     ):
         llama.generate(long_ids, **cache_argument(cache), max_new_tokens=30, do_sample=False)
         assert cache.ledger.peak_bytes <= cache.ledger.cap_bytes
@@ -48,19 +48,19 @@ def test_the_ledger_counts_every_byte_of_pool_and_digests(llama, long_ids):
     with (
         tieredkv.use_attention(llama),
         TieredCache(
-            llama.config, **pressed(llama, 900, 0.5), chunk_tokens=8, text_window=16, max_new_tokens=9
+            llama.config, **tier_options(**pressed(llama, 900, 0.5), chunk_tokens=8, text_window=16), max_new_tokens=9
         ) as cache,
     ):
         llama.generate(long_ids, **cache_argument(cache), max_new_tokens=4, do_sample=False)
-        held = cache.ledger.held()
+        held = cache.ledger.by_purpose()
         layers = [layer.sealed for layer in cache.tiered_layers]
-        assert held["pool"] == cache._pools[0].pages.nbytes + cache._pools[0].scales.nbytes
+        assert held["pool"] == cache.device_tier.pools[0].pages.nbytes + cache.device_tier.pools[0].scales.nbytes
         assert held["digests"] == sum(
             s.retrieval.ranking_bytes for s in layers if s.retrieval is not None and s.retrieval.digests is not None
         )
-        tables = sum(t.numel() * 4 for s in layers for t in (s.table, s.lengths))
+        tables = sum(t.numel() * 4 for s in layers for t in (s.pages.table, s.pages.lengths))
         tables += sum(s.retrieval.residency.nbytes for s in layers if len(s.dynamic))
-        tables += layers[0].tiers.attended.nbytes + sum(s.packing.norms.nbytes for s in layers)
+        tables += layers[0].phase.chunk_mass.nbytes + sum(s.pages.packing.norms.nbytes for s in layers)
         assert held["tables"] == tables
         assert set(held) <= {"pool", "digests", "tables"}
 
@@ -74,7 +74,9 @@ def test_the_host_tier_holds_every_prompt_token_exactly(llama, long_ids):
     with (
         tieredkv.use_attention(llama),
         TieredCache(
-            llama.config, gpu_kv_gb=cap_share(llama, 900, 0.5), chunk_tokens=8, text_window=16, max_new_tokens=9
+            llama.config,
+            **tier_options(gpu_kv_gb=cap_share(llama, 900, 0.5), chunk_tokens=8, text_window=16),
+            max_new_tokens=9,
         ) as cache,
     ):
         llama.generate(long_ids, **cache_argument(cache), max_new_tokens=9, do_sample=False)
@@ -90,24 +92,25 @@ def test_pool_and_tables_stay_sound_while_decoding(llama, long_ids, data):
     """Pages in the pool are what the tables say they are, after every step."""
     share, theta = data.draw(st.floats(0.4, 0.9)), data.draw(st.sampled_from([0.0, 0.4, 2.0]))
     length = data.draw(st.integers(300, 900))
-    options = {"chunk_tokens": data.draw(st.sampled_from([4, 8])), "text_window": 16, "recent_window": 8}
+    chunk = data.draw(st.sampled_from([4, 8]))
+    options = {"theta": theta, "chunk_tokens": chunk, "text_window": 16, "recent_window": 8}
     options["pack_pages"] = data.draw(st.booleans())
     with (
         tieredkv.use_attention(llama),
         torch.no_grad(),
-        TieredCache(llama.config, **pressed(llama, 900, share), theta=theta, max_new_tokens=12, **options) as cache,
+        TieredCache(llama.config, **tier_options(**pressed(llama, 900, share), **options), max_new_tokens=12) as cache,
     ):
         llama(long_ids[:, :length], **cache_argument(cache))
         for step in range(12):
             llama(long_ids[:, step : step + 1], **cache_argument(cache))
             cache.finish()
-            cache._pools[0].check_integrity()
+            cache.device_tier.pools[0].check_integrity()
             for layer in cache.tiered_layers:
                 sealed = layer.sealed
                 if not len(sealed.dynamic):
                     continue
                 sealed.retrieval.residency.check_integrity()
-                chunks, sinks = layer.host.chunks(), sealed.tiers.plan.layout.sink_chunks
+                chunks, sinks = layer.host.chunks(), sealed.phase.plan.layout.sink_chunks
                 for row, head in enumerate(sealed.dynamic.tolist()):
                     for slot, chunk in zip(
                         sealed.retrieval.residency.slots[row].tolist(),
@@ -115,9 +118,9 @@ def test_pool_and_tables_stay_sound_while_decoding(llama, long_ids, data):
                         strict=True,
                     ):
                         if chunk >= 0:
-                            want, pool = chunks[head, sinks + chunk], cache._pools[0]
-                            if sealed.packing is not None:
-                                want, scales = pack(want, sealed.packing.norms[head].unsqueeze(1))
+                            want, pool = chunks[head, sinks + chunk], cache.device_tier.pools[0]
+                            if sealed.pages.packing is not None:
+                                want, scales = pack(want, sealed.pages.packing.norms[head].unsqueeze(1))
                                 assert torch.equal(pool.scales[slot], scales)
                             assert torch.equal(pool.pages[slot], want)
 
@@ -132,7 +135,7 @@ def test_more_generated_tokens_than_reserved_is_an_error(llama, prompt_ids):
 
 
 def test_a_cap_too_small_is_refused_naming_one_that_works(llama, long_ids):
-    tiers = {"chunk_tokens": 8, "text_window": 16}
+    tiers = tier_options(chunk_tokens=8, text_window=16)
     with tieredkv.use_attention(llama):
         with (
             TieredCache(llama.config, gpu_kv_gb=1e-6, max_new_tokens=8, **tiers) as cache,

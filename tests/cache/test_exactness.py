@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import assert_near, session_logits, stock_inputs, stock_logits
+from helpers import assert_near, pressed, session_logits, stock_inputs, stock_logits, tier_options
 
 import tieredkv
+from tieredkv.cache.question import CONTEXT, Question
 from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.environment.versions import cache_argument
 
@@ -16,7 +17,10 @@ THETAS = pytest.mark.parametrize("theta", [0.0, 2.0], ids=["all static", "all dy
 @THETAS
 def test_text_model_through_generate(text_model, prompt_ids, theta):
     stock = stock_logits(text_model, {"input_ids": prompt_ids}, 24)
-    with tieredkv.use_attention(text_model), TieredCache(text_model.config, gpu_kv_gb=1, theta=theta) as cache:
+    with (
+        tieredkv.use_attention(text_model),
+        TieredCache(text_model.config, **tier_options(gpu_kv_gb=1, theta=theta)) as cache,
+    ):
         tiered = stock_logits(text_model, {"input_ids": prompt_ids}, 24, **cache_argument(cache))
     assert_near(tiered, stock)
 
@@ -26,7 +30,7 @@ def test_text_model_prefilled_in_chunks(text_model, prompt_ids, chunk):
     stock = text_model(prompt_ids).logits
     tiers = tieredkv.TierConfig(gpu_kv_gb=1, chunk_tokens=16)
     with torch.no_grad(), tieredkv.use_attention(text_model), TieredCache(text_model.config, tiers) as cache:
-        cache.auto_seal = False
+        cache.expect(Question(prompt_tokens=300))
         parts = [text_model(part, **cache_argument(cache)).logits for part in prompt_ids.split(chunk, dim=1)]
     assert_near(torch.cat(parts, dim=1), stock)
 
@@ -43,7 +47,10 @@ def test_second_turn_in_the_same_cache(text_model, prompt_ids, theta):
     from transformers import DynamicCache
 
     stock = two_turns(DynamicCache(config=text_model.config))
-    with tieredkv.use_attention(text_model), TieredCache(text_model.config, gpu_kv_gb=1, theta=theta) as cache:
+    with (
+        tieredkv.use_attention(text_model),
+        TieredCache(text_model.config, **tier_options(gpu_kv_gb=1, theta=theta)) as cache,
+    ):
         tiered = two_turns(cache)
     assert_near(tiered, stock)
 
@@ -58,7 +65,7 @@ def test_video_model_over_two_questions(video_model, processor, frames, theta, p
         processor=processor,
         fps=4,
         positions="stock",
-        theta=theta,
+        **tier_options(theta=theta),
         prefill_chunk=prefill_chunk,
     ) as session:
         for question in ("what colour was the star ?", "follow the moon for 4 ?"):
@@ -114,8 +121,6 @@ def test_copies_that_lag_behind_change_nothing(llama, long_ids, known, monkeypat
     import random
     import time
 
-    from helpers import pressed
-
     from tieredkv.memory.copies import Transfer
     from tieredkv.memory.host import HostLayer
 
@@ -130,14 +135,14 @@ def test_copies_that_lag_behind_change_nothing(llama, long_ids, known, monkeypat
         return run
 
     stock = llama(long_ids).logits
-    monkeypatch.setattr("tieredkv.planning.sizes.STAGING_TOKENS", 64)
+    monkeypatch.setattr("tieredkv.planning.prefill_plan.STAGING_TOKENS", 64)
     monkeypatch.setattr(Transfer, "stage", late(stage))
     monkeypatch.setattr(HostLayer, "write", late(write))
     options = {**pressed(llama, 900, 0.5), "chunk_tokens": 8, "text_window": 8, "prompt_tokens": known}
-    with torch.no_grad(), tieredkv.use_attention(llama), TieredCache(llama.config, **options) as cache:
-        cache.auto_seal, cache.text_rows = False, 0
+    with torch.no_grad(), tieredkv.use_attention(llama), TieredCache(llama.config, **tier_options(**options)) as cache:
+        cache.expect(CONTEXT)
         parts = [llama(part, **cache_argument(cache)).logits for part in long_ids.split(70, dim=1)]
-        assert cache.transfer.streamed_bytes > 0
-        resident = cache.tiered_layers[0].resident
+        assert cache.device_tier.transfer.streamed_bytes > 0
+        resident = cache.device_tier.residents.get(0)
         assert (resident is not None and resident.length > 0) == (known > 0)
     assert_near(torch.cat(parts, dim=1), stock)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import text_config
-from helpers import assert_near, pressed, stock_logits
+from helpers import assert_near, pressed, stock_logits, tier_options
 
 import tieredkv
 from tieredkv.cache.tiered_cache import TieredCache
@@ -34,8 +34,11 @@ def test_a_window_layer_holds_its_window_and_no_more(gemma, long_ids):
 
 
 def test_a_small_cap_is_kept(gemma, long_ids):
-    options = {**pressed(gemma, 900, 0.4), "chunk_tokens": 8, "text_window": 8, "max_new_tokens": 12}
-    with tieredkv.use_attention(gemma), TieredCache(gemma.config, **options, prompt_tokens=900) as cache:
+    options = {**pressed(gemma, 900, 0.4), "chunk_tokens": 8, "text_window": 8}
+    with (
+        tieredkv.use_attention(gemma),
+        TieredCache(gemma.config, **tier_options(**options), max_new_tokens=12, prompt_tokens=900) as cache,
+    ):
         gemma.generate(long_ids, **cache_argument(cache), max_new_tokens=12, do_sample=False)
         assert 0 < cache.ledger.peak_bytes <= cache.tiers.cap_bytes
         assert cache.counters.dynamic_heads > 0
@@ -45,7 +48,6 @@ def test_going_back_within_the_window_is_exact_and_beyond_it_refused(gemma, long
     more = torch.cat((long_ids[:, :20], long_ids[:, 40:45]), dim=1)
     stock = stock_logits(gemma, {"input_ids": more}, 1)
     with torch.no_grad(), tieredkv.use_attention(gemma), TieredCache(gemma.config, gpu_kv_gb=1) as cache:
-        cache.auto_seal = False
         gemma(long_ids[:, :30], **cache_argument(cache))
         cache.crop(-10)
         out = gemma(long_ids[:, 40:45], **cache_argument(cache)).logits[:, -1]
@@ -74,7 +76,6 @@ def test_queries_are_attended_for_in_blocks(gemma, long_ids, rows, monkeypatch):
     stock = gemma(long_ids[:, :300]).logits
     monkeypatch.setattr("tieredkv.cache.sliding_layer.ROWS", rows)
     with torch.no_grad(), tieredkv.use_attention(gemma), TieredCache(gemma.config, gpu_kv_gb=1) as cache:
-        cache.auto_seal = False
         parts = [gemma(part, **cache_argument(cache)).logits for part in long_ids[:, :300].split(130, dim=1)]
     assert_near(torch.cat(parts, dim=1), stock)
 
@@ -85,7 +86,6 @@ def test_an_interrupted_forward_is_noticed(gemma, long_ids, broken):
         raise KeyboardInterrupt
 
     with torch.no_grad(), tieredkv.use_attention(gemma), TieredCache(gemma.config, gpu_kv_gb=1) as cache:
-        cache.auto_seal = False
         gemma(long_ids[:, :20], **cache_argument(cache))
         hook = gemma.model.layers[broken].register_forward_pre_hook(interrupt)
         with pytest.raises(KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""What a caller's script has set in torch changes no answer, but where it changes stock transformers' too."""
+"""torch settings of a user's script change no answer, except as they change stock transformers' answers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from families import BUILD, build
-from helpers import RecordLogits, session_logits, stock_inputs, stock_logits
+from helpers import RecordLogits, session_logits, stock_inputs, stock_logits, tier_options
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tieredkv
@@ -48,7 +48,7 @@ def restored(setting, getting, value):
 
 @contextmanager
 def default_device(name):
-    """As `torch.set_default_device` sets it, and not as a context manager does."""
+    """Set by `torch.set_default_device`, not by a context manager."""
     torch.set_default_device(name)
     try:
         yield
@@ -77,7 +77,7 @@ STATES = {
     "default device": lambda: default_device("meta"),
     "deterministic, memory filled": deterministic,
     "one thread": lambda: restored(torch.set_num_threads, torch.get_num_threads, 1),
-    "anomalies looked for": torch.autograd.detect_anomaly,
+    "anomaly detection": torch.autograd.detect_anomaly,
 }
 
 
@@ -87,26 +87,26 @@ def few(frames):
 
 
 @pytest.fixture
-def roads(video_model, processor, few, tmp_path):
-    """What is answered on every main road, to the bit."""
+def answers(video_model, processor, few, tmp_path):
+    """A function that returns the answers of every entry point, by name, with logits."""
 
     def logits(session, **options):
         record = RecordLogits()
-        made = session.ask(QUESTION, **OPTIONS, logits_processor=[record], **options)
-        return made.token_ids, torch.cat(record.seen), made.evidence
-
-    def seen(made):
-        token_ids, scores, evidence = made
-        return token_ids, scores, evidence and (evidence.moments, evidence.heat, evidence.tokens)
+        answer = session.ask(QUESTION, **OPTIONS, logits_processor=[record], **options)
+        evidence = answer.evidence
+        plain = evidence and (evidence.moments, evidence.heat, evidence.tokens)
+        return answer.token_ids, torch.cat(record.seen), plain
 
     def take():
         yield (
             "generate",
-            tieredkv.generate(video_model, few, QUESTION, processor=processor, **TIGHT, **OPTIONS).token_ids,
+            tieredkv.generate(
+                video_model, few, QUESTION, processor=processor, **tier_options(**TIGHT), **OPTIONS
+            ).token_ids,
         )
-        with tieredkv.open_session(video_model, few, processor=processor, **TIGHT) as session:
-            yield "ask", seen(logits(session, evidence="tokens"))
-            yield "no evidence", seen(logits(session, evidence=False))
+        with tieredkv.open_session(video_model, few, processor=processor, **tier_options(**TIGHT)) as session:
+            yield "ask", logits(session, evidence="tokens")
+            yield "no evidence", logits(session, evidence=False)
             yield "chat", [session.chat(QUESTION, **OPTIONS).token_ids for _ in range(2)]
             with session.ask(QUESTION, stream=True, **OPTIONS) as stream:
                 yield "stream", list(stream)
@@ -114,7 +114,7 @@ def roads(video_model, processor, few, tmp_path):
             session.save(tmp_path / "session.tkv")
         for more in ({}, {"policy": "full"}, {"prefill_chunk": 32, "gpu_kv_gb": 0.0005}):
             with tieredkv.load_session(tmp_path / "session.tkv", video_model, processor=processor, **more) as loaded:
-                yield f"loaded {more}", seen(logits(loaded))
+                yield f"loaded {more}", logits(loaded)
 
     return lambda: dict(take())
 
@@ -129,23 +129,23 @@ def same(ours, plain):
 
 @pytest.fixture(scope="module")
 def plain():
-    """Roads as they are when nothing is set, taken once."""
+    """The answers when nothing is set, computed once."""
     return {}
 
 
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
 @pytest.mark.parametrize("state", STATES)
-def test_what_the_caller_has_set_changes_no_answer(roads, plain, state):
-    plain = plain or plain.update(roads()) or plain
+def test_settings_of_the_caller_change_no_answer(answers, plain, state):
+    plain = plain or plain.update(answers()) or plain
     with STATES[state]():
-        ours = roads()
+        ours = answers()
     assert ours.keys() == plain.keys()
-    assert [road for road in plain if not same(ours[road], plain[road])] == []
+    assert [name for name in plain if not same(ours[name], plain[name])] == []
 
 
 @contextmanager
 def everything(dtype):
-    """All at once, but for the modes that exclude each other."""
+    """All settings at once, except those that exclude each other."""
     with STATES["in a device's context"](), STATES["inference mode"](), deterministic():
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
@@ -157,9 +157,11 @@ def everything(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("policy", POLICIES)
-def test_no_policy_minds_what_the_caller_has_set(video_model, processor, few, policy, dtype):
+def test_settings_of_the_caller_change_no_answer_under_any_policy(video_model, processor, few, policy, dtype):
     def answer():
-        with tieredkv.open_session(video_model, few, processor=processor, policy=policy, **TIGHT) as session:
+        with tieredkv.open_session(
+            video_model, few, processor=processor, **tier_options(policy=policy, **TIGHT)
+        ) as session:
             return session_logits(session, QUESTION, 3)
 
     plain = answer()
@@ -170,7 +172,7 @@ def test_no_policy_minds_what_the_caller_has_set(video_model, processor, few, po
 
 @pytest.mark.parametrize("name", BUILD)
 @pytest.mark.parametrize("positions", ["published", "stock"])
-def test_no_family_minds_a_default_dtype(name, few, positions):
+def test_a_default_dtype_changes_no_answer_of_any_family(name, few, positions):
     model, processor = build(name)
 
     def answer():
@@ -184,8 +186,8 @@ def test_no_family_minds_a_default_dtype(name, few, positions):
             assert same(answer(), plain)
 
 
-def test_every_tensor_that_is_made_names_its_dtype_and_device():
-    """So that torch's defaults, which are a script's to set, decide nothing."""
+def test_every_tensor_that_the_package_creates_names_its_dtype_and_device():
+    """So that torch's defaults, which scripts may set, decide nothing."""
     makers = ("empty", "zeros", "ones", "full", "eye", "tensor", "as_tensor", "linspace", "arange", "rand", "randn")
     training = {"train.py", "train_decoder.py", "train_vision.py", "evaluate.py"}
     missing = []
@@ -207,13 +209,16 @@ MODES = {"inference mode": torch.inference_mode, "gradients": torch.enable_grad}
 
 @pytest.mark.parametrize("later", MODES)
 @pytest.mark.parametrize("first", MODES)
-def test_a_session_goes_on_in_another_mode_than_it_was_made_in(video_model, processor, few, tmp_path, first, later):
+def test_a_session_continues_in_another_mode(video_model, processor, few, tmp_path, first, later):
     def answers(session):
         with session.ask(QUESTION, stream=True, **OPTIONS) as stream:
             list(stream)
             return [session.ask(QUESTION, **OPTIONS).token_ids, stream.generation.token_ids]
 
-    with MODES[first](), tieredkv.open_session(video_model, few, processor=processor, **TIGHT) as session:
+    with (
+        MODES[first](),
+        tieredkv.open_session(video_model, few, processor=processor, **tier_options(**TIGHT)) as session,
+    ):
         want = answers(session)
         with MODES[later]():
             assert answers(session) == want
@@ -227,12 +232,12 @@ def test_a_session_goes_on_in_another_mode_than_it_was_made_in(video_model, proc
 
 @pytest.mark.parametrize("later", MODES)
 @pytest.mark.parametrize("first", MODES)
-def test_a_cache_goes_on_in_another_mode_than_it_was_filled_in(text_model, long_ids, first, later):
+def test_a_cache_continues_in_another_mode(text_model, long_ids, first, later):
     prompt, new = long_ids[:, :200], long_ids[:, 200:204]
 
     def logits(first, later):
         options = {"gpu_kv_gb": 1, "budget_ratio": 0.3, "chunk_tokens": 8, "text_window": 8, "prompt_tokens": 200}
-        with use_attention(text_model), TieredCache(text_model.config, **options) as cache:
+        with use_attention(text_model), TieredCache(text_model.config, **tier_options(**options)) as cache:
             with first():
                 text_model(prompt[:, :120], **cache_argument(cache))
             with later():
@@ -250,13 +255,13 @@ def test_a_cache_goes_on_in_another_mode_than_it_was_filled_in(text_model, long_
 # ---- gradients
 
 
-def test_nothing_of_a_forward_with_gradients_is_kept(text_model, long_ids):
+def test_a_forward_pass_with_gradients_leaves_no_graph(text_model, long_ids):
     def graphs():
         gc.collect()
         return sum(issubclass(type(one), torch.Tensor) and one.grad_fn is not None for one in gc.get_objects())
 
     before = graphs()
-    with use_attention(text_model), TieredCache(text_model.config, gpu_kv_gb=1, text_window=8) as cache:
+    with use_attention(text_model), TieredCache(text_model.config, **tier_options(gpu_kv_gb=1, text_window=8)) as cache:
         for part in (long_ids[:, :100], long_ids[:, 100:150], *long_ids[:, 150:155].T[:, None]):
             assert text_model(part, **cache_argument(cache)).logits.requires_grad, "as in stock transformers"
         assert graphs() == before
@@ -277,22 +282,22 @@ AUTOCAST = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids
 
 @AUTOCAST
 @pytest.mark.parametrize("theta", [0.0, 2.0], ids=["all static", "all dynamic"])
-def test_under_autocast_logits_are_those_of_stock_under_autocast(video_model, processor, few, dtype, theta):
+def test_under_autocast_logits_equal_those_of_stock_under_autocast(video_model, processor, few, dtype, theta):
     inputs = stock_inputs(processor, few, QUESTION)
     exact = stock_logits(video_model, inputs, 1)
     options = {"processor": processor, "gpu_kv_gb": 1, "fps": 4, "positions": "stock", "theta": theta}
     with torch.autocast("cpu", dtype=dtype):
         stock = stock_logits(video_model, inputs, 1)
-        with tieredkv.open_session(video_model, few, **options) as session:
+        with tieredkv.open_session(video_model, few, **tier_options(**options)) as session:
             ours = session_logits(session, QUESTION, 1)
-            assert session._cache.tiered_layers[0].host.dtype == dtype
-    # Both round at other places: ours is as near as stock's own distance from float32.
+            assert session._cached.cache.tiered_layers[0].host.dtype == dtype
+    # They round in different places: ours is as near to stock as stock is to float32.
     assert float((ours - stock).norm()) <= 2 * float((exact - stock).norm())
     assert float((ours - stock).norm()) < 0.1 * float(stock.norm())
 
 
 @AUTOCAST
-def test_autocast_reaches_the_threads_that_work_for_the_caller(video_model, processor, few, dtype):
+def test_autocast_applies_in_background_threads(video_model, processor, few, dtype):
     seen = {}
     hooks = [
         module.register_forward_hook(lambda _, __, out, name=name: seen.setdefault(name, set()).add(out.dtype))
@@ -304,7 +309,7 @@ def test_autocast_reaches_the_threads_that_work_for_the_caller(video_model, proc
     try:
         with (
             torch.autocast("cpu", dtype=dtype),
-            tieredkv.open_session(video_model, few, processor=processor, **TIGHT) as session,
+            tieredkv.open_session(video_model, few, processor=processor, **tier_options(**TIGHT)) as session,
         ):
             plain = session.ask(QUESTION, **OPTIONS).token_ids
             with session.ask(QUESTION, stream=True, **OPTIONS) as stream:
@@ -320,7 +325,7 @@ def test_autocast_reaches_the_threads_that_work_for_the_caller(video_model, proc
 def test_autocast_may_begin_or_end_between_video_and_question(video_model, processor, few, tmp_path):
     for first, later in ((True, False), (False, True)):
         with torch.autocast("cpu", enabled=first):
-            session = tieredkv.open_session(video_model, few, processor=processor, **TIGHT)
+            session = tieredkv.open_session(video_model, few, processor=processor, **tier_options(**TIGHT))
         with session, torch.autocast("cpu", enabled=later):
             assert session.ask(QUESTION, **OPTIONS).stats.new_tokens == 4
             session.save(tmp_path / "session.tkv")
@@ -331,7 +336,7 @@ def test_autocast_may_begin_or_end_between_video_and_question(video_model, proce
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
-def test_a_cache_under_autocast_keeps_what_attention_takes(long_ids, kind):
+def test_a_cache_under_autocast_stores_the_dtype_of_attention(long_ids, kind):
     from conftest import text_config
     from transformers import AutoModelForCausalLM
 
@@ -349,20 +354,20 @@ def test_a_cache_under_autocast_keeps_what_attention_takes(long_ids, kind):
 # ---- random numbers
 
 
-def test_greedy_answers_and_ingest_leave_the_callers_random_numbers_alone(roads):
+def test_greedy_answers_and_ingest_leave_random_generators_unchanged(answers):
     torch.manual_seed(7)
     random.seed(7)
     np.random.seed(7)
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
-    roads()
+    answers()
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
     assert np.random.get_state()[1].tolist() == before[2]
 
 
-def test_a_sampled_stream_draws_what_a_sampled_answer_draws(video_model, processor, few):
+def test_a_sampled_stream_equals_a_sampled_answer(video_model, processor, few):
     options = {"max_new_tokens": 12, "do_sample": True, "temperature": 1.5}
-    with tieredkv.open_session(video_model, few, processor=processor, **TIGHT) as session:
+    with tieredkv.open_session(video_model, few, processor=processor, **tier_options(**TIGHT)) as session:
         torch.manual_seed(5)
         plain = session.ask(QUESTION, **options).token_ids
         torch.manual_seed(5)
@@ -387,7 +392,7 @@ def now():
     return *cast, torch.is_inference_mode_enabled(), torch.get_default_device().type
 
 
-def test_another_thread_gets_what_the_caller_has_set_and_is_left_as_it_was():
+def test_settings_are_applied_to_another_thread_and_restored():
     with torch.autocast("cpu", dtype=torch.float16), torch.inference_mode(), torch.device("meta"):
         ambient, set_here = Ambient(device=True), now()
 
@@ -402,31 +407,34 @@ def test_another_thread_gets_what_the_caller_has_set_and_is_left_as_it_was():
     assert after == before == (False, torch.bfloat16, False, "cpu")
 
 
-def test_stages_run_under_what_their_maker_has_set():
+def test_stages_run_under_the_settings_of_their_creator():
     with torch.autocast("cpu", dtype=torch.float16), torch.inference_mode(), Pipeline() as pipeline:
         assert next(pipeline.stage("looks", (now() for _ in range(1))))[:3] == (True, torch.float16, True)
 
 
-def test_who_is_called_back_from_a_stream_finds_the_callers_default_device(video_model, processor, few):
+def test_callbacks_of_a_stream_run_under_the_callers_default_device(video_model, processor, few):
     devices = set()
 
     def look(ids, scores):
         devices.add(torch.zeros(1).device.type)
         return scores
 
-    with tieredkv.open_session(video_model, few, processor=processor, **TIGHT) as session, torch.device("meta"):
+    with (
+        tieredkv.open_session(video_model, few, processor=processor, **tier_options(**TIGHT)) as session,
+        torch.device("meta"),
+    ):
         with session.ask(QUESTION, stream=True, logits_processor=[look], **OPTIONS) as stream:
             list(stream)
         session.ask(QUESTION, logits_processor=[look], **OPTIONS)
     assert devices == {"meta"}
 
 
-def test_a_plan_and_a_page_of_evidence_are_the_same_too(video_model, processor, few, tmp_path):
+def test_settings_of_the_caller_change_no_plan_and_no_evidence_page(video_model, processor, few, tmp_path):
     def take():
-        plan = tieredkv.plan(video_model, few, processor=processor, host_kv_gb=1, **TIGHT)
-        with tieredkv.open_session(video_model, few, processor=processor, **TIGHT) as session:
-            made = session.ask(QUESTION, evidence="tokens", **OPTIONS)
-        tieredkv.save_evidence(made, tmp_path / "page.html", question=QUESTION, video=few, source_fps=4)
+        plan = tieredkv.plan(video_model, few, processor=processor, host_kv_gb=1, **tier_options(**TIGHT))
+        with tieredkv.open_session(video_model, few, processor=processor, **tier_options(**TIGHT)) as session:
+            answer = session.ask(QUESTION, evidence="tokens", **OPTIONS)
+        tieredkv.save_evidence(answer, tmp_path / "page.html", question=QUESTION, video=few, source_fps=4)
         return str(plan), (tmp_path / "page.html").read_text()
 
     plain = take()
@@ -436,7 +444,7 @@ def test_a_plan_and_a_page_of_evidence_are_the_same_too(video_model, processor, 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_large_numbers_are_not_counted_in_a_small_default_dtype(video_model, processor, dtype):
-    """What tens of thousands of tokens come to, of which the short videos above have no need."""
+    """Counts of tens of thousands of tokens, which the short videos above do not reach."""
     grid = VideoGrid(steps=3001, rows=2, columns=2, seconds_per_step=0.75)
     family = families.video_family(video_model.config)
 
@@ -451,9 +459,9 @@ def test_large_numbers_are_not_counted_in_a_small_default_dtype(video_model, pro
 
 
 @pytest.mark.parametrize("options", [TIGHT, {**TIGHT, "adaptive": True}, {**TIGHT, "reuse_above": 0.5}], ids=str)
-def test_nothing_that_is_computed_here_is_of_the_default_dtype(video_model, processor, few, options):
-    """A whole number times a fraction, or divided, would be: small ones then come out right, and large ones do not."""
-    made = set()
+def test_nothing_is_computed_in_the_default_dtype(video_model, processor, few, options):
+    """An integer tensor times a fraction would be: exact for small numbers only."""
+    found = set()
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -462,12 +470,12 @@ def test_nothing_that_is_computed_here_is_of_the_default_dtype(video_model, proc
                 frames = [frame for frame in traceback.extract_stack() if "/torch/" not in frame.filename]
                 caller = Path(frames[-2].filename)
                 if PACKAGE in caller.parents:
-                    made.add(f"{caller.relative_to(PACKAGE)}:{frames[-2].lineno}: {function}")
+                    found.add(f"{caller.relative_to(PACKAGE)}:{frames[-2].lineno}: {function}")
             return out
 
     with restored(torch.set_default_dtype, torch.get_default_dtype, torch.bfloat16), Watch():
         tieredkv.plan(video_model.config, 50_001, gpu_kv_gb=0.05, host_kv_gb=1)
-        with tieredkv.open_session(video_model, few, processor=processor, **options) as session:
+        with tieredkv.open_session(video_model, few, processor=processor, **tier_options(**options)) as session:
             session.ask(QUESTION, evidence="tokens", **OPTIONS)
-    counted = ("planner.py", "weights.py")  # a model's weights, which are of that dtype
-    assert {one for one in made if not one.startswith(counted)} == set()
+    counted = ("planning/forecast.py", "models/weights.py")  # a model's weights, which have that dtype
+    assert {place for place in found if not place.startswith(counted)} == set()

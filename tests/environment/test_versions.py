@@ -1,4 +1,4 @@
-"""Names that differ between the releases of transformers, and the versions that are installed for the tests."""
+"""Names that differ between releases of transformers, and the versions that the tests install."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def versions() -> ModuleType:
     return module
 
 
-def test_a_cache_is_given_by_the_name_that_models_of_the_installed_transformers_take() -> None:
+def test_a_cache_is_passed_by_the_name_that_the_installed_transformers_uses() -> None:
     assert cache_name() in inspect.signature(LlamaForCausalLM.forward).parameters
     cache = DynamicCache()
     assert cache_argument(cache) == {cache_name(): cache}
 
 
-def test_every_dependency_has_its_line_in_the_constraints() -> None:
+def test_every_dependency_has_a_line_in_the_constraints() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     names = [re.split(r"[\[><=]", line)[0] for line in project["dependencies"] + extras["dev"] + extras["plot"]]
@@ -45,7 +45,7 @@ def test_every_dependency_has_its_line_in_the_constraints() -> None:
     assert {name for name in names if name != "tieredkv"} <= pinned
 
 
-def test_a_constraint_with_a_reason_is_kept_when_the_others_are_renewed(
+def test_a_constraint_with_a_reason_is_kept_when_the_others_are_updated(
     versions: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(versions, "CONSTRAINTS", tmp_path / "constraints.txt")

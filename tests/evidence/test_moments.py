@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from films import with_sound
-from helpers import RecordLogits, assert_near, cap_share, pressed
+from helpers import RecordLogits, assert_near, cap_share, pressed, tier_options
 
 import tieredkv
 from tieredkv import TieredCache
 from tieredkv.cache.looks import Looks
+from tieredkv.cache.question import Question
 from tieredkv.cache.retrieval import Retrieval
 from tieredkv.environment.versions import cache_argument
 from tieredkv.errors import OptionError
@@ -107,7 +108,7 @@ def looks_of(question: torch.Tensor, steps: list[torch.Tensor]) -> Looks:
     """Rows over chunks of one step each, behind a head of one chunk."""
     looks = Looks(4)
     looks.question, looks.steps = question, steps
-    looks.seal(0, 2)
+    looks.begin_answer(0, 2)
     return looks
 
 
@@ -170,7 +171,9 @@ def opened(video_model, processor, frames):
     def open_one(share=0.6, video=frames, **options):
         cap = cap_share(video_model, 2 * len(frames) + 40, share)
         settings = {"recent_window": 16, "theta": 0.4, **options}
-        made = tieredkv.open_session(video_model, video, gpu_kv_gb=cap, processor=processor, fps=4, **settings)
+        made = tieredkv.open_session(
+            video_model, video, gpu_kv_gb=cap, processor=processor, fps=4, **tier_options(**settings)
+        )
         sessions.append(made)
         return made
 
@@ -211,7 +214,7 @@ def test_recording_changes_no_logit_and_stays_under_the_cap(opened, settings, mo
     assert torch.equal(seen[0], seen[2])
     assert max(used) <= session.tiers.cap_bytes
     assert len(answer.evidence.tokens) == len(answer.token_ids)
-    assert session._cache.ledger.held() == {}
+    assert session._cached.cache.ledger.by_purpose() == {}
 
 
 @pytest.mark.parametrize("share", [0.6, 3.0])
@@ -230,16 +233,16 @@ def test_steps_pay_at_most_all_of_their_attention(opened, monkeypatch, share):
 
 def test_estimates_of_sketches_are_close_to_the_true_mass(opened, monkeypatch):
     pairs = []
-    estimated = Retrieval.attended
+    estimated = Retrieval.record_step
 
     def both(self, query, scaling, lse):
-        before = self.tiers.attended.clone()
+        before = self.phase.chunk_mass.clone()
         estimated(self, query, scaling, lse)
-        told, self.tiers.attended[:] = self.tiers.attended - before, before
+        told, self.phase.chunk_mass[:] = self.phase.chunk_mass - before, before
         self._record_exact(query[self._rows], scaling, lse[self._rows])
-        pairs.append((told, self.tiers.attended - before))
+        pairs.append((told, self.phase.chunk_mass - before))
 
-    monkeypatch.setattr(Retrieval, "attended", both)
+    monkeypatch.setattr(Retrieval, "record_step", both)
     opened(theta=2.0, digest_bits=8).ask(QUESTION, max_new_tokens=4)
     told, exact = (torch.cat(part) for part in zip(*pairs, strict=True))
     assert float(torch.corrcoef(torch.stack((told, exact)))[0, 1]) > 0.9
@@ -249,13 +252,17 @@ def test_estimates_of_sketches_are_close_to_the_true_mass(opened, monkeypatch):
 def test_kernels_record_what_torch_records(llama, long_ids, kernels):
     recorded = []
     for ops in (None, kernels):
-        options = {**pressed(llama, 900, 0.5), "theta": 2.0, "text_window": 16, "max_new_tokens": 4}
-        with tieredkv.use_attention(llama), torch.no_grad(), TieredCache(llama.config, **options) as cache:
-            cache.ops, cache.looks = ops, Looks(8)
+        options = {**pressed(llama, 900, 0.5), "theta": 2.0, "text_window": 16}
+        with (
+            tieredkv.use_attention(llama),
+            torch.no_grad(),
+            TieredCache(llama.config, **tier_options(**options), ops=ops) as cache,
+        ):
+            cache.expect(Question(max_new_tokens=4, looks=Looks(8)))
             llama(long_ids, **cache_argument(cache))
             for token in (3, 5):
                 llama(torch.tensor([[token]]), **cache_argument(cache))
-            recorded.append(cache.tiered_layers[0].sealed.tiers.attended.clone())
+            recorded.append(cache.tiered_layers[0].sealed.phase.chunk_mass.clone())
     assert float(recorded[0].sum()) > 0
     assert_near(recorded[1], recorded[0])
 

@@ -1,4 +1,4 @@
-"""The host tier holds every token, in chunks, whatever the sizes in which they come."""
+"""The host tier stores every token in chunks, whatever the sizes they are appended in."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tieredkv.memory.limits import check_host_memory
 
 @given(st.lists(st.integers(1, 23), min_size=1, max_size=6), st.integers(1, 9), st.integers(0, 40))
 @settings(max_examples=80, deadline=None)
-def test_what_was_appended_is_what_is_held(sizes, chunk, reserved):
+def test_appended_tokens_are_read_back(sizes, chunk, reserved):
     host = HostLayer(2, 3, chunk, torch.float32)
     host.reserve(reserved)
     keys = torch.randn(2, sum(sizes), 3)
@@ -40,7 +40,7 @@ def test_truncating_and_appending_again_overwrites():
     assert host.chunks()[:, :, 0].flatten()[:9].tolist() == [0, 1, 2, 3, 4, 5, 9, 9, 9]
 
 
-def test_truncating_to_more_than_there_is_raises():
+def test_truncating_to_more_than_the_length_raises():
     with pytest.raises(ValueError, match="cannot keep 1 of 0"):
         HostLayer(1, 1, 4, torch.float32).truncate(1)
 
@@ -68,6 +68,6 @@ def test_closing_frees_the_memory():
     assert (host.nbytes, host.length) == (0, 0)
 
 
-def test_too_little_host_memory_is_said_in_numbers():
+def test_too_little_host_memory_raises_with_both_sizes():
     with pytest.raises(BudgetError, match=r"the cache needs .* GiB of host memory, .* GiB is available: lower fps"):
         check_host_memory(2**60, "the cache", "lower fps")

@@ -9,7 +9,7 @@ from tieredkv.errors import BudgetError
 from tieredkv.memory.ledger import DeviceLedger
 
 
-def test_peak_is_the_most_ever_held_at_once():
+def test_peak_is_the_most_ever_used_at_once():
     ledger = DeviceLedger(100)
     ledger.reserve("a", 60)
     ledger.release("a")
@@ -17,12 +17,12 @@ def test_peak_is_the_most_ever_held_at_once():
     assert (ledger.used_bytes, ledger.peak_bytes, ledger.free_bytes) == (40, 60, 60)
 
 
-def test_passing_the_cap_raises_and_holds_nothing_more():
+def test_passing_the_cap_raises_and_counts_nothing():
     ledger = DeviceLedger(100)
     ledger.reserve("a", 60)
     with pytest.raises(BudgetError, match="41 bytes for b would pass the device cap"):
         ledger.reserve("b", 41)
-    assert ledger.held() == {"a": 60}
+    assert ledger.by_purpose() == {"a": 60}
 
 
 def test_tensors_are_counted_by_their_bytes():
@@ -37,4 +37,4 @@ def test_scratch_is_released_even_after_an_error():
     with pytest.raises(RuntimeError), ledger.scratch("s", 50):
         assert ledger.used_bytes == 60
         raise RuntimeError
-    assert ledger.held() == {"s": 10}
+    assert ledger.by_purpose() == {"s": 10}

@@ -19,12 +19,12 @@ def make_pool(slots: int) -> DevicePool:
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """take and give_back in any order never lose, double or share a slot."""
+    """take and give_back in any order never lose, repeat or share a slot."""
 
     def __init__(self) -> None:
         super().__init__()
         self.pool = make_pool(12)
-        self.held: list[torch.Tensor] = []
+        self.owned: list[torch.Tensor] = []
 
     @rule(count=st.integers(0, 14))
     def take(self, count: int) -> None:
@@ -32,23 +32,23 @@ class PoolMachine(RuleBasedStateMachine):
             with pytest.raises(MemoryError):
                 self.pool.take(count)
         else:
-            self.held.append(self.pool.take(count))
+            self.owned.append(self.pool.take(count))
 
     @rule(which=st.integers(0, 20))
     def give_back(self, which: int) -> None:
-        if self.held:
-            self.pool.give_back(self.held.pop(which % len(self.held)))
+        if self.owned:
+            self.pool.give_back(self.owned.pop(which % len(self.owned)))
 
     @rule(slot=st.integers(0, 11))
     def give_back_what_is_not_taken(self, slot: int) -> None:
-        if not any(slot in slots.tolist() for slots in self.held):
+        if not any(slot in slots.tolist() for slots in self.owned):
             with pytest.raises(ValueError, match="not all taken"):
                 self.pool.give_back(torch.tensor([slot]))
 
     @invariant()
     def sound(self) -> None:
         self.pool.check_integrity()
-        taken = [slot for slots in self.held for slot in slots.tolist()]
+        taken = [slot for slots in self.owned for slot in slots.tolist()]
         assert len(set(taken)) == len(taken) == 12 - self.pool.free_slots
 
 

@@ -1,4 +1,4 @@
-"""A cache belongs to the adapters it was made under: another, or none, or another scale, is refused by name."""
+"""A session belongs to the adapters it was opened with; other adapters, scales or settings are refused by name."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def fill(model) -> None:
 
 @pytest.fixture
 def wrapped():
-    """Adapters a, in use, and b."""
+    """A model with adapter a in use, and adapter b."""
     from peft import get_peft_model
 
-    made = get_peft_model(copy.deepcopy(build("qwen2_5_vl")[0]), config(), adapter_name="a")
-    made.add_adapter("b", config())
-    fill(made)
-    return made.eval()
+    model = get_peft_model(copy.deepcopy(build("qwen2_5_vl")[0]), config(), adapter_name="a")
+    model.add_adapter("b", config())
+    fill(model)
+    return model.eval()
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def opened(wrapped, processor, film):
 
 @pytest.fixture
 def saved(opened, tmp_path):
-    """Under adapter a."""
+    """Saved under adapter a."""
     opened.save(tmp_path / "a.tkv")
     return tmp_path / "a.tkv"
 
@@ -103,7 +103,7 @@ OTHER = {
 
 
 @pytest.mark.parametrize(("change", "message"), OTHER.values(), ids=OTHER)
-def test_a_session_saved_under_an_adapter_is_refused_under_anything_else(saved, wrapped, processor, change, message):
+def test_a_session_saved_under_an_adapter_is_refused_under_any_other(saved, wrapped, processor, change, message):
     inside = wrapped.get_base_model()
     change(wrapped)
     with pytest.raises(SessionError, match=message):
@@ -111,7 +111,7 @@ def test_a_session_saved_under_an_adapter_is_refused_under_anything_else(saved, 
 
 
 @pytest.mark.parametrize(("change", "message"), OTHER.values(), ids=OTHER)
-def test_an_open_session_is_refused_under_anything_else(opened, wrapped, tmp_path, change, message):
+def test_an_open_session_is_refused_under_any_other_adapter(opened, wrapped, tmp_path, change, message):
     change(wrapped)
     with pytest.raises(SessionError, match=f"this session was opened .*({message})"):
         opened.ask(QUESTION, max_new_tokens=1)
@@ -120,7 +120,7 @@ def test_an_open_session_is_refused_under_anything_else(opened, wrapped, tmp_pat
     assert not (tmp_path / "of another.tkv").exists()
 
 
-def test_going_back_to_the_adapter_goes_on(opened, saved, wrapped, processor):
+def test_a_session_continues_under_its_adapter(opened, saved, wrapped, processor):
     first = opened.ask(QUESTION, max_new_tokens=4).token_ids
     wrapped.set_adapter("b")
     with pytest.raises(SessionError):
@@ -145,7 +145,7 @@ def test_an_adapter_that_is_switched_during_an_answer_is_noticed(opened, wrapped
     opened.ask(QUESTION, max_new_tokens=3)
 
 
-def test_an_adapter_that_is_not_in_use_does_not_matter(saved, wrapped, processor):
+def test_adapters_that_are_not_in_use_do_not_count(saved, wrapped, processor):
     wrapped.add_adapter("c", config())
     tieredkv.load_session(saved, wrapped, processor=processor).close()
     wrapped.delete_adapter("b")
@@ -181,8 +181,8 @@ def test_a_merged_adapter_is_part_of_the_weights(wrapped, processor, film, tmp_p
         tieredkv.load_session(tmp_path / "merged.tkv", wrapped, processor=processor)
 
 
-def test_adapters_that_transformers_itself_loads_count_alike(processor, film, tmp_path, monkeypatch):
-    # transformers asks for a newer PEFT than this needs
+def test_adapters_loaded_by_transformers_count_too(processor, film, tmp_path, monkeypatch):
+    # transformers requires a newer PEFT than this test needs
     monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda **_: None, raising=False)
     model = copy.deepcopy(build("qwen2_5_vl")[0])
     model.add_adapter(config(), "a")
@@ -206,10 +206,10 @@ def test_adapters_that_transformers_itself_loads_count_alike(processor, film, tm
         session.ask(QUESTION, max_new_tokens=1)
 
 
-def test_a_file_written_before_adapters_were_recorded_loads_where_there_are_none(
+def test_a_file_from_before_adapters_were_recorded_loads_without_adapters(
     wrapped, processor, film, tmp_path, monkeypatch
 ):
-    """What such a file says of weights covers all adapters, by the names that PEFT gives."""
+    """Such a file has a fingerprint of all weights, including adapters, by PEFT's names."""
     from tieredkv.models.fingerprint import model_fingerprint
     from tieredkv.storage import tensor_file
 
@@ -228,11 +228,11 @@ def test_a_file_written_before_adapters_were_recorded_loads_where_there_are_none
         tieredkv.load_session(tmp_path / "old.tkv", wrapped, processor=processor)
 
 
-# Settings that adapters keep outside their weights
+# Settings of adapters outside their weights
 
 
 def methods() -> dict[str, tuple]:
-    """By name: a kind of adapter, what all of it needs, and a setting that changes answers but no weight."""
+    """By name: a type of adapter, required settings, and a setting that changes answers but no weight."""
     import peft
 
     return {
@@ -246,12 +246,12 @@ def methods() -> dict[str, tuple]:
     }
 
 
-def under(kind, needs, changed):
-    """A model under such an adapter, with the same weights each time."""
+def under(kind, required, changed):
+    """A model under such an adapter, always with the same weights."""
     from peft import get_peft_model
 
     torch.manual_seed(1)
-    adapter = kind(target_modules=["q_proj"], **needs, **changed)
+    adapter = kind(target_modules=["q_proj"], **required, **changed)
     return get_peft_model(copy.deepcopy(build("qwen2_5_vl")[0]), adapter).eval()
 
 
@@ -259,22 +259,22 @@ def under(kind, needs, changed):
 def test_settings_of_an_adapter_outside_its_weights_count(method):
     from tieredkv.models.fingerprint import adapter_weights, model_state, state_difference
 
-    kind, needs, changed = methods()[method]
-    first, again, other = (under(kind, needs, of).get_base_model() for of in ({}, {}, changed))
+    kind, required, changed = methods()[method]
+    first, again, other = (under(kind, required, more).get_base_model() for more in ({}, {}, changed))
     assert adapter_weights(first) == adapter_weights(other)
     before = json.loads(json.dumps(model_state(first)))
     assert state_difference(before, model_state(again)) is None
     assert state_difference(before, model_state(other))
 
 
-def test_an_adapter_of_other_settings_is_refused_by_their_name(processor, film, tmp_path):
-    kind, needs, changed = methods()["WaveFT"]
-    model = under(kind, needs, {})
+def test_an_adapter_with_other_settings_is_refused_by_their_names(processor, film, tmp_path):
+    kind, required, changed = methods()["WaveFT"]
+    model = under(kind, required, {})
     with tieredkv.open_session(model, film, processor=processor, fps=4, gpu_kv_gb=1) as session:
         session.save(tmp_path / "s.tkv")
         with pytest.raises(SessionError, match=r"adapter\.default\.scaling was 25.0, is 3.0"):
-            tieredkv.load_session(tmp_path / "s.tkv", under(kind, needs, changed), processor=processor)
-        tieredkv.load_session(tmp_path / "s.tkv", under(kind, needs, {}), processor=processor).close()
+            tieredkv.load_session(tmp_path / "s.tkv", under(kind, required, changed), processor=processor)
+        tieredkv.load_session(tmp_path / "s.tkv", under(kind, required, {}), processor=processor).close()
         model.get_base_model().model.language_model.layers[1].self_attn.q_proj.waveft_scaling["default"] = 3.0
         with pytest.raises(SessionError, match=r"this session was opened .*waveft_scaling.default was 25.0"):
             session.ask(QUESTION, max_new_tokens=1)
@@ -291,19 +291,19 @@ def test_settings_that_change_nothing_do_not_count(wrapped):
 
 
 @pytest.mark.parametrize("method", ["OFT", "VeRA", "LoRA"])
-def test_what_an_idle_adapter_holds_does_not_count(method):
-    from tieredkv.models.fingerprint import explain, model_fingerprint, model_state
+def test_weights_and_settings_of_an_idle_adapter_do_not_count(method):
+    from tieredkv.models.fingerprint import fingerprint_difference, model_fingerprint, model_state
 
-    kind, needs, _ = {**methods(), "LoRA": (type(config()), {"r": 2}, {})}[method]
-    wrapped = under(kind, needs, {})
+    kind, required, _ = {**methods(), "LoRA": (type(config()), {"r": 2}, {})}[method]
+    wrapped = under(kind, required, {})
     inside = wrapped.get_base_model()
     before, state = model_fingerprint(inside), model_state(inside)
-    wrapped.add_adapter("idle", kind(target_modules=["q_proj"], **needs))
-    assert explain(before, model_fingerprint(inside)) is None
+    wrapped.add_adapter("idle", kind(target_modules=["q_proj"], **required))
+    assert fingerprint_difference(before, model_fingerprint(inside)) is None
     assert model_state(inside) == state
 
 
-def test_under_an_adapter_in_layers_that_are_offloaded_sessions_answer_but_are_not_saved(processor, film, tmp_path):
+def test_with_an_adapter_in_offloaded_layers_sessions_answer_but_are_not_saved(processor, film, tmp_path):
     accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
     from peft import get_peft_model
 

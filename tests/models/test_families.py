@@ -1,4 +1,4 @@
-"""Every family of video models: stock transformers' logits, one-shot and in pieces, question after question."""
+"""Every video family has the logits of stock transformers, in one call and in chunks, for several questions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from families import BUILD, build
-from helpers import assert_near, pressed, session_logits, stock_inputs, stock_logits
+from helpers import assert_near, pressed, session_logits, stock_inputs, stock_logits, tier_options
 
 import tieredkv
 from tieredkv.errors import UnsupportedModelError
@@ -22,17 +22,17 @@ QUESTIONS = ("what is it ?", "and who is that ?")
 
 @pytest.fixture(scope="module")
 def film() -> np.ndarray:
-    """Twenty-three frames: an odd number, so that the last temporal step of those that take two is cut short."""
+    """An odd number of frames, so that the last temporal step of families that take two is incomplete."""
     return np.random.default_rng(2).integers(0, 256, (23, 60, 90, 3), dtype=np.uint8)
 
 
 @FAMILIES
-@pytest.mark.parametrize("pieces", [{}, {"prefill_chunk": 17, "encode_batch": 10}], ids=["one-shot", "in pieces"])
+@pytest.mark.parametrize("chunks", [{}, {"prefill_chunk": 17, "encode_batch": 10}], ids=["one call", "chunks"])
 @pytest.mark.parametrize("theta", [0.0, 2.0], ids=["all static", "all dynamic"])
-def test_two_questions_equal_stock(name, film, pieces, theta):
+def test_two_questions_equal_stock(name, film, chunks, theta):
     model, processor = build(name)
-    options = {"gpu_kv_gb": 1, "fps": 4, "positions": "stock", "theta": theta, **pieces}
-    with tieredkv.open_session(model, film, processor=processor, **options) as session:
+    options = {"gpu_kv_gb": 1, "fps": 4, "positions": "stock", "theta": theta, **chunks}
+    with tieredkv.open_session(model, film, processor=processor, **tier_options(**options)) as session:
         for question in QUESTIONS:
             stock = stock_logits(model, stock_inputs(processor, film, question), 5)
             assert_near(session_logits(session, question, 5), stock)
@@ -49,7 +49,7 @@ def test_a_conversation_equals_stock(name, film):
 
 
 @FAMILIES
-def test_the_prompt_is_the_processors_to_the_token(name, film):
+def test_the_prompt_has_the_processors_tokens(name, film):
     model, processor = build(name)
     theirs = stock_inputs(processor, film, QUESTIONS[0])["input_ids"][0].tolist()
     with tieredkv.open_session(model, film, processor=processor, gpu_kv_gb=1, fps=4, positions="stock") as session:
@@ -61,13 +61,13 @@ def test_the_prompt_is_the_processors_to_the_token(name, film):
 
 
 @FAMILIES
-def test_a_plan_counts_the_tokens_that_come(name, film):
+def test_a_plan_counts_the_tokens_of_the_session(name, film):
     model, processor = build(name)
-    made = tieredkv.plan(model, film, gpu_kv_gb=1, processor=processor, fps=4, question_tokens=9)
+    plan = tieredkv.plan(model, film, gpu_kv_gb=1, processor=processor, fps=4, question_tokens=9)
     with tieredkv.open_session(model, film, processor=processor, gpu_kv_gb=1, fps=4) as session:
-        assert made.visual_tokens == session.video.visual_tokens
-        assert made.video_text_tokens == session.video.tokens - session.video.visual_tokens
-        assert made.prompt_tokens == session.head_tokens + session.video.tokens + 9
+        assert plan.visual_tokens == session.video.visual_tokens
+        assert plan.video_text_tokens == session.video.tokens - session.video.visual_tokens
+        assert plan.prompt_tokens == session.head_tokens + session.video.tokens + 9
 
 
 @FAMILIES
@@ -82,18 +82,18 @@ def test_a_saved_session_answers_as_before(name, film, tmp_path):
 
 
 @FAMILIES
-def test_a_small_cap_holds_and_leaves_only_chosen_tokens(name, film):
+def test_a_small_cap_holds(name, film):
     model, processor = build(name)
     options = {"processor": processor, "fps": 4, "chunk_tokens": 8, "prefill_chunk": 64, "text_window": 8}
     longer = film.repeat(6, axis=0)
     tokens = tieredkv.plan(model, longer, gpu_kv_gb=1, processor=processor, fps=4).prompt_tokens
-    with tieredkv.open_session(model, longer, **pressed(model, tokens, 0.5), **options) as session:
+    with tieredkv.open_session(model, longer, **pressed(model, tokens, 0.5), **tier_options(**options)) as session:
         stats = session.ask(QUESTIONS[0], max_new_tokens=6).stats
     assert stats.kv_device_peak_bytes <= stats.kv_cap_bytes < stats.kv_full_bytes
 
 
-def test_qwen3_vl_follows_its_authors_unless_told_to_follow_transformers(film):
-    """Each step brings its own vision tokens; transformers 5.x leaves those of the template around all of them too."""
+def test_qwen3_vl_follows_its_authors_by_default(film):
+    """Each step has its own vision tokens; transformers 5.x also keeps those of the template around the video."""
     model, processor = build("qwen3_vl")
     inputs = stock_inputs(processor, film, QUESTIONS[0])
     text = processor.tokenizer.decode(inputs["input_ids"][0])
@@ -110,7 +110,7 @@ def test_qwen3_vl_follows_its_authors_unless_told_to_follow_transformers(film):
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 40])
-def test_positions_of_qwen3_vl_in_chunks_are_slices_of_the_whole(chunk):
+def test_positions_of_qwen3_vl_in_chunks_equal_those_of_the_whole(chunk):
     model, _ = build("qwen3_vl")
     between = ((), (1, 2), (1, 2, 3), (4,), (1, 2, 3, 4, 5))
     family, video = families.video_family(model.config), VideoGrid(5, 2, 3, 0.5, between)
@@ -128,15 +128,15 @@ def test_positions_of_qwen3_vl_in_chunks_are_slices_of_the_whole(chunk):
     assert torch.equal(whole, theirs[:, 0])
 
 
-def test_times_written_are_those_of_the_file(film):
+def test_written_times_are_those_of_the_file(film):
     model, processor = build("qwen3_vl")
     with tieredkv.open_session(model, film, processor=processor, gpu_kv_gb=1, fps=4, start=2.0) as session:
         text = processor.tokenizer.decode(session.video.between[1])
     assert "<2.6 seconds>" in text
 
 
-def test_frames_of_plain_grey_are_frames_all_the_same(film):
-    """SmolVLM's own code takes frames whose normalised pixels are all zero for padding and drops them."""
+def test_uniform_frames_are_kept(film):
+    """SmolVLM's own code takes frames whose normalised pixels are all 0 for padding, and drops them."""
     model, processor = build("smolvlm")
     processor = copy.deepcopy(processor)
     processor.video_processor.image_mean, processor.video_processor.image_std = [0.0] * 3, [1.0] * 3
@@ -147,7 +147,7 @@ def test_frames_of_plain_grey_are_frames_all_the_same(film):
 
 
 @pytest.mark.parametrize("kind", ["mllama", "t5", "mamba"])
-def test_a_family_that_is_not_supported_is_refused_by_name_with_what_it_would_take(kind):
+def test_an_unsupported_family_is_refused_with_its_name_and_the_requirements(kind):
     from types import SimpleNamespace
 
     with pytest.raises(UnsupportedModelError, match=rf"'{kind}'.*qwen3_vl.*adapter"):

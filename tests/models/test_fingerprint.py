@@ -1,4 +1,4 @@
-"""Equal models have equal fingerprints, wherever they lie; a change that matters to a session is noticed and named."""
+"""Equal models have equal fingerprints; a change that matters to a session is noticed and named."""
 
 from __future__ import annotations
 
@@ -14,16 +14,9 @@ import pytest
 import torch
 
 from tieredkv.errors import SessionError, UnsupportedModelError
-from tieredkv.models.fingerprint import (
-    explain,
-    model_fingerprint,
-    model_settings,
-    model_state,
-    processor_settings,
-    settings_difference,
-    state_difference,
-)
+from tieredkv.models.fingerprint import fingerprint_difference, model_fingerprint, model_state, state_difference
 from tieredkv.models.same_model import SameModel
+from tieredkv.models.settings import model_settings, processor_settings, settings_difference
 from tieredkv.models.switch import use_attention
 from tieredkv.models.weights import plain_tensors
 from tieredkv.tiny import model as tiny
@@ -47,11 +40,6 @@ def model(bundled: tuple[Any, Any]) -> Any:
     return copy.deepcopy(bundled[0])
 
 
-@pytest.fixture
-def processor(bundled: tuple[Any, Any]) -> Any:
-    return copy.deepcopy(bundled[1])
-
-
 def _weight(model: Any) -> torch.Tensor:
     return model.state_dict()["model.language_model.layers.2.self_attn.k_proj.weight"]
 
@@ -65,11 +53,11 @@ def test_the_same_model_loaded_from_another_folder_is_equal(
     shutil.copytree(tiny.PATH, tmp_path / "elsewhere")
     model, processor = tiny.load(path=tmp_path / "elsewhere")
     assert model_fingerprint(model) == prints
-    assert explain(prints, model_fingerprint(model)) is None
+    assert fingerprint_difference(prints, model_fingerprint(model)) is None
     assert settings_difference(processor_settings(bundled[1]), processor_settings(processor)) is None
 
 
-def test_threads_do_not_matter(model: Any, prints: dict[str, str]) -> None:
+def test_the_number_of_threads_does_not_count(model: Any, prints: dict[str, str]) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if threads > 1 else 2)
     try:
@@ -78,7 +66,7 @@ def test_threads_do_not_matter(model: Any, prints: dict[str, str]) -> None:
         torch.set_num_threads(threads)
 
 
-def test_the_attention_in_use_does_not_matter(model: Any, prints: dict[str, str]) -> None:
+def test_the_attention_in_use_does_not_count(model: Any, prints: dict[str, str]) -> None:
     with use_attention(model):
         assert model_fingerprint(model) == prints
     model.set_attn_implementation("eager")
@@ -112,11 +100,11 @@ def test_changed_weights_are_noticed(
     change(_weight(model))
     now = model_fingerprint(model)
     assert now["config"] == prints["config"]
-    assert explain(prints, now) == "the model's weights differ"
+    assert fingerprint_difference(prints, now) == "the model's weights differ"
 
 
 def test_any_changed_bit_and_any_swap_is_noticed() -> None:
-    """A model of one weight, many rows of sums and some odd bytes."""
+    """A model of one weight: many rows for the sums, and some bytes that fill no row."""
 
     class One(torch.nn.Module):
         def __init__(self, weight: torch.Tensor) -> None:
@@ -146,9 +134,9 @@ def test_any_changed_bit_and_any_swap_is_noticed() -> None:
     assert model_fingerprint(model) == first
 
 
-def test_another_dtype_differs_in_both(model: Any, prints: dict[str, str]) -> None:
+def test_another_dtype_changes_both_hashes(model: Any, prints: dict[str, str]) -> None:
     now = model_fingerprint(model.to(torch.bfloat16))
-    assert explain(prints, now) == "the model's configuration and weights differ"
+    assert fingerprint_difference(prints, now) == "the model's configuration and weights differ"
 
 
 def test_a_changed_configuration_is_noticed_and_named(model: Any, prints: dict[str, str]) -> None:
@@ -156,12 +144,12 @@ def test_a_changed_configuration_is_noticed_and_named(model: Any, prints: dict[s
     model.config.text_config.rope_parameters = {**model.config.text_config.rope_parameters, "rope_theta": 5e5}
     now = model_fingerprint(model)
     assert now["weights"] == prints["weights"]
-    assert explain(prints, now) == "the model's configuration differs"
+    assert fingerprint_difference(prints, now) == "the model's configuration differs"
     named = settings_difference(before, model_settings(model))
     assert named == "text.rope_parameters.rope_theta was 1000000.0, is 500000.0"
 
 
-def test_what_changes_no_key_or_value_is_ignored(model: Any, prints: dict[str, str]) -> None:
+def test_fields_that_change_no_key_or_value_do_not_count(model: Any, prints: dict[str, str]) -> None:
     model.config.transformers_version = "5.17.0"
     model.config._name_or_path = "/elsewhere"
     model.config.added_by_a_later_release = 3
@@ -170,70 +158,19 @@ def test_what_changes_no_key_or_value_is_ignored(model: Any, prints: dict[str, s
     assert model_fingerprint(model) == prints
 
 
-def test_a_text_model_has_its_fields_at_the_top(llama: Any) -> None:
-    assert model_settings(llama)["text"]["num_key_value_heads"] == 2
-    assert model_settings(llama)["vision"] == {}
-
-
 def test_weights_that_are_not_loaded_are_refused(model: Any) -> None:
     with pytest.raises(UnsupportedModelError, match="not in memory"):
         model_fingerprint(model.to("meta"))
 
 
-# The processor
-
-
-def test_settings_survive_json(processor: Any) -> None:
-    settings = processor_settings(processor)
-    assert json.loads(json.dumps(settings)) == settings
-    assert settings_difference(json.loads(json.dumps(settings)), settings) is None
-
-
-def test_a_changed_size_is_named(processor: Any) -> None:
-    before = processor_settings(processor)
-    processor.video_processor.size = {"shortest_edge": 3136, "longest_edge": 6272}
-    named = settings_difference(before, processor_settings(processor))
-    assert named == "video_processor.size.longest_edge was 3136, is 6272"
-
-
-def test_a_changed_template_and_vocabulary_are_named(processor: Any) -> None:
-    before = processor_settings(processor)
-    processor.chat_template += " "
-    processor.tokenizer.add_tokens(["<new>"])
-    named = settings_difference(before, processor_settings(processor))
-    assert named is not None
-    assert named.startswith("chat_template was ")
-    assert "tokenizer.vocabulary was " in named
-
-
-def test_only_the_first_differences_are_written_out() -> None:
-    before, now = dict.fromkeys("abcde", 1), dict.fromkeys("abcde", 2)
-    assert settings_difference(before, now) == "a was 1, is 2, b was 1, is 2, c was 1, is 2 and 2 more"
-
-
-def test_settings_that_only_one_release_knows_are_no_difference(processor: Any) -> None:
-    before = processor_settings(processor)
-    now = copy.deepcopy(before)
-    now["video_processor"]["new_in_a_release"] = False
-    assert settings_difference(before, now) is None
-    assert settings_difference(now, before) is None
-
-
-def test_results_and_devices_are_no_settings(processor: Any) -> None:
-    before = processor_settings(processor)
-    processor.video_processor.return_metadata = True
-    processor.video_processor.device = "cuda"
-    assert processor_settings(processor) == before
-
-
-# What is in neither weights nor settings
+# State outside weights and settings
 
 
 def _state_difference(before: dict[str, Any], model: Any) -> str | None:
     return state_difference(json.loads(json.dumps(before)), model_state(model))
 
 
-def test_changed_frequencies_are_noticed_and_those_of_another_device_are_not(model: Any) -> None:
+def test_changed_frequencies_are_noticed_but_differences_between_devices_are_not(model: Any) -> None:
     before = model_state(model)
     rotary = model.model.language_model.rotary_emb
     assert "model.language_model.rotary_emb.inv_freq" in before["buffers"]
@@ -269,14 +206,14 @@ NUMBERS = {
     "epsilon": ("model.language_model.norm", "variance_epsilon", 1e-3),
     "scale of rotations": ("model.language_model.rotary_emb", "attention_scaling", 1.5),
     "scale in the vision tower": ("model.visual.blocks.0.attn", "scaling", 0.3),
-    "epsilon of torch's own": ("model.visual.blocks.0.norm1", "eps", 1e-3),
+    "epsilon of a module of torch": ("model.visual.blocks.0.norm1", "eps", 1e-3),
     "causality": ("model.language_model.layers.0.self_attn", "is_causal", False),
-    "no number": ("model.language_model.norm", "variance_epsilon", float("nan")),
+    "not a number": ("model.language_model.norm", "variance_epsilon", float("nan")),
 }
 
 
 @pytest.mark.parametrize(("path", "name", "value"), NUMBERS.values(), ids=NUMBERS)
-def test_a_number_set_by_hand_is_named_and_noticed_by_an_open_session(
+def test_a_changed_number_is_named_and_noticed_by_an_open_session(
     model: Any, path: str, name: str, value: float
 ) -> None:
     module = model.get_submodule(path)
@@ -285,14 +222,14 @@ def test_a_number_set_by_hand_is_named_and_noticed_by_an_open_session(
     before, opened = model_state(model), SameModel(model)
     opened.check()
     setattr(module, name, value)
-    said = f"{name} was {json.dumps(before['numbers'][re.sub('[.][0-9]+[.]', '.*.', f'{path}.{name}')])}, is "
-    assert said in str(_state_difference(before, model))
+    message = f"{name} was {json.dumps(before['numbers'][re.sub('[.][0-9]+[.]', '.*.', f'{path}.{name}')])}, is "
+    assert message in str(_state_difference(before, model))
     assert state_difference(model_state(model), model_state(model)) is None
     with pytest.raises(SessionError, match="this session was opened with another model"):
         opened.check()
 
 
-def test_what_is_done_with_a_model_changes_no_number(model: Any, tmp_path: Path) -> None:
+def test_using_a_model_changes_no_number(model: Any, tmp_path: Path) -> None:
     before = model_state(model)
     ids = torch.tensor([[1, 2, 3]])
     with use_attention(model):
@@ -311,20 +248,17 @@ def test_what_is_done_with_a_model_changes_no_number(model: Any, tmp_path: Path)
     assert _state_difference(before, type(model).from_pretrained(tmp_path / "saved")) is None
 
 
-def test_numbers_take_little_room_however_many_layers() -> None:
+def test_numbers_take_little_space_for_any_number_of_layers() -> None:
     from tieredkv.models.module_values import numbers
 
     def size(layers: int) -> int:
-        return len(
-            json.dumps(
-                numbers(torch.nn.Sequential(*(torch.nn.Sequential(torch.nn.LayerNorm(4)) for _ in range(layers))))
-            )
-        )
+        model = torch.nn.Sequential(*(torch.nn.Sequential(torch.nn.LayerNorm(4)) for _ in range(layers)))
+        return len(json.dumps(numbers(model)))
 
     assert size(36) < size(2) + 20
 
 
-def test_a_state_without_numbers_was_written_before_they_were_compared(model: Any) -> None:
+def test_numbers_do_not_count_if_an_older_file_has_none(model: Any) -> None:
     before = model_state(model)
     del before["numbers"], before["adapter_settings"]
     model.model.language_model.layers[1].self_attn.scaling = 0.3
@@ -338,9 +272,7 @@ def test_frequencies_edited_in_place_are_noticed_by_an_open_session(model: Any) 
         opened.check()
 
 
-def test_fields_that_were_added_are_named_but_not_in_the_hash_of_older_files(
-    model: Any, prints: dict[str, str]
-) -> None:
+def test_added_fields_are_named_but_not_hashed(model: Any, prints: dict[str, str]) -> None:
     model.config.vision_config.layer_norm_eps, model.config.text_config.hidden_activation = 1e-6, "gelu"
     before = model_settings(model)
     assert model_fingerprint(model)["config"] == prints["config"]
@@ -366,8 +298,8 @@ def test_weights_of_torchao_are_summed_as_they_are_stored(model: Any) -> None:
     assert model_fingerprint(model) == first
 
 
-def test_what_else_a_wrapped_weight_is_counts_and_addresses_do_not() -> None:
-    """Block sizes and kinds decide what the numbers mean; functions among them have another address in each process."""
+def test_the_context_of_a_wrapped_weight_counts_but_addresses_in_it_do_not() -> None:
+    """Block sizes and types decide what the numbers mean; functions have other addresses in each process."""
 
     class Wrapped(torch.Tensor):
         context: Any = None
@@ -377,16 +309,16 @@ def test_what_else_a_wrapped_weight_is_counts_and_addresses_do_not() -> None:
 
         inner = torch.ones(3)
 
-    def told(context: Any) -> list[str]:
+    def descriptions(context: Any) -> list[str]:
         tensor = torch.ones(3).as_subclass(Wrapped)
         tensor.context = context
-        return [about for about, _ in plain_tensors(tensor, "w")]
+        return [description for description, _ in plain_tensors(tensor, "w")]
 
-    assert told({"block": 8, "of": object()}) == told({"block": 8, "of": object()})
-    assert told({"block": 8}) != told({"block": 16})
+    assert descriptions({"block": 8, "of": object()}) == descriptions({"block": 8, "of": object()})
+    assert descriptions({"block": 8}) != descriptions({"block": 16})
 
 
-def test_what_is_no_tensor_in_a_state_dict_counts_too() -> None:
+def test_entries_of_a_state_dict_that_are_no_tensors_count_too() -> None:
     class Extra(torch.nn.Module):
         state: Any = b"one"
         config, dtype = tiny.build_config(), torch.float32

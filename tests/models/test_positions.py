@@ -1,4 +1,4 @@
-"""Position ids computed chunk by chunk: the published rule, and transformers' own."""
+"""Position ids by the published rule and by transformers, computed in chunks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ GRIDS = [VideoGrid(1, 2, 2, 0.5), VideoGrid(30, 3, 5, 0.5), VideoGrid(9, 12, 20,
 
 
 def published_one_by_one(model, head: int, video: VideoGrid, tail: int) -> torch.Tensor:
-    """The rule written out token by token: text counts on; a video token is its step's time, its row, its column."""
+    """The rule token by token: text counts up; a visual token has its step's time, its row and its column."""
     ids = [[n] * 3 for n in range(head)]
     rate = model.config.vision_config.tokens_per_second
     for step in range(video.steps):
@@ -36,7 +36,7 @@ def test_published_positions_follow_the_rule(video_model, video, head):
 @pytest.mark.parametrize("rule", ["published", "stock"])
 @pytest.mark.parametrize("video", GRIDS, ids=str)
 @pytest.mark.parametrize("chunk", [1, 7, 64])
-def test_chunks_of_positions_are_slices_of_the_whole(video_model, rule, video, chunk):
+def test_positions_in_chunks_equal_those_of_the_whole(video_model, rule, video, chunk):
     if chunk == 1 and video.tokens > 100:
         chunk = 97
     family, total = Qwen25VL(), 15 + video.tokens + 9
@@ -49,7 +49,7 @@ def test_chunks_of_positions_are_slices_of_the_whole(video_model, rule, video, c
 
 
 @pytest.mark.parametrize("rule", ["published", "stock"])
-def test_a_video_still_being_read_has_the_positions_it_will_have(video_model, rule):
+def test_positions_do_not_depend_on_steps_to_come(video_model, rule):
     from dataclasses import replace
 
     video, family = GRIDS[1], Qwen25VL()

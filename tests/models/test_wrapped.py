@@ -1,4 +1,4 @@
-"""A wrapped model answers as the model inside it, by every way in; what cannot is refused by name."""
+"""A wrapped model answers as the model inside, through every entry point; unsupported adapters are refused by name."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def methods(peft):
 @pytest.mark.parametrize(
     "method", ["dora", "whole modules", "some tokens", "embeddings and the vision tower", "ia3", "loha"]
 )
-def test_adapters_of_every_kind_are_answered_under_saved_and_loaded(peft, film, tmp_path, method):
+def test_sessions_answer_save_and_load_under_every_kind_of_adapter(peft, film, tmp_path, method):
     model, processor = build("qwen2_5_vl")
     wrapped = adapted(model, methods(peft)[method])
     options = {"processor": processor, "fps": 4, "gpu_kv_gb": 1, "positions": "stock"}
@@ -106,15 +106,15 @@ def test_adapters_that_do_not_work_in_the_layers_are_refused_by_name(peft, film,
             way()
 
 
-def test_every_way_in_takes_a_peft_model(peft, film, tmp_path):
+def test_every_entry_point_takes_a_peft_model(peft, film, tmp_path):
     model, processor = build("qwen2_5_vl")
     wrapped = adapted(model, peft.LoraConfig(r=2, target_modules=LAYERS))
     inside = wrapped.get_base_model()
     options = {"processor": processor, "fps": 4, "gpu_kv_gb": 1}
-    asked = {**options, "max_new_tokens": 3}
-    expected = tieredkv.generate(inside, film, QUESTION, **asked).token_ids
-    assert tieredkv.generate(wrapped, film, QUESTION, **asked).token_ids == expected
-    assert asyncio.run(tieredkv.agenerate(wrapped, film, QUESTION, **asked)).token_ids == expected
+    arguments = {**options, "max_new_tokens": 3}
+    expected = tieredkv.generate(inside, film, QUESTION, **arguments).token_ids
+    assert tieredkv.generate(wrapped, film, QUESTION, **arguments).token_ids == expected
+    assert asyncio.run(tieredkv.agenerate(wrapped, film, QUESTION, **arguments)).token_ids == expected
     with tieredkv.open_session(inside, film, **options) as session:
         session.save(tmp_path / "s.tkv")
     with tieredkv.load_session(tmp_path / "s.tkv", wrapped, processor=processor) as session:
@@ -126,28 +126,28 @@ def test_a_text_peft_model_generates_with_a_tiered_cache(peft, llama, prompt_ids
     wrapped = adapted(llama, peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=LAYERS))
     expected = wrapped.generate(input_ids=prompt_ids, max_new_tokens=4, do_sample=False)
     with tieredkv.TieredCache(wrapped.config, gpu_kv_gb=1) as cache, ExitStack() as later:
-        with tieredkv.use_attention(wrapped):  # a wrapper and the model inside are one model to blocks that overlap
+        with tieredkv.use_attention(wrapped):  # overlapping blocks treat a wrapper and the model inside as one
             later.enter_context(tieredkv.use_attention(wrapped.get_base_model()))
-        made = wrapped.generate(input_ids=prompt_ids, max_new_tokens=4, do_sample=False, **cache_argument(cache))
-    assert torch.equal(made, expected)
+        output = wrapped.generate(input_ids=prompt_ids, max_new_tokens=4, do_sample=False, **cache_argument(cache))
+    assert torch.equal(output, expected)
     assert llama.config._attn_implementation != "tieredkv"
 
 
 @pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel], ids=["compiled", "DataParallel"])
 def test_torchs_own_wrappers_answer_as_the_model_inside(film, wrap):
     model, processor = build("qwen2_5_vl")
-    asked = {"processor": processor, "fps": 4, "gpu_kv_gb": 1, "max_new_tokens": 3}
+    arguments = {"processor": processor, "fps": 4, "gpu_kv_gb": 1, "max_new_tokens": 3}
     assert unwrapped(wrap(model)) is model
-    got = tieredkv.generate(wrap(model), film, QUESTION, **asked).token_ids
-    assert got == tieredkv.generate(model, film, QUESTION, **asked).token_ids
+    got = tieredkv.generate(wrap(model), film, QUESTION, **arguments).token_ids
+    assert got == tieredkv.generate(model, film, QUESTION, **arguments).token_ids
 
 
-def test_what_wraps_no_model_is_refused_by_its_kind(film):
+def test_a_wrapper_around_another_module_is_refused_by_its_type(film):
     with pytest.raises(UnsupportedModelError, match="model is a Linear: give a transformers model"):
         tieredkv.open_session(torch.nn.DataParallel(torch.nn.Linear(1, 1)), film)
 
 
-def test_dropout_at_work_is_refused_and_training_without_it_is_not(peft, film):
+def test_training_mode_is_refused_only_with_dropout(peft, film):
     model, processor = build("qwen2_5_vl")
     options = {"processor": processor, "fps": 4, "gpu_kv_gb": 1}
     wrapped = adapted(model, peft.LoraConfig(r=2, target_modules=LAYERS, lora_dropout=0.1)).train()
@@ -199,7 +199,7 @@ def test_an_adapter_that_draws_random_numbers_is_refused_while_it_does(peft, alw
         check_mode(inside)
 
 
-def test_gradient_checkpointing_at_work_is_refused(film):
+def test_gradient_checkpointing_in_training_mode_is_refused(film):
     model, processor = build("qwen2_5_vl")
     model = copy.deepcopy(model).train()
     name = "activation_checkpointing_enable"  # of transformers 5.24

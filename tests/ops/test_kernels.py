@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import LateCopies, assert_near, pressed
+from helpers import LateCopies, assert_near, pressed, tier_options
 
 import tieredkv
 from tieredkv import TieredCache
 from tieredkv.environment.versions import cache_argument
-from tieredkv.memory import residency
 from tieredkv.ops import torch_ops
 from tieredkv.ops.packing import Packing, pack
 from tieredkv.ops.select import copying_by_torch, ops_for, triton
@@ -273,7 +272,7 @@ def test_a_token_is_appended(kernels, device, d):
 
 
 @pytest.mark.parametrize("options", [
-    {"theta": 2.0}, {"theta": 0.0, "pruning": "streaming"}, {"policy": "arkvale"},
+    {"theta": 2.0}, {"policy": "streaming"}, {"policy": "arkvale"},
     {"reuse_above": -1.0, "prefetch": True}, {"adaptive": True}, {"pack_pages": False},
 ], ids=str)  # fmt: skip
 def test_decoding_with_kernels_is_decoding_with_torch(llama, long_ids, kernels, device, options):
@@ -287,9 +286,9 @@ def test_decoding_with_kernels_is_decoding_with_torch(llama, long_ids, kernels, 
         with (
             torch.no_grad(),
             tieredkv.use_attention(llama),
-            TieredCache(llama.config, **tiers, max_new_tokens=8) as cache,
+            # Triton's interpreter runs on one thread only.
+            TieredCache(llama.config, **tier_options(**tiers), max_new_tokens=8, ops=ops, copies=LateCopies()) as cache,
         ):
-            cache.ops, cache.copies = ops, LateCopies()  # Triton's interpreter runs on one thread only
             llama(ids, **cache_argument(cache))
             rows = [llama(ids[:, i : i + 1], **cache_argument(cache)).logits[0, -1] for i in range(2)]
             cache.finish()
@@ -310,7 +309,7 @@ def test_kernels_are_for_cards():
 def test_where_memory_is_not_page_locked_no_kernel_reads_it():
     without = copying_by_torch(triton())
     assert not without.capturable
-    assert (without.gather, without.fetch, without.keep) == (residency.gather, residency.fetch, residency.keep)
+    assert (without.gather, without.fetch, without.keep) == (torch_ops.gather, torch_ops.fetch, torch_ops.keep)
     assert without.paged_attention is triton().paged_attention
 
 

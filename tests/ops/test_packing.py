@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from helpers import assert_near, cap_share
+from helpers import assert_near, cap_share, tier_options
 from transformers import DynamicCache
 
 import tieredkv
@@ -114,7 +114,7 @@ def test_a_channel_that_is_always_zero_has_a_norm():
 
 @contextmanager
 def tiered(model, **fields):
-    tiers = tieredkv.TierConfig(text_window=16, **fields)
+    tiers = tieredkv.TierConfig(**tier_options(text_window=16, **fields))
     with torch.no_grad(), tieredkv.use_attention(model), TieredCache(model.config, tiers, max_new_tokens=9) as cache:
         yield cache
 
@@ -123,7 +123,7 @@ def answered(model, ids, **fields):
     """Logits of eight forced tokens behind a prompt, the cache's bytes by purpose, and how it was divided."""
     with tiered(model, **fields) as cache:
         out = steps(model, ids, cache)
-        return out, cache.ledger.held(), cache.tiered_layers[0].sealed.tiers.plan
+        return out, cache.ledger.by_purpose(), cache.tiered_layers[0].sealed.phase.plan
 
 
 def steps(model, ids, cache):
@@ -151,7 +151,9 @@ def test_a_packed_pool_takes_the_bytes_of_its_numbers_and_scales(llama, long_ids
     _, packed, plan = answered(llama, long_ids, **fields)
     _, exact, _ = answered(llama, long_ids, **fields, pack_pages=False)
     d = llama.config.head_dim
-    assert packed["pool"] == plan.pool_pages * 2 * plan.layout.chunk_tokens * (d + 2)
+    assert packed["pool"] == plan.pool_pages(
+        [*range(llama.config.num_hidden_layers)]
+    ) * 2 * plan.layout.chunk_tokens * (d + 2)
     assert packed["pool"] * 4 * d == exact["pool"] * (d + 2)  # the model is of float32
 
 
@@ -192,11 +194,10 @@ def test_packing_at_the_seal_takes_less_than_the_cap_leaves(llama, policy, chunk
     ids = torch.randint(0, 97, (1, 6000), generator=torch.Generator().manual_seed(0))
     options = {"gpu_kv_gb": cap_share(llama, 6000, 0.2), "chunk_tokens": chunk_tokens, "policy": policy}
     with tiered(llama, **options) as cache:
-        cache.auto_seal = False
         llama(ids, **cache_argument(cache))
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             cache.seal()
-        assert cache.tiered_layers[0].sealed.packing is not None
+        assert cache.tiered_layers[0].sealed.pages.packing is not None
         live = peak = 0
         for event in profile.profiler.kineto_results.events():
             if event.name() == "[memory]":

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from helpers import assert_near, cap_share, pressed, session_logits, stock_inputs, stock_logits
+from helpers import assert_near, cap_share, pressed, session_logits, stock_inputs, stock_logits, tier_options
 from test_policy import tokens
 
 import tieredkv
+from tieredkv.cache.question import Question
 from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.environment.versions import cache_argument
-from tieredkv.errors import BudgetError
+from tieredkv.errors import BudgetError, OptionError
 from tieredkv.policy.presets import POLICIES, lookm, mixkv, streaming
 from tieredkv.policy.prune import kept_tokens
 
@@ -30,7 +33,7 @@ def test_full_budget_equals_stock_transformers(text_model, prompt_ids, policy):
 def test_full_budget_by_ratio_equals_stock_transformers(llama, long_ids, policy):
     options = {"gpu_kv_gb": 1, "budget_ratio": 1.0, "policy": policy, **SMALL}
     stock = stock_logits(llama, {"input_ids": long_ids}, 12)
-    with tieredkv.use_attention(llama), TieredCache(llama.config, **options) as cache:
+    with tieredkv.use_attention(llama), TieredCache(llama.config, **tier_options(**options)) as cache:
         tiered = stock_logits(llama, {"input_ids": long_ids}, 12, **cache_argument(cache))
     assert_near(tiered, stock)
 
@@ -48,8 +51,7 @@ def test_generate_with_every_preset(video_model, processor, frames, policy):
         fps=4,
         max_new_tokens=5,
         min_new_tokens=5,
-        policy=policy,
-        **SMALL,
+        **tier_options(policy=policy, **SMALL),
     )
     assert answer.stats.new_tokens == 5
     assert answer.stats.kv_device_peak_bytes <= answer.stats.kv_cap_bytes
@@ -59,7 +61,7 @@ def test_full_is_refused_where_it_does_not_fit(llama, long_ids):
     options = {"gpu_kv_gb": cap_share(llama, 900, 0.9), "policy": "full", **SMALL}
     with (
         tieredkv.use_attention(llama),
-        TieredCache(llama.config, **options) as cache,
+        TieredCache(llama.config, **tier_options(**options)) as cache,
         pytest.raises(BudgetError, match="the smallest that works is"),
     ):
         llama.generate(long_ids, **cache_argument(cache), max_new_tokens=2)
@@ -67,34 +69,24 @@ def test_full_is_refused_where_it_does_not_fit(llama, long_ids):
 
 def test_dense_layers_keep_everything_whatever_the_budget(llama, long_ids):
     options = {"gpu_kv_gb": 1, "budget_ratio": 0.1, "policy": "quest", "dense_layers": 1, **SMALL}
-    with torch.no_grad(), tieredkv.use_attention(llama), TieredCache(llama.config, **options) as cache:
+    with torch.no_grad(), tieredkv.use_attention(llama), TieredCache(llama.config, **tier_options(**options)) as cache:
         llama(long_ids, **cache_argument(cache))
         llama(long_ids[:, :1], **cache_argument(cache))
-        attended = [layer.sealed.lengths.sum(1).tolist() for layer in cache.tiered_layers]
+        attended = [layer.sealed.pages.lengths.sum(1).tolist() for layer in cache.tiered_layers]
     assert attended[0] == [901] * len(attended[0])
     assert max(attended[1]) < 200
 
 
-def test_fields_given_change_the_policy_and_the_others_stay():
-    tiers = tieredkv.TierConfig(policy="quest", digest="mean")
-    assert (tiers.method.digest, tiers.method.dense_layers, tiers.method.theta) == ("mean", 2, 2.0)
-    assert POLICIES["quest"].digest == "minmax"
-
-
-def test_pruning_is_taken_from_another_policy():
-    method = tieredkv.TierConfig(pruning="lookm").method
-    assert (method.name, method.rank, method.merge) == ("hybridkv", POLICIES["lookm"].rank, lookm.merge)
-
-
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("policy", "none"), ("policy", None), ("pruning", "x"), ("digest", "x"), ("chunk_group", 3), ("dense_layers", -1),
-     ("reuse_above", float("nan")), ("static_weight", "x"), ("score_group", "min"),
-     ("digest_bits", 4.0), ("adaptive", "no"), ("prefetch", 0), ("stay", 0.5)],
+    [("digest", "x"), ("chunk_group", 3), ("dense_layers", -1), ("dense_layers", True), ("theta", "x"),
+     ("theta", float("nan")), ("reuse_above", float("nan")), ("static_weight", "x"), ("score_group", "min"),
+     ("top_k_ratio", "a"), ("top_k_ratio", 0), ("type_split", 1.5), ("saliency_pool", 4), ("digest_bits", 4.0),
+     ("stay", 0.5), ("rank", "snapkv"), ("merge", 1), ("keep_all", 1)],
 )  # fmt: skip
-def test_what_no_policy_has_is_refused(field, value):
-    with pytest.raises(BudgetError, match=f"{field}="):
-        tieredkv.TierConfig(**{field: value})
+def test_what_no_policy_can_have_is_refused(field, value):
+    with pytest.raises(OptionError, match=f"{field}=.* is not valid: give"):
+        replace(POLICIES["hybridkv"], **{field: value})
 
 
 @EVERY
@@ -180,7 +172,7 @@ def test_streaming_keeps_sinks_and_the_latest():
 def test_with_correction_always_on_reuse_changes_nothing(llama, long_ids):
     def answer(**options):
         options = {**pressed(llama, 900, 0.7), "policy": "arkvale", **SMALL, **options}
-        with tieredkv.use_attention(llama), TieredCache(llama.config, **options) as cache:
+        with tieredkv.use_attention(llama), TieredCache(llama.config, **tier_options(**options)) as cache:
             return stock_logits(llama, {"input_ids": long_ids}, 12, **cache_argument(cache)), cache.counters
 
     exact, _ = answer()
@@ -197,19 +189,18 @@ def test_with_correction_always_on_reuse_changes_nothing(llama, long_ids):
 def unseen(llama, long_ids, **options):
     """Estimated and true unseen share of attention mass, mean over steps and heads."""
     options = {"gpu_kv_gb": 1, "budget_ratio": 0.3, "theta": 2.0, "digest_bits": 8, **SMALL, **options}
-    with torch.no_grad(), tieredkv.use_attention(llama), TieredCache(llama.config, **options) as cache:
-        cache.auto_seal = False
+    with torch.no_grad(), tieredkv.use_attention(llama), TieredCache(llama.config, **tier_options(**options)) as cache:
+        cache.expect(Question(trace=True))
         llama(long_ids, **cache_argument(cache))
-        cache.counters.trace = []
         cache.seal()
         with cache.forced():
             llama(long_ids[:, 50:60], **cache_argument(cache))
         true = []
         for made in cache.counters.trace:
             layer = cache.tiered_layers[made.layer]
-            layout, recent = layer.sealed.tiers.plan.layout, 900 + made.step
+            layout, recent = layer.sealed.phase.plan.layout, 900 + made.step
             keys = layer.host.chunks()[:, :, 0].flatten(1, 2)[:, : layout.recent_start]
-            generated, _ = layer.sealed.generated_tokens()
+            generated, _ = layer.sealed.pages.generated_tokens()
             rest = layer.host.chunks()[:, :, 0].flatten(1, 2)[:, layout.recent_start : 900]
             keys = torch.cat((keys, rest, generated[:, : recent - 900]), dim=1)
             weights = (made.query @ keys.transpose(1, 2) * keys.shape[-1] ** -0.5).softmax(-1).mean(1)
@@ -244,8 +235,8 @@ def test_adaptive_heads_grow_into_their_spare_slots_and_see_more(llama, long_ids
     [{"adaptive": True, "digest": "cuboid"}, {"adaptive": True, "reuse_above": 0.5}, {"policy": "quest", "stay": 2.0}],
 )
 def test_fields_that_do_not_go_together_are_refused(fields):
-    with pytest.raises(BudgetError, match="is not valid"):
-        tieredkv.TierConfig(**fields)
+    with pytest.raises(OptionError, match="is not valid"):
+        tieredkv.TierConfig(**tier_options(**fields))
 
 
 # ---- what digests are fitted to
@@ -260,12 +251,11 @@ def test_a_question_leaves_nothing_behind_when_the_digest_changes(llama, long_id
         with (
             torch.no_grad(),
             tieredkv.use_attention(llama),
-            TieredCache(llama.config, digest="cuboid", **options) as cache,
+            TieredCache(llama.config, **tier_options(digest="cuboid", **options)) as cache,
         ):
-            cache.auto_seal = False
             llama(context, **cache_argument(cache))
             cache.settle()
-            cache.set_tiers(tieredkv.TierConfig(digest="sketch", **options))
+            cache.set_tiers(tieredkv.TierConfig(**tier_options(digest="sketch", **options)))
             for question in questions:
                 llama(question, **cache_argument(cache))
                 cache.seal()
@@ -277,8 +267,11 @@ def test_a_question_leaves_nothing_behind_when_the_digest_changes(llama, long_id
 
 
 def test_a_basis_fitted_to_little_is_fitted_again_when_there_is_more(llama, long_ids):
-    with torch.no_grad(), tieredkv.use_attention(llama), TieredCache(llama.config, gpu_kv_gb=1, **SMALL) as cache:
-        cache.auto_seal = False
+    with (
+        torch.no_grad(),
+        tieredkv.use_attention(llama),
+        TieredCache(llama.config, **tier_options(gpu_kv_gb=1, **SMALL)) as cache,
+    ):
         llama(long_ids[:, :40], **cache_argument(cache))
         cache.seal()
         before = cache.tiered_layers[0].digests.basis
@@ -291,8 +284,7 @@ def test_a_basis_fitted_to_little_is_fitted_again_when_there_is_more(llama, long
 
 def test_prefill_in_inference_mode_and_decoding_outside_it(llama, long_ids):
     options = {"gpu_kv_gb": 1, "budget_ratio": 0.2, **SMALL}
-    with tieredkv.use_attention(llama), TieredCache(llama.config, **options) as cache:
-        cache.auto_seal = False
+    with tieredkv.use_attention(llama), TieredCache(llama.config, **tier_options(**options)) as cache:
         with torch.inference_mode():
             llama(long_ids, **cache_argument(cache))
             cache.seal()
@@ -311,9 +303,8 @@ def test_forced_tokens_fit_any_cap_that_single_ones_fit(llama, long_ids, share):
     with (
         torch.no_grad(),
         tieredkv.use_attention(llama),
-        TieredCache(llama.config, **options, max_new_tokens=20) as cache,
+        TieredCache(llama.config, **tier_options(**options), max_new_tokens=20) as cache,
     ):
-        cache.auto_seal = False
         llama(long_ids, **cache_argument(cache))
         cache.seal()
         with cache.forced():
@@ -326,8 +317,11 @@ def test_forced_tokens_give_what_one_call_each_gives(llama, long_ids, policy):
     options = {"gpu_kv_gb": 1, "budget_ratio": 0.2, "policy": policy, **SMALL}
     logits = []
     for forced in (False, True):
-        with torch.no_grad(), tieredkv.use_attention(llama), TieredCache(llama.config, **options) as cache:
-            cache.auto_seal = False
+        with (
+            torch.no_grad(),
+            tieredkv.use_attention(llama),
+            TieredCache(llama.config, **tier_options(**options)) as cache,
+        ):
             llama(long_ids, **cache_argument(cache))
             cache.seal()
             fed = long_ids[:, 100:120]
@@ -347,13 +341,12 @@ def test_a_cache_can_be_sealed_again_under_other_settings(llama, long_ids):
         cache.truncate(900)
         return logits
 
-    with torch.no_grad(), tieredkv.use_attention(llama), TieredCache(llama.config, **options) as cache:
-        cache.auto_seal = False
+    with torch.no_grad(), tieredkv.use_attention(llama), TieredCache(llama.config, **tier_options(**options)) as cache:
         llama(long_ids, **cache_argument(cache))
         first = decode(cache)
-        cache.set_tiers(tieredkv.TierConfig(policy="quest", **options))
+        cache.set_tiers(tieredkv.TierConfig(**tier_options(policy="quest", **options)))
         other = decode(cache)
-        cache.set_tiers(tieredkv.TierConfig(**options))
+        cache.set_tiers(tieredkv.TierConfig(**tier_options(**options)))
         again = decode(cache)
         with pytest.raises(tieredkv.OptionError, match="keep chunk_tokens"):
             cache.set_tiers(tieredkv.TierConfig(gpu_kv_gb=1, chunk_tokens=16))
@@ -365,5 +358,5 @@ def test_video_question_with_full_budget_by_ratio(video_model, processor, frames
     question = "follow the star for 2 ?"
     stock = stock_logits(video_model, stock_inputs(processor, frames, question), 4)
     options = {"gpu_kv_gb": 1, "budget_ratio": 1.0, "processor": processor, "fps": 4, "positions": "stock"}
-    with tieredkv.open_session(video_model, frames, **options, **SMALL) as session:
+    with tieredkv.open_session(video_model, frames, **tier_options(**options, **SMALL)) as session:
         assert_near(session_logits(session, question, 4), stock)

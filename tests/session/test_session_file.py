@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 from films import with_sound
-from helpers import assert_near, pressed, session_logits
+from helpers import assert_near, pressed, session_logits, tier_options
 
 import tieredkv
 from tieredkv.api import new_session
 from tieredkv.errors import BudgetError, OptionError, SessionError, TieredKVError
 from tieredkv.models.families.qwen2_5_vl import Qwen25VL
 from tieredkv.storage import tensor_file
+from tieredkv.video.frames import Sampling
 
 STAR, MOON = "what colour was the star ?", "follow the moon for 4 ?"
 
@@ -39,7 +40,7 @@ def kept(video_model, frames, options, tmp_path):
     That has answered before: the first question finds some tokens on the device still, and reads in other blocks.
     """
     path = tmp_path / "session.tkv"
-    with tieredkv.open_session(video_model, frames, **options) as session:
+    with tieredkv.open_session(video_model, frames, **tier_options(**options)) as session:
         session.save(path)
         session_logits(session, MOON, 2)
         answers = [session_logits(session, question, 6) for question in (STAR, MOON)]
@@ -66,7 +67,7 @@ def test_taking_it_up_needs_no_video_and_prefills_none_of_it(kept, video_model, 
 
     decoded = []
     decode = Qwen25VL.decode
-    monkeypatch.setattr("tieredkv.session.video_session.open_video", forbidden)
+    monkeypatch.setattr("tieredkv.session.ingest.open_video", forbidden)
     monkeypatch.setattr(Qwen25VL, "encode", forbidden)
     monkeypatch.setattr(
         Qwen25VL, "decode", lambda self, model, e, *rest: decoded.append(e.shape[1]) or decode(self, model, e, *rest)
@@ -79,7 +80,7 @@ def test_taking_it_up_needs_no_video_and_prefills_none_of_it(kept, video_model, 
 def test_a_session_saved_after_questions_holds_no_trace_of_them(video_model, frames, options, tmp_path):
     from tieredkv.storage import tensor_file
 
-    with tieredkv.open_session(video_model, frames, **options) as session:
+    with tieredkv.open_session(video_model, frames, **tier_options(**options)) as session:
         session.save(tmp_path / "before")
         session.ask(MOON, max_new_tokens=20)
         session.save(tmp_path / "after")
@@ -89,7 +90,7 @@ def test_a_session_saved_after_questions_holds_no_trace_of_them(video_model, fra
 
 
 def test_the_conversation_is_saved(kept, video_model, frames, options, processor, tmp_path):
-    with tieredkv.open_session(video_model, frames, **options) as session:
+    with tieredkv.open_session(video_model, frames, **tier_options(**options)) as session:
         session.chat(STAR, max_new_tokens=3)
         session.save(tmp_path / "talk")
         there = session.chat(MOON, max_new_tokens=5).token_ids
@@ -111,7 +112,7 @@ def test_a_loaded_session_can_be_saved_again(kept, video_model, processor, tmp_p
 def test_a_question_longer_than_the_room_kept_for_it_is_answered(kept, video_model, processor, frames, options):
     path, _ = kept
     question = " ".join([STAR] * 60)
-    with tieredkv.open_session(video_model, frames, **{**options, "gpu_kv_gb": 1}) as session:
+    with tieredkv.open_session(video_model, frames, **tier_options(**{**options, "gpu_kv_gb": 1})) as session:
         expected = session_logits(session, question, 3)
     with load(path, video_model, processor, gpu_kv_gb=1) as session:
         assert_near(session_logits(session, question, 3), expected)
@@ -119,14 +120,16 @@ def test_a_question_longer_than_the_room_kept_for_it_is_answered(kept, video_mod
 
 def test_tier_settings_can_be_changed_when_it_is_loaded(kept, video_model, processor, frames, options):
     path, _ = kept
-    with tieredkv.open_session(video_model, frames, **{**options, "theta": 2.0, "gpu_kv_gb": 1}) as session:
+    with tieredkv.open_session(
+        video_model, frames, **tier_options(**{**options, "theta": 2.0, "gpu_kv_gb": 1})
+    ) as session:
         expected = session_logits(session, STAR, 4)
-    with load(path, video_model, processor, theta=2.0, gpu_kv_gb=1) as session:
+    with load(path, video_model, processor, **tier_options(theta=2.0, gpu_kv_gb=1)) as session:
         assert_near(session_logits(session, STAR, 4), expected)
 
 
 def test_stock_positions_stay_stock(video_model, frames, options, processor, tmp_path):
-    with tieredkv.open_session(video_model, frames, positions="stock", **options) as session:
+    with tieredkv.open_session(video_model, frames, positions="stock", **tier_options(**options)) as session:
         session.save(tmp_path / "stock")
         session_logits(session, MOON, 2)
         expected = session_logits(session, STAR, 4)
@@ -168,7 +171,7 @@ def test_a_file_that_says_nothing_of_buffers_and_adapters_loads(
         return write(path, {name: part for name, part in manifest.items() if name != "model_state"}, tensors, progress)
 
     monkeypatch.setattr("tieredkv.session.session_file.tensor_file.write", old)
-    with tieredkv.open_session(video_model, frames, **options) as session:
+    with tieredkv.open_session(video_model, frames, **tier_options(**options)) as session:
         session.save(tmp_path / "old.tkv")
     load(tmp_path / "old.tkv", video_model, processor).close()
     with pytest.raises(SessionError, match="weights differ"):
@@ -179,7 +182,7 @@ def test_a_model_that_is_cast_while_a_session_is_open_is_refused(video_model, pr
     import copy
 
     model = copy.deepcopy(video_model)
-    with tieredkv.open_session(model, frames, **options) as session:
+    with tieredkv.open_session(model, frames, **tier_options(**options)) as session:
         model.to(torch.bfloat16)
         with pytest.raises(SessionError, match=r'opened with another model \(dtype was "float32", is "bfloat16"\)'):
             session.ask(STAR, max_new_tokens=1)
@@ -207,7 +210,7 @@ def quantised(kind):
 )
 def test_a_quantised_model_is_planned_asked_saved_and_loaded(video_model, processor, frames, options, tmp_path, kind):
     model = quantised(kind)(video_model)
-    with tieredkv.open_session(model, frames, **options) as session:
+    with tieredkv.open_session(model, frames, **tier_options(**options)) as session:
         session.save(tmp_path / "s.tkv")
         session_logits(session, MOON, 2)
         expected = session_logits(session, STAR, 4)
@@ -322,12 +325,12 @@ def test_a_session_without_a_video_or_closed_cannot_be_saved(video_model, proces
 
 def test_a_loaded_session_takes_no_second_video(kept, video_model, processor, frames):
     with load(kept[0], video_model, processor) as session, pytest.raises(TieredKVError, match="has its video already"):
-        session.ingest(frames, fps=4)
+        session.ingest(frames, Sampling(fps=4))
 
 
 def test_closing_lets_go_of_the_mapped_file(kept, video_model, processor):
     session = load(kept[0], video_model, processor)
-    mapped = weakref.ref(session._cache.tiered_layers[0].host._arena)
+    mapped = weakref.ref(session._cached.cache.tiered_layers[0].host._arena)
     session.ask(STAR, max_new_tokens=2)
     session.close()
     gc.collect()
@@ -354,7 +357,7 @@ def test_arrays_that_hold_the_same_frames_are_the_same_video(kept, video_model, 
 
 
 def test_a_long_question_asked_before_does_not_make_the_file_longer(video_model, frames, options, tmp_path):
-    with tieredkv.open_session(video_model, frames, **{**options, "gpu_kv_gb": 1}) as session:
+    with tieredkv.open_session(video_model, frames, **tier_options(**{**options, "gpu_kv_gb": 1})) as session:
         before = session.save(tmp_path / "s")
         session.ask(" ".join([STAR] * 120), max_new_tokens=2)
         assert session.save(tmp_path / "s") == before
@@ -407,7 +410,7 @@ def test_a_file_changed_in_place_while_loaded_is_noticed(kept, video_model, proc
 def test_a_file_replaced_while_loaded_stays_as_it_was(kept, video_model, processor, frames, options):
     path, answers = kept
     with load(path, video_model, processor) as session:
-        with tieredkv.open_session(video_model, frames[::-1], **options) as other:
+        with tieredkv.open_session(video_model, frames[::-1], **tier_options(**options)) as other:
             other.save(path)
         assert torch.equal(session_logits(session, STAR, 6), answers[0])
 
@@ -419,8 +422,11 @@ def test_a_file_that_counts_from_the_first_picture_is_put_on_the_files_clock(
     film = with_sound(tmp_path / "late.mp4", frames[:40], begin=5)
     options = {"processor": processor}
     with tieredkv.open_session(video_model, film, fps=4, gpu_kv_gb=1, **options) as session:
-        del session._about_video["clock"]
-        session._about_video["start"] = 0.0
-        session.save(tmp_path / "old.tkv")
+        session.save(tmp_path / "now.tkv")
+    stored = tensor_file.read(tmp_path / "now.tkv")
+    facts = stored.manifest["session"]["video"]
+    assert facts.pop("clock") == "file"
+    facts["start"] = 0.0
+    tensor_file.write(tmp_path / "old.tkv", stored.manifest, {name: stored.tensor(name) for name in stored.names})
     with tieredkv.load_session(tmp_path / "old.tkv", video_model, video=film, **options) as again:
         assert again.ask("what colour was the star ?", max_new_tokens=2).evidence.start == pytest.approx(5.0, abs=0.1)

@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from helpers import RecordLogits, assert_near, cap_share, pressed, stock_inputs, stock_logits
+from helpers import RecordLogits, assert_near, cap_share, pressed, stock_inputs, stock_logits, tier_options
 
 import tieredkv
 from tieredkv.errors import BudgetError, PromptError, TieredKVError
@@ -29,7 +29,7 @@ def opened(video_model, processor, frames):
             **pressed(video_model, tokens, share),
             processor=processor,
             fps=4,
-            **{**TIGHT, **options},
+            **tier_options(**{**TIGHT, **options}),
         )
         sessions.append(session)
         return session
@@ -137,7 +137,7 @@ def test_a_trace_records_every_selection(opened):
 
 def test_generate_is_a_session_with_one_question(opened, video_model, processor, frames):
     options = {**pressed(video_model, 280, 0.6), **TIGHT, "processor": processor, "fps": 4}
-    one = tieredkv.generate(video_model, frames, STAR, **options, max_new_tokens=6)
+    one = tieredkv.generate(video_model, frames, STAR, **tier_options(**options), max_new_tokens=6)
     assert one.token_ids == opened().ask(STAR, max_new_tokens=6).token_ids
 
 
@@ -179,7 +179,7 @@ def test_a_streamer_that_fails_leaves_the_session_usable(opened):
 
 def test_a_closed_session_frees_its_memory_and_refuses_work(opened):
     session = opened()
-    cache, threads = session._cache, threading.active_count()
+    cache, threads = session._cached.cache, threading.active_count()
     session.close()
     session.close()
     assert cache.host_bytes == 0
@@ -223,7 +223,7 @@ def test_a_streamer_is_ended_when_the_question_is_refused(opened):
 def test_a_copy_that_fails_reaches_the_asker_and_leaves_the_session_usable(opened, monkeypatch):
     session = opened(theta=2.0, reuse_above=-1.0)
     want = session.ask(MOON, max_new_tokens=6).token_ids
-    prefetcher = session._cache.copies
+    prefetcher = session._cached.cache.device_tier.copies
 
     def fail() -> int:
         raise OSError("the copy failed")
@@ -233,7 +233,7 @@ def test_a_copy_that_fails_reaches_the_asker_and_leaves_the_session_usable(opene
         with pytest.raises(OSError, match="the copy failed"):
             session.ask(MOON, max_new_tokens=6)
     assert session.ask(MOON, max_new_tokens=6).token_ids == want
-    assert session._cache.ledger.used_bytes == 0
+    assert session._cached.cache.ledger.used_bytes == 0
 
 
 def test_an_interrupt_in_the_middle_of_decoding_leaves_the_session_usable(opened, video_model, monkeypatch):

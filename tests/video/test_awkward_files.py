@@ -1,4 +1,4 @@
-"""Video files that are damaged, odd, or do not say what they are: frames, or one error that names the file."""
+"""Damaged and unusual video files give frames, or one error that names the file."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from films import KINDS, greys, levels, numbered, numbers, retime, sample, ticks
 from helpers import ended
 
 from tieredkv.errors import VideoError
-from tieredkv.video import sampling
-from tieredkv.video.frames import load_frames, open_video
+from tieredkv.video.clock import Clock
+from tieredkv.video.frames import Sampling, load_frames, open_video
 
 pytestmark = pytest.mark.files
 
@@ -23,44 +23,44 @@ BOUND = 1000
 
 
 def outcome(path: Path, fps: float = 2, **options) -> tuple[int, str | None]:
-    """How many frames came, and the message of the `VideoError` that ended them; fails on anything else."""
-    given, raised = [], []
+    """Number of frames, and the message of the `VideoError` that ended them; fails on any other error."""
+    shapes, errors = [], []
 
     def run() -> None:
         try:
-            for picture in open_video(path, fps, **options).frames():
-                given.append(picture.shape)
-                assert len(given) < BOUND
-        except BaseException as error:  # noqa: BLE001  looked at below
-            raised.append(error)
+            for picture in open_video(path, Sampling(fps, **options)).frames():
+                shapes.append(picture.shape)
+                assert len(shapes) < BOUND
+        except BaseException as error:  # noqa: BLE001  checked below
+            errors.append(error)
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     assert ended(thread), "it hangs"
-    if not raised:
-        assert given
-        return len(given), None
-    assert isinstance(raised[0], VideoError), raised[0]
-    assert str(raised[0]).startswith(str(path))
-    if given:
-        assert re.search(r"stopped at [\d.]+ s|changes from .* at [\d.]+ s", str(raised[0]))
-    return len(given), str(raised[0])
+    if not errors:
+        assert shapes
+        return len(shapes), None
+    assert isinstance(errors[0], VideoError), errors[0]
+    assert str(errors[0]).startswith(str(path))
+    if shapes:
+        assert re.search(r"stopped at [\d.]+ s|changes from .* at [\d.]+ s", str(errors[0]))
+    return len(shapes), str(errors[0])
 
 
-def say_it_lasts(path: Path, tag: bytes) -> None:
-    """Overwrite the length that matroska states for its video."""
+def set_length(path: Path, tag: bytes) -> None:
+    """Overwrite the length that a Matroska file states for its video."""
     with av.open(str(path)) as container:
         stated = container.streams.video[0].metadata["DURATION"].encode()
     path.write_bytes(path.read_bytes().replace(stated, tag))
 
 
-# ---- files that are not whole
+# ---- incomplete files
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_truncated_file_gives_what_is_there_and_one_error(tmp_path, whole, kind, share):
-    """A transport stream states no length, so what is left of it is a shorter video."""
+def test_a_truncated_file_gives_the_frames_it_has_and_one_error(tmp_path, whole, kind, share):
+    """A transport stream states no length, so a truncated one is a shorter video."""
     path = tmp_path / kind
     path.write_bytes(whole[kind].read_bytes()[: int(whole[kind].stat().st_size * share)])
     given, message = outcome(path)
@@ -73,24 +73,24 @@ def test_a_truncated_file_gives_what_is_there_and_one_error(tmp_path, whole, kin
         assert "decoding stopped at" in message
 
 
-def test_what_lies_before_end_suffices(tmp_path, whole):
+def test_a_file_truncated_after_end_is_no_error(tmp_path, whole):
     path = tmp_path / "cut.mkv"
     path.write_bytes(whole["cut.mkv"].read_bytes()[: whole["cut.mkv"].stat().st_size // 2])
     assert outcome(path, end=3.0) == (6, None)
 
 
-def test_an_end_that_the_file_all_but_reaches_suffices(tmp_path, steady):
-    """Four seconds that are said to be twenty."""
+def test_an_end_just_past_the_last_frame_is_no_error(tmp_path, steady):
+    """Four seconds in a file that states twenty."""
     path = tmp_path / "short.mkv"
     path.write_bytes(steady.read_bytes())
-    say_it_lasts(path, b"00:00:20.000000000")
+    set_length(path, b"00:00:20.000000000")
     assert outcome(path, fps=1, end=4.5) == (4, None)
     given, message = outcome(path, fps=1, end=6.0)
     assert given == 4
     assert "decoding stopped at 4.00 s (the file says it lasts 20.00 s)" in message
 
 
-def test_a_truncated_file_is_found_out_when_seeking_too(tmp_path, whole):
+def test_a_truncated_file_is_an_error_also_when_seeking(tmp_path, whole):
     path = tmp_path / "faststart.mp4"
     path.write_bytes(whole[path.name].read_bytes()[: whole[path.name].stat().st_size // 2])
     given, message = outcome(path, fps=0.5)
@@ -100,7 +100,7 @@ def test_a_truncated_file_is_found_out_when_seeking_too(tmp_path, whole):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_flipped_bits_are_concealed_or_one_error(tmp_path, whole, kind):
+def test_flipped_bits_are_concealed_or_give_one_error(tmp_path, whole, kind):
     stored, random = whole[kind].read_bytes(), np.random.default_rng(1)
     for flips in (3, 200):
         damaged = bytearray(stored)
@@ -112,11 +112,11 @@ def test_flipped_bits_are_concealed_or_one_error(tmp_path, whole, kind):
         assert given <= 80
 
 
-def test_a_file_without_a_byte_is_refused(tmp_path):
+def test_an_empty_file_is_refused(tmp_path):
     path = tmp_path / "empty.mkv"
     path.touch()
     with pytest.raises(VideoError, match=r"empty\.mkv: not a readable video file"):
-        open_video(path, 1)
+        open_video(path, Sampling(1))
 
 
 def test_a_file_with_sound_only_is_refused(tmp_path):
@@ -127,18 +127,18 @@ def test_a_file_with_sound_only_is_refused(tmp_path):
         frame.rate = 8000
         output.mux(stream.encode(frame))
     with pytest.raises(VideoError, match=r"sound\.mkv: there is no video stream"):
-        open_video(path, 1)
+        open_video(path, Sampling(1))
 
 
 def test_a_header_without_frames_is_refused_when_opened(tmp_path, whole):
     stored = whole["faststart.mp4"].read_bytes()
     path = tmp_path / "header.mp4"
     path.write_bytes(stored[: stored.index(b"mdat") + 4])
-    with pytest.raises(VideoError, match=r"header\.mp4: there is a video stream but not one frame in it"):
-        open_video(path, 1)
+    with pytest.raises(VideoError, match=r"header\.mp4: its video stream has no frame"):
+        open_video(path, Sampling(1))
 
 
-def test_a_count_of_frames_that_is_missing_is_not_needed(tmp_path, whole):
+def test_a_missing_count_of_frames_is_not_needed(tmp_path, whole):
     stored, count = whole["cut.avi"].read_bytes(), (200).to_bytes(4, "little")
     assert count in stored[:1000]
     path = tmp_path / "uncounted.avi"
@@ -150,31 +150,31 @@ def test_a_codec_without_a_decoder_is_refused(tmp_path, steady):
     path = tmp_path / "unknown.mkv"
     path.write_bytes(steady.read_bytes().replace(b"V_MPEG4/ISO/AVC", b"V_XXXXX/ISO/AVC"))
     with pytest.raises(VideoError, match=r"unknown\.mkv: FFmpeg has no decoder"):
-        open_video(path, 1)
+        open_video(path, Sampling(1))
 
 
-def test_a_file_that_vanishes_after_it_was_opened_is_named(tmp_path, steady):
+def test_a_file_removed_after_it_was_opened_is_named(tmp_path, steady):
     path = tmp_path / "gone.mkv"
     path.write_bytes(steady.read_bytes())
-    source = open_video(path, 1)
+    source = open_video(path, Sampling(1))
     path.unlink()
-    with pytest.raises(VideoError, match=r"gone\.mkv: was there when it was opened"):
+    with pytest.raises(VideoError, match=r"gone\.mkv: the file was removed after it was opened"):
         next(source.frames())
     with pytest.raises(VideoError, match=r"gone\.mkv: cannot be read"):
         source.sha256()
 
 
-def test_a_file_that_shrinks_while_it_is_read_is_no_shorter_video(tmp_path, whole):
+def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path, whole):
     path = tmp_path / "shrinking.ts"
     path.write_bytes(whole["cut.ts"].read_bytes())
-    frames = open_video(path, 10).frames()
+    frames = open_video(path, Sampling(10)).frames()
     next(frames)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(VideoError, match=r"shrinking\.ts: decoding stopped at [\d.]+ s \(it shrank"):
         list(frames)
 
 
-# ---- odd pictures
+# ---- unusual pictures
 
 
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (8192, 16), (63, 47)])
@@ -185,7 +185,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_no_shorter_video(tmp_path, whol
 )
 def test_any_size_of_picture_is_read(tmp_path, name, codec, pixels, width, height):
     path = write(tmp_path / name, greys(10, height, width), codec, pixels=pixels)
-    source = open_video(path, 5)
+    source = open_video(path, Sampling(5))
     assert (source.width, source.height) == (width, height)
     pictures = list(source.frames())
     assert {picture.shape for picture in pictures} == {(height, width, 3)}
@@ -199,8 +199,8 @@ def test_ten_bits_are_read_as_eight(tmp_path):
     assert levels(pictures) == list(range(10))
 
 
-def turned(path: Path, source: Path, degrees: int) -> Path:
-    """An mp4 whose display matrix turns its pictures clockwise."""
+def rotated(path: Path, source: Path, degrees: int) -> Path:
+    """An MP4 whose display matrix rotates its pictures clockwise."""
 
     def matrix(a: int, b: int, c: int, d: int) -> bytes:
         values = (a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 0x40000000)
@@ -215,11 +215,11 @@ def turned(path: Path, source: Path, degrees: int) -> Path:
 
 @pytest.mark.parametrize("fps", [10, 0.4], ids=["linear", "seeking"])
 @pytest.mark.parametrize("degrees", [90, 180, 270])
-def test_a_turned_picture_is_turned_upright(tmp_path, degrees, fps):
+def test_a_display_matrix_rotates_pictures(tmp_path, degrees, fps):
     picture = np.zeros((48, 64, 3), np.uint8)
     picture[:24, :32] = 220  # upper left
     flat = write(tmp_path / "flat.mp4", [picture] * 100, g="5")
-    source = open_video(turned(tmp_path / "turned.mp4", flat, degrees), fps)
+    source = open_video(rotated(tmp_path / "rotated.mp4", flat, degrees), Sampling(fps))
     expected = np.rot90(picture, -degrees // 90)
     assert (source.height, source.width) == expected.shape[:2]
     for shown in source.frames():
@@ -229,7 +229,7 @@ def test_a_turned_picture_is_turned_upright(tmp_path, degrees, fps):
 # ---- times
 
 
-def test_a_variable_rate_is_sampled_by_time_when_seeking_too(tmp_path, steady):
+def test_a_variable_rate_is_sampled_by_time_also_when_seeking(tmp_path, steady):
     """A frame each 0.1 s, then one each 2 s."""
     times = [i / 10 for i in range(20)] + [2.0 + 2 * i for i in range(20)]
     path = retime(tmp_path / "vfr.mkv", steady, times)
@@ -240,7 +240,7 @@ def test_joined_recordings_whose_clock_restarts_follow_each_other(tmp_path):
     part = write(tmp_path / "part.ts", numbered(30), g="10").read_bytes()
     path = tmp_path / "joined.ts"
     path.write_bytes(part + part)
-    source = open_video(path, 5)
+    source = open_video(path, Sampling(5))
     assert source.seconds == pytest.approx(6, abs=0.3)
     pictures = numbers(source.frames())
     assert pictures == [*range(0, 30, 2), *range(0, 30, 2)]
@@ -248,7 +248,7 @@ def test_joined_recordings_whose_clock_restarts_follow_each_other(tmp_path):
 
 
 def test_frames_that_come_late_do_not_stretch_the_video(tmp_path, steady):
-    """One frame far in the past among others that go on is no clock that was restarted."""
+    """One frame far in the past does not restart the clock if the others go on."""
     times = [i / 10 for i in range(40)]
     times[25] = 0.45
     path = retime(tmp_path / "stray.mkv", steady, times)
@@ -258,16 +258,16 @@ def test_frames_that_come_late_do_not_stretch_the_video(tmp_path, steady):
 
 
 def test_a_clock_that_restarts_within_an_indexed_file_ends_seeking(tmp_path, monkeypatch):
-    """What the index says of such a file is of no use; a run that went by it begins again, and goes on from there."""
+    """The index of such a file is of no use; after a seek, decoding starts again from the beginning."""
     path = write(tmp_path / "v.mkv", numbered(60), g="5", bf="0")
-    place = sampling.Clock.place
+    place = Clock.place
 
     def restarting(self, frame):
         time = place(self, frame)
         self.restarted = frame.time > 5
         return time
 
-    monkeypatch.setattr(sampling.Clock, "place", restarting)
+    monkeypatch.setattr(Clock, "place", restarting)
     seen = ticks(path, fps=0.8)
     assert len(seen) > 60
     assert seen == sorted(seen)
@@ -282,26 +282,26 @@ def test_a_frame_a_little_in_the_past_is_left_out(tmp_path, steady):
 
 
 @pytest.mark.parametrize("stated", [True, False], ids=["length stated", "length unknown"])
-def test_a_jump_far_forward_is_an_error_that_tells_it(tmp_path, stated):
+def test_a_jump_far_forward_is_an_error_that_names_it(tmp_path, stated):
     path = tmp_path / ("jump.mkv" if stated else "jump.ts")
     source = write(tmp_path / f"source{path.suffix}", numbered(20), bf="0", g="5")
     retime(path, source, [i / 10 if i < 10 else 5000 + i / 10 for i in range(20)])
     if stated:
-        say_it_lasts(path, b"00:00:02.000000000")
+        set_length(path, b"00:00:02.000000000")
     given, message = outcome(path)
     assert given <= 3
-    assert re.search(r"decoding stopped at 0\.90 s \(the next frame is written as 5000\.\d+ s later", message)
+    assert re.search(r"decoding stopped at 0\.90 s \(the next frame has a timestamp 5000\.\d+ s later", message)
 
 
-def test_a_first_frame_that_comes_late_begins_the_video(tmp_path, steady):
-    """Matroska states when the video ends, not how long it is."""
+def test_the_video_begins_at_a_late_first_frame(tmp_path, steady):
+    """Matroska states the time at which the video ends, not its length."""
     path = retime(tmp_path / "late.mkv", steady, [30 + i / 10 for i in range(40)])
-    source = open_video(path, 10, max_frames=20)
+    source = open_video(path, Sampling(10, max_frames=20))
     assert (source.expected, source.fps) == (20, pytest.approx(5))
     assert numbers(source.frames()) == list(range(0, 40, 2))
 
 
-def test_a_picture_that_stands_long_is_repeated(tmp_path, steady):
+def test_a_picture_that_is_shown_long_is_repeated(tmp_path, steady):
     times = [i / 10 if i < 20 else 50 + i / 10 for i in range(40)]
     path = retime(tmp_path / "still.mkv", steady, times)
     pictures = numbers(sample(path, 2))
@@ -313,46 +313,46 @@ def test_a_picture_that_stands_long_is_repeated(tmp_path, steady):
     ("name", "codec", "format"),
     [("pipe.webm", "libvpx", "webm"), ("pipe.mkv", "libx264", "matroska"), ("pipe.mp4", "libx264", "mp4")],
 )
-def test_a_length_that_is_not_stated_is_found(tmp_path, name, codec, format):
+def test_a_length_that_is_not_stated_is_found_in_the_packets(tmp_path, name, codec, format):
     flags = {"movflags": "frag_keyframe+empty_moov"} if format == "mp4" else {}
     path = write(tmp_path / name, numbered(60), codec, format=format, pipe=True, flags=flags, g="5")
-    source = open_video(path, 10, max_frames=6)
+    source = open_video(path, Sampling(10, max_frames=6))
     assert source.seconds == pytest.approx(6, abs=0.15)
     assert (source.expected, source.fps) == (6, pytest.approx(1, rel=0.03))
     assert numbers(source.frames()) == pytest.approx([0, 10, 20, 30, 40, 50], abs=1)
 
 
-def test_a_stated_length_is_not_looked_for(whole, monkeypatch):
+def test_a_stated_length_is_not_searched_in_the_packets(whole, monkeypatch):
     monkeypatch.setattr("tieredkv.video.length._scan", None)
     for kind in ("plain.mp4", "cut.mkv", "cut.avi", "cut.webm"):
-        assert open_video(whole[kind], 2).expected == 40
+        assert open_video(whole[kind], Sampling(2)).expected == 40
 
 
 def test_frames_without_times_are_counted(tmp_path):
     path = write(tmp_path / "raw.h264", numbered(40), format="h264", rate=20)
-    source = open_video(path, 5)
+    source = open_video(path, Sampling(5))
     assert source.expected == 10
     assert numbers(source.frames()) == list(range(0, 40, 4))
 
 
-def test_a_length_that_cannot_be_is_not_believed(tmp_path, steady):
+def test_an_impossible_length_is_ignored(tmp_path, steady):
     path = tmp_path / "endless.mkv"
     path.write_bytes(steady.read_bytes())
-    say_it_lasts(path, b"9999999:00:00.0000")
-    assert open_video(path, 2).expected == 8
+    set_length(path, b"9999999:00:00.0000")
+    assert open_video(path, Sampling(2)).expected == 8
 
 
-# ---- odd names and streams
+# ---- unusual names and streams
 
 
 def test_a_name_with_a_colon_is_a_file(tmp_path, monkeypatch, steady):
     (tmp_path / "12:30.mkv").write_bytes(steady.read_bytes())
     monkeypatch.chdir(tmp_path)
-    assert len(load_frames("12:30.mkv", 1).pixels) == 4
+    assert len(load_frames("12:30.mkv", Sampling(1)).pixels) == 4
 
 
 def test_a_cover_is_not_the_video(tmp_path):
-    """Music with a picture of its sleeve is no video."""
+    """Music with a cover picture is not a video."""
     path = tmp_path / "song.mp3"
     with av.open(str(path), "w") as output:
         sound = output.add_stream("libmp3lame", rate=44100, layout="mono")
@@ -366,4 +366,4 @@ def test_a_cover_is_not_the_video(tmp_path):
         output.mux(sound.encode(frame))
         output.mux(sound.encode())
     with pytest.raises(VideoError, match=r"song\.mp3: there is no video stream"):
-        open_video(path, 1)
+        open_video(path, Sampling(1))

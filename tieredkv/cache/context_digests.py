@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
+from tieredkv.cache.device_tier import DeviceTier
 from tieredkv.memory.host import HostLayer
 from tieredkv.memory.ledger import on_device
 from tieredkv.memory.units import FLOAT32
 from tieredkv.ops.select import ops_for
 from tieredkv.policy.base import Policy
 from tieredkv.policy.digests import sketch, vectors
-
-if TYPE_CHECKING:
-    from tieredkv.cache.tiered_cache import TieredCache
 
 MOST_CHUNKS = 1024
 """Chunks digested at a time."""
@@ -34,9 +30,9 @@ class ContextDigests:
     there is. Once `settle` was called nothing that follows is fitted to: no answer depends on an earlier question.
     """
 
-    def __init__(self, cache: TieredCache, host: HostLayer, device: torch.device) -> None:
-        """cache: for its policy, copies and ledger. device: where digests are made."""
-        self._cache, self._host, self._device = cache, host, device
+    def __init__(self, device_tier: DeviceTier, host: HostLayer, device: torch.device) -> None:
+        """device_tier: for its policy, copies and ledger. device: where digests are made."""
+        self._device_tier, self._host, self._device = device_tier, host, device
         self._packed: torch.Tensor | None = None
         self._name = ""
         self._digested = 0
@@ -70,7 +66,7 @@ class ContextDigests:
 
         A basis that was fitted to less, in a context that is not settled, is fitted again when the context has doubled.
         """
-        method, c = self._cache.tiers.method, self._host.chunk_tokens
+        method, c = self._device_tier.tiers.policy, self._host.chunk_tokens
         kind, bits, name = vectors.DIGESTS[method.digest], method.digest_bits, _name(method)
         if self._name != name:
             self._packed, self._digested, self.basis, self._name = None, 0, None, name
@@ -82,7 +78,7 @@ class ContextDigests:
             if whole == 0 or (self._host.length < FIT_TOKENS and not fit):
                 return
             self._fitted_to = min(whole, most)
-            self._cache.copies.drain()  # the host reads what was written back
+            self._device_tier.copies.drain()  # the host reads what was written back
             keys = self._host.chunks(0, self._fitted_to)[:, :, 0].flatten(1, 2)
             self.basis = sketch.fit(self.query_moment, keys, bits)
         held = [] if self._packed is None else [self._packed[:, : self._digested]]
@@ -98,7 +94,9 @@ class ContextDigests:
 
     def _chunks_at_once(self, most: int) -> int:
         """On a card, as many as the cap leaves room for."""
-        room = MOST_CHUNKS if self._device.type == "cpu" else self._cache.ledger.free_bytes // self._scratch_bytes(1)
+        room = (
+            MOST_CHUNKS if self._device.type == "cpu" else self._device_tier.ledger.free_bytes // self._scratch_bytes(1)
+        )
         return max(1, min(MOST_CHUNKS, most, room))
 
     def _scratch_bytes(self, chunks: int) -> int:
@@ -111,9 +109,9 @@ class ContextDigests:
         chunks = self._host.chunks(first, stop)
         if self._device.type == "cpu":
             return kind.make(chunks[:, :, 0], bits, basis)
-        with on_device(self._device), self._cache.ledger.scratch("digesting", self._scratch_bytes(stop - first)):
+        with on_device(self._device), self._device_tier.ledger.scratch("digesting", self._scratch_bytes(stop - first)):
             staged = torch.empty(chunks.shape, dtype=self._host.dtype, device=self._device)
-            self._cache.transfer.stage(chunks, staged, with_values=True)
+            self._device_tier.transfer.stage(chunks, staged, with_values=True)
             make = ops_for(self._device).pack_sketches if kind.fitted else kind.make
             return make(staged[:, :, 0], bits, basis).cpu()
 
@@ -142,7 +140,7 @@ class ContextDigests:
 
     def restore(self, state: dict[str, torch.Tensor]) -> None:
         """Take a settled state. Digests of another kind than the policy's are made anew before they are used."""
-        self._name = _name(self._cache.tiers.method)
+        self._name = _name(self._device_tier.tiers.policy)
         self._packed = state.get(self._name)
         self._digested = 0 if self._packed is None else self._packed.shape[1]
         self.query_moment, self._settled = state["query_moment"], True

@@ -1,10 +1,10 @@
-"""TieredLayer: one layer of a TieredCache, in transformers' protocol: its host tier, and its share of the device."""
+"""TieredLayer: one layer of a TieredCache, in transformers' protocol."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
@@ -12,32 +12,47 @@ from transformers.cache_utils import CacheLayerMixin
 from tieredkv.attention import interface
 from tieredkv.cache import prefill
 from tieredkv.cache.context_digests import ContextDigests
-from tieredkv.cache.sealed_layer import SealedLayer, Tiers
+from tieredkv.cache.decode_phase import DecodePhase
+from tieredkv.cache.device_tier import DeviceTier
+from tieredkv.cache.question import Question
+from tieredkv.cache.sealed_layer import SealedLayer
+from tieredkv.cache.turns import LayerTurns
 from tieredkv.environment.ambient import attended_dtype, settled
 from tieredkv.errors import OptionError, UnsupportedModelError
 from tieredkv.memory.host import HostLayer
 from tieredkv.memory.ledger import on_device
 from tieredkv.planning import sizes
 
-if TYPE_CHECKING:
-    from tieredkv.cache.tiered_cache import TieredCache
+
+class CacheOfLayers(Protocol):
+    """What a layer needs of the cache that it belongs to."""
+
+    @property
+    def question(self) -> Question:
+        """What follows the cached tokens."""
+
+    def begin_layer(self, index: int, tokens: int) -> None:
+        """Called when layer `index` is updated with `tokens` new tokens; the cache may change its phase for them."""
 
 
 class TieredLayer(CacheLayerMixin):
-    """One layer: its host tier, what the last text rows said of it, and, once sealed, its share of the pool."""
+    """One layer: its host tier, the scores of the question's rows, and, once sealed, its share of the device tier."""
 
     is_sliding = False
     sliding_window = None
     is_compileable = False
     is_croppable = True
 
-    def __init__(self, cache: TieredCache, index: int) -> None:
+    def __init__(self, cache: CacheOfLayers, turns: LayerTurns, device_tier: DeviceTier, index: int, room: int) -> None:
+        """index: among the layers of this kind. room: tokens for which the host tier is allocated at once."""
         super().__init__()
-        self.cache: TieredCache = weakref.proxy(cache)  # or the host tier would outlive its last user
-        self.index = index
+        # Strong references would be a cycle, which keeps the host tier after the cache's last user.
+        self._cache: CacheOfLayers = weakref.proxy(cache)
+        self._turns: LayerTurns = weakref.proxy(turns)
+        self.device_tier, self.index, self._room = device_tier, index, room
         self.host: HostLayer | None = None
-        self.resident: prefill.Resident | None = None
         self.rows: prefill.TextRows | None = None
+        """Of the last call; None if it was not scored."""
         self.sealed: SealedLayer | None = None
         self.digests: ContextDigests | None = None
         self._check: Callable[[], None] | None = None
@@ -49,21 +64,24 @@ class TieredLayer(CacheLayerMixin):
 
     @settled
     def _begin(self, key_states: torch.Tensor, value_states: torch.Tensor, dtype: torch.dtype) -> None:
-        self.dtype, self.device = dtype, key_states.device
-        self.cache.place(self.device)
         _, heads, _, head_dim = key_states.shape
         if value_states.shape != key_states.shape:
             raise UnsupportedModelError("keys and values of different shapes are not supported.")
-        self.host = HostLayer(heads, head_dim, self.cache.tiers.chunk_tokens, self.dtype, self.cache.locker)
-        self.host.reserve(self.cache.prompt_tokens)
-        self.digests = ContextDigests(self.cache, self.host, self.device)
+        chunk_tokens = self.device_tier.tiers.chunk_tokens
+        host, _ = self._begin_at(key_states.device, heads, head_dim, chunk_tokens, dtype)
+        host.reserve(self._room)
+        self.device_tier.keep_first_tokens(self.index, host, self.device)
         self.is_initialized = True
-        if keep := self.cache.resident_tokens():
-            shape = (heads, keep, head_dim)
-            self.resident = prefill.Resident(
-                self.cache.ledger.empty("resident", shape, self.dtype, self.device),
-                self.cache.ledger.empty("resident", shape, self.dtype, self.device),
-            )
+
+    def _begin_at(
+        self, device: torch.device, heads: int, head_dim: int, chunk_tokens: int, dtype: torch.dtype
+    ) -> tuple[HostLayer, ContextDigests]:
+        """Make the host tier and the digests, empty, of a layer at `device`."""
+        self.dtype, self.device = dtype, device
+        self.device_tier.place(device, dtype)
+        self.host = HostLayer(heads, head_dim, chunk_tokens, dtype, self.device_tier.locker)
+        self.digests = ContextDigests(self.device_tier, self.host, device)
+        return self.host, self.digests
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -74,7 +92,7 @@ class TieredLayer(CacheLayerMixin):
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.cache.announce(self.index, key_states.shape[-2])
+        self._cache.begin_layer(self.index, key_states.shape[-2])
         return interface.tag(key_states, self), value_states
 
     def get_seq_length(self) -> int:
@@ -99,16 +117,16 @@ class TieredLayer(CacheLayerMixin):
 
     @settled
     def attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
-        """Cache new tokens and attend to them and all before. query `(H, n, D)`, keys and values `(K, n, D)`.
+        """Cache new tokens and attend to them and all before: query, output `(H, n, D)`; keys, values `(K, n, D)`.
 
-        Keys and values stay of the dtype of the first; the output is of the query's.
+        Keys and values are kept in the dtype of the first ones; the output has the query's.
         """
-        self.cache.check_turn(self.index)
+        self._turns.check_layer(self.index)
         self._check_once()
         with on_device(self.device):
             attend = self._prefill if self.sealed is None else self.sealed.steps
             out = attend(query.to(self.dtype), keys.to(self.dtype), values.to(self.dtype), scaling)
-        self.cache.attended()
+        self._turns.end_layer()
         return out.to(query.dtype)
 
     def _check_once(self) -> None:
@@ -117,47 +135,37 @@ class TieredLayer(CacheLayerMixin):
             self._check = None
 
     def _prefill(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
-        assert self.host is not None
-        assert self.digests is not None
-        cache, host, n = self.cache, self.host, query.shape[1]
-        self.digests.before_prompt()
-        rows = min(n, cache.text_rows)
+        (host, digests), question, n = self._context(), self._cache.question, query.shape[1]
+        tier, kept = self.device_tier, (keys.detach(), values.detach())
+        digests.before_prompt()
         if host.length + n > host.capacity:
-            cache.copies.drain()  # what is held moves
+            tier.copies.drain()  # growing moves what copies read
             host.make_room(n)
-        cache.make_room_for_scores(host.length, n, rows)
-        with prefill.staged_past(
-            host,
-            self.resident,
-            n,
-            rows,
-            cache.shape,
-            cache.tiers,
-            cache.ledger,
-            cache.transfer,
-            cache.copies,
-            query.device,
-            cache.new_tokens,
-        ) as past:
-            past.run_ahead()
-            # Written back meanwhile, behind the tokens that are read.
-            kept = keys.detach(), values.detach()
-            cache.copies.submit("write back", lambda: host.write(*kept))
+        with prefill.staged_past(tier, self.index, query.device, host, n, question) as past:
+            past.stage_first()
+            # Written meanwhile, after the tokens that are read.
+            tier.copies.submit("write back", lambda: host.write(*kept))
             out, lse = prefill.attend_exactly(query, keys, values, scaling, past)
-            self.rows = None  # those of an earlier call say nothing of this one
-            if rows:
+            self.rows = None
+            if rows := past.rows:
                 self.rows = prefill.score_text_rows(
-                    query[:, -rows:], lse[:, -rows:], keys, scaling, past, cache.tiers, cache.looks
+                    query[:, -rows:], lse[:, -rows:], keys, scaling, past, tier.tiers, question.looks
                 )
-            cache.copies.wait("write back")
-        if self.resident is not None:
-            self.resident.append(keys.detach(), values.detach(), host.length)
-        self.digests.observe(query)
+            tier.copies.wait("write back")
+        if (resident := tier.residents.get(self.index)) is not None:
+            resident.append(*kept, host.length)
+        digests.observe(query)
         host.advance(n)
-        self.digests.update()
+        digests.update()
         return out
 
-    # ---- tiers
+    # ---- the host tier
+
+    def _context(self) -> tuple[HostLayer, ContextDigests]:
+        """Keys and values on the host, and their digests, once the first token has come."""
+        assert self.host is not None
+        assert self.digests is not None
+        return self.host, self.digests
 
     @property
     def prompt_length(self) -> int:
@@ -166,13 +174,12 @@ class TieredLayer(CacheLayerMixin):
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Write tokens `(K, n, D)` to the host tier and digest the chunks they complete."""
-        assert self.host is not None
-        assert self.digests is not None
-        self.host.append(keys, values)
-        self.digests.update()
+        host, digests = self._context()
+        host.append(keys, values)
+        digests.update()
 
     def settle(self) -> None:
-        """What is cached is the context of all that follows: digests are fitted to it and to nothing else."""
+        """Treat what is cached as the context: digests are fitted to it and to nothing that follows."""
         if self.digests is not None:
             self.digests.settle()
 
@@ -181,59 +188,54 @@ class TieredLayer(CacheLayerMixin):
         if self.host is None or tokens >= self.host.length:
             return
         self.host.truncate(tokens)
-        if self.resident is not None:
-            self.resident.length = min(self.resident.length, tokens)
+        if (resident := self.device_tier.residents.get(self.index)) is not None:
+            resident.length = min(resident.length, tokens)
         assert self.digests is not None
         self.digests.truncate(tokens)
         self.rows = None
 
     @settled
     def state(self) -> dict[str, torch.Tensor]:
-        """What `restore` needs, contiguous, in host memory. Not while sealed."""
-        assert self.host is not None
-        assert self.digests is not None
-        self._check_once()  # or damage would be given a checksum that fits it
-        digests = self.digests.state()
-        self.cache.copies.drain()
-        return {"kv": self.host.whole(sizes.QUESTION_ROOM), **digests}
+        """What `restore` needs: contiguous tensors in host memory. Not while sealed."""
+        host, digests = self._context()
+        self._check_once()  # or damage would be saved with a checksum that fits it
+        digested = digests.state()
+        self.device_tier.copies.drain()
+        return {"kv": host.arena_to_store(sizes.QUESTION_ROOM), **digested}
 
     @settled
     def restore(
         self, state: dict[str, torch.Tensor], tokens: int, device: torch.device, check: Callable[[], None]
     ) -> None:
-        """Take the state of `tokens` tokens. device: of the model's layer. check: called before they are first attended
-        to; raises if damaged."""
+        """Resume from the state of `tokens` tokens. device: of the model's layer. check: called before they are first
+        attended to; raises if they are damaged."""
         arena = state["kv"]
-        self.dtype, self.device = arena.dtype, device
-        self.cache.place(device)
         heads, _, _, c, head_dim = arena.shape
-        self.host = HostLayer(heads, head_dim, c, self.dtype, self.cache.locker)
-        self.host.adopt(arena, tokens)
-        self.digests = ContextDigests(self.cache, self.host, self.device)
-        self.digests.restore(state)
+        host, digests = self._begin_at(device, heads, head_dim, c, arena.dtype)
+        host.adopt(arena, tokens)
+        digests.restore(state)
         self._check = check
         self.is_initialized = True
 
     def close(self) -> None:
         """Free the layer's memory."""
-        self.rows = self.digests = self.resident = self._check = None
+        self.rows = self.digests = self._check = None
         if self.host is not None:
             self.host.close()
 
-    def seal(self, static: torch.Tensor, is_text: torch.Tensor, tiers: Tiers) -> None:
-        """Enter the decode phase. static: `(K,)`."""
-        assert self.host is not None
+    def seal(self, static: torch.Tensor, is_text: torch.Tensor, phase: DecodePhase) -> None:
+        """Enter the decode phase. static: `(K,)`, which heads are. is_text: `(N,)`, which cached tokens are."""
+        host, digests = self._context()
         assert self.rows is not None
-        assert self.digests is not None
-        self.digests.update(fit=True)
-        packed, basis = self.digests.packed, self.digests.basis
-        self.sealed = SealedLayer(self.index, self.host, packed, basis, static, self.rows, is_text, tiers)
+        digests.update(fit=True)
+        packed, basis = digests.packed, digests.basis
+        self.sealed = SealedLayer(self.index, host, packed, basis, static, self.rows, is_text, phase)
 
     def unseal(self) -> None:
-        """Back to prefill: the tokens generated since the seal join the host tier."""
+        """Go back to prefill: the tokens generated since the seal join the host tier."""
         if self.sealed is None:
             return
-        keys, values = self.sealed.generated_tokens()
+        keys, values = self.sealed.pages.generated_tokens()
         self.sealed = self.rows = None
         if keys.shape[1]:
             self.append(keys, values)

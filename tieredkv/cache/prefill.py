@@ -13,55 +13,33 @@ from dataclasses import dataclass
 import torch
 
 from tieredkv.attention import exact
+from tieredkv.cache.device_tier import DeviceTier, Resident
 from tieredkv.cache.looks import Looks
+from tieredkv.cache.question import Question
 from tieredkv.config import TierConfig
-from tieredkv.memory.copies import Prefetcher, Transfer
 from tieredkv.memory.host import HostLayer
-from tieredkv.memory.ledger import DeviceLedger
-from tieredkv.memory.units import ceil_div
-from tieredkv.models.kv_shape import KVShape
-from tieredkv.planning import sizes
+from tieredkv.planning.admission import refusal
+from tieredkv.planning.prefill_plan import buffer_bytes, plan_staging
+from tieredkv.planning.sizes import lay_out
 from tieredkv.policy import classify
 
 
 @dataclass(frozen=True, slots=True)
 class TextRows:
-    """What the last text rows of a prompt say about one layer's heads."""
+    """What the last rows of a prompt, its question, say about one layer's heads."""
 
     scores: torch.Tensor
     """Text-centric score of each KV head, `(K,)`."""
     halves: torch.Tensor
     """Attention that every other row pays each token, averaged over those rows and the group: `(2, K, N)` float32, on
-    the host. The second half is of the last row and every other before it."""
+    the host. The last row is in the second half."""
     count: int
-    """Rows that were looked at."""
+    """Rows that `halves` averages."""
 
     @property
     def saliency(self) -> torch.Tensor:
         """Attention the rows pay each token, averaged over rows and group: `(K, N)`."""
         return self.halves.mean(0)
-
-
-@dataclass(slots=True)
-class Resident:
-    """The first tokens of one layer, kept on the device while the prompt is prefilled: keys and values `(K, R, D)`."""
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    length: int = 0
-
-    @property
-    def room(self) -> int:
-        """R."""
-        return self.keys.shape[1]
-
-    def append(self, keys: torch.Tensor, values: torch.Tensor, first: int) -> None:
-        """Keep what fits of the tokens `(K, n, D)` that follow the layer's first `first` ones."""
-        take = min(self.room - first, keys.shape[1])
-        if self.length == first and take > 0:
-            self.keys[:, first : first + take] = keys[:, :take]
-            self.values[:, first : first + take] = values[:, :take]
-            self.length += take
 
 
 class Past:
@@ -72,23 +50,25 @@ class Past:
 
     def __init__(
         self,
+        device_tier: DeviceTier,
         host: HostLayer,
         resident: Resident | None,
+        rows: int,
         block_tokens: int,
         buffers: list[torch.Tensor],
-        transfer: Transfer,
-        copies: Prefetcher,
     ) -> None:
-        """buffers: three flat tensors, each with room for the keys and values of `block_tokens` tokens.
+        """rows: how many of the new tokens are scored. buffers: none if nothing is staged, or three flat tensors, each
+        with room for the keys and values of `block_tokens` tokens.
 
-        Two are staged to, in turns; in the third keys and values are taken apart.
+        Blocks are staged to the first two in turn; in the third, keys and values are separated.
         """
         self.host, self.tokens, self.block_tokens = host, host.length, block_tokens
-        self.resident, self.transfer, self.copies = resident, transfer, copies
+        self.resident, self.rows = resident, rows
+        self._transfer, self._copies = device_tier.transfer, device_tier.copies
         self._buffers = buffers
         first = 0 if resident is None else resident.length
         self._ranges = list(host.blocks(first, self.tokens, block_tokens)) if first < self.tokens else []
-        self._ahead = False
+        self._first_staged = False
 
     def _staged(self, index: int) -> torch.Tensor:
         """The buffer of block `index`, shaped for its chunks: `(K, n, 2, C, D)`."""
@@ -100,9 +80,9 @@ class Past:
     def _stage(self, index: int, with_values: bool) -> None:
         start, stop = self._ranges[index]
         staged, chunks = self._staged(index), self.host.chunks(start, stop)
-        self.copies.submit("past", lambda: self.transfer.stage(chunks, staged, with_values))
+        self._copies.submit("past", lambda: self._transfer.stage(chunks, staged, with_values))
 
-    def _apart(self, staged: torch.Tensor, with_values: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def _separate(self, staged: torch.Tensor, with_values: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a staged block, `(K, n * C, D)`; without `with_values` the values are undefined."""
         k, n, _, c, d = staged.shape
         both = self._buffers[2][: staged.numel()].view(2, k, n, c, d)
@@ -111,68 +91,63 @@ class Past:
         keys, values = both.view(2, k, n * c, d)
         return keys, values
 
-    def run_ahead(self) -> None:
-        """Start on the first block that `blocks(with_values=True)` will need."""
+    def stage_first(self) -> None:
+        """Start staging the first block of the coming `blocks(with_values=True)`."""
         if self._ranges:
             self._stage(0, with_values=True)
-            self._ahead = True
+            self._first_staged = True
 
     def blocks(self, with_values: bool) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Consecutive blocks of the past on the device, keys and values `(K, m, D)`; each valid until the next."""
         if self.resident is not None:
-            held = min(self.resident.length, self.tokens)
-            for start in range(0, held, self.block_tokens):
-                stop = min(start + self.block_tokens, held)
+            kept = min(self.resident.length, self.tokens)
+            for start in range(0, kept, self.block_tokens):
+                stop = min(start + self.block_tokens, kept)
                 yield self.resident.keys[:, start:stop], self.resident.values[:, start:stop]
-        if self._ranges and not self._ahead:
+        if self._ranges and not self._first_staged:
             self._stage(0, with_values)
-        self._ahead = False
+        self._first_staged = False
         for index, (start, stop) in enumerate(self._ranges):
-            self.transfer.streamed_bytes += self.copies.wait("past")
-            if index + 1 < len(self._ranges):  # into the buffer of the block before, which nobody reads any more
+            self._transfer.streamed_bytes += self._copies.wait("past")
+            if index + 1 < len(self._ranges):  # into the buffer of the block before, which is no longer read
                 self._stage(index + 1, with_values)
-            keys, values = self._apart(self._staged(index), with_values)
+            keys, values = self._separate(self._staged(index), with_values)
             filled = min(self.tokens, stop * self.host.chunk_tokens) - start * self.host.chunk_tokens
             yield keys[:, :filled], values[:, :filled]
 
 
 @contextmanager
 def staged_past(
-    host: HostLayer,
-    resident: Resident | None,
-    new_tokens: int,
-    rows: int,
-    shape: KVShape,
-    tiers: TierConfig,
-    ledger: DeviceLedger,
-    transfer: Transfer,
-    copies: Prefetcher,
+    device_tier: DeviceTier,
+    layer: int,
     device: torch.device,
-    to_generate: int,
+    host: HostLayer,
+    new_tokens: int,
+    question: Question,
 ) -> Iterator[Past]:
-    """One layer's past, with device buffers for staging it and for scoring `rows` text rows, released after the block.
+    """The past of a layer, by its index and device, before `new_tokens` more. Buffers for staging it and for scoring
+    rows are released after the block.
 
-    Raises `BudgetError` when not even one chunk fits under the cap; it names a cap that will also do for
-    `to_generate` tokens afterwards.
+    Raises `BudgetError` when not even one chunk fits under the cap. The cap it names also suffices for the question's
+    generated tokens.
     """
-    total = host.length + new_tokens
-    room, held = (0, 0) if resident is None else (resident.room, resident.length)
-    staged = host.length > held
-    block = sizes.block_tokens(shape, tiers, total, rows, room, staged)
-    if block == 0:
-        raise sizes.refusal(shape, tiers, sizes.lay_out(tiers, total, rows, to_generate), rows)
-    c = tiers.chunk_tokens
-    to_stage = ceil_div(host.length - held, c) * c
-    block = min(block, max(to_stage, ceil_div(max(held, new_tokens), c) * c))
-    flat = 2 * host.num_heads * min(block, to_stage) * host.head_dim
+    tiers, shape, ledger = device_tier.tiers, device_tier.shape, device_tier.ledger
+    call = question.call(host.length, new_tokens, tiers.policy.text_window)
+    device_tier.make_room_for_scores(call)
+    resident = device_tier.residents.get(layer)
+    room, kept = (0, 0) if resident is None else (resident.room, resident.length)
+    staging = plan_staging(shape, tiers, call, kept, room)
+    if staging is None:
+        raise refusal(shape, tiers, lay_out(tiers, call.stop, call.rows, question.max_new_tokens), call.rows)
+    flat = (buffer_bytes(shape, staging.buffer_tokens) // host.dtype.itemsize,)
     try:
-        made = [
-            ledger.empty("staging", (flat,), host.dtype, device) for _ in range(sizes.staging_buffers(to_stage, block))
-        ]
-        ledger.reserve("scores", sizes.scoring_bytes(shape, tiers, total, rows, block))
-        yield Past(host, resident, block, [made[0], made[-2], made[-1]] if made else [], transfer, copies)
+        buffers = [ledger.empty("staging", flat, host.dtype, device) for _ in range(staging.buffers)]
+        if staging.buffers == 2:  # a single block is staged to the first alone
+            buffers.insert(1, buffers[0])
+        ledger.reserve("scores", staging.scoring_bytes)
+        yield Past(device_tier, host, resident, call.rows, staging.block_tokens, buffers)
     except BaseException:
-        copies.drain()  # into buffers that are given up
+        device_tier.copies.drain()  # copies still under way write to the buffers
         raise
     finally:
         ledger.release("staging")
@@ -200,17 +175,17 @@ def score_text_rows(
     scaling: float,
     past: Past,
     tiers: TierConfig,
-    looks: Looks | None = None,
+    looks: Looks | None,
 ) -> TextRows:
     """Scores of the last `T` new tokens over past and new keys, in a second pass that reads keys only.
 
-    query `(H, T, D)` and lse `(H, T)`: the last rows of the call whose new keys are `(K, n, D)`. looks: takes the
+    query `(H, T, D)` and lse `(H, T)`: the last rows of the call whose new keys are `(K, n, D)`. looks: records the
     rows' attention to the past.
     """
     t, new = query.shape[1], keys.shape[1]
     total = past.tokens + new
-    k = classify.top_k_count(tiers.method.top_k_ratio, total)
-    window = min(t, tiers.method.saliency_window)
+    k = classify.top_k_count(tiers.policy.top_k_ratio, total)
+    window = min(t, tiers.policy.saliency_window)
     halves = torch.empty((2, keys.shape[0], total), dtype=torch.float32, device="cpu")
     best: torch.Tensor | None = None
     done = 0
@@ -235,7 +210,7 @@ def score_text_rows(
         take(exact.row_weights(query, block, lse, scaling, first_hidden=sees - start))
     assert best is not None
     return TextRows(
-        scores=classify.text_centric_scores(best, tiers.method.score_group).cpu(),
+        scores=classify.text_centric_scores(best, tiers.policy.score_group).cpu(),
         halves=halves,
         count=window,
     )

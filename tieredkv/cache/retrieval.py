@@ -1,6 +1,7 @@
 """The dynamic heads of one layer while decoding: which chunks each step attends to, and in which slots they are.
 
-Nothing here waits for the device, so that a step can be captured in a graph: counts stay there until `count` is called.
+Nothing here waits for the device, so that a step can be captured in a graph: counts stay there until
+`flush_counters` is called.
 Shapes: `n` dynamic heads, `N` chunks, `R` retrieval slots per head, `G` query heads per KV head, `D` head dim.
 """
 
@@ -11,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from tieredkv.cache.counters import Selection
-from tieredkv.cache.tiers import Tiers
+from tieredkv.cache.decode_phase import DecodePhase
 from tieredkv.memory.host import HostLayer
 from tieredkv.memory.residency import Residency
 from tieredkv.ops import torch_ops
@@ -39,7 +40,7 @@ class Retrieval:
         saliency: torch.Tensor,
         table: torch.Tensor,
         first_column: int,
-        tiers: Tiers,
+        phase: DecodePhase,
         packing: Packing | None,
     ) -> None:
         """heads: `(n,)` KV heads. digests: uint8 `(K, >= old chunks, bytes)` on the host. saliency: `(K, tokens)`.
@@ -48,15 +49,15 @@ class Retrieval:
         on. packing: the layer's, of packed pages. Takes its slots from the pool and fills them with the chunks the
         question's rows looked at most.
         """
-        self.index, self.host, self.heads, self.tiers = index, host, heads, tiers
+        self.index, self.host, self.heads, self.phase = index, host, heads, phase
         self._packing = packing
-        layout, plan, device = tiers.plan.layout, tiers.plan, tiers.pool.pages.device
+        layout, plan, device = phase.plan.layout, phase.plan, phase.pool.pages.device
         self._c, self._first, self._chunks = host.chunk_tokens, layout.sink_chunks, layout.retrievable
         self._table, self._column = table, first_column
         self.steps = 0
         """Taken since they were last counted, by whoever takes them."""
-        self._at_once = ranked_chunks_at_once(tiers.shape, tiers.config, layout)
-        self._sketch_logits = tiers.ops.sketch_logits
+        self._at_once = ranked_chunks_at_once(phase.shape, phase.tiers, layout)
+        self._sketch_logits = phase.ops.sketch_logits
         if self._c & (self._c - 1) or self._c > MOST_CHUNK_TOKENS:
             self._sketch_logits = TORCH.sketch_logits
         n = len(heads)
@@ -67,11 +68,11 @@ class Retrieval:
         """`(n,)`: slots each head has."""
         self._least = self.selected.clone()
         self._most_slots = int(self.slots.max())
-        self.most_selected = self._most_slots if tiers.config.adaptive else int(self.selected.max())
+        self.most_selected = self._most_slots if phase.tiers.adaptive else int(self.selected.max())
         """Columns of the table that may be used."""
         ahead = torch.minimum(self.slots - self.selected, self.selected)
-        reuse = tiers.config.method.reuse_above <= 1
-        self._ahead = ahead if tiers.prefetcher is not None and reuse and bool(ahead.any()) else None
+        reuse = phase.tiers.policy.reuse_above <= 1
+        self._ahead = ahead if phase.prefetcher is not None and reuse and bool(ahead.any()) else None
         """`(n,)`: chunks each head may fetch for the step after."""
         self._most_ahead = int(ahead.max())
         self._query: torch.Tensor | None = None
@@ -89,22 +90,22 @@ class Retrieval:
         )
         """`(n,)`: chunks selected (if their number changes), missed, reused, fetched ahead; not yet counted."""
         self._unseen_sum = torch.zeros(n, dtype=torch.float64, device=device)
-        tiers.ledger.reserve("tables", Residency.bytes_for(n, self._most_slots, self._chunks))
-        tiers.ledger.reserve("tables", reuse_bytes(tiers.shape, tiers.config, n))
+        phase.ledger.reserve("tables", Residency.bytes_for(n, self._most_slots, self._chunks))
+        phase.ledger.reserve("tables", reuse_bytes(phase.shape, phase.tiers, n))
         slots = torch.full((n, self._most_slots), -1, dtype=torch.int64, device=device)
         place = torch.arange(self._most_slots, device=device)
-        slots[place < self.slots.unsqueeze(1)] = tiers.pool.take(int(self.slots.sum()))
+        slots[place < self.slots.unsqueeze(1)] = phase.pool.take(int(self.slots.sum()))
         self.residency = Residency(slots, self._chunks)
         self._warm(saliency)
         self.digests: torch.Tensor | None = None
         if plan.ranked:
             shape = (n, self._chunks, digests.shape[2])
-            self.digests = tiers.ledger.empty("digests", shape, digests.dtype, device)
+            self.digests = phase.ledger.empty("digests", shape, digests.dtype, device)
             self.digests.copy_(digests[heads, self._first : self._first + self._chunks])
-            tiers.counters.warm_bytes += self.digests.numel() * self.digests.itemsize
+            phase.counters.warm_bytes += self.digests.numel() * self.digests.itemsize
             self._basis = None if basis is None else basis.for_ranking(heads).to(device)
             if self._basis is not None:
-                tiers.ledger.reserve("digests", self._basis.nbytes)
+                phase.ledger.reserve("digests", self._basis.nbytes)
         else:  # all that there is is attended to in every step
             table[self._rows, first_column : first_column + self._most_slots] = self.residency.slots
 
@@ -121,18 +122,18 @@ class Retrieval:
         likely = mass.topk(self._most_slots, dim=-1).indices.to(self.residency.slots.device)
         self.residency.enter(likely)
         row, place = (self.residency.slots >= 0).nonzero(as_tuple=True)
-        tiers = self.tiers
+        phase = self.phase
         slots = self.residency.slots[row, place]
         chunks = likely[row, place] + self._first
-        tiers.ops.fetch(self.host.arena, tiers.pool.pages, self._rows[row], chunks, slots, self._packing)
-        tiers.counters.warm_bytes += len(slots) * chunk_bytes(tiers.shape, tiers.config)
+        phase.ops.fetch(self.host.arena, phase.pool.pages, self._rows[row], chunks, slots, self._packing)
+        phase.counters.warm_bytes += len(slots) * chunk_bytes(phase.shape, phase.tiers)
 
     # ---- steps
 
     def logits(self, query: torch.Tensor, scaling: float) -> torch.Tensor:
         """Estimated logits `(n, rows, N)` of every chunk, for queries `(K, rows, D)` of any number of steps."""
         assert self.digests is not None
-        method = self.tiers.config.method
+        method = self.phase.tiers.policy
         scaled = query[self._rows].float() * scaling
         if self._basis is None:
 
@@ -157,16 +158,16 @@ class Retrieval:
         """
         if self.digests is None:
             return
-        tiers, index = self.tiers, self.residency
-        ops, method = tiers.ops, tiers.config.method
-        if tiers.prefetcher is not None:
-            tiers.prefetcher.wait(self.index)
+        phase, index = self.phase, self.residency
+        ops, method = phase.ops, phase.tiers.policy
+        if phase.prefetcher is not None:
+            phase.prefetcher.wait(self.index)
         if self._kept is not None:  # of a step that broke off
             self._kept = None
-            tiers.ledger.release("logits")
+            phase.ledger.release("logits")
         grouped = query[self._rows].float()
         self._clock += 1
-        with tiers.ledger.scratch("ranking", ranking_bytes(tiers.shape, tiers.config, tiers.plan.layout)):
+        with phase.ledger.scratch("ranking", ranking_bytes(phase.shape, phase.tiers, phase.plan.layout)):
             if logits is None:
                 logits = self.logits(query, scaling)
             ranks = ops.chunk_ranks(logits, index.chosen, method.chunk_group, method.stay)
@@ -175,27 +176,27 @@ class Retrieval:
             if self._basis is not None:
                 centre = (grouped * scaling @ self._basis.centre.mT).squeeze(-1)
                 self._unselected = select.log_mass_without(logits, chosen) + centre
-                if tiers.looks is not None:
+                if phase.looks is not None:
                     self._kept = logits, centre
         if self._kept is not None:
-            tiers.ledger.reserve("logits", logits.nbytes)
+            phase.ledger.reserve("logits", logits.nbytes)
         index.chosen.copy_(chosen)
         table = self._table, self._rows, self._column
         self._gather(chosen, chosen, missed, misses, table)()
         self._missed += misses
-        if tiers.config.adaptive:
+        if phase.tiers.adaptive:
             self._selected += self.selected
-        if tiers.counters.trace is not None:
+        if phase.counters.trace is not None:
             self._trace(chosen, query)
         if self._ahead is not None:
-            assert tiers.prefetcher is not None
+            assert phase.prefetcher is not None
             likely, missed, misses = ops.choose(ranks, self._ahead, index.slot_of, self._most_ahead)
             self._fetched += misses
-            tiers.prefetcher.submit(self.index, self._gather(likely, likely | chosen, missed, misses, None))
+            phase.prefetcher.submit(self.index, self._gather(likely, likely | chosen, missed, misses, None))
 
     def _reusing(self, ranks: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
         """Ranks by which a head whose query is like the one before takes the chunks of the step before again."""
-        reuse_above = self.tiers.config.method.reuse_above
+        reuse_above = self.phase.tiers.policy.reuse_above
         if reuse_above > 1:
             return ranks
         if self._query is None:
@@ -218,20 +219,20 @@ class Retrieval:
 
         The bytes that the call tells are none: what was copied is counted on the device.
         """
-        index, tiers, most = self.residency, self.tiers, missed.shape[1]
+        index, phase, most = self.residency, self.phase, missed.shape[1]
         page_table, rows, column = (None, self._rows, 0) if table is None else table
         used = index.chunk_in, index.last_used, index.slots
-        victims = tiers.ops.place(wanted, kept, misses, *used, self._clock, most, page_table, rows, column)
+        victims = phase.ops.place(wanted, kept, misses, *used, self._clock, most, page_table, rows, column)
         tables = index.slots, index.chunk_in, index.slot_of
-        to = self.host.arena, tiers.pool.pages, self._rows
+        to = self.host.arena, phase.pool.pages, self._rows
 
         def copy() -> int:
-            tiers.ops.gather(*to, missed, victims, misses, *tables, self._first, self._packing)
+            phase.ops.gather(*to, missed, victims, misses, *tables, self._first, self._packing)
             return 0
 
         return copy
 
-    def attended(self, query: torch.Tensor, scaling: float, lse: torch.Tensor) -> None:
+    def record_step(self, query: torch.Tensor, scaling: float, lse: torch.Tensor) -> None:
         """Take note of what the step saw: its query `(K, G, D)`, log-sum-exp `(K, G)` of the logits it attended to."""
         seen = lse[self._rows]
         if self._unselected is not None:
@@ -240,7 +241,7 @@ class Retrieval:
             self._unseen_sum += self._unseen
         if self._kept is not None:
             self._record_estimated(*self._kept, seen)
-        elif self.tiers.looks is not None:
+        elif self.phase.looks is not None:
             self._record_exact(query[self._rows], scaling, seen)
 
     def _record_estimated(self, logits: torch.Tensor, centre: torch.Tensor, seen: torch.Tensor) -> None:
@@ -249,21 +250,21 @@ class Retrieval:
         Reading the chosen chunks' keys once more would be exact, and several times the work.
         """
         assert self._unselected is not None
-        tiers, self._kept = self.tiers, None
-        tiers.ledger.release("logits")  # counted with the rest from here
-        with tiers.ledger.scratch("ranking", ranking_bytes(tiers.shape, tiers.config, tiers.plan.layout)):
+        phase, self._kept = self.phase, None
+        phase.ledger.release("logits")  # counted with the rest from here
+        with phase.ledger.scratch("ranking", ranking_bytes(phase.shape, phase.tiers, phase.plan.layout)):
             whole = torch.logaddexp(self._unselected, seen)
             mass = (logits + (centre - whole).unsqueeze(-1)).exp_().sum(1)
-            tiers.attended.add_(mass.mul_(self.residency.chosen).sum(0))
+            phase.chunk_mass.add_(mass.mul_(self.residency.chosen).sum(0))
 
     def _record_exact(self, query: torch.Tensor, scaling: float, seen: torch.Tensor) -> None:
         """The same from the keys in the pool, where chunks are not ranked, or by what does not tell attention."""
-        tiers, index, packing = self.tiers, self.residency, self._packing
+        phase, index, packing = self.phase, self.residency, self._packing
         if packing is not None:
             packing = Packing(packing.scales, packing.norms[self._rows])
-        pages = min(tiers.plan.scratch_pages, self._table.numel())
-        page = scratch_page_bytes(tiers.shape, tiers.config, packing is not None)
-        with tiers.ledger.scratch("scratch", pages * page):
+        pages = min(phase.plan.scratch_pages, self._table.numel())
+        page = scratch_page_bytes(phase.shape, phase.tiers, packing is not None)
+        with phase.ledger.scratch("scratch", pages * page):
             width = max(1, pages // len(self.heads))
             for first in range(0, self._most_slots, width):
                 part = slice(first, first + width)
@@ -271,8 +272,8 @@ class Retrieval:
                 chunk, attended = held.clamp(min=0), held >= 0
                 if self.digests is not None:
                     attended = attended & index.chosen.gather(1, chunk)
-                mass = torch_ops.page_mass(query, tiers.pool.pages, index.slots[:, part], seen, scaling, packing)
-                tiers.attended.index_add_(0, chunk.flatten(), torch.where(attended, mass, 0.0).flatten())
+                mass = torch_ops.page_mass(query, phase.pool.pages, index.slots[:, part], seen, scaling, packing)
+                phase.chunk_mass.index_add_(0, chunk.flatten(), torch.where(attended, mass, 0.0).flatten())
 
     def adapt(self) -> bool:
         """Change how many chunks heads select, by what the step before did not see; whether anything could change."""
@@ -283,14 +284,14 @@ class Retrieval:
 
     # ---- what happened
 
-    def count(self) -> None:
+    def flush_counters(self) -> None:
         """Add what happened since the last time to the counters. Waits for the device."""
-        counters = self.tiers.counters
-        if self.digests is not None and not self.tiers.config.adaptive:
+        counters = self.phase.counters
+        if self.digests is not None and not self.phase.tiers.adaptive:
             self._selected += self.steps * self.selected
         tallies = self._selected, self._missed, self._reused, self._fetched
         selected, missed, reused, ahead = torch.stack(tallies).sum(1).tolist()
-        page = chunk_bytes(self.tiers.shape, self.tiers.config)
+        page = chunk_bytes(self.phase.shape, self.phase.tiers)
         counters.selected += selected
         counters.resident += selected - missed
         counters.reused += reused
@@ -307,5 +308,5 @@ class Retrieval:
         place = torch.arange(self.most_selected, device=chosen.device)
         ids = chosen.int().sort(dim=1, descending=True, stable=True).indices[:, : self.most_selected]
         first = torch.where(place < self.selected.unsqueeze(1), (ids + self._first) * self._c, -1)
-        assert self.tiers.counters.trace is not None
-        self.tiers.counters.trace.append(Selection(int(self._clock), self.index, self.heads, first, query))
+        assert self.phase.counters.trace is not None
+        self.phase.counters.trace.append(Selection(int(self._clock), self.index, self.heads, first, query))

@@ -3,36 +3,34 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from tieredkv.attention import interface
+from tieredkv.cache.turns import LayerTurns
 from tieredkv.environment.ambient import settled
 from tieredkv.errors import OptionError
 
-if TYPE_CHECKING:
-    from tieredkv.cache.tiered_cache import TieredCache
-
 ROWS = 1024
-"""Queries attended for at a time."""
+"""Queries that attend at a time."""
 
 
 class SlidingLayer(DynamicSlidingWindowLayer):
-    """transformers' own layer, which attends through our attention function because the whole decoder does.
+    """transformers' own layer, attending through our attention function because the whole decoder does.
 
-    It holds `sliding_window` tokens at most, whatever the length of the prompt, which do not count against `gpu_kv_gb`.
+    It holds at most `sliding_window` tokens, whatever the length of the prompt. They do not count against `gpu_kv_gb`.
     """
 
-    def __init__(self, cache: TieredCache, sliding_window: int) -> None:
+    def __init__(self, turns: LayerTurns, sliding_window: int) -> None:
         super().__init__(sliding_window)
-        self._cache: TieredCache = weakref.proxy(cache)
+        self._turns: LayerTurns = weakref.proxy(turns)  # which know the layer
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        self._cache.check_length(self, key_states.shape[-2])
+        self._turns.check_sliding_layer(self, key_states.shape[-2])
         keys, values = super().update(key_states.detach(), value_states.detach(), *args, **kwargs)
         return interface.tag(keys, self), values
 
@@ -40,25 +38,25 @@ class SlidingLayer(DynamicSlidingWindowLayer):
     def attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
         """query `(H, n, D)`, the last n of the m tokens of keys and values `(K, m, D)` -> `(H, n, D)`."""
         groups, n, m = query.shape[0] // keys.shape[0], query.shape[1], keys.shape[1]
-        place = torch.arange(m, device=keys.device)
+        position = torch.arange(m, device=keys.device)
         parts = []
-        for first in range(0, n, ROWS):  # each with the keys in its window alone
+        for first in range(0, n, ROWS):  # only the keys in their windows
             stop = min(first + ROWS, n)
             seen = slice(max(0, m - n + first - self.sliding_window + 1), m - n + stop)
-            back = place[m - n + first : m - n + stop, None] - place[seen]
+            distance = position[m - n + first : m - n + stop, None] - position[seen]
             parts.append(
                 torch.nn.functional.scaled_dot_product_attention(
                     query[None, :, first:stop],
                     keys[:, seen].repeat_interleave(groups, 0).unsqueeze(0),
                     values[:, seen].repeat_interleave(groups, 0).unsqueeze(0),
-                    attn_mask=(back >= 0) & (back < self.sliding_window),
+                    attn_mask=(distance >= 0) & (distance < self.sliding_window),
                     scale=scaling,
                 )[0]
             )
         return torch.cat(parts, dim=1)
 
     def check_truncate(self, tokens: int) -> None:
-        """Raise `OptionError` where some of the tokens that would be seen behind the first `tokens` are gone."""
+        """Raise `OptionError` if tokens are gone that the next one after the first `tokens` would see."""
         length = self.get_seq_length()
         if tokens < length and length >= self.sliding_window:
             raise OptionError(

@@ -19,14 +19,15 @@ from tieredkv.demo.report import print_table, summarize
 from tieredkv.errors import OptionError
 from tieredkv.memory.units import GIB
 from tieredkv.models.kv_shape import model_shape
-from tieredkv.planning import sizes
+from tieredkv.planning.admission import smallest_cap_bytes
+from tieredkv.planning.sizes import lay_out
 from tieredkv.progress import progress_bar
 from tieredkv.storage import atomic
 from tieredkv.tiny import model as tiny
 from tieredkv.tiny.evaluate import TOKENS_PER_SECOND
 from tieredkv.tiny.scene import make_scene, questions
 from tieredkv.tiny.video import write_video
-from tieredkv.video.frames import load_frames
+from tieredkv.video.frames import Sampling, load_frames
 
 QUESTIONS = 12
 CARDS = 12
@@ -63,7 +64,7 @@ def run(seed: int, minutes: float, share: float, plot: Path | None, video_path: 
             assert session.video is not None
             head, encoded, family = session.head_tokens, session.video, session.family
             tiered = [session.ask(q.text, max_new_tokens=longest, trace=plot is not None) for q in selected]
-        frames = load_frames(path, tiny.FPS)
+        frames = load_frames(path, Sampling(tiny.FPS))
         full = [ask_stock(model, processor, family, frames, encoded, question.text, longest) for question in selected]
     answers = [ComparedAnswer(*row) for row in zip(selected, tiered, full, strict=True)]
     report = summarize(answers, time.perf_counter() - started)
@@ -101,8 +102,8 @@ def _check_share(share: float, minutes: float, visual: int, longest: int) -> Non
     """
     shape = model_shape(tiny.build_config(), torch.float32)
     full, text = visual * shape.token_bytes, 64  # more than the tokens around the video
-    layout = sizes.lay_out(TierConfig(), visual + text, text, longest)
-    needed = sizes.smallest_cap_bytes(shape, TierConfig(), layout, text)
+    layout = lay_out(TierConfig(), visual + text, text, longest)
+    needed = smallest_cap_bytes(shape, TierConfig(), layout, text)
     if share * full < needed:
         raise OptionError(
             f"--share {share:g} is too small for a video of {minutes:g} minutes, where fixed costs weigh more: "

@@ -1,1 +1,1 @@
-"""What lies around the package: torch's modes and threads, forks, names that transformers has changed."""
+"""What the package runs in: torch's modes and threads, forked processes, releases of transformers."""

@@ -1,8 +1,8 @@
-"""What the calling thread has set in torch: what our own arithmetic runs under, and what another thread gets of it.
+"""torch's settings of the calling thread: switched off for our own arithmetic, passed on to other threads for models.
 
 A model runs under whatever its caller has set: autocast, inference mode, a default device. Our own arithmetic does
-not: keys and values outlive the mode that they came in, and are of the dtype they were made in. (torch's default dtype
-and device, which `settled` leaves alone, are named wherever a tensor is made: a test looks.)
+not, as keys and values outlive such modes and keep their dtype. (`settled` leaves torch's default dtype and device
+alone: every tensor that the package creates names both, which a test checks.)
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import torch
 
 F = TypeVar("F", bound=Callable[..., Any])
 _KINDS = ("cpu", "cuda")
-"""Of devices, which autocast is set for one by one."""
+"""Device types; autocast is set for each separately."""
 
 
 def settled(function: F) -> F:
-    """A function that runs without gradients, autocast and inference mode, whatever its caller has set.
+    """Makes a function run without gradients, autocast and inference mode, whatever its caller has set.
 
-    So what it makes can be written to later, in any mode and from any thread.
+    So tensors that it creates can be written to later, in any mode and from any thread.
     """
 
     @functools.wraps(function)
@@ -42,7 +42,7 @@ def settled(function: F) -> F:
 
 
 def attended_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """The dtype in which torch's own attention would take a query, key or value: under autocast, that one's."""
+    """The dtype that torch's own attention would convert a query, key or value to, which differs under autocast."""
     kind = tensor.device.type
     if kind in _KINDS and torch.is_autocast_enabled(kind) and tensor.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
@@ -50,20 +50,20 @@ def attended_dtype(tensor: torch.Tensor) -> torch.dtype:
 
 
 class Ambient:
-    """What the calling thread has set, for another thread to run a model under. (No thread begins with its maker's.)"""
+    """The calling thread's settings, for another thread to run a model under: threads do not inherit them."""
 
     def __init__(self, device: bool = False) -> None:
-        """device: the default device too, which whoever is called back may count on."""
+        """device: include the default device, which a user's callback may rely on."""
         self._cast = [(kind, torch.get_autocast_dtype(kind)) for kind in _KINDS if torch.is_autocast_enabled(kind)]
         self._cache = torch.is_autocast_cache_enabled()
         self._inference = torch.is_inference_mode_enabled()
         self._device = torch.get_default_device() if device else torch.device("cpu")
-        # The current card and its stream, on which what was given to the card comes before what follows.
+        # The current card and its stream: later work on it follows the work already queued there.
         self._stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
 
     @contextmanager
     def here(self) -> Any:
-        """Inside the block this thread has set the same."""
+        """Apply the settings to this thread inside the block."""
         with ExitStack() as stack:
             if self._stream is not None:
                 stack.enter_context(torch.cuda.stream(self._stream))
@@ -76,8 +76,8 @@ class Ambient:
             yield
 
 
-class _NoWayBack(torch.autograd.Function):
-    """Hands on what attention gave, of which no gradient can be had."""
+class _NoGradient(torch.autograd.Function):
+    """Returns the output of attention; raises when its gradient is asked for."""
 
     @staticmethod
     def forward(ctx: Any, out: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
@@ -89,7 +89,7 @@ class _NoWayBack(torch.autograd.Function):
 
 
 def without_gradient(out: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    """What was computed of `query` without gradients; asking for one raises, where it would be silently wrong."""
+    """`out`, computed from `query` without gradients. Asking for one raises; otherwise it would be silently wrong."""
     if torch.is_grad_enabled() and query.requires_grad:
-        return _NoWayBack.apply(out, query)  # type: ignore[no-any-return,no-untyped-call]
+        return _NoGradient.apply(out, query)  # type: ignore[no-any-return,no-untyped-call]
     return out

@@ -1,7 +1,7 @@
-"""How many threads torch computes with, for the calling thread alone and for a while.
+"""Limits the threads that torch computes with, for the calling thread alone and for one block of code.
 
-Threads wait for each other at the end of each operation. Where operations are small that costs more than a second
-thread brings, and many times more where another process has taken the core that one of them needs.
+Threads wait for each other at the end of each operation. For small operations that costs more than a second thread
+gains, and many times more when another process occupies one of the cores.
 """
 
 from __future__ import annotations
@@ -15,24 +15,23 @@ from pathlib import Path
 import torch
 
 NUMBERS_PER_THREAD = 2**23
-"""Numbers that a decoding step of one layer reads before a second thread is worth waiting for (docs/log.md)."""
+"""Numbers that a decoding step of one layer must read for each further thread to pay (docs/log.md)."""
 
 
 def worth(numbers: int) -> int:
-    """Threads that reading so many numbers is worth: at least one."""
+    """Threads that pay for reading so many numbers: at least one."""
     return max(1, numbers // NUMBERS_PER_THREAD)
 
 
-_OF_THE_PROCESS = 0
-"""What MKL takes for "as many as the process has"."""
+_PROCESS_DEFAULT = 0
+"""MKL's value for the process-wide number of threads."""
 
 
 def limit(threads: int, mkl: int | None = None) -> bool:
-    """Let this thread's operations use `threads` threads from here on. mkl: MKL's, if not as many.
+    """Set the number of threads for the calling thread's operations. mkl: a different number for MKL.
 
-    False, and nothing happens, where torch was built with other libraries than OpenMP and MKL, or on another system
-    than Linux. (`torch.set_num_threads` would change MKL's threads for the whole process, and all threads that begin
-    meanwhile.)
+    Returns False, without any effect, if torch was not built with OpenMP and MKL, or not on Linux.
+    (`torch.set_num_threads` would change MKL's threads for the whole process, and all threads started meanwhile.)
     """
     setters = _setters()
     if setters is None:
@@ -45,7 +44,7 @@ def limit(threads: int, mkl: int | None = None) -> bool:
 
 @contextmanager
 def at_most(threads: int) -> Iterator[None]:
-    """Let torch's operations on the CPU use at most `threads` threads where this thread calls them inside the block."""
+    """Limit torch's CPU operations that this thread calls inside the block to `threads` threads."""
     before = torch.get_num_threads()
     if threads >= before or not limit(threads):
         yield
@@ -53,12 +52,12 @@ def at_most(threads: int) -> Iterator[None]:
     try:
         yield
     finally:
-        limit(before, mkl=_OF_THE_PROCESS)
+        limit(before, mkl=_PROCESS_DEFAULT)
 
 
 @cache
 def _setters() -> tuple[Callable[[int], int], Callable[[int], int]] | None:
-    """OpenMP's and MKL's functions that set the calling thread's number of threads; None where they are not found."""
+    """OpenMP's and MKL's functions that set the calling thread's number of threads; None if they are not found."""
     try:
         library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
         return library.omp_set_num_threads, library.MKL_Set_Num_Threads_Local

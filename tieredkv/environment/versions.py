@@ -1,4 +1,4 @@
-"""What differs between the releases of transformers that are supported, settled in one place."""
+"""Differences between the supported releases of transformers."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 @cache
 def cache_name() -> str:
-    """Name by which a model's `forward` and `generate` take a cache: `past_key_values` in releases before 5.24."""
+    """The argument of a model's `forward` and `generate` that takes a cache: `past_key_values` before 5.24."""
     from transformers import GenerationMixin  # takes seconds
 
-    known = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
-    return "cache" if "cache" in known else "past_key_values"
+    arguments = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    return "cache" if "cache" in arguments else "past_key_values"
 
 
 def cache_argument(cache: Any) -> dict[str, Any]:
-    """The keyword argument that gives a model its cache: `model(input_ids, **cache_argument(cache))`."""
+    """The keyword argument that passes a cache to a model: `model(input_ids, **cache_argument(cache))`."""
     return {cache_name(): cache}

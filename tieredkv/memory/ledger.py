@@ -1,4 +1,4 @@
-"""DeviceLedger: every device byte held for keys and values is allocated here and counted against the cap."""
+"""DeviceLedger: counts every device byte used for keys and values against the cap."""
 
 from __future__ import annotations
 
@@ -15,64 +15,64 @@ from tieredkv.errors import BudgetError
 class DeviceLedger:
     """Counts and bounds the device memory of one cache.
 
-    On a machine without an accelerator the "device" is the same RAM as the host; the ledger counts it all the same.
+    Without an accelerator the "device" is the host's RAM; it is counted in the same way.
     """
 
     def __init__(self, cap_bytes: int) -> None:
         self.cap_bytes = cap_bytes
         self.peak_bytes = 0
-        self._held: dict[str, int] = {}
+        self._bytes: dict[str, int] = {}
 
     @property
     def used_bytes(self) -> int:
-        return sum(self._held.values())
+        return sum(self._bytes.values())
 
     @property
     def free_bytes(self) -> int:
         return self.cap_bytes - self.used_bytes
 
-    def held(self) -> dict[str, int]:
-        """Bytes held now, by purpose."""
-        return dict(self._held)
+    def by_purpose(self) -> dict[str, int]:
+        """Bytes in use, by purpose."""
+        return dict(self._bytes)
 
     def reserve(self, purpose: str, nbytes: int) -> None:
-        """Count `nbytes` for `purpose` (added to what it holds). Raises `BudgetError` instead of passing the cap."""
+        """Count `nbytes` more for `purpose`. Raises `BudgetError` instead of passing the cap."""
         if nbytes > self.free_bytes:
             raise BudgetError(
                 f"{nbytes:,} bytes for {purpose} would pass the device cap: {self.used_bytes:,} of "
                 f"{self.cap_bytes:,} bytes are in use. Raise gpu_kv_gb."
             )
-        self._held[purpose] = self._held.get(purpose, 0) + nbytes
+        self._bytes[purpose] = self._bytes.get(purpose, 0) + nbytes
         self.peak_bytes = max(self.peak_bytes, self.used_bytes)
 
     def release(self, purpose: str) -> None:
-        """Stop counting everything held for `purpose`; nothing happens if there is none."""
-        self._held.pop(purpose, None)
+        """Stop counting everything for `purpose`, if there is any."""
+        self._bytes.pop(purpose, None)
 
     def empty(self, purpose: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """An uninitialised device tensor, counted under `purpose`. Its owner drops it and calls `release`."""
+        """An uninitialised device tensor, counted under `purpose` until its owner drops it and calls `release`."""
         nbytes = math.prod(shape) * dtype.itemsize
         self.reserve(purpose, nbytes)
         try:
             return torch.empty(shape, dtype=dtype, device=device)
         except BaseException:
-            self._held[purpose] -= nbytes
+            self._bytes[purpose] -= nbytes
             raise
 
     @contextmanager
     def scratch(self, purpose: str, nbytes: int) -> Iterator[None]:
-        """Count memory that lives only inside the block."""
-        before = self._held.get(purpose, 0)
+        """Count memory that is used only inside the block."""
+        before = self._bytes.get(purpose, 0)
         self.reserve(purpose, nbytes)
         try:
             yield
         finally:
             if before:
-                self._held[purpose] = before
+                self._bytes[purpose] = before
             else:
                 self.release(purpose)
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """For a block that gives work to a device: kernels and streams are those of the current card."""
+    """Makes a card current inside the block, as kernels and streams need; does nothing for a CPU."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

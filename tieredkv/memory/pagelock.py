@@ -1,6 +1,6 @@
-"""Page-locked host memory, which a card reads by itself: arenas are registered once, in the background.
+"""Page-locked host memory, which a card reads by itself: allocated memory is registered once, in the background.
 
-torch's own page-locked allocator rounds every block up to a power of two; registering what was allocated does not.
+torch's own page-locked allocator rounds every block up to a power of two; registering does not.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import torch
 
 PAGE_BYTES = 4096
 _PORTABLE = 1
-"""cudaHostRegisterPortable: every card may read it."""
+"""cudaHostRegisterPortable: all cards may read it."""
 
 
 def aligned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Uninitialised host memory that begins on a page and shares none with anything else."""
+    """An uninitialised host tensor that begins on a page and shares no page with other data."""
     nbytes = torch.Size(shape).numel() * dtype.itemsize
     whole = -(-nbytes // PAGE_BYTES) * PAGE_BYTES
     memory = torch.empty(whole + PAGE_BYTES, dtype=torch.uint8, device="cpu")
@@ -25,21 +25,21 @@ def aligned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 
 class PageLocker:
-    """Registers tensors with the CUDA driver on a thread of its own: half to one second per GiB, others report."""
+    """Registers tensors with the CUDA driver in a thread; others report half to one second per GiB."""
 
     def __init__(self) -> None:
         self._process = os.getpid()
         self._cards: list[torch.device] = []
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tieredkv-pagelock")
         self._locks: dict[int, tuple[torch.Tensor, Future[None]]] = {}
-        """By address. Memory is held as long as it is registered: what came to lie at its address would be read."""
+        """By address. Keeps registered memory alive: a card would read whatever was allocated there next."""
 
     def use(self, card: torch.device) -> None:
-        """A card reads the memory: it must be idle before the memory is given back."""
+        """Add a card that reads the memory: `unlock` waits until it is idle."""
         self._cards.append(card)
 
     def lock(self, tensor: torch.Tensor) -> None:
-        """Begin to register a tensor's memory, which must stay where it is until `unlock`."""
+        """Start to register a tensor's memory, which must stay where it is until `unlock`."""
         if tensor.numel():
             address, nbytes = tensor.data_ptr(), -(-tensor.nbytes // PAGE_BYTES) * PAGE_BYTES
             self._locks[address] = tensor, self._executor.submit(self._register, address, nbytes)
@@ -49,15 +49,14 @@ class PageLocker:
             _check(torch.cuda.cudart().cudaHostRegister(address, nbytes, _PORTABLE), "cudaHostRegister")
 
     def refusal(self) -> str | None:
-        """Wait until everything is registered; why something was not, or None."""
+        """Wait until everything is registered; the error of a tensor that could not be, or None."""
         for _, future in self._locks.values():
             if error := future.exception():
                 return str(error)
         return None
 
     def unlock(self, tensor: torch.Tensor) -> None:
-        """Take back what `lock` did, once the device is idle. Nothing happens if it was refused or never asked for, or
-        in a forked process."""
+        """Undo `lock` once the cards are idle; nothing if it failed or was not called, or in a forked process."""
         if self._process != os.getpid():
             return
         self._unlock(tensor.data_ptr())
@@ -71,7 +70,7 @@ class PageLocker:
                 _check(torch.cuda.cudart().cudaHostUnregister(address), "cudaHostUnregister")
 
     def close(self) -> None:
-        """Unlock everything and end the thread. Twice is fine; in a forked process it is the parent's to do."""
+        """Unlock everything and end the thread. May be called twice; does nothing in a forked process."""
         if self._process != os.getpid():
             return
         for address in list(self._locks):

@@ -1,4 +1,4 @@
-"""Device pool: fixed-size slots, each one page of one KV head."""
+"""Device pool: slots of one page each."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from tieredkv.memory.ledger import DeviceLedger
 
 
 class DevicePool:
-    """`S` slots of one page `(2, C, D)` each, 0 at first. A slot belongs to nobody or to exactly one owner.
+    """`S` slots of one page `(2, C, D)` each, zeroed at first. A slot is free or has exactly one owner.
 
-    packed: pages are of 8 bits, with `scales` `(S, 2, C)` (`packing`); otherwise scales is None.
+    packed: pages are int8 with `scales` `(S, 2, C)` (`ops.packing`); otherwise `scales` is None.
     """
 
     def __init__(
@@ -35,15 +35,15 @@ class DevicePool:
         return len(self._free)
 
     def take(self, count: int) -> torch.Tensor:
-        """`count` free slots as `(count,)` int64; the caller owns them until `give_back`. MemoryError if too few."""
+        """`count` free slots, `(count,)` int64; the caller owns them until `give_back`. MemoryError if too few."""
         if count > len(self._free):
-            raise MemoryError(f"{count} slots wanted, {len(self._free)} free")
+            raise MemoryError(f"{count} slots were asked for, {len(self._free)} are free")
         slots = [self._free.pop() for _ in range(count)]
         self._taken.update(slots)
         return torch.tensor(slots, dtype=torch.int64, device=self.pages.device)
 
     def give_back(self, slots: torch.Tensor) -> None:
-        """Return slots. ValueError, and nothing changes, if one of them was not taken."""
+        """Return slots. ValueError, without any effect, if one of them is not taken."""
         ids = slots.flatten().tolist()
         if len(set(ids)) != len(ids) or not self._taken.issuperset(ids):
             raise ValueError(f"slots {ids} are not all taken")
@@ -51,14 +51,14 @@ class DevicePool:
         self._free.extend(ids)
 
     def close(self) -> None:
-        """Free the memory and stop counting it. The pool has no slots afterwards."""
+        """Free the memory and stop counting it. The pool then has no slots."""
         self.pages = self.pages.new_empty((0, *self.pages.shape[1:]))
         self.scales = None
         self._free, self._taken = [], set()
         self.ledger.release("pool")
 
     def check_integrity(self) -> None:
-        """Raise AssertionError if a slot is lost, doubled, or both free and taken."""
+        """Raise AssertionError if a slot is lost, listed twice, or both free and taken."""
         free = set(self._free)
         assert len(free) == len(self._free), "a slot is free twice"
         assert not free & self._taken, "a slot is free and taken"

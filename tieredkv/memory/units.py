@@ -1,20 +1,31 @@
-"""Sizes: bytes as GiB, and bytes of the number types that are counted."""
+"""Units of size, and the arithmetic of fitting things into a size."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 GIB = 2**30
 FLOAT16 = 2
 FLOAT32 = INT32 = 4
 INT64 = 8
-"""Bytes."""
+"""Bytes of a number."""
 
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest whole number from 1 to `most` that fits; 0 if none does. Whatever is less than one that fits must."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
 def as_gib(nbytes: int) -> str:
-    """Bytes as GiB in few digits, rounded up, so that the number given back as `gpu_kv_gb` is enough."""
+    """Bytes as GiB in few digits, rounded up, so that the number is enough when given as `gpu_kv_gb`."""
     value = nbytes / GIB
     for digits in range(3, 18):
         text = f"{value:.{digits}g}"

@@ -1,1 +1,1 @@
-"""All that the runtime must know of a model: its family, its weights, and whether it is still the same model."""
+"""Models: families, loading, prompts, encoding of video, and whether a model is still the same."""

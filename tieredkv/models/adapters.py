@@ -1,7 +1,7 @@
-"""Which of a model's PEFT adapters are in use, how, and where their weights are: those are in the model, in use or not.
+"""PEFT adapters of a model: which are in use, with which scales, settings and weights.
 
-Both of PEFT's ways into a model are covered, its own wrapper and transformers' `load_adapter`: they put the same layers
-into it, and these are asked.
+Reads the layers that PEFT puts into a model, which are the same for its own wrapper and for transformers'
+`load_adapter`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from tieredkv.models.weights import modules
 
 Layers = dict[str, dict[str, float | None]]
-"""By layer, adapters and their scales; None for an adapter without one."""
+"""By layer, the adapters and their scales; None for an adapter without a scale."""
 
 _IDLE = {
     "peft_version",
@@ -31,86 +31,84 @@ _IDLE = {
     "layers_to_transform",
     "layers_pattern",
 }
-"""Of an adapter's configuration: where it came from, and what the layers that it is in show."""
+"""Fields of an adapter's configuration that decide nothing, or that the layers themselves show."""
 
 
 def in_use(model: Any) -> Layers:
-    """Adapters that are computed beside their layers' own weights, neither disabled nor merged into these."""
+    """Adapters in use, neither disabled nor merged into the weights of their layers."""
     return {path: active for path, layer in _layers(model) if (active := active_in(layer))}
 
 
 def merged(model: Any) -> dict[str, list[str]]:
-    """By layer, adapters whose weights are added to its own."""
-    found = ((path, layer) for path, layer in _layers(model) if not layer.disable_adapters)
-    return {path: sorted(layer.merged_adapters) for path, layer in found if getattr(layer, "merged_adapters", None)}
+    """By layer, the adapters that are merged into its weights."""
+    enabled = ((path, layer) for path, layer in _layers(model) if not layer.disable_adapters)
+    return {path: sorted(layer.merged_adapters) for path, layer in enabled if getattr(layer, "merged_adapters", None)}
 
 
 def weights(model: Any, used: bool) -> tuple[str, ...]:
-    """Prefixes, each ending in a dot, of the names of weights that belong to adapters in use (or, with `used=False`, to
-    the others).
+    """Prefixes, each ending in a dot, of the names of the weights of adapters in use; used=False: of all others.
 
-    Merged adapters are among the others: their weights are in those of their layers.
+    Merged adapters are among the others: the weights of their layers include theirs.
     """
     return tuple(
         f"{path}.{attribute}.{name}."
         for path, layer in _layers(model)
         for active in [active_in(layer)]
-        for attribute, held in _held(layer, (*layer.adapter_layer_names, *_others(layer)))
-        if hasattr(held, "state_dict")
-        for name in held.keys()  # noqa: SIM118  containers of modules
+        for attribute, parts in _by_adapter(layer, (*layer.adapter_layer_names, *_others(layer)))
+        if hasattr(parts, "state_dict")
+        for name in parts.keys()  # noqa: SIM118  containers of modules
         if (name in active) == used
     )
 
 
 def settings(model: Any, names: list[str]) -> dict[str, Any]:
-    """What these adapters' configurations say, as JSON holds it, but for what decides no result or shows elsewhere."""
+    """Configurations of these adapters as plain JSON values, without the fields in `_IDLE` and the like."""
     configs = getattr(model, "peft_config", {})
-    found = {name: configs[name].to_dict() for name in names if name in configs}
     return {
         name: {
             key: _plain(value)
             for key, value in config.items()
             if key not in _IDLE and not key.startswith("init_") and "drop" not in key and value is not None
         }
-        for name, config in found.items()
+        for name, config in ((name, configs[name].to_dict()) for name in names if name in configs)
     }
 
 
 def values(model: Any) -> Iterator[tuple[str, Any]]:
-    """What layers keep for each adapter in use beside its weights, and where: scales, seeds, indices, fixed tensors."""
+    """What layers keep for each adapter in use besides weights, with names: scales, seeds, indices, fixed tensors."""
     for path, layer in _layers(model):
         for name in active_in(layer):
-            for attribute, held in _held(layer, _others(layer)):
-                if name in held:
-                    yield f"{path}.{attribute}.{name}", held[name]
+            for attribute, parts in _by_adapter(layer, _others(layer)):
+                if name in parts:
+                    yield f"{path}.{attribute}.{name}", parts[name]
 
 
 def plain_name(name: str) -> str:
-    """The name that a weight has in a model without adapters."""
+    """The name of a weight in the model without adapters."""
     return f".{name}".replace(".base_layer.", ".").replace(".original_module.", ".")[1:]
 
 
 def names(layers: Layers) -> list[str]:
-    """All adapters that are in use anywhere."""
+    """All adapters in use in any layer."""
     return sorted({name for active in layers.values() for name in active})
 
 
 def difference(before: Layers, now: Layers) -> str | None:
-    """How adapters in use have changed, as the end of a sentence; None where they have not."""
+    """How the adapters in use have changed, as the end of a sentence; None if they have not."""
     if before == now:
         return None
     old, new = names(before), names(now)
     if old != new:
-        return f"under {told(old)}, now {told(new)} is active"
+        return f"under {in_words(old)}, now {in_words(new)} is active"
     for name in old:
         a, b = (sorted({str(active[name]) for active in layers.values() if name in active}) for layers in (before, now))
         if a != b:
             return f"with the adapter {name} scaled by {' and '.join(a)}, now it is scaled by {' and '.join(b)}"
-    return f"under {told(old)}, now in use in other layers"
+    return f"under {in_words(old)}, now active in other layers"
 
 
-def told(adapters: list[str]) -> str:
-    """Adapters in a sentence."""
+def in_words(adapters: list[str]) -> str:
+    """A phrase that names the adapters."""
     return f"the adapter {' with '.join(adapters)}" if adapters else "no adapter"
 
 
@@ -127,28 +125,30 @@ def _others(layer: Any) -> tuple[str, ...]:
     return tuple(name for name in getattr(layer, "other_param_names", ()) if hasattr(layer, name))
 
 
-def _held(layer: Any, attributes: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
-    """Those of a layer's attributes that are containers by adapter, and what they are."""
+def _by_adapter(layer: Any, attributes: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+    """Those of a layer's attributes that are containers with an entry for each adapter."""
     for attribute in attributes:
-        held = attrgetter(attribute)(layer)
-        if hasattr(held, "keys"):
-            yield attribute, held
+        parts = attrgetter(attribute)(layer)
+        if hasattr(parts, "keys"):
+            yield attribute, parts
 
 
 def _plain(value: Any) -> Any:
-    """With text for keys, and sets, whose order is another in each process, sorted."""
+    """With text as keys, and with sets sorted, as their order differs between processes."""
     if isinstance(value, dict):
-        return {str(key): _plain(of) for key, of in value.items()}
+        return {str(key): _plain(each) for key, each in value.items()}
     return sorted(map(str, value)) if isinstance(value, set | frozenset) else value
 
 
 def active_in(layer: Any) -> dict[str, float | None]:
-    """The adapters that a layer computes beside its own weights, and their scales."""
+    """A layer's adapters in use, and their scales."""
     if layer.disable_adapters or getattr(layer, "merged_adapters", None):
         return {}
-    has = {name for _, held in _held(layer, layer.adapter_layer_names) for name in held.keys()}  # noqa: SIM118  containers of modules
+    present = {name for _, parts in _by_adapter(layer, layer.adapter_layer_names) for name in parts.keys()}  # noqa: SIM118
     scaling: Any = getattr(layer, "scaling", None)
     scales: dict[str, Any] = dict(scaling) if hasattr(scaling, "keys") else {}
     return {
-        name: None if scales.get(name) is None else float(scales[name]) for name in layer.active_adapters if name in has
+        name: None if scales.get(name) is None else float(scales[name])
+        for name in layer.active_adapters
+        if name in present
     }

@@ -1,4 +1,4 @@
-"""Configs, models and processors from a folder or a hub, with one clear sentence where there is none to be had."""
+"""Loads configs, models and processors from a folder or a hub, with one clear error if that fails."""
 
 from __future__ import annotations
 
@@ -31,19 +31,17 @@ def load_config(source: str | Path) -> PreTrainedConfig:
 
 
 def check_config(config: PreTrainedConfig) -> None:
-    """Raise `UnsupportedModelError` unless this is a sound config of a family that takes video."""
+    """Raise `UnsupportedModelError` unless this is a valid config of a supported video family."""
     families.video_family(config)
     families.check_layers(config.get_text_config(decoder=True))
     model_shape(config, torch.float32)
 
 
 def load(model: Any, processor: Any = None) -> tuple[Any, Any]:
-    """A model and its processor: loaded if `model` is a path or hub id, the processor found beside it if not given.
+    """A model and its processor; loads the model if it is a path or hub id, and the processor beside it if not given.
 
-    What is loaded here goes to the current CUDA device if there is one, else to the CPU. Of a wrapped model it is the
-    model inside (`wrapped.unwrapped`).
-
-    Raises `UnsupportedModelError` when there is no such model, its family is not supported, or no processor is found.
+    Loads to the current CUDA device if there is one, otherwise to the CPU. Unwraps a wrapped model. Raises
+    `UnsupportedModelError` if there is no such model, its family is not supported, or no processor is found.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText
@@ -53,13 +51,13 @@ def load(model: Any, processor: Any = None) -> tuple[Any, Any]:
         source = str(model)
         check_config(load_config(source))
         try:
-            # On a card at once: weights need not pass through as much host memory, and quantised ones cannot be moved.
+            # Directly to the card: this needs less host memory, and quantised weights cannot be moved.
             place = {"": torch.cuda.current_device()} if torch.cuda.is_available() else None
             model = AutoModelForImageTextToText.from_pretrained(source, dtype="auto", device_map=place).eval()
         except torch.OutOfMemoryError as error:
             raise UnsupportedModelError(
                 f"{source}: the weights alone do not fit on the card ({first_line(error)}): give a smaller model, or "
-                "one loaded in 4 bits."
+                "one in 4 bits."
             ) from None
         except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
             raise _nothing_at(source, error) from None
@@ -78,7 +76,7 @@ def load_processor(source: str | Path) -> Any:
 
     try:
         return AutoProcessor.from_pretrained(str(source))
-    except (OSError, ValueError, ImportError) as error:  # the last names a package that a processor needs
+    except (OSError, ValueError, ImportError) as error:  # ImportError names a package that a processor needs
         raise UnsupportedModelError(
             f"no processor found beside the model ({first_line(error)}): pass processor=."
         ) from None

@@ -1,4 +1,4 @@
-"""What modules hold beside the weights of a checkpoint and compute with: short buffers, plain numbers."""
+"""Values that modules compute with but checkpoints do not contain: buffers and plain numbers."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from tieredkv.models import adapters
 from tieredkv.models.weights import modules, tensors_hash
 
 _MOVING_ROPE = {"dynamic", "longrope"}
-"""Kinds of positions whose frequencies depend on what was computed last."""
+"""Types of rotary positions whose frequencies depend on the last forward pass."""
 _SHORT = 1024
-"""Numbers of a buffer that is kept as it is."""
+"""Most numbers of a buffer that is kept as it is."""
 _RTOL = 1e-4
-"""Frequencies computed on two devices differ by less, those rounded to bfloat16 by more."""
+"""Frequencies computed on different devices differ by less than this, those rounded to bfloat16 by more."""
 _KNOWN = ("torch.", "transformers.", "peft.")
-"""Whose modules' numbers count. Those of quantisation libraries change with the device and the first forward pass."""
+"""Libraries whose modules count. Quantisation libraries' numbers change with the device and the first forward pass."""
 _IDLE = {"training", "gradient_checkpointing", "layer_idx", "padding_idx", "sparse", "scale_grad_by_freq"}
-"""Numbers that decide nothing where a model answers."""
+"""Numbers that decide nothing at inference."""
 _PASSIVE = {torch.nn.ModuleDict, torch.nn.ModuleList, torch.nn.ParameterDict, torch.nn.Dropout, torch.nn.Identity}
 _LAYER = re.compile(r"(?<![^.])\d+(?=\.)")
 
 
 def buffers(model: Any, long: bool = True) -> dict[str, Any]:
-    """Values of short buffers of floats, hashes of the others; without those that a forward pass changes, and
-    those of adapters that are not in use.
+    """Values of short float buffers, hashes of the others, by name.
 
-    long: with the others, and `UnsupportedModelError` for what is not in memory.
+    Leaves out buffers that a forward pass changes, those of adapters not in use, and, if `long` is False, those that
+    would be hashed. With `long`, raises `UnsupportedModelError` for a buffer that is not in memory.
     """
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     idle = adapters.weights(model, used=False)
     for path, module in modules(model):
         for own in module._non_persistent_buffers_set:  # the others are in the checkpoint
@@ -43,23 +43,23 @@ def buffers(model: Any, long: bool = True) -> dict[str, Any]:
             if short:
                 values = [_rounded(value) for value in tensor.double().flatten().tolist()]
             if short or long:
-                found[adapters.plain_name(name)] = values if short else tensors_hash([(own, tensor)])
-    return found
+                result[adapters.plain_name(name)] = values if short else tensors_hash([(own, tensor)])
+    return result
 
 
-def alike(a: Any, b: Any) -> bool:
-    """Whether the values of a buffer are the same, but for what two devices compute otherwise."""
+def nearly_equal(a: Any, b: Any) -> bool:
+    """Whether two values of a buffer are equal up to differences between devices."""
     if isinstance(a, str) or isinstance(b, str):
         return bool(a == b)
     return len(a) == len(b) and all(x == y or math.isclose(x, y, rel_tol=_RTOL) for x, y in zip(a, b, strict=True))
 
 
 def numbers(model: Any) -> dict[str, Any]:
-    """Plain numbers of modules, and what layers of PEFT keep for the adapters in use; without those of idle adapters.
+    """Plain numbers of modules, and values that PEFT's layers keep for adapters in use.
 
-    By place, with * for the number of a layer: the value that all layers have, or the list of their values.
+    By name, with * for the number of a layer: the value that all layers share, or the list of their values.
     """
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     idle = adapters.weights(model, used=False)
     for path, module in modules(model):
         kind = type(module)
@@ -70,23 +70,23 @@ def numbers(model: Any) -> dict[str, Any]:
         prefix = f"{path}." if path else ""
         for own, value in vars(module).items():
             if isinstance(value, float | int) and own[0] != "_" and own not in _IDLE and "drop" not in own:
-                found[adapters.plain_name(prefix + own)] = _rounded(value)
+                result[adapters.plain_name(prefix + own)] = _rounded(value)
     hashes: dict[int, str] = {}  # several layers share a tensor
-    for place, value in adapters.values(model):
-        if "drop" not in place and (told := _told(value, hashes)) is not None:
-            found[place] = told
-    return _by_place(found)
+    for name, value in adapters.values(model):
+        if "drop" not in name and (plain := _plain(value, hashes)) is not None:
+            result[name] = plain
+    return _merge_layers(result)
 
 
-def _by_place(found: dict[str, Any]) -> dict[str, Any]:
-    places: dict[str, list[Any]] = {}
-    for name, value in found.items():
-        places.setdefault(_LAYER.sub("*", name), []).append(value)
-    return {place: all_of[0] if all_of.count(all_of[0]) == len(all_of) else all_of for place, all_of in places.items()}
+def _merge_layers(values: dict[str, Any]) -> dict[str, Any]:
+    merged: dict[str, list[Any]] = {}
+    for name, value in values.items():
+        merged.setdefault(_LAYER.sub("*", name), []).append(value)
+    return {name: each[0] if each.count(each[0]) == len(each) else each for name, each in merged.items()}
 
 
-def _told(value: Any, hashes: dict[int, str]) -> Any:
-    """A value as JSON holds it; None for what is no value, such as a module or a function."""
+def _plain(value: Any, hashes: dict[int, str]) -> Any:
+    """A plain JSON value; None for modules, functions and the like. hashes: of tensors, by id."""
     if isinstance(value, torch.Tensor):
         if value.device.type == "meta":
             return None
@@ -101,7 +101,7 @@ def _told(value: Any, hashes: dict[int, str]) -> Any:
 
 
 def _rounded(value: float | int) -> Any:
-    """Without the last digits, in which two machines may differ; as text where JSON has no such number."""
+    """Without the last digits, in which machines may differ; as text if JSON has no such number."""
     if not isinstance(value, float):
         return value
     return float(f"{value:.9g}") if math.isfinite(value) else str(value)

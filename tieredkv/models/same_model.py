@@ -1,4 +1,4 @@
-"""Whether a model still is what it was when a session's cache was made, as far as a question can afford to look."""
+"""Whether a model is still the same as when a session was opened, checked before every question."""
 
 from __future__ import annotations
 
@@ -6,21 +6,16 @@ from typing import Any
 
 from tieredkv.errors import SessionError
 from tieredkv.models import adapters
-from tieredkv.models.fingerprint import (
-    adapter_weights,
-    model_settings,
-    model_state,
-    settings_difference,
-    state_difference,
-)
+from tieredkv.models.fingerprint import adapter_weights, model_state, state_difference
+from tieredkv.models.settings import model_settings, settings_difference
 from tieredkv.models.wrapped import check_mode
 
 
 class SameModel:
-    """A model's settings, adapters, numbers and short buffers at one time. All its weights are too large to look at."""
+    """A model's settings, adapters, numbers and short buffers at one time, but not its weights, which take long."""
 
     def __init__(self, model: Any) -> None:
-        """Raises `UnsupportedModelError` for a model in a mode that computes something random."""
+        """Raises `UnsupportedModelError` as `check_mode`."""
         check_mode(model)
         self._model = model
         self._settings, self._state = model_settings(model), model_state(model, long=False)
@@ -28,14 +23,14 @@ class SameModel:
         self._adapter_weights = adapter_weights(model)
 
     def check(self) -> None:
-        """Raise `SessionError` if the model is another one now, or `UnsupportedModelError` as at first."""
+        """Raise `SessionError` if the model has changed, `UnsupportedModelError` as `check_mode`."""
         check_mode(self._model)
         now = model_state(self._model, long=False)
         difference = adapters.difference(self._state["adapters"], now["adapters"])
         if not difference and adapters.merged(self._model) != self._merged:
             difference = "with other adapters merged into the weights than now"
         if not difference and adapter_weights(self._model) != self._adapter_weights:
-            difference = f"with other weights in {adapters.told(adapters.names(now['adapters']))}"
+            difference = f"with other weights in {adapters.in_words(adapters.names(now['adapters']))}"
         if not difference:
             named = settings_difference(self._settings, model_settings(self._model))
             if named := named or state_difference(self._state, now):

@@ -1,8 +1,7 @@
-"""use_attention: one model's decoder attends through `TieredCache` inside a block, and as before after it."""
+"""use_attention: a model's decoder attends through `TieredCache` inside a block."""
 
 from __future__ import annotations
 
-import os
 import threading
 import weakref
 from collections.abc import Iterator
@@ -12,13 +11,12 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from tieredkv.attention.interface import NAME
+from tieredkv.environment import forking
 from tieredkv.errors import UnsupportedModelError
 from tieredkv.models.wrapped import unwrapped
 
 _users: weakref.WeakKeyDictionary[PreTrainedModel, tuple[list[int], str]] = weakref.WeakKeyDictionary()
-"""The threads of the `use_attention` blocks open on a model, and what to go back to after the last."""
-
-
+"""Of each model, the threads of its open `use_attention` blocks, and the attention to restore after the last."""
 _users_lock = threading.Lock()
 
 
@@ -29,7 +27,7 @@ def _switch(model: PreTrainedModel, name: str) -> None:
 
 
 def _leave(model: PreTrainedModel, thread: int) -> None:
-    """End one block of a thread's."""
+    """End one block of a thread."""
     threads, before = _users[model]
     threads.remove(thread)
     if not threads:
@@ -38,7 +36,7 @@ def _leave(model: PreTrainedModel, thread: int) -> None:
 
 
 def _after_fork() -> None:
-    """The blocks of other threads do not go on in a forked process."""
+    """End the blocks of other threads, which do not exist in a forked process."""
     global _users_lock
     _users_lock = threading.Lock()
     for model, (threads, _) in list(_users.items()):
@@ -48,11 +46,11 @@ def _after_fork() -> None:
 
 @contextmanager
 def use_attention(model: Any) -> Iterator[None]:
-    """Let the model's decoder attend through `TieredCache` inside the block; what was set before comes back after.
+    """Let the model's decoder attend through `TieredCache` inside the block, and restore its attention afterwards.
 
     model: a transformers model, or a wrapper around one (`PeftModel`, torch.compile's). Blocks on one model may nest or
-    overlap, from several threads too; the last to end restores. The vision tower keeps its own attention. Raises
-    `UnsupportedModelError` when the model cannot be switched.
+    overlap, also in several threads; the last to end restores. The vision tower keeps its attention. Raises
+    `UnsupportedModelError` if the model cannot be switched.
     """
     model = unwrapped(model)
     text, thread = model.config.get_text_config(decoder=True), threading.get_ident()
@@ -77,5 +75,4 @@ def use_attention(model: Any) -> Iterator[None]:
             _leave(model, thread)
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+forking.in_child(_after_fork)

@@ -1,4 +1,4 @@
-"""Weights as they are stored, by quantisation libraries as several plain tensors, and the modules they are in."""
+"""Weights as they are stored, which quantisation libraries do in several plain tensors, and the modules of a model."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 def plain_tensors(tensor: torch.Tensor, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """The plain tensors that a weight consists of, each with a text that says what it is; nothing is dequantised.
+    """The plain tensors that a weight consists of, each with a description; nothing is dequantised.
 
-    name: of the weight. The texts hold all else that the weight is, such as block sizes, and no address.
+    name: of the weight. Descriptions contain everything else about the weight, such as block sizes, without addresses.
     """
     kind: Any = type(tensor)
-    if hasattr(kind, "__tensor_flatten__"):  # torch's own protocol for wrapped tensors, which torchao follows
+    if hasattr(kind, "__tensor_flatten__"):  # torch's protocol for wrapped tensors, used by torchao
         parts, context = kind.__tensor_flatten__(tensor)
-        about = f"{name} {kind.__name__} {tuple(tensor.shape)} {tensor.dtype} {_ADDRESS.sub('', repr(context))}"
+        description = f"{name} {kind.__name__} {tuple(tensor.shape)} {tensor.dtype} {_ADDRESS.sub('', repr(context))}"
         for part in sorted(parts):
-            yield from plain_tensors(getattr(tensor, part), f"{about} {part}")
+            yield from plain_tensors(getattr(tensor, part), f"{description} {part}")
     else:
         yield f"{name} {tuple(tensor.shape)} {tensor.dtype}", tensor.detach().as_subclass(torch.Tensor)
 
@@ -36,7 +36,7 @@ def stored_bytes(tensor: torch.Tensor) -> int:
 
 
 def entries(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and tensors of `model.state_dict()`, sorted; modules may keep other things in it, as bytes or as text."""
+    """Names and tensors of `model.state_dict()`, sorted. Entries that are no tensors become tensors of bytes."""
     for name, value in sorted(model.state_dict().items()):
         if not isinstance(value, torch.Tensor):
             data = value.getvalue() if hasattr(value, "getvalue") else value
@@ -45,30 +45,30 @@ def entries(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
         yield name, value
 
 
-def tensors_hash(found: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """Of every bit of named tensors. Raises `UnsupportedModelError` for one without memory (torch's meta device)."""
-    made = hashlib.sha256()
-    for name, tensor in found:
-        for about, part in plain_tensors(tensor, name):
+def tensors_hash(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """A hash of every bit of named tensors. Raises `UnsupportedModelError` for a tensor on torch's meta device."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        for description, part in plain_tensors(tensor, name):
             if part.device.type == "meta":
                 raise UnsupportedModelError(f"weight {name} is not in memory (device meta): load the whole model.")
-            made.update(f"{about}\n".encode())
+            digest.update(f"{description}\n".encode())
             for sums in _sums(part):
-                made.update(sums)
-    return made.hexdigest()
+                digest.update(sums)
+    return digest.hexdigest()
 
 
 def _sums(tensor: torch.Tensor) -> Iterator[bytes]:
-    """Bytes that stand for all bits of a tensor, computed on its device without a copy of it.
+    """Bytes that represent all bits of a tensor, computed on its device without a copy.
 
-    The tensor is read as a table of 8-byte words, summed as integers modulo 2**64 down columns and along rows; what
-    fills no row is given as it is. One changed word changes its row's sum and its column's. Of two changed words, as
-    after a swap, either both columns' sums change or, in one column, both rows'. Integer sums do not depend on the
-    order of adding, so every device and thread count gives the same.
+    The tensor is read as a table of 8-byte words, summed as integers modulo 2**64 over columns and rows; bytes that
+    fill no row are returned as they are. One changed word changes the sums of its row and its column. Two changed
+    words, as after a swap, change the sums of both columns or, if they share one, of both rows. Integer sums do not
+    depend on the order of addition, so all devices and thread counts give the same bytes.
     """
     octets = tensor.detach().reshape(-1).view(torch.uint8)  # copies where the weight is not contiguous
     if octets.storage_offset() % 8:
-        octets = octets.clone()  # words cannot start there
+        octets = octets.clone()  # a view of 8-byte words needs an aligned start
     whole = octets.numel() - octets.numel() % (8 * _COLUMNS)
     if whole:
         table = octets[:whole].view(torch.int64).view(-1, _COLUMNS)
@@ -77,14 +77,14 @@ def _sums(tensor: torch.Tensor) -> Iterator[bytes]:
 
 
 def modules(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
-    """As `model.named_modules()`, which takes several times as long where adapters make models deep."""
-    found: dict[torch.nn.Module, str] = {}
-    waiting: list[tuple[str, torch.nn.Module]] = [("", model)]
-    while waiting:
-        path, module = waiting.pop()
-        if module not in found:
-            found[module] = path
+    """As `model.named_modules()`, which takes several times as long for models that adapters make deep."""
+    paths: dict[torch.nn.Module, str] = {}
+    stack: list[tuple[str, torch.nn.Module]] = [("", model)]
+    while stack:
+        path, module = stack.pop()
+        if module not in paths:
+            paths[module] = path
             prefix = f"{path}." if path else ""
-            inside = [(prefix + own, of) for own, of in module._modules.items() if of is not None]
-            waiting += reversed(inside)
-    return [(path, module) for module, path in found.items()]
+            children = [(prefix + name, child) for name, child in module._modules.items() if child is not None]
+            stack += reversed(children)
+    return [(path, module) for module, path in paths.items()]

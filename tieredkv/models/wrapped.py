@@ -1,4 +1,4 @@
-"""The transformers model inside what other libraries wrap around it, and whether it is in a state to answer."""
+"""The transformers model inside the wrappers of other libraries, and whether it is in a mode to answer."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tieredkv.models import adapters
 from tieredkv.models.weights import modules
 
 _OUTSIDE = ("ADAPTION_PROMPT", "POLY", "SHADOW", "XLORA")
-"""PEFT methods that work in the wrapper's forward, which is not run here; so does every kind of prompt learning."""
+"""PEFT methods that need the wrapper's forward, which is not run here; prompt learning needs it too."""
 
 
 def unwrapped(model: Any) -> Any:
-    """The model inside a `PeftModel`, a compiled model or `DataParallel`; anything else as it is.
+    """The model inside a `PeftModel`, a compiled model or `DataParallel`; any other object unchanged.
 
-    LoRA and its like work in the layers, so the model inside answers as the wrapper does. Raises
+    LoRA and similar adapters work in the layers, so the model inside answers as the wrapper does. Raises
     `UnsupportedModelError` for adapters that work in the wrapper.
     """
     while (inner := _inside(model)) is not None:
@@ -32,9 +32,9 @@ def _inside(model: Any) -> Any:
         return model.module
     if not isinstance(model, torch.nn.Module):
         return None
-    if "_orig_mod" in model._modules:  # torch.compile's wrapper, whose class is costly to import
+    if "_orig_mod" in model._modules:  # torch.compile's wrapper, whose class is slow to import
         return model._modules["_orig_mod"]
-    if (peft := sys.modules.get("peft")) is None:  # a model that it wraps has imported it
+    if (peft := sys.modules.get("peft")) is None:  # not imported, so there is no such wrapper
         return None
     if isinstance(model, peft.PeftModel | peft.PeftMixedModel):
         _check_adapters(model)
@@ -57,12 +57,12 @@ def _check_adapters(model: Any) -> None:
 
 
 def check_mode(model: Any) -> None:
-    """Raise `UnsupportedModelError` for a model in training mode where that changes what it computes.
+    """Raise `UnsupportedModelError` for a model in training mode where that changes results.
 
-    And for adapters that draw random numbers in any mode.
+    Also for adapters that draw random numbers in every mode.
     """
     for name, module in modules(model):
-        samples = vars(module).get("sample_at_inference")  # of PEFT's PVeRA, by adapter
+        samples = vars(module).get("sample_at_inference")  # PEFT's PVeRA, by adapter
         if isinstance(samples, dict) and any(samples.get(adapter) for adapter in adapters.active_in(module)):
             raise UnsupportedModelError(
                 f"an adapter samples at inference, so answers would be random ({name}): set sample_at_inference=False."
@@ -78,7 +78,7 @@ def check_mode(model: Any) -> None:
 
 
 def _drops(module: Any) -> bool:
-    """Whether a module, in training mode, leaves out something at random: by itself, or by functions it calls."""
+    """Whether a module in training mode uses dropout, itself or through functions that it calls."""
     if isinstance(module, _DropoutNd):
         return module.p > 0
     rates = (value for own, value in vars(module).items() if "drop" in own and own[0] != "_")

@@ -7,17 +7,17 @@ from dataclasses import dataclass
 import torch
 
 from tieredkv.config import TierConfig
-from tieredkv.memory.units import ceil_div
+from tieredkv.memory.units import ceil_div, largest
 from tieredkv.models.kv_shape import KVShape
+from tieredkv.planning.admission import refusal
 from tieredkv.planning.sizes import (
     Layout,
-    digest_bytes,
+    beside_pool_bytes,
+    gathered_pages,
     least_pages,
     page_bytes,
-    ranking_bytes,
-    refusal,
+    pool_bytes,
     scratch_page_bytes,
-    table_bytes,
 )
 from tieredkv.policy.budget import by_need, split_budget
 
@@ -35,116 +35,116 @@ class DecodePlan:
     """Retrieval slots of a dynamic head: selected and spare ones; 0 for static heads."""
     ranked: bool
     """Whether chunks must be ranked at all: not when every dynamic head attends to all of them."""
-    pool_pages: int
     scratch_pages: int
-    """Pages the torch attention gathers at a time."""
+    """Pages that the torch attention gathers at a time."""
     packed: bool
     """Whether pages are of 8 bits."""
+
+    def pool_pages(self, layers: list[int]) -> int:
+        """Pages of these layers, recent regions included."""
+        heads = self.pages.shape[1]
+        return len(layers) * heads * self.layout.recent_pages + int(self.pages[layers].sum())
 
 
 def plan_decode(
     shape: KVShape,
     tiers: TierConfig,
     layout: Layout,
+    cap_bytes: int,
     scores: torch.Tensor,
     static: torch.Tensor,
     need: torch.Tensor | None = None,
 ) -> DecodePlan:
-    """Spend the cap on one prompt. scores, static: `(L, K)`; heads of dense layers are static, and keep everything.
+    """Spend `cap_bytes` on one prompt. scores, static: `(L, K)`; heads of dense layers are static and keep everything.
 
     need: `(2, L, K)`, need and spread of each head where the policy measured them (`policy.budget.by_need`). Raises
-    `BudgetError`, naming the least cap that works.
+    `BudgetError`, naming the smallest cap that works.
     """
-    n_heads = shape.kv_heads
-    most = layout.old_chunks
-    everything = n_heads * (most + layout.recent_pages)
-    dense = tiers.method.dense_layers
+    policy, dense = tiers.policy, tiers.policy.dense_layers
     if not bool(static[:dense].all()):
         raise ValueError("heads of dense layers must be static")
-    n_dense = static[:dense].numel()
-    n_dynamic = int((~static).sum())
+    n_heads, n_dense, n_dynamic = shape.kv_heads, static[:dense].numel(), int((~static).sum())
+    most, old_pages = layout.old_chunks, _old_pages(tiers, layout)
+    everything = n_heads * (most + layout.recent_pages)
 
-    def pages_for(nbytes: int) -> tuple[int, int]:
-        """Pool pages and scratch pages that `nbytes` hold: scratch for an average head's pages, at least one a head."""
-        pool = max(0, (nbytes - scratch_page) // page)
-        while pool > 0:
-            scratch = max(shape.num_key_value_heads, ceil_div(pool, n_heads))
-            if pool * page + scratch * scratch_page <= nbytes:
-                return pool, scratch
-            pool -= max(1, (pool * page + scratch * scratch_page - nbytes) // (page + scratch_page))
-        return 0, 0
+    def pages_for(nbytes: int) -> int:
+        """Pool pages that `nbytes` hold, with the scratch to attend to them."""
+        return largest(lambda pages: pool_bytes(shape, tiers, pages, packed) <= nbytes, max(0, nbytes // page))
 
-    def wider(scratch: int, used: int, nbytes: int) -> int:
-        """More scratch, up to a layer's pages, where `used` pool pages leave room in `nbytes`: fewer, larger steps."""
-        return min(max(scratch, ceil_div(used, shape.num_layers)), max(scratch, (nbytes - used * page) // scratch_page))
+    def scratch_for(pool: int, used: int, nbytes: int) -> int:
+        """Scratch pages for a pool of `pool` pages; where it needs only `used` of them, more, up to a layer's pages:
+        fewer and larger steps."""
+        least = gathered_pages(shape, pool)
+        left = (nbytes - used * page) // scratch_page_bytes(shape, tiers, packed)
+        return min(max(least, ceil_div(used, shape.num_layers)), max(least, left))
 
-    cap = tiers.cap_bytes - table_bytes(shape, tiers, layout)
-    ratio, old_pages = tiers.budget_ratio, most
-    if ratio is not None and not tiers.method.keep_all:
-        recent = layout.tokens - layout.recent_start
-        old_pages = max(least_pages(layout), int((ratio * layout.tokens - recent) // layout.chunk_tokens))
-    # As made if all of it fits; the kind tried last is what the rest is counted in.
-    for packed in (False, True) if tiers.pack_pages and not tiers.method.keep_all else (False,):
-        page, scratch_page = _page(shape, tiers, packed)
-        pool, scratch = pages_for(cap)
+    left = cap_bytes - beside_pool_bytes(shape, tiers, layout, 0)
+    # In the model's dtype if all of it fits; the kind tried last is what the rest is counted in.
+    for packed in (False, True) if tiers.pack_pages and not policy.keep_all else (False,):
+        page = page_bytes(shape, tiers, packed)
+        pool = pages_for(left)
         if pool >= everything and old_pages >= most:
             every = torch.where(static, 0, layout.retrievable)
-            pages = torch.full_like(every, most)
-            return DecodePlan(layout, pages, every, every, False, everything, wider(scratch, everything, cap), packed)
+            scratch = scratch_for(pool, everything, left)
+            return DecodePlan(layout, torch.full_like(every, most), every, every, False, scratch, packed)
 
-    ranking = ranking_bytes(shape, tiers, layout) if n_dynamic else 0
-    cap -= digest_bytes(shape, tiers, layout, n_dynamic) + ranking
-    pool, scratch = pages_for(cap)
+    left = cap_bytes - beside_pool_bytes(shape, tiers, layout, n_dynamic)
+    pool = pages_for(left)
     affordable = pool - n_heads * layout.recent_pages - n_dense * most
-    least, total = least_pages(layout), affordable
-    if ratio is not None:
-        total = min(affordable, (n_heads - n_dense) * old_pages)
-    rest, method = static[dense:], tiers.method
+    least, total = least_pages(layout), min(affordable, (n_heads - n_dense) * old_pages)
+    rest = static[dense:]
     try:
-        if method.keep_all:
+        if policy.keep_all:
             raise ValueError("everything does not fit")
         if need is not None:
-            c, floor = layout.chunk_tokens, method.dynamic_floor
+            c, floor = layout.chunk_tokens, policy.dynamic_floor
             budgets = by_need(need[0, dense:], need[1, dense:], rest, total, most, least, c, floor)
         else:
-            budgets = split_budget(
-                scores[dense:], rest, total, most, least, method.type_split, method.static_floor, method.static_weight
-            )
+            split, floor, weight = policy.type_split, policy.static_floor, policy.static_weight
+            budgets = split_budget(scores[dense:], rest, total, most, least, split, floor, weight)
     except ValueError:
         raise refusal(shape, tiers, layout) from None
     pages = torch.cat((torch.full_like(static[:dense], most, dtype=torch.int64), budgets))
 
     room = torch.where(static, 0, pages - layout.sink_chunks)
-    if ratio is None:  # all of it is slots, some of them spare
+    if tiers.budget_ratio is None:  # all of it is slots, some of them spare
         slots = room
         spare = torch.minimum((slots - 1).clamp(min=0), (slots.float() * tiers.spare_ratio).long())
         selected = torch.where(slots == layout.retrievable, slots, slots - spare)
     else:  # as many are selected as the ratio says, and the spare ones come on top
         selected = room
-        left = (affordable - int(budgets.sum())) // n_dynamic if n_dynamic else 0
+        more = (affordable - int(budgets.sum())) // n_dynamic if n_dynamic else 0
         wanted = (selected.float() / (1 - tiers.spare_ratio)).long()
-        slots = torch.minimum(wanted, selected + left).clamp(max=layout.retrievable)
+        slots = torch.minimum(wanted, selected + more).clamp(max=layout.retrievable)
         pages = torch.where(static, pages, layout.sink_chunks + slots)
     ranked = bool((selected[~static] < layout.retrievable).any())
     used = n_heads * layout.recent_pages + int(pages.sum())
-    return DecodePlan(layout, pages, selected, slots, ranked, used, wider(scratch, used, cap), packed)
+    return DecodePlan(layout, pages, selected, slots, ranked, scratch_for(pool, used, left), packed)
 
 
-def _page(shape: KVShape, tiers: TierConfig, packed: bool) -> tuple[int, int]:
-    return page_bytes(shape, tiers, packed), scratch_page_bytes(shape, tiers, packed)
+def _old_pages(tiers: TierConfig, layout: Layout) -> int:
+    """Pages before the recent region that an average head may have: by `budget_ratio` or, without one, all."""
+    if tiers.budget_ratio is None or tiers.policy.keep_all:
+        return layout.old_chunks
+    recent = layout.tokens - layout.recent_start
+    return max(least_pages(layout), int((tiers.budget_ratio * layout.tokens - recent) // layout.chunk_tokens))
 
 
-def table_width(made: DecodePlan, tiers: TierConfig, index: int, static: torch.Tensor) -> int:
+def table_width(plan: DecodePlan, tiers: TierConfig, index: int, static: torch.Tensor) -> int:
     """Columns of the page table of layer `index`: the most pages one of its heads may attend to. static: `(K,)`."""
-    chosen = (made.slots if tiers.adaptive else made.selected)[index]
-    attended = torch.where(static, made.pages[index], made.layout.sink_chunks + chosen)
-    return made.layout.recent_pages + int(attended.max())
+    chosen = (plan.slots if tiers.adaptive else plan.selected)[index]
+    attended = torch.where(static, plan.pages[index], plan.layout.sink_chunks + chosen)
+    return plan.layout.recent_pages + int(attended.max())
 
 
-def mean_old_tokens(shape: KVShape, tiers: TierConfig, layout: Layout) -> int:
+def gather_bytes(shape: KVShape, tiers: TierConfig, plan: DecodePlan, table_pages: int) -> int:
+    """Scratch of attending to a layer whose page table lists `table_pages` pages."""
+    return min(plan.scratch_pages, table_pages) * scratch_page_bytes(shape, tiers, plan.packed)
+
+
+def mean_old_tokens(shape: KVShape, tiers: TierConfig, layout: Layout, cap_bytes: int) -> int:
     """Tokens before the recent region that an average head can keep, were all heads static."""
     scores = torch.ones((shape.num_layers, shape.num_key_value_heads), dtype=torch.float32, device="cpu")
-    made = plan_decode(shape, tiers, layout, scores, scores.bool())
-    dense = tiers.method.dense_layers
-    pages = made.pages[dense:]
+    plan = plan_decode(shape, tiers, layout, cap_bytes, scores, scores.bool())
+    pages = plan.pages[tiers.policy.dense_layers :]
     return int(pages.double().mean()) * layout.chunk_tokens if pages.numel() else layout.recent_start

@@ -1,14 +1,13 @@
-"""Policy: one way to spend a budget, composed of numbers and pure functions. The presets are in `policy.presets`."""
+"""Policy: one way to spend a budget, made of numbers and pure functions. The presets are in `policy.presets`."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-from tieredkv.errors import BudgetError
+from tieredkv.errors import check_value, check_whole, is_number
 from tieredkv.policy.budget import WEIGHTS
 from tieredkv.policy.digests.vectors import BITS, DIGESTS
 from tieredkv.policy.prune import HeadTokens, text_prior
@@ -24,17 +23,18 @@ Merge = Callable[[HeadTokens, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 class Policy:
     """Which heads are static, what each may hold, which tokens a static head keeps and how a dynamic head chooses.
 
-    Raises `BudgetError` on construction when a value is outside its range.
+    `dataclasses.replace` makes a changed copy: `replace(POLICIES["hybridkv"], theta=0.9)`. Raises `OptionError` on
+    construction when a value is outside its range.
     """
 
     name: str
-    source: str
+    source: str = field(repr=False)
     """Where it is from: paper, or "ours"."""
-    summary: str
+    summary: str = field(repr=False)
     """One paragraph for `tieredkv policies`."""
 
     head_score: str = "mass"
-    """What classifies heads and how static ones share: "mass", the mass of a text row's top k (HybridKV), with the
+    """How heads are classified, and how static ones share: "mass", the mass of a text row's top k (HybridKV), with the
     fields below; or "coverage" (ours): a head is static if tokens chosen by some rows keep `theta` of the other rows'
     attention within an average head's budget; it gets as many as that takes, and dynamic heads share what is left."""
     theta: float = 0.9
@@ -42,18 +42,18 @@ class Policy:
     top_k_ratio: float = 0.01
     """k of the text-centric score, as a share of the N cached tokens (ours; the paper leaves k open)."""
     text_window: int = 64
-    """At most this many of the last text rows give the text-centric score (ours)."""
+    """At most this many of the last text rows are scored (ours)."""
     score_group: str = "mean"
-    """How the query heads of a group make one score, "mean" or "max" (the paper says nothing of groups)."""
+    """How the scores of a group's query heads become one: "mean" or "max" (the paper does not mention groups)."""
     type_split: float = 1.0
     """r: the dynamic heads' share of the budget relative to their number (HybridKV, stage 2), 0 < r <= 1."""
     static_weight: str = "need"
     """How static heads share: by 1 - S ("need"), by S ("score") or evenly ("even")."""
     static_floor: float = 0.2
-    """Share of the static heads' mean budget that each of them gets whatever its score (AdaKV)."""
+    """Share of the static heads' mean budget that each of them gets at least (AdaKV)."""
     dynamic_floor: float = 1.0
-    """Share of the dynamic heads' mean budget that each of them gets whatever it needs; the rest goes by the root of
-    need. 1: evenly, as in the paper. With the "coverage" score only, which measures need."""
+    """Share of the dynamic heads' mean budget that each of them gets at least; the rest is divided by the root of need.
+    1: evenly, as in the paper. With the "coverage" score only, which measures need."""
     saliency_window: int = 32
     """At most this many of the last text rows rank the tokens of static heads (SnapKV's window)."""
     saliency_pool: int = 5
@@ -61,43 +61,41 @@ class Policy:
     rank: Rank = text_prior
     merge: Merge | None = None
     digest: str = "cuboid"
-    """What stands in for a chunk's keys: a name in `policy.digest.DIGESTS`."""
+    """What stands in for a chunk's keys: a name in `policy.digests.vectors.DIGESTS`."""
     digest_bits: int = 8
     """Bits per number of a digest, 4 or 8."""
     chunk_group: str = "mean"
     """How the query heads of a group rank chunks together: a name in `policy.select.GROUPS`."""
     stay: float = 1.0
-    """How many times better another chunk must look than one attended to a step before to take its place: what looks
-    alike need not be copied (ours). 1: no favour."""
+    """Factor on the ranks of the chunks attended to a step before: others must rank that much higher to replace them,
+    which saves copies (ours). 1: none."""
     dense_layers: int = 0
     """First layers whose heads keep everything on the device, beyond any budget (Quest: 2)."""
     reuse_above: float = 2.0
     """A head whose query's cosine with the step before is at least this attends to the chunks chosen then, which had a
     step's time to arrive (FreeKV); the others choose anew. Above 1: every step chooses for itself."""
     keep_all: bool = False
-    """Everything on the device: no policy at all. Refused where it does not fit."""
+    """Everything stays on the device: no policy at all. Refused where it does not fit."""
 
     def __post_init__(self) -> None:
-        def check(ok: bool, name: str, want: str) -> None:
-            if not ok:
-                raise BudgetError(f"{name}={getattr(self, name)!r} is not valid: give {want}.")
+        def wanted(ok: bool, name: str, want: str) -> None:
+            check_value(ok, name, getattr(self, name), want)
 
         for name in ("theta", "top_k_ratio", "type_split", "static_floor", "dynamic_floor", "stay", "reuse_above"):
-            value = getattr(self, name)
-            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-            check(number, name, "a finite number")
-        for name in ("text_window", "saliency_window", "saliency_pool", "dense_layers"):
-            value, least = getattr(self, name), 0 if name == "dense_layers" else 1
-            whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
-            check(whole, name, f"a whole number of at least {least}")
-        check(self.saliency_pool % 2 == 1, "saliency_pool", "an odd width")
-        check(0 < self.top_k_ratio <= 1, "top_k_ratio", "a share above 0 and at most 1")
-        check(0 < self.type_split <= 1, "type_split", "a share above 0 and at most 1")
-        check(0 <= self.static_floor <= 1, "static_floor", "a share between 0 and 1")
-        check(0 <= self.dynamic_floor <= 1, "dynamic_floor", "a share between 0 and 1")
-        check(self.stay >= 1, "stay", "a factor of at least 1")
+            wanted(is_number(getattr(self, name)), name, "a finite number")
+        for name in ("text_window", "saliency_window", "saliency_pool"):
+            check_whole(name, getattr(self, name))
+        check_whole("dense_layers", self.dense_layers, 0)
+        wanted(self.saliency_pool % 2 == 1, "saliency_pool", "an odd width")
+        wanted(0 < self.top_k_ratio <= 1, "top_k_ratio", "a share above 0 and at most 1")
+        wanted(0 < self.type_split <= 1, "type_split", "a share above 0 and at most 1")
+        wanted(0 <= self.static_floor <= 1, "static_floor", "a share between 0 and 1")
+        wanted(0 <= self.dynamic_floor <= 1, "dynamic_floor", "a share between 0 and 1")
+        wanted(self.stay >= 1, "stay", "a factor of at least 1")
         logits = self.chunk_group == "max_logit"
-        check(self.stay == 1 or not logits, "stay", "1 with chunk_group='max_logit', which ranks by logits, not shares")
+        wanted(
+            self.stay == 1 or not logits, "stay", "1 with chunk_group='max_logit', which ranks by logits, not shares"
+        )
         choices = {
             "head_score": ("mass", "coverage"),
             "score_group": ("mean", "max"),
@@ -109,5 +107,7 @@ class Policy:
         for name, known in choices.items():
             value = getattr(self, name)
             of_kind = type(value) is type(known[0])
-            check(of_kind and value in known, name, f"one of {', '.join(map(str, known))}")
-        check(isinstance(self.keep_all, bool), "keep_all", "True or False")
+            wanted(of_kind and value in known, name, f"one of {', '.join(map(str, known))}")
+        wanted(isinstance(self.keep_all, bool), "keep_all", "True or False")
+        wanted(callable(self.rank), "rank", "a function of HeadTokens")
+        wanted(self.merge is None or callable(self.merge), "merge", "None or a function of HeadTokens and kept tokens")

@@ -1,1 +1,1 @@
-"""From a video file to visual tokens: decoding and sampling by time, and the vision tower run in segments."""
+"""From a video file, or from arrays, to frames sampled by time."""

@@ -1,4 +1,4 @@
-"""A video file opened at the stream that players show, and the errors for what cannot be read."""
+"""Opens a video file at the stream that players show; errors for files that cannot be read."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ from av.stream import Disposition
 
 from tieredkv.errors import VideoError
 
-_DEFAULT_COUNTS = 5_000_000
-"""Pixels by which a stream marked as default counts as larger than it is, as in the `ffmpeg` program."""
+MP4 = "mov,mp4,m4a,3gp,3g2,mj2"
+MATROSKA = "matroska,webm"
+"""FFmpeg's names of formats."""
+
+_DEFAULT_BONUS = 5_000_000
+"""Pixels added to the size of a stream marked as default when streams are ranked, as in the `ffmpeg` program."""
 
 
 @contextmanager
@@ -26,31 +30,31 @@ def opened(path: Path, index: int) -> Iterator[tuple[Any, Any]]:
 
 
 def video_streams(path: Path) -> list[int]:
-    """Indices of the file's video streams that can be decoded, first the one that FFmpeg shows. Raises `VideoError`.
+    """Indices of the file's video streams that can be decoded, in the order in which FFmpeg prefers them.
 
-    It takes the largest picture, after those marked as default. Covers are no video.
+    The largest picture comes first. Cover pictures are left out. Raises `VideoError`.
     """
     with _container(path) as container:
         streams = [s for s in container.streams.video if Disposition.attached_pic not in s.disposition]
         if not streams:
             raise VideoError(f"{path}: there is no video stream in this file.")
-        known = [s for s in streams if s.codec_context is not None]
-        if not known:
+        decodable = [s for s in streams if s.codec_context is not None]
+        if not decodable:
             raise VideoError(
                 f"{path}: FFmpeg has no decoder for this file's video: re-encode it, as H.264 for example."
             )
-        return [s.index for s in sorted(known, key=_rank, reverse=True)]  # of equals the first stays first
+        return [s.index for s in sorted(decodable, key=_rank, reverse=True)]
 
 
 def _rank(stream: Any) -> int:
     default = Disposition.default in stream.disposition
-    return int(stream.codec_context.width * stream.codec_context.height + _DEFAULT_COUNTS * default)
+    return int(stream.codec_context.width * stream.codec_context.height + _DEFAULT_BONUS * default)
 
 
 @contextmanager
 def _container(path: Path) -> Iterator[Any]:
     try:
-        # Absolute: FFmpeg would take what stands before a colon in a bare name for a protocol.
+        # Absolute: in a bare name FFmpeg would take the part before a colon for a protocol.
         container = av.open(str(path.absolute()), metadata_errors="replace")
     except (av.FFmpegError, OSError) as error:
         raise unreadable(path, error) from None
@@ -59,11 +63,11 @@ def _container(path: Path) -> Iterator[Any]:
 
 
 def decoded(container: Any, stream: Any) -> Iterator[Any]:
-    """Frames from where the container stands. Raises `av.FFmpegError` or `OSError` where decoding fails."""
+    """Frames from the current position. Raises `av.FFmpegError` or `OSError` where decoding fails."""
     try:
         yield from container.decode(stream)
     except IndexError:
-        # PyAV comes upon a stream that appeared in mid-file after the last packet, when it flushes the decoders.
+        # After the last packet PyAV flushes the decoders, and finds a stream that appeared in the middle of the file.
         flush = av.Packet()
         flush.stream, flush.time_base = stream, stream.time_base
         yield from stream.decode(flush)
@@ -76,7 +80,7 @@ def unreadable(path: Path, error: Exception) -> VideoError:
 def cut_short(path: Path, time: float, why: str) -> VideoError:
     return VideoError(
         f"{path}: decoding stopped at {time:.2f} s ({why}): the file is damaged or cut short. "
-        "Get it whole, or re-encode what there is."
+        "Get the whole file, or re-encode what there is."
     )
 
 

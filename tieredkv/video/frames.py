@@ -1,4 +1,4 @@
-"""Frames of a video, sampled by time and handed out one at a time: from a file, or from arrays."""
+"""Frames of a video sampled by time, one at a time, from a file or from arrays."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,72 +14,105 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tieredkv.errors import VideoError
+from tieredkv.errors import VideoError, check_whole, is_number
 from tieredkv.memory.limits import check_host_memory
-from tieredkv.progress import Progress
 from tieredkv.video.length import SAME_TIME
 from tieredkv.video.sampling import FileSource, Tick
 
 RATES = (1e-6, 1000.0)
-"""Frames per second that may be asked for, least and most: one in eleven days, and what no camera of today shoots."""
+"""Lowest and highest frames per second allowed: one in eleven days, and more than any camera records."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """Which frames of a video to take. Raises `VideoError` on construction for values that no video allows."""
+
+    fps: float | None = None
+    """Frames per second; None: as many as the model's processor takes, known once that is loaded."""
+    source_fps: float | None = None
+    """Rate of frames given as arrays; None: `fps`, so that none is dropped. Files state their own."""
+    max_frames: int | None = None
+    """If there would be more, this many are spread evenly over the span."""
+    start: float = 0.0
+    """Seconds into the video of the first frame."""
+    end: float | None = None
+    """Seconds into the video at which to stop; None: at its end."""
+
+    def __post_init__(self) -> None:
+        for name in ("fps", "source_fps"):
+            if (value := getattr(self, name)) is not None:
+                _check_rate(name, value)
+        count, start, end = self.max_frames, self.start, self.end
+        if count is not None:
+            check_whole("max_frames", count, error=VideoError)
+        if not is_number(start) or start < 0:
+            raise VideoError(f"start={start!r} is not valid: give seconds from the video's beginning, 0 or more.")
+        if end is not None and (not is_number(end) or end <= start + SAME_TIME):
+            raise VideoError(
+                f"end={end!r} is not valid: give seconds after start={start:g}, or None for the video's end."
+            )
+
+    def given(self) -> list[str]:
+        """Names of the values that are not the defaults."""
+        return [field.name for field in fields(self) if getattr(self, field.name) != field.default]
 
 
 class VideoSource(Protocol):
     """Frames at an even rate: frame i shows the video at `start + i / fps` seconds.
 
-    All times are those that players show: 0 is where the first stream of a file begins, which may be its sound.
+    Times are those that players show: 0 is where the first stream of a file begins, which may be the sound.
     """
 
     name: str
     """For messages: the path, or "the frames given"."""
     height: int
     width: int
-    """Of every frame, with square pixels, turned upright."""
+    """Size of every frame, with square pixels, rotated upright."""
     fps: float
-    """Frames per second of video; below what was asked for where `max_frames` spreads them."""
+    """Frames per second of video; lower than requested where `max_frames` spreads them."""
     start: float
-    """Seconds into the video of the first frame: the picture may begin after what was asked for."""
+    """Time of the first frame in seconds; later than requested if the picture begins later."""
     expected: int
-    """Frames that will come: exact for arrays; for a file by the length it states, which may be wrong."""
+    """Number of frames: exact for arrays, for a file according to the length it states, which may be wrong."""
     seconds: float | None
-    """Length of the span sampled; None: unknown."""
+    """Length of the sampled span; None: unknown."""
 
     def frames(self, tick: Tick | None = None) -> Iterator[np.ndarray]:
-        """The frames, uint8 `(H, W, 3)` RGB, from the first, each time it is called; on whichever thread.
+        """A new iterator over all frames, uint8 `(H, W, 3)` RGB, for any thread.
 
-        What comes may be the caller's own array, or the one that came before: do not write to it. Nothing stays open
-        when the iterator ends, fails or is closed. Raises `VideoError`, and what `tick` raises.
+        A frame may be the user's own array or the same as the one before: do not write to it. Nothing stays open when
+        the iterator ends, fails or is closed. Raises `VideoError`, and what `tick` raises.
         """
 
     def sha256(self, check: Callable[[], None] | None = None) -> str:
-        """Hash of the video, in hexadecimal: of the bytes of a file; of frames given, as uint8, and their shape.
+        """Hash in hexadecimal: of a file's bytes, or of arrays as uint8 and their shape.
 
-        check: called now and then; may raise to stop.
+        check: called repeatedly; may raise to stop.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """What is known of a video before it is decoded."""
+    """What is known about a video before it is decoded."""
 
     frames: int
     height: int
     width: int
     fps: float
     start: float
-    """Seconds into the file of the first frame."""
+    """Time of the first frame, in seconds."""
     seconds: float
-    """From the first frame to the end."""
+    """Seconds from the first frame to the end."""
 
     def times(self, step: int, step_frames: int, frames: int | None = None) -> list[float]:
-        """Seconds into the file at which a step's frames are shown, of `frames` frames in all."""
+        """Times in seconds of a temporal step's frames. frames: of the whole video, where it differs from `frames`."""
         first = step * step_frames
         last = min(first + step_frames, self.frames if frames is None else frames)
         return [self.start + index / self.fps for index in range(first, last)]
 
     @staticmethod
     def of(source: VideoSource) -> Sampled:
-        """What is known of a video that was opened."""
+        """What is known about an opened video."""
         seconds = source.expected / source.fps if source.seconds is None else source.seconds
         return Sampled(source.expected, source.height, source.width, source.fps, source.start, seconds)
 
@@ -93,122 +126,76 @@ class Frames:
     fps: float
 
 
-def open_video(
-    video: Any,
-    fps: float,
-    *,
-    source_fps: float | None = None,
-    max_frames: int | None = None,
-    start: float = 0.0,
-    end: float | None = None,
-    check: Callable[[], None] | None = None,
-) -> VideoSource:
-    """Frames of `video` from `start` to before `end` (seconds; None: the end), sampled `fps` times a second.
+def open_video(video: Any, sampling: Sampling, check: Callable[[], None] | None = None) -> VideoSource:
+    """The frames of `video` that `sampling`, whose `fps` must be given, asks for.
 
     video: a path, or frames: a list of PIL images, or an array or tensor `(T, H, W, 3)` or `(T, 3, H, W)`, uint8, or
-    floats in [0, 1]. Frames given as arrays were taken at `source_fps` per second (None: at `fps`, none is dropped).
-    max_frames: where there would be more, so many are spread evenly over the span. Decodes the first frames of a file;
-    reads all of its packets only where it does not state how long its picture is, calling `check` now and then, which
-    may raise to stop. Raises `VideoError`.
+    floats in [0, 1]. Decodes the first frames of a file; reads all of its packets only where it does not state how long
+    its picture is, calling `check` now and then, which may raise to stop. Raises `VideoError`.
     """
-    check_request(video, fps, source_fps, max_frames, start, end)
-    _check_rate("fps", fps)
+    check_video(video)
+    fps, count, start, end = sampling.fps, sampling.max_frames, sampling.start, sampling.end
+    if fps is None:
+        raise VideoError("fps=None is not valid: give frames per second.")
     if isinstance(video, str | Path):
-        return FileSource(Path(video), fps, max_frames, start, end, check)
-    return ArraySource(video, fps, fps if source_fps is None else source_fps, max_frames, start, end)
+        return FileSource(Path(video), fps, count, start, end, check)
+    return ArraySource(video, fps, fps if sampling.source_fps is None else sampling.source_fps, count, start, end)
 
 
-def load_frames(
-    video: Any,
-    fps: float,
-    source_fps: float | None = None,
-    max_frames: int | None = None,
-    progress: Progress | None = None,
-) -> Frames:
+def load_frames(video: Any, sampling: Sampling) -> Frames:
     """All frames of `video` in one array; arguments as for `open_video`.
 
     Raises `VideoError`, and `BudgetError` where they are more than memory holds.
     """
-    source = open_video(video, fps, source_fps=source_fps, max_frames=max_frames)
+    source = open_video(video, sampling)
     what = f"{source.name}: {source.expected:,} frames of {source.width}x{source.height} at fps={source.fps:g}"
     size = source.expected * source.width * source.height * 3
     if isinstance(source, FileSource):  # the frames, and the array they are stacked in
         check_host_memory(2 * size, what, "lower fps or max_frames, or make the video smaller")
     else:
         check_host_memory(size, what, "lower fps, or check source_fps")
-    pictures: list[np.ndarray] = []
-    for picture in source.frames():
-        pictures.append(picture)
-        if progress is not None:
-            progress(len(pictures), max(len(pictures), source.expected))
-    if progress is not None:
-        progress(len(pictures), len(pictures))
-    return Frames(np.stack(pictures), source.fps)
+    return Frames(np.stack(list(source.frames())), source.fps)
 
 
-def check_request(
-    video: Any,
-    fps: float | None,
-    source_fps: float | None,
-    max_frames: int | None,
-    start: float = 0.0,
-    end: float | None = None,
-) -> None:
-    """Raise `VideoError` for rates, counts and times that cannot be, and for a path without a file: nothing is read.
-
-    fps None: the model's own rate, known later.
-    """
-    if fps is not None:
-        _check_rate("fps", fps)
-    if source_fps is not None:
-        _check_rate("source_fps", source_fps)
-    if max_frames is not None and (not isinstance(max_frames, int) or isinstance(max_frames, bool) or max_frames < 1):
-        raise VideoError(f"max_frames={max_frames!r} is not valid: give a whole number of at least 1.")
-    if not _is_number(start) or start < 0:
-        raise VideoError(f"start={start!r} is not valid: give seconds from the video's beginning, 0 or more.")
-    if end is not None and (not _is_number(end) or end <= start + SAME_TIME):
-        raise VideoError(f"end={end!r} is not valid: give seconds after start={start:g}, or None for the video's end.")
+def check_video(video: Any) -> None:
+    """Raise `VideoError` unless `video` is frames or the path of a file; nothing is read."""
     if isinstance(video, bytes | bytearray) or not isinstance(video, str | Path | torch.Tensor | np.ndarray | Sequence):
         raise VideoError(
-            f"video is a {type(video).__name__}: give a path, a list of PIL images, or an array (T, H, W, 3)."
+            f"video is of type {type(video).__name__}: give a path, a list of PIL images, or an array (T, H, W, 3)."
         )
     if isinstance(video, str | Path):
         try:
-            found, folder = Path(video).exists(), Path(video).is_dir()
+            exists, folder = Path(video).exists(), Path(video).is_dir()
         except (OSError, ValueError) as error:
             raise VideoError(f"{str(video)[:80]}: no such file ({error.__class__.__name__}).") from None
-        if not found:
+        if not exists:
             raise VideoError(f"{video}: no such file.")
         if folder:
             raise VideoError(f"{str(video) or repr(str(video))} is a folder, not a video file.")
-        if not Path(video).is_file():  # a pipe would be waited for, for ever
-            raise VideoError(f"{video} is no regular file: save the video as one.")
+        if not Path(video).is_file():  # reading a pipe might never end
+            raise VideoError(f"{video} is not a regular file: save the video as one.")
 
 
 def _check_rate(name: str, value: Any) -> None:
-    if not _is_number(value) or not RATES[0] <= value <= RATES[1]:
+    if not is_number(value) or not RATES[0] <= value <= RATES[1]:
         raise VideoError(f"{name}={value!r} is not valid: give frames per second, {RATES[0]:g} to {RATES[1]:g}.")
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 class ArraySource:
-    """Samples frames given as an array, a tensor or a list of images, each converted when its turn comes."""
+    """Samples frames of an array, a tensor or a list of images, and converts each when it is asked for."""
 
     name = "the frames given"
 
     def __init__(
         self, video: Any, fps: float, source_fps: float, max_frames: int | None, start: float, end: float | None
     ) -> None:
-        """Keeps `video`, uncopied. Raises `VideoError` for a form, shape or dtype that is no video's."""
+        """Keeps `video` without a copy. Raises `VideoError` if its type, shape or dtype is not that of a video."""
         self._video = video
         if isinstance(video, torch.Tensor | np.ndarray):
             shape, dtype = tuple(video.shape), _dtype(video)
         else:
             shape, dtype = _form_of_list(video)
-        self._lock = threading.Lock()  # two threads that read one image, or one reader, at once break it
+        self._lock = threading.Lock()  # an image or a lazy reader must not be read by two threads at once
         self._channels_first = len(shape) == 4 and shape[-1] != 3 and shape[1] == 3
         if len(shape) != 4 or (shape[-1] != 3 and not self._channels_first):
             raise VideoError(f"frames have shape {shape}: give (T, H, W, 3) or (T, 3, H, W).")
@@ -227,7 +214,7 @@ class ArraySource:
             self.fps, self.expected = max_frames / self.seconds, max_frames
 
     def frames(self, tick: Tick | None = None) -> Iterator[np.ndarray]:
-        """The frames. Raises `VideoError` for values out of range, when it comes to them."""
+        """The frames. Raises `VideoError` at a frame with values out of range."""
         for n in range(self.expected):
             if tick is not None:
                 tick(n / self.fps)
@@ -235,7 +222,7 @@ class ArraySource:
             yield self._picture(min(index, self._count - 1))
 
     def sha256(self, check: Callable[[], None] | None = None) -> str:
-        """Hash of all frames given as uint8 `(T, H, W, 3)`, whatever form they were given in, and of that shape."""
+        """Hash of all frames as uint8 `(T, H, W, 3)`, whatever their type, and of that shape."""
         digest = hashlib.sha256(repr((self._count, self.height, self.width, 3)).encode())
         for index in range(self._count):
             if check is not None:
@@ -258,7 +245,7 @@ class ArraySource:
 
 
 def _form_of_list(video: Sequence[Any]) -> tuple[tuple[int, ...], str]:
-    """Shape and dtype of a list of frames as if stacked; images that were not read yet stay so."""
+    """Shape and dtype of a list of frames as if stacked; does not read images."""
     if len(video) == 0:
         raise VideoError("the video has no frames: give at least one.")
     shapes, dtypes = set(), set()
@@ -288,7 +275,7 @@ def _check_dtype(dtype: str) -> None:
 
 
 def _as_array(frame: Any) -> np.ndarray:
-    """One frame as numpy holds it, its values as they are."""
+    """One frame as an array, its values unchanged."""
     if isinstance(frame, torch.Tensor):
         frame = frame.detach().cpu()
         return (frame.float() if frame.is_floating_point() else frame).numpy()

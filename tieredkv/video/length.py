@@ -1,7 +1,8 @@
-"""When the picture of a video file ends: by what the file states or, where that is no help, by its packets."""
+"""When the picture of a video file ends: as the file states or, where that is not usable, by its packets."""
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -10,59 +11,62 @@ from typing import Any, NamedTuple
 
 import av
 
-from tieredkv.video.container import opened
-from tieredkv.video.structure import MATROSKA, MP4, asf_seconds, cut_element, edited_end, fragments
+from tieredkv.video.container import MATROSKA, MP4, opened
+from tieredkv.video.matroska import cut_element
+from tieredkv.video.mp4 import edited_end, fragments
 
 JITTER = 1.0
-"""Seconds a frame's time may run backwards: it is left out. Further back, the file's clock has been restarted."""
+"""Seconds. A frame up to this much earlier than the one before is left out; beyond that the clock was restarted."""
 JUMP = 600.0
-"""Seconds a frame may be later than the one before it in a file that does not say how long it is."""
+"""Seconds a frame may be later than the one before it in a file that states no length."""
 SAME_TIME = 1e-4
-"""Seconds: a frame this little after a sampling time still counts as shown at it (container clocks round)."""
+"""Seconds. A frame at most this much after a sampling time counts as shown at it: container clocks are rounded."""
 
 _GUESSED = {"mpegts", "mpeg", "mpegvideo", "m4v", "h264", "hevc"}
-"""Formats that state no length. FFmpeg guesses one from the last time written or the bit rate, which is wrong where
-recordings were joined."""
+"""Formats that state no length. FFmpeg guesses one from the last timestamp or the bit rate, which is wrong for joined
+recordings."""
 _PER_TRACK = {MP4, "avi", "mxf"}
-"""Formats that state the length of each track. For the others FFmpeg gives that of the longest as everyone's."""
+"""Formats that state the length of each track. For others FFmpeg reports the longest track's for all."""
 _FROM_ZERO = {MATROSKA, "flv"}
-"""Formats whose stated length is the time the video ends, whenever it begins."""
+"""Formats whose stated length is the time at which the video ends, whenever it begins."""
+_ASF_FILE_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
+"""GUID of the object of an ASF file that states its length."""
 _LONGEST = 30 * 86400
-"""Seconds: a stated length above this is a damaged number."""
+"""Seconds. A longer stated length is a damaged number."""
 _TOLERANCE = 1.0
-"""Seconds by which the last frame may miss the end that is stated."""
+"""Seconds by which the last frame may miss the stated end."""
 
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """What the times written in a file stand for."""
+    """What the timestamps of a file stand for."""
 
     zero: float
-    """The time written that players show as 0: where the first of the file's streams begins."""
+    """The timestamp, in seconds, that players show as 0: where the first of the file's streams begins."""
     begin: float
-    """Seconds after that at which the first frame is shown."""
+    """Seconds after `zero` at which the first frame is shown."""
     delay: float | None
-    """Frames of a file that stores no times of showing are shown this long before the decoding time of the packet that
-    brings them out of the decoder; None: they have times of their own."""
+    """For a file without presentation times: seconds by which a frame is shown before the decoding time of the packet
+    that makes the decoder return it. None: frames have presentation times."""
     rate: Fraction | None
-    """Frames per second of a file whose frames have no times at all; None: they have."""
+    """Frames per second of a file without any times; None: it has some."""
 
 
 class Length(NamedTuple):
     end: float | None
-    """Seconds, on the file's clock, at which the picture ends; None: nothing tells."""
+    """Seconds, on the file's clock, at which the picture ends; None: unknown."""
     tolerance: float | None
-    """Seconds the video may end before or after that; None: the file states no length."""
+    """Seconds by which the video may end earlier or later; None: the file states no length."""
     cut: str | None = None
-    """What shows that the end of the file is missing, where its stated length does not."""
+    """Why the end of the file must be missing, where its stated length does not show it."""
 
 
 def find_length(
     path: Path, container: Any, stream: Any, times: Times, until: float | None, check: Callable[[], None] | None
 ) -> Length:
-    """Where the picture of an open file ends; reads all packets if that is not stated for the picture itself.
+    """When the picture of an open file ends; reads all packets if that is not stated for the picture itself.
 
-    until: time after which nothing is needed: reading stops there, or where `check`, called for every packet, raises.
+    until: reading stops at this time. check: called for every packet; may raise to stop.
     """
     kind, alone = container.format.name, len(container.streams) == 1
 
@@ -74,28 +78,28 @@ def find_length(
     own = _seconds(stream.duration, stream.time_base)
     whole = _seconds(container.duration, Fraction(1, av.time_base))
     if kind == "asf":
-        stated_by_file = asf_seconds(path)
-        whole = stated_by_file if stated_by_file is not None and stated_by_file < _LONGEST else whole
+        header = _asf_seconds(path)
+        whole = header if header is not None and header < _LONGEST else whole
     if kind == MP4:
-        fragmented, cut, promised = fragments(path, stream.id)
+        fragmented, cut, indexed = fragments(path, stream.id)
         if fragmented:
-            # What FFmpeg knows of is what the fragments that are there add up to, or an index of all of them.
+            # FFmpeg reports the sum of the fragments that exist, or what an index of all of them says.
             found = read()
-            if promised is not None and promised < _LONGEST:
-                own = times.zero + times.begin + promised  # an index may count from another zero than its fragments
+            if indexed is not None and indexed < _LONGEST:
+                own = times.zero + times.begin + indexed  # the index may have another zero than the fragments
             if found.end is not None and found.complete and own is not None:
                 if found.end + times.zero < own - _TOLERANCE:
                     return Length(own - times.zero, _TOLERANCE)
                 return Length(found.end, _TOLERANCE, cut)
             return Length(found.end, None, cut)
-        # FFmpeg's length of a track is no help where edits leave time empty before it: it may count that in, or not.
+        # Not FFmpeg's length of a track: it may or may not include empty time that edits leave before it.
         edited = edited_end(path, stream.id)
         if edited is not None and times.begin < edited - times.zero < _LONGEST:
             return Length(edited - times.zero, _TOLERANCE)
     if kind == "avi" and stream.frames and stream.average_rate:
-        # FFmpeg shortens the length of a file that was cut, but not the count.
+        # FFmpeg shortens the length of a truncated file, but not its frame count.
         if stream.frames / stream.average_rate > _LONGEST:
-            return Length(read().end, None)  # the count was not known when the file was written
+            return Length(read().end, None)  # the writer did not know the count
         own = max(own or 0.0, float(stream.frames / stream.average_rate))
     if kind in _PER_TRACK and own is not None:
         return Length(times.begin + own, _TOLERANCE)
@@ -103,31 +107,31 @@ def find_length(
     stated = _clock_seconds(stream.metadata.get("DURATION")) if kind == MATROSKA else None
     if stated is None and whole is None:
         return Length(read().end, None, cut_element(path) if kind == MATROSKA else None)
-    prompt = times.begin + shift < _TOLERANCE  # then the end and the length are the same to within the tolerance
+    prompt = times.begin + shift < _TOLERANCE  # then the end equals the length, within the tolerance
     if prompt and (stated is not None or alone):
         end = whole if stated is None else stated
         assert end is not None
-        return Length(end - shift - (times.delay or 0.0), _TOLERANCE)  # FFmpeg's own files count the delay in
+        return Length(end - shift - (times.delay or 0.0), _TOLERANCE)  # files that FFmpeg writes include the delay
     return _compared(read(everything=True), stated, whole, shift, kind)
 
 
 def _compared(found: _Found, stated: float | None, whole: float | None, shift: float, kind: str) -> Length:
-    """The end found in the packets, unless they stop before what is stated for the picture or for all streams."""
+    """The end found in the packets, unless they stop before the end stated for the picture or for all streams."""
     if found.end is None:
         return Length(None, None)
-    slack = _TOLERANCE if kind in _FROM_ZERO or whole is None else max(5.0, 0.1 * whole)  # the rest are estimates
+    slack = _TOLERANCE if kind in _FROM_ZERO or whole is None else max(5.0, 0.1 * whole)  # others state estimates
     if found.complete:
-        for promised, reached in ((stated, found.end), (whole, found.last)):
-            if promised is not None and reached < promised - shift - slack:
-                return Length(promised - shift, slack)
+        for seconds, reached in ((stated, found.end), (whole, found.last)):
+            if seconds is not None and reached < seconds - shift - slack:
+                return Length(seconds - shift, slack)
     return Length(found.end, slack)
 
 
 class _Found(NamedTuple):
     end: float | None
-    """Of the picture, in seconds on the file's clock; None: its packets have no times."""
+    """End of the picture, in seconds on the file's clock; None: its packets have no times."""
     last: float
-    """Of all streams that were read."""
+    """End of the last of the streams that were read."""
     complete: bool
     """Whether the file was read to its end."""
 
@@ -140,10 +144,10 @@ def _scan(
     until: float | None,
     check: Callable[[], None] | None,
 ) -> _Found:
-    """Ends by the times of the packets, none of which is decoded; of all streams if `everything`.
+    """Ends by the times of the packets, without decoding any; reads all streams if `everything`.
 
-    What `Clock` would make of the times is foreseen here, as far as packets, which come in the order of decoding, let
-    it be: only at a key frame can the clock be seen to restart.
+    Anticipates what `Clock` will make of the times, as far as packets in decoding order allow: a restart of the clock
+    shows only at a key frame.
     """
     length, newest, zero, count, last = times.begin, None, times.zero, 0, 0.0
     complete = True
@@ -174,8 +178,8 @@ def _scan(
                 if until is not None and length > until + JITTER:
                     complete = False
                     break
-        except (av.FFmpegError, OSError, IndexError):  # the last as in `decoded`
-            pass  # decoding comes to the same place, and says which
+        except (av.FFmpegError, OSError, IndexError):  # IndexError as in `decoded`
+            pass  # decoding fails at the same place, and reports it
     if times.rate is not None:
         end = float(count / times.rate)
         return _Found(end, end, complete)
@@ -183,6 +187,18 @@ def _scan(
         return _Found(None, last, complete)
     end = max(length, times.begin + SAME_TIME)
     return _Found(end, max(last, end), complete)
+
+
+def _asf_seconds(path: Path) -> float | None:
+    """Length that an ASF file states, which FFmpeg does not report of a truncated one; None: it states none."""
+    with path.open("rb") as file:
+        head = file.read(1 << 16)
+    at = head.find(_ASF_FILE_PROPERTIES)
+    if at < 0 or len(head) < at + 92:
+        return None
+    playing, preroll, flags = struct.unpack_from("<Q8xQI", head, at + 64)
+    seconds = playing / 1e7 - preroll / 1e3
+    return seconds if seconds > 0 and not flags & 1 else None  # flag 1: a broadcast of unknown length
 
 
 def _seconds(duration: int | None, unit: Fraction | None) -> float | None:
@@ -193,7 +209,7 @@ def _seconds(duration: int | None, unit: Fraction | None) -> float | None:
 
 
 def _clock_seconds(text: str | None) -> float | None:
-    """Of matroska's "00:01:02.500000000"."""
+    """Seconds in Matroska's form "00:01:02.500000000"; None if it is damaged."""
     try:
         hours, minutes, seconds = (text or "").split(":")
         total = 3600 * int(hours) + 60 * int(minutes) + float(seconds)

@@ -1,4 +1,4 @@
-"""Decoded frames as pictures: in RGB, with square pixels, cropped and turned as FFmpeg and players show them."""
+"""Decoded frames as RGB pictures with square pixels, cropped and rotated as FFmpeg and players show them."""
 
 from __future__ import annotations
 
@@ -15,62 +15,62 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from PIL import Image
 
 from tieredkv.errors import VideoError
-from tieredkv.video.structure import Margins, margins
+from tieredkv.video.margins import Margins, margins
 
 _SQUARE = Fraction(1)
 _ROUNDING = 0.005
-"""Pixels this little off square come from a display size that was rounded, and are not worth resampling."""
+"""Pixels at most this far from square come from a rounded display size, and are not resampled."""
 _LONGEST = 10
-"""Sides of a pixel further apart than this are a damaged number: pixels are then square."""
+"""A larger ratio of a pixel's sides is a damaged number: pixels then count as square."""
 _UNSPECIFIED, _RESERVED = 2, 3
-"""Of FFmpeg's colour properties, the same for matrix, transfer and primaries."""
+"""FFmpeg's values of a colour property, the same for matrix, transfer and primaries."""
 
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """How the pictures of a stream are shown, besides what each frame says of itself."""
+    """How the pictures of a stream are shown, as far as the container decides it."""
 
     aspect: Fraction
-    """Width of a stored pixel by its height."""
+    """Width of a stored pixel divided by its height."""
     crop: Margins
 
     @staticmethod
     def of(path: Path, container: Any, stream: Any) -> Geometry:
-        """That of an open file's stream."""
-        aspect = stream.sample_aspect_ratio  # the container's, or else the codec's
-        return Geometry(_shape(aspect), margins(path, container.format.name, stream.index))
+        """The geometry of an open file's stream."""
+        aspect = stream.sample_aspect_ratio  # the container's, otherwise the codec's
+        return Geometry(_usable(aspect), margins(path, container.format.name, stream.index))
 
 
 class Painter:
-    """Makes arrays of decoded frames."""
+    """Converts decoded frames to arrays."""
 
     def __init__(self, path: Path, geometry: Geometry) -> None:
         self._path, self._geometry = path, geometry
-        # One for all: the state of a scaler is megabytes, and each frame would have its own.
+        # One for all frames: the state of a scaler takes megabytes.
         self._reformatter = VideoReformatter()
 
     def paint(self, frame: Any) -> np.ndarray:
         """The picture that `frame` shows, uint8 `(H, W, 3)`.
 
-        Colours go by the matrix and the range that the frame states; without a matrix by BT.601, as in FFmpeg. Raises
-        `VideoError` for a matrix that FFmpeg does not convert, and what PyAV raises for a broken frame.
+        Colours follow the matrix and the range that the frame states; without a matrix BT.601, as in FFmpeg. Raises
+        `VideoError` for a matrix that FFmpeg cannot convert, and PyAV's errors for a broken frame.
         """
         top, bottom, left, right = self._geometry.crop
-        width = round(frame.width * self._geometry.aspect)  # no row is lost, whichever side of a pixel is longer
+        width = round(frame.width * self._geometry.aspect)  # resamples columns only, so that no row is lost
         picture = self._rgb(frame, max(1, width))
         scale = picture.shape[1] / frame.width
         columns = slice(round(left * scale), picture.shape[1] - round(right * scale))
         picture = picture[top : frame.height - bottom, columns]
         if 0 in picture.shape:
-            raise VideoError(f"{self._path}: nothing is left of its pictures by the margins the file states: crop it.")
+            raise VideoError(f"{self._path}: the margins that the file states leave nothing of its pictures: crop it.")
         matrix = frame.side_data.get("DISPLAYMATRIX")
         if matrix is not None:
-            picture = turned(picture, struct.unpack("=9i", bytes(matrix)[:36]))
+            picture = rotated(picture, struct.unpack("=9i", bytes(matrix)[:36]))
         return np.ascontiguousarray(picture)
 
     def _rgb(self, frame: Any, width: int) -> np.ndarray:
         for name in ("colorspace", "color_trc", "color_primaries"):
-            if getattr(frame, name) == _RESERVED:  # FFmpeg's scaler refuses what says as little as "unspecified"
+            if getattr(frame, name) == _RESERVED:  # FFmpeg's scaler refuses it, although it says no more
                 setattr(frame, name, _UNSPECIFIED)
         method = None if width == frame.width else Interpolation.BICUBIC
         try:
@@ -85,10 +85,10 @@ class Painter:
         return rgb.to_ndarray()
 
 
-def turned(picture: np.ndarray, matrix: tuple[int, ...]) -> np.ndarray:
-    """`picture` mirrored and turned by a display matrix, as the `ffmpeg` program does it.
+def rotated(picture: np.ndarray, matrix: tuple[int, ...]) -> np.ndarray:
+    """`picture` mirrored and rotated by a display matrix, as in the `ffmpeg` program.
 
-    matrix: nine numbers by rows. An angle that is no quarter turn leaves the size as it is, and the corners black.
+    matrix: nine numbers, row by row. An angle that is not a multiple of 90 degrees keeps the size, with black corners.
     """
     across, down = math.hypot(matrix[0], matrix[3]), math.hypot(matrix[1], matrix[4])
     if not (across and down):
@@ -106,7 +106,7 @@ def turned(picture: np.ndarray, matrix: tuple[int, ...]) -> np.ndarray:
     return picture[::-1] if matrix[4] < 0 else picture
 
 
-def _shape(aspect: Fraction | None) -> Fraction:
+def _usable(aspect: Fraction | None) -> Fraction:
     if aspect is None or abs(aspect - 1) < _ROUNDING or not 1 / _LONGEST <= aspect <= _LONGEST:
         return _SQUARE
     return Fraction(aspect)

@@ -1,4 +1,4 @@
-"""What the runtime must know of a model family: one small file each, found from the model's config."""
+"""Model families, one file each, found by the model's config."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ VIDEO_FAMILIES: dict[str, VideoFamily] = {
     "smolvlm": SmolVLM(),
 }
 TEXT_FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text")
-"""Decoders, by the `model_type` of their own config, that a `TieredCache` is tested under without a video."""
+"""Decoders for text, by the `model_type` of their config, with which `TieredCache` is tested."""
 SLIDING_FAMILIES = ("gemma3_text",)
-"""Of these, those some of whose layers see only the last tokens."""
+"""Text families with layers that attend only to the last tokens."""
 VIDEO_DECODERS = ("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")
 """Decoders that only video families have."""
-WHAT_IT_TAKES = (
-    "a new family takes an adapter like those in tieredkv/models, and decoder layers that attend through transformers' "
-    "AttentionInterface to plain keys and values"
+REQUIREMENTS = (
+    "A new family needs an adapter like those in tieredkv/models/families, and decoder layers that attend through "
+    "transformers' AttentionInterface to plain keys and values."
 )
 
 
 def video_family(config: PreTrainedConfig) -> VideoFamily:
-    """The adapter for a model that takes video. Raises `UnsupportedModelError`, naming what is supported."""
+    """The adapter of a video model. Raises `UnsupportedModelError`, which names the supported families."""
     family = VIDEO_FAMILIES.get(config.model_type)
     if family is None:
         if config.model_type in TEXT_FAMILIES:
             more = f"{config.model_type} takes no video: use model.generate({cache_name()}=TieredCache(...))."
         else:
-            more = f"{WHAT_IT_TAKES[0].upper()}{WHAT_IT_TAKES[1:]}."
+            more = REQUIREMENTS
         raise UnsupportedModelError(
             f"models of type {config.model_type!r} are not supported for video: {', '.join(VIDEO_FAMILIES)} are. {more}"
         )
@@ -52,26 +52,26 @@ def video_family(config: PreTrainedConfig) -> VideoFamily:
 
 
 def check_layers(text: PreTrainedConfig) -> list[str]:
-    """The kind of each layer of a decoder's config; raises `UnsupportedModelError` for kinds that are not served."""
+    """The type of each layer of a decoder's config. Raises `UnsupportedModelError` for unsupported types."""
     from transformers.cache_utils import get_layer_types_and_kwargs
 
     check_text_family(text.model_type)
     kinds, _ = get_layer_types_and_kwargs(text)
-    served = {"full_attention", *(("sliding_attention",) if text.model_type in SLIDING_FAMILIES else ())}
-    if other := sorted(set(kinds) - served):
+    supported = {"full_attention", *(("sliding_attention",) if text.model_type in SLIDING_FAMILIES else ())}
+    if other := sorted(set(kinds) - supported):
         raise UnsupportedModelError(
-            f"{text.model_type} has layers of type {', '.join(other)}; TieredCache serves full attention only."
+            f"{text.model_type} has layers of type {', '.join(other)}; TieredCache supports only full attention."
         )
     if "full_attention" not in kinds or getattr(text, "use_bidirectional_attention", False):
-        raise UnsupportedModelError(f"this {text.model_type} attends to no cache that grows: it needs no tiers.")
+        raise UnsupportedModelError(f"this {text.model_type} has no cache that grows: it needs no tiers.")
     return list(kinds)
 
 
 def check_text_family(model_type: str) -> None:
-    """Raise `UnsupportedModelError` unless a `TieredCache` has been tested under this decoder."""
-    known = (*TEXT_FAMILIES, *VIDEO_DECODERS)
-    if model_type not in known:
+    """Raise `UnsupportedModelError` unless `TieredCache` is tested with this decoder."""
+    supported = (*TEXT_FAMILIES, *VIDEO_DECODERS)
+    if model_type not in supported:
         raise UnsupportedModelError(
-            f"TieredCache does not support decoders of type {model_type!r}: {', '.join(known)} are supported. "
-            f"{WHAT_IT_TAKES[0].upper()}{WHAT_IT_TAKES[1:]}."
+            f"TieredCache does not support decoders of type {model_type!r}: {', '.join(supported)} are supported. "
+            f"{REQUIREMENTS}"
         )

@@ -1,4 +1,4 @@
-"""The contract of a model family: what differs between families, with what most of them share as the default."""
+"""The contract of a model family: what differs between families, with defaults for what most share."""
 
 from __future__ import annotations
 
@@ -13,15 +13,12 @@ import torch
 from tieredkv.environment.versions import cache_argument
 
 Positions = Literal["published", "stock"]
-"""How a video and what follows are laid out and numbered: by the model authors' rule, or as transformers does it."""
-
-FLOAT32 = 4
-"""Bytes."""
+"""How a prompt with a video is written and numbered: as the model's authors do, or as transformers does."""
 
 
 @dataclass(frozen=True, slots=True)
 class VideoGrid:
-    """A video as the decoder takes it: steps, of rows, of columns; in some families with text between steps."""
+    """A video as tokens: steps of rows of columns of visual tokens, in some families with text before each step."""
 
     steps: int
     """Temporal steps."""
@@ -29,12 +26,12 @@ class VideoGrid:
     columns: int
     seconds_per_step: float
     between: tuple[tuple[int, ...], ...] = ()
-    """Token ids before each step; the first step's are none, as what stands there is part of the prompt's head. Empty
-    where a family writes nothing between steps."""
+    """Token ids of the text before each step; none before the first, where the text is part of the prompt's head. Empty
+    if a family writes nothing between steps."""
     closing: int = 0
-    """Visual tokens behind the last step that belong to no step."""
+    """Visual tokens after the last step that belong to no step."""
     frames_per_step: int = 2
-    """Frames that a step is made of; of the last maybe fewer."""
+    """Frames in a step; the last step may have fewer."""
 
     @property
     def step_tokens(self) -> int:
@@ -43,16 +40,16 @@ class VideoGrid:
 
     @property
     def visual_tokens(self) -> int:
-        """All visual tokens."""
+        """Visual tokens of the whole video."""
         return self.steps * self.step_tokens + self.closing
 
     @property
     def tokens(self) -> int:
-        """All tokens, the text between steps too."""
+        """All tokens, including the text between steps."""
         return self.visual_tokens + sum(map(len, self.between))
 
     def starts(self) -> torch.Tensor:
-        """Where each step's visual tokens begin, `(steps,)`, counted from the video's first token."""
+        """Index of each step's first visual token, `(steps,)`, from the video's first token."""
         plain = torch.arange(self.steps, device="cpu") * self.step_tokens
         if not self.between:
             return plain
@@ -60,54 +57,53 @@ class VideoGrid:
         return plain + torch.tensor(lengths, dtype=torch.long, device="cpu").cumsum(0)
 
     def step_of(self, index: torch.Tensor) -> torch.Tensor:
-        """The step that each of the video's tokens is of; text before a step, and what closes the video, is too."""
+        """The step of each token of the video: text belongs to the step after it, closing tokens to the last."""
         ends = self.starts() + self.step_tokens
         return torch.bucketize(index, ends, right=True).clamp(max=self.steps - 1)
 
     def is_visual(self) -> torch.Tensor:
-        """Which of the video's tokens are visual, `(tokens,)`."""
+        """Mask of the video's visual tokens, `(tokens,)`."""
         mask = torch.zeros(self.tokens, dtype=torch.bool, device="cpu")
         mask[(self.starts().unsqueeze(1) + torch.arange(self.step_tokens, device="cpu")).flatten()] = True
         mask[self.tokens - self.closing :] = True
         return mask
 
     def ids(self, visual: int) -> list[int]:
-        """Token ids of the video, `visual` for its visual tokens, as transformers' processors write them."""
+        """Token ids of the video as transformers' processors write them, with `visual` for visual tokens."""
         texts = self.between or ((),) * self.steps
         step = [visual] * self.step_tokens
-        return [one for text in texts for one in (*text, *step)] + [visual] * self.closing
+        return [token for text in texts for token in (*text, *step)] + [visual] * self.closing
 
 
 class VideoFamily(ABC):
-    """Everything the runtime asks of a family that takes video.
+    """Everything that the runtime needs from a video family.
 
-    What is implemented here suits families whose decoder counts positions on one axis, and which write nothing between
-    the steps of a video.
+    Defaults are for families that write nothing between steps and whose decoder numbers positions on one axis.
     """
 
     # ---- text
 
     def placeholder(self, processor: Any, rule: Positions) -> str:
-        """What the chat template writes for a video, all of which the video's tokens stand in for."""
+        """The text of the chat template that the video's tokens replace."""
         return processor.video_token
 
     def visual_token(self, processor: Any) -> str:
-        """What processors write for each visual token of a video."""
+        """The token that processors write for each visual token of a video."""
         return processor.video_token
 
     def opening(self, processor: Any, frames: int, seconds: float, times: Sequence[float]) -> str:
-        """Text in the placeholder's stead, before the first step, whose frames are shown at `times`.
+        """Text that replaces the placeholder before the first step. times: in seconds, of the step's frames.
 
         frames, seconds: of the whole video, as expected before it is decoded.
         """
         return ""
 
     def between(self, processor: Any, step: int, times: Sequence[float]) -> str | None:
-        """Text between a step and the one before, given when the step's frames are shown; None: never any."""
+        """Text between the step before and `step`. times: as for `opening`. None: the family never writes any."""
         return None
 
     def ending(self, processor: Any) -> str:
-        """Text in the placeholder's stead after the last step."""
+        """Text that replaces the placeholder after the last step."""
         return ""
 
     # ---- pixels
@@ -118,17 +114,17 @@ class VideoFamily(ABC):
     ) -> tuple[int, int, int]:
         """Temporal steps, rows and columns of visual tokens for `frames` frames of `height` x `width` pixels.
 
-        No pixel is needed. Raises `ValueError` where the processor refuses such frames.
+        Raises `ValueError` if the processor refuses such frames.
         """
 
     @abstractmethod
     def preprocessor(
         self, config: Any, processor: Any, frames: int, height: int, width: int, fps: float
     ) -> Callable[[np.ndarray], dict[str, torch.Tensor]]:
-        """What makes patches of a segment, uint8 `(n, H, W, 3)`, as the processor would in a video of `frames` frames.
+        """A function that preprocesses a segment, uint8 `(n, H, W, 3)`, as the processor would in the whole video.
 
-        A processor may size frames by how many there are, so segments must be told of the whole. A segment whose n is
-        no multiple of `step_frames` is padded: only the last may be.
+        frames: of the whole video, as a processor may choose the size by it. A segment whose n is not a multiple of
+        `step_frames` is padded; only the last may be.
         """
 
     def step_frames(self, config: Any) -> int:
@@ -137,21 +133,21 @@ class VideoFamily(ABC):
 
     @abstractmethod
     def encode(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The vision tower's features `(n, width)` of a preprocessed segment, as encoding the whole video gives.
+        """The vision tower's features `(n, width)` of a preprocessed segment, equal to those of the whole video.
 
-        width is a multiple of the decoder's hidden size: `decode` takes them back.
+        width is a multiple of the decoder's hidden size, as `decode` expects.
         """
 
     @abstractmethod
     def encode_bytes(self, config: Any, grid: tuple[int, int, int]) -> int:
-        """Activations of the vision tower for one temporal step, estimated. grid: steps, rows and columns."""
+        """Estimated activations of the vision tower for one temporal step. grid: steps, rows and columns."""
 
     def closing(self, model: Any) -> torch.Tensor | None:
-        """Features `(n, width)` behind the last step, of no frame."""
+        """Features `(n, width)` after the last step that belong to no frame."""
         return None
 
     def closing_tokens(self, config: Any) -> int:
-        """How many."""
+        """The n of `closing`."""
         return 0
 
     # ---- decoder
@@ -159,9 +155,9 @@ class VideoFamily(ABC):
     def positions(
         self, model: Any, head: int, video: VideoGrid, begin: int, stop: int, rule: Positions
     ) -> torch.Tensor:
-        """Position ids `(axes, stop - begin)` of prompt tokens begin..stop: `head` of text, the video, then text.
+        """Position ids `(axes, stop - begin)` of prompt tokens begin..stop: `head` text tokens, the video, then text.
 
-        While a video is still being read, `video` needs as many steps as the tokens up to `stop` and no more.
+        While a video is being read, `video` needs only the steps of tokens before `stop`.
         """
         return torch.arange(begin, stop, device="cpu").unsqueeze(0)
 
@@ -174,9 +170,9 @@ class VideoFamily(ABC):
         return model.model.language_model
 
     def decode(self, model: Any, embeddings: torch.Tensor, position_ids: torch.Tensor, cache: Any) -> torch.Tensor:
-        """Hidden states `(1, n, hidden)`. embeddings `(1, n, hidden)` or `(1, n, width)`, position_ids `(axes, n)`.
+        """Hidden states `(1, n, hidden)`. embeddings: `(1, n, width)`, those of text padded with zeros to width.
 
-        Where features are wider than the hidden size, text among them is padded with zeros.
+        position_ids: `(axes, n)`.
         """
         axes = position_ids.shape[0]
         return (
@@ -194,9 +190,9 @@ class VideoFamily(ABC):
 
 
 def activation_bytes(patches: int, pixels: int, hidden: int, intermediate: int, dtype: torch.dtype | None) -> int:
-    """Activations of a vision tower over `patches` patches of `pixels` values each, as its processor gives them.
+    """Estimated activations of a vision tower over `patches` patches of `pixels` values each.
 
-    A patch's are counted as its float32 pixels, 8 vectors of the hidden size and 3 of the intermediate one (ours).
+    For each patch: float32 pixels, 8 vectors of the hidden size and 3 of the intermediate size (ours).
     """
     itemsize = (dtype or torch.float32).itemsize
-    return patches * (pixels * FLOAT32 + itemsize * (8 * hidden + 3 * intermediate))
+    return patches * (pixels * torch.float32.itemsize + itemsize * (8 * hidden + 3 * intermediate))

@@ -1,4 +1,4 @@
-"""InternVL: a video is a list of pictures, each announced by its number."""
+"""InternVL: each frame of a video is preceded by its number."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tieredkv.models.families.per_frame import PerFrame, patches_per_side
+from tieredkv.models.families.per_frame import PerFrame, patches_per_side, tower_features
 
 
 class InternVL(PerFrame):
@@ -29,12 +29,5 @@ class InternVL(PerFrame):
         return processor.end_image_token
 
     def encode(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        tower = next(model.model.vision_tower.parameters())
-        pixels = inputs["pixel_values_videos"].flatten(0, 1).to(tower.device, model.dtype)
-        features = model.model.get_image_features(
-            pixels,
-            vision_feature_layer=model.config.vision_feature_layer,
-            vision_feature_select_strategy=model.config.vision_feature_select_strategy,
-            return_dict=True,
-        ).pooler_output
-        return features.flatten(0, 1)
+        pixels = inputs["pixel_values_videos"].flatten(0, 1)
+        return tower_features(model, model.model.get_image_features, pixels).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""What families share that take a video as pictures of one size, each encoded by itself."""
+"""The base of families that encode each frame of a video separately, at one size."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tieredkv.models.families.base import VideoFamily, activation_bytes
 
 
 class PerFrame(VideoFamily):
-    """A temporal step is a frame, resized to a square, of which the tower makes `side` x `side` tokens."""
+    """A temporal step is one frame, resized to a square, which the tower turns into `side` x `side` tokens."""
 
     @abstractmethod
     def side(self, config: Any) -> int:
@@ -48,8 +48,19 @@ class PerFrame(VideoFamily):
         return activation_bytes(patches, pixels, vision.hidden_size, vision.intermediate_size, vision.dtype)
 
 
+def tower_features(model: Any, call: Callable[..., Any], pixels: torch.Tensor) -> torch.Tensor:
+    """Features that transformers' `get_image_features` or `get_video_features` returns under the model's settings."""
+    device = next(model.model.vision_tower.parameters()).device
+    return call(
+        pixels.to(device, model.dtype),
+        vision_feature_layer=model.config.vision_feature_layer,
+        vision_feature_select_strategy=model.config.vision_feature_select_strategy,
+        return_dict=True,
+    ).pooler_output
+
+
 def patches_per_side(vision: Any) -> int:
-    """Patches along an edge of the square that frames are resized to. vision: the tower's config."""
+    """Patches along an edge of the square to which frames are resized. vision: the tower's config."""
     return _pair(vision.image_size)[0] // _pair(vision.patch_size)[0]
 
 

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL: as Qwen2-VL, with temporal positions that follow the clock, and window attention in the vision tower."""
+"""Qwen2.5-VL: as Qwen2-VL, with temporal positions by time, and window attention in the vision tower."""
 
 from __future__ import annotations
 

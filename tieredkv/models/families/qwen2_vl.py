@@ -1,4 +1,4 @@
-"""Qwen2-VL: rotary positions on three axes, videos in temporal steps of two frames; what its successors share."""
+"""Qwen2-VL, and what its successors share: rotary positions on three axes, temporal steps of two frames."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tieredkv.memory.units import largest
 from tieredkv.models.families.base import Positions, VideoFamily, VideoGrid, activation_bytes
 
 UNLIMITED = 2**40
@@ -22,7 +23,7 @@ class Qwen2VL(VideoFamily):
     def frame_grid(
         self, config: Any, processor: Any, frames: int, height: int, width: int, fps: float
     ) -> tuple[int, int, int]:
-        """Asks the processor itself, with a video on torch's meta device, which has a shape and no pixels."""
+        """Runs the processor on a video on torch's meta device, which has no pixels."""
         frames = max(frames, self.step_frames(config))
         return self._grid(config, self._preprocess(processor, _empty(frames, height, width), fps))
 
@@ -33,31 +34,31 @@ class Qwen2VL(VideoFamily):
 
         @cache
         def limits(n: int) -> dict[str, int]:
-            """With which a segment of n frames gets frames of the size that they have in the whole video."""
+            """Size limits that give frames in a segment of n frames the same size as in the whole video."""
 
             def tokens(least: int, most: int) -> int:
                 size = {"shortest_edge": least, "longest_edge": most}
                 inputs = self._preprocess(processor, _empty(n, height, width), fps, size=size)
                 return math.prod(self._grid(config, inputs)[1:])
 
-            # Rows and columns both grow with either limit, so the limit that binds is found by bisection.
-            wanted, free = rows * columns, tokens(1, UNLIMITED)
+            # Rows and columns grow with either limit, so bisection finds the one that applies.
+            target, unlimited = rows * columns, tokens(1, UNLIMITED)
             least, most = 1, UNLIMITED
-            if free > wanted:
-                most = _first(lambda limit: tokens(1, limit) >= wanted)
-            elif free < wanted:
-                least = _first(lambda limit: tokens(limit, UNLIMITED) >= wanted)
-            if tokens(least, most) != wanted:
+            if unlimited > target:
+                most = _first(lambda limit: tokens(1, limit) >= target)
+            elif unlimited < target:
+                least = _first(lambda limit: tokens(limit, UNLIMITED) >= target)
+            if tokens(least, most) != target:
                 raise ValueError(f"no size limit makes {rows}x{columns} tokens of frames of {width}x{height}")
             return {"shortest_edge": least, "longest_edge": most}
 
         step_frames = self.step_frames(config)
-        limits(step_frames)  # a refusal comes before anything is decoded
+        limits(step_frames)  # raises before anything is decoded
 
         def preprocess(pixels: np.ndarray) -> dict[str, torch.Tensor]:
-            if short := -len(pixels) % step_frames:  # as processors do, but of Qwen3-VL's not with a single frame
+            if short := -len(pixels) % step_frames:  # as processors do, except Qwen3-VL's for a single frame
                 pixels = np.concatenate((pixels, pixels[-1:].repeat(short, axis=0)))
-            # uint8 all the way: resizing through float32 changes up to a quarter of the values.
+            # uint8 until the processor: resizing in float32 changes up to a quarter of the values.
             video = torch.from_numpy(pixels).permute(0, 3, 1, 2)
             return self._preprocess(processor, video, fps, size=limits(video.shape[0]))
 
@@ -82,7 +83,7 @@ class Qwen2VL(VideoFamily):
         return config.vision_config.temporal_patch_size
 
     def encode(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Attention in the tower never crosses a temporal patch, so segments of whole patches are exact."""
+        """Exact for segments of whole temporal patches, which attention in the tower never crosses."""
         return torch.cat(tuple(self._features(model, inputs).pooler_output), dim=0)
 
     def _features(self, model: Any, inputs: dict[str, torch.Tensor]) -> Any:
@@ -99,17 +100,17 @@ class Qwen2VL(VideoFamily):
         return activation_bytes(patches, pixels, hidden, intermediate, vision.dtype)
 
     def rate(self, model: Any, video: VideoGrid) -> float:
-        """How far temporal positions advance per step."""
+        """Temporal positions per step."""
         return 1.0
 
     def positions(
         self, model: Any, head: int, video: VideoGrid, begin: int, stop: int, rule: Positions
     ) -> torch.Tensor:
-        """Three axes: time, row, column; text advances all three together.
+        """Three axes: time, row, column; text advances all three.
 
-        published: text after the video starts at max(previous) + 1, the model authors' rule. stock: whatever the
-        installed transformers numbers a prompt (5.x starts the text max(rows, columns) after the video's start,
-        whatever its duration; 5.17 also cuts the seconds per step to whole ones).
+        published: text after the video starts at max(previous) + 1, the authors' rule. stock: positions of the
+        installed transformers (5.x starts the text max(rows, columns) after the video's start, whatever its duration;
+        5.17 also truncates the seconds per step to whole ones).
         """
         if rule == "stock":
             return self._stock(model, head, video, stop)[:, begin:]
@@ -144,7 +145,7 @@ class Qwen2VL(VideoFamily):
         return positions[:, 0, :stop]
 
     def _stock_times(self, video: VideoGrid) -> dict[str, Any]:
-        """What else `get_rope_index` takes."""
+        """Further arguments of `get_rope_index`."""
         return {}
 
 
@@ -153,9 +154,5 @@ def _empty(frames: int, height: int, width: int) -> torch.Tensor:
 
 
 def _first(reached: Callable[[int], bool]) -> int:
-    """The smallest limit that reaches, of a condition that stays true once it is."""
-    low, high = 1, UNLIMITED
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if reached(middle) else (middle + 1, high)
-    return low
+    """The smallest limit for which a monotonic condition holds."""
+    return 1 + largest(lambda limit: not reached(limit), UNLIMITED - 1)

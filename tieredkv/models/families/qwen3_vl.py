@@ -1,4 +1,4 @@
-"""Qwen3-VL: a timestamp in text before each temporal step, and features for several decoder layers (DeepStack)."""
+"""Qwen3-VL: a timestamp as text before each temporal step, and features for several decoder layers (DeepStack)."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tieredkv.models.families.qwen2_vl import Qwen2VL
 class Qwen3VL(Qwen2VL):
     """Adapter for `Qwen3VLForConditionalGeneration`.
 
-    Features are as wide as the decoder's hidden size for each layer they go to, side by side.
+    Features contain a vector of the decoder's hidden size for each layer that receives one, side by side.
     """
 
     def placeholder(self, processor: Any, rule: Positions) -> str:
-        """published: with the tokens around it, as each step brings its own. stock: transformers 5.x leaves those."""
+        """published: with the tokens around it, as each step has its own. stock: transformers 5.x keeps these too."""
         if rule == "stock":
             return processor.video_token
         return f"{processor.vision_start_token}{processor.video_token}{processor.vision_end_token}"
@@ -36,23 +36,23 @@ class Qwen3VL(Qwen2VL):
     def encode(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         features = self._features(model, inputs)
         parts = (features.pooler_output, *features.deepstack_features)
-        # By video, but what goes to deeper layers is in one piece before transformers 5.18 or so.
+        # A list by video, except features for deeper layers before transformers 5.18 or so.
         whole = [part if isinstance(part, torch.Tensor) else torch.cat(tuple(part), dim=0) for part in parts]
         return torch.cat(whole, dim=1)
 
     def positions(
         self, model: Any, head: int, video: VideoGrid, begin: int, stop: int, rule: Positions
     ) -> torch.Tensor:
-        """Three axes. Each step is a picture of its own: text goes on max(rows, columns) after the step's start."""
+        """Three axes. Each step is numbered as a picture: text continues max(rows, columns) after the step's start."""
         index = torch.arange(begin, stop, device="cpu")
         within_video = (index - head).clamp(0, max(0, video.tokens - 1))
         side, starts = max(video.rows, video.columns), video.starts()
-        step = torch.bucketize(within_video, starts, right=True) - 1  # the last one that has begun; -1 before the first
-        begun = step.clamp(min=0)
-        offset = within_video - starts[begun]
+        step = torch.bucketize(within_video, starts, right=True) - 1  # the step that began last; -1 before the first
+        current = step.clamp(min=0)
+        offset = within_video - starts[current]
         visual = (index >= head) & (index < head + video.tokens) & (step >= 0) & (offset < video.step_tokens)
-        # What a finished step takes of the count: `side` positions for `step_tokens` tokens.
-        finished = begun + ((step >= 0) & (offset >= video.step_tokens)).long()
+        # A finished step takes `side` positions for its `step_tokens` tokens.
+        finished = current + ((step >= 0) & (offset >= video.step_tokens)).long()
         finished = torch.where(index >= head + video.tokens, video.steps, finished)
         finished = torch.where(index < head, 0, finished)
         text = index - finished * (video.step_tokens - side)
@@ -64,7 +64,7 @@ class Qwen3VL(Qwen2VL):
         width = model.get_input_embeddings().weight.shape[1]
         hidden, *deeper = embeddings.split(width, dim=-1)
         deepstack: dict[str, Any] = {}
-        if deeper:  # zeros are added to what is text
+        if deeper:  # text tokens add zeros
             everywhere = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
             deepstack = {"visual_pos_masks": everywhere, "deepstack_visual_embeds": [each[0] for each in deeper]}
         return (

@@ -19,3 +19,4 @@ POLICIES: dict[str, Policy] = {
         full.POLICY,
     )
 }
+"""The policies that come with the package, by name."""

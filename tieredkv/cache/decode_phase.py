@@ -1,4 +1,4 @@
-"""What all layers of one cache share while decoding."""
+"""DecodePhase: what the layers on one device share while decoding."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from tieredkv.cache.counters import Counters
 from tieredkv.cache.looks import Looks
 from tieredkv.config import TierConfig
-from tieredkv.memory.copies import Prefetcher, Transfer
+from tieredkv.memory.copies import BackgroundCopies
 from tieredkv.memory.ledger import DeviceLedger
 from tieredkv.memory.pool import DevicePool
 from tieredkv.models.kv_shape import KVShape
@@ -18,19 +18,20 @@ from tieredkv.planning.decode_plan import DecodePlan
 
 
 @dataclass(frozen=True, slots=True)
-class Tiers:
-    """One per seal."""
+class DecodePhase:
+    """One per seal and device; ends when the cache takes prompt tokens again or closes."""
 
-    config: TierConfig
+    tiers: TierConfig
     shape: KVShape
     plan: DecodePlan
     ledger: DeviceLedger
     pool: DevicePool
-    transfer: Transfer
-    prefetcher: Prefetcher | None
+    prefetcher: BackgroundCopies | None
+    """None: nothing is fetched ahead."""
     counters: Counters
+    """One for all devices."""
     ops: Ops
-    attended: torch.Tensor
-    """`(N,)` float32 on the device: attention that this step's dynamic heads have paid each chunk, over layers."""
+    chunk_mass: torch.Tensor
+    """`(N,)` float32 on the device: attention that this step's dynamic heads paid each chunk, summed over layers."""
     looks: Looks | None
-    """Where that is kept, if it is recorded at all."""
+    """Records `chunk_mass`; None: nothing is recorded."""

@@ -1,0 +1,85 @@
+"""The device side of a cache: where it is, and what stays on it while a prompt is prefilled."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import LateCopies, cap_share, tier_options
+
+from tieredkv.cache.device_tier import DeviceTier, Resident
+from tieredkv.config import TierConfig
+from tieredkv.errors import UnsupportedModelError
+from tieredkv.memory.copies import ThreadCopies
+from tieredkv.memory.host import HostLayer
+from tieredkv.planning.prefill_plan import Call
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def tier(llama):
+    def make(prompt_tokens=0, **options):
+        made = DeviceTier(TierConfig(**tier_options(**{"gpu_kv_gb": 1, **options})), llama.config, prompt_tokens)
+        made.place(CPU, torch.float32)
+        return made
+
+    return make
+
+
+def test_cards_and_the_cpu_do_not_mix(tier):
+    on_the_cpu = tier()
+    with pytest.raises(UnsupportedModelError, match="cards alone, or on the CPU"):
+        on_the_cpu.place(torch.device("cuda", 0), torch.float32)
+    with pytest.raises(UnsupportedModelError, match="runs on CUDA devices and the CPU"):
+        on_the_cpu.place(torch.device("mps"), torch.float32)
+    assert on_the_cpu.devices == [CPU]
+
+
+def test_the_first_tokens_stay_on_the_device_where_the_prompts_length_is_known(tier):
+    host = HostLayer(2, 16, 8, torch.float32)
+    unknown, known = tier(), tier(prompt_tokens=100)
+    for made in (unknown, known):
+        made.keep_first_tokens(0, host, CPU)
+    assert unknown.residents == {}
+    assert known.residents[0].keys.shape == (2, 104, 16)
+    assert known.ledger.by_purpose()["resident"] == 2 * known.residents[0].keys.nbytes
+
+
+def test_layers_that_begin_after_the_residents_were_dropped_keep_none(llama, tier):
+    host = HostLayer(2, 16, 8, torch.float32)
+    tight = tier(prompt_tokens=900, gpu_kv_gb=cap_share(llama, 900, 1.2))
+    tight.keep_first_tokens(0, host, CPU)
+    assert set(tight.residents) == {0}
+    tight.make_room_for_scores(Call(0, 900, rows=1))
+    assert set(tight.residents) == {0}
+    tight.make_room_for_scores(Call(3000, 3100, rows=64))
+    tight.keep_first_tokens(1, host, CPU)
+    assert tight.residents == {}
+    assert tight.ledger.by_purpose() == {}
+
+
+def test_residents_keep_what_fits_and_nothing_after_a_gap():
+    resident = Resident(torch.zeros(1, 4, 2), torch.zeros(1, 4, 2))
+    tokens = torch.arange(6.0).view(1, 3, 2)
+    resident.append(tokens, tokens, first=2)
+    assert resident.length == 0
+    resident.append(tokens, tokens, first=0)
+    resident.append(tokens, tokens, first=3)
+    assert resident.length == 4
+    assert torch.equal(resident.keys[0, :, 0], torch.tensor([0.0, 2.0, 4.0, 0.0]))
+
+
+def test_copies_are_those_that_were_given(llama):
+    copies = LateCopies()
+    assert DeviceTier(TierConfig(), llama.config, copies=copies).copies is copies
+    assert isinstance(DeviceTier(TierConfig(), llama.config).copies, ThreadCopies)
+
+
+def test_decoding_ends_with_nothing_counted(tier):
+    made = tier()
+    pool = made.new_pool(3, torch.float32, CPU, packed=True)
+    made.ledger.reserve("tables", 100)
+    assert made.ledger.by_purpose() == {"pool": pool.pages.nbytes + pool.scales.nbytes, "tables": 100}
+    made.end_decoding()
+    assert made.pools == []
+    assert made.ledger.by_purpose() == {}

@@ -1,0 +1,58 @@
+"""Decoding: all layers of a cache in the decode phase."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tieredkv.cache.counters import Counters
+from tieredkv.cache.decode_phase import DecodePhase
+from tieredkv.cache.sealed_layer import LayerPosition, SealedLayer
+from tieredkv.cache.turns import LayerTurns
+from tieredkv.environment.ambient import settled
+from tieredkv.ops.base import Ops
+
+
+class Decoding:
+    """What one seal made. Ends when the cache takes prompt tokens again, or closes.
+
+    A step that a CUDA graph replays runs none of the model's Python code: `advance` then counts it. A step that was
+    captured has been counted and not run: `go_back` undoes that.
+    """
+
+    def __init__(self, layers: Sequence[SealedLayer], phases: Sequence[DecodePhase], turns: LayerTurns) -> None:
+        """phases: one per device."""
+        self._layers, self._phases, self._turns = layers, phases, turns
+
+    @property
+    def ops(self) -> Ops:
+        """The operations of its steps."""
+        return self._phases[0].ops
+
+    @property
+    def counters(self) -> Counters:
+        """What its steps did, up to date: waits for the device."""
+        for layer in self._layers:
+            if layer.retrieval is not None:
+                layer.retrieval.flush_counters()
+        return self._phases[0].counters
+
+    def advance(self) -> None:
+        """Count one generated token. Raises `BudgetError` if there is no room for it."""
+        for layer in self._layers:
+            layer.advance()
+
+    def position(self) -> tuple[LayerPosition, ...]:
+        """What has been counted in Python, of every layer."""
+        return tuple(layer.position() for layer in self._layers)
+
+    def go_back(self, position: tuple[LayerPosition, ...]) -> None:
+        """Undo every `advance` since `position` was taken, and a call that was cut off since."""
+        self._turns.reset()
+        for layer, own in zip(self._layers, position, strict=True):
+            layer.go_back(own)
+
+    @settled
+    def record_step(self) -> None:
+        """Record what the last step attended to, if the question has `looks`. Waits for the device."""
+        if (looks := self._phases[0].looks) is not None:
+            looks.add_step([phase.chunk_mass for phase in self._phases])

@@ -1,0 +1,192 @@
+"""DeviceTier: the device side of a cache, and how keys and values get there."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedConfig
+
+from tieredkv.config import TierConfig
+from tieredkv.errors import UnsupportedModelError
+from tieredkv.memory.copies import BackgroundCopies, StreamCopies, ThreadCopies, Transfer
+from tieredkv.memory.host import HostLayer
+from tieredkv.memory.ledger import DeviceLedger
+from tieredkv.memory.pagelock import PageLocker
+from tieredkv.memory.pool import DevicePool
+from tieredkv.models.kv_shape import KVShape, model_shape
+from tieredkv.ops.base import Ops
+from tieredkv.ops.select import copying_by_torch, ops_for
+from tieredkv.planning import prefill_plan
+from tieredkv.planning.prefill_plan import Call
+
+DECODE_PURPOSES = ("pool", "digests", "tables", "logits")
+"""What the ledger counts only while decoding."""
+
+
+@dataclass(slots=True)
+class Resident:
+    """The first tokens of one layer, kept on the device while the prompt is prefilled: keys and values `(K, R, D)`."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    length: int = 0
+
+    @property
+    def room(self) -> int:
+        """R."""
+        return self.keys.shape[1]
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor, first: int) -> None:
+        """Keep what fits of the tokens `(K, n, D)` that follow the layer's first `first` ones."""
+        take = min(self.room - first, keys.shape[1])
+        if self.length == first and take > 0:
+            self.keys[:, first : first + take] = keys[:, :take]
+            self.values[:, first : first + take] = values[:, :take]
+            self.length += take
+
+
+class DeviceTier:
+    """Device memory under one cap, on every device that the model is spread over; all layers share it.
+
+    Knows the layers by index alone, so that they can refer to it.
+    """
+
+    def __init__(
+        self,
+        tiers: TierConfig,
+        config: PreTrainedConfig,
+        prompt_tokens: int = 0,
+        ops: Ops | None = None,
+        copies: BackgroundCopies | None = None,
+    ) -> None:
+        """config: the model's. prompt_tokens: length of the prompt, 0 if unknown. ops, copies: instead of those that
+        suit the device."""
+        self.tiers = tiers
+        self.ledger = DeviceLedger(tiers.cap_bytes)
+        self.transfer = Transfer()
+        self.copies: BackgroundCopies = ThreadCopies() if copies is None else copies
+        """Copies under way between the tiers, in both phases."""
+        self.locker: PageLocker | None = None
+        """Keeps the host tier page-locked, if the model is on a card."""
+        self.devices: list[torch.device] = []
+        """Where the model's layers are; known with their first keys."""
+        self.pools: list[DevicePool] = []
+        """One per device while decoding."""
+        self.residents: dict[int, Resident] = {}
+        """By layer index, in prefill; empty when all of the past is streamed."""
+        self._config, self._prompt_tokens = config, prompt_tokens
+        self._shape: KVShape | None = None
+        self._ops, self._own_copies = ops, copies is None
+        self._resident_tokens: int | None = None
+        """First tokens of every layer to keep on the device; None: not decided yet."""
+
+    @property
+    def shape(self) -> KVShape:
+        """Sizes of the model's keys and values. A layer must have been placed."""
+        assert self._shape is not None
+        return self._shape
+
+    def place(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Register the device of a layer, whose keys and values are of `dtype`.
+
+        Raises `UnsupportedModelError` unless all layers are on the CPU, or all on CUDA devices.
+        """
+        if self._shape is None:
+            self._shape = model_shape(self._config, dtype)
+        if device in self.devices:
+            return
+        if device.type not in ("cpu", "cuda"):
+            raise UnsupportedModelError(f"the model runs on {device}: tieredkv runs on CUDA devices and the CPU.")
+        if {device.type, *(known.type for known in self.devices)} == {"cpu", "cuda"}:
+            raise UnsupportedModelError(
+                f"the model's layers are on {self.devices[0]} and {device}: load it on cards alone, or on the CPU."
+            )
+        if device.type == "cuda":
+            self._use_card(device)
+        self.devices.append(device)
+
+    def _use_card(self, card: torch.device) -> None:
+        if self.locker is None:
+            if self._own_copies:
+                self.copies.close()
+                self.copies = StreamCopies()
+            self.locker = PageLocker()
+            weakref.finalize(self, self.locker.close)  # in case nobody closes the cache
+        self.locker.use(card)
+
+    def change_tiers(self, tiers: TierConfig, empty: bool) -> None:
+        """Other settings from here on; residents go. empty: no token is cached, so how many stay is decided anew."""
+        self.drop_residents()
+        if empty:
+            self._resident_tokens = None
+        self.tiers, self.ledger.cap_bytes = tiers, tiers.cap_bytes
+
+    # ---- prefill
+
+    def keep_first_tokens(self, layer: int, host: HostLayer, device: torch.device) -> None:
+        """Allocate room for the first tokens of a layer that has none yet, if any are to stay on the device.
+
+        None are where the prompt's length is not known.
+        """
+        if self._resident_tokens is None:
+            known = self._prompt_tokens > 0
+            self._resident_tokens = (
+                prefill_plan.resident_tokens(self.shape, self.tiers, self._prompt_tokens) if known else 0
+            )
+        if self._resident_tokens:
+            shape = (host.num_heads, self._resident_tokens, host.head_dim)
+            self.residents[layer] = Resident(
+                self.ledger.empty("resident", shape, host.dtype, device),
+                self.ledger.empty("resident", shape, host.dtype, device),
+            )
+
+    def make_room_for_scores(self, call: Call) -> None:
+        """Drop the residents if scoring a call's rows needs their room."""
+        kept = self._resident_tokens
+        if kept and not prefill_plan.resident_beside_scores(self.shape, self.tiers, kept, call):
+            self.drop_residents()
+
+    def drop_residents(self) -> None:
+        """Free the residents of all layers; layers that see their first token later keep none either."""
+        self._resident_tokens = 0
+        self.residents.clear()
+        self.ledger.release("resident")
+
+    # ---- decoding
+
+    def new_pool(self, pages: int, dtype: torch.dtype, device: torch.device, packed: bool) -> DevicePool:
+        """A pool that lives until `end_decoding`."""
+        page = self.tiers.chunk_tokens, self.shape.head_dim, dtype
+        self.pools.append(DevicePool(self.ledger, pages, *page, device, packed))
+        return self.pools[-1]
+
+    def end_decoding(self) -> None:
+        """Free the pools, and stop counting what was allocated with them. Does nothing in prefill."""
+        for pool in self.pools:
+            pool.close()
+        self.pools = []
+        for purpose in DECODE_PURPOSES:
+            self.ledger.release(purpose)
+
+    def step_ops(self, device: torch.device) -> Ops:
+        """The operations of a decoding step until the next seal: growing the host tier may change them."""
+        ops = self._ops or ops_for(device)
+        refusal = None if self.locker is None else self.locker.refusal()
+        if refusal is None:
+            return ops
+        warnings.warn(
+            f"host memory could not be page-locked ({refusal}): chunks are copied through the host, which is slower. "
+            "Raise `ulimit -l` or the container's memory limit.",
+            stacklevel=2,
+        )
+        return copying_by_torch(ops)
+
+    def close(self) -> None:
+        """Free everything. `copies` must be closed, and the host tier freed."""
+        self.end_decoding()
+        self.drop_residents()
+        if self.locker is not None:
+            self.locker.close()

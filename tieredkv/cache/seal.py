@@ -1,0 +1,143 @@
+"""The seal: between the last prompt token and the first decoding step, classify the heads, plan the cap, fill the pool.
+
+Shapes: `L` layers, `K` KV heads, `N` prompt tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tieredkv.cache.counters import Counters
+from tieredkv.cache.decode_phase import DecodePhase
+from tieredkv.cache.decoding import Decoding
+from tieredkv.cache.device_tier import DeviceTier
+from tieredkv.cache.layer import TieredLayer
+from tieredkv.cache.prefill import TextRows
+from tieredkv.cache.question import Question
+from tieredkv.cache.turns import LayerTurns
+from tieredkv.config import TierConfig
+from tieredkv.memory.ledger import on_device
+from tieredkv.models.kv_shape import KVShape
+from tieredkv.planning import decode_plan, sizes
+from tieredkv.policy import classify
+
+
+@dataclass(frozen=True, slots=True)
+class HeadTypes:
+    """What the question's rows say about every head."""
+
+    scores: torch.Tensor
+    """`(L, K)` text-centric scores."""
+    static: torch.Tensor
+    """`(L, K)` mask; the others are dynamic."""
+    need: torch.Tensor | None
+    """`(2, L, K)` tokens that a head needs to be static, and for a smaller share of its attention; None: the policy
+    does not measure it."""
+
+
+def classify_heads(
+    rows: Sequence[TextRows], shape: KVShape, tiers: TierConfig, layout: sizes.Layout, cap_bytes: int
+) -> HeadTypes:
+    """Which heads are static. rows: of each layer. cap_bytes: what the plan may spend."""
+    policy, scores, need = tiers.policy, torch.stack([layer.scores for layer in rows]), None
+    if policy.head_score == "mass":
+        static = classify.static_heads(scores, policy.theta)
+    else:
+        need = _need(rows, shape, tiers, layout)
+        static = need[0] <= decode_plan.mean_old_tokens(shape, tiers, layout, cap_bytes)
+    static[: policy.dense_layers] = True
+    return HeadTypes(scores, static, need)
+
+
+def _need(rows: Sequence[TextRows], shape: KVShape, tiers: TierConfig, layout: sizes.Layout) -> torch.Tensor:
+    """`HeadTypes.need`; more than the prompt's tokens where there are too few rows to measure it."""
+    heads, theta = shape.num_key_value_heads, tiers.policy.theta
+    if theta <= 0:
+        return torch.zeros((2, len(rows), heads), dtype=torch.int64, device="cpu")
+    unknown = torch.full((2, heads), layout.tokens + 1, dtype=torch.int64, device="cpu")
+    recent = layout.tokens - layout.recent_start
+    need = [
+        classify.tokens_to_cover(layer.halves, tiers.sink_tokens, recent, (theta, classify.SPREAD_SHARE))
+        if layer.count >= classify.LEAST_ROWS
+        else unknown
+        for layer in rows
+    ]
+    return torch.stack(need, dim=1)
+
+
+def text_mask(question: Question, tokens: int, text_window: int) -> torch.Tensor:
+    """`(tokens,)`, which tokens of the prompt are text."""
+    if question.visual is None:
+        return torch.arange(tokens, device="cpu") >= tokens - question.most_rows(text_window)
+    is_text = torch.ones(tokens, dtype=torch.bool, device="cpu")
+    is_text[: question.visual.shape[0]] = ~question.visual
+    return is_text
+
+
+def seal(layers: Sequence[TieredLayer], device_tier: DeviceTier, question: Question, turns: LayerTurns) -> Decoding:
+    """Take every layer from prefill to decoding.
+
+    No copy may be under way. Raises `BudgetError` when the prompt does not fit under the cap; the layers are then still
+    in prefill.
+    """
+    rows = [layer.rows for layer in layers if layer.rows is not None]
+    if len(rows) != len(layers):
+        raise RuntimeError("no text rows were scored: nothing to classify the heads by")
+    tiers, shape, tokens = device_tier.tiers, device_tier.shape, layers[0].prompt_length
+    text_window = tiers.policy.text_window
+    layout = sizes.lay_out(tiers, tokens, question.most_rows(text_window), question.max_new_tokens)
+    # The plan counts the chunk masses of one device; every device has its own.
+    cap_bytes = tiers.cap_bytes - (len(device_tier.devices) - 1) * sizes.attended_bytes(layout)
+    types = classify_heads(rows, shape, tiers, layout, cap_bytes)
+    plan = decode_plan.plan_decode(shape, tiers, layout, cap_bytes, types.scores, types.static, types.need)
+    device_tier.drop_residents()
+    try:
+        phases = _fill(layers, device_tier, question, plan, types.static)
+    except BaseException:
+        for layer in layers:
+            layer.sealed = None
+        device_tier.end_decoding()
+        raise
+    return Decoding([layer.sealed for layer in layers if layer.sealed is not None], phases, turns)
+
+
+def _fill(
+    layers: Sequence[TieredLayer],
+    device_tier: DeviceTier,
+    question: Question,
+    plan: decode_plan.DecodePlan,
+    static: torch.Tensor,
+) -> list[DecodePhase]:
+    """Allocate what the plan says on every device, and copy the pages of every layer. One phase per device."""
+    tiers, shape, layout, looks = device_tier.tiers, device_tier.shape, plan.layout, question.looks
+    dynamic_heads = int((~static).sum())
+    counters = Counters(
+        static_heads=int(static.sum()), dynamic_heads=dynamic_heads, trace=[] if question.trace else None
+    )
+    if looks is not None:
+        looks.begin_answer(layout.sink_chunks, dynamic_heads * shape.num_attention_heads // shape.num_key_value_heads)
+
+    def phase(device: torch.device) -> DecodePhase:
+        here = [layer.index for layer in layers if layer.device == device]
+        return DecodePhase(
+            tiers=tiers,
+            shape=shape,
+            plan=plan,
+            ledger=device_tier.ledger,
+            pool=device_tier.new_pool(plan.pool_pages(here), layers[0].dtype, device, plan.packed),
+            prefetcher=device_tier.copies if tiers.prefetch else None,
+            counters=counters,
+            ops=device_tier.step_ops(device),
+            chunk_mass=device_tier.ledger.empty("tables", (layout.retrievable,), torch.float32, device).zero_(),
+            looks=looks,
+        )
+
+    phases = {device: phase(device) for device in device_tier.devices}
+    is_text = text_mask(question, layout.tokens, tiers.policy.text_window)
+    for layer, mask in zip(layers, static, strict=True):
+        with on_device(layer.device):
+            layer.seal(mask, is_text, phases[layer.device])
+    return list(phases.values())

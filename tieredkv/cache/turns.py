@@ -1,0 +1,82 @@
+"""LayerTurns: every call of the model runs through all layers of its cache, in order, or it is an error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+
+class Layer(Protocol):
+    """A layer of transformers' caches."""
+
+    is_sliding: bool
+
+    def get_seq_length(self) -> int:
+        """Tokens it has seen."""
+
+
+class LayerTurns:
+    """Whose turn it is in a call of the model. A tiered layer is updated first and then attends; of a sliding layer
+    only updates are checked. Tiered layers are known by their index among the tiered ones.
+    """
+
+    def __init__(self) -> None:
+        self._layers: list[Layer] = []
+        self._tiered: list[Layer] = []
+        self._attending: int | None = None
+        """The tiered layer that was updated and has not attended yet."""
+
+    def add(self, layer: Layer) -> None:
+        """The next layer of the model."""
+        self._layers.append(layer)
+        if not layer.is_sliding:
+            self._tiered.append(layer)
+
+    def begin_call(self) -> None:
+        """The first tiered layer is about to be updated. Raises `RuntimeError` if the call before was cut off."""
+        # A sliding layer in front of it has its new tokens already.
+        self._check_lengths(self._tiered if self._layers[0].is_sliding else self._layers)
+        if self._attending is not None:
+            raise self._interrupted()
+
+    def begin_layer(self, index: int) -> None:
+        """Tiered layer `index` is updated. Raises `RuntimeError` if the one before did not attend."""
+        if self._attending is not None:
+            raise RuntimeError(
+                f"layer {self._attending} updated a TieredCache but did not attend through it, so its output ignores "
+                "the cache: run the model inside `with tieredkv.use_attention(model):`."
+            )
+        self._attending = index
+
+    def check_layer(self, index: int) -> None:
+        """Tiered layer `index` is about to attend. Raises `RuntimeError` unless it is the one that was updated."""
+        if self._attending != index:
+            raise RuntimeError(f"layer {index} attends, but {self._attending} was updated")
+
+    def end_layer(self) -> None:
+        """The layer that was updated has cached its tokens and attended."""
+        self._attending = None
+
+    def check_sliding_layer(self, layer: Layer, tokens: int) -> None:
+        """`layer` is about to be updated with `tokens` tokens. Raises `RuntimeError` unless it has seen all before."""
+        if layer is self._layers[0]:
+            self._check_lengths(self._layers)
+        first = self._tiered[0]
+        updated = self._layers.index(layer) > self._layers.index(first)
+        if layer.get_seq_length() != first.get_seq_length() - (tokens if updated else 0):
+            raise self._interrupted()
+
+    def reset(self) -> None:
+        """Forget a call that was cut off, once the layers' lengths agree again."""
+        self._attending = None
+
+    def _check_lengths(self, layers: Sequence[Layer]) -> None:
+        if len({layer.get_seq_length() for layer in layers}) > 1:
+            raise self._interrupted()
+
+    def _interrupted(self) -> RuntimeError:
+        least = min(layer.get_seq_length() for layer in self._layers)
+        return RuntimeError(
+            "the last forward did not run through all layers of this TieredCache: it was interrupted, or ran "
+            f"outside `tieredkv.use_attention(model)`. Go back with truncate({least}) or less."
+        )

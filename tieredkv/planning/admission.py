@@ -1,0 +1,92 @@
+"""The memory check: whether both tiers can serve a prompt, before any work is done on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tieredkv.config import TierConfig
+from tieredkv.errors import BudgetError
+from tieredkv.memory.limits import check_host, check_host_memory
+from tieredkv.memory.units import GIB, as_gib
+from tieredkv.models.kv_shape import KVShape
+from tieredkv.planning.prefill_plan import question_rows, smallest_prefill_bytes
+from tieredkv.planning.sizes import Layout, host_bytes, lay_out, smallest_decode_bytes
+
+FEWER_TOKENS = "lower fps, max_frames or max_new_tokens"
+"""What to do about a prompt that is too long, before its video is ingested."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is to be served: a prompt of `tokens` tokens, the last `asked` of them the question, and an answer."""
+
+    tokens: int
+    asked: int
+    new_tokens: int
+
+    def layout(self, tiers: TierConfig) -> Layout:
+        return lay_out(tiers, self.tokens, question_rows(tiers, self.asked), self.new_tokens)
+
+
+def check_memory(
+    shape: KVShape,
+    tiers: TierConfig,
+    request: Request,
+    device_remedy: str = FEWER_TOKENS,
+    host_remedy: str | Callable[[int], str] | None = None,
+    *,
+    room: int = 0,
+    room_bytes: int = 0,
+    available: int | None = None,
+    one_memory: bool = False,
+) -> Layout:
+    """Raise `BudgetError` unless the request fits under the device cap and in host memory; its layout.
+
+    device_remedy, host_remedy: what to do otherwise, the latter also as a function of the bytes that are allowed.
+    room: tokens that the host tier holds without growing, in `room_bytes`; 0: nothing is allocated yet. available: host
+    memory (None: measured now). one_memory: the device tier is in host memory too, which must hold both.
+    """
+    layout = request.layout(tiers)
+    check_cap(shape, tiers, layout, question_rows(tiers, request.asked), device_remedy)
+    if request.tokens <= room:
+        return layout
+    if room:
+        needed = request.tokens * shape.token_bytes
+        what = f"the cache of the video and a question of {request.asked:,} tokens"
+    else:
+        needed = host_bytes(shape, tiers, request.tokens)
+        what = f"the cache of {request.tokens:,} tokens"
+    if host_remedy is None:
+        host_remedy = f"lower fps or max_frames, or give host_kv_gb={as_gib(needed)}"
+    check_host(needed, tiers.host_kv_gb, what, host_remedy, available, room_bytes)
+    if one_memory:
+        what = f"{what}, with the device's share of it in the same memory,"
+        check_host_memory(needed + min(tiers.cap_bytes, needed), what, "lower fps, max_frames or gpu_kv_gb")
+    return layout
+
+
+def smallest_cap_bytes(shape: KVShape, tiers: TierConfig, layout: Layout, text_rows: int) -> int:
+    """The least cap with which this prompt can be prefilled and decoded, whatever the heads turn out to be."""
+    rows = min(text_rows, tiers.policy.text_window)
+    prefill = smallest_prefill_bytes(shape, tiers, layout.tokens, rows)
+    return max(prefill, smallest_decode_bytes(shape, tiers, layout))
+
+
+def check_cap(shape: KVShape, tiers: TierConfig, layout: Layout, text_rows: int, remedy: str = FEWER_TOKENS) -> None:
+    """Raise `BudgetError` if the prompt cannot be served under the cap."""
+    if tiers.cap_bytes < smallest_cap_bytes(shape, tiers, layout, text_rows):
+        raise refusal(shape, tiers, layout, text_rows, remedy)
+
+
+def refusal(
+    shape: KVShape, tiers: TierConfig, layout: Layout, text_rows: int | None = None, remedy: str = FEWER_TOKENS
+) -> BudgetError:
+    """The error that says what was asked, what it takes, and the smallest `gpu_kv_gb` that works."""
+    rows = tiers.policy.text_window if text_rows is None else text_rows
+    smallest = smallest_cap_bytes(shape, tiers, layout, rows)
+    return BudgetError(
+        f"gpu_kv_gb={tiers.gpu_kv_gb:g} is too small for {layout.tokens:,} tokens in {shape.kv_heads} KV heads "
+        f"(full cache {layout.tokens * shape.token_bytes / GIB:.4g} GiB): the smallest that works is "
+        f"{as_gib(smallest)}. Raise it, or {remedy}."
+    )

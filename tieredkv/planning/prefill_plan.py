@@ -1,0 +1,163 @@
+"""The prefill phase: its forward calls, and what each layer holds on the device during a call.
+
+In a call, new tokens attend to each other and to the past. The first tokens of the past may be resident on the device;
+the rest is staged from the host tier, a block at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tieredkv.config import TierConfig
+from tieredkv.memory.units import FLOAT32, ceil_div, largest
+from tieredkv.models.kv_shape import KVShape
+from tieredkv.policy.classify import top_k_count
+
+STAGING_TOKENS = 2048
+"""Past tokens staged at a time when the cap has room: enough that a copy runs at link speed and that merging the
+attention to the blocks costs next to nothing; more would only leave fewer tokens resident."""
+
+
+# ---- calls
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A forward call: prompt tokens `begin` to `stop`, of which the last `rows` are scored."""
+
+    begin: int
+    stop: int
+    rows: int = 0
+
+
+def context_calls(tokens: int, size: int) -> list[Call]:
+    """The calls for a prompt's first `tokens` tokens, `size` in each but the last; no row is scored."""
+    return [Call(begin, min(begin + size, tokens)) for begin in range(0, tokens, size)]
+
+
+def question_calls(tiers: TierConfig, begin: int, stop: int) -> list[Call]:
+    """The calls for prompt tokens `begin` to `stop`, the question: the last call is full, as its rows are scored."""
+    size, last = tiers.prefill_chunk, max(begin, stop - tiers.prefill_chunk)
+    before = [Call(max(begin, end - size), end) for end in range(last, begin, -size)]
+    return [*reversed(before), Call(last, stop, question_rows(tiers, stop - begin))]
+
+
+def question_rows(tiers: TierConfig, asked: int) -> int:
+    """Text rows that are scored of a question of `asked` tokens."""
+    return min(asked, tiers.prefill_chunk, tiers.policy.text_window)
+
+
+# ---- one call
+
+
+@dataclass(frozen=True, slots=True)
+class Staging:
+    """Device memory in which one layer's past is read during a call."""
+
+    block_tokens: int
+    """Past tokens read at a time."""
+    buffers: int
+    """One that is read and, where all is more than a block, two to stage to in turns; where it is one block, one to
+    stage to; none where nothing is staged."""
+    buffer_tokens: int
+    """Tokens whose keys and values each buffer holds."""
+    scoring_bytes: int
+
+    def nbytes(self, shape: KVShape) -> int:
+        """Bytes of the buffers."""
+        return self.buffers * buffer_bytes(shape, self.buffer_tokens)
+
+
+def plan_staging(shape: KVShape, tiers: TierConfig, call: Call, resident: int, room: int) -> Staging | None:
+    """How a layer's past, the tokens before `call.begin`, is read during a call; None when no block fits the cap.
+
+    resident: tokens of the past that are on the device. room: tokens that there is room for there, in every layer.
+    """
+    c, past = tiers.chunk_tokens, call.begin
+    to_stage = ceil_div(past - resident, c) * c
+    block = block_tokens(shape, tiers, call.stop, call.rows, room, staged=to_stage > 0)
+    if block == 0:
+        return None
+    block = min(block, max(to_stage, ceil_div(max(resident, call.stop - past), c) * c))
+    buffers = 0 if to_stage == 0 else 2 if to_stage <= block else 3
+    scoring = scoring_bytes(shape, tiers, call.stop, call.rows, block)
+    return Staging(block, buffers, min(block, to_stage), scoring)
+
+
+def block_tokens(shape: KVShape, tiers: TierConfig, tokens: int, rows: int, resident: int, staged: bool) -> int:
+    """Past tokens to read at a time, whole chunks: the most that fit the cap, up to `STAGING_TOKENS`; 0 if none do.
+
+    tokens: past and new ones. rows: text rows scored in the same call. resident: tokens of every layer that there is
+    room for on the device besides. staged: whether buffers are needed.
+    """
+    c = tiers.chunk_tokens
+    cap = tiers.cap_bytes - resident * shape.token_bytes
+
+    def fits(chunks: int) -> bool:
+        return reading_bytes(shape, tiers, tokens, rows, chunks * c, staged) <= cap
+
+    return c * largest(fits, max(1, STAGING_TOKENS // c))
+
+
+def reading_bytes(shape: KVShape, tiers: TierConfig, tokens: int, rows: int, block: int, staged: bool) -> int:
+    """The most that reading `block` past tokens of `tokens` at a time takes: buffers where it is staged, scores."""
+    buffers = 3 * buffer_bytes(shape, block) if staged else 0
+    return buffers + scoring_bytes(shape, tiers, tokens, rows, block)
+
+
+def buffer_bytes(shape: KVShape, block_tokens: int) -> int:
+    """Keys and values of `block_tokens` tokens of one layer."""
+    return 2 * shape.num_key_value_heads * block_tokens * shape.head_dim * shape.itemsize
+
+
+def scoring_bytes(shape: KVShape, tiers: TierConfig, tokens: int, rows: int, block_tokens: int) -> int:
+    """Scratch of scoring one layer's text rows: weights of one block, the running top k, the saliency."""
+    if rows == 0:
+        return 0
+    heads = shape.num_attention_heads
+    k = top_k_count(tiers.policy.top_k_ratio, tokens)
+    keys_float = shape.num_key_value_heads * block_tokens * shape.head_dim
+    weights = 3 * heads * rows * block_tokens
+    top = 7 * heads * rows * min(k, tokens)  # old, block's, both joined, and the new with its int64 indices
+    return FLOAT32 * (keys_float + weights + top + 2 * shape.num_key_value_heads * tokens)
+
+
+def smallest_prefill_bytes(shape: KVShape, tiers: TierConfig, tokens: int, rows: int) -> int:
+    """The least cap with which `tokens` prompt tokens can be prefilled and `rows` of them scored."""
+    return reading_bytes(shape, tiers, tokens, rows, tiers.chunk_tokens, staged=True)
+
+
+# ---- resident tokens
+
+
+def resident_tokens(shape: KVShape, tiers: TierConfig, tokens: int) -> int:
+    """First tokens of every layer to keep on the device while `tokens` tokens are prefilled, whole chunks.
+
+    All of them if they fit: nothing is then staged from the host. Otherwise as many as fit beside the staging buffers:
+    the first are read the most often. Room for the scores of `text_window` rows is left free if that saves more copies
+    at the end, where residents make way otherwise, than it costs before.
+    """
+    c, rows = tiers.chunk_tokens, tiers.policy.text_window
+    everything = ceil_div(tokens, c) * c
+    choices = []
+    if block_tokens(shape, tiers, tokens, rows=0, resident=everything, staged=False):
+        choices.append(everything)
+    for scored in (0, rows):
+        block = block_tokens(shape, tiers, tokens, scored, resident=0, staged=True)
+        taken = reading_bytes(shape, tiers, tokens, scored, block, staged=True)
+        left = max(0, tiers.cap_bytes - taken) // shape.token_bytes if block else 0
+        choices.append(min(everything, left // c * c))
+
+    def read_again(resident: int) -> float:
+        """Tokens copied to the device again: in each call those before it, at the end keys once more for the scores."""
+        before = sum(max(0, past - resident) for past in range(0, tokens, tiers.prefill_chunk))
+        kept = resident_beside_scores(shape, tiers, resident, Call(tokens, tokens, rows))
+        return before + 1.5 * (tokens - min(tokens, kept))
+
+    return min(choices, key=read_again)
+
+
+def resident_beside_scores(shape: KVShape, tiers: TierConfig, resident: int, call: Call) -> int:
+    """Tokens of every layer that stay resident during a call: all or, if its scores need their room, none."""
+    staged = call.begin > resident
+    return resident if block_tokens(shape, tiers, call.stop, call.rows, resident, staged) else 0
