@@ -118,21 +118,21 @@ def one_after_the_other(model: Any, processor: Any, path: Path, options: dict[st
     from tieredkv.models.chat_template import ChatTemplate
     from tieredkv.models.encode import encode, segments
     from tieredkv.progress import IngestProgress
-    from tieredkv.session import ingest
+    from tieredkv.session.ingest import prefill
     from tieredkv.session.pipeline import Pipeline
-    from tieredkv.video.frames import open_video
+    from tieredkv.session.video_embeddings import VideoEmbeddings, prepare
+    from tieredkv.video.frames import Sampling, open_video
 
     started = time.perf_counter()
     tiers = TierConfig(gpu_kv_gb=options["gpu_kv_gb"])
     template = ChatTemplate(families.video_family(model.config), processor)
-    family, video = template.family, ingest.prepare(template, model.config, open_video(path, options["fps"]), tiers)
+    source = open_video(path, Sampling(options["fps"]))
+    video = prepare(template, model.config, source, tiers)
     decoded = list(segments(video.source.frames(), video.segment_frames))
-    encoded = list(encode(family, model, video.preprocess, iter(decoded)))
+    encoded = list(encode(template.family, model, video.preprocess, iter(decoded)))
     with TieredCache(model.config, tiers, prompt_tokens=video.grid.tokens + 300) as cache:
         head, bar = torch.zeros((1, 15), dtype=torch.long), IngestProgress(False, 0, None)
-        steps = ingest.Steps(template, model, video)
-        embeddings = steps.embeddings(iter(encoded))
-        ingest.prefill(Pipeline(), family, model, embeddings, head, steps, "published", cache, bar)
+        prefill(VideoEmbeddings(template, model, video, iter(encoded)), head, cache, Pipeline(), bar)
     return time.perf_counter() - started
 
 

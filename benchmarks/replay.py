@@ -164,7 +164,7 @@ def _decode(
     cache.expect(CacheQuestion(max_new_tokens=len(between) + len(answer), rows=0, visual=reader.visual, trace=recall))
     cache.seal()
     held, itemsize = cache.ledger.by_purpose(), cache.shape.itemsize
-    packed = cache.tiered_layers[0].sealed.packing is not None
+    packed = cache.tiered_layers[0].sealed.pages.packing is not None
     held_bytes = sum(held.values()) - (0 if packed else held["pool"] - held["pool"] * 2 // itemsize)
     fed = [*between, *answer[:-1]]
     with cache.forced():

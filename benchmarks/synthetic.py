@@ -22,7 +22,7 @@ from tieredkv.environment.versions import cache_argument
 from tieredkv.memory.units import GIB
 from tieredkv.models.kv_shape import model_shape
 from tieredkv.ops.base import Ops
-from tieredkv.session.step_graph import Steps
+from tieredkv.session.step_graph import StepGraph
 
 SHAPES: dict[str, dict[str, int]] = {
     "7b": {
@@ -133,7 +133,7 @@ class Drift:
 @contextmanager
 def scripted(
     model: Any, tokens: int, ops: Ops, hit_rate: float, budget: float, room: int, policy: str | Policy = "hybridkv"
-) -> Iterator[tuple[TieredCache, Steps]]:
+) -> Iterator[tuple[TieredCache, StepGraph]]:
     """A sealed cache of `tokens` tokens whose ranks follow a script, and its steps, with memory for `room` of them.
 
     Three more are done first: they fetch the first chunks, compile, and on a card capture the graph.
@@ -151,7 +151,7 @@ def scripted(
         def forward(token: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
             return model(token, **cache_argument(cache), position_ids=place).logits[:, -1]
 
-        steps = Steps(forward, cache, model.device, axes=1, position=tokens)
+        steps = StepGraph(forward, cache, model.device, axes=1, position=tokens)
         for _ in range(3):
             steps(7)
         yield cache, steps

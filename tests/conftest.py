@@ -132,14 +132,14 @@ def llama() -> Any:
 @pytest.fixture
 def when_stopped(monkeypatch: pytest.MonkeyPatch) -> Any:
     """`when_stopped(session, action)`: call `action` once the session, or a job of it, has been told to stop."""
-    from tieredkv.session.stream import Job
+    from tieredkv.session.job import Job
 
     def register(session: Any, action: Any) -> None:
         stop_job, stop_session = Job.stop, session.stop
 
         def stopping_job(job: Job) -> None:
             stop_job(job)
-            if job in session._line:
+            if job in session._turns.line:
                 action()
 
         def stopping_session() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from tieredkv.video.frames import open_video
+from tieredkv.video.frames import Sampling, open_video
 
 
 class Stream:
@@ -114,12 +114,12 @@ def numbers(pictures) -> list[int]:
 
 
 def sample(path: Path, fps: float, **options) -> list[np.ndarray]:
-    return list(open_video(path, fps, **options).frames())
+    return list(open_video(path, Sampling(fps, **options)).frames())
 
 
 def ticks(path: Path, seek: bool = True, **options) -> list[float]:
     seen: list[float] = []
-    source = open_video(path, **options)
+    source = open_video(path, Sampling(**options))
     source._seek &= seek
     for _ in source.frames(seen.append):
         pass

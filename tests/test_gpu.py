@@ -16,7 +16,7 @@ from tieredkv.environment.versions import cache_argument
 from tieredkv.memory.copies import StreamCopies
 from tieredkv.memory.pagelock import PageLocker, aligned
 from tieredkv.memory.units import GIB
-from tieredkv.session.step_graph import Steps
+from tieredkv.session.step_graph import StepGraph
 
 pytestmark = [
     pytest.mark.gpu,
@@ -100,7 +100,7 @@ def decode_by_steps(model, ids, card, captured: bool, **options):
         def forward(token, place):
             return model(token, **cache_argument(cache), position_ids=place).logits[:, -1]
 
-        steps = Steps(forward, cache, card, axes=1, position=900)
+        steps = StepGraph(forward, cache, card, axes=1, position=900)
         if not captured:
             steps.path = "eager: asked for"
         rows = [steps(7 + i).clone() for i in range(10)]

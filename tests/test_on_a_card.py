@@ -90,7 +90,7 @@ def moved(thing: Any, device: torch.device, known: dict[int, Any]) -> Any:
     return thing
 
 
-HOST = ("heads", "static", "dynamic")
+HOST = ("heads", "dynamic")
 """Attributes that are on the host."""
 
 
@@ -117,19 +117,20 @@ def test_a_step_stays_on_the_card_and_never_waits(llama, long_ids, options, reco
         llama(long_ids[:, :1], **cache_argument(cache))
         cache.finish()
         sealed = cache.tiered_layers[1].sealed
-    kv_heads, known = sealed.host.num_heads, {}
+    kv_heads, known = sealed.pages.host.num_heads, {}
     with FakeTensorMode():
-        host = sealed.host = HostLayer(kv_heads, 16, 8, torch.float32)
+        host = sealed.pages.host = HostLayer(kv_heads, 16, 8, torch.float32)
         host.reserve(1000)
         if sealed.retrieval is not None:
             sealed.retrieval.host = host
             to_card(sealed.retrieval.residency, known)
             to_card(sealed.retrieval, known)
         to_card(sealed, known)
+        to_card(sealed.pages, known)
         to_card(sealed.phase.pool, known)
         chunk_mass = moved(sealed.phase.chunk_mass, CARD, known)
         fake = dataclasses.replace(sealed.phase, ops=fake_kernels(), chunk_mass=chunk_mass)
-        sealed.phase = fake
+        sealed.phase = sealed.pages.phase = fake
         if sealed.retrieval is not None:
             sealed.retrieval.phase = fake
         rows = [torch.empty(heads, 1, 16, device=CARD) for heads in (4, kv_heads, kv_heads)]
@@ -137,7 +138,7 @@ def test_a_step_stays_on_the_card_and_never_waits(llama, long_ids, options, reco
         on_card(out)
         assert out.shape == (4, 1, 16)
         with pytest.raises(DataDependentOutputException):
-            int(sealed.lengths.sum())  # what the test rests on
+            int(sealed.pages.lengths.sum())  # what the test rests on
 
 
 def test_prefill_attends_on_the_card():

@@ -1,9 +1,10 @@
-"""generate, open_session, load_session: the faces of the library."""
+"""The entry points: generate, agenerate, open_session, load_session."""
 
 from __future__ import annotations
 
 from collections.abc import Coroutine
 from contextlib import ExitStack
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, get_args, overload
 
@@ -15,13 +16,14 @@ from tieredkv.models.families.base import Positions
 from tieredkv.models.loading import load
 from tieredkv.session import generation, session_file
 from tieredkv.session.aio import AsyncAnswerStream, answering
+from tieredkv.session.job import Job, Work
 from tieredkv.session.results import Generation
-from tieredkv.session.stream import AnswerStream, Job, Work, check_stream
+from tieredkv.session.stream import AnswerStream, check_stream
 from tieredkv.session.video_session import VideoSession
 from tieredkv.storage import tensor_file
-from tieredkv.video.frames import check_request, open_video
+from tieredkv.video.frames import Sampling, check_video, open_video
 
-_VIDEO_OPTIONS = {"fps", "source_fps", "max_frames", "start", "end"}
+_VIDEO_OPTIONS = {field.name for field in fields(Sampling)}
 _OPENING = {*FIELDS, *_VIDEO_OPTIONS, "tiers", "processor", "positions", "progress"}
 
 
@@ -43,16 +45,17 @@ def open_session(
 ) -> VideoSession:
     """Ingest a video and return the session that answers questions about it.
 
-    model: a transformers model, or a local path or hub id to load one from. processor: the model's; None finds it
-    beside the model. video: a path, or frames: a list of PIL images, or `(T, H, W, 3)` or `(T, 3, H, W)` as ndarray
-    or tensor, uint8 or floats in [0, 1], taken at `source_fps` per second (None: at `fps`). fps: frames sampled per
-    second (None: the processor's own rate). max_frames: if there would be more, that many are spread evenly instead.
-    start, end: seconds of the video to look at, as players show them. gpu_kv_gb: hard cap in GiB on device memory for
+    model: a transformers model, or a local path or hub id to load one from. processor: the model's; None: loaded from
+    beside the model. video: a path, or frames: a list of PIL images, or `(T, H, W, 3)` or `(T, 3, H, W)` as
+    ndarray or tensor, uint8 or floats in [0, 1], taken at `source_fps` per second (None: at `fps`). fps: frames sampled
+    per second (None: the processor's own rate). max_frames: if there would be more, this many are spread evenly.
+    start, end: seconds of the video to read, as players show them. gpu_kv_gb: hard cap in GiB on device memory for
     keys and values (None: 4). tiers: every other setting; its fields may be given as keywords instead. positions:
-    "published" or "stock", how text after the video is numbered. progress: a bar on stderr.
+    "published" or "stock", how text after the video is numbered. progress: show a bar on stderr.
 
     Raises `UnsupportedModelError`, `VideoError`, `BudgetError` or `OptionError`, all of them `TieredKVError`.
     """
+    sampling = Sampling(fps, source_fps, max_frames, start, end)
     session = new_session(
         model,
         gpu_kv_gb=gpu_kv_gb,
@@ -63,7 +66,7 @@ def open_session(
         **options,
     )
     try:
-        session.ingest(video, fps=fps, source_fps=source_fps, max_frames=max_frames, start=start, end=end)
+        session.ingest(video, sampling)
     except BaseException:
         session.close()
         raise
@@ -80,7 +83,7 @@ def new_session(
     progress: bool = False,
     **options: Any,
 ) -> VideoSession:
-    """A session without a video yet; its `ingest` takes one. Options as in `open_session`."""
+    """A session without a video, for its `ingest`. Options as in `open_session`."""
     _check_tier_options(options)
     config = tier_config(tiers, {"gpu_kv_gb": gpu_kv_gb, **options})
     if positions not in get_args(Positions):
@@ -99,34 +102,32 @@ def load_session(
     progress: bool = False,
     **options: Any,
 ) -> VideoSession:
-    """Take up a session that `VideoSession.save` wrote; no video is decoded, encoded or prefilled.
+    """Load a session that `VideoSession.save` wrote; no video is decoded, encoded or prefilled.
 
-    The file is mapped, not read: each layer is read, and checked against its checksum, when it is first attended to. It
-    may be replaced meanwhile but not changed in place. model, processor: those the session was made with. video: if
-    given, the file or frames that the session must be of. gpu_kv_gb, options: fields of `TierConfig` that are to
-    differ from those saved.
+    The file is mapped: each layer is read, and verified against its checksum, when it is first attended to. It may be
+    replaced meanwhile but not changed in place. model, processor: those the session was made with. video: if given,
+    raise unless the session is of this file or these frames. gpu_kv_gb, options: fields of `TierConfig` to change from
+    those saved.
 
-    Raises `SessionError` when the file is no session, is damaged, or belongs to another model, processor or video;
+    Raises `SessionError` if the file is not a session, is damaged, or belongs to another model, processor or video;
     damage to a layer is found by the first question.
     """
     if "tiers" in options:
-        raise OptionError(
-            "'tiers' cannot be given: give those fields as keywords that are to differ from the saved ones."
-        )
-    if kept := sorted(options.keys() & (_OPENING - FIELDS)):
-        raise OptionError(f"{kept[0]!r} cannot be given: a saved session keeps how its video was read.")
+        raise OptionError("'tiers' cannot be given: give the fields to change from the saved ones as keywords.")
+    if fixed := sorted(options.keys() & (_OPENING - FIELDS)):
+        raise OptionError(f"{fixed[0]!r} cannot be given: a saved session keeps how its video was read.")
     given = {**options, **({} if gpu_kv_gb is None else {"gpu_kv_gb": gpu_kv_gb})}
     _check_tier_options(given)
     stored = tensor_file.read(path)
     tiers = session_file.tiers_of(stored, given)
-    begin = 0.0
+    first_picture = 0.0
     if video is not None:
-        source = open_video(video, DEFAULT_FPS)
-        session_file.check_video(stored, source)
-        begin = source.start
+        source = open_video(video, Sampling(DEFAULT_FPS))
+        session_file.check_same_video(stored, source)
+        first_picture = source.start
     model, processor = load(model, processor)
     session = VideoSession(model, processor, tiers, progress=progress)
-    session.restore(stored, begin)
+    session.restore(stored, first_picture)
     return session
 
 
@@ -149,9 +150,9 @@ def generate(
 ) -> Generation | AnswerStream:
     """Answer one question about one video: a session with a single question.
 
-    options: those of `open_session`, and those of `VideoSession.ask`: transformers' generation options, `trace` and
-    `evidence`. stream: return an iterator of the text's pieces, as `VideoSession.ask` does. Raises what these raise; an
-    unknown option raises `OptionError`, before anything is loaded.
+    options: those of `open_session` and of `VideoSession.ask`: transformers' generation options, `trace` and
+    `evidence`. stream: return an iterator of pieces of text, as `VideoSession.ask` does. Raises what these raise; an
+    unknown option raises `OptionError` before anything is loaded.
     """
     work = _single_question(model, video, prompt, gpu_kv_gb, stream, options)
     return AnswerStream(work) if stream else work.run(None)
@@ -174,11 +175,11 @@ def agenerate(
 def agenerate(
     model: Any, video: Any, prompt: str, gpu_kv_gb: float | None = None, *, stream: bool = False, **options: Any
 ) -> Any:
-    """`generate` for asyncio: to be awaited, or with `stream=True` to be iterated over with `async for`.
+    """`generate` for asyncio: await it, or with `stream=True` iterate over it with `async for`.
 
-    The event loop runs on meanwhile. Cancelling stops an ingest at its next chunk and decoding at its next step, and
-    frees the memory before the `CancelledError` arrives; a model that is being loaded is loaded to its end first.
-    Give a loaded model where answers are made at once: loading changes torch's default dtype, for all threads.
+    The event loop is not blocked. Cancelling stops an ingest at its next chunk and decoding at its next step, and
+    frees the memory before the `CancelledError` is raised; the loading of a model is not interrupted. Give a loaded
+    model if several answers are generated at once: loading changes torch's default dtype for all threads.
     """
     return answering(_single_question(model, video, prompt, gpu_kv_gb, stream, options), stream)
 
@@ -186,18 +187,18 @@ def agenerate(
 def _single_question(
     model: Any, video: Any, prompt: str, gpu_kv_gb: float | None, stream: bool, options: dict[str, Any]
 ) -> Work:
-    """What `generate` then does; raises at once what can be known before anything is loaded."""
+    """The work of `generate`; raises at once what can be known before anything is loaded."""
     opening = {name: value for name, value in options.items() if name in _OPENING}
     asking = {name: value for name, value in options.items() if name not in _OPENING}
-    source: dict[str, Any] = {"fps": None, "source_fps": None, "max_frames": None, "start": 0.0, "end": None}
-    source |= {name: opening.pop(name) for name in _VIDEO_OPTIONS & opening.keys()}
+    sampled = {name: opening.pop(name) for name in _VIDEO_OPTIONS & opening.keys()}
     streamer = options.get("streamer")
     with generation.ending_on_error(streamer):
         check_stream(stream, options)
         refuse_policy_fields(asking)
         generation.check_options(asking, also=(*_OPENING, "trace", "evidence"))
         check_prompt(prompt)
-        check_request(video, **source)
+        sampling = Sampling(**sampled)
+        check_video(video)
         check_wanted(asking.get("evidence", True))
 
     def run(job: Job | None) -> Generation:
@@ -206,14 +207,14 @@ def _single_question(
                 session = opened.enter_context(new_session(model, gpu_kv_gb=gpu_kv_gb, **opening))
                 if job is not None:
                     job.on_stop(session.stop)
-                session.ingest(video, question=prompt, max_new_tokens=session.new_tokens(asking), **source)
+                session.ingest(video, sampling, question=prompt, max_new_tokens=session.new_tokens(asking))
             return session.asking(prompt, asking, stream=stream).run(job)
 
     return Work(run)
 
 
 def check_question(prompt: str, options: dict[str, Any]) -> None:
-    """Raise `PromptError` or `OptionError` for a question that no session could answer, before anything is loaded."""
+    """Raise `PromptError` or `OptionError` for a question that no session could answer. Loads nothing."""
     generation.check_options(options)
     check_prompt(prompt)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any, overload
 
-from tieredkv.errors import BudgetError, OptionError, check, check_whole, is_number
+from tieredkv.errors import BudgetError, OptionError, check_value, check_whole, is_number
 from tieredkv.memory.units import GIB
 from tieredkv.policy.base import Policy
 from tieredkv.policy.presets import POLICIES
@@ -34,7 +34,7 @@ def find_policy(policy: str | Policy) -> Policy:
     if isinstance(policy, Policy):
         return policy
     known = isinstance(policy, str) and policy in POLICIES
-    check(known, "policy", policy, f"one of {', '.join(POLICIES)}, or a Policy")
+    check_value(known, "policy", policy, f"one of {', '.join(POLICIES)}, or a Policy")
     return POLICIES[policy]
 
 
@@ -79,7 +79,7 @@ class TierConfig:
 
     def __post_init__(self) -> None:
         def wanted(ok: bool, name: str, want: str, error: type[BudgetError | OptionError] = OptionError) -> None:
-            check(ok, name, getattr(self, name), want, error)
+            check_value(ok, name, getattr(self, name), want, error)
 
         device, host, ratio = self.gpu_kv_gb, self.host_kv_gb, self.budget_ratio
         size = "a number of GiB above 0 (fractions are allowed) and at most 2**20"

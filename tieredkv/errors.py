@@ -1,4 +1,4 @@
-"""Errors that the user can fix: one sentence that says what was wrong and what to do. And the checks of plain values.
+"""Errors that the user can fix, each a sentence that says what was wrong and what to do; and checks of plain values.
 
 The command line prints that sentence to stderr and exits with code 2.
 """
@@ -26,11 +26,11 @@ class UnsupportedModelError(TieredKVError, ValueError):
 
 
 class OptionError(TieredKVError, TypeError):
-    """An option is unknown, has a value it cannot have, or is not supported here."""
+    """An option is unknown, has a value out of its range, or is not supported here."""
 
 
 class PromptError(TieredKVError, ValueError):
-    """The prompt is empty, or holds a token that only the runtime may write."""
+    """The prompt is empty, or contains a token that only the runtime may write."""
 
 
 class SessionError(TieredKVError, ValueError):
@@ -45,7 +45,7 @@ class BatchError(TieredKVError, ValueError):
     """A file of questions or of answers cannot be used as it is; says which line, and what is wrong with it."""
 
 
-def check(ok: bool, name: str, value: object, want: str, error: type[TieredKVError] = OptionError) -> None:
+def check_value(ok: bool, name: str, value: object, want: str, error: type[TieredKVError] = OptionError) -> None:
     """Raise `error`, which names the value and what to give instead, unless `ok`."""
     if not ok:
         raise error(f"{name}={value!r} is not valid: give {want}.")
@@ -54,7 +54,7 @@ def check(ok: bool, name: str, value: object, want: str, error: type[TieredKVErr
 def check_whole(name: str, value: object, least: int = 1, error: type[TieredKVError] = OptionError) -> None:
     """Raise `error` unless `value` is a whole number of at least `least`; a bool is not."""
     whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
-    check(whole, name, value, f"a whole number of at least {least}", error)
+    check_value(whole, name, value, f"a whole number of at least {least}", error)
 
 
 def is_number(value: object) -> TypeGuard[float]:

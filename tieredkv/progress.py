@@ -1,4 +1,4 @@
-"""Progress bars on stderr."""
+"""Progress bars on stderr, and times as players show them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Progress = Callable[[int, int | None], None]
 """Called with units done and the total, None while the total is unknown."""
 
 SECONDS_BETWEEN = 0.2
-"""Least time between two drawings of what the stages are at."""
+"""Least time between two updates of the text beside the bar."""
 
 
 @contextmanager
@@ -28,47 +28,49 @@ def progress_bar(name: str, unit: str, shown: bool = True) -> Iterator[Progress]
 
 
 class IngestProgress:
-    """One bar for decoding, encoding and prefill: it counts what has come through all three.
+    """One bar for decoding, encoding and prefill: it counts tokens that have passed all three.
 
     Each of the three methods may be called from its stage's own thread.
     """
 
     def __init__(self, shown: bool, tokens: int, seconds: float | None) -> None:
-        """tokens: prompt tokens expected. seconds: length of the video, where known."""
+        """tokens: prompt tokens expected. seconds: length of the video, if known."""
         self._seconds, self._decoded, self._encoded = seconds, 0.0, 0
-        self._told = 0.0
+        self._updated_at = 0.0
         self._bar = tqdm(desc="ingest", unit=" tokens", total=tokens, disable=not shown, leave=True)
 
     def decoded(self, seconds: float) -> None:
-        """The decoder has come this far, in seconds of video."""
+        """The decoder has reached this second of the video."""
         self._decoded = seconds
-        self._tell()
+        self._update_text()
 
     def encoded(self, tokens: int) -> None:
-        """The vision tower has made this many tokens more."""
+        """The vision tower has produced this many more tokens."""
         self._encoded += tokens
-        self._tell()
+        self._update_text()
 
     def prefilled(self, tokens: int) -> None:
-        """The decoder model has taken this many tokens more."""
+        """This many more tokens are cached."""
         self._bar.update(tokens)
-        self._tell()
+        self._update_text()
 
-    def _tell(self) -> None:
-        if self._bar.disable or time.monotonic() < self._told + SECONDS_BETWEEN:
+    def _update_text(self) -> None:
+        if self._bar.disable or time.monotonic() < self._updated_at + SECONDS_BETWEEN:
             return
-        self._told = time.monotonic()
-        length = "" if self._seconds is None else f" of {_clock(self._seconds)}"
-        self._bar.set_postfix_str(f"decoded {_clock(self._decoded)}{length}, encoded {self._encoded:,}")
+        self._updated_at = time.monotonic()
+        length = "" if self._seconds is None else f" of {clock(self._seconds)}"
+        self._bar.set_postfix_str(f"decoded {clock(self._decoded)}{length}, encoded {self._encoded:,}")
 
     def close(self, complete: bool) -> None:
-        """End the bar. complete: everything came through, so that what is done is the total."""
+        """End the bar. complete: all tokens passed, so what is done is the total."""
         if complete:
             self._bar.total = self._bar.n
         self._bar.close()
 
 
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+def clock(seconds: float, hours: bool = False) -> str:
+    """Seconds as m:ss, or h:mm:ss from one hour on or if `hours`; fractions are dropped."""
+    minutes, rest = divmod(int(seconds + 1e-6), 60)
+    if hours or minutes >= 60:
+        return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+    return f"{minutes}:{rest:02}"

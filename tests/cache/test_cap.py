@@ -58,9 +58,9 @@ def test_the_ledger_counts_every_byte_of_pool_and_digests(llama, long_ids):
         assert held["digests"] == sum(
             s.retrieval.ranking_bytes for s in layers if s.retrieval is not None and s.retrieval.digests is not None
         )
-        tables = sum(t.numel() * 4 for s in layers for t in (s.table, s.lengths))
+        tables = sum(t.numel() * 4 for s in layers for t in (s.pages.table, s.pages.lengths))
         tables += sum(s.retrieval.residency.nbytes for s in layers if len(s.dynamic))
-        tables += layers[0].phase.chunk_mass.nbytes + sum(s.packing.norms.nbytes for s in layers)
+        tables += layers[0].phase.chunk_mass.nbytes + sum(s.pages.packing.norms.nbytes for s in layers)
         assert held["tables"] == tables
         assert set(held) <= {"pool", "digests", "tables"}
 
@@ -119,8 +119,8 @@ def test_pool_and_tables_stay_sound_while_decoding(llama, long_ids, data):
                     ):
                         if chunk >= 0:
                             want, pool = chunks[head, sinks + chunk], cache.device_tier.pools[0]
-                            if sealed.packing is not None:
-                                want, scales = pack(want, sealed.packing.norms[head].unsqueeze(1))
+                            if sealed.pages.packing is not None:
+                                want, scales = pack(want, sealed.pages.packing.norms[head].unsqueeze(1))
                                 assert torch.equal(pool.scales[slot], scales)
                             assert torch.equal(pool.pages[slot], want)
 

@@ -51,7 +51,7 @@ def test_going_back_forgets_a_step_that_broke_off(llama, long_ids, cache, monkey
 
 def test_more_tokens_than_there_is_room_for_are_refused(cache):
     sealed = cache.tiered_layers[0].sealed
-    room = 8 * sealed.phase.plan.layout.recent_pages - sealed.recent_tokens
+    room = 8 * sealed.phase.plan.layout.recent_pages - sealed.pages.recent_tokens
     for _ in range(room):
         cache.decoding.advance()
     with pytest.raises(BudgetError, match=f"room for {room} generated tokens and no more"):

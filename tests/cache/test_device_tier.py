@@ -11,6 +11,7 @@ from tieredkv.config import TierConfig
 from tieredkv.errors import UnsupportedModelError
 from tieredkv.memory.copies import ThreadCopies
 from tieredkv.memory.host import HostLayer
+from tieredkv.planning.prefill_plan import Call
 
 CPU = torch.device("cpu")
 
@@ -41,7 +42,7 @@ def test_the_first_tokens_stay_on_the_device_where_the_prompts_length_is_known(t
         made.keep_first_tokens(0, host, CPU)
     assert unknown.residents == {}
     assert known.residents[0].keys.shape == (2, 104, 16)
-    assert known.ledger.held()["resident"] == 2 * known.residents[0].keys.nbytes
+    assert known.ledger.by_purpose()["resident"] == 2 * known.residents[0].keys.nbytes
 
 
 def test_layers_that_begin_after_the_residents_were_dropped_keep_none(llama, tier):
@@ -49,12 +50,12 @@ def test_layers_that_begin_after_the_residents_were_dropped_keep_none(llama, tie
     tight = tier(prompt_tokens=900, gpu_kv_gb=cap_share(llama, 900, 1.2))
     tight.keep_first_tokens(0, host, CPU)
     assert set(tight.residents) == {0}
-    tight.make_room_for_scores(0, 900, rows=1)
+    tight.make_room_for_scores(Call(0, 900, rows=1))
     assert set(tight.residents) == {0}
-    tight.make_room_for_scores(3000, 100, rows=64)
+    tight.make_room_for_scores(Call(3000, 3100, rows=64))
     tight.keep_first_tokens(1, host, CPU)
     assert tight.residents == {}
-    assert tight.ledger.held() == {}
+    assert tight.ledger.by_purpose() == {}
 
 
 def test_residents_keep_what_fits_and_nothing_after_a_gap():
@@ -78,7 +79,7 @@ def test_decoding_ends_with_nothing_counted(tier):
     made = tier()
     pool = made.new_pool(3, torch.float32, CPU, packed=True)
     made.ledger.reserve("tables", 100)
-    assert made.ledger.held() == {"pool": pool.pages.nbytes + pool.scales.nbytes, "tables": 100}
+    assert made.ledger.by_purpose() == {"pool": pool.pages.nbytes + pool.scales.nbytes, "tables": 100}
     made.end_decoding()
     assert made.pools == []
-    assert made.ledger.held() == {}
+    assert made.ledger.by_purpose() == {}

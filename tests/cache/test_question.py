@@ -14,6 +14,7 @@ from tieredkv.cache.question import CONTEXT, Question
 from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.environment.versions import cache_argument
 from tieredkv.errors import OptionError
+from tieredkv.planning.prefill_plan import Call
 
 
 @pytest.mark.parametrize(
@@ -30,7 +31,7 @@ from tieredkv.errors import OptionError
     ],
 )
 def test_only_the_call_that_may_be_the_last_is_scored(question, past, new, rows):
-    assert question.scored_rows(past, new, text_window=64) == rows
+    assert question.call(past, new, text_window=64) == Call(past, past + new, rows)
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ import torch
 from helpers import assert_near, pressed, tier_options
 
 import tieredkv
+from tieredkv.cache.layer_pages import LayerPages
 from tieredkv.cache.prefill import TextRows
 from tieredkv.cache.question import Question
 from tieredkv.cache.seal import classify_heads, text_mask
-from tieredkv.cache.sealed_layer import SealedLayer
 from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.config import TierConfig
 from tieredkv.environment.versions import cache_argument
@@ -34,8 +34,7 @@ def rows(focused: list[bool], count: int) -> TextRows:
 
 
 def classified(of_layers: list[TextRows], share: float = 0.3, **options):
-    cap = share * TOKENS * SHAPE.token_bytes / GIB
-    tiers = TierConfig(**tier_options(gpu_kv_gb=cap, pack_pages=False, **options))
+    tiers = TierConfig(gpu_kv_gb=share * TOKENS * SHAPE.token_bytes / GIB, pack_pages=False, **tier_options(**options))
     return classify_heads(of_layers, SHAPE, tiers, sizes.lay_out(tiers, TOKENS, 16, 8), tiers.cap_bytes)
 
 
@@ -84,12 +83,12 @@ def test_a_fault_while_the_pool_is_filled_leaves_the_cache_in_prefill(llama, lon
     with torch.no_grad(), tieredkv.use_attention(llama), TieredCache(llama.config, **tier_options(**options)) as cache:
         llama(long_ids[:, :880], **cache_argument(cache))
         with monkeypatch.context() as patch:
-            patch.setattr(SealedLayer, "_fill_sinks", fail)
-            patch.setattr(SealedLayer, "_fill_static", fail)
+            patch.setattr(LayerPages, "fill_sinks", fail)
+            patch.setattr(LayerPages, "fill_static", fail)
             with pytest.raises(MemoryError):
                 cache.seal()
         assert not cache.sealed
-        assert cache.ledger.held() == {}
+        assert cache.ledger.by_purpose() == {}
         got = llama(long_ids[:, 880:], **cache_argument(cache)).logits
         cache.seal()
     assert_near(got, llama(long_ids).logits[:, 880:])

@@ -22,7 +22,7 @@ BAD = {
     "a budget too small": (["VIDEO", "what ?", "--gpu-kv-gb", "1e-5"], "the smallest that works is"),
     "no frames asked for": (["VIDEO", "what ?", "--max-frames", "0"], "max_frames=0 is not valid"),
     "no tokens asked for": (["VIDEO", "what ?", "--max-new-tokens", "0"], "max_new_tokens=0 is not valid"),
-    "half a character": (["VIDEO", "what \udced\udca0\udcbd"], "half a character ('\\udced' at place 6)"),
+    "half a character": (["VIDEO", "what \udced\udca0\udcbd"], "half a character ('\\udced' at position 6)"),
     "half a character of a file's name": (["half \ud83d.mp4", "what ?"], "no such file."),
     "half a character of a model's name": (["VIDEO", "what ?", "-m", "\ud83d"], "no usable model found there"),
     "no model there": (["VIDEO", "what ?", "-m", "/nowhere/model"], "no usable model found there"),
@@ -308,7 +308,7 @@ def test_a_session_that_appears_during_ingest_is_not_overwritten(monkeypatch, ca
 def test_a_number_of_tokens_is_not_sampled(monkeypatch, capsys):
     code, out, err = run(monkeypatch, capsys, "plan", "5000", "--fps", "3")
     assert (code, out) == (2, "")
-    assert "fps says nothing of a number of tokens" in err
+    assert "fps does not apply to a number of tokens" in err
 
 
 def test_a_share_too_small_for_a_short_demo_is_refused_naming_one_that_works(monkeypatch, capsys):

@@ -290,7 +290,7 @@ def test_under_autocast_logits_equal_those_of_stock_under_autocast(video_model, 
         stock = stock_logits(video_model, inputs, 1)
         with tieredkv.open_session(video_model, few, **tier_options(**options)) as session:
             ours = session_logits(session, QUESTION, 1)
-            assert session._cache.tiered_layers[0].host.dtype == dtype
+            assert session._cached.cache.tiered_layers[0].host.dtype == dtype
     # They round in different places: ours is as near to stock as stock is to float32.
     assert float((ours - stock).norm()) <= 2 * float((exact - stock).norm())
     assert float((ours - stock).norm()) < 0.1 * float(stock.norm())

@@ -23,6 +23,7 @@ from tieredkv.errors import TieredKVError
 from tieredkv.memory.copies import ThreadCopies
 from tieredkv.models.switch import use_attention
 from tieredkv.session.pipeline import Pipeline
+from tieredkv.video.frames import Sampling
 
 QUESTION = "what colour was the star ?"
 OPTIONS = {"max_new_tokens": 4, "min_new_tokens": 4}
@@ -303,13 +304,13 @@ def test_an_ingest_in_another_thread_is_lost_in_the_child(video_model, processor
         check(self)
 
     monkeypatch.setattr(Pipeline, "check", wait)
-    thread = threading.Thread(target=session.ingest, args=(frames,), kwargs={"fps": 4})
+    thread = threading.Thread(target=session.ingest, args=(frames, Sampling(fps=4)))
     thread.start()
     try:
         assert inside.wait(60)
         assert forked(session.close) == "None"
         assert "was at work in another thread" in forked(lambda: session.ask(QUESTION))
-        assert "was at work in another thread" in forked(lambda: session.ingest(frames, fps=4))
+        assert "was at work in another thread" in forked(lambda: session.ingest(frames, Sampling(fps=4)))
     finally:
         go_on.set()
         thread.join()

@@ -214,7 +214,7 @@ def test_recording_changes_no_logit_and_stays_under_the_cap(opened, settings, mo
     assert torch.equal(seen[0], seen[2])
     assert max(used) <= session.tiers.cap_bytes
     assert len(answer.evidence.tokens) == len(answer.token_ids)
-    assert session._cache.ledger.by_purpose() == {}
+    assert session._cached.cache.ledger.by_purpose() == {}
 
 
 @pytest.mark.parametrize("share", [0.6, 3.0])
@@ -256,7 +256,7 @@ def test_kernels_record_what_torch_records(llama, long_ids, kernels):
         with (
             tieredkv.use_attention(llama),
             torch.no_grad(),
-            TieredCache(llama.config, ops=ops, **tier_options(**options)) as cache,
+            TieredCache(llama.config, **tier_options(**options), ops=ops) as cache,
         ):
             cache.expect(Question(max_new_tokens=4, looks=Looks(8)))
             llama(long_ids, **cache_argument(cache))

@@ -5,20 +5,11 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
-import pytest
 from evidence_examples import evidence
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tieredkv.evidence import strip
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "0:00"), (59.99, "0:59"), (60, "1:00"), (3599, "59:59"), (3600, "1:00:00"), (9e4, "25:00:00")],
-)
-def test_seconds_are_shown_as_a_clock_shows_them(seconds, text):
-    assert strip.clock(seconds) == text
 
 
 def test_a_span_holds_its_moment_and_has_hours_on_both_sides_or_none():

@@ -131,9 +131,9 @@ def test_what_a_tokenizer_raises_is_a_prompt_error(own):
 
 
 HALVES = {
-    "half a pair": ("the moon \ud83d", "half a character ('\\ud83d' at place 10)"),
-    "a pair in two halves": ("\ud83d\ude00", "half a character ('\\ud83d' at place 1)"),
-    "a byte that is no text": ("caf\udce9", "half a character ('\\udce9' at place 4)"),
+    "half a pair": ("the moon \ud83d", "half a character ('\\ud83d' at position 10)"),
+    "a pair in two halves": ("\ud83d\ude00", "half a character ('\\ud83d' at position 1)"),
+    "a byte that is no text": ("caf\udce9", "half a character ('\\udce9' at position 4)"),
     "a null": ("what\0", "a null character"),
 }
 
@@ -142,7 +142,7 @@ HALVES = {
 def test_what_no_tokenizer_reads_is_refused(prompt, message):
     with pytest.raises(PromptError) as refusal:
         check_prompt(prompt)
-    assert f"the prompt holds {message}" in str(refusal.value)
+    assert f"the prompt contains {message}" in str(refusal.value)
     str(refusal.value).encode()  # or it could not be printed
 
 

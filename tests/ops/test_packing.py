@@ -197,7 +197,7 @@ def test_packing_at_the_seal_takes_less_than_the_cap_leaves(llama, policy, chunk
         llama(ids, **cache_argument(cache))
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             cache.seal()
-        assert cache.tiered_layers[0].sealed.packing is not None
+        assert cache.tiered_layers[0].sealed.pages.packing is not None
         live = peak = 0
         for event in profile.profiler.kineto_results.events():
             if event.name() == "[memory]":

@@ -13,53 +13,65 @@ from tieredkv.config import TierConfig
 from tieredkv.errors import BudgetError
 from tieredkv.memory.units import GIB, as_gib
 from tieredkv.models.kv_shape import KVShape
-from tieredkv.planning import admission, decode_plan, prefill_plan, sizes
+from tieredkv.planning import admission, decode_plan, forecast_bytes, prefill_plan, sizes
 from tieredkv.policy.presets import POLICIES
 
 SHAPE = KVShape(num_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16, itemsize=2)
 
 
-def decode_bytes(shape: KVShape, tiers: TierConfig, plan: decode_plan.DecodePlan, n_dynamic: int) -> int:
-    """What a plan will hold at once while decoding."""
-    pool = plan.pool_pages([*range(shape.num_layers)]) * sizes.page_bytes(shape, tiers, plan.packed)
-    scratch = plan.scratch_pages * sizes.scratch_page_bytes(shape, tiers, plan.packed)
-    return pool + scratch + sizes.beside_pool_bytes(shape, tiers, plan.layout, n_dynamic if plan.ranked else 0)
+@dataclasses.dataclass
+class Case:
+    tiers: TierConfig
+    layout: sizes.Layout
+    rows: int
+    scores: torch.Tensor
+    static: torch.Tensor
+    need: torch.Tensor | None
+
+    def plan(self, tiers: TierConfig) -> decode_plan.DecodePlan:
+        return decode_plan.plan_decode(SHAPE, tiers, self.layout, tiers.cap_bytes, self.scores, self.static, self.need)
 
 
 @st.composite
-def cases(draw: st.DrawFn):
+def cases(draw: st.DrawFn) -> Case:
+    """A prompt, settings, and heads that the policy might find."""
+    preset = POLICIES[draw(st.sampled_from([*POLICIES]))]
+    policy = dataclasses.replace(
+        preset, type_split=draw(st.floats(0.1, 1)), reuse_above=draw(st.sampled_from([0.5, 2.0]))
+    )
     tiers = TierConfig(
         gpu_kv_gb=draw(st.floats(1e-6, 2e-3)),
         chunk_tokens=draw(st.sampled_from([1, 8, 16, 32])),
         sink_tokens=draw(st.integers(0, 40)),
         recent_window=draw(st.integers(0, 70)),
         spare_ratio=draw(st.floats(0, 0.9)),
-        policy=dataclasses.replace(POLICIES["hybridkv"], type_split=draw(st.floats(0.1, 1))),
+        policy=policy,
         budget_ratio=draw(st.none() | st.floats(0.01, 1)),
         pack_pages=draw(st.booleans()),
     )
     tokens, new = draw(st.integers(1, 3000)), draw(st.integers(1, 100))
     rows = draw(st.integers(1, min(tokens, 80)))
     scores = torch.tensor(draw(st.lists(st.floats(0, 1), min_size=6, max_size=6))).view(3, 2)
-    return tiers, tokens, rows, new, scores
+    static = scores >= (policy.theta if policy.theta in (0.0, 2.0) else 0.5)
+    static[: policy.dense_layers] = True
+    need = draw(st.lists(st.integers(0, tokens + 1), min_size=12, max_size=12))
+    measured = torch.tensor(need).view(2, 3, 2) if policy.head_score == "coverage" else None
+    return Case(tiers, sizes.lay_out(tiers, tokens, rows, new), rows, scores, static, measured)
 
 
 @given(cases())
 @settings(max_examples=300, deadline=None)
 def test_a_plan_fits_the_cap_or_is_refused(case):
-    tiers, tokens, rows, new, scores = case
-    layout = sizes.lay_out(tiers, tokens, rows, new)
-    static = scores >= 0.5
+    tiers, layout, static = case.tiers, case.layout, case.static
     try:
-        plan = decode_plan.plan_decode(SHAPE, tiers, layout, tiers.cap_bytes, scores, static)
+        plan = case.plan(tiers)
     except BudgetError:
-        assert tiers.cap_bytes < admission.smallest_cap_bytes(SHAPE, tiers, layout, rows)
+        assert tiers.cap_bytes < admission.smallest_cap_bytes(SHAPE, tiers, layout, case.rows)
         return
-    n_dynamic = int((~static).sum())
-    assert decode_bytes(SHAPE, tiers, plan, n_dynamic) <= tiers.cap_bytes
+    assert sum(forecast_bytes.decode_bytes(SHAPE, tiers, plan, static).values()) <= tiers.cap_bytes
     assert (plan.pages[~static] == layout.sink_chunks + plan.slots[~static]).all()
     assert (plan.slots[static] == 0).all()
-    if n_dynamic and layout.retrievable:
+    if bool((~static).any()) and layout.retrievable:
         assert (plan.selected[~static] >= 1).all()
         assert (plan.selected <= plan.slots).all()
         assert int(plan.slots.max()) <= layout.retrievable
@@ -68,17 +80,14 @@ def test_a_plan_fits_the_cap_or_is_refused(case):
 @given(cases())
 @settings(max_examples=200, deadline=None)
 def test_the_smallest_cap_named_is_enough_and_less_is_refused(case):
-    tiers, tokens, rows, new, scores = case
-    layout = sizes.lay_out(tiers, tokens, rows, new)
+    tiers, layout, rows = case.tiers, case.layout, case.rows
     smallest = admission.smallest_cap_bytes(SHAPE, tiers, layout, rows)
-    enough = TierConfig(
-        gpu_kv_gb=float(as_gib(smallest)),
-        **{n: getattr(tiers, n) for n in ("chunk_tokens", "sink_tokens", "recent_window", "spare_ratio", "pack_pages")},
-    )
+    enough = dataclasses.replace(tiers, gpu_kv_gb=float(as_gib(smallest)))
     admission.check_cap(SHAPE, enough, layout, rows)
     scored = min(rows, tiers.policy.text_window)
-    assert prefill_plan.block_tokens(SHAPE, enough, tokens, scored, 0, staged=True) >= tiers.chunk_tokens
-    decode_plan.plan_decode(SHAPE, enough, layout, enough.cap_bytes, scores, scores >= 0.5)
+    block = prefill_plan.block_tokens(SHAPE, enough, layout.tokens, scored, 0, staged=True)
+    assert block >= tiers.chunk_tokens
+    case.plan(enough)
     less = dataclasses.replace(enough, gpu_kv_gb=(smallest - 1) / GIB)
     with pytest.raises(BudgetError, match="the smallest that works is"):
         admission.check_cap(SHAPE, less, layout, rows)

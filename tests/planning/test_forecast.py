@@ -6,26 +6,23 @@ import json
 import re
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
-import torch
 from command_line import run
-from helpers import cap_share, tier_options
+from helpers import tier_options
 
 from tieredkv.api import new_session
-from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.config import TierConfig
 from tieredkv.errors import BudgetError, OptionError, UnsupportedModelError, VideoError
-from tieredkv.memory import ledger, limits
+from tieredkv.memory import limits
 from tieredkv.memory.units import GIB
 from tieredkv.models import encode
 from tieredkv.models.families.base import VideoGrid
 from tieredkv.models.families.qwen2_5_vl import Qwen25VL
-from tieredkv.models.kv_shape import KVShape
-from tieredkv.planning import decode_plan, forecast, forecast_bytes
+from tieredkv.planning import forecast
 from tieredkv.planning.forecast import plan
 from tieredkv.planning.report import MemoryPlan
 from tieredkv.tiny.model import PATH, build_config
+from tieredkv.video.frames import Sampling
 
 QUESTION, NEW = "what colour was the star ?", 6
 SMALL = {"chunk_tokens": 8, "text_window": 16, "recent_window": 8, "prefill_chunk": 64}
@@ -69,11 +66,11 @@ def seven_billion():
 def film(monkeypatch, tmp_path):
     """A film of 600 s, 640x360, of which the header is all there is."""
 
-    def open_video(video, fps, *, source_fps=None, max_frames=None, start=0.0, end=None):
-        seconds = (600.0 if end is None else end) - start
-        expected = min(int(seconds * fps), max_frames or 10**9)
+    def open_video(video, sampling):
+        seconds = (600.0 if sampling.end is None else sampling.end) - sampling.start
+        expected = min(int(seconds * sampling.fps), sampling.max_frames or 10**9)
         return SimpleNamespace(
-            name=video, height=360, width=640, fps=fps, expected=expected, start=0.0, seconds=seconds
+            name=video, height=360, width=640, fps=sampling.fps, expected=expected, start=0.0, seconds=seconds
         )
 
     monkeypatch.setattr(forecast, "open_video", open_video)
@@ -141,84 +138,12 @@ def test_a_cap_beyond_the_cache_copies_nothing(seven_billion):
 # ---- against a session
 
 
-class Watch:
-    """What a session's cache really held: by purpose at the seal and at most, and what it was planned from."""
-
-    def __init__(self, monkeypatch):
-        self.most: dict[str, int] = {}
-        self.prefill = 0
-        self.sealed: dict[str, int] = {}
-        reserve, seal, plan_decode = ledger.DeviceLedger.reserve, TieredCache.seal, decode_plan.plan_decode
-
-        def watched_reserve(ledger, purpose, nbytes):
-            reserve(ledger, purpose, nbytes)
-            held = ledger.by_purpose()
-            self.most[purpose] = max(self.most.get(purpose, 0), held[purpose])
-            if not {"pool", "tables"} & set(held):
-                self.prefill = max(self.prefill, sum(held.values()))
-
-        def watched_seal(cache):
-            seal(cache)
-            self.sealed = cache.ledger.by_purpose()
-
-        def watched_plan(shape, tiers, layout, cap_bytes, scores, static, need=None):
-            made = plan_decode(shape, tiers, layout, cap_bytes, scores, static, need)
-            self.planned = (shape, tiers, made, static)
-            return made
-
-        monkeypatch.setattr(ledger.DeviceLedger, "reserve", watched_reserve)
-        monkeypatch.setattr(TieredCache, "seal", watched_seal)
-        monkeypatch.setattr(decode_plan, "plan_decode", watched_plan)
-
-
-@pytest.mark.parametrize(("theta", "static_share"), [(0.0, 1.0), (0.18, None), (2.0, 0.0)])
-@pytest.mark.parametrize("share", [0.7, 3.0])
-def test_every_purpose_takes_what_the_plan_says(
-    monkeypatch, video_model, processor, frames, theta, static_share, share
-):
-    film = np.concatenate([frames, frames, frames])
-    options = {"gpu_kv_gb": cap_share(video_model, 800, share), "policy": "paper", "theta": theta, **SMALL}
-    watch = Watch(monkeypatch)
-    with new_session(video_model, processor=processor, **tier_options(**options)) as session:
-        session.ingest(film, fps=4.0, question=QUESTION, max_new_tokens=NEW)
-        answer = session.ask(QUESTION, max_new_tokens=NEW)
-        tail = answer.stats.prompt_tokens - answer.stats.visual_tokens - session.head_tokens
-        streamed = session.ingest_stats.streamed_bytes + session._cache.device_tier.transfer.streamed_bytes
-        digests = sum(layer.digests.packed.nbytes for layer in session._cache.tiered_layers)
-        host = session._cache.host_bytes
-    real = forecast_bytes.decode_bytes(*watch.planned)
-    assert (answer.stats.static_heads > 0, answer.stats.dynamic_heads > 0) == (theta < 2, theta > 0)
-    made = plan(
-        video_model,
-        film,
-        processor=processor,
-        fps=4.0,
-        question_tokens=tail,
-        max_new_tokens=NEW,
-        static_share=0.5 if static_share is None else static_share,
-        **tier_options(**options),
-    )
-    pool = real["recent pages"] + real["static pages"] + real["retrieval pool"]
-    assert pool == watch.sealed["pool"]
-    for purpose in ("digests", "tables"):
-        assert real[purpose] == watch.sealed.get(purpose, 0)
-    assert real["ranking"] == watch.most.get("ranking", 0)
-    assert real["attention"] == watch.most["scratch"]
-    if static_share is not None:  # how far static heads' budgets differ, and so the width of tables, is not known ahead
-        assert made.decode == {**real, "tables": made.decode["tables"] if static_share else real["tables"]}
-    assert made.prompt_tokens == answer.stats.prompt_tokens
-    assert sum(made.prefill.values()) == watch.prefill
-    assert made.prefill["resident"] == watch.most.get("resident", 0)
-    assert made.prefill_copy_bytes == streamed
-    assert 0 <= made.host_bytes - host - digests < 0.1 * host
-
-
 def test_a_plan_refuses_with_the_cap_of_the_session(video_model, processor, frames):
     with (
         new_session(video_model, processor=processor, gpu_kv_gb=1e-5, **tier_options(**SMALL)) as session,
         pytest.raises(BudgetError) as refused,
     ):
-        session.ingest(frames, fps=4.0, question="?", max_new_tokens=NEW)
+        session.ingest(frames, Sampling(fps=4.0), question="?", max_new_tokens=NEW)
     tail = processor.tokenizer("<|vision_end|>?<|im_end|>\n<|im_start|>assistant\n").input_ids
     with pytest.raises(BudgetError) as planned:
         plan(
@@ -385,14 +310,6 @@ def test_the_command_refuses_in_one_sentence_with_exit_code_2(monkeypatch, capsy
     assert (code, out) == (2, "")
     assert message in err
     assert "Traceback" not in err
-
-
-def test_heads_assumed_static_are_spread_over_the_layers():
-    shape = KVShape(28, 28, 4, 128, 2)
-    static = forecast_bytes.assumed_static(shape, TierConfig(), 0.5)
-    assert static.sum(1).tolist() == [2] * 28
-    assert torch.equal(forecast_bytes.assumed_static(shape, TierConfig(), 0.0), torch.zeros(28, 4, dtype=torch.bool))
-    assert forecast_bytes.assumed_static(shape, TierConfig(), 1.0).all()
 
 
 @pytest.mark.parametrize(("policy", "static"), [("snapkv", 112), ("arkvale", 0), ("quest", 8), ("hybridkv", 56)])

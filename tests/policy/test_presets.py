@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import assert_near, cap_share, pressed, session_logits, stock_inputs, stock_logits, tier_options
-from test_policy import tokens
+from test_prune import tokens
 
 import tieredkv
 from tieredkv.cache.question import Question
@@ -72,7 +72,7 @@ def test_dense_layers_keep_everything_whatever_the_budget(llama, long_ids):
     with torch.no_grad(), tieredkv.use_attention(llama), TieredCache(llama.config, **tier_options(**options)) as cache:
         llama(long_ids, **cache_argument(cache))
         llama(long_ids[:, :1], **cache_argument(cache))
-        attended = [layer.sealed.lengths.sum(1).tolist() for layer in cache.tiered_layers]
+        attended = [layer.sealed.pages.lengths.sum(1).tolist() for layer in cache.tiered_layers]
     assert attended[0] == [901] * len(attended[0])
     assert max(attended[1]) < 200
 
@@ -200,7 +200,7 @@ def unseen(llama, long_ids, **options):
             layer = cache.tiered_layers[made.layer]
             layout, recent = layer.sealed.phase.plan.layout, 900 + made.step
             keys = layer.host.chunks()[:, :, 0].flatten(1, 2)[:, : layout.recent_start]
-            generated, _ = layer.sealed.generated_tokens()
+            generated, _ = layer.sealed.pages.generated_tokens()
             rest = layer.host.chunks()[:, :, 0].flatten(1, 2)[:, layout.recent_start : 900]
             keys = torch.cat((keys, rest, generated[:, : recent - 900]), dim=1)
             weights = (made.query @ keys.transpose(1, 2) * keys.shape[-1] ** -0.5).softmax(-1).mean(1)

@@ -20,7 +20,8 @@ from transformers import AsyncTextIteratorStreamer
 import tieredkv
 from tieredkv.errors import BudgetError, OptionError, PromptError, TieredKVError, VideoError
 from tieredkv.models.families import video_family
-from tieredkv.session import video_session as session_module
+from tieredkv.session import ingest
+from tieredkv.session.video_session import VideoSession
 
 pytestmark = pytest.mark.threads
 STAR, MOON = "what colour was the star ?", "follow the moon for 4 ?"
@@ -49,13 +50,13 @@ def opening(video_model, processor):
 @pytest.fixture
 def caches(monkeypatch):
     """Every cache that sessions make."""
-    made, make = [], session_module.TieredCache
+    made, make = [], ingest.TieredCache
 
     def recorded(*args, **options):
         made.append(make(*args, **options))
         return made[-1]
 
-    monkeypatch.setattr(session_module, "TieredCache", recorded)
+    monkeypatch.setattr(ingest, "TieredCache", recorded)
     return made
 
 
@@ -187,7 +188,7 @@ async def test_cancelling_stops_decoding_within_a_step(session, when_stopped, st
     assert gate.steps == 2
     assert "tieredkv-answer" not in our_threads()
     assert session.history == ()
-    assert session._cache.ledger.used_bytes == 0
+    assert session._cached.cache.ledger.used_bytes == 0
     assert (await session.aask(STAR, max_new_tokens=4)).token_ids == want
     assert gate.steps == 2
 
@@ -210,7 +211,7 @@ async def test_cancelling_twice_still_waits_for_the_last_step(session):
 async def test_cancelling_agenerate_in_its_ingest_stops_it_and_frees_everything(
     video_model, frames, opening, caches, monkeypatch, stream
 ):
-    family, stop = type(video_family(video_model.config)), session_module.VideoSession.stop
+    family, stop = type(video_family(video_model.config)), VideoSession.stop
     decode, calls, begun, go_on = family.decode, [], threading.Event(), threading.Event()
 
     def slow(self, *args):
@@ -225,7 +226,7 @@ async def test_cancelling_agenerate_in_its_ingest_stops_it_and_frees_everything(
         go_on.set()
 
     monkeypatch.setattr(family, "decode", slow)
-    monkeypatch.setattr(session_module.VideoSession, "stop", stopping)
+    monkeypatch.setattr(VideoSession, "stop", stopping)
 
     async def work() -> None:
         if stream:
@@ -250,7 +251,7 @@ async def test_a_question_cancelled_while_it_waits_for_its_turn_ends_at_once(ses
     await reached(gate, 1)
     second = asyncio.create_task(session.aask(STAR))
     await asyncio.sleep(0)
-    assert len(session._line) == 2
+    assert len(session._turns.line) == 2
     second.cancel()
     with pytest.raises(asyncio.CancelledError):
         await second
@@ -378,4 +379,4 @@ async def test_the_event_loop_is_never_blocked(video_model, frames, opening, mon
             with modules_that_run_here() as modules:
                 await work
         assert {"decode", "logits"} <= seen
-    assert modules == {"aio", "ambient", "stream"}  # the second notes what is set here, for the thread
+    assert modules == {"aio", "ambient", "job", "stream"}  # the second notes what is set here, for the thread

@@ -14,8 +14,9 @@ import tieredkv
 from tieredkv.api import new_session
 from tieredkv.errors import TieredKVError, VideoError
 from tieredkv.models.families.qwen2_5_vl import Qwen25VL
+from tieredkv.session.ingest import Ingest
 from tieredkv.session.pipeline import Pipeline
-from tieredkv.video.frames import open_video
+from tieredkv.video.frames import Sampling, open_video
 
 pytestmark = pytest.mark.files
 
@@ -47,7 +48,7 @@ def film(tmp_path_factory):
 )
 def test_a_file_gives_the_logits_of_stock_transformers(video_model, processor, film, sampling, prefill_chunk):
     """Chunks that divide the prompt and chunks that do not, over frame counts that are even and odd."""
-    sampled = open_video(film, **sampling)
+    sampled = open_video(film, Sampling(**sampling))
     frames = np.stack(list(sampled.frames()))
     stock = stock_logits(video_model, stock_inputs(processor, frames, QUESTION, sampled.fps), 3)
     with tieredkv.open_session(
@@ -82,7 +83,7 @@ def test_segments_of_any_size_give_the_features_of_the_whole(video_model, proces
     session = new_session(video_model, gpu_kv_gb=1, processor=processor, encode_batch=encode_batch)
     with session:
         session.template.family = Recording()
-        session.ingest(frames[:61], fps=4)
+        session.ingest(frames[:61], Sampling(fps=4))
         assert len(seen) > 1 or encode_batch > 240
     assert_near(torch.cat(seen), whole)
 
@@ -155,15 +156,15 @@ def test_frames_are_never_all_held(video_model, processor, frames, monkeypatch):
                 yield frame
 
     monkeypatch.setattr(Qwen25VL, "decode", slow_decode)
-    monkeypatch.setattr("tieredkv.session.video_session.Pipeline", WatchedPipeline)
+    monkeypatch.setattr("tieredkv.session.ingest.Pipeline", WatchedPipeline)
     monkeypatch.setattr(
-        "tieredkv.session.video_session.open_video", lambda *args, **kw: Counting(open_video(*args, **kw))
+        "tieredkv.session.ingest.open_video", lambda *args, **kw: Counting(open_video(*args, Sampling(**kw)))
     )
     with new_session(video_model, gpu_kv_gb=1, processor=processor, prefill_chunk=32, encode_batch=16) as session:
-        worker = threading.Thread(target=session.ingest, args=(long,), kwargs={"fps": 4})
+        worker = threading.Thread(target=session.ingest, args=(long, Sampling(fps=4)))
         worker.start()
         assert waiting.wait(PATIENCE_S)
-        session._pipeline.wait_for("decode", "encode")
+        session._ingest.pipeline.wait_for("decode", "encode")
         segment = 8  # frames: 16 tokens at four tokens per two frames
         held = given[0]
         go.set()
@@ -180,9 +181,9 @@ def test_a_file_that_stops_midway_ends_the_ingest_and_leaves_the_session_usable(
     short.write_bytes(short.read_bytes()[: int(short.stat().st_size * 0.6)])
     with new_session(video_model, gpu_kv_gb=1, processor=processor, prefill_chunk=32) as session:
         with pytest.raises(VideoError, match=r"short\.mkv: decoding stopped at [\d.]+ s"):
-            session.ingest(short, fps=4)
+            session.ingest(short, Sampling(fps=4))
         assert stage_threads() == []
-        session.ingest(frames[:8], fps=4)
+        session.ingest(frames[:8], Sampling(fps=4))
         assert session.ask(QUESTION, max_new_tokens=2).token_ids
 
 
@@ -238,7 +239,7 @@ def test_closing_from_another_thread_stops_an_ingest_promptly(video_model, proce
 
     def ingest() -> None:
         try:
-            session.ingest(np.concatenate([frames] * 10), fps=4)
+            session.ingest(np.concatenate([frames] * 10), Sampling(fps=4))
         except TieredKVError as error:
             raised.append(str(error))
 
@@ -252,7 +253,25 @@ def test_closing_from_another_thread_stops_an_ingest_promptly(video_model, proce
     assert stage_threads() == []
 
 
-def test_the_stages_times_are_told(video_model, processor, film):
+def test_closing_just_before_an_ingest_begins_stops_it_before_the_video_is_opened(
+    video_model, processor, frames, monkeypatch
+):
+    class Late(Ingest):
+        def __init__(self, *args):
+            session.stop()
+            super().__init__(*args)
+
+    def forbidden(*args):
+        raise AssertionError("the video was opened")
+
+    monkeypatch.setattr("tieredkv.session.video_session.Ingest", Late)
+    monkeypatch.setattr("tieredkv.session.ingest.open_video", forbidden)
+    session = new_session(video_model, gpu_kv_gb=1, processor=processor)
+    with pytest.raises(TieredKVError, match="closed while its video was being ingested"):
+        session.ingest(frames, Sampling(fps=4))
+
+
+def test_the_stages_times_are_measured(video_model, processor, film):
     with tieredkv.open_session(video_model, film, gpu_kv_gb=1, processor=processor, fps=8) as session:
         stats = session.ingest_stats
         plain = stats.as_dict()

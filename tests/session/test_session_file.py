@@ -16,6 +16,7 @@ from tieredkv.api import new_session
 from tieredkv.errors import BudgetError, OptionError, SessionError, TieredKVError
 from tieredkv.models.families.qwen2_5_vl import Qwen25VL
 from tieredkv.storage import tensor_file
+from tieredkv.video.frames import Sampling
 
 STAR, MOON = "what colour was the star ?", "follow the moon for 4 ?"
 
@@ -66,7 +67,7 @@ def test_taking_it_up_needs_no_video_and_prefills_none_of_it(kept, video_model, 
 
     decoded = []
     decode = Qwen25VL.decode
-    monkeypatch.setattr("tieredkv.session.video_session.open_video", forbidden)
+    monkeypatch.setattr("tieredkv.session.ingest.open_video", forbidden)
     monkeypatch.setattr(Qwen25VL, "encode", forbidden)
     monkeypatch.setattr(
         Qwen25VL, "decode", lambda self, model, e, *rest: decoded.append(e.shape[1]) or decode(self, model, e, *rest)
@@ -324,12 +325,12 @@ def test_a_session_without_a_video_or_closed_cannot_be_saved(video_model, proces
 
 def test_a_loaded_session_takes_no_second_video(kept, video_model, processor, frames):
     with load(kept[0], video_model, processor) as session, pytest.raises(TieredKVError, match="has its video already"):
-        session.ingest(frames, fps=4)
+        session.ingest(frames, Sampling(fps=4))
 
 
 def test_closing_lets_go_of_the_mapped_file(kept, video_model, processor):
     session = load(kept[0], video_model, processor)
-    mapped = weakref.ref(session._cache.tiered_layers[0].host._arena)
+    mapped = weakref.ref(session._cached.cache.tiered_layers[0].host._arena)
     session.ask(STAR, max_new_tokens=2)
     session.close()
     gc.collect()
@@ -421,8 +422,11 @@ def test_a_file_that_counts_from_the_first_picture_is_put_on_the_files_clock(
     film = with_sound(tmp_path / "late.mp4", frames[:40], begin=5)
     options = {"processor": processor}
     with tieredkv.open_session(video_model, film, fps=4, gpu_kv_gb=1, **options) as session:
-        del session._about_video["clock"]
-        session._about_video["start"] = 0.0
-        session.save(tmp_path / "old.tkv")
+        session.save(tmp_path / "now.tkv")
+    stored = tensor_file.read(tmp_path / "now.tkv")
+    facts = stored.manifest["session"]["video"]
+    assert facts.pop("clock") == "file"
+    facts["start"] = 0.0
+    tensor_file.write(tmp_path / "old.tkv", stored.manifest, {name: stored.tensor(name) for name in stored.names})
     with tieredkv.load_session(tmp_path / "old.tkv", video_model, video=film, **options) as again:
         assert again.ask("what colour was the star ?", max_new_tokens=2).evidence.start == pytest.approx(5.0, abs=0.1)

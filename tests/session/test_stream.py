@@ -9,14 +9,11 @@ import threading
 import pytest
 import torch
 from helpers import PATIENCE_S, Gate, ended, pressed, tier_options
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from transformers import TextIteratorStreamer
 
 import tieredkv
 from tieredkv.errors import BudgetError, OptionError, PromptError, TieredKVError, VideoError
 from tieredkv.session import generation
-from tieredkv.session.stream import Pieces
 
 pytestmark = pytest.mark.threads
 STAR, MOON = "what colour was the star ?", "follow the moon for 4 ?"
@@ -150,7 +147,7 @@ def test_an_interrupt_while_waiting_for_a_piece_stops_the_work(session):
     gate.open()
     with pytest.raises(KeyboardInterrupt):
         next(stream)
-    assert session._line == type(session._line)()
+    assert session._turns.line == type(session._turns.line)()
     assert session.ask(STAR, max_new_tokens=2).token_ids
 
 
@@ -272,7 +269,7 @@ def test_closing_the_session_stops_its_streams_and_tells_their_readers(session, 
     waiting = session.ask(MOON, max_new_tokens=4, stream=True)
     next(running)
     when_stopped(session, gate.open)
-    cache = session._cache
+    cache = session._cached.cache
     session.close()
     assert gate.steps <= 2
     assert cache.ledger.used_bytes == cache.host_bytes == 0
@@ -320,54 +317,3 @@ print("half read", file=sys.stderr)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=2 * PATIENCE_S)
     _, half_read, at_the_end = done.stderr.partition("half read\n")
     assert (done.returncode, half_read, at_the_end) == (0, "half read\n", ""), done.stderr
-
-
-def pieces_of(tokenizer, ids: list[int]) -> tuple[list[str], str]:
-    def text(token_ids: list[int]) -> str:
-        return tokenizer.decode(token_ids, skip_special_tokens=True).strip()
-
-    got: list[str] = []
-    pieces = Pieces(text, got.append)
-    pieces.put(torch.tensor([[1, 2, 3]]))
-    for token in ids:
-        pieces.put(torch.tensor([token]))
-    pieces.finish(text(ids))
-    return got, text(ids)
-
-
-def test_no_piece_ends_inside_a_character(byte_tokenizer):
-    ids = byte_tokenizer("  Grüße, 世界 👩‍👩‍👧 !\n").input_ids
-    assert len(ids) > 30
-    pieces, text = pieces_of(byte_tokenizer, ids)
-    assert "".join(pieces) == text == "Grüße, 世界 👩‍👩‍👧 !"
-    assert "\N{REPLACEMENT CHARACTER}" not in text
-    assert pieces[:4] == ["G", "r", "ü", "ß"]
-    assert pieces[6:8] == [" 世", "界"]
-
-
-def test_an_answer_that_breaks_off_inside_a_character_is_given_whole(byte_tokenizer):
-    ids = byte_tokenizer("ab 世").input_ids[:-1]
-    pieces, text = pieces_of(byte_tokenizer, ids)
-    assert "".join(pieces) == text == "ab \N{REPLACEMENT CHARACTER}"
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(0, 255), max_size=40))
-def test_pieces_of_any_bytes_are_the_text(byte_tokenizer, ids):
-    pieces, text = pieces_of(byte_tokenizer, ids)
-    assert "".join(pieces) == text
-
-
-def test_pieces_of_a_tokenizer_that_falls_back_to_bytes_are_the_text():
-    from tokenizers import Tokenizer, decoders, models
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {"<unk>": 0, "▁go": 1, **{f"<0x{byte:02X}>": byte + 2 for byte in range(256)}}
-    made = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    made.decoder = decoders.Sequence(steps)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made)
-    ids = [1, *(byte + 2 for byte in "€世".encode()), 1]
-    pieces, text = pieces_of(tokenizer, ids)
-    assert "".join(pieces) == text == "go€世 go"
-    assert pieces == ["go", "€", "世", " go"]

@@ -179,7 +179,7 @@ def test_a_streamer_that_fails_leaves_the_session_usable(opened):
 
 def test_a_closed_session_frees_its_memory_and_refuses_work(opened):
     session = opened()
-    cache, threads = session._cache, threading.active_count()
+    cache, threads = session._cached.cache, threading.active_count()
     session.close()
     session.close()
     assert cache.host_bytes == 0
@@ -223,7 +223,7 @@ def test_a_streamer_is_ended_when_the_question_is_refused(opened):
 def test_a_copy_that_fails_reaches_the_asker_and_leaves_the_session_usable(opened, monkeypatch):
     session = opened(theta=2.0, reuse_above=-1.0)
     want = session.ask(MOON, max_new_tokens=6).token_ids
-    prefetcher = session._cache.device_tier.copies
+    prefetcher = session._cached.cache.device_tier.copies
 
     def fail() -> int:
         raise OSError("the copy failed")
@@ -233,7 +233,7 @@ def test_a_copy_that_fails_reaches_the_asker_and_leaves_the_session_usable(opene
         with pytest.raises(OSError, match="the copy failed"):
             session.ask(MOON, max_new_tokens=6)
     assert session.ask(MOON, max_new_tokens=6).token_ids == want
-    assert session._cache.ledger.used_bytes == 0
+    assert session._cached.cache.ledger.used_bytes == 0
 
 
 def test_an_interrupt_in_the_middle_of_decoding_leaves_the_session_usable(opened, video_model, monkeypatch):

@@ -14,7 +14,7 @@ from helpers import ended
 
 from tieredkv.errors import VideoError
 from tieredkv.video.clock import Clock
-from tieredkv.video.frames import load_frames, open_video
+from tieredkv.video.frames import Sampling, load_frames, open_video
 
 pytestmark = pytest.mark.files
 
@@ -28,7 +28,7 @@ def outcome(path: Path, fps: float = 2, **options) -> tuple[int, str | None]:
 
     def run() -> None:
         try:
-            for picture in open_video(path, fps, **options).frames():
+            for picture in open_video(path, Sampling(fps, **options)).frames():
                 shapes.append(picture.shape)
                 assert len(shapes) < BOUND
         except BaseException as error:  # noqa: BLE001  checked below
@@ -116,7 +116,7 @@ def test_an_empty_file_is_refused(tmp_path):
     path = tmp_path / "empty.mkv"
     path.touch()
     with pytest.raises(VideoError, match=r"empty\.mkv: not a readable video file"):
-        open_video(path, 1)
+        open_video(path, Sampling(1))
 
 
 def test_a_file_with_sound_only_is_refused(tmp_path):
@@ -127,7 +127,7 @@ def test_a_file_with_sound_only_is_refused(tmp_path):
         frame.rate = 8000
         output.mux(stream.encode(frame))
     with pytest.raises(VideoError, match=r"sound\.mkv: there is no video stream"):
-        open_video(path, 1)
+        open_video(path, Sampling(1))
 
 
 def test_a_header_without_frames_is_refused_when_opened(tmp_path, whole):
@@ -135,7 +135,7 @@ def test_a_header_without_frames_is_refused_when_opened(tmp_path, whole):
     path = tmp_path / "header.mp4"
     path.write_bytes(stored[: stored.index(b"mdat") + 4])
     with pytest.raises(VideoError, match=r"header\.mp4: its video stream has no frame"):
-        open_video(path, 1)
+        open_video(path, Sampling(1))
 
 
 def test_a_missing_count_of_frames_is_not_needed(tmp_path, whole):
@@ -150,13 +150,13 @@ def test_a_codec_without_a_decoder_is_refused(tmp_path, steady):
     path = tmp_path / "unknown.mkv"
     path.write_bytes(steady.read_bytes().replace(b"V_MPEG4/ISO/AVC", b"V_XXXXX/ISO/AVC"))
     with pytest.raises(VideoError, match=r"unknown\.mkv: FFmpeg has no decoder"):
-        open_video(path, 1)
+        open_video(path, Sampling(1))
 
 
 def test_a_file_removed_after_it_was_opened_is_named(tmp_path, steady):
     path = tmp_path / "gone.mkv"
     path.write_bytes(steady.read_bytes())
-    source = open_video(path, 1)
+    source = open_video(path, Sampling(1))
     path.unlink()
     with pytest.raises(VideoError, match=r"gone\.mkv: the file was removed after it was opened"):
         next(source.frames())
@@ -167,7 +167,7 @@ def test_a_file_removed_after_it_was_opened_is_named(tmp_path, steady):
 def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path, whole):
     path = tmp_path / "shrinking.ts"
     path.write_bytes(whole["cut.ts"].read_bytes())
-    frames = open_video(path, 10).frames()
+    frames = open_video(path, Sampling(10)).frames()
     next(frames)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(VideoError, match=r"shrinking\.ts: decoding stopped at [\d.]+ s \(it shrank"):
@@ -185,7 +185,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path, whole):
 )
 def test_any_size_of_picture_is_read(tmp_path, name, codec, pixels, width, height):
     path = write(tmp_path / name, greys(10, height, width), codec, pixels=pixels)
-    source = open_video(path, 5)
+    source = open_video(path, Sampling(5))
     assert (source.width, source.height) == (width, height)
     pictures = list(source.frames())
     assert {picture.shape for picture in pictures} == {(height, width, 3)}
@@ -219,7 +219,7 @@ def test_a_display_matrix_rotates_pictures(tmp_path, degrees, fps):
     picture = np.zeros((48, 64, 3), np.uint8)
     picture[:24, :32] = 220  # upper left
     flat = write(tmp_path / "flat.mp4", [picture] * 100, g="5")
-    source = open_video(rotated(tmp_path / "rotated.mp4", flat, degrees), fps)
+    source = open_video(rotated(tmp_path / "rotated.mp4", flat, degrees), Sampling(fps))
     expected = np.rot90(picture, -degrees // 90)
     assert (source.height, source.width) == expected.shape[:2]
     for shown in source.frames():
@@ -240,7 +240,7 @@ def test_joined_recordings_whose_clock_restarts_follow_each_other(tmp_path):
     part = write(tmp_path / "part.ts", numbered(30), g="10").read_bytes()
     path = tmp_path / "joined.ts"
     path.write_bytes(part + part)
-    source = open_video(path, 5)
+    source = open_video(path, Sampling(5))
     assert source.seconds == pytest.approx(6, abs=0.3)
     pictures = numbers(source.frames())
     assert pictures == [*range(0, 30, 2), *range(0, 30, 2)]
@@ -296,7 +296,7 @@ def test_a_jump_far_forward_is_an_error_that_names_it(tmp_path, stated):
 def test_the_video_begins_at_a_late_first_frame(tmp_path, steady):
     """Matroska states the time at which the video ends, not its length."""
     path = retime(tmp_path / "late.mkv", steady, [30 + i / 10 for i in range(40)])
-    source = open_video(path, 10, max_frames=20)
+    source = open_video(path, Sampling(10, max_frames=20))
     assert (source.expected, source.fps) == (20, pytest.approx(5))
     assert numbers(source.frames()) == list(range(0, 40, 2))
 
@@ -316,7 +316,7 @@ def test_a_picture_that_is_shown_long_is_repeated(tmp_path, steady):
 def test_a_length_that_is_not_stated_is_found_in_the_packets(tmp_path, name, codec, format):
     flags = {"movflags": "frag_keyframe+empty_moov"} if format == "mp4" else {}
     path = write(tmp_path / name, numbered(60), codec, format=format, pipe=True, flags=flags, g="5")
-    source = open_video(path, 10, max_frames=6)
+    source = open_video(path, Sampling(10, max_frames=6))
     assert source.seconds == pytest.approx(6, abs=0.15)
     assert (source.expected, source.fps) == (6, pytest.approx(1, rel=0.03))
     assert numbers(source.frames()) == pytest.approx([0, 10, 20, 30, 40, 50], abs=1)
@@ -325,12 +325,12 @@ def test_a_length_that_is_not_stated_is_found_in_the_packets(tmp_path, name, cod
 def test_a_stated_length_is_not_searched_in_the_packets(whole, monkeypatch):
     monkeypatch.setattr("tieredkv.video.length._scan", None)
     for kind in ("plain.mp4", "cut.mkv", "cut.avi", "cut.webm"):
-        assert open_video(whole[kind], 2).expected == 40
+        assert open_video(whole[kind], Sampling(2)).expected == 40
 
 
 def test_frames_without_times_are_counted(tmp_path):
     path = write(tmp_path / "raw.h264", numbered(40), format="h264", rate=20)
-    source = open_video(path, 5)
+    source = open_video(path, Sampling(5))
     assert source.expected == 10
     assert numbers(source.frames()) == list(range(0, 40, 4))
 
@@ -339,7 +339,7 @@ def test_an_impossible_length_is_ignored(tmp_path, steady):
     path = tmp_path / "endless.mkv"
     path.write_bytes(steady.read_bytes())
     set_length(path, b"9999999:00:00.0000")
-    assert open_video(path, 2).expected == 8
+    assert open_video(path, Sampling(2)).expected == 8
 
 
 # ---- unusual names and streams
@@ -348,7 +348,7 @@ def test_an_impossible_length_is_ignored(tmp_path, steady):
 def test_a_name_with_a_colon_is_a_file(tmp_path, monkeypatch, steady):
     (tmp_path / "12:30.mkv").write_bytes(steady.read_bytes())
     monkeypatch.chdir(tmp_path)
-    assert len(load_frames("12:30.mkv", 1).pixels) == 4
+    assert len(load_frames("12:30.mkv", Sampling(1)).pixels) == 4
 
 
 def test_a_cover_is_not_the_video(tmp_path):
@@ -366,4 +366,4 @@ def test_a_cover_is_not_the_video(tmp_path):
         output.mux(sound.encode(frame))
         output.mux(sound.encode())
     with pytest.raises(VideoError, match=r"song\.mp3: there is no video stream"):
-        open_video(path, 1)
+        open_video(path, Sampling(1))

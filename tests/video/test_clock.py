@@ -11,7 +11,7 @@ import pytest
 from films import numbered, numbers, sample, write
 
 from tieredkv.video.clock import Clock
-from tieredkv.video.frames import open_video
+from tieredkv.video.frames import Sampling, open_video
 from tieredkv.video.length import Times
 
 pytestmark = pytest.mark.files
@@ -67,7 +67,7 @@ def test_an_mp4_without_presentation_times_is_read_in_order(tmp_path):
 
 @pytest.mark.parametrize("name", ["v.mkv", "v.mp4", "v.ts", "v.flv"])
 def test_stored_presentation_times_are_used(tmp_path, name):
-    source = open_video(write(tmp_path / name, numbered(60), **B_FRAMES), 10)
+    source = open_video(write(tmp_path / name, numbered(60), **B_FRAMES), Sampling(10))
     assert source._film.times.delay is None
     assert numbers(source.frames()) == list(range(60))
 

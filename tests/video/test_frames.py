@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tieredkv.errors import VideoError
-from tieredkv.video.frames import load_frames, open_video
+from tieredkv.video.frames import Sampling, load_frames, open_video
 
 
 def write(path: Path, times: list[float], size: int = 64, codec: str = "libx264", **container: str) -> Path:
@@ -52,7 +52,7 @@ def test_all_containers_give_the_same_frames(tmp_path, suffix):
             output.mux(stream.encode())
     else:
         write(path, [i / 10 for i in range(20)], codec=codec)
-    frames = load_frames(path, fps=2.5)
+    frames = load_frames(path, Sampling(fps=2.5))
     assert frames.pixels.shape[1:] == (64, 64, 3)
     assert shown(frames)[:5] == [0, 4, 8, 12, 16]
 
@@ -60,32 +60,25 @@ def test_all_containers_give_the_same_frames(tmp_path, suffix):
 def test_a_variable_rate_is_sampled_by_time_not_by_count(tmp_path):
     """The frame shown at each sampling time, although half of the frames are in the first second."""
     times = [i / 10 for i in range(10)] + [1 + i for i in range(10)]
-    frames = load_frames(write(tmp_path / "vfr.mkv", times), fps=2)
+    frames = load_frames(write(tmp_path / "vfr.mkv", times), Sampling(fps=2))
     assert shown(frames)[:8] == [0, 5, 10, 10, 11, 11, 12, 12]
 
 
 def test_a_rate_above_the_files_repeats_frames(tmp_path):
-    frames = load_frames(write(tmp_path / "slow.mp4", [0.0, 1.0, 2.0]), fps=4)
+    frames = load_frames(write(tmp_path / "slow.mp4", [0.0, 1.0, 2.0]), Sampling(fps=4))
     assert shown(frames)[:8] == [0, 0, 0, 0, 1, 1, 1, 1]
 
 
 def test_max_frames_are_spread_over_the_whole_video(tmp_path):
     """The video ends at 1.901 s, a millisecond after its last frame."""
-    frames = load_frames(write(tmp_path / "v.mp4", [i / 10 for i in range(20)]), fps=10, max_frames=4)
+    frames = load_frames(write(tmp_path / "v.mp4", [i / 10 for i in range(20)]), Sampling(fps=10, max_frames=4))
     assert shown(frames) == [0, 4, 9, 14]
     assert frames.fps == pytest.approx(4 / 1.901)
 
 
-def test_progress_ends_at_the_number_of_frames(tmp_path):
-    seen = []
-    path = write(tmp_path / "v.mp4", [i / 10 for i in range(20)])
-    frames = load_frames(path, fps=5, progress=lambda done, total: seen.append((done, total)))
-    assert seen[-1] == (len(frames.pixels), len(frames.pixels))
-
-
 def test_arrays_are_resampled_to_another_rate():
     video = np.arange(20, dtype=np.uint8).reshape(20, 1, 1, 1).repeat(3, axis=3)
-    frames = load_frames(video, fps=2, source_fps=5)
+    frames = load_frames(video, Sampling(fps=2, source_fps=5))
     assert frames.pixels[:, 0, 0, 0].tolist() == [0, 2, 5, 7, 10, 12, 15, 17]
 
 
@@ -106,23 +99,23 @@ def test_arrays_are_resampled_to_another_rate():
 )
 def test_arrays_that_are_no_video_are_refused(video, message):
     with pytest.raises(VideoError, match=message):
-        load_frames(video, fps=1)
+        load_frames(video, Sampling(fps=1))
 
 
 @pytest.mark.parametrize("fps", [0, -2, float("nan"), float("inf"), "2", True, None])
 def test_an_invalid_rate_is_refused(fps):
     with pytest.raises(VideoError, match=r"fps=.* is not valid"):
-        load_frames(np.zeros((3, 8, 8, 3), np.uint8), fps=fps)
+        load_frames(np.zeros((3, 8, 8, 3), np.uint8), Sampling(fps=fps))
 
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(VideoError, match=r"gone\.mp4: no such file"):
-        load_frames(tmp_path / "gone.mp4", fps=1)
+        load_frames(tmp_path / "gone.mp4", Sampling(fps=1))
 
 
 def test_a_folder_is_not_a_video(tmp_path):
     with pytest.raises(VideoError, match="is a folder"):
-        load_frames(tmp_path, fps=1)
+        load_frames(tmp_path, Sampling(fps=1))
 
 
 @pytest.mark.parametrize("content", [b"", b"not a video at all, just text" * 40], ids=["empty", "text"])
@@ -130,7 +123,7 @@ def test_a_file_that_is_not_a_video_is_refused(tmp_path, content):
     path = tmp_path / "fake.mp4"
     path.write_bytes(content)
     with pytest.raises(VideoError, match=r"fake\.mp4: not a readable video file"):
-        load_frames(path, fps=1)
+        load_frames(path, Sampling(fps=1))
 
 
 def test_a_file_with_sound_only_is_refused(tmp_path):
@@ -142,7 +135,7 @@ def test_a_file_with_sound_only_is_refused(tmp_path):
         output.mux(stream.encode(frame))
         output.mux(stream.encode())
     with pytest.raises(VideoError, match="no video stream"):
-        load_frames(path, fps=1)
+        load_frames(path, Sampling(fps=1))
 
 
 def test_a_header_without_frames_is_refused(tmp_path):
@@ -153,7 +146,7 @@ def test_a_header_without_frames_is_refused(tmp_path):
         stream.pix_fmt = "yuv420p"
         output.start_encoding()
     with pytest.raises(VideoError, match=r"empty\.mkv"):
-        load_frames(path, fps=1)
+        load_frames(path, Sampling(fps=1))
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
@@ -174,10 +167,10 @@ def test_a_truncated_file_is_an_error_with_the_time_where_it_stops(tmp_path, suf
     whole = path.read_bytes()
     path.write_bytes(whole[: int(len(whole) * share)])
     if suffix == "ts":  # a transport stream states no length: what is there is a shorter, valid video
-        assert len(load_frames(path, fps=2).pixels) <= 40 * share + 1
+        assert len(load_frames(path, Sampling(fps=2)).pixels) <= 40 * share + 1
         return
     with pytest.raises(VideoError, match=r"cut\.\w+: (decoding stopped at [\d.]+ s|not a readable video file)"):
-        load_frames(path, fps=2)
+        load_frames(path, Sampling(fps=2))
 
 
 def test_a_truncated_file_with_sound_is_an_error_too(tmp_path):
@@ -196,10 +189,10 @@ def test_a_truncated_file_with_sound_is_an_error_too(tmp_path):
             output.mux(sound.encode(samples))
         output.mux(video.encode())
         output.mux(sound.encode())
-    assert len(load_frames(path, fps=2).pixels) == 20
+    assert len(load_frames(path, Sampling(fps=2)).pixels) == 20
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(VideoError, match=r"talk\.mkv: decoding stopped at [45]\.\d+ s"):
-        load_frames(path, fps=2)
+        load_frames(path, Sampling(fps=2))
 
 
 def test_a_picture_that_changes_size_is_an_error_with_the_time(tmp_path):
@@ -210,20 +203,20 @@ def test_a_picture_that_changes_size_is_an_error_with_the_time(tmp_path):
     ]
     path.write_bytes(b"".join(part.read_bytes() for part in parts))
     with pytest.raises(VideoError, match=r"joined\.ts: the picture changes from 64x64 to 96x96 at [\d.]+ s"):
-        load_frames(path, fps=5)
+        load_frames(path, Sampling(fps=5))
 
 
 def test_half_precision_tensors_are_accepted():
     import torch
 
     video = torch.rand(3, 8, 8, 3)
-    half = load_frames(video.bfloat16(), fps=1).pixels.astype(int)
-    assert np.abs(half - load_frames(video, fps=1).pixels).max() <= 2
+    half = load_frames(video.bfloat16(), Sampling(fps=1)).pixels.astype(int)
+    assert np.abs(half - load_frames(video, Sampling(fps=1)).pixels).max() <= 2
 
 
 def test_a_name_that_no_file_can_have_is_a_missing_file():
     with pytest.raises(VideoError, match="no such file"):
-        load_frames("what happens in this film ? " * 20, fps=1)
+        load_frames("what happens in this film ? " * 20, Sampling(fps=1))
 
 
 def test_a_video_filmed_upright_is_rotated(tmp_path):
@@ -248,7 +241,7 @@ def test_a_video_filmed_upright_is_rotated(tmp_path):
     at = stored.index(matrix(one, 0, 0, 0, one, 0, 0, 0, 0x40000000), track)
     rotation = matrix(0, one, 0, -one, 0, 0, 64 * one, 0, 0x40000000)
     path.write_bytes(stored[:at] + rotation + stored[at + len(rotation) :])
-    pixels = load_frames(path, fps=5).pixels
+    pixels = load_frames(path, Sampling(fps=5)).pixels
     assert pixels.shape[1:] == (96, 64, 3)
     assert pixels[0, :40].mean() > 180
     assert pixels[0, 56:].mean() < 40
@@ -265,16 +258,16 @@ def test_a_tag_in_another_encoding_is_no_error(tmp_path):
             output.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")))
         output.mux(stream.encode())
     path.write_bytes(path.read_bytes().replace(b"XXXXXX", b"caf\xe9\xe9\xe9"))
-    assert len(load_frames(path, fps=10).pixels) == 5
+    assert len(load_frames(path, Sampling(fps=10)).pixels) == 5
 
 
 def test_a_source_rate_that_would_fill_the_memory_is_refused():
     from tieredkv.errors import BudgetError
 
     video = np.zeros((100, 64, 64, 3), np.uint8)
-    assert open_video(video, fps=2, source_fps=1e-6).expected == 200_000_000
+    assert open_video(video, Sampling(fps=2, source_fps=1e-6)).expected == 200_000_000
     with pytest.raises(BudgetError, match="check source_fps"):
-        load_frames(video, fps=2, source_fps=1e-6)
+        load_frames(video, Sampling(fps=2, source_fps=1e-6))
 
 
 def counting(count: int) -> np.ndarray:
@@ -287,27 +280,27 @@ def counted(source) -> list[int]:
 
 
 def test_a_span_of_an_array_is_sampled_from_its_start_to_before_its_end():
-    source = open_video(counting(20), fps=2, source_fps=4, start=1, end=3)
+    source = open_video(counting(20), Sampling(fps=2, source_fps=4, start=1, end=3))
     assert (source.expected, source.seconds) == (4, 2)
     assert counted(source) == [4, 6, 8, 10]
 
 
 @pytest.mark.parametrize("source_fps", [None, 5])
 def test_max_frames_are_spread_over_an_array(source_fps):
-    source = open_video(counting(20), fps=5, source_fps=source_fps, max_frames=4)
+    source = open_video(counting(20), Sampling(fps=5, source_fps=source_fps, max_frames=4))
     assert (source.expected, source.fps) == (4, 1)
     assert counted(source) == [0, 5, 10, 15]
 
 
 def test_a_start_past_an_array_is_an_error_with_its_length():
     with pytest.raises(VideoError, match=r"start=5 is past the end of the frames given, which last 4\.00 s"):
-        open_video(counting(8), fps=2, start=5)
+        open_video(counting(8), Sampling(fps=2, start=5))
 
 
 def test_values_out_of_range_are_an_error_at_their_frame():
     video = np.zeros((3, 8, 8, 3), np.float32)
     video[2] = 1.5
-    frames = open_video(video, fps=1).frames()
+    frames = open_video(video, Sampling(fps=1)).frames()
     next(frames)
     next(frames)
     with pytest.raises(VideoError, match=r"must lie in \[0, 1\]"):
@@ -320,7 +313,7 @@ def test_images_are_converted_one_at_a_time(tmp_path):
 
     Image.new("L", (8, 6), 7).save(tmp_path / "grey.png")
     images = [Image.open(tmp_path / "grey.png") for _ in range(3)]
-    source = open_video(images, fps=1)
+    source = open_video(images, Sampling(fps=1))
     assert (source.height, source.width) == (6, 8)
     frames = source.frames()
     assert next(frames).tolist() == np.full((6, 8, 3), 7).tolist()
@@ -331,7 +324,7 @@ def test_images_are_converted_one_at_a_time(tmp_path):
 
 def test_frames_of_an_array_tick_with_the_seconds_so_far():
     seen: list[float] = []
-    assert len(list(open_video(counting(6), fps=2).frames(seen.append))) == 6
+    assert len(list(open_video(counting(6), Sampling(fps=2)).frames(seen.append))) == 6
     assert seen == [0, 0.5, 1, 1.5, 2, 2.5]
 
 
@@ -341,6 +334,33 @@ def test_the_hash_of_arrays_depends_on_their_pixels():
 
     video = np.random.default_rng(0).integers(0, 256, (4, 6, 8, 3), dtype=np.uint8)
     same = [video, list(video), torch.from_numpy(video).permute(0, 3, 1, 2), video / 255]
-    assert len({open_video(form, fps=1).sha256() for form in same}) == 1
+    assert len({open_video(form, Sampling(fps=1)).sha256() for form in same}) == 1
     other = [video, video[:3], video.reshape(4, 8, 6, 3)]
-    assert len({open_video(form, fps=1).sha256() for form in other}) == 3
+    assert len({open_video(form, Sampling(fps=1)).sha256() for form in other}) == 3
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"fps": 0},
+        {"fps": 1e-7},
+        {"fps": 1001},
+        {"fps": 2, "source_fps": "30"},
+        {"max_frames": 0},
+        {"max_frames": 2.5},
+        {"max_frames": True},
+        {"start": -1},
+        {"start": 3, "end": 3},
+        {"end": float("inf")},
+    ],
+    ids=str,
+)
+def test_a_sampling_that_no_video_allows_is_refused_when_it_is_made(values):
+    name = list(values)[-1]
+    with pytest.raises(VideoError, match=f"^{name}=.* is not valid: give "):
+        Sampling(**values)
+
+
+def test_a_sampling_tells_which_values_are_not_the_defaults():
+    assert Sampling().given() == Sampling(start=0).given() == []
+    assert Sampling(fps=2, end=3).given() == ["fps", "end"]

@@ -12,7 +12,7 @@ import pytest
 from films import noise, sample
 
 from tieredkv.errors import VideoError
-from tieredkv.video.frames import open_video
+from tieredkv.video.frames import Sampling, open_video
 
 pytestmark = pytest.mark.files
 
@@ -109,7 +109,7 @@ def live(path: Path, first: int) -> Path:
 )
 def test_a_picture_has_its_own_beginning_and_end(tmp_path, name, codec, voice, rate, picture, sound):
     path = without_lengths(film(tmp_path / name, picture, sound, codec, voice, rate))
-    source = open_video(path, 1)
+    source = open_video(path, Sampling(1))
     assert source.start == pytest.approx(picture[0], abs=0.1)
     assert source.seconds == pytest.approx(picture[1] - picture[0], abs=0.15)
     assert seconds(source.frames())[: picture[1] - picture[0]] == list(range(*picture))
@@ -132,7 +132,7 @@ def test_a_length_that_counts_from_the_first_frame_is_no_error(tmp_path):
     stored = path.read_bytes()
     assert stored.count(b"00:00:08.000000000") == 1
     path.write_bytes(stored.replace(b"00:00:08.000000000", b"00:00:05.000000000"))
-    source = open_video(path, 1)
+    source = open_video(path, Sampling(1))
     assert source.seconds == pytest.approx(5, abs=0.1)
     assert seconds(source.frames()) == [3, 4, 5, 6, 7]
 
@@ -142,7 +142,7 @@ def test_a_length_that_counts_from_the_first_frame_is_no_error(tmp_path):
 
 def test_a_part_of_a_live_stream_is_complete(tmp_path):
     path = live(film(tmp_path / "v.mp4", (0, 8), None, flags=FRAGMENTS), first=3)
-    source = open_video(path, 10, max_frames=5)
+    source = open_video(path, Sampling(10, max_frames=5))
     assert (source.start, source.seconds, source.fps) == (0, pytest.approx(5, abs=0.1), pytest.approx(1, abs=0.02))
     assert seconds(source.frames()) == [3, 4, 5, 6, 7]
 
@@ -186,7 +186,7 @@ def test_an_index_shows_that_whole_fragments_are_missing(tmp_path):
 @pytest.mark.parametrize("offset", ["0", "7200"])
 def test_an_index_may_have_another_zero_than_its_fragments(tmp_path, picture, offset):
     flags = {"movflags": "frag_keyframe+dash", "avoid_negative_ts": "disabled", "output_ts_offset": offset}
-    source = open_video(film(tmp_path / "v.mp4", picture, (0, 8), flags=flags), 1)
+    source = open_video(film(tmp_path / "v.mp4", picture, (0, 8), flags=flags), Sampling(1))
     assert source.seconds == pytest.approx(picture[1] - picture[0], abs=0.1)
     assert seconds(source.frames()) == list(range(*picture))
 
@@ -265,7 +265,7 @@ def piped(path: Path, kind: str, codec: str, length: int = 6, flags: dict[str, s
 
 
 def test_an_avi_without_a_length_is_complete(tmp_path):
-    source = open_video(piped(tmp_path / "v.avi", "avi", "mpeg4"), 1)
+    source = open_video(piped(tmp_path / "v.avi", "avi", "mpeg4"), Sampling(1))
     assert source.seconds == pytest.approx(6, abs=0.1)
     assert seconds(source.frames()) == [0, 1, 2, 3, 4, 5]
 
@@ -347,7 +347,7 @@ def edited(path: Path, seconds: int, begin: int = 0) -> Path:
 @pytest.mark.parametrize(("length", "begin", "shown"), [(2, 0, [3, 4]), (4, 0, [3, 4, 5, 6]), (9, 3, [6, 7])])
 def test_a_late_picture_may_be_trimmed(tmp_path, length, begin, shown):
     """The last edit is longer than the media."""
-    source = open_video(edited(film(tmp_path / "v.mp4", (3, 8), (0, 8)), length, begin), 1)
+    source = open_video(edited(film(tmp_path / "v.mp4", (3, 8), (0, 8)), length, begin), Sampling(1))
     assert (source.start, source.seconds) == (3, pytest.approx(len(shown), abs=0.1))
     assert seconds(source.frames()) == shown
 
@@ -363,13 +363,13 @@ def test_a_truncated_file_with_a_late_trimmed_picture_is_an_error(tmp_path):
 
 def test_start_and_end_are_seconds_of_the_file(tmp_path):
     path = film(tmp_path / "v.mp4", (3, 8), (0, 8))
-    source = open_video(path, 1, start=4, end=6)
+    source = open_video(path, Sampling(1, start=4, end=6))
     assert (source.start, source.seconds) == (4, 2)
     assert seconds(source.frames()) == [4, 5]
 
 
 def test_a_start_before_the_picture_means_the_first_frame(tmp_path):
-    source = open_video(film(tmp_path / "v.mp4", (3, 8), (0, 8)), 1, start=1, end=5)
+    source = open_video(film(tmp_path / "v.mp4", (3, 8), (0, 8)), Sampling(1, start=1, end=5))
     assert source.start == pytest.approx(3, abs=0.03)
     assert seconds(source.frames()) == [3, 4]
 
@@ -377,17 +377,17 @@ def test_a_start_before_the_picture_means_the_first_frame(tmp_path):
 def test_an_end_before_the_picture_is_an_error_with_its_time(tmp_path):
     path = film(tmp_path / "v.mp4", (3, 8), (0, 8))
     with pytest.raises(VideoError, match=r"v\.mp4: end=2 is before the first picture, which comes at 3\.00 s"):
-        open_video(path, 1, end=2)
+        open_video(path, Sampling(1, end=2))
 
 
 def test_a_start_past_the_picture_is_an_error_with_its_end(tmp_path):
     path = film(tmp_path / "v.mp4", (3, 8), (0, 12))
     with pytest.raises(VideoError, match=r"v\.mp4: start=9 is past the end of the video, which ends at 8\.00 s"):
-        open_video(path, 1, start=9)
+        open_video(path, Sampling(1, start=9))
 
 
 def test_timestamps_that_do_not_begin_at_zero_are_shifted(tmp_path):
     """As players do: the first stream begins at 0."""
     path = live(film(tmp_path / "v.mp4", (0, 8), None, flags=FRAGMENTS), first=5)
-    source = open_video(path, 1, start=1)
+    source = open_video(path, Sampling(1, start=1))
     assert (source.start, seconds(source.frames())) == (1, [6, 7])

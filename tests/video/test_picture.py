@@ -12,7 +12,7 @@ import pytest
 from films import greys, levels, sample, write
 
 from tieredkv.errors import VideoError
-from tieredkv.video.frames import open_video
+from tieredkv.video.frames import Sampling, open_video
 from tieredkv.video.margins import NO_MARGINS
 from tieredkv.video.picture import Geometry, Painter, rotated
 
@@ -83,7 +83,7 @@ def anamorphic(path: Path, width: int, height: int, aspect: Fraction) -> Path:
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts", "avi"])
 @pytest.mark.parametrize("aspect", [Fraction(16, 11), Fraction(8, 9), Fraction(1, 2)], ids=str)
 def test_a_disc_is_round_and_no_row_is_lost(tmp_path, suffix, aspect):
-    source = open_video(anamorphic(tmp_path / f"a.{suffix}", 176, 144, aspect), 1)
+    source = open_video(anamorphic(tmp_path / f"a.{suffix}", 176, 144, aspect), Sampling(1))
     assert (source.width, source.height) == (round(176 * aspect), 144)
     shown = next(source.frames())[..., 0] > 128
     rows, columns = np.where(shown)
@@ -92,7 +92,7 @@ def test_a_disc_is_round_and_no_row_is_lost(tmp_path, suffix, aspect):
 
 
 def test_square_pixels_of_a_rounded_size_are_not_resampled(tmp_path):
-    source = open_video(anamorphic(tmp_path / "a.mp4", 176, 144, Fraction(255, 254)), 1)
+    source = open_video(anamorphic(tmp_path / "a.mp4", 176, 144, Fraction(255, 254)), Sampling(1))
     assert (source.width, source.height) == (176, 144)
 
 
@@ -101,7 +101,7 @@ def test_pixels_of_an_impossible_shape_count_as_square(tmp_path):
     stored = path.read_bytes()
     at = stored.index(b"pasp") + 4
     path.write_bytes(stored[:at] + struct.pack(">2I", 60000, 1) + stored[at + 8 :])
-    source = open_video(path, 1)
+    source = open_video(path, Sampling(1))
     assert (source.width, source.height) == (176, 144)
 
 
@@ -200,7 +200,7 @@ def test_only_the_clean_aperture_is_shown(tmp_path):
     path.write_bytes(
         grown(data[:end] + clap + data[end:], (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"stsd", b"avc1"), 40)
     )
-    source = open_video(path, 1)
+    source = open_video(path, Sampling(1))
     assert (source.width, source.height) == (32, 24)
     bright = next(source.frames())[..., 0] > 128
     assert bright[:, -4:].all()  # columns 48 to 51 of what is stored
@@ -224,7 +224,7 @@ def test_matroskas_crop_is_applied(tmp_path):
         size = 9 - stored[at].bit_length()
         stored[at : at + size] = (int.from_bytes(stored[at : at + size], "big") + len(crop)).to_bytes(size, "big")
     path.write_bytes(stored)
-    source = open_video(path, 1)
+    source = open_video(path, Sampling(1))
     assert (source.width, source.height) == (36, 32)
     bright = next(source.frames())[..., 0] > 128
     assert bright[:, 33:].all()
@@ -316,4 +316,4 @@ def test_a_matrix_that_cannot_be_converted_is_an_error_that_names_it(tmp_path):
     _, red, blue = WEIGHTS["bt2020nc"]
     path = coloured(tmp_path / "v.mkv", red, blue, False, "yuv420p10le", 10)
     with pytest.raises(VideoError, match=r"v\.mkv: FFmpeg cannot convert its colours \(matrix 10\): re-encode"):
-        open_video(path, 1)
+        open_video(path, Sampling(1))

@@ -12,7 +12,7 @@ from films import noise, numbered, numbers, sample, ticks, write
 
 from tieredkv.errors import VideoError
 from tieredkv.video import sampling
-from tieredkv.video.frames import open_video
+from tieredkv.video.frames import Sampling, open_video
 from tieredkv.video.playback import Playback
 
 pytestmark = pytest.mark.files
@@ -27,30 +27,30 @@ def counted(tmp_path_factory):
 
 
 def test_a_span_is_sampled_from_its_start_to_before_its_end(counted):
-    source = open_video(counted, 2, start=3.0, end=5.0)
+    source = open_video(counted, Sampling(2, start=3.0, end=5.0))
     assert (source.expected, source.seconds) == (4, 2.0)
     assert numbers(source.frames()) == [30, 35, 40, 45]
 
 
 def test_an_end_past_the_video_means_its_end(counted):
-    source = open_video(counted, 1, start=9.5, end=100)
+    source = open_video(counted, Sampling(1, start=9.5, end=100))
     assert numbers(source.frames()) == [95, 105, 115]
     assert source.expected == 3
 
 
 def test_a_start_past_the_video_is_an_error_with_its_length(counted):
     with pytest.raises(VideoError, match=r"counted\.mp4: start=12\.5 is past the end of the video, .* 12\.00 s"):
-        open_video(counted, 1, start=12.5)
+        open_video(counted, Sampling(1, start=12.5))
 
 
 def test_max_frames_are_spread_over_the_span(counted):
-    source = open_video(counted, 10, start=2, end=10, max_frames=4)
+    source = open_video(counted, Sampling(10, start=2, end=10, max_frames=4))
     assert (source.fps, source.expected) == (0.5, 4)
     assert numbers(source.frames()) == [20, 40, 60, 80]
 
 
 def test_max_frames_above_the_number_of_frames_change_nothing(counted):
-    source = open_video(counted, 1, max_frames=12)
+    source = open_video(counted, Sampling(1, max_frames=12))
     assert (source.fps, source.expected) == (1, 12)
 
 
@@ -67,7 +67,7 @@ def test_max_frames_above_the_number_of_frames_change_nothing(counted):
 )
 def test_an_invalid_span_is_refused(counted, span, message):
     with pytest.raises(VideoError, match=message):
-        open_video(counted, 1, **span)
+        open_video(counted, Sampling(1, **span))
 
 
 # ---- seeking
@@ -95,7 +95,7 @@ def groups(request, tmp_path_factory):
     ("fps", "start", "end"), [(0.9, 0, None), (0.31, 0, None), (0.31, 5.03, None), (0.77, 3.3, 5.9), (7, 0.5, 2)]
 )
 def test_seeking_gives_the_same_frames_as_linear_decoding(groups, fps, start, end):
-    sought, linear = (open_video(groups, fps, start=start, end=end) for _ in range(2))
+    sought, linear = (open_video(groups, Sampling(fps, start=start, end=end)) for _ in range(2))
     linear._seek = False
     sought, linear = list(sought.frames()), list(linear.frames())
     assert np.array_equal(np.stack(sought), np.stack(linear))
@@ -163,14 +163,14 @@ def test_a_tick_that_raises_stops_decoding_and_closes_the_file(counted, monkeypa
             raise _StopHere
 
     with pytest.raises(_StopHere):
-        given.extend(open_video(counted, 10).frames(stop))
+        given.extend(open_video(counted, Sampling(10)).frames(stop))
     assert numbers(given) == list(range(20))
     assert closed == [True]
 
 
 def test_an_iterator_that_is_closed_closes_the_file(counted, monkeypatch):
     closed = closes(monkeypatch)
-    frames = open_video(counted, 10).frames()
+    frames = open_video(counted, Sampling(10)).frames()
     next(frames)
     assert closed == []
     frames.close()
@@ -178,14 +178,14 @@ def test_an_iterator_that_is_closed_closes_the_file(counted, monkeypatch):
 
 
 def test_several_iterators_may_run_at_once(counted):
-    source = open_video(counted, 1)
+    source = open_video(counted, Sampling(1))
     first, second = source.frames(), source.frames()
     both = [(next(first), next(second)) for _ in range(source.expected)]
     assert all(np.array_equal(one, other) for one, other in both)
 
 
 def test_frames_may_be_decoded_on_another_thread(counted):
-    source, given = open_video(counted, 1), []
+    source, given = open_video(counted, Sampling(1)), []
     thread = threading.Thread(target=lambda: given.extend(source.frames()))
     thread.start()
     thread.join()
@@ -194,10 +194,10 @@ def test_frames_may_be_decoded_on_another_thread(counted):
 
 def test_frames_are_not_kept_alive(counted):
     """Of 120 frames, only the last is still in memory if the caller keeps none."""
-    pictures = [weakref.ref(picture) for picture in open_video(counted, 10).frames()]
+    pictures = [weakref.ref(picture) for picture in open_video(counted, Sampling(10)).frames()]
     assert len(pictures) == 120
     assert sum(picture() is not None for picture in pictures) <= 1
 
 
 def test_the_hash_of_a_file_is_that_of_its_bytes(counted):
-    assert open_video(counted, 1).sha256() == hashlib.sha256(counted.read_bytes()).hexdigest()
+    assert open_video(counted, Sampling(1)).sha256() == hashlib.sha256(counted.read_bytes()).hexdigest()

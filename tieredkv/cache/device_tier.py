@@ -49,9 +49,9 @@ class Resident:
 
 
 class DeviceTier:
-    """Device memory under one cap, on as many devices as the model is spread over; its layers share it.
+    """Device memory under one cap, on every device that the model is spread over; all layers share it.
 
-    Knows the layers by index and nothing else of them, so that they may refer to it.
+    Knows the layers by index alone, so that they can refer to it.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class DeviceTier:
         return self._shape
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Register where a layer is, whose keys and values are of `dtype`.
+        """Register the device of a layer, whose keys and values are of `dtype`.
 
         Raises `UnsupportedModelError` unless all layers are on the CPU, or all on CUDA devices.
         """
@@ -143,10 +143,10 @@ class DeviceTier:
                 self.ledger.empty("resident", shape, host.dtype, device),
             )
 
-    def make_room_for_scores(self, past: int, new: int, rows: int) -> None:
-        """Drop the residents if scoring `rows` of `new` tokens after `past` others needs their room."""
+    def make_room_for_scores(self, call: Call) -> None:
+        """Drop the residents if scoring a call's rows needs their room."""
         kept = self._resident_tokens
-        if kept and not prefill_plan.resident_beside_scores(self.shape, self.tiers, kept, Call(past, past + new, rows)):
+        if kept and not prefill_plan.resident_beside_scores(self.shape, self.tiers, kept, call):
             self.drop_residents()
 
     def drop_residents(self) -> None:
@@ -164,7 +164,7 @@ class DeviceTier:
         return self.pools[-1]
 
     def end_decoding(self) -> None:
-        """Free the pools, and stop counting what stands beside them. Does nothing in prefill."""
+        """Free the pools, and stop counting what was allocated with them. Does nothing in prefill."""
         for pool in self.pools:
             pool.close()
         self.pools = []

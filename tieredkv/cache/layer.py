@@ -1,4 +1,4 @@
-"""TieredLayer: one layer of a TieredCache, in transformers' protocol: its host tier, and its share of the device."""
+"""TieredLayer: one layer of a TieredCache, in transformers' protocol."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class CacheOfLayers(Protocol):
         """What follows the cached tokens."""
 
     def begin_layer(self, index: int, tokens: int) -> None:
-        """Layer `index` is updated with `tokens` new tokens, for which the cache may change its phase."""
+        """Called when layer `index` is updated with `tokens` new tokens; the cache may change its phase for them."""
 
 
 class TieredLayer(CacheLayerMixin):
@@ -67,19 +67,21 @@ class TieredLayer(CacheLayerMixin):
         _, heads, _, head_dim = key_states.shape
         if value_states.shape != key_states.shape:
             raise UnsupportedModelError("keys and values of different shapes are not supported.")
-        host = self._new_host(heads, head_dim, self.device_tier.tiers.chunk_tokens, dtype, key_states.device)
+        chunk_tokens = self.device_tier.tiers.chunk_tokens
+        host, _ = self._begin_at(key_states.device, heads, head_dim, chunk_tokens, dtype)
         host.reserve(self._room)
         self.device_tier.keep_first_tokens(self.index, host, self.device)
         self.is_initialized = True
 
-    def _new_host(
-        self, heads: int, head_dim: int, chunk_tokens: int, dtype: torch.dtype, device: torch.device
-    ) -> HostLayer:
+    def _begin_at(
+        self, device: torch.device, heads: int, head_dim: int, chunk_tokens: int, dtype: torch.dtype
+    ) -> tuple[HostLayer, ContextDigests]:
+        """Make the host tier and the digests, empty, of a layer at `device`."""
         self.dtype, self.device = dtype, device
         self.device_tier.place(device, dtype)
         self.host = HostLayer(heads, head_dim, chunk_tokens, dtype, self.device_tier.locker)
         self.digests = ContextDigests(self.device_tier, self.host, device)
-        return self.host
+        return self.host, self.digests
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -133,10 +135,8 @@ class TieredLayer(CacheLayerMixin):
             self._check = None
 
     def _prefill(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
-        assert self.host is not None
-        assert self.digests is not None
-        host, digests, question = self.host, self.digests, self._cache.question
-        tier, kept, n = self.device_tier, (keys.detach(), values.detach()), query.shape[1]
+        (host, digests), question, n = self._context(), self._cache.question, query.shape[1]
+        tier, kept = self.device_tier, (keys.detach(), values.detach())
         digests.before_prompt()
         if host.length + n > host.capacity:
             tier.copies.drain()  # growing moves what copies read
@@ -159,7 +159,13 @@ class TieredLayer(CacheLayerMixin):
         digests.update()
         return out
 
-    # ---- tiers
+    # ---- the host tier
+
+    def _context(self) -> tuple[HostLayer, ContextDigests]:
+        """Keys and values on the host, and their digests, once the first token has come."""
+        assert self.host is not None
+        assert self.digests is not None
+        return self.host, self.digests
 
     @property
     def prompt_length(self) -> int:
@@ -168,13 +174,12 @@ class TieredLayer(CacheLayerMixin):
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Write tokens `(K, n, D)` to the host tier and digest the chunks they complete."""
-        assert self.host is not None
-        assert self.digests is not None
-        self.host.append(keys, values)
-        self.digests.update()
+        host, digests = self._context()
+        host.append(keys, values)
+        digests.update()
 
     def settle(self) -> None:
-        """Take what is cached for the context: digests are fitted to it and to nothing that follows."""
+        """Treat what is cached as the context: digests are fitted to it and to nothing that follows."""
         if self.digests is not None:
             self.digests.settle()
 
@@ -191,13 +196,12 @@ class TieredLayer(CacheLayerMixin):
 
     @settled
     def state(self) -> dict[str, torch.Tensor]:
-        """What `restore` needs, contiguous, in host memory. Not while sealed."""
-        assert self.host is not None
-        assert self.digests is not None
+        """What `restore` needs: contiguous tensors in host memory. Not while sealed."""
+        host, digests = self._context()
         self._check_once()  # or damage would be saved with a checksum that fits it
-        digests = self.digests.state()
+        digested = digests.state()
         self.device_tier.copies.drain()
-        return {"kv": self.host.arena_to_store(sizes.QUESTION_ROOM), **digests}
+        return {"kv": host.arena_to_store(sizes.QUESTION_ROOM), **digested}
 
     @settled
     def restore(
@@ -207,9 +211,9 @@ class TieredLayer(CacheLayerMixin):
         attended to; raises if they are damaged."""
         arena = state["kv"]
         heads, _, _, c, head_dim = arena.shape
-        self._new_host(heads, head_dim, c, arena.dtype, device).adopt(arena, tokens)
-        assert self.digests is not None
-        self.digests.restore(state)
+        host, digests = self._begin_at(device, heads, head_dim, c, arena.dtype)
+        host.adopt(arena, tokens)
+        digests.restore(state)
         self._check = check
         self.is_initialized = True
 
@@ -221,18 +225,17 @@ class TieredLayer(CacheLayerMixin):
 
     def seal(self, static: torch.Tensor, is_text: torch.Tensor, phase: DecodePhase) -> None:
         """Enter the decode phase. static: `(K,)`, which heads are. is_text: `(N,)`, which cached tokens are."""
-        assert self.host is not None
+        host, digests = self._context()
         assert self.rows is not None
-        assert self.digests is not None
-        self.digests.update(fit=True)
-        packed, basis = self.digests.packed, self.digests.basis
-        self.sealed = SealedLayer(self.index, self.host, packed, basis, static, self.rows, is_text, phase)
+        digests.update(fit=True)
+        packed, basis = digests.packed, digests.basis
+        self.sealed = SealedLayer(self.index, host, packed, basis, static, self.rows, is_text, phase)
 
     def unseal(self) -> None:
         """Go back to prefill: the tokens generated since the seal join the host tier."""
         if self.sealed is None:
             return
-        keys, values = self.sealed.generated_tokens()
+        keys, values = self.sealed.pages.generated_tokens()
         self.sealed = self.rows = None
         if keys.shape[1]:
             self.append(keys, values)

@@ -19,7 +19,7 @@ from tieredkv.cache.question import Question
 from tieredkv.config import TierConfig
 from tieredkv.memory.host import HostLayer
 from tieredkv.planning.admission import refusal
-from tieredkv.planning.prefill_plan import Call, buffer_bytes, plan_staging
+from tieredkv.planning.prefill_plan import buffer_bytes, plan_staging
 from tieredkv.planning.sizes import lay_out
 from tieredkv.policy import classify
 
@@ -132,21 +132,20 @@ def staged_past(
     generated tokens.
     """
     tiers, shape, ledger = device_tier.tiers, device_tier.shape, device_tier.ledger
-    past, total = host.length, host.length + new_tokens
-    rows = question.scored_rows(past, new_tokens, tiers.policy.text_window)
-    device_tier.make_room_for_scores(past, new_tokens, rows)
+    call = question.call(host.length, new_tokens, tiers.policy.text_window)
+    device_tier.make_room_for_scores(call)
     resident = device_tier.residents.get(layer)
     room, kept = (0, 0) if resident is None else (resident.room, resident.length)
-    staging = plan_staging(shape, tiers, Call(past, total, rows), kept, room)
+    staging = plan_staging(shape, tiers, call, kept, room)
     if staging is None:
-        raise refusal(shape, tiers, lay_out(tiers, total, rows, question.max_new_tokens), rows)
+        raise refusal(shape, tiers, lay_out(tiers, call.stop, call.rows, question.max_new_tokens), call.rows)
     flat = (buffer_bytes(shape, staging.buffer_tokens) // host.dtype.itemsize,)
     try:
         buffers = [ledger.empty("staging", flat, host.dtype, device) for _ in range(staging.buffers)]
         if staging.buffers == 2:  # a single block is staged to the first alone
             buffers.insert(1, buffers[0])
         ledger.reserve("scores", staging.scoring_bytes)
-        yield Past(device_tier, host, resident, rows, staging.block_tokens, buffers)
+        yield Past(device_tier, host, resident, call.rows, staging.block_tokens, buffers)
     except BaseException:
         device_tier.copies.drain()  # copies still under way write to the buffers
         raise
@@ -176,11 +175,11 @@ def score_text_rows(
     scaling: float,
     past: Past,
     tiers: TierConfig,
-    looks: Looks | None = None,
+    looks: Looks | None,
 ) -> TextRows:
     """Scores of the last `T` new tokens over past and new keys, in a second pass that reads keys only.
 
-    query `(H, T, D)` and lse `(H, T)`: the last rows of the call whose new keys are `(K, n, D)`. looks: takes the
+    query `(H, T, D)` and lse `(H, T)`: the last rows of the call whose new keys are `(K, n, D)`. looks: records the
     rows' attention to the past.
     """
     t, new = query.shape[1], keys.shape[1]

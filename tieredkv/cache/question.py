@@ -8,6 +8,7 @@ import torch
 
 from tieredkv.cache.looks import Looks
 from tieredkv.errors import check_whole
+from tieredkv.planning.prefill_plan import Call
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -17,8 +18,8 @@ class Question:
     Three uses:
 
     - `Question()`, under `model.generate`: where the prompt ends is unknown, so every call is scored.
-    - `CONTEXT`: nothing is scored, as what is being asked is still to come.
-    - `Question(prompt_tokens=...)`: the call that completes the prompt is scored, no other.
+    - `CONTEXT`: no call is scored, as questions are still to come.
+    - `Question(prompt_tokens=...)`: the call that completes the prompt is scored; none before it.
     """
 
     max_new_tokens: int = 256
@@ -26,7 +27,7 @@ class Question:
     prompt_tokens: int = 0
     """Length of the prompt up to the end of the question; 0: not known."""
     rows: int | None = None
-    """Last rows of a scored call that are scored, at most; None: as many as the policy's `text_window`."""
+    """How many rows of a scored call are scored at most, the last ones; None: the policy's `text_window`."""
     visual: torch.Tensor | None = None
     """`(n,)` mask of visual tokens, over the first n of the prompt; those after them are text. None: all but the last
     `rows` tokens count as visual."""
@@ -36,18 +37,20 @@ class Question:
     """Record in the counters which chunks every step attends to."""
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "prompt_tokens", "rows"):
-            if (name, value := getattr(self, name)) != ("rows", None):
-                check_whole(name, value, least=0)
+        check_whole("max_new_tokens", self.max_new_tokens, 0)
+        check_whole("prompt_tokens", self.prompt_tokens, 0)
+        if self.rows is not None:
+            check_whole("rows", self.rows, 0)
 
     def most_rows(self, text_window: int) -> int:
-        """Rows of a scored call that are scored, at most."""
+        """`rows`, or the policy's."""
         return text_window if self.rows is None else self.rows
 
-    def scored_rows(self, past: int, new: int, text_window: int) -> int:
-        """Rows to score of a call of `new` tokens after `past` others: 0 if the prompt goes on after it."""
-        return 0 if past + new < self.prompt_tokens else min(new, self.most_rows(text_window))
+    def call(self, past: int, new: int, text_window: int) -> Call:
+        """The call of `new` tokens after `past` others; no row of it is scored if the prompt goes on after it."""
+        stop = past + new
+        return Call(past, stop, 0 if stop < self.prompt_tokens else min(new, self.most_rows(text_window)))
 
 
 CONTEXT = Question(rows=0)
-"""For the part of a prompt that questions will be asked of. Without scored rows nothing seals the cache."""
+"""For the part of a prompt that questions will be asked about. Without scored rows nothing seals the cache."""

@@ -41,7 +41,7 @@ class HeadTypes:
 def classify_heads(
     rows: Sequence[TextRows], shape: KVShape, tiers: TierConfig, layout: sizes.Layout, cap_bytes: int
 ) -> HeadTypes:
-    """rows: of each layer. cap_bytes: device memory for decoding."""
+    """Which heads are static. rows: of each layer. cap_bytes: what the plan may spend."""
     policy, scores, need = tiers.policy, torch.stack([layer.scores for layer in rows]), None
     if policy.head_score == "mass":
         static = classify.static_heads(scores, policy.theta)
@@ -53,7 +53,7 @@ def classify_heads(
 
 
 def _need(rows: Sequence[TextRows], shape: KVShape, tiers: TierConfig, layout: sizes.Layout) -> torch.Tensor:
-    """`HeadTypes.need`; beyond the prompt's length where there are too few rows to tell."""
+    """`HeadTypes.need`; more than the prompt's tokens where there are too few rows to measure it."""
     heads, theta = shape.num_key_value_heads, tiers.policy.theta
     if theta <= 0:
         return torch.zeros((2, len(rows), heads), dtype=torch.int64, device="cpu")
@@ -89,7 +89,7 @@ def seal(layers: Sequence[TieredLayer], device_tier: DeviceTier, question: Quest
     tiers, shape, tokens = device_tier.tiers, device_tier.shape, layers[0].prompt_length
     text_window = tiers.policy.text_window
     layout = sizes.lay_out(tiers, tokens, question.most_rows(text_window), question.max_new_tokens)
-    # The plan knows of one device, and the chunk masses are on each.
+    # The plan counts the chunk masses of one device; every device has its own.
     cap_bytes = tiers.cap_bytes - (len(device_tier.devices) - 1) * sizes.attended_bytes(layout)
     types = classify_heads(rows, shape, tiers, layout, cap_bytes)
     plan = decode_plan.plan_decode(shape, tiers, layout, cap_bytes, types.scores, types.static, types.need)

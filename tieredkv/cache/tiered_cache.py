@@ -62,15 +62,16 @@ class TieredCache(Cache):
 
         max_new_tokens: generated tokens for which device room is set aside; one more raises. prompt_tokens: length of
         the prompt, if known: the host tier is allocated once, as much of the prompt as the cap allows stays on the
-        device while it is prefilled, and no token before it counts as generated. ops, copies: of decoding steps and
-        between the tiers, instead of those that suit the device. Raises `UnsupportedModelError` when a layer is neither
-        full attention nor, in a family where that is tested, a sliding window.
+        device while it is prefilled, only the call that completes it is scored, and no token before its end counts as
+        generated. ops: the operations of decoding steps; copies: how the tiers copy in the background; both default to
+        what suits the device. Raises `UnsupportedModelError` when a layer is neither full attention nor, in a family
+        where that is tested, a sliding window.
         """
         self.question = Question(max_new_tokens=max_new_tokens, prompt_tokens=prompt_tokens)
         """What follows the cached tokens."""
         self.device_tier = DeviceTier(tier_config(tiers, options), config, prompt_tokens, ops, copies)
         self.ledger = self.device_tier.ledger
-        """Counts the device bytes of keys and values, and of what stands beside them."""
+        """Counts the device bytes of keys, values, and what is allocated with them."""
         self.tiered_layers: list[TieredLayer] = []
         """The layers that grow, which are ours."""
         self._all_layers: list[TieredLayer | SlidingLayer] = []
@@ -137,14 +138,14 @@ class TieredCache(Cache):
     # ---- what follows
 
     def expect(self, question: Question) -> None:
-        """Say what follows the cached tokens, in place of what was said before. Not while sealed."""
+        """Set what follows the cached tokens, instead of what was set before. Not while sealed."""
         if self.sealed:
             raise RuntimeError("the cache is sealed: truncate it first")
         self.question = question
 
     @settled
     def settle(self) -> None:
-        """Say that what is cached is the context, and that what follows are questions about it.
+        """Declare what is cached the context, and what follows questions about it.
 
         Digests that are fitted are then fitted to the context alone, so that no question depends on another.
         """
@@ -167,7 +168,7 @@ class TieredCache(Cache):
     # ---- phases
 
     def begin_layer(self, index: int, tokens: int) -> None:
-        """Tiered layer `index` is updated with `tokens` new tokens, for which the first one may change the phase."""
+        """Called when tiered layer `index` is updated with `tokens` new tokens; the first may change the phase."""
         if self._closed:
             raise TieredKVError("this TieredCache is closed.")
         if index == 0:
@@ -205,7 +206,7 @@ class TieredCache(Cache):
         """
         if self.sealed:
             raise RuntimeError("the cache is sealed already")
-        self.device_tier.copies.drain()  # what was written back is read
+        self.device_tier.copies.drain()  # the seal reads what was written back
         self.decoding = seal.seal(self.tiered_layers, self.device_tier, self.question, self._turns)
 
     @settled

@@ -16,9 +16,8 @@ class Layer(Protocol):
 
 
 class LayerTurns:
-    """Whose turn it is in a call of the model. A layer is updated first, and then attends; sliding layers only update.
-
-    Tiered layers are known by their index among the tiered ones.
+    """Whose turn it is in a call of the model. A tiered layer is updated first and then attends; of a sliding layer
+    only updates are checked. Tiered layers are known by their index among the tiered ones.
     """
 
     def __init__(self) -> None:
@@ -68,7 +67,7 @@ class LayerTurns:
             raise self._interrupted()
 
     def reset(self) -> None:
-        """Forget a call that was cut off; the layers' lengths agree again."""
+        """Forget a call that was cut off, once the layers' lengths agree again."""
         self._attending = None
 
     def _check_lengths(self, layers: Sequence[Layer]) -> None:

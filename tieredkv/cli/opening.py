@@ -12,7 +12,7 @@ from tieredkv.cli.options import model_path
 from tieredkv.errors import OptionError, SessionError
 from tieredkv.session.video_session import VideoSession
 from tieredkv.storage import tensor_file
-from tieredkv.video.frames import check_request
+from tieredkv.video.frames import Sampling, check_video
 
 
 @contextmanager
@@ -41,11 +41,12 @@ def opened(
     if video is None:
         missing = "give a video and a question" if saved is None else f"{saved}: no such file; give a video too"
         raise OptionError(f"there is no video to ask about: {missing}.")
-    check_request(video, **{"fps": None, "source_fps": None, "max_frames": None, **sampling})
+    frames = Sampling(**sampling)
+    check_video(video)
     if saved is not None:
         tensor_file.check_target(saved)
     with api.new_session(model_path(model), progress=True, **tiers) as session:
-        session.ingest(video, **asked, **sampling)
+        session.ingest(video, frames, **asked)
         unsaved: SessionError | None = None
         if saved is not None:
             try:

@@ -43,7 +43,7 @@ def run(
     from tieredkv.batch.run import run as run_batch
     from tieredkv.config import tier_config
     from tieredkv.models import loading
-    from tieredkv.video.frames import check_request
+    from tieredkv.video.frames import Sampling, check_video
 
     if retry_errors and not resume:
         raise BatchError("--retry-errors continues an existing file of answers: give --resume too.")
@@ -52,20 +52,18 @@ def run(
     api.check_question("?", options)
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
     tier_config(None, tiers)
-    sampling = given(fps=fps, max_frames=max_frames)
-    nothing_yet = {"fps": None, "source_fps": None, "max_frames": None, **sampling}
-    check_request([], **nothing_yet)
+    sampling = Sampling(fps=fps, max_frames=max_frames)
     with AnswersFile(output, batch, resume=resume, retry_errors=retry_errors) as answers:
         if not all(map(answers.has, batch)):
             loaded, processor = loading.load(model_path(model))
 
             def open_session(video: Path, pending: Sequence[BatchQuestion]) -> VideoSession:
-                check_request(video, **nothing_yet)
+                check_video(video)
                 session = api.new_session(loaded, processor=processor, progress=True, **tiers)
                 # The shortest answer must fit; a longer one that does not is an error of its own question.
                 least = min(session.new_tokens(options | question.options) for question in pending)
                 try:
-                    session.ingest(video, max_new_tokens=least, **sampling)
+                    session.ingest(video, sampling, max_new_tokens=least)
                 except BaseException:
                     session.close()
                     raise

@@ -27,7 +27,7 @@ from tieredkv.tiny import model as tiny
 from tieredkv.tiny.evaluate import TOKENS_PER_SECOND
 from tieredkv.tiny.scene import make_scene, questions
 from tieredkv.tiny.video import write_video
-from tieredkv.video.frames import load_frames
+from tieredkv.video.frames import Sampling, load_frames
 
 QUESTIONS = 12
 CARDS = 12
@@ -64,7 +64,7 @@ def run(seed: int, minutes: float, share: float, plot: Path | None, video_path: 
             assert session.video is not None
             head, encoded, family = session.head_tokens, session.video, session.family
             tiered = [session.ask(q.text, max_new_tokens=longest, trace=plot is not None) for q in selected]
-        frames = load_frames(path, tiny.FPS)
+        frames = load_frames(path, Sampling(tiny.FPS))
         full = [ask_stock(model, processor, family, frames, encoded, question.text, longest) for question in selected]
     answers = [ComparedAnswer(*row) for row in zip(selected, tiered, full, strict=True)]
     report = summarize(answers, time.perf_counter() - started)

@@ -9,8 +9,9 @@ import string
 from pathlib import Path
 
 from tieredkv.evidence.moments import Evidence
-from tieredkv.evidence.strip import clock, columns, percent, span, spread, ticks
+from tieredkv.evidence.strip import columns, percent, span, spread, ticks
 from tieredkv.evidence.view import LONG_ANSWER, View, scaled
+from tieredkv.progress import clock
 
 FRAME = 640
 """Longer side of a frame, in pixels."""

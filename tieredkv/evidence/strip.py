@@ -7,19 +7,11 @@ import math
 import torch
 
 from tieredkv.evidence.moments import Evidence, Moment
+from tieredkv.progress import clock
 
 TICK_STEPS = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 28800, 86400)
 """Seconds between ticks to choose from."""
 MOST_TICKS = 10
-
-
-def clock(seconds: float, hours: bool = False) -> str:
-    """Seconds as m:ss; as h:mm:ss from an hour on or with `hours`."""
-    whole = int(seconds + 1e-6)
-    minutes, rest = divmod(whole, 60)
-    if hours or minutes >= 60:
-        return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
-    return f"{minutes}:{rest:02}"
 
 
 def span(moment: Moment, dash: str) -> str:

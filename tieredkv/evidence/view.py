@@ -8,8 +8,8 @@ from typing import Any
 from PIL import Image
 
 from tieredkv.evidence.moments import Evidence
-from tieredkv.evidence.strip import clock
-from tieredkv.video.frames import open_video
+from tieredkv.progress import clock
+from tieredkv.video.frames import Sampling, open_video
 
 LARGEST = 1600
 """Longer side of a frame, in pixels: the width of a sheet. Larger frames are reduced to it."""
@@ -45,7 +45,7 @@ def moment_frames(evidence: Evidence, video: Any, source_fps: float | None = Non
     """The frame at each moment's peak, decoded from the video, at most `LARGEST` pixels wide and high."""
     frames = []
     for moment in evidence:
-        source = open_video(video, 1.0, source_fps=source_fps, max_frames=1, start=moment.peak)
+        source = open_video(video, Sampling(1.0, source_fps=source_fps, max_frames=1, start=moment.peak))
         pictures = source.frames()
         frame = Image.fromarray(next(pictures).copy())
         frames.append(scaled(frame, LARGEST, LARGEST) if max(frame.size) > LARGEST else frame)

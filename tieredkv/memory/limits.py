@@ -1,4 +1,4 @@
-"""Host memory: what this process may still take, in the machine and in every control group around it."""
+"""Host memory: how much this process may still allocate, given the machine and its control groups."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tieredkv.errors import BudgetError
 from tieredkv.memory.units import GIB
 
 SAFE_SHARE = 0.8
-"""Share of the available memory to use where no `host_kv_gb` says otherwise: decoding and torch need some too."""
+"""Share of the available memory to use without a `host_kv_gb`: decoding videos and torch need some too."""
 PROC_CGROUP = Path("/proc/self/cgroup")
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 Names = tuple[str, str, str]
@@ -36,7 +36,7 @@ def available_host_bytes(proc_cgroup: Path = PROC_CGROUP, cgroup_root: Path = CG
 
 
 def host_budget_bytes(host_kv_gb: float | None, available: int | None = None) -> int:
-    """Bytes the complete cache may take: the user's cap, or the safe share of `available` (None: what there is now)."""
+    """Bytes the complete cache may take: the user's cap, or the safe share of `available` (None: measured now)."""
     if host_kv_gb is not None:
         return int(host_kv_gb * GIB)
     return int(SAFE_SHARE * (available_host_bytes() if available is None else available))
@@ -48,20 +48,20 @@ def check_host(
     what: str,
     remedy: str | Callable[[int], str],
     available: int | None = None,
-    held_bytes: int = 0,
+    allocated_bytes: int = 0,
 ) -> None:
     """Raise `BudgetError` when `needed_bytes` of host memory for `what` are more than allowed or than there are.
 
     host_kv_gb: the user's cap; None allows the safe share of what is available. remedy: what to do, or a function that
-    says so of the bytes allowed, called only on refusal. available: bytes (None: measured now). held_bytes: how much of
-    what is needed is held already, and so no longer available.
+    says so of the bytes allowed, called only on refusal. available: bytes (None: measured now). allocated_bytes: how
+    many of the bytes needed are allocated already, and so not available.
     """
-    available = held_bytes + (available_host_bytes() if available is None else available)
+    available = allocated_bytes + (available_host_bytes() if available is None else available)
     cap = host_budget_bytes(host_kv_gb, available)
     if needed_bytes <= min(cap, available):
         return
     allowed = min(cap, available)
-    needs, most = _apart(needed_bytes, allowed)
+    needs, most = _as_different_gib(needed_bytes, allowed)
     if host_kv_gb is None:
         limit = f"{most} may be used ({SAFE_SHARE:.0%} of what is available)"
     elif cap <= available:
@@ -84,7 +84,7 @@ def check_host_memory(needed_bytes: int, what: str, remedy: str) -> None:
 
 
 def _groups(proc_cgroup: Path, root: Path) -> Iterator[tuple[Path, Names]]:
-    """Folders of every control group this process is in, its own first, and what the files there are called."""
+    """Folders of the control groups this process is in, the innermost first, and the names of their files."""
     try:
         lines = proc_cgroup.read_text().splitlines()
     except OSError:
@@ -94,7 +94,7 @@ def _groups(proc_cgroup: Path, root: Path) -> Iterator[tuple[Path, Names]]:
         if controllers and "memory" not in controllers.split(","):
             continue
         names = VERSION_1 if controllers else VERSION_2
-        # Inside a container the path may be the one outside; its own group is then the root that it sees.
+        # In a container the path may be the one outside of it; the process's own group is then the root it sees.
         parts = [part for part in path.split("/") if part]
         parts = [] if ".." in parts else parts
         mount = root / "memory" if controllers else root
@@ -118,8 +118,8 @@ def _field(path: Path, name: str) -> int | None:
         return None
 
 
-def _apart(more: int, less: int) -> tuple[str, str]:
-    """Two sizes in GiB with as few digits, at least three, as tell them apart."""
+def _as_different_gib(more: int, less: int) -> tuple[str, str]:
+    """Two sizes in GiB, both with the fewest digits, at least three, in which they differ."""
     texts = ("", "")
     for digits in range(3, 17):
         texts = _digits(more / GIB, digits), _digits(less / GIB, digits)

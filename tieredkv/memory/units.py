@@ -25,7 +25,7 @@ def largest(fits: Callable[[int], bool], most: int) -> int:
 
 
 def as_gib(nbytes: int) -> str:
-    """Bytes as GiB in few digits, rounded up, so that the number given back as `gpu_kv_gb` is enough."""
+    """Bytes as GiB in few digits, rounded up, so that the number is enough when given as `gpu_kv_gb`."""
     value = nbytes / GIB
     for digits in range(3, 18):
         text = f"{value:.{digits}g}"

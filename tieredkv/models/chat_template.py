@@ -18,29 +18,29 @@ Turn = tuple[str, str | None]
 class ChatTemplate:
     """The chat template of a processor, cut at the video's placeholder."""
 
-    def __init__(self, family: VideoFamily, processor: Any, rule: Positions = "published") -> None:
-        """Raises `UnsupportedModelError` for what is no processor of a video model."""
+    def __init__(self, family: VideoFamily, processor: Any, positions: Positions = "published") -> None:
+        """Raises `UnsupportedModelError` unless this is the processor of a video model."""
         for part in ("video_processor", "tokenizer", "apply_chat_template"):
             if not hasattr(processor, part):
                 kind = type(processor).__name__
                 raise UnsupportedModelError(f"processor is a {kind} without {part}: give the model's AutoProcessor.")
-        self.family, self.processor = family, processor
+        self.family, self.processor, self.positions = family, processor, positions
         self._source = chat_template(processor)
-        self.placeholder = family.placeholder(processor, rule)
+        self.placeholder = family.placeholder(processor, positions)
         token = family.visual_token(processor)
         self.visual_id: int = processor.tokenizer.convert_tokens_to_ids(token)
-        """What stands for a visual token where token ids are asked for."""
+        """The token id that stands for each visual token."""
         if self.visual_id is None or self.visual_id == processor.tokenizer.unk_token_id:
             raise UnsupportedModelError(
                 f"the tokenizer does not know {token!r}, which stands for the video: give the model's own processor."
             )
 
     def around_video(self, turns: Sequence[Turn]) -> tuple[str, str]:
-        """The text before the video and after it, of a conversation whose last answer is None.
+        """The text before the video and after it, in a conversation whose last answer is None.
 
-        What a template writes before the video may change with the day. Raises `PromptError` for a question that holds
-        the placeholder itself or would come before the video, and `UnsupportedModelError` for a template that is
-        missing, fails, or does not write one video and the last question.
+        What a template writes before the video may change with the day. Raises `PromptError` for a question that
+        contains the placeholder or would be written before the video, and `UnsupportedModelError` for a template that
+        is missing, fails, or does not write one video and the last question.
         """
         reserved = (self.placeholder, self.family.visual_token(self.processor))
         for question, _ in turns:
@@ -48,8 +48,8 @@ class ChatTemplate:
                 if token in question:
                     raise PromptError(f"the prompt contains {token!r}, which stands for the video: leave it out.")
         text = self._written(turns)
-        head, found, tail = text.partition(self.placeholder)
-        if not found:
+        head, placeholder, tail = text.partition(self.placeholder)
+        if not placeholder:
             raise UnsupportedModelError("the processor's chat template writes no placeholder for the video.")
         if any(token in tail for token in reserved):
             raise UnsupportedModelError(
@@ -57,7 +57,7 @@ class ChatTemplate:
             )
         *earlier, (question, _) = turns
         other = self._written([*earlier, (f"{question}, or another?", None)])
-        # Unless a template writes the time, the same question gives the same text.
+        # Written again, as a template may write the time.
         if other.partition(self.placeholder)[0] != head == self._written(turns).partition(self.placeholder)[0]:
             raise PromptError("the chat template puts the prompt before the video: that is not supported.")
         if text == other:
@@ -89,24 +89,31 @@ class ChatTemplate:
                 "processor.chat_template to that of the model that this one was made of."
             ) from None
 
+    def question_tokens(self, tail: str, question: str) -> int:
+        """Tokens from a prompt's last question to its end. tail: its text after the video, from `around_video`."""
+        mark = "(the question)"
+        after = self.around_video([(mark, None)])[1].rpartition(mark)[2]
+        begin = tail.rfind(question.strip(), 0, len(tail) - len(after))
+        return self.tokenize(tail[max(0, begin) :]).shape[1]
+
     def head_ids(self, config: Any, head: str, video: Sampled) -> torch.Tensor:
-        """Token ids `(1, n)` of all that comes before the first step. head: from `around_video`."""
+        """Token ids `(1, n)` of everything before the first step. head: from `around_video`."""
         times = video.times(0, self.family.step_frames(config))
         return self.tokenize(head + self.family.opening(self.processor, video.frames, video.seconds, times))
 
     def between_ids(self, step: int, times: Sequence[float]) -> tuple[int, ...] | None:
-        """Token ids between a step and the one before; None where the family never writes any."""
+        """Token ids between a step and the one before; None for a family that never writes any."""
         text = self.family.between(self.processor, step, times)
         if text is None:
             return None
         return tuple(self.processor.tokenizer(text, add_special_tokens=False).input_ids) if step else ()
 
     def tail_ids(self, tail: str) -> torch.Tensor:
-        """Token ids `(1, n)` of all that comes after the video. tail: from `around_video`."""
+        """Token ids `(1, n)` of everything after the video. tail: from `around_video`."""
         return self.tokenize(self.family.ending(self.processor) + tail)
 
     def grid(self, config: Any, video: Sampled) -> VideoGrid:
-        """The tokens of a video as expected. Raises `VideoError` when the processor refuses frames of this size."""
+        """The tokens expected of a video. Raises `VideoError` if the processor refuses frames of this size."""
         family, step_frames = self.family, self.family.step_frames(config)
         try:
             steps, rows, columns = family.frame_grid(
@@ -123,7 +130,7 @@ class ChatTemplate:
         """Token ids `(1, n)`. Raises `PromptError` for text that the tokenizer refuses."""
         try:
             ids = self.processor.tokenizer(text, add_special_tokens=False).input_ids
-        except Exception as error:  # noqa: BLE001  what tokenizers raise is of no kind of its own
+        except Exception as error:  # noqa: BLE001  tokenizers have no exception of their own
             raise PromptError(
                 f"the tokenizer refuses the prompt, or what the chat template adds to it ({first_line(error)})."
             ) from None
@@ -135,42 +142,42 @@ class ChatTemplate:
 
 
 def refused(video: Sampled, error: ValueError) -> VideoError:
-    """What to raise where a processor refuses frames."""
+    """The error to raise when a processor refuses frames."""
     return VideoError(f"the model's processor refuses frames of {video.width}x{video.height}: {error}")
 
 
 def chat_template(processor: Any) -> str | None:
-    """The chat template in use, of several the one named default; None where there is none beside the model.
+    """The chat template in use, the one named default if there are several; None if there is none beside the model.
 
-    Raises `UnsupportedModelError` for what is no template.
+    Raises `UnsupportedModelError` for anything that is not a template.
     """
-    found = getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)
-    if isinstance(found, list):  # as old files have it
-        found = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
-    if isinstance(found, dict):
-        if "default" not in found:
+    template = getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)
+    if isinstance(template, list):  # the form of old files
+        template = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}
+    if isinstance(template, dict):
+        if "default" not in template:
             raise UnsupportedModelError(
-                f"the processor's chat templates are named {', '.join(map(str, found)) or 'nothing'}, and none "
+                f"the processor's chat templates are named {', '.join(map(str, template)) or 'nothing'}, and none "
                 "'default': set processor.chat_template to one of them."
             )
-        found = found["default"]
-    if found is not None and not isinstance(found, str):
-        raise UnsupportedModelError(f"the processor's chat template is a {type(found).__name__}: give it as text.")
-    return found or None
+        template = template["default"]
+    if template is not None and not isinstance(template, str):
+        raise UnsupportedModelError(f"the processor's chat template is a {type(template).__name__}: give it as text.")
+    return template or None
 
 
 def check_prompt(prompt: Any) -> None:
-    """Raise `PromptError` unless `prompt` is text with something in it that can be written as UTF-8, without nulls."""
+    """Raise `PromptError` unless `prompt` is text, not blank, that can be written as UTF-8 without nulls."""
     if not isinstance(prompt, str):
         raise PromptError(f"the prompt is a {type(prompt).__name__}: give the question as text.")
     if not prompt.strip():
         raise PromptError("the prompt is empty: ask something.")
     if "\0" in prompt:
-        raise PromptError("the prompt holds a null character, as text in UTF-16 does: give it in UTF-8.")
+        raise PromptError("the prompt contains a null character, as text in UTF-16 does: give it in UTF-8.")
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
         raise PromptError(
-            f"the prompt holds half a character ({prompt[error.start]!a} at place {error.start + 1}): give whole "
+            f"the prompt contains half a character ({prompt[error.start]!a} at position {error.start + 1}): give whole "
             "characters, in UTF-8."
         ) from None

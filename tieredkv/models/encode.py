@@ -1,32 +1,41 @@
-"""The vision tower over a video, segment by segment: one call over a long video is the first thing that runs out."""
+"""The vision tower over a video, segment by segment, as one call over a long video would run out of memory."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from tieredkv.config import TierConfig
+from tieredkv.config import DEFAULT_FPS, TierConfig
 from tieredkv.models.families.base import VideoFamily, VideoGrid
+from tieredkv.video.frames import Sampling
 
 ENCODE_BYTES = 256 * 2**20
 """Activations of the vision tower aimed at per call."""
 FRAME_BYTES = 64 * 2**20
-"""Frames aimed at in memory, all segments that wait or are worked on together."""
+"""Frames aimed at in memory, in all segments together."""
 LEAST_SEGMENTS = 8
-"""Segments into which a short video is cut, or there would be nothing to decode while another is encoded."""
+"""Least segments of a short video, so that one is decoded while another is encoded."""
 SEGMENTS_HELD = 3
 """Segments of frames in memory at once: one being filled, one waiting, one being encoded."""
+
+
+def at_processor_rate(sampling: Sampling, processor: Any) -> Sampling:
+    """`sampling` with the processor's own rate if it names none."""
+    if sampling.fps is not None:
+        return sampling
+    return replace(sampling, fps=getattr(processor.video_processor, "fps", None) or DEFAULT_FPS)
 
 
 def batch_tokens(family: VideoFamily, config: Any, height: int, width: int, grid: VideoGrid, tiers: TierConfig) -> int:
     """Visual tokens to encode per call of the vision tower: whole temporal steps, at least one.
 
-    config: the model's. height, width: of the frames before they are resized. `tiers.encode_batch` decides if given.
-    Otherwise as many as keep the call's activations under `ENCODE_BYTES`, the frames held under `FRAME_BYTES`, the call
-    under half a prefill chunk, and leave `LEAST_SEGMENTS` calls.
+    config: the model's. height, width: of the frames before they are resized. `tiers.encode_batch` if it is given;
+    otherwise as many as keep a call's activations under `ENCODE_BYTES`, the frames in memory under `FRAME_BYTES` and
+    the call under half a prefill chunk, in at least `LEAST_SEGMENTS` calls.
     """
     per_step = grid.step_tokens
     wanted = tiers.encode_batch
@@ -60,7 +69,10 @@ def encode(
     preprocess: Callable[[np.ndarray], dict[str, torch.Tensor]],
     pixels: Iterator[np.ndarray],
 ) -> Iterator[tuple[torch.Tensor, int]]:
-    """Features `(n, width)` of each segment, on the host, and its frames; together those of the whole video at once."""
+    """Features `(n, width)` of each segment, on the host, and how many frames it has.
+
+    Together they are the features of the whole video encoded in one call.
+    """
     for segment in pixels:
         with torch.no_grad():
             features = family.encode(model, preprocess(segment)).cpu()

@@ -1,4 +1,4 @@
-"""KVShape: the numbers of a model that decide how large its keys and values are."""
+"""KVShape: the numbers of a model that set the size of its keys and values."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class KVShape:
-    """What the planner must know of a model."""
+    """What the planner needs to know of a model."""
 
     num_layers: int
-    """Those of full attention, whose cache grows."""
+    """Layers of full attention, whose cache grows."""
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
@@ -37,7 +37,7 @@ class KVShape:
 
 
 def model_shape(config: PreTrainedConfig, dtype: torch.dtype) -> KVShape:
-    """What the planner must know, from a transformers config. Raises `UnsupportedModelError` if it makes no sense."""
+    """From a transformers config. Raises `UnsupportedModelError` if it is damaged, or no layer sees all tokens."""
     text = config.get_text_config(decoder=True)
     heads = text.num_attention_heads
     for name in ("num_hidden_layers", "num_attention_heads", "hidden_size"):

@@ -1,1 +1,1 @@
-"""What fits: sizes, and how a cap is spent, before anything is allocated."""
+"""What fits: sizes, calls and budgets, worked out before anything is allocated."""

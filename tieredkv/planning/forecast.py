@@ -1,6 +1,6 @@
 """plan: what a prompt would take of both tiers and of the link, before a weight is loaded or a frame decoded.
 
-Bytes come from the functions that size the real cache (`sizes`), so a plan refuses what a session would refuse.
+Bytes come from the functions that size the real cache, so a plan refuses what a session would refuse.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from tieredkv.config import DEFAULT_FPS, TierConfig, tier_config
-from tieredkv.errors import OptionError, UnsupportedModelError, check, check_whole, is_number
+from tieredkv.config import TierConfig, tier_config
+from tieredkv.errors import OptionError, UnsupportedModelError, check_value, check_whole, is_number
 from tieredkv.memory import limits
 from tieredkv.memory.units import as_gib, largest
 from tieredkv.models import families, loading
 from tieredkv.models.chat_template import ChatTemplate
-from tieredkv.models.encode import batch_tokens
+from tieredkv.models.encode import at_processor_rate, batch_tokens
 from tieredkv.models.families.base import VideoGrid
 from tieredkv.models.kv_shape import KVShape, model_shape
 from tieredkv.models.weights import stored_bytes
@@ -27,12 +27,12 @@ from tieredkv.models.wrapped import unwrapped
 from tieredkv.planning import decode_plan, forecast_bytes, sizes
 from tieredkv.planning.admission import FEWER_TOKENS, Request, check_memory
 from tieredkv.planning.report import CARDS, LINKS, MemoryPlan, rate
-from tieredkv.video.frames import Sampled, check_request, open_video
+from tieredkv.video.frames import Sampled, Sampling, check_video, open_video
 
 HEAD_TOKENS = 15
-"""Text before the video where no processor says: what Qwen2.5-VL's chat template writes."""
+"""Tokens of text before the video without a processor: those of Qwen2.5-VL's chat template."""
 VISION_MODULES = {"visual", "vision_tower", "vision_model", "multi_modal_projector", "connector", "image_newline"}
-"""What transformers' families call their vision tower and what joins it to the decoder."""
+"""Names, in transformers' families, of the vision tower and of what connects it to the decoder."""
 
 
 def plan(
@@ -73,23 +73,22 @@ def plan(
     for name, value in (("question_tokens", question_tokens), ("max_new_tokens", max_new_tokens)):
         check_whole(name, value)
     share = is_number(static_share) and 0 <= static_share <= 1
-    check(share, "static_share", static_share, "a share between 0 and 1")
+    check_value(share, "static_share", static_share, "a share between 0 and 1")
 
     source = _Model.of(model)
     shape = source.shape
     video: _Video | None = None
-    request: dict[str, Any] = {"source_fps": source_fps, "max_frames": max_frames, "start": start, "end": end}
+    sampling = Sampling(fps, source_fps, max_frames, start, end)
     if isinstance(video_or_tokens, int):
         check_whole("visual tokens", video_or_tokens)
-        for name, value in (*request.items(), ("fps", fps)):
-            if value not in (None, 0.0):
-                raise OptionError(f"{name} says nothing of a number of tokens: give a video, or leave it out.")
+        if given := sampling.given():
+            raise OptionError(f"{given[0]} does not apply to a number of tokens: give a video, or leave it out.")
         visual = video_or_tokens
     else:
-        check_request(video_or_tokens, fps, **request)
+        check_video(video_or_tokens)
         if processor is None:
             processor = loading.load_processor(source.path)
-        video = _Video.open(source, processor, video_or_tokens, fps, request)
+        video = _Video.open(source, processor, video_or_tokens, sampling)
         visual = video.grid(video.sampled.frames).visual_tokens
     head = HEAD_TOKENS if processor is None else source.head_tokens(processor, video)
     text = head + question_tokens
@@ -106,13 +105,13 @@ def plan(
     layout = check_memory(shape, tiers, needs, fewer, smaller, available=available)
 
     static = forecast_bytes.assumed_static(shape, tiers, static_share)
-    made = decode_plan.plan_decode(shape, tiers, layout, tiers.cap_bytes, static.double(), static)
+    decoding = decode_plan.plan_decode(shape, tiers, layout, tiers.cap_bytes, static.double(), static)
     n_static, n_dynamic = int(static.sum()), int((~static).sum())
-    c, page = tiers.chunk_tokens, sizes.page_bytes(shape, tiers, made.packed)
+    c, page = tiers.chunk_tokens, sizes.page_bytes(shape, tiers, decoding.packed)
     recent = prompt - layout.recent_start + max_new_tokens
-    static_pages, selected = int(made.pages[static].sum()), int(made.selected.sum())
+    static_pages, selected = int(decoding.pages[static].sum()), int(decoding.selected.sum())
     dynamic_pages = n_dynamic * layout.sink_chunks + selected
-    decode = forecast_bytes.decode_bytes(shape, tiers, made, static)
+    decode = forecast_bytes.decode_bytes(shape, tiers, decoding, static)
     attended = shape.kv_heads * layout.recent_pages + static_pages + dynamic_pages
     return MemoryPlan(
         model_type=source.config.model_type,
@@ -139,9 +138,9 @@ def plan(
         dynamic_heads=n_dynamic,
         static_tokens=recent + c * static_pages // n_static if n_static else 0,
         dynamic_tokens=recent + c * dynamic_pages // n_dynamic if n_dynamic else 0,
-        packed=made.packed,
+        packed=decoding.packed,
         step_read_bytes=attended * page + decode["digests"],
-        step_copy_bytes=selected * sizes.chunk_bytes(shape, tiers) if made.ranked else 0,
+        step_copy_bytes=selected * sizes.chunk_bytes(shape, tiers) if decoding.ranked else 0,
         prefill_copy_bytes=forecast_bytes.prefill_copy_bytes(shape, tiers, prompt, question_tokens),
         link=link,
         link_gb_s=link_speed,
@@ -219,15 +218,14 @@ class _Video:
     source: _Model
     processor: Any
     video: Any
-    request: dict[str, Any]
+    sampling: Sampling
     name: str
     sampled: Sampled
 
     @staticmethod
-    def open(source: _Model, processor: Any, video: Any, fps: float | None, request: dict[str, Any]) -> _Video:
-        rate = (getattr(processor.video_processor, "fps", None) or DEFAULT_FPS) if fps is None else fps
-        opened = open_video(video, rate, **request)
-        return _Video(source, processor, video, request, opened.name, Sampled.of(opened))
+    def open(source: _Model, processor: Any, video: Any, sampling: Sampling) -> _Video:
+        opened = open_video(video, at_processor_rate(sampling, processor))
+        return _Video(source, processor, video, sampling, opened.name, Sampled.of(opened))
 
     def grid(self, frames: int) -> VideoGrid:
         """Of the first `frames` frames."""
@@ -259,7 +257,8 @@ class _Video:
         unit = 10.0 ** (math.floor(math.log10(value)) - 2)
         for lower in range(3):
             fps = float(f"{(math.floor(value / unit + 1e-9) - lower) * unit:.6g}")
-            expected = _Video.open(self.source, self.processor, self.video, fps, self.request).sampled.frames
+            slower = replace(self.sampling, fps=fps)
+            expected = _Video.open(self.source, self.processor, self.video, slower).sampled.frames
             if expected < self.sampled.frames and self.tokens(expected) <= tokens:
                 return fps
         return None

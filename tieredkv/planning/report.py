@@ -14,7 +14,7 @@ from tieredkv.memory.units import GIB
 from tieredkv.models.kv_shape import KVShape
 
 LINKS = {"pcie3x16": 11.3, "pcie4x4": 6.6, "pcie4x8": 13.4, "pcie4x16": 25.0, "pcie5x16": 56.0}
-"""Host-to-device GB/s as measured on such links: less than the bus is rated for."""
+"""Host-to-device GB/s as measured on such links: less than the rating of the bus."""
 CARDS = {
     "RTX 3060": 360.0,
     "RTX 3060 Ti": 448.0,
@@ -33,7 +33,7 @@ CARDS = {
     "RTX 5080": 960.0,
     "RTX 5090": 1792.0,
 }
-"""Memory bandwidth in GB/s by the vendor's data sheet, cards of 8 to 32 GB."""
+"""Memory bandwidth in GB/s from the vendor's data sheets, cards of 8 to 32 GB."""
 
 
 def rate(kind: str, value: str | float, known: dict[str, float]) -> tuple[str, float]:
@@ -57,7 +57,7 @@ def rate(kind: str, value: str | float, known: dict[str, float]) -> tuple[str, f
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
-    """Where a prompt's keys and values would go, and what moving them costs. `str()` of it is the table."""
+    """Where a prompt's keys and values would go, and what moving them would cost. `str()` gives the table."""
 
     model_type: str
     dtype: str
@@ -69,7 +69,7 @@ class MemoryPlan:
     step_weight_bytes: int
     """Weights one decoding step reads: the decoder's, without an input embedding of its own."""
     video: str | None
-    """Name of the video; None: the plan was made for a number of tokens. So for the next five."""
+    """Name of the video; None, like the next five fields, if the plan is for a number of tokens."""
     frames: int | None
     frame_size: tuple[int, int] | None
     """Height and width of the frames before the processor resizes them."""
@@ -89,13 +89,13 @@ class MemoryPlan:
     """Host memory of the complete cache: whole chunks, room for a longer question, digests."""
     host_budget_bytes: int
     cap_bytes: int
-    """`gpu_kv_gb` in bytes; the sum of neither phase passes it."""
+    """`gpu_kv_gb` in bytes; neither phase exceeds it."""
     prefill: dict[str, int]
     """Device bytes of the prefill phase by purpose."""
     decode: dict[str, int]
     """Device bytes of the decode phase by purpose."""
     static_heads: int
-    """Assumed: which heads are static, and how many, is known only once a question is asked."""
+    """Assumed: how many heads are static is known only once a question is asked."""
     dynamic_heads: int
     static_tokens: int
     """Tokens a static head attends to per step, all of them on the device (mean)."""
@@ -106,7 +106,7 @@ class MemoryPlan:
     step_read_bytes: int
     """Keys, values and digests that one step reads on the device."""
     step_copy_bytes: int
-    """Most that one step copies from the host: everything it selects, as if none of it were resident."""
+    """The most that one step copies from the host: all it selects, as if none of it were resident."""
     prefill_copy_bytes: int
     """Past keys and values streamed to the device while the whole prompt is prefilled and its question scored."""
     link: str
@@ -176,9 +176,9 @@ class MemoryPlan:
             cells = [_size(phase[purpose]) if purpose in phase else "" for phase in (self.prefill, self.decode)]
             rows.append((f"  {purpose}", f"{cells[0]:>12} {cells[1]:>12}"))
         sums = [_size(sum(phase.values())) for phase in (self.prefill, self.decode)]
-        low = _size(self.cap_bytes)
+        cap = _size(self.cap_bytes)
         rows += [
-            ("  sum", f"{sums[0]:>12} {sums[1]:>12}   of {low} allowed"),
+            ("  sum", f"{sums[0]:>12} {sums[1]:>12}   of {cap} allowed"),
             ("", ""),
             (
                 "heads",

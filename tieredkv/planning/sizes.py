@@ -17,12 +17,12 @@ from tieredkv.policy.digests import sketch
 from tieredkv.policy.digests.vectors import DIGESTS
 
 QUESTION_ROOM = 256
-"""Tokens of host memory set aside beyond the video for the longest question; a longer one makes the tier grow."""
+"""Tokens of host memory reserved after the video for questions; a longer question makes the tier grow."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How the prompt's tokens divide, the same for every head; counted in chunks and pages of C tokens."""
+    """How the prompt's tokens are divided, the same for every head; in chunks and pages of C tokens."""
 
     chunk_tokens: int
     tokens: int
@@ -59,12 +59,12 @@ def lay_out(tiers: TierConfig, tokens: int, text_rows: int, new_tokens: int) -> 
 
 
 def chunk_bytes(shape: KVShape, tiers: TierConfig) -> int:
-    """One chunk on the host, and what is copied of it: keys and values of C tokens of one KV head."""
+    """One chunk on the host: keys and values of C tokens of one KV head. A fetch copies as much."""
     return 2 * tiers.chunk_tokens * shape.head_dim * shape.itemsize
 
 
 def page_bytes(shape: KVShape, tiers: TierConfig, packed: bool) -> int:
-    """One page on the device. packed: it is of 8 bits."""
+    """One page on the device. packed: in 8 bits."""
     return packed_bytes(tiers.chunk_tokens, shape.head_dim) if packed else chunk_bytes(shape, tiers)
 
 
@@ -82,8 +82,8 @@ def one_digest_bytes(shape: KVShape, tiers: TierConfig) -> int:
 
 
 def scratch_page_bytes(shape: KVShape, tiers: TierConfig, packed: bool) -> int:
-    """What the torch attention holds per gathered page: keys and values in float32 (torch's kernel packs the keys once
-    more), indices of rows, a mask; of packed pages the scales of keys or values, in both types."""
+    """Scratch of the torch attention per gathered page: keys and values in float32 (torch's kernel copies the keys once
+    more), row indices, a mask; of packed pages the scales of keys or values, in both types."""
     narrow = 1 if packed else 0 if shape.itemsize == FLOAT32 else shape.itemsize
     scales = FLOAT32 + FLOAT16 if packed else 0
     return tiers.chunk_tokens * (shape.head_dim * (3 * FLOAT32 + narrow) + scales + 2 * INT64 + FLOAT32 + 1)
@@ -91,7 +91,7 @@ def scratch_page_bytes(shape: KVShape, tiers: TierConfig, packed: bool) -> int:
 
 def table_bytes(shape: KVShape, tiers: TierConfig, layout: Layout) -> int:
     """Upper bound of the index tables, int32 (page and length of every page a head could have, and its residency), and
-    of what stands beside them."""
+    of what is counted with them."""
     per_page = 2 * INT32
     per_chunk = 6 * INT32  # residency: three for a slot, one and a byte for a chunk, one for no chunk
     reused = reuse_bytes(shape, tiers, shape.kv_heads)
@@ -102,7 +102,7 @@ def table_bytes(shape: KVShape, tiers: TierConfig, layout: Layout) -> int:
 
 
 def attended_bytes(layout: Layout) -> int:
-    """What a step adds up of the attention that each chunk got, all layers in one."""
+    """The attention that each chunk got in a step, summed over all layers."""
     return layout.retrievable * FLOAT32
 
 

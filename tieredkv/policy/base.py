@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from tieredkv.errors import check, check_whole, is_number
+from tieredkv.errors import check_value, check_whole, is_number
 from tieredkv.policy.budget import WEIGHTS
 from tieredkv.policy.digests.vectors import BITS, DIGESTS
 from tieredkv.policy.prune import HeadTokens, text_prior
@@ -34,7 +34,7 @@ class Policy:
     """One paragraph for `tieredkv policies`."""
 
     head_score: str = "mass"
-    """What classifies heads and how static ones share: "mass", the mass of a text row's top k (HybridKV), with the
+    """How heads are classified, and how static ones share: "mass", the mass of a text row's top k (HybridKV), with the
     fields below; or "coverage" (ours): a head is static if tokens chosen by some rows keep `theta` of the other rows'
     attention within an average head's budget; it gets as many as that takes, and dynamic heads share what is left."""
     theta: float = 0.9
@@ -42,18 +42,18 @@ class Policy:
     top_k_ratio: float = 0.01
     """k of the text-centric score, as a share of the N cached tokens (ours; the paper leaves k open)."""
     text_window: int = 64
-    """At most this many of the last text rows give the text-centric score (ours)."""
+    """At most this many of the last text rows are scored (ours)."""
     score_group: str = "mean"
-    """How the query heads of a group make one score, "mean" or "max" (the paper says nothing of groups)."""
+    """How the scores of a group's query heads become one: "mean" or "max" (the paper does not mention groups)."""
     type_split: float = 1.0
     """r: the dynamic heads' share of the budget relative to their number (HybridKV, stage 2), 0 < r <= 1."""
     static_weight: str = "need"
     """How static heads share: by 1 - S ("need"), by S ("score") or evenly ("even")."""
     static_floor: float = 0.2
-    """Share of the static heads' mean budget that each of them gets whatever its score (AdaKV)."""
+    """Share of the static heads' mean budget that each of them gets at least (AdaKV)."""
     dynamic_floor: float = 1.0
-    """Share of the dynamic heads' mean budget that each of them gets whatever it needs; the rest goes by the root of
-    need. 1: evenly, as in the paper. With the "coverage" score only, which measures need."""
+    """Share of the dynamic heads' mean budget that each of them gets at least; the rest is divided by the root of need.
+    1: evenly, as in the paper. With the "coverage" score only, which measures need."""
     saliency_window: int = 32
     """At most this many of the last text rows rank the tokens of static heads (SnapKV's window)."""
     saliency_pool: int = 5
@@ -67,19 +67,19 @@ class Policy:
     chunk_group: str = "mean"
     """How the query heads of a group rank chunks together: a name in `policy.select.GROUPS`."""
     stay: float = 1.0
-    """How many times better another chunk must look than one attended to a step before to take its place: what looks
-    alike need not be copied (ours). 1: no favour."""
+    """Factor on the ranks of the chunks attended to a step before: others must rank that much higher to replace them,
+    which saves copies (ours). 1: none."""
     dense_layers: int = 0
     """First layers whose heads keep everything on the device, beyond any budget (Quest: 2)."""
     reuse_above: float = 2.0
     """A head whose query's cosine with the step before is at least this attends to the chunks chosen then, which had a
     step's time to arrive (FreeKV); the others choose anew. Above 1: every step chooses for itself."""
     keep_all: bool = False
-    """Everything on the device: no policy at all. Refused where it does not fit."""
+    """Everything stays on the device: no policy at all. Refused where it does not fit."""
 
     def __post_init__(self) -> None:
         def wanted(ok: bool, name: str, want: str) -> None:
-            check(ok, name, getattr(self, name), want)
+            check_value(ok, name, getattr(self, name), want)
 
         for name in ("theta", "top_k_ratio", "type_split", "static_floor", "dynamic_floor", "stay", "reuse_above"):
             wanted(is_number(getattr(self, name)), name, "a finite number")

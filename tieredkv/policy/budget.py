@@ -1,8 +1,8 @@
 """Stage 2: top-down budgets, head type first, then head (HybridKV). The equations are ours; the paper's are unknown.
 
-Everything is counted in pages of C tokens, the unit the pool deals in. The recent window and the generated tokens
-are outside: every head has those anyway. A budget is `(L, K)` int64: of a static head the pages of its kept tokens, of
-a dynamic head those of its sink chunks and of the chunks it selects and keeps.
+Budgets are counted in pages of C tokens, the unit of the pool. The recent window and the generated tokens are left
+out, as every head holds them. A budget is `(L, K)` int64: of a static head the pages of its kept tokens, of a dynamic
+head those of its sink chunks and of the chunks it selects and keeps.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ WEIGHTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "score": lambda scores: scores.clamp(min=0) + 1e-6,
     "even": torch.ones_like,
 }
-"""Weights by which static heads share their budget, from their scores S. The paper gives no sign: a head whose rows are
-less concentrated may need more ("need"), or a head that is known to concentrate may deserve more ("score")."""
+"""Weights by which static heads share their budget, from their scores S. The paper does not give the direction: a head
+whose rows are less concentrated may need more ("need"), or a head that concentrates may deserve more ("score")."""
 
 
 def split_budget(
@@ -33,11 +33,11 @@ def split_budget(
     """Divide `total_pages` among the heads of a model.
 
     scores, static: `(L, K)`, S and the static mask. most_pages: pages that hold everything; no head gets more.
-    least_dynamic: pages a dynamic head cannot do without. With `n_s` static and `n_d` dynamic heads,
+    least_dynamic: the fewest pages of a dynamic head. With `n_s` static and `n_d` dynamic heads,
     B_dyn = type_split * B * n_d / (n_s + n_d), shared evenly; the static heads share the rest by `static_weight`, each
     getting at least `static_floor` of their mean.
-    Never spends more than `total_pages` unless the minimum (least_dynamic per dynamic head, 1 per static one)
-    already does, which raises ValueError.
+    Never spends more than `total_pages`. Raises ValueError when these are less than the minimum: least_dynamic per
+    dynamic head, 1 per static one.
     """
     n_static, n_dynamic = int(static.sum()), int((~static).sum())
     least = n_dynamic * min(least_dynamic, most_pages) + n_static * min(1, most_pages)
@@ -74,11 +74,11 @@ def by_need(
 ) -> torch.Tensor:
     """Divide `total_pages` by the tokens that pruning would need (`classify.tokens_to_cover`; ours).
 
-    need, spread: `(L, K)` tokens, for what static heads are to keep and for a smaller share. Static heads get what they
-    need, at least a page. Of the rest every dynamic head gets `dynamic_floor` of an even share, and what is then left
-    is dealt in proportion to the root of its spread: a head whose attention is spread over more tokens misses more with
-    the same budget. What no dynamic head can use goes to static heads, each in proportion
-    to what it lacks. ValueError as `split_budget`.
+    need, spread: `(L, K)`, the tokens that cover the share of attention which static heads are to keep, and those that
+    cover a smaller share. Static heads get what they need, at least a page. Of the rest every dynamic head gets
+    `dynamic_floor` of an even share; what is then left is divided in proportion to the root of its spread, as a head
+    whose attention is spread over more tokens misses more with the same budget. What no dynamic head can use goes to
+    static heads, in proportion to what each lacks. ValueError as `split_budget`.
     """
     n_static, n_dynamic = int(static.sum()), int((~static).sum())
     pages = torch.zeros(need.shape, dtype=torch.int64, device="cpu")

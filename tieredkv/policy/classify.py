@@ -39,17 +39,18 @@ def text_centric_scores(best: torch.Tensor, group: str = "mean") -> torch.Tensor
 
 
 def tokens_to_cover(halves: torch.Tensor, sinks: int, recent: int, shares: tuple[float, ...]) -> torch.Tensor:
-    """Fewest tokens that some rows must choose for a head to keep each share of *other* rows' attention (ours).
+    """Fewest tokens, chosen by some rows, with which a head keeps each share of *other* rows' attention (ours).
 
     halves `(2, K, N)`: mean attention of two halves of the text rows. Each half ranks the tokens between the first
-    `sinks` and the last `recent`, which a head keeps anyway; counted is what the other half pays to the best of them
-    and to the recent ones, averaged both ways. `(len(shares), K)`; N + 1 where not even all tokens do.
+    `sinks` and the last `recent`, which a head keeps anyway. The other half's attention to the best of them and to the
+    recent ones is added up, and the sums of both directions averaged. Returns `(len(shares), K)`; N + 1 where not even
+    all tokens are enough.
 
-    It asks directly what pruning by some rows costs others, where the text-centric score asks how few tokens a row
-    looks at, be they others in each row.
+    This measures what pruning by some rows costs other rows. The text-centric score measures how few tokens a row
+    attends to, even if every row attends to different ones.
 
-    What goes to the sinks is left out altogether: a head that rests on them has nothing to look up *yet*, and says
-    nothing of where it would look.
+    Attention to the sinks is left out: a head that rests on them looks nothing up *yet*, which does not tell where it
+    would look.
     """
     old, n = halves.shape[-1] - recent, halves.shape[-1]
     first = min(sinks, old)
@@ -63,9 +64,9 @@ def tokens_to_cover(halves: torch.Tensor, sinks: int, recent: int, shares: tuple
 
 
 LEAST_ROWS = 16
-"""Text rows without which nothing is concluded about what a head will need."""
+"""With fewer text rows nothing is concluded about what a head will need."""
 SPREAD_SHARE = 0.9
-"""Share of attention by whose tokens dynamic heads' budgets are weighed."""
+"""Dynamic heads' budgets are weighted by the tokens that cover this share of their attention."""
 
 
 def static_heads(scores: torch.Tensor, theta: float) -> torch.Tensor:

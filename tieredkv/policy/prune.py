@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True, slots=True)
 class HeadTokens:
-    """What a rule may look at: the first `n` tokens of one static head, all before the recent region."""
+    """Input of a rule: the first `n` tokens of one static head, all before the recent region."""
 
     saliency: torch.Tensor
     """`(n,)` float32: attention the last text rows pay each token, mean over rows and the group's query heads."""
@@ -26,7 +26,7 @@ class HeadTokens:
 
 
 def pool_saliency(saliency: torch.Tensor, width: int) -> torch.Tensor:
-    """Average over `width` neighbouring tokens, edges over the tokens there are: `(..., N)` -> `(..., N)` (SnapKV)."""
+    """Average over `width` neighbouring tokens, fewer at the edges: `(..., N)` -> `(..., N)` (SnapKV)."""
     if width == 1 or saliency.shape[-1] == 0:
         return saliency
     flat = saliency.reshape(-1, 1, saliency.shape[-1])
@@ -35,15 +35,15 @@ def pool_saliency(saliency: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def by_saliency(tokens: HeadTokens) -> torch.Tensor:
-    """What the last rows look at, smoothed over neighbours (SnapKV)."""
+    """What the last rows attend to, smoothed over neighbours (SnapKV)."""
     return pool_saliency(tokens.saliency, tokens.pool)
 
 
 def text_prior(tokens: HeadTokens) -> torch.Tensor:
     """Text before any visual token, the first `sinks` tokens before all; within a class the more salient first.
 
-    HybridKV's "text-prior pruning"; the saliency is ours (SnapKV's). Text that alone exceeds the budget is ranked
-    among itself.
+    HybridKV's "text-prior pruning"; the saliency is ours (SnapKV's). Where text alone exceeds the budget, the most
+    salient text is kept.
     """
     saliency = pool_saliency(tokens.saliency, tokens.pool).double()  # or adding the class would round it away
     classes = tokens.is_text.double()
@@ -52,5 +52,5 @@ def text_prior(tokens: HeadTokens) -> torch.Tensor:
 
 
 def kept_tokens(rank: torch.Tensor, budget: int) -> torch.Tensor:
-    """Ascending indices of the `min(budget, n)` tokens of highest rank `(n,)`; of equals the earlier."""
+    """Ascending indices of the `min(budget, n)` tokens of highest rank `(n,)`; of equals, the earlier."""
     return rank.argsort(descending=True, stable=True)[: min(budget, rank.shape[-1])].sort().values

@@ -1,4 +1,4 @@
-"""Answers for asyncio: made on a thread of their own like streams, awaited on the event loop, stopped by cancelling."""
+"""Answers for asyncio: generated on their own thread like streams, awaited on the event loop, stopped by cancelling."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine
 from typing import Any, Literal, overload
 
+from tieredkv.session.job import End, Job, Work
 from tieredkv.session.results import Generation
-from tieredkv.session.stream import Answer, End, Job, Work
+from tieredkv.session.stream import PendingAnswer
 
-_LOOK_S = 0.5
-"""Seconds between looks at a thread that is to end."""
+GenerationCoroutine = Coroutine[Any, Any, Generation]
+_POLL_S = 0.5
+"""Seconds between checks whether a thread has ended."""
 
 
-class AsyncAnswerStream(Answer):
-    """Asynchronous iterator of the pieces of an answer; joined they are `generation.text`.
+class AsyncAnswerStream(PendingAnswer):
+    """Asynchronous iterator of the pieces of an answer; joined, they are `generation.text`.
 
-    The work begins with the first piece asked for. Cancelling whoever waits for a piece, `aclose`, leaving it as an
-    asynchronous context manager, or dropping it stops the work within one decoding step, before that within one
-    prefill chunk; all but the last wait until it has stopped.
+    The work begins when the first piece is asked for. Cancelling the task that waits for a piece, `aclose`, leaving it
+    as an asynchronous context manager, or dropping it stops the work within one decoding step, or during prefill within
+    one chunk; all but the last wait until it has stopped.
     """
 
     def __init__(self, work: Work, streams: bool = True) -> None:
@@ -53,18 +55,18 @@ class AsyncAnswerStream(Answer):
         return self.generation
 
     async def aclose(self) -> None:
-        """Stop the work and wait until it has stopped. Twice is fine."""
+        """Stop the work and wait until it has stopped. May be called twice."""
         self._ended = True
         self._job.stop()
         cancelled = False
         while self._job.started and self._job.running and not self._over.is_set():
             try:
-                # The end is not told where the loop that asked is closed: then the thread itself is looked at.
-                await asyncio.wait_for(self._over.wait(), _LOOK_S)
+                # If the loop that the work reports to is closed, `_over` is never set: check the thread now and then.
+                await asyncio.wait_for(self._over.wait(), _POLL_S)
             except TimeoutError:
                 continue
             except asyncio.CancelledError:
-                cancelled = True  # but memory and threads are given back first
+                cancelled = True  # raised below, once memory and threads are freed
         self._job.join()
         if cancelled:
             raise asyncio.CancelledError
@@ -77,7 +79,7 @@ class AsyncAnswerStream(Answer):
 
 
 def _deliverer(job: Job, items: asyncio.Queue[str | End], over: asyncio.Event) -> Callable[[str | End], None]:
-    """What hands a job's items to the running loop."""
+    """A function that hands a job's items to the running loop, from any thread."""
     loop = asyncio.get_running_loop()
 
     def arrive(item: str | End) -> None:
@@ -99,26 +101,22 @@ class AsyncAsking(ABC):
 
     @abstractmethod
     def asking(self, prompt: str, options: dict[str, Any], *, chat: bool = False, stream: bool = False) -> Work:
-        """What answers the question; raises at once what can be known at once."""
+        """The work of answering; raises at once what can be known before it begins."""
 
     @overload
-    def aask(
-        self, prompt: str, *, stream: Literal[False] = False, **options: Any
-    ) -> Coroutine[Any, Any, Generation]: ...
+    def aask(self, prompt: str, *, stream: Literal[False] = ..., **options: Any) -> GenerationCoroutine: ...
     @overload
     def aask(self, prompt: str, *, stream: Literal[True], **options: Any) -> AsyncAnswerStream: ...
     def aask(self, prompt: str, *, stream: bool = False, **options: Any) -> Any:
-        """`ask`, with its options, for asyncio: to be awaited, or with `stream=True` to be read with `async for`.
+        """`ask`, with its options, for asyncio: await it, or with `stream=True` iterate over it with `async for`.
 
-        The event loop runs on meanwhile. Cancelling stops the work within one decoding step, or within one prefill
-        chunk before that; the session can be asked again.
+        The event loop is not blocked. Cancelling stops the work within one decoding step, or during prefill within one
+        chunk; the session can be asked again.
         """
         return answering(self.asking(prompt, options, stream=stream), stream)
 
     @overload
-    def achat(
-        self, prompt: str, *, stream: Literal[False] = False, **options: Any
-    ) -> Coroutine[Any, Any, Generation]: ...
+    def achat(self, prompt: str, *, stream: Literal[False] = ..., **options: Any) -> GenerationCoroutine: ...
     @overload
     def achat(self, prompt: str, *, stream: Literal[True], **options: Any) -> AsyncAnswerStream: ...
     def achat(self, prompt: str, *, stream: bool = False, **options: Any) -> Any:
@@ -126,6 +124,6 @@ class AsyncAsking(ABC):
         return answering(self.asking(prompt, options, chat=True, stream=stream), stream)
 
 
-def answering(work: Work, stream: bool) -> AsyncAnswerStream | Coroutine[Any, Any, Generation]:
-    """The pieces, or the whole answer."""
+def answering(work: Work, stream: bool) -> AsyncAnswerStream | GenerationCoroutine:
+    """An iterator of the pieces, or a coroutine that returns the whole answer."""
     return AsyncAnswerStream(work) if stream else AsyncAnswerStream(work, streams=False).finished()

@@ -20,7 +20,7 @@ __all__ = ["Decoded", "check_options", "ending_on_error", "new_tokens", "resolve
 
 @dataclass(slots=True)
 class Decoded:
-    """What the loop made."""
+    """The tokens of an answer, and when they were chosen."""
 
     token_ids: list[int]
     first_token_at: float
@@ -30,7 +30,7 @@ class Decoded:
 
 @contextmanager
 def ending_on_error(streamer: Any) -> Iterator[None]:
-    """End a streamer when the block raises, or whoever reads it would wait for ever. None: nothing to end."""
+    """End a streamer if the block raises, or its reader would wait forever. None: there is none."""
     try:
         yield
     except BaseException:
@@ -48,7 +48,7 @@ def run(
     options: dict[str, Any],
     tokenizer: Any,
 ) -> Decoded:
-    """Generate up to `max_new_tokens` after a prompt that is cached already.
+    """Generate up to `max_new_tokens` after a prompt that is already cached.
 
     prompt_ids `(1, N)`: what penalties and stopping criteria see. first_logits `(1, vocabulary)`: for the first
     token. step(token) caches the token and returns the logits for the next. options: transformers' names.
@@ -76,7 +76,7 @@ def run(
                 scores = logits_processor(ids, logits)
             except _REFUSALS as error:
                 if options.get("logits_processor") or options.get("prefix_allowed_tokens_fn"):
-                    raise  # of somebody's own
+                    raise  # by the caller's own function
                 raise _not_valid(error) from None
             if generation_config.do_sample:
                 token = torch.multinomial(scores.softmax(-1), 1)
@@ -99,7 +99,7 @@ def run(
     streamer = options.get("streamer")
     given = _for_generate(options, tokenizer, model.generation_config)
     try:
-        # Positions and mask are given so that `generate` neither computes nor stores any on the model.
+        # With positions and a mask, `generate` neither computes them nor stores any on the model.
         model.generate(
             input_ids=prompt_ids,
             attention_mask=torch.ones_like(prompt_ids),
@@ -117,16 +117,16 @@ def run(
 
 
 _REFUSALS = (ValueError, TypeError, AttributeError, LookupError, NotImplementedError)
-"""How transformers refuses settings of the wrong kind."""
+"""What transformers raises for settings of the wrong kind."""
 
 
 def _not_valid(error: Exception) -> OptionError:
-    said = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-    return OptionError(f"a generation option is not valid: {said}")
+    message = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    return OptionError(f"a generation option is not valid: {message}")
 
 
 def timed(options: dict[str, Any], model_config: Any) -> dict[str, Any]:
-    """The options with `max_time` counting from now, where transformers counts from the first token."""
+    """The options with `max_time` counted from now; transformers counts from the first token."""
     most = setting("max_time", options, model_config)
     if most is None:
         return options
@@ -138,18 +138,17 @@ def timed(options: dict[str, Any], model_config: Any) -> dict[str, Any]:
 
 
 def _for_generate(options: dict[str, Any], tokenizer: Any, model_config: Any) -> dict[str, Any]:
-    """What `model.generate` is given of the options, all but `max_new_tokens`.
+    """The options as arguments of `model.generate`, without `max_new_tokens`.
 
-    Settings are given by name: beside a `generation_config` transformers deprecates that, and from a config it would
-    take None for "as in the model's own".
+    Settings are passed by name: transformers deprecates them beside a `generation_config`, and takes None in a config
+    for "as in the model's own".
     """
     criteria = dict(options)
     resolve_stop_strings(criteria, options.get("tokenizer") or tokenizer, model_config)
     stopping = StoppingCriteriaList(criteria.get("stopping_criteria") or [])
     here = vars(GenerationConfig()).keys()
     forms = {name: plain[0] for name, plain in FORMS.items() if name in here}
-    # `generate` drops the tokenizer when it is given a loop of one's own. The cache is ours: it must not allocate one
-    # beside it.
+    # `generate` drops the tokenizer if it is given a loop, and must not allocate a cache beside ours.
     ours = {"stop_strings": None, "use_cache": False}
     given = {name: value for name, value in explicit(options).items() if name != "max_new_tokens"}
     callables = {name: options.get(name) for name in ("logits_processor", "prefix_allowed_tokens_fn")}
@@ -157,7 +156,7 @@ def _for_generate(options: dict[str, Any], tokenizer: Any, model_config: Any) ->
 
 
 def resolve_stop_strings(options: dict[str, Any], tokenizer: Any, model_config: Any = None) -> None:
-    """Turn `stop_strings`, of the options, their config or the model's, into a stopping criterion; in place."""
+    """Replace `stop_strings`, of the options, their config or the model's, by a stopping criterion; in place."""
     strings = setting("stop_strings", options, model_config)
     options.pop("stop_strings", None)
     if not strings:

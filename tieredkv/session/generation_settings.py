@@ -1,7 +1,7 @@
-"""transformers' generation settings: which hold here, which are refused by name, and whose count.
+"""transformers' generation settings: which work here, which are refused by name, and which take precedence.
 
-They come from three places, as in `model.generate`: an option counts before the caller's `generation_config`, and that
-before the model's own.
+They come from three places, as in `model.generate`: an option takes precedence over the caller's `generation_config`,
+and that over the model's own.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 from tieredkv.errors import OptionError, check_whole
 
 DEFAULT_NEW_TOKENS = 256
-"""`max_new_tokens` where neither the caller nor a generation config says."""
+"""`max_new_tokens` if neither the caller nor a generation config sets it."""
 
 _RUN_OPTIONS = (
     "generation_config",
@@ -24,7 +24,7 @@ _RUN_OPTIONS = (
     "prefix_allowed_tokens_fn",
     "tokenizer",
 )
-"""Options of `generate` that no config holds, and that work."""
+"""Options of `generate` that are not in a config, and work."""
 _OTHER_LOOPS = (
     "assistant_model",
     "assistant_tokenizer",
@@ -33,7 +33,7 @@ _OTHER_LOOPS = (
     "negative_prompt_attention_mask",
     "synced_gpus",
 )
-"""Options of `generate` that no config holds and that make another loop: refused unless None or False."""
+"""Options of `generate` that are not in a config and select another decoding loop: refused unless None or False."""
 
 WORKS = frozenset((
     "max_new_tokens", "min_length", "min_new_tokens", "max_time", "stop_strings", "do_sample", "temperature",
@@ -43,14 +43,14 @@ WORKS = frozenset((
     "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "sequence_bias",
     "watermarking_config", "eos_token_id"
 ))  # fmt: skip
-"""Settings that do what they do in `model.generate`, most of them by transformers' own processors and criteria."""
+"""Settings with the same effect as in `model.generate`, most of them by transformers' own processors and criteria."""
 IDLE = frozenset((
     "pad_token_id", "bos_token_id", "decoder_start_token_id", "early_stopping", "length_penalty",
     "diversity_penalty", "low_memory", "num_assistant_tokens", "num_assistant_tokens_schedule",
     "assistant_confidence_threshold", "max_matching_ngram_size", "assistant_lookbehind", "target_lookbehind",
     "assistant_ensemble_weight", "speculation_type", "disable_compile", "transformers_version"
 ))  # fmt: skip
-"""Settings that change nothing for one sequence, one beam and no second model, in `model.generate` as here."""
+"""Settings without effect for one sequence, one beam and no second model, in `model.generate` as here."""
 SEARCHES: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),
     "num_return_sequences": (1,),
@@ -66,8 +66,8 @@ SEARCHES: dict[str, tuple[Any, ...]] = {
     "use_mtp": (False,),
     "is_assistant": (False,),
 }
-"""Settings that make another search of decoding, with the values that do not: the others are refused, also where the
-model's own config asks for them."""
+"""Settings that select another search, with the values that do not: any other is refused, also in the model's own
+config."""
 FORMS: dict[str, tuple[Any, ...]] = {
     "max_length": (None,),
     "use_cache": (True,),
@@ -83,14 +83,14 @@ FORMS: dict[str, tuple[Any, ...]] = {
     "output_logits": (False,),
     "return_dict_in_generate": (False,),
 }
-"""Settings of another cache or another form of output, with the values that describe what happens here anyway. Other
-values are refused where the caller gives them, and ignored in the model's own config, where they change no token."""
+"""Settings of another cache or form of output, with the values that describe what happens here anyway. Any other is
+refused if the caller gives it, and ignored in the model's own config, as it changes no token."""
 
 
 def check_options(options: dict[str, Any], also: tuple[str, ...] = (), model_config: Any = None) -> None:
     """Raise `OptionError` for a generation option that transformers does not know or that is not supported here.
 
-    A `generation_config` among the options is looked into, and so is the model's own where it is given.
+    Checks a `generation_config` among the options too, and the model's own if it is given.
     """
     fields = _fields()
     known = {*fields, *_RUN_OPTIONS, *_OTHER_LOOPS, *also}
@@ -107,7 +107,7 @@ def check_options(options: dict[str, Any], also: tuple[str, ...] = (), model_con
             raise OptionError(f"{name} is not supported (got a {type(value).__name__}): leave it out.")
     given = explicit(options)
     for name in sorted(fields - WORKS - IDLE):
-        plain = {**SEARCHES, **FORMS}.get(name, (None, False))  # one of a later transformers
+        plain = {**SEARCHES, **FORMS}.get(name, (None, False))  # a setting of a later transformers
         value = given.get(name)
         if value is not None and not _is_plain(value, plain):
             raise OptionError(f"{name}={value!r} is not supported: leave it out, or set it to {plain[0]!r}.")
@@ -122,32 +122,32 @@ def check_options(options: dict[str, Any], also: tuple[str, ...] = (), model_con
 
 
 def _fields() -> set[str]:
-    """Of the installed transformers' generation configs."""
+    """Names of the settings in the installed transformers' generation configs."""
     return {name for name in vars(GenerationConfig()) if not name.startswith("_")}
 
 
 def _is_plain(value: Any, plain: tuple[Any, ...]) -> bool:
-    """Whether a setting's value is one of these; a tensor is none."""
+    """Whether a setting's value is one of these; a tensor never is."""
     return any(value is one or (isinstance(value, int | float) and value == one) for one in plain)
 
 
 def explicit(options: dict[str, Any]) -> dict[str, Any]:
-    """The settings that the caller gives, by name: options, and before them what a `generation_config` sets."""
+    """The settings that the caller gives, by name: options over those of a `generation_config`."""
     fields, config = _fields(), options.get("generation_config")
     given = {name: getattr(config, name) for name in fields if getattr(config, name, None) is not None}
     return given | {name: value for name, value in options.items() if name in fields}
 
 
 def setting(name: str, options: dict[str, Any], model_config: Any) -> Any:
-    """What holds of a setting: the caller's, or where that says nothing the model's own."""
+    """The value of a setting: the caller's, or if that does not set it the model's own."""
     given = explicit(options)
     return given[name] if name in given else getattr(model_config, name, None)
 
 
 def new_tokens(options: dict[str, Any], model_config: Any, prompt_tokens: int = 0) -> int:
-    """How many tokens an answer may have. prompt_tokens: of its prompt, as far as they are known.
+    """Most tokens of an answer. prompt_tokens: of its prompt, as far as they are known.
 
-    Raises `OptionError` where the prompt alone has as many as a `max_length` in the model's config allows in all.
+    Raises `OptionError` if the prompt alone reaches the `max_length` of the model's config.
     """
     stated = setting("max_new_tokens", options, model_config)
     if stated is None:

@@ -1,14 +1,13 @@
 """A video into a cache: decoding, the vision tower and prefill at once, each ahead of the next on its own thread.
 
-No stage holds more than a segment or a chunk besides what waits in its queue, so the memory it takes does not depend on
-the length of the video.
+No stage holds more than a segment or a chunk besides what waits in its queue, so memory does not depend on the length
+of the video.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,191 +16,179 @@ import torch
 from tieredkv.cache.question import CONTEXT
 from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.config import TierConfig
-from tieredkv.errors import UnsupportedModelError, VideoError
-from tieredkv.models.chat_template import ChatTemplate, refused
-from tieredkv.models.encode import batch_tokens, encode, segments
-from tieredkv.models.families.base import Positions, VideoFamily, VideoGrid
+from tieredkv.errors import TieredKVError
+from tieredkv.models.chat_template import ChatTemplate
+from tieredkv.models.encode import at_processor_rate, encode, segments
+from tieredkv.models.families.base import VideoGrid
+from tieredkv.models.kv_shape import model_shape
+from tieredkv.models.same_model import SameModel
 from tieredkv.models.switch import use_attention
+from tieredkv.planning.admission import Request, check_memory
 from tieredkv.planning.prefill_plan import context_calls
+from tieredkv.planning.sizes import QUESTION_ROOM
 from tieredkv.progress import IngestProgress
-from tieredkv.session.pipeline import Pipeline
+from tieredkv.session.cached_video import CachedVideo
+from tieredkv.session.ingested_video import IngestedVideo, VideoFacts
+from tieredkv.session.pipeline import Cancelled, Pipeline
 from tieredkv.session.results import IngestStats
-from tieredkv.video.frames import Sampled, VideoSource
+from tieredkv.session.video_embeddings import Prepared, VideoEmbeddings, join, prepare
+from tieredkv.video.frames import Sampling, open_video
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A video that was opened, and how it will be read; nothing of it has been decoded yet."""
+class Ingest:
+    """One video on its way into a new cache. `cancel`, from any thread, ends it."""
 
-    source: VideoSource
-    sampled: Sampled
-    grid: VideoGrid
-    """Expected; the true one is known at the end of the video."""
-    preprocess: Callable[[np.ndarray], dict[str, torch.Tensor]]
-    segment_frames: int
-    """Frames per call of the vision tower."""
+    def __init__(self, model: Any, template: ChatTemplate, tiers: TierConfig, show_progress: bool) -> None:
+        self.model, self.template, self.tiers = model, template, tiers
+        self.pipeline = Pipeline()
+        self._show_progress = show_progress
+        self._cache: TieredCache | None = None
 
+    def run(self, video: Any, sampling: Sampling, question: str, max_new_tokens: int) -> CachedVideo:
+        """Decode, encode and prefill the video. Once.
 
-def prepare(template: ChatTemplate, config: Any, source: VideoSource, tiers: TierConfig) -> Prepared:
-    """Settle sizes before anything is decoded. Raises `VideoError` when the processor refuses frames of this size."""
-    family, video = template.family, Sampled.of(source)
-    grid = template.grid(config, video)
-    try:
-        preprocess = family.preprocessor(config, template.processor, video.frames, video.height, video.width, video.fps)
-    except ValueError as error:
-        raise refused(video, error) from None
-    batch = batch_tokens(family, config, video.height, video.width, grid, tiers)
-    return Prepared(
-        source=source,
-        sampled=video,
-        grid=grid,
-        preprocess=preprocess,
-        segment_frames=batch // grid.step_tokens * family.step_frames(config),
-    )
+        question, max_new_tokens: what the budgets must allow for, checked before anything is decoded. Raises
+        `VideoError` or `BudgetError`, and `TieredKVError` if it was cancelled; the cache's memory is then freed.
+        """
+        try:
+            with self.pipeline:
+                return self._run(video, sampling, question, max_new_tokens)
+        except Cancelled:
+            self.close()
+            raise TieredKVError("the session was closed while its video was being ingested.") from None
+        except BaseException:
+            self.close()
+            raise
 
+    def cancel(self) -> None:
+        """End at the next chunk, without waiting."""
+        self.pipeline.cancel()
 
-def run(
-    pipeline: Pipeline,
-    template: ChatTemplate,
-    model: Any,
-    video: Prepared,
-    head_ids: torch.Tensor,
-    rule: Positions,
-    cache: TieredCache,
-    progress: IngestProgress,
-) -> tuple[VideoGrid, IngestStats, str]:
-    """Prefill `head_ids` `(1, n)` and the video into an empty cache; its true grid, what was measured, its SHA-256.
+    def close(self) -> None:
+        """Free the cache of an ingest that did not complete."""
+        if self._cache is not None:
+            self._cache.close()
+            self._cache = None
 
-    Raises what the stages raise, or `pipeline.Cancelled`; the cache is then of no use.
-    """
-    started = time.perf_counter()
-    family, frames = template.family, 0
+    def _run(self, video: Any, sampling: Sampling, question: str, max_new_tokens: int) -> CachedVideo:
+        started = time.perf_counter()
+        self.pipeline.check()
+        model, template = self.model, self.template
+        source = open_video(video, at_processor_rate(sampling, template.processor), self.pipeline.check)
+        prepared = prepare(template, model.config, source, self.tiers)
+        head, tail = template.around_video([(question, None)])
+        head_ids = template.head_ids(model.config, head, prepared.sampled)
+        asked = template.tail_ids(tail).shape[1]
+        room = self._check_memory(head_ids.shape[1], prepared.grid.tokens, asked, max_new_tokens)
+        cache = self._cache = TieredCache(self.model.config, self.tiers, prompt_tokens=room)
+        same_model = SameModel(model)
+        progress = IngestProgress(self._show_progress, head_ids.shape[1] + prepared.grid.tokens, source.seconds)
+        complete = False
+        try:
+            grid, stats, sha256 = self._fill(cache, prepared, head_ids, progress)
+            complete = True
+        finally:
+            progress.close(complete)
+        same_model.check()
+        cache.settle()
+        ingested = IngestedVideo(
+            grid=grid,
+            positions=template.positions,
+            head=head,
+            head_ids=tuple(head_ids[0].tolist()),
+            facts=VideoFacts(source.name, sha256, source.fps, source.start, source.seconds),
+            ingest_s=time.perf_counter() - started,
+            stats=stats,
+        )
+        return CachedVideo(model, template, cache, ingested, same_model)
 
-    def tick(seconds: float) -> None:
-        pipeline.check()
-        progress.decoded(seconds)
+    def _check_memory(self, head: int, video: int, asked: int, max_new_tokens: int) -> int:
+        """Refuse what neither tier can hold, before the costly stages; prompt tokens to make room for in the host tier.
 
-    def counted() -> Iterator[np.ndarray]:
-        nonlocal frames
-        for frame in video.source.frames(tick):
-            frames += 1
-            yield frame
+        head, video, asked: tokens of the text before the video, of the video, and of the text after it.
+        """
+        weight = self.model.get_input_embeddings().weight
+        shape = model_shape(self.model.config, weight.dtype)
+        request = Request(head + video + asked, asked, max_new_tokens)
+        check_memory(shape, self.tiers, request, one_memory=weight.device.type == "cpu")
+        return request.tokens + QUESTION_ROOM
 
-    def announced(features: Iterator[tuple[torch.Tensor, int]]) -> Iterator[tuple[torch.Tensor, int]]:
-        for part, count in features:
-            progress.encoded(part.shape[0])
-            yield part, count
+    def _fill(
+        self, cache: TieredCache, video: Prepared, head_ids: torch.Tensor, progress: IngestProgress
+    ) -> tuple[VideoGrid, IngestStats, str]:
+        """Prefill `head_ids` `(1, n)` and the video into the empty cache; its true grid, measurements, its SHA-256.
 
-    hashed = pipeline.stage("hash", (source.sha256(pipeline.check) for source in [video.source]))
-    decoded = pipeline.stage("decode", segments(counted(), video.segment_frames))
-    encoded = pipeline.stage("encode", announced(encode(family, model, video.preprocess, decoded)))
-    steps = Steps(template, model, video)
-    prefill(pipeline, family, model, steps.embeddings(encoded), head_ids, steps, rule, cache, progress)
-    grid, now = steps.grid, time.perf_counter()
-    busy, prefill_s = pipeline.busy_seconds(), now - started - pipeline.waited
-    stats = IngestStats(
-        frames=frames,
-        visual_tokens=grid.visual_tokens,
-        decode_s=busy["decode"],
-        encode_s=busy["encode"],
-        prefill_s=prefill_s,
-        wall_s=now - started,
-        streamed_bytes=cache.device_tier.transfer.streamed_bytes,
-    )
-    return grid, stats, next(hashed)
+        Raises what the stages raise, or `pipeline.Cancelled`; the cache is then of no use.
+        """
+        started = time.perf_counter()
+        pipeline, frames = self.pipeline, 0
 
+        def tick(seconds: float) -> None:
+            pipeline.check()
+            progress.decoded(seconds)
 
-class Steps:
-    """The steps of a video as they come, with the text between them: what the decoder reads, and its grid so far."""
+        def counted() -> Iterator[np.ndarray]:
+            nonlocal frames
+            for frame in video.source.frames(tick):
+                frames += 1
+                yield frame
 
-    def __init__(self, template: ChatTemplate, model: Any, video: Prepared) -> None:
-        self._template, self._model, self._video = template, model, video
-        self._step_frames = template.family.step_frames(model.config)
-        self.grid = replace(video.grid, steps=0, between=(), closing=0)
+        def reported(features: Iterator[tuple[torch.Tensor, int]]) -> Iterator[tuple[torch.Tensor, int]]:
+            for part, count in features:
+                progress.encoded(part.shape[0])
+                yield part, count
 
-    def embeddings(self, encoded: Iterator[tuple[torch.Tensor, int]]) -> Iterator[torch.Tensor]:
-        """Embeddings `(n, width)` of segment after segment, and of what closes the video."""
-        frames = 0
-        for features, count in encoded:
-            frames += count
-            yield self._segment(features, -(-count // self._step_frames), frames)
-        if self.grid.steps == 0:
-            raise VideoError(f"{self._video.source.name}: not one frame came.")
-        end = self._template.family.closing(self._model)
-        if end is not None:
-            self.grid = replace(self.grid, closing=end.shape[0])
-            yield end.detach()
-
-    def _segment(self, features: torch.Tensor, steps: int, frames: int) -> torch.Tensor:
-        """Note `steps` further steps, with which there are `frames` frames; their features with the text between."""
-        if features.shape[0] != steps * self.grid.step_tokens:
-            raise UnsupportedModelError(
-                f"the vision tower made {features.shape[0]} tokens of {steps} steps of {self.grid.step_tokens}: "
-                "the processor beside the model is not the model's own."
-            )
-        first = self.grid.steps
-        sampled, template = self._video.sampled, self._template
-        texts = [
-            template.between_ids(step, sampled.times(step, self._step_frames, frames))
-            for step in range(first, first + steps)
-        ]
-        if texts[0] is None:
-            self.grid = replace(self.grid, steps=first + steps)
-            return features
-        between = tuple(ids or () for ids in texts)
-        self.grid = replace(self.grid, steps=first + steps, between=self.grid.between + between)
-        weight = self._model.get_input_embeddings().weight
-        parts = []
-        for ids, part in zip(between, features.split(self.grid.step_tokens), strict=True):
-            text = torch.tensor([ids], dtype=torch.long, device=weight.device)
-            parts += [template.family.embed(self._model, text), part.unsqueeze(0).to(weight.device, weight.dtype)]
-        return join(parts)[0]
-
-
-def join(parts: list[torch.Tensor]) -> torch.Tensor:
-    """Embeddings `(1, n, width)` behind one another; narrower ones, which are text, padded with zeros."""
-    width = max(part.shape[2] for part in parts)
-    return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[2])) for part in parts], dim=1)
+        hashed = pipeline.stage("hash", (source.sha256(pipeline.check) for source in [video.source]))
+        decoded = pipeline.stage("decode", segments(counted(), video.segment_frames))
+        features = encode(self.template.family, self.model, video.preprocess, decoded)
+        encoded = pipeline.stage("encode", reported(features))
+        embeddings = VideoEmbeddings(self.template, self.model, video, encoded)
+        prefill(embeddings, head_ids, cache, pipeline, progress)
+        grid, now = embeddings.grid, time.perf_counter()
+        busy, prefill_s = pipeline.busy_seconds(), now - started - pipeline.waited
+        stats = IngestStats(
+            frames=frames,
+            visual_tokens=grid.visual_tokens,
+            decode_s=busy["decode"],
+            encode_s=busy["encode"],
+            prefill_s=prefill_s,
+            wall_s=now - started,
+            streamed_bytes=cache.device_tier.transfer.streamed_bytes,
+        )
+        return grid, stats, next(hashed)
 
 
 @torch.no_grad()
 def prefill(
-    pipeline: Pipeline,
-    family: VideoFamily,
-    model: Any,
-    embeddings: Iterator[torch.Tensor],
-    head_ids: torch.Tensor,
-    steps: Steps,
-    rule: Positions,
-    cache: TieredCache,
-    progress: IngestProgress,
+    video: VideoEmbeddings, head_ids: torch.Tensor, cache: TieredCache, pipeline: Pipeline, progress: IngestProgress
 ) -> None:
-    """Run the decoder over the head and the video's embeddings `(n, width)`, `prefill_chunk` tokens at a time."""
-    weight = model.get_input_embeddings().weight
+    """Run the decoder model over the head `(1, n)` and the video, `prefill_chunk` tokens at a time."""
+    template, model = video.template, video.model
+    family, weight = template.family, model.get_input_embeddings().weight
     head, size = head_ids.shape[1], cache.tiers.prefill_chunk
     waiting = [family.embed(model, head_ids.to(weight.device))] if head else []
-    held, done = head, 0
+    waiting_tokens, done = head, 0
     cache.expect(CONTEXT)
 
     def chunk(embeddings: torch.Tensor) -> None:
         nonlocal done
         pipeline.check()
         stop = done + embeddings.shape[1]
-        positions = family.positions(model, head, steps.grid, done, stop, rule)
+        positions = family.positions(model, head, video.grid, done, stop, template.positions)
         family.decode(model, embeddings, positions, cache)
         progress.prefilled(embeddings.shape[1])
         done = stop
 
     with use_attention(model):
-        for part in embeddings:
+        for part in video:
             waiting.append(part.unsqueeze(0).to(weight.device, weight.dtype))
-            held += part.shape[0]
-            if held < size:
+            waiting_tokens += part.shape[0]
+            if waiting_tokens < size:
                 continue
             whole = join(waiting)
-            for call in context_calls(held - held % size, size):
+            for call in context_calls(waiting_tokens - waiting_tokens % size, size):
                 chunk(whole[:, call.begin : call.stop])
-            held %= size
-            waiting = [whole[:, whole.shape[1] - held :].clone()] if held else []
+            waiting_tokens %= size
+            waiting = [whole[:, whole.shape[1] - waiting_tokens :].clone()] if waiting_tokens else []
         if waiting:
             chunk(join(waiting))

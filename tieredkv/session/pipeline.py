@@ -1,4 +1,4 @@
-"""Stages of one job, each ahead of the next on a thread of its own, joined by bounded queues.
+"""Stages of one job, each ahead of the next on its own thread, connected by bounded queues.
 
     with Pipeline() as pipeline:
         segments = pipeline.stage("decode", decode(file), depth=1)
@@ -6,10 +6,9 @@
         for part in features:
             ...
 
-A stage is an iterator; its queue holds at most `depth` items that nobody has taken yet. An error in any stage stops all
-of them, and is raised outside of them at the next item taken or `check`, ahead of items still queued. Leaving the
-block, by an error or not, stops and joins every thread. `cancel` may be called from any thread: whoever waits, or
-calls `check`, raises `Cancelled`.
+A stage is an iterator; its queue holds at most `depth` items. An error in any stage stops all of them, and is raised
+outside of them at the next item taken or `check`, before items still queued. Leaving the block, by an error or not,
+stops and joins every thread. `cancel` may be called from any thread: waiting and `check` then raise `Cancelled`.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ T = TypeVar("T")
 
 
 class Cancelled(Exception):
-    """The job was cancelled; raised in every stage that goes on working."""
+    """The job was cancelled; raised in every stage at its next item."""
 
 
 class _Stage(Generic[T]):
@@ -55,8 +54,8 @@ class _Stage(Generic[T]):
                 if (close := getattr(self.items, "close", None)) is not None:
                     close()
         except Cancelled:
-            pass  # whoever cancelled knows
-        except BaseException as error:  # noqa: BLE001  raised again by whoever waits or checks outside the stages
+            pass
+        except BaseException as error:  # noqa: BLE001  raised again outside the stages
             self.pipeline.fail(error)
         finally:
             with self.pipeline.changed:
@@ -87,19 +86,19 @@ class _Stage(Generic[T]):
 
 
 class Pipeline:
-    """Stages that run at once, usually each taking the items of the one before."""
+    """Stages that run at once, usually each taking the items of the previous one."""
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
         self._process = os.getpid()
         self.cancelled = False
         self.waited = 0.0
-        """Seconds for which threads that are no stage's have waited for items."""
+        """Seconds for which threads outside the stages have waited for items."""
         self._error: BaseException | None = None
         self._stages: list[_Stage] = []
 
     def stage(self, name: str, items: Iterator[T], depth: int = 1) -> Iterator[T]:
-        """Run `items` ahead on a thread; the iterator returned gives the same items."""
+        """Run `items` ahead on a thread; the iterator returned yields the same items."""
         stage = _Stage(self, name, items, depth)
         self._stages.append(stage)
         try:
@@ -110,9 +109,9 @@ class Pipeline:
         return stage
 
     def check(self) -> None:
-        """Raise what a stage raised, once and outside of the stages, or `Cancelled` if the job was cancelled."""
+        """Raise what a stage raised, once and outside the stages, or `Cancelled` if the job was cancelled."""
         if self._error is not None and self._stage_here() is None:
-            error, self._error = self._error, None  # or it would hold, by its traceback, all that the stages hold
+            error, self._error = self._error, None  # its traceback keeps the stages' data alive
             try:
                 raise error
             finally:
@@ -121,8 +120,8 @@ class Pipeline:
             raise Cancelled
 
     def cancel(self) -> None:
-        """Stop every stage at its next item. Does not wait; twice is fine."""
-        if self._process != os.getpid():  # forked: the stages are not here, and `changed` may be held for ever
+        """Stop every stage at its next item, without waiting. May be called twice."""
+        if self._process != os.getpid():  # forked: the stages are not here, and `changed` may be locked forever
             self.cancelled = True
             return
         with self.changed:
@@ -130,14 +129,14 @@ class Pipeline:
             self.changed.notify_all()
 
     def fail(self, error: BaseException) -> None:
-        """Cancel because of an error in a stage; the first one counts."""
+        """Cancel because of an error in a stage; later errors are dropped."""
         with self.changed:
             if not self.cancelled:
                 self._error = error
             self.cancel()
 
     def wait(self) -> None:
-        """Wait for a change, with `changed` held; the time counts as waiting for the stage whose thread this is."""
+        """Wait for a change, with `changed` locked; the time counts as waiting of the stage whose thread this is."""
         if self._process != os.getpid():
             raise TieredKVError("the process was forked while a video was being ingested: open it again here.")
         started = time.perf_counter()
@@ -151,7 +150,7 @@ class Pipeline:
         return next((stage for stage in self._stages if stage.thread is here), None)
 
     def busy_seconds(self) -> dict[str, float]:
-        """Seconds each stage has worked, its waits left out. Final once the stages have ended."""
+        """Seconds each stage has worked, without its waits. Final once the stages have ended."""
         return {stage.name: stage.lifetime - stage.waited for stage in self._stages}
 
     def __enter__(self) -> Pipeline:

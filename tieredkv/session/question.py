@@ -1,93 +1,94 @@
-"""One question answered: its tokens prefilled behind the video's, the cache sealed, the answer decoded."""
+"""One question answered: its tokens prefilled after the video's, the cache sealed, the answer decoded."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from tieredkv.cache.question import Question
+from tieredkv.cache.looks import Looks
+from tieredkv.cache.question import CONTEXT, Question
 from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.evidence import moments
-from tieredkv.evidence.moments import Evidence
-from tieredkv.models.chat_template import ChatTemplate
-from tieredkv.models.families.base import Positions, VideoGrid
+from tieredkv.evidence.moments import Evidence, Wanted
 from tieredkv.models.switch import use_attention
 from tieredkv.planning.admission import Request, check_memory
-from tieredkv.planning.prefill_plan import question_calls
+from tieredkv.planning.prefill_plan import question_calls, question_rows
 from tieredkv.session import generation
+from tieredkv.session.cached_video import CachedVideo
+from tieredkv.session.ingested_video import IngestedVideo
 from tieredkv.session.results import Generation, Stats
-from tieredkv.session.step_graph import Steps
+from tieredkv.session.step_graph import StepGraph
 
 
 @dataclass(frozen=True, slots=True)
-class VideoPrompt:
-    """What the prompts of all questions about one video begin with."""
+class UserQuestion:
+    """A question as a user asked it, checked as far as possible without the session's turn."""
 
-    template: ChatTemplate
-    head: str
-    """What the chat template writes before the video."""
-    head_ids: torch.Tensor
-    """`(1, n)`: all before the first step."""
-    video: VideoGrid
-    positions: Positions
-    start: float
-    """Seconds into the file of the first frame."""
-    end: float
-    """Where the last frame ends."""
+    prompt: str
+    options: dict[str, Any]
+    """transformers' generation options."""
+    chat: bool = False
+    """Whether the conversation so far belongs to the prompt."""
+    trace: bool = False
+    evidence: Wanted = True
 
-    @property
-    def head_tokens(self) -> int:
-        return self.head_ids.shape[1]
+    def with_streamer(self, streamer: Any) -> UserQuestion:
+        """The same, with a streamer."""
+        return replace(self, options={**self.options, "streamer": streamer})
 
-    @property
-    def tokens(self) -> int:
-        return self.head_tokens + self.video.tokens
 
-    def is_visual(self) -> torch.Tensor:
-        """Which tokens are visual, `(tokens,)`."""
-        return torch.cat((torch.zeros(self.head_tokens, dtype=torch.bool, device="cpu"), self.video.is_visual()))
+def ask(
+    cached: CachedVideo, asked: UserQuestion, earlier: Sequence[tuple[str, str]], check: Callable[[], None]
+) -> Generation:
+    """Answer a question. earlier: questions and answers of the conversation that come before it in the prompt.
 
-    def ids(self, tail_ids: torch.Tensor) -> torch.Tensor:
-        """Token ids `(1, n)` of a whole prompt, as the model's processor writes it. tail_ids: all after the video."""
-        inside = torch.tensor([self.video.ids(self.template.visual_id)], dtype=torch.long, device="cpu")
-        return torch.cat((self.head_ids, inside, tail_ids), dim=1)
-
-    def question_tokens(self, tail: str, question: str) -> int:
-        """Tokens of the prompt from its last question on. tail: its text after the video."""
-        mark = "(the question)"
-        behind = self.template.around_video([(mark, None)])[1].rpartition(mark)[2]
-        begin = tail.rfind(question.strip(), 0, len(tail) - len(behind))
-        return self.template.tokenize(tail[max(0, begin) :]).shape[1]
+    check: called before every chunk of the question and every step; may raise to stop. The cache is left as it was,
+    whatever happens. Raises `PromptError`, `OptionError` or `BudgetError`.
+    """
+    model, template, cache, video = cached.model, cached.template, cached.cache, cached.video
+    _, tail = template.around_video([*earlier, (asked.prompt, None)])
+    tail_ids = template.tail_ids(tail)
+    prompt_tokens = video.tokens + tail_ids.shape[1]
+    question = Question(
+        max_new_tokens=generation.new_tokens(asked.options, model.generation_config, prompt_tokens),
+        prompt_tokens=prompt_tokens,
+        rows=question_rows(cache.tiers, tail_ids.shape[1]),
+        visual=video.is_visual(),
+        looks=Looks(cache.tiers.chunk_tokens) if asked.evidence else None,
+        trace=asked.trace,
+    )
+    cache.truncate(video.tokens)
+    try:
+        result = answer(cached, tail_ids, question, asked.options, check)
+        cached.same_model.check()  # whoever reads a stream may have changed the model
+        if question.looks is not None:
+            rows, count = template.question_tokens(tail, asked.prompt), len(result.token_ids)
+            evidence = collect_evidence(cached, question.looks, rows, count, asked.evidence == "tokens")
+            result = replace(result, evidence=evidence)
+    finally:
+        cache.truncate(video.tokens)
+        cache.expect(CONTEXT)
+    return result
 
 
 @torch.no_grad()
 def answer(
-    model: Any,
-    prompt: VideoPrompt,
-    cache: TieredCache,
-    tail_ids: torch.Tensor,
-    question: Question,
-    options: dict[str, Any],
-    check: Callable[[], None],
-    ingest_s: float,
+    cached: CachedVideo, tail_ids: torch.Tensor, question: Question, options: dict[str, Any], check: Callable[[], None]
 ) -> Generation:
-    """Answer what follows the video in a prompt; the cache holds the video and nothing more, and is left sealed.
-
-    tail_ids: `(1, n)`. question: what the cache must know of them. options: transformers' generation options. check:
-    called before every chunk of the question and every step; may raise to stop. ingest_s: for the statistics. Raises
-    `BudgetError`.
-    """
-    started, options = time.perf_counter(), generation.timed(options, model.generation_config)
-    family, device, tiers = prompt.template.family, model.get_input_embeddings().weight.device, cache.tiers
-    prefix, tail = prompt.tokens, tail_ids.shape[1]
-    _make_room(cache, prefix, tail, question)
+    """Answer the prompt that ends with `tail_ids` `(1, n)`; the cache, which holds the video alone, is left sealed."""
+    model, template, cache, video = cached.model, cached.template, cached.cache, cached.video
+    started = time.perf_counter()
+    family, device, tiers = template.family, model.get_input_embeddings().weight.device, cache.tiers
+    prefix, tail = video.tokens, tail_ids.shape[1]
+    options = generation.timed(options, model.generation_config)
+    _make_room(cache, question, tail)
     cache.expect(question)
     cache.device_tier.transfer.reset()
-    positions = family.positions(model, prompt.head_tokens, prompt.video, prefix, prefix + tail, prompt.positions)
+    positions = family.positions(model, video.head_tokens, video.grid, prefix, prefix + tail, video.positions)
     with use_attention(model):
         # The question's last rows, which classify the heads, go in one call.
         for call in question_calls(tiers, prefix, prefix + tail):
@@ -101,35 +102,34 @@ def answer(
 
         def forward(token: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
             hidden = family.decode(model, family.embed(model, token), place, cache)
-            return family.logits(model, hidden[:, -1]).to(device)  # of several cards, from the last to the first
+            return family.logits(model, hidden[:, -1]).to(device)  # if on several cards, from the last to the first
 
-        # Generated tokens go on after the prompt, on all axes alike.
-        steps = Steps(forward, cache, device, positions.shape[0], int(positions[0, -1]) + 1)
+        # Generated tokens follow the prompt, at the same position on all axes.
+        steps = StepGraph(forward, cache, device, positions.shape[0], int(positions[0, -1]) + 1)
 
         def step(token: int) -> torch.Tensor:
             check()
             return steps(token)
 
-        tokenizer = prompt.template.processor.tokenizer
-        prompt_ids = prompt.ids(tail_ids).to(device)
+        tokenizer = template.processor.tokenizer
+        before_tail = torch.tensor([video.ids(template.visual_id)], dtype=torch.long, device="cpu")
+        prompt_ids = torch.cat((before_tail, tail_ids), dim=1).to(device)
         decoded = generation.run(model, prompt_ids, logits, step, question.max_new_tokens, options, tokenizer)
     cache.finish()
-    stats = _stats(cache, prompt.video, prefix + tail, decoded, started, ingest_s, steps.path)
-    return Generation(prompt.template.text(decoded.token_ids), decoded.token_ids, stats, cache.counters.trace)
+    stats = _stats(cache, video, prefix + tail, decoded, started, steps.path)
+    return Generation(template.text(decoded.token_ids), decoded.token_ids, stats, cache.counters.trace)
 
 
-def looked_at(prompt: VideoPrompt, cache: TieredCache, rows: int, tokens: int, each: bool) -> Evidence:
-    """The evidence of an answer of `tokens` tokens that has just been made. rows: tokens from the question on."""
-    looks = cache.question.looks
-    assert looks is not None
+def collect_evidence(cached: CachedVideo, looks: Looks, rows: int, tokens: int, each: bool) -> Evidence:
+    """The evidence of the answer just given. rows: tokens from the question on. each: of every one of its `tokens`."""
+    cache, video = cached.cache, cached.video
     heads = cache.shape.num_attention_heads * cache.shape.num_layers
-    span = prompt.start, prompt.end
-    return moments.collect(looks, rows, heads, prompt.head_tokens, prompt.video, span, tokens, each)
+    return moments.collect(looks, rows, heads, video.head_tokens, video.grid, video.span, tokens, each)
 
 
-def _make_room(cache: TieredCache, prefix: int, tail: int, question: Question) -> None:
-    """Raise `BudgetError` unless both tiers hold a question of `tail` tokens behind `prefix` others, and its answer."""
-    request = Request(prefix + tail, tail, question.max_new_tokens)
+def _make_room(cache: TieredCache, question: Question, asked: int) -> None:
+    """Raise `BudgetError` unless both tiers can hold the prompt, ending in `asked` tokens of text, and the answer."""
+    request = Request(question.prompt_tokens, asked, question.max_new_tokens)
     shorter = "shorten the question or the conversation"
     longer = f"lower max_new_tokens, or {shorter}"
     check_memory(cache.shape, cache.tiers, request, longer, shorter, room=cache.room, room_bytes=cache.host_bytes)
@@ -139,24 +139,27 @@ def _make_room(cache: TieredCache, prefix: int, tail: int, question: Question) -
 
 def _stats(
     cache: TieredCache,
-    video: VideoGrid,
+    video: IngestedVideo,
     prompt_tokens: int,
     decoded: generation.Decoded,
     started: float,
-    ingest_s: float,
-    path: str,
+    decode_path: str,
 ) -> Stats:
     counters, count = cache.counters, len(decoded.token_ids)
-    streamed = cache.device_tier.transfer.streamed_bytes
-    moved = counters.warm_bytes + counters.missed_bytes + counters.prefetched_bytes + streamed
+    moved = (
+        counters.warm_bytes
+        + counters.missed_bytes
+        + counters.prefetched_bytes
+        + cache.device_tier.transfer.streamed_bytes
+    )
     later = (decoded.last_token_at - decoded.first_token_at) * 1000
     return Stats(
         prompt_tokens=prompt_tokens,
-        visual_tokens=video.visual_tokens,
+        visual_tokens=video.grid.visual_tokens,
         new_tokens=count,
         kv_full_bytes=(prompt_tokens + count) * cache.shape.token_bytes,
         kv_cap_bytes=cache.tiers.cap_bytes,
-        kv_device_peak_bytes=cache.ledger.peak_bytes,
+        kv_device_peak_bytes=cache.device_tier.ledger.peak_bytes,
         kv_host_bytes=cache.host_bytes,
         static_heads=counters.static_heads,
         dynamic_heads=counters.dynamic_heads,
@@ -165,8 +168,8 @@ def _stats(
         unseen_mass=counters.unseen_mass,
         moved_bytes=moved,
         prefetched_bytes=counters.prefetched_bytes,
-        ingest_s=ingest_s,
+        ingest_s=video.ingest_s,
         ttft_s=decoded.first_token_at - started,
         tpot_ms=later / (count - 1) if count > 1 else None,
-        decode_path=path,
+        decode_path=decode_path,
     )

@@ -1,4 +1,4 @@
-"""What a run did: counters kept by the cache, and the `Stats` a user gets with each answer."""
+"""Results: an answer with its statistics, and the statistics of an ingest."""
 
 from __future__ import annotations
 
@@ -20,26 +20,27 @@ class Stats:
     """Keys and values of the prompt and the answer in a full cache."""
     kv_cap_bytes: int
     kv_device_peak_bytes: int
-    """Most device bytes ever held by this session, prefill included."""
+    """Most device bytes ever allocated by this session, prefill included."""
     kv_host_bytes: int
     """Keys and values allocated in host memory."""
     static_heads: int
     dynamic_heads: int
     selected_chunks: int
     hit_rate: float | None
-    """Share of the selected chunks that were on the device already; None when no head retrieves."""
+    """Share of the selected chunks that were already on the device; None if no head retrieves."""
     unseen_mass: float | None
-    """Share of attention mass that dynamic heads did not see, estimated from what is on the device, mean over steps:
-    the sign that a budget is too small for this prompt. None when no head ranks chunks, or its digests cannot tell."""
+    """Share of attention mass on chunks that dynamic heads did not attend to, estimated from digests, mean over steps:
+    a large one means that the budget is too small for this prompt. None if no head ranks chunks by digests that
+    estimate it."""
     moved_bytes: int
-    """Copied from host to device while answering: past streamed, pool and digests, chunks missed and prefetched."""
+    """Copied from host to device while answering: past for prefill, pool and digests, chunks missed and prefetched."""
     prefetched_bytes: int
     ingest_s: float
-    """Decoding, encoding and prefilling the video (once per session)."""
+    """Seconds to decode, encode and prefill the video (once per session)."""
     ttft_s: float
-    """Time to first token of this question, ingest excluded."""
+    """Seconds to the first token of this question, without the ingest."""
     tpot_ms: float | None
-    """Mean time per token after the first; None for a one-token answer."""
+    """Milliseconds per token after the first, mean; None for a one-token answer."""
     decode_path: str
     """How tokens were decoded: "eager"; on a card "graph", captured once and replayed, or "eager: " and why not."""
 
@@ -50,7 +51,7 @@ class Stats:
 
 @dataclass(frozen=True, slots=True)
 class IngestStats:
-    """Measurements of one video's ingest. The three stages ran at once; each one's seconds are those it worked."""
+    """Measurements of one video's ingest. The three stages run at once; the seconds of each are without its waits."""
 
     frames: int
     visual_tokens: int
@@ -63,11 +64,11 @@ class IngestStats:
     wall_s: float
     """From the first frame's request to the last token cached."""
     streamed_bytes: int
-    """Past keys and values copied from host to device again, for exact attention."""
+    """Past keys and values copied back from host to device, for exact attention."""
 
     @property
     def overlap(self) -> float:
-        """Sum of the stages' seconds / wall time: above 1 where they ran at once."""
+        """Sum of the stages' seconds / wall time: above 1 as far as they ran at once."""
         return (self.decode_s + self.encode_s + self.prefill_s) / self.wall_s
 
     def as_dict(self) -> dict[str, Any]:
@@ -83,6 +84,6 @@ class Generation:
     token_ids: list[int]
     stats: Stats
     trace: list[Selection] | None = field(default=None, repr=False)
-    """What dynamic heads looked at, step by step, when asked for with `trace=True`."""
+    """The chunks that dynamic heads attended to, step by step, with `trace=True`."""
     evidence: Evidence | None = field(default=None, repr=False)
-    """The moments of the video that question and answer looked at, unless left out with `evidence=False`."""
+    """The moments of the video that question and answer looked at; None with `evidence=False`."""

@@ -1,4 +1,4 @@
-"""A session on disk: what is written beside the cache, and what must agree before it is taken up again."""
+"""A session on disk: what is written beside the cache, and what must agree before it is loaded."""
 
 from __future__ import annotations
 
@@ -9,14 +9,20 @@ from typing import Any
 
 import torch
 
+from tieredkv.cache.question import CONTEXT
 from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.config import TierConfig, tiers_as_plain, tiers_from_file
 from tieredkv.errors import SessionError
+from tieredkv.memory.limits import check_host
 from tieredkv.models import adapters
-from tieredkv.models.families.base import Positions, VideoGrid
+from tieredkv.models.chat_template import ChatTemplate
+from tieredkv.models.families.base import VideoGrid
 from tieredkv.models.fingerprint import fingerprint_difference, model_fingerprint, model_state, state_difference
+from tieredkv.models.same_model import SameModel
 from tieredkv.models.settings import model_settings, processor_settings, settings_difference
 from tieredkv.progress import Progress
+from tieredkv.session.cached_video import CachedVideo
+from tieredkv.session.ingested_video import IngestedVideo, VideoFacts
 from tieredkv.session.results import IngestStats
 from tieredkv.storage import tensor_file
 from tieredkv.video.frames import VideoSource
@@ -24,48 +30,58 @@ from tieredkv.video.frames import VideoSource
 
 @dataclass(frozen=True, slots=True)
 class SessionState:
-    """All that a session is besides its model, processor, tiers and cache."""
+    """What a session is besides its model, processor, tiers and cache."""
 
-    grid: VideoGrid
-    positions: Positions
-    head: str
-    """The prompt before the video."""
-    head_ids: list[int]
-    video: dict[str, Any]
-    """Name and SHA-256 of the video, and how it was sampled."""
+    video: IngestedVideo
     history: list[tuple[str, str]]
-    ingest_s: float
-    ingest_stats: IngestStats
+    """Questions and answers of the conversation."""
+
+    def as_plain(self) -> dict[str, Any]:
+        """For JSON."""
+        video = self.video
+        return {
+            "grid": asdict(video.grid),
+            "positions": video.positions,
+            "head": video.head,
+            "head_ids": list(video.head_ids),
+            "video": {**asdict(video.facts), "clock": "file"},
+            "history": self.history,
+            "ingest_s": video.ingest_s,
+            "ingest_stats": asdict(video.stats),
+        }
 
     @staticmethod
-    def of(plain: dict[str, Any]) -> SessionState:
-        """From what `dataclasses.asdict` made, by way of JSON."""
-        own = {
-            "grid": VideoGrid(**{**_known(VideoGrid, plain["grid"]), "between": _tuples(plain["grid"])}),
-            "history": [(str(question), str(answer)) for question, answer in plain["history"]],
-            "ingest_stats": IngestStats(**_known(IngestStats, plain["ingest_stats"])),
-        }
-        return SessionState(**_known(SessionState, {**plain, **own}))
+    def of(plain: dict[str, Any], first_picture: float) -> SessionState:
+        """From `as_plain` by way of JSON. first_picture: when the first picture of the video is shown.
 
-    @property
-    def tokens(self) -> int:
-        """Prompt tokens in the cache."""
-        return len(self.head_ids) + self.grid.tokens
+        Files without a clock count from the first picture, those without a start from 0.
+        """
+        facts = VideoFacts(**{"start": 0.0, **_known(VideoFacts, plain["video"])})
+        if "clock" not in plain["video"]:
+            facts = replace(facts, start=facts.start + first_picture)
+        between = tuple(tuple(ids) for ids in plain["grid"].get("between", ()))
+        video = IngestedVideo(
+            grid=VideoGrid(**{**_known(VideoGrid, plain["grid"]), "between": between}),
+            positions=plain["positions"],
+            head=plain["head"],
+            head_ids=tuple(plain["head_ids"]),
+            facts=facts,
+            ingest_s=plain["ingest_s"],
+            stats=IngestStats(**_known(IngestStats, plain["ingest_stats"])),
+        )
+        return SessionState(video, [(str(question), str(answer)) for question, answer in plain["history"]])
 
 
-def _tuples(grid: dict[str, Any]) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(ids) for ids in grid.get("between", ()))
-
-
-def write(path: Path, model: Any, processor: Any, cache: TieredCache, state: SessionState, progress: Progress) -> int:
-    """Write a session whose cache holds the video and no question; bytes written. Raises `SessionError`."""
+def write(path: Path, cached: CachedVideo, history: list[tuple[str, str]], progress: Progress) -> int:
+    """Write a session, no question being answered; bytes written. Raises `SessionError`."""
+    model, processor, cache = cached.model, cached.template.processor, cached.cache
     manifest = {
         "model": model_fingerprint(model),
         "model_settings": model_settings(model),
         "model_state": model_state(model),
         "processor": processor_settings(processor),
         "tiers": tiers_as_plain(cache.tiers),
-        "session": asdict(state),
+        "session": SessionState(cached.video, history).as_plain(),
     }
     tensors = {
         f"layers.{layer.index:03}.{name}": tensor
@@ -76,24 +92,24 @@ def write(path: Path, model: Any, processor: Any, cache: TieredCache, state: Ses
 
 
 def _known(kind: Any, plain: dict[str, Any]) -> dict[str, Any]:
-    """Without what a later version has added to a dataclass."""
+    """The fields of a dataclass, without those that a later version has added."""
     names = {field.name for field in fields(kind)}
     return {name: value for name, value in plain.items() if name in names}
 
 
-def state_of(stored: tensor_file.Stored) -> SessionState:
-    """Raises `SessionError` when the file holds something else than a session."""
+def state_of(stored: tensor_file.Stored, first_picture: float = 0.0) -> SessionState:
+    """Raises `SessionError` if the file does not hold a session. first_picture: as in `SessionState.of`."""
     try:
         if absent := {"model", "model_settings", "processor", "tiers"} - stored.manifest.keys():
             raise KeyError(*absent)
-        return SessionState.of(stored.manifest["session"])
+        return SessionState.of(stored.manifest["session"], first_picture)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise SessionError(f"{stored.path} holds no session ({error!r}).") from None
 
 
 def tiers_of(stored: tensor_file.Stored, options: dict[str, Any]) -> TierConfig:
-    """The settings a session was saved with, changed by `options`. Raises `SessionError` where that cannot be."""
-    state_of(stored)  # or it is no session at all
+    """The settings a session was saved with, changed by `options`. Raises `SessionError` if they cannot be changed."""
+    state_of(stored)  # raises if it is not a session
     tiers = tiers_from_file(stored.manifest["tiers"], options.get("policy"))
     changed = replace(tiers, **options)
     if changed.chunk_tokens != tiers.chunk_tokens:
@@ -105,9 +121,9 @@ def tiers_of(stored: tensor_file.Stored, options: dict[str, Any]) -> TierConfig:
 
 
 def check_origin(stored: tensor_file.Stored, model: Any, processor: Any) -> None:
-    """Raise `SessionError` when the session was made with another model or processor, saying what differs."""
+    """Raise `SessionError` if the session was made with another model or processor, saying what differs."""
     manifest = stored.manifest
-    state, now = manifest.get("model_state"), model_state(model)  # older files say nothing of this
+    state, now = manifest.get("model_state"), model_state(model)  # older files do not state it
     if difference := adapters.difference(state["adapters"] if state else {}, now["adapters"]):
         raise SessionError(f"{stored.path} was saved {difference}: load it with the adapters it was saved with.")
     difference = settings_difference(manifest["model_settings"], model_settings(model))
@@ -122,24 +138,46 @@ def check_origin(stored: tensor_file.Stored, model: Any, processor: Any) -> None
         raise SessionError(f"{stored.path} was saved with another processor ({difference}): load it with that one.")
 
 
-def check_video(stored: tensor_file.Stored, video: VideoSource) -> None:
+def check_same_video(stored: tensor_file.Stored, video: VideoSource) -> None:
     """Raise `SessionError` unless the session is of this video."""
-    of = state_of(stored).video
-    if of["sha256"] != video.sha256():
+    facts = state_of(stored).video.facts
+    if facts.sha256 != video.sha256():
         raise SessionError(
-            f"{stored.path} is a session of another video, {of['name']} as it was then, and {video.name} is not that: "
+            f"{stored.path} is a session of another video, {facts.name} as it was then, and {video.name} is not that: "
             "ingest it, or leave the video out to ask about the saved one."
         )
+
+
+def load(
+    stored: tensor_file.Stored, state: SessionState, model: Any, template: ChatTemplate, tiers: TierConfig
+) -> CachedVideo:
+    """The video of a session file. Raises `SessionError`, and `BudgetError` if it exceeds `host_kv_gb`."""
+    tokens, same_model = state.video.tokens, SameModel(model)
+    check_origin(stored, model, template.processor)
+    cache = map_cache(stored, model.config, tiers, tokens, _layer_devices(template, model))
+    if tiers.host_kv_gb is not None:
+        check_host(cache.host_bytes, tiers.host_kv_gb, f"the cache of {tokens:,} tokens", "raise host_kv_gb")
+    return CachedVideo(model, template, cache, state.video, same_model, stored)
+
+
+def _layer_devices(template: ChatTemplate, model: Any) -> list[torch.device]:
+    """Where each layer computes, even if its weights are stored elsewhere (accelerate's offloading)."""
+    places = []
+    for layer in template.family.decoder(model).layers:
+        place = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
+        places.append(next(layer.parameters()).device if place is None else torch.device(place))
+    return places
 
 
 def map_cache(
     stored: tensor_file.Stored, config: Any, tiers: TierConfig, tokens: int, devices: list[torch.device]
 ) -> TieredCache:
-    """A cache of `tokens` tokens that reads the file as it is used; each layer is checked before its first use.
+    """A cache of `tokens` tokens, each layer read from the file and checked at its first use.
 
     devices: of the model's layers.
     """
     cache = TieredCache(config, tiers, prompt_tokens=tokens)
+    cache.expect(CONTEXT)
     for layer, device in zip(cache.tiered_layers, devices, strict=True):
         prefix = f"layers.{layer.index:03}."
         names = [name for name in stored.names if name.startswith(prefix)]

@@ -11,21 +11,21 @@ from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.memory.ledger import on_device
 
 _capturing = threading.Lock()
-"""One capture at a time: another's would be taken for part of it."""
+"""One capture at a time: a graph also records what other threads launch."""
 Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""Logits `(1, vocabulary)` behind a token `(1, 1)` at a position `(axes, 1)`; both are on the model's device."""
+"""Logits `(1, vocabulary)` after a token `(1, 1)` at a position `(axes, 1)`; both are on the model's device."""
 
 
-class Steps:
-    """Takes tokens one by one, each one position further on.
+class StepGraph:
+    """Takes tokens one by one, each at the next position.
 
-    On a card the first step runs as it is, which also compiles what must be compiled; the second is captured. From
-    then on a step is one launch: token and position are written where the graph reads them, and nothing of the model's
-    Python code runs. What the cache counts in Python is counted here.
+    On a card the first step runs eagerly, which also compiles kernels; the second is captured. From then on a step is
+    one launch: token and position are written where the graph reads them, and none of the model's Python code runs.
+    What the cache counts in Python is counted here.
     """
 
     def __init__(self, forward: Forward, cache: TieredCache, device: torch.device, axes: int, position: int) -> None:
-        """position: of the first token. axes: of positions, on all of which generated tokens go on alike."""
+        """position: of the first token. axes: of positions; generated tokens have the same position on all of them."""
         assert cache.decoding is not None
         self._forward, self._cache, self._decoding = forward, cache, cache.decoding
         self._token = torch.zeros((1, 1), dtype=torch.int64, device=device)
@@ -43,7 +43,7 @@ class Steps:
             self.path = f"eager: operations by {self._decoding.ops.name}"
 
     def __call__(self, token: int) -> torch.Tensor:
-        """Cache the token; logits `(1, vocabulary)` behind it, valid until the next step."""
+        """Cache the token; logits `(1, vocabulary)` after it, valid until the next step."""
         self._token.fill_(token)
         self._place.fill_(self._position)
         self._position += 1
@@ -70,11 +70,11 @@ class Steps:
                 torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"),
             ):
                 self._logits = self._forward(self._token, self._place)
-                cache.finish()  # what was copied ahead joins the graph
+                cache.finish()  # copies for the next step join the graph
         except RuntimeError as error:
             self.path = f"eager: {str(error).strip().splitlines()[0]}"
-            torch.cuda.set_stream(before)  # which some versions of torch leave to the failed capture
+            torch.cuda.set_stream(before)  # some versions of torch leave the stream of the failed capture set
             cache.device_tier.copies.drain()
         else:
             self._graph, self.path = graph, "graph"
-        self._decoding.go_back(position)  # what was captured has not run
+        self._decoding.go_back(position)  # capturing a step does not run it

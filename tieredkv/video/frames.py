@@ -6,7 +6,7 @@ import hashlib
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,12 +16,45 @@ from PIL import Image
 
 from tieredkv.errors import VideoError, check_whole, is_number
 from tieredkv.memory.limits import check_host_memory
-from tieredkv.progress import Progress
 from tieredkv.video.length import SAME_TIME
 from tieredkv.video.sampling import FileSource, Tick
 
 RATES = (1e-6, 1000.0)
 """Lowest and highest frames per second allowed: one in eleven days, and more than any camera records."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """Which frames of a video to take. Raises `VideoError` on construction for values that no video allows."""
+
+    fps: float | None = None
+    """Frames per second; None: as many as the model's processor takes, known once that is loaded."""
+    source_fps: float | None = None
+    """Rate of frames given as arrays; None: `fps`, so that none is dropped. Files state their own."""
+    max_frames: int | None = None
+    """If there would be more, this many are spread evenly over the span."""
+    start: float = 0.0
+    """Seconds into the video of the first frame."""
+    end: float | None = None
+    """Seconds into the video at which to stop; None: at its end."""
+
+    def __post_init__(self) -> None:
+        for name in ("fps", "source_fps"):
+            if (value := getattr(self, name)) is not None:
+                _check_rate(name, value)
+        count, start, end = self.max_frames, self.start, self.end
+        if count is not None:
+            check_whole("max_frames", count, error=VideoError)
+        if not is_number(start) or start < 0:
+            raise VideoError(f"start={start!r} is not valid: give seconds from the video's beginning, 0 or more.")
+        if end is not None and (not is_number(end) or end <= start + SAME_TIME):
+            raise VideoError(
+                f"end={end!r} is not valid: give seconds after start={start:g}, or None for the video's end."
+            )
+
+    def given(self) -> list[str]:
+        """Names of the values that are not the defaults."""
+        return [field.name for field in fields(self) if getattr(self, field.name) != field.default]
 
 
 class VideoSource(Protocol):
@@ -93,91 +126,49 @@ class Frames:
     fps: float
 
 
-def open_video(
-    video: Any,
-    fps: float,
-    *,
-    source_fps: float | None = None,
-    max_frames: int | None = None,
-    start: float = 0.0,
-    end: float | None = None,
-    check: Callable[[], None] | None = None,
-) -> VideoSource:
-    """Frames of `video` from `start` to before `end` (seconds; None: the end), sampled `fps` times a second.
+def open_video(video: Any, sampling: Sampling, check: Callable[[], None] | None = None) -> VideoSource:
+    """The frames of `video` that `sampling`, whose `fps` must be given, asks for.
 
     video: a path, or frames: a list of PIL images, or an array or tensor `(T, H, W, 3)` or `(T, 3, H, W)`, uint8, or
-    floats in [0, 1]. Frames given as arrays were taken at `source_fps` per second (None: at `fps`, none is dropped).
-    max_frames: where there would be more, so many are spread evenly over the span. Decodes the first frames of a file;
-    reads all of its packets only where it does not state how long its picture is, calling `check` now and then, which
-    may raise to stop. Raises `VideoError`.
+    floats in [0, 1]. Decodes the first frames of a file; reads all of its packets only where it does not state how long
+    its picture is, calling `check` now and then, which may raise to stop. Raises `VideoError`.
     """
-    check_request(video, fps, source_fps, max_frames, start, end)
-    _check_rate("fps", fps)
+    check_video(video)
+    fps, count, start, end = sampling.fps, sampling.max_frames, sampling.start, sampling.end
+    if fps is None:
+        raise VideoError("fps=None is not valid: give frames per second.")
     if isinstance(video, str | Path):
-        return FileSource(Path(video), fps, max_frames, start, end, check)
-    return ArraySource(video, fps, fps if source_fps is None else source_fps, max_frames, start, end)
+        return FileSource(Path(video), fps, count, start, end, check)
+    return ArraySource(video, fps, fps if sampling.source_fps is None else sampling.source_fps, count, start, end)
 
 
-def load_frames(
-    video: Any,
-    fps: float,
-    source_fps: float | None = None,
-    max_frames: int | None = None,
-    progress: Progress | None = None,
-) -> Frames:
+def load_frames(video: Any, sampling: Sampling) -> Frames:
     """All frames of `video` in one array; arguments as for `open_video`.
 
     Raises `VideoError`, and `BudgetError` where they are more than memory holds.
     """
-    source = open_video(video, fps, source_fps=source_fps, max_frames=max_frames)
+    source = open_video(video, sampling)
     what = f"{source.name}: {source.expected:,} frames of {source.width}x{source.height} at fps={source.fps:g}"
     size = source.expected * source.width * source.height * 3
     if isinstance(source, FileSource):  # the frames, and the array they are stacked in
         check_host_memory(2 * size, what, "lower fps or max_frames, or make the video smaller")
     else:
         check_host_memory(size, what, "lower fps, or check source_fps")
-    pictures: list[np.ndarray] = []
-    for picture in source.frames():
-        pictures.append(picture)
-        if progress is not None:
-            progress(len(pictures), max(len(pictures), source.expected))
-    if progress is not None:
-        progress(len(pictures), len(pictures))
-    return Frames(np.stack(pictures), source.fps)
+    return Frames(np.stack(list(source.frames())), source.fps)
 
 
-def check_request(
-    video: Any,
-    fps: float | None,
-    source_fps: float | None,
-    max_frames: int | None,
-    start: float = 0.0,
-    end: float | None = None,
-) -> None:
-    """Raise `VideoError` for rates, counts and times that cannot be, and for a path without a file: nothing is read.
-
-    fps None: the model's own rate, known later.
-    """
-    if fps is not None:
-        _check_rate("fps", fps)
-    if source_fps is not None:
-        _check_rate("source_fps", source_fps)
-    if max_frames is not None:
-        check_whole("max_frames", max_frames, error=VideoError)
-    if not is_number(start) or start < 0:
-        raise VideoError(f"start={start!r} is not valid: give seconds from the video's beginning, 0 or more.")
-    if end is not None and (not is_number(end) or end <= start + SAME_TIME):
-        raise VideoError(f"end={end!r} is not valid: give seconds after start={start:g}, or None for the video's end.")
+def check_video(video: Any) -> None:
+    """Raise `VideoError` unless `video` is frames or the path of a file; nothing is read."""
     if isinstance(video, bytes | bytearray) or not isinstance(video, str | Path | torch.Tensor | np.ndarray | Sequence):
         raise VideoError(
             f"video is of type {type(video).__name__}: give a path, a list of PIL images, or an array (T, H, W, 3)."
         )
     if isinstance(video, str | Path):
         try:
-            found, folder = Path(video).exists(), Path(video).is_dir()
+            exists, folder = Path(video).exists(), Path(video).is_dir()
         except (OSError, ValueError) as error:
             raise VideoError(f"{str(video)[:80]}: no such file ({error.__class__.__name__}).") from None
-        if not found:
+        if not exists:
             raise VideoError(f"{video}: no such file.")
         if folder:
             raise VideoError(f"{str(video) or repr(str(video))} is a folder, not a video file.")

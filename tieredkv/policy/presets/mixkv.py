@@ -1,4 +1,4 @@
-"""MixKV: what is kept should matter and should not repeat itself, in the measure each head's keys repeat themselves."""
+"""MixKV: keep what matters and does not repeat itself, weighted by how much each head's keys repeat themselves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SnapKV: keep what the last rows of the prompt look at."""
+"""SnapKV: keep what the last rows of the prompt attend to."""
 
 from tieredkv.policy.base import Policy
 from tieredkv.policy.prune import by_saliency

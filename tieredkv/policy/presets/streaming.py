@@ -19,7 +19,7 @@ POLICY = Policy(
     name="streaming",
     source="StreamingLLM, arXiv 2309.17453",
     summary="All heads static, the same budget for each: the first tokens (attention sinks) and the most recent ones. "
-    "Looks at nothing; the floor below which no policy should fall.",
+    "Ignores attention; no policy should do worse.",
     theta=0.0,
     static_weight="even",
     static_floor=1.0,

@@ -1,0 +1,180 @@
+"""What is forecast for the phases is what a cache then holds and copies, over models and settings of many shapes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from helpers import cap_share, tier_options
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import tieredkv
+from tieredkv.api import new_session
+from tieredkv.cache.tiered_cache import TieredCache
+from tieredkv.config import TierConfig
+from tieredkv.environment.versions import cache_argument
+from tieredkv.memory import ledger
+from tieredkv.models.kv_shape import KVShape
+from tieredkv.planning import decode_plan, forecast_bytes
+from tieredkv.planning.forecast import plan
+from tieredkv.video.frames import Sampling
+
+QUESTION, NEW = "what colour was the star ?", 6
+SMALL = {"chunk_tokens": 8, "text_window": 16, "recent_window": 8, "prefill_chunk": 64}
+
+
+class Watch:
+    """What a session's cache really held: by purpose at the seal and at most, and what it was planned from."""
+
+    def __init__(self, monkeypatch):
+        self.most: dict[str, int] = {}
+        self.prefill = 0
+        self.sealed: dict[str, int] = {}
+        reserve, seal, plan_decode = ledger.DeviceLedger.reserve, TieredCache.seal, decode_plan.plan_decode
+
+        def watched_reserve(ledger, purpose, nbytes):
+            reserve(ledger, purpose, nbytes)
+            held = ledger.by_purpose()
+            self.most[purpose] = max(self.most.get(purpose, 0), held[purpose])
+            if not {"pool", "tables"} & set(held):
+                self.prefill = max(self.prefill, sum(held.values()))
+
+        def watched_seal(cache):
+            seal(cache)
+            self.sealed = cache.ledger.by_purpose()
+
+        def watched_plan(shape, tiers, layout, cap_bytes, scores, static, need=None):
+            made = plan_decode(shape, tiers, layout, cap_bytes, scores, static, need)
+            self.planned = (shape, tiers, made, static)
+            return made
+
+        monkeypatch.setattr(ledger.DeviceLedger, "reserve", watched_reserve)
+        monkeypatch.setattr(TieredCache, "seal", watched_seal)
+        monkeypatch.setattr(decode_plan, "plan_decode", watched_plan)
+
+
+@pytest.mark.parametrize(("theta", "static_share"), [(0.0, 1.0), (0.18, None), (2.0, 0.0)])
+@pytest.mark.parametrize("share", [0.7, 3.0])
+def test_every_purpose_takes_what_the_plan_says(
+    monkeypatch, video_model, processor, frames, theta, static_share, share
+):
+    film = np.concatenate([frames, frames, frames])
+    options = {"gpu_kv_gb": cap_share(video_model, 800, share), "policy": "paper", "theta": theta, **SMALL}
+    watch = Watch(monkeypatch)
+    with new_session(video_model, processor=processor, **tier_options(**options)) as session:
+        session.ingest(film, Sampling(fps=4.0), question=QUESTION, max_new_tokens=NEW)
+        answer = session.ask(QUESTION, max_new_tokens=NEW)
+        tail = answer.stats.prompt_tokens - answer.stats.visual_tokens - session.head_tokens
+        streamed = session.ingest_stats.streamed_bytes + session._cached.cache.device_tier.transfer.streamed_bytes
+        digests = sum(layer.digests.packed.nbytes for layer in session._cached.cache.tiered_layers)
+        host = session._cached.cache.host_bytes
+    real = forecast_bytes.decode_bytes(*watch.planned)
+    assert (answer.stats.static_heads > 0, answer.stats.dynamic_heads > 0) == (theta < 2, theta > 0)
+    made = plan(
+        video_model,
+        film,
+        processor=processor,
+        fps=4.0,
+        question_tokens=tail,
+        max_new_tokens=NEW,
+        static_share=0.5 if static_share is None else static_share,
+        **tier_options(**options),
+    )
+    pool = real["recent pages"] + real["static pages"] + real["retrieval pool"]
+    assert pool == watch.sealed["pool"]
+    for purpose in ("digests", "tables"):
+        assert real[purpose] == watch.sealed.get(purpose, 0)
+    assert real["ranking"] == watch.most.get("ranking", 0)
+    assert real["attention"] == watch.most["scratch"]
+    if static_share is not None:  # how far static heads' budgets differ, and so the width of tables, is not known ahead
+        assert made.decode == {**real, "tables": made.decode["tables"] if static_share else real["tables"]}
+    assert made.prompt_tokens == answer.stats.prompt_tokens
+    assert sum(made.prefill.values()) == watch.prefill
+    assert made.prefill["resident"] == watch.most.get("resident", 0)
+    assert made.prefill_copy_bytes == streamed
+    assert 0 <= made.host_bytes - host - digests < 0.1 * host
+
+
+SHAPES = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@given(st.data())
+@SHAPES
+def test_a_prefill_holds_and_copies_what_is_forecast(video_model, processor, frames, data):
+    c = data.draw(st.sampled_from([1, 4, 8, 32]))
+    size, window = data.draw(st.integers(c, 150)), data.draw(st.integers(1, 40))
+    share, words = data.draw(st.floats(0.3, 2)), data.draw(st.integers(1, 60))
+    options = {"chunk_tokens": c, "prefill_chunk": size, "text_window": window, "recent_window": 8}
+    options |= {"gpu_kv_gb": cap_share(video_model, 300, share), "top_k_ratio": data.draw(st.floats(0.01, 1))}
+    question = " ".join(["star"] * words)
+    with pytest.MonkeyPatch.context() as patch:
+        watch = Watch(patch)
+        with new_session(video_model, processor=processor, **tier_options(**options)) as session:
+            try:
+                session.ingest(frames[:80], Sampling(fps=4.0), question=question, max_new_tokens=1)
+            except tieredkv.BudgetError:
+                return
+            prefix = session.head_tokens + session.video.tokens
+            tokens = session.ask(question, max_new_tokens=1).stats.prompt_tokens
+            streamed = session.ingest_stats.streamed_bytes + session._cached.cache.device_tier.transfer.streamed_bytes
+            shape, tiers = session._cached.cache.shape, session.tiers
+    assert sum(forecast_bytes.prefill_bytes(shape, tiers, tokens, tokens - prefix).values()) == watch.prefill
+    assert forecast_bytes.prefill_copy_bytes(shape, tiers, tokens, tokens - prefix) == streamed
+
+
+@given(st.data())
+@SHAPES
+def test_decoding_holds_what_is_forecast(data):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    kv_heads, head_dim = data.draw(st.sampled_from([1, 2, 3])), data.draw(st.sampled_from([8, 16, 20]))
+    heads = kv_heads * data.draw(st.integers(1, 3))
+    layers, tokens = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 400))
+    config = LlamaConfig(
+        vocab_size=31, hidden_size=heads * head_dim, intermediate_size=16, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim, initializer_range=0.3,
+        max_position_embeddings=4096, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    policies = [name for name in tieredkv.POLICIES if name != "full"]
+    policy = dataclasses.replace(
+        tieredkv.POLICIES[data.draw(st.sampled_from(policies))],
+        theta=data.draw(st.sampled_from([0.0, 0.3, 2.0])),
+        reuse_above=data.draw(st.sampled_from([0.5, 2.0])),
+    )
+    tiers = TierConfig(
+        gpu_kv_gb=tokens * layers * kv_heads * 8 * head_dim / 2**30 + 1e-3,
+        budget_ratio=data.draw(st.none() | st.floats(0.05, 1)),
+        chunk_tokens=data.draw(st.sampled_from([1, 4, 8, 32])),
+        pack_pages=data.draw(st.booleans()),
+        policy=policy,
+    )
+    torch.manual_seed(data.draw(st.integers(0, 9)))
+    model, ids = LlamaForCausalLM(config).eval(), torch.randint(31, (1, tokens))
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        torch.no_grad(),
+        tieredkv.use_attention(model),
+        TieredCache(config, tiers, max_new_tokens=2) as cache,
+    ):
+        watch = Watch(patch)
+        for part in (ids, ids[:, :1], ids[:, :1]):
+            model(part, **cache_argument(cache))
+    forecast = forecast_bytes.decode_bytes(*watch.planned)
+    assert watch.sealed["pool"] == sum(forecast[name] for name in ("recent pages", "static pages", "retrieval pool"))
+    for purpose, held in (("digests", watch.sealed), ("tables", watch.sealed), ("ranking", watch.most)):
+        assert forecast[purpose] == held.get(purpose, 0), purpose
+    assert forecast["attention"] == watch.most["scratch"]
+
+
+# ---- heads assumed static
+
+
+def test_heads_assumed_static_are_spread_over_the_layers():
+    shape = KVShape(28, 28, 4, 128, 2)
+    static = forecast_bytes.assumed_static(shape, TierConfig(), 0.5)
+    assert static.sum(1).tolist() == [2] * 28
+    assert torch.equal(forecast_bytes.assumed_static(shape, TierConfig(), 0.0), torch.zeros(28, 4, dtype=torch.bool))
+    assert forecast_bytes.assumed_static(shape, TierConfig(), 1.0).all()

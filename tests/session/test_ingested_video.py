@@ -1,0 +1,56 @@
+"""What a session knows of its video, and what of it an older file says."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from tieredkv.models.families.base import VideoGrid
+from tieredkv.session.ingested_video import IngestedVideo, VideoFacts
+from tieredkv.session.results import IngestStats
+from tieredkv.session.session_file import SessionState
+
+FACTS = VideoFacts(name="film.mp4", sha256="ab", fps=2.0, start=1.5, seconds=9.9)
+VIDEO = IngestedVideo(
+    grid=VideoGrid(3, 1, 2, 1.0, between=((), (7,), (8, 9))),
+    positions="stock",
+    head="look: ",
+    head_ids=(3, 4, 5),
+    facts=FACTS,
+    ingest_s=2.0,
+    stats=IngestStats(20, 6, 1.0, 1.0, 1.0, 1.5, 0),
+)
+STATE = SessionState(VIDEO, [("what ?", "that")])
+
+
+def plain() -> dict:
+    return json.loads(json.dumps(STATE.as_plain()))
+
+
+@pytest.mark.parametrize(
+    ("frames", "seconds", "end"), [(10, None, 6.5), (10, 9.9, 6.5), (20, 9.9, 11.4)], ids=["unknown", "before", "cut"]
+)
+def test_the_last_frame_ends_with_the_span_at_the_latest(frames, seconds, end):
+    assert replace(FACTS, seconds=seconds).end(frames) == pytest.approx(end)
+
+
+def test_its_tokens_are_the_head_and_the_video():
+    assert VIDEO.tokens == len(VIDEO.ids(0)) == len(VIDEO.is_visual()) == 12
+    assert VIDEO.ids(0) == [3, 4, 5, 0, 0, 7, 0, 0, 8, 9, 0, 0]
+    assert [token == 0 for token in VIDEO.ids(0)] == VIDEO.is_visual().tolist()
+
+
+def test_what_is_written_is_what_is_read():
+    assert SessionState.of(plain(), first_picture=5.0) == STATE
+
+
+@pytest.mark.parametrize(
+    ("absent", "start"), [(("clock",), 6.5), (("clock", "start"), 5.0), (("start",), 0.0)], ids=str
+)
+def test_an_older_file_counts_from_the_first_picture(absent, start):
+    older = plain()
+    for name in absent:
+        del older["video"][name]
+    assert SessionState.of(older, first_picture=5.0).video.facts == replace(FACTS, start=start)

@@ -1,0 +1,155 @@
+"""LayerPages: what the heads of one layer attend to while decoding, as pages of the pool, and the table of them.
+
+The pages of a head: its recent region and the generated tokens; then, of a static head, the tokens kept by pruning; of
+a dynamic head, the sink chunks and the chunks selected in this step.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from tieredkv.cache.decode_phase import DecodePhase
+from tieredkv.errors import BudgetError
+from tieredkv.memory.host import HostLayer
+from tieredkv.memory.units import ceil_div
+from tieredkv.ops import torch_ops
+from tieredkv.ops.packing import Packing, channel_norms, unpack
+from tieredkv.planning.decode_plan import gather_bytes
+from tieredkv.planning.sizes import chunk_bytes
+from tieredkv.policy import prune
+
+
+class LayerPages:
+    """Pages and tables of one layer. Whatever is copied to the device here is counted as warm.
+
+    Shapes: `K` KV heads, `H` query heads, `P` columns of the table, `C` tokens of a page, `N` prompt tokens.
+    """
+
+    def __init__(self, host: HostLayer, phase: DecodePhase, width: int) -> None:
+        """host: all prompt tokens. width: P. Fills the recent region; the other pages are to be filled."""
+        self.host, self.phase = host, phase
+        self.device = phase.pool.pages.device
+        heads, self._c = host.num_heads, host.chunk_tokens
+        self.table = phase.ledger.empty("tables", (heads, width), torch.int32, self.device).zero_()
+        """`(K, P)`: pool slots."""
+        self.lengths = phase.ledger.empty("tables", (heads, width), torch.int32, self.device).zero_()
+        """`(K, P)`: tokens of each page that are attended to."""
+        self.packing: Packing | None = None
+        """Of packed pages."""
+        if phase.pool.scales is not None:
+            shape = heads, 2, host.head_dim
+            self.packing = Packing(phase.pool.scales, phase.ledger.empty("tables", shape, torch.float32, self.device))
+            self.packing.norms.copy_(channel_norms(host.chunks(), host.length))
+        first = phase.plan.layout.recent_start
+        self.recent_tokens, self.generated = host.length - first, 0
+        """In the recent region: prompt tokens and generated ones; and the latter alone."""
+        self._recent_length = torch.full((1,), self.recent_tokens, dtype=torch.int32, device=self.device)
+        """`recent_tokens` on the device, where a captured step reads and advances it."""
+        self._fill_recent(phase.plan.layout.recent_pages, first)
+
+    # ---- the seal
+
+    def _fetch(self, heads: torch.Tensor, ids: torch.Tensor, slots: torch.Tensor) -> None:
+        """Copy whole chunks `ids` (absolute) of `heads` into pool `slots`, all `(m,)`."""
+        phase = self.phase
+        phase.ops.fetch(self.host.arena, phase.pool.pages, heads, ids, slots, self.packing)
+        phase.counters.warm_bytes += len(ids) * chunk_bytes(phase.shape, phase.tiers)
+
+    def _fill_recent(self, pages: int, first_token: int) -> None:
+        heads, c = self.host.num_heads, self._c
+        self.table[:, :pages] = self.phase.pool.take(heads * pages).view(heads, pages)
+        filled = ceil_div(self.recent_tokens, c)
+        ids = (first_token // c + torch.arange(filled, device="cpu")).repeat(heads)
+        owners = torch.arange(heads, device="cpu").repeat_interleave(filled)
+        self._fetch(owners, ids, self.table[:, :filled].flatten())
+        if within := self.recent_tokens % c:  # the rest of the host's last chunk was never written
+            last = self.table[:, filled - 1]
+            self.phase.pool.pages[last, :, within:] = 0
+            if self.packing is not None:
+                self.packing.scales[last, :, within:] = 0
+        starts = torch.arange(pages, device=self.device) * c
+        self.lengths[:, :pages] = (self.recent_tokens - starts).clamp(0, c)
+
+    def fill_static(self, head: int, pages: int, saliency: torch.Tensor, is_text: torch.Tensor) -> None:
+        """Prune a head to `pages` pages of the tokens before the recent region. saliency, is_text: `(N,)`."""
+        if pages == 0:
+            return
+        tiers, c, pool = self.phase.tiers, self._c, self.phase.pool
+        policy, old = tiers.policy, self.phase.plan.layout.recent_start
+
+        def read() -> tuple[torch.Tensor, torch.Tensor]:
+            return self.host.tokens(head, torch.arange(old, device="cpu"))
+
+        tokens = prune.HeadTokens(saliency[:old], is_text[:old], tiers.sink_tokens, policy.saliency_pool, read)
+        kept, slots = prune.kept_tokens(policy.rank(tokens), pages * c), pool.take(pages)
+        first = self.phase.plan.layout.recent_pages
+        self.table[head, first : first + pages] = slots
+        filled = kept.numel() - c * torch.arange(pages, device=self.device)
+        self.lengths[head, first : first + pages] = filled.clamp(0, c).int()
+        if policy.merge is None:
+            self.phase.ops.keep(self.host.arena, pool.pages, head, kept, slots, self.packing)
+        else:
+            merged = torch.stack(policy.merge(tokens, kept), dim=1)
+            torch_ops.write(merged, pool.pages, head, slots, self.packing)
+        self.phase.counters.warm_bytes += kept.numel() * chunk_bytes(self.phase.shape, tiers) // c
+
+    def fill_sinks(self, heads: torch.Tensor) -> None:
+        """Copy the sink chunks of `heads`."""
+        layout, n = self.phase.plan.layout, len(heads)
+        columns = slice(layout.recent_pages, layout.recent_pages + layout.sink_chunks)
+        slots = self.phase.pool.take(n * layout.sink_chunks).view(n, layout.sink_chunks)
+        self.table[heads, columns] = slots.int()
+        self.lengths[heads, columns] = self._c
+        owners = heads.repeat_interleave(layout.sink_chunks)
+        self._fetch(owners, torch.arange(layout.sink_chunks, device="cpu").repeat(n), slots.flatten())
+
+    # ---- steps
+
+    def advance(self) -> None:
+        """Count a generated token. Raises `BudgetError` if there is no room for it."""
+        if self.recent_tokens // self._c >= self.phase.plan.layout.recent_pages:
+            raise BudgetError(
+                f"the device has room for {self.generated} generated tokens and no more: ask for a larger "
+                "max_new_tokens before generating, so that it is reserved."
+            )
+        self.recent_tokens += 1
+        self.generated += 1
+
+    def append(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Write the key and value, each `(K, D)`, of the token counted last."""
+        phase = self.phase
+        phase.ops.append(key, value, phase.pool.pages, self.table, self.lengths, self._recent_length, self.packing)
+        self._recent_length += 1
+
+    def attend(self, query: torch.Tensor, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of queries `(H, n, D)` to everything in the table: output and lse, float32."""
+        phase = self.phase
+        with phase.ledger.scratch("scratch", self.scratch_bytes):
+            return phase.ops.paged_attention(
+                query, phase.pool.pages, self.table, self.lengths, scaling, phase.plan.scratch_pages, self.packing
+            )
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Device bytes that `attend` takes."""
+        return gather_bytes(self.phase.shape, self.phase.tiers, self.phase.plan, self.table.numel())
+
+    # ---- the end
+
+    def generated_tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values, each `(K, generated, D)` on the host, of the tokens decoded since the seal.
+
+        Copied page by page, so that no second copy of them is ever on the device; packed pages are unpacked.
+        """
+        shape = (2, self.host.num_heads, self.generated, self.host.head_dim)
+        tokens = torch.empty(shape, dtype=self.host.dtype, device="cpu")
+        first, c = self.recent_tokens - self.generated, self._c
+        for head in range(self.host.num_heads):
+            for column in range(first // c, ceil_div(self.recent_tokens, c)):
+                start, stop = max(first, column * c), min(self.recent_tokens, (column + 1) * c)
+                slot = int(self.table[head, column])
+                page = self.phase.pool.pages[slot]
+                if self.packing is not None:
+                    page = unpack(page, self.packing.scales[slot], self.packing.norms[head].unsqueeze(1))
+                tokens[:, head, start - first : stop - first] = page[:, start - column * c : stop - column * c]
+        return tokens[0], tokens[1]

@@ -1,0 +1,36 @@
+"""A video in a cache, ready for questions: what an ingest makes and what a session file restores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tieredkv.cache.tiered_cache import TieredCache
+from tieredkv.models.chat_template import ChatTemplate
+from tieredkv.models.same_model import SameModel
+from tieredkv.session.ingested_video import IngestedVideo
+from tieredkv.storage.tensor_file import Stored
+
+
+@dataclass(frozen=True, slots=True)
+class CachedVideo:
+    """The cache holds the prompt up to the end of the video and, between questions, nothing more."""
+
+    model: Any
+    template: ChatTemplate
+    cache: TieredCache
+    video: IngestedVideo
+    same_model: SameModel
+    """The model as it was when the cache was made or loaded."""
+    stored: Stored | None = None
+    """The file that the cache reads, if it was loaded."""
+
+    def check(self) -> None:
+        """Raise `SessionError` if the model or the file changed meanwhile."""
+        if self.stored is not None:
+            self.stored.check_unchanged()
+        self.same_model.check()
+
+    def close(self) -> None:
+        """Free both tiers."""
+        self.cache.close()

@@ -1,0 +1,47 @@
+"""A streamer of text that later tokens do not change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers.generation.streamers import BaseStreamer
+
+
+class StableTextStreamer(BaseStreamer):
+    """A transformers streamer that delivers text once no later token can change it.
+
+    Held back at the end: white space, of which the whole text is stripped, and replacement characters, which stand for
+    the first bytes of a character. All tokens are decoded each time, as an answer's text is not the sum of its tokens'.
+    """
+
+    def __init__(self, text: Callable[[list[int]], str], deliver: Callable[[str], None]) -> None:
+        self._text, self._deliver = text, deliver
+        self._prompt = True
+        self._ids: list[int] = []
+        self._sent = ""
+
+    def put(self, value: Any) -> None:
+        """Take the prompt, which is ignored, then generated tokens."""
+        if self._prompt:
+            self._prompt = False
+            return
+        self._ids.extend(value.flatten().tolist())
+        text = self._text(self._ids).rstrip("\N{REPLACEMENT CHARACTER}").rstrip()
+        if len(text) > len(self._sent) and text.startswith(self._sent):
+            self._send(text)
+
+    def end(self) -> None:
+        """Does nothing: what is held back is delivered by `finish`, if the answer is complete."""
+
+    def finish(self, text: str) -> None:
+        """Deliver the rest of the whole text."""
+        # Some tokenizers (byte fallback) change the last character if the answer ends inside the next one.
+        while not text.startswith(self._sent):
+            self._sent = self._sent[:-1]
+        self._send(text)
+
+    def _send(self, text: str) -> None:
+        piece, self._sent = text[len(self._sent) :], text
+        if piece:
+            self._deliver(piece)

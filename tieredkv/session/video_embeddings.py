@@ -1,0 +1,107 @@
+"""What the decoder model reads of a video: features of the vision tower, in some families with text between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from tieredkv.config import TierConfig
+from tieredkv.errors import UnsupportedModelError, VideoError
+from tieredkv.models.chat_template import ChatTemplate, refused
+from tieredkv.models.encode import batch_tokens
+from tieredkv.models.families.base import VideoGrid
+from tieredkv.video.frames import Sampled, VideoSource
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A video that was opened, and how it will be read; nothing of it has been decoded yet."""
+
+    source: VideoSource
+    sampled: Sampled
+    grid: VideoGrid
+    """Expected; the true one is known at the end of the video."""
+    preprocess: Callable[[np.ndarray], dict[str, torch.Tensor]]
+    segment_frames: int
+    """Frames per call of the vision tower."""
+
+
+def prepare(template: ChatTemplate, config: Any, source: VideoSource, tiers: TierConfig) -> Prepared:
+    """Determine sizes before anything is decoded. Raises `VideoError` if the processor refuses frames of this size."""
+    family, video = template.family, Sampled.of(source)
+    grid = template.grid(config, video)
+    try:
+        preprocess = family.preprocessor(config, template.processor, video.frames, video.height, video.width, video.fps)
+    except ValueError as error:
+        raise refused(video, error) from None
+    batch = batch_tokens(family, config, video.height, video.width, grid, tiers)
+    return Prepared(
+        source=source,
+        sampled=video,
+        grid=grid,
+        preprocess=preprocess,
+        segment_frames=batch // grid.step_tokens * family.step_frames(config),
+    )
+
+
+class VideoEmbeddings:
+    """Iterator of embeddings `(n, width)`, segment by segment, and at last those that close the video.
+
+    `grid` describes the steps given so far.
+    """
+
+    def __init__(
+        self, template: ChatTemplate, model: Any, video: Prepared, encoded: Iterator[tuple[torch.Tensor, int]]
+    ) -> None:
+        """encoded: features `(n, width)` and frames of each segment, as from `models.encode.encode`."""
+        self.template, self.model = template, model
+        self.grid = replace(video.grid, steps=0, between=(), closing=0)
+        self._video, self._encoded = video, encoded
+        self._step_frames = template.family.step_frames(model.config)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        frames = 0
+        for features, count in self._encoded:
+            frames += count
+            yield self._segment(features, -(-count // self._step_frames), frames)
+        if self.grid.steps == 0:
+            raise VideoError(f"{self._video.source.name}: no frame could be decoded.")
+        closing = self.template.family.closing(self.model)
+        if closing is not None:
+            self.grid = replace(self.grid, closing=closing.shape[0])
+            yield closing.detach()
+
+    def _segment(self, features: torch.Tensor, steps: int, frames: int) -> torch.Tensor:
+        """Add `steps` steps to the grid; their features with the text between them. frames: of the video so far."""
+        if features.shape[0] != steps * self.grid.step_tokens:
+            raise UnsupportedModelError(
+                f"the vision tower made {features.shape[0]} tokens of {steps} steps of {self.grid.step_tokens}: "
+                "the processor beside the model is not the model's own."
+            )
+        first = self.grid.steps
+        sampled, template = self._video.sampled, self.template
+        texts = [
+            template.between_ids(step, sampled.times(step, self._step_frames, frames))
+            for step in range(first, first + steps)
+        ]
+        if texts[0] is None:
+            self.grid = replace(self.grid, steps=first + steps)
+            return features
+        between = tuple(ids or () for ids in texts)
+        self.grid = replace(self.grid, steps=first + steps, between=self.grid.between + between)
+        weight = self.model.get_input_embeddings().weight
+        parts = []
+        for ids, part in zip(between, features.split(self.grid.step_tokens), strict=True):
+            text = torch.tensor([ids], dtype=torch.long, device=weight.device)
+            parts += [template.family.embed(self.model, text), part.unsqueeze(0).to(weight.device, weight.dtype)]
+        return join(parts)[0]
+
+
+def join(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Embeddings `(1, n, width)` one after another; narrower ones, which are text, padded with zeros."""
+    width = max(part.shape[2] for part in parts)
+    return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[2])) for part in parts], dim=1)
