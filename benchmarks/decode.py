@@ -93,16 +93,16 @@ def measure(model: Any, shape: str, tokens: int, arguments: argparse.Namespace) 
     """All rows of one shape and length."""
     device, rows = arguments.device, []
 
-    def row(kind: str, of: Callable[[], dict[str, Any]], **more: Any) -> None:
+    def row(kind: str, work: Callable[[], dict[str, Any]], **more: Any) -> None:
         try:
-            made = of()
+            result = work()
         except torch.OutOfMemoryError:
-            made = {"error": "out of memory"}
+            result = {"error": "out of memory"}
         if device != "cpu":
             torch.cuda.empty_cache()
-        rows.append({"shape": shape, "tokens": tokens, "kind": kind, **more, **made})
-        shown = f"{made['ms']:9.2f} ms" if "ms" in made else made["error"]
-        aside = f"{made['bytes_per_step'] / 1e6:8.1f} MB/step {made['path']}" if "path" in made else ""
+        rows.append({"shape": shape, "tokens": tokens, "kind": kind, **more, **result})
+        shown = f"{result['ms']:9.2f} ms" if "ms" in result else result["error"]
+        aside = f"{result['bytes_per_step'] / 1e6:8.1f} MB/step {result['path']}" if "path" in result else ""
         print(f"{shape} {tokens:>8,} {kind:<12} {more.get('target', ''):>5} {shown} {aside}", flush=True)
 
     def timed(kind: str, length: int) -> dict[str, Any]:

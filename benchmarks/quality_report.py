@@ -22,7 +22,7 @@ def aggregate(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
             (*(record[name] for name in ("model", "task", "tokens", "chunk_tokens")), record["label"], budget)
         ].append(record)
     rows = []
-    for (model, task, tokens, chunk, label, budget), held in cells.items():
+    for (model, task, tokens, chunk, label, budget), cell in cells.items():
         full = cells[(model, task, tokens, chunk, FULL, 1.0)]
         shared = {
             "model": model,
@@ -30,18 +30,18 @@ def aggregate(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "budget": budget,
             "policy": label,
             "chunk_tokens": chunk,
-            "n": len(held),
+            "n": len(cell),
             "ppl_ratio": math.exp(
-                (sum(r["nll"] for r in held) - sum(r["nll"] for r in full)) / sum(r["scored"] for r in held)
+                (sum(r["nll"] for r in cell) - sum(r["nll"] for r in full)) / sum(r["scored"] for r in cell)
             ),
-            "kv_ratio": _mean(r["held"] / r["full"] for r in held),
-            "mass_recall": _mean(r["recall"] for r in held if r["recall"] is not None),
-            "bytes_per_step": sum(r["missed"] for r in held) / max(1, sum(r["decoded"] for r in held)),
+            "kv_ratio": _mean(r["held"] / r["full"] for r in cell),
+            "mass_recall": _mean(r["recall"] for r in cell if r["recall"] is not None),
+            "bytes_per_step": sum(r["missed"] for r in cell) / max(1, sum(r["decoded"] for r in cell)),
         }
-        rows.append({**shared, "task": task, **_accuracy(held, full, lambda r: _mean(_steps(r).values()))})
+        rows.append({**shared, "task": task, **_accuracy(cell, full, lambda r: _mean(_steps(r).values()))})
         if model == "tiny" and task != "lookup":
-            for hop in sorted(_steps(held[0])):
-                at_hop = _accuracy(held, full, lambda r, hop=hop: _steps(r)[hop])
+            for hop in sorted(_steps(cell[0])):
+                at_hop = _accuracy(cell, full, lambda r, hop=hop: _steps(r)[hop])
                 rows.append({**shared, "task": f"{task}, hop {hop}", **at_hop})
     return rows
 
@@ -58,15 +58,15 @@ def _steps(record: dict[str, Any]) -> dict[int, bool]:
 
 
 def _mean(values: Iterable[float]) -> float | None:
-    held = list(values)
-    return sum(held) / len(held) if held else None
+    numbers = list(values)
+    return sum(numbers) / len(numbers) if numbers else None
 
 
-def _accuracy(held: list[dict[str, Any]], full: list[dict[str, Any]], of: Callable[[Any], Any]) -> dict[str, Any]:
+def _accuracy(records: list[dict[str, Any]], full: list[dict[str, Any]], score: Callable[[Any], Any]) -> dict[str, Any]:
     """Mean accuracy, its interval, the full cache's on the same questions, and the interval of the difference."""
     import numpy as np
 
-    got, want = np.array([of(r) for r in held], float), np.array([of(r) for r in full], float)
+    got, want = np.array([score(r) for r in records], float), np.array([score(r) for r in full], float)
     picks = np.random.default_rng(0).integers(0, len(got), (2000, len(got)))
     low, high = np.quantile(got[picks].mean(1), (0.025, 0.975))
     below, above = np.quantile((got - want)[picks].mean(1), (0.025, 0.975))

@@ -87,7 +87,7 @@ class TextCase:
 
 
 @dataclass(frozen=True)
-class Hidden:
+class HiddenLine:
     """A line to hide in the document, at a depth from 0, its beginning, to 1, its end."""
 
     line: str
@@ -95,14 +95,14 @@ class Hidden:
 
 
 @dataclass(frozen=True)
-class Asked:
+class PlannedQuestion:
     """A question's text, and its answer in pieces, each with its step; 0 if it is not scored."""
 
     prompt: str
     answer: list[tuple[str, int]]
 
 
-Plan = Callable[[random.Random, Iterator[str], Iterator[str], int], tuple[list[Hidden], list[Asked]]]
+Plan = Callable[[random.Random, Iterator[str], Iterator[str], int], tuple[list[HiddenLine], list[PlannedQuestion]]]
 
 
 def make_case(task: str, tokenizer: Any, tokens: int, seed: int, questions: int = 8) -> TextCase:
@@ -124,20 +124,20 @@ def make_case(task: str, tokenizer: Any, tokens: int, seed: int, questions: int 
         last = TextQuestion(task, ids[middle:tokens], ids[tokens:end], scored, [place + 1 for place in scored])
         return TextCase(ids[:middle], [last])
     text = "\n".join(lines)
-    hidden, asked = plan(rng, _unused_words(rng, text), _unused_numbers(rng, text), questions)
-    made = [_question(task, tokenizer, one) for one in asked]
-    room = tokens - max(len(question.prompt_ids) for question in made)
-    return TextCase(_document(tokenizer, room, hidden, lines), made)
+    hidden, planned = plan(rng, _unused_words(rng, text), _unused_numbers(rng, text), questions)
+    text_questions = [_question(task, tokenizer, question) for question in planned]
+    room = tokens - max(len(question.prompt_ids) for question in text_questions)
+    return TextCase(_document(tokenizer, room, hidden, lines), text_questions)
 
 
 def _chain(
     rng: random.Random, words: Iterator[str], numbers: Iterator[str], questions: int
-) -> tuple[list[Hidden], list[Asked]]:
+) -> tuple[list[HiddenLine], list[PlannedQuestion]]:
     ring = [next(numbers) for _ in range(max(RING, questions))]
     pairs = [*zip(ring, ring[1:] + ring[:1], strict=True)]
     pairs += [(next(numbers), next(numbers)) for _ in range(STRAY_PAIRS)]
     rng.shuffle(pairs)
-    asked = []
+    planned = []
     for question in range(questions):
         begin = question * len(ring) // questions
         *keys, last = (ring[(begin + hop) % len(ring)] for hop in range(HOPS + 1))
@@ -145,47 +145,47 @@ def _chain(
         for hop, (key, value) in enumerate(zip(keys, [*keys[1:], last], strict=True), 1):
             answer += [(f"\n{key}.", 0)] if hop > 1 else []
             answer += [(value, hop if hop > 1 else 0)]
-        asked.append(Asked(f"\n\n{keys[0]}.", answer))
-    return [Hidden(f"{key}.{value}", rng.random()) for key, value in pairs], asked
+        planned.append(PlannedQuestion(f"\n\n{keys[0]}.", answer))
+    return [HiddenLine(f"{key}.{value}", rng.random()) for key, value in pairs], planned
 
 
 def _lookup(
     rng: random.Random, words: Iterator[str], numbers: Iterator[str], questions: int
-) -> tuple[list[Hidden], list[Asked]]:
+) -> tuple[list[HiddenLine], list[PlannedQuestion]]:
     lines = {f"{next(words)}-{next(words)}": next(numbers) for _ in range(LOOKUP_LINES)}
-    asked = []
+    planned = []
     for _ in range(questions):
         answer = []
         for step, key in enumerate(rng.sample(sorted(lines), LOOKUP_ASKED), 1):
             answer += [(f"\n{key}.", 0), (lines[key], step)]
-        asked.append(Asked("\n", answer))
-    return [Hidden(f"{key}.{value}", rng.random()) for key, value in lines.items()], asked
+        planned.append(PlannedQuestion("\n", answer))
+    return [HiddenLine(f"{key}.{value}", rng.random()) for key, value in lines.items()], planned
 
 
 def _copy(
     rng: random.Random, words: Iterator[str], numbers: Iterator[str], questions: int
-) -> tuple[list[Hidden], list[Asked]]:
-    hidden, asked = [], []
+) -> tuple[list[HiddenLine], list[PlannedQuestion]]:
+    hidden, planned = [], []
     for _ in range(questions):
         name, items = next(words), [str(rng.randrange(100, 1000)) for _ in range(COPY_ITEMS)]
-        hidden.append(Hidden(f"{name}: {' '.join(items)}", rng.random()))
+        hidden.append(HiddenLine(f"{name}: {' '.join(items)}", rng.random()))
         answer = []
         for step, item in enumerate(items, 1):
             answer += [(" ", 0), (item, step if step > COPY_GIVEN else 0)]
-        asked.append(Asked(f"\n\n{name}:", answer))
-    return hidden, asked
+        planned.append(PlannedQuestion(f"\n\n{name}:", answer))
+    return hidden, planned
 
 
 def _needle(
     rng: random.Random, words: Iterator[str], numbers: Iterator[str], questions: int
-) -> tuple[list[Hidden], list[Asked]]:
-    hidden, asked = [], []
+) -> tuple[list[HiddenLine], list[PlannedQuestion]]:
+    hidden, planned = [], []
     for question in range(questions):
         name, code = next(words), str(rng.randrange(10 ** (NEEDLE_DIGITS - 1), 10**NEEDLE_DIGITS))
-        hidden.append(Hidden(f"{name}={code}", 0.05 + 0.9 * question / max(questions - 1, 1)))
+        hidden.append(HiddenLine(f"{name}={code}", 0.05 + 0.9 * question / max(questions - 1, 1)))
         answer = [(digit, step if step > 1 else 0) for step, digit in enumerate(code, 1)]
-        asked.append(Asked(f"\n\n{name}=", answer))
-    return hidden, asked
+        planned.append(PlannedQuestion(f"\n\n{name}=", answer))
+    return hidden, planned
 
 
 TASKS: dict[str, Plan | None] = {
@@ -225,20 +225,20 @@ def _unused_numbers(rng: random.Random, text: str) -> Iterator[str]:
     return (number for number in map(str, rng.sample(range(1000, 10_000), 9000)) if number not in text)
 
 
-def _question(task: str, tokenizer: Any, asked: Asked) -> TextQuestion:
+def _question(task: str, tokenizer: Any, plan: PlannedQuestion) -> TextQuestion:
     answer_ids: list[int] = []
     scored: list[int] = []
     steps: list[int] = []
-    for text, step in asked.answer:
+    for text, step in plan.answer:
         for token in _encode(tokenizer, text):
             if step and answer_ids:
                 scored.append(len(answer_ids))
                 steps.append(step)
             answer_ids.append(token)
-    return TextQuestion(task, _encode(tokenizer, asked.prompt), answer_ids, scored, steps)
+    return TextQuestion(task, _encode(tokenizer, plan.prompt), answer_ids, scored, steps)
 
 
-def _document(tokenizer: Any, length: int, hidden: list[Hidden], lines: list[str]) -> list[int]:
+def _document(tokenizer: Any, length: int, hidden: list[HiddenLine], lines: list[str]) -> list[int]:
     """Exactly `length` tokens: the lines in order with the hidden ones between them, cut off at the end."""
     room = length - sum(len(_encode(tokenizer, "\n" + one.line)) for one in hidden)
     waiting = sorted(hidden, key=lambda one: one.depth)

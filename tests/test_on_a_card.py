@@ -16,14 +16,23 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import tieredkv
 from tieredkv import TieredCache
+from tieredkv.cache.decode_phase import DecodePhase
+from tieredkv.cache.fetching import FetchAhead, Fetching
+from tieredkv.cache.layer_pages import LayerPages
 from tieredkv.cache.looks import Looks
 from tieredkv.cache.question import Question
+from tieredkv.cache.ranking import Ranking, Reuse
+from tieredkv.cache.recording import EstimatedMass, ExactMass, Tally
+from tieredkv.cache.retrieval import Retrieval
+from tieredkv.cache.sealed_layer import SealedLayer
 from tieredkv.environment.versions import cache_argument
 from tieredkv.memory.host import HostLayer
-from tieredkv.ops.base import Ops
+from tieredkv.memory.pool import DevicePool
+from tieredkv.memory.residency import Residency
 from tieredkv.ops.packing import Packing
-from tieredkv.ops.select import TORCH
-from tieredkv.policy.digests import sketch
+from tieredkv.ops.select import TORCH, OpTable
+from tieredkv.policy.digests import Digest, Fitted
+from tieredkv.policy.digests.sketch import Sketch
 
 CARD = torch.device("cuda", 0)
 
@@ -37,12 +46,19 @@ def parts(packing: Packing | None) -> list[torch.Tensor]:
     return [] if packing is None else [packing.scales, packing.norms]
 
 
-def fake_kernels() -> Ops:
+class FakeSketch(Sketch):
+    """Sketches whose logits have a shape and a place, and no values."""
+
+    def logits(self, prepared, digests, at_once):
+        on_card(prepared, digests)
+        return prepared.new_empty((*prepared.shape[:2], digests.shape[1]))
+
+
+def fake_kernels() -> OpTable:
     """Operations with the signatures of the kernels: shapes and places, no values."""
 
-    def sketch_logits(small, packed, bits, chunk_tokens):
-        on_card(small, packed)
-        return small.new_empty((*small.shape[:2], packed.shape[1]))
+    def digest(digest):
+        return FakeSketch(digest.head_dim, digest.chunk_tokens, digest.bits) if digest.name == "sketch" else digest
 
     def choose(ranks, selected, slot_of, most):
         on_card(ranks, selected, slot_of)
@@ -58,8 +74,8 @@ def fake_kernels() -> Ops:
         assert arena.device.type == "cpu"
         on_card(pages, heads, missed, victims, misses, slots, chunk_in, slot_of, *parts(packing))
 
-    def append(keys, values, pages, table, lengths, held, packing):
-        on_card(keys, values, pages, table, lengths, held, *parts(packing))
+    def append(keys, values, pages, table, lengths, count, packing):
+        on_card(keys, values, pages, table, lengths, count, *parts(packing))
 
     def paged_attention(query, pages, table, lengths, scaling, batch_pages, packing):
         on_card(query, pages, table, lengths, *parts(packing))
@@ -68,7 +84,7 @@ def fake_kernels() -> Ops:
     return dataclasses.replace(
         TORCH,
         name="fake",
-        sketch_logits=sketch_logits,
+        digest=digest,
         choose=choose,
         place=place,
         gather=gather,
@@ -77,28 +93,48 @@ def fake_kernels() -> Ops:
     )
 
 
-def moved(thing: Any, device: torch.device, known: dict[int, Any]) -> Any:
-    """A fake of `thing` on `device`: tensors without values; the host tier and counts in Python stay."""
-    if isinstance(thing, torch.Tensor):
-        if id(thing) not in known:
-            known[id(thing)] = torch.empty_strided(thing.shape, thing.stride(), dtype=thing.dtype, device=device)
-        return known[id(thing)]
-    if isinstance(thing, Packing):
-        return Packing(moved(thing.scales, device, known), moved(thing.norms, device, known))
-    if isinstance(thing, sketch.Basis):
-        return sketch.Basis(*(moved(part, device, known) for part in (thing.down, thing.up, thing.centre)))
-    return thing
+HOST = ("dynamic",)
+"""Attributes of a layer that are on the host."""
+STATEFUL = (
+    SealedLayer, LayerPages, Retrieval, Ranking, Reuse, Fetching, FetchAhead, Tally, EstimatedMass, ExactMass,
+    Residency, DevicePool,
+)  # fmt: skip
+"""Parts of a layer that hold tensors."""
 
 
-HOST = ("heads", "dynamic")
-"""Attributes that are on the host."""
+class Card:
+    """Moves a layer to a card that is not there: its tensors lose their values, the host tier and counts stay."""
 
+    def __init__(self, host: HostLayer) -> None:
+        self._host, self._ops = host, fake_kernels()
+        self._moved: dict[int, tuple[Any, Any]] = {}
 
-def to_card(thing: Any, known: dict[int, Any]) -> None:
-    """Replace the tensors that an object holds."""
-    for name, value in vars(thing).items():
-        if name not in HOST:
-            setattr(thing, name, moved(value, CARD, known))
+    def move(self, thing: Any) -> Any:
+        """A fake of `thing` on the card, the same for all who hold it."""
+        if id(thing) not in self._moved:
+            self._moved[id(thing)] = thing, thing  # kept, so that its id stays its own; may hold itself
+            self._moved[id(thing)] = thing, self._fake(thing)
+        return self._moved[id(thing)][1]
+
+    def _fake(self, thing: Any) -> Any:
+        if isinstance(thing, torch.Tensor):
+            return torch.empty_strided(thing.shape, thing.stride(), dtype=thing.dtype, device=CARD)
+        if isinstance(thing, HostLayer):
+            return self._host
+        if isinstance(thing, OpTable):
+            return self._ops
+        if isinstance(thing, Digest):
+            return self._ops.digest(thing)
+        if isinstance(thing, tuple):
+            return tuple(map(self.move, thing))
+        if isinstance(thing, Packing | Fitted | DecodePhase):
+            names = [field.name for field in dataclasses.fields(thing) if field.name != "plan"]
+            return dataclasses.replace(thing, **{name: self.move(getattr(thing, name)) for name in names})
+        if isinstance(thing, STATEFUL):
+            for name, value in vars(thing).items():
+                if not (isinstance(thing, SealedLayer) and name in HOST):
+                    setattr(thing, name, self.move(value))
+        return thing
 
 
 @pytest.mark.parametrize(
@@ -117,22 +153,11 @@ def test_a_step_stays_on_the_card_and_never_waits(llama, long_ids, options, reco
         llama(long_ids[:, :1], **cache_argument(cache))
         cache.finish()
         sealed = cache.tiered_layers[1].sealed
-    kv_heads, known = sealed.pages.host.num_heads, {}
+    kv_heads = sealed.pages.host.num_heads
     with FakeTensorMode():
-        host = sealed.pages.host = HostLayer(kv_heads, 16, 8, torch.float32)
+        host = HostLayer(kv_heads, 16, 8, torch.float32)
         host.reserve(1000)
-        if sealed.retrieval is not None:
-            sealed.retrieval.host = host
-            to_card(sealed.retrieval.residency, known)
-            to_card(sealed.retrieval, known)
-        to_card(sealed, known)
-        to_card(sealed.pages, known)
-        to_card(sealed.phase.pool, known)
-        chunk_mass = moved(sealed.phase.chunk_mass, CARD, known)
-        fake = dataclasses.replace(sealed.phase, ops=fake_kernels(), chunk_mass=chunk_mass)
-        sealed.phase = sealed.pages.phase = fake
-        if sealed.retrieval is not None:
-            sealed.retrieval.phase = fake
+        Card(host).move(sealed)
         rows = [torch.empty(heads, 1, 16, device=CARD) for heads in (4, kv_heads, kv_heads)]
         out = sealed.steps(*rows, 0.25)
         on_card(out)

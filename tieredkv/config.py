@@ -8,6 +8,7 @@ from typing import Any, overload
 from tieredkv.errors import BudgetError, OptionError, check_value, check_whole, is_number
 from tieredkv.memory.units import GIB
 from tieredkv.policy.base import Policy
+from tieredkv.policy.digests import DIGESTS
 from tieredkv.policy.presets import POLICIES
 
 DEFAULT_FPS = 2.0
@@ -73,7 +74,7 @@ class TierConfig:
     """Cap, in GiB, on the host memory of the complete cache; None: a safe share of what the machine has available."""
     adaptive: bool = False
     """Let a dynamic head attend to more chunks, of its spare slots, while much attention mass seems to go unseen.
-    Needs digest="sketch"."""
+    Needs a digest that estimates it, such as "sketch"."""
     prefetch: bool = True
     """Where a step may attend to the chunks chosen a step before (`reuse_above`), copy them meanwhile."""
 
@@ -98,8 +99,8 @@ class TierConfig:
         for name in ("adaptive", "pack_pages", "prefetch"):
             wanted(isinstance(getattr(self, name), bool), name, "True or False")
         if self.adaptive:
-            estimates = self.policy.digest == "sketch"
-            wanted(estimates, "adaptive", "it with digest='sketch': others do not estimate the mass that goes unseen")
+            estimates = DIGESTS[self.policy.digest].estimates_mass
+            wanted(estimates, "adaptive", "it with a digest that estimates the mass that goes unseen, such as 'sketch'")
             wanted(self.policy.reuse_above > 1, "adaptive", "it without reuse_above: a reused choice keeps its size")
 
     @property

@@ -15,7 +15,7 @@ from tieredkv.batch.questions_file import read_questions
 from tieredkv.errors import BatchError, OutputError
 
 
-def test_without_resume_a_file_that_is_there_is_left_alone(tmp_path, questions):
+def test_an_existing_file_is_unchanged_without_resume(tmp_path, questions):
     file = tmp_path / "answers.jsonl"
     file.write_text("precious")
     with pytest.raises(BatchError, match="exists already: give --resume"):
@@ -35,7 +35,7 @@ def test_a_file_that_is_not_ours_is_never_changed(tmp_path, questions, text):
     assert file.read_text() == text
 
 
-def test_going_on_after_a_cut_at_any_byte_gives_the_same_file(tmp_path, questions, monkeypatch):
+def test_resuming_after_a_cut_at_any_byte_gives_the_same_file(tmp_path, questions, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # a thousand runs of it take their time
     file = tmp_path / "answers.jsonl"
     answer(file, questions)
@@ -51,7 +51,7 @@ def test_going_on_after_a_cut_at_any_byte_gives_the_same_file(tmp_path, question
         )  # the fifth has no video to be asked of
 
 
-def test_errors_are_tried_again_only_when_asked(tmp_path, questions):
+def test_errors_are_retried_only_on_request(tmp_path, questions):
     file = tmp_path / "answers.jsonl"
     answer(file, questions)
     before, log = file.read_bytes(), []
@@ -64,7 +64,7 @@ def test_errors_are_tried_again_only_when_asked(tmp_path, questions):
     assert Counter(map(str, found(file))) == Counter(map(str, map(json.loads, before.splitlines())))
 
 
-def test_a_mended_line_is_answered_when_errors_are_tried_again(tmp_path):
+def test_a_corrected_question_is_answered_when_errors_are_retried(tmp_path):
     file = tmp_path / "answers.jsonl"
     answer(file, ask(tmp_path, {"video": "gone.mp4", "question": "one"}, {"video": "a.mp4", "question": "two"}))
     mended = ask(tmp_path, {"video": "b.mp4", "question": "one"}, {"video": "a.mp4", "question": "two"})
@@ -74,7 +74,7 @@ def test_a_mended_line_is_answered_when_errors_are_tried_again(tmp_path):
 
 
 @pytest.mark.parametrize("changed", [{"question": "other"}, {"video": "other.mp4"}, {"id": "other"}])
-def test_answers_to_other_questions_are_not_gone_on_with(tmp_path, changed):
+def test_a_file_with_answers_to_other_questions_is_refused(tmp_path, changed):
     file, line = tmp_path / "answers.jsonl", {"id": 1, "video": "a.mp4", "question": "one"}
     answer(file, ask(tmp_path, line))
     before = file.read_bytes()
@@ -83,7 +83,7 @@ def test_answers_to_other_questions_are_not_gone_on_with(tmp_path, changed):
     assert file.read_bytes() == before
 
 
-def test_a_second_answer_to_one_question_is_refused(tmp_path, questions):
+def test_a_second_answer_to_a_question_is_refused(tmp_path, questions):
     file = tmp_path / "answers.jsonl"
     answer(file, questions)
     first = file.read_bytes().splitlines(keepends=True)[0]
@@ -114,13 +114,13 @@ def test_nothing_is_written_before_a_run_begins(tmp_path, questions):
 
 
 @pytest.mark.parametrize("name", ["gone/answers.jsonl", "folder"])
-def test_a_place_that_cannot_be_written_is_refused(tmp_path, questions, name):
+def test_a_path_that_cannot_be_written_is_refused(tmp_path, questions, name):
     (tmp_path / "folder").mkdir()
     with pytest.raises(BatchError, match="cannot be written"):
         answer(tmp_path / name, questions)
 
 
-def test_an_error_to_a_question_that_was_changed_is_not_gone_on_with(tmp_path):
+def test_a_file_with_an_error_to_a_changed_question_is_refused(tmp_path):
     file, line = tmp_path / "answers.jsonl", {"id": 1, "video": "a.mp4", "question": "bad"}
     answer(file, ask(tmp_path, line))
     with pytest.raises(BatchError, match="which is not among the questions: they were changed since"):

@@ -11,7 +11,7 @@ from tieredkv.batch.questions_file import read_questions
 from tieredkv.errors import BatchError
 
 
-def test_an_id_that_is_not_given_is_of_the_lines_number_and_text(tmp_path):
+def test_a_missing_id_is_made_from_the_lines_number_and_text(tmp_path):
     line = '{"video": "a.mp4", "question": "same"}'
     one, two = read_questions(ask(tmp_path, line, line))
     assert one.id != two.id
@@ -20,7 +20,7 @@ def test_an_id_that_is_not_given_is_of_the_lines_number_and_text(tmp_path):
     assert moved.id == two.id
 
 
-def test_videos_lie_relative_to_the_file(tmp_path):
+def test_paths_of_videos_are_relative_to_the_file(tmp_path):
     file = ask(tmp_path, {"video": "films/a.mp4", "question": "?"}, {"video": "/b.mp4", "question": "?"})
     assert [question.path for question in read_questions(file)] == [tmp_path / "films/a.mp4", Path("/b.mp4")]
 
@@ -56,7 +56,7 @@ def test_all_malformed_lines_are_named_up_to_ten(tmp_path):
         read_questions(ask(tmp_path, *["x"] * 14))
 
 
-def test_bytes_that_are_no_text_are_a_malformed_line(tmp_path):
+def test_bytes_that_are_not_text_are_a_malformed_line(tmp_path):
     file = tmp_path / "questions.jsonl"
     file.write_bytes(b'{"video": "a.mp4", "question": "?"}\r\n\xff\xfe\n')
     with pytest.raises(BatchError, match="line 2 is not JSON"):

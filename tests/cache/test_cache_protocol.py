@@ -202,7 +202,9 @@ def test_a_fault_in_the_last_layers_step_is_noticed(llama, long_ids, monkeypatch
         llama(long_ids[:, :1], **cache_argument(cache))
         last = cache.tiered_layers[-1].sealed
         with monkeypatch.context() as patch:
-            patch.setattr(last.retrieval, "_gather", lambda *a: lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(
+                last.retrieval._fetching, "make_room", lambda *a, **k: lambda: (_ for _ in ()).throw(KeyboardInterrupt)
+            )
             with pytest.raises(KeyboardInterrupt):
                 llama(long_ids[:, 1:2], **cache_argument(cache))
         with pytest.raises(RuntimeError, match="did not run through all layers"):

@@ -56,7 +56,7 @@ def test_the_ledger_counts_every_byte_of_pool_and_digests(llama, long_ids):
         layers = [layer.sealed for layer in cache.tiered_layers]
         assert held["pool"] == cache.device_tier.pools[0].pages.nbytes + cache.device_tier.pools[0].scales.nbytes
         assert held["digests"] == sum(
-            s.retrieval.ranking_bytes for s in layers if s.retrieval is not None and s.retrieval.digests is not None
+            s.retrieval.ranking.nbytes for s in layers if s.retrieval is not None and s.retrieval.ranking is not None
         )
         tables = sum(t.numel() * 4 for s in layers for t in (s.pages.table, s.pages.lengths))
         tables += sum(s.retrieval.residency.nbytes for s in layers if len(s.dynamic))

@@ -24,8 +24,7 @@ from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.environment.versions import cache_argument
 from tieredkv.memory.host import HostLayer
 from tieredkv.memory.ledger import DeviceLedger
-from tieredkv.policy.digests import sketch
-from tieredkv.policy.digests.vectors import DIGESTS
+from tieredkv.policy.digests import DIGESTS, Fitted
 
 PROMPT, QUESTION = 2000, 80
 TIGHT, AMPLE = 0.4, 50.0
@@ -94,11 +93,9 @@ SCORING = (prefill, "score_text_rows")
 
 def digest_of(kind: str, keys: torch.Tensor, bits: int) -> Callable[[], torch.Tensor]:
     """A call that makes the digests of chunks of keys `(K, n, C, D)`."""
-    basis = None
-    if DIGESTS[kind].fitted:
-        tokens = keys.flatten(1, 2).float()
-        basis = sketch.fit(tokens.mT @ tokens, tokens, bits)
-    return lambda: DIGESTS[kind].make(keys, bits, basis)
+    digest, tokens = DIGESTS[kind](keys.shape[-1], keys.shape[2], bits), keys.flatten(1, 2).float()
+    fitted = digest.fit(tokens.mT @ tokens, tokens) if digest.needs_fit else Fitted()
+    return lambda: digest.make(keys, fitted)
 
 
 def counted_for_digesting(chunks: torch.Tensor) -> int:

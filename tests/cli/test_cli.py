@@ -77,7 +77,7 @@ def test_ask_prints_the_answer_alone(monkeypatch, capsys, short_video):
 
 
 @pytest.mark.model
-def test_ask_as_json_holds_answer_and_statistics(monkeypatch, capsys, short_video):
+def test_ask_as_json_prints_answer_and_statistics(monkeypatch, capsys, short_video):
     arguments = ["ask", str(short_video), "what colour was the star ?", "--json", "--max-new-tokens", "4"]
     code, out, _ = run(monkeypatch, capsys, *arguments)
     assert code == 0
@@ -228,7 +228,7 @@ def test_every_public_name_is_there():
 
 
 @pytest.mark.model
-def test_an_answer_is_given_although_the_session_cannot_be_saved(monkeypatch, capsys, short_video, tmp_path):
+def test_an_answer_is_printed_even_if_the_session_cannot_be_saved(monkeypatch, capsys, short_video, tmp_path):
     from tieredkv.errors import SessionError
     from tieredkv.storage import tensor_file
 
@@ -360,7 +360,7 @@ def test_policies_are_listed_with_their_sources(monkeypatch, capsys):
     assert list(json.loads(out)) == list(POLICIES)
 
 
-def test_a_policy_that_does_not_exist_is_refused_naming_those_that_do(monkeypatch, capsys):
+def test_an_unknown_policy_is_refused_with_the_known_ones(monkeypatch, capsys):
     code, _, err = run(monkeypatch, capsys, "plan", "1000", "--gpu-kv-gb", "1", "--policy", "magic")
     assert code == 2
     assert "policy='magic' is not valid: give one of hybridkv, paper" in err

@@ -19,7 +19,7 @@ def test_every_name_is_a_benchmark():
     assert [name for name in bench.NAMES if not (bench.folder() / f"{name}.py").is_file()] == []
 
 
-def test_benchmarks_inside_the_package_go_before_those_beside_it(tmp_path):
+def test_benchmarks_inside_the_package_take_precedence(tmp_path):
     package = tmp_path / "tieredkv"
     for folder in (tmp_path / "benchmarks", package / "benchmarks"):
         folder.mkdir(parents=True)
@@ -32,7 +32,7 @@ def test_a_package_without_benchmarks_says_so(tmp_path):
         bench.folder(tmp_path / "tieredkv")
 
 
-def test_an_unknown_name_is_refused_naming_those_there_are(monkeypatch, capsys):
+def test_an_unknown_name_is_refused_with_the_known_ones(monkeypatch, capsys):
     code, out, err = run(monkeypatch, capsys, "bench", "origin")
     assert (code, out) == (2, "")
     assert "'origin' is not a benchmark: give one of decode, decode_cpu" in err
@@ -54,7 +54,7 @@ def test_a_benchmark_runs_and_ends_with_json(tmp_path):
 
 
 @pytest.mark.subprocess
-def test_results_go_beside_the_benchmarks_or_where_there_is_no_such_folder_into_the_current_one(tmp_path):
+def test_results_go_beside_the_benchmarks_or_into_the_current_folder(tmp_path):
     (tmp_path / "origin.py").write_text((bench.folder() / "origin.py").read_text())
     code = "import sys; sys.path.insert(0, sys.argv[1]); import origin; print(origin.RESULTS)"
 

@@ -80,7 +80,7 @@ def test_an_error_of_torch_is_one_line_with_its_kind(talk, monkeypatch, capsys):
     assert talk.failed == 1
 
 
-def test_words_are_written_as_they_come(talk, monkeypatch):
+def test_words_are_written_as_they_are_generated(talk, monkeypatch):
     writes: list[str] = []
     monkeypatch.setattr(sys, "stdout", writer := io.StringIO())
     monkeypatch.setattr(writer, "write", writes.append)
@@ -103,7 +103,7 @@ class Interrupt:
         return scores
 
 
-def test_an_interrupt_stops_the_answer_and_the_conversation_goes_on(talk, capsys):
+def test_an_interrupt_stops_the_answer_and_the_conversation_continues(talk, capsys):
     before = signal.getsignal(signal.SIGINT)
     talk.run([FOLLOW])
     whole = capsys.readouterr().out
@@ -120,7 +120,7 @@ def test_an_interrupt_stops_the_answer_and_the_conversation_goes_on(talk, capsys
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_second_interrupt_is_not_held_back(talk):
+def test_a_second_interrupt_acts_at_once(talk):
     class Twice:
         def __call__(self, input_ids, scores):
             os.kill(os.getpid(), signal.SIGINT)
@@ -132,12 +132,12 @@ def test_a_second_interrupt_is_not_held_back(talk):
         talk.run([FOLLOW])
 
 
-def test_clear_begins_another_conversation(talk):
+def test_clear_starts_a_new_conversation(talk):
     talk.run([MOON, "/clear", CUP])
     assert [question for question, _ in talk.session.history] == [CUP]
 
 
-def test_quit_leaves_what_follows(talk):
+def test_lines_after_quit_are_not_read(talk):
     talk.run([MOON, "/quit", CUP])
     assert [question for question, _ in talk.session.history] == [MOON]
 
@@ -150,7 +150,7 @@ def test_stats_are_of_the_last_answer(talk, capsys):
 
 
 @pytest.mark.parametrize("line", ["/nonsense", "/stats now", "/"])
-def test_what_is_no_command_is_not_asked(talk, capsys, line):
+def test_an_unknown_command_is_not_taken_for_a_question(talk, capsys, line):
     talk.run([line])
     assert capsys.readouterr() == ("", f"tieredkv: {line} is not a command: /help lists them.\n")
     assert talk.session.history == ()
@@ -161,7 +161,7 @@ def test_help_names_every_command(talk, capsys):
     assert {line.split()[0] for line in capsys.readouterr().err.splitlines()} == {"/clear", "/save", "/stats", "/quit"}
 
 
-def test_a_conversation_is_saved_and_gone_on_with(monkeypatch, capsys, short_video, tmp_path):
+def test_a_conversation_is_saved_and_continued(monkeypatch, capsys, short_video, tmp_path):
     kept = tmp_path / "film.tkv"
     arguments = ["--session", str(kept)]
     code, _, _ = piped(monkeypatch, capsys, f"{MOON}\n/save\n", str(short_video), "--fps", "4", *arguments)
@@ -174,7 +174,7 @@ def test_a_conversation_is_saved_and_gone_on_with(monkeypatch, capsys, short_vid
         assert session.history[1][1] == out.strip()
 
 
-def test_saving_never_replaces_what_is_no_session(talk, capsys, tmp_path):
+def test_saving_never_replaces_a_file_that_is_not_a_session(talk, capsys, tmp_path):
     film = tmp_path / "film.mp4"
     film.write_text("precious")
     talk.run([f"/save {film}", "/save", "/save /nowhere/at/all.tkv"])
@@ -187,7 +187,7 @@ def test_saving_never_replaces_what_is_no_session(talk, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("line", [b"what \xff ?", b"what \xed\xa0\xbd ?", "what ?".encode("utf-16-le")])
-def test_a_line_that_is_no_text_does_not_take_the_others_with_it(monkeypatch, capsys, short_video, line):
+def test_a_line_that_is_not_text_does_not_affect_the_others(monkeypatch, capsys, short_video, line):
     good = MOON.encode()
     stdin = io.TextIOWrapper(io.BytesIO(b"\n".join([good, line, good, b""])), encoding="utf-8")
     monkeypatch.setattr(sys, "stdin", stdin)
@@ -214,7 +214,7 @@ def test_bad_input_is_one_sentence(monkeypatch, capsys, short_video, arguments, 
 
 
 @pytest.mark.subprocess
-def test_at_a_terminal_lines_are_prompted_for_remembered_and_ctrl_d_leaves(short_video, tmp_path):
+def test_at_a_terminal_there_is_a_prompt_and_a_history_and_ctrl_d_leaves(short_video, tmp_path):
     environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path), "TERM": "dumb"}
     environment["PYTHONPATH"] = str(Path(tieredkv.__file__).parents[1])
     ours, theirs = pty.openpty()

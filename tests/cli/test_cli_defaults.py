@@ -24,7 +24,7 @@ def planned(monkeypatch, capsys, *options: str, of: object = 1000) -> dict:
     return json.loads(out)
 
 
-def test_option_goes_before_environment_before_file_before_default(monkeypatch, capsys, file):
+def test_options_precede_the_environment_the_file_and_the_default_in_this_order(monkeypatch, capsys, file):
     assert planned(monkeypatch, capsys)["new_tokens"] == 256
     file.write_text("max_new_tokens = 7\ngpu_kv_gb = 1")
     assert planned(monkeypatch, capsys)["new_tokens"] == 7
@@ -81,13 +81,13 @@ def test_a_bad_variable_is_named(monkeypatch, capsys):
     assert "TIEREDKV_FPS" in err
 
 
-def test_a_folder_in_the_files_place_is_refused(file):
+def test_a_folder_instead_of_the_file_is_refused(file):
     file.mkdir()
     with pytest.raises(OptionError, match="cannot be read: Is a directory"):
         defaults.read(file)
 
 
-def test_a_relative_xdg_folder_is_left_aside(monkeypatch):
+def test_a_relative_xdg_folder_is_ignored(monkeypatch):
     monkeypatch.setenv("XDG_CONFIG_HOME", "settings")
     monkeypatch.setenv("HOME", "/home/somebody")
     assert str(defaults.path()) == "/home/somebody/.config/tieredkv.toml"

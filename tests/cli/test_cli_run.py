@@ -55,7 +55,7 @@ def test_answers_are_those_of_ask_and_what_fails_makes_the_exit_code_1(
 
 
 @pytest.mark.model
-def test_a_finished_run_is_gone_on_with_at_no_cost(monkeypatch, capsys, questions, tmp_path):
+def test_resuming_a_finished_run_loads_nothing(monkeypatch, capsys, questions, tmp_path):
     file = tmp_path / "answers.jsonl"
     arguments = ["run", str(questions), "-o", str(file)]
     run(monkeypatch, capsys, *arguments)
@@ -100,7 +100,7 @@ def test_malformed_questions_are_refused_before_anything_is_written(monkeypatch,
     assert not file.exists()
 
 
-def test_an_output_that_is_there_is_refused_and_left_alone(monkeypatch, capsys, questions, tmp_path):
+def test_an_existing_output_is_refused_and_unchanged(monkeypatch, capsys, questions, tmp_path):
     file = tmp_path / "answers.jsonl"
     file.write_text("precious")
     code, _, err = run(monkeypatch, capsys, "run", str(questions), "-o", str(file))

@@ -66,7 +66,7 @@ def test_as_json_prints_one_object_and_nothing_else(capsys):
 
 
 @pytest.mark.model
-def test_the_demo_fails_when_the_answers_fall_behind(monkeypatch, capsys):
+def test_the_demo_fails_if_the_answers_are_worse(monkeypatch, capsys):
     """A policy that picks random chunks must not pass."""
     import torch
 

@@ -32,7 +32,7 @@ NMS = {"version": "0.26.0", "error": "RuntimeError: operator torchvision::nms do
 TORCH = {"version": "2.15.0+cpu"}
 
 
-def test_every_check_is_ok_where_all_is_well():
+def test_every_check_is_ok_on_a_working_machine():
     made = [
         checks.python((3, 12, 1)),
         checks.library("torch", TORCH),
@@ -128,7 +128,7 @@ def test_the_floors_are_those_of_the_package():
 # ---- the command
 
 
-def test_the_command_prints_a_line_per_check_and_its_exit_code_tells_of_problems(monkeypatch, capsys):
+def test_the_command_prints_a_line_per_check_and_exits_with_1_if_there_is_a_problem(monkeypatch, capsys):
     found = [checks.Check("python", "ok", "3.12"), checks.Check("card", "note", "no CUDA device", "buy one")]
     monkeypatch.setattr(checks, "examine", lambda: found)
     code, out, _ = run(monkeypatch, capsys, "doctor")

@@ -45,7 +45,7 @@ def test_a_torchvision_that_does_not_fit_is_recognised(beside):
 
 
 @pytest.mark.subprocess
-def test_a_library_that_crashes_is_named_and_what_was_known_before_is_kept(beside):
+def test_a_library_that_crashes_is_named_and_earlier_facts_are_kept(beside):
     library(beside, "torchvision", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
     found = facts.probe()
     assert "version" in found["torch"]
@@ -53,7 +53,7 @@ def test_a_library_that_crashes_is_named_and_what_was_known_before_is_kept(besid
     assert found["cuda"] == {"error": "not known, after the one that crashed"}
 
 
-def test_a_library_that_is_not_there_is_not_installed():
+def test_a_missing_library_is_reported_as_not_installed():
     assert probe.library("no-such-library") == {"error": "not installed"}
 
 
@@ -67,14 +67,14 @@ def test_a_probe_that_hangs_is_given_up(monkeypatch):
     assert found["torchvision"] == {"error": "importing it did not end within 300 s"}
 
 
-def test_a_codec_without_decoder_is_found_out(monkeypatch):
+def test_a_codec_without_decoder_is_reported(monkeypatch):
     monkeypatch.setitem(probe.DECODERS, "vvc9", ("no-such-codec",))
     found = probe.codecs()
     assert found["h264"] is True
     assert found["vvc9"] is False
 
 
-def test_memory_is_that_of_the_machine_and_that_within_the_limit_of_a_control_group(monkeypatch):
+def test_memory_of_the_machine_and_of_the_control_group_are_both_reported(monkeypatch):
     monkeypatch.setattr("tieredkv.memory.limits.available_host_bytes", lambda: 5)
     found = probe.host()
     assert found["allowed"] == 5

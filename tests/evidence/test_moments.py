@@ -15,6 +15,7 @@ import tieredkv
 from tieredkv import TieredCache
 from tieredkv.cache.looks import Looks
 from tieredkv.cache.question import Question
+from tieredkv.cache.recording import ExactMass
 from tieredkv.cache.retrieval import Retrieval
 from tieredkv.environment.versions import cache_argument
 from tieredkv.errors import OptionError
@@ -48,7 +49,7 @@ def moments(made: torch.Tensor, start: float = 0.0, length: float = 20.0):
 # ---- tokens and steps
 
 
-def test_a_token_belongs_to_the_step_it_is_of_and_text_to_none():
+def test_visual_tokens_belong_to_a_step_and_text_to_none():
     assert step_of(torch.tensor([0, 4, 5, 8, 9, 164, 165, 400]), 5, GRID).tolist() == [-1, -1, 0, 0, 1, 39, -1, -1]
 
 
@@ -62,7 +63,7 @@ def test_a_chunk_counts_for_the_steps_of_its_tokens_and_not_for_text():
 # ---- moments
 
 
-def test_moments_are_ranked_by_weight_and_told_in_seconds_of_the_file():
+def test_moments_are_ranked_by_weight_with_times_in_seconds_of_the_file():
     first, second = moments(heat(s4=0.5, s5=0.5, s20=0.8, s39=0.02), start=100)
     assert (first.start, first.end, first.peak) == (102.0, 103.0, 102.25)
     assert (second.start, second.end, second.peak) == (110.0, 110.5, 110.25)
@@ -76,25 +77,25 @@ def test_a_moment_is_short_however_long_attention_stays():
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(edges))
 
 
-def test_a_step_longer_than_a_moment_may_be_is_a_moment_by_itself():
+def test_a_step_longer_than_the_longest_moment_is_a_moment():
     (found,) = find_moments(torch.tensor([0.0, 1.0, 0.0]), 0.0, 180.0, 60.0)
     assert (found.start, found.end) == (60.0, 120.0)
 
 
-def test_the_slope_of_a_peak_is_no_moment_of_its_own():
+def test_the_slope_of_a_peak_is_not_a_moment():
     slope = {f"s{20 + i}": 0.4 - 0.05 * i for i in range(6)}
     (found,) = moments(heat(s19=1.0, **slope))
     assert (found.start, found.end) == (9.5, 10.0)
     assert len(moments(heat(s19=1.0, s22=0.4, **{"s20": 0.4, "s21": 0.1}))) == 2
 
 
-def test_faint_peaks_are_no_moments_and_there_are_only_so_many():
+def test_faint_peaks_are_ignored_and_the_number_of_moments_is_limited():
     assert len(moments(heat(s4=1.0, s20=FAINT * 0.9))) == 1
     assert len(moments(torch.ones(40).index_fill_(0, torch.arange(0, 40, 2), 0.01), length=20.0)) == MOST
     assert moments(torch.zeros(40)) == ()
 
 
-def test_where_a_step_is_a_frame_the_peak_is_when_that_frame_is_shown():
+def test_a_peak_is_the_time_of_its_frame_if_a_step_is_one_frame():
     (found,) = find_moments(torch.tensor([0.0, 0.0, 0.0, 1.0]), 0.0, 180.0, 50.0, frames_per_step=1)
     assert (found.start, found.end, found.peak) == (150.0, 180.0, 150.0)
 
@@ -123,13 +124,13 @@ def row(*places: int) -> torch.Tensor:
     return made
 
 
-def test_what_every_row_of_the_question_looks_at_is_no_evidence():
+def test_attention_common_to_all_rows_of_the_question_is_not_evidence():
     evidence = told(looks_of(torch.stack([row(30), row(30, 12), row(30)]), [row(30), row(30, 25)]), 2)
     assert sorted(moment.start for moment in evidence) == [6.0, 12.5]
     assert float(evidence.heat.sum()) == pytest.approx(1)
 
 
-def test_a_token_has_the_evidence_of_the_row_it_came_from():
+def test_a_token_has_the_evidence_of_the_row_that_predicted_it():
     evidence = told(looks_of(torch.stack([row(), row(3), row()]), [row(8), row(20)]), 2)
     assert [[moment.start for moment in token] for token in evidence.tokens] == [[1.5], [4.0]]
 
@@ -231,19 +232,22 @@ def test_steps_pay_at_most_all_of_their_attention(opened, monkeypatch, share):
     assert bool((shares < 1).all())
 
 
-def test_what_sketches_estimate_is_near_what_the_keys_say(opened, monkeypatch):
+def test_estimates_of_sketches_are_close_to_the_true_mass(opened, monkeypatch):
     pairs = []
-    estimated = Retrieval.record_step
+    record = Retrieval.record_step
 
     def both(self, query, scaling, lse):
-        before = self.phase.chunk_mass.clone()
-        estimated(self, query, scaling, lse)
-        told, self.phase.chunk_mass[:] = self.phase.chunk_mass - before, before
-        self._record_exact(query[self._rows], scaling, lse[self._rows])
-        pairs.append((told, self.phase.chunk_mass - before))
+        mass, ledger = self._estimated._chunk_mass, self._estimated._ledger
+        pool, packing = self._fetching._pool, self._fetching._packing
+        before = mass.clone()
+        record(self, query, scaling, lse)
+        estimated, mass[:] = mass - before, before
+        exact = ExactMass(self._heads, self.residency, pool, packing, mass, 8, 0, ledger, ranked=True)
+        exact.record(query, scaling, lse[self._heads])
+        pairs.append((estimated, mass - before))
 
     monkeypatch.setattr(Retrieval, "record_step", both)
-    opened(theta=2.0, digest_bits=8).ask(QUESTION, max_new_tokens=4)
+    opened(theta=2.0, digest_bits=8, pack_pages=False).ask(QUESTION, max_new_tokens=4)
     told, exact = (torch.cat(part) for part in zip(*pairs, strict=True))
     assert float(torch.corrcoef(torch.stack((told, exact)))[0, 1]) > 0.9
 
@@ -267,7 +271,7 @@ def test_kernels_record_what_torch_records(llama, long_ids, kernels):
     assert_near(recorded[1], recorded[0])
 
 
-def test_times_are_of_the_file_and_outlive_a_save(opened, video_model, processor, tmp_path):
+def test_times_are_those_of_the_file_and_survive_a_save(opened, video_model, processor, tmp_path):
     session = opened(start=10.0)
     answer = session.ask(QUESTION, max_new_tokens=3)
     assert (answer.evidence.start, answer.evidence.end) == (10.0, 30.0)
@@ -279,9 +283,7 @@ def test_times_are_of_the_file_and_outlive_a_save(opened, video_model, processor
     assert_near(loaded.heat, session.ask(QUESTION, max_new_tokens=3).evidence.heat)
 
 
-def test_times_are_on_the_files_own_clock_where_the_picture_begins_after_the_sound(
-    video_model, processor, frames, tmp_path
-):
+def test_times_are_on_the_files_clock_if_the_picture_begins_after_the_sound(video_model, processor, frames, tmp_path):
     """As players show them; a saved session keeps them."""
     film = with_sound(tmp_path / "late.mp4", frames[:40], begin=5)
     settings = {"gpu_kv_gb": 1, "processor": processor}
@@ -346,7 +348,7 @@ def test_a_benchmark_that_counts_hits_counts_misses():
     assert not benchmark.hits((), (0.0, 20.0))
 
 
-def test_evidence_ends_with_the_film_where_frames_are_far_apart(video_model, processor, frames):
+def test_evidence_ends_with_the_film_if_frames_are_far_apart(video_model, processor, frames):
     with tieredkv.open_session(
         video_model, frames, gpu_kv_gb=1, processor=processor, fps=0.1, source_fps=120 / 41
     ) as session:

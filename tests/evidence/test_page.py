@@ -15,7 +15,7 @@ def pictures(count: int, width: int = 64, height: int = 48) -> list[Image.Image]
     return [Image.fromarray(np.full((height, width, 3), 20 * i, np.uint8)) for i in range(count)]
 
 
-def test_a_page_needs_nothing_but_itself_and_runs_nothing():
+def test_a_page_loads_nothing_and_runs_nothing():
     made = checked(to_html(View(ATTACK, ATTACK, evidence({4: 1.0, 30: 0.5}), pictures(2), ATTACK)))
     assert all(value.startswith(("data:image/jpeg;base64,", "#moment-")) for value in made.loads)
     assert made.seen.count("img") == 2
@@ -30,12 +30,12 @@ def test_a_page_shows_question_answer_times_and_weights():
         assert text in words
 
 
-def test_without_frames_times_are_shown_and_why_there_are_none():
+def test_a_page_without_frames_shows_times_and_the_reason():
     made = checked(to_html(View("what ?", "red", evidence({4: 1.0}), None, "")))
     assert "img" not in made.seen
     assert "no frames, as the video was not given" in " ".join(made.words)
     assert "rect" in made.seen
 
 
-def test_where_nothing_stands_out_a_page_says_so():
+def test_a_page_without_moments_says_so():
     assert "No moment stands out." in to_html(View("what ?", "red", evidence({}), None, ""))

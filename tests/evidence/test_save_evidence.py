@@ -67,7 +67,7 @@ def test_a_video_that_cannot_be_read_leaves_no_file(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_page_is_made_where_ascii_is_the_locale(tmp_path, monkeypatch):
+def test_a_page_is_written_under_an_ascii_locale(tmp_path, monkeypatch):
     monkeypatch.setattr("locale.getpreferredencoding", lambda *given: "ascii")
     path = save_evidence(answer("красный"), tmp_path / "out.html", question="桌子上有什么")
     assert "красный" in path.read_text(encoding="utf-8")
@@ -80,7 +80,7 @@ def test_frames_without_their_rate_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["half \ud83d.png", "null \0.html"])
-def test_what_is_no_file_name_is_refused_before_anything_is_answered(tmp_path, name):
+def test_an_invalid_file_name_is_refused_when_checked(tmp_path, name):
     with pytest.raises(OutputError, match="is no file name"):
         check_target(tmp_path / name)
     assert list(tmp_path.iterdir()) == []
@@ -115,10 +115,17 @@ def test_the_command_writes_a_page_with_frames_and_without_the_video_one_without
     assert re.findall(times, bare) == re.findall(times, with_frames.read_text())
 
 
-def test_the_command_refuses_another_kind_of_file_before_any_work(film, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("out.pdf", "give a file name that ends in .png or .html"),
+        ("gone/out.png", "cannot be written: there is no folder"),
+    ],
+)
+def test_the_command_refuses_a_bad_target_before_any_work(film, tmp_path, monkeypatch, capsys, name, message):
     from command_line import run
 
-    monkeypatch.setattr("tieredkv.api.generate", lambda *given, **options: pytest.fail("work was begun"))
-    code, out, err = run(monkeypatch, capsys, "ask", str(film), "what ?", "--evidence", str(tmp_path / "out.pdf"))
+    monkeypatch.setattr("tieredkv.api.new_session", lambda *given, **options: pytest.fail("work was begun"))
+    code, out, err = run(monkeypatch, capsys, "ask", str(film), "what ?", "--evidence", str(tmp_path / name))
     assert (code, out) == (2, "")
-    assert "give a file name that ends in .png or .html" in err
+    assert message in err

@@ -28,7 +28,7 @@ def test_ticks_are_few_and_inside(start, length):
 
 
 @given(st.lists(st.floats(0, 1000), max_size=12), st.floats(5, 200))
-def test_labels_stand_apart_inside_and_in_order(places, width):
+def test_labels_are_in_order_inside_and_do_not_overlap(places, width):
     made = strip.spread(places, width, 0, 1000)
     wide = min(width, 1000 / max(1, len(places)))
     centres = sorted(made)
@@ -37,7 +37,7 @@ def test_labels_stand_apart_inside_and_in_order(places, width):
     assert [places[i] for i in np.argsort(made, kind="stable")] == sorted(places)
 
 
-def test_a_label_alone_stands_at_its_place():
+def test_labels_far_apart_stay_at_their_places():
     assert strip.spread([300.0, 700.0], 30, 0, 1000) == [300.0, 700.0]
 
 

@@ -114,7 +114,7 @@ def test_more_chunks_than_may_give_way_are_refused():
     index.enter(torch.tensor([[0, 1, 2]]))
     kept = torch.arange(8).view(1, 8) < 2
     used, clock = (index.chunk_in, index.last_used, index.slots), torch.ones(1, dtype=torch.int32)
-    with pytest.raises(ValueError, match="more chunks wanted than fit"):
+    with pytest.raises(ValueError, match="more chunks are missed than slots may be taken"):
         torch_ops.place(kept, kept, torch.tensor([2]), *used, clock, 3, None, torch.arange(1), 0)
 
 

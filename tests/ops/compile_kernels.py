@@ -1,4 +1,4 @@
-"""Compile every kernel for a card that need not be there: python tests/compile_kernels.py 89
+"""Compile every kernel for a card that need not be there: python tests/ops/compile_kernels.py 89
 
 The wrappers are called as ever, with tensors on the CPU and a driver that knows its target and launches nothing. Prints
 a line per kernel: its name, shared memory and the stack of a thread. Exit code 1 where one needs more than a block has.
@@ -20,7 +20,7 @@ from triton.runtime.jit import JITFunction
 
 from tieredkv.ops.packing import Packing
 from tieredkv.ops.triton import attend, choose, copy, rank
-from tieredkv.policy.digests import sketch
+from tieredkv.policy.digests.sketch import Basis
 
 SHARED = {75: 65_536, 80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 120: 101_376}
 """Bytes of shared memory that a block may have, by compute capability."""
@@ -77,7 +77,7 @@ def call_all() -> None:
         attend.paged_attention(torch.zeros(4 * group, 1, d, dtype=dtype), pages, table, table, 0.1, packing=packing)
         copy.append(rows, rows, pages, table, table, torch.zeros(1, dtype=torch.int32), packing)
     for group, c, r, bits in ((7, 8, 64, 4), (2, 8, 8, 4), (7, 8, 64, 8), (7, 128, 64, 4), (16, 32, 48, 4)):
-        basis = sketch.Basis(torch.zeros(4, 2 * r, r), torch.zeros(4, 2 * r, r), torch.zeros(4, 1, 2 * r))
+        basis = Basis(torch.zeros(4, 2 * r, r), torch.zeros(4, 2 * r, r), torch.zeros(4, 1, 2 * r))
         rank.pack_sketches(torch.zeros(4, 9, 2, c, 2 * r, dtype=torch.bfloat16)[:, :, 0], bits, basis)
         rank.sketch_logits(torch.zeros(4, group, r), torch.zeros(4, 99, c * r * bits // 8, dtype=torch.uint8), bits, c)
     chosen = torch.zeros(4, 4001, dtype=torch.bool)

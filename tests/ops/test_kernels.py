@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -15,10 +16,12 @@ import tieredkv
 from tieredkv import TieredCache
 from tieredkv.environment.versions import cache_argument
 from tieredkv.ops import torch_ops
+from tieredkv.ops.base import Ops
 from tieredkv.ops.packing import Packing, pack
-from tieredkv.ops.select import copying_by_torch, ops_for, triton
+from tieredkv.ops.select import TORCH, copying_by_torch, ops_for, triton
 from tieredkv.policy import select
-from tieredkv.policy.digests import sketch
+from tieredkv.policy.digests import DIGESTS
+from tieredkv.policy.digests.sketch import Sketch
 
 pytestmark = pytest.mark.interpreter
 
@@ -130,12 +133,13 @@ def test_a_packed_token_that_is_not_a_number_is_heard_of(kernels, device, half):
 )
 def test_sketch_logits(kernels, device, bits, heads, group, c, d, chunks):
     keys, queries = torch.randn(heads, chunks, c, d), torch.randn(heads, group, d)
-    basis = sketch.fit(torch.eye(d).expand(heads, d, d), keys.flatten(1, 2), bits)
-    packed, small = sketch.pack(keys, bits, basis), queries @ basis.up
-    got = kernels.sketch_logits(small.to(device), packed.to(device), bits, c)
+    digest = Sketch(d, c, bits)
+    basis = digest.fit(torch.eye(d).expand(heads, d, d), keys.flatten(1, 2))
+    packed, prepared = digest.make(keys, basis), digest.prepare(queries, basis)
+    got = kernels.digest(digest).logits(prepared.to(device), packed.to(device), 1)
     # On a card the products are of TF32: ten bits of the queries, as many as a half float has, all of a sketch.
     dtype = torch.float32 if device.type == "cpu" else torch.float16
-    assert_near(got.cpu(), sketch.sketch_logits(small, packed, bits, c), dtype)
+    assert_near(got.cpu(), digest.chunk_logits(prepared, packed), dtype)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -145,11 +149,35 @@ def test_sketches_are_packed(kernels, device, bits, dtype, heads, c, d, chunks):
     """Keys lie between values, as they are staged."""
     staged = torch.randn(heads, chunks, 2, c, d).to(dtype)
     keys = staged[:, :, 0]
-    basis = sketch.fit(torch.eye(d).expand(heads, d, d), keys.flatten(1, 2), bits)
-    got = kernels.pack_sketches(staged.to(device)[:, :, 0], bits, basis.to(device)).cpu()
-    want = sketch.pack(keys, bits, basis)
+    digest = Sketch(d, c, bits)
+    basis = digest.fit(torch.eye(d).expand(heads, d, d), keys.flatten(1, 2))
+    got = kernels.digest(digest).make(staged.to(device)[:, :, 0], basis.to(device)).cpu()
+    want = digest.make(keys, basis)
     assert got.shape == want.shape
     assert (got != want).float().mean() < 0.002  # keys that lie between two steps may be rounded either way
+
+
+def test_sketches_of_chunks_that_no_kernel_takes_are_ranked_by_torch(kernels, device):
+    """Twelve tokens are no power of two."""
+    digest, keys, queries = Sketch(16, 12, 4), torch.randn(2, 7, 12, 16), torch.randn(2, 3, 16)
+    basis = digest.fit(torch.eye(16).expand(2, 16, 16), keys.flatten(1, 2))
+    packed, prepared = digest.make(keys, basis).to(device), digest.prepare(queries, basis).to(device)
+    assert type(kernels.digest(digest)) is not Sketch
+    got = kernels.digest(digest).logits(prepared, packed, 3)
+    assert_near(got, digest.chunk_logits(prepared, packed))
+
+
+def test_digests_without_kernels_are_those_of_torch(kernels):
+    digest = DIGESTS["cuboid"](16, 8, 8)
+    assert kernels.digest(digest) is digest
+    assert TORCH.digest(digest) is digest
+
+
+@pytest.mark.parametrize("name", [name for name, part in vars(Ops).items() if name[0] != "_" and callable(part)])
+def test_operations_have_the_parameters_that_the_contract_names(kernels, name):
+    wanted = list(inspect.signature(getattr(Ops, name)).parameters)[1:]
+    for ops in (TORCH, kernels):
+        assert list(inspect.signature(getattr(ops, name)).parameters) == wanted, ops.name
 
 
 @pytest.mark.parametrize(("group", "stay"), [("mean", 2.0), ("mean", 1.0), ("max", 3.0), ("max_logit", 1.0)])

@@ -266,7 +266,7 @@ def test_a_question_leaves_nothing_behind_when_the_digest_changes(llama, long_id
     assert torch.equal(answer(first, second), answer(second))
 
 
-def test_a_basis_fitted_to_little_is_fitted_again_when_there_is_more(llama, long_ids):
+def test_a_digest_fitted_to_little_is_fitted_again_when_there_is_more(llama, long_ids):
     with (
         torch.no_grad(),
         tieredkv.use_attention(llama),
@@ -274,11 +274,11 @@ def test_a_basis_fitted_to_little_is_fitted_again_when_there_is_more(llama, long
     ):
         llama(long_ids[:, :40], **cache_argument(cache))
         cache.seal()
-        before = cache.tiered_layers[0].digests.basis
+        before = cache.tiered_layers[0].digests.fitted
         cache.unseal()
         llama(long_ids[:, 40:], **cache_argument(cache))
         cache.seal()
-        after = cache.tiered_layers[0].digests.basis
+        after = cache.tiered_layers[0].digests.fitted
     assert not torch.equal(before.up, after.up)
 
 

@@ -157,9 +157,7 @@ def test_frames_are_never_all_held(video_model, processor, frames, monkeypatch):
 
     monkeypatch.setattr(Qwen25VL, "decode", slow_decode)
     monkeypatch.setattr("tieredkv.session.ingest.Pipeline", WatchedPipeline)
-    monkeypatch.setattr(
-        "tieredkv.session.ingest.open_video", lambda *args, **kw: Counting(open_video(*args, Sampling(**kw)))
-    )
+    monkeypatch.setattr("tieredkv.session.ingest.open_video", lambda *args, **kw: Counting(open_video(*args, **kw)))
     with new_session(video_model, gpu_kv_gb=1, processor=processor, prefill_chunk=32, encode_batch=16) as session:
         worker = threading.Thread(target=session.ingest, args=(long, Sampling(fps=4)))
         worker.start()

@@ -84,7 +84,7 @@ def test_other_programs_can_open_it(saved: Path) -> None:
         assert _same(file.get_tensor("keys"), _tensors()["keys"])
 
 
-def test_parts_of_one_buffer_are_written_apart(path: Path) -> None:
+def test_slices_of_one_buffer_are_written_separately(path: Path) -> None:
     buffer = torch.arange(10, dtype=torch.float32)
     tensor_file.write(path, {}, {"a": buffer[:4], "b": buffer[4:]})
     assert _same(_load(path).tensor("b"), buffer[4:])
@@ -215,7 +215,7 @@ def test_a_newer_format_asks_for_an_update(path: Path, monkeypatch: pytest.Monke
         tensor_file.read(path)
 
 
-def test_what_is_not_there_is_said(tmp_path: Path, saved: Path) -> None:
+def test_missing_files_and_tensors_are_reported(tmp_path: Path, saved: Path) -> None:
     with pytest.raises(SessionError, match="no such file"):
         tensor_file.read(tmp_path / "other.kv")
     with pytest.raises(SessionError, match="is not a file"):
@@ -323,7 +323,7 @@ def test_a_limit_on_file_size_leaves_the_old_file(saved: Path) -> None:
     assert _only_the_old(saved)
 
 
-def test_progress_may_undo_the_writing(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exception_of_progress_cancels_the_writing(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stopped = threading.Event()
     monkeypatch.setattr(tensor_file, "save_file", lambda *_: stopped.wait(60))
 

@@ -170,7 +170,7 @@ def test_the_bundled_files_are_those_the_code_builds(processor, trained) -> None
 
 @pytest.mark.model
 @pytest.mark.parametrize("positions", ["stock", "next"])
-def test_fresh_scenes_are_answered(trained, positions: str) -> None:
+def test_new_scenes_are_answered(trained, positions: str) -> None:
     score = evaluate(*trained, tokens=1024, scenes=3, cards=8, positions=positions)
     assert sum(score.exact) >= 0.95 * len(score.exact), score.summary()
 

@@ -1,1 +1,1 @@
-"""Attention over keys and values wherever they are: the registered function and the torch reference."""
+"""Attention: the function registered with transformers, and exact attention in torch."""

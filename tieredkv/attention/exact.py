@@ -1,8 +1,7 @@
-"""Attention in plain torch: what runs on a CPU-only machine, what prefill runs everywhere, and what any kernel must
-agree with.
+"""Exact attention over blocks of keys, in plain torch: what prefill runs on every device.
 
-Shapes: `H` query heads, `K` KV heads, `G = H // K`, `n` queries, `m` keys, `C` page tokens, `D` head dim,
-`P` pages per head. Query head `h` reads KV head `h // G`. lse is the log-sum-exp of a row's scaled logits, float32.
+Shapes: `H` query heads, `K` KV heads, `G = H // K`, `n` queries, `m` keys, `D` head dim. Query head `h` reads KV head
+`h // G`. lse is the log-sum-exp of a row's scaled logits, float32.
 """
 
 from __future__ import annotations
@@ -12,15 +11,16 @@ from functools import cache
 import torch
 
 HIDDEN = torch.finfo(torch.float32).min / 2
-"""Logit of a key that is not there. Finite, so that a head none of whose keys are there does not become NaN."""
+"""Logit of a masked key. Finite, so that a head with no key at all does not become NaN."""
 
 
 def attend(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float, causal: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention over one block of keys: output `(H, n, D)` and its lse `(H, n)`, to be merged with other blocks.
+    """Attention over one block of keys: output `(H, n, D)` and lse `(H, n)`, to be merged with other blocks.
 
-    query `(H, n, D)`, keys and values `(K, m, D)`. causal: `m == n`, query i sees keys 0..i; otherwise all see all.
+    query `(H, n, D)`, keys and values `(K, m, D)`. causal: `m == n`, query i sees keys 0..i; otherwise every query sees
+    every key.
     """
     heads, n, d = query.shape
     kv_heads = keys.shape[0]
@@ -42,9 +42,10 @@ def flash(
     causal: bool,
     mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """torch's own attention, by the operators that also return the lse. They are private in torch; only used here.
+    """torch's own attention with its lse, by operators that are private in torch and used nowhere else.
 
-    query `(A, n, D)`, keys and values `(A, m, D)`. mask `(1, A, 1, m)`: added to the logits; not with `causal`.
+    query `(A, n, D)`, keys and values `(A, m, D)`; output and lse of the same leading sizes. mask `(1, A, 1, m)`: added
+    to the logits; not with `causal`.
     """
     batched = query.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0)
     if query.device.type == "cpu":
@@ -55,7 +56,7 @@ def flash(
         logits = (batched[0] @ batched[1].mT).float() * scaling + mask
         lse = logits.logsumexp(-1)
         out = (logits - lse.unsqueeze(-1)).exp().to(values.dtype) @ batched[2]
-    elif query.dtype == torch.float32 or not _hasflash(query.device):
+    elif query.dtype == torch.float32 or not _has_flash(query.device):
         out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
             *batched, None, True, 0.0, causal, scale=scaling
         )
@@ -65,15 +66,15 @@ def flash(
 
 
 @cache
-def _hasflash(device: torch.device) -> bool:
-    """Flash attention begins with Ampere."""
+def _has_flash(device: torch.device) -> bool:
+    """Flash attention needs Ampere or newer."""
     return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def merge(
     out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Join the attention over two disjoint sets of keys. Exact up to rounding; outputs are kept in float32."""
+    """Merge the attention over two disjoint sets of keys, exact up to rounding. The output is float32."""
     lse = torch.logaddexp(lse_a, lse_b)
     weight_a, weight_b = (lse_a - lse).exp().unsqueeze(-1), (lse_b - lse).exp().unsqueeze(-1)
     return out_a.float() * weight_a + out_b.float() * weight_b, lse
@@ -86,10 +87,10 @@ def row_weights(
     scaling: float,
     first_hidden: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention weights of a few rows on one block of keys: `(K, G, T, m)`, float32.
+    """Attention weights of T rows on one block of keys: `(K, G, T, m)`, float32.
 
-    query `(H, T, D)`, keys `(K, m, D)`, lse `(H, T)` over *all* the keys the rows see, so that the weights of all
-    blocks add up to 1. first_hidden `(T,)`: row t sees only the block's keys before that index (None: all).
+    query `(H, T, D)`, keys `(K, m, D)`. lse `(H, T)`: over *all* keys that the rows see, so that the weights of all
+    blocks sum to 1. first_hidden `(T,)`: row t sees the keys of the block before that index; None: all of them.
     """
     kv_heads, m, d = keys.shape
     heads, t, _ = query.shape

@@ -1,7 +1,7 @@
-"""The attention function transformers calls, its mask function, and the switch that turns both on for one model.
+"""The attention function and mask function registered with transformers under `NAME`.
 
-A `TieredCache` returns from `update()` only the *new* keys, tagged with the layer that holds the rest; every model
-family hands that very tensor on to the attention function, which lets the layer attend. Nothing is patched.
+A `TieredCache` returns from `update()` only the *new* keys, tagged with the layer that holds the rest. Every model
+family passes that very tensor to the attention function, which lets the layer attend. Nothing is patched.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ _TAG = "tieredkv_layer"
 
 
 class AttendingLayer(Protocol):
-    """What a tag must be able to do."""
+    """What keys are tagged with: a layer of a cache."""
 
     @property
     def sliding_window(self) -> int | None:
-        """Tokens that a token sees, itself included; None: all."""
+        """How many tokens a token sees, itself included; None: all."""
 
     def attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
-        """Attend from new tokens to all cached ones: query `(H, n, D)`, keys, values `(K, n, D)` -> `(H, n, D)`."""
+        """Cache new tokens' keys and values `(K, n, D)` and attend with query `(H, n, D)`: output `(H, n, D)`."""
 
 
 def tag(keys: torch.Tensor, layer: AttendingLayer) -> torch.Tensor:
-    """A view of `keys` that leads the attention function to `layer`."""
+    """A view of `keys` by which the attention function finds `layer`."""
     view = keys.view_as(keys)
     setattr(view, _TAG, layer)
     return view
@@ -56,13 +56,13 @@ def tiered_attention(
         )
     if sliding_window != layer.sliding_window:
         raise UnsupportedModelError(
-            f"a layer attends within a window of {sliding_window} tokens, where the config led to expect "
+            f"a layer attends within a window of {sliding_window} tokens, but its config implies "
             f"{layer.sliding_window}: such a model is not supported."
         )
     if attention_mask is not None:
         raise OptionError("attention 'tieredkv' is causal and takes no prepared attention mask: pass none.")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    # Under autocast as torch's own attention is: all three in its dtype, and so the output.
+    # Under autocast, cast all three to its dtype, and so the output, as torch's own attention does.
     query, key, value = (part.to(attended_dtype(part)) for part in (query, key, value))
     out = without_gradient(layer.attend(query[0], key[0], value[0], scaling), query)
     return out.transpose(0, 1).unsqueeze(0).contiguous(), None
@@ -71,7 +71,7 @@ def tiered_attention(
 def tiered_mask(
     batch_size: int, attention_mask: torch.Tensor | None = None, use_vmap: bool = False, **kwargs: Any
 ) -> None:
-    """The mask of a single unpadded causal sequence is none at all; anything else is refused, never ignored."""
+    """No mask, which is right for one causal sequence without padding; raises for anything else."""
     if batch_size != 1:
         raise OptionError(f"TieredCache holds one sequence, got a batch of {batch_size}: run them one at a time.")
     if attention_mask is not None and not bool(attention_mask.all()):

@@ -1,6 +1,8 @@
-"""The digests of one layer's chunks while a prompt grows, and what they are fitted to. They lie on the host."""
+"""The digests of one layer's chunks while a prompt grows, and the state that they are fitted to; all on the host."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
@@ -9,38 +11,33 @@ from tieredkv.memory.host import HostLayer
 from tieredkv.memory.ledger import on_device
 from tieredkv.memory.units import FLOAT32
 from tieredkv.ops.select import ops_for
-from tieredkv.policy.base import Policy
-from tieredkv.policy.digests import sketch, vectors
+from tieredkv.policy.digests import DIGESTS, Digest, Fitted
 
 MOST_CHUNKS = 1024
-"""Chunks digested at a time."""
+"""Chunks to digest at a time."""
 FIT_TOKENS = 4096
-"""Tokens that a basis is fitted to: the first of the prompt."""
-
-
-def _name(method: Policy) -> str:
-    """What a saved file calls digests of this kind."""
-    return f"digests.{method.digest}.{method.digest_bits}"
+"""First tokens of the prompt that a digest is fitted to."""
 
 
 class ContextDigests:
-    """Digests of every whole chunk of a layer, of the kind that the cache's policy asks for at the time.
+    """Digests of every whole chunk of a layer, of the kind that the cache's policy names at the time.
 
-    Kinds that need a basis wait until there are `FIT_TOKENS` tokens to fit it to, or somebody asks to make do with what
-    there is. Once `settle` was called nothing that follows is fitted to: no answer depends on an earlier question.
+    A kind that has to be fitted waits until there are `FIT_TOKENS` tokens, unless it is told to be fitted to what there
+    is. After `settle` nothing is fitted to tokens that follow: no answer depends on an earlier question.
     """
 
     def __init__(self, device_tier: DeviceTier, host: HostLayer, device: torch.device) -> None:
         """device_tier: for its policy, copies and ledger. device: where digests are made."""
         self._device_tier, self._host, self._device = device_tier, host, device
-        self._packed: torch.Tensor | None = None
-        self._name = ""
-        self._digested = 0
-        self.basis: sketch.Basis | None = None
+        self.fitted: Fitted | None = None
+        """What the digests were made with; None: not fitted yet, and there are no digests."""
         shape = host.num_heads, host.head_dim, host.head_dim
         self.query_moment = torch.zeros(shape, dtype=torch.float32, device="cpu")
-        """`(K, D, D)`: sum of q q^T over the context's first rows, to fit a basis to."""
-        self._fitted_to = 0
+        """`(K, D, D)`: sum of q q^T over the context's first rows, which digests are fitted to."""
+        self._packed: torch.Tensor | None = None
+        self._name = ""
+        self._digested = self._fitted_to = 0
+        """Chunks."""
         self._settled = False
 
     @property
@@ -50,54 +47,61 @@ class ContextDigests:
             return torch.empty((self._host.num_heads, 0, 0), dtype=torch.uint8, device="cpu")
         return self._packed
 
+    def _digest(self) -> Digest[Any]:
+        """The kind that the policy names now, by the fastest implementation."""
+        policy, host = self._device_tier.tiers.policy, self._host
+        digest = DIGESTS[policy.digest](host.head_dim, host.chunk_tokens, policy.digest_bits)
+        return ops_for(self._device).digest(digest)
+
     def before_prompt(self) -> None:
-        """Before tokens are written: what has been asked for since, fitted to what is there and not to them."""
+        """Call before tokens are written to a settled context: digests that are due are fitted to it without them."""
         if self._settled:
             self.update(fit=True)
 
     def observe(self, query: torch.Tensor) -> None:
-        """Take note of the queries `(H, n, D)` of tokens about to be counted, if a basis may be fitted to them."""
+        """Add the queries `(H, n, D)` of tokens about to be cached to `query_moment`, if it is still open."""
         if not self._settled and self._host.length < FIT_TOKENS:
             grouped = query.detach().reshape(self._host.num_heads, -1, query.shape[-1]).float()
             self.query_moment = self.query_moment + (grouped.transpose(1, 2) @ grouped).cpu()
 
     def update(self, fit: bool = False) -> None:
-        """Digest every whole chunk that has no digest. fit: with a basis fitted to what there is, if it has to be.
+        """Digest every whole chunk that has no digest. fit: even if there are few tokens to fit to.
 
-        A basis that was fitted to less, in a context that is not settled, is fitted again when the context has doubled.
+        Digests fitted to few tokens are fitted and made again when an unsettled context has doubled.
         """
-        method, c = self._device_tier.tiers.policy, self._host.chunk_tokens
-        kind, bits, name = vectors.DIGESTS[method.digest], method.digest_bits, _name(method)
-        if self._name != name:
-            self._packed, self._digested, self.basis, self._name = None, 0, None, name
-        whole, most = self._host.length // c, max(1, FIT_TOKENS // c)
-        outgrown = not self._settled and self._fitted_to < most and whole >= 2 * self._fitted_to
-        if kind.fitted and self.basis is not None and outgrown:
-            self._packed, self._digested, self.basis = None, 0, None
-        if kind.fitted and self.basis is None:
-            if whole == 0 or (self._host.length < FIT_TOKENS and not fit):
+        digest, host = self._digest(), self._host
+        whole, most = host.length // host.chunk_tokens, max(1, FIT_TOKENS // host.chunk_tokens)
+        if self._name != (name := _file_name(digest)):
+            self._name = name
+            self._forget()
+        elif digest.needs_fit and not self._settled and self._fitted_to < most and whole >= 2 * self._fitted_to:
+            self._forget()
+        if self.fitted is None and not digest.needs_fit:
+            self.fitted = Fitted()
+        elif self.fitted is None:
+            if whole == 0 or (host.length < FIT_TOKENS and not fit):
                 return
             self._fitted_to = min(whole, most)
             self._device_tier.copies.drain()  # the host reads what was written back
-            keys = self._host.chunks(0, self._fitted_to)[:, :, 0].flatten(1, 2)
-            self.basis = sketch.fit(self.query_moment, keys, bits)
-        held = [] if self._packed is None else [self._packed[:, : self._digested]]
-        basis = None if self.basis is None else self.basis.to(self._device)
-        at_once = self._chunks_at_once(whole - self._digested)
+            self.fitted = digest.fit(self.query_moment, host.chunks(0, self._fitted_to)[:, :, 0].flatten(1, 2))
+        fitted, at_once = self.fitted.to(self._device), self._chunks_at_once(whole - self._digested)
         new = [
-            self._make(kind, bits, basis, first, min(first + at_once, whole))
+            self._make(digest, fitted, first, min(first + at_once, whole))
             for first in range(self._digested, whole, at_once)
         ]
         if new:
-            self._packed = torch.cat([*held, *new], dim=1)
+            before = [] if self._packed is None else [self._packed[:, : self._digested]]
+            self._packed = torch.cat([*before, *new], dim=1)
             self._digested = whole
+
+    def _forget(self) -> None:
+        self._packed, self._digested, self.fitted = None, 0, None
 
     def _chunks_at_once(self, most: int) -> int:
         """On a card, as many as the cap leaves room for."""
-        room = (
-            MOST_CHUNKS if self._device.type == "cpu" else self._device_tier.ledger.free_bytes // self._scratch_bytes(1)
-        )
-        return max(1, min(MOST_CHUNKS, most, room))
+        if self._device.type != "cpu":
+            most = min(most, self._device_tier.ledger.free_bytes // self._scratch_bytes(1))
+        return max(1, min(MOST_CHUNKS, most))
 
     def _scratch_bytes(self, chunks: int) -> int:
         """Device bytes of digesting chunks. Of their tokens: what is staged, three copies of the keys in float32, and
@@ -106,45 +110,50 @@ class ContextDigests:
         token = d * (2 * self._host.dtype.itemsize + 3 * FLOAT32) + c * FLOAT32
         return chunks * self._host.num_heads * (c * token + 2 * 4 * d * FLOAT32)
 
-    def _make(self, kind: vectors.Digest, bits: int, basis: sketch.Basis | None, first: int, stop: int) -> torch.Tensor:
+    def _make(self, digest: Digest[Any], fitted: Fitted, first: int, stop: int) -> torch.Tensor:
         """Digests of chunks first..stop, on the host; made on the device."""
         chunks = self._host.chunks(first, stop)
         if self._device.type == "cpu":
-            return kind.make(chunks[:, :, 0], bits, basis)
+            return digest.make(chunks[:, :, 0], fitted)
         with on_device(self._device), self._device_tier.ledger.scratch("digesting", self._scratch_bytes(stop - first)):
             staged = torch.empty(chunks.shape, dtype=self._host.dtype, device=self._device)
             self._device_tier.transfer.stage(chunks, staged, with_values=True)
-            make = ops_for(self._device).pack_sketches if kind.fitted else kind.make
-            return make(staged[:, :, 0], bits, basis).cpu()
+            return digest.make(staged[:, :, 0], fitted).cpu()
 
     def settle(self) -> None:
-        """What is cached is the context of all that follows: digests are fitted to it and to nothing else."""
+        """Declare what is cached the context of all that follows: digests are fitted to it and to nothing else."""
         self.update(fit=True)
         self._settled = True
 
     def truncate(self, tokens: int) -> None:
-        """Forget the digests of all but the first `tokens` tokens; of none, what was settled and fitted too."""
+        """Forget the digests of all but the first `tokens` tokens; at 0, also what was fitted and settled."""
         self._digested = min(self._digested, tokens // self._host.chunk_tokens)
         if tokens == 0:
-            self.basis, self._settled = None, False
+            self.fitted, self._settled = None, False
             self.query_moment = torch.zeros_like(self.query_moment)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """What `restore` needs, contiguous. Settles."""
+        """Settle, and return what `restore` needs, contiguous."""
         self.settle()
         tensors = {"query_moment": self.query_moment}
         if self._packed is not None:
             tensors[self._name] = self._packed[:, : self._digested].contiguous()
-        if self.basis is not None:
-            for part in ("down", "up", "centre"):
-                tensors[f"{self._name}.{part}"] = getattr(self.basis, part)
+        if self.fitted is not None:
+            tensors |= {f"{self._name}.{name}": tensor for name, tensor in self.fitted.tensors().items()}
         return tensors
 
     def restore(self, state: dict[str, torch.Tensor]) -> None:
-        """Take a settled state. Digests of another kind than the policy's are made anew before they are used."""
-        self._name = _name(self._device_tier.tiers.policy)
+        """Take a settled state. Digests of another kind than the policy's are made again before they are used."""
+        digest = self._digest()
+        self._name = _file_name(digest)
         self._packed = state.get(self._name)
         self._digested = 0 if self._packed is None else self._packed.shape[1]
         self.query_moment, self._settled = state["query_moment"], True
-        if f"{self._name}.up" in state:
-            self.basis = sketch.Basis(*(state[f"{self._name}.{part}"] for part in ("down", "up", "centre")))
+        saved = {field: state.get(f"{self._name}.{field}") for field in digest.fitted_type.names()}
+        if all(tensor is not None for tensor in saved.values()):
+            self.fitted = digest.fitted_type(**saved)
+
+
+def _file_name(digest: Digest[Any]) -> str:
+    """What a saved session calls digests of this kind; fields of the fitted state follow after a dot."""
+    return f"digests.{digest.name}.{digest.bits}"

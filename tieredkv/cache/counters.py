@@ -9,7 +9,7 @@ import torch
 
 @dataclass(slots=True)
 class Selection:
-    """Chunks one layer's dynamic heads attended to in one step (recorded only when a trace is asked for)."""
+    """Chunks that one layer's dynamic heads attended to in one step; recorded for a trace only."""
 
     step: int
     layer: int
@@ -28,14 +28,17 @@ class Counters:
     selected: int = 0
     """Chunks that dynamic heads attended to, over all steps, layers and heads."""
     resident: int = 0
-    """Those of them that were in the pool already."""
+    """Those of them that were already in the pool."""
     reused: int = 0
-    """Chunks attended to because the step before had chosen them."""
+    """Chunks selected because the step before selected them."""
     unseen_sum: float = 0.0
     """Estimated share of attention mass that was not seen, summed over steps, layers and dynamic heads."""
     unseen_count: int = 0
+    """Number of terms in `unseen_sum`."""
     missed_bytes: int = 0
+    """Copied to the device because a step needed them."""
     prefetched_bytes: int = 0
+    """Copied ahead, for a step that may reuse them."""
     warm_bytes: int = 0
     """Copied to the device by the seal: pages to fill the pool, and digests."""
     static_heads: int = 0
@@ -49,5 +52,5 @@ class Counters:
 
     @property
     def unseen_mass(self) -> float | None:
-        """Mean estimated share of attention mass that steps did not see; None where digests cannot tell."""
+        """Mean estimated share of attention mass that steps did not see; None where digests do not estimate it."""
         return self.unseen_sum / self.unseen_count if self.unseen_count else None

@@ -228,8 +228,8 @@ class TieredLayer(CacheLayerMixin):
         host, digests = self._context()
         assert self.rows is not None
         digests.update(fit=True)
-        packed, basis = digests.packed, digests.basis
-        self.sealed = SealedLayer(self.index, host, packed, basis, static, self.rows, is_text, phase)
+        packed, fitted = digests.packed, digests.fitted
+        self.sealed = SealedLayer(self.index, host, packed, fitted, static, self.rows, is_text, phase)
 
     def unseal(self) -> None:
         """Go back to prefill: the tokens generated since the seal join the host tier."""

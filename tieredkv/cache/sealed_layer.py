@@ -16,11 +16,10 @@ from tieredkv.cache.prefill import TextRows
 from tieredkv.cache.retrieval import Retrieval
 from tieredkv.environment.threads import at_most, worth
 from tieredkv.memory.host import HostLayer
-from tieredkv.memory.units import FLOAT32
 from tieredkv.ops.packing import rounded
 from tieredkv.planning.decode_plan import table_width
-from tieredkv.planning.sizes import ranking_bytes
-from tieredkv.policy.digests.sketch import Basis
+from tieredkv.planning.sizes import ranked_ahead_bytes, ranking_bytes
+from tieredkv.policy.digests import Fitted
 
 MOST_ROWS = 32
 """Steps whose chunks are ranked in one pass."""
@@ -44,13 +43,13 @@ class SealedLayer:
         index: int,
         host: HostLayer,
         digests: torch.Tensor,
-        basis: Basis | None,
+        fitted: Fitted | None,
         static: torch.Tensor,
         rows: TextRows,
         is_text: torch.Tensor,
         phase: DecodePhase,
     ) -> None:
-        """host: all prompt tokens. digests: `(K, >= old chunks, bytes)` on the host. static: `(K,)` mask.
+        """host: all prompt tokens. digests: `(K, >= old chunks, bytes)` on the host, made with `fitted`.
 
         is_text: `(N,)`, which prompt tokens are text. Copies pages to the device.
         """
@@ -68,12 +67,13 @@ class SealedLayer:
             table, packing = self.pages.table, self.pages.packing
             first = phase.plan.layout.recent_pages + phase.plan.layout.sink_chunks
             self.retrieval = Retrieval(
-                index, host, self.dynamic, digests, basis, rows.saliency, table, first, phase, packing
+                index, host, self.dynamic, digests, fitted, rows.saliency, table, first, phase, packing
             )
             self._columns = slice(first, first + self.retrieval.most_selected)
             self._order = torch.arange(self.retrieval.most_selected, device=self.pages.device)
             self._set_lengths(self.retrieval)
-        ranked = 0 if self.retrieval is None or self.retrieval.digests is None else self.retrieval.digests.numel()
+        ranking = None if self.retrieval is None else self.retrieval.ranking
+        ranked = 0 if ranking is None else ranking.digests.numel()
         self._threads = worth(ranked + self.pages.table.numel() * 2 * host.chunk_tokens * host.head_dim)
         """CPU threads that a step's operations are large enough for."""
 
@@ -98,7 +98,7 @@ class SealedLayer:
         n = query.shape[1]
         if n == 1:
             return self.step(query[:, 0], keys[:, 0], values[:, 0], scaling).unsqueeze(1)
-        if self.retrieval is None or self.retrieval.digests is None:
+        if self.retrieval is None or self.retrieval.ranking is None:
             return self._steps_at_once(query, keys, values, scaling)
         at_once = max(1, min(n, self._ranked_at_once()))
         out = []
@@ -129,22 +129,19 @@ class SealedLayer:
         if n == 1:
             return [self.step(query[:, 0], keys[:, 0], values[:, 0], scaling)]
         assert self.retrieval is not None
+        assert self.retrieval.ranking is not None
         phase = self.phase
         with phase.ledger.scratch("ranked ahead", n * self._row_bytes()):
             folded = query.reshape(self._host.num_heads, -1, query.shape[-1])
             with phase.ledger.scratch("ranking", ranking_bytes(phase.shape, phase.tiers, phase.plan.layout)):
-                logits = self.retrieval.logits(folded, scaling).unflatten(1, (-1, n))
+                logits = self.retrieval.ranking.logits(folded, scaling).unflatten(1, (-1, n))
             return [
                 self.step(query[:, row], keys[:, row], values[:, row], scaling, logits[:, :, row]) for row in range(n)
             ]
 
     def _row_bytes(self) -> int:
-        """Device bytes of ranking one more step at once: the logits of all tokens, and three times those of all chunks.
-
-        Unpacked digests are counted as in a single step.
-        """
-        shape, layout = self.phase.shape, self.phase.plan.layout
-        return FLOAT32 * shape.num_attention_heads * layout.retrievable * (layout.chunk_tokens + 3)
+        """Device bytes of ranking one more step at once."""
+        return ranked_ahead_bytes(self.phase.shape, self.phase.plan.layout)
 
     def _ranked_at_once(self) -> int:
         """Steps that can be ranked at once, given the scratch that each of them takes by itself."""
@@ -165,7 +162,7 @@ class SealedLayer:
     ) -> torch.Tensor:
         """Cache one token's key and value, each `(K, D)`, and attend with its query `(H, D)`: output `(H, D)`.
 
-        logits: of its chunks, if they are known already (`Retrieval.logits`).
+        logits: of its chunks, if they are known already (`Ranking.logits`).
         """
         self._append(key, value)
         if self.retrieval is not None:

@@ -35,7 +35,7 @@ def run(
     """Answer a file of questions, each video ingested once. --resume continues an interrupted run.
 
     A line is {"video": "a.mp4", "question": "What ...?"}, optionally with "id" and generation options. Paths of videos
-    are relative to the file. A question that fails has a line with "error", and the exit code is 1.
+    are relative to the file. A question that fails gets a line with "error", and the exit code is then 1.
     """
     from tieredkv import api
     from tieredkv.batch.answers_file import AnswersFile

@@ -8,6 +8,7 @@ import torch
 
 from tieredkv.memory.limits import check_host_memory
 from tieredkv.memory.pagelock import PageLocker, aligned
+from tieredkv.memory.units import ceil_div
 
 GROWTH_TOKENS = 256
 """Tokens by which a layer grows, at least, beyond those it must hold."""
@@ -40,21 +41,24 @@ class HostLayer:
         """Tokens that fit without growing."""
         return self._arena.shape[1] * self.chunk_tokens
 
+    def _chunks(self, tokens: int) -> int:
+        return ceil_div(tokens, self.chunk_tokens)
+
     def bytes_for(self, tokens: int) -> int:
         """Bytes that hold `tokens` tokens, in whole chunks."""
-        chunks = -(-tokens // self.chunk_tokens)
-        return self.num_heads * chunks * 2 * self.chunk_tokens * self.head_dim * self.dtype.itemsize
+        elements = self.num_heads * self._chunks(tokens) * 2 * self.chunk_tokens * self.head_dim
+        return elements * self.dtype.itemsize
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` tokens in all, keeping those stored. Never shrinks."""
-        chunks = -(-tokens // self.chunk_tokens)
+        chunks = self._chunks(tokens)
         if chunks <= self._arena.shape[1]:
             return
         what = f"one layer's host cache of {tokens:,} tokens"
         check_host_memory(self.bytes_for(tokens), what, "shorten the prompt or the video")
         shape = (self.num_heads, chunks, 2, self.chunk_tokens, self.head_dim)
         grown = self._empty(shape)
-        used = -(-self.length // self.chunk_tokens)
+        used = self._chunks(self.length)
         grown[:, :used] = self._arena[:, :used]
         self._replace(grown)
 
@@ -121,12 +125,12 @@ class HostLayer:
 
     def chunks(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """View `(K, n, 2, C, D)` of chunks start..stop (None: to the last, which may be partly filled)."""
-        return self._arena[:, start : -(-self.length // self.chunk_tokens) if stop is None else stop]
+        return self._arena[:, start : self._chunks(self.length) if stop is None else stop]
 
     def blocks(self, first: int, tokens: int, block_tokens: int) -> Iterator[tuple[int, int]]:
         """Ranges of chunks that cover tokens first..tokens, at most `block_tokens` each; `first` begins a chunk."""
         step = max(1, block_tokens // self.chunk_tokens)
-        last = -(-tokens // self.chunk_tokens)
+        last = self._chunks(tokens)
         for start in range(first // self.chunk_tokens, last, step):
             yield start, min(start + step, last)
 
@@ -137,14 +141,14 @@ class HostLayer:
 
     def arena_to_store(self, room: int) -> torch.Tensor:
         """`arena`, contiguous, zeroed beyond the length and cut to at most `room` more tokens, in whole chunks."""
-        chunks = -(-(self.length + room) // self.chunk_tokens)
+        chunks = self._chunks(self.length + room)
         if chunks < self._arena.shape[1]:
             shape = (self.num_heads, chunks, *self._arena.shape[2:])
             self._replace(self._empty(shape).copy_(self._arena[:, :chunks]))
         last, offset = divmod(self.length, self.chunk_tokens)
         if offset:
             self._arena[:, last, :, offset:] = 0
-        self._arena[:, -(-self.length // self.chunk_tokens) :] = 0
+        self._arena[:, self._chunks(self.length) :] = 0
         return self._arena
 
     def adopt(self, arena: torch.Tensor, length: int) -> None:

@@ -10,6 +10,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
+from tieredkv.memory.units import ceil_div
+
 PAGE_BYTES = 4096
 _PORTABLE = 1
 """cudaHostRegisterPortable: all cards may read it."""
@@ -18,7 +20,7 @@ _PORTABLE = 1
 def aligned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """An uninitialised host tensor that begins on a page and shares no page with other data."""
     nbytes = torch.Size(shape).numel() * dtype.itemsize
-    whole = -(-nbytes // PAGE_BYTES) * PAGE_BYTES
+    whole = ceil_div(nbytes, PAGE_BYTES) * PAGE_BYTES
     memory = torch.empty(whole + PAGE_BYTES, dtype=torch.uint8, device="cpu")
     begin = -memory.data_ptr() % PAGE_BYTES
     return memory[begin : begin + nbytes].view(dtype).view(shape)
@@ -41,7 +43,7 @@ class PageLocker:
     def lock(self, tensor: torch.Tensor) -> None:
         """Start to register a tensor's memory, which must stay where it is until `unlock`."""
         if tensor.numel():
-            address, nbytes = tensor.data_ptr(), -(-tensor.nbytes // PAGE_BYTES) * PAGE_BYTES
+            address, nbytes = tensor.data_ptr(), ceil_div(tensor.nbytes, PAGE_BYTES) * PAGE_BYTES
             self._locks[address] = tensor, self._executor.submit(self._register, address, nbytes)
 
     def _register(self, address: int, nbytes: int) -> None:

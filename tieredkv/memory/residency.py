@@ -1,9 +1,7 @@
-"""Which chunk of a dynamic head is in which of its slots, which one gives way, and the copies that follow.
+"""Which chunk of a dynamic head is in which of its slots, and when each slot was last used.
 
-`Residency` holds the tables of one layer. The functions below work on them in plain torch; `tieredkv.ops.triton` has a
-kernel for each, of the same signature. Shapes: `n` dynamic heads, `N` chunks, `R` retrieval slots of a head, `m` chunks
-a head may be given in a step, `K` KV heads, `P` columns of a page table, `S` slots of the pool, `C` page tokens, `D`
-head dim.
+The operations on these tables are `place` and `gather` of `ops.base`. Shapes: `n` dynamic heads, `N` chunks, `R`
+retrieval slots of a head.
 """
 
 from __future__ import annotations
@@ -12,17 +10,23 @@ import torch
 
 
 class Residency:
-    """Tables of the retrieval slots of `n` heads, at most `R` each; a head's slots are counted locally, from 0."""
+    """Tables of one layer's retrieval slots. Local slots are numbered from 0 in each head.
+
+    Everything is on one device, and is changed in place.
+    """
 
     def __init__(self, slots: torch.Tensor, chunks: int) -> None:
-        """slots: `(n, R)` pool slots owned, -1 for none. chunks: how many each head could ask for; none is resident."""
+        """slots: `(n, R)` pool slots of each head, -1 where it has fewer. chunks: N. No chunk is resident yet."""
         n, r = slots.shape
         self.slots = slots.clone().int()
+        """`(n, R)`: the pool slot of each local slot, -1 for none."""
         self.chunk_in = torch.full((n, r), -1, dtype=torch.int32, device=slots.device)
         """`(n, R)`: the chunk in each slot, -1 for none."""
         self.slot_of = torch.full((n, chunks + 1), -1, dtype=torch.int32, device=slots.device)
-        """`(n, N + 1)`: the slot each chunk is in, -1 for none; what lies in no chunk's place is never read."""
+        """`(n, N + 1)`: the local slot of each chunk, -1 for none. The last column stands for no chunk: it may be
+        written to and is never read."""
         self.last_used = torch.full((n, r), -1, dtype=torch.int32, device=slots.device)
+        """`(n, R)`: the step that last used each slot; negative before the first."""
         self.chosen = torch.zeros((n, chunks), dtype=torch.bool, device=slots.device)
         """`(n, N)`: chunks that the last step attended to."""
 
@@ -33,19 +37,19 @@ class Residency:
 
     @staticmethod
     def bytes_for(heads: int, slots: int, chunks: int) -> int:
-        """`nbytes` of such tables, `slots` being the most that a head has."""
+        """`nbytes` of such tables. slots: R."""
         return heads * (4 * (3 * slots + chunks + 1) + chunks)
 
     def enter(self, chunks: torch.Tensor) -> None:
-        """Say that chunk `chunks[i, r]`, `(n, R)`, is in slot r of head i: the first ones to give way last.
+        """Enter chunk `chunks[i, r]`, `(n, R)`, in slot r of head i. Slots are later taken from the last to the first.
 
-        Where there is no slot, what is given does not count. Nothing must be resident before.
+        Entries of slots that a head does not have are ignored. No chunk may be resident before.
         """
-        there = self.slots >= 0
+        owned = self.slots >= 0
         place = torch.arange(self.slots.shape[1], device=self.slots.device, dtype=torch.int32).expand_as(self.slots)
-        self.chunk_in.copy_(torch.where(there, chunks, -1))
-        self.last_used.copy_(torch.where(there, -1 - place, -1))
-        self.slot_of.scatter_(1, torch.where(there, chunks, self.slot_of.shape[1] - 1), place)
+        self.chunk_in.copy_(torch.where(owned, chunks, -1))
+        self.last_used.copy_(torch.where(owned, -1 - place, -1))
+        self.slot_of.scatter_(1, torch.where(owned, chunks, self.slot_of.shape[1] - 1), place)
         self.slot_of[:, -1] = -1
 
     def check_integrity(self) -> None:
@@ -53,7 +57,7 @@ class Residency:
         for i in range(self.slots.shape[0]):
             resident = {int(c): s for s, c in enumerate(self.chunk_in[i].tolist()) if c >= 0}
             assert len(resident) == int((self.chunk_in[i] >= 0).sum()), "a chunk is in two slots"
-            assert all(self.slots[i, s] >= 0 for s in resident.values()), "a chunk is in a slot that is not there"
+            assert all(self.slots[i, s] >= 0 for s in resident.values()), "a chunk is in a slot that its head lacks"
             listed = {c: s for c, s in enumerate(self.slot_of[i, :-1].tolist()) if s >= 0}
             assert resident == listed, "slot_of and chunk_in disagree"
         owned = self.slots[self.slots >= 0]

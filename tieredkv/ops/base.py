@@ -1,32 +1,165 @@
-"""Ops: the operations of a decoding step, as one implementation offers them."""
+"""Ops: the operations of a decoding step, and what every implementation of them guarantees.
+
+`torch_ops` implements them in plain torch, `ops.triton` by kernels; `ops.select` chooses.
+
+Shapes: `n` dynamic heads, `N` chunks, `R` retrieval slots of a head, `m` chunks that a head may be given in a step, `H`
+query heads, `K` KV heads, `G = H // K`, `P` columns of a page table, `S` slots of the pool, `C` page tokens (a chunk
+fills a page), `D` head dim.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from tieredkv.ops import torch_ops
-from tieredkv.policy import select
-from tieredkv.policy.digests import sketch
+import torch
 
-Op = Callable[..., Any]
+from tieredkv.ops.packing import Packing
+from tieredkv.policy.digests import Digest
 
 
-@dataclass(frozen=True, slots=True)
-class Ops:
-    """One implementation of each; what they do is said at the torch ones."""
+class Ops(Protocol):
+    """The operations of a decoding step.
 
-    name: str
-    capturable: bool = False
-    """Whether none of them waits for the host, on a card: a step can then be captured in a graph."""
-    pack_sketches: Op = sketch.pack
-    sketch_logits: Op = sketch.sketch_logits
-    chunk_ranks: Op = select.chunk_ranks
-    choose: Op = torch_ops.choose
-    place: Op = torch_ops.place
-    gather: Op = torch_ops.gather
-    fetch: Op = torch_ops.fetch
-    append: Op = torch_ops.append
-    keep: Op = torch_ops.keep
-    paged_attention: Op = torch_ops.paged_attention
+    Tensors are on the pool's device and belong to the caller; results are new. The arena `(K, chunks, 2, C, D)` is in
+    host memory, page-locked if kernels are to read it. There is at least one head and one chunk.
+
+    packing: of pages in 8 bits, which are then packed as they are written and unpacked as they are read; None: pages
+    are of the arena's dtype.
+    """
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+
+    @property
+    def capturable(self) -> bool:
+        """Whether nothing waits for the host, on a card, so that a step can be captured in a CUDA graph."""
+
+    def digest(self, digest: Digest[Any]) -> Digest[Any]:
+        """The same digest by this implementation's kernels, which are found by its name; `digest` if it has none."""
+
+    def chunk_ranks(self, logits: torch.Tensor, chosen: torch.Tensor, group: str, stay: float) -> torch.Tensor:
+        """Ranks `(n, N)` float32 of chunks, from the logits `(n, G, N)` of a head's query heads.
+
+        group: the rule of `policy.select.GROUPS`. chosen `(n, N)` bool: chunks that the step before attended to; their
+        ranks are multiplied by `stay`.
+        """
+
+    def choose(
+        self, ranks: torch.Tensor, selected: torch.Tensor, slot_of: torch.Tensor, most: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Choose the `selected` `(n,)` best chunks of each head by `ranks` `(n, N)`; find those that are in no slot.
+
+        selected: at most `most`; 0 chooses none. slot_of `(n, >= N)`: -1 for none. Returns chosen `(n, N)` bool, missed
+        `(n, most)` int32 chunk ids, ascending, and misses `(n,)` int32, how many of them count. Which of several equal
+        ranks are chosen is up to the implementation.
+        """
+
+    def place(
+        self,
+        wanted: torch.Tensor,
+        kept: torch.Tensor,
+        misses: torch.Tensor,
+        chunk_in: torch.Tensor,
+        last_used: torch.Tensor,
+        slots: torch.Tensor,
+        clock: torch.Tensor,
+        most: int,
+        table: torch.Tensor | None,
+        heads: torch.Tensor,
+        first: int,
+    ) -> torch.Tensor:
+        """Find slots for missed chunks, mark the slots in use, and list those in the page table.
+
+        wanted `(n, N)` bool: chunks whose slots are in use now. kept `(n, N)` bool: chunks whose slots must not be
+        given away; includes the wanted ones. misses `(n,)`: slots needed, at most `most`. chunk_in, last_used, slots
+        `(n, R)`: of `Residency`; `last_used` is set to `clock` `(1,)` where a slot is in use. Slots are taken in order
+        of last use, oldest first, then by number. table `(K, P)` int32: row `heads` gets the pool slots of the head's
+        wanted chunks, from column `first` on; None: nothing is listed.
+
+        Returns victims `(n, most)` int32, local slots, ascending, of which the first `misses` count. Where too few
+        slots may be taken, torch raises ValueError; a kernel cannot, and its result is undefined.
+        """
+
+    def gather(
+        self,
+        arena: torch.Tensor,
+        pages: torch.Tensor,
+        heads: torch.Tensor,
+        missed: torch.Tensor,
+        victims: torch.Tensor,
+        misses: torch.Tensor,
+        slots: torch.Tensor,
+        chunk_in: torch.Tensor,
+        slot_of: torch.Tensor,
+        first_chunk: int,
+        packing: Packing | None = None,
+    ) -> None:
+        """Copy each missed chunk into its victim's slot, and enter it in the tables of `Residency`.
+
+        pages `(S, 2, C, D)`, heads `(n,)`. missed, victims `(n, m)`, of which the first `misses` `(n,)` count. Chunk
+        ids count from `first_chunk` of the arena.
+        """
+
+    def fetch(
+        self,
+        arena: torch.Tensor,
+        pages: torch.Tensor,
+        heads: torch.Tensor,
+        chunks: torch.Tensor,
+        slots: torch.Tensor,
+        packing: Packing | None = None,
+    ) -> None:
+        """Copy chunk `chunks[i]` of head `heads[i]` into pool slot `slots[i]`, all `(m,)`. m may be 0.
+
+        heads and chunks may be on the host.
+        """
+
+    def append(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        pages: torch.Tensor,
+        table: torch.Tensor,
+        lengths: torch.Tensor,
+        count: torch.Tensor,
+        packing: Packing | None = None,
+    ) -> None:
+        """Write one token's keys and values `(K, D)` after the `count` `(1,)` int32 tokens of the recent region.
+
+        The region's pages are the first columns of `table` `(K, P)`. Updates lengths `(K, P)`, the tokens of each page
+        that count, but not `count`.
+        """
+
+    def keep(
+        self,
+        arena: torch.Tensor,
+        pages: torch.Tensor,
+        head: int,
+        tokens: torch.Tensor,
+        slots: torch.Tensor,
+        packing: Packing | None = None,
+    ) -> None:
+        """Copy single tokens `(b,)` of one head from the arena into pages `slots` `(>= b / C,)`, one after another.
+
+        tokens may be on the host. b may be 0.
+        """
+
+    def paged_attention(
+        self,
+        query: torch.Tensor,
+        pages: torch.Tensor,
+        table: torch.Tensor,
+        lengths: torch.Tensor,
+        scaling: float,
+        batch_pages: int,
+        packing: Packing | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention over pages that differ from head to head: output `(H, n, D)` and lse `(H, n)`, float32.
+
+        query `(H, n, D)`: here n query tokens, all of which see the same keys. table `(K, P)`: pages of each head in
+        any order. lengths `(K, P)`: how many of a page's first tokens count; the rest must be finite. 0: the entry is
+        ignored. A head without any token is an error: torch raises ValueError, a kernel's result is undefined.
+        batch_pages: pages to gather at a time, at least one per KV head, which bounds the scratch; an implementation
+        that gathers nothing ignores it.
+        """

@@ -1,28 +1,62 @@
-"""The operations of a decoding step on a device: plain torch everywhere, Triton's kernels where they can run."""
+"""Which operations run on a device: plain torch everywhere, Triton's kernels where they can run."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
+from tieredkv.ops import torch_ops
 from tieredkv.ops.base import Ops
+from tieredkv.policy import select
+from tieredkv.policy.digests import Digest
 
-TORCH = Ops("torch")
+
+@dataclass(frozen=True, slots=True)
+class OpTable:
+    """`Ops` put together from functions; `dataclasses.replace` exchanges some of them."""
+
+    name: str
+    capturable: bool
+    digest: Callable[[Digest[Any]], Digest[Any]]
+    chunk_ranks: Callable[..., torch.Tensor]
+    choose: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    place: Callable[..., torch.Tensor]
+    gather: Callable[..., None]
+    fetch: Callable[..., None]
+    append: Callable[..., None]
+    keep: Callable[..., None]
+    paged_attention: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+
+TORCH = OpTable(
+    name="torch",
+    capturable=False,
+    digest=lambda digest: digest,
+    chunk_ranks=select.chunk_ranks,
+    choose=torch_ops.choose,
+    place=torch_ops.place,
+    gather=torch_ops.gather,
+    fetch=torch_ops.fetch,
+    append=torch_ops.append,
+    keep=torch_ops.keep,
+    paged_attention=torch_ops.paged_attention,
+)
 
 
 @cache
-def triton() -> Ops:
-    """Triton's kernels. ImportError where there is no Triton."""
+def triton() -> OpTable:
+    """Triton's kernels. ImportError where Triton is not installed."""
     from tieredkv.ops.triton import attend, choose, copy, rank
 
-    return Ops(
-        "triton",
+    return OpTable(
+        name="triton",
         capturable=True,
-        pack_sketches=rank.pack_sketches,
-        sketch_logits=rank.sketch_logits,
+        digest=rank.by_kernels,
         chunk_ranks=rank.chunk_ranks,
         choose=choose.choose,
         place=choose.place,
@@ -34,12 +68,13 @@ def triton() -> Ops:
     )
 
 
-def ops_for(device: torch.device) -> Ops:
-    """The fastest that runs on a device: kernels on a CUDA device with Triton, torch elsewhere."""
+def ops_for(device: torch.device) -> OpTable:
+    """The fastest operations on a device: kernels on a CUDA device with Triton, torch elsewhere."""
     return triton() if device.type == "cuda" and find_spec("triton") is not None else TORCH
 
 
 def copying_by_torch(ops: Ops) -> Ops:
-    """The same where no kernel can read the host tier, because it is not page-locked."""
+    """The same operations, but torch reads the host tier: for one that is not page-locked, which no kernel can read."""
+    same = {field.name: getattr(ops, field.name) for field in fields(OpTable)}
     copies = {"gather": TORCH.gather, "fetch": TORCH.fetch, "keep": TORCH.keep}
-    return replace(ops, name=f"{ops.name}, copies by torch", capturable=False, **copies)
+    return OpTable(**{**same, **copies, "name": f"{ops.name}, copies by torch", "capturable": False})

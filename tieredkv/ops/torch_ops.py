@@ -1,8 +1,6 @@
-"""The operations of a decoding step in plain torch: what runs on a CPU, and what every kernel must agree with.
+"""`Ops` in plain torch: what runs on a CPU, and what every kernel must agree with. Contracts and shapes: `ops.base`.
 
-Shapes: `n` dynamic heads, `N` chunks, `R` retrieval slots of a head, `m` chunks a head may be given in a step, `H`
-query heads, `K` KV heads, `G = H // K`, `P` columns of a page table, `S` slots of the pool, `C` page tokens, `D` head
-dim.
+`write` and `page_mass` are not among them: there is no kernel for either.
 """
 
 from __future__ import annotations
@@ -13,11 +11,14 @@ from tieredkv.attention.exact import HIDDEN, flash, merge
 from tieredkv.ops.packing import AT_ONCE, Packing, pack
 
 NEVER = torch.iinfo(torch.int32).max
-"""Last use of a slot that must not give way."""
+"""Stands for the last use of a slot that must not be taken."""
 
 
 def _listed(mask: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Columns set in each row of a mask, ascending, `(rows, width)` int32, and how many; row and place of each."""
+    """Columns set in each row of a mask: `(rows, width)` int32, ascending; how many in each row; row and place of each.
+
+    Row and place index the first result.
+    """
     counts = mask.sum(1)
     row, column = mask.nonzero(as_tuple=True)
     place = torch.arange(len(row), device=mask.device) - (counts.cumsum(0) - counts)[row]
@@ -29,11 +30,7 @@ def _listed(mask: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor,
 def choose(
     ranks: torch.Tensor, selected: torch.Tensor, slot_of: torch.Tensor, most: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The best `selected` `(n,)` chunks of each head by ranks `(n, N)`, and those of them that are in no slot.
-
-    slot_of `(n, >= N)`, -1 for none. Returns chosen `(n, N)` bool, missed `(n, most)` chunk ids, ascending, of which
-    the first misses `(n,)` count. Of chunks that rank alike, any are chosen.
-    """
+    """As `Ops.choose`."""
     best = ranks.topk(most, dim=1).indices
     taken = torch.arange(most, device=ranks.device) < selected.unsqueeze(1)
     chosen = torch.zeros_like(ranks, dtype=torch.bool).scatter_(1, best, taken)
@@ -54,25 +51,17 @@ def place(
     heads: torch.Tensor,
     first: int,
 ) -> torch.Tensor:
-    """Slots for missed chunks; marks the slots that are used and lists them in the page table.
-
-    wanted `(n, N)`: chunks whose slots are used now; kept `(n, N)`: chunks whose slots must not give way, the wanted
-    among them. misses `(n,)`. chunk_in, last_used `(n, R)`: read, and `clock` `(1,)` written where a slot is used.
-    slots `(n, R)`: of the pool, -1 for none. Victims are the slots used longest ago, the first of those used equally
-    long ago. table `(K, P)` int32: gets the pool slots of a head's wanted chunks from column `first` of row `heads` on.
-    Returns victims `(n, most)`, local slots, ascending, of which the first `misses` count. ValueError if too few slots
-    may give way; a kernel cannot raise it.
-    """
-    held = chunk_in.long().clamp(min=0)
+    """As `Ops.place`. Waits for the device."""
+    resident = chunk_in.long().clamp(min=0)
     there = chunk_in >= 0
-    age = last_used.masked_fill((there & kept.gather(1, held)) | (slots < 0), NEVER)
+    age = last_used.masked_fill((there & kept.gather(1, resident)) | (slots < 0), NEVER)
     if bool((misses > (age != NEVER).sum(1)).any()):
-        raise ValueError("more chunks wanted than fit the slots that may give way")
+        raise ValueError("more chunks are missed than slots may be taken")
     order = age.argsort(dim=1, stable=True)
-    gone = torch.arange(slots.shape[1], device=slots.device) < misses.unsqueeze(1)
-    victim = torch.zeros_like(gone).scatter_(1, order, gone)
+    oldest = torch.arange(slots.shape[1], device=slots.device) < misses.unsqueeze(1)
+    victim = torch.zeros_like(oldest).scatter_(1, order, oldest)
     victims, _, _, _ = _listed(victim, most)
-    used = victim | (there & wanted.gather(1, held))
+    used = victim | (there & wanted.gather(1, resident))
     last_used.copy_(torch.where(used, clock, last_used))
     if table is not None:
         local, _, row, column = _listed(used, slots.shape[1])
@@ -93,16 +82,12 @@ def gather(
     first_chunk: int,
     packing: Packing | None = None,
 ) -> None:
-    """Copy every missed chunk into its victim's slot and enter it in the tables.
-
-    arena `(K, chunks, 2, C, D)` in host memory, pages `(S, 2, C, D)`, heads `(n,)`. missed, victims `(n, m)`, of which
-    the first `misses` `(n,)` count. Chunk ids count from `first_chunk` of the arena. packing: of pages in 8 bits.
-    """
+    """As `Ops.gather`. Waits for the device."""
     there = torch.arange(missed.shape[1], device=missed.device) < misses.unsqueeze(1)
     row, place = there.nonzero(as_tuple=True)
     chunk, local = missed[row, place].long(), victims[row, place].long()
     fetch(arena, pages, heads[row], chunk + first_chunk, slots[row, local], packing)
-    slot_of[row, chunk_in[row, local].long()] = -1  # of a slot that was empty: the last place, which stands for none
+    slot_of[row, chunk_in[row, local].long()] = -1  # an empty slot holds chunk -1: the last column, which is no chunk
     chunk_in[row, local] = chunk.int()
     slot_of[row, chunk] = local.int()
 
@@ -115,13 +100,13 @@ def fetch(
     slots: torch.Tensor,
     packing: Packing | None = None,
 ) -> None:
-    """Copy chunk `chunks[i]` of head `heads[i]` into pool slot `slots[i]`, all `(m,)`. packing: of pages in 8 bits."""
-    here = heads.to(arena.device), chunks.to(arena.device)
+    """As `Ops.fetch`. Waits for the device."""
+    source = heads.to(arena.device), chunks.to(arena.device)
     if packing is None:
-        pages[slots] = arena[here].to(pages.device)
+        pages[slots] = arena[source].to(pages.device)
         return
     chunks_at_once = max(1, AT_ONCE // arena.shape[3])
-    for head, chunk, slot in zip(*(ids.split(chunks_at_once) for ids in (*here, slots)), strict=True):
+    for head, chunk, slot in zip(*(ids.split(chunks_at_once) for ids in (*source, slots)), strict=True):
         tokens, norms = arena[head, chunk].to(pages.device), packing.norms[head.to(pages.device)].unsqueeze(2)
         pages[slot], packing.scales[slot] = pack(tokens, norms)
 
@@ -132,15 +117,11 @@ def append(
     pages: torch.Tensor,
     table: torch.Tensor,
     lengths: torch.Tensor,
-    held: torch.Tensor,
+    count: torch.Tensor,
     packing: Packing | None = None,
 ) -> None:
-    """Write a token's key and value `(K, D)` behind the `held` `(1,)` tokens of the recent region.
-
-    Its pages are the first columns of `table` `(K, P)`; lengths `(K, P)`: how many tokens of a page count. `held` is
-    left as it was. packing: of pages in 8 bits.
-    """
-    column, place = divmod(int(held), pages.shape[2])
+    """As `Ops.append`. Waits for the device."""
+    column, place = divmod(int(count), pages.shape[2])
     slots = table[:, column].long()
     token = torch.stack((keys, values), dim=1)
     if packing is None:
@@ -158,9 +139,7 @@ def keep(
     slots: torch.Tensor,
     packing: Packing | None = None,
 ) -> None:
-    """Put keys and values of single tokens `(b,)` of one head of the arena into pages `slots` `(>= b / C,)`, one behind
-    the other. packing: of pages in 8 bits.
-    """
+    """As `Ops.keep`. Waits for the device."""
     c = pages.shape[2]
     write(arena[head, tokens // c, :, tokens % c], pages, head, slots, packing)
 
@@ -168,14 +147,14 @@ def keep(
 def write(
     tokens: torch.Tensor, pages: torch.Tensor, head: int, slots: torch.Tensor, packing: Packing | None = None
 ) -> None:
-    """Put keys and values `(b, 2, D)` of one head into its pages `slots` `(>= b / C,)`, one behind the other."""
+    """Write keys and values `(b, 2, D)` of one head into its pages `slots` `(>= b / C,)`, one after another."""
     place = torch.arange(len(tokens), device=pages.device)
     page, within = slots[place // pages.shape[2]], place % pages.shape[2]
     if packing is None:
         pages[page, :, within] = tokens.to(pages)
         return
-    for part, at, to in zip(*(each.split(AT_ONCE) for each in (tokens, page, within)), strict=True):
-        pages[at, :, to], packing.scales[at, :, to] = pack(part.to(pages.device), packing.norms[head])
+    for part, slot, row in zip(*(each.split(AT_ONCE) for each in (tokens, page, within)), strict=True):
+        pages[slot, :, row], packing.scales[slot, :, row] = pack(part.to(pages.device), packing.norms[head])
 
 
 def page_mass(
@@ -188,8 +167,8 @@ def page_mass(
 ) -> torch.Tensor:
     """Attention that full pages get from one query token, summed over the group: `(K, P)`, float32.
 
-    query `(K, G, D)`, pages `(S, 2, C, D)`, slots `(K, P)`: what is negative is read as slot 0. lse `(K, G)`: of all
-    that the query attends to. packing: of pages in 8 bits, its norms those of these `K` heads.
+    query `(K, G, D)`, pages `(S, 2, C, D)`, slots `(K, P)`: a negative one is read as slot 0. lse `(K, G)`: of all that
+    the query attends to. packing: of pages in 8 bits, with the norms of these `K` heads only.
     """
     kv_heads, columns = slots.shape
     query, ids = query.float() * scaling, slots.clamp(min=0).long().flatten() * 2
@@ -211,13 +190,7 @@ def paged_attention(
     batch_pages: int,
     packing: Packing | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Query tokens over pages that differ from head to head: output `(H, n, D)` and lse `(H, n)`, float32.
-
-    query `(H, n, D)`, pages `(S, 2, C, D)`, finite throughout, table `(K, P)`: the pages of each head in any order,
-    lengths `(K, P)`: how many of a page's first tokens count (0: the entry is not there). Every head needs at least
-    one token, all of which all its rows see. batch_pages: pages gathered at a time, at least one per KV head, which
-    bounds the scratch whatever `P` is. packing: of pages in 8 bits.
-    """
+    """As `Ops.paged_attention`. Waits for the device."""
     heads, n, d = query.shape
     kv_heads, columns = table.shape
     c = pages.shape[2]
@@ -229,10 +202,10 @@ def paged_attention(
     merged: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def read(ids: torch.Tensor) -> torch.Tensor:
-        found = rows.index_select(0, ids).float()
+        tokens = rows.index_select(0, ids).float()
         if packing is not None:
-            found *= packing.scales.view(-1).index_select(0, ids).float().unsqueeze(-1)
-        return found.view(kv_heads, -1, d)
+            tokens *= packing.scales.view(-1).index_select(0, ids).float().unsqueeze(-1)
+        return tokens.view(kv_heads, -1, d)
 
     for first in range(0, columns, width):
         part = slice(first, first + width)

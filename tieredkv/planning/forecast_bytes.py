@@ -52,7 +52,7 @@ def decode_bytes(shape: KVShape, tiers: TierConfig, plan: DecodePlan, static: to
         tables += 2 * heads * width * INT32  # a page and its length
         if n_dynamic:
             tables += Residency.bytes_for(n_dynamic, int(plan.slots[index].max()), layout.retrievable)
-            tables += sizes.reuse_bytes(shape, tiers, n_dynamic)
+            tables += sizes.reuse_bytes(shape, tiers, n_dynamic) if plan.ranked else 0
     n_dynamic = int((~static).sum())
     ranked = plan.ranked and n_dynamic > 0
     page = sizes.page_bytes(shape, tiers, plan.packed)

@@ -8,13 +8,13 @@ here.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from tieredkv.config import TierConfig
 from tieredkv.memory.units import FLOAT16, FLOAT32, INT32, INT64, ceil_div
 from tieredkv.models.kv_shape import KVShape
 from tieredkv.ops.packing import norm_bytes, packed_bytes
-from tieredkv.policy.digests import sketch
-from tieredkv.policy.digests.vectors import DIGESTS
+from tieredkv.policy.digests import DIGESTS, Digest
 
 QUESTION_ROOM = 256
 """Tokens of host memory reserved after the video for questions; a longer question makes the tier grow."""
@@ -70,15 +70,19 @@ def page_bytes(shape: KVShape, tiers: TierConfig, packed: bool) -> int:
 
 def host_bytes(shape: KVShape, tiers: TierConfig, prompt: int) -> int:
     """Host memory of the complete cache of `prompt` tokens: whole chunks, room for a longer question, digests."""
-    chunks = ceil_div(prompt + QUESTION_ROOM, tiers.chunk_tokens)
-    fitted = 3 * shape.head_dim**2 * FLOAT32 if DIGESTS[tiers.policy.digest].fitted else 0
-    return shape.kv_heads * (chunks * (chunk_bytes(shape, tiers) + one_digest_bytes(shape, tiers)) + fitted)
+    chunks, digest = ceil_div(prompt + QUESTION_ROOM, tiers.chunk_tokens), digest_for(shape, tiers)
+    fitting = digest.fitted_bytes + query_moment_bytes(shape.head_dim)
+    return shape.kv_heads * (chunks * (chunk_bytes(shape, tiers) + digest.chunk_bytes) + fitting)
 
 
-def one_digest_bytes(shape: KVShape, tiers: TierConfig) -> int:
-    """The digest of one chunk."""
-    method = tiers.policy
-    return DIGESTS[method.digest].packed_bytes(shape.head_dim, tiers.chunk_tokens, method.digest_bits)
+def digest_for(shape: KVShape, tiers: TierConfig) -> Digest[Any]:
+    """The policy's digest, for chunks of this model's keys."""
+    return DIGESTS[tiers.policy.digest](shape.head_dim, tiers.chunk_tokens, tiers.policy.digest_bits)
+
+
+def query_moment_bytes(head_dim: int) -> int:
+    """Second moment of the queries of one KV head, which digests are fitted to, on the host."""
+    return head_dim**2 * FLOAT32
 
 
 def scratch_page_bytes(shape: KVShape, tiers: TierConfig, packed: bool) -> int:
@@ -107,46 +111,55 @@ def attended_bytes(layout: Layout) -> int:
 
 
 def reuse_bytes(shape: KVShape, tiers: TierConfig, heads: int) -> int:
-    """What dynamic heads remember of a step beyond the chunks they chose: the query, where they may reuse them."""
+    """The queries of the step before of `heads` dynamic heads, where the policy reuses chunks; else 0."""
     group = shape.num_attention_heads // shape.num_key_value_heads
     return heads * group * shape.head_dim * FLOAT32 if tiers.policy.reuse_above <= 1 else 0
 
 
 def digest_bytes(shape: KVShape, tiers: TierConfig, layout: Layout, dynamic_heads: int) -> int:
-    """Digests of every retrievable chunk of `dynamic_heads` heads, and what ranks by those that are fitted."""
-    fitted, bits = DIGESTS[tiers.policy.digest].fitted, tiers.policy.digest_bits
-    basis = sketch.ranking_basis_bytes(shape.head_dim, bits) if fitted else 0
-    return dynamic_heads * (layout.retrievable * one_digest_bytes(shape, tiers) + basis)
+    """Digests on the device: of every retrievable chunk of `dynamic_heads` heads, with the fitted state for ranking."""
+    digest = digest_for(shape, tiers)
+    return dynamic_heads * (layout.retrievable * digest.chunk_bytes + digest.ranking_fitted_bytes)
+
+
+RANKING_SHARE = 64
+"""Digests unpacked at a time take up to one part in so many of the cap."""
 
 
 def _ranked_chunk_bytes(shape: KVShape, tiers: TierConfig) -> int:
-    """Scratch per chunk being ranked: part of its digest in float32 and, where it is of tokens, their logits."""
-    heads, kv_heads, bits = shape.num_attention_heads, shape.num_key_value_heads, tiers.policy.digest_bits
-    if DIGESTS[tiers.policy.digest].fitted:
-        numbers = sketch.directions(shape.head_dim, bits) // (1 if bits == 8 else 2)
-        return tiers.chunk_tokens * (kv_heads * numbers * (FLOAT32 + 1) + 3 * FLOAT32 * heads)
-    return kv_heads * shape.head_dim * (FLOAT32 + 1) + 2 * FLOAT32 * heads
+    """Scratch per chunk ranked at a time."""
+    return digest_for(shape, tiers).scratch_bytes(shape.num_key_value_heads, shape.num_attention_heads)
 
 
 def ranked_chunks_at_once(shape: KVShape, tiers: TierConfig, layout: Layout) -> int:
-    """Chunks of one layer to rank at a time: as many as take a 64th of the cap, between 512 and 4,096 tokens' worth.
+    """Chunks of one layer to rank at a time: as many as `RANKING_SHARE` allows, of 512 to 4,096 tokens together.
 
-    More would not be faster: what is unpacked of them must stay in a processor's cache.
+    More would not be faster: what is unpacked of them has to stay in a processor's cache.
     """
-    fit = min(tiers.cap_bytes // 64 // _ranked_chunk_bytes(shape, tiers), 8 * _least_ranked(tiers))
+    fit = min(tiers.cap_bytes // RANKING_SHARE // _ranked_chunk_bytes(shape, tiers), 8 * _least_ranked(tiers))
     return max(1, min(layout.retrievable, max(fit, _least_ranked(tiers))))
 
 
 def _least_ranked(tiers: TierConfig) -> int:
+    """Chunks ranked at a time under the smallest caps."""
     return max(1, 512 // tiers.chunk_tokens)
 
 
 def ranking_bytes(shape: KVShape, tiers: TierConfig, layout: Layout, at_once: int | None = None) -> int:
-    """Scratch of ranking one layer's chunks, `at_once` at a time: logits and shares of all, digests of those."""
+    """Scratch of ranking one layer's chunks for one step: logits and shares of all, and what unpacking takes.
+
+    at_once: chunks unpacked at a time; None: `ranked_chunks_at_once`.
+    """
     if at_once is None:
         at_once = ranked_chunks_at_once(shape, tiers, layout)
     per_chunk = FLOAT32 * (4 * shape.num_attention_heads + shape.num_key_value_heads)
     return layout.retrievable * per_chunk + min(at_once, layout.retrievable) * _ranked_chunk_bytes(shape, tiers)
+
+
+def ranked_ahead_bytes(shape: KVShape, layout: Layout) -> int:
+    """Scratch of ranking one layer's chunks for one more step at the same time: at most the logits of every token, and
+    three times those of every chunk."""
+    return FLOAT32 * shape.num_attention_heads * layout.retrievable * (layout.chunk_tokens + 3)
 
 
 def gathered_pages(shape: KVShape, pool_pages: int) -> int:
@@ -186,4 +199,5 @@ def smallest_decode_bytes(shape: KVShape, tiers: TierConfig, layout: Layout) -> 
     pool = pool_bytes(shape, tiers, pages, tiers.pack_pages and not policy.keep_all)
     dynamic = others if policy.theta > 0 else 0
     smallest = pool + beside_pool_bytes(shape, tiers, layout, dynamic, _least_ranked(tiers))
-    return ceil_div(smallest * 64, 63) if dynamic else smallest  # what is ranked at once grows with the cap
+    # Digests unpacked at a time grow with the cap.
+    return ceil_div(smallest * RANKING_SHARE, RANKING_SHARE - 1) if dynamic else smallest

@@ -9,7 +9,7 @@ import torch
 
 from tieredkv.errors import check_value, check_whole, is_number
 from tieredkv.policy.budget import WEIGHTS
-from tieredkv.policy.digests.vectors import BITS, DIGESTS
+from tieredkv.policy.digests import BITS, DIGESTS
 from tieredkv.policy.prune import HeadTokens, text_prior
 from tieredkv.policy.select import GROUPS
 
@@ -61,7 +61,7 @@ class Policy:
     rank: Rank = text_prior
     merge: Merge | None = None
     digest: str = "cuboid"
-    """What stands in for a chunk's keys: a name in `policy.digests.vectors.DIGESTS`."""
+    """What stands in for a chunk's keys: a name in `policy.digests.DIGESTS`."""
     digest_bits: int = 8
     """Bits per number of a digest, 4 or 8."""
     chunk_group: str = "mean"

@@ -22,7 +22,7 @@ def max_share(logits: torch.Tensor) -> torch.Tensor:
 
 
 def max_logit(logits: torch.Tensor) -> torch.Tensor:
-    """`(K, G, n)` -> `(K, n)`: maximum over the group's query heads of the bare logits (Quest's rule, for groups)."""
+    """`(K, G, n)` -> `(K, n)`: maximum over the group's query heads of the logits (Quest's rule, for groups)."""
     return logits.amax(1)
 
 
@@ -30,9 +30,9 @@ GROUPS = {"mean": mean_share, "max": max_share, "max_logit": max_logit}
 
 
 def chunk_ranks(logits: torch.Tensor, chosen: torch.Tensor, group: str, stay: float) -> torch.Tensor:
-    """Ranks `(K, n)` of chunks by the group's logits `(K, G, n)`: a share of attention, by the rule named `group`.
+    """Ranks `(K, n)` of chunks from logits `(K, G, n)`, by the rule of `GROUPS` named `group`.
 
-    Those of the chunks chosen a step before, `(K, n)`, are `stay` times as high (ours).
+    Ranks of chunks that the step before chose, mask `(K, n)`, are multiplied by `stay` (ours).
     """
     ranks = GROUPS[group](logits)
     return torch.where(chosen, ranks * stay, ranks) if stay != 1 else ranks
@@ -44,21 +44,22 @@ def log_mass_without(logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor
 
 
 def unseen_share(unselected: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-    """Share of attention mass `(K,)` that a step did not see: the group's mean, from both parts' log-sum-exp `(K, G)`.
+    """Share of attention mass `(K,)` that a step did not see, mean over the group (ours).
 
-    Ours. As true as the digests' logits are: of sketches, not of boxes, which promise more than their chunks hold.
+    unselected, seen `(K, G)`: log-sum-exp of the logits of what was not attended to, and of what was. The first is as
+    good as the digests that it is estimated from (`Digest.estimates_mass`).
     """
     return torch.sigmoid(unselected - seen).mean(-1)
 
 
 MUCH_UNSEEN = 0.1
-"""Share of attention mass whose loss is worth more chunks."""
+"""Share of unseen attention mass above which a head selects more chunks."""
 
 
 def adapted(selected: torch.Tensor, unseen: torch.Tensor, least: torch.Tensor, most: torch.Tensor) -> torch.Tensor:
-    """How many chunks each head selects next, `(K,)`, least <= it <= most (ours).
+    """How many chunks each head selects next, `(K,)`, between `least` and `most` (ours).
 
-    A quarter more where much went unseen, a quarter less where less than half as much did.
+    A quarter more where more than `MUCH_UNSEEN` went unseen, a quarter less where less than half of that did.
     """
     quarter = (selected + 3) // 4
     much, little = unseen > MUCH_UNSEEN, unseen < MUCH_UNSEEN / 2
@@ -67,5 +68,5 @@ def adapted(selected: torch.Tensor, unseen: torch.Tensor, least: torch.Tensor, m
 
 
 def query_similarity(query: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-    """`(K,)`: cosine of each query head `(K, G, D)` with itself a step before, averaged over the group (FreeKV)."""
+    """`(K,)`: cosine between the queries `(K, G, D)` of two steps, averaged over the group (FreeKV)."""
     return torch.cosine_similarity(query.float(), before.float(), dim=-1).mean(1)

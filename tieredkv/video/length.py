@@ -68,30 +68,30 @@ def find_length(
 
     until: reading stops at this time. check: called for every packet; may raise to stop.
     """
-    kind, alone = container.format.name, len(container.streams) == 1
+    kind, single = container.format.name, len(container.streams) == 1
 
-    def read(everything: bool = False) -> _Found:
+    def scan(everything: bool = False) -> _Packets:
         return _scan(path, stream.index, times, everything, until, check)
 
     if kind in _GUESSED or times.rate is not None:
-        return Length(read().end, None)
-    own = _seconds(stream.duration, stream.time_base)
-    whole = _seconds(container.duration, Fraction(1, av.time_base))
+        return Length(scan().end, None)
+    track = _seconds(stream.duration, stream.time_base)
+    longest = _seconds(container.duration, Fraction(1, av.time_base))
     if kind == "asf":
         header = _asf_seconds(path)
-        whole = header if header is not None and header < _LONGEST else whole
+        longest = header if header is not None and header < _LONGEST else longest
     if kind == MP4:
         fragmented, cut, indexed = fragments(path, stream.id)
         if fragmented:
             # FFmpeg reports the sum of the fragments that exist, or what an index of all of them says.
-            found = read()
+            packets = scan()
             if indexed is not None and indexed < _LONGEST:
-                own = times.zero + times.begin + indexed  # the index may have another zero than the fragments
-            if found.end is not None and found.complete and own is not None:
-                if found.end + times.zero < own - _TOLERANCE:
-                    return Length(own - times.zero, _TOLERANCE)
-                return Length(found.end, _TOLERANCE, cut)
-            return Length(found.end, None, cut)
+                track = times.zero + times.begin + indexed  # the index may have another zero than the fragments
+            if packets.end is not None and packets.complete and track is not None:
+                if packets.end + times.zero < track - _TOLERANCE:
+                    return Length(track - times.zero, _TOLERANCE)
+                return Length(packets.end, _TOLERANCE, cut)
+            return Length(packets.end, None, cut)
         # Not FFmpeg's length of a track: it may or may not include empty time that edits leave before it.
         edited = edited_end(path, stream.id)
         if edited is not None and times.begin < edited - times.zero < _LONGEST:
@@ -99,35 +99,35 @@ def find_length(
     if kind == "avi" and stream.frames and stream.average_rate:
         # FFmpeg shortens the length of a truncated file, but not its frame count.
         if stream.frames / stream.average_rate > _LONGEST:
-            return Length(read().end, None)  # the writer did not know the count
-        own = max(own or 0.0, float(stream.frames / stream.average_rate))
-    if kind in _PER_TRACK and own is not None:
-        return Length(times.begin + own, _TOLERANCE)
+            return Length(scan().end, None)  # the writer did not know the count
+        track = max(track or 0.0, float(stream.frames / stream.average_rate))
+    if kind in _PER_TRACK and track is not None:
+        return Length(times.begin + track, _TOLERANCE)
     shift = times.zero if kind in _FROM_ZERO else 0.0
-    stated = _clock_seconds(stream.metadata.get("DURATION")) if kind == MATROSKA else None
-    if stated is None and whole is None:
-        return Length(read().end, None, cut_element(path) if kind == MATROSKA else None)
-    prompt = times.begin + shift < _TOLERANCE  # then the end equals the length, within the tolerance
-    if prompt and (stated is not None or alone):
-        end = whole if stated is None else stated
+    tag = _clock_seconds(stream.metadata.get("DURATION")) if kind == MATROSKA else None
+    if tag is None and longest is None:
+        return Length(scan().end, None, cut_element(path) if kind == MATROSKA else None)
+    from_start = times.begin + shift < _TOLERANCE  # then the end equals the length, within the tolerance
+    if from_start and (tag is not None or single):
+        end = longest if tag is None else tag
         assert end is not None
         return Length(end - shift - (times.delay or 0.0), _TOLERANCE)  # files that FFmpeg writes include the delay
-    return _compared(read(everything=True), stated, whole, shift, kind)
+    return _from_packets(scan(everything=True), tag, longest, shift, kind)
 
 
-def _compared(found: _Found, stated: float | None, whole: float | None, shift: float, kind: str) -> Length:
-    """The end found in the packets, unless they stop before the end stated for the picture or for all streams."""
-    if found.end is None:
+def _from_packets(packets: _Packets, tag: float | None, longest: float | None, shift: float, kind: str) -> Length:
+    """The end by the packets, unless they stop before the end stated for the picture or for all streams."""
+    if packets.end is None:
         return Length(None, None)
-    slack = _TOLERANCE if kind in _FROM_ZERO or whole is None else max(5.0, 0.1 * whole)  # others state estimates
-    if found.complete:
-        for seconds, reached in ((stated, found.end), (whole, found.last)):
+    slack = _TOLERANCE if kind in _FROM_ZERO or longest is None else max(5.0, 0.1 * longest)  # others state estimates
+    if packets.complete:
+        for seconds, reached in ((tag, packets.end), (longest, packets.last)):
             if seconds is not None and reached < seconds - shift - slack:
                 return Length(seconds - shift, slack)
-    return Length(found.end, slack)
+    return Length(packets.end, slack)
 
 
-class _Found(NamedTuple):
+class _Packets(NamedTuple):
     end: float | None
     """End of the picture, in seconds on the file's clock; None: its packets have no times."""
     last: float
@@ -143,7 +143,7 @@ def _scan(
     everything: bool,
     until: float | None,
     check: Callable[[], None] | None,
-) -> _Found:
+) -> _Packets:
     """Ends by the times of the packets, without decoding any; reads all streams if `everything`.
 
     Anticipates what `Clock` will make of the times, as far as packets in decoding order allow: a restart of the clock
@@ -156,15 +156,15 @@ def _scan(
             for packet in container.demux() if everything else container.demux(stream):
                 if check is not None:
                     check()
-                written = packet.pts if times.delay is None else packet.dts
+                timestamp = packet.pts if times.delay is None else packet.dts
                 if packet.size == 0:
                     continue
                 count += packet.stream_index == index
-                if written is None or packet.time_base is None:
+                if timestamp is None or packet.time_base is None:
                     continue
-                time, stays = float(written * packet.time_base), float((packet.duration or 0) * packet.time_base)
+                time, shown = float(timestamp * packet.time_base), float((packet.duration or 0) * packet.time_base)
                 if packet.stream_index != index:
-                    last = max(last, time + stays - times.zero)
+                    last = max(last, time + shown - times.zero)
                     continue
                 time -= zero
                 if newest is not None and packet.is_keyframe and time < newest - JITTER:
@@ -174,7 +174,7 @@ def _scan(
                     complete = False
                     break
                 newest = time if newest is None else max(newest, time)
-                length = max(length, time + stays)
+                length = max(length, time + shown)
                 if until is not None and length > until + JITTER:
                     complete = False
                     break
@@ -182,11 +182,11 @@ def _scan(
             pass  # decoding fails at the same place, and reports it
     if times.rate is not None:
         end = float(count / times.rate)
-        return _Found(end, end, complete)
+        return _Packets(end, end, complete)
     if newest is None:
-        return _Found(None, last, complete)
+        return _Packets(None, last, complete)
     end = max(length, times.begin + SAME_TIME)
-    return _Found(end, max(last, end), complete)
+    return _Packets(end, max(last, end), complete)
 
 
 def _asf_seconds(path: Path) -> float | None:

@@ -44,13 +44,13 @@ class Playback:
         """The longest time between key frames so far, in seconds; None: fewer than two were read."""
         self._sought = False
 
-    def read(self, wanted: float) -> Shot | None:
-        """The next frame that is shown, None at the end; frames that end before the time `wanted` may be skipped.
+    def read(self, target: float) -> Shot | None:
+        """The next frame that is shown, None at the end; frames that end before `target` may be skipped.
 
         Raises `VideoError` if decoding fails, `IndexFailed` if it fails after a seek.
         """
-        if self._seek and self._spacing is not None and wanted - self.clock.now > self._spacing:
-            return self._enter(wanted)
+        if self._seek and self._spacing is not None and target - self.clock.now > self._spacing:
+            return self._enter(target)
         while (frame := self._decode()) is not None:
             time = self.clock.place(frame)
             self._report(self.clock.now)
@@ -79,16 +79,16 @@ class Playback:
             raise IndexFailed
         raise cut_short(film.path, self.clock.shown_until, f"the file says it lasts {film.end:.2f} s")
 
-    def _enter(self, wanted: float) -> Shot:
-        """Seek to the last key frame shown at or before `wanted`, which may lie before the last frame read."""
+    def _enter(self, target: float) -> Shot:
+        """Seek to the last key frame shown at or before `target`, which may lie before the last frame read."""
         assert self._spacing is not None
         self._sought = True
         for before in (0.0, self._spacing, 4 * self._spacing):
             # An index may hold decoding times, which are earlier than presentation times: step back if it overshoots.
-            shot = self._enter_at(max(0.0, wanted - before))
-            if shot is not None and shot.time <= wanted + SAME_TIME:
+            shot = self._enter_at(max(0.0, target - before))
+            if shot is not None and shot.time <= target + SAME_TIME:
                 # No key frame lies between: without this, each read would seek to the same key frame again.
-                self._spacing = max(self._spacing, wanted - shot.time)
+                self._spacing = max(self._spacing, target - shot.time)
                 self._key_time = shot.time
                 return shot
         raise IndexFailed

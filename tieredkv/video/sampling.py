@@ -113,16 +113,16 @@ class FileSource:
         with opened(film.path, film.stream) as (container, stream):
             playback = Playback(film, container, stream, seek, report)
             shot = playback.read(self._time(n))
-            while shot is not None and self._wants(n):
+            while shot is not None and self._includes(n):
                 following = playback.read(self._time(n))
                 end = shot.end if following is None else following.time
-                while self._wants(n) and self._time(n) < end - SAME_TIME:
+                while self._includes(n) and self._time(n) < end - SAME_TIME:
                     yield screen.paint(shot)
                     n += 1
                 shot = following
             if film.cut is not None and film.end is not None and self._until > film.end:
                 raise cut_short(film.path, film.end, film.cut)
-            if self._wants(n):
+            if self._includes(n):
                 self._check_size(playback.clock.now)
                 playback.check_end(self._until)
                 if n == 0:
@@ -131,7 +131,7 @@ class FileSource:
     def _time(self, n: int) -> float:
         return self.start + n / self.fps
 
-    def _wants(self, n: int) -> bool:
+    def _includes(self, n: int) -> bool:
         return (self._limit is None or n < self._limit) and self._time(n) < self._until - SAME_TIME
 
     def _check_size(self, time: float) -> None:

@@ -1,5 +1,5 @@
-"""Triton kernels of a decoding step. Each has a twin in plain torch with the same signature, named beside it.
+"""`Ops` as Triton kernels. Contracts: `ops.base`; each kernel has a twin of the same name in `torch_ops` or `policy`.
 
 They run compiled on a CUDA device and, where `TRITON_INTERPRET=1` is set before Triton is imported, anywhere. Nothing
-here synchronises with the host, and every launch depends on shapes alone, so a step can be captured in a CUDA graph.
+here waits for the device, and every launch depends on shapes alone, so a step can be captured in a CUDA graph.
 """

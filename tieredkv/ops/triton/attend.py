@@ -14,9 +14,9 @@ import triton.language as tl
 from tieredkv.ops.packing import Packing
 
 BLOCK_BYTES = 2**14
-"""Of the keys, and of the values, that one program attends to at a time: two of each fit any shared memory."""
+"""Bytes of keys, and of values, that a program reads at a time: two blocks of each fit any card's shared memory."""
 MOST_ROWS = 32
-"""Query rows of a KV head that one program attends with."""
+"""Query rows of a KV head in one program."""
 
 
 @triton.jit
@@ -32,7 +32,7 @@ def _attend_split(
     if WIDEN:
         q = q.to(tl.float32)
     if norms is not None:
-        # What all keys have in common is multiplied once, into the query.
+        # Norms and scaling are common to all keys: multiplied into the query once.
         norm = tl.load(norms + head * 2 * D + d, mask=d < D, other=0.0) * scaling
         q = (q.to(tl.float32) * norm[None, :]).to(q.dtype)
     best = tl.full([PADDED_G], -1e38, tl.float32)
@@ -42,11 +42,11 @@ def _attend_split(
     stop = tl.minimum(first + columns_per_split, columns)
     for begin in range(first * C, stop * C, BLOCK):
         column, place = (begin + token) // C, (begin + token) % C
-        there = column < stop
-        page = tl.load(table + head * columns + column, mask=there, other=0).to(tl.int64)
-        seen = there & (place < tl.load(lengths + head * columns + column, mask=there, other=0))
+        exists = column < stop
+        page = tl.load(table + head * columns + column, mask=exists, other=0).to(tl.int64)
+        counts = exists & (place < tl.load(lengths + head * columns + column, mask=exists, other=0))
         where = (page * 2 * C + place)[:, None] * D + d[None, :]
-        readable = seen[:, None] & (d[None, :] < D)
+        readable = counts[:, None] & (d[None, :] < D)
         k = tl.load(pages + where, mask=readable, other=0.0)
         v = tl.load(pages + where + C * D, mask=readable, other=0.0)
         if WIDEN:
@@ -54,14 +54,14 @@ def _attend_split(
         if norms is not None:
             k, v = k.to(q.dtype), v.to(q.dtype)
             scale_of = scales + page * 2 * C + place
-            key_scale = tl.load(scale_of, mask=seen, other=0.0).to(tl.float32)
-            value_scale = tl.load(scale_of + C, mask=seen, other=0.0).to(tl.float32)
+            key_scale = tl.load(scale_of, mask=counts, other=0.0).to(tl.float32)
+            value_scale = tl.load(scale_of + C, mask=counts, other=0.0).to(tl.float32)
         logits = tl.dot(q, tl.trans(k), out_dtype=tl.float32, input_precision="ieee")
         if norms is None:
             logits *= scaling
         else:
             logits *= key_scale[None, :]
-        logits = tl.where(seen[None, :], logits, -float("inf"))
+        logits = tl.where(counts[None, :], logits, -float("inf"))
         better = tl.maximum(best, tl.max(logits, 1))
         weights = tl.exp(logits - better[:, None])
         faded = tl.exp(best - better)
@@ -73,7 +73,7 @@ def _attend_split(
         best = better
     if norms is not None:
         mixed *= tl.load(norms + (head * 2 + 1) * D + d, mask=d < D, other=0.0)[None, :]
-    # Of a split that holds nothing: 0, with a log-sum-exp that no other is below.
+    # An empty split: output 0, lowest possible lse.
     mixed = mixed / tl.maximum(total, 1e-30)[:, None]
     whole = tl.where(total > 0, best + tl.log(tl.maximum(total, 1e-30)), -1e38)
     to = (head * G + row) * splits + split
@@ -98,13 +98,13 @@ def _merge_splits(
 
 
 def widened(dtype: torch.dtype) -> bool:
-    """Whether products are of float32: Triton's interpreter takes bfloat16 for integers."""
+    """Whether to multiply in float32: Triton's interpreter treats bfloat16 as integers."""
     return dtype == torch.bfloat16 and triton.knobs.runtime.interpret
 
 
 @cache
 def programs_for(device: torch.device) -> int:
-    """Programs that keep a device busy: two for each processor."""
+    """Programs that keep a device busy: two per SM."""
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
@@ -117,10 +117,9 @@ def paged_attention(
     batch_pages: int = 0,
     packing: Packing | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `attention.reference.paged_attention`: query `(H, n, D)` -> output `(H, n, D)` and lse `(H, n)`, float32.
+    """As `Ops.paged_attention`. What lies beyond a page's length is not read. batch_pages is ignored.
 
-    query in the pages' dtype. batch_pages does not matter: nothing is gathered. packing: of pages in 8 bits; products
-    are then of the query's dtype. What a head without any token gets is undefined: nobody can be told of it from here.
+    Multiplies in the pages' dtype, or with packed pages in the query's.
     """
     heads, n, d = query.shape
     kv_heads, columns = table.shape
@@ -140,7 +139,7 @@ def paged_attention(
     padded = max(16, triton.next_power_of_2(d))
     token_bytes = padded * dtype.itemsize
     if packing is not None and dtype == torch.float32:
-        token_bytes *= 2  # what 8 bits become lies in registers, and 32 bits would not fit them
+        token_bytes *= 2  # unpacked numbers live in registers, where a full block of 32 bits does not fit
     _attend_split[(kv_heads, splits)](
         query.to(dtype).contiguous(), pages, scales, norms, table, lengths, parts, part_lse, scaling,
         columns, triton.cdiv(columns, splits),

@@ -1,7 +1,4 @@
-"""Which chunks a step attends to, and which slots they go to: what `Residency` does, without the host.
-
-Shapes: `n` dynamic heads, `N` chunks, `R` retrieval slots of a head, `m` chunks a head may select at most.
-"""
+"""Which chunks a step attends to, and which slots they go to. One program handles one head."""
 
 from __future__ import annotations
 
@@ -11,12 +8,12 @@ import triton.language as tl
 
 BLOCK = 2048
 LONG = tl.constexpr(2**30)
-"""More than any clock shows."""
+"""Above any value of the clock."""
 
 
 @triton.jit
 def _ordered(x):
-    """Floats as whole numbers from 0 to 2**32 - 1 in the same order."""
+    """Map floats to integers from 0 to 2**32 - 1, keeping their order."""
     bits = x.to(tl.int32, bitcast=True)
     return tl.where(bits < 0, (~bits).to(tl.int64), bits.to(tl.int64) + 2147483648)
 
@@ -28,7 +25,7 @@ def _choose(
     head = tl.program_id(0)
     count = tl.load(selected + head).to(tl.int32)
     place = tl.arange(0, BLOCK)
-    # The rank of the count-th best, bit by bit from the top.
+    # Find the rank of the count-th best, bit by bit from the highest.
     limit, bit = tl.zeros([], tl.int64), tl.full([], 2147483648, tl.int64)
     for _ in range(32):
         above = tl.zeros([BLOCK], tl.int32)
@@ -43,18 +40,18 @@ def _choose(
         chunk = first + place
         rank = _ordered(tl.load(ranks + head * chunks + chunk, mask=chunk < chunks, other=-float("inf")))
         better += tl.sum(((rank > limit) & (chunk < chunks)).to(tl.int32), 0)
-    # Of those that tie for the last places, the first.
+    # Of chunks that tie for the last places, take the first.
     equals = tl.zeros([], tl.int32)
     absent = tl.zeros([], tl.int32)
     for first in range(0, chunks, BLOCK):
         chunk = first + place
-        there = chunk < chunks
-        rank = _ordered(tl.load(ranks + head * chunks + chunk, mask=there, other=-float("inf")))
-        tie = ((rank == limit) & there).to(tl.int32)
+        exists = chunk < chunks
+        rank = _ordered(tl.load(ranks + head * chunks + chunk, mask=exists, other=-float("inf")))
+        tie = ((rank == limit) & exists).to(tl.int32)
         order = equals + tl.cumsum(tie, 0) - tie
-        taken = there & ((rank > limit) | ((tie != 0) & (order < count - better)))
+        taken = exists & ((rank > limit) | ((tie != 0) & (order < count - better)))
         equals += tl.sum(tie, 0)
-        tl.store(chosen + head * chunks + chunk, taken.to(tl.uint8), mask=there)
+        tl.store(chosen + head * chunks + chunk, taken.to(tl.uint8), mask=exists)
         gone = taken & (tl.load(slot_of + head * slots_stride + chunk, mask=taken, other=0) < 0)
         at = absent + tl.cumsum(gone.to(tl.int32), 0) - 1
         tl.store(missed + head * most + at, chunk, mask=gone)
@@ -62,12 +59,10 @@ def _choose(
     tl.store(misses + head, absent)
 
 
-def choose(ranks: torch.Tensor, selected: torch.Tensor, slot_of: torch.Tensor, most: int) -> tuple[torch.Tensor, ...]:
-    """As `memory.residency.choose`: the best `selected` chunks of each head, and those of them that are in no slot.
-
-    ranks `(n, N)`, selected `(n,)`, slot_of `(n, N)`, -1 for none. Returns chosen `(n, N)` bool, missed `(n, most)`
-    chunk ids, ascending, of which the first misses `(n,)` count.
-    """
+def choose(
+    ranks: torch.Tensor, selected: torch.Tensor, slot_of: torch.Tensor, most: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `Ops.choose`. Of equal ranks the first are chosen."""
     heads, chunks = ranks.shape
     chosen = torch.empty((heads, chunks), dtype=torch.bool, device=ranks.device)
     missed = torch.empty((heads, most), dtype=torch.int32, device=ranks.device)
@@ -96,7 +91,7 @@ def _place(
 ):  # fmt: skip
     head, place = tl.program_id(0), tl.arange(0, BLOCK)
     needed, now = tl.load(misses + head), tl.load(clock)
-    # How long ago the oldest slots were used that must give way, bit by bit: larger is longer ago.
+    # Find the age at which slots are taken, bit by bit from the highest.
     limit, bit = tl.zeros([], tl.int32), tl.full([], 1 << 30, tl.int32)
     for _ in range(31):
         above = tl.zeros([BLOCK], tl.int32)
@@ -121,8 +116,8 @@ def _place(
         at = gone + tl.cumsum(victim.to(tl.int32), 0) - 1
         tl.store(victims + head * most + at, slot, mask=victim)
         gone += tl.sum(victim.to(tl.int32), 0)
-        held = tl.load(chunk_in + head * stride + slot, mask=slot < count, other=-1)
-        used = victim | (tl.load(wanted + head * chunks + held, mask=held >= 0, other=0) != 0)
+        resident = tl.load(chunk_in + head * stride + slot, mask=slot < count, other=-1)
+        used = victim | (tl.load(wanted + head * chunks + resident, mask=resident >= 0, other=0) != 0)
         tl.store(last_used + head * stride + slot, now, mask=used)
         if TABLE:
             at = listed + tl.cumsum(used.to(tl.int32), 0) - 1
@@ -133,13 +128,13 @@ def _place(
 
 @triton.jit
 def _age(kept, chunk_in, last_used, slots, head, slot, chunks, count, stride):
-    """How long ago each slot was used, the larger the longer; -1 for one that must not give way or is not there."""
-    there = slot < count
-    held = tl.load(chunk_in + head * stride + slot, mask=there, other=-1)
-    stays = tl.load(kept + head * chunks + held, mask=held >= 0, other=0) != 0
-    owned = tl.load(slots + head * count + slot, mask=there, other=-1) >= 0
-    used = tl.load(last_used + head * stride + slot, mask=there, other=0)
-    return tl.where(there & owned & (stays == 0), LONG - used, -1)
+    """Time since each slot was last used, larger for longer; -1 for one that must not be taken or does not exist."""
+    exists = slot < count
+    resident = tl.load(chunk_in + head * stride + slot, mask=exists, other=-1)
+    stays = tl.load(kept + head * chunks + resident, mask=resident >= 0, other=0) != 0
+    owned = tl.load(slots + head * count + slot, mask=exists, other=-1) >= 0
+    used = tl.load(last_used + head * stride + slot, mask=exists, other=0)
+    return tl.where(exists & owned & (stays == 0), LONG - used, -1)
 
 
 def place(
@@ -155,14 +150,7 @@ def place(
     heads: torch.Tensor,
     first: int,
 ) -> torch.Tensor:
-    """As `memory.residency.place`: slots for the missed chunks; marks used slots and lists them in the page table.
-
-    wanted `(n, N)`: chunks whose slots are used now; kept `(n, N)`: chunks whose slots must not give way, the wanted
-    among them. misses `(n,)`. chunk_in, last_used `(n, R)`: read, and `clock` `(1,)` written where a slot is used.
-    slots `(n, R)`: of the pool, -1 for none. Victims are the slots used longest ago, the first of those used equally
-    long ago. table `(K, P)` int32: gets the pool slots of a head's wanted chunks from column `first` of row `heads` on.
-    Returns victims `(n, most)`, local slots, ascending, of which the first `misses` count.
-    """
+    """As `Ops.place`."""
     n, count = slots.shape
     victims = torch.empty((n, most), dtype=torch.int32, device=slots.device)
     listed = slots if table is None else table

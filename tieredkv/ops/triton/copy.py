@@ -1,8 +1,7 @@
-"""Copies into the pool: missed chunks and kept tokens out of page-locked host memory, and the new token.
+"""Copies into the pool: missed chunks and kept tokens from page-locked host memory, and the new token.
 
-Host memory is read by the kernels themselves, so ids stay on the device; on a CUDA machine the arena must be
-page-locked. With a `packing` they make 8 bits of what they read: `ops.packing`. Shapes: `K` KV heads, `n` dynamic
-heads, `C` chunk tokens, `D` head dim, `S` slots of the pool.
+The kernels read host memory themselves, so chunk ids need not leave the device. The arena must be page-locked, and the
+chunks of a head contiguous.
 """
 
 from __future__ import annotations
@@ -14,19 +13,19 @@ import triton.language as tl
 from tieredkv.ops.packing import Packing
 
 PROGRAMS = 12
-"""Enough to fill a link; more would only take the device's processors from who computes."""
+"""Enough to saturate the link; more would take SMs from compute."""
 PIECES, BLOCK = 4, 1024
-"""Chunks that one program has under way, and how many words of each."""
+"""Chunks that a program copies at a time, and words of each."""
 
 
 @triton.jit
 def _pack(rows, norms):
     """As `packing.pack`: rows `(..., D)` -> numbers `(..., D)` int8 and scales `(..., 1)` float16.
 
-    The same to the bit, but where torch on a card divides less exactly.
+    Equal to the bit to torch on a CPU; torch on a card divides less exactly.
     """
     sized = tl.div_rn(rows.to(tl.float32), norms)
-    # The largest bits, not the largest number: that would pass over what is not a number.
+    # The maximum of the bits, not of the numbers: that would skip NaN.
     bits = tl.max(sized.to(tl.int32, bitcast=True) & 0x7FFFFFFF, len(rows.shape) - 1, keep_dims=True)
     scale = tl.div_rn(bits.to(tl.float32, bitcast=True), 127.0).to(tl.float16)
     step = scale.to(tl.float32)
@@ -36,25 +35,28 @@ def _pack(rows, norms):
 
 
 @triton.jit
-def _copy_words(arena, pool, source, slot, there, WORDS: tl.constexpr, BLOCK: tl.constexpr):
-    """Copy what begins at word `source` into slots `slot`, both `(PIECES,)`."""
+def _copy_words(arena, pool, source, slot, valid, WORDS: tl.constexpr, BLOCK: tl.constexpr):
+    """Copy the chunks that begin at words `source` into slots `slot`, both `(PIECES,)`, where `valid`."""
     word = tl.arange(0, BLOCK)
     for part in range(0, WORDS, BLOCK):
-        inside = there[:, None] & (part + word[None, :] < WORDS)
+        inside = valid[:, None] & (part + word[None, :] < WORDS)
         data = tl.load(arena + source[:, None] + part + word[None, :], mask=inside, other=0)
         tl.store(pool + slot[:, None] * WORDS + part + word[None, :], data, mask=inside)
 
 
 @triton.jit
 def _copy_packed(
-    arena, pool, scales, norms, source, slot, there,
+    arena, pool, scales, norms, source, slot, valid,
     C: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Pack what begins at number `source` into slots `slot`, both `(PIECES,)`. norms `(PIECES,)`: pointers."""
+    """Pack the chunks that begin at numbers `source` into slots `slot`, both `(PIECES,)`, where `valid`.
+
+    norms `(PIECES,)`: pointers.
+    """
     row, d = tl.arange(0, ROWS), tl.arange(0, PADDED_D)
     for first in range(0, 2 * C, ROWS):
         at = (first + row)[None, :, None]
-        counts = there[:, None, None] & (at < 2 * C)
+        counts = valid[:, None, None] & (at < 2 * C)
         inside = counts & (d[None, None, :] < D)
         where = at * D + d[None, None, :]
         data = tl.load(arena + source[:, None, None] + where, mask=inside, other=0.0)
@@ -64,17 +66,17 @@ def _copy_packed(
         tl.store(scales + slot[:, None, None] * (2 * C) + at, scale, mask=counts)
 
 
-def _copied(
+def _operands(
     arena: torch.Tensor, pages: torch.Tensor, packing: Packing | None
 ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None], dict[str, int]]:
-    """What a kernel copies chunks from and to: as words, whatever they hold, or as numbers if they are packed."""
+    """What a kernel copies chunks from and to, and its sizes: words of any dtype, or numbers if they are packed."""
     scales, norms = (None, None) if packing is None else (packing.scales, packing.norms)
     source, pool = (arena.view(torch.int32), pages.view(torch.int32)) if packing is None else (arena, pages)
     c, d = source.shape[-2:]
     padded, words = triton.next_power_of_2(d), 2 * c * d
     rows = min(triton.next_power_of_2(2 * c), max(1, 4 * BLOCK // (padded * source.itemsize)))
-    shape = {"C": c, "D": d, "PADDED_D": padded, "ROWS": rows, "BLOCK": min(BLOCK, triton.next_power_of_2(words))}
-    return (source, pool, scales, norms), {**shape, "PIECES": PIECES, "num_warps": 4 if packing is None else 8}
+    sizes = {"C": c, "D": d, "PADDED_D": padded, "ROWS": rows, "BLOCK": min(BLOCK, triton.next_power_of_2(words))}
+    return (source, pool, scales, norms), {**sizes, "PIECES": PIECES, "num_warps": 4 if packing is None else 8}
 
 
 @triton.jit
@@ -91,20 +93,20 @@ def _gather(
         row = tl.load(heads + head).to(tl.int64)
         for begin in range(program * PIECES, absent, programs * PIECES):
             j = begin + piece
-            there = j < absent
-            chunk = tl.load(missed + head * most + j, mask=there, other=0)
-            local = tl.load(victims + head * most + j, mask=there, other=0)
-            slot = tl.load(slots + head * count + local, mask=there, other=0).to(tl.int64)
+            valid = j < absent
+            chunk = tl.load(missed + head * most + j, mask=valid, other=0)
+            local = tl.load(victims + head * most + j, mask=valid, other=0)
+            slot = tl.load(slots + head * count + local, mask=valid, other=0).to(tl.int64)
             source = row * arena_stride + (first_chunk + chunk).to(tl.int64) * (2 * C * D)
             if norms is None:
-                _copy_words(arena, pool, source, slot, there, 2 * C * D, BLOCK)
+                _copy_words(arena, pool, source, slot, valid, 2 * C * D, BLOCK)
             else:
                 norm = norms + row * (2 * D) + 0 * piece
-                _copy_packed(arena, pool, scales, norm, source, slot, there, C, D, PADDED_D, ROWS)
-            before = tl.load(chunk_in + head * slot_stride + local, mask=there, other=-1)
-            tl.store(slot_of + head * chunk_stride + before, -1, mask=there & (before >= 0))
-            tl.store(chunk_in + head * slot_stride + local, chunk, mask=there)
-            tl.store(slot_of + head * chunk_stride + chunk, local, mask=there)
+                _copy_packed(arena, pool, scales, norm, source, slot, valid, C, D, PADDED_D, ROWS)
+            before = tl.load(chunk_in + head * slot_stride + local, mask=valid, other=-1)
+            tl.store(slot_of + head * chunk_stride + before, -1, mask=valid & (before >= 0))
+            tl.store(chunk_in + head * slot_stride + local, chunk, mask=valid)
+            tl.store(slot_of + head * chunk_stride + chunk, local, mask=valid)
 
 
 def gather(
@@ -120,27 +122,22 @@ def gather(
     first_chunk: int,
     packing: Packing | None = None,
 ) -> None:
-    """As `memory.residency.gather`: copy every missed chunk into its victim's slot and enter it in the tables.
-
-    arena `(K, chunks, 2, C, D)` in host memory, a head's chunks contiguous. pages `(S, 2, C, D)`. heads `(n,)`. missed,
-    victims `(n, m)`, of which the first `misses` `(n,)` count. Chunk ids count from `first_chunk` of the arena.
-    packing: of pages in 8 bits.
-    """
-    copied, shape = _copied(arena, pages, packing)
+    """As `Ops.gather`."""
+    operands, sizes = _operands(arena, pages, packing)
     _gather[(PROGRAMS,)](
-        *copied, heads, missed, victims, misses, slots, chunk_in, slot_of,
+        *operands, heads, missed, victims, misses, slots, chunk_in, slot_of,
         len(heads), first_chunk, missed.shape[1], slots.shape[1],
-        chunk_in.stride(0), slot_of.stride(0), copied[0].stride(0), **shape,
+        chunk_in.stride(0), slot_of.stride(0), operands[0].stride(0), **sizes,
     )  # fmt: skip
 
 
 @triton.jit
 def _append(
-    keys, values, pages, scales, norms, table, lengths, held, columns,
+    keys, values, pages, scales, norms, table, lengths, recent_tokens, columns,
     C: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr,
 ):  # fmt: skip
     head, d = tl.program_id(0), tl.arange(0, PADDED_D)
-    count = tl.load(held)
+    count = tl.load(recent_tokens)
     column, place = count // C, count % C
     slot = tl.load(table + head * columns + column).to(tl.int64)
     to = slot * 2 * C * D + place * D + d
@@ -163,16 +160,14 @@ def append(
     pages: torch.Tensor,
     table: torch.Tensor,
     lengths: torch.Tensor,
-    held: torch.Tensor,
+    count: torch.Tensor,
     packing: Packing | None = None,
 ) -> None:
-    """As `memory.residency.append`: write a token's key and value `(K, D)` behind the `held` `(1,)` tokens of the
-    recent region, whose pages are the first columns of `table` `(K, P)`. `held` is left as it was. packing: of pages
-    in 8 bits."""
+    """As `Ops.append`."""
     kv_heads, d = keys.shape
     scales, norms = (None, None) if packing is None else (packing.scales, packing.norms)
     _append[(kv_heads,)](
-        keys.contiguous(), values.contiguous(), pages, scales, norms, table, lengths, held, table.shape[1],
+        keys.contiguous(), values.contiguous(), pages, scales, norms, table, lengths, count, table.shape[1],
         C=pages.shape[2], D=d, PADDED_D=triton.next_power_of_2(d),
     )  # fmt: skip
 
@@ -183,12 +178,12 @@ def _keep(
     C: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     word, place = tl.arange(0, PADDED), tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    there = place < count
-    token = tl.load(tokens + place, mask=there, other=0).to(tl.int64)
-    slot = tl.load(slots + place // C, mask=there, other=0).to(tl.int64)
+    valid = place < count
+    token = tl.load(tokens + place, mask=valid, other=0).to(tl.int64)
+    slot = tl.load(slots + place // C, mask=valid, other=0).to(tl.int64)
     source = tl.cast(head, tl.int64) * arena_stride + (token // C * 2 * C + token % C) * WIDTH
     to = (slot * 2 * C + place % C) * WIDTH
-    inside = there[:, None] & (word[None, :] < WIDTH)
+    inside = valid[:, None] & (word[None, :] < WIDTH)
     for part in range(2):
         where = part * C * WIDTH + word[None, :]
         data = tl.load(arena + source[:, None] + where, mask=inside, other=0)
@@ -196,7 +191,7 @@ def _keep(
             norm = norms + (head * 2 + part) * WIDTH + word[None, :]
             data, scale = _pack(data, tl.load(norm, mask=word[None, :] < WIDTH, other=1.0))
             scale_of = scales + (slot * 2 + part) * C + place % C
-            tl.store(scale_of[:, None], scale, mask=there[:, None])
+            tl.store(scale_of[:, None], scale, mask=valid[:, None])
         tl.store(pool + to[:, None] + where, data, mask=inside)
 
 
@@ -208,17 +203,14 @@ def keep(
     slots: torch.Tensor,
     packing: Packing | None = None,
 ) -> None:
-    """As `memory.residency.keep`: put single tokens `(b,)` of one head into pages `slots` `(>= b / C,)`.
-
-    arena `(K, chunks, 2, C, D)` in host memory, pages `(S, 2, C, D)`. packing: of pages in 8 bits.
-    """
+    """As `Ops.keep`."""
     if len(tokens) == 0:
         return
-    copied, shape = _copied(arena, pages, packing)
+    operands, sizes = _operands(arena, pages, packing)
     tokens_at_once = 16
     _keep[(triton.cdiv(len(tokens), tokens_at_once),)](
-        *copied, head, tokens.to(pages.device), slots, len(tokens), copied[0].stride(0),
-        C=shape["C"], WIDTH=shape["D"], PADDED=shape["PADDED_D"], TOKENS=tokens_at_once,
+        *operands, head, tokens.to(pages.device), slots, len(tokens), operands[0].stride(0),
+        C=sizes["C"], WIDTH=sizes["D"], PADDED=sizes["PADDED_D"], TOKENS=tokens_at_once,
     )  # fmt: skip
 
 
@@ -230,16 +222,16 @@ def _fetch(
 ):  # fmt: skip
     piece = tl.arange(0, PIECES)
     for begin in range(tl.program_id(0) * PIECES, count, tl.num_programs(0) * PIECES):
-        there = begin + piece < count
-        row = tl.load(heads + begin + piece, mask=there, other=0).to(tl.int64)
-        chunk = tl.load(chunks + begin + piece, mask=there, other=0).to(tl.int64)
-        slot = tl.load(slots + begin + piece, mask=there, other=0).to(tl.int64)
+        valid = begin + piece < count
+        row = tl.load(heads + begin + piece, mask=valid, other=0).to(tl.int64)
+        chunk = tl.load(chunks + begin + piece, mask=valid, other=0).to(tl.int64)
+        slot = tl.load(slots + begin + piece, mask=valid, other=0).to(tl.int64)
         source = row * arena_stride + chunk * (2 * C * D)
         if norms is None:
-            _copy_words(arena, pool, source, slot, there, 2 * C * D, BLOCK)
+            _copy_words(arena, pool, source, slot, valid, 2 * C * D, BLOCK)
         else:
             norm = norms + row * (2 * D)
-            _copy_packed(arena, pool, scales, norm, source, slot, there, C, D, PADDED_D, ROWS)
+            _copy_packed(arena, pool, scales, norm, source, slot, valid, C, D, PADDED_D, ROWS)
 
 
 def fetch(
@@ -250,14 +242,11 @@ def fetch(
     slots: torch.Tensor,
     packing: Packing | None = None,
 ) -> None:
-    """As `memory.residency.fetch`: copy chunk `chunks[i]` of head `heads[i]` into pool slot `slots[i]`, all `(m,)`.
-
-    packing: of pages in 8 bits.
-    """
+    """As `Ops.fetch`."""
     if len(chunks) == 0:
         return
-    copied, shape = _copied(arena, pages, packing)
+    operands, sizes = _operands(arena, pages, packing)
     device = pages.device
     _fetch[(PROGRAMS,)](
-        *copied, heads.to(device), chunks.to(device), slots.to(device), len(chunks), copied[0].stride(0), **shape,
+        *operands, heads.to(device), chunks.to(device), slots.to(device), len(chunks), operands[0].stride(0), **sizes,
     )  # fmt: skip

@@ -1,31 +1,25 @@
-"""How much each chunk of the dynamic heads promises: sketches of keys, logits from them, ranks from those.
+"""Ranking of chunks: sketches of keys, logits from sketches, ranks from logits.
 
 Shapes: `n` dynamic heads, `G` query heads per KV head, `N` chunks, `C` chunk tokens, `r` directions of a sketch.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from tieredkv.policy.digests import Digest
+from tieredkv.policy.digests.sketch import Basis, Sketch
+
 TOKENS = 128
-"""Tokens whose sketches one program reads."""
+"""Tokens whose sketches a program reads, whole chunks."""
 PACKED = 32
-"""Tokens whose keys one program sketches."""
+"""Tokens whose keys a program sketches."""
 CHUNKS = 1024
-"""Chunks one program ranks."""
-
-
-class Basis(Protocol):
-    """What `policy.sketch.Basis` is to a kernel."""
-
-    down: torch.Tensor
-    centre: torch.Tensor
-
-
+"""Chunks that a program ranks."""
 GROUPS = {"mean": 0, "max": 1, "max_logit": 2}
 
 
@@ -37,19 +31,19 @@ def _sketch_logits(
 ):  # fmt: skip
     head, block = tl.program_id(0), tl.program_id(1)
     row, token = tl.arange(0, PADDED_G), block * TOKENS + tl.arange(0, TOKENS)
-    there = token < chunks * C
+    exists = token < chunks * C
     H: tl.constexpr = R // 2 if BITS == 4 else R
     part = tl.arange(0, PADDED_H)
     wanted = (row[:, None] < G) & (part[None, :] < H)
     low = tl.load(small + (head * G + row[:, None]) * R + part[None, :], mask=wanted, other=0.0)
     where = packed + head.to(tl.int64) * packed_stride + token[:, None] * H + part[None, :]
-    held = tl.load(where, mask=there[:, None] & (part[None, :] < H), other=0)
+    packed_numbers = tl.load(where, mask=exists[:, None] & (part[None, :] < H), other=0)
     if BITS == 4:
         high = tl.load(small + (head * G + row[:, None]) * R + H + part[None, :], mask=wanted, other=0.0)
-        product = tl.dot(low, tl.trans((held & 15).to(tl.float32) - 8.0), out_dtype=tl.float32)
-        product += tl.dot(high, tl.trans((held >> 4).to(tl.float32) - 8.0), out_dtype=tl.float32)
+        product = tl.dot(low, tl.trans((packed_numbers & 15).to(tl.float32) - 8.0), out_dtype=tl.float32)
+        product += tl.dot(high, tl.trans((packed_numbers >> 4).to(tl.float32) - 8.0), out_dtype=tl.float32)
     else:
-        product = tl.dot(low, tl.trans(held.to(tl.int8, bitcast=True).to(tl.float32)), out_dtype=tl.float32)
+        product = tl.dot(low, tl.trans(packed_numbers.to(tl.int8, bitcast=True).to(tl.float32)), out_dtype=tl.float32)
     each = tl.reshape(product, (PADDED_G, TOKENS // C, C))
     best = tl.max(each, 2)
     mass = best + tl.log(tl.sum(tl.exp(each - best[:, :, None]), 2))
@@ -59,7 +53,7 @@ def _sketch_logits(
 
 
 def sketch_logits(small: torch.Tensor, packed: torch.Tensor, bits: int, chunk_tokens: int) -> torch.Tensor:
-    """As `policy.sketch.sketch_logits`: small queries `(n, G, r)` and sketches `(n, N, bytes)` -> `(n, G, N)`.
+    """As `Sketch.chunk_logits`: queries `(n, G, r)` along the directions, sketches `(n, N, bytes)` -> `(n, G, N)`.
 
     C must be a power of two, at most `TOKENS`.
     """
@@ -83,13 +77,13 @@ def _sketch(
     WIDTH: tl.constexpr, PADDED_H: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     head, token = tl.program_id(0), tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    part, there = tl.arange(0, PADDED_H), token < tokens
+    part, exists = tl.arange(0, PADDED_H), token < tokens
     H: tl.constexpr = R // 2 if BITS == 4 else R
     where = head.to(tl.int64) * head_stride + (token // C).to(tl.int64) * chunk_stride + token % C * D
     low, high = tl.zeros([TOKENS, PADDED_H], tl.float32), tl.zeros([TOKENS, PADDED_H], tl.float32)
     for first in range(0, D, WIDTH):
         d = first + tl.arange(0, WIDTH)
-        key = tl.load(keys + where[:, None] + d[None, :], mask=there[:, None] & (d[None, :] < D), other=0.0)
+        key = tl.load(keys + where[:, None] + d[None, :], mask=exists[:, None] & (d[None, :] < D), other=0.0)
         apart = key.to(tl.float32) - tl.load(centre + head * D + d, mask=d < D, other=0.0)[None, :]
         along = down + (head * D + d[:, None]) * R + part[None, :]
         inside = (d[:, None] < D) & (part[None, :] < H)
@@ -97,7 +91,7 @@ def _sketch(
         if BITS == 4:
             high += tl.dot(apart, tl.load(along + H, mask=inside, other=0.0), input_precision="tf32x3")
     to = packed + (head.to(tl.int64) * tokens + token[:, None]) * H + part[None, :]
-    stored = there[:, None] & (part[None, :] < H)
+    stored = exists[:, None] & (part[None, :] < H)
     low = tl.minimum(tl.maximum(tl.floor(low + 0.5), -MOST), MOST)
     if BITS == 4:
         high = tl.minimum(tl.maximum(tl.floor(high + 0.5), -MOST), MOST)
@@ -107,9 +101,9 @@ def _sketch(
 
 
 def pack_sketches(keys: torch.Tensor, bits: int, basis: Basis) -> torch.Tensor:
-    """As `policy.sketch.pack`: keys `(K, n, C, D)`, a head's chunks at even distances, -> sketches `(K, n, bytes)`.
+    """As `Sketch.make`: keys `(K, n, C, D)`, the chunks of a head at even distances -> sketches `(K, n, bytes)`.
 
-    Halves round up here, and to the even number there: a sketch may differ by one step where a key lies just between.
+    Rounds halves up, torch to even: a sketch may differ by one step where a key lies just between two.
     """
     heads, chunks, c, d = keys.shape
     r = basis.down.shape[-1]
@@ -121,6 +115,28 @@ def pack_sketches(keys: torch.Tensor, bits: int, basis: Basis) -> torch.Tensor:
         WIDTH=32, PADDED_H=max(16, triton.next_power_of_2(halved)), TOKENS=PACKED, num_stages=1,
     )  # fmt: skip
     return packed
+
+
+class KernelSketch(Sketch):
+    """`Sketch` by kernels; logits by torch where chunks are of a size that the kernel does not take."""
+
+    def make(self, keys: torch.Tensor, fitted: Basis) -> torch.Tensor:
+        return pack_sketches(keys, self.bits, fitted)
+
+    def logits(self, prepared: torch.Tensor, digests: torch.Tensor, at_once: int) -> torch.Tensor:
+        if self.chunk_tokens & (self.chunk_tokens - 1) or self.chunk_tokens > TOKENS:
+            return super().logits(prepared, digests, at_once)
+        return sketch_logits(prepared, digests, self.bits, self.chunk_tokens)
+
+
+BY_KERNELS: dict[str, type[Digest[Any]]] = {kind.name: kind for kind in (KernelSketch,)}
+"""Digests that have kernels, by name."""
+
+
+def by_kernels(digest: Digest[Any]) -> Digest[Any]:
+    """As `Ops.digest`."""
+    kind = BY_KERNELS.get(digest.name)
+    return digest if kind is None else kind(digest.head_dim, digest.chunk_tokens, digest.bits)
 
 
 @triton.jit
@@ -141,13 +157,13 @@ def _ranks(
 ):  # fmt: skip
     head, block = tl.program_id(0), tl.program_id(1)
     chunk = block * CHUNKS + tl.arange(0, CHUNKS)
-    there, part = chunk < chunks, tl.arange(0, BLOCKS)
+    exists, part = chunk < chunks, tl.arange(0, BLOCKS)
     rank = tl.zeros([CHUNKS], tl.float32)
     if RULE == 2:
         rank -= float("inf")
     for g in range(G):
         row = head * G + g
-        each = tl.load(logits + row.to(tl.int64) * chunks + chunk, mask=there, other=-float("inf"))
+        each = tl.load(logits + row.to(tl.int64) * chunks + chunk, mask=exists, other=-float("inf"))
         if RULE == 2:
             rank = tl.maximum(rank, each)
         else:
@@ -161,12 +177,12 @@ def _ranks(
                 rank = tl.maximum(rank, share)
             else:
                 rank += share / G
-    before = tl.load(chosen + head * chunks + chunk, mask=there, other=0)
-    tl.store(ranks + head * chunks + chunk, tl.where(before != 0, rank * stay, rank), mask=there)
+    before = tl.load(chosen + head * chunks + chunk, mask=exists, other=0)
+    tl.store(ranks + head * chunks + chunk, tl.where(before != 0, rank * stay, rank), mask=exists)
 
 
 def chunk_ranks(logits: torch.Tensor, chosen: torch.Tensor, group: str, stay: float) -> torch.Tensor:
-    """As `policy.select.chunk_ranks`: logits `(n, G, N)`, chosen a step before `(n, N)` -> ranks `(n, N)`, float32."""
+    """As `Ops.chunk_ranks`."""
     heads, queries, chunks = logits.shape
     blocks = triton.cdiv(chunks, CHUNKS)
     best = torch.empty((2, heads * queries, blocks), dtype=torch.float32, device=logits.device)

@@ -1,6 +1,6 @@
 """Sketches: every key in half its dimensions and 4 or 8 bits, by which chunks are ranked token by token (ours).
 
-What stands for a whole chunk hides the one key in it that a lookup is after. A sketch keeps each: attention logits are
+A digest of the whole chunk hides the one key in it that a lookup is after; a sketch keeps each. Attention logits are
 products of queries and keys, so the directions that matter are those in which queries are strong and keys differ.
 Shapes: `K` KV heads, `n` chunks, `C` chunk tokens, `G` query heads per KV head, `D` head dim, `r` directions, D / 2.
 """
@@ -8,131 +8,124 @@ Shapes: `K` KV heads, `n` chunks, `C` chunk tokens, `G` query heads per KV head,
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 
+from tieredkv.policy.digests.base import FLOAT32, Digest, Fitted
+
 DAMPING = 1e-3
-"""Of the queries' second moment, relative to its mean: no direction counts for nothing."""
+"""Added to the queries' second moment, relative to its mean, so that no direction has weight zero."""
 
 
 @dataclass(frozen=True, slots=True)
-class Basis:
-    """Directions of one layer's keys, with the steps in which numbers along them are counted."""
+class Basis(Fitted):
+    """Directions of one layer's keys, scaled by the quantisation step along each."""
 
     down: torch.Tensor
-    """`(K, D, r)` float32: a key, less the centre, times this is its sketch before rounding."""
+    """`(K, D, r)` float32: a key minus the centre, times this, is its sketch before rounding."""
     up: torch.Tensor
-    """`(K, D, r)` float32: a query times this and a sketch is their product."""
+    """`(K, D, r)` float32: a query times this is what sketches are multiplied by."""
     centre: torch.Tensor
-    """`(K, 1, D)` float32: mean key. Its product with a query is the same for all keys, so it is left out."""
+    """`(K, 1, D)` float32: mean key. Its product with a query is the same for all keys, so sketches leave it out."""
 
-    def for_ranking(self, heads: torch.Tensor) -> Basis:
-        """What it takes to rank the chunks of some heads: nothing can be sketched with it."""
-        return Basis(self.down[:0], self.up[heads], self.centre[heads])
+    def for_ranking(self, heads: torch.Tensor) -> Self:
+        """Without `down`, which only digesting needs."""
+        return type(self)(self.down[:0], self.up[heads], self.centre[heads])
 
-    def to(self, device: torch.device) -> Basis:
-        """The same elsewhere."""
-        return Basis(self.down.to(device), self.up.to(device), self.centre.to(device))
+
+class Sketch(Digest[Basis]):
+    """A sketch of every key of the chunk."""
+
+    name = "sketch"
+    estimates_mass = True
+    fitted_type = Basis
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all parts."""
-        return self.down.nbytes + self.up.nbytes + self.centre.nbytes
+    def directions(self) -> int:
+        """r: half the dimensions; even at 4 bits, where two numbers share a byte."""
+        return self.head_dim // 2 - (self.head_dim // 2 % 2 if self.bits == 4 else 0)
+
+    @property
+    def chunk_bytes(self) -> int:
+        return self.chunk_tokens * self.directions * self.bits // 8
+
+    @property
+    def fitted_bytes(self) -> int:
+        return FLOAT32 * self.head_dim * (2 * self.directions + 1)
+
+    @property
+    def ranking_fitted_bytes(self) -> int:
+        return FLOAT32 * self.head_dim * (self.directions + 1)
+
+    def scratch_bytes(self, kv_heads: int, query_heads: int) -> int:
+        """The numbers of a byte, unpacked and in float32, and three times the logits of every token."""
+        numbers = self.directions // (1 if self.bits == 8 else 2)
+        return self.chunk_tokens * (kv_heads * numbers * (FLOAT32 + 1) + 3 * FLOAT32 * query_heads)
+
+    def fit(self, query_moment: torch.Tensor, keys: torch.Tensor) -> Basis:
+        """The best `r` directions for products with queries of this second moment.
+
+        With W the root of the moment, the mean square of q.(k - c) over queries is |W (k - c)|^2, so the best subspace
+        is that of the first principal components of W (k - c).
+        """
+        keys, moment = keys.double(), query_moment.double()
+        mean = moment.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30).view(-1, 1, 1)
+        damped = moment / mean + DAMPING * torch.eye(keys.shape[-1], dtype=torch.float64, device=moment.device)
+        strength, axes = torch.linalg.eigh(damped)
+        root = strength.clamp(min=DAMPING).sqrt().unsqueeze(1)
+        weigh, back = (axes * root) @ axes.transpose(1, 2), axes / root
+        centre = keys.mean(1, keepdim=True)
+        centred = (keys - centre) @ weigh
+        _, components = torch.linalg.eigh(centred.transpose(1, 2) @ centred)
+        first = components.flip(-1)[:, :, : self.directions]
+        reach = (centred @ first).abs().amax(1, keepdim=True).clamp(min=1e-12)
+        step = reach / (2 ** (self.bits - 1) - 1)
+        return Basis(
+            down=(weigh @ first / step).float(),
+            up=(back @ axes.transpose(1, 2) @ first * step).float(),
+            centre=centre.float(),
+        )
+
+    def make(self, keys: torch.Tensor, fitted: Basis) -> torch.Tensor:
+        """At 4 bits a byte holds a number of the first half of the directions in its low bits, one of the second in its
+        high bits."""
+        most = 2 ** (self.bits - 1) - 1
+        centred = keys.flatten(1, 2).float() - fitted.centre
+        numbers = (centred @ fitted.down).round().clamp(-most, most).unflatten(1, keys.shape[1:3])
+        if self.bits == 8:
+            return numbers.to(torch.int8).view(torch.uint8).flatten(2)
+        low, high = (numbers + 8).to(torch.uint8).chunk(2, dim=-1)
+        return (low | (high << 4)).flatten(2)
+
+    def prepare(self, query: torch.Tensor, fitted: Basis) -> torch.Tensor:
+        """Queries along the directions, `(K, G, r)`."""
+        return query @ fitted.up
+
+    def chunk_logits(self, prepared: torch.Tensor, digests: torch.Tensor) -> torch.Tensor:
+        """Log of the sum of the tokens' exponentiated logits."""
+        products = self._products(prepared, digests)
+        # Shifted by the best key of all chunks, not of each: what underflows has no mass beside the best.
+        best = products.amax(-1, keepdim=True)
+        mass = products.sub_(best).exp_().unflatten(-1, (-1, self.chunk_tokens))
+        summed = (mass @ mass.new_ones(self.chunk_tokens)).log_()
+        return summed.add_(best + _unsigned_offset(prepared) if self.bits == 4 else best)
+
+    def _products(self, prepared: torch.Tensor, digests: torch.Tensor) -> torch.Tensor:
+        """Products `(K, G, n * C)` with all sketches; at 4 bits without `_unsigned_offset`, the same for all tokens."""
+        kv_heads, r = digests.shape[0], prepared.shape[-1]
+        if self.bits == 8:
+            return prepared @ digests.view(torch.int8).view(kv_heads, -1, r).float().mT
+        halves = digests.view(kv_heads, -1, r // 2)
+        low, high = prepared.chunk(2, dim=-1)
+        products = low @ (halves & 15).float().mT
+        return products.baddbmm_(high, (halves >> 4).float().mT)
+
+    def constant(self, query: torch.Tensor, fitted: Basis) -> torch.Tensor:
+        """The queries' products with the centre."""
+        return (query @ fitted.centre.mT).squeeze(-1)
 
 
-def directions(head_dim: int, bits: int) -> int:
-    """r: half the dimensions; an even number at 4 bits, of which two share a byte."""
-    return head_dim // 2 - (head_dim // 2 % 2 if bits == 4 else 0)
-
-
-def ranking_basis_bytes(head_dim: int, bits: int) -> int:
-    """Bytes per head of a basis for ranking."""
-    return 4 * head_dim * (directions(head_dim, bits) + 1)
-
-
-def fit(query_moment: torch.Tensor, keys: torch.Tensor, bits: int) -> Basis:
-    """The best `r` directions for products with queries of this second moment.
-
-    query_moment `(K, D, D)`: sum of q q^T. keys `(K, m, D)`. With W the root of the moment, the mean square of
-    q.(k - c) over queries is |W (k - c)|^2, so the best subspace is that of the first principal components of
-    W (k - c).
-    """
-    keys, moment = keys.double(), query_moment.double()
-    d = keys.shape[-1]
-    mean = moment.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30).view(-1, 1, 1)
-    damped = moment / mean + DAMPING * torch.eye(d, dtype=torch.float64, device=moment.device)
-    strength, axes = torch.linalg.eigh(damped)
-    root = axes * strength.clamp(min=DAMPING).sqrt().unsqueeze(1)
-    weigh, back = root @ axes.transpose(1, 2), axes / strength.clamp(min=DAMPING).sqrt().unsqueeze(1)
-    centre = keys.mean(1, keepdim=True)
-    apart = (keys - centre) @ weigh
-    _, components = torch.linalg.eigh(apart.transpose(1, 2) @ apart)
-    first = components.flip(-1)[:, :, : directions(d, bits)]
-    reach = (apart @ first).abs().amax(1, keepdim=True).clamp(min=1e-12)
-    step = reach / (2 ** (bits - 1) - 1)
-    return Basis(
-        down=(weigh @ first / step).float(),
-        up=(back @ axes.transpose(1, 2) @ first * step).float(),
-        centre=centre.float(),
-    )
-
-
-def packed_bytes(head_dim: int, chunk_tokens: int, bits: int) -> int:
-    """Bytes of one chunk's sketches."""
-    return chunk_tokens * directions(head_dim, bits) * bits // 8
-
-
-def pack(keys: torch.Tensor, bits: int, basis: Basis | None) -> torch.Tensor:
-    """Sketches, uint8 `(K, n, bytes)`, of chunks of keys `(K, n, C, D)`.
-
-    At 4 bits a byte holds a number of the first half of the directions, and one of the second in its high bits.
-    """
-    assert basis is not None
-    most = 2 ** (bits - 1) - 1
-    apart = keys.flatten(1, 2).float() - basis.centre
-    whole = (apart @ basis.down).round().clamp(-most, most).unflatten(1, keys.shape[1:3])
-    if bits == 8:
-        return whole.to(torch.int8).view(torch.uint8).flatten(2)
-    low, high = (whole + 8).to(torch.uint8).chunk(2, dim=-1)
-    return (low | (high << 4)).flatten(2)
-
-
-def token_logits(small: torch.Tensor, packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """Products `(K, G, n * C)` of queries along the directions `(K, G, r)` with all sketches."""
-    products = _products(small, packed, bits)
-    return products.add_(_offset(small)) if bits == 4 else products
-
-
-def _products(small: torch.Tensor, packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """`token_logits` less `_offset`, which is the same for all tokens of a query head."""
-    kv_heads, r = packed.shape[0], small.shape[-1]
-    if bits == 8:
-        return small @ packed.view(torch.int8).view(kv_heads, -1, r).float().mT
-    halves = packed.view(kv_heads, -1, r // 2)
-    low, high = small.chunk(2, dim=-1)
-    products = low @ (halves & 15).float().mT
-    return products.baddbmm_(high, (halves >> 4).float().mT)
-
-
-def _offset(small: torch.Tensor) -> torch.Tensor:
-    """What 4-bit numbers, stored as 0 to 15 for -8 to 7, make products too large by, `(K, G, 1)`, negated."""
-    return -8 * small.sum(-1, keepdim=True)
-
-
-def sketch_logits(small: torch.Tensor, packed: torch.Tensor, bits: int, chunk_tokens: int) -> torch.Tensor:
-    """Log of the attention mass of each chunk, `(K, G, n)`, up to the same constant for all chunks of a query head.
-
-    small `(K, G, r)` float32: queries along the directions (`Basis.up`). packed `(K, n, bytes)`.
-    """
-    products = _products(small, packed, bits)
-    # Shifted by the best key of all, not of each chunk: what float32 loses by it has no mass beside the best.
-    best = products.amax(-1, keepdim=True)
-    mass = products.sub_(best).exp_().unflatten(-1, (-1, chunk_tokens))
-    return (mass @ mass.new_ones(chunk_tokens)).log_().add_(best + _offset(small) if bits == 4 else best)
-
-
-def chunk_logits(query: torch.Tensor, packed: torch.Tensor, bits: int, basis: Basis | None) -> torch.Tensor:
-    """The same for queries `(K, G, D)`."""
-    assert basis is not None
-    token_bytes = basis.up.shape[-1] * bits // 8
-    return sketch_logits(query.float() @ basis.up, packed, bits, packed.shape[2] // token_bytes)
+def _unsigned_offset(prepared: torch.Tensor) -> torch.Tensor:
+    """`(K, G, 1)`: corrects products for 4-bit numbers from -8 to 7 being stored as 0 to 15."""
+    return -8 * prepared.sum(-1, keepdim=True)

@@ -1,106 +1,25 @@
-"""Digests: the small stand-in for a chunk's keys by which chunks are ranked.
+"""Digests of a few vectors per chunk, each stored in 4 or 8 bits per number with a scale.
 
-Digests of a chunk are `V` vectors, kept on the device in 4 or 8 bits per number and a scale each; those of single
-tokens are in `policy.sketch`. `DIGESTS` names the kinds. Shapes: `C` chunk tokens, `n` chunks, `K` KV heads, `G` query
-heads per KV head, `D` head dim, `W` packed bytes of a vector.
+Shapes: `C` chunk tokens, `n` chunks, `K` KV heads, `G` query heads per KV head, `D` head dim, `W` packed bytes of a
+vector.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
-from tieredkv.policy.digests import sketch
-from tieredkv.policy.digests.sketch import Basis
+from tieredkv.policy.digests.base import FLOAT32, Digest, Fitted
 
-BITS = (4, 8)
 SCALE_BYTES = 2
 POWER_STEPS = 10
-"""Of the power iteration: the direction need not be exact, as what it leaves is not used."""
+"""Of the power iteration. The direction need not be exact: the ends are placed on the line that it finds."""
 
 Dot = Callable[[torch.Tensor, int], torch.Tensor]
 """Dot products `(K, G, n)` of queries `(K, G, D)` with vector v of every chunk's digest."""
-
-
-@dataclass(frozen=True, slots=True)
-class Digest:
-    """One kind of digest."""
-
-    packed_bytes: Callable[[int, int, int], int]
-    """Bytes of one chunk's digest, of head dim, chunk tokens and bits."""
-    make: Callable[[torch.Tensor, int, Basis | None], torch.Tensor]
-    """Digests, uint8 `(K, n, bytes)`, of chunks of keys `(K, n, C, D)` in so many bits."""
-    logits: Callable[[torch.Tensor, torch.Tensor, int, Basis | None], torch.Tensor]
-    """Estimated product, `(K, G, n)` float32, of queries `(K, G, D)`, already scaled, with each chunk's best key; from
-    digests as `make` gave them."""
-    fitted: bool = False
-    """Whether it needs a `Basis`."""
-
-
-# ---- kinds
-
-
-def mean(keys: torch.Tensor) -> torch.Tensor:
-    """The mean key (the landmark of InfLLM and ReKV)."""
-    return keys.float().mean(-2, keepdim=True)
-
-
-def min_max(keys: torch.Tensor) -> torch.Tensor:
-    """The box that holds all keys, low then high corner (Quest, section 3)."""
-    return torch.stack((keys.amin(-2), keys.amax(-2)), dim=-2).float()
-
-
-def cuboid_mean(keys: torch.Tensor) -> torch.Tensor:
-    """A box that holds the bulk of the keys, low then high corner (ArkVale, "cuboid-mean").
-
-    It is centred between the per-channel extremes and reaches as far as the keys deviate from that centre on average:
-    tighter than min/max, which one outlier key stretches.
-    """
-    keys = keys.float()
-    centre = (keys.amin(-2) + keys.amax(-2)) / 2
-    radius = (keys - centre.unsqueeze(-2)).abs().mean(-2)
-    return torch.stack((centre - radius, centre + radius), dim=-2)
-
-
-def segment(keys: torch.Tensor) -> torch.Tensor:
-    """The two ends of a line through the mean key along which the keys differ most, as far as they reach (ours).
-
-    The direction is the first principal component, by power iteration on the `C x C` products of the centred keys,
-    begun at the key furthest out. A box forgets which channels vary together; a line keeps the one combination that
-    varies most.
-    """
-    keys = keys.float()
-    centre = keys.mean(-2, keepdim=True)
-    apart = keys - centre
-    products = apart @ apart.transpose(-1, -2)
-    furthest = products.diagonal(dim1=-2, dim2=-1).argmax(-1)
-    place = products.gather(-1, furthest[..., None, None].expand(*products.shape[:-1], 1))
-    for _ in range(POWER_STEPS):
-        place = products @ place
-        place = place / place.norm(dim=-2, keepdim=True).clamp(min=1e-12)
-    direction = (apart * place).sum(-2)
-    ends = torch.cat((place.amin(-2), place.amax(-2)), dim=-1).unsqueeze(-1)
-    return centre + ends * direction.unsqueeze(-2)
-
-
-def point_score(query: torch.Tensor, dot: Dot) -> torch.Tensor:
-    """A digest that is itself a key."""
-    return dot(query, 0)
-
-
-def box_score(query: torch.Tensor, dot: Dot) -> torch.Tensor:
-    """Largest product with a point of the box (Quest, eq. 1): sum over channels of max(q_d * low_d, q_d * high_d)."""
-    return dot(query.clamp(max=0), 0).add_(dot(query.clamp(min=0), 1))
-
-
-def end_score(query: torch.Tensor, dot: Dot) -> torch.Tensor:
-    """Largest product with a point of the segment, which is at one of its ends."""
-    return torch.maximum(dot(query, 0), dot(query, 1))
-
-
-# ---- in few bits
 
 
 def packed_bytes(head_dim: int, bits: int) -> int:
@@ -109,17 +28,17 @@ def packed_bytes(head_dim: int, bits: int) -> int:
 
 
 def pack(vectors: torch.Tensor, bits: int) -> torch.Tensor:
-    """Vectors `(..., D)` as uint8 `(..., W)`: whole numbers of `bits` bits, then their float16 scale.
+    """Vectors `(..., D)` as uint8 `(..., W)`: integers of `bits` bits, then their float16 scale.
 
-    At 4 bits a byte holds a number of the first half of the channels, and one of the second in its high bits.
+    At 4 bits a byte holds a number of the first half of the channels in its low bits, one of the second in its high.
     """
     most = 2 ** (bits - 1) - 1
     scale = (vectors.abs().amax(-1, keepdim=True) / most).clamp(1e-7, 65504.0).half()
-    whole = (vectors / scale.float()).round().clamp(-most, most)
+    numbers = (vectors / scale.float()).round().clamp(-most, most)
     if bits == 8:
-        body = whole.to(torch.int8).view(torch.uint8)
+        body = numbers.to(torch.int8).view(torch.uint8)
     else:
-        low, high = (whole + 8).to(torch.uint8).chunk(2, dim=-1)
+        low, high = (numbers + 8).to(torch.uint8).chunk(2, dim=-1)
         body = low | (high << 4)
     return torch.cat((body, scale.view(torch.uint8)), dim=-1)
 
@@ -136,28 +55,100 @@ def dots(query: torch.Tensor, packed: torch.Tensor, bits: int) -> torch.Tensor:
     return product.mul_(scale.transpose(1, 2))
 
 
-# ---- by name
+class VectorDigest(Digest[Fitted]):
+    """`count` vectors per chunk, from which a logit is estimated for the best key of the chunk."""
+
+    count: ClassVar[int]
+
+    @abstractmethod
+    def vectors(self, keys: torch.Tensor) -> torch.Tensor:
+        """The vectors `(..., count, D)` float32 of chunks of keys `(..., C, D)`."""
+
+    @abstractmethod
+    def score(self, query: torch.Tensor, dot: Dot) -> torch.Tensor:
+        """Logits `(K, G, n)` of queries `(K, G, D)`, from their products with the vectors."""
+
+    @property
+    def chunk_bytes(self) -> int:
+        return self.count * packed_bytes(self.head_dim, self.bits)
+
+    def scratch_bytes(self, kv_heads: int, query_heads: int) -> int:
+        """One vector, unpacked and in float32, and two products of every query head."""
+        return kv_heads * self.head_dim * (FLOAT32 + 1) + 2 * FLOAT32 * query_heads
+
+    def make(self, keys: torch.Tensor, fitted: Fitted) -> torch.Tensor:
+        return pack(self.vectors(keys), self.bits).flatten(2)
+
+    def chunk_logits(self, prepared: torch.Tensor, digests: torch.Tensor) -> torch.Tensor:
+        packed = digests.unflatten(-1, (self.count, -1))
+        return self.score(prepared, lambda query, v: dots(query, packed[:, :, v], self.bits))
 
 
-def _vectors(
-    count: int, make: Callable[[torch.Tensor], torch.Tensor], score: Callable[[torch.Tensor, Dot], torch.Tensor]
-) -> Digest:
-    """A digest of `count` vectors per chunk."""
+class Mean(VectorDigest):
+    """The mean key (the landmark of InfLLM and ReKV)."""
 
-    def packed(keys: torch.Tensor, bits: int, basis: Basis | None) -> torch.Tensor:
-        return pack(make(keys), bits).flatten(2)
+    name, count = "mean", 1
 
-    def logits(query: torch.Tensor, digests: torch.Tensor, bits: int, basis: Basis | None) -> torch.Tensor:
-        vectors = digests.unflatten(-1, (count, -1))
-        return score(query, lambda part, v: dots(part, vectors[:, :, v], bits))
+    def vectors(self, keys: torch.Tensor) -> torch.Tensor:
+        return keys.float().mean(-2, keepdim=True)
 
-    return Digest(lambda head_dim, chunk_tokens, bits: count * packed_bytes(head_dim, bits), packed, logits)
+    def score(self, query: torch.Tensor, dot: Dot) -> torch.Tensor:
+        return dot(query, 0)
 
 
-DIGESTS = {
-    "mean": _vectors(1, mean, point_score),
-    "minmax": _vectors(2, min_max, box_score),
-    "cuboid": _vectors(2, cuboid_mean, box_score),
-    "segment": _vectors(2, segment, end_score),
-    "sketch": Digest(sketch.packed_bytes, sketch.pack, sketch.chunk_logits, fitted=True),
-}
+class MinMax(VectorDigest):
+    """The box that holds all keys: low corner, then high (Quest, section 3)."""
+
+    name, count = "minmax", 2
+
+    def vectors(self, keys: torch.Tensor) -> torch.Tensor:
+        return torch.stack((keys.amin(-2), keys.amax(-2)), dim=-2).float()
+
+    def score(self, query: torch.Tensor, dot: Dot) -> torch.Tensor:
+        """Largest product with a point of the box (Quest, eq. 1): sum over channels of max(q_d low_d, q_d high_d)."""
+        return dot(query.clamp(max=0), 0).add_(dot(query.clamp(min=0), 1))
+
+
+class Cuboid(MinMax):
+    """A box that holds the bulk of the keys: low corner, then high (ArkVale, "cuboid-mean").
+
+    It is centred between the extremes of each channel and reaches as far as the keys deviate from that centre on
+    average: tighter than min/max, which a single outlier stretches.
+    """
+
+    name = "cuboid"
+
+    def vectors(self, keys: torch.Tensor) -> torch.Tensor:
+        keys = keys.float()
+        centre = (keys.amin(-2) + keys.amax(-2)) / 2
+        radius = (keys - centre.unsqueeze(-2)).abs().mean(-2)
+        return torch.stack((centre - radius, centre + radius), dim=-2)
+
+
+class Segment(VectorDigest):
+    """The two ends of the line through the mean key along which the keys differ most, as far as they reach (ours).
+
+    The direction is the first principal component, by power iteration on the `C x C` products of the centred keys,
+    starting from the key furthest out. A box forgets which channels vary together; a line keeps the one combination
+    that varies most.
+    """
+
+    name, count = "segment", 2
+
+    def vectors(self, keys: torch.Tensor) -> torch.Tensor:
+        keys = keys.float()
+        centre = keys.mean(-2, keepdim=True)
+        centred = keys - centre
+        products = centred @ centred.transpose(-1, -2)
+        furthest = products.diagonal(dim1=-2, dim2=-1).argmax(-1)
+        place = products.gather(-1, furthest[..., None, None].expand(*products.shape[:-1], 1))
+        for _ in range(POWER_STEPS):
+            place = products @ place
+            place = place / place.norm(dim=-2, keepdim=True).clamp(min=1e-12)
+        direction = (centred * place).sum(-2)
+        ends = torch.cat((place.amin(-2), place.amax(-2)), dim=-1).unsqueeze(-1)
+        return centre + ends * direction.unsqueeze(-2)
+
+    def score(self, query: torch.Tensor, dot: Dot) -> torch.Tensor:
+        """Largest product with a point of the segment, which is at one of its ends."""
+        return torch.maximum(dot(query, 0), dot(query, 1))

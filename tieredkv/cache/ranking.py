@@ -1,0 +1,93 @@
+"""Which chunks look best to a query: by their digests, or because the step before chose them.
+
+Shapes: `n` dynamic heads, `N` chunks, `K` KV heads, `G` query heads per KV head, `D` head dim.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from tieredkv.memory.ledger import DeviceLedger
+from tieredkv.ops.base import Ops
+from tieredkv.planning.sizes import Layout
+from tieredkv.policy import select
+from tieredkv.policy.base import Policy
+from tieredkv.policy.digests import Digest, Fitted
+
+
+class Ranking:
+    """Ranks the chunks of one layer's dynamic heads by their digests, which it keeps on the device."""
+
+    def __init__(
+        self,
+        digest: Digest[Any],
+        digests: torch.Tensor,
+        fitted: Fitted,
+        heads: torch.Tensor,
+        layout: Layout,
+        at_once: int,
+        scratch_bytes: int,
+        policy: Policy,
+        ops: Ops,
+        ledger: DeviceLedger,
+        device: torch.device,
+    ) -> None:
+        """digests: uint8 `(K, >= old chunks, bytes)` on the host, made with `fitted`. heads: `(n,)` KV heads, on the
+        host. at_once: chunks to unpack at a time. scratch_bytes: of ranking for one step (`sizes.ranking_bytes`).
+        """
+        first, chunks = layout.sink_chunks, layout.retrievable
+        self.digest = digest
+        self.digests = ledger.empty("digests", (len(heads), chunks, digests.shape[2]), digests.dtype, device)
+        """`(n, N, bytes)` on the device."""
+        self.digests.copy_(digests[heads, first : first + chunks])
+        self._fitted = fitted.for_ranking(heads).to(device)
+        ledger.reserve("digests", self._fitted.nbytes)
+        self._rows, self._at_once = heads.to(device), at_once
+        self._scratch_bytes, self._ledger = scratch_bytes, ledger
+        self._policy, self._ops = policy, ops
+
+    @property
+    def nbytes(self) -> int:
+        """Device bytes of the digests and the state that they are read with."""
+        return self.digests.nbytes + self._fitted.nbytes
+
+    def scratch(self) -> AbstractContextManager[None]:
+        """Counts the scratch of ranking while the block runs."""
+        return self._ledger.scratch("ranking", self._scratch_bytes)
+
+    def logits(self, query: torch.Tensor, scaling: float) -> torch.Tensor:
+        """Estimated logits `(n, rows, N)` of all chunks, for queries `(K, rows, D)` of one or more steps."""
+        scaled = query[self._rows].float() * scaling
+        return self.digest.logits(self.digest.prepare(scaled, self._fitted), self.digests, self._at_once)
+
+    def constant(self, query: torch.Tensor, scaling: float) -> torch.Tensor:
+        """What logits lack, `(n, G)`, of the heads' queries `(n, G, D)` float32: of digests that estimate mass."""
+        return self.digest.constant(query * scaling, self._fitted)
+
+    def ranks(self, logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """Ranks `(n, N)` by logits `(n, G, N)`. chosen `(n, N)`: chunks that the step before attended to."""
+        return self._ops.chunk_ranks(logits, chosen, self._policy.chunk_group, self._policy.stay)
+
+
+class Reuse:
+    """Lets a head choose the chunks of the step before again where its query has hardly changed (FreeKV)."""
+
+    def __init__(self, above: float, shape: tuple[int, int, int], ledger: DeviceLedger, device: torch.device) -> None:
+        """above: cosine from which a query counts as unchanged. shape: `(n, G, D)`."""
+        self._above = above
+        # NaN is not similar to any query, so the first step reuses nothing.
+        self._query = ledger.empty("tables", shape, torch.float32, device).fill_(float("nan"))
+
+    def ranks(
+        self, ranks: torch.Tensor, query: torch.Tensor, chosen: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ranks `(n, N)` by which heads choose, and the mask `(n,)` of heads that reuse.
+
+        query `(n, G, D)` float32: this step's, remembered for the next. chosen `(n, N)`: of the step before.
+        """
+        alike = select.query_similarity(query, self._query) >= self._above
+        self._query.copy_(query)
+        return torch.where(alike.unsqueeze(1), chosen.float(), ranks), alike

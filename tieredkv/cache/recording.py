@@ -1,0 +1,145 @@
+"""What decoding steps attended to: attention mass of chunks, counts, and the chunks themselves.
+
+All of it stays on the device until somebody asks. What one step leaves for the next is overwritten in place, because a
+CUDA graph reads and writes it at its address. Shapes: `n` dynamic heads, `N` chunks, `K` KV heads, `G` query heads per
+KV head, `D` head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from tieredkv.cache.counters import Counters, Selection
+from tieredkv.cache.ranking import Ranking
+from tieredkv.memory.ledger import DeviceLedger
+from tieredkv.memory.pool import DevicePool
+from tieredkv.memory.residency import Residency
+from tieredkv.ops import torch_ops
+from tieredkv.ops.packing import Packing
+from tieredkv.policy import select
+
+
+class Tally:
+    """Counts of one layer's dynamic heads since the last flush, `(n,)` each."""
+
+    def __init__(self, heads: int, device: torch.device) -> None:
+        self._counts = torch.zeros((4, heads), dtype=torch.int64, device=device)
+        self.selected, self.missed, self.reused, self.ahead = self._counts
+        self.unseen = torch.zeros(heads, dtype=torch.float64, device=device)
+        """Sum over steps of the share of attention mass that was not seen."""
+
+    def flush(self, counters: Counters, chunk_bytes: int) -> None:
+        """Add the counts to `counters` and start again. Waits for the device."""
+        selected, missed, reused, ahead = self._counts.sum(1).tolist()
+        counters.selected += selected
+        counters.resident += selected - missed
+        counters.reused += reused
+        counters.missed_bytes += missed * chunk_bytes
+        counters.prefetched_bytes += ahead * chunk_bytes
+        counters.unseen_sum += float(self.unseen.sum())
+        self._counts.zero_()
+        self.unseen.zero_()
+
+
+class EstimatedMass:
+    """Attention mass estimated from the digests' logits: of what a step did not select, and of each chunk it did.
+
+    Reading the chosen chunks' keys again would be exact, at several times the cost.
+    """
+
+    def __init__(self, ranking: Ranking, ledger: DeviceLedger, chunk_mass: torch.Tensor | None, tally: Tally) -> None:
+        """chunk_mass: `(N,)`, to which each step adds the mass of the chunks it chose; None: not recorded."""
+        self._ranking, self._ledger, self._chunk_mass, self._tally = ranking, ledger, chunk_mass, tally
+        self.unseen = torch.zeros(len(ranking.digests), dtype=torch.float32, device=ranking.digests.device)
+        """`(n,)`: share of attention mass that the last step did not see."""
+        self._unselected: torch.Tensor | None = None
+        """`(n, G)`: log of the mass of all chunks that the step under way did not choose."""
+        self._kept: tuple[torch.Tensor, torch.Tensor] | None = None
+        """Logits `(n, G, N)` of the step under way and their constant `(n, G)`, if chunk masses are recorded."""
+
+    def drop(self) -> None:
+        """Forget a step that was interrupted before `record`."""
+        if self._kept is not None:
+            self._kept = None
+            self._ledger.release("logits")
+
+    def note(self, logits: torch.Tensor, query: torch.Tensor, scaling: float, chosen: torch.Tensor) -> None:
+        """Note a step's logits `(n, G, N)`, queries `(n, G, D)`, chosen chunks `(n, N)`; within `Ranking.scratch`."""
+        constant = self._ranking.constant(query, scaling)
+        self._unselected = select.log_mass_without(logits, chosen) + constant
+        if self._chunk_mass is not None:
+            self._kept = logits, constant
+
+    def hold(self) -> None:
+        """Count the logits that were noted, once ranking's scratch no longer does."""
+        if self._kept is not None:
+            self._ledger.reserve("logits", self._kept[0].nbytes)
+
+    def record(self, lse: torch.Tensor, chosen: torch.Tensor) -> None:
+        """Record the step noted last. lse `(n, G)`: of all logits it attended to. chosen `(n, N)`."""
+        assert self._unselected is not None
+        self.unseen.copy_(select.unseen_share(self._unselected, lse))
+        self._tally.unseen += self.unseen
+        if self._kept is None or self._chunk_mass is None:
+            return
+        (logits, constant), self._kept = self._kept, None
+        self._ledger.release("logits")  # part of the scratch again
+        with self._ranking.scratch():
+            whole = torch.logaddexp(self._unselected, lse)
+            mass = (logits + (constant - whole).unsqueeze(-1)).exp_().sum(1)
+            self._chunk_mass.add_(mass.mul_(chosen).sum(0))
+
+
+class ExactMass:
+    """Attention mass of chunks from their keys in the pool: where digests are not used, or do not estimate mass."""
+
+    def __init__(
+        self,
+        heads: torch.Tensor,
+        residency: Residency,
+        pool: DevicePool,
+        packing: Packing | None,
+        chunk_mass: torch.Tensor,
+        pages_at_once: int,
+        scratch_bytes: int,
+        ledger: DeviceLedger,
+        ranked: bool,
+    ) -> None:
+        """heads: `(n,)`. chunk_mass: `(N,)`, to which each step adds. pages_at_once, scratch_bytes: to read at a
+        time, and what that takes. ranked: whether steps attend to the chosen chunks only, not to all resident ones."""
+        self._heads, self._residency, self._pool, self._chunk_mass = heads, residency, pool, chunk_mass
+        self._packing = None if packing is None else Packing(packing.scales, packing.norms[heads])
+        self._width, self._ledger, self._ranked = max(1, pages_at_once // len(heads)), ledger, ranked
+        self._scratch_bytes = scratch_bytes
+
+    def record(self, query: torch.Tensor, scaling: float, lse: torch.Tensor) -> None:
+        """Record a step: its queries `(K, G, D)`, lse `(n, G)` of all logits it attended to."""
+        index, query = self._residency, query[self._heads]
+        with self._ledger.scratch("scratch", self._scratch_bytes):
+            for first in range(0, index.slots.shape[1], self._width):
+                part = slice(first, first + self._width)
+                resident = index.chunk_in[:, part].long()
+                chunk, attended = resident.clamp(min=0), resident >= 0
+                if self._ranked:
+                    attended = attended & index.chosen.gather(1, chunk)
+                slots = index.slots[:, part]
+                mass = torch_ops.page_mass(query, self._pool.pages, slots, lse, scaling, self._packing)
+                self._chunk_mass.index_add_(0, chunk.flatten(), torch.where(attended, mass, 0.0).flatten())
+
+
+class Trace:
+    """Keeps which chunks every step attended to. Waits for the device in each step."""
+
+    def __init__(
+        self, selections: list[Selection], layer: int, heads: torch.Tensor, first_chunk: int, chunk_tokens: int
+    ) -> None:
+        """selections: appended to. heads: `(n,)` on the host. first_chunk: of the prompt, from where ids count."""
+        self._selections, self._layer, self._heads = selections, layer, heads
+        self._first_chunk, self._chunk_tokens = first_chunk, chunk_tokens
+
+    def record(self, step: int, chosen: torch.Tensor, selected: torch.Tensor, most: int, query: torch.Tensor) -> None:
+        """Record a step's chosen chunks `(n, N)`, `selected` `(n,)` of each head, and queries `(K, G, D)`."""
+        place = torch.arange(most, device=chosen.device)
+        ids = chosen.int().sort(dim=1, descending=True, stable=True).indices[:, :most]
+        first = torch.where(place < selected.unsqueeze(1), (ids + self._first_chunk) * self._chunk_tokens, -1)
+        self._selections.append(Selection(step, self._layer, self._heads, first, query))

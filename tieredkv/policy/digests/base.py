@@ -1,0 +1,133 @@
+"""Digest: what a new kind of digest has to provide. Nothing outside this package depends on which kind is used.
+
+Shapes: `K` KV heads, `n` chunks, `C` chunk tokens, `D` head dim, `G` query heads per KV head, or several rows of them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from typing import ClassVar, Generic, Self, TypeVar
+
+import torch
+
+BITS = (4, 8)
+"""Bits per number that every digest offers."""
+FLOAT32 = torch.float32.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """What a digest was fitted to, one row per KV head: a subclass has tensors `(K, ...)` as its only fields.
+
+    This class itself is the state of digests that are not fitted. A saved session holds the fields under their names.
+    """
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """Names of the fields."""
+        return tuple(field.name for field in fields(cls))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The fields by name."""
+        return {name: getattr(self, name) for name in self.names()}
+
+    def to(self, device: torch.device) -> Self:
+        """A copy on `device`; the same tensors where they are there already."""
+        return type(self)(**{name: tensor.to(device) for name, tensor in self.tensors().items()})
+
+    def for_ranking(self, heads: torch.Tensor) -> Self:
+        """What ranking the chunks of `heads` `(n,)` needs; chunks cannot be digested with it."""
+        return type(self)(**{name: tensor[heads] for name, tensor in self.tensors().items()})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all fields."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+
+F = TypeVar("F", bound=Fitted)
+
+
+@dataclass(frozen=True)
+class Digest(ABC, Generic[F]):
+    """One kind of digest: a small stand-in for a chunk's keys, by which the chunks of a head are ranked.
+
+    A kind is a subclass, entered in `DIGESTS`; an object of it knows the sizes of one model and policy. Sizes are of
+    one KV head. Nothing here waits for the device.
+    """
+
+    head_dim: int
+    chunk_tokens: int
+    bits: int
+    """Per number of a digest: one of `BITS`."""
+
+    name: ClassVar[str]
+    """In `DIGESTS`, in `Policy.digest`, and in saved sessions."""
+    estimates_mass: ClassVar[bool] = False
+    """Whether `logits` plus `constant` estimate the log of each chunk's attention mass, without bias. What a step did
+    not see can then be estimated, and `TierConfig.adaptive` works. Upper bounds, such as those of boxes, do not."""
+    fitted_type: ClassVar[type[Fitted]] = Fitted
+    """Of the state that `fit` returns. A kind that is fitted names its own."""
+
+    @property
+    def needs_fit(self) -> bool:
+        """Whether chunks can be digested only after `fit`."""
+        return self.fitted_type is not Fitted
+
+    # ---- sizes
+
+    @property
+    @abstractmethod
+    def chunk_bytes(self) -> int:
+        """Bytes of one chunk's digest, on the host and on the device."""
+
+    @property
+    def fitted_bytes(self) -> int:
+        """Bytes of what `fit` returns, on the host."""
+        return 0
+
+    @property
+    def ranking_fitted_bytes(self) -> int:
+        """Bytes of the part of it that `Fitted.for_ranking` keeps, on the device."""
+        return 0
+
+    @abstractmethod
+    def scratch_bytes(self, kv_heads: int, query_heads: int) -> int:
+        """Most that `logits` allocates per chunk ranked at a time, beyond its result, for a layer of so many heads."""
+
+    # ---- making
+
+    def fit(self, query_moment: torch.Tensor, keys: torch.Tensor) -> F:
+        """The state for one layer, on the host, from what has been cached of a context.
+
+        query_moment `(K, D, D)` float32: sum of q q^T. keys `(K, m, D)`. Called only where `needs_fit`.
+        """
+        raise NotImplementedError
+
+    @abstractmethod
+    def make(self, keys: torch.Tensor, fitted: F) -> torch.Tensor:
+        """Digests, uint8 `(K, n, chunk_bytes)`, of chunks of keys `(K, n, C, D)`, on the keys' device."""
+
+    # ---- ranking
+
+    def prepare(self, query: torch.Tensor, fitted: F) -> torch.Tensor:
+        """Queries `(K, G, D)` float32, already scaled, as `logits` takes them: `(K, G, ...)`."""
+        return query
+
+    def logits(self, prepared: torch.Tensor, digests: torch.Tensor, at_once: int) -> torch.Tensor:
+        """Estimated logits `(K, G, n)` float32 of all chunks, up to a constant for each query head.
+
+        prepared: from `prepare`. digests `(K, n, chunk_bytes)`. at_once: chunks to unpack at a time, which bounds the
+        scratch; an implementation that unpacks nothing ignores it.
+        """
+        parts = [self.chunk_logits(prepared, part) for part in digests.split(at_once, dim=1)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    @abstractmethod
+    def chunk_logits(self, prepared: torch.Tensor, digests: torch.Tensor) -> torch.Tensor:
+        """`logits` of one part, in plain torch."""
+
+    def constant(self, query: torch.Tensor, fitted: F) -> torch.Tensor:
+        """What `logits` leaves out, `(K, G)`, of queries `(K, G, D)`, scaled. Called only where `estimates_mass`."""
+        return query.new_zeros(query.shape[:-1])
