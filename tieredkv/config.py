@@ -74,7 +74,7 @@ class TierConfig:
     """Cap, in GiB, on the host memory of the complete cache; None: a safe share of what the machine has available."""
     adaptive: bool = False
     """Let a dynamic head attend to more chunks, of its spare slots, while much attention mass seems to go unseen.
-    Needs a digest that estimates it, such as "sketch"."""
+    Needs a digest that estimates it (`Digest.estimates_mass`)."""
     prefetch: bool = True
     """Where a step may attend to the chunks chosen a step before (`reuse_above`), copy them meanwhile."""
 
@@ -99,8 +99,9 @@ class TierConfig:
         for name in ("adaptive", "pack_pages", "prefetch"):
             wanted(isinstance(getattr(self, name), bool), name, "True or False")
         if self.adaptive:
-            estimates = DIGESTS[self.policy.digest].estimates_mass
-            wanted(estimates, "adaptive", "it with a digest that estimates the mass that goes unseen, such as 'sketch'")
+            estimating = [name for name, digest in DIGESTS.items() if digest.estimates_mass]
+            need = f"it with digest={' or '.join(map(repr, estimating))}: others do not estimate unseen mass"
+            wanted(self.policy.digest in estimating, "adaptive", need)
             wanted(self.policy.reuse_above > 1, "adaptive", "it without reuse_above: a reused choice keeps its size")
 
     @property

@@ -81,7 +81,7 @@ def test_a_segment_runs_along_the_first_principal_component():
 def test_a_segment_finds_its_direction_where_others_are_nearly_as_strong():
     generator = torch.Generator().manual_seed(6)
     keys = torch.randn(20, 64, 6, generator=generator) * torch.tensor([3.0, 2, 2, 2, 2, 2])
-    low, high = vectors.segment(keys).unbind(1)
+    low, high = digest("segment", 6).vectors(keys).unbind(1)
     principal = torch.linalg.svd(keys - keys.mean(1, keepdim=True)).Vh[:, 0]
     assert torch.cosine_similarity(high - low, principal, dim=-1).abs().mean() > 0.97
 
@@ -154,6 +154,24 @@ def test_a_digest_keeps_its_contract(name, bits, d):
     assert (whole.dtype, whole.shape) == (torch.float32, (2, 5, 10))
     assert kind.constant(query[[2, 0]], own).shape == (2, 5)
     assert_near(kind.logits(kind.prepare(query[[2, 0]], own), packed[[2, 0]], 3), whole)
+
+
+@pytest.mark.parametrize("name", DIGESTS)
+@pytest.mark.parametrize("bits", BITS)
+def test_ranking_allocates_no_more_than_it_says(name, bits):
+    """Beside torch's own profiler: the result, in parts and joined, and the scratch of one part."""
+    keys, query, at_once = torch.randn(2, 256, 8, 64), torch.randn(2, 4, 64), 64
+    kind = digest(name, 64, 8, bits)
+    fitted = kind.fit(torch.eye(64).expand(2, 64, 64), keys.flatten(1, 2)) if kind.needs_fit else Fitted()
+    packed, prepared = kind.make(keys, fitted), kind.prepare(query, fitted)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = kind.logits(prepared, packed, at_once)
+    live = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    assert result.nbytes < peak <= 2 * result.nbytes + at_once * kind.scratch_bytes(2, 8)
 
 
 # ---- sketch

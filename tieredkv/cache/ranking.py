@@ -6,16 +6,17 @@ Shapes: `n` dynamic heads, `N` chunks, `K` KV heads, `G` query heads per KV head
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 
+from tieredkv.config import TierConfig
 from tieredkv.memory.ledger import DeviceLedger
+from tieredkv.models.kv_shape import KVShape
 from tieredkv.ops.base import Ops
+from tieredkv.planning import sizes
 from tieredkv.planning.sizes import Layout
 from tieredkv.policy import select
-from tieredkv.policy.base import Policy
-from tieredkv.policy.digests import Digest, Fitted
+from tieredkv.policy.digests import Fitted
 
 
 class Ranking:
@@ -23,31 +24,28 @@ class Ranking:
 
     def __init__(
         self,
-        digest: Digest[Any],
         digests: torch.Tensor,
         fitted: Fitted,
         heads: torch.Tensor,
+        shape: KVShape,
+        tiers: TierConfig,
         layout: Layout,
-        at_once: int,
-        scratch_bytes: int,
-        policy: Policy,
         ops: Ops,
         ledger: DeviceLedger,
         device: torch.device,
     ) -> None:
         """digests: uint8 `(K, >= old chunks, bytes)` on the host, made with `fitted`. heads: `(n,)` KV heads, on the
-        host. at_once: chunks to unpack at a time. scratch_bytes: of ranking for one step (`sizes.ranking_bytes`).
-        """
+        host."""
         first, chunks = layout.sink_chunks, layout.retrievable
-        self.digest = digest
+        self.digest = ops.digest(sizes.digest_for(shape, tiers))
         self.digests = ledger.empty("digests", (len(heads), chunks, digests.shape[2]), digests.dtype, device)
         """`(n, N, bytes)` on the device."""
         self.digests.copy_(digests[heads, first : first + chunks])
         self._fitted = fitted.for_ranking(heads).to(device)
         ledger.reserve("digests", self._fitted.nbytes)
-        self._rows, self._at_once = heads.to(device), at_once
-        self._scratch_bytes, self._ledger = scratch_bytes, ledger
-        self._policy, self._ops = policy, ops
+        self._at_once = sizes.ranked_chunks_at_once(shape, tiers, layout)
+        self._scratch_bytes = sizes.ranking_bytes(shape, tiers, layout, self._at_once)
+        self._heads, self._policy, self._ops, self._ledger = heads.to(device), tiers.policy, ops, ledger
 
     @property
     def nbytes(self) -> int:
@@ -60,7 +58,7 @@ class Ranking:
 
     def logits(self, query: torch.Tensor, scaling: float) -> torch.Tensor:
         """Estimated logits `(n, rows, N)` of all chunks, for queries `(K, rows, D)` of one or more steps."""
-        scaled = query[self._rows].float() * scaling
+        scaled = query[self._heads].float() * scaling
         return self.digest.logits(self.digest.prepare(scaled, self._fitted), self.digests, self._at_once)
 
     def constant(self, query: torch.Tensor, scaling: float) -> torch.Tensor:

@@ -16,6 +16,7 @@ from tieredkv.memory.pool import DevicePool
 from tieredkv.memory.residency import Residency
 from tieredkv.ops import torch_ops
 from tieredkv.ops.packing import Packing
+from tieredkv.planning.sizes import Layout
 from tieredkv.policy import select
 
 
@@ -130,16 +131,14 @@ class ExactMass:
 class Trace:
     """Keeps which chunks every step attended to. Waits for the device in each step."""
 
-    def __init__(
-        self, selections: list[Selection], layer: int, heads: torch.Tensor, first_chunk: int, chunk_tokens: int
-    ) -> None:
-        """selections: appended to. heads: `(n,)` on the host. first_chunk: of the prompt, from where ids count."""
-        self._selections, self._layer, self._heads = selections, layer, heads
-        self._first_chunk, self._chunk_tokens = first_chunk, chunk_tokens
+    def __init__(self, selections: list[Selection], layer: int, heads: torch.Tensor, layout: Layout) -> None:
+        """selections: each step appends one. heads: `(n,)` on the host."""
+        self._selections, self._layer, self._heads, self._layout = selections, layer, heads, layout
 
     def record(self, step: int, chosen: torch.Tensor, selected: torch.Tensor, most: int, query: torch.Tensor) -> None:
         """Record a step's chosen chunks `(n, N)`, `selected` `(n,)` of each head, and queries `(K, G, D)`."""
         place = torch.arange(most, device=chosen.device)
         ids = chosen.int().sort(dim=1, descending=True, stable=True).indices[:, :most]
-        first = torch.where(place < selected.unsqueeze(1), (ids + self._first_chunk) * self._chunk_tokens, -1)
+        first_token = (ids + self._layout.sink_chunks) * self._layout.chunk_tokens
+        first = torch.where(place < selected.unsqueeze(1), first_token, -1)
         self._selections.append(Selection(step, self._layer, self._heads, first, query))

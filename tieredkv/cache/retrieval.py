@@ -47,7 +47,7 @@ class Retrieval:
         on. packing: the layer's, of packed pages. Takes its slots from the pool and fills them with the chunks that the
         question's rows attended to most.
         """
-        tiers, plan, shape, ledger, counters = phase.tiers, phase.plan, phase.shape, phase.ledger, phase.counters
+        tiers, plan, shape, ledger = phase.tiers, phase.plan, phase.shape, phase.ledger
         layout, policy, device = plan.layout, tiers.policy, phase.pool.pages.device
         chunk_mass = None if phase.looks is None else phase.chunk_mass
         slots, self._heads = plan.slots[index, heads].to(device), heads.to(device)
@@ -59,16 +59,13 @@ class Retrieval:
         """Since counters were flushed; counted by the layer, which also counts steps replayed from a graph."""
         self._limits = (self.selected.clone(), slots) if tiers.adaptive else None
         """`(n,)` each: fewest and most chunks that a head may come to select, if that changes."""
-        self._counters, self._chunk_bytes = counters, sizes.chunk_bytes(shape, tiers)
+        self._counters, self._chunk_bytes = phase.counters, sizes.chunk_bytes(shape, tiers)
         self._tally = Tally(len(heads), device)
-
         self._fetching = Fetching(
             host, self._heads, slots, layout, table, first_column, phase.pool, packing, phase.ops, ledger
         )
         self.residency = self._fetching.residency
-        c, first = layout.chunk_tokens, layout.sink_chunks * layout.chunk_tokens
-        mass = saliency[heads, first : first + layout.retrievable * c].view(len(heads), layout.retrievable, c).sum(-1)
-        counters.warm_bytes += self._fetching.warm(mass) * self._chunk_bytes
+        self._warm(saliency[heads], layout)
 
         self.ranking: Ranking | None = None
         self._reuse: Reuse | None = None
@@ -78,14 +75,9 @@ class Retrieval:
         self._trace: Trace | None = None
         if plan.ranked:
             assert fitted is not None  # there are chunks, and they have digests
-            digest = phase.ops.digest(sizes.digest_for(shape, tiers))
-            at_once = sizes.ranked_chunks_at_once(shape, tiers, layout)
-            scratch = sizes.ranking_bytes(shape, tiers, layout, at_once)
-            self.ranking = Ranking(
-                digest, digests, fitted, heads, layout, at_once, scratch, policy, phase.ops, ledger, device
-            )
-            counters.warm_bytes += self.ranking.digests.nbytes
-            if digest.estimates_mass:
+            self.ranking = Ranking(digests, fitted, heads, shape, tiers, layout, phase.ops, ledger, device)
+            self._counters.warm_bytes += self.ranking.digests.nbytes
+            if self.ranking.digest.estimates_mass:
                 self._estimated = EstimatedMass(self.ranking, ledger, chunk_mass, self._tally)
             if policy.reuse_above <= 1:
                 group = shape.num_attention_heads // shape.num_key_value_heads
@@ -93,22 +85,30 @@ class Retrieval:
                 ahead = torch.minimum(slots - self.selected, self.selected)
                 if phase.prefetcher is not None and bool(ahead.any()):
                     self._ahead = FetchAhead(self._fetching, ahead, phase.prefetcher, index)
-            if counters.trace is not None:
-                self._trace = Trace(counters.trace, index, heads, layout.sink_chunks, c)
+            if phase.counters.trace is not None:
+                self._trace = Trace(phase.counters.trace, index, heads, layout)
         else:
             self._fetching.list_all()
         if chunk_mass is not None and self._estimated is None:
+            pages_at_once = min(plan.scratch_pages, table.numel())
+            scratch = gather_bytes(shape, tiers, plan, table.numel())
             self._exact = ExactMass(
                 self._heads,
                 self.residency,
                 phase.pool,
                 packing,
                 chunk_mass,
-                min(plan.scratch_pages, table.numel()),
-                gather_bytes(shape, tiers, plan, table.numel()),
+                pages_at_once,
+                scratch,
                 ledger,
                 ranked=plan.ranked,
             )
+
+    def _warm(self, saliency: torch.Tensor, layout: sizes.Layout) -> None:
+        """Fill the slots with the chunks that the question's rows attended to most. saliency: `(n, tokens)`."""
+        c, first = layout.chunk_tokens, layout.sink_chunks * layout.chunk_tokens
+        chunks = saliency[:, first : first + layout.retrievable * c].unflatten(1, (layout.retrievable, c))
+        self._counters.warm_bytes += self._fetching.warm(chunks.sum(-1)) * self._chunk_bytes
 
     def adapt(self) -> bool:
         """Change how many chunks heads select, by what the last step did not see; whether that can happen at all."""
