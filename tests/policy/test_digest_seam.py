@@ -130,7 +130,7 @@ def test_a_session_answers_and_outlives_a_save(kind, video_model, processor, fra
         session.save(tmp_path / "kept")
         session_logits(session, "follow the moon for 4 ?", 2)
         want = session_logits(session, "what colour was the star ?", 6)
-        centre = session._cache.tiered_layers[0].digests.fitted.centre
+        centre = session._cached.cache.tiered_layers[0].digests.fitted.centre
     with tieredkv.load_session(tmp_path / "kept", video_model, processor=processor) as session:
-        assert torch.equal(session._cache.tiered_layers[0].digests.fitted.centre, centre)
+        assert torch.equal(session._cached.cache.tiered_layers[0].digests.fitted.centre, centre)
         assert torch.equal(session_logits(session, "what colour was the star ?", 6), want)
