@@ -1,7 +1,7 @@
-"""Fill in the tables of memory-sizes.md and policies.md from the planner and the policies: python docs/make_tables.py
+"""Write the tables of memory-sizes.md and policies.md from the planner and the policies: python docs/make_tables.py
 
-A table stands between <!-- table: NAME --> and <!-- end --> and is written anew. Nothing depends on the machine: models
-are their shapes, and host memory is taken for endless.
+A table stands between <!-- table: NAME --> and <!-- end --> and is replaced. Nothing depends on the machine: models are
+reduced to their shapes, and host memory is taken to be unlimited.
 """
 
 from __future__ import annotations
@@ -26,9 +26,12 @@ LENGTHS = (8_192, 32_768, 131_072)
 FRAMES = ((280, 280), (252, 448), (364, 644))
 RATES = (0.5, 1.0, 2.0)
 PATCH = 28
-"""Pixels of a side of what becomes one visual token of Qwen2.5-VL, of two frames."""
+"""Side, in pixels, of the square of two frames that becomes one visual token of Qwen2.5-VL."""
 QUESTION, ANSWER = 64, 256
-TEXT_SHAPES = {  # layers, query heads, KV heads, hidden size
+DECODER_SHAPES = {  # layers, query heads, KV heads, hidden size
+    "Qwen3-VL-2B": ("qwen3", 28, 16, 8, 2048),
+    "Qwen3-VL-4B": ("qwen3", 36, 32, 8, 2560),
+    "Qwen3-VL-8B": ("qwen3", 36, 32, 8, 4096),
     "SmolLM2-135M": ("llama", 30, 9, 3, 576),
     "Llama-3.2-1B": ("llama", 16, 32, 8, 2048),
     "Llama-3.2-3B": ("llama", 28, 24, 8, 3072),
@@ -44,7 +47,7 @@ VIDEO_SHAPES = {  # layers, query heads, KV heads, hidden size, inner size, voca
 
 
 def video_config(name: str) -> Any:
-    """The config of a published model, as far as sizes depend on it."""
+    """The config of a published video model, as far as sizes depend on it."""
     from transformers import Qwen2_5_VLConfig
 
     layers, heads, kv_heads, hidden, inner, vocabulary, tied = VIDEO_SHAPES[name]
@@ -62,17 +65,17 @@ def video_config(name: str) -> Any:
 
 
 def text_config(name: str) -> Any:
-    """The same of a text model."""
-    from transformers import LlamaConfig, Qwen2Config
+    """The config of a decoder, as far as the size of its cache depends on it."""
+    from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
-    kind, layers, heads, kv_heads, hidden = TEXT_SHAPES[name]
-    return {"llama": LlamaConfig, "qwen2": Qwen2Config}[kind](
+    kind, layers, heads, kv_heads, hidden = DECODER_SHAPES[name]
+    return {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}[kind](
         num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads, hidden_size=hidden
     )
 
 
 def rows(header: list[str], body: list[list[str]]) -> str:
-    """A Markdown table; all columns but the first are numbers."""
+    """A Markdown table; all columns but the first hold numbers."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *body]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -82,9 +85,9 @@ def gib(nbytes: float) -> str:
 
 
 def per_token() -> str:
-    """Bytes of a full cache in 16 bits, by model and length."""
+    """Size of a full cache in 16 bits, by model and length."""
     shapes = {name: model_shape(video_config(name), torch.bfloat16) for name in VIDEO_SHAPES}
-    shapes |= {name: model_shape(text_config(name), torch.bfloat16) for name in TEXT_SHAPES}
+    shapes |= {name: model_shape(text_config(name), torch.bfloat16) for name in DECODER_SHAPES}
     header = ["model", "layers", "KV heads", "head dim", "KiB per token", *(f"{n:,} tokens, GiB" for n in LENGTHS)]
     body = [
         [name, str(one.num_layers), str(one.num_key_value_heads), str(one.head_dim), f"{one.token_bytes / 1024:g}"]
@@ -103,8 +106,8 @@ def per_hour() -> str:
         for fps in RATES:
             tokens = round(3600 * fps / 2) * (height // PATCH) * (width // PATCH)
             prompt = forecast.HEAD_TOKENS + tokens + QUESTION
-            held = [gib(sizes.host_bytes(shape, tiers, prompt)) for shape in shapes.values()]
-            body.append([f"{width} x {height}", f"{fps:g}", f"{tokens:,}", *held])
+            cells = [gib(sizes.host_bytes(shape, tiers, prompt)) for shape in shapes.values()]
+            body.append([f"{width} x {height}", f"{fps:g}", f"{tokens:,}", *cells])
     return rows(["frames", "per second", "tokens an hour", *(f"{name}, GiB" for name in shapes)], body)
 
 
@@ -112,9 +115,9 @@ def weights() -> str:
     """What the weights take in 16 bits."""
     body = []
     for name in VIDEO_SHAPES:
-        made = forecast.plan(video_config(name), 1000)
-        total = made.decoder_bytes + made.vision_bytes
-        body.append([name, gib(made.decoder_bytes), gib(made.vision_bytes), gib(total)])
+        plan = forecast.plan(video_config(name), 1000)
+        total = plan.decoder_bytes + plan.vision_bytes
+        body.append([name, gib(plan.decoder_bytes), gib(plan.vision_bytes), gib(total)])
     return rows(["model", "decoder, GiB", "vision tower, GiB", "together, GiB"], body)
 
 
@@ -134,22 +137,22 @@ def plans() -> str:
                 if cap * GIB < least:
                     body.append([*row, "refused", ""])
                     continue
-                made = forecast.plan(config, tokens, gpu_kv_gb=cap, question_tokens=QUESTION, max_new_tokens=ANSWER)
-                share = min(1.0, made.dynamic_tokens / (prompt + ANSWER))
-                body.append([*row, f"{made.dynamic_tokens:,} ({share:.0%})", gib(made.prefill_copy_bytes)])
+                plan = forecast.plan(config, tokens, gpu_kv_gb=cap, question_tokens=QUESTION, max_new_tokens=ANSWER)
+                share = min(1.0, plan.dynamic_tokens / (prompt + ANSWER))
+                body.append([*row, f"{plan.dynamic_tokens:,} ({share:.0%})", gib(plan.prefill_copy_bytes)])
     header = ["model", "visual tokens", "host, GiB", "least cap, GiB", "cap, GiB", "tokens a step attends to"]
     return rows([*header, "prefill copies, GiB"], body)
 
 
 def heads(policy: Policy) -> str:
-    """Which heads are static, in a word."""
+    """Which heads are static, in a few words."""
     if policy.keep_all:
         return "everything on the device"
     return "all static" if policy.theta <= 0 else "all dynamic" if policy.theta > 1 else "both"
 
 
 def policies() -> str:
-    """The policies, a row each, then a section each."""
+    """A row for each policy, then a section for each."""
     header = "| policy | heads | chunks are ranked by | from |\n|---|---|---|---|"
     lines = [header]
     for name, one in POLICIES.items():
@@ -164,10 +167,10 @@ PAGES = ("memory-sizes.md", "policies.md")
 
 
 def filled(page: str) -> str:
-    """The text of a page with its tables as they should be."""
+    """The text of a page with its tables up to date."""
 
-    def table(found: re.Match[str]) -> str:
-        return f"<!-- table: {found[1]} -->\n\n{TABLES[found[1]]()}\n\n<!-- end -->"
+    def table(match: re.Match[str]) -> str:
+        return f"<!-- table: {match[1]} -->\n\n{TABLES[match[1]]()}\n\n<!-- end -->"
 
     with patch.object(limits, "available_host_bytes", lambda: 2**60):
         return re.sub(r"<!-- table: (\S+) -->.*?<!-- end -->", table, page, flags=re.DOTALL)

@@ -6,6 +6,7 @@ on the line before, and is listed below. Models and films that are not here are 
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import re
@@ -19,6 +20,7 @@ import pytest
 import typer
 from command_line import run
 from helpers import tier_options
+from test_architecture import ALLOWED
 
 import tieredkv
 from tieredkv import cli
@@ -29,6 +31,7 @@ from tieredkv.tiny.video import write_video
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+USING = (ROOT / "docs" / "using.md").read_text()
 PAGES = ("README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
 COMMANDS = "docs/command-line.md"
 """Run as one, by a test below."""
@@ -41,6 +44,8 @@ NOT_RUN = {
     ("docs/tiny-model.md", "python -m tieredkv.tiny.evaluate --positions next --scenes 40"),
 }
 """Page and first command of every block that is shown and not run."""
+INSIDE = ("architecture", "evidence", "ingest", "inside-transformers", "memory-and-cap", "retrieval", "sessions")
+"""Pages that say which function does what."""
 TESTED_ALONE = ("scene.tkv", "loud.py")
 """In blocks that a test below runs, and looks at what they print."""
 MODELS = re.compile(r"PATH_OR_HUB_ID|Qwen/[\w.-]+")
@@ -134,6 +139,54 @@ def test_commands_within_the_text_name_what_exists(page):
             assert [word for word in words if word.startswith("--") and f'"{word}"' not in source] == [], command
 
 
+@pytest.mark.parametrize("page", sorted({*PAGES} - {"docs/log.md"}))  # the log names what is gone, too
+def test_files_and_folders_that_a_page_names_exist(page):
+    named = re.findall(r"`([\w.-]+(?:/[\w.-]+)*/(?:\w+\.py)?)`", (ROOT / page).read_text())
+    assert [path for path in named if not ((ROOT / path).exists() or (ROOT / "tieredkv" / path).exists())] == []
+
+
+def definitions() -> tuple[set[str], set[str]]:
+    """Classes of the package; its functions, and its methods and class fields as Class.name."""
+    classes, functions = set(), set()
+    for path in (ROOT / "tieredkv").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                functions.add(node.name)
+            elif isinstance(node, ast.ClassDef):
+                classes.add(node.name)
+                for part in node.body:
+                    if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef):
+                        functions.add(f"{node.name}.{part.name}")
+                    elif isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name):
+                        functions |= {part.target.id, f"{node.name}.{part.target.id}"}
+    return classes, functions
+
+
+@pytest.mark.parametrize("page", INSIDE)
+def test_functions_and_classes_that_a_page_names_exist(page):
+    text, (classes, functions) = (ROOT / "docs" / f"{page}.md").read_text(), definitions()
+    called = re.findall(r"`([A-Za-z_][\w.]*)\(\)`", text)
+    members = [name for name in re.findall(r"`([A-Z]\w+\.[a-z]\w+)`", text) if name.split(".")[0] in classes]
+    plain = [name.rpartition(".")[2] if name[0].islower() else name for name in called]  # without its module
+    assert [name for name in (*plain, *members) if name not in functions] == []
+    placed = re.findall(r"`(?:\w+\.)?(\w+)(?:\(\))?` (?:in |of |\()`((?:[a-z]\w*/)+\w+\.py)`", text)
+    files = [
+        (name, next(root / path for root in (ROOT / "tieredkv", ROOT) if (root / path).exists()))
+        for name, path in placed
+    ]
+    assert [(name, path) for name, path in files if not re.search(rf"\b{name}\b", path.read_text())] == []
+    others = {"Cache", "CancelledError", "PRESETS", "PeftModel"}
+    named = set(re.findall(r"`([A-Z][a-z]+\w*|TieredKVError)`", text)) - others
+    assert sorted(named - classes) == []
+
+
+def test_the_rooms_of_the_architecture_page_are_those_of_the_table():
+    text = (ROOT / "docs" / "architecture.md").read_text().partition("## Rooms")[2].partition("\n## ")[0]
+    rooms = re.findall(r"^\*\*(\w+)\*\* \(may import ([\w, ]+)\)", text, re.MULTILINE)
+    written = [(name, "" if others == "nothing" else others.replace(",", "")) for name, others in rooms]
+    assert written == list(ALLOWED.items())
+
+
 def test_every_file_the_readme_links_to_exists():
     links = re.findall(r"\]\((?!https?:)([^)#]+)", README)
     assert links
@@ -141,11 +194,11 @@ def test_every_file_the_readme_links_to_exists():
 
 
 @pytest.mark.model
-def test_the_readme_session_runs(tmp_path, monkeypatch, capsys):
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def test_the_session_of_the_guide_runs(tmp_path, monkeypatch, capsys):
+    blocks = re.findall(r"```python\n(.*?)```", USING, re.DOTALL)
     (block,) = [b for b in blocks if "open_session" in b]
     monkeypatch.chdir(tmp_path)
-    exec(compile(block, "README.md", "exec"), {})
+    exec(compile(block, "using.md", "exec"), {})
     *table, colour, chain, stats, talk, again = capsys.readouterr().out.strip().splitlines()
     assert any("visual tokens" in line for line in table)
     assert len(colour.split()) == 1
@@ -195,14 +248,14 @@ def test_the_command_lines_examples_run(tmp_path, short_video, monkeypatch, caps
 
 
 @pytest.mark.model
-def test_the_readme_streams(tmp_path, monkeypatch, capsys):
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def test_the_guide_streams(tmp_path, monkeypatch, capsys):
+    blocks = re.findall(r"```python\n(.*?)```", USING, re.DOTALL)
     opening, streaming = [b for b in blocks if "import" in b and "scene" in b]
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    exec(compile(opening, "README.md", "exec"), names)
+    exec(compile(opening, "using.md", "exec"), names)
     capsys.readouterr()
-    exec(compile(streaming, "README.md", "exec"), names)
+    exec(compile(streaming, "using.md", "exec"), names)
     chat, awaited = capsys.readouterr().out.strip().splitlines()
     text = chat.removesuffix(" (7 tokens)")
     assert len(text.split()) == 6

@@ -194,7 +194,7 @@ def test_a_line_that_is_not_text_does_not_affect_the_others(monkeypatch, capsys,
     code, out, err = run(monkeypatch, capsys, "chat", str(short_video), "--fps", "4")
     assert (code, len(out.splitlines())) == (1, 2)
     assert err.count("tieredkv: ") == 1
-    assert "tieredkv: the prompt holds " in err
+    assert "tieredkv: the prompt contains " in err
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def test_a_segment_runs_along_the_first_principal_component():
 def test_a_segment_finds_its_direction_where_others_are_nearly_as_strong():
     generator = torch.Generator().manual_seed(6)
     keys = torch.randn(20, 64, 6, generator=generator) * torch.tensor([3.0, 2, 2, 2, 2, 2])
-    low, high = vectors.segment(keys).unbind(1)
+    low, high = digest("segment", 6).vectors(keys).unbind(1)
     principal = torch.linalg.svd(keys - keys.mean(1, keepdim=True)).Vh[:, 0]
     assert torch.cosine_similarity(high - low, principal, dim=-1).abs().mean() > 0.97
 

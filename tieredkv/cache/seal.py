@@ -90,7 +90,7 @@ def seal(layers: Sequence[TieredLayer], device_tier: DeviceTier, question: Quest
     text_window = tiers.policy.text_window
     layout = sizes.lay_out(tiers, tokens, question.most_rows(text_window), question.max_new_tokens)
     # The plan counts the chunk masses of one device; every device has its own.
-    cap_bytes = tiers.cap_bytes - (len(device_tier.devices) - 1) * sizes.attended_bytes(layout)
+    cap_bytes = tiers.cap_bytes - (len(device_tier.devices) - 1) * sizes.chunk_mass_bytes(layout)
     types = classify_heads(rows, shape, tiers, layout, cap_bytes)
     plan = decode_plan.plan_decode(shape, tiers, layout, cap_bytes, types.scores, types.static, types.need)
     device_tier.drop_residents()

@@ -51,7 +51,7 @@ class SealedLayer:
     ) -> None:
         """host: all prompt tokens. digests: `(K, >= old chunks, bytes)` on the host, made with `fitted`.
 
-        is_text: `(N,)`, which prompt tokens are text. Copies pages to the device.
+        static: `(K,)`, which heads are. is_text: `(N,)`, which prompt tokens are. Copies pages to the device.
         """
         self.phase, self._host = phase, host
         self.pages = LayerPages(host, phase, table_width(phase.plan, phase.tiers, index, static))

@@ -43,7 +43,7 @@ def decode_bytes(shape: KVShape, tiers: TierConfig, plan: DecodePlan, static: to
     retrieval slots of dynamic heads.
     """
     layout, heads = plan.layout, shape.num_key_value_heads
-    tables, widest = sizes.attended_bytes(layout), 0
+    tables, widest = sizes.chunk_mass_bytes(layout), 0
     tables += norm_bytes(shape.kv_heads, shape.head_dim) if plan.packed else 0
     for index, mask in enumerate(static):
         n_dynamic = int((~mask).sum())

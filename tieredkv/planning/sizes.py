@@ -102,11 +102,11 @@ def table_bytes(shape: KVShape, tiers: TierConfig, layout: Layout) -> int:
     pages = layout.old_chunks + layout.recent_pages
     tables = shape.kv_heads * (pages * per_page + layout.retrievable * per_chunk + INT32)
     norms = norm_bytes(shape.kv_heads, shape.head_dim) if tiers.pack_pages else 0
-    return tables + attended_bytes(layout) + reused + norms
+    return tables + chunk_mass_bytes(layout) + reused + norms
 
 
-def attended_bytes(layout: Layout) -> int:
-    """The attention that each chunk got in a step, summed over all layers."""
+def chunk_mass_bytes(layout: Layout) -> int:
+    """The attention mass of each chunk in a step, summed over the layers of a device."""
     return layout.retrievable * FLOAT32
 
 
