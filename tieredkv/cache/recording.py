@@ -109,13 +109,15 @@ class ExactMass:
         """heads: `(n,)`. chunk_mass: `(N,)`, to which each step adds. pages_at_once, scratch_bytes: to read at a
         time, and what that takes. ranked: whether steps attend to the chosen chunks only, not to all resident ones."""
         self._heads, self._residency, self._pool, self._chunk_mass = heads, residency, pool, chunk_mass
-        self._packing = None if packing is None else Packing(packing.scales, packing.norms[heads])
+        self._packing = packing
         self._width, self._ledger, self._ranked = max(1, pages_at_once // len(heads)), ledger, ranked
         self._scratch_bytes = scratch_bytes
 
     def record(self, query: torch.Tensor, scaling: float, lse: torch.Tensor) -> None:
         """Record a step: its queries `(K, G, D)`, lse `(n, G)` of all logits it attended to."""
-        index, query = self._residency, query[self._heads]
+        index, query, packing = self._residency, query[self._heads], self._packing
+        if packing is not None:
+            packing = Packing(packing.scales, packing.norms[self._heads])
         with self._ledger.scratch("scratch", self._scratch_bytes):
             for first in range(0, index.slots.shape[1], self._width):
                 part = slice(first, first + self._width)
@@ -124,7 +126,7 @@ class ExactMass:
                 if self._ranked:
                     attended = attended & index.chosen.gather(1, chunk)
                 slots = index.slots[:, part]
-                mass = torch_ops.page_mass(query, self._pool.pages, slots, lse, scaling, self._packing)
+                mass = torch_ops.page_mass(query, self._pool.pages, slots, lse, scaling, packing)
                 self._chunk_mass.index_add_(0, chunk.flatten(), torch.where(attended, mass, 0.0).flatten())
 
 
