@@ -22,8 +22,8 @@ PATIENCE_S = 60
 
 
 def text_config(kind: str) -> Any:
-    """A config of three layers, four query heads and two KV heads."""
-    from transformers import Gemma3TextConfig, LlamaConfig, Qwen2Config, Qwen3Config
+    """A config of three layers, four query heads and two KV heads; of eight, where most are of another type."""
+    from transformers import Gemma3TextConfig, LlamaConfig, Qwen2Config, Qwen3_5TextConfig, Qwen3Config
 
     sizes = {
         "vocab_size": 97,
@@ -41,6 +41,15 @@ def text_config(kind: str) -> Any:
         kinds = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
         more = {"num_hidden_layers": 4, "layer_types": kinds, "sliding_window": 33, "head_dim": 16}
         return Gemma3TextConfig(**{**sizes, **more, "query_pre_attn_scalar": 24, "pad_token_id": None})
+    if kind == "qwen3_5_text":  # every fourth layer is full attention, which rotates a part of the head
+        rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25, "mrope_section": [2, 1, 1]}
+        linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+        linear |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
+        return Qwen3_5TextConfig(
+            **{**sizes, **linear, "num_hidden_layers": 8},
+            head_dim=32,
+            rope_parameters={**rope, "mrope_interleaved": True},
+        )
     if kind == "qwen3":
         return Qwen3Config(**sizes, head_dim=16)
     return {"llama": LlamaConfig, "qwen2": Qwen2Config}[kind](**sizes)

@@ -107,12 +107,6 @@ class TieredLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
-    def reset(self) -> None:
-        raise OptionError("TieredCache cannot be reset: make a new one, or crop it.")
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        raise OptionError("TieredCache does not support beam search: use num_beams=1.")
-
     # ---- attention
 
     @settled

@@ -10,8 +10,8 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from tieredkv.attention import interface
 from tieredkv.cache.turns import LayerTurns
+from tieredkv.cache.untiered import State
 from tieredkv.environment.ambient import settled
-from tieredkv.errors import OptionError
 
 ROWS = 1024
 """Queries that attend at a time."""
@@ -23,6 +23,8 @@ class SlidingLayer(DynamicSlidingWindowLayer):
     It holds at most `sliding_window` tokens, whatever the length of the prompt. They do not count against `gpu_kv_gb`.
     """
 
+    kind = "sliding windows"
+
     def __init__(self, turns: LayerTurns, sliding_window: int) -> None:
         super().__init__(sliding_window)
         self._turns: LayerTurns = weakref.proxy(turns)  # which know the layer
@@ -30,7 +32,7 @@ class SlidingLayer(DynamicSlidingWindowLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        self._turns.check_sliding_layer(self, key_states.shape[-2])
+        self._turns.check_untiered_layer(self, key_states.shape[-2])
         keys, values = super().update(key_states.detach(), value_states.detach(), *args, **kwargs)
         return interface.tag(keys, self), values
 
@@ -55,23 +57,35 @@ class SlidingLayer(DynamicSlidingWindowLayer):
             )
         return torch.cat(parts, dim=1)
 
-    def check_truncate(self, tokens: int) -> None:
-        """Raise `OptionError` if tokens are gone that the next one after the first `tokens` would see."""
+    @property
+    def device_bytes(self) -> int:
+        """Bytes allocated for keys and values: after a call of many tokens more than the window's, until the next."""
+        return sum(part.untyped_storage().nbytes() for part in (self.keys, self.values) if part is not None)
+
+    def can_truncate(self, tokens: int) -> bool:
+        """Whether the token after the first `tokens` would find all that lies within its window."""
         length = self.get_seq_length()
-        if tokens < length and length >= self.sliding_window:
-            raise OptionError(
-                f"a model with sliding windows cannot go back to {tokens} of {length} tokens: what lay within the "
-                "window then is gone. Start another cache."
-            )
+        return tokens == 0 or tokens >= length or length < self.sliding_window
 
     def truncate(self, tokens: int) -> None:
-        """Forget all but the first `tokens` tokens."""
+        """Forget all but the first `tokens` tokens. Only where `can_truncate`."""
         if tokens >= self.get_seq_length():
             return
-        self.check_truncate(tokens)
         assert self.keys is not None
         assert self.values is not None
         self.keys, self.values = self.keys[:, :, :tokens], self.values[:, :, :tokens]
+        self.cumulative_length = tokens
+
+    def state(self) -> State:
+        """Copies of the window's keys and values in host memory."""
+        assert self.keys is not None
+        assert self.values is not None
+        return {name: getattr(self, name).to("cpu", copy=True) for name in ("keys", "values")}
+
+    def restore(self, state: State, tokens: int) -> None:
+        """Hold the window that was taken after `tokens` tokens. On a CPU it shares memory with `state`: updates make
+        new tensors."""
+        self.keys, self.values = (state[name].to(self.device) for name in ("keys", "values"))
         self.cumulative_length = tokens
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from transformers import Cache, PreTrainedConfig
 
 from tieredkv.cache import seal
@@ -18,9 +19,11 @@ from tieredkv.cache.counters import Counters
 from tieredkv.cache.decoding import Decoding
 from tieredkv.cache.device_tier import DeviceTier
 from tieredkv.cache.layer import TieredLayer
+from tieredkv.cache.linear_layer import LinearLayer
 from tieredkv.cache.question import Question
 from tieredkv.cache.sliding_layer import SlidingLayer
 from tieredkv.cache.turns import LayerTurns
+from tieredkv.cache.untiered import Untiered
 from tieredkv.config import TierConfig, tier_config
 from tieredkv.environment import forking
 from tieredkv.environment.ambient import settled
@@ -65,7 +68,7 @@ class TieredCache(Cache):
         device while it is prefilled, only the call that completes it is scored, and no token before its end counts as
         generated. ops: the operations of decoding steps; copies: how the tiers copy in the background; both default to
         what suits the device. Raises `UnsupportedModelError` when a layer is neither full attention nor, in a family
-        where that is tested, a sliding window.
+        where that is tested, a sliding window or linear attention.
         """
         self.question = Question(max_new_tokens=max_new_tokens, prompt_tokens=prompt_tokens)
         """What follows the cached tokens."""
@@ -74,18 +77,22 @@ class TieredCache(Cache):
         """Counts the device bytes of keys, values, and what is allocated with them."""
         self.tiered_layers: list[TieredLayer] = []
         """The layers that grow, which are ours."""
-        self._all_layers: list[TieredLayer | SlidingLayer] = []
+        untiered: list[SlidingLayer | LinearLayer] = []
+        layers: list[TieredLayer | SlidingLayer | LinearLayer] = []
         self._turns = LayerTurns()
         text = config.get_text_config(decoder=True)
         for kind in families.check_layers(text):
             if kind == "full_attention":
                 index = len(self.tiered_layers)
                 self.tiered_layers.append(TieredLayer(self, self._turns, self.device_tier, index, prompt_tokens))
-                self._all_layers.append(self.tiered_layers[-1])
+                layers.append(self.tiered_layers[-1])
             else:
-                self._all_layers.append(SlidingLayer(self._turns, text.sliding_window))
-            self._turns.add(self._all_layers[-1])
-        super().__init__(layers=list(self._all_layers))
+                linear = kind == "linear_attention"
+                untiered.append(LinearLayer(self._turns) if linear else SlidingLayer(self._turns, text.sliding_window))
+                layers.append(untiered[-1])
+            self._turns.add(layers[-1], tiered=kind == "full_attention")
+        self._untiered = Untiered(untiered)
+        super().__init__(layers=list(layers))
         self.decoding: Decoding | None = None
         """The decode phase; None: in prefill."""
         self._counters = Counters()
@@ -132,8 +139,46 @@ class TieredCache(Cache):
 
     @property
     def host_bytes(self) -> int:
-        """Host memory allocated for keys and values."""
-        return sum(layer.host.nbytes for layer in self.tiered_layers if layer.host is not None)
+        """Host memory allocated for keys and values, and for the snapshot that `settle` took."""
+        tiered = sum(layer.host.nbytes for layer in self.tiered_layers if layer.host is not None)
+        return tiered + self._untiered.snapshot_bytes
+
+    @property
+    def untiered_bytes(self) -> int:
+        """Device memory that does not count against the cap: windows of sliding layers, states of linear attention."""
+        return self._untiered.device_bytes
+
+    # ---- transformers' protocol
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self._check_open()
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        self._begin_linear_layer(layer_idx)
+        return super().get_conv_state(layer_idx, state_idx)
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        if layer_idx is not None:  # by layers of transformers before 5.21, which then read the states themselves
+            self._begin_linear_layer(layer_idx)
+        return super().has_previous_state(layer_idx, state_idx)
+
+    def _begin_linear_layer(self, layer_idx: int) -> None:
+        self._check_open()
+        if isinstance(layer := self.layers[layer_idx], LinearLayer):
+            layer.begin()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise TieredKVError("this TieredCache is closed.")
+
+    def reset(self) -> None:
+        raise OptionError("TieredCache cannot be reset: make a new one, or crop it.")
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        raise OptionError("TieredCache does not support beam search: use num_beams=1.")
 
     # ---- what follows
 
@@ -147,8 +192,12 @@ class TieredCache(Cache):
     def settle(self) -> None:
         """Declare what is cached the context, and what follows questions about it.
 
-        Digests that are fitted are then fitted to the context alone, so that no question depends on another.
+        Digests that are fitted are then fitted to the context alone, so that no question depends on another. Layers
+        that cannot be truncated (sliding windows, linear attention) are copied to host memory, so that the cache can
+        come back to this length; the copy made before, if any, is dropped.
         """
+        self._turns.check_between_calls()
+        self._untiered.settle()
         for layer in self.tiered_layers:
             layer.settle()
 
@@ -169,8 +218,6 @@ class TieredCache(Cache):
 
     def begin_layer(self, index: int, tokens: int) -> None:
         """Called when tiered layer `index` is updated with `tokens` new tokens; the first may change the phase."""
-        if self._closed:
-            raise TieredKVError("this TieredCache is closed.")
         if index == 0:
             forking.enter(self.device_tier.devices[0].type)
             self._turns.begin_call()
@@ -239,11 +286,10 @@ class TieredCache(Cache):
     def truncate(self, tokens: int) -> None:
         """Forget all but the first `tokens` tokens, leaving the decode phase if need be.
 
-        Raises `OptionError`, and changes nothing, where a layer with a sliding window has forgotten what it would see.
+        Where layers cannot be truncated (a sliding window that has moved on, linear attention), 0 and the length at the
+        last `settle` are possible. Any other raises `OptionError`, which names them, and changes nothing.
         """
-        for layer in self._all_layers:
-            if isinstance(layer, SlidingLayer):
-                layer.check_truncate(tokens)
+        self._untiered.check_truncate(tokens, self.get_seq_length())
         self._turns.reset()
         try:
             if tokens > min(layer.prompt_length for layer in self.tiered_layers):
@@ -252,8 +298,9 @@ class TieredCache(Cache):
                 self.device_tier.copies.drain()
         finally:
             self._end_decoding()
-            for layer in self._all_layers:
+            for layer in self.tiered_layers:
                 layer.truncate(tokens)
+            self._untiered.truncate(tokens)
 
     def crop(self, tokens_to_remove: int) -> None:
         """transformers' spelling: a negative number of tokens to remove from the end."""
@@ -270,8 +317,9 @@ class TieredCache(Cache):
             self.device_tier.copies.close()
         finally:
             self._end_decoding()
-            for layer in self._all_layers:
+            for layer in self.tiered_layers:
                 layer.close()
+            self._untiered.close()
             self.device_tier.close()
 
     def __reduce__(self) -> Any:

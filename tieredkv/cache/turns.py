@@ -9,15 +9,13 @@ from typing import Protocol
 class Layer(Protocol):
     """A layer of transformers' caches."""
 
-    is_sliding: bool
-
     def get_seq_length(self) -> int:
         """Tokens it has seen."""
 
 
 class LayerTurns:
-    """Whose turn it is in a call of the model. A tiered layer is updated first and then attends; of a sliding layer
-    only updates are checked. Tiered layers are known by their index among the tiered ones.
+    """Whose turn it is in a call of the model. A tiered layer is updated first and then attends; of any
+    other only updates are checked. Tiered layers are known by their index among the tiered ones.
     """
 
     def __init__(self) -> None:
@@ -26,18 +24,16 @@ class LayerTurns:
         self._attending: int | None = None
         """The tiered layer that was updated and has not attended yet."""
 
-    def add(self, layer: Layer) -> None:
+    def add(self, layer: Layer, tiered: bool) -> None:
         """The next layer of the model."""
         self._layers.append(layer)
-        if not layer.is_sliding:
+        if tiered:
             self._tiered.append(layer)
 
     def begin_call(self) -> None:
         """The first tiered layer is about to be updated. Raises `RuntimeError` if the call before was cut off."""
-        # A sliding layer in front of it has its new tokens already.
-        self._check_lengths(self._tiered if self._layers[0].is_sliding else self._layers)
-        if self._attending is not None:
-            raise self._interrupted()
+        # Another layer in front of it has its new tokens already.
+        self._check_whole(self._layers if self._layers[0] is self._tiered[0] else self._tiered)
 
     def begin_layer(self, index: int) -> None:
         """Tiered layer `index` is updated. Raises `RuntimeError` if the one before did not attend."""
@@ -57,7 +53,16 @@ class LayerTurns:
         """The layer that was updated has cached its tokens and attended."""
         self._attending = None
 
-    def check_sliding_layer(self, layer: Layer, tokens: int) -> None:
+    def check_between_calls(self) -> None:
+        """Raise `RuntimeError` if a call was cut off, or is under way."""
+        self._check_whole(self._layers)
+
+    def _check_whole(self, layers: Sequence[Layer]) -> None:
+        self._check_lengths(layers)
+        if self._attending is not None:
+            raise self._interrupted()
+
+    def check_untiered_layer(self, layer: Layer, tokens: int) -> None:
         """`layer` is about to be updated with `tokens` tokens. Raises `RuntimeError` unless it has seen all before."""
         if layer is self._layers[0]:
             self._check_lengths(self._layers)

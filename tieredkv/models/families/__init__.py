@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tieredkv.environment.versions import cache_name
@@ -25,10 +26,10 @@ VIDEO_FAMILIES: dict[str, VideoFamily] = {
     "internvl": InternVL(),
     "smolvlm": SmolVLM(),
 }
-TEXT_FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text")
+TEXT_FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text", "qwen3_5_text")
 """Decoders for text, by the `model_type` of their config, with which `TieredCache` is tested."""
-SLIDING_FAMILIES = ("gemma3_text",)
-"""Text families with layers that attend only to the last tokens."""
+OTHER_LAYERS = {"gemma3_text": ("sliding_attention",), "qwen3_5_text": ("linear_attention",)}
+"""Types of layers besides full attention that a decoder is tested with, by its `model_type`."""
 VIDEO_DECODERS = ("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")
 """Decoders that only video families have."""
 REQUIREMENTS = (
@@ -55,23 +56,29 @@ def check_layers(text: PreTrainedConfig) -> list[str]:
     """The type of each layer of a decoder's config. Raises `UnsupportedModelError` for unsupported types."""
     from transformers.cache_utils import get_layer_types_and_kwargs
 
-    check_text_family(text.model_type)
+    check_text_family(text.model_type, getattr(text, "layer_types", None) or ())
     kinds, _ = get_layer_types_and_kwargs(text)
-    supported = {"full_attention", *(("sliding_attention",) if text.model_type in SLIDING_FAMILIES else ())}
-    if other := sorted(set(kinds) - supported):
+    supported = ("full_attention", *OTHER_LAYERS.get(text.model_type, ()))
+    if other := sorted(set(kinds) - set(supported)):
         raise UnsupportedModelError(
-            f"{text.model_type} has layers of type {', '.join(other)}; TieredCache supports only full attention."
+            f"{text.model_type} has layers of type {', '.join(other)}; TieredCache supports only "
+            f"{', '.join(supported)} in such a model."
         )
     if "full_attention" not in kinds or getattr(text, "use_bidirectional_attention", False):
         raise UnsupportedModelError(f"this {text.model_type} has no cache that grows: it needs no tiers.")
     return list(kinds)
 
 
-def check_text_family(model_type: str) -> None:
-    """Raise `UnsupportedModelError` unless `TieredCache` is tested with this decoder."""
+def check_text_family(model_type: str, layer_types: Sequence[str] = ()) -> None:
+    """Raise `UnsupportedModelError` unless `TieredCache` is tested with this decoder.
+
+    layer_types: those of its layers, which the error names if some are not full attention.
+    """
     supported = (*TEXT_FAMILIES, *VIDEO_DECODERS)
     if model_type not in supported:
+        types = sorted(set(layer_types))
+        layers = f" with layers of type {', '.join(types)}" if set(types) - {"full_attention"} else ""
         raise UnsupportedModelError(
-            f"TieredCache does not support decoders of type {model_type!r}: {', '.join(supported)} are supported. "
-            f"{REQUIREMENTS}"
+            f"TieredCache does not support decoders of type {model_type!r}{layers}: {', '.join(supported)} are "
+            f"supported. {REQUIREMENTS}"
         )

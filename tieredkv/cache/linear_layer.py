@@ -1,0 +1,115 @@
+"""Layers of linear attention: kept on the device, as transformers keeps them."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from transformers.cache_utils import LinearAttentionLayer
+
+from tieredkv.cache.turns import LayerTurns
+from tieredkv.cache.untiered import State
+from tieredkv.environment.ambient import settled
+from tieredkv.errors import OptionError
+
+
+class LinearLayer(LinearAttentionLayer):
+    """transformers' own layer, with one convolution state and one recurrent state.
+
+    A call of the model counts once its recurrent state has come, which is the last that a layer gives. A call that is
+    cut off before changes nothing: the convolution state that the model sees, and writes to in steps of one token, is
+    then dropped for the one of the call before.
+    """
+
+    kind = "linear attention"
+
+    def __init__(self, turns: LayerTurns) -> None:
+        super().__init__()
+        self._turns: LayerTurns = weakref.proxy(turns)  # which know the layer
+        self._conv: torch.Tensor | None = None
+        """The convolution state after `_length` tokens. The model has only a copy of it."""
+        self._length = 0
+        self._new = 1
+        """Tokens of the call at hand. Those of one token need not update the convolution state through the layer."""
+
+    # ---- transformers' protocol
+
+    @settled
+    def begin(self) -> None:
+        """The model is about to read the states: let it see those after the last whole call. Twice is fine."""
+        self._new = 1
+        if self._length == 0:
+            self.has_previous_state[0] = False
+        else:
+            committed, _, seen = self._states()
+            seen.copy_(committed)
+
+    @settled
+    def update_conv_state(self, conv_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self._new = conv_states.shape[-1]
+        return super().update_conv_state(conv_states, *args, **kwargs)
+
+    @settled
+    def update_recurrent_state(self, recurrent_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        tokens, self._new = self._new, 1
+        self._turns.check_untiered_layer(self, tokens)
+        recurrent = super().update_recurrent_state(recurrent_states, *args, **kwargs)
+        seen = self.conv_states[0]
+        assert seen is not None
+        seen.detach_()  # from the graph of a call with gradients
+        if self._conv is None:
+            self._conv = seen.clone()
+        self._conv.copy_(seen)
+        self._length += tokens
+        return recurrent
+
+    def _states(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Convolution and recurrent state, and the convolution state that the model sees; once there are some."""
+        conv, recurrent, seen = self._conv, self.recurrent_states[0], self.conv_states[0]
+        assert conv is not None
+        assert recurrent is not None
+        assert seen is not None
+        return conv, recurrent, seen
+
+    def get_seq_length(self) -> int:
+        """Tokens it has seen."""
+        return self._length
+
+    def activate_past_recording(self) -> None:
+        raise OptionError("TieredCache does not support assisted decoding of models with linear attention.")
+
+    # ---- going back, and the end
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes allocated for the states."""
+        held = (self._conv, self.conv_states[0], self.recurrent_states[0])
+        return sum(state.nbytes for state in held if state is not None)
+
+    def can_truncate(self, tokens: int) -> bool:
+        """Whether the states are those after the first `tokens` tokens, or none."""
+        return tokens == 0 or tokens >= self._length
+
+    def truncate(self, tokens: int) -> None:
+        """Forget all tokens, if `tokens` is 0. Others are refused before, where `can_truncate` says no."""
+        if tokens == 0:
+            self._length = 0
+
+    def state(self) -> State:
+        """Copies of both states in host memory."""
+        conv, recurrent, _ = self._states()
+        return {"conv": conv.to("cpu", copy=True), "recurrent": recurrent.to("cpu", copy=True)}
+
+    def restore(self, state: State, tokens: int) -> None:
+        """Hold the states that were taken after `tokens` tokens."""
+        conv, recurrent, _ = self._states()
+        conv.copy_(state["conv"])
+        recurrent.copy_(state["recurrent"])
+        self._length, self._new = tokens, 1
+
+    def close(self) -> None:
+        """Free the layer's memory."""
+        self._conv = self.conv_states[0] = self.recurrent_states[0] = None
+        self.is_conv_states_initialized[0] = self.is_recurrent_states_initialized[0] = False
+        self._length = 0
