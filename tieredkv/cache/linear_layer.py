@@ -9,7 +9,7 @@ import torch
 from transformers.cache_utils import LinearAttentionLayer
 
 from tieredkv.cache.turns import LayerTurns
-from tieredkv.cache.untiered import State
+from tieredkv.cache.untiered import State, host_copy
 from tieredkv.environment.ambient import settled
 from tieredkv.errors import OptionError
 
@@ -99,10 +99,14 @@ class LinearLayer(LinearAttentionLayer):
     def state(self) -> State:
         """Copies of both states in host memory."""
         conv, recurrent, _ = self._states()
-        return {"conv": conv.to("cpu", copy=True), "recurrent": recurrent.to("cpu", copy=True)}
+        return {"conv": host_copy(conv), "recurrent": host_copy(recurrent)}
 
-    def restore(self, state: State, tokens: int) -> None:
+    def restore(self, state: State, tokens: int, device: torch.device | None = None) -> None:
         """Hold the states that were taken after `tokens` tokens."""
+        if self._conv is None:
+            self._conv = state["conv"].to(device, copy=True)
+            self.lazy_initialization(self._conv, state["recurrent"].to(device))
+            self.has_previous_state[0] = True
         conv, recurrent, _ = self._states()
         conv.copy_(state["conv"])
         recurrent.copy_(state["recurrent"])

@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from tieredkv.attention import interface
 from tieredkv.cache.turns import LayerTurns
-from tieredkv.cache.untiered import State
+from tieredkv.cache.untiered import State, host_copy
 from tieredkv.environment.ambient import settled
 
 ROWS = 1024
@@ -80,13 +80,15 @@ class SlidingLayer(DynamicSlidingWindowLayer):
         """Copies of the window's keys and values in host memory."""
         assert self.keys is not None
         assert self.values is not None
-        return {name: getattr(self, name).to("cpu", copy=True) for name in ("keys", "values")}
+        return {"keys": host_copy(self.keys), "values": host_copy(self.values)}
 
-    def restore(self, state: State, tokens: int) -> None:
+    def restore(self, state: State, tokens: int, device: torch.device | None = None) -> None:
         """Hold the window that was taken after `tokens` tokens. On a CPU it shares memory with `state`: updates make
         new tensors."""
-        self.keys, self.values = (state[name].to(self.device) for name in ("keys", "values"))
-        self.cumulative_length = tokens
+        keys, values = (state[name].to(device or self.device) for name in ("keys", "values"))
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        self.keys, self.values, self.cumulative_length = keys, values, tokens
 
     def close(self) -> None:
         """Free the layer's memory."""

@@ -91,7 +91,8 @@ class TieredCache(Cache):
                 untiered.append(LinearLayer(self._turns) if linear else SlidingLayer(self._turns, text.sliding_window))
                 layers.append(untiered[-1])
             self._turns.add(layers[-1], tiered=kind == "full_attention")
-        self._untiered = Untiered(untiered)
+        self.untiered = Untiered(untiered)
+        """The layers that do not grow, which are transformers', and what they go back to."""
         super().__init__(layers=list(layers))
         self.decoding: Decoding | None = None
         """The decode phase; None: in prefill."""
@@ -141,12 +142,12 @@ class TieredCache(Cache):
     def host_bytes(self) -> int:
         """Host memory allocated for keys and values, and for the snapshot that `settle` took."""
         tiered = sum(layer.host.nbytes for layer in self.tiered_layers if layer.host is not None)
-        return tiered + self._untiered.snapshot_bytes
+        return tiered + self.untiered.snapshot_bytes
 
     @property
     def untiered_bytes(self) -> int:
         """Device memory that does not count against the cap: windows of sliding layers, states of linear attention."""
-        return self._untiered.device_bytes
+        return self.untiered.device_bytes
 
     # ---- transformers' protocol
 
@@ -197,7 +198,7 @@ class TieredCache(Cache):
         come back to this length; the copy made before, if any, is dropped.
         """
         self._turns.check_between_calls()
-        self._untiered.settle()
+        self.untiered.settle()
         for layer in self.tiered_layers:
             layer.settle()
 
@@ -289,7 +290,7 @@ class TieredCache(Cache):
         Where layers cannot be truncated (a sliding window that has moved on, linear attention), 0 and the length at the
         last `settle` are possible. Any other raises `OptionError`, which names them, and changes nothing.
         """
-        self._untiered.check_truncate(tokens, self.get_seq_length())
+        self.untiered.check_truncate(tokens, self.get_seq_length())
         self._turns.reset()
         try:
             if tokens > min(layer.prompt_length for layer in self.tiered_layers):
@@ -300,7 +301,7 @@ class TieredCache(Cache):
             self._end_decoding()
             for layer in self.tiered_layers:
                 layer.truncate(tokens)
-            self._untiered.truncate(tokens)
+            self.untiered.truncate(tokens)
 
     def crop(self, tokens_to_remove: int) -> None:
         """transformers' spelling: a negative number of tokens to remove from the end."""
@@ -319,7 +320,7 @@ class TieredCache(Cache):
             self._end_decoding()
             for layer in self.tiered_layers:
                 layer.close()
-            self._untiered.close()
+            self.untiered.close()
             self.device_tier.close()
 
     def __reduce__(self) -> Any:

@@ -17,6 +17,11 @@ State = dict[str, torch.Tensor]
 """What a layer holds, by name: tensors in host memory that nothing else writes to."""
 
 
+def host_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy in host memory."""
+    return tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
 class UntieredLayer(Protocol):
     """A layer of fixed size."""
 
@@ -39,8 +44,11 @@ class UntieredLayer(Protocol):
     def state(self) -> State:
         """A copy of what it holds."""
 
-    def restore(self, state: State, tokens: int) -> None:
-        """Hold again what it held when `state` was taken, after `tokens` tokens. Leaves `state` as it is."""
+    def restore(self, state: State, tokens: int, device: torch.device | None = None) -> None:
+        """Hold what a layer held when `state` was taken, after `tokens` tokens. Leaves `state` as it is.
+
+        device: of a layer that has seen no tokens yet; None: where it is.
+        """
 
     def close(self) -> None:
         """Free its memory."""
@@ -63,34 +71,41 @@ class Untiered:
     """The untiered layers of a cache, in the model's order; there may be none."""
 
     def __init__(self, layers: Sequence[UntieredLayer]) -> None:
-        self._layers = layers
-        self._snapshot: Snapshot | None = None
+        self.layers = layers
+        self.snapshot: Snapshot | None = None
+        """What `truncate` can restore; None until `settle`."""
 
     @property
     def device_bytes(self) -> int:
         """Bytes allocated for what the layers hold now."""
-        return sum(layer.device_bytes for layer in self._layers)
+        return sum(layer.device_bytes for layer in self.layers)
 
     @property
     def snapshot_bytes(self) -> int:
         """Host memory of the snapshot."""
-        return 0 if self._snapshot is None else self._snapshot.nbytes
+        return 0 if self.snapshot is None else self.snapshot.nbytes
 
     def settle(self) -> None:
         """Take a snapshot of this length, in place of the one before. All layers must have seen the same tokens."""
-        self._snapshot = None  # freed before the next is allocated
-        if self._layers and (tokens := self._layers[0].get_seq_length()):
-            self._snapshot = Snapshot(tokens, tuple(layer.state() for layer in self._layers))
+        self.snapshot = None  # freed before the next is allocated
+        if self.layers and (tokens := self.layers[0].get_seq_length()):
+            self.snapshot = Snapshot(tokens, tuple(layer.state() for layer in self.layers))
+
+    def restore(self, snapshot: Snapshot, devices: Sequence[torch.device]) -> None:
+        """Begin with what the layers of another cache held. devices: of each layer."""
+        self.snapshot = snapshot
+        for layer, state, device in zip(self.layers, snapshot.states, devices, strict=True):
+            layer.restore(state, snapshot.tokens, device)
 
     def _can_truncate(self, tokens: int) -> bool:
-        return all(layer.can_truncate(tokens) for layer in self._layers)
+        return all(layer.can_truncate(tokens) for layer in self.layers)
 
     def check_truncate(self, tokens: int, length: int) -> None:
         """Raise `OptionError`, which names the possible lengths, unless `tokens` is one. length: the cache's."""
-        settled = None if self._snapshot is None else self._snapshot.tokens
+        settled = None if self.snapshot is None else self.snapshot.tokens
         if tokens == settled or self._can_truncate(tokens):
             return
-        kinds = " and ".join(dict.fromkeys(layer.kind for layer in self._layers if not layer.can_truncate(tokens)))
+        kinds = " and ".join(dict.fromkeys(layer.kind for layer in self.layers if not layer.can_truncate(tokens)))
         possible = (
             "only to 0. Call settle() at a length to go back to it later"
             if settled is None
@@ -100,20 +115,20 @@ class Untiered:
 
     def truncate(self, tokens: int) -> None:
         """Forget all but the first `tokens` tokens, by the snapshot if need be. Only where `check_truncate` passes."""
-        snapshot = self._snapshot
+        snapshot = self.snapshot
         if self._can_truncate(tokens):
-            for layer in self._layers:
+            for layer in self.layers:
                 layer.truncate(tokens)
         else:
             assert snapshot is not None
             assert snapshot.tokens == tokens
-            for layer, state in zip(self._layers, snapshot.states, strict=True):
+            for layer, state in zip(self.layers, snapshot.states, strict=True):
                 layer.restore(state, tokens)
         if snapshot is not None and tokens < snapshot.tokens:
-            self._snapshot = None  # other tokens may follow
+            self.snapshot = None  # other tokens may follow
 
     def close(self) -> None:
         """Free the layers' memory and the snapshot."""
-        self._snapshot = None
-        for layer in self._layers:
+        self.snapshot = None
+        for layer in self.layers:
             layer.close()

@@ -11,6 +11,7 @@ import torch
 
 from tieredkv.cache.question import CONTEXT
 from tieredkv.cache.tiered_cache import TieredCache
+from tieredkv.cache.untiered import Snapshot
 from tieredkv.config import TierConfig, tiers_as_plain, tiers_from_file
 from tieredkv.errors import SessionError
 from tieredkv.memory.limits import check_host
@@ -83,12 +84,25 @@ def write(path: Path, cached: CachedVideo, history: list[tuple[str, str]], progr
         "tiers": tiers_as_plain(cache.tiers),
         "session": SessionState(cached.video, history).as_plain(),
     }
-    tensors = {
-        f"layers.{layer.index:03}.{name}": tensor
-        for layer in cache.tiered_layers
-        for name, tensor in layer.state().items()
-    }
-    return tensor_file.write(path, manifest, tensors, progress)
+    return tensor_file.write(path, manifest, cache_tensors(cache), progress)
+
+
+def cache_tensors(cache: TieredCache) -> dict[str, torch.Tensor]:
+    """What `map_cache` needs of a cache that holds what it was settled with, and no more."""
+    snapshot = cache.untiered.snapshot
+    tiered = {_tiered(layer.index): layer.state() for layer in cache.tiered_layers}
+    untiered = {_untiered(number): state for number, state in enumerate(snapshot.states if snapshot else ())}
+    return {prefix + name: part for prefix, state in (tiered | untiered).items() for name, part in state.items()}
+
+
+def _tiered(number: int) -> str:
+    """How the names of a tiered layer's tensors begin; `number` is among the tiered layers."""
+    return f"layers.{number:03}."
+
+
+def _untiered(number: int) -> str:
+    """The same of the layers that do not grow, numbered among themselves. Older files have none."""
+    return f"untiered.{number:03}."
 
 
 def _known(kind: Any, plain: dict[str, Any]) -> dict[str, Any]:
@@ -172,18 +186,32 @@ def _layer_devices(template: ChatTemplate, model: Any) -> list[torch.device]:
 def map_cache(
     stored: tensor_file.Stored, config: Any, tiers: TierConfig, tokens: int, devices: list[torch.device]
 ) -> TieredCache:
-    """A cache of `tokens` tokens, each layer read from the file and checked at its first use.
+    """A cache of `tokens` tokens. Each tiered layer is read from the file, and checked, at its first use.
 
     devices: of the model's layers.
     """
     cache = TieredCache(config, tiers, prompt_tokens=tokens)
     cache.expect(CONTEXT)
-    for layer, device in zip(cache.tiered_layers, devices, strict=True):
-        prefix = f"layers.{layer.index:03}."
-        names = [name for name in stored.names if name.startswith(prefix)]
-        state = {name.removeprefix(prefix): stored.tensor(name) for name in names}
+    places: dict[Any, torch.device] = dict(zip(cache.layers, devices, strict=True))
+    for layer in cache.tiered_layers:
+        names, state = _layer_state(stored, _tiered(layer.index))
         try:
-            layer.restore(state, tokens, device, partial(stored.verify, *names))
+            layer.restore(state, tokens, places[layer], partial(stored.verify, *names))
         except (KeyError, ValueError) as error:
             raise SessionError(f"{stored.path} does not hold layer {layer.index} of this session ({error}).") from None
+    if layers := cache.untiered.layers:
+        states = []
+        for number in range(len(layers)):
+            names, state = _layer_state(stored, _untiered(number))
+            if not names:
+                raise SessionError(f"{stored.path} holds no state of layers that do not grow: ingest the video again.")
+            stored.verify(*names)
+            states.append({name: part.clone() for name, part in state.items()})  # the file may be closed before
+        cache.untiered.restore(Snapshot(tokens, tuple(states)), [places[layer] for layer in layers])
     return cache
+
+
+def _layer_state(stored: tensor_file.Stored, prefix: str) -> tuple[list[str], dict[str, torch.Tensor]]:
+    """The tensors whose names begin with `prefix`: their names in the file, and by the rest of their names."""
+    names = [name for name in stored.names if name.startswith(prefix)]
+    return names, {name.removeprefix(prefix): stored.tensor(name) for name in names}

@@ -39,6 +39,8 @@ class StepGraph:
             self.path = "eager: the chunks attended to are recorded"
         elif len(cache.device_tier.devices) > 1:
             self.path = "eager: the model is spread over several devices"
+        elif cache.untiered.layers:
+            self.path = "eager: the model has layers that do not grow"
         elif device.type == "cuda" and not self._decoding.ops.capturable:
             self.path = f"eager: operations by {self._decoding.ops.name}"
 
