@@ -159,7 +159,7 @@ def test_a_step_stays_on_the_card_and_never_waits(llama, long_ids, options, reco
         host.reserve(1000)
         Card(host).move(sealed)
         rows = [torch.empty(heads, 1, 16, device=CARD) for heads in (4, kv_heads, kv_heads)]
-        out = sealed.steps(*rows, 0.25)
+        out = sealed.decode(*rows, 0.25)
         on_card(out)
         assert out.shape == (4, 1, 16)
         with pytest.raises(DataDependentOutputException):

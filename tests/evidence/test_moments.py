@@ -233,19 +233,23 @@ def test_steps_pay_at_most_all_of_their_attention(opened, monkeypatch, share):
 
 
 def test_estimates_of_sketches_are_close_to_the_true_mass(opened, monkeypatch):
-    pairs = []
-    record = Retrieval.record_step
+    pairs, pages_of = [], {}
+    make, record = Retrieval.__init__, Retrieval.record_step
+
+    def with_pages(self, index, pages, *rest):
+        pages_of[self] = pages
+        make(self, index, pages, *rest)
 
     def both(self, query, scaling, lse):
-        mass, ledger = self._estimated._chunk_mass, self._estimated._ledger
-        pool, packing = self._fetching._pool, self._fetching._packing
+        mass = self._estimated._chunk_mass
         before = mass.clone()
         record(self, query, scaling, lse)
         estimated, mass[:] = mass - before, before
-        exact = ExactMass(self._heads, self.residency, pool, packing, mass, 8, 0, ledger, ranked=True)
+        exact = ExactMass(pages_of[self], self._heads, self.residency)
         exact.record(query, scaling, lse[self._heads])
         pairs.append((estimated, mass - before))
 
+    monkeypatch.setattr(Retrieval, "__init__", with_pages)
     monkeypatch.setattr(Retrieval, "record_step", both)
     opened(theta=2.0, digest_bits=8, pack_pages=False).ask(QUESTION, max_new_tokens=4)
     told, exact = (torch.cat(part) for part in zip(*pairs, strict=True))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from helpers import assert_near, cap_share, pressed, session_logits, tier_options
+from helpers import assert_near, cap_share, digest_nbytes, pressed, session_logits, tier_options
 
 import tieredkv
 from tieredkv import TieredCache
@@ -101,7 +101,7 @@ def test_few_chunks_are_chosen_under_the_cap_and_every_byte_is_counted(kind, lla
         layers = [layer.sealed for layer in cache.tiered_layers]
         layout, counters = layers[0].phase.plan.layout, cache.counters
         held = cache.ledger.by_purpose()["digests"]
-        assert held == sum(layer.retrieval.ranking.nbytes for layer in layers)
+        assert held == sum(digest_nbytes(layer.retrieval) for layer in layers)
         assert held == sizes.digest_bytes(cache.shape, cache.tiers, layout, counters.dynamic_heads)
         assert cache.ledger.peak_bytes <= cache.tiers.cap_bytes
         assert 0 < counters.selected < 5 * counters.dynamic_heads * layout.retrievable

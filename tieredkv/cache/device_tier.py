@@ -47,6 +47,10 @@ class Resident:
             self.values[:, first : first + take] = values[:, :take]
             self.length += take
 
+    def truncate(self, tokens: int) -> None:
+        """Keep at most the first `tokens` tokens."""
+        self.length = min(self.length, tokens)
+
 
 class DeviceTier:
     """Device memory under one cap, on every device that the model is spread over; all layers share it.
@@ -122,7 +126,8 @@ class DeviceTier:
         self.drop_residents()
         if empty:
             self._resident_tokens = None
-        self.tiers, self.ledger.cap_bytes = tiers, tiers.cap_bytes
+        self.tiers = tiers
+        self.ledger.set_cap(tiers.cap_bytes)
 
     # ---- prefill
 

@@ -9,43 +9,31 @@ from collections.abc import Callable
 
 import torch
 
+from tieredkv.cache.layer_pages import LayerPages
 from tieredkv.memory.copies import BackgroundCopies
-from tieredkv.memory.host import HostLayer
-from tieredkv.memory.ledger import DeviceLedger
-from tieredkv.memory.pool import DevicePool
 from tieredkv.memory.residency import Residency
-from tieredkv.ops.base import Ops
-from tieredkv.ops.packing import Packing
-from tieredkv.planning.sizes import Layout
 
 
 class Fetching:
     """The retrieval slots of one layer's dynamic heads, and the copies that fill them."""
 
-    def __init__(
-        self,
-        host: HostLayer,
-        heads: torch.Tensor,
-        slots: torch.Tensor,
-        layout: Layout,
-        table: torch.Tensor,
-        first_column: int,
-        pool: DevicePool,
-        packing: Packing | None,
-        ops: Ops,
-        ledger: DeviceLedger,
-    ) -> None:
-        """heads: `(n,)` KV heads. slots: `(n,)`, how many each has; they are taken from the pool. table: `(K, P)`, the
-        layer's page table, which lists the chunks in use from `first_column` on. packing: the layer's."""
-        self._host, self._heads, self._ops, self._pool, self._packing = host, heads, ops, pool, packing
-        self._table, self._first_column, self._first_chunk = table, first_column, layout.sink_chunks
-        most, device = int(slots.max()), heads.device
-        ledger.reserve("tables", Residency.bytes_for(len(heads), most, layout.retrievable))
+    def __init__(self, pages: LayerPages, heads: torch.Tensor, slots: torch.Tensor) -> None:
+        """pages: the layer's, whose table lists the chunks in use. heads: `(n,)` KV heads. slots: `(n,)`, how many each
+        has; they are taken from the pool."""
+        phase, layout = pages.phase, pages.phase.plan.layout
+        self._host, self._heads, self._ops, self._pool = pages.host, heads, phase.ops, phase.pool
+        self._packing, self._table, self._first_column = pages.packing, pages.table, pages.first_selected
+        self._first_chunk, most, device = layout.sink_chunks, int(slots.max()), heads.device
+        phase.ledger.reserve("tables", Residency.bytes_for(len(heads), most, layout.retrievable))
         owned = torch.full((len(heads), most), -1, dtype=torch.int64, device=device)
-        owned[torch.arange(most, device=device) < slots.unsqueeze(1)] = pool.take(int(slots.sum()))
+        owned[torch.arange(most, device=device) < slots.unsqueeze(1)] = phase.pool.take(int(slots.sum()))
         self.residency = Residency(owned, layout.retrievable)
         self.clock = torch.zeros(1, dtype=torch.int32, device=device)
-        """`(1,)`: steps taken."""
+        """`(1,)`: steps begun."""
+
+    def begin_step(self) -> None:
+        """Count a step, so that what it uses is the last to give way."""
+        self.clock += 1
 
     def warm(self, mass: torch.Tensor) -> int:
         """Fill all slots with the chunks of highest `mass` `(n, N)`, on the host; how many were copied."""
@@ -84,9 +72,9 @@ class Fetching:
         victims = self._ops.place(wanted, kept, misses, *used, self.clock, most, table, self._heads, column)
 
         def copy() -> int:
-            to = self._host.arena, self._pool.pages, self._heads
+            copied = self._host.arena, self._pool.pages, self._heads
             tables = index.slots, index.chunk_in, index.slot_of
-            self._ops.gather(*to, missed, victims, misses, *tables, self._first_chunk, self._packing)
+            self._ops.gather(*copied, missed, victims, misses, *tables, self._first_chunk, self._packing)
             return 0
 
         return copy

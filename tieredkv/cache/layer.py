@@ -124,7 +124,7 @@ class TieredLayer(CacheLayerMixin):
         self._turns.check_layer(self.index)
         self._check_once()
         with on_device(self.device):
-            attend = self._prefill if self.sealed is None else self.sealed.steps
+            attend = self._prefill if self.sealed is None else self.sealed.decode
             out = attend(query.to(self.dtype), keys.to(self.dtype), values.to(self.dtype), scaling)
         self._turns.end_layer()
         return out.to(query.dtype)
@@ -189,7 +189,7 @@ class TieredLayer(CacheLayerMixin):
             return
         self.host.truncate(tokens)
         if (resident := self.device_tier.residents.get(self.index)) is not None:
-            resident.length = min(resident.length, tokens)
+            resident.truncate(tokens)
         assert self.digests is not None
         self.digests.truncate(tokens)
         self.rows = None
@@ -236,6 +236,11 @@ class TieredLayer(CacheLayerMixin):
         if self.sealed is None:
             return
         keys, values = self.sealed.pages.generated_tokens()
-        self.sealed = self.rows = None
+        self.rows = None
+        self.end_decoding()
         if keys.shape[1]:
             self.append(keys, values)
+
+    def end_decoding(self) -> None:
+        """Leave the decode phase, if the layer is in it, without the tokens generated since the seal."""
+        self.sealed = None

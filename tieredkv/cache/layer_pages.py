@@ -47,6 +47,12 @@ class LayerPages:
         """`recent_tokens` on the device, where a captured step reads and advances it."""
         self._fill_recent(phase.plan.layout.recent_pages, first)
 
+    @property
+    def first_selected(self) -> int:
+        """Column of the table from which a dynamic head's selected chunks are listed."""
+        layout = self.phase.plan.layout
+        return layout.recent_pages + layout.sink_chunks
+
     # ---- the seal
 
     def _fetch(self, heads: torch.Tensor, ids: torch.Tensor, slots: torch.Tensor) -> None:
@@ -114,6 +120,11 @@ class LayerPages:
             )
         self.recent_tokens += 1
         self.generated += 1
+
+    def go_back(self, generated: int) -> None:
+        """Count only `generated` generated tokens."""
+        self.recent_tokens -= self.generated - generated
+        self.generated = generated
 
     def append(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Write the key and value, each `(K, D)`, of the token counted last."""

@@ -9,12 +9,9 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from tieredkv.config import TierConfig
+from tieredkv.cache.decode_phase import DecodePhase
 from tieredkv.memory.ledger import DeviceLedger
-from tieredkv.models.kv_shape import KVShape
-from tieredkv.ops.base import Ops
 from tieredkv.planning import sizes
-from tieredkv.planning.sizes import Layout
 from tieredkv.policy import select
 from tieredkv.policy.digests import Fitted
 
@@ -22,21 +19,11 @@ from tieredkv.policy.digests import Fitted
 class Ranking:
     """Ranks the chunks of one layer's dynamic heads by their digests, which it keeps on the device."""
 
-    def __init__(
-        self,
-        digests: torch.Tensor,
-        fitted: Fitted,
-        heads: torch.Tensor,
-        shape: KVShape,
-        tiers: TierConfig,
-        layout: Layout,
-        ops: Ops,
-        ledger: DeviceLedger,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, digests: torch.Tensor, fitted: Fitted, heads: torch.Tensor, phase: DecodePhase) -> None:
         """digests: uint8 `(K, >= old chunks, bytes)` on the host, made with `fitted`. heads: `(n,)` KV heads, on the
         host."""
-        first, chunks = layout.sink_chunks, layout.retrievable
+        tiers, shape, layout, ops, ledger = phase.tiers, phase.shape, phase.plan.layout, phase.ops, phase.ledger
+        first, chunks, device = layout.sink_chunks, layout.retrievable, phase.pool.pages.device
         self.digest = ops.digest(sizes.digest_for(shape, tiers))
         self.digests = ledger.empty("digests", (len(heads), chunks, digests.shape[2]), digests.dtype, device)
         """`(n, N, bytes)` on the device."""
@@ -46,11 +33,6 @@ class Ranking:
         self._at_once = sizes.ranked_chunks_at_once(shape, tiers, layout)
         self._scratch_bytes = sizes.ranking_bytes(shape, tiers, layout, self._at_once)
         self._heads, self._policy, self._ops, self._ledger = heads.to(device), tiers.policy, ops, ledger
-
-    @property
-    def nbytes(self) -> int:
-        """Device bytes of the digests and the state that they are read with."""
-        return self.digests.nbytes + self._fitted.nbytes
 
     def scratch(self) -> AbstractContextManager[None]:
         """Counts the scratch of ranking while the block runs."""

@@ -98,7 +98,7 @@ def seal(layers: Sequence[TieredLayer], device_tier: DeviceTier, question: Quest
         phases = _fill(layers, device_tier, question, plan, types.static)
     except BaseException:
         for layer in layers:
-            layer.sealed = None
+            layer.end_decoding()
         device_tier.end_decoding()
         raise
     return Decoding([layer.sealed for layer in layers if layer.sealed is not None], phases, turns)

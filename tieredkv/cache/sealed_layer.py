@@ -29,7 +29,6 @@ MOST_ROWS = 32
 class LayerPosition:
     """How far a layer has decoded, as far as it is counted in Python."""
 
-    recent_tokens: int
     generated: int
     steps: int
     """Of the retrieval, since its counters were flushed."""
@@ -64,11 +63,8 @@ class SealedLayer:
         """None: no head is dynamic."""
         if len(self.dynamic):
             self.pages.fill_sinks(self.dynamic)
-            table, packing = self.pages.table, self.pages.packing
-            first = phase.plan.layout.recent_pages + phase.plan.layout.sink_chunks
-            self.retrieval = Retrieval(
-                index, host, self.dynamic, digests, fitted, rows.saliency, table, first, phase, packing
-            )
+            self.retrieval = Retrieval(index, self.pages, self.dynamic, digests, fitted, rows.saliency)
+            first = self.pages.first_selected
             self._columns = slice(first, first + self.retrieval.most_selected)
             self._order = torch.arange(self.retrieval.most_selected, device=self.pages.device)
             self._set_lengths(self.retrieval)
@@ -89,25 +85,25 @@ class SealedLayer:
 
     # ---- several tokens
 
-    def steps(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
+    def decode(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
         """Decode tokens one after another: query and output `(H, n, D)`, keys and values `(K, n, D)`."""
         with at_most(self._threads):
-            return self._steps(query, keys, values, scaling)
+            return self._decode(query, keys, values, scaling)
 
-    def _steps(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
+    def _decode(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
         n = query.shape[1]
         if n == 1:
             return self.step(query[:, 0], keys[:, 0], values[:, 0], scaling).unsqueeze(1)
         if self.retrieval is None or self.retrieval.ranking is None:
-            return self._steps_at_once(query, keys, values, scaling)
+            return self._decode_at_once(query, keys, values, scaling)
         at_once = max(1, min(n, self._ranked_at_once()))
         out = []
         for begin in range(0, n, at_once):
             rows = slice(begin, min(begin + at_once, n))
-            out += self._steps_ranked_at_once(query[:, rows], keys[:, rows], values[:, rows], scaling)
+            out += self._decode_ranked_at_once(query[:, rows], keys[:, rows], values[:, rows], scaling)
         return torch.stack(out, dim=1)
 
-    def _steps_at_once(
+    def _decode_at_once(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
     ) -> torch.Tensor:
         """All steps in one pass, where no head chooses: each sees the pages as they are, and the new tokens so far."""
@@ -121,7 +117,7 @@ class SealedLayer:
             self._append(keys[:, row], values[:, row])
         return out.to(query.dtype)
 
-    def _steps_ranked_at_once(
+    def _decode_ranked_at_once(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
     ) -> list[torch.Tensor]:
         """Outputs `(H, D)` of steps whose chunks are ranked in one pass over the digests."""
@@ -185,15 +181,15 @@ class SealedLayer:
         """Count a generated token. Raises `BudgetError` if there is no room for it."""
         self.pages.advance()
         if self.retrieval is not None:
-            self.retrieval.steps += 1
+            self.retrieval.advance()
 
     def position(self) -> LayerPosition:
         """What `advance` changes."""
         steps = 0 if self.retrieval is None else self.retrieval.steps
-        return LayerPosition(self.pages.recent_tokens, self.pages.generated, steps)
+        return LayerPosition(self.pages.generated, steps)
 
     def go_back(self, position: LayerPosition) -> None:
         """Undo every `advance` since `position` was taken."""
-        self.pages.recent_tokens, self.pages.generated = position.recent_tokens, position.generated
+        self.pages.go_back(position.generated)
         if self.retrieval is not None:
-            self.retrieval.steps = position.steps
+            self.retrieval.go_back(position.steps)

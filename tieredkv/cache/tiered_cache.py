@@ -224,7 +224,7 @@ class TieredCache(Cache):
         """Drop the decode phase, if there is one, and what was generated in it."""
         self._counters, self.decoding = self.counters, None
         for layer in self.tiered_layers:
-            layer.sealed = None
+            layer.end_decoding()
         self.device_tier.end_decoding()
 
     def finish(self) -> None:

@@ -31,6 +31,10 @@ class DeviceLedger:
     def free_bytes(self) -> int:
         return self.cap_bytes - self.used_bytes
 
+    def set_cap(self, cap_bytes: int) -> None:
+        """Bound what is reserved from now on by `cap_bytes`."""
+        self.cap_bytes = cap_bytes
+
     def by_purpose(self) -> dict[str, int]:
         """Bytes in use, by purpose."""
         return dict(self._bytes)

@@ -30,14 +30,9 @@ class Residency:
         self.chosen = torch.zeros((n, chunks), dtype=torch.bool, device=slots.device)
         """`(n, N)`: chunks that the last step attended to."""
 
-    @property
-    def nbytes(self) -> int:
-        """Device bytes of the tables."""
-        return sum(t.nbytes for t in (self.slots, self.chunk_in, self.slot_of, self.last_used, self.chosen))
-
     @staticmethod
     def bytes_for(heads: int, slots: int, chunks: int) -> int:
-        """`nbytes` of such tables. slots: R."""
+        """Device bytes of the tables of `heads` heads. slots: R."""
         return heads * (4 * (3 * slots + chunks + 1) + chunks)
 
     def enter(self, chunks: torch.Tensor) -> None:

@@ -33,6 +33,10 @@ class Turns:
             )
         forking.enter(device)
 
+    def close(self) -> None:
+        """Let no call begin from now on, and no answer be completed."""
+        self.closed = True
+
     def take(self, job: Job | None) -> AbstractContextManager[object]:
         """Hold the lock inside the block. job: waits for the jobs before it, and can be stopped meanwhile."""
         return self.lock if job is None else job.turn(self.lock)

@@ -236,7 +236,7 @@ class VideoSession(AsyncAsking):
 
     def stop(self) -> None:
         """Begin to close, without waiting: stops what `close` stops, and refuses new work."""
-        self._turns.closed = True
+        self._turns.close()
         if (ingest := self._ingest) is not None:
             ingest.cancel()
 
