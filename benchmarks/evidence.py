@@ -28,7 +28,7 @@ from tieredkv.models.kv_shape import model_shape
 from tieredkv.session.video_session import VideoSession
 from tieredkv.tiny import model as tiny
 from tieredkv.tiny.evaluate import TOKENS_PER_SECOND
-from tieredkv.tiny.scene import Question, make_scene, questions
+from tieredkv.tiny.scene import SceneQuestion, make_scene, questions
 from tieredkv.tiny.video import write_video
 
 BEST = 3
@@ -40,7 +40,7 @@ def hits(moments: Iterable[Moment], span: tuple[float, float]) -> bool:
     return any(moment.start < span[1] and moment.end > span[0] for moment in moments)
 
 
-def judge(session: VideoSession, asked: Sequence[Question]) -> dict[str, list[float]]:
+def judge(session: VideoSession, asked: Sequence[SceneQuestion]) -> dict[str, list[float]]:
     """The counts of every correctly answered question: 1 for a hit, 0 for none; a share for chains."""
     counted: dict[str, list[float]] = {name: [] for name in COUNTS}
     for question in asked:

@@ -99,7 +99,7 @@ def _run_video(unit: Unit) -> list[dict[str, Any]]:
 
 def _run_text(unit: Unit) -> list[dict[str, Any]]:
     import text_tasks
-    from replay import Question, TextReader, replay
+    from replay import ReplayedQuestion, TextReader, replay
 
     from tieredkv import use_attention
 
@@ -109,7 +109,7 @@ def _run_text(unit: Unit) -> list[dict[str, Any]]:
     with use_attention(model):
         reader = TextReader(model, case.document_ids, _scoring(unit))
         for number, one in enumerate(case.questions):
-            asked = Question(one.task, one.prompt_ids, one.answer_ids, one.scored, one.steps)
+            asked = ReplayedQuestion(one.task, one.prompt_ids, one.answer_ids, one.scored, one.steps)
             recall = number < 2 and unit.task != "perplexity"
             answers = replay(reader, asked, [tiers for _, _, tiers in settings], recall=recall)
             records += [_record(unit, asked, asked.task, *each) for each in zip(settings, answers, strict=True)]

@@ -13,8 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from tieredkv.cache.question import CONTEXT
-from tieredkv.cache.question import Question as CacheQuestion
+from tieredkv.cache.question import CONTEXT, Question
 from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.config import TierConfig
 from tieredkv.environment.versions import cache_argument
@@ -23,7 +22,7 @@ from tieredkv.models.families.base import VideoGrid
 
 
 @dataclass(frozen=True)
-class Question:
+class ReplayedQuestion:
     """A question, its true answer, and which of the answer's tokens count."""
 
     task: str
@@ -110,7 +109,9 @@ class VideoReader:
         return self.family.logits(self.model, self.family.decode(self.model, embeddings, positions, self.cache))[0]
 
 
-def replay(reader: Reader, question: Question, policies: Sequence[TierConfig], recall: bool = False) -> list[Answer]:
+def replay(
+    reader: Reader, question: ReplayedQuestion, policies: Sequence[TierConfig], recall: bool = False
+) -> list[Answer]:
     """The question under each policy; the reader's cache ends as it was. recall: measure recalls."""
     cache, context = reader.cache, reader.cache.get_seq_length()
     before = [] if question.before is None else [*question.before[0], *question.before[1]]
@@ -123,7 +124,7 @@ def replay(reader: Reader, question: Question, policies: Sequence[TierConfig], r
     return answers
 
 
-def replay_unsealed(reader: Reader, question: Question, policies: Sequence[TierConfig]) -> list[Answer]:
+def replay_unsealed(reader: Reader, question: ReplayedQuestion, policies: Sequence[TierConfig]) -> list[Answer]:
     """The same for a second question, answered with the chunks and heads that the first one's seal kept."""
     assert question.before is not None
     cache, context = reader.cache, reader.cache.get_seq_length()
@@ -141,7 +142,7 @@ def _prefill(reader: Reader, ids: Sequence[int]) -> torch.Tensor:
     """Feed a prompt and score its last rows; returns the logits after it."""
     cache = reader.cache
     window = cache.tiers.policy.text_window
-    cache.expect(CacheQuestion(prompt_tokens=cache.get_seq_length() + len(ids), rows=window))
+    cache.expect(Question(prompt_tokens=cache.get_seq_length() + len(ids), rows=window))
     if len(ids) > window:
         reader.feed(ids[:-window])
     return reader.feed(ids[-window:])[-1:]
@@ -152,7 +153,7 @@ def _decode(
     tiers: TierConfig,
     answer: Sequence[int],
     first: torch.Tensor,
-    question: Question,
+    question: ReplayedQuestion,
     between: Sequence[int],
     recall: bool = False,
 ) -> Answer:
@@ -161,7 +162,7 @@ def _decode(
     prompt = cache.get_seq_length()
     cache.set_tiers(replace(tiers, prefetch=False))
     # The rows are scored already; rows=0 leaves the recent region at `recent_window` tokens.
-    cache.expect(CacheQuestion(max_new_tokens=len(between) + len(answer), rows=0, visual=reader.visual, trace=recall))
+    cache.expect(Question(max_new_tokens=len(between) + len(answer), rows=0, visual=reader.visual, trace=recall))
     cache.seal()
     held, itemsize = cache.ledger.by_purpose(), cache.shape.itemsize
     packed = cache.tiered_layers[0].sealed.pages.packing is not None

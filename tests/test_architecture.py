@@ -28,7 +28,7 @@ ALLOWED = {
     "planning": "config errors memory models ops policy video",
     "cache": "attention config environment errors memory models ops planning policy",
     "storage": "environment errors progress",
-    "evidence": "cache errors models progress storage video",
+    "evidence": "cache errors memory models progress storage video",
     "session": "cache config environment errors evidence memory models planning progress storage video",
     "api": "config errors evidence models session storage video",
     "batch": "errors session storage",

@@ -17,13 +17,14 @@ from helpers import cap_share, tier_options
 
 import tieredkv
 from tieredkv.cache import prefill
-from tieredkv.cache.context_digests import ContextDigests
 from tieredkv.cache.looks import Looks
 from tieredkv.cache.question import CONTEXT, Question
 from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.environment.versions import cache_argument
-from tieredkv.memory.host import HostLayer
+from tieredkv.config import TierConfig
 from tieredkv.memory.ledger import DeviceLedger
+from tieredkv.models.kv_shape import KVShape
+from tieredkv.planning.sizes import digesting_bytes
 from tieredkv.policy.digests import DIGESTS, Fitted
 
 PROMPT, QUESTION = 2000, 80
@@ -101,8 +102,8 @@ def digest_of(kind: str, keys: torch.Tensor, bits: int) -> Callable[[], torch.Te
 def counted_for_digesting(chunks: torch.Tensor) -> int:
     """What a card's ledger counts for digesting chunks `(K, n, 2, C, D)`."""
     heads, count, _, c, d = chunks.shape
-    host = HostLayer(heads, d, c, chunks.dtype)
-    return ContextDigests(None, host, torch.device("cpu"))._scratch_bytes(count)
+    shape = KVShape(1, heads, heads, d, chunks.dtype.itemsize)
+    return digesting_bytes(shape, TierConfig(chunk_tokens=c), count)
 
 
 # ---- measuring

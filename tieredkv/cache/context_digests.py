@@ -9,8 +9,8 @@ import torch
 from tieredkv.cache.device_tier import DeviceTier
 from tieredkv.memory.host import HostLayer
 from tieredkv.memory.ledger import on_device
-from tieredkv.memory.units import FLOAT32
 from tieredkv.ops.select import ops_for
+from tieredkv.planning.sizes import digesting_bytes
 from tieredkv.policy.digests import DIGESTS, Digest, Fitted
 
 MOST_CHUNKS = 1024
@@ -100,24 +100,20 @@ class ContextDigests:
     def _chunks_at_once(self, most: int) -> int:
         """On a card, as many as the cap leaves room for."""
         if self._device.type != "cpu":
-            most = min(most, self._device_tier.ledger.free_bytes // self._scratch_bytes(1))
+            tier = self._device_tier
+            most = min(most, tier.ledger.free_bytes // digesting_bytes(tier.shape, tier.tiers, 1))
         return max(1, min(MOST_CHUNKS, most))
-
-    def _scratch_bytes(self, chunks: int) -> int:
-        """Device bytes of digesting chunks. Of their tokens: what is staged, three copies of the keys in float32, and
-        products of a chunk's keys with each other. Of each chunk: two vectors, and three copies of them to pack."""
-        c, d = self._host.chunk_tokens, self._host.head_dim
-        token = d * (2 * self._host.dtype.itemsize + 3 * FLOAT32) + c * FLOAT32
-        return chunks * self._host.num_heads * (c * token + 2 * 4 * d * FLOAT32)
 
     def _make(self, digest: Digest[Any], fitted: Fitted, first: int, stop: int) -> torch.Tensor:
         """Digests of chunks first..stop, on the host; made on the device."""
         chunks = self._host.chunks(first, stop)
         if self._device.type == "cpu":
             return digest.make(chunks[:, :, 0], fitted)
-        with on_device(self._device), self._device_tier.ledger.scratch("digesting", self._scratch_bytes(stop - first)):
+        tier = self._device_tier
+        scratch = digesting_bytes(tier.shape, tier.tiers, stop - first)
+        with on_device(self._device), tier.ledger.scratch("digesting", scratch):
             staged = torch.empty(chunks.shape, dtype=self._host.dtype, device=self._device)
-            self._device_tier.transfer.stage(chunks, staged, with_values=True)
+            tier.transfer.stage(chunks, staged, with_values=True)
             return digest.make(staged[:, :, 0], fitted).cpu()
 
     def settle(self) -> None:

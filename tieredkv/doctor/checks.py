@@ -13,10 +13,11 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
 from tieredkv.doctor.facts import LINK, Facts, compiler, memlock_limit, nvidia_smi, probe
+from tieredkv.memory.units import GIB
 
 FLOORS = {"python": (3, 11), "torch": (2, 11), "torchvision": (0, 26), "transformers": (5, 17)}
 """The oldest supported versions, as in pyproject.toml."""
-LEAST_HOST = 2**30
+LEAST_HOST = GIB
 """Bytes of host memory below which nothing useful fits."""
 FIX_FIRST = "fix the problems above first"
 KERNELS_FROM = (8, 0)
@@ -194,4 +195,4 @@ def _text(numbers: tuple[int, ...]) -> str:
 
 
 def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f}"
+    return f"{size / GIB:.1f}"

@@ -19,10 +19,6 @@ from tieredkv.memory.limits import check_host_memory
 from tieredkv.video.length import SAME_TIME
 from tieredkv.video.sampling import FileSource, Tick
 
-Progress = Callable[[int, int | None], None]
-"""Called with units done and the total, None while the total is unknown."""
-
-
 RATES = (1e-6, 1000.0)
 """Lowest and highest frames per second allowed: one in eleven days, and more than any camera records."""
 
