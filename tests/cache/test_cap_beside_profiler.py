@@ -20,8 +20,8 @@ from tieredkv.cache import prefill
 from tieredkv.cache.looks import Looks
 from tieredkv.cache.question import CONTEXT, Question
 from tieredkv.cache.tiered_cache import TieredCache
-from tieredkv.environment.versions import cache_argument
 from tieredkv.config import TierConfig
+from tieredkv.environment.versions import cache_argument
 from tieredkv.memory.ledger import DeviceLedger
 from tieredkv.models.kv_shape import KVShape
 from tieredkv.planning.sizes import digesting_bytes

@@ -13,7 +13,7 @@ from tieredkv.planning import sizes
 from tieredkv.planning.admission import Request, check_memory
 
 SHAPE = KVShape(num_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16, itemsize=2)
-REQUEST = Request(tokens=5000, asked=40, new_tokens=20)
+REQUEST = Request(tokens=5000, question_tokens=40, new_tokens=20)
 
 
 @pytest.fixture

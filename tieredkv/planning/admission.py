@@ -19,14 +19,14 @@ FEWER_TOKENS = "lower fps, max_frames or max_new_tokens"
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What is to be served: a prompt of `tokens` tokens, the last `asked` of them the question, and an answer."""
+    """A prompt of `tokens` tokens, the last `question_tokens` of them the question, and an answer."""
 
     tokens: int
-    asked: int
+    question_tokens: int
     new_tokens: int
 
     def layout(self, tiers: TierConfig) -> Layout:
-        return lay_out(tiers, self.tokens, question_rows(tiers, self.asked), self.new_tokens)
+        return lay_out(tiers, self.tokens, question_rows(tiers, self.question_tokens), self.new_tokens)
 
 
 def check_memory(
@@ -48,12 +48,12 @@ def check_memory(
     memory (None: measured now). one_memory: the device tier is in host memory too, which must hold both.
     """
     layout = request.layout(tiers)
-    check_cap(shape, tiers, layout, question_rows(tiers, request.asked), device_remedy)
+    check_cap(shape, tiers, layout, question_rows(tiers, request.question_tokens), device_remedy)
     if request.tokens <= room:
         return layout
     if room:
         needed = request.tokens * shape.token_bytes
-        what = f"the cache of the video and a question of {request.asked:,} tokens"
+        what = f"the cache of the video and a question of {request.question_tokens:,} tokens"
     else:
         needed = host_bytes(shape, tiers, request.tokens)
         what = f"the cache of {request.tokens:,} tokens"

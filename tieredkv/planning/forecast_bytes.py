@@ -67,7 +67,7 @@ def decode_bytes(shape: KVShape, tiers: TierConfig, plan: DecodePlan, static: to
     }
 
 
-def prefill_bytes(shape: KVShape, tiers: TierConfig, prompt: int, asked: int) -> dict[str, int]:
+def prefill_bytes(shape: KVShape, tiers: TierConfig, prompt: int, question_tokens: int) -> dict[str, int]:
     """Device bytes of the prefill phase by purpose: of all its calls, those of the one that takes most."""
     calls = [
         {
@@ -75,24 +75,29 @@ def prefill_bytes(shape: KVShape, tiers: TierConfig, prompt: int, asked: int) ->
             "staging": staging.nbytes(shape),
             "scores": staging.scoring_bytes,
         }
-        for _, room, staging in _prefill(shape, tiers, prompt, asked)
+        for _, room, staging in _prefill(shape, tiers, prompt, question_tokens)
     ]
     return max(calls, key=lambda purposes: sum(purposes.values()))
 
 
-def prefill_copy_bytes(shape: KVShape, tiers: TierConfig, prompt: int, asked: int) -> int:
-    """Past keys and values streamed to the device while `prompt` tokens are prefilled and the last `asked` scored."""
+def prefill_copy_bytes(shape: KVShape, tiers: TierConfig, prompt: int, question_tokens: int) -> int:
+    """Past keys and values streamed to the device while `prompt` tokens, the question among them, are prefilled."""
     moved, c = 0, tiers.chunk_tokens
-    for call, room, _ in _prefill(shape, tiers, prompt, asked):
+    for call, room, _ in _prefill(shape, tiers, prompt, question_tokens):
         past = max(0, ceil_div(call.begin, c) * c - room) * shape.token_bytes
         moved += past + (past // 2 if call.rows else 0)  # scoring reads the keys again
     return moved
 
 
-def _prefill(shape: KVShape, tiers: TierConfig, prompt: int, asked: int) -> Iterator[tuple[Call, int, Staging]]:
+def _prefill(
+    shape: KVShape, tiers: TierConfig, prompt: int, question_tokens: int
+) -> Iterator[tuple[Call, int, Staging]]:
     """The calls of a prefill; tokens that there is room for on the device in each, and how the rest is staged."""
     room = resident_tokens(shape, tiers, prompt + sizes.QUESTION_ROOM)
-    for call in (*context_calls(prompt - asked, tiers.prefill_chunk), *question_calls(tiers, prompt - asked, prompt)):
+    for call in (
+        *context_calls(prompt - question_tokens, tiers.prefill_chunk),
+        *question_calls(tiers, prompt - question_tokens, prompt),
+    ):
         room = resident_beside_scores(shape, tiers, room, call)
         staging = plan_staging(shape, tiers, call, min(room, call.begin), room)
         if staging is None:

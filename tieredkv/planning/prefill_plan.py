@@ -42,9 +42,9 @@ def question_calls(tiers: TierConfig, begin: int, stop: int) -> list[Call]:
     return [*reversed(before), Call(last, stop, question_rows(tiers, stop - begin))]
 
 
-def question_rows(tiers: TierConfig, asked: int) -> int:
-    """Text rows that are scored of a question of `asked` tokens."""
-    return min(asked, tiers.prefill_chunk, tiers.policy.text_window)
+def question_rows(tiers: TierConfig, question_tokens: int) -> int:
+    """Text rows that are scored of a question of `question_tokens` tokens."""
+    return min(question_tokens, tiers.prefill_chunk, tiers.policy.text_window)
 
 
 # ---- one call

@@ -78,8 +78,8 @@ class Ingest:
         prepared = prepare(template, model.config, source, self.tiers)
         head, tail = template.around_video([(question, None)])
         head_ids = template.head_ids(model.config, head, prepared.sampled)
-        asked = template.tail_ids(tail).shape[1]
-        room = self._check_memory(head_ids.shape[1], prepared.grid.tokens, asked, max_new_tokens)
+        question_tokens = template.tail_ids(tail).shape[1]
+        room = self._check_memory(head_ids.shape[1], prepared.grid.tokens, question_tokens, max_new_tokens)
         cache = self._cache = TieredCache(self.model.config, self.tiers, prompt_tokens=room)
         same_model = SameModel(model)
         progress = IngestProgress(self._show_progress, head_ids.shape[1] + prepared.grid.tokens, source.seconds)
@@ -102,14 +102,14 @@ class Ingest:
         )
         return CachedVideo(model, template, cache, ingested, same_model)
 
-    def _check_memory(self, head: int, video: int, asked: int, max_new_tokens: int) -> int:
+    def _check_memory(self, head: int, video: int, question_tokens: int, max_new_tokens: int) -> int:
         """Refuse what neither tier can hold, before the costly stages; prompt tokens to make room for in the host tier.
 
-        head, video, asked: tokens of the text before the video, of the video, and of the text after it.
+        head, video, question_tokens: tokens of the text before the video, of the video, and of the text after it.
         """
         weight = self.model.get_input_embeddings().weight
         shape = model_shape(self.model.config, weight.dtype)
-        request = Request(head + video + asked, asked, max_new_tokens)
+        request = Request(head + video + question_tokens, question_tokens, max_new_tokens)
         check_memory(shape, self.tiers, request, one_memory=weight.device.type == "cpu")
         return request.tokens + QUESTION_ROOM
 

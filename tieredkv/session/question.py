@@ -42,7 +42,7 @@ class UserQuestion:
 
 
 def ask(
-    cached: CachedVideo, asked: UserQuestion, earlier: Sequence[tuple[str, str]], check: Callable[[], None]
+    cached: CachedVideo, user_question: UserQuestion, earlier: Sequence[tuple[str, str]], check: Callable[[], None]
 ) -> Generation:
     """Answer a question. earlier: questions and answers of the conversation that come before it in the prompt.
 
@@ -50,24 +50,24 @@ def ask(
     whatever happens. Raises `PromptError`, `OptionError` or `BudgetError`.
     """
     model, template, cache, video = cached.model, cached.template, cached.cache, cached.video
-    _, tail = template.around_video([*earlier, (asked.prompt, None)])
+    _, tail = template.around_video([*earlier, (user_question.prompt, None)])
     tail_ids = template.tail_ids(tail)
     prompt_tokens = video.tokens + tail_ids.shape[1]
     question = Question(
-        max_new_tokens=generation.new_tokens(asked.options, model.generation_config, prompt_tokens),
+        max_new_tokens=generation.new_tokens(user_question.options, model.generation_config, prompt_tokens),
         prompt_tokens=prompt_tokens,
         rows=question_rows(cache.tiers, tail_ids.shape[1]),
         visual=video.is_visual(),
-        looks=Looks(cache.tiers.chunk_tokens) if asked.evidence else None,
-        trace=asked.trace,
+        looks=Looks(cache.tiers.chunk_tokens) if user_question.evidence else None,
+        trace=user_question.trace,
     )
     cache.truncate(video.tokens)
     try:
-        result = answer(cached, tail_ids, question, asked.options, check)
+        result = answer(cached, tail_ids, question, user_question.options, check)
         cached.same_model.check()  # the reader of a stream may have changed the model
         if question.looks is not None:
-            rows, count = template.question_tokens(tail, asked.prompt), len(result.token_ids)
-            evidence = collect_evidence(cached, question.looks, rows, count, asked.evidence == "tokens")
+            rows, count = template.question_tokens(tail, user_question.prompt), len(result.token_ids)
+            evidence = collect_evidence(cached, question.looks, rows, count, user_question.evidence == "tokens")
             result = replace(result, evidence=evidence)
     finally:
         cache.truncate(video.tokens)
@@ -127,9 +127,9 @@ def collect_evidence(cached: CachedVideo, looks: Looks, rows: int, tokens: int, 
     return moments.collect(looks, rows, heads, video.head_tokens, video.grid, video.span, tokens, each)
 
 
-def _make_room(cache: TieredCache, question: Question, asked: int) -> None:
-    """Raise `BudgetError` unless both tiers can hold the prompt, ending in `asked` tokens of text, and the answer."""
-    request = Request(question.prompt_tokens, asked, question.max_new_tokens)
+def _make_room(cache: TieredCache, question: Question, question_tokens: int) -> None:
+    """Raise `BudgetError` unless both tiers can hold prompt and answer. question_tokens: of text after the video."""
+    request = Request(question.prompt_tokens, question_tokens, question.max_new_tokens)
     shorter = "shorten the question or the conversation"
     longer = f"lower max_new_tokens, or {shorter}"
     check_memory(cache.shape, cache.tiers, request, longer, shorter, room=cache.room, room_bytes=cache.host_bytes)

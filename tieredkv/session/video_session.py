@@ -167,17 +167,17 @@ class VideoSession(AsyncAsking):
             check_prompt(prompt)
         return Work(partial(self._answer, UserQuestion(prompt, options, chat, trace, evidence)), self._turns.line)
 
-    def _answer(self, asked: UserQuestion, job: Job | None) -> Generation:
-        streamer = asked.options.get("streamer")
+    def _answer(self, user_question: UserQuestion, job: Job | None) -> Generation:
+        streamer = user_question.options.get("streamer")
         if job is not None and job.streams:
             streamer = job.streamer(self.template.text)
-            asked = asked.with_streamer(streamer)
+            user_question = user_question.with_streamer(streamer)
         with generation.ending_on_error(streamer), self._turns.take(job):
-            earlier = self._history if asked.chat else ()
-            result = question.ask(self._ready(), asked, earlier, partial(self._turns.check_still_wanted, job))
-            if asked.chat:
+            earlier = self._history if user_question.chat else ()
+            result = question.ask(self._ready(), user_question, earlier, partial(self._turns.check_still_wanted, job))
+            if user_question.chat:
                 self._turns.check_still_wanted(job)
-                self._history.append((asked.prompt, result.text))
+                self._history.append((user_question.prompt, result.text))
             return result
 
     def new_tokens(self, options: dict[str, Any]) -> int:
