@@ -66,8 +66,8 @@ def fake_kernels() -> OpTable:
         chosen, missed = torch.empty_like(ranks, dtype=torch.bool), ranks.new_empty((n, most), dtype=torch.int32)
         return chosen, missed, ranks.new_empty(n, dtype=torch.int32)
 
-    def place(wanted, kept, misses, chunk_in, last_used, slots, clock, most, table, heads, first):
-        on_card(wanted, kept, misses, chunk_in, last_used, slots, clock, heads, *([] if table is None else [table]))
+    def place(wanted, kept, misses, chunk_in, last_used, slots, step, most, table, heads, first):
+        on_card(wanted, kept, misses, chunk_in, last_used, slots, step, heads, *([] if table is None else [table]))
         return slots.new_empty((len(slots), most))
 
     def gather(arena, pages, heads, missed, victims, misses, slots, chunk_in, slot_of, first_chunk, packing):

@@ -89,9 +89,9 @@ def call_all() -> None:
     )
     heads, few = torch.arange(4), torch.zeros(4, dtype=torch.int64)
     _, missed, misses = choose.choose(torch.zeros(4, 4001), few, slot_of, 200)
-    clock = torch.zeros(1, dtype=torch.int32)
+    step = torch.zeros(1, dtype=torch.int32)
     for table in (torch.zeros(4, 500, dtype=torch.int32), None):
-        victims = choose.place(chosen, chosen, misses, *tables, clock, 200, table, heads, 3)
+        victims = choose.place(chosen, chosen, misses, *tables, step, 200, table, heads, 3)
     for c, d, dtype in (
         (8, 128, torch.bfloat16), (8, 80, torch.float16), (32, 128, torch.bfloat16), (128, 128, torch.bfloat16),
         (8, 256, torch.bfloat16), (8, 64, torch.float32),

@@ -28,12 +28,12 @@ class Fetching:
         owned = torch.full((len(heads), most), -1, dtype=torch.int64, device=device)
         owned[torch.arange(most, device=device) < slots.unsqueeze(1)] = phase.pool.take(int(slots.sum()))
         self.residency = Residency(owned, layout.retrievable)
-        self.clock = torch.zeros(1, dtype=torch.int32, device=device)
+        self.step = torch.zeros(1, dtype=torch.int32, device=device)
         """`(1,)`: steps begun."""
 
     def begin_step(self) -> None:
         """Count a step, so that what it uses is the last to give way."""
-        self.clock += 1
+        self.step += 1
 
     def warm(self, mass: torch.Tensor) -> int:
         """Fill all slots with the chunks of highest `mass` `(n, N)`, on the host; how many were copied."""
@@ -69,7 +69,7 @@ class Fetching:
         index, most = self.residency, missed.shape[1]
         used = index.chunk_in, index.last_used, index.slots
         table, column = (self._table, self._first_column) if listed else (None, 0)
-        victims = self._ops.place(wanted, kept, misses, *used, self.clock, most, table, self._heads, column)
+        victims = self._ops.place(wanted, kept, misses, *used, self.step, most, table, self._heads, column)
 
         def copy() -> int:
             copied = self._host.arena, self._pool.pages, self._heads

@@ -127,7 +127,7 @@ class Retrieval:
         if self._limits is not None:
             self._tally.selected += self.selected
         if self._trace is not None:
-            self._trace.record(int(fetching.clock), chosen, self.selected, self.most_selected, query)
+            self._trace.record(int(fetching.step), chosen, self.selected, self.most_selected, query)
         if self._ahead is not None:
             self._tally.ahead += self._ahead.start(ranks, chosen)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from tieredkv.evidence.moments import Evidence
 from tieredkv.evidence.strip import columns, percent, span, spread, ticks
 from tieredkv.evidence.view import LONG_ANSWER, View, scaled
-from tieredkv.progress import clock
+from tieredkv.progress import timecode
 
 FRAME = 640
 """Longer side of a frame, in pixels."""
@@ -84,7 +84,7 @@ def _figure(view: View, place: int) -> str:
         buffer = io.BytesIO()
         scaled(view.frames[place], FRAME, FRAME).convert("RGB").save(buffer, "JPEG", quality=85)
         data = base64.b64encode(buffer.getvalue()).decode()
-        inside = f'<img alt="frame at {clock(moment.peak)}" src="data:image/jpeg;base64,{data}">'
+        inside = f'<img alt="frame at {timecode(moment.peak)}" src="data:image/jpeg;base64,{data}">'
     return (
         f'<figure id="moment-{place + 1}">{inside}<b>{place + 1}</b><i>{percent(moment.weight)}</i>'
         f"<figcaption>{span(moment, DASH)}</figcaption></figure>"

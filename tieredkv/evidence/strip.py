@@ -7,7 +7,7 @@ import math
 import torch
 
 from tieredkv.evidence.moments import Evidence, Moment
-from tieredkv.progress import clock
+from tieredkv.progress import timecode
 
 TICK_STEPS = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 28800, 86400)
 """Seconds between ticks to choose from."""
@@ -18,7 +18,7 @@ def span(moment: Moment, dash: str) -> str:
     """Start and end of a moment, rounded outwards to whole seconds."""
     last = math.ceil(moment.end - 1e-6)
     hours = last >= 3600
-    return f"{clock(moment.start, hours)}{dash}{clock(last, hours)}"
+    return f"{timecode(moment.start, hours)}{dash}{timecode(last, hours)}"
 
 
 def percent(share: float) -> str:
@@ -32,7 +32,7 @@ def ticks(start: float, end: float) -> list[tuple[float, str]]:
     step = next((one for one in TICK_STEPS if length / one < MOST_TICKS), 0)
     step = step or TICK_STEPS[-1] * math.ceil(length / TICK_STEPS[-1] / MOST_TICKS)
     first = math.ceil(start / step - 1e-9)
-    return [(n * step, clock(n * step, hours=end >= 3600)) for n in range(first, math.floor(end / step + 1e-9) + 1)]
+    return [(n * step, timecode(n * step, hours=end >= 3600)) for n in range(first, math.floor(end / step + 1e-9) + 1)]
 
 
 def columns(evidence: Evidence, count: int, least: int) -> list[float]:

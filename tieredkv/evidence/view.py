@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from tieredkv.evidence.moments import Evidence
-from tieredkv.progress import clock
+from tieredkv.progress import timecode
 from tieredkv.video.frames import Sampling, open_video
 
 LARGEST = 1600
@@ -33,7 +33,7 @@ class View:
 
     def note(self) -> str:
         """The line below the moments."""
-        parts = [self.video, f"{clock(self.evidence.start)} to {clock(self.evidence.end)}"]
+        parts = [self.video, f"{timecode(self.evidence.start)} to {timecode(self.evidence.end)}"]
         if len(self.evidence):
             parts.append("%: share of the attention that question and answer paid to the video")
         if self.frames is None:

@@ -63,7 +63,7 @@ class Ops(Protocol):
         chunk_in: torch.Tensor,
         last_used: torch.Tensor,
         slots: torch.Tensor,
-        clock: torch.Tensor,
+        step: torch.Tensor,
         most: int,
         table: torch.Tensor | None,
         heads: torch.Tensor,
@@ -73,7 +73,7 @@ class Ops(Protocol):
 
         wanted `(n, N)` bool: chunks whose slots are in use now. kept `(n, N)` bool: chunks whose slots must not be
         given away; includes the wanted ones. misses `(n,)`: slots needed, at most `most`. chunk_in, last_used, slots
-        `(n, R)`: of `Residency`; `last_used` is set to `clock` `(1,)` where a slot is in use. Slots are taken in order
+        `(n, R)`: of `Residency`; `last_used` is set to `step` `(1,)` where a slot is in use. Slots are taken in order
         of last use, oldest first, then by number. table `(K, P)` int32: row `heads` gets the pool slots of the head's
         wanted chunks, from column `first` on; None: nothing is listed.
 
