@@ -57,10 +57,8 @@ def run(seed: int, minutes: float, share: float, plot: Path | None, video_path: 
             )
         model, processor = tiny.load()
         shape = model_shape(model.config, model.dtype)
-        cap = int(share * scene.seconds * TOKENS_PER_SECOND * shape.token_bytes)
-        with open_session(
-            model, path, gpu_kv_gb=cap / GIB, processor=processor, fps=tiny.FPS, progress=True
-        ) as session:
+        cap_gib = share * scene.seconds * TOKENS_PER_SECOND * shape.token_bytes / GIB
+        with open_session(model, path, gpu_kv_gb=cap_gib, processor=processor, fps=tiny.FPS, progress=True) as session:
             assert session.video is not None
             head, encoded, family = session.head_tokens, session.video, session.family
             tiered = [session.ask(q.text, max_new_tokens=longest, trace=plot is not None) for q in selected]
