@@ -121,7 +121,8 @@ def one_after_the_other(model: Any, processor: Any, path: Path, options: dict[st
     from tieredkv.session.ingest import prefill
     from tieredkv.session.pipeline import Pipeline
     from tieredkv.session.video_embeddings import VideoEmbeddings, prepare
-    from tieredkv.video.frames import Sampling, open_video
+    from tieredkv.video.frames import open_video
+    from tieredkv.video.sampling import Sampling
 
     started = time.perf_counter()
     tiers = TierConfig(gpu_kv_gb=options["gpu_kv_gb"])

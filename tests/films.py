@@ -8,7 +8,8 @@ from pathlib import Path
 import av
 import numpy as np
 
-from tieredkv.video.frames import Sampling, open_video
+from tieredkv.video.frames import open_video
+from tieredkv.video.sampling import Sampling
 
 
 class Stream:

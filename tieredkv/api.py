@@ -21,7 +21,8 @@ from tieredkv.session.results import Generation
 from tieredkv.session.stream import AnswerStream, check_stream
 from tieredkv.session.video_session import VideoSession
 from tieredkv.storage import tensor_file
-from tieredkv.video.frames import Sampling, check_video, open_video
+from tieredkv.video.frames import check_video, open_video
+from tieredkv.video.sampling import Sampling
 
 _VIDEO_OPTIONS = {field.name for field in fields(Sampling)}
 _OPENING = {*FIELDS, *_VIDEO_OPTIONS, "tiers", "processor", "positions", "progress"}

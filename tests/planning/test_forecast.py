@@ -22,7 +22,7 @@ from tieredkv.planning import forecast
 from tieredkv.planning.forecast import plan
 from tieredkv.planning.report import MemoryPlan
 from tieredkv.tiny.model import PATH, build_config
-from tieredkv.video.frames import Sampling
+from tieredkv.video.sampling import Sampling
 
 QUESTION, NEW = "what colour was the star ?", 6
 SMALL = {"chunk_tokens": 8, "text_window": 16, "recent_window": 8, "prefill_chunk": 64}

@@ -20,7 +20,7 @@ from tieredkv.memory import ledger
 from tieredkv.models.kv_shape import KVShape
 from tieredkv.planning import decode_plan, forecast_bytes
 from tieredkv.planning.forecast import plan
-from tieredkv.video.frames import Sampling
+from tieredkv.video.sampling import Sampling
 
 QUESTION, NEW = "what colour was the star ?", 6
 SMALL = {"chunk_tokens": 8, "text_window": 16, "recent_window": 8, "prefill_chunk": 64}

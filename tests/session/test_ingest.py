@@ -16,7 +16,8 @@ from tieredkv.errors import TieredKVError, VideoError
 from tieredkv.models.families.qwen2_5_vl import Qwen25VL
 from tieredkv.session.ingest import Ingest
 from tieredkv.session.pipeline import Pipeline
-from tieredkv.video.frames import Sampling, open_video
+from tieredkv.video.frames import open_video
+from tieredkv.video.sampling import Sampling
 
 pytestmark = pytest.mark.files
 

@@ -16,7 +16,7 @@ from tieredkv.api import new_session
 from tieredkv.errors import BudgetError, OptionError, SessionError, TieredKVError
 from tieredkv.models.families.qwen2_5_vl import Qwen25VL
 from tieredkv.storage import tensor_file
-from tieredkv.video.frames import Sampling
+from tieredkv.video.sampling import Sampling
 
 STAR, MOON = "what colour was the star ?", "follow the moon for 4 ?"
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from tieredkv.errors import VideoError
-from tieredkv.video.frames import Sampling, load_frames, open_video
+from tieredkv.video.frames import load_frames, open_video
+from tieredkv.video.sampling import Sampling
 
 
 def write(path: Path, times: list[float], size: int = 64, codec: str = "libx264", **container: str) -> Path:

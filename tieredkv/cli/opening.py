@@ -12,7 +12,8 @@ from tieredkv.cli.options import model_path
 from tieredkv.errors import OptionError, SessionError
 from tieredkv.session.video_session import VideoSession
 from tieredkv.storage import tensor_file
-from tieredkv.video.frames import Sampling, check_video
+from tieredkv.video.frames import check_video
+from tieredkv.video.sampling import Sampling
 
 
 @contextmanager

@@ -27,7 +27,8 @@ from tieredkv.tiny import model as tiny
 from tieredkv.tiny.evaluate import TOKENS_PER_SECOND
 from tieredkv.tiny.scene import make_scene, questions
 from tieredkv.tiny.video import write_video
-from tieredkv.video.frames import Sampling, load_frames
+from tieredkv.video.frames import load_frames
+from tieredkv.video.sampling import Sampling
 
 QUESTIONS = 12
 CARDS = 12

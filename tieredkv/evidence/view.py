@@ -9,7 +9,8 @@ from PIL import Image
 
 from tieredkv.evidence.moments import Evidence
 from tieredkv.progress import timecode
-from tieredkv.video.frames import Sampling, open_video
+from tieredkv.video.frames import open_video
+from tieredkv.video.sampling import Sampling
 
 LARGEST = 1600
 """Longer side of a frame, in pixels: the width of a sheet. Larger frames are reduced to it."""

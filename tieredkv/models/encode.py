@@ -11,7 +11,7 @@ import torch
 
 from tieredkv.config import DEFAULT_FPS, TierConfig
 from tieredkv.models.families.base import VideoFamily, VideoGrid
-from tieredkv.video.frames import Sampling
+from tieredkv.video.sampling import Sampling
 
 ENCODE_BYTES = 256 * 2**20
 """Activations of the vision tower aimed at per call."""

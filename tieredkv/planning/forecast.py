@@ -27,7 +27,8 @@ from tieredkv.models.wrapped import unwrapped
 from tieredkv.planning import decode_plan, forecast_bytes, sizes
 from tieredkv.planning.admission import FEWER_TOKENS, Request, check_memory
 from tieredkv.planning.report import CARDS, LINKS, MemoryPlan, rate
-from tieredkv.video.frames import Sampled, Sampling, check_video, open_video
+from tieredkv.video.frames import Sampled, check_video, open_video
+from tieredkv.video.sampling import Sampling
 
 HEAD_TOKENS = 15
 """Tokens of text before the video without a processor: those of Qwen2.5-VL's chat template."""

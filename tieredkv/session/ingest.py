@@ -32,7 +32,8 @@ from tieredkv.session.ingested_video import IngestedVideo, VideoFacts
 from tieredkv.session.pipeline import Cancelled, Pipeline
 from tieredkv.session.results import IngestStats
 from tieredkv.session.video_embeddings import Prepared, VideoEmbeddings, join, prepare
-from tieredkv.video.frames import Sampling, open_video
+from tieredkv.video.frames import open_video
+from tieredkv.video.sampling import Sampling
 
 
 class Ingest:

@@ -26,7 +26,7 @@ from tieredkv.session.results import Generation, IngestStats
 from tieredkv.session.stream import AnswerStream, check_stream
 from tieredkv.session.turns import Turns
 from tieredkv.storage.tensor_file import Stored
-from tieredkv.video.frames import Sampling
+from tieredkv.video.sampling import Sampling
 
 
 class VideoSession(AsyncAsking):
