@@ -24,7 +24,7 @@ from tieredkv.config import TierConfig
 from tieredkv.environment.versions import cache_argument
 from tieredkv.memory.ledger import DeviceLedger
 from tieredkv.models.kv_shape import KVShape
-from tieredkv.planning.sizes import digesting_bytes
+from tieredkv.planning.prefill_plan import digesting_bytes
 from tieredkv.policy.digests import DIGESTS, Fitted
 
 PROMPT, QUESTION = 2000, 80

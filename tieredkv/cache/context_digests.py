@@ -10,7 +10,7 @@ from tieredkv.cache.device_tier import DeviceTier
 from tieredkv.memory.host import HostLayer
 from tieredkv.memory.ledger import on_device
 from tieredkv.ops.select import ops_for
-from tieredkv.planning.sizes import digesting_bytes
+from tieredkv.planning.prefill_plan import digesting_bytes
 from tieredkv.policy.digests import DIGESTS, Digest, Fitted
 
 MOST_CHUNKS = 1024

@@ -127,20 +127,28 @@ def smallest_prefill_bytes(shape: KVShape, tiers: TierConfig, tokens: int, rows:
     return reading_bytes(shape, tiers, tokens, rows, tiers.chunk_tokens, staged=True)
 
 
+def digesting_bytes(shape: KVShape, tiers: TierConfig, chunks: int) -> int:
+    """Scratch of digesting chunks of one layer, on a card. Of their tokens: what is staged, three copies of the keys in
+    float32, and products of a chunk's keys with each other. Of each chunk: two vectors, and three copies to pack."""
+    c, d = tiers.chunk_tokens, shape.head_dim
+    token = d * (2 * shape.itemsize + 3 * FLOAT32) + c * FLOAT32
+    return chunks * shape.num_key_value_heads * (c * token + 2 * 4 * d * FLOAT32)
+
+
 # ---- resident tokens
 
 
 def resident_tokens(shape: KVShape, tiers: TierConfig, tokens: int) -> int:
     """First tokens of every layer to keep on the device while `tokens` tokens are prefilled, whole chunks.
 
-    All of them if they fit: nothing is then staged from the host. Otherwise as many as fit beside the staging buffers:
-    the first are read the most often. Room for the scores of `text_window` rows is left free if that saves more copies
-    at the end, where residents make way otherwise, than it costs before.
+    All of them if they fit, with room to digest a chunk on a card: nothing is then staged from the host. Otherwise as
+    many as fit beside the staging buffers: the first are read the most often. Room for the scores of `text_window` rows
+    is left free if that saves more copies at the end, where residents make way otherwise, than it costs before.
     """
     c, rows = tiers.chunk_tokens, tiers.policy.text_window
     everything = ceil_div(tokens, c) * c
     choices = []
-    if block_tokens(shape, tiers, tokens, rows=0, resident=everything, staged=False):
+    if everything * shape.token_bytes + digesting_bytes(shape, tiers, 1) <= tiers.cap_bytes:
         choices.append(everything)
     for scored in (0, rows):
         block = block_tokens(shape, tiers, tokens, scored, resident=0, staged=True)

@@ -122,14 +122,6 @@ def digest_bytes(shape: KVShape, tiers: TierConfig, layout: Layout, dynamic_head
     return dynamic_heads * (layout.retrievable * digest.chunk_bytes + digest.ranking_fitted_bytes)
 
 
-def digesting_bytes(shape: KVShape, tiers: TierConfig, chunks: int) -> int:
-    """Scratch of digesting chunks of one layer, on a card. Of their tokens: what is staged, three copies of the keys in
-    float32, and products of a chunk's keys with each other. Of each chunk: two vectors, and three copies to pack."""
-    c, d = tiers.chunk_tokens, shape.head_dim
-    token = d * (2 * shape.itemsize + 3 * FLOAT32) + c * FLOAT32
-    return chunks * shape.num_key_value_heads * (c * token + 2 * 4 * d * FLOAT32)
-
-
 RANKING_SHARE = 64
 """Digests unpacked at a time take up to one part in so many of the cap."""
 
