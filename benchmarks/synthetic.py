@@ -90,10 +90,10 @@ def fill(cache: TieredCache, model: Any, tokens: int) -> None:
         keys, values = keys_and_values(model, tokens, index)
         layer.lazy_initialization(keys[None, :, :1], values[None, :, :1])
         assert layer.digests is not None
-        layer.digests.query_moment = torch.eye(keys.shape[-1]).expand(len(keys), -1, -1)
-        layer.append(keys.cpu(), values.cpu())
+        layer.digests.observe(torch.eye(keys.shape[-1]).expand(len(keys), -1, -1))
         even = torch.rand(2, len(keys), tokens)
-        layer.rows = TextRows(torch.zeros(len(keys)), even / even.sum(-1, keepdim=True), count=32)
+        rows = TextRows(torch.zeros(len(keys)), even / even.sum(-1, keepdim=True), count=32)
+        layer.append(keys.cpu(), values.cpu(), rows)
     cache.expect(replace(cache.question, rows=32))
     cache.settle()
     cache.seal()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from helpers import tier_options
 
 import tieredkv
+from tieredkv.cache import prefill
 from tieredkv.cache.counters import Counters
 from tieredkv.cache.prefill import TextRows
 from tieredkv.cache.question import Question
@@ -35,10 +38,12 @@ def decode(
     tiers = settings(fields)
     with torch.no_grad(), tieredkv.use_attention(model), TieredCache(model.config, tiers) as cache:
         cache.expect(Question(trace=True))
-        model(ids, **cache_argument(cache))
-        if attention is not None:
-            for layer, paid in zip(cache.tiered_layers, attention, strict=True):
-                layer.rows = TextRows(torch.ones(paid.shape[0]), paid.expand(2, -1, -1), 32)
+        rows = [
+            TextRows(torch.ones(len(paid)), paid.expand(2, -1, -1), 32)
+            for paid in (() if attention is None else attention)
+        ]
+        with patch.object(prefill, "score_text_rows", side_effect=rows) if rows else nullcontext():
+            model(ids, **cache_argument(cache))
         cache.seal()
         for token in tokens:
             model(torch.tensor([[token]]), **cache_argument(cache))

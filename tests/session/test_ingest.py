@@ -67,7 +67,7 @@ def test_a_file_gives_the_logits_of_stock_transformers(video_model, processor, f
 
 
 @pytest.mark.parametrize("encode_batch", [1, 12, 4096])
-def test_segments_of_any_size_give_the_features_of_the_whole(video_model, processor, frames, encode_batch):
+def test_segments_of_any_size_give_the_features_of_the_whole(video_model, processor, frames, encode_batch, monkeypatch):
     pixels = processor.video_processor(
         videos=[torch.from_numpy(frames[:61]).permute(0, 3, 1, 2)], do_sample_frames=False, return_tensors="pt"
     )
@@ -83,7 +83,7 @@ def test_segments_of_any_size_give_the_features_of_the_whole(video_model, proces
 
     session = new_session(video_model, gpu_kv_gb=1, processor=processor, encode_batch=encode_batch)
     with session:
-        session.template.family = Recording()
+        monkeypatch.setattr(session.template, "family", Recording())
         session.ingest(frames[:61], Sampling(fps=4))
         assert len(seen) > 1 or encode_batch > 240
     assert_near(torch.cat(seen), whole)

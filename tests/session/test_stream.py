@@ -136,14 +136,14 @@ def test_a_stream_closed_by_another_thread_ends_for_its_reader(session, when_sto
     assert len(got) <= 2
 
 
-def test_an_interrupt_while_waiting_for_a_piece_stops_the_work(session):
+def test_an_interrupt_while_waiting_for_a_piece_stops_the_work(session, monkeypatch):
     class Interrupted:
         def get(self):
             raise KeyboardInterrupt
 
     gate = Gate(free=2)
     stream = session.ask(MOON, max_new_tokens=50, stream=True, stopping_criteria=[gate])
-    stream._items = Interrupted()
+    monkeypatch.setattr(stream, "_items", Interrupted())
     gate.open()
     with pytest.raises(KeyboardInterrupt):
         next(stream)

@@ -172,9 +172,10 @@ class TieredLayer(CacheLayerMixin):
         """Tokens in the host tier: all but those generated since the last seal."""
         return 0 if self.host is None else self.host.length
 
-    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Write tokens `(K, n, D)` to the host tier and digest the chunks they complete."""
+    def append(self, keys: torch.Tensor, values: torch.Tensor, rows: prefill.TextRows | None = None) -> None:
+        """Write tokens `(K, n, D)` to the host tier and digest the chunks they complete. rows: None: not scored."""
         host, digests = self._context()
+        self.rows = rows
         host.append(keys, values)
         digests.update()
 
