@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from tieredkv.cache.counters import Counters
 from tieredkv.cache.decode_phase import DecodePhase
+from tieredkv.cache.layer_order import LayerOrder
 from tieredkv.cache.sealed_layer import LayerPosition, SealedLayer
-from tieredkv.cache.turns import LayerTurns
 from tieredkv.environment.ambient import settled
 from tieredkv.ops.base import Ops
 
@@ -19,9 +19,9 @@ class Decoding:
     captured has been counted and not run: `go_back` undoes that.
     """
 
-    def __init__(self, layers: Sequence[SealedLayer], phases: Sequence[DecodePhase], turns: LayerTurns) -> None:
+    def __init__(self, layers: Sequence[SealedLayer], phases: Sequence[DecodePhase], order: LayerOrder) -> None:
         """phases: one per device."""
-        self._layers, self._phases, self._turns = layers, phases, turns
+        self._layers, self._phases, self._order = layers, phases, order
 
     @property
     def ops(self) -> Ops:
@@ -47,7 +47,7 @@ class Decoding:
 
     def go_back(self, position: tuple[LayerPosition, ...]) -> None:
         """Undo every `advance` since `position` was taken, and a call that was cut off since."""
-        self._turns.reset()
+        self._order.reset()
         for layer, own in zip(self._layers, position, strict=True):
             layer.go_back(own)
 

@@ -14,9 +14,9 @@ from tieredkv.cache import prefill
 from tieredkv.cache.context_digests import ContextDigests
 from tieredkv.cache.decode_phase import DecodePhase
 from tieredkv.cache.device_tier import DeviceTier
+from tieredkv.cache.layer_order import LayerOrder
 from tieredkv.cache.question import Question
 from tieredkv.cache.sealed_layer import SealedLayer
-from tieredkv.cache.turns import LayerTurns
 from tieredkv.environment.ambient import attended_dtype, settled
 from tieredkv.errors import OptionError, UnsupportedModelError
 from tieredkv.memory.host import HostLayer
@@ -43,12 +43,12 @@ class TieredLayer(CacheLayerMixin):
     is_compileable = False
     is_croppable = True
 
-    def __init__(self, cache: CacheOfLayers, turns: LayerTurns, device_tier: DeviceTier, index: int, room: int) -> None:
+    def __init__(self, cache: CacheOfLayers, order: LayerOrder, device_tier: DeviceTier, index: int, room: int) -> None:
         """index: among the layers of this kind. room: tokens for which the host tier is allocated at once."""
         super().__init__()
         # Strong references would be a cycle, which keeps the host tier after the cache's last user.
         self._cache: CacheOfLayers = weakref.proxy(cache)
-        self._turns: LayerTurns = weakref.proxy(turns)
+        self._order: LayerOrder = weakref.proxy(order)
         self.device_tier, self.index, self._room = device_tier, index, room
         self.host: HostLayer | None = None
         self.rows: prefill.TextRows | None = None
@@ -121,12 +121,12 @@ class TieredLayer(CacheLayerMixin):
 
         Keys and values are kept in the dtype of the first ones; the output has the query's.
         """
-        self._turns.check_layer(self.index)
+        self._order.check_layer(self.index)
         self._check_once()
         with on_device(self.device):
             attend = self._prefill if self.sealed is None else self.sealed.decode
             out = attend(query.to(self.dtype), keys.to(self.dtype), values.to(self.dtype), scaling)
-        self._turns.end_layer()
+        self._order.end_layer()
         return out.to(query.dtype)
 
     def _check_once(self) -> None:

@@ -15,9 +15,9 @@ from tieredkv.cache.decode_phase import DecodePhase
 from tieredkv.cache.decoding import Decoding
 from tieredkv.cache.device_tier import DeviceTier
 from tieredkv.cache.layer import TieredLayer
+from tieredkv.cache.layer_order import LayerOrder
 from tieredkv.cache.prefill import TextRows
 from tieredkv.cache.question import Question
-from tieredkv.cache.turns import LayerTurns
 from tieredkv.config import TierConfig
 from tieredkv.memory.ledger import on_device
 from tieredkv.models.kv_shape import KVShape
@@ -77,7 +77,7 @@ def text_mask(question: Question, tokens: int, text_window: int) -> torch.Tensor
     return is_text
 
 
-def seal(layers: Sequence[TieredLayer], device_tier: DeviceTier, question: Question, turns: LayerTurns) -> Decoding:
+def seal(layers: Sequence[TieredLayer], device_tier: DeviceTier, question: Question, order: LayerOrder) -> Decoding:
     """Take every layer from prefill to decoding.
 
     No copy may be under way. Raises `BudgetError` when the prompt does not fit under the cap; the layers are then still
@@ -101,7 +101,7 @@ def seal(layers: Sequence[TieredLayer], device_tier: DeviceTier, question: Quest
             layer.end_decoding()
         device_tier.end_decoding()
         raise
-    return Decoding([layer.sealed for layer in layers if layer.sealed is not None], phases, turns)
+    return Decoding([layer.sealed for layer in layers if layer.sealed is not None], phases, order)
 
 
 def _fill(

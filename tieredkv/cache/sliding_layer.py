@@ -9,7 +9,7 @@ import torch
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from tieredkv.attention import interface
-from tieredkv.cache.turns import LayerTurns
+from tieredkv.cache.layer_order import LayerOrder
 from tieredkv.environment.ambient import settled
 from tieredkv.errors import OptionError
 
@@ -23,14 +23,14 @@ class SlidingLayer(DynamicSlidingWindowLayer):
     It holds at most `sliding_window` tokens, whatever the length of the prompt. They do not count against `gpu_kv_gb`.
     """
 
-    def __init__(self, turns: LayerTurns, sliding_window: int) -> None:
+    def __init__(self, order: LayerOrder, sliding_window: int) -> None:
         super().__init__(sliding_window)
-        self._turns: LayerTurns = weakref.proxy(turns)  # which know the layer
+        self._order: LayerOrder = weakref.proxy(order)  # which know the layer
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        self._turns.check_sliding_layer(self, key_states.shape[-2])
+        self._order.check_sliding_layer(self, key_states.shape[-2])
         keys, values = super().update(key_states.detach(), value_states.detach(), *args, **kwargs)
         return interface.tag(keys, self), values
 

@@ -18,9 +18,9 @@ from tieredkv.cache.counters import Counters
 from tieredkv.cache.decoding import Decoding
 from tieredkv.cache.device_tier import DeviceTier
 from tieredkv.cache.layer import TieredLayer
+from tieredkv.cache.layer_order import LayerOrder
 from tieredkv.cache.question import Question
 from tieredkv.cache.sliding_layer import SlidingLayer
-from tieredkv.cache.turns import LayerTurns
 from tieredkv.config import TierConfig, tier_config
 from tieredkv.environment import forking
 from tieredkv.environment.ambient import settled
@@ -75,16 +75,16 @@ class TieredCache(Cache):
         self.tiered_layers: list[TieredLayer] = []
         """The layers that grow, which are ours."""
         self._all_layers: list[TieredLayer | SlidingLayer] = []
-        self._turns = LayerTurns()
+        self._order = LayerOrder()
         text = config.get_text_config(decoder=True)
         for kind in families.check_layers(text):
             if kind == "full_attention":
                 index = len(self.tiered_layers)
-                self.tiered_layers.append(TieredLayer(self, self._turns, self.device_tier, index, prompt_tokens))
+                self.tiered_layers.append(TieredLayer(self, self._order, self.device_tier, index, prompt_tokens))
                 self._all_layers.append(self.tiered_layers[-1])
             else:
-                self._all_layers.append(SlidingLayer(self._turns, text.sliding_window))
-            self._turns.add(self._all_layers[-1])
+                self._all_layers.append(SlidingLayer(self._order, text.sliding_window))
+            self._order.add(self._all_layers[-1])
         super().__init__(layers=list(self._all_layers))
         self.decoding: Decoding | None = None
         """The decode phase; None: in prefill."""
@@ -173,9 +173,9 @@ class TieredCache(Cache):
             raise TieredKVError("this TieredCache is closed.")
         if index == 0:
             forking.enter(self.device_tier.devices[0].type)
-            self._turns.begin_call()
+            self._order.begin_call()
             self._change_phase(tokens)
-        self._turns.begin_layer(index)
+        self._order.begin_layer(index)
 
     def _change_phase(self, tokens: int) -> None:
         """Seal for the first generated token; leave the decode phase for more prompt."""
@@ -207,7 +207,7 @@ class TieredCache(Cache):
         if self.sealed:
             raise RuntimeError("the cache is sealed already")
         self.device_tier.copies.drain()  # the seal reads what was written back
-        self.decoding = seal.seal(self.tiered_layers, self.device_tier, self.question, self._turns)
+        self.decoding = seal.seal(self.tiered_layers, self.device_tier, self.question, self._order)
 
     @settled
     def unseal(self) -> None:
@@ -244,7 +244,7 @@ class TieredCache(Cache):
         for layer in self._all_layers:
             if isinstance(layer, SlidingLayer):
                 layer.check_truncate(tokens)
-        self._turns.reset()
+        self._order.reset()
         try:
             if tokens > min(layer.prompt_length for layer in self.tiered_layers):
                 self.unseal()

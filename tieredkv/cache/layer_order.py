@@ -1,4 +1,4 @@
-"""LayerTurns: every call of the model runs through all layers of its cache, in order, or it is an error."""
+"""LayerOrder: every call of the model runs through all layers of its cache, in order, or it is an error."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Layer(Protocol):
         """Tokens it has seen."""
 
 
-class LayerTurns:
-    """Whose turn it is in a call of the model. A tiered layer is updated first and then attends; of a sliding layer
+class LayerOrder:
+    """Which layer is next in a call of the model. A tiered layer is updated first and then attends; of a sliding layer
     only updates are checked. Tiered layers are known by their index among the tiered ones.
     """
 
