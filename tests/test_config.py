@@ -119,7 +119,9 @@ def test_a_policy_with_a_function_of_the_users_own_must_be_given_again():
 
     tiers = TierConfig(policy=replace(POLICIES["snapkv"], name="mine", rank=rank))
     plain = json.loads(json.dumps(tiers_as_plain(tiers)))
-    with pytest.raises(OptionError, match="the saved policy 'mine' has a rank of its own, which no file holds"):
+    with pytest.raises(
+        OptionError, match="the saved policy 'mine' uses its own rank function, which is not in the file"
+    ):
         tiers_from_file(plain)
     assert tiers_from_file(plain, tiers.policy) == tiers
     assert tiers_from_file(plain, "quest").policy is POLICIES["quest"]

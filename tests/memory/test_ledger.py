@@ -20,7 +20,7 @@ def test_peak_is_the_most_ever_used_at_once():
 def test_passing_the_cap_raises_and_counts_nothing():
     ledger = DeviceLedger(100)
     ledger.reserve("a", 60)
-    with pytest.raises(BudgetError, match="41 bytes for b would pass the device cap"):
+    with pytest.raises(BudgetError, match="41 bytes for b would exceed the device cap"):
         ledger.reserve("b", 41)
     assert ledger.by_purpose() == {"a": 60}
 

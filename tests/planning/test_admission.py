@@ -67,5 +67,5 @@ def test_one_memory_must_hold_both_tiers(machine):
     check_memory(SHAPE, tiers, REQUEST, one_memory=True)
     machine(both - 1)
     check_memory(SHAPE, tiers, REQUEST)
-    with pytest.raises(BudgetError, match="with the device's share of it in the same memory"):
+    with pytest.raises(BudgetError, match="with the device tier in the same memory"):
         check_memory(SHAPE, tiers, REQUEST, one_memory=True)

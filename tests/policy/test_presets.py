@@ -364,7 +364,7 @@ def test_a_cache_can_be_sealed_again_under_other_settings(llama, long_ids):
         other = decode(cache)
         cache.set_tiers(tieredkv.TierConfig(**tier_options(**options)))
         again = decode(cache)
-        with pytest.raises(tieredkv.OptionError, match="keep chunk_tokens"):
+        with pytest.raises(tieredkv.OptionError, match="leave chunk_tokens as it is"):
             cache.set_tiers(tieredkv.TierConfig(gpu_kv_gb=1, chunk_tokens=16))
     assert torch.equal(again, first)
     assert not torch.equal(other, first)

@@ -36,11 +36,11 @@ class Counters:
     unseen_count: int = 0
     """Number of terms in `unseen_sum`."""
     missed_bytes: int = 0
-    """Copied to the device because a step needed them."""
+    """Bytes copied to the device because a step needed them."""
     prefetched_bytes: int = 0
-    """Copied ahead, for a step that may reuse them."""
+    """Bytes copied ahead, for a step that may reuse them."""
     warm_bytes: int = 0
-    """Copied to the device by the seal: pages to fill the pool, and digests."""
+    """Bytes copied to the device by the seal: pages to fill the pool, and digests."""
     static_heads: int = 0
     dynamic_heads: int = 0
     trace: list[Selection] | None = None

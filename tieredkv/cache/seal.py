@@ -34,8 +34,8 @@ class HeadTypes:
     static: torch.Tensor
     """`(L, K)` mask; the others are dynamic."""
     need: torch.Tensor | None
-    """`(2, L, K)` tokens that a head needs to be static, and for a smaller share of its attention; None: the policy
-    does not measure it."""
+    """`(2, L, K)` tokens that a head needs in order to be static, and tokens that cover a smaller share of its
+    attention; None: the policy does not measure it."""
 
 
 def classify_heads(
@@ -69,7 +69,7 @@ def _need(rows: Sequence[TextRows], shape: KVShape, tiers: TierConfig, layout: s
 
 
 def text_mask(question: Question, tokens: int, text_window: int) -> torch.Tensor:
-    """`(tokens,)`, which tokens of the prompt are text."""
+    """Mask `(tokens,)` of the prompt's text tokens."""
     if question.visual is None:
         return torch.arange(tokens, device="cpu") >= tokens - question.most_rows(text_window)
     is_text = torch.ones(tokens, dtype=torch.bool, device="cpu")

@@ -36,10 +36,10 @@ class DeviceLedger:
         return dict(self._bytes)
 
     def reserve(self, purpose: str, nbytes: int) -> None:
-        """Count `nbytes` more for `purpose`. Raises `BudgetError` instead of passing the cap."""
+        """Count `nbytes` more for `purpose`. Raises `BudgetError` instead of exceeding the cap."""
         if nbytes > self.free_bytes:
             raise BudgetError(
-                f"{nbytes:,} bytes for {purpose} would pass the device cap: {self.used_bytes:,} of "
+                f"{nbytes:,} bytes for {purpose} would exceed the device cap: {self.used_bytes:,} of "
                 f"{self.cap_bytes:,} bytes are in use. Raise gpu_kv_gb."
             )
         self._bytes[purpose] = self._bytes.get(purpose, 0) + nbytes
