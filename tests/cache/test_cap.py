@@ -52,17 +52,17 @@ def test_the_ledger_counts_every_byte_of_pool_and_digests(llama, long_ids):
         ) as cache,
     ):
         llama.generate(long_ids, **cache_argument(cache), max_new_tokens=4, do_sample=False)
-        held = cache.ledger.by_purpose()
+        counted = cache.ledger.by_purpose()
         layers = [layer.sealed for layer in cache.tiered_layers]
-        assert held["pool"] == cache.device_tier.pools[0].pages.nbytes + cache.device_tier.pools[0].scales.nbytes
-        assert held["digests"] == sum(
+        assert counted["pool"] == cache.device_tier.pools[0].pages.nbytes + cache.device_tier.pools[0].scales.nbytes
+        assert counted["digests"] == sum(
             s.retrieval.ranking.nbytes for s in layers if s.retrieval is not None and s.retrieval.ranking is not None
         )
         tables = sum(t.numel() * 4 for s in layers for t in (s.pages.table, s.pages.lengths))
         tables += sum(s.retrieval.residency.nbytes for s in layers if len(s.dynamic))
         tables += layers[0].phase.chunk_mass.nbytes + sum(s.pages.packing.norms.nbytes for s in layers)
-        assert held["tables"] == tables
-        assert set(held) <= {"pool", "digests", "tables"}
+        assert counted["tables"] == tables
+        assert set(counted) <= {"pool", "digests", "tables"}
 
 
 def test_the_host_tier_holds_every_prompt_token_exactly(llama, long_ids):
@@ -81,9 +81,9 @@ def test_the_host_tier_holds_every_prompt_token_exactly(llama, long_ids):
     ):
         llama.generate(long_ids, **cache_argument(cache), max_new_tokens=9, do_sample=False)
         for ours, theirs in zip(cache.tiered_layers, stock.layers, strict=True):
-            held = ours.host.chunks()
-            assert_near(held[:, :, 0].flatten(1, 2)[:, :900], theirs.keys[0])
-            assert_near(held[:, :, 1].flatten(1, 2)[:, :900], theirs.values[0])
+            chunks = ours.host.chunks()
+            assert_near(chunks[:, :, 0].flatten(1, 2)[:, :900], theirs.keys[0])
+            assert_near(chunks[:, :, 1].flatten(1, 2)[:, :900], theirs.values[0])
 
 
 @given(st.data())
@@ -163,7 +163,7 @@ def test_closing_frees_both_tiers(llama, prompt_ids):
 @pytest.mark.parametrize("share", [0.6, 1.0, 1.07, 1.4])
 @pytest.mark.parametrize("chunk", [900, 200])
 def test_a_prompt_of_known_length_is_served_whatever_stays_on_the_device(llama, long_ids, share, chunk):
-    """A layer that sees its first token after the residents made way for the scores must keep none."""
+    """A layer that sees its first token after the residents were dropped for the scores must keep none."""
     stock = llama(long_ids).logits[:, -1]
     with (
         tieredkv.use_attention(llama),

@@ -17,7 +17,7 @@ def test_peak_is_the_most_ever_used_at_once():
     assert (ledger.used_bytes, ledger.peak_bytes, ledger.free_bytes) == (40, 60, 60)
 
 
-def test_passing_the_cap_raises_and_counts_nothing():
+def test_exceeding_the_cap_raises_and_counts_nothing():
     ledger = DeviceLedger(100)
     ledger.reserve("a", 60)
     with pytest.raises(BudgetError, match="41 bytes for b would exceed the device cap"):

@@ -1,4 +1,4 @@
-"""Exact attention over blocks of keys, in plain torch: what prefill runs on every device.
+"""Exact attention over blocks of keys, in plain torch, as prefill uses it on every device.
 
 Shapes: `H` query heads, `K` KV heads, `G = H // K`, `n` queries, `m` keys, `D` head dim. Query head `h` reads KV head
 `h // G`. lse is the log-sum-exp of a row's scaled logits, float32.

@@ -30,7 +30,7 @@ class ContextDigests:
         """device_tier: for its policy, copies and ledger. device: where digests are made."""
         self._device_tier, self._host, self._device = device_tier, host, device
         self.fitted: Fitted | None = None
-        """What the digests were made with; None: not fitted yet, and there are no digests."""
+        """The state that the digests were made with; None: not fitted yet, and there are no digests."""
         shape = host.num_heads, host.head_dim, host.head_dim
         self.query_moment = torch.zeros(shape, dtype=torch.float32, device="cpu")
         """`(K, D, D)`: sum of q q^T over the context's first rows, which digests are fitted to."""
@@ -155,5 +155,5 @@ class ContextDigests:
 
 
 def _file_name(digest: Digest[Any]) -> str:
-    """What a saved session calls digests of this kind; fields of the fitted state follow after a dot."""
+    """Name of digests of this kind in a saved session; fields of the fitted state follow after a dot."""
     return f"digests.{digest.name}.{digest.bits}"

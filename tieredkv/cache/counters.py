@@ -30,7 +30,7 @@ class Counters:
     resident: int = 0
     """Those of them that were already in the pool."""
     reused: int = 0
-    """Chunks selected because the step before selected them."""
+    """Chunks selected because the previous step selected them."""
     unseen_sum: float = 0.0
     """Estimated share of attention mass that was not seen, summed over steps, layers and dynamic heads."""
     unseen_count: int = 0

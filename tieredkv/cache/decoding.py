@@ -30,7 +30,7 @@ class Decoding:
 
     @property
     def counters(self) -> Counters:
-        """What its steps did, up to date: waits for the device."""
+        """Counts of its steps, up to date: waits for the device."""
         for layer in self._layers:
             if layer.retrieval is not None:
                 layer.retrieval.flush_counters()

@@ -23,7 +23,7 @@ from tieredkv.planning import prefill_plan
 from tieredkv.planning.prefill_plan import Call
 
 DECODE_PURPOSES = ("pool", "digests", "tables", "logits")
-"""What the ledger counts only while decoding."""
+"""Purposes that the ledger counts only while decoding."""
 
 
 @dataclass(slots=True)

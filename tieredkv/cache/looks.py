@@ -37,7 +37,7 @@ class Looks:
         self.first_chunk, self.heads = first_chunk, heads
 
     def add_step(self, masses: list[torch.Tensor]) -> None:
-        """Record what one step's heads paid each chunk, `(n,)` per device, and zero it. Waits for the devices."""
+        """Record one step's attention to each chunk, `(n,)` per device, and zero it. Waits for the devices."""
         self.steps.append(torch.stack([mass.to("cpu", copy=True) for mass in masses]).sum(0))
         for mass in masses:
             mass.zero_()

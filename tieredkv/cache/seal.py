@@ -41,7 +41,7 @@ class HeadTypes:
 def classify_heads(
     rows: Sequence[TextRows], shape: KVShape, tiers: TierConfig, layout: sizes.Layout, cap_bytes: int
 ) -> HeadTypes:
-    """Which heads are static. rows: of each layer. cap_bytes: what the plan may spend."""
+    """Which heads are static. rows: one per layer. cap_bytes: bytes that the plan may spend."""
     policy, scores, need = tiers.policy, torch.stack([layer.scores for layer in rows]), None
     if policy.head_score == "mass":
         static = classify.static_heads(scores, policy.theta)
@@ -111,7 +111,7 @@ def _fill(
     plan: decode_plan.DecodePlan,
     static: torch.Tensor,
 ) -> list[DecodePhase]:
-    """Allocate what the plan says on every device, and copy the pages of every layer. One phase per device."""
+    """Allocate memory on every device as planned, and copy every layer's pages. Returns one phase per device."""
     tiers, shape, layout, looks = device_tier.tiers, device_tier.shape, plan.layout, question.looks
     dynamic_heads = int((~static).sum())
     counters = Counters(

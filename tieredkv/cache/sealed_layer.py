@@ -179,7 +179,7 @@ class SealedLayer:
         self.advance()
         self.pages.append(key, value)
 
-    # ---- what is counted in Python
+    # ---- counts in Python
 
     def advance(self) -> None:
         """Count a generated token. Raises `BudgetError` if there is no room for it."""
@@ -188,7 +188,7 @@ class SealedLayer:
             self.retrieval.steps += 1
 
     def position(self) -> LayerPosition:
-        """What `advance` changes."""
+        """The counts that `advance` changes."""
         steps = 0 if self.retrieval is None else self.retrieval.steps
         return LayerPosition(self.pages.recent_tokens, self.pages.generated, steps)
 

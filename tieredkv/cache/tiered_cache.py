@@ -91,7 +91,7 @@ class TieredCache(Cache):
         self._counters = Counters()
         self._forced = self._closed = False
 
-    # ---- what it holds
+    # ---- contents
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Logical length: every token cached, wherever it is now; the same for every layer."""
@@ -135,7 +135,7 @@ class TieredCache(Cache):
         """Host memory allocated for keys and values."""
         return sum(layer.host.nbytes for layer in self.tiered_layers if layer.host is not None)
 
-    # ---- what follows
+    # ---- the tokens to come
 
     def expect(self, question: Question) -> None:
         """Set what follows the cached tokens. Not while sealed."""
@@ -156,7 +156,7 @@ class TieredCache(Cache):
     def set_tiers(self, tiers: TierConfig) -> None:
         """Use other settings from the next seal on; cached tokens stay. Not while sealed.
 
-        What the question's rows were scored with (`top_k_ratio`, windows) changes with the next prompt only. Raises
+        Settings that score the question's rows (`top_k_ratio`, windows) take effect with the next prompt. Raises
         `OptionError` where chunks of another size would be needed.
         """
         if self.sealed:
@@ -193,7 +193,7 @@ class TieredCache(Cache):
     @contextmanager
     def forced(self) -> Iterator[None]:
         """Inside the block, a call of several tokens on a sealed cache decodes them one after another, as if each had
-        been passed alone: known tokens in fewer calls. (Outside, such a call is more prompt, and returns the cache to
+        been passed alone: known tokens in fewer calls. (Outside, it is more prompt, and returns the cache to
         prefill.)"""
         self._forced = True
         try:
@@ -224,7 +224,7 @@ class TieredCache(Cache):
         self._end_decoding()
 
     def _end_decoding(self) -> None:
-        """Drop the decode phase, if there is one, and what was generated in it."""
+        """Drop the decode phase, if there is one, with the tokens generated in it."""
         self._counters, self.decoding = self.counters, None
         for layer in self.tiered_layers:
             layer.sealed = None

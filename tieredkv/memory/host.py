@@ -140,8 +140,7 @@ class HostLayer:
         return self._arena[head, chunk, 0, offset], self._arena[head, chunk, 1, offset]
 
     def arena_to_store(self, room: int) -> torch.Tensor:
-        """The contiguous arena, zeroed after the last token and cut to whole chunks with at most `room` tokens of
-        room."""
+        """The contiguous arena, zeroed after the last token and cut to `room` more tokens, in whole chunks."""
         chunks = self._chunks(self.length + room)
         if chunks < self._arena.shape[1]:
             shape = (self.num_heads, chunks, *self._arena.shape[2:])

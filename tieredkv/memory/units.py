@@ -16,8 +16,7 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest whole number from 1 to `most` that fits; 0 if none does. Every number below one that fits must
-    fit."""
+    """The largest whole number from 1 to `most` that fits; 0 if none does. `fits` must be monotonic."""
     low, high = 0, most
     while low < high:
         middle = (low + high + 1) // 2

@@ -36,8 +36,7 @@ class Ops(Protocol):
         """Whether a step can be captured in a CUDA graph: on a card, no operation waits for the host."""
 
     def digest(self, digest: Digest[Any]) -> Digest[Any]:
-        """The digest computed by this implementation's kernels, found by its name; `digest` itself if there are
-        none."""
+        """The digest by this implementation's kernels, found by its name; `digest` itself if there are none."""
 
     def chunk_ranks(self, logits: torch.Tensor, chosen: torch.Tensor, group: str, stay: float) -> torch.Tensor:
         """Ranks `(n, N)` float32 of chunks, from the logits `(n, G, N)` of a head's query heads.

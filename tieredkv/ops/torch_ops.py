@@ -1,4 +1,4 @@
-"""`Ops` in plain torch: what runs on a CPU, and what every kernel must agree with. Contracts and shapes: `ops.base`.
+"""`Ops` in plain torch: used on a CPU, and the reference for every kernel. Contracts and shapes: `ops.base`.
 
 `write` and `page_mass` are not part of `Ops`: they have no kernels.
 """

@@ -32,7 +32,7 @@ from tieredkv.video.frames import Sampled, Sampling, check_video, open_video
 HEAD_TOKENS = 15
 """Tokens of text before the video without a processor: those of Qwen2.5-VL's chat template."""
 VISION_MODULES = {"visual", "vision_tower", "vision_model", "multi_modal_projector", "connector", "image_newline"}
-"""Names, in transformers' families, of the vision tower and of what connects it to the decoder."""
+"""Names, in transformers' families, of the vision tower and of the modules that connect it to the decoder."""
 
 
 def plan(

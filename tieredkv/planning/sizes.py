@@ -1,4 +1,4 @@
-"""Sizes: model shape x tokens x settings -> bytes of what the host tier and the decode phase hold.
+"""Sizes: model shape x tokens x settings -> bytes that the host tier and the decode phase hold.
 
 The decode phase holds a pool, tables, digests and scratch; `decode_plan` divides a cap among them. The prefill phase,
 under the same cap, is in `prefill_plan`. `memory.ledger.DeviceLedger` counts what is allocated. Nothing is allocated

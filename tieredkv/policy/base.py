@@ -21,8 +21,7 @@ Merge = Callable[[HeadTokens, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """Which heads are static, each head's budget, which tokens a static head keeps and how a dynamic head selects
-    chunks.
+    """Which heads are static, each head's budget, which tokens static heads keep and how dynamic heads choose.
 
     `dataclasses.replace` makes a changed copy: `replace(POLICIES["hybridkv"], theta=0.9)`. Raises `OptionError` on
     construction when a value is outside its range.
@@ -62,7 +61,7 @@ class Policy:
     rank: Rank = text_prior
     merge: Merge | None = None
     digest: str = "cuboid"
-    """What stands in for a chunk's keys: a name in `policy.digests.DIGESTS`."""
+    """How chunks' keys are summarised for ranking: a name in `policy.digests.DIGESTS`."""
     digest_bits: int = 8
     """Bits per number of a digest, 4 or 8."""
     chunk_group: str = "mean"

@@ -33,10 +33,11 @@ def split_budget(
     """Divide `total_pages` among the heads of a model.
 
     scores, static: `(L, K)`, S and the static mask. most_pages: pages that hold everything; no head gets more.
-    least_dynamic: the fewest pages of a dynamic head. With `n_s` static and `n_d` dynamic heads, B_dyn = type_split * B
-    * n_d / (n_s + n_d), shared evenly; the static heads share the rest by `static_weight`, each getting at least
-    `static_floor` of their mean. Never spends more than `total_pages`. Raises ValueError when it is less than the
-    minimum: least_dynamic per dynamic head, 1 per static one.
+    least_dynamic: the fewest pages of a dynamic head. With `n_s` static and `n_d` dynamic heads,
+    B_dyn = type_split * B * n_d / (n_s + n_d), shared evenly; the static heads share the rest by `static_weight`, each
+    getting at least `static_floor` of their mean.
+    Never spends more than `total_pages`. Raises ValueError when that is less than the minimum: least_dynamic per
+    dynamic head, 1 per static one.
     """
     n_static, n_dynamic = int(static.sum()), int((~static).sum())
     least = n_dynamic * min(least_dynamic, most_pages) + n_static * min(1, most_pages)

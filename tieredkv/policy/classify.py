@@ -31,8 +31,8 @@ def merge_top_k(best: torch.Tensor | None, weights: torch.Tensor, k: int) -> tor
 def text_centric_scores(best: torch.Tensor, group: str = "mean") -> torch.Tensor:
     """S of each KV head, `(K,)` in [0, 1], from the rows' top k `(K, G, T, k)`.
 
-    HybridKV, stage 1: S = mean over text rows of the sum of the row's top-k attention weights. The mean or maximum
-    over the group's query heads is ours (the paper does not say what happens under grouped-query attention).
+    HybridKV, stage 1: S = mean over text rows of the sum of the row's top-k attention weights. The mean or maximum over
+    the group's query heads is ours (the paper does not cover grouped-query attention).
     """
     scores = best.sum(-1).mean(-1)
     return (scores.amax(-1) if group == "max" else scores.mean(-1)).clamp(0.0, 1.0)

@@ -35,7 +35,7 @@ def pool_saliency(saliency: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def by_saliency(tokens: HeadTokens) -> torch.Tensor:
-    """What the last rows attend to, smoothed over neighbours (SnapKV)."""
+    """The last rows' attention, smoothed over neighbours (SnapKV)."""
     return pool_saliency(tokens.saliency, tokens.pool)
 
 

@@ -46,8 +46,8 @@ def log_mass_without(logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor
 def unseen_share(unselected: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
     """Share of attention mass `(K,)` that a step did not see, mean over the group (ours).
 
-    unselected, seen `(K, G)`: log-sum-exp of the logits of what was not attended to, and of what was. The first is only
-    as good as the digests that it is estimated from (`Digest.estimates_mass`).
+    unselected, seen `(K, G)`: log-sum-exp of the logits that were not attended to, and of those that were. The first is
+    only as good as the digests that it is estimated from (`Digest.estimates_mass`).
     """
     return torch.sigmoid(unselected - seen).mean(-1)
 

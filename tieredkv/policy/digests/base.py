@@ -1,4 +1,4 @@
-"""Digest: what a new kind of digest has to provide. Nothing outside this package depends on which kind is used.
+"""Digest: the contract of every kind of digest. Nothing outside this package depends on which kind is used.
 
 Shapes: `K` KV heads, `n` chunks, `C` chunk tokens, `D` head dim, `G` query heads per KV head, or several rows of them.
 """
@@ -131,6 +131,5 @@ class Digest(ABC, Generic[F]):
         """`logits` of one part, in plain torch."""
 
     def constant(self, query: torch.Tensor, fitted: F) -> torch.Tensor:
-        """The constant that `logits` leaves out, `(K, G)`, for scaled queries `(K, G, D)`. Called only if
-        `estimates_mass`."""
+        """The constant that `logits` leaves out, `(K, G)`, for scaled queries `(K, G, D)`, if `estimates_mass`."""
         return query.new_zeros(query.shape[:-1])

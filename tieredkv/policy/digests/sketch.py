@@ -59,7 +59,7 @@ class Sketch(Digest[Basis]):
         return FLOAT32 * self.head_dim * (self.directions + 1)
 
     def scratch_bytes(self, kv_heads: int, query_heads: int) -> int:
-        """The numbers unpacked at a time (at 4 bits half of them), also in float32, and three times every token's
+        """Numbers unpacked at a time (at 4 bits half of them), also in float32, and three times every token's
         logits."""
         numbers = self.directions // (1 if self.bits == 8 else 2)
         return self.chunk_tokens * (kv_heads * numbers * (FLOAT32 + 1) + 3 * FLOAT32 * query_heads)
