@@ -278,7 +278,7 @@ class TieredCache(Cache):
             self.device_tier.close()
 
     def __reduce__(self) -> Any:
-        raise TieredKVError("a TieredCache cannot be pickled or copied: create another, or save a session.")
+        raise TieredKVError("a TieredCache cannot be pickled or copied: make another, or save a session.")
 
     def __enter__(self) -> TieredCache:
         return self
