@@ -15,5 +15,5 @@ def test_seconds_are_shown_as_a_clock_shows_them(seconds, text):
     assert clock(seconds) == text
 
 
-def test_hours_are_shown_on_request():
+def test_hours_are_shown_where_asked_for():
     assert clock(61, hours=True) == "0:01:01"

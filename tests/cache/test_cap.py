@@ -52,17 +52,17 @@ def test_the_ledger_counts_every_byte_of_pool_and_digests(llama, long_ids):
         ) as cache,
     ):
         llama.generate(long_ids, **cache_argument(cache), max_new_tokens=4, do_sample=False)
-        counted = cache.ledger.by_purpose()
+        held = cache.ledger.by_purpose()
         layers = [layer.sealed for layer in cache.tiered_layers]
-        assert counted["pool"] == cache.device_tier.pools[0].pages.nbytes + cache.device_tier.pools[0].scales.nbytes
-        assert counted["digests"] == sum(
+        assert held["pool"] == cache.device_tier.pools[0].pages.nbytes + cache.device_tier.pools[0].scales.nbytes
+        assert held["digests"] == sum(
             s.retrieval.ranking.nbytes for s in layers if s.retrieval is not None and s.retrieval.ranking is not None
         )
         tables = sum(t.numel() * 4 for s in layers for t in (s.pages.table, s.pages.lengths))
         tables += sum(s.retrieval.residency.nbytes for s in layers if len(s.dynamic))
         tables += layers[0].phase.chunk_mass.nbytes + sum(s.pages.packing.norms.nbytes for s in layers)
-        assert counted["tables"] == tables
-        assert set(counted) <= {"pool", "digests", "tables"}
+        assert held["tables"] == tables
+        assert set(held) <= {"pool", "digests", "tables"}
 
 
 def test_the_host_tier_holds_every_prompt_token_exactly(llama, long_ids):

@@ -100,9 +100,9 @@ def test_few_chunks_are_chosen_under_the_cap_and_every_byte_is_counted(kind, lla
             cache.decoding.record_step()
         layers = [layer.sealed for layer in cache.tiered_layers]
         layout, counters = layers[0].phase.plan.layout, cache.counters
-        counted = cache.ledger.by_purpose()["digests"]
-        assert counted == sum(layer.retrieval.ranking.nbytes for layer in layers)
-        assert counted == sizes.digest_bytes(cache.shape, cache.tiers, layout, counters.dynamic_heads)
+        held = cache.ledger.by_purpose()["digests"]
+        assert held == sum(layer.retrieval.ranking.nbytes for layer in layers)
+        assert held == sizes.digest_bytes(cache.shape, cache.tiers, layout, counters.dynamic_heads)
         assert cache.ledger.peak_bytes <= cache.tiers.cap_bytes
         assert 0 < counters.selected < 5 * counters.dynamic_heads * layout.retrievable
         assert (counters.unseen_mass is not None) == kind.estimates_mass

@@ -84,9 +84,9 @@ class Fetching:
         victims = self._ops.place(wanted, kept, misses, *used, self.clock, most, table, self._heads, column)
 
         def copy() -> int:
-            tiers = self._host.arena, self._pool.pages, self._heads
+            to = self._host.arena, self._pool.pages, self._heads
             tables = index.slots, index.chunk_in, index.slot_of
-            self._ops.gather(*tiers, missed, victims, misses, *tables, self._first_chunk, self._packing)
+            self._ops.gather(*to, missed, victims, misses, *tables, self._first_chunk, self._packing)
             return 0
 
         return copy

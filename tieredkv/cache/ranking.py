@@ -49,7 +49,7 @@ class Ranking:
 
     @property
     def nbytes(self) -> int:
-        """Device bytes of the digests and of their fitted state."""
+        """Device bytes of the digests and the state that they are read with."""
         return self.digests.nbytes + self._fitted.nbytes
 
     def scratch(self) -> AbstractContextManager[None]:

@@ -106,8 +106,8 @@ class ExactMass:
         ledger: DeviceLedger,
         ranked: bool,
     ) -> None:
-        """heads: `(n,)`. chunk_mass: `(N,)`, to which each step adds. pages_at_once: pages to read at a time, which
-        takes `scratch_bytes`. ranked: whether steps attend to the chosen chunks only, not to all resident ones."""
+        """heads: `(n,)`. chunk_mass: `(N,)`, to which each step adds. pages_at_once, scratch_bytes: to read at a
+        time, and what that takes. ranked: whether steps attend to the chosen chunks only, not to all resident ones."""
         self._heads, self._residency, self._pool, self._chunk_mass = heads, residency, pool, chunk_mass
         self._packing = packing
         self._width, self._ledger, self._ranked = max(1, pages_at_once // len(heads)), ledger, ranked

@@ -56,7 +56,7 @@ class Retrieval:
         self.most_selected = int((slots if tiers.adaptive else self.selected).max())
         """Columns of the table that may be used."""
         self.steps = 0
-        """Steps since counters were flushed. The layer counts them, those replayed from a graph included."""
+        """Since counters were flushed; counted by the layer, which also counts steps replayed from a graph."""
         self._limits = (self.selected.clone(), slots) if tiers.adaptive else None
         """`(n,)` each: fewest and most chunks that an adaptive head may select; None: heads are not adaptive."""
         self._counters, self._chunk_bytes = phase.counters, sizes.chunk_bytes(shape, tiers)

@@ -37,7 +37,7 @@ class Residency:
 
     @staticmethod
     def bytes_for(heads: int, slots: int, chunks: int) -> int:
-        """`nbytes` for `heads` heads. slots: R. chunks: N."""
+        """`nbytes` of such tables. slots: R."""
         return heads * (4 * (3 * slots + chunks + 1) + chunks)
 
     def enter(self, chunks: torch.Tensor) -> None:
