@@ -38,3 +38,15 @@ def test_scratch_is_released_even_after_an_error():
         assert ledger.used_bytes == 60
         raise RuntimeError
     assert ledger.by_purpose() == {"s": 10}
+
+
+def test_scratch_is_released_if_an_interrupt_arrives_when_it_has_just_been_counted():
+    class Interrupted(DeviceLedger):
+        def reserve(self, purpose: str, nbytes: int) -> None:
+            super().reserve(purpose, nbytes)
+            raise KeyboardInterrupt
+
+    ledger = Interrupted(100)
+    with pytest.raises(KeyboardInterrupt), ledger.scratch("s", 50):
+        pass
+    assert ledger.by_purpose() == {}

@@ -63,8 +63,8 @@ class DeviceLedger:
     def scratch(self, purpose: str, nbytes: int) -> Iterator[None]:
         """Count memory that is used only inside the block."""
         before = self._bytes.get(purpose, 0)
-        self.reserve(purpose, nbytes)
-        try:
+        try:  # an interrupt may arrive as soon as it is counted
+            self.reserve(purpose, nbytes)
             yield
         finally:
             if before:
