@@ -50,7 +50,7 @@ def test_a_library_that_crashes_is_named_and_earlier_facts_are_kept(beside):
     found = facts.probe()
     assert "version" in found["torch"]
     assert found["torchvision"] == {"error": "importing it crashed (SIGSEGV)"}
-    assert found["cuda"] == {"error": "not known, after the one that crashed"}
+    assert found["cuda"] == {"error": "unknown, because an earlier import crashed"}
 
 
 def test_a_missing_library_is_reported_as_not_installed():

@@ -81,7 +81,7 @@ def test_frames_without_their_rate_are_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["half \ud83d.png", "null \0.html"])
 def test_an_invalid_file_name_is_refused_when_checked(tmp_path, name):
-    with pytest.raises(OutputError, match="is no file name"):
+    with pytest.raises(OutputError, match="is not a file name"):
         check_target(tmp_path / name)
     assert list(tmp_path.iterdir()) == []
 

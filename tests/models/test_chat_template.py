@@ -169,7 +169,7 @@ async def test_every_way_to_ask_refuses_half_a_character_and_history_stays_as_it
 @pytest.mark.parametrize("name", ["half \ud83d.tkv", "null \0.tkv"])
 def test_a_session_is_not_saved_under_what_is_no_file_name(video_model, processor, frames, tmp_path, name):
     with tieredkv.open_session(video_model, frames[:8], processor=processor, fps=4, gpu_kv_gb=1) as session:
-        with pytest.raises(TieredKVError, match="is no file name") as refusal:
+        with pytest.raises(TieredKVError, match="is not a file name") as refusal:
             session.save(tmp_path / name)
         str(refusal.value).encode()
         assert list(tmp_path.iterdir()) == []

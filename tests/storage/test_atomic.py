@@ -102,8 +102,8 @@ def test_more_than_is_free_is_refused_before_writing(path, monkeypatch):
         ("missing/clip.kv", "there is no folder .*missing"),
         ("/dev/null", "is not a file"),
         ("x" * 250, "could not be written: File name too long"),
-        ("half \ud83d.kv", "is no file name"),
-        ("null \0.kv", "is no file name"),
+        ("half \ud83d.kv", "is not a file name"),
+        ("null \0.kv", "is not a file name"),
     ],
 )
 def test_a_target_that_cannot_be_written_is_refused(tmp_path, name, message):

@@ -15,7 +15,7 @@ from tieredkv.video.length import SAME_TIME
 
 
 class IndexFailed(Exception):
-    """A seek failed, or may have led to other frames than decoding from the beginning gives."""
+    """A seek failed, or may have led to other frames than decoding from the beginning does."""
 
 
 class Shot(NamedTuple):
@@ -26,7 +26,7 @@ class Shot(NamedTuple):
 
     @property
     def end(self) -> float:
-        """When it ends if no other frame follows: a last frame is shown at one sampling time at least."""
+        """When it ends if no frame follows: the last frame is shown at one sampling time at least."""
         return self.time + max(duration(self.frame), 2 * SAME_TIME)
 
 
