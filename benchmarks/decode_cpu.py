@@ -84,7 +84,7 @@ def busy_processes(count: int) -> Iterator[None]:
 
 
 def measure(model: Any, tokens: int, budget: float, rounds: int, busy: int) -> dict[str, Any]:
-    """A row: milliseconds per step of each kind beside `busy` busy processes, and the memory and copies of tieredkv."""
+    """A row: milliseconds per step of each kind next to `busy` busy processes, and tieredkv's memory and copies."""
     steps = rounds + 2
     full_bytes = tokens * model_shape(model.config, model.dtype).token_bytes
     tiers = TierConfig(gpu_kv_gb=max(0.5, full_bytes / GIB), budget_ratio=budget)

@@ -92,7 +92,7 @@ def make_video_model(shape: str, device: str) -> tuple[Any, Any]:
 
 
 def run_tiered(model: Any, processor: Any, frames: np.ndarray, cap: float) -> dict[str, Any]:
-    """Ingest and two answers, of which the second is reported."""
+    """Ingest and two answers; reports the second."""
     import tieredkv
 
     with tieredkv.open_session(model, frames, processor=processor, fps=2, gpu_kv_gb=cap) as session:

@@ -1,4 +1,4 @@
-"""Prefill: tokens per second and peak memory by length, in chunks with the past in host memory and in one stock call.
+"""Prefill: tokens per second and peak memory by length, in chunks with the past in host memory, and in one stock call.
 
     python benchmarks/prefill.py            the 7B shape on a CUDA device, 8k to 128k tokens
     python benchmarks/prefill.py --quick    a small shape; runs on a CPU too (--device cpu)

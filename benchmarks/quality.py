@@ -7,8 +7,8 @@
 Writes quality-SUITE.json and .png into benchmarks/results/, or into the current folder if there is none.
 
 Each context and each question is prefilled once, exactly; from there every policy decodes the same answer
-(`replay.py`). The first token is not counted, as no policy affects it. A hop of a video chain is right if all up to it
-are, as in greedy decoding; with text, where the small model makes errors of its own, a step is right if all of its
+(`replay.py`). The first token is not counted, as no policy affects it. A hop of a video chain is right if all hops up
+to it are, as in greedy decoding. On text, where the small model makes errors of its own, a step is right if all of its
 tokens are predicted correctly given the true ones before. Rows are paired: the same questions under every policy,
 including the full cache. Intervals are 95 %, by bootstrap over questions. Memory is relative to a full cache of 16
 bits; pages of the models' 32 bits count as 16, pages of 8 bits as 8. All rows but `hybridkv` have unpacked pages.

@@ -14,7 +14,7 @@ PRESETS = ("paper", "mixkv", "snapkv", "lookm", "streaming", "quest", "arkvale")
 BUDGETS = (0.05, 0.1, 0.2)
 CHUNK = 8
 AS_MADE: dict[str, Any] = {"pack_pages": False}
-"""Pages in the model's dtype, so that rows differ only in what they name."""
+"""Pages in the model's dtype, so that rows differ only in what their label says."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Unit:
 
     model: str
     task: str
-    """For the video model always "video": all tasks of a video are one unit."""
+    """Always "video" for the video model: all tasks of a video are one unit."""
     tokens: int
     number: int
     questions: int

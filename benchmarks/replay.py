@@ -1,8 +1,7 @@
 """The true answer decoded token by token under a policy, as `quality.py` measures it.
 
-True tokens are fed as decoding steps (`TieredCache.forced`); greedy decoding would have given the same tokens up to the
-first at which the greedy choice differs. The context and each question are prefilled once, exactly; policies differ
-from the seal on.
+True tokens are fed as decoding steps (`TieredCache.forced`); greedy decoding would give the same tokens up to its first
+error. The context and each question are prefilled once, exactly; policies differ from the seal on.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ class Question:
     prompt_ids: list[int]
     answer_ids: list[int]
     scored: list[int]
-    """Positions in `answer_ids`; never the first, which the exact prefill gives."""
+    """Positions in `answer_ids`; never the first, which comes from the exact prefill."""
     steps: list[int]
     """For each scored position, its hop, word or value, counted from 1."""
     before: tuple[list[int], list[int]] | None = None
@@ -62,7 +61,7 @@ class Reader(Protocol):
 
     cache: TieredCache
     visual: torch.Tensor
-    """`(n,)` mask of the context's visual tokens, to which a document's count."""
+    """`(n,)` mask of the context's visual tokens; tokens of a document count as visual."""
 
     def feed(self, ids: Sequence[int]) -> torch.Tensor:
         """Logits `(n, vocabulary)` after each of the next tokens."""
@@ -111,7 +110,7 @@ class VideoReader:
 
 
 def replay(reader: Reader, question: Question, policies: Sequence[TierConfig], recall: bool = False) -> list[Answer]:
-    """The question under each policy; the reader's cache ends as it was. recall: measure recalls."""
+    """The question under each policy; leaves the reader's cache unchanged. recall: measure recalls."""
     cache, context = reader.cache, reader.cache.get_seq_length()
     before = [] if question.before is None else [*question.before[0], *question.before[1]]
     first = _prefill(reader, [*before, *question.prompt_ids])
@@ -188,7 +187,7 @@ def _decode(
 
 
 def _recalls(cache: TieredCache) -> list[float]:
-    """For every recorded selection: the true attention mass of its chunks, relative to the best as many chunks.
+    """For every recorded selection: the true attention mass of its chunks, relative to the best choice of as many.
 
     Mass is that of the softmax over the keys of all retrievable chunks, averaged over the group's query heads; sinks
     and the recent region, which are always attended to, are left out.

@@ -52,7 +52,7 @@ def ask(processor: Any, family: Any, scene: Any, count: int) -> list[Question]:
 def _question(template: ChatTemplate, task: str, asked: scenes.Question) -> Question:
     _, tail = template.around_video([(asked.text, None)])
     answer = template.tokenize(" ".join(asked.words) + END)[0].tolist()
-    if task == "lookup":  # the prefill gives the word, so only the end is scored
+    if task == "lookup":  # the word comes from the prefill, so only the end is scored
         return Question(task, template.tokenize(tail)[0].tolist(), answer, [1], [1])
     scored = list(range(1, len(asked.words)))
     return Question(task, template.tokenize(tail)[0].tolist(), answer, scored, [place // 2 + 1 for place in scored])
