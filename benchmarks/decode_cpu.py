@@ -103,7 +103,7 @@ def measure(model: Any, tokens: int, budget: float, rounds: int, busy: int) -> d
                 step(count)
                 times[name].append(1000 * (time.perf_counter() - begin))
     median = {name: statistics.median(each[2:]) for name, each in times.items()}
-    counters, held = cache.counters, cache.ledger.used_bytes
+    counters, device_bytes = cache.counters, cache.ledger.used_bytes
     full = min(median["dynamic"], median["static"])
     cache.close()
     return {
@@ -119,7 +119,7 @@ def measure(model: Any, tokens: int, budget: float, rounds: int, busy: int) -> d
         "ratio_dynamic": median["dynamic"] / median["tiered"],
         "hit_rate": counters.hit_rate,
         "copied_bytes_per_step": counters.missed_bytes / steps,
-        "kv_ratio": held / full_bytes,
+        "kv_ratio": device_bytes / full_bytes,
     }
 
 

@@ -148,12 +148,12 @@ def main() -> None:
         for hit_rate in arguments.hit_rates:
             still = token_time(model, tokens, 1.0, 1, arguments.budget)["ms"]
             for times in (1, 2, 4, 8):
-                made = token_time(model, tokens, hit_rate, times, arguments.budget)
+                measured = token_time(model, tokens, hit_rate, times, arguments.budget)
                 speed = link[0]["gb_s"] / times
-                predicted = still + made["bytes"] / speed / 1e6
-                rows.append({"hit_rate": hit_rate, "link_gb_s": speed, "predicted_ms": predicted, **made})
+                predicted = still + measured["bytes"] / speed / 1e6
+                rows.append({"hit_rate": hit_rate, "link_gb_s": speed, "predicted_ms": predicted, **measured})
                 print(
-                    f"{hit_rate:.0%} hits, {speed:6.1f} GB/s: {made['ms']:7.2f} ms, predicted {predicted:7.2f}",
+                    f"{hit_rate:.0%} hits, {speed:6.1f} GB/s: {measured['ms']:7.2f} ms, predicted {predicted:7.2f}",
                     flush=True,
                 )
     if arguments.plot:

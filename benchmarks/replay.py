@@ -162,9 +162,11 @@ def _decode(
     # The rows are scored already; rows=0 leaves the recent region at `recent_window` tokens.
     cache.expect(CacheQuestion(max_new_tokens=len(between) + len(answer), rows=0, visual=reader.visual, trace=recall))
     cache.seal()
-    held, itemsize = cache.ledger.by_purpose(), cache.shape.itemsize
+    bytes_by_purpose, itemsize = cache.ledger.by_purpose(), cache.shape.itemsize
     packed = cache.tiered_layers[0].sealed.pages.packing is not None
-    held_bytes = sum(held.values()) - (0 if packed else held["pool"] - held["pool"] * 2 // itemsize)
+    held_bytes = sum(bytes_by_purpose.values()) - (
+        0 if packed else bytes_by_purpose["pool"] - bytes_by_purpose["pool"] * 2 // itemsize
+    )
     fed = [*between, *answer[:-1]]
     with cache.forced():
         logits = reader.feed(fed) if fed else first[:0]
@@ -193,16 +195,16 @@ def _recalls(cache: TieredCache) -> list[float]:
     and the recent region, which are always attended to, are left out.
     """
     shares = []
-    for made in cache.counters.trace or []:
-        layer = cache.tiered_layers[made.layer]
+    for selection in cache.counters.trace or []:
+        layer = cache.tiered_layers[selection.layer]
         assert layer.sealed is not None
         layout, c = layer.sealed.phase.plan.layout, layer.sealed.phase.plan.layout.chunk_tokens
-        keys = layer.host.chunks(layout.sink_chunks, layout.sink_chunks + layout.retrievable)[made.heads, :, 0]
-        keys = keys.reshape(len(made.heads), -1, keys.shape[-1]).float()
-        logits = (made.query[made.heads].float() @ keys.transpose(1, 2)) * keys.shape[-1] ** -0.5
-        mass = logits.softmax(-1).mean(1).view(len(made.heads), -1, c).sum(-1)
-        asked = made.first_token >= 0
-        chosen = mass.gather(1, (made.first_token // c - layout.sink_chunks).clamp(min=0)).mul(asked).sum(-1)
+        keys = layer.host.chunks(layout.sink_chunks, layout.sink_chunks + layout.retrievable)[selection.heads, :, 0]
+        keys = keys.reshape(len(selection.heads), -1, keys.shape[-1]).float()
+        logits = (selection.query[selection.heads].float() @ keys.transpose(1, 2)) * keys.shape[-1] ** -0.5
+        mass = logits.softmax(-1).mean(1).view(len(selection.heads), -1, c).sum(-1)
+        asked = selection.first_token >= 0
+        chosen = mass.gather(1, (selection.first_token // c - layout.sink_chunks).clamp(min=0)).mul(asked).sum(-1)
         best = mass.topk(asked.shape[1], dim=-1).values.mul(asked).sum(-1)
         shares += (chosen / best).tolist()
     return shares

@@ -15,8 +15,8 @@ Each scored token depends on tokens just generated, or forced, that are not in t
                 Scored: from the second digit on. A step is a digit.
     perplexity  of the last 512 tokens of a text given the rest; the question: the 64 tokens before. A step is a token.
 
-SmolLM2-135M-Instruct retrieves digits but rarely words, hence the formats. A case depends on the seed, the tokenizer and
-the version of Python, whose library is the text. Run as a script, it prints the accuracy of a full cache.
+SmolLM2-135M-Instruct retrieves digits but rarely words, hence the formats. A case depends on the seed, the tokenizer
+and the version of Python, whose library is the text. Run as a script, it prints the accuracy of a full cache.
 """
 
 from __future__ import annotations
@@ -273,8 +273,8 @@ def full_cache(model: Any, case: TextCase) -> list[list[bool]]:
             answer = question.answer_ids
             ids = torch.tensor([question.prompt_ids + answer[:-1]], device=device)
             logits = model(ids, **cache_argument(cache), logits_to_keep=len(answer)).logits[0]
-            said = logits.argmax(-1).tolist()
-            rows.append([said[place] == answer[place] for place in question.scored])
+            predicted = logits.argmax(-1).tolist()
+            rows.append([predicted[place] == answer[place] for place in question.scored])
             cache.crop(-ids.shape[1])
     return rows
 

@@ -42,11 +42,11 @@ def ask(processor: Any, family: Any, scene: Any, count: int) -> list[Question]:
     shapes = [card.shape for card in scene.cards]
     chains = [scenes.chain_question(scene, str(shape), HOPS) for shape in rng.permutation(shapes)[:count]]
     lookups = [scenes.colour_question(scene, str(shape)) for shape in rng.permutation(shapes)[:count]]
-    made = [_question(template, "chain", one) for one in chains]
-    made += [_question(template, "lookup", one) for one in lookups]
+    result = [_question(template, "chain", one) for one in chains]
+    result += [_question(template, "lookup", one) for one in lookups]
     for earlier, later in zip(lookups, chains, strict=True):
-        made.append(_second(template, earlier, later))
-    return made
+        result.append(_second(template, earlier, later))
+    return result
 
 
 def _question(template: ChatTemplate, task: str, asked: scenes.Question) -> Question:

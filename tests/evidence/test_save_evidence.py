@@ -125,7 +125,7 @@ def test_the_command_writes_a_page_with_frames_and_without_the_video_one_without
 def test_the_command_refuses_a_bad_target_before_any_work(film, tmp_path, monkeypatch, capsys, name, message):
     from command_line import run
 
-    monkeypatch.setattr("tieredkv.api.new_session", lambda *given, **options: pytest.fail("work was begun"))
+    monkeypatch.setattr("tieredkv.api.new_session", lambda *given, **options: pytest.fail("work began"))
     code, out, err = run(monkeypatch, capsys, "ask", str(film), "what ?", "--evidence", str(tmp_path / name))
     assert (code, out) == (2, "")
     assert message in err
