@@ -92,7 +92,7 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize(("check", "state", "said"), BROKEN.values(), ids=BROKEN)
+@pytest.mark.parametrize(("check", "state", "text"), BROKEN.values(), ids=BROKEN)
 def test_a_fault_is_reported_with_what_to_do(check, state, text):
     assert check.state == state
     assert text in str(check)

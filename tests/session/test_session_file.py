@@ -245,7 +245,7 @@ def test_another_chunk_size_is_refused(kept, video_model, processor):
 
 
 def test_another_video_is_refused_and_the_same_is_accepted(kept, video_model, processor, frames):
-    with pytest.raises(SessionError, match="a session of another video"):
+    with pytest.raises(SessionError, match="was saved for another video"):
         load(kept[0], video_model, processor, video=frames[::-1])
     load(kept[0], video_model, processor, video=frames).close()
 
