@@ -59,7 +59,7 @@ def stock(model: Any, ids: torch.Tensor) -> None:
 def tiered(model: Any, ids: torch.Tensor, tiers: TierConfig) -> float:
     """Calls of `prefill_chunk` tokens; returns the seconds of freeing the host tier, which is not part of prefill.
 
-    Page-locking it runs beside the prefill, as it does while a video is read.
+    Page-locking the host tier runs during the prefill, as it does while a video is read.
     """
     with use_attention(model), TieredCache(model.config, tiers, prompt_tokens=ids.shape[1]) as cache:
         cache.expect(CONTEXT)

@@ -1,8 +1,8 @@
 """Evidence: the moments of a video that a question and its answer attended to, from recorded attention (ours).
 
 There is one row of attention per token of the question, exact, and one per decoding step. Rows are combined by their
-maximum, not their sum: one row that attends to one place says more than many that attend everywhere. Attention that all
-rows of the question have in common, whatever is asked, is subtracted first. Shapes: `S` temporal steps of the video.
+maximum, not their sum: one row that attends to one place is stronger evidence than many that attend everywhere. What
+all rows of the question attend to, whatever is asked, is subtracted first. Shapes: `S` temporal steps of the video.
 """
 
 from __future__ import annotations

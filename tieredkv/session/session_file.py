@@ -121,7 +121,7 @@ def tiers_of(stored: tensor_file.Stored, options: dict[str, Any]) -> TierConfig:
 
 
 def check_origin(stored: tensor_file.Stored, model: Any, processor: Any) -> None:
-    """Raise `SessionError` if the session was made with another model or processor, saying what differs."""
+    """Raise `SessionError`, naming the difference, if the session was saved with another model or processor."""
     manifest = stored.manifest
     state, now = manifest.get("model_state"), model_state(model)  # older files do not state it
     if difference := adapters.difference(state["adapters"] if state else {}, now["adapters"]):

@@ -144,7 +144,7 @@ class VideoSession(AsyncAsking):
 
     @property
     def history(self) -> tuple[tuple[str, str], ...]:
-        """Questions and answers of the conversation held with `chat`."""
+        """Questions and answers of the conversation, from `chat`."""
         return tuple(self._history)
 
     def clear_history(self) -> None:

@@ -53,7 +53,7 @@ def labels(scene: Scene) -> torch.Tensor:
 
 
 def blemish(pairs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Imitate rescaling and a codec: the first quarter of the pairs is blurred, the next made noisy."""
+    """Imitate rescaling and a codec: the first quarter of the pairs is blurred, the next gets noise."""
     x = pairs.float()
     quarter = len(x) // 4
     blurred, noisy = x[:quarter], x[quarter : 2 * quarter]

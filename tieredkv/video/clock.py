@@ -39,7 +39,7 @@ class Clock:
         if timestamp is None:
             return None
         if self._zero is None:
-            # With decoding times, the packet that yields the first frame may come later than the delay says.
+            # With decoding times, the packet that yields the first frame may come later than the delay suggests.
             self._zero = timestamp - self.now if self._film.times.delay is None else self._film.times.zero
             self._duration = duration(frame)
             return self.now
@@ -109,5 +109,5 @@ class Clock:
 
 
 def duration(frame: Any) -> float:
-    """Seconds that a frame says it stays on screen; 0 if it does not say."""
+    """Seconds that a frame is to stay on screen, as it states; 0 if it states none."""
     return float((frame.duration or 0) * frame.time_base) if frame.time_base else 0.0

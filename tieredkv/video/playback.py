@@ -87,7 +87,7 @@ class Playback:
             # An index may hold decoding times, which are earlier than presentation times: step back if it overshoots.
             shot = self._enter_at(max(0.0, target - before))
             if shot is not None and shot.time <= target + SAME_TIME:
-                # No key frame lies between: without this, each read would seek to the same key frame again.
+                # No key frame comes between: without this, each read would seek to the same key frame again.
                 self._spacing = max(self._spacing, target - shot.time)
                 self._key_time = shot.time
                 return shot
