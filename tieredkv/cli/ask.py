@@ -17,7 +17,8 @@ def ask(
     words: Annotated[list[str], typer.Argument(metavar="[VIDEO] QUESTION", help="A video file, and the question.")],
     model: Model = "tiny",
     session: Annotated[
-        Path | None, typer.Option(help="Ask this saved session, or save the new one here if there is none.")
+        Path | None,
+        typer.Option(help="A saved session to ask; if the file does not exist, the new session is saved to it."),
     ] = None,
     gpu_kv_gb: GpuGiB = None,
     host_kv_gb: HostGiB = None,
