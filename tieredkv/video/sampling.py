@@ -70,7 +70,7 @@ class FileSource:
             self.fps, self.expected = max_frames / self.seconds, max_frames
 
     def frames(self, tick: Tick | None = None) -> Iterator[np.ndarray]:
-        """The frames, uint8 `(H, W, 3)`. Samples of one picture are the same array: do not write to it.
+        """The frames, uint8 `(H, W, 3)`. Samples of one picture share an array: do not write to it.
 
         Raises `VideoError` if decoding stops before the end, or the file has changed since it was opened.
         """
