@@ -1,7 +1,7 @@
 """Models of real shapes with random weights, and caches filled without a prefill: for benchmarks of decoding.
 
 Keys, values and weights are random. Sizes, copies and arithmetic are those of a real model; the choice of chunks is
-not, so hit rates are reported beside times.
+not, so hit rates are reported with the times.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def scripted(
 
 
 def milliseconds(step: Callable[[], object], rounds: int, device: str) -> float:
-    """Median time of a step, after two that do not count; on a card, by its own clock."""
+    """Median time of a step, after two steps of warm-up; on a card, by the card's clock."""
     times = []
     for count in range(rounds + 2):
         if device == "cpu":

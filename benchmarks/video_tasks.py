@@ -42,17 +42,17 @@ def ask(processor: Any, family: Any, scene: Any, count: int) -> list[ReplayedQue
     shapes = [card.shape for card in scene.cards]
     chains = [scenes.chain_question(scene, str(shape), HOPS) for shape in rng.permutation(shapes)[:count]]
     lookups = [scenes.colour_question(scene, str(shape)) for shape in rng.permutation(shapes)[:count]]
-    made = [_question(template, "chain", one) for one in chains]
-    made += [_question(template, "lookup", one) for one in lookups]
+    result = [_question(template, "chain", one) for one in chains]
+    result += [_question(template, "lookup", one) for one in lookups]
     for earlier, later in zip(lookups, chains, strict=True):
-        made.append(_second(template, earlier, later))
-    return made
+        result.append(_second(template, earlier, later))
+    return result
 
 
 def _question(template: ChatTemplate, task: str, asked: scenes.SceneQuestion) -> ReplayedQuestion:
     _, tail = template.around_video([(asked.text, None)])
     answer = template.tokenize(" ".join(asked.words) + END)[0].tolist()
-    if task == "lookup":  # the prefill gives the word, so only the end is scored
+    if task == "lookup":  # the word comes from the prefill, so only the end is scored
         return ReplayedQuestion(task, template.tokenize(tail)[0].tolist(), answer, [1], [1])
     scored = list(range(1, len(asked.words)))
     return ReplayedQuestion(

@@ -115,7 +115,7 @@ def assert_near(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype | None
 
 
 def ended(thread: threading.Thread) -> bool:
-    """Wait for the end of a thread that was told to stop."""
+    """Wait for the end of a thread that was asked to stop."""
     thread.join(PATIENCE_S)
     return not thread.is_alive()
 

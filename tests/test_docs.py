@@ -1,7 +1,7 @@
 """What README and docs show runs as shown.
 
 A fenced block is Python, or commands; a diagram is fenced as text. One that cannot run here has `<!-- not run: WHY -->`
-on the line before, and is listed below. Models and films that are not here are stood in for by the bundled ones.
+on the line before, and is listed below. The bundled model and a generated film replace those that the pages name.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def test_only_these_blocks_are_not_run():
 
 @pytest.fixture
 def film(tmp_path, monkeypatch) -> Path:
-    """A folder to be in, with a film and questions about it; nobody at the keyboard."""
+    """Working directory with a film and questions about it; standard input is empty."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     (tmp_path / "questions.jsonl").write_text('{"video": "film.mp4", "question": "what colour was the moon ?"}\n')
@@ -118,7 +118,7 @@ def test_a_block_runs(block, film, monkeypatch, request):
         monkeypatch.setattr(sys, "argv", ["tieredkv", *arguments])
         with pytest.raises(SystemExit) as stop:
             cli.main()
-        assert not stop.value.code or arguments[0] == "doctor", line  # which may find something
+        assert not stop.value.code or arguments[0] == "doctor", line  # doctor may find a problem
 
 
 @pytest.mark.parametrize("page", sorted({*PAGES} - {"docs/log.md"}))  # the log names what is gone, too

@@ -62,7 +62,7 @@ class IngestProgress:
         self._bar.set_postfix_str(f"decoded {timecode(self._decoded)}{length}, encoded {self._encoded:,}")
 
     def close(self, complete: bool) -> None:
-        """End the bar. complete: all tokens passed, so what is done is the total."""
+        """End the bar. complete: every token was processed, so the count so far is the total."""
         if complete:
             self._bar.total = self._bar.n
         self._bar.close()

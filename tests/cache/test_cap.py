@@ -79,9 +79,9 @@ def test_the_host_tier_holds_every_prompt_token_exactly(llama, long_ids):
     ):
         llama.generate(long_ids, **cache_argument(cache), max_new_tokens=9, do_sample=False)
         for ours, theirs in zip(cache.tiered_layers, stock.layers, strict=True):
-            held = ours.host.chunks()
-            assert_near(held[:, :, 0].flatten(1, 2)[:, :900], theirs.keys[0])
-            assert_near(held[:, :, 1].flatten(1, 2)[:, :900], theirs.values[0])
+            chunks = ours.host.chunks()
+            assert_near(chunks[:, :, 0].flatten(1, 2)[:, :900], theirs.keys[0])
+            assert_near(chunks[:, :, 1].flatten(1, 2)[:, :900], theirs.values[0])
 
 
 @given(st.data())
@@ -160,7 +160,7 @@ def test_closing_frees_both_tiers(llama, prompt_ids):
 @pytest.mark.parametrize("share", [0.6, 1.0, 1.07, 1.4])
 @pytest.mark.parametrize("chunk", [900, 200])
 def test_a_prompt_of_known_length_is_served_whatever_stays_on_the_device(llama, long_ids, share, chunk):
-    """A layer that sees its first token after the residents made way for the scores must keep none."""
+    """A layer that sees its first token after the residents were dropped for the scores must keep none."""
     stock = llama(long_ids).logits[:, -1]
     with (
         tieredkv.use_attention(llama),

@@ -44,7 +44,7 @@ def answer(model, ids, share, **options):
 
 @pytest.mark.parametrize("options", [{}, {"policy": "streaming"}, {"policy": "arkvale"}], ids=str)
 def test_logits_are_those_of_one_device(llama, long_ids, options, request):
-    # A budget that both caps hold: what is kept twice on two devices takes a few bytes of the cap.
+    # A budget that fits both caps: what each of two devices keeps for itself takes a few bytes more.
     options = {**options, "budget_ratio": 0.2}
     alone, (pages,), _ = answer(llama, long_ids, 0.6, **options)
     request.getfixturevalue("spread")

@@ -16,7 +16,7 @@ from tieredkv.memory.residency import Residency
 
 @st.composite
 def sequences(draw: st.DrawFn) -> tuple[list[int], list[int], int, int, list[tuple[bool, bool]]]:
-    """Slots and selected chunks of each head, chunks, a seed, and for each step: ranks like before; copies ahead."""
+    """Slots and selected chunks of each head, number of chunks, seed, and per step: same ranks again? copies ahead?"""
     slots = draw(st.lists(st.integers(1, 7), min_size=1, max_size=3))
     selected = [draw(st.integers(0, most)) for most in slots]
     chunks = draw(st.integers(max(slots), 20))
@@ -96,7 +96,7 @@ def test_steps_agree_with_a_dictionary_of_each_head(ops, device, case):
                 assert torch.equal(pages[owned[head, slot]].cpu(), arena[heads[head], chunk + first])
 
 
-def test_what_enters_first_gives_way_last():
+def test_chunks_entered_first_are_replaced_last():
     index = Residency(torch.tensor([[4, 7, 9], [2, 3, -1]]), 8)
     index.enter(torch.tensor([[5, 0, 2], [1, 6, 7]]))
     index.check_integrity()
@@ -109,7 +109,7 @@ def test_what_enters_first_gives_way_last():
     assert victims[1, :1].tolist() == [1]
 
 
-def test_more_chunks_than_may_give_way_are_refused():
+def test_more_misses_than_replaceable_slots_are_refused():
     index = Residency(torch.arange(3).view(1, 3), 8)
     index.enter(torch.tensor([[0, 1, 2]]))
     kept = torch.arange(8).view(1, 8) < 2
@@ -126,7 +126,7 @@ def test_chunks_are_fetched_to_their_slots(ops):
     assert not pages[1:5].any()
 
 
-def test_nothing_is_fetched_where_nothing_is_asked_for(ops):
+def test_fetching_no_chunks_does_nothing(ops):
     none = torch.empty(0, dtype=torch.int64)
     ops.fetch(torch.ones(1, 1, 2, 1, 1), pages := torch.zeros(1, 2, 1, 1), none, none, none)
     assert not pages.any()

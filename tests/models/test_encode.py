@@ -1,4 +1,4 @@
-"""At which rate a video is read for a model."""
+"""The rate at which a video is read for a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A fitted digest that the package does not know, through all of it: nothing else depends on which kind is used."""
+"""A fitted digest that the package does not know, used end to end: no other code depends on the kind of digest."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tieredkv.policy.digests import DIGESTS, Digest, Fitted
 
 @dataclass(frozen=True, slots=True)
 class Centre(Fitted):
-    """Mean key `(K, 1, D)`, and one that looks in no direction `(K, D)`, for digesting only."""
+    """Mean key `(K, 1, D)`, and zeros `(K, D)` that only digesting needs."""
 
     centre: torch.Tensor
     ballast: torch.Tensor
@@ -65,7 +65,7 @@ class Centred(Digest[Centre]):
 
 
 class CentredMass(Centred):
-    """The same, and its logits are taken for estimates of attention mass."""
+    """The same, with logits that claim to estimate attention mass."""
 
     name = "centred mass"
     estimates_mass = True

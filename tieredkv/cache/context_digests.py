@@ -20,24 +20,24 @@ FIT_TOKENS = 4096
 
 
 class ContextDigests:
-    """Digests of every whole chunk of a layer, of the kind that the cache's policy names at the time.
+    """Digests of every whole chunk of a layer, of the kind that the policy names at the time.
 
-    A kind that has to be fitted waits until there are `FIT_TOKENS` tokens, unless it is told to be fitted to what there
-    is. After `settle` nothing is fitted to tokens that follow: no answer depends on an earlier question.
+    A kind that needs a fit waits for `FIT_TOKENS` tokens, unless `update(fit=True)` fits it to fewer. After `settle`
+    nothing is fitted to later tokens, so no answer depends on an earlier question.
     """
 
     def __init__(self, device_tier: DeviceTier, host: HostLayer, device: torch.device) -> None:
         """device_tier: for its policy, copies and ledger. device: where digests are made."""
         self._device_tier, self._host, self._device = device_tier, host, device
         self.fitted: Fitted | None = None
-        """What the digests were made with; None: not fitted yet, and there are no digests."""
+        """The state that the digests were made with; None: not fitted yet, and there are no digests."""
         shape = host.num_heads, host.head_dim, host.head_dim
         self.query_moment = torch.zeros(shape, dtype=torch.float32, device="cpu")
         """`(K, D, D)`: sum of q q^T over the context's first rows, which digests are fitted to."""
         self._packed: torch.Tensor | None = None
         self._name = ""
         self._digested = self._fitted_to = 0
-        """Chunks."""
+        """Numbers of chunks."""
         self._settled = False
 
     @property
@@ -54,7 +54,7 @@ class ContextDigests:
         return ops_for(self._device).digest(digest)
 
     def before_prompt(self) -> None:
-        """Call before tokens are written to a settled context: digests that are due are fitted to it without them."""
+        """Call before tokens are written after a settled context: missing digests are fitted to it without them."""
         if self._settled:
             self.update(fit=True)
 
@@ -65,9 +65,9 @@ class ContextDigests:
             self.query_moment = self.query_moment + (grouped.transpose(1, 2) @ grouped).cpu()
 
     def update(self, fit: bool = False) -> None:
-        """Digest every whole chunk that has no digest. fit: even if there are few tokens to fit to.
+        """Digest every whole chunk that has no digest. fit: fit even to few tokens.
 
-        Digests fitted to few tokens are fitted and made again when an unsettled context has doubled.
+        Digests fitted to few tokens are fitted and computed again once an unsettled context has doubled.
         """
         digest, host = self._digest(), self._host
         whole, most = host.length // host.chunk_tokens, max(1, FIT_TOKENS // host.chunk_tokens)
@@ -117,7 +117,7 @@ class ContextDigests:
             return digest.make(staged[:, :, 0], fitted).cpu()
 
     def settle(self) -> None:
-        """Declare what is cached the context of all that follows: digests are fitted to it and to nothing else."""
+        """Declare the cached tokens the context: digests are fitted to them and to no later ones."""
         self.update(fit=True)
         self._settled = True
 
@@ -139,7 +139,7 @@ class ContextDigests:
         return tensors
 
     def restore(self, state: dict[str, torch.Tensor]) -> None:
-        """Take a settled state. Digests of another kind than the policy's are made again before they are used."""
+        """Restore a settled state. If its digests are not of the policy's kind, new ones are computed before use."""
         digest = self._digest()
         self._name = _file_name(digest)
         self._packed = state.get(self._name)
@@ -151,5 +151,5 @@ class ContextDigests:
 
 
 def _file_name(digest: Digest[Any]) -> str:
-    """What a saved session calls digests of this kind; fields of the fitted state follow after a dot."""
+    """Name of digests of this kind in a saved session; fields of the fitted state follow after a dot."""
     return f"digests.{digest.name}.{digest.bits}"

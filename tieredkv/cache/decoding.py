@@ -13,10 +13,10 @@ from tieredkv.ops.base import Ops
 
 
 class Decoding:
-    """What one seal made. Ends when the cache takes prompt tokens again, or closes.
+    """The decode phase of one seal. Ends when the cache takes prompt tokens again, or closes.
 
-    A step that a CUDA graph replays runs none of the model's Python code: `advance` then counts it. A step that was
-    captured has been counted and not run: `go_back` undoes that.
+    Replaying a CUDA graph runs none of the model's Python code, so `advance` counts that step. Capturing a step counts
+    it without running it; `go_back` undoes that.
     """
 
     def __init__(self, layers: Sequence[SealedLayer], phases: Sequence[DecodePhase], order: LayerOrder) -> None:
@@ -30,7 +30,7 @@ class Decoding:
 
     @property
     def counters(self) -> Counters:
-        """What its steps did, up to date: waits for the device."""
+        """Counts of its steps, up to date: waits for the device."""
         for layer in self._layers:
             if layer.retrieval is not None:
                 layer.retrieval.flush_counters()
@@ -42,11 +42,11 @@ class Decoding:
             layer.advance()
 
     def position(self) -> tuple[LayerPosition, ...]:
-        """What has been counted in Python, of every layer."""
+        """The position of every layer, as counted in Python."""
         return tuple(layer.position() for layer in self._layers)
 
     def go_back(self, position: tuple[LayerPosition, ...]) -> None:
-        """Undo every `advance` since `position` was taken, and a call that was cut off since."""
+        """Undo every `advance` since `position` was taken, and a call that was interrupted since."""
         self._order.reset()
         for layer, own in zip(self._layers, position, strict=True):
             layer.go_back(own)

@@ -36,7 +36,7 @@ class Fetching:
         self.step += 1
 
     def warm(self, mass: torch.Tensor) -> int:
-        """Fill all slots with the chunks of highest `mass` `(n, N)`, on the host; how many were copied."""
+        """Fill all slots with the chunks of highest `mass` `(n, N)`, on the host. Returns how many were copied."""
         index = self.residency
         if index.slots.shape[1] == 0:
             return 0
@@ -61,10 +61,10 @@ class Fetching:
     def make_room(
         self, wanted: torch.Tensor, kept: torch.Tensor, missed: torch.Tensor, misses: torch.Tensor, listed: bool
     ) -> Callable[[], int]:
-        """Find slots for missed chunks; the copy into them, as a deferred call.
+        """Find slots for missed chunks. Returns a function that copies them.
 
         wanted, kept `(n, N)`, missed, misses: as `Ops.place`. listed: whether the page table is to list the wanted
-        chunks. The call always returns 0; copied chunks are counted on the device.
+        chunks. The function always returns 0; copied chunks are counted on the device.
         """
         index, most = self.residency, missed.shape[1]
         used = index.chunk_in, index.last_used, index.slots
@@ -84,16 +84,17 @@ class FetchAhead:
     """Copies chunks into spare slots while a step computes, for heads that may reuse its choice in the next step."""
 
     def __init__(self, fetching: Fetching, counts: torch.Tensor, prefetcher: BackgroundCopies, key: int) -> None:
-        """counts: `(n,)`, chunks per head. key: of the layer's copies in the prefetcher."""
+        """counts: `(n,)`, chunks per head. key: identifies the layer's copies in the prefetcher."""
         self._fetching, self._counts, self._most = fetching, counts, int(counts.max())
         self._prefetcher, self._key = prefetcher, key
 
     def wait(self) -> None:
-        """Let what follows happen after the copies."""
+        """Order later device work after the copies."""
         self._prefetcher.wait(self._key)
 
     def start(self, ranks: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        """Copy the best chunks by `ranks` `(n, N)` that are missing; how many, `(n,)`. Slots of `chosen` are kept."""
+        """Copy the best chunks by `ranks` `(n, N)` that are missing. Returns how many, `(n,)`. Slots of `chosen` are
+        kept."""
         likely, missed, misses = self._fetching.choose(ranks, self._counts, self._most)
         copy = self._fetching.make_room(likely, likely | chosen, missed, misses, listed=False)
         self._prefetcher.submit(self._key, copy)

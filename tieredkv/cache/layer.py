@@ -44,15 +44,15 @@ class TieredLayer(CacheLayerMixin):
     is_croppable = True
 
     def __init__(self, cache: CacheOfLayers, order: LayerOrder, device_tier: DeviceTier, index: int, room: int) -> None:
-        """index: among the layers of this kind. room: tokens for which the host tier is allocated at once."""
+        """index: among the layers of this kind. room: tokens for which the host tier is allocated up front."""
         super().__init__()
-        # Strong references would be a cycle, which keeps the host tier after the cache's last user.
+        # Strong references would form a cycle that keeps the host tier after the cache's last user.
         self._cache: CacheOfLayers = weakref.proxy(cache)
         self._order: LayerOrder = weakref.proxy(order)
         self.device_tier, self.index, self._room = device_tier, index, room
         self.host: HostLayer | None = None
         self.rows: prefill.TextRows | None = None
-        """Of the last call; None if it was not scored."""
+        """Scores of the last call; None if it was not scored."""
         self.sealed: SealedLayer | None = None
         self.digests: ContextDigests | None = None
         self._check: Callable[[], None] | None = None
@@ -76,7 +76,7 @@ class TieredLayer(CacheLayerMixin):
     def _begin_at(
         self, device: torch.device, heads: int, head_dim: int, chunk_tokens: int, dtype: torch.dtype
     ) -> tuple[HostLayer, ContextDigests]:
-        """Make the host tier and the digests, empty, of a layer at `device`."""
+        """Create the empty host tier and digests of a layer on `device`."""
         self.dtype, self.device = dtype, device
         self.device_tier.place(device, dtype)
         self.host = HostLayer(heads, head_dim, chunk_tokens, dtype, self.device_tier.locker)
@@ -143,7 +143,7 @@ class TieredLayer(CacheLayerMixin):
             host.make_room(n)
         with prefill.staged_past(tier, self.index, query.device, host, n, question) as past:
             past.stage_first()
-            # Written meanwhile, after the tokens that are read.
+            # Written in the background, after the tokens that are being read.
             tier.copies.submit("write back", lambda: host.write(*kept))
             out, lse = prefill.attend_exactly(query, keys, values, scaling, past)
             self.rows = None
@@ -162,7 +162,7 @@ class TieredLayer(CacheLayerMixin):
     # ---- the host tier
 
     def _context(self) -> tuple[HostLayer, ContextDigests]:
-        """Keys and values on the host, and their digests, once the first token has come."""
+        """The host tier and the digests. The layer must have seen a token."""
         assert self.host is not None
         assert self.digests is not None
         return self.host, self.digests
@@ -180,7 +180,7 @@ class TieredLayer(CacheLayerMixin):
         digests.update()
 
     def settle(self) -> None:
-        """Treat what is cached as the context: digests are fitted to it and to nothing that follows."""
+        """Treat the cached tokens as the context: digests are fitted to them and to no later ones."""
         if self.digests is not None:
             self.digests.settle()
 
@@ -199,7 +199,7 @@ class TieredLayer(CacheLayerMixin):
     def state(self) -> dict[str, torch.Tensor]:
         """What `restore` needs: contiguous tensors in host memory. Not while sealed."""
         host, digests = self._context()
-        self._check_once()  # or damage would be saved with a checksum that fits it
+        self._check_once()  # or damaged data would be saved with a valid checksum
         digested = digests.state()
         self.device_tier.copies.drain()
         return {"kv": host.arena_to_store(sizes.QUESTION_ROOM), **digested}
@@ -225,7 +225,7 @@ class TieredLayer(CacheLayerMixin):
             self.host.close()
 
     def seal(self, static: torch.Tensor, is_text: torch.Tensor, phase: DecodePhase) -> None:
-        """Enter the decode phase. static: `(K,)`, which heads are. is_text: `(N,)`, which cached tokens are."""
+        """Enter the decode phase. static: `(K,)` mask of heads. is_text: `(N,)` mask of cached tokens."""
         host, digests = self._context()
         assert self.rows is not None
         digests.update(fit=True)

@@ -1,4 +1,4 @@
-"""LayerOrder: every call of the model runs through all layers of its cache, in order, or it is an error."""
+"""LayerOrder: checks that every call of the model runs through all layers of its cache, in order."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Layer(Protocol):
 
 
 class LayerOrder:
-    """Which layer is next in a call of the model. A tiered layer is updated first and then attends; of a sliding layer
-    only updates are checked. Tiered layers are known by their index among the tiered ones.
+    """Tracks which layer is next in a call of the model. A tiered layer is updated first and then attends; of a sliding
+    layer only updates are checked. Tiered layers are known by their index among the tiered ones.
     """
 
     def __init__(self) -> None:
@@ -27,20 +27,20 @@ class LayerOrder:
         """The tiered layer that was updated and has not attended yet."""
 
     def add(self, layer: Layer) -> None:
-        """The next layer of the model."""
+        """Add the next layer of the model."""
         self._layers.append(layer)
         if not layer.is_sliding:
             self._tiered.append(layer)
 
     def begin_call(self) -> None:
-        """The first tiered layer is about to be updated. Raises `RuntimeError` if the call before was cut off."""
+        """The first tiered layer is about to be updated. Raises `RuntimeError` if the previous call was interrupted."""
         # A sliding layer in front of it has its new tokens already.
         self._check_lengths(self._tiered if self._layers[0].is_sliding else self._layers)
         if self._attending is not None:
             raise self._interrupted()
 
     def begin_layer(self, index: int) -> None:
-        """Tiered layer `index` is updated. Raises `RuntimeError` if the one before did not attend."""
+        """Tiered layer `index` is updated. Raises `RuntimeError` if the previous one did not attend."""
         if self._attending is not None:
             raise RuntimeError(
                 f"layer {self._attending} updated a TieredCache but did not attend through it, so its output ignores "
@@ -67,7 +67,7 @@ class LayerOrder:
             raise self._interrupted()
 
     def reset(self) -> None:
-        """Forget a call that was cut off, once the layers' lengths agree again."""
+        """Forget a call that was interrupted, once the layers' lengths agree again."""
         self._attending = None
 
     def _check_lengths(self, layers: Sequence[Layer]) -> None:

@@ -1,4 +1,4 @@
-"""Which chunks look best to a query: by their digests, or because the step before chose them.
+"""Which chunks look best to a query: by their digests, or because the previous step chose them.
 
 Shapes: `n` dynamic heads, `N` chunks, `K` KV heads, `G` query heads per KV head, `D` head dim.
 """
@@ -44,16 +44,16 @@ class Ranking:
         return self.digest.logits(self.digest.prepare(scaled, self._fitted), self.digests, self._at_once)
 
     def constant(self, query: torch.Tensor, scaling: float) -> torch.Tensor:
-        """What logits lack, `(n, G)`, of the heads' queries `(n, G, D)` float32: of digests that estimate mass."""
+        """The constant `(n, G)` that logits leave out, for queries `(n, G, D)` float32, if digests estimate mass."""
         return self.digest.constant(query * scaling, self._fitted)
 
     def ranks(self, logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        """Ranks `(n, N)` by logits `(n, G, N)`. chosen `(n, N)`: chunks that the step before attended to."""
+        """Ranks `(n, N)` by logits `(n, G, N)`. chosen `(n, N)`: chunks that the previous step attended to."""
         return self._ops.chunk_ranks(logits, chosen, self._policy.chunk_group, self._policy.stay)
 
 
 class Reuse:
-    """Lets a head choose the chunks of the step before again where its query has hardly changed (FreeKV)."""
+    """Lets a head reuse the previous step's chunks if its query has hardly changed (FreeKV)."""
 
     def __init__(self, above: float, shape: tuple[int, int, int], ledger: DeviceLedger, device: torch.device) -> None:
         """above: cosine from which a query counts as unchanged. shape: `(n, G, D)`."""
@@ -66,7 +66,7 @@ class Reuse:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Ranks `(n, N)` by which heads choose, and the mask `(n,)` of heads that reuse.
 
-        query `(n, G, D)` float32: this step's, remembered for the next. chosen `(n, N)`: of the step before.
+        query `(n, G, D)` float32: this step's, remembered for the next. chosen `(n, N)`: the previous step's.
         """
         alike = select.query_similarity(query, self._query) >= self._above
         self._query.copy_(query)

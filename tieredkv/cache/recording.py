@@ -1,8 +1,8 @@
 """What decoding steps attended to: attention mass of chunks, counts, and the chunks themselves.
 
-All of it stays on the device until somebody asks. What one step leaves for the next is overwritten in place, because a
-CUDA graph reads and writes it at its address. Shapes: `n` dynamic heads, `N` chunks, `K` KV heads, `G` query heads per
-KV head, `D` head dim.
+All of it stays on the device until it is read. State that one step leaves for the next is updated in place, because a
+CUDA graph uses fixed addresses. Shapes: `n` dynamic heads, `N` chunks, `K` KV heads, `G` query heads per KV head, `D`
+head dim.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Tally:
         """Sum over steps of the share of attention mass that was not seen."""
 
     def flush(self, counters: Counters, chunk_bytes: int) -> None:
-        """Add the counts to `counters` and start again. Waits for the device."""
+        """Add the counts to `counters` and reset them. Waits for the device."""
         selected, missed, reused, ahead = self._counts.sum(1).tolist()
         counters.selected += selected
         counters.resident += selected - missed
@@ -72,7 +72,7 @@ class EstimatedMass:
             self._kept = logits, constant
 
     def hold(self) -> None:
-        """Count the logits that were noted, once ranking's scratch no longer does."""
+        """Count the noted logits in the ledger, once they no longer count as ranking's scratch."""
         if self._kept is not None:
             self._ledger.reserve("logits", self._kept[0].nbytes)
 
@@ -84,7 +84,7 @@ class EstimatedMass:
         if self._kept is None or self._chunk_mass is None:
             return
         (logits, constant), self._kept = self._kept, None
-        self._ledger.release("logits")  # part of the scratch again
+        self._ledger.release("logits")  # counted in the scratch from here on
         with self._ranking.scratch():
             whole = torch.logaddexp(self._unselected, lse)
             mass = (logits + (constant - whole).unsqueeze(-1)).exp_().sum(1)

@@ -49,7 +49,7 @@ class Retrieval:
         self.steps = 0
         """Since counters were flushed. Set by `advance` and `go_back`, so that steps replayed from a graph count."""
         self._limits = (self.selected.clone(), slots) if tiers.adaptive else None
-        """`(n,)` each: fewest and most chunks that a head may come to select, if that changes."""
+        """`(n,)` each: fewest and most chunks that an adaptive head may select; None: heads are not adaptive."""
         self._counters, self._chunk_bytes = phase.counters, sizes.chunk_bytes(shape, tiers)
         self._tally = Tally(len(heads), device)
         self._fetching = Fetching(pages, self._heads, slots)
@@ -88,7 +88,7 @@ class Retrieval:
         self._counters.warm_bytes += self._fetching.warm(chunks.sum(-1)) * self._chunk_bytes
 
     def adapt(self) -> bool:
-        """Change how many chunks heads select, by what the last step did not see; whether that can happen at all."""
+        """Adapt how many chunks heads select to the mass the last step did not see. Returns whether heads adapt."""
         if self._limits is None or self._estimated is None:
             return False
         self.selected.copy_(select.adapted(self.selected, self._estimated.unseen, *self._limits))
@@ -133,11 +133,11 @@ class Retrieval:
 
     def record_step(self, query: torch.Tensor, scaling: float, lse: torch.Tensor) -> None:
         """Record what a step attended to: its query `(K, G, D)`, lse `(K, G)` of all logits it attended to."""
-        seen = lse[self._heads]
+        head_lse = lse[self._heads]
         if self._estimated is not None:
-            self._estimated.record(seen, self.residency.chosen)
+            self._estimated.record(head_lse, self.residency.chosen)
         if self._exact is not None:
-            self._exact.record(query, scaling, seen)
+            self._exact.record(query, scaling, head_lse)
 
     def advance(self) -> None:
         """Count a step."""

@@ -25,7 +25,7 @@ class SlidingLayer(DynamicSlidingWindowLayer):
 
     def __init__(self, order: LayerOrder, sliding_window: int) -> None:
         super().__init__(sliding_window)
-        self._order: LayerOrder = weakref.proxy(order)  # which know the layer
+        self._order: LayerOrder = weakref.proxy(order)  # which refers to the layer
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -42,13 +42,13 @@ class SlidingLayer(DynamicSlidingWindowLayer):
         parts = []
         for first in range(0, n, ROWS):  # only the keys in their windows
             stop = min(first + ROWS, n)
-            seen = slice(max(0, m - n + first - self.sliding_window + 1), m - n + stop)
-            distance = position[m - n + first : m - n + stop, None] - position[seen]
+            window = slice(max(0, m - n + first - self.sliding_window + 1), m - n + stop)
+            distance = position[m - n + first : m - n + stop, None] - position[window]
             parts.append(
                 torch.nn.functional.scaled_dot_product_attention(
                     query[None, :, first:stop],
-                    keys[:, seen].repeat_interleave(groups, 0).unsqueeze(0),
-                    values[:, seen].repeat_interleave(groups, 0).unsqueeze(0),
+                    keys[:, window].repeat_interleave(groups, 0).unsqueeze(0),
+                    values[:, window].repeat_interleave(groups, 0).unsqueeze(0),
                     attn_mask=(distance >= 0) & (distance < self.sliding_window),
                     scale=scaling,
                 )[0]
@@ -56,12 +56,12 @@ class SlidingLayer(DynamicSlidingWindowLayer):
         return torch.cat(parts, dim=1)
 
     def check_truncate(self, tokens: int) -> None:
-        """Raise `OptionError` if tokens are gone that the next one after the first `tokens` would see."""
+        """Raise `OptionError` if the next token after the first `tokens` would attend to tokens that are gone."""
         length = self.get_seq_length()
         if tokens < length and length >= self.sliding_window:
             raise OptionError(
-                f"a model with sliding windows cannot go back to {tokens} of {length} tokens: what lay within the "
-                "window then is gone. Start another cache."
+                f"a model with sliding windows cannot go back to {tokens} of {length} tokens: the tokens in the "
+                "window at that point are gone. Start another cache."
             )
 
     def truncate(self, tokens: int) -> None:

@@ -2,7 +2,7 @@
 
 A cache is in one of two phases. *Prefill*: tokens arrive many at a time and attend exactly to everything before them,
 streamed from the host tier. *Decode*: `seal` has classified the heads, planned the cap and filled the pool, and each
-new token attends to what its heads select. More prompt tokens after a seal lead back to prefill.
+new token attends to what its heads select. More prompt tokens after a seal return the cache to prefill.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class TieredCache(Cache):
         self.ledger = self.device_tier.ledger
         """Counts the device bytes of keys, values, and what is allocated with them."""
         self.tiered_layers: list[TieredLayer] = []
-        """The layers that grow, which are ours."""
+        """The layers with full attention."""
         self._all_layers: list[TieredLayer | SlidingLayer] = []
         self._order = LayerOrder()
         text = config.get_text_config(decoder=True)
@@ -91,11 +91,11 @@ class TieredCache(Cache):
         self._counters = Counters()
         self._forced = self._closed = False
 
-    # ---- what it holds
+    # ---- contents
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Logical length: every token cached, wherever it is now; the same for every layer."""
-        forking.check()  # a model asks for this first, before it computes much
+        forking.check()  # a model calls this before it computes much
         return self.tiered_layers[0].get_seq_length()
 
     @property
@@ -115,7 +115,7 @@ class TieredCache(Cache):
 
     @property
     def counters(self) -> Counters:
-        """What the last or present decode phase did, up to date: waits for the device."""
+        """Counts of the current or last decode phase, up to date: waits for the device."""
         return self._counters if self.decoding is None else self.decoding.counters
 
     @property
@@ -135,34 +135,36 @@ class TieredCache(Cache):
         """Host memory allocated for keys and values."""
         return sum(layer.host.nbytes for layer in self.tiered_layers if layer.host is not None)
 
-    # ---- what follows
+    # ---- the tokens to come
 
     def expect(self, question: Question) -> None:
-        """Set what follows the cached tokens, instead of what was set before. Not while sealed."""
+        """Set what follows the cached tokens. Not while sealed."""
         if self.sealed:
             raise RuntimeError("the cache is sealed: truncate it first")
         self.question = question
 
     @settled
     def settle(self) -> None:
-        """Declare what is cached the context, and what follows questions about it.
+        """Declare the cached tokens the context, and later ones questions about it.
 
-        Digests that are fitted are then fitted to the context alone, so that no question depends on another.
+        Digests are then fitted to the context alone, so that no question depends on another.
         """
         for layer in self.tiered_layers:
             layer.settle()
 
     @settled
     def set_tiers(self, tiers: TierConfig) -> None:
-        """Other settings from the next seal on; what is cached stays. Not while sealed.
+        """Use other settings from the next seal on; cached tokens stay. Not while sealed.
 
-        What the question's rows were scored with (`top_k_ratio`, windows) changes with the next prompt only. Raises
+        Settings that score the question's rows (`top_k_ratio`, windows) take effect with the next prompt. Raises
         `OptionError` where chunks of another size would be needed.
         """
         if self.sealed:
             raise RuntimeError("the cache is sealed: truncate it first")
         if tiers.chunk_tokens != self.tiers.chunk_tokens:
-            raise OptionError(f"the cache is kept in chunks of {self.tiers.chunk_tokens} tokens: keep chunk_tokens.")
+            raise OptionError(
+                f"the cache is kept in chunks of {self.tiers.chunk_tokens} tokens: leave chunk_tokens as it is."
+            )
         self.device_tier.change_tiers(tiers, empty=self.get_seq_length() == 0)
 
     # ---- phases
@@ -183,7 +185,7 @@ class TieredCache(Cache):
             if tokens > 1 and not self._forced:
                 self.unseal()
             return
-        # Without scored rows (after a crop) a single token is prefilled: exact, and it brings rows of its own.
+        # Without scored rows (after a crop) a single token is prefilled: that is exact, and scores its row.
         scored = all(layer.rows is not None for layer in self.tiered_layers)
         if tokens == 1 and scored and self.get_seq_length() >= max(1, self.question.prompt_tokens):
             self.seal()
@@ -191,7 +193,8 @@ class TieredCache(Cache):
     @contextmanager
     def forced(self) -> Iterator[None]:
         """Inside the block, a call of several tokens on a sealed cache decodes them one after another, as if each had
-        been given alone: known tokens in fewer calls. (Outside, it is more prompt, and leads back to prefill.)"""
+        been passed alone: known tokens in fewer calls. (Outside, it is more prompt, and returns the cache to
+        prefill.)"""
         self._forced = True
         try:
             yield
@@ -221,7 +224,7 @@ class TieredCache(Cache):
         self._end_decoding()
 
     def _end_decoding(self) -> None:
-        """Drop the decode phase, if there is one, and what was generated in it."""
+        """Drop the decode phase, if there is one, with the tokens generated in it."""
         self._counters, self.decoding = self.counters, None
         for layer in self.tiered_layers:
             layer.end_decoding()
@@ -237,9 +240,9 @@ class TieredCache(Cache):
 
     @settled
     def truncate(self, tokens: int) -> None:
-        """Forget all but the first `tokens` tokens, leaving the decode phase if need be.
+        """Forget all but the first `tokens` tokens, and leave the decode phase.
 
-        Raises `OptionError`, and changes nothing, where a layer with a sliding window has forgotten what it would see.
+        Raises `OptionError`, and changes nothing, if a sliding-window layer no longer has tokens that it would need.
         """
         for layer in self._all_layers:
             if isinstance(layer, SlidingLayer):
@@ -262,7 +265,7 @@ class TieredCache(Cache):
         self.truncate(self.get_seq_length() + tokens_to_remove)
 
     def close(self) -> None:
-        """Free both tiers. Twice is fine; using the cache afterwards raises."""
+        """Free both tiers. May be called twice; using the cache afterwards raises."""
         if self._closed:
             return
         self._closed = True

@@ -18,7 +18,7 @@ class ComparedAnswer:
 
 
 def right_words(question: SceneQuestion, answer: str) -> int:
-    """Number of words that are right, each compared with the true one at its place."""
+    """Number of words that equal the true word at the same position."""
     return sum(a == b for a, b in zip(question.words, answer.split(), strict=False))
 
 

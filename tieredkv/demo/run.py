@@ -95,7 +95,7 @@ def _check(minutes: float, share: float, plot: Path | None, video_path: Path | N
 
 
 def _check_share(share: float, minutes: float, visual: int, longest: int) -> None:
-    """Raise `OptionError` for a share too small for the fixed costs of a video this short, before the video is made.
+    """Raise `OptionError` for a share too small for the fixed costs of a video this short, before it is generated.
 
     visual: tokens of the video. longest: tokens of the longest answer.
     """

@@ -1,6 +1,6 @@
-"""The checks of `tieredkv doctor`: each is ok, a note or a problem, and says what to do about it.
+"""The checks of `tieredkv doctor`: each is ok, a note or a problem, and says what to do.
 
-Imports neither torch nor anything that does: `tieredkv.doctor.probe` does so in another process.
+Imports neither torch nor anything that imports it: `tieredkv.doctor.probe` does that in another process.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def library(name: str, facts: Facts) -> Check:
 
 
 def torchvision(facts: Facts, torch: Facts) -> Check:
-    """torchvision, which works only with the torch that it was built for."""
+    """torchvision, which works only with the release of torch that it was built for."""
     error = facts.get("error", "")
     if "torchvision::" not in error and "undefined symbol" not in error:
         return library("torchvision", facts)
@@ -147,9 +147,7 @@ def page_locked(card: Facts, limit: int | None) -> Check:
     if "name" not in card:
         return Check("page-locked", "ok", f"{bound}; tried only with a card")
     if refusal := card["lock_refusal"]:
-        remedy = (
-            "raise `ulimit -l` or the container's limit; without it chunks are copied by way of the host, which is slow"
-        )
+        remedy = "raise `ulimit -l` or the container's limit; until then chunks are copied by the host, which is slow"
         return Check("page-locked", "problem", f"refused ({refusal}), {bound}", remedy)
     return Check("page-locked", "ok", f"works, {bound}")
 

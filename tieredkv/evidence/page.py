@@ -18,7 +18,7 @@ FRAME = 640
 STRIP = 1000
 """Columns of the strip."""
 LABEL = 30
-"""Columns that the number of a moment takes."""
+"""Width of a moment's number, in columns."""
 DASH = "\u2009\u2013\u2009"
 
 

@@ -1,4 +1,4 @@
-"""What the sheet and the page draw alike: times as text, ticks, columns of heat, positions of labels."""
+"""What the sheet and the page share: times as text, ticks, columns of heat, positions of labels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tieredkv.evidence.moments import Evidence, Moment
 from tieredkv.progress import timecode
 
 TICK_STEPS = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 28800, 86400)
-"""Seconds between ticks to choose from."""
+"""Possible distances between ticks, in seconds."""
 MOST_TICKS = 10
 
 
@@ -54,7 +54,7 @@ def columns(evidence: Evidence, count: int, least: int) -> list[float]:
 def spread(places: list[float], width: float, low: float, high: float) -> list[float]:
     """Centres of labels `width` wide, each near its place, without overlaps, in the order of `places`.
 
-    Each is halfway between where it would be if all gave way to the right and if all gave way to the left.
+    Each is the mean of two positions: with overlaps resolved to the right, and to the left.
     """
     count = len(places)
     width = min(width, (high - low) / max(1, count))

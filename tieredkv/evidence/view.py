@@ -1,4 +1,4 @@
-"""What a page and a sheet of evidence show: question, answer, moments and their frames."""
+"""What the page and the sheet show: question, answer, moments and their frames."""
 
 from __future__ import annotations
 

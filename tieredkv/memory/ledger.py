@@ -40,10 +40,10 @@ class DeviceLedger:
         return dict(self._bytes)
 
     def reserve(self, purpose: str, nbytes: int) -> None:
-        """Count `nbytes` more for `purpose`. Raises `BudgetError` instead of passing the cap."""
+        """Count `nbytes` more for `purpose`. Raises `BudgetError` instead of exceeding the cap."""
         if nbytes > self.free_bytes:
             raise BudgetError(
-                f"{nbytes:,} bytes for {purpose} would pass the device cap: {self.used_bytes:,} of "
+                f"{nbytes:,} bytes for {purpose} would exceed the device cap: {self.used_bytes:,} of "
                 f"{self.cap_bytes:,} bytes are in use. Raise gpu_kv_gb."
             )
         self._bytes[purpose] = self._bytes.get(purpose, 0) + nbytes
@@ -67,8 +67,8 @@ class DeviceLedger:
     def scratch(self, purpose: str, nbytes: int) -> Iterator[None]:
         """Count memory that is used only inside the block."""
         before = self._bytes.get(purpose, 0)
-        self.reserve(purpose, nbytes)
-        try:
+        try:  # an interrupt may arrive as soon as it is counted
+            self.reserve(purpose, nbytes)
             yield
         finally:
             if before:

@@ -36,9 +36,9 @@ class Residency:
         return heads * (4 * (3 * slots + chunks + 1) + chunks)
 
     def enter(self, chunks: torch.Tensor) -> None:
-        """Enter chunk `chunks[i, r]`, `(n, R)`, in slot r of head i. Slots are later taken from the last to the first.
+        """Enter chunk `chunks[i, r]`, `(n, R)`, in slot r of head i. The last slots will be replaced first.
 
-        Entries of slots that a head does not have are ignored. No chunk may be resident before.
+        Entries of slots that a head does not have are ignored. The tables must be empty.
         """
         owned = self.slots >= 0
         place = torch.arange(self.slots.shape[1], device=self.slots.device, dtype=torch.int32).expand_as(self.slots)

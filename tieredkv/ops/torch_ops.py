@@ -1,6 +1,6 @@
-"""`Ops` in plain torch: what runs on a CPU, and what every kernel must agree with. Contracts and shapes: `ops.base`.
+"""`Ops` in plain torch: used on a CPU, and the reference for every kernel. Contracts and shapes: `ops.base`.
 
-`write` and `page_mass` are not among them: there is no kernel for either.
+`write` and `page_mass` are not part of `Ops`: they have no kernels.
 """
 
 from __future__ import annotations

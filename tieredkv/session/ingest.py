@@ -1,4 +1,4 @@
-"""A video into a cache: decoding, the vision tower and prefill at once, each ahead of the next on its own thread.
+"""Ingests a video into a cache: decoding, vision tower and prefill run at once, each on its own thread.
 
 No stage holds more than a segment or a chunk besides what waits in its queue, so memory does not depend on the length
 of the video.
@@ -46,7 +46,7 @@ class Ingest:
         self._cache: TieredCache | None = None
 
     def run(self, video: Any, sampling: Sampling, question: str, max_new_tokens: int) -> CachedVideo:
-        """Decode, encode and prefill the video. Once.
+        """Decode, encode and prefill the video. May be called once.
 
         question, max_new_tokens: what the budgets must allow for, checked before anything is decoded. Raises
         `VideoError` or `BudgetError`, and `TieredKVError` if it was cancelled; the cache's memory is then freed.
@@ -104,7 +104,7 @@ class Ingest:
         return CachedVideo(model, template, cache, ingested, same_model)
 
     def _check_memory(self, head: int, video: int, question_tokens: int, max_new_tokens: int) -> int:
-        """Refuse what neither tier can hold, before the costly stages; prompt tokens to make room for in the host tier.
+        """Refuse a video that a tier cannot hold, before the costly stages; returns the tokens to reserve on the host.
 
         head, video, question_tokens: tokens of the text before the video, of the video, and of the text after it.
         """
@@ -117,9 +117,9 @@ class Ingest:
     def _fill(
         self, cache: TieredCache, video: Prepared, head_ids: torch.Tensor, progress: IngestProgress
     ) -> tuple[VideoGrid, IngestStats, str]:
-        """Prefill `head_ids` `(1, n)` and the video into the empty cache; its true grid, measurements, its SHA-256.
+        """Prefill `head_ids` `(1, n)` and the video into the empty cache; returns grid, measurements and SHA-256.
 
-        Raises what the stages raise, or `pipeline.Cancelled`; the cache is then of no use.
+        Raises what the stages raise, or `pipeline.Cancelled`; the cache is then unusable.
         """
         started = time.perf_counter()
         pipeline, frames = self.pipeline, 0

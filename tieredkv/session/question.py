@@ -1,4 +1,4 @@
-"""One question answered: its tokens prefilled after the video's, the cache sealed, the answer decoded."""
+"""Answers one question: prefills its tokens after the video's, seals the cache and decodes the answer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tieredkv.session.step_graph import StepGraph
 
 @dataclass(frozen=True, slots=True)
 class UserQuestion:
-    """A question as a user asked it, checked as far as possible without the session's turn."""
+    """A question as a user asked it, checked as far as possible before its turn."""
 
     prompt: str
     options: dict[str, Any]
@@ -79,7 +79,7 @@ def ask(
 def answer(
     cached: CachedVideo, tail_ids: torch.Tensor, question: Question, options: dict[str, Any], check: Callable[[], None]
 ) -> Generation:
-    """Answer the prompt that ends with `tail_ids` `(1, n)`; the cache, which holds the video alone, is left sealed."""
+    """Answer the prompt that ends with `tail_ids` `(1, n)`. The cache must hold only the video, and is left sealed."""
     model, template, cache, video = cached.model, cached.template, cached.cache, cached.video
     started = time.perf_counter()
     family, device, tiers = template.family, model.get_input_embeddings().weight.device, cache.tiers
@@ -102,7 +102,7 @@ def answer(
 
         def forward(token: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
             hidden = family.decode(model, family.embed(model, token), place, cache)
-            return family.logits(model, hidden[:, -1]).to(device)  # if on several cards, from the last to the first
+            return family.logits(model, hidden[:, -1]).to(device)  # with several cards: from the last to the first
 
         # Generated tokens follow the prompt, at the same position on all axes.
         steps = StepGraph(forward, cache, device, positions.shape[0], int(positions[0, -1]) + 1)
@@ -121,7 +121,7 @@ def answer(
 
 
 def collect_evidence(cached: CachedVideo, looks: Looks, rows: int, tokens: int, each: bool) -> Evidence:
-    """The evidence of the answer just given. rows: tokens from the question on. each: of every one of its `tokens`."""
+    """The evidence of the last answer. rows: tokens from the question on. each: also of each of its `tokens` tokens."""
     cache, video = cached.cache, cached.video
     heads = cache.shape.num_attention_heads * cache.shape.num_layers
     return moments.collect(looks, rows, heads, video.head_tokens, video.grid, video.span, tokens, each)

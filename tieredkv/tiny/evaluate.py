@@ -1,8 +1,8 @@
 """Accuracy of the bundled model with the full cache: `python -m tieredkv.tiny.evaluate`.
 
 Scenes are new (seeds from `EVALUATION_SEED`, never used in training), decoding is greedy, the cache is transformers'.
-Two kinds of rotary positions for the text after the video: `stock`, those of `model.generate`, and `next`, those of a
-question that follows a cached video (`max(previous) + 1`). Hops are cumulative: hop 3 counts the chains whose first
+There are two rules for the rotary positions of the text after the video: `stock`, that of `model.generate`, and `next`,
+that of a question after a cached video (`max(previous) + 1`). Hops are cumulative: hop 3 counts the chains whose first
 three hops are right.
 """
 
@@ -36,7 +36,7 @@ TOKENS_PER_SECOND = 8
 
 @dataclass
 class Score:
-    """Which answers were right; `exact`: every word, and no more words."""
+    """Which answers were right; `exact`: every word, and no others."""
 
     colour: list[bool] = field(default_factory=list)
     exact: list[bool] = field(default_factory=list)

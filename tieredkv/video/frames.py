@@ -22,7 +22,7 @@ from tieredkv.video.sampling import FileSource, Sampling, Tick
 class VideoSource(Protocol):
     """Frames at an even rate: frame i shows the video at `start + i / fps` seconds.
 
-    Times are those that players show: 0 is where the first stream of a file begins, which may be the sound.
+    Times are those that players show: 0 is where the first stream of a file begins, which may be audio.
     """
 
     name: str
@@ -89,7 +89,7 @@ class Frames:
 
 
 def open_video(video: Any, sampling: Sampling, check: Callable[[], None] | None = None) -> VideoSource:
-    """The frames of `video` that `sampling`, whose `fps` must be given, asks for.
+    """The frames of `video` that `sampling` selects; its `fps` must be given.
 
     video: a path, or frames: a list of PIL images, or an array or tensor `(T, H, W, 3)` or `(T, 3, H, W)`, uint8, or
     floats in [0, 1]. Decodes the first frames of a file; reads all of its packets only where it does not state how long
@@ -106,7 +106,7 @@ def open_video(video: Any, sampling: Sampling, check: Callable[[], None] | None 
 def load_frames(video: Any, sampling: Sampling) -> Frames:
     """All frames of `video` in one array; arguments as for `open_video`.
 
-    Raises `VideoError`, and `BudgetError` where they are more than memory holds.
+    Raises `VideoError`, and `BudgetError` if they do not fit in memory.
     """
     source = open_video(video, sampling)
     what = f"{source.name}: {source.expected:,} frames of {source.width}x{source.height} at fps={source.fps:g}"

@@ -41,7 +41,7 @@ class Sampling:
     source_fps: float | None = None
     """Rate of frames given as arrays; None: `fps`, so that none is dropped. Files state their own."""
     max_frames: int | None = None
-    """If there would be more, this many are spread evenly over the span."""
+    """Most frames; if there would be more, this many are spread evenly over the span."""
     start: float = 0.0
     """Seconds into the video of the first frame."""
     end: float | None = None
@@ -117,7 +117,7 @@ class FileSource:
         self.fps, self.expected = sampling.spread(_count(self.seconds, self.fps), self.seconds)
 
     def frames(self, tick: Tick | None = None) -> Iterator[np.ndarray]:
-        """The frames, uint8 `(H, W, 3)`. Samples of one picture are the same array: do not write to it.
+        """The frames, uint8 `(H, W, 3)`. Samples of one picture share an array: do not write to it.
 
         Raises `VideoError` if decoding stops before the end, or the file has changed since it was opened.
         """
