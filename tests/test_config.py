@@ -131,6 +131,8 @@ def test_a_policy_or_preset_that_is_not_known_here_is_refused():
     for stored in ("later", {"preset": "later"}, {"preset": "hybridkv", "digest": "later"}):
         with pytest.raises(OptionError, match="'later' is not valid: give"):
             tiers_from_file({**tiers_as_plain(TierConfig()), "policy": stored})
+    with pytest.raises(OptionError, match="policy='' is not valid: give"):
+        tiers_from_file({**tiers_as_plain(TierConfig()), "policy": {"theta": 0.5}})
 
 
 def test_what_a_later_version_adds_is_ignored():

@@ -180,7 +180,7 @@ def tiers_from_file(plain: dict[str, Any], policy: str | Policy | None = None) -
 def _stored_policy(plain: dict[str, Any]) -> Policy:
     stored = plain.get("policy", DEFAULT_POLICY)
     if isinstance(stored, dict):
-        preset = find_policy(stored["preset"])
+        preset = find_policy(stored.get("preset", ""))
         changes = {name: value for name, value in stored.items() if name in POLICY_FIELDS}
     else:  # older files: a name, and next to it the changed fields (None: unchanged)
         preset = find_policy(stored)
