@@ -383,6 +383,16 @@ def test_what_a_later_version_adds_to_the_manifest_is_ignored(kept, video_model,
         assert torch.equal(session_logits(session, STAR, 6), kept[1][0])
 
 
+def test_settings_of_another_kind_are_refused(kept, video_model, processor, tmp_path):
+    from tieredkv.storage import tensor_file
+
+    stored = tensor_file.read(kept[0])
+    manifest = {**stored.manifest, "tiers": "hybridkv"}
+    tensor_file.write(tmp_path / "other.tkv", manifest, {name: stored.tensor(name) for name in stored.names})
+    with pytest.raises(SessionError, match=r"other\.tkv holds no session \(its settings are of type str\)"):
+        load(tmp_path / "other.tkv", video_model, processor)
+
+
 @pytest.mark.parametrize("asked_before", [False, True])
 @pytest.mark.parametrize("change", ["overwritten", "cut"])
 def test_a_file_changed_in_place_while_loaded_is_noticed(kept, video_model, processor, tmp_path, asked_before, change):

@@ -110,7 +110,10 @@ def state_of(stored: tensor_file.Stored, first_picture: float = 0.0) -> SessionS
 def tiers_of(stored: tensor_file.Stored, options: dict[str, Any]) -> TierConfig:
     """The settings a session was saved with, changed by `options`. Raises `SessionError` if they cannot be changed."""
     state_of(stored)  # raises if it is not a session
-    tiers = tiers_from_file(stored.manifest["tiers"], options.get("policy"))
+    plain = stored.manifest["tiers"]
+    if not isinstance(plain, dict):
+        raise SessionError(f"{stored.path} holds no session (its settings are of type {type(plain).__name__}).")
+    tiers = tiers_from_file(plain, options.get("policy"))
     changed = replace(tiers, **options)
     if changed.chunk_tokens != tiers.chunk_tokens:
         raise SessionError(
