@@ -5,10 +5,10 @@
 
 For every shape and length, in one run: an empty cache (the time of the weights, the floor), transformers' cache on the
 card with sdpa, its static cache compiled (at one length, as compiling takes minutes), its offloaded cache, and tieredkv
-without and with speculation. Weights, keys and values are random. How much is copied depends on how many of the chosen
-chunks are in the pool already, which random queries do not determine, so ranks follow a script (`synthetic.Drift`) that
-sets the hit rate; all work of a step is done, but the result of the ranking is not used. Prints a table, including
-where memory ran out, and one line of JSON at the end.
+without and with speculation. Weights, keys and values are random, so the ranking says nothing about how many of the
+chosen chunks would be in the pool already. Instead ranks follow a script (`synthetic.Drift`) that sets the hit rate; a
+step does all of its work, but the result of the ranking is not used. Prints a table, including where memory ran out,
+and one line of JSON at the end.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def busy_processes(count: int) -> Iterator[None]:
 
 
 def measure(model: Any, tokens: int, budget: float, rounds: int, busy: int) -> dict[str, Any]:
-    """A row: milliseconds per step of each kind beside `busy` busy processes, and the memory and copies of tieredkv."""
+    """A row: milliseconds per step of each kind next to `busy` busy processes, and tieredkv's memory and copies."""
     steps = rounds + 2
     full_bytes = tokens * model_shape(model.config, model.dtype).token_bytes
     tiers = TierConfig(gpu_kv_gb=max(0.5, full_bytes / GIB), budget_ratio=budget)
@@ -103,7 +103,7 @@ def measure(model: Any, tokens: int, budget: float, rounds: int, busy: int) -> d
                 step(count)
                 times[name].append(1000 * (time.perf_counter() - begin))
     median = {name: statistics.median(each[2:]) for name, each in times.items()}
-    counters, held = cache.counters, cache.ledger.used_bytes
+    counters, device_bytes = cache.counters, cache.ledger.used_bytes
     full = min(median["dynamic"], median["static"])
     cache.close()
     return {
@@ -119,7 +119,7 @@ def measure(model: Any, tokens: int, budget: float, rounds: int, busy: int) -> d
         "ratio_dynamic": median["dynamic"] / median["tiered"],
         "hit_rate": counters.hit_rate,
         "copied_bytes_per_step": counters.missed_bytes / steps,
-        "kv_ratio": held / full_bytes,
+        "kv_ratio": device_bytes / full_bytes,
     }
 
 

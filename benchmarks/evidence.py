@@ -2,11 +2,11 @@
 
     python benchmarks/evidence.py [--scenes 6] [--share 0.1] [--set policy=\\"arkvale\\" ...]
 
-Only correctly answered questions count. A card is hit if a moment overlaps the time it was on screen. `last`: the last
-card that was looked up, by the best three moments of the token that named its letter or colour; `looked_up`: every such
-card (shapes do not count, as the letter determines the shape); `answer_best`, `answer`: for questions that depend on
-one card, whether the best moment, or one of the best three, of the whole answer hits it; `chain`: for chains over n
-cards, the share hit by the best n + 2 moments of the answer. Ends with one JSON line.
+Only correctly answered questions count. A card is hit if a moment overlaps the time it was on screen. `looked_up`:
+cards hit by the best three moments of the token that named their letter or colour (shapes do not count, as the letter
+determines the shape); `last`: the same for the last card of each answer; `answer_best`, `answer`: for questions that
+depend on one card, whether the best moment, or one of the best three, of the whole answer hits it; `chain`: for chains
+over n cards, the share hit by the best n + 2 moments of the answer. Ends with one JSON line.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tieredkv.models.kv_shape import model_shape
 from tieredkv.session.video_session import VideoSession
 from tieredkv.tiny import model as tiny
 from tieredkv.tiny.evaluate import TOKENS_PER_SECOND
-from tieredkv.tiny.scene import Question, make_scene, questions
+from tieredkv.tiny.scene import SceneQuestion, make_scene, questions
 from tieredkv.tiny.video import write_video
 
 BEST = 3
@@ -40,7 +40,7 @@ def hits(moments: Iterable[Moment], span: tuple[float, float]) -> bool:
     return any(moment.start < span[1] and moment.end > span[0] for moment in moments)
 
 
-def judge(session: VideoSession, asked: Sequence[Question]) -> dict[str, list[float]]:
+def judge(session: VideoSession, asked: Sequence[SceneQuestion]) -> dict[str, list[float]]:
     """The counts of every correctly answered question: 1 for a hit, 0 for none; a share for chains."""
     counted: dict[str, list[float]] = {name: [] for name in COUNTS}
     for question in asked:

@@ -92,7 +92,7 @@ def make_video_model(shape: str, device: str) -> tuple[Any, Any]:
 
 
 def run_tiered(model: Any, processor: Any, frames: np.ndarray, cap: float) -> dict[str, Any]:
-    """Ingest and two answers, of which the second is reported."""
+    """Ingest and two answers; reports the second."""
     import tieredkv
 
     with tieredkv.open_session(model, frames, processor=processor, fps=2, gpu_kv_gb=cap) as session:
@@ -138,23 +138,23 @@ def run_one(shape: str, card: float, tokens: int, kind: str, device: str) -> dic
         torch.cuda.set_per_process_memory_fraction(min(1.0, share))  # a card "of 24 GiB" has less
     frames = np.random.default_rng(0).integers(0, 255, (2 * tokens // STEP_TOKENS, SIDE, SIDE, 3), dtype=np.uint8)
     begin = time.perf_counter()
-    made: dict[str, Any] = {"shape": shape, "card_gib": card, "tokens": tokens, "kind": kind}
+    row: dict[str, Any] = {"shape": shape, "card_gib": card, "tokens": tokens, "kind": kind}
     with torch.inference_mode():
         model, processor = make_video_model(shape, device)
         if device != "cpu":
-            made["weights_bytes"] = torch.cuda.memory_allocated()
+            row["weights_bytes"] = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
         try:
             if kind == "stock":
-                made |= run_stock(model, processor, frames)
+                row |= run_stock(model, processor, frames)
             else:
-                made |= run_tiered(model, processor, frames, cap=card / 12)
+                row |= run_tiered(model, processor, frames, cap=card / 12)
         except torch.OutOfMemoryError as error:
-            made |= {"error": "out of memory", "where": where(error)}
+            row |= {"error": "out of memory", "where": where(error)}
         if device != "cpu":
-            made["peak_bytes"] = torch.cuda.max_memory_allocated()
-            made["peak_reserved_bytes"] = torch.cuda.max_memory_reserved()
-    return {**made, "seconds": time.perf_counter() - begin}
+            row["peak_bytes"] = torch.cuda.max_memory_allocated()
+            row["peak_reserved_bytes"] = torch.cuda.max_memory_reserved()
+    return {**row, "seconds": time.perf_counter() - begin}
 
 
 def main() -> None:

@@ -3,9 +3,9 @@
     make gpu                                    or: python benchmarks/gpu.py --out benchmarks/results
     python benchmarks/gpu.py --only tests pcie  parts of it
 
-Needs torch and torchvision with CUDA, triton, transformers, accelerate, numpy, pytest and av; if any is missing, says
-how to add it, also without access to a package index. Results are JSON files in --out, each with machine, versions and
-date; the output of a part is in NAME.log. A part that fails does not stop the others, but the exit code is 1.
+Needs torch and torchvision with CUDA, triton, transformers, accelerate, numpy, pytest and av. If any is missing, a
+message says how to add it, also without access to a package index. Results are JSON files in --out, each with machine,
+versions and date; the output of a part is in NAME.log. If a part fails, the others still run, and the exit code is 1.
 """
 
 from __future__ import annotations

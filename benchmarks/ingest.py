@@ -1,4 +1,4 @@
-"""Ingest and sessions by length of video, on the bundled model: memory, overlap of stages, time that a session saves.
+"""Ingest and sessions by length of video, on the bundled model: memory, overlap of stages, time saved by a session.
 
     python benchmarks/ingest.py [--minutes 1 4 16 60] [--gpu-kv-gb 0.008] [--plot ingest.png] [--output ingest.json]
 
@@ -8,7 +8,7 @@ A video of each length is generated, and measured in a process of its own, so th
 2. the same video ingested again by a second session, whose answer must be the same;
 3. the session saved, loaded and asked, whose answer must be the same;
 4. the three stages one after the other on the main thread, for a measure of overlap that does not count waiting for a
-   busy core as work: `speedup` is this time / that of step 2's ingest, both of them warm.
+   busy core as work: `speedup` is this time / that of step 2's ingest, both after a warm-up.
 
 Prints a table and ends with one JSON line, a list with an entry per length (bytes, seconds): `peak_rss_bytes` of step
 1, of which `base_rss_bytes` precede the video; `kv_device_peak_bytes` and `kv_cap_bytes`; `ttft_s` from the request to
@@ -121,7 +121,8 @@ def one_after_the_other(model: Any, processor: Any, path: Path, options: dict[st
     from tieredkv.session.ingest import prefill
     from tieredkv.session.pipeline import Pipeline
     from tieredkv.session.video_embeddings import VideoEmbeddings, prepare
-    from tieredkv.video.frames import Sampling, open_video
+    from tieredkv.video.frames import open_video
+    from tieredkv.video.sampling import Sampling
 
     started = time.perf_counter()
     tiers = TierConfig(gpu_kv_gb=options["gpu_kv_gb"])

@@ -48,7 +48,7 @@ def load_smollm2() -> tuple[Any, Any]:
 
 
 def prepare_smollm2() -> Path:
-    """Download and convert, unless done before; the folder appears complete or not at all."""
+    """Download and convert, unless already done; the folder appears complete or not at all."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

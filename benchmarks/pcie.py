@@ -1,13 +1,13 @@
-"""The link between host and card: its rate, and the time of a decoding step at this and at slower rates.
+"""The link between host and card: its rate, and the time of a decoding step at that rate and at slower ones.
 
     python benchmarks/pcie.py            on a CUDA device; a minute or two
     python benchmarks/pcie.py --quick    few sizes, a small shape
 
 First the link by itself, from page-locked memory: large copies each way, then scattered pieces of 4 KiB to 1 MiB, by
 the kernel of a decoding step, to 8-bit and to 16-bit pages, and by a gather on the host with one copy. Then
-milliseconds per token against the link's speed: the real one, and slower ones, simulated by copying the same bytes 2, 4
-and 8 times. Next to them the planner's prediction: the step without copies plus the time of its copies. Draws the
-second part with --plot; prints a table, and one line of JSON at the end.
+milliseconds per token at the link's real speed and at slower ones, simulated by copying the same bytes 2, 4 and 8
+times, each with the planner's prediction: the step without copies plus the time of its copies. --plot draws the second
+part. Prints a table, and one line of JSON at the end.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def contiguous(host: torch.Tensor, device: torch.Tensor) -> list[dict[str, Any]]
 
 
 def scattered(memory: torch.Tensor, piece_bytes: int, pieces: int) -> list[dict[str, Any]]:
-    """Pieces of one size from random places to random slots, by the kernel and by way of the host."""
+    """Pieces of one size from random places to random slots, by the kernel and by the host."""
     arena = memory.view(1, -1, 2, 1, piece_bytes // 4)
     pages = torch.empty(pieces, 2, 1, piece_bytes // 4, dtype=torch.int16, device="cuda")
     ids, heads = torch.randint(arena.shape[1], (pieces,)), torch.zeros(pieces, dtype=torch.int64)
@@ -64,8 +64,8 @@ def scattered(memory: torch.Tensor, piece_bytes: int, pieces: int) -> list[dict[
     packing = Packing(scales, torch.ones(1, 2, chunks.shape[4], device="cuda"))
     ways: dict[str, Callable[[], object]] = {
         "kernel": lambda: triton().fetch(chunks, packed, *on_card, slots, packing),
-        "kernel, pages as made": lambda: triton().fetch(arena, pages, *on_card, slots),
-        "by way of the host": lambda: torch_ops.fetch(arena, pages, heads, ids, slots),
+        "kernel, unpacked pages": lambda: triton().fetch(arena, pages, *on_card, slots),
+        "by the host": lambda: torch_ops.fetch(arena, pages, heads, ids, slots),
     }
     return [
         {"kind": name, "piece_bytes": piece_bytes, "pieces": pieces, "gb_s": rate(pages.nbytes, ms)}
@@ -148,12 +148,12 @@ def main() -> None:
         for hit_rate in arguments.hit_rates:
             still = token_time(model, tokens, 1.0, 1, arguments.budget)["ms"]
             for times in (1, 2, 4, 8):
-                made = token_time(model, tokens, hit_rate, times, arguments.budget)
+                measured = token_time(model, tokens, hit_rate, times, arguments.budget)
                 speed = link[0]["gb_s"] / times
-                predicted = still + made["bytes"] / speed / 1e6
-                rows.append({"hit_rate": hit_rate, "link_gb_s": speed, "predicted_ms": predicted, **made})
+                predicted = still + measured["bytes"] / speed / 1e6
+                rows.append({"hit_rate": hit_rate, "link_gb_s": speed, "predicted_ms": predicted, **measured})
                 print(
-                    f"{hit_rate:.0%} hits, {speed:6.1f} GB/s: {made['ms']:7.2f} ms, predicted {predicted:7.2f}",
+                    f"{hit_rate:.0%} hits, {speed:6.1f} GB/s: {measured['ms']:7.2f} ms, predicted {predicted:7.2f}",
                     flush=True,
                 )
     if arguments.plot:

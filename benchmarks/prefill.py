@@ -1,4 +1,4 @@
-"""Prefill: tokens per second and peak memory by length, in chunks with the past in host memory and in one stock call.
+"""Prefill: tokens per second and peak memory by length, in chunks with the past in host memory, and in one stock call.
 
     python benchmarks/prefill.py            the 7B shape on a CUDA device, 8k to 128k tokens
     python benchmarks/prefill.py --quick    a small shape; runs on a CPU too (--device cpu)
@@ -36,7 +36,7 @@ def timed(work: Callable[[], float | None], device: str) -> dict[str, Any]:
     if device != "cpu":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-    held = torch.cuda.memory_allocated() if device != "cpu" else 0
+    weight_bytes = torch.cuda.memory_allocated() if device != "cpu" else 0
     begin = time.perf_counter()
     try:
         apart = work() or 0.0
@@ -46,7 +46,7 @@ def timed(work: Callable[[], float | None], device: str) -> dict[str, Any]:
         return {"seconds": time.perf_counter() - begin - apart, "setup_seconds": apart}
     torch.cuda.synchronize()
     seconds = time.perf_counter() - begin - apart
-    return {"seconds": seconds, "setup_seconds": apart, "peak_bytes": torch.cuda.max_memory_allocated() - held}
+    return {"seconds": seconds, "setup_seconds": apart, "peak_bytes": torch.cuda.max_memory_allocated() - weight_bytes}
 
 
 def stock(model: Any, ids: torch.Tensor) -> None:
@@ -59,7 +59,7 @@ def stock(model: Any, ids: torch.Tensor) -> None:
 def tiered(model: Any, ids: torch.Tensor, tiers: TierConfig) -> float:
     """Calls of `prefill_chunk` tokens; returns the seconds of freeing the host tier, which is not part of prefill.
 
-    Page-locking it runs beside the prefill, as it does while a video is read.
+    Page-locking the host tier runs during the prefill, as it does while a video is read.
     """
     with use_attention(model), TieredCache(model.config, tiers, prompt_tokens=ids.shape[1]) as cache:
         cache.expect(CONTEXT)
@@ -102,12 +102,12 @@ def main() -> None:
             for work in kinds.values():  # warm up
                 timed(work, device)
             for name, work in kinds.items():
-                made = timed(work, device)
-                made["tokens_per_s"] = tokens / made["seconds"] if "seconds" in made else None
+                row = timed(work, device)
+                row["tokens_per_s"] = tokens / row["seconds"] if "seconds" in row else None
                 cap = caps.get(name)
-                rows.append({"tokens": tokens, "kind": name, "cap_gib": cap and float(as_gib(cap * GIB)), **made})
-                shown = f"{made['tokens_per_s']:10,.0f} tokens/s" if "seconds" in made else made["error"]
-                peak = f"{made['peak_bytes'] / GIB:6.2f} GiB" if "peak_bytes" in made else ""
+                rows.append({"tokens": tokens, "kind": name, "cap_gib": cap and float(as_gib(cap * GIB)), **row})
+                shown = f"{row['tokens_per_s']:10,.0f} tokens/s" if "seconds" in row else row["error"]
+                peak = f"{row['peak_bytes'] / GIB:6.2f} GiB" if "peak_bytes" in row else ""
                 print(f"{tokens:>8,} {name:<18} {shown} {peak}", flush=True)
     result = {"benchmark": "prefill", **origin(), "shape": shape, "chunk": chunk, "rows": rows}
     if arguments.out:

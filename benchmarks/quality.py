@@ -7,8 +7,8 @@
 Writes quality-SUITE.json and .png into benchmarks/results/, or into the current folder if there is none.
 
 Each context and each question is prefilled once, exactly; from there every policy decodes the same answer
-(`replay.py`). The first token is not counted, as no policy affects it. A hop of a video chain is right if all up to it
-are, as in greedy decoding; with text, where the small model makes errors of its own, a step is right if all of its
+(`replay.py`). The first token is not counted, as no policy affects it. A hop of a video chain is right if all hops up
+to it are, as in greedy decoding. On text, where the small model makes errors of its own, a step is right if all of its
 tokens are predicted correctly given the true ones before. Rows are paired: the same questions under every policy,
 including the full cache. Intervals are 95 %, by bootstrap over questions. Memory is relative to a full cache of 16
 bits; pages of the models' 32 bits count as 16, pages of 8 bits as 8. All rows but `hybridkv` have unpacked pages.
@@ -99,7 +99,7 @@ def _run_video(unit: Unit) -> list[dict[str, Any]]:
 
 def _run_text(unit: Unit) -> list[dict[str, Any]]:
     import text_tasks
-    from replay import Question, TextReader, replay
+    from replay import ReplayedQuestion, TextReader, replay
 
     from tieredkv import use_attention
 
@@ -109,7 +109,7 @@ def _run_text(unit: Unit) -> list[dict[str, Any]]:
     with use_attention(model):
         reader = TextReader(model, case.document_ids, _scoring(unit))
         for number, one in enumerate(case.questions):
-            asked = Question(one.task, one.prompt_ids, one.answer_ids, one.scored, one.steps)
+            asked = ReplayedQuestion(one.task, one.prompt_ids, one.answer_ids, one.scored, one.steps)
             recall = number < 2 and unit.task != "perplexity"
             answers = replay(reader, asked, [tiers for _, _, tiers in settings], recall=recall)
             records += [_record(unit, asked, asked.task, *each) for each in zip(settings, answers, strict=True)]
@@ -148,10 +148,10 @@ def finished(parts: Path) -> dict[str, list[dict[str, Any]]]:
     return {stored["key"]: stored["records"] for stored in map(json.loads, lines)}
 
 
-def run_all(made: list[Unit], processes: int, parts: Path) -> list[dict[str, Any]]:
+def run_all(selected: list[Unit], processes: int, parts: Path) -> list[dict[str, Any]]:
     """Records of all units; those in `parts` are not run again."""
     done = finished(parts)
-    left = [unit for unit in made if unit.key not in done]
+    left = [unit for unit in selected if unit.key not in done]
     started = time.perf_counter()
     os.environ["OMP_NUM_THREADS"] = "1"
     with multiprocessing.get_context("spawn").Pool(processes) as pool, parts.open("a") as out:
@@ -162,7 +162,7 @@ def run_all(made: list[Unit], processes: int, parts: Path) -> list[dict[str, Any
             seconds = time.perf_counter() - started
             print(f"\r{count} of {len(left)} contexts, {seconds / 60:.1f} min", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    return [record for unit in made for record in done[unit.key]]
+    return [record for unit in selected for record in done[unit.key]]
 
 
 def _keyed(unit: Unit) -> tuple[Unit, list[dict[str, Any]]]:
@@ -208,23 +208,23 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two questions of each kind")
     arguments = parser.parse_args()
     for suite in arguments.suite:
-        made = units(suite, arguments.quick)
-        if not made:
+        selected = units(suite, arguments.quick)
+        if not selected:
             parser.error(f"no suite {suite!r}: choose from video, text, ablations, sweeps")
-        made = [unit for unit in made if arguments.tokens is None or unit.tokens in arguments.tokens]
-        made = [unit for unit in made if arguments.tasks is None or unit.task in arguments.tasks]
-        made = [unit for unit in made if arguments.contexts is None or unit.number < arguments.contexts]
+        selected = [unit for unit in selected if arguments.tokens is None or unit.tokens in arguments.tokens]
+        selected = [unit for unit in selected if arguments.tasks is None or unit.task in arguments.tasks]
+        selected = [unit for unit in selected if arguments.contexts is None or unit.number < arguments.contexts]
         arguments.out.mkdir(parents=True, exist_ok=True)
         parts = arguments.out / f"quality-{suite}.parts.jsonl"
         if arguments.finished:
             there = finished(parts)
-            made = [unit for unit in made if unit.key in there]
-        if not made:
+            selected = [unit for unit in selected if unit.key in there]
+        if not selected:
             parser.error(f"suite {suite!r} has no context of that length, task and number")
         started = time.perf_counter()
-        rows = aggregate(run_all(made, arguments.processes, parts))
+        rows = aggregate(run_all(selected, arguments.processes, parts))
         show(rows)
-        settings = {label: json.loads(fields) for unit in made for label, fields in unit.settings}
+        settings = {label: json.loads(fields) for unit in selected for label, fields in unit.settings}
         result = {
             "benchmark": "quality",
             "suite": suite,

@@ -14,7 +14,7 @@ PRESETS = ("paper", "mixkv", "snapkv", "lookm", "streaming", "quest", "arkvale")
 BUDGETS = (0.05, 0.1, 0.2)
 CHUNK = 8
 AS_MADE: dict[str, Any] = {"pack_pages": False}
-"""Pages in the model's dtype, so that rows differ only in what they name."""
+"""Pages in the model's dtype, so that rows differ only in what their label says."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Unit:
 
     model: str
     task: str
-    """For the video model always "video": all tasks of a video are one unit."""
+    """Always "video" for the video model: all tasks of a video are one unit."""
     tokens: int
     number: int
     questions: int
@@ -42,10 +42,10 @@ class Unit:
 
 def grid() -> tuple[tuple[str, str], ...]:
     """The full cache once, and every preset at every budget, with unpacked pages as in the papers."""
-    made: list[tuple[str, dict[str, Any]]] = [(FULL, {"policy": FULL})]
-    made += [(AS_MADE_LABEL, {"policy": "hybridkv", "budget_ratio": one, **AS_MADE}) for one in (0.025, *BUDGETS)]
-    made += [(name, {"policy": name, "budget_ratio": one, **AS_MADE}) for name in PRESETS for one in BUDGETS]
-    return tuple((label, json.dumps(one)) for label, one in made)
+    pairs: list[tuple[str, dict[str, Any]]] = [(FULL, {"policy": FULL})]
+    pairs += [(AS_MADE_LABEL, {"policy": "hybridkv", "budget_ratio": one, **AS_MADE}) for one in (0.025, *BUDGETS)]
+    pairs += [(name, {"policy": name, "budget_ratio": one, **AS_MADE}) for name in PRESETS for one in BUDGETS]
+    return tuple((label, json.dumps(one)) for label, one in pairs)
 
 
 def shipped() -> tuple[tuple[str, str], ...]:
@@ -57,10 +57,10 @@ def variants(
     budgets: Iterable[float], named: dict[str, dict[str, Any]], full: bool = True
 ) -> tuple[tuple[str, str], ...]:
     """Named variants of hybridkv at every budget. full: also the full cache, unless another set has it."""
-    made = [(FULL, {"policy": FULL})] if full else []
+    pairs = [(FULL, {"policy": FULL})] if full else []
     for label, fields in named.items():
-        made += [(label, {"budget_ratio": budget, **fields, **AS_MADE}) for budget in budgets]
-    return tuple((label, json.dumps(one)) for label, one in made)
+        pairs += [(label, {"budget_ratio": budget, **fields, **AS_MADE}) for budget in budgets]
+    return tuple((label, json.dumps(one)) for label, one in pairs)
 
 
 ABLATIONS: dict[str, dict[str, Any]] = {
@@ -97,12 +97,12 @@ SWEEPS: dict[str, dict[str, dict[str, Any]]] = {
 
 def units(suite: str, quick: bool) -> list[Unit]:
     """The contexts of a suite, the shortest first."""
-    made: list[Unit] = []
+    result: list[Unit] = []
 
     def add(model: str, task: str, tokens: int, settings: Any, asked: int, each: int, **more: Any) -> None:
         contexts = 1 if quick else math.ceil(asked / each)
         chunk = more.pop("chunk_tokens", CHUNK)
-        made.extend(
+        result.extend(
             Unit(model, task, tokens, number, 2 if quick else each, chunk, settings, **more)
             for number in range(contexts)
         )
@@ -133,4 +133,4 @@ def units(suite: str, quick: bool) -> list[Unit]:
             named = {f"C {chunk}": {}}
             add("tiny", "video", 2048, variants((0.05,), named), 96, 8, chunk_tokens=chunk)
             add("smollm2", "chain", 2048, variants((0.05,), named), 48, 8, chunk_tokens=chunk)
-    return sorted(made, key=lambda unit: (unit.tokens, unit.number))
+    return sorted(result, key=lambda unit: (unit.tokens, unit.number))

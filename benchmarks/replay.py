@@ -1,8 +1,7 @@
 """The true answer decoded token by token under a policy, as `quality.py` measures it.
 
-True tokens are fed as decoding steps (`TieredCache.forced`); greedy decoding would have given the same tokens up to the
-first at which the greedy choice differs. The context and each question are prefilled once, exactly; policies differ
-from the seal on.
+True tokens are fed as decoding steps (`TieredCache.forced`); greedy decoding would give the same tokens up to its first
+error. The context and each question are prefilled once, exactly; policies differ from the seal on.
 """
 
 from __future__ import annotations
@@ -13,8 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from tieredkv.cache.question import CONTEXT
-from tieredkv.cache.question import Question as CacheQuestion
+from tieredkv.cache.question import CONTEXT, Question
 from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.config import TierConfig
 from tieredkv.environment.versions import cache_argument
@@ -23,14 +21,14 @@ from tieredkv.models.families.base import VideoGrid
 
 
 @dataclass(frozen=True)
-class Question:
+class ReplayedQuestion:
     """A question, its true answer, and which of the answer's tokens count."""
 
     task: str
     prompt_ids: list[int]
     answer_ids: list[int]
     scored: list[int]
-    """Positions in `answer_ids`; never the first, which the exact prefill gives."""
+    """Positions in `answer_ids`; never the first, which comes from the exact prefill."""
     steps: list[int]
     """For each scored position, its hop, word or value, counted from 1."""
     before: tuple[list[int], list[int]] | None = None
@@ -62,7 +60,7 @@ class Reader(Protocol):
 
     cache: TieredCache
     visual: torch.Tensor
-    """`(n,)` mask of the context's visual tokens, to which a document's count."""
+    """`(n,)` mask of the context's visual tokens; tokens of a document count as visual."""
 
     def feed(self, ids: Sequence[int]) -> torch.Tensor:
         """Logits `(n, vocabulary)` after each of the next tokens."""
@@ -110,8 +108,10 @@ class VideoReader:
         return self.family.logits(self.model, self.family.decode(self.model, embeddings, positions, self.cache))[0]
 
 
-def replay(reader: Reader, question: Question, policies: Sequence[TierConfig], recall: bool = False) -> list[Answer]:
-    """The question under each policy; the reader's cache ends as it was. recall: measure recalls."""
+def replay(
+    reader: Reader, question: ReplayedQuestion, policies: Sequence[TierConfig], recall: bool = False
+) -> list[Answer]:
+    """The question under each policy; leaves the reader's cache unchanged. recall: measure recalls."""
     cache, context = reader.cache, reader.cache.get_seq_length()
     before = [] if question.before is None else [*question.before[0], *question.before[1]]
     first = _prefill(reader, [*before, *question.prompt_ids])
@@ -123,7 +123,7 @@ def replay(reader: Reader, question: Question, policies: Sequence[TierConfig], r
     return answers
 
 
-def replay_unsealed(reader: Reader, question: Question, policies: Sequence[TierConfig]) -> list[Answer]:
+def replay_unsealed(reader: Reader, question: ReplayedQuestion, policies: Sequence[TierConfig]) -> list[Answer]:
     """The same for a second question, answered with the chunks and heads that the first one's seal kept."""
     assert question.before is not None
     cache, context = reader.cache, reader.cache.get_seq_length()
@@ -141,7 +141,7 @@ def _prefill(reader: Reader, ids: Sequence[int]) -> torch.Tensor:
     """Feed a prompt and score its last rows; returns the logits after it."""
     cache = reader.cache
     window = cache.tiers.policy.text_window
-    cache.expect(CacheQuestion(prompt_tokens=cache.get_seq_length() + len(ids), rows=window))
+    cache.expect(Question(prompt_tokens=cache.get_seq_length() + len(ids), rows=window))
     if len(ids) > window:
         reader.feed(ids[:-window])
     return reader.feed(ids[-window:])[-1:]
@@ -152,7 +152,7 @@ def _decode(
     tiers: TierConfig,
     answer: Sequence[int],
     first: torch.Tensor,
-    question: Question,
+    question: ReplayedQuestion,
     between: Sequence[int],
     recall: bool = False,
 ) -> Answer:
@@ -161,11 +161,13 @@ def _decode(
     prompt = cache.get_seq_length()
     cache.set_tiers(replace(tiers, prefetch=False))
     # The rows are scored already; rows=0 leaves the recent region at `recent_window` tokens.
-    cache.expect(CacheQuestion(max_new_tokens=len(between) + len(answer), rows=0, visual=reader.visual, trace=recall))
+    cache.expect(Question(max_new_tokens=len(between) + len(answer), rows=0, visual=reader.visual, trace=recall))
     cache.seal()
-    held, itemsize = cache.ledger.by_purpose(), cache.shape.itemsize
+    bytes_by_purpose, itemsize = cache.ledger.by_purpose(), cache.shape.itemsize
     packed = cache.tiered_layers[0].sealed.pages.packing is not None
-    held_bytes = sum(held.values()) - (0 if packed else held["pool"] - held["pool"] * 2 // itemsize)
+    held_bytes = sum(bytes_by_purpose.values()) - (
+        0 if packed else bytes_by_purpose["pool"] - bytes_by_purpose["pool"] * 2 // itemsize
+    )
     fed = [*between, *answer[:-1]]
     with cache.forced():
         logits = reader.feed(fed) if fed else first[:0]
@@ -188,22 +190,22 @@ def _decode(
 
 
 def _recalls(cache: TieredCache) -> list[float]:
-    """For every recorded selection: the true attention mass of its chunks, relative to the best as many chunks.
+    """For every recorded selection: the true attention mass of its chunks, relative to the best choice of as many.
 
     Mass is that of the softmax over the keys of all retrievable chunks, averaged over the group's query heads; sinks
     and the recent region, which are always attended to, are left out.
     """
     shares = []
-    for made in cache.counters.trace or []:
-        layer = cache.tiered_layers[made.layer]
+    for selection in cache.counters.trace or []:
+        layer = cache.tiered_layers[selection.layer]
         assert layer.sealed is not None
         layout, c = layer.sealed.phase.plan.layout, layer.sealed.phase.plan.layout.chunk_tokens
-        keys = layer.host.chunks(layout.sink_chunks, layout.sink_chunks + layout.retrievable)[made.heads, :, 0]
-        keys = keys.reshape(len(made.heads), -1, keys.shape[-1]).float()
-        logits = (made.query[made.heads].float() @ keys.transpose(1, 2)) * keys.shape[-1] ** -0.5
-        mass = logits.softmax(-1).mean(1).view(len(made.heads), -1, c).sum(-1)
-        asked = made.first_token >= 0
-        chosen = mass.gather(1, (made.first_token // c - layout.sink_chunks).clamp(min=0)).mul(asked).sum(-1)
+        keys = layer.host.chunks(layout.sink_chunks, layout.sink_chunks + layout.retrievable)[selection.heads, :, 0]
+        keys = keys.reshape(len(selection.heads), -1, keys.shape[-1]).float()
+        logits = (selection.query[selection.heads].float() @ keys.transpose(1, 2)) * keys.shape[-1] ** -0.5
+        mass = logits.softmax(-1).mean(1).view(len(selection.heads), -1, c).sum(-1)
+        asked = selection.first_token >= 0
+        chosen = mass.gather(1, (selection.first_token // c - layout.sink_chunks).clamp(min=0)).mul(asked).sum(-1)
         best = mass.topk(asked.shape[1], dim=-1).values.mul(asked).sum(-1)
         shares += (chosen / best).tolist()
     return shares

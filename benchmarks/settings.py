@@ -1,4 +1,4 @@
-"""Settings as a command line or a file of results has them: fields of a policy beside those of TierConfig."""
+"""Settings as in a command line or a file of results: fields of the policy and of TierConfig together."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Models of real shapes with random weights, and caches filled without a prefill: for benchmarks of decoding.
 
 Keys, values and weights are random. Sizes, copies and arithmetic are those of a real model; the choice of chunks is
-not, so hit rates are reported beside times.
+not, so hit rates are reported with the times.
 """
 
 from __future__ import annotations
@@ -90,10 +90,10 @@ def fill(cache: TieredCache, model: Any, tokens: int) -> None:
         keys, values = keys_and_values(model, tokens, index)
         layer.lazy_initialization(keys[None, :, :1], values[None, :, :1])
         assert layer.digests is not None
-        layer.digests.query_moment = torch.eye(keys.shape[-1]).expand(len(keys), -1, -1)
-        layer.append(keys.cpu(), values.cpu())
+        layer.digests.observe(torch.eye(keys.shape[-1]).expand(len(keys), -1, -1))
         even = torch.rand(2, len(keys), tokens)
-        layer.rows = TextRows(torch.zeros(len(keys)), even / even.sum(-1, keepdim=True), count=32)
+        rows = TextRows(torch.zeros(len(keys)), even / even.sum(-1, keepdim=True), count=32)
+        layer.append(keys.cpu(), values.cpu(), rows)
     cache.expect(replace(cache.question, rows=32))
     cache.settle()
     cache.seal()
@@ -158,7 +158,7 @@ def scripted(
 
 
 def milliseconds(step: Callable[[], object], rounds: int, device: str) -> float:
-    """Median time of a step, after two that do not count; on a card, by its own clock."""
+    """Median time of a step, after two steps of warm-up; on a card, by the card's clock."""
     times = []
     for count in range(rounds + 2):
         if device == "cpu":

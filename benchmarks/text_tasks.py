@@ -1,9 +1,9 @@
 """Text tasks that measure what a cache policy loses while decoding: python benchmarks/text_tasks.py [chain copy ...]
 
 Facts are hidden between the lines of real text, code or manual of Python's standard library; each token of the answer
-is found in them. The true answer is fed (teacher forcing) and counts as right up to a token if the argmax is the true
-token at every scored one up to there, as in greedy decoding. The first token comes from an exact prefill and is never
-scored; each scored one is found by means of tokens just generated, or forced, that are not in the question:
+is found in them. The true answer is fed (teacher forcing). It counts as right up to a token if the argmax is right at
+every scored token up to there, as in greedy decoding. The first token comes from an exact prefill and is never scored.
+Each scored token depends on tokens just generated, or forced, that are not in the question:
 
     chain       lines `4178.8823`, shuffled; the answer goes from pair to pair: `8823`, then `8823.3052`, `3052.7716`.
                 Scored: the numbers reached from the second hop on. A step is a hop.
@@ -15,8 +15,8 @@ scored; each scored one is found by means of tokens just generated, or forced, t
                 Scored: from the second digit on. A step is a digit.
     perplexity  of the last 512 tokens of a text given the rest; the question: the 64 tokens before. A step is a token.
 
-SmolLM2-135M-Instruct finds digits but rarely words, hence the formats. A case depends on the seed, the tokenizer and
-the version of Python, whose library is the text. Run as a script, it prints the accuracy of a full cache.
+SmolLM2-135M-Instruct retrieves digits but rarely words, hence the formats. A case depends on the seed, the tokenizer
+and the version of Python, whose library is the text. Run as a script, it prints the accuracy of a full cache.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def make_case(task: str, tokenizer: Any, tokens: int, seed: int, questions: int 
     """
     if task not in TASKS:
         raise ValueError(f"task {task!r}: not one of {', '.join(TASKS)}")
-    rng = random.Random(f"{task} {seed}")  # a string seeds alike everywhere
+    rng = random.Random(f"{task} {seed}")  # seeded by a string, which gives the same numbers on every machine
     lines = _carrier(rng, seed % 2 == 0, 8 * (tokens + LAST))
     plan = TASKS[task]
     if plan is None:
@@ -273,8 +273,8 @@ def full_cache(model: Any, case: TextCase) -> list[list[bool]]:
             answer = question.answer_ids
             ids = torch.tensor([question.prompt_ids + answer[:-1]], device=device)
             logits = model(ids, **cache_argument(cache), logits_to_keep=len(answer)).logits[0]
-            said = logits.argmax(-1).tolist()
-            rows.append([said[place] == answer[place] for place in question.scored])
+            predicted = logits.argmax(-1).tolist()
+            rows.append([predicted[place] == answer[place] for place in question.scored])
             cache.crop(-ids.shape[1])
     return rows
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from replay import Question, VideoReader
+from replay import ReplayedQuestion, VideoReader
 
 from tieredkv.config import TierConfig
 from tieredkv.models import families
@@ -35,30 +35,32 @@ def read_video(model: Any, processor: Any, tokens: int, number: int, tiers: Tier
     return VideoReader(model, template.tokenize(head)[0].tolist(), features, grid, tiers), scene
 
 
-def ask(processor: Any, family: Any, scene: Any, count: int) -> list[Question]:
+def ask(processor: Any, family: Any, scene: Any, count: int) -> list[ReplayedQuestion]:
     """`count` chains of six hops, lookups, and chains that follow another question, all about different cards."""
     template = ChatTemplate(family, processor)
     rng = np.random.default_rng((scene.seed, 9))
     shapes = [card.shape for card in scene.cards]
     chains = [scenes.chain_question(scene, str(shape), HOPS) for shape in rng.permutation(shapes)[:count]]
     lookups = [scenes.colour_question(scene, str(shape)) for shape in rng.permutation(shapes)[:count]]
-    made = [_question(template, "chain", one) for one in chains]
-    made += [_question(template, "lookup", one) for one in lookups]
+    result = [_question(template, "chain", one) for one in chains]
+    result += [_question(template, "lookup", one) for one in lookups]
     for earlier, later in zip(lookups, chains, strict=True):
-        made.append(_second(template, earlier, later))
-    return made
+        result.append(_second(template, earlier, later))
+    return result
 
 
-def _question(template: ChatTemplate, task: str, asked: scenes.Question) -> Question:
+def _question(template: ChatTemplate, task: str, asked: scenes.SceneQuestion) -> ReplayedQuestion:
     _, tail = template.around_video([(asked.text, None)])
     answer = template.tokenize(" ".join(asked.words) + END)[0].tolist()
-    if task == "lookup":  # the prefill gives the word, so only the end is scored
-        return Question(task, template.tokenize(tail)[0].tolist(), answer, [1], [1])
+    if task == "lookup":  # the word comes from the prefill, so only the end is scored
+        return ReplayedQuestion(task, template.tokenize(tail)[0].tolist(), answer, [1], [1])
     scored = list(range(1, len(asked.words)))
-    return Question(task, template.tokenize(tail)[0].tolist(), answer, scored, [place // 2 + 1 for place in scored])
+    return ReplayedQuestion(
+        task, template.tokenize(tail)[0].tolist(), answer, scored, [place // 2 + 1 for place in scored]
+    )
 
 
-def _second(template: ChatTemplate, earlier: scenes.Question, later: scenes.Question) -> Question:
+def _second(template: ChatTemplate, earlier: scenes.SceneQuestion, later: scenes.SceneQuestion) -> ReplayedQuestion:
     """`later`, in the conversation after `earlier` and its true answer."""
     first = _question(template, "lookup", earlier)
     _, whole = template.around_video([(earlier.text, " ".join(earlier.words)), (later.text, None)])

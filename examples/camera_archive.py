@@ -1,4 +1,4 @@
-"""The same questions about every clip in a folder, as JSON lines. May be stopped at any time and started again.
+"""The same questions about every clip in a folder, as JSON lines. May be stopped at any time and run again to continue.
 
     python examples/camera_archive.py clips/ answers.jsonl "Is somebody at the door?" "Which cars are there?"
     python examples/camera_archive.py --tiny    the bundled model and clips of its own, on any machine
@@ -32,7 +32,7 @@ parser.add_argument("--tiny", action="store_true")
 
 
 def answered(file: Path, questions: list[str]) -> set[str]:
-    """Clips for which the file answers every question. An incomplete last line, after a kill, is removed."""
+    """Clips for which the file answers every question. Removes an incomplete last line, which a kill may leave."""
     text = file.read_bytes() if file.exists() else b""
     whole = text[: text.rfind(b"\n") + 1]
     cut = text[len(whole) :]

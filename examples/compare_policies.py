@@ -3,8 +3,8 @@
     python examples/compare_policies.py film.mp4 "What is on the table?" -m Qwen/Qwen2.5-VL-3B-Instruct
     python examples/compare_policies.py --tiny    the bundled model and a video of its own, on any machine
 
-The video is ingested once and its session saved, which is then loaded under each policy. `tieredkv policies` describes
-them. A few questions prove little: benchmarks/quality.py asks hundreds.
+The video is ingested once; its saved session is then loaded under each policy. `tieredkv policies` describes the
+policies. A few questions prove little: benchmarks/quality.py asks hundreds.
 """
 
 import argparse

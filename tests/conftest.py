@@ -31,7 +31,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a 
 
 @pytest.fixture(scope="session", autouse=True)
 def no_settings_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Commands find no defaults, and remember no lines, but those of a test."""
+    """Commands use no defaults and no history but a test's own."""
     folder = str(tmp_path_factory.mktemp("settings"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CONFIG_HOME", folder)
@@ -42,7 +42,7 @@ def no_settings_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 class _Deprecations(logging.Handler):
-    """Keeps what transformers logs, instead of warning, about names that will go."""
+    """Collects deprecations that transformers logs instead of raising warnings."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -108,7 +108,7 @@ def llama() -> Any:
 
 @pytest.fixture
 def when_stopped(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`when_stopped(session, action)`: call `action` once the session, or a job of it, has been told to stop."""
+    """`when_stopped(session, action)`: call `action` once the session, or a job of it, has been asked to stop."""
     from tieredkv.session.job import Job
 
     def register(session: Any, action: Any) -> None:
@@ -138,7 +138,7 @@ def processor() -> Any:
 
 @pytest.fixture(scope="session")
 def byte_tokenizer() -> Any:
-    """One token per byte: transformers' stop strings need a tokenizer that spells."""
+    """One token per byte: transformers' stop strings need the text of every token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -54,7 +54,7 @@ SIGLIP = {
 
 @cache
 def tokenizer() -> Any:
-    """Byte-level BPE whose merges cross from what a template writes into what stands inside a video."""
+    """Byte-level BPE with merges across the boundary between the template's text and the text inside a video."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -121,7 +121,7 @@ def _qwen(name: str) -> tuple[Any, Any]:
     )
     size = {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 8}
     kind: Any = Qwen2VLVideoProcessor
-    if name == "qwen3_vl":  # whose limits are those of the whole video: frames of long ones shrink
+    if name == "qwen3_vl":  # its limits are for the whole video: frames of long videos shrink
         kind, size = transformers.Qwen3VLVideoProcessor, {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 100}
     video = kind(size=size, patch_size=14, do_sample_frames=False)
     template = QWEN_TEMPLATE.replace("VIDEO", "<|vision_start|><|video_pad|><|vision_end|>")

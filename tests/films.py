@@ -1,4 +1,4 @@
-"""Video files made for tests, and what was read of them."""
+"""Video files for tests, and which pictures were read from them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 import av
 import numpy as np
 
-from tieredkv.video.frames import Sampling, open_video
+from tieredkv.video.frames import open_video
+from tieredkv.video.sampling import Sampling
 
 
 class Stream:
@@ -51,7 +52,7 @@ def write(
 
 
 def with_sound(path: Path, pictures, begin: float, rate: int = 4) -> Path:
-    """A video whose pictures come `begin` seconds after its sound."""
+    """A video whose pictures start `begin` seconds after its sound."""
     with av.open(str(path), "w") as output:
         video = output.add_stream("libx264", rate=rate, options={"bf": "0"})
         video.height, video.width = pictures[0].shape[:2]
@@ -77,7 +78,7 @@ def retime(path: Path, source: Path, times: list[float]) -> Path:
         packets = [packet for packet in original.demux(original.streams.video[0]) if packet.size]
         for packet, time in zip(packets, times, strict=True):
             packet.pts = round(time / packet.time_base)
-            # Decoding times must grow, and lie before those of showing: only the latter are awkward.
+            # Decoding times must increase and precede presentation times; only the latter are irregular.
             packet.dts = min(packet.dts - round(2 / packet.time_base), packet.pts)
             packet.duration = round(0.1 / packet.time_base)
             packet.stream = stream
@@ -91,7 +92,7 @@ def noise(count: int, height: int = 48, width: int = 64) -> list[np.ndarray]:
 
 
 def greys(count: int, height: int, width: int) -> list[np.ndarray]:
-    """Even pictures: number i has brightness 10 + 20 * i."""
+    """Uniform pictures: number i has brightness 10 + 20 * i."""
     return [np.full((height, width, 3), 10 + 20 * i, np.uint8) for i in range(count)]
 
 
@@ -101,7 +102,7 @@ def levels(pictures) -> list[int]:
 
 
 def numbered(count: int) -> list[np.ndarray]:
-    """Pictures, 48 x 64, that tell their number by two even halves, twelve levels each."""
+    """Pictures, 48 x 64, that encode their number in two uniform halves of twelve levels each."""
     halves = greys(12, 48, 32)
     return [np.concatenate([halves[i // 12], halves[i % 12]], axis=1) for i in range(count)]
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from transformers import StoppingCriteria
 
+from tieredkv.cache.retrieval import Retrieval
 from tieredkv.config import POLICY_FIELDS
 from tieredkv.memory.units import GIB
 from tieredkv.models.kv_shape import model_shape
@@ -53,6 +54,12 @@ def text_config(kind: str) -> Any:
     if kind == "qwen3":
         return Qwen3Config(**sizes, head_dim=16)
     return {"llama": LlamaConfig, "qwen2": Qwen2Config}[kind](**sizes)
+
+
+def digest_nbytes(retrieval: Retrieval) -> int:
+    """Device bytes of a layer's digests and the state that they are read with."""
+    assert retrieval.ranking is not None
+    return retrieval.ranking.digests.nbytes + retrieval.ranking._fitted.nbytes
 
 
 class LateCopies:
@@ -117,7 +124,7 @@ def assert_near(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype | None
 
 
 def ended(thread: threading.Thread) -> bool:
-    """Wait for the end of a thread that was told to stop."""
+    """Wait for the end of a thread that was asked to stop."""
     thread.join(PATIENCE_S)
     return not thread.is_alive()
 

@@ -28,7 +28,7 @@ ALLOWED = {
     "planning": "config errors memory models ops policy video",
     "cache": "attention config environment errors memory models ops planning policy",
     "storage": "environment errors progress",
-    "evidence": "cache errors models progress storage video",
+    "evidence": "cache errors memory models progress storage video",
     "session": "cache config environment errors evidence memory models planning progress storage video",
     "api": "config errors evidence models session storage video",
     "batch": "errors session storage",
@@ -38,7 +38,7 @@ ALLOWED = {
     "cli": "api batch config demo doctor errors evidence models planning policy session storage tiny video",
 }
 FACES = ("__init__", "__main__")
-"""They hand names on, and may import anything."""
+"""They re-export names, and may import anything."""
 
 
 def module_of(path: Path) -> str:
@@ -114,5 +114,5 @@ def test_no_import_leads_in_a_circle():
     assert circles == []
 
 
-def test_the_root_holds_faces_and_what_every_room_shares():
+def test_the_root_holds_entry_points_and_what_every_room_shares():
     assert {path.stem for path in PACKAGE.glob("*.py")} == {*FACES, "api", "config", "errors", "progress"}

@@ -50,7 +50,7 @@ def test_a_changed_policy_leaves_its_preset_as_it_is():
 
 
 @pytest.mark.parametrize("value", ["none", None, 3])
-def test_a_policy_that_nobody_has_is_refused_with_those_there_are(value):
+def test_an_unknown_policy_is_refused_with_the_known_names(value):
     with pytest.raises(OptionError, match=f"policy={value!r} is not valid: give one of hybridkv, paper"):
         tieredkv.TierConfig(policy=value)
 
@@ -83,7 +83,7 @@ def test_settings_come_back_from_a_file_as_they_were(policy):
     assert pickle.loads(pickle.dumps(tiers)) == tiers
 
 
-def test_a_file_holds_of_a_policy_what_differs_from_its_preset():
+def test_a_file_stores_the_fields_in_which_a_policy_differs_from_its_preset():
     assert tiers_as_plain(TierConfig())["policy"] == {"preset": "hybridkv"}
     changed = replace(POLICIES["paper"], theta=0.5, rank=POLICIES["snapkv"].rank)
     assert tiers_as_plain(TierConfig(policy=changed))["policy"] == {"preset": "paper", "rank": "snapkv", "theta": 0.5}
@@ -119,7 +119,9 @@ def test_a_policy_with_a_function_of_the_users_own_must_be_given_again():
 
     tiers = TierConfig(policy=replace(POLICIES["snapkv"], name="mine", rank=rank))
     plain = json.loads(json.dumps(tiers_as_plain(tiers)))
-    with pytest.raises(OptionError, match="the saved policy 'mine' has a rank of its own, which no file holds"):
+    with pytest.raises(
+        OptionError, match="the saved policy 'mine' uses its own rank function, which is not in the file"
+    ):
         tiers_from_file(plain)
     assert tiers_from_file(plain, tiers.policy) == tiers
     assert tiers_from_file(plain, "quest").policy is POLICIES["quest"]
@@ -129,9 +131,11 @@ def test_a_policy_or_preset_that_is_not_known_here_is_refused():
     for stored in ("later", {"preset": "later"}, {"preset": "hybridkv", "digest": "later"}):
         with pytest.raises(OptionError, match="'later' is not valid: give"):
             tiers_from_file({**tiers_as_plain(TierConfig()), "policy": stored})
+    with pytest.raises(OptionError, match="policy='' is not valid: give"):
+        tiers_from_file({**tiers_as_plain(TierConfig()), "policy": {"theta": 0.5}})
 
 
-def test_what_a_later_version_adds_is_let_pass():
+def test_what_a_later_version_adds_is_ignored():
     plain = tiers_as_plain(TierConfig(policy="quest"))
     plain["policy"]["added_later"] = plain["added_later"] = 1
     assert tiers_from_file(plain) == TierConfig(policy="quest")

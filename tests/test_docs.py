@@ -1,7 +1,7 @@
 """What README and docs show runs as shown.
 
 A fenced block is Python, or commands; a diagram is fenced as text. One that cannot run here has `<!-- not run: WHY -->`
-on the line before, and is listed below. Models and films that are not here are stood in for by the bundled ones.
+on the line before, and is listed below. The bundled model and a generated film replace those that the pages name.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import json
 import re
 import shlex
 import sys
+import tokenize
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -92,7 +94,7 @@ def test_only_these_blocks_are_not_run():
 
 @pytest.fixture
 def film(tmp_path, monkeypatch) -> Path:
-    """A folder to be in, with a film and questions about it; nobody at the keyboard."""
+    """Working directory with a film and questions about it; standard input is empty."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     (tmp_path / "questions.jsonl").write_text('{"video": "film.mp4", "question": "what colour was the moon ?"}\n')
@@ -116,7 +118,7 @@ def test_a_block_runs(block, film, monkeypatch, request):
         monkeypatch.setattr(sys, "argv", ["tieredkv", *arguments])
         with pytest.raises(SystemExit) as stop:
             cli.main()
-        assert not stop.value.code or arguments[0] == "doctor", line  # which may find something
+        assert not stop.value.code or arguments[0] == "doctor", line  # doctor may find a problem
 
 
 @pytest.mark.parametrize("page", sorted({*PAGES} - {"docs/log.md"}))  # the log names what is gone, too
@@ -178,6 +180,43 @@ def test_functions_and_classes_that_a_page_names_exist(page):
     others = {"Cache", "CancelledError", "PRESETS", "PeftModel"}
     named = set(re.findall(r"`([A-Z][a-z]+\w*|TieredKVError)`", text)) - others
     assert sorted(named - classes) == []
+
+
+def comments_and_docstrings(path: Path) -> Iterator[tuple[int, str]]:
+    """Each with its line."""
+    source = path.read_text()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            yield token.start[0], token.string
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            yield node.lineno, node.value.value
+
+
+@pytest.mark.parametrize("folder", ["tieredkv", "tests", "benchmarks", "examples"])
+def test_files_and_members_that_comments_and_docstrings_name_exist(folder):
+    classes, members = definitions()
+    for path in (ROOT / "tieredkv").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):  # what its methods set
+                inner = [part for part in ast.walk(node) if isinstance(part, ast.Attribute)]
+                members |= {f"{node.name}.{part.attr}" for part in inner if ast.unparse(part.value) == "self"}
+    files = {f"/{path.relative_to(ROOT)}" for path in ROOT.glob("*/**/*.py")}
+    wrong = []
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for line, text in comments_and_docstrings(path):
+            missing = [
+                name
+                for name in re.findall(r"[\w./-]*\w\.py\b", text)
+                if not any(file.endswith(f"/{name}") for file in files)
+            ]
+            missing += [
+                name
+                for name in re.findall(r"`([A-Z]\w+\.\w+)", text)
+                if name.split(".")[0] in classes and name not in members
+            ]
+            wrong += [f"{path.relative_to(ROOT)}:{line}: {name}" for name in missing]
+    assert wrong == []
 
 
 def test_the_rooms_of_the_architecture_page_are_those_of_the_table():

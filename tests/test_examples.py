@@ -62,7 +62,7 @@ def truth() -> list[str]:
 
 
 def pretend(monkeypatch, bitsandbytes: object) -> None:
-    """Let it seem installed or not."""
+    """Make bitsandbytes seem installed or not."""
     real = importlib.util.find_spec
 
     def find_spec(name: str, *rest: object) -> object:
@@ -101,7 +101,7 @@ def test_without_arguments_it_says_what_to_give(refused, name):
     assert "or --tiny." in refused(name)
 
 
-def test_a_missing_bitsandbytes_is_said(refused, monkeypatch):
+def test_a_missing_bitsandbytes_is_reported(refused, monkeypatch):
     pretend(monkeypatch, bitsandbytes=None)
     assert "pip install bitsandbytes" in refused("long_video_qa_12gb", "--tiny", "--quantize", "4bit")
 
@@ -118,7 +118,7 @@ def test_many_answers_in_a_file(run, clip, tmp_path, name):
     assert all(row["answer"] and float(row["seconds"]) > 0 for row in rows)
 
 
-def test_a_file_of_answers_is_not_written_over(refused, clip, tmp_path):
+def test_a_file_of_answers_is_not_overwritten(refused, clip, tmp_path):
     questions, answers = tmp_path / "questions.txt", tmp_path / "answers.csv"
     questions.write_text(QUESTION)
     answers.write_text("precious")
@@ -136,7 +136,7 @@ def test_a_refused_video_leaves_no_file_of_answers(refused, tmp_path):
 
 @pytest.fixture
 def archive(clip, tmp_path) -> Path:
-    """Two clips, one of them in a folder of its own, and a file that is none."""
+    """Two clips, one of them in a subfolder, and a file that is not a video."""
     folder = tmp_path / "clips"
     (folder / "porch").mkdir(parents=True)
     (folder / "a.mp4").write_bytes(clip.read_bytes())

@@ -51,7 +51,7 @@ def test_full_budget_equals_stock_transformers(on_card, long_ids, card, dtype):
     model, ids = on_card.to(dtype), long_ids.to(card)
 
     def logits(cache):
-        """Of a prompt and the same next tokens, whatever would have been chosen."""
+        """Logits of a prompt and of the same next tokens in every run."""
         calls = [ids[:, :890], *ids[:, 890:].split(1, dim=1)]
         return torch.stack([model(call, **cache_argument(cache)).logits[0, -1].float() for call in calls])
 
@@ -84,10 +84,10 @@ def test_a_card_decodes_as_the_cpu_does(llama, on_card, long_ids, card, options)
             return torch.stack(rows).cpu(), (counters.selected, counters.missed_bytes)
 
     (want, want_counts), (got, counts) = decode(llama, long_ids), decode(on_card, long_ids.to(card))
-    near = 3e-2 if tiers.get("pack_pages", True) else 5e-3  # a hair's breadth may round a number the other way
+    near = 3e-2 if tiers.get("pack_pages", True) else 5e-3  # a tiny difference may round a number the other way
     torch.testing.assert_close(got, want, atol=near, rtol=0)
     assert counts[0] == want_counts[0]
-    assert counts[1] == pytest.approx(want_counts[1], rel=0.1)  # near ties of ranks may fall otherwise
+    assert counts[1] == pytest.approx(want_counts[1], rel=0.1)  # near ties of ranks may be decided differently
 
 
 def decode_by_steps(model, ids, card, captured: bool, **options):
@@ -133,7 +133,7 @@ def test_no_step_waits_for_the_host(on_card, long_ids, card):
 
 
 def test_nothing_is_read_before_it_has_arrived(card):
-    """A copy held up for a tenth of a second, between writing its source and reading its target."""
+    """A copy delayed by a tenth of a second, between writing its source and reading its target."""
     copies, source, target = StreamCopies(), torch.zeros(1000, device=card), torch.zeros(1000, device=card)
 
     def late():
@@ -204,7 +204,7 @@ def test_memory_for_keys_and_values_stays_below_the_cap(card):
                 model(ids[:, i : i + 1], **cache_argument(cache))
 
     with torch.no_grad():
-        answer()  # what is compiled and what libraries keep
+        answer()  # so that kernels are compiled and libraries have their workspaces
         activations = peak(lambda: model(ids[:, :1024], use_cache=False, logits_to_keep=1))
         assert peak(answer) <= cap * GIB + 2 * activations
     full = 16384 * 8 * 2 * 512 * 2

@@ -1,7 +1,7 @@
-"""What can be known of the CUDA path without a card: that tensors are where they must be, and that a step never waits.
+"""What can be tested of the CUDA path without a card: where tensors are, and that a step never waits.
 
 torch's fake tensors have a device and no values: an operation on tensors of two devices raises, and so does anything
-that would bring a value to the host. Kernels are replaced by what checks where their arguments are.
+that would bring a value to the host. Kernels are replaced by functions that check where their arguments are.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def parts(packing: Packing | None) -> list[torch.Tensor]:
 
 
 class FakeSketch(Sketch):
-    """Sketches whose logits have a shape and a place, and no values."""
+    """Sketches whose logits have a shape and a device, and no values."""
 
     def logits(self, prepared, digests, at_once):
         on_card(prepared, digests)
@@ -55,7 +55,7 @@ class FakeSketch(Sketch):
 
 
 def fake_kernels() -> OpTable:
-    """Operations with the signatures of the kernels: shapes and places, no values."""
+    """Operations with the signatures of the kernels: shapes and devices, no values."""
 
     def digest(digest):
         return FakeSketch(digest.head_dim, digest.chunk_tokens, digest.bits) if digest.name == "sketch" else digest
@@ -66,8 +66,8 @@ def fake_kernels() -> OpTable:
         chosen, missed = torch.empty_like(ranks, dtype=torch.bool), ranks.new_empty((n, most), dtype=torch.int32)
         return chosen, missed, ranks.new_empty(n, dtype=torch.int32)
 
-    def place(wanted, kept, misses, chunk_in, last_used, slots, clock, most, table, heads, first):
-        on_card(wanted, kept, misses, chunk_in, last_used, slots, clock, heads, *([] if table is None else [table]))
+    def place(wanted, kept, misses, chunk_in, last_used, slots, step, most, table, heads, first):
+        on_card(wanted, kept, misses, chunk_in, last_used, slots, step, heads, *([] if table is None else [table]))
         return slots.new_empty((len(slots), most))
 
     def gather(arena, pages, heads, missed, victims, misses, slots, chunk_in, slot_of, first_chunk, packing):
@@ -103,7 +103,7 @@ STATEFUL = (
 
 
 class Card:
-    """Moves a layer to a card that is not there: its tensors lose their values, the host tier and counts stay."""
+    """Moves a layer to a fake card: its tensors lose their values, the host tier and counts stay."""
 
     def __init__(self, host: HostLayer) -> None:
         self._host, self._ops = host, fake_kernels()
@@ -112,7 +112,7 @@ class Card:
     def move(self, thing: Any) -> Any:
         """A fake of `thing` on the card, the same for all who hold it."""
         if id(thing) not in self._moved:
-            self._moved[id(thing)] = thing, thing  # kept, so that its id stays its own; may hold itself
+            self._moved[id(thing)] = thing, thing  # kept alive, so that its id is not reused; may contain itself
             self._moved[id(thing)] = thing, self._fake(thing)
         return self._moved[id(thing)][1]
 
@@ -159,11 +159,11 @@ def test_a_step_stays_on_the_card_and_never_waits(llama, long_ids, options, reco
         host.reserve(1000)
         Card(host).move(sealed)
         rows = [torch.empty(heads, 1, 16, device=CARD) for heads in (4, kv_heads, kv_heads)]
-        out = sealed.steps(*rows, 0.25)
+        out = sealed.decode(*rows, 0.25)
         on_card(out)
         assert out.shape == (4, 1, 16)
         with pytest.raises(DataDependentOutputException):
-            int(sealed.pages.lengths.sum())  # what the test rests on
+            int(sealed.pages.lengths.sum())  # the premise of the test
 
 
 def test_prefill_attends_on_the_card():

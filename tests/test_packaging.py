@@ -1,4 +1,4 @@
-"""What `import tieredkv` costs and offers, and that what the package says of itself is true."""
+"""What `import tieredkv` loads and offers, and that the package's metadata is true."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "tieredkv").rglob("*.py"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 COMES_WITH = {"triton": "torch", "huggingface_hub": "transformers", "tokenizers": "transformers"}
-"""Imported here, and a dependency of a dependency; triton only where there is one for the platform."""
+"""Imported here, but installed by another dependency; triton only on platforms that have it."""
 IMPORT_NAMES = {"pillow": "PIL"}
-"""Of distributions that are imported by another name."""
+"""Import names of distributions that have another name."""
 
 
 def python(code: str) -> str:
@@ -46,7 +46,7 @@ def test_errors_settings_and_statistics_need_no_transformers():
 
 @pytest.mark.subprocess
 def test_the_attention_is_registered_with_what_needs_it():
-    """Each name in a process of its own, forked when what takes long has been imported."""
+    """Each name in its own process, forked after the slow imports."""
     code = """
 import os, sys
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -95,7 +95,7 @@ def test_every_library_imported_is_declared():
     assert {name: path for name, path in foreign.items() if COMES_WITH.get(name, name) not in declared} == {}
 
 
-def test_the_version_is_said_in_one_place():
+def test_the_version_is_stated_in_one_place():
     assert PROJECT["dynamic"] == ["version"]
     said = [path for path in [*SOURCES, ROOT / "pyproject.toml"] if tieredkv.__version__ in path.read_text()]
     assert said == [ROOT / "tieredkv/__init__.py"]

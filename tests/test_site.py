@@ -1,4 +1,4 @@
-"""The site: it builds, stands alone, and its tables and headings are what the code says."""
+"""The site: it builds, needs no other site, and its tables and headings agree with the code."""
 
 from __future__ import annotations
 

@@ -21,7 +21,8 @@ from tieredkv.session.results import Generation
 from tieredkv.session.stream import AnswerStream, check_stream
 from tieredkv.session.video_session import VideoSession
 from tieredkv.storage import tensor_file
-from tieredkv.video.frames import Sampling, check_video, open_video
+from tieredkv.video.frames import check_video, open_video
+from tieredkv.video.sampling import Sampling
 
 _VIDEO_OPTIONS = {field.name for field in fields(Sampling)}
 _OPENING = {*FIELDS, *_VIDEO_OPTIONS, "tiers", "processor", "positions", "progress"}
@@ -45,10 +46,10 @@ def open_session(
 ) -> VideoSession:
     """Ingest a video and return the session that answers questions about it.
 
-    model: a transformers model, or a local path or hub id to load one from. processor: the model's; None: loaded from
-    beside the model. video: a path, or frames: a list of PIL images, or `(T, H, W, 3)` or `(T, 3, H, W)` as
+    model: a transformers model, or a local path or hub id to load one from. processor: the model's own; None loads the
+    one stored with the model. video: a path, or frames: a list of PIL images, or `(T, H, W, 3)` or `(T, 3, H, W)` as
     ndarray or tensor, uint8 or floats in [0, 1], taken at `source_fps` per second (None: at `fps`). fps: frames sampled
-    per second (None: the processor's own rate). max_frames: if there would be more, this many are spread evenly.
+    per second (None: the processor's own rate). max_frames: at most this many frames, spread evenly over the video.
     start, end: seconds of the video to read, as players show them. gpu_kv_gb: hard cap in GiB on device memory for
     keys and values (None: 4). tiers: every other setting; its fields may be given as keywords instead. positions:
     "published" or "stock", how text after the video is numbered. progress: show a bar on stderr.
@@ -105,17 +106,17 @@ def load_session(
     """Load a session that `VideoSession.save` wrote; no video is decoded, encoded or prefilled.
 
     The file is mapped: each layer is read, and verified against its checksum, when it is first attended to. It may be
-    replaced meanwhile but not changed in place. model, processor: those the session was made with. video: if given,
-    raise unless the session is of this file or these frames. gpu_kv_gb, options: fields of `TierConfig` to change from
-    those saved.
+    replaced meanwhile but not changed in place. model, processor: those the session was saved with. video: if
+    given, raise unless the session is about this file or these frames. gpu_kv_gb, options: fields of `TierConfig` that
+    replace the saved ones.
 
     Raises `SessionError` if the file is not a session, is damaged, or belongs to another model, processor or video;
     damage to a layer is found by the first question.
     """
     if "tiers" in options:
-        raise OptionError("'tiers' cannot be given: give the fields to change from the saved ones as keywords.")
+        raise OptionError("'tiers' cannot be given: give the fields that replace saved ones as keywords.")
     if fixed := sorted(options.keys() & (_OPENING - FIELDS)):
-        raise OptionError(f"{fixed[0]!r} cannot be given: a saved session keeps how its video was read.")
+        raise OptionError(f"{fixed[0]!r} cannot be given: the video of a saved session is not read again.")
     given = {**options, **({} if gpu_kv_gb is None else {"gpu_kv_gb": gpu_kv_gb})}
     _check_tier_options(given)
     stored = tensor_file.read(path)
@@ -178,8 +179,8 @@ def agenerate(
     """`generate` for asyncio: await it, or with `stream=True` iterate over it with `async for`.
 
     The event loop is not blocked. Cancelling stops an ingest at its next chunk and decoding at its next step, and
-    frees the memory before the `CancelledError` is raised; the loading of a model is not interrupted. Give a loaded
-    model if several answers are generated at once: loading changes torch's default dtype for all threads.
+    frees the memory before the `CancelledError` is raised; loading a model is not interrupted. Pass a loaded model if
+    several answers are generated at once: loading changes torch's default dtype for all threads.
     """
     return answering(_single_question(model, video, prompt, gpu_kv_gb, stream, options), stream)
 
@@ -187,7 +188,7 @@ def agenerate(
 def _single_question(
     model: Any, video: Any, prompt: str, gpu_kv_gb: float | None, stream: bool, options: dict[str, Any]
 ) -> Work:
-    """The work of `generate`; raises at once what can be known before anything is loaded."""
+    """The work of `generate`. Raises at once for errors that can be found without loading anything."""
     opening = {name: value for name, value in options.items() if name in _OPENING}
     asking = {name: value for name, value in options.items() if name not in _OPENING}
     sampled = {name: opening.pop(name) for name in _VIDEO_OPTIONS & opening.keys()}

@@ -12,12 +12,12 @@ from tieredkv.policy.digests import DIGESTS
 from tieredkv.policy.presets import POLICIES
 
 DEFAULT_FPS = 2.0
-"""Frames sampled per second where neither the caller nor the processor says (Qwen2.5-VL's own rate)."""
+"""Frames sampled per second if neither the caller nor the processor sets a rate (Qwen2.5-VL's own)."""
 DEFAULT_POLICY = "hybridkv"
 
 
 class PolicyField:
-    """A field of a dataclass that takes a policy or the name of one in `POLICIES`, and is the policy ever after."""
+    """A dataclass field that is set to a policy, or to its name in `POLICIES`, and always reads as the policy."""
 
     @overload
     def __get__(self, instance: None, owner: type) -> str: ...
@@ -31,7 +31,7 @@ class PolicyField:
 
 
 def find_policy(policy: str | Policy) -> Policy:
-    """A policy by its name in `POLICIES`; a `Policy` as it is. Raises `OptionError` when there is none of that name."""
+    """The policy of this name in `POLICIES`; a `Policy` is returned as is. Raises `OptionError` for an unknown name."""
     if isinstance(policy, Policy):
         return policy
     known = isinstance(policy, str) and policy in POLICIES
@@ -51,32 +51,32 @@ class TierConfig:
     chunk_tokens: int = 8
     """C: tokens in one chunk, the unit of transfer and of a device page."""
     policy: PolicyField = PolicyField()
-    """What is kept and what is fetched: a `Policy`, or a name in `POLICIES`, listed by `tieredkv policies`, which is
-    replaced by the policy of that name. Another theta: `replace(POLICIES["hybridkv"], theta=0.9)`."""
+    """What is kept and what is fetched: a `Policy`, or a name in `POLICIES` (listed by `tieredkv policies`), which is
+    replaced by that policy. To change theta: `replace(POLICIES["hybridkv"], theta=0.9)`."""
     budget_ratio: float | None = None
     """Mean share of the prompt a head attends to per step; None: as much as fits under `gpu_kv_gb`."""
     spare_ratio: float = 0.2
-    """Share of a dynamic head's retrieval slots left for chunks that are resident but not selected. With a
-    `budget_ratio`, which says how many are selected, a larger share is a larger pool: faster, the answers the same (but
-    with `adaptive`, which selects from it)."""
+    """Share of a dynamic head's retrieval slots reserved for chunks that are resident but not selected. With
+    `budget_ratio`, which fixes how many are selected, a larger share enlarges the pool: decoding is faster and answers
+    stay the same (except with `adaptive`, which selects into the spare slots)."""
     sink_tokens: int = 4
     """First tokens of the prompt that dynamic heads always attend to."""
     recent_window: int = 32
     """Last tokens of the prompt that every head always attends to."""
     pack_pages: bool = True
-    """Hold keys and values on the device in 8 bits (`packing`), so that twice as many fit, unless a step attends to
-    everything and it fits as it is. Those on the host stay as the model made them."""
+    """Store keys and values on the device in 8 bits (`ops.packing`), so that twice as many fit, unless steps attend to
+    everything and all of it fits unpacked. The host tier keeps the model's dtype."""
     prefill_chunk: int = 2048
     """Prompt tokens per forward call during prefill."""
     encode_batch: int | None = None
-    """Visual tokens per call of the vision tower; None: as many as keep its activations small, whole frames always."""
+    """Visual tokens per call of the vision tower, in whole frames; None: few enough to keep its activations small."""
     host_kv_gb: float | None = None
     """Cap, in GiB, on the host memory of the complete cache; None: a safe share of what the machine has available."""
     adaptive: bool = False
-    """Let a dynamic head attend to more chunks, of its spare slots, while much attention mass seems to go unseen.
-    Needs a digest that estimates it (`Digest.estimates_mass`)."""
+    """Let a dynamic head use its spare slots to attend to more chunks while its estimated unseen attention mass is
+    high. Needs a digest that estimates mass (`Digest.estimates_mass`)."""
     prefetch: bool = True
-    """Where a step may attend to the chunks chosen a step before (`reuse_above`), copy them meanwhile."""
+    """Copy chunks in the background for heads that may reuse this step's choice in the next one (`reuse_above`)."""
 
     def __post_init__(self) -> None:
         def wanted(ok: bool, name: str, want: str, error: type[BudgetError | OptionError] = OptionError) -> None:
@@ -100,7 +100,7 @@ class TierConfig:
             wanted(isinstance(getattr(self, name), bool), name, "True or False")
         if self.adaptive:
             estimating = [name for name, digest in DIGESTS.items() if digest.estimates_mass]
-            need = f"it with digest={' or '.join(map(repr, estimating))}: others do not estimate unseen mass"
+            need = f"it with digest={' or '.join(map(repr, estimating))}: others do not estimate attention mass"
             wanted(self.policy.digest in estimating, "adaptive", need)
             wanted(self.policy.reuse_above > 1, "adaptive", "it without reuse_above: a reused choice keeps its size")
 
@@ -130,7 +130,7 @@ def tier_config(tiers: TierConfig | None, options: dict[str, Any]) -> TierConfig
 
 
 def refuse_policy_fields(options: dict[str, Any]) -> None:
-    """Raise `OptionError` for an option that is a field of a policy, saying how to change that."""
+    """Raise `OptionError` for an option that is a policy field; the message says how to change it."""
     changes = {name: f"{name}=..." for name in POLICY_FIELDS}
     changes["pruning"] = "rank=POLICIES['snapkv'].rank"
     for name in options:
@@ -146,11 +146,11 @@ def refuse_policy_fields(options: dict[str, Any]) -> None:
 # ---- settings in a file
 
 RULES = ("rank", "merge")
-"""Fields of a policy that are functions: a file holds the name of the preset that they come from."""
+"""Policy fields that are functions. A file stores the name of the preset whose function it is."""
 
 
 def tiers_as_plain(tiers: TierConfig) -> dict[str, Any]:
-    """Settings as JSON values, for `tiers_from_file`: of the policy its preset and the fields that differ."""
+    """Settings as JSON values, for `tiers_from_file`. The policy becomes its preset and the fields that differ."""
     policy = tiers.policy
     preset = POLICIES.get(policy.name, POLICIES[DEFAULT_POLICY])
     plain: dict[str, Any] = {"preset": preset.name}
@@ -162,15 +162,15 @@ def tiers_as_plain(tiers: TierConfig) -> dict[str, Any]:
 
 
 def _preset_with(rule: str, value: Any) -> str | None:
-    """Name of the preset that has this function for a rule; None: no preset has."""
+    """Name of a preset with this function for the rule; None if there is none."""
     return next((name for name, preset in POLICIES.items() if getattr(preset, rule) == value), None)
 
 
 def tiers_from_file(plain: dict[str, Any], policy: str | Policy | None = None) -> TierConfig:
-    """The settings that `tiers_as_plain` wrote, or earlier versions, without fields that a later version has added.
+    """The settings that `tiers_as_plain` of this or another version wrote; unknown fields are ignored.
 
-    policy: instead of the one in the file, which is then not read. Raises `OptionError` when the file's policy is not
-    known here, or has functions of the user's own, which no file holds.
+    policy: used instead of the stored one, which is then not read. Raises `OptionError` when the stored policy is
+    unknown, or uses the user's own functions, which are not stored.
     """
     given = {name: value for name, value in plain.items() if name in FIELDS}
     given["policy"] = _stored_policy(plain) if policy is None else policy
@@ -180,9 +180,9 @@ def tiers_from_file(plain: dict[str, Any], policy: str | Policy | None = None) -
 def _stored_policy(plain: dict[str, Any]) -> Policy:
     stored = plain.get("policy", DEFAULT_POLICY)
     if isinstance(stored, dict):
-        preset = find_policy(stored["preset"])
+        preset = find_policy(stored.get("preset", ""))
         changes = {name: value for name, value in stored.items() if name in POLICY_FIELDS}
-    else:  # a name, and beside it the fields that were changed, the others None
+    else:  # older files: a name, and next to it the changed fields (None: unchanged)
         preset = find_policy(stored)
         changes = {name: plain[name] for name in POLICY_FIELDS if plain.get(name) is not None}
         if plain.get("pruning") is not None:
@@ -190,6 +190,8 @@ def _stored_policy(plain: dict[str, Any]) -> Policy:
     for rule in changes.keys() & set(RULES):
         if changes[rule] is None:
             name = changes.get("name", preset.name)
-            raise OptionError(f"the saved policy {name!r} has a {rule} of its own, which no file holds: give policy=.")
+            raise OptionError(
+                f"the saved policy {name!r} uses its own {rule} function, which is not in the file: give policy=."
+            )
         changes[rule] = getattr(find_policy(changes[rule]), rule)
     return replace(preset, **changes)

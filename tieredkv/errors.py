@@ -1,4 +1,4 @@
-"""Errors that the user can fix, each a sentence that says what was wrong and what to do; and checks of plain values.
+"""Errors that users can fix: each message says what is wrong and what to do. Also checks of plain values.
 
 The command line prints that sentence to stderr and exits with code 2.
 """
@@ -14,7 +14,7 @@ class TieredKVError(Exception):
 
 
 class BudgetError(TieredKVError, ValueError):
-    """A memory size is not valid, or too small for what was asked; names the smallest that works."""
+    """A memory size is invalid, or too small for the request; the message names the smallest that works."""
 
 
 class VideoError(TieredKVError, ValueError):
@@ -22,7 +22,7 @@ class VideoError(TieredKVError, ValueError):
 
 
 class UnsupportedModelError(TieredKVError, ValueError):
-    """The model's family is not supported; says which are."""
+    """The model's family is not supported; the message lists those that are."""
 
 
 class OptionError(TieredKVError, TypeError):
@@ -34,19 +34,19 @@ class PromptError(TieredKVError, ValueError):
 
 
 class SessionError(TieredKVError, ValueError):
-    """A saved session cannot be read, is damaged, or belongs to another model, processor or video; says which."""
+    """A saved session cannot be read, is damaged, or belongs to another model, processor or video."""
 
 
 class OutputError(TieredKVError, OSError):
-    """A file cannot be written; says which, and why."""
+    """A file cannot be written; the message says which, and why."""
 
 
 class BatchError(TieredKVError, ValueError):
-    """A file of questions or of answers cannot be used as it is; says which line, and what is wrong with it."""
+    """A file of questions or answers is invalid; the message gives the line and the reason."""
 
 
 def check_value(ok: bool, name: str, value: object, want: str, error: type[TieredKVError] = OptionError) -> None:
-    """Raise `error`, which names the value and what to give instead, unless `ok`."""
+    """Raise `error`, naming the value and what is allowed, unless `ok`."""
     if not ok:
         raise error(f"{name}={value!r} is not valid: give {want}.")
 
@@ -63,16 +63,16 @@ def is_number(value: object) -> TypeGuard[float]:
 
 
 FAILURES = (TieredKVError, RuntimeError, MemoryError, ValueError, TypeError, OSError)
-"""What one question or video may fail with while others go on; torch's own errors are RuntimeErrors."""
+"""Errors that end one question or video while the others go on; torch's own are RuntimeErrors."""
 
 
 def reason(error: BaseException) -> str:
-    """What went wrong, in a line; an error that is not ours begins with its kind."""
+    """The error in one line, prefixed with its type unless it is a `TieredKVError`."""
     first = next(iter(str(error).strip().splitlines()), "")
     return first if isinstance(error, TieredKVError) else f"{type(error).__name__}: {first}"
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of another library's error, to stand inside a sentence; without text, the error's kind."""
+    """First line of another library's error, for use inside a sentence; the error's type if it has no text."""
     text = str(error).strip()
     return text.splitlines()[0].rstrip(".:") if text else type(error).__name__

@@ -58,17 +58,17 @@ class IngestProgress:
         if self._bar.disable or time.monotonic() < self._updated_at + SECONDS_BETWEEN:
             return
         self._updated_at = time.monotonic()
-        length = "" if self._seconds is None else f" of {clock(self._seconds)}"
-        self._bar.set_postfix_str(f"decoded {clock(self._decoded)}{length}, encoded {self._encoded:,}")
+        length = "" if self._seconds is None else f" of {timecode(self._seconds)}"
+        self._bar.set_postfix_str(f"decoded {timecode(self._decoded)}{length}, encoded {self._encoded:,}")
 
     def close(self, complete: bool) -> None:
-        """End the bar. complete: all tokens passed, so what is done is the total."""
+        """End the bar. complete: every token was processed, so the count so far is the total."""
         if complete:
             self._bar.total = self._bar.n
         self._bar.close()
 
 
-def clock(seconds: float, hours: bool = False) -> str:
+def timecode(seconds: float, hours: bool = False) -> str:
     """Seconds as m:ss, or h:mm:ss from one hour on or if `hours`; fractions are dropped."""
     minutes, rest = divmod(int(seconds + 1e-6), 60)
     if hours or minutes >= 60:

@@ -80,8 +80,8 @@ def test_pages_differ_from_head_to_head(batch_pages, group):
     query = torch.randn(3 * group, 2, 8, generator=generator)
     out, _ = torch_ops.paged_attention(query, pages, table, lengths, 0.4, batch_pages)
     for head in range(3):
-        held = [pages[p, :, :n] for p, n in zip(table[head].tolist(), lengths[head].tolist(), strict=True)]
-        tokens = torch.cat(held, dim=1)
+        parts = [pages[p, :, :n] for p, n in zip(table[head].tolist(), lengths[head].tolist(), strict=True)]
+        tokens = torch.cat(parts, dim=1)
         rows = query[head * group : (head + 1) * group]
         want, _, _ = plain(rows, tokens[:1].expand(1, -1, -1), tokens[1:], 0.4)
         assert_near(out[head * group : (head + 1) * group], want)

@@ -1,4 +1,4 @@
-"""Files of questions and answers, and sessions that only pretend to answer."""
+"""Files of questions and answers, and fake sessions that answer them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Session:
 def answer(
     file: Path, questions: Path, resume: bool = True, retry_errors: bool = False, log: list[Any] | None = None
 ) -> AnswersFile:
-    """Answer a file of questions with pretended sessions; gone.mp4 cannot be opened."""
+    """Answer a file of questions with fake sessions; gone.mp4 cannot be opened."""
     log = [] if log is None else log
 
     def open_session(video: Path, pending: Any) -> Session:

@@ -36,7 +36,7 @@ def test_a_file_that_is_not_ours_is_never_changed(tmp_path, questions, text):
 
 
 def test_resuming_after_a_cut_at_any_byte_gives_the_same_file(tmp_path, questions, monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # a thousand runs of it take their time
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # slow over a thousand runs
     file = tmp_path / "answers.jsonl"
     answer(file, questions)
     whole = file.read_bytes()
@@ -46,9 +46,7 @@ def test_resuming_after_a_cut_at_any_byte_gives_the_same_file(tmp_path, question
         answer(file, questions, log=log)
         assert file.read_bytes() == whole, length
         done = whole[:length].count(b"\n")
-        assert sum(isinstance(entry, tuple) for entry in log) == max(
-            0, 4 - done
-        )  # the fifth has no video to be asked of
+        assert sum(isinstance(entry, tuple) for entry in log) == max(0, 4 - done)  # the fifth has no video
 
 
 def test_errors_are_retried_only_on_request(tmp_path, questions):
@@ -67,8 +65,8 @@ def test_errors_are_retried_only_on_request(tmp_path, questions):
 def test_a_corrected_question_is_answered_when_errors_are_retried(tmp_path):
     file = tmp_path / "answers.jsonl"
     answer(file, ask(tmp_path, {"video": "gone.mp4", "question": "one"}, {"video": "a.mp4", "question": "two"}))
-    mended = ask(tmp_path, {"video": "b.mp4", "question": "one"}, {"video": "a.mp4", "question": "two"})
-    answers = answer(file, mended, retry_errors=True)
+    corrected = ask(tmp_path, {"video": "b.mp4", "question": "one"}, {"video": "a.mp4", "question": "two"})
+    answers = answer(file, corrected, retry_errors=True)
     assert answers.failed == set()
     assert sorted(row["text"] for row in found(file)) == ["ONE", "TWO"]
 

@@ -53,7 +53,7 @@ def test_it_runs_without_a_card(run, name, options, row):
 @pytest.mark.slow
 @pytest.mark.model
 @pytest.mark.parametrize("name", ["ingest.py", "shares.py", "evidence.py"])
-def test_what_the_bundled_model_is_measured_by_runs(run, name):
+def test_benchmarks_of_the_bundled_model_run(run, name):
     code, out, err = run(name)
     assert code == 0, err
     assert json.loads(out.splitlines()[-1])
@@ -61,7 +61,7 @@ def test_what_the_bundled_model_is_measured_by_runs(run, name):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 @pytest.mark.parametrize("name", ["pcie.py", "decode.py"])
-def test_what_needs_a_card_says_so(run, name):
+def test_benchmarks_that_need_a_card_say_so(run, name):
     code, _, err = run(name)
     assert code == 2
     assert "there is no CUDA device here" in err

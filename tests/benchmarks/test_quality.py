@@ -28,7 +28,7 @@ TOKENS = 512
 
 @pytest.fixture(scope="module")
 def film(video_model, processor):
-    """A reader behind a short video, and its scene."""
+    """A reader of a short video, and its scene."""
     with torch.no_grad(), tieredkv.use_attention(video_model):
         return video_tasks.read_video(video_model, processor, TOKENS, 0, TierConfig(chunk_tokens=8))
 
@@ -76,7 +76,7 @@ def test_replaying_leaves_the_reader_as_it_was(video_model, film, asked):
     assert reader.cache.get_seq_length() == before
 
 
-def test_memory_and_recall_are_what_they_say(video_model, film, asked):
+def test_memory_and_recall_are_the_true_values(video_model, film, asked):
     reader, _ = film
     settings = [
         TierConfig(policy="full", chunk_tokens=8),
@@ -118,9 +118,9 @@ def test_rows_count_steps_and_pair_with_the_full_cache():
 
 @pytest.mark.parametrize("suite", ["video", "text", "ablations", "sweeps"])
 def test_every_setting_of_a_suite_is_one_that_exists(suite):
-    made = quality_suites.units(suite, quick=False)
-    assert len({unit.key for unit in made}) == len(made)
-    for unit in made:
+    contexts = quality_suites.units(suite, quick=False)
+    assert len({unit.key for unit in contexts}) == len(contexts)
+    for unit in contexts:
         quality._settings(unit)
         quality._scoring(unit)
 
@@ -142,7 +142,7 @@ def test_every_context_has_one_full_cache_to_be_paired_with(suite):
     assert all(len(set(each)) == len(each) for each in labels.values())
 
 
-def test_what_has_finished_is_known_by_its_key(tmp_path):
+def test_finished_units_are_found_by_key(tmp_path):
     parts = tmp_path / "quality-text.parts.jsonl"
     assert quality.finished(parts) == {}
     first, second = quality_suites.units("text", quick=True)[:2]

@@ -1,4 +1,4 @@
-"""The text tasks ask what their documents hold, of the length asked for, and score what must be read there."""
+"""Text tasks: documents have the requested length and hold the answers, and what is scored must be read in them."""
 
 from __future__ import annotations
 
@@ -98,13 +98,13 @@ def test_answers_are_cut_into_tokens_as_text_is(tokenizer, task):
 
 
 @pytest.mark.parametrize("task", HIDING)
-def test_what_is_scored_is_not_in_the_question(tokenizer, task):
+def test_the_scored_text_is_not_in_the_question(tokenizer, task):
     case = text_tasks.make_case(task, tokenizer, 2048, 0)
     for question in case.questions:
         prompt = tokenizer.decode(question.prompt_ids)
         texts = scored_text(tokenizer, question).values()
         assert all(character.isdigit() for text in texts for character in text)
-        if task != "needle":  # whose steps are single digits
+        if task != "needle":  # a step of it is a single digit
             assert not any(text in prompt for text in texts)
 
 
@@ -120,7 +120,7 @@ def test_a_chain_goes_from_pair_to_pair(tokenizer):
         reached = {}
         for hop in range(1, text_tasks.HOPS + 1):
             key = reached[hop] = pairs[key]
-        del reached[1]  # the prefill's
+        del reached[1]  # comes from the prefill
         assert scored_text(tokenizer, question) == reached
         assert len(set(reached.values())) == len(reached)
     assert len(starts) == len(case.questions)

@@ -134,8 +134,8 @@ def test_a_prompt_that_ends_in_a_single_token_is_prefilled_when_its_length_is_kn
     tiers = tieredkv.TierConfig(
         **tier_options(gpu_kv_gb=cap_share(llama, ids.shape[1], 1.0), chunk_tokens=8, text_window=16)
     )
-    made = TieredCache(llama.config, tiers, max_new_tokens=4, prompt_tokens=ids.shape[1])
-    with torch.no_grad(), tieredkv.use_attention(llama), made as cache:
+    cache = TieredCache(llama.config, tiers, max_new_tokens=4, prompt_tokens=ids.shape[1])
+    with torch.no_grad(), tieredkv.use_attention(llama), cache:
         for part in ids.split(chunk, dim=1):
             logits = llama(part, **cache_argument(cache)).logits[:, -1]
         assert not cache.sealed
@@ -196,8 +196,8 @@ def test_the_host_tier_keeps_no_autograd_graph(llama, prompt_ids):
 
 def test_a_fault_in_the_last_layers_step_is_noticed(llama, long_ids, monkeypatch):
     tiers = tieredkv.TierConfig(**tier_options(**pressed(llama, 900, 0.4), chunk_tokens=8, text_window=16, theta=2))
-    made = TieredCache(llama.config, tiers, max_new_tokens=8)
-    with torch.no_grad(), tieredkv.use_attention(llama), made as cache:
+    cache = TieredCache(llama.config, tiers, max_new_tokens=8)
+    with torch.no_grad(), tieredkv.use_attention(llama), cache:
         llama(long_ids, **cache_argument(cache))
         llama(long_ids[:, :1], **cache_argument(cache))
         last = cache.tiered_layers[-1].sealed

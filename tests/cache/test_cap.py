@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import assert_near, cap_share, pressed, tier_options
+from helpers import assert_near, cap_share, digest_nbytes, pressed, tier_options
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -55,11 +55,9 @@ def test_the_ledger_counts_every_byte_of_pool_and_digests(llama, long_ids):
         held = cache.ledger.by_purpose()
         layers = [layer.sealed for layer in cache.tiered_layers]
         assert held["pool"] == cache.device_tier.pools[0].pages.nbytes + cache.device_tier.pools[0].scales.nbytes
-        assert held["digests"] == sum(
-            s.retrieval.ranking.nbytes for s in layers if s.retrieval is not None and s.retrieval.ranking is not None
-        )
+        assert held["digests"] == sum(digest_nbytes(s.retrieval) for s in layers if s.retrieval is not None)
         tables = sum(t.numel() * 4 for s in layers for t in (s.pages.table, s.pages.lengths))
-        tables += sum(s.retrieval.residency.nbytes for s in layers if len(s.dynamic))
+        tables += sum(t.nbytes for s in layers if len(s.dynamic) for t in vars(s.retrieval.residency).values())
         tables += layers[0].phase.chunk_mass.nbytes + sum(s.pages.packing.norms.nbytes for s in layers)
         assert held["tables"] == tables
         assert set(held) <= {"pool", "digests", "tables"}
@@ -81,9 +79,9 @@ def test_the_host_tier_holds_every_prompt_token_exactly(llama, long_ids):
     ):
         llama.generate(long_ids, **cache_argument(cache), max_new_tokens=9, do_sample=False)
         for ours, theirs in zip(cache.tiered_layers, stock.layers, strict=True):
-            held = ours.host.chunks()
-            assert_near(held[:, :, 0].flatten(1, 2)[:, :900], theirs.keys[0])
-            assert_near(held[:, :, 1].flatten(1, 2)[:, :900], theirs.values[0])
+            chunks = ours.host.chunks()
+            assert_near(chunks[:, :, 0].flatten(1, 2)[:, :900], theirs.keys[0])
+            assert_near(chunks[:, :, 1].flatten(1, 2)[:, :900], theirs.values[0])
 
 
 @given(st.data())
@@ -104,7 +102,6 @@ def test_pool_and_tables_stay_sound_while_decoding(llama, long_ids, data):
         for step in range(12):
             llama(long_ids[:, step : step + 1], **cache_argument(cache))
             cache.finish()
-            cache.device_tier.pools[0].check_integrity()
             for layer in cache.tiered_layers:
                 sealed = layer.sealed
                 if not len(sealed.dynamic):
@@ -163,7 +160,7 @@ def test_closing_frees_both_tiers(llama, prompt_ids):
 @pytest.mark.parametrize("share", [0.6, 1.0, 1.07, 1.4])
 @pytest.mark.parametrize("chunk", [900, 200])
 def test_a_prompt_of_known_length_is_served_whatever_stays_on_the_device(llama, long_ids, share, chunk):
-    """A layer that sees its first token after the residents made way for the scores must keep none."""
+    """A layer that sees its first token after the residents were dropped for the scores must keep none."""
     stock = llama(long_ids).logits[:, -1]
     with (
         tieredkv.use_attention(llama),

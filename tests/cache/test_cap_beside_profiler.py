@@ -17,13 +17,14 @@ from helpers import cap_share, tier_options
 
 import tieredkv
 from tieredkv.cache import prefill
-from tieredkv.cache.context_digests import ContextDigests
 from tieredkv.cache.looks import Looks
 from tieredkv.cache.question import CONTEXT, Question
 from tieredkv.cache.tiered_cache import TieredCache
+from tieredkv.config import TierConfig
 from tieredkv.environment.versions import cache_argument
-from tieredkv.memory.host import HostLayer
 from tieredkv.memory.ledger import DeviceLedger
+from tieredkv.models.kv_shape import KVShape
+from tieredkv.planning.prefill_plan import digesting_bytes
 from tieredkv.policy.digests import DIGESTS, Fitted
 
 PROMPT, QUESTION = 2000, 80
@@ -57,7 +58,7 @@ CASES = {
 PARTS = "question", "steps", "several tokens"
 MOMENTS = "held in prefill", "held in a step", "held"
 MOST = {"scores": 3.0, "ranking": 3.0, "scratch": 1.6, "ranked ahead": 3.0}
-"""How many times what a phase allocates may be counted for it: tensors are counted that are not all there at once."""
+"""Upper bound of counted over allocated bytes: some counted tensors do not exist at the same time."""
 
 
 # ---- names inside the package that this file depends on
@@ -74,7 +75,7 @@ def work(model: Any, cache: TieredCache, profiled: Callable[[str], Any]) -> None
     ids = torch.randint(0, 97, (1, PROMPT), generator=torch.Generator().manual_seed(0))
     cache.expect(CONTEXT)
     model(ids[:, :-QUESTION], **cache_argument(cache))
-    cache.settle()  # makes the digests, which are on the host
+    cache.settle()  # digests the context; digests are on the host
     cache.expect(Question(max_new_tokens=20, looks=Looks(cache.tiers.chunk_tokens)))
     with profiled("question"):
         model(ids[:, -QUESTION:], **cache_argument(cache))
@@ -92,7 +93,7 @@ SCORING = (prefill, "score_text_rows")
 
 
 def digest_of(kind: str, keys: torch.Tensor, bits: int) -> Callable[[], torch.Tensor]:
-    """A call that makes the digests of chunks of keys `(K, n, C, D)`."""
+    """A function that digests chunks of keys `(K, n, C, D)`."""
     digest, tokens = DIGESTS[kind](keys.shape[-1], keys.shape[2], bits), keys.flatten(1, 2).float()
     fitted = digest.fit(tokens.mT @ tokens, tokens) if digest.needs_fit else Fitted()
     return lambda: digest.make(keys, fitted)
@@ -101,8 +102,8 @@ def digest_of(kind: str, keys: torch.Tensor, bits: int) -> Callable[[], torch.Te
 def counted_for_digesting(chunks: torch.Tensor) -> int:
     """What a card's ledger counts for digesting chunks `(K, n, 2, C, D)`."""
     heads, count, _, c, d = chunks.shape
-    host = HostLayer(heads, d, c, chunks.dtype)
-    return ContextDigests(None, host, torch.device("cpu"))._scratch_bytes(count)
+    shape = KVShape(1, heads, heads, d, chunks.dtype.itemsize)
+    return digesting_bytes(shape, TierConfig(chunk_tokens=c), count)
 
 
 # ---- measuring
@@ -114,7 +115,7 @@ class Block:
 
     name: str
     counted: int
-    """Bytes that the ledger counts for it; of a moment, all that it counts."""
+    """Bytes that the ledger counts for it; for a moment, all bytes that it counts."""
     before: int
     """Bytes allocated when it began, since the profiler was started."""
     live: int = 0
@@ -138,8 +139,8 @@ def moment(name: str, counted: int) -> None:
 
 @contextmanager
 def profiling(done: list[Block]) -> Iterator[None]:
-    """Adds to `done` the blocks of what the calling thread does that are in no other block."""
-    gc.disable()  # what it frees was not allocated by this
+    """Adds to `done` the outermost blocks of the calling thread."""
+    gc.disable()  # what it frees was allocated elsewhere
     try:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             yield
@@ -153,23 +154,23 @@ def profiling(done: list[Block]) -> Iterator[None]:
             events.append((event.start_ns(), allocates, "", event.nbytes()))
         elif name:
             events += [(event.start_ns(), begins, name, int(counted)), (event.end_ns(), ends, name, 0)]
-    total, begun = 0, []
+    total, open_blocks = 0, []
     for _, kind, name, nbytes in sorted(events, key=lambda event: event[:2]):
         if kind == begins:
-            begun.append(Block(name, nbytes, total))
+            open_blocks.append(Block(name, nbytes, total))
         elif kind == ends:
-            last = begun.pop()
-            if begun:
-                begun[0].followed = True
+            last = open_blocks.pop()
+            if open_blocks:
+                open_blocks[0].followed = True
             else:
                 done.append(last)
         else:
             total += nbytes
-            if begun:
-                outer, counted = begun[0], sum(one.counted for one in begun)
+            if open_blocks:
+                outer, counted = open_blocks[0], sum(one.counted for one in open_blocks)
                 outer.live += nbytes
                 outer.allocated = max(outer.allocated, outer.live)
-                if len(begun) > 1 or not outer.followed:  # between the steps of several tokens, pages are packed
+                if len(open_blocks) > 1 or not outer.followed:  # between the steps of several tokens, pages are packed
                     outer.uncounted = max(outer.uncounted, outer.live - counted)
 
 
@@ -228,9 +229,9 @@ def measured() -> dict[tuple[str, str], list[Block]]:
 def test_scratch_is_counted_and_not_several_times(measured, case):
     blocks = [one for part in PARTS for one in measured[case, part] if one.name in MOST]
     for purpose in {one.name for one in blocks}:
-        of_purpose = [one for one in blocks if one.name == purpose]
-        assert max(one.uncounted for one in of_purpose) == 0, purpose
-        largest = max(of_purpose, key=lambda one: one.allocated)
+        same = [one for one in blocks if one.name == purpose]
+        assert max(one.uncounted for one in same) == 0, purpose
+        largest = max(same, key=lambda one: one.allocated)
         assert largest.counted <= MOST[purpose] * largest.allocated, purpose
 
 
@@ -241,28 +242,28 @@ def test_every_purpose_of_scratch_was_measured(measured):
 @pytest.mark.parametrize("case", [name for name, case in CASES.items() if case.share == AMPLE])
 def test_what_the_past_is_staged_in_is_counted(measured, case):
     """Not counted are the activations of the question's tokens, here less than one buffer."""
-    held = [one for one in measured[case, "question"] if one.name == "held in prefill"]
-    assert held
-    for one in held:
+    moments = [one for one in measured[case, "question"] if one.name == "held in prefill"]
+    assert moments
+    for one in moments:
         assert one.counted <= one.before <= one.counted + 900_000
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_what_a_sealed_cache_holds_is_counted_and_nothing_else(measured, case):
     """Pool, digests, tables; not counted are a few numbers of each head: how many chunks it chose, missed, fetched."""
-    held = [one for one in measured[case, "steps"] if one.name == "held"]
-    assert len(held) == 2
+    moments = [one for one in measured[case, "steps"] if one.name == "held"]
+    assert len(moments) == 2
     uncounted = 3500 if "reused" in case else 2500
-    for one in held:
+    for one in moments:
         assert one.counted <= one.before <= one.counted + uncounted
 
 
 @pytest.mark.parametrize("case", [name for name in CASES if name.startswith("sketches")])
 def test_what_a_step_keeps_until_it_has_attended_is_counted(measured, case):
     """The logits that sketches gave, from which evidence is recorded. Not counted are activations of one token."""
-    held = [one for one in measured[case, "steps"] if one.name == "held in a step"]
-    assert held
-    for one in held:
+    moments = [one for one in measured[case, "steps"] if one.name == "held in a step"]
+    assert moments
+    for one in moments:
         assert one.before <= one.counted + 12_000
 
 

@@ -38,7 +38,7 @@ def test_going_back_undoes_what_was_counted(llama, long_ids, cache):
     assert cache.counters.selected == int(most)
 
 
-def test_going_back_forgets_a_step_that_broke_off(llama, long_ids, cache, monkeypatch):
+def test_going_back_forgets_a_step_that_was_interrupted(llama, long_ids, cache, monkeypatch):
     position = cache.decoding.position()
     with monkeypatch.context() as patch:
         patch.setattr(cache.tiered_layers[1].sealed, "step", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))

@@ -69,7 +69,7 @@ def test_residents_keep_what_fits_and_nothing_after_a_gap():
     assert torch.equal(resident.keys[0, :, 0], torch.tensor([0.0, 2.0, 4.0, 0.0]))
 
 
-def test_copies_are_those_that_were_given(llama):
+def test_copies_given_by_the_caller_are_used(llama):
     copies = LateCopies()
     assert DeviceTier(TierConfig(), llama.config, copies=copies).copies is copies
     assert isinstance(DeviceTier(TierConfig(), llama.config).copies, ThreadCopies)

@@ -1,4 +1,4 @@
-"""Budget >= prompt: the logits of stock transformers (sdpa, full cache). Everything else leans on this."""
+"""Budget >= prompt: the logits of stock transformers (sdpa, full cache). Everything else depends on this."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_bf16_stays_within_its_rounding(video_model, processor, frames):
 
 @pytest.mark.parametrize("known", [0, 900], ids=["all staged", "partly resident"])
 def test_delayed_copies_change_nothing(llama, long_ids, known, monkeypatch):
-    """Staged and written back at random moments, no block is read too early or overwritten too soon."""
+    """With copies at random moments, no block is read too early or overwritten too soon."""
     import random
     import time
 

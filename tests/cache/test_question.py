@@ -1,4 +1,4 @@
-"""What a cache is told of the tokens that follow: which are scored, and when it seals itself."""
+"""Questions: which of the tokens that follow are scored, and when the cache seals itself."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_only_the_call_that_may_be_the_last_is_scored(question, past, new, rows)
 @pytest.mark.parametrize(
     "fields", [{"max_new_tokens": -1}, {"prompt_tokens": 2.5}, {"rows": -3}, {"prompt_tokens": None}], ids=str
 )
-def test_counts_that_are_none_are_refused(fields):
+def test_invalid_counts_are_refused(fields):
     with pytest.raises(OptionError, match=f"{next(iter(fields))}=.*whole number of at least 0"):
         Question(**fields)
 

@@ -31,7 +31,7 @@ def test_the_first_step_reuses_nothing(reuse):
     assert torch.equal(own, ranks)
 
 
-def test_a_head_whose_query_stays_takes_the_chunks_of_the_step_before(reuse):
+def test_a_head_whose_query_stays_reuses_the_previous_chunks(reuse):
     ranks, chosen, query = torch.rand(2, 5), torch.rand(2, 5) < 0.5, torch.randn(2, 3, 8)
     reuse.ranks(ranks, query, chosen)
     changed = torch.stack((query[0] * 1.1, -query[1]))
@@ -41,7 +41,7 @@ def test_a_head_whose_query_stays_takes_the_chunks_of_the_step_before(reuse):
     assert torch.equal(own[1], ranks[1])
 
 
-def test_a_query_is_compared_with_that_of_the_step_before_and_no_earlier_one(reuse):
+def test_a_query_is_compared_with_the_previous_one_and_no_earlier_one(reuse):
     ranks, chosen, first, second = torch.rand(2, 5), torch.ones(2, 5).bool(), torch.ones(2, 3, 8), -torch.ones(2, 3, 8)
     reuse.ranks(ranks, first, chosen)
     assert not reuse.ranks(ranks, second, chosen)[1].any()

@@ -24,7 +24,7 @@ TOKENS = 400
 
 
 def rows(focused: list[bool], count: int) -> TextRows:
-    """Of heads that look at one old token, or at all alike."""
+    """Rows of heads that attend to one old token (`focused`), or evenly to all."""
     halves = torch.full((2, len(focused), TOKENS), 1 / TOKENS)
     for head, one in enumerate(focused):
         if one:

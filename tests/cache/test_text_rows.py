@@ -1,13 +1,16 @@
-"""What the question's rows decide at the seal, and what a step takes from the step before."""
+"""What the question's rows decide at the seal, and what a step reuses of the previous step."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from helpers import tier_options
 
 import tieredkv
+from tieredkv.cache import prefill
 from tieredkv.cache.counters import Counters
 from tieredkv.cache.prefill import TextRows
 from tieredkv.cache.question import Question
@@ -30,15 +33,17 @@ def decode(
 ) -> Counters:
     """Counters, with a trace, of `tokens` decoded one by one after a prompt.
 
-    attention `(L, K, N)`: what the rows are said to pay each token; None: what they do pay.
+    attention `(L, K, N)`: stands in for the rows' attention to each token; None: their real attention.
     """
     tiers = settings(fields)
     with torch.no_grad(), tieredkv.use_attention(model), TieredCache(model.config, tiers) as cache:
         cache.expect(Question(trace=True))
-        model(ids, **cache_argument(cache))
-        if attention is not None:
-            for layer, paid in zip(cache.tiered_layers, attention, strict=True):
-                layer.rows = TextRows(torch.ones(paid.shape[0]), paid.expand(2, -1, -1), 32)
+        rows = [
+            TextRows(torch.ones(len(paid)), paid.expand(2, -1, -1), 32)
+            for paid in (() if attention is None else attention)
+        ]
+        with patch.object(prefill, "score_text_rows", side_effect=rows) if rows else nullcontext():
+            model(ids, **cache_argument(cache))
         cache.seal()
         for token in tokens:
             model(torch.tensor([[token]]), **cache_argument(cache))
@@ -67,7 +72,7 @@ def test_the_pool_begins_with_the_chunks_that_rows_looked_at_most(llama, long_id
 
 
 def chunks_chosen(counters: Counters) -> tuple[int, int]:
-    """By each of two heads in a step; the same in every layer."""
+    """Number chosen by each of two heads in a step; the same in every layer."""
     first, second = {tuple((step.first_token >= 0).sum(1).tolist()) for step in counters.trace}.pop()
     return first, second
 
@@ -94,12 +99,12 @@ def test_no_dynamic_head_chooses_few_chunks_however_narrow_its_attention(llama, 
 
 
 def cosines(counters: Counters) -> torch.Tensor:
-    """Of each step's query with the one before, `(steps - 1, L, K)`: mean over the group."""
+    """Cosine of each step's query with the previous one, `(steps - 1, L, K)`: mean over the group."""
     queries = torch.stack([step.query for step in counters.trace]).unflatten(0, (-1, 3))
     return torch.cosine_similarity(queries[1:], queries[:-1], dim=-1).mean(-1)
 
 
-def test_a_head_reuses_its_chunks_where_its_query_is_like_that_of_the_step_before(llama, long_ids):
+def test_a_head_reuses_its_chunks_where_its_query_is_like_the_previous_one(llama, long_ids):
     fields = {"policy": "arkvale", "budget_ratio": 0.2, "tokens": (50, 51, 51, 52, 50, 50, 53)}
     middle = float(cosines(decode(llama, long_ids, **fields)).median())
     counters = decode(llama, long_ids, **fields, reuse_above=middle)

@@ -107,9 +107,9 @@ def test_bad_use_of_a_session_is_one_sentence(monkeypatch, capsys, short_video, 
     bad = {
         "no such file; give a video too": [question, "--session", str(tmp_path / "gone.tkv")],
         "keeps the sampling it was saved with: leave out --fps": [question, "--session", str(kept), "--fps", "2"],
-        "is a session of another video": [str(write_other(tmp_path)), question, "--session", str(kept)],
+        "was saved for another video": [str(write_other(tmp_path)), question, "--session", str(kept)],
         "is cut short": [question, "--session", str(tmp_path / "cut.tkv")],
-        "not a file of tieredkv": [question, "--session", __file__],
+        "is not a tieredkv file": [question, "--session", __file__],
         "there is no folder": [str(short_video), question, "--session", "/nowhere/at/all.tkv"],
         "give a video and a question": [question],
         "takes one video and one question, got 3": [str(short_video), "what", "colour"],
@@ -180,7 +180,7 @@ def test_help_fits_a_screen_and_shows_an_example(monkeypatch, capsys, command):
     assert "\n  Example: tieredkv " + " ".join(command) in out
 
 
-def test_every_command_is_held_to_its_help():
+def test_the_help_of_every_command_is_checked():
     names = {command.name for command in cli.app.registered_commands}
     assert names == {name for command in COMMANDS for name in command}
 
@@ -256,7 +256,7 @@ def test_an_answer_is_printed_even_if_the_session_cannot_be_saved(monkeypatch, c
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_extreme_values_are_one_sentence(monkeypatch, capsys, short_video, tmp_path, arguments, message):
+def test_extreme_values_give_one_sentence(monkeypatch, capsys, short_video, tmp_path, arguments, message):
     monkeypatch.chdir(tmp_path)
     code, out, err = run(monkeypatch, capsys, *[str(short_video) if a == "VIDEO" else a for a in arguments])
     assert (code, out) == (2, "")
@@ -329,7 +329,7 @@ def run(**options):
     print("ready", flush=True)
     signal.pause()
 
-sys.modules["tieredkv.demo.run"] = types.SimpleNamespace(run=run)  # the true one imports torch, which takes its time
+sys.modules["tieredkv.demo.run"] = types.SimpleNamespace(run=run)  # the real one imports torch, which is slow
 tieredkv.cli.main()
 """
     command = [sys.executable, "-c", code, "demo"]

@@ -56,8 +56,8 @@ def test_from_a_pipe_only_answers_are_printed_and_each_is_that_of_chat(monkeypat
 def test_as_json_each_answer_is_one_object(monkeypatch, capsys, short_video):
     code, out, _ = piped(monkeypatch, capsys, f"{MOON}\n{CUP}\n", str(short_video), "--fps", "4", "--json")
     assert code == 0
-    made = [json.loads(line) for line in out.splitlines()]
-    assert [{"text", "token_ids", "hit_rate"} <= row.keys() for row in made] == [True, True]
+    objects = [json.loads(line) for line in out.splitlines()]
+    assert [{"text", "token_ids", "hit_rate"} <= row.keys() for row in objects] == [True, True]
 
 
 def test_a_question_that_fails_says_why_in_one_line_and_the_next_is_answered(monkeypatch, capsys, short_video):

@@ -30,9 +30,9 @@ def test_options_precede_the_environment_the_file_and_the_default_in_this_order(
     assert planned(monkeypatch, capsys)["new_tokens"] == 7
     monkeypatch.setenv("TIEREDKV_MAX_NEW_TOKENS", "8")
     assert planned(monkeypatch, capsys)["new_tokens"] == 8
-    made = planned(monkeypatch, capsys, "--max-new-tokens", "9")
-    assert made["new_tokens"] == 9
-    assert made["cap_bytes"] == GIB
+    plan = planned(monkeypatch, capsys, "--max-new-tokens", "9")
+    assert plan["new_tokens"] == 9
+    assert plan["cap_bytes"] == GIB
 
 
 def test_every_key_is_an_option_and_a_variable(monkeypatch, capsys, file, short_video):

@@ -45,13 +45,13 @@ def test_answers_are_those_of_ask_and_what_fails_makes_the_exit_code_1(
     assert (code, out) == (1, "")
     assert err.count("ingest: 100%") >= 1
     assert err.splitlines()[-1] == f"{file}: 3 answered, 2 failed: --resume --retry-errors asks again."
-    made = rows(file)
-    assert made["none"]["error"].endswith("gone.mp4: no such file.")
-    assert "the prompt is empty" in made["fish"]["error"]
+    answers = rows(file)
+    assert answers["none"]["error"].endswith("gone.mp4: no such file.")
+    assert "the prompt is empty" in answers["fish"]["error"]
     with tieredkv.open_session(tieredkv.tiny.model.PATH, short_video, fps=4) as session:
         for shape in ("moon", "cup", "triangle"):
-            assert made[shape]["text"] == session.ask(f"what colour was the {shape} ?").text
-    assert {"token_ids", "kv_device_peak_bytes", "ttft_s"} <= made["moon"].keys()
+            assert answers[shape]["text"] == session.ask(f"what colour was the {shape} ?").text
+    assert {"token_ids", "kv_device_peak_bytes", "ttft_s"} <= answers["moon"].keys()
 
 
 @pytest.mark.model
@@ -66,7 +66,7 @@ def test_resuming_a_finished_run_loads_nothing(monkeypatch, capsys, questions, t
 
     monkeypatch.setattr("tieredkv.models.loading.load", not_again)
     code, _, err = run(monkeypatch, capsys, *arguments, "--resume")
-    assert code == 1  # what failed still has no answer
+    assert code == 1  # failed questions still have no answer
     assert "3 answered, 2 failed" in err
     assert file.read_bytes() == before
 
@@ -125,13 +125,13 @@ def test_half_a_character_is_the_error_of_its_own_line(monkeypatch, capsys, shor
     file.write_text("".join(json.dumps(row) + "\n" for row in asked))
     code, _, err = run(monkeypatch, capsys, "run", str(file), "-o", str(out), "--fps", "4")
     assert (code, "Traceback" in err) == (1, False)
-    made = rows(out)
-    assert [row["id"] for row in asked if "text" in made[row["id"]]] == ["before", "odd name", "after"]
-    assert "half a character" in made["half \ud83d"]["error"]
-    assert "a null character" in made["null"]["error"]
-    assert "no such file" in made["no name"]["error"]
+    answers = rows(out)
+    assert [row["id"] for row in asked if "text" in answers[row["id"]]] == ["before", "odd name", "after"]
+    assert "half a character" in answers["half \ud83d"]["error"]
+    assert "a null character" in answers["null"]["error"]
+    assert "no such file" in answers["no name"]["error"]
     again = run(monkeypatch, capsys, "run", str(file), "-o", str(out), "--fps", "4", "--resume")
-    assert (again[0], len(out.read_text().splitlines())) == (1, 6)  # what was written is taken for what was asked
+    assert (again[0], len(out.read_text().splitlines())) == (1, 6)  # the lines written match their questions
 
 
 @pytest.mark.model
@@ -141,9 +141,9 @@ def test_a_question_that_needs_too_much_is_its_own_error(monkeypatch, capsys, sh
     arguments = ["run", str(tmp_path / "questions.jsonl"), "-o", str(tmp_path / "answers.jsonl")]
     code, _, _ = run(monkeypatch, capsys, *arguments, "--gpu-kv-gb", "0.01")
     assert code == 1
-    made = rows(tmp_path / "answers.jsonl")
-    assert "text" in made[4]
-    assert "gpu_kv_gb" in made[100_000]["error"]
+    answers = rows(tmp_path / "answers.jsonl")
+    assert "text" in answers[4]
+    assert "gpu_kv_gb" in answers[100_000]["error"]
 
 
 KILLED = """
@@ -179,7 +179,7 @@ def test_killed_while_the_model_answers_each_question_is_answered_once(monkeypat
     assert not file.read_bytes().endswith(b"\n")
     assert file.read_bytes().count(b"\n") == 4
     assert run(monkeypatch, capsys, *arguments)[0] == 0
-    made = [json.loads(line) for line in file.read_text().splitlines()]
-    assert len(made) == len({row["id"] for row in made}) == 12
-    assert Counter(row["question"] for row in made) == Counter(row["question"] for row in asked)
-    assert len({(row["question"], row["text"]) for row in made}) == 4
+    answers = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(answers) == len({row["id"] for row in answers}) == 12
+    assert Counter(row["question"] for row in answers) == Counter(row["question"] for row in asked)
+    assert len({(row["question"], row["text"]) for row in answers}) == 4

@@ -10,9 +10,9 @@ from tieredkv.demo.answers import right_hops, right_words
 from tieredkv.demo.run import run
 from tieredkv.errors import OutputError
 from tieredkv.storage import atomic
-from tieredkv.tiny.scene import Question
+from tieredkv.tiny.scene import SceneQuestion
 
-CHAIN = Question("follow the star for 2 ?", ("f", "heart", "k", "moon"), "chain", ((0, 1),) * 4)
+CHAIN = SceneQuestion("follow the star for 2 ?", ("f", "heart", "k", "moon"), "chain", ((0, 1),) * 4)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ TORCH = {"version": "2.15.0+cpu"}
 
 
 def test_every_check_is_ok_on_a_working_machine():
-    made = [
+    results = [
         checks.python((3, 12, 1)),
         checks.library("torch", TORCH),
         checks.torchvision({"version": "0.26.0"}, TORCH),
@@ -46,8 +46,8 @@ def test_every_check_is_ok_on_a_working_machine():
         checks.codecs({"h264": True, "hevc": True}),
         checks.matplotlib("pytest"),
     ]
-    assert {check.state for check in made} == {"ok"}
-    assert {check.remedy for check in made} == {""}
+    assert {check.state for check in results} == {"ok"}
+    assert {check.remedy for check in results} == {""}
 
 
 BROKEN = {
@@ -92,10 +92,10 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize(("check", "state", "said"), BROKEN.values(), ids=BROKEN)
-def test_a_fault_is_reported_with_what_to_do(check, state, said):
+@pytest.mark.parametrize(("check", "state", "text"), BROKEN.values(), ids=BROKEN)
+def test_a_fault_is_reported_with_what_to_do(check, state, text):
     assert check.state == state
-    assert said in str(check)
+    assert text in str(check)
     assert check.remedy
     assert "\n" not in str(check)
 
@@ -136,18 +136,23 @@ def test_the_command_prints_a_line_per_check_and_exits_with_1_if_there_is_a_prob
     found.append(checks.Check("torch", "problem", "not installed", "install it"))
     code, out, _ = run(monkeypatch, capsys, "doctor", "--json")
     assert code == 1
-    made = json.loads(out)
-    assert made["problems"] == 1
-    assert made["checks"][2] == {"name": "torch", "state": "problem", "found": "not installed", "remedy": "install it"}
+    report = json.loads(out)
+    assert report["problems"] == 1
+    assert report["checks"][2] == {
+        "name": "torch",
+        "state": "problem",
+        "found": "not installed",
+        "remedy": "install it",
+    }
 
 
 @pytest.mark.subprocess
 def test_this_machine_is_examined(monkeypatch, capsys):
     code, out, _ = run(monkeypatch, capsys, "doctor", "--json")
-    made = json.loads(out)
+    report = json.loads(out)
     names = "python torch torchvision transformers card triton link page-locked memory codecs matplotlib".split()
-    assert [check["name"].split()[-1] for check in made["checks"]] == names
-    assert code == (1 if made["problems"] else 0)
+    assert [check["name"].split()[-1] for check in report["checks"]] == names
+    assert code == (1 if report["problems"] else 0)
     assert {"ok"} == {
-        check["state"] for check in made["checks"] if check["name"] in ("python", "torch", "transformers")
+        check["state"] for check in report["checks"] if check["name"] in ("python", "torch", "transformers")
     }

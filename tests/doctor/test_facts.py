@@ -21,7 +21,7 @@ SMI = {
 
 
 def library(folder: Path, name: str, text: str) -> None:
-    """A library of that name that does `text` when it is imported, found before the true one."""
+    """A fake library that runs `text` when it is imported, found before the real one."""
     (folder / name).mkdir()
     (folder / name / "__init__.py").write_text(text)
 
@@ -29,7 +29,7 @@ def library(folder: Path, name: str, text: str) -> None:
 @pytest.fixture
 def beside(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    library(tmp_path, "torch", "")  # nothing here needs the true one, which takes its time
+    library(tmp_path, "torch", "")  # the real one is slow to import and not needed here
     return tmp_path
 
 
@@ -50,7 +50,7 @@ def test_a_library_that_crashes_is_named_and_earlier_facts_are_kept(beside):
     found = facts.probe()
     assert "version" in found["torch"]
     assert found["torchvision"] == {"error": "importing it crashed (SIGSEGV)"}
-    assert found["cuda"] == {"error": "not known, after the one that crashed"}
+    assert found["cuda"] == {"error": "unknown, because an earlier import crashed"}
 
 
 def test_a_missing_library_is_reported_as_not_installed():

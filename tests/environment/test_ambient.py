@@ -187,7 +187,7 @@ def test_a_default_dtype_changes_no_answer_of_any_family(name, few, positions):
 
 
 def test_every_tensor_that_the_package_creates_names_its_dtype_and_device():
-    """So that torch's defaults, which scripts may set, decide nothing."""
+    """Otherwise torch's defaults, which scripts may set, would change results."""
     makers = ("empty", "zeros", "ones", "full", "eye", "tensor", "as_tensor", "linspace", "arange", "rand", "randn")
     training = {"train.py", "train_decoder.py", "train_vision.py", "evaluate.py"}
     missing = []

@@ -23,7 +23,7 @@ from tieredkv.errors import TieredKVError
 from tieredkv.memory.copies import ThreadCopies
 from tieredkv.models.switch import use_attention
 from tieredkv.session.pipeline import Pipeline
-from tieredkv.video.frames import Sampling
+from tieredkv.video.sampling import Sampling
 
 QUESTION = "what colour was the star ?"
 OPTIONS = {"max_new_tokens": 4, "min_new_tokens": 4}

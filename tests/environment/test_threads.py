@@ -12,7 +12,7 @@ from tieredkv.environment import threads
 
 @pytest.fixture
 def two_threads():
-    """torch with two threads on any machine."""
+    """torch set to two threads, on any machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def versions() -> ModuleType:
-    """`.ci/versions.py`, which the sdist does not carry."""
+    """`.ci/versions.py`, which the sdist does not contain."""
     path = ROOT / ".ci" / "versions.py"
     if not path.exists():
         pytest.skip("not in a checkout: .ci/versions.py is not here")

@@ -36,14 +36,14 @@ GRID = VideoGrid(steps=40, rows=1, columns=4, seconds_per_step=0.5)
 
 def heat(**steps: float) -> torch.Tensor:
     """40 steps, of which those named (`s7=1.0`) are warm."""
-    made = torch.zeros(40)
+    values = torch.zeros(40)
     for name, value in steps.items():
-        made[int(name[1:])] = value
-    return made
+        values[int(name[1:])] = value
+    return values
 
 
-def moments(made: torch.Tensor, start: float = 0.0, length: float = 20.0):
-    return find_moments(made, start, start + length, 0.5)
+def moments(values: torch.Tensor, start: float = 0.0, length: float = 20.0):
+    return find_moments(values, start, start + length, 0.5)
 
 
 # ---- tokens and steps
@@ -106,32 +106,32 @@ def test_a_last_step_that_is_cut_short_ends_with_the_video():
 
 
 def looks_of(question: torch.Tensor, steps: list[torch.Tensor]) -> Looks:
-    """Rows over chunks of one step each, behind a head of one chunk."""
+    """Rows over chunks of one step each, after a head of one chunk."""
     looks = Looks(4)
     looks.question, looks.steps = question, steps
     looks.begin_answer(0, 2)
     return looks
 
 
-def told(looks: Looks, tokens: int):
+def evidence_of(looks: Looks, tokens: int):
     return collect(looks, 9, 2, 4, GRID, (0.0, 20.0), tokens, True)
 
 
 def row(*places: int) -> torch.Tensor:
     """Attention over 41 chunks: the head's and one of each step."""
-    made = torch.full((41,), 0.01)
-    made[[place + 1 for place in places]] = 1.0
-    return made
+    attention = torch.full((41,), 0.01)
+    attention[[place + 1 for place in places]] = 1.0
+    return attention
 
 
 def test_attention_common_to_all_rows_of_the_question_is_not_evidence():
-    evidence = told(looks_of(torch.stack([row(30), row(30, 12), row(30)]), [row(30), row(30, 25)]), 2)
+    evidence = evidence_of(looks_of(torch.stack([row(30), row(30, 12), row(30)]), [row(30), row(30, 25)]), 2)
     assert sorted(moment.start for moment in evidence) == [6.0, 12.5]
     assert float(evidence.heat.sum()) == pytest.approx(1)
 
 
 def test_a_token_has_the_evidence_of_the_row_that_predicted_it():
-    evidence = told(looks_of(torch.stack([row(), row(3), row()]), [row(8), row(20)]), 2)
+    evidence = evidence_of(looks_of(torch.stack([row(), row(3), row()]), [row(8), row(20)]), 2)
     assert [[moment.start for moment in token] for token in evidence.tokens] == [[1.5], [4.0]]
 
 
@@ -172,11 +172,11 @@ def opened(video_model, processor, frames):
     def open_one(share=0.6, video=frames, **options):
         cap = cap_share(video_model, 2 * len(frames) + 40, share)
         settings = {"recent_window": 16, "theta": 0.4, **options}
-        made = tieredkv.open_session(
+        session = tieredkv.open_session(
             video_model, video, gpu_kv_gb=cap, processor=processor, fps=4, **tier_options(**settings)
         )
-        sessions.append(made)
-        return made
+        sessions.append(session)
+        return session
 
     yield open_one
     for session in sessions:
@@ -204,7 +204,7 @@ def test_recording_changes_no_logit_and_stays_under_the_cap(opened, settings, mo
         used.append(self.used_bytes)
 
     monkeypatch.setattr(ledger.DeviceLedger, "reserve", watched)
-    session.ask(QUESTION, max_new_tokens=1)  # the first may read the past in other blocks than those behind it
+    session.ask(QUESTION, max_new_tokens=1)  # the first question may read the past in other blocks than later ones
     seen = []
     for evidence in (False, True, "tokens"):
         record = RecordLogits()
@@ -220,7 +220,7 @@ def test_recording_changes_no_logit_and_stays_under_the_cap(opened, settings, mo
 
 @pytest.mark.parametrize("share", [0.6, 3.0])
 def test_steps_pay_at_most_all_of_their_attention(opened, monkeypatch, share):
-    """And where all is attended to, what is recorded and what goes to sinks and text add up to it."""
+    """If everything is attended to, what is recorded, sinks and text add up to all of it."""
     kept = []
     monkeypatch.setattr("tieredkv.evidence.moments.collect", lambda looks, *rest: kept.append(looks))
     session = opened(share=share, theta=2.0, sink_tokens=0)
@@ -233,23 +233,27 @@ def test_steps_pay_at_most_all_of_their_attention(opened, monkeypatch, share):
 
 
 def test_estimates_of_sketches_are_close_to_the_true_mass(opened, monkeypatch):
-    pairs = []
-    record = Retrieval.record_step
+    pairs, pages_of = [], {}
+    make, record = Retrieval.__init__, Retrieval.record_step
+
+    def with_pages(self, index, pages, *rest):
+        pages_of[self] = pages
+        make(self, index, pages, *rest)
 
     def both(self, query, scaling, lse):
-        mass, ledger = self._estimated._chunk_mass, self._estimated._ledger
-        pool, packing = self._fetching._pool, self._fetching._packing
+        mass = self._estimated._chunk_mass
         before = mass.clone()
         record(self, query, scaling, lse)
         estimated, mass[:] = mass - before, before
-        exact = ExactMass(self._heads, self.residency, pool, packing, mass, 8, 0, ledger, ranked=True)
+        exact = ExactMass(pages_of[self], self._heads, self.residency)
         exact.record(query, scaling, lse[self._heads])
         pairs.append((estimated, mass - before))
 
+    monkeypatch.setattr(Retrieval, "__init__", with_pages)
     monkeypatch.setattr(Retrieval, "record_step", both)
     opened(theta=2.0, digest_bits=8, pack_pages=False).ask(QUESTION, max_new_tokens=4)
-    told, exact = (torch.cat(part) for part in zip(*pairs, strict=True))
-    assert float(torch.corrcoef(torch.stack((told, exact)))[0, 1]) > 0.9
+    by_sketch, exact = (torch.cat(part) for part in zip(*pairs, strict=True))
+    assert float(torch.corrcoef(torch.stack((by_sketch, exact)))[0, 1]) > 0.9
 
 
 @pytest.mark.interpreter
@@ -305,29 +309,29 @@ def test_a_turn_of_a_conversation_has_the_rows_of_its_own_question(opened, monke
         session.chat(QUESTION, max_new_tokens=2)
     assert rows == [rows[0]] * 3
     assert rows[0] >= len(QUESTION.split())
-    session.ask("assistant", max_new_tokens=2)  # a word that stands behind every question too
+    session.ask("assistant", max_new_tokens=2)  # a word that also follows every question
     assert rows[-1] == rows[0] - session.template.tokenize(QUESTION).shape[1] + 1
 
 
 def test_evidence_of_another_kind_is_refused(opened, video_model, processor, frames):
     with pytest.raises(OptionError, match="evidence='all' is not valid: give True, False or 'tokens'"):
         opened().ask(QUESTION, evidence="all")
-    made = tieredkv.generate(
+    answer = tieredkv.generate(
         video_model, frames, QUESTION, 1, processor=processor, fps=4, max_new_tokens=2, evidence=False
     )
-    assert made.evidence is None
+    assert answer.evidence is None
 
 
-# ---- whether it tells the truth
+# ---- accuracy
 
 
 @pytest.mark.model
 @pytest.mark.slow
 @pytest.mark.parametrize("share", [0.1, 2.0])
 def test_the_card_that_an_answer_is_about_is_among_the_best_three_moments(tmp_path, share):
-    """Of correctly answered questions about an unseen video: for nine in ten the last card that was looked up is among
-    the best three moments of the token that named its letter or colour, and so on, as `benchmarks/evidence.py` counts.
-    Three moments are 12 s of the video's 510 at most."""
+    """Correctly answered questions about an unseen video, counted as in `benchmarks/evidence.py`: for nine in ten, the
+    last card looked up is among the best three moments of the token that named its letter or colour. Three moments are
+    at most 12 s of the video's 510."""
     seed, seconds = 1_000_420, 510
     scene = make_scene(seed, seconds, 12)
     model, processor = tiny.load()
@@ -342,9 +346,9 @@ def test_the_card_that_an_answer_is_about_is_among_the_best_three_moments(tmp_pa
 
 
 def test_a_benchmark_that_counts_hits_counts_misses():
-    made = moments(heat(s4=1.0))
-    assert benchmark.hits(made, (1.0, 2.1))
-    assert not benchmark.hits(made, (2.5, 9.0))
+    best = moments(heat(s4=1.0))
+    assert benchmark.hits(best, (1.0, 2.1))
+    assert not benchmark.hits(best, (2.5, 9.0))
     assert not benchmark.hits((), (0.0, 20.0))
 
 

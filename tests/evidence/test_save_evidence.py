@@ -81,7 +81,7 @@ def test_frames_without_their_rate_are_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["half \ud83d.png", "null \0.html"])
 def test_an_invalid_file_name_is_refused_when_checked(tmp_path, name):
-    with pytest.raises(OutputError, match="is no file name"):
+    with pytest.raises(OutputError, match="is not a file name"):
         check_target(tmp_path / name)
     assert list(tmp_path.iterdir()) == []
 
@@ -125,7 +125,7 @@ def test_the_command_writes_a_page_with_frames_and_without_the_video_one_without
 def test_the_command_refuses_a_bad_target_before_any_work(film, tmp_path, monkeypatch, capsys, name, message):
     from command_line import run
 
-    monkeypatch.setattr("tieredkv.api.new_session", lambda *given, **options: pytest.fail("work was begun"))
+    monkeypatch.setattr("tieredkv.api.new_session", lambda *given, **options: pytest.fail("work began"))
     code, out, err = run(monkeypatch, capsys, "ask", str(film), "what ?", "--evidence", str(tmp_path / name))
     assert (code, out) == (2, "")
     assert message in err

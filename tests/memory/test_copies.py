@@ -90,7 +90,7 @@ def test_staging_copies_keys_and_on_request_values(with_values):
 
 
 def test_an_interrupted_wait_leaves_the_copy_outstanding(copies, monkeypatch):
-    """Its slots may be given up only after another wait."""
+    """Its slots may be freed only after another wait."""
     started, go = threading.Event(), threading.Event()
 
     def copy() -> int:
@@ -113,13 +113,13 @@ def test_an_interrupted_wait_leaves_the_copy_outstanding(copies, monkeypatch):
 
 
 @pytest.mark.parametrize("options", [{"theta": 2.0}, {"reuse_above": 0.5, "prefetch": True}], ids=str)
-def test_when_a_copy_arrives_changes_nothing(llama, long_ids, options):
+def test_the_time_a_copy_arrives_changes_no_logits(llama, long_ids, options):
     """Prefill in chunks and decoding steps give the same logits with prompt copies and with `LateCopies`."""
     tiers = {**pressed(llama, 900, 0.6), "chunk_tokens": 8, "text_window": 16, **options}
 
     def decode(copies):
-        made = TieredCache(llama.config, **tier_options(**tiers), max_new_tokens=8, copies=copies)
-        with torch.no_grad(), tieredkv.use_attention(llama), made as cache:
+        cache = TieredCache(llama.config, **tier_options(**tiers), max_new_tokens=8, copies=copies)
+        with torch.no_grad(), tieredkv.use_attention(llama), cache:
             for part in long_ids.split(200, dim=1):
                 llama(part, **cache_argument(cache))
             assert cache.device_tier.transfer.streamed_bytes > 0

@@ -45,7 +45,7 @@ def test_truncating_to_more_than_the_length_raises():
         HostLayer(1, 1, 4, torch.float32).truncate(1)
 
 
-def test_tokens_that_come_one_by_one_seldom_move_those_that_are_held():
+def test_appending_tokens_one_by_one_seldom_reallocates():
     host, places = HostLayer(1, 1, 4, torch.float32), set()
     token = torch.zeros(1, 1, 1)
     for _ in range(700):

@@ -17,10 +17,10 @@ def test_peak_is_the_most_ever_used_at_once():
     assert (ledger.used_bytes, ledger.peak_bytes, ledger.free_bytes) == (40, 60, 60)
 
 
-def test_passing_the_cap_raises_and_counts_nothing():
+def test_exceeding_the_cap_raises_and_counts_nothing():
     ledger = DeviceLedger(100)
     ledger.reserve("a", 60)
-    with pytest.raises(BudgetError, match="41 bytes for b would pass the device cap"):
+    with pytest.raises(BudgetError, match="41 bytes for b would exceed the device cap"):
         ledger.reserve("b", 41)
     assert ledger.by_purpose() == {"a": 60}
 
@@ -38,3 +38,15 @@ def test_scratch_is_released_even_after_an_error():
         assert ledger.used_bytes == 60
         raise RuntimeError
     assert ledger.by_purpose() == {"s": 10}
+
+
+def test_scratch_is_released_if_an_interrupt_arrives_when_it_has_just_been_counted():
+    class Interrupted(DeviceLedger):
+        def reserve(self, purpose: str, nbytes: int) -> None:
+            super().reserve(purpose, nbytes)
+            raise KeyboardInterrupt
+
+    ledger = Interrupted(100)
+    with pytest.raises(KeyboardInterrupt), ledger.scratch("s", 50):
+        pass
+    assert ledger.by_purpose() == {}

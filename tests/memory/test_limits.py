@@ -1,4 +1,4 @@
-"""Host memory that may be taken: every control group counts, and a refusal carries the arithmetic."""
+"""Available host memory: every control group counts, and a refusal states the sizes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def available(tmp_path: Path, groups: str) -> int:
     ("version", "line", "mount"), [(2, "0::/a/b\n", ""), (1, "7:cpu:/x\n4:hugetlb,memory:/a/b\n", "memory")]
 )
 class TestOneGroup:
-    def test_what_its_limit_leaves_counts(self, tmp_path, version, line, mount):
+    def test_the_unused_part_of_its_limit_is_available(self, tmp_path, version, line, mount):
         write_group(tmp_path / "cgroup" / mount / "a" / "b", version, str(6 * GIB), 2 * GIB)
         assert available(tmp_path, line) == 4 * GIB
 
@@ -54,7 +54,7 @@ class TestOneGroup:
         write_group(tmp_path / "cgroup" / mount / "a" / "b", version, str(GIB), 2 * GIB)
         assert available(tmp_path, line) == 0
 
-    def test_a_path_of_the_world_outside_a_container_still_finds_its_root(self, tmp_path, version, line, mount):
+    def test_a_path_on_the_host_still_finds_the_root_seen_in_a_container(self, tmp_path, version, line, mount):
         write_group(tmp_path / "cgroup" / mount, version, str(4 * GIB), GIB)
         assert available(tmp_path, line) == 3 * GIB
 
@@ -72,12 +72,12 @@ def test_missing_files_set_no_limit(tmp_path, groups):
     assert limits.available_host_bytes(tmp_path / "absent", tmp_path) == 10 * GIB
 
 
-def test_files_that_cannot_be_understood_set_no_limit(tmp_path):
+def test_files_that_cannot_be_parsed_set_no_limit(tmp_path):
     write_group(tmp_path / "cgroup", 2, "much", GIB)
     assert available(tmp_path, "0::/\n") == 10 * GIB
 
 
-def test_this_machine_answers():
+def test_this_machine_has_memory_available():
     assert 0 < limits.available_host_bytes() <= 10 * GIB
 
 
@@ -97,7 +97,7 @@ def test_the_budget_is_the_cap_or_a_safe_share():
         (2000, None, "A needs 2000 GiB of host memory, 8 may be used (80% of what is available): B."),
     ],
 )
-def test_a_refusal_says_what_is_needed_and_what_there_is(needed, cap, message):
+def test_a_refusal_says_what_is_needed_and_what_is_available(needed, cap, message):
     with pytest.raises(BudgetError) as refused:
         limits.check_host(int(needed * GIB), cap, "A", "B", available=10 * GIB)
     assert str(refused.value) == message
@@ -108,6 +108,6 @@ def test_what_fits_is_not_refused(needed, cap):
     limits.check_host(int(needed * GIB), cap, "A", lambda allowed: pytest.fail("asked"), available=10 * GIB)
 
 
-def test_a_remedy_may_be_worked_out_from_what_is_allowed():
+def test_a_remedy_may_be_a_function_of_the_allowed_bytes():
     with pytest.raises(BudgetError, match=f": give {4 * GIB} bytes"):
         limits.check_host(5 * GIB, 4, "A", lambda allowed: f"give {allowed} bytes", available=10 * GIB)

@@ -16,7 +16,7 @@ from tieredkv.memory.residency import Residency
 
 @st.composite
 def sequences(draw: st.DrawFn) -> tuple[list[int], list[int], int, int, list[tuple[bool, bool]]]:
-    """Slots and selected chunks of each head, chunks, a seed, and for each step: ranks like before; copies ahead."""
+    """Slots and selected chunks of each head, number of chunks, seed, and per step: same ranks again? copies ahead?"""
     slots = draw(st.lists(st.integers(1, 7), min_size=1, max_size=3))
     selected = [draw(st.integers(0, most)) for most in slots]
     chunks = draw(st.integers(max(slots), 20))
@@ -31,7 +31,7 @@ class Model:
         self.slot_of: dict[int, int] = {}
         self.used = dict.fromkeys(range(slots), -1)
 
-    def admit(self, wanted: list[int], kept: list[int], clock: int) -> tuple[list[int], list[int]]:
+    def admit(self, wanted: list[int], kept: list[int], step: int) -> tuple[list[int], list[int]]:
         """Missed chunks and the slots they get."""
         missed = [chunk for chunk in wanted if chunk not in self.slot_of]
         busy = {self.slot_of[chunk] for chunk in kept if chunk in self.slot_of}
@@ -40,7 +40,7 @@ class Model:
         for chunk, slot in zip(missed, victims, strict=True):
             self.slot_of = {c: s for c, s in self.slot_of.items() if s != slot} | {chunk: slot}
         for chunk in wanted:
-            self.used[self.slot_of[chunk]] = clock
+            self.used[self.slot_of[chunk]] = step
         return missed, victims
 
 
@@ -60,17 +60,17 @@ def test_steps_agree_with_a_dictionary_of_each_head(ops, device, case):
     rows, count = heads.to(device), torch.tensor(selected, device=device)
     models = [Model(each) for each in slots]
     ranks = torch.rand(n, chunks, generator=generator)
-    clock = torch.zeros(1, dtype=torch.int32, device=device)
+    step = torch.zeros(1, dtype=torch.int32, device=device)
 
     def enter(asked: torch.Tensor, kept: torch.Tensor | None, listed: torch.Tensor | None) -> torch.Tensor:
         want, missed, misses = ops.choose(ranks.to(device), asked, index.slot_of, most)
         stay = want if kept is None else want | kept
         used = index.chunk_in, index.last_used, index.slots
-        victims = ops.place(want, stay, misses, *used, clock, most, listed, rows, 1)
+        victims = ops.place(want, stay, misses, *used, step, most, listed, rows, 1)
         for head, model in enumerate(models):
             best = sorted(ranks[head].topk(int(asked[head])).indices.tolist())
             assert want[head].nonzero().flatten().tolist() == best
-            gone, to = model.admit(best, stay[head].nonzero().flatten().tolist(), int(clock))
+            gone, to = model.admit(best, stay[head].nonzero().flatten().tolist(), int(step))
             assert missed[head, : int(misses[head])].tolist() == gone
             assert victims[head, : int(misses[head])].tolist() == to
         tables = index.slots, index.chunk_in, index.slot_of
@@ -78,7 +78,7 @@ def test_steps_agree_with_a_dictionary_of_each_head(ops, device, case):
         return want
 
     for like_before, ahead in steps:
-        clock += 1
+        step += 1
         fresh = torch.rand(n, chunks, generator=generator)
         ranks = ranks * 0.9 + fresh * 0.1 if like_before else fresh
         chosen = enter(count, None, table)
@@ -96,26 +96,26 @@ def test_steps_agree_with_a_dictionary_of_each_head(ops, device, case):
                 assert torch.equal(pages[owned[head, slot]].cpu(), arena[heads[head], chunk + first])
 
 
-def test_what_enters_first_gives_way_last():
+def test_chunks_entered_first_are_replaced_last():
     index = Residency(torch.tensor([[4, 7, 9], [2, 3, -1]]), 8)
     index.enter(torch.tensor([[5, 0, 2], [1, 6, 7]]))
     index.check_integrity()
     assert index.chunk_in.tolist() == [[5, 0, 2], [1, 6, -1]]
     none = torch.zeros(2, 8, dtype=torch.bool)
-    used, clock = (index.chunk_in, index.last_used, index.slots), torch.ones(1, dtype=torch.int32)
+    used, step = (index.chunk_in, index.last_used, index.slots), torch.ones(1, dtype=torch.int32)
     misses = torch.tensor([2, 1], dtype=torch.int32)
-    victims = torch_ops.place(none, none, misses, *used, clock, 2, None, torch.arange(2), 0)
+    victims = torch_ops.place(none, none, misses, *used, step, 2, None, torch.arange(2), 0)
     assert victims[0].tolist() == [1, 2]
     assert victims[1, :1].tolist() == [1]
 
 
-def test_more_chunks_than_may_give_way_are_refused():
+def test_more_misses_than_replaceable_slots_are_refused():
     index = Residency(torch.arange(3).view(1, 3), 8)
     index.enter(torch.tensor([[0, 1, 2]]))
     kept = torch.arange(8).view(1, 8) < 2
-    used, clock = (index.chunk_in, index.last_used, index.slots), torch.ones(1, dtype=torch.int32)
+    used, step = (index.chunk_in, index.last_used, index.slots), torch.ones(1, dtype=torch.int32)
     with pytest.raises(ValueError, match="more chunks are missed than slots may be taken"):
-        torch_ops.place(kept, kept, torch.tensor([2]), *used, clock, 3, None, torch.arange(1), 0)
+        torch_ops.place(kept, kept, torch.tensor([2]), *used, step, 3, None, torch.arange(1), 0)
 
 
 def test_chunks_are_fetched_to_their_slots(ops):
@@ -126,7 +126,7 @@ def test_chunks_are_fetched_to_their_slots(ops):
     assert not pages[1:5].any()
 
 
-def test_nothing_is_fetched_where_nothing_is_asked_for(ops):
+def test_fetching_no_chunks_does_nothing(ops):
     none = torch.empty(0, dtype=torch.int64)
     ops.fetch(torch.ones(1, 1, 2, 1, 1), pages := torch.zeros(1, 2, 1, 1), none, none, none)
     assert not pages.any()

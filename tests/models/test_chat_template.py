@@ -26,7 +26,7 @@ def around(processor, turns=TURNS):
     return ChatTemplate(VIDEO_FAMILIES["qwen2_5_vl"], processor).around_video(turns)
 
 
-def test_without_a_chat_template_it_is_said_what_to_do(own, frames):
+def test_a_missing_chat_template_is_an_error_that_says_what_to_do(own, frames):
     own.chat_template = own.tokenizer.chat_template = None
     with pytest.raises(UnsupportedModelError, match=r"has no chat template: copy chat_template\.jinja"):
         tieredkv.open_session(build("qwen2_5_vl")[0], frames, processor=own, fps=4)
@@ -76,7 +76,7 @@ def test_a_template_is_refused(own, template, message):
     assert "\n" not in str(refusal.value)
 
 
-def test_a_template_that_forgets_later_turns_is_refused_when_there_are_some(own):
+def test_a_template_that_omits_later_turns_is_refused_when_there_are_some(own):
     own.chat_template = placed("VIDEO{{ messages[0]['content'][-1]['text'] }}")
     around(own)
     with pytest.raises(UnsupportedModelError, match="leaves the question out"):
@@ -118,7 +118,7 @@ def test_a_tokenizer_that_does_not_know_the_video_is_refused(own):
         around(own)
 
 
-def test_what_a_tokenizer_raises_is_a_prompt_error(own):
+def test_an_error_of_the_tokenizer_is_a_prompt_error(own):
     def tokenizer(*args, **options):
         raise Exception("WordLevel error: Missing [UNK] token\nfrom the vocabulary")
 
@@ -139,11 +139,11 @@ HALVES = {
 
 
 @pytest.mark.parametrize(("prompt", "message"), HALVES.values(), ids=HALVES)
-def test_what_no_tokenizer_reads_is_refused(prompt, message):
+def test_text_that_no_tokenizer_reads_is_refused(prompt, message):
     with pytest.raises(PromptError) as refusal:
         check_prompt(prompt)
     assert f"the prompt contains {message}" in str(refusal.value)
-    str(refusal.value).encode()  # or it could not be printed
+    str(refusal.value).encode()  # the message can be printed
 
 
 @pytest.mark.parametrize("prompt", ["\U0001f600 ?", "\u200b", "\ufeffwhat", "\U0010ffff", "a" * 100_000])
@@ -151,7 +151,7 @@ def test_odd_text_is_no_error(prompt):
     check_prompt(prompt)
 
 
-async def test_every_way_to_ask_refuses_half_a_character_and_history_stays_as_it_was(video_model, processor, frames):
+async def test_every_way_to_ask_refuses_half_a_character_and_leaves_history_unchanged(video_model, processor, frames):
     half, options = "the moon \ud83d", {"max_new_tokens": 2}
     with tieredkv.open_session(video_model, frames[:8], processor=processor, fps=4, gpu_kv_gb=1) as session:
         session.chat("what is it ?", **options)
@@ -167,9 +167,9 @@ async def test_every_way_to_ask_refuses_half_a_character_and_history_stays_as_it
 
 
 @pytest.mark.parametrize("name", ["half \ud83d.tkv", "null \0.tkv"])
-def test_a_session_is_not_saved_under_what_is_no_file_name(video_model, processor, frames, tmp_path, name):
+def test_a_session_is_not_saved_under_an_invalid_file_name(video_model, processor, frames, tmp_path, name):
     with tieredkv.open_session(video_model, frames[:8], processor=processor, fps=4, gpu_kv_gb=1) as session:
-        with pytest.raises(TieredKVError, match="is no file name") as refusal:
+        with pytest.raises(TieredKVError, match="is not a file name") as refusal:
             session.save(tmp_path / name)
         str(refusal.value).encode()
         assert list(tmp_path.iterdir()) == []

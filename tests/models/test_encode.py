@@ -1,4 +1,4 @@
-"""At which rate a video is read for a model."""
+"""The rate at which a video is read for a model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from tieredkv.config import DEFAULT_FPS
 from tieredkv.models.encode import at_processor_rate
-from tieredkv.video.frames import Sampling
+from tieredkv.video.sampling import Sampling
 
 
 @pytest.mark.parametrize(("given", "own", "rate"), [(4, 3, 4), (None, 3, 3), (None, None, DEFAULT_FPS)])

@@ -318,7 +318,7 @@ def test_the_context_of_a_wrapped_weight_counts_but_addresses_in_it_do_not() -> 
     assert descriptions({"block": 8}) != descriptions({"block": 16})
 
 
-def test_entries_of_a_state_dict_that_are_no_tensors_count_too() -> None:
+def test_entries_of_a_state_dict_that_are_not_tensors_count_too() -> None:
     class Extra(torch.nn.Module):
         state: Any = b"one"
         config, dtype = tiny.build_config(), torch.float32

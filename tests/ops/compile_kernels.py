@@ -1,7 +1,7 @@
-"""Compile every kernel for a card that need not be there: python tests/ops/compile_kernels.py 89
+"""Compile every kernel for a card that need not be present: python tests/ops/compile_kernels.py 89
 
-The wrappers are called as ever, with tensors on the CPU and a driver that knows its target and launches nothing. Prints
-a line per kernel: its name, shared memory and the stack of a thread. Exit code 1 where one needs more than a block has.
+Calls the wrappers as usual, with tensors on the CPU and a driver that reports its target and launches nothing. Prints a
+line per kernel: its name, shared memory per block and stack per thread. Exit code 1 if one exceeds a limit.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MOST_STACK = 256
 
 
 class Driver:
-    """What the compiler asks of a driver."""
+    """The part of a driver that the compiler calls."""
 
     def __init__(self, capability: int) -> None:
         self._target = GPUTarget("cuda", capability, 32)
@@ -45,7 +45,7 @@ class Driver:
 
 
 def stack(cubin: bytes) -> int:
-    """Bytes of stack per thread, as the vendor's tool reads them; 0 where Triton brings none."""
+    """Bytes of stack per thread, as the vendor's tool reads them; 0 if Triton does not include it."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     if not tool.exists():
         return 0
@@ -89,9 +89,9 @@ def call_all() -> None:
     )
     heads, few = torch.arange(4), torch.zeros(4, dtype=torch.int64)
     _, missed, misses = choose.choose(torch.zeros(4, 4001), few, slot_of, 200)
-    clock = torch.zeros(1, dtype=torch.int32)
+    step = torch.zeros(1, dtype=torch.int32)
     for table in (torch.zeros(4, 500, dtype=torch.int32), None):
-        victims = choose.place(chosen, chosen, misses, *tables, clock, 200, table, heads, 3)
+        victims = choose.place(chosen, chosen, misses, *tables, step, 200, table, heads, 3)
     for c, d, dtype in (
         (8, 128, torch.bfloat16), (8, 80, torch.float16), (32, 128, torch.bfloat16), (128, 128, torch.bfloat16),
         (8, 256, torch.bfloat16), (8, 64, torch.float32),
@@ -109,13 +109,13 @@ def main() -> int:
     launch, failed = JITFunction.run, []
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        made = launch(self, *args, grid=grid, warmup=True, **options)
-        shared, stacked = made.metadata.shared, stack(made.asm["cubin"])
+        kernel = launch(self, *args, grid=grid, warmup=True, **options)
+        shared, stacked = kernel.metadata.shared, stack(kernel.asm["cubin"])
         fits = shared <= SHARED[capability] and stacked <= MOST_STACK
         print(f"{self.__name__:<16} shared {shared:>7,} stack {stacked:>5,}{'' if fits else '  TOO MUCH'}", flush=True)
         if not fits:
             failed.append(self.__name__)
-        return made
+        return kernel
 
     JITFunction.run = compile_only
     call_all()

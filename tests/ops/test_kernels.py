@@ -1,4 +1,4 @@
-"""Every Triton kernel against its twin in torch: interpreted on a machine without a card, compiled on one with."""
+"""Every Triton kernel against its twin in torch: compiled where there is a card, else interpreted."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ pytestmark = pytest.mark.interpreter
 
 
 def on_host(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """As a kernel on `device` can read it from host memory."""
+    """`tensor` in host memory that a kernel on `device` can read."""
     return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
 def empty_pool(slots: int, heads: int, c: int, d: int, device: torch.device) -> tuple[torch.Tensor, Packing]:
-    """Pages in 8 bits that hold nothing, the same at every call: heads whose channels differ much in size."""
+    """Empty pages in 8 bits, with norms of heads whose channels differ much in size; the same at every call."""
     norms = torch.rand(heads, 2, d, generator=torch.Generator().manual_seed(d)) ** 2 * 2 + 0.01
     scales = torch.zeros(slots, 2, c, dtype=torch.float16, device=device)
     return torch.zeros(slots, 2, c, d, dtype=torch.int8, device=device), Packing(scales, norms.to(device))
 
 
 def odd_tokens(dtype: torch.dtype, *shape: int) -> torch.Tensor:
-    """Keys and values `(..., D)`, some of which are hard to pack: none at all, not finite, very large, very small."""
+    """Keys and values `(..., D)`, some of which are hard to pack: all zero, not finite, very large, very small."""
     tokens = torch.randn(shape)
     rows = tokens.view(-1, shape[-1])
     rows[0] = 0
@@ -49,7 +49,7 @@ def odd_tokens(dtype: torch.dtype, *shape: int) -> torch.Tensor:
 
 
 def assert_packed_alike(got: torch.Tensor, want: torch.Tensor, packing: Packing, wanted: Packing) -> None:
-    """To the bit; on a card numbers that lie between two steps may be rounded either way."""
+    """Bitwise; on a card, numbers halfway between two steps may be rounded either way."""
     near = 1 if got.device.type == "cuda" else 0
     torch.testing.assert_close(got.cpu().int(), want.int(), atol=near, rtol=0)
     torch.testing.assert_close(packing.scales.cpu(), wanted.scales, atol=0, rtol=near * 1e-3, equal_nan=True)
@@ -97,8 +97,8 @@ def test_attention_over_packed_pages(kernels, device, dtype, heads, group, d, c,
     lengths[:, 2], lengths[0, 1] = 3, 0
     query = torch.randn(heads * group, rows, d).to(dtype)
     given = [part.to(device) for part in (query, pages, table, lengths)]
-    held = Packing(packing.scales.to(device), packing.norms.to(device))
-    out, lse = kernels.paged_attention(*given, d**-0.5, 8, held)
+    moved = Packing(packing.scales.to(device), packing.norms.to(device))
+    out, lse = kernels.paged_attention(*given, d**-0.5, 8, moved)
     want, want_lse = torch_ops.paged_attention(query, pages, table, lengths, d**-0.5, 8, packing)
     assert_near(out.cpu(), want, dtype)
     assert_near(lse.cpu(), want_lse, dtype)
@@ -119,7 +119,7 @@ def test_what_lies_beyond_a_packed_pages_length_is_not_read(kernels, device):
 
 
 @pytest.mark.parametrize("half", [0, 1], ids=["key", "value"])
-def test_a_packed_token_that_is_not_a_number_is_heard_of(kernels, device, half):
+def test_a_packed_token_that_is_nan_makes_the_output_nan(kernels, device, half):
     pages, packing = empty_pool(2, 1, 4, 16, device)
     packing.scales[1, half, 2] = float("nan")
     table, lengths = torch.tensor([[0, 1]], device=device).int(), torch.tensor([[4, 4]], device=device).int()
@@ -137,7 +137,7 @@ def test_sketch_logits(kernels, device, bits, heads, group, c, d, chunks):
     basis = digest.fit(torch.eye(d).expand(heads, d, d), keys.flatten(1, 2))
     packed, prepared = digest.make(keys, basis), digest.prepare(queries, basis)
     got = kernels.digest(digest).logits(prepared.to(device), packed.to(device), 1)
-    # On a card the products are of TF32: ten bits of the queries, as many as a half float has, all of a sketch.
+    # On a card the products are in TF32: ten bits of the queries, as in float16, and all bits of a sketch.
     dtype = torch.float32 if device.type == "cpu" else torch.float16
     assert_near(got.cpu(), digest.chunk_logits(prepared, packed), dtype)
 
@@ -146,7 +146,7 @@ def test_sketch_logits(kernels, device, bits, heads, group, c, d, chunks):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("heads", "c", "d", "chunks"), [(3, 8, 64, 11), (2, 16, 80, 5), (1, 32, 32, 3)])
 def test_sketches_are_packed(kernels, device, bits, dtype, heads, c, d, chunks):
-    """Keys lie between values, as they are staged."""
+    """Keys and values are interleaved, as staged chunks are."""
     staged = torch.randn(heads, chunks, 2, c, d).to(dtype)
     keys = staged[:, :, 0]
     digest = Sketch(d, c, bits)
@@ -154,11 +154,11 @@ def test_sketches_are_packed(kernels, device, bits, dtype, heads, c, d, chunks):
     got = kernels.digest(digest).make(staged.to(device)[:, :, 0], basis.to(device)).cpu()
     want = digest.make(keys, basis)
     assert got.shape == want.shape
-    assert (got != want).float().mean() < 0.002  # keys that lie between two steps may be rounded either way
+    assert (got != want).float().mean() < 0.002  # keys halfway between two steps may be rounded either way
 
 
-def test_sketches_of_chunks_that_no_kernel_takes_are_ranked_by_torch(kernels, device):
-    """Twelve tokens are no power of two."""
+def test_chunks_of_a_size_without_a_kernel_are_ranked_by_torch(kernels, device):
+    """Twelve is not a power of two."""
     digest, keys, queries = Sketch(16, 12, 4), torch.randn(2, 7, 12, 16), torch.randn(2, 3, 16)
     basis = digest.fit(torch.eye(16).expand(2, 16, 16), keys.flatten(1, 2))
     packed, prepared = digest.make(keys, basis).to(device), digest.prepare(queries, basis).to(device)
@@ -201,7 +201,7 @@ def test_the_best_chunks_are_chosen(kernels, device, chunks):
         assert torch.equal(got[1][head, :count].cpu(), want[1][head, :count])
 
 
-def test_of_equal_ranks_as_many_are_chosen_as_were_asked_for(kernels, device):
+def test_ties_do_not_change_how_many_chunks_are_chosen(kernels, device):
     ranks = torch.tensor([[0.0, 1.0, 0.0, 0.0, 2.0, 0.0]], device=device)
     none = torch.full((1, 7), -1, dtype=torch.int32, device=device)
     chosen, missed, misses = kernels.choose(ranks, torch.tensor([4], device=device), none, 5)
@@ -252,7 +252,7 @@ def test_tokens_are_packed_as_they_are_kept(kernels, device, dtype, c, d):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("c", "d"), [(8, 16), (4, 80), (32, 96)])
 def test_missed_chunks_are_packed_as_they_are_gathered(kernels, device, dtype, c, d):
-    """More misses than one program has under way, heads in any order, slots that were empty and slots that were not."""
+    """More misses than one program copies at a time, heads in any order, empty and occupied slots."""
     arena, heads = odd_tokens(dtype, 3, 12, 2, c, d), torch.tensor([2, 0])
     missed = torch.tensor([[0, 2, 4, 5, 7, 9], [0, 1, 3, 0, 0, 0]], dtype=torch.int32)
     victims = torch.tensor([[0, 1, 2, 3, 4, 6], [1, 4, 5, 0, 0, 0]], dtype=torch.int32)
@@ -278,8 +278,8 @@ def test_a_token_is_packed_as_it_is_appended(kernels, device, dtype, d):
     got, packing = empty_pool(9, 2, 4, d, device)
     want, wanted = empty_pool(9, 2, 4, d, torch.device("cpu"))
     got_lengths = lengths.to(device).clone()
-    for held, tokens in enumerate(odd_tokens(dtype, 5, 2, 2, d)):
-        count = torch.tensor([held], dtype=torch.int32)
+    for place, tokens in enumerate(odd_tokens(dtype, 5, 2, 2, d)):
+        count = torch.tensor([place], dtype=torch.int32)
         new = [part.to(device) for part in tokens.unbind()]
         kernels.append(*new, got, table.to(device), got_lengths, count.to(device), packing)
         torch_ops.append(*tokens.unbind(), want, table, lengths, count, wanted)
@@ -290,11 +290,11 @@ def test_a_token_is_packed_as_it_is_appended(kernels, device, dtype, d):
 @pytest.mark.parametrize("d", [16, 80])
 def test_a_token_is_appended(kernels, device, d):
     pages, table = torch.zeros(9, 2, 4, d), torch.tensor([[3, 1, 7], [0, 8, 2]], dtype=torch.int32)
-    lengths, held = torch.zeros(2, 3, dtype=torch.int32), torch.tensor([6], dtype=torch.int32)
+    lengths, count = torch.zeros(2, 3, dtype=torch.int32), torch.tensor([6], dtype=torch.int32)
     keys, values = torch.randn(2, d), torch.randn(2, d)
-    got = [pages.to(device).clone(), table.to(device), lengths.to(device).clone(), held.to(device)]
+    got = [pages.to(device).clone(), table.to(device), lengths.to(device).clone(), count.to(device)]
     kernels.append(keys.to(device), values.to(device), *got)
-    torch_ops.append(keys, values, pages, table, lengths, held)
+    torch_ops.append(keys, values, pages, table, lengths, count)
     assert torch.equal(got[0].cpu(), pages)
     assert torch.equal(got[2].cpu(), lengths)
 
@@ -329,12 +329,12 @@ def test_decoding_with_kernels_is_decoding_with_torch(llama, long_ids, kernels, 
     assert (counts[0] > 0) == ("reuse_above" in options)
 
 
-def test_kernels_are_for_cards():
+def test_kernels_are_used_on_cards_only():
     assert ops_for(torch.device("cpu")).name == "torch"
     assert ops_for(torch.device("cuda")) is triton()
 
 
-def test_where_memory_is_not_page_locked_no_kernel_reads_it():
+def test_no_kernel_reads_memory_that_is_not_page_locked():
     without = copying_by_torch(triton())
     assert not without.capturable
     assert (without.gather, without.fetch, without.keep) == (torch_ops.gather, torch_ops.fetch, torch_ops.keep)
@@ -344,7 +344,7 @@ def test_where_memory_is_not_page_locked_no_kernel_reads_it():
 @pytest.mark.slow
 @pytest.mark.subprocess
 def test_every_kernel_compiles_for_a_consumer_card():
-    """In a process of its own, where Triton compiles: shared memory and registers of an RTX 40."""
+    """In a separate process, where Triton compiles: within the shared memory and registers of an RTX 40."""
     pytest.importorskip("triton", reason="Triton is not installed")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     script = Path(__file__).parent / "compile_kernels.py"

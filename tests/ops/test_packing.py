@@ -38,7 +38,7 @@ def test_a_number_is_off_by_at_most_half_a_step():
     assert ((unpack(numbers, scales, norms) - keys).abs() <= 0.5005 * step + 1e-6).all()
 
 
-def test_scaling_by_a_power_of_two_scales_what_comes_out():
+def test_scaling_by_a_power_of_two_scales_the_result():
     keys, norms = rows(32, 16), torch.ones(16)
     torch.testing.assert_close(
         unpack(*pack(keys * 64, norms), norms), 64 * unpack(*pack(keys, norms), norms), rtol=2e-3, atol=1e-3
@@ -55,7 +55,7 @@ def test_channels_a_hundred_times_larger_do_not_round_the_others_away():
     assert (plain - keys[0, :, 0, 0])[:, 2:].abs().max() > 0.5, "a single factor would have done"
 
 
-def test_a_channel_that_is_large_once_in_a_while_does_not_round_the_others_away():
+def test_a_channel_that_is_occasionally_large_does_not_round_the_others_away():
     keys = rows(1, 1000, 1, 1, 16).expand(-1, -1, 2, 1, -1).clone()
     keys[..., 0] *= 0.05
     keys[:, ::40, ..., 0] = 5
@@ -66,14 +66,14 @@ def test_a_channel_that_is_large_once_in_a_while_does_not_round_the_others_away(
     assert (unpack(*pack(keys[0, :, 0, 0], mean), mean) - keys[0, :, 0, 0])[:, 1:].abs().max() > 1.5 * off
 
 
-def test_nothing_stays_nothing():
+def test_zeros_stay_zeros():
     numbers, scales = pack(torch.zeros(2, 8), torch.ones(8))
     assert not numbers.any()
     assert not scales.any()
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf"), 1e9])
-def test_what_cannot_be_packed_becomes_no_number(broken):
+def test_values_that_cannot_be_packed_become_nan(broken):
     keys = rows(2, 8)
     keys[1, 3] = broken
     out = unpack(*pack(keys, torch.ones(8)), torch.ones(8))
@@ -81,7 +81,7 @@ def test_what_cannot_be_packed_becomes_no_number(broken):
     assert out[1].isnan().all()
 
 
-def test_a_norm_is_a_power_of_what_few_tokens_pass():
+def test_a_norm_is_a_power_of_the_size_that_few_tokens_exceed():
     chunks = rows(2, 200, 2, 8, 16)
     norms = channel_norms(chunks, 1600)
     tokens = chunks[1, :128, 0, :, 5].flatten()[1::4].abs().sort(descending=True).values
@@ -89,7 +89,7 @@ def test_a_norm_is_a_power_of_what_few_tokens_pass():
     assert float(norms[1, 0, 5]) == pytest.approx(float(tokens[2]) ** 0.75, rel=1e-5)
 
 
-def test_norms_come_from_tokens_that_were_written_alone():
+def test_norms_come_only_from_tokens_that_were_written():
     chunks = rows(2, 4, 2, 8, 16)
     chunks[:, 3, :, 3:] = float("nan")
     want = chunks.transpose(1, 2).reshape(2, 2, 32, 16)[:, :, 1:27].abs().amax(2) ** 0.75
@@ -120,7 +120,7 @@ def tiered(model, **fields):
 
 
 def answered(model, ids, **fields):
-    """Logits of eight forced tokens behind a prompt, the cache's bytes by purpose, and how it was divided."""
+    """Logits of eight forced tokens after a prompt, the cache's bytes by purpose, and its plan."""
     with tiered(model, **fields) as cache:
         out = steps(model, ids, cache)
         return out, cache.ledger.by_purpose(), cache.tiered_layers[0].sealed.phase.plan
@@ -135,14 +135,14 @@ POLICIES = pytest.mark.parametrize("policy", ["hybridkv", "quest", "snapkv", "lo
 
 
 @POLICIES
-def test_logits_are_close_to_those_of_pages_as_they_were_made(text_model, long_ids, policy):
+def test_logits_are_close_to_those_of_unpacked_pages(text_model, long_ids, policy):
     fields = {"gpu_kv_gb": 1, "budget_ratio": 0.4, "policy": policy, "stay": 1.0}
     packed, _, plan = answered(text_model, long_ids, **fields)
     exact, _, other = answered(text_model, long_ids, **fields, pack_pages=False)
     assert plan.packed
     assert not other.packed
     assert torch.equal(plan.selected, other.selected)
-    assert (packed - exact).abs().max() < 0.05 * exact.abs().max()  # a chunk may change places with its like
+    assert (packed - exact).abs().max() < 0.05 * exact.abs().max()  # near ties in rank may be decided differently
     assert not torch.equal(packed, exact)
 
 
@@ -154,7 +154,7 @@ def test_a_packed_pool_takes_the_bytes_of_its_numbers_and_scales(llama, long_ids
     assert packed["pool"] == plan.pool_pages(
         [*range(llama.config.num_hidden_layers)]
     ) * 2 * plan.layout.chunk_tokens * (d + 2)
-    assert packed["pool"] * 4 * d == exact["pool"] * (d + 2)  # the model is of float32
+    assert packed["pool"] * 4 * d == exact["pool"] * (d + 2)  # the model is in float32
 
 
 def test_under_one_cap_more_chunks_are_attended_to(llama, long_ids):
@@ -164,7 +164,7 @@ def test_under_one_cap_more_chunks_are_attended_to(llama, long_ids):
     assert packed.selected.sum() > 1.5 * exact.selected.sum()
 
 
-def test_what_fits_as_it_is_is_not_packed(llama, long_ids):
+def test_what_fits_unpacked_is_not_packed(llama, long_ids):
     logits, _, plan = answered(llama, long_ids, gpu_kv_gb=1)
     assert not plan.packed
     assert_near(logits, llama(long_ids).logits[:, -8:-1])
@@ -190,7 +190,7 @@ def test_a_short_prompt_that_is_attended_to_whole_is_exact_under_any_ratio(llama
 @pytest.mark.parametrize("policy", ["hybridkv", "snapkv"])
 @pytest.mark.parametrize("chunk_tokens", [8, 64])
 def test_packing_at_the_seal_takes_less_than_the_cap_leaves(llama, policy, chunk_tokens):
-    """What a seal really allocates, by torch's profiler, with all that it keeps."""
+    """What a seal allocates, what it keeps included, by torch's profiler."""
     ids = torch.randint(0, 97, (1, 6000), generator=torch.Generator().manual_seed(0))
     options = {"gpu_kv_gb": cap_share(llama, 6000, 0.2), "chunk_tokens": chunk_tokens, "policy": policy}
     with tiered(llama, **options) as cache:
@@ -211,7 +211,7 @@ def test_the_full_cache_is_never_packed(llama, long_ids):
         answered(llama, long_ids, policy="full", gpu_kv_gb=cap_share(llama, long_ids.shape[1], 0.6))
 
 
-def test_generated_tokens_are_taken_back_as_the_pool_held_them(llama, long_ids):
+def test_generated_tokens_return_to_the_host_as_the_pool_stored_them(llama, long_ids):
     stock = DynamicCache(config=llama.config)
     with torch.no_grad():
         llama(long_ids, **cache_argument(stock))

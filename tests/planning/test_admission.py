@@ -13,18 +13,18 @@ from tieredkv.planning import sizes
 from tieredkv.planning.admission import Request, check_memory
 
 SHAPE = KVShape(num_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16, itemsize=2)
-REQUEST = Request(tokens=5000, asked=40, new_tokens=20)
+REQUEST = Request(tokens=5000, question_tokens=40, new_tokens=20)
 
 
 @pytest.fixture
 def machine(monkeypatch):
-    """`machine(nbytes)`: so much host memory is available."""
+    """`machine(nbytes)`: set the available host memory."""
 
-    def has(nbytes):
+    def set_available(nbytes):
         monkeypatch.setattr(limits, "available_host_bytes", lambda: nbytes)
 
-    has(GIB)
-    return has
+    set_available(GIB)
+    return set_available
 
 
 def test_what_fits_is_laid_out(machine):
@@ -32,7 +32,7 @@ def test_what_fits_is_laid_out(machine):
     assert check_memory(SHAPE, tiers, REQUEST) == sizes.lay_out(tiers, 5000, 40, 20)
 
 
-def test_a_cap_below_the_smallest_is_refused_before_the_host_is_looked_at(machine):
+def test_a_cap_below_the_smallest_is_refused_before_host_memory_is_checked(machine):
     machine(0)
     with pytest.raises(BudgetError, match=r"the smallest that works is .*\. Raise it, or ask less\."):
         check_memory(SHAPE, TierConfig(gpu_kv_gb=1e-6), REQUEST, "ask less")
@@ -67,5 +67,5 @@ def test_one_memory_must_hold_both_tiers(machine):
     check_memory(SHAPE, tiers, REQUEST, one_memory=True)
     machine(both - 1)
     check_memory(SHAPE, tiers, REQUEST)
-    with pytest.raises(BudgetError, match="with the device's share of it in the same memory"):
+    with pytest.raises(BudgetError, match="with the device tier in the same memory"):
         check_memory(SHAPE, tiers, REQUEST, one_memory=True)

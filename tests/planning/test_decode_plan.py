@@ -1,4 +1,4 @@
-"""What is planned for decoding fits the cap, and the smallest cap that is named works."""
+"""A decode plan fits the cap, and the smallest cap that a refusal names works."""
 
 from __future__ import annotations
 

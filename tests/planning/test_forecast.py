@@ -1,4 +1,4 @@
-"""plan: the arithmetic is the cache's own, what it refuses a session refuses, and what it suggests fits."""
+"""plan: its sizes are the cache's own, it refuses what a session refuses, and what it suggests fits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tieredkv.planning import forecast
 from tieredkv.planning.forecast import plan
 from tieredkv.planning.report import MemoryPlan
 from tieredkv.tiny.model import PATH, build_config
-from tieredkv.video.frames import Sampling
+from tieredkv.video.sampling import Sampling
 
 QUESTION, NEW = "what colour was the star ?", 6
 SMALL = {"chunk_tokens": 8, "text_window": 16, "recent_window": 8, "prefill_chunk": 64}
@@ -64,7 +64,7 @@ def seven_billion():
 
 @pytest.fixture
 def film(monkeypatch, tmp_path):
-    """A film of 600 s, 640x360, of which the header is all there is."""
+    """A film of 600 s, 640x360, that consists of its header."""
 
     def open_video(video, sampling):
         seconds = (600.0 if sampling.end is None else sampling.end) - sampling.start
@@ -81,14 +81,14 @@ def film(monkeypatch, tmp_path):
 # ---- published models
 
 
-def test_bytes_per_token_are_those_known_of_the_published_models(seven_billion):
+def test_bytes_per_token_are_those_of_the_published_models(seven_billion):
     three = plan(published_config(36, 16, 2, 2048, 11_008, tied=True), 1000)
     seven = plan(seven_billion, 1000)
     assert three.shape.token_bytes == 36 * 1024
     assert seven.shape.token_bytes == 56 * 1024
     assert seven.full_bytes == seven.prompt_tokens * 56 * 1024
     assert seven.dtype == "bfloat16"
-    # 3.75 and 8.29 billion parameters, of which the 3B's step reads all but the vision tower's.
+    # 3.75 and 8.29 billion parameters; a step of the 3B reads all of them but the vision tower's.
     assert 3.7e9 < (three.decoder_bytes + three.vision_bytes) / 2 < 3.8e9
     assert 8.2e9 < (seven.decoder_bytes + seven.vision_bytes) / 2 < 8.4e9
     assert three.step_weight_bytes == three.decoder_bytes
@@ -108,12 +108,12 @@ def test_weights_counted_from_the_config_are_those_of_the_model(video_model):
 
 
 def test_times_follow_from_the_bytes(seven_billion):
-    made = plan(seven_billion, 131_072, link=10, card=1000)
-    assert made.step_copy_ms == pytest.approx(made.step_copy_bytes / 1e7)
-    assert made.prefill_copy_s == pytest.approx(made.prefill_copy_bytes / 1e10)
-    least, most = made.token_ms
-    assert least == pytest.approx((made.step_weight_bytes + made.step_read_bytes) / 1e9)
-    assert most == pytest.approx(least + made.step_copy_ms)
+    memory_plan = plan(seven_billion, 131_072, link=10, card=1000)
+    assert memory_plan.step_copy_ms == pytest.approx(memory_plan.step_copy_bytes / 1e7)
+    assert memory_plan.prefill_copy_s == pytest.approx(memory_plan.prefill_copy_bytes / 1e10)
+    least, most = memory_plan.token_ms
+    assert least == pytest.approx((memory_plan.step_weight_bytes + memory_plan.step_read_bytes) / 1e9)
+    assert most == pytest.approx(least + memory_plan.step_copy_ms)
     assert plan(seven_billion, 131_072).token_ms is None
     assert plan(seven_billion, 1000, card="rtx4090", link="PCIe5x16").card_gb_s == 1008
 
@@ -121,18 +121,18 @@ def test_times_follow_from_the_bytes(seven_billion):
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("gib", [0.75, 2, 30])
 def test_both_phases_stay_under_the_cap(seven_billion, gib, share):
-    made = plan(seven_billion, 131_072, gpu_kv_gb=gib, static_share=share)
-    assert sum(made.prefill.values()) <= made.cap_bytes
-    assert sum(made.decode.values()) <= made.cap_bytes
-    assert made.static_heads == round(share * 112)
-    copied = made.step_copy_bytes / (2 if made.packed else 1)  # what arrives in 16 bits is held in 8
-    assert copied <= made.step_read_bytes
+    memory_plan = plan(seven_billion, 131_072, gpu_kv_gb=gib, static_share=share)
+    assert sum(memory_plan.prefill.values()) <= memory_plan.cap_bytes
+    assert sum(memory_plan.decode.values()) <= memory_plan.cap_bytes
+    assert memory_plan.static_heads == round(share * 112)
+    copied = memory_plan.step_copy_bytes / (2 if memory_plan.packed else 1)  # copied in 16 bits, stored in 8
+    assert copied <= memory_plan.step_read_bytes
 
 
 def test_a_cap_beyond_the_cache_copies_nothing(seven_billion):
-    made = plan(seven_billion, 10_000, gpu_kv_gb=8)
-    assert (made.step_copy_bytes, made.prefill_copy_bytes) == (0, 0)
-    assert made.dynamic_tokens == made.prompt_tokens + made.new_tokens
+    memory_plan = plan(seven_billion, 10_000, gpu_kv_gb=8)
+    assert (memory_plan.step_copy_bytes, memory_plan.prefill_copy_bytes) == (0, 0)
+    assert memory_plan.dynamic_tokens == memory_plan.prompt_tokens + memory_plan.new_tokens
 
 
 # ---- against a session
@@ -166,8 +166,8 @@ def test_the_smallest_device_cap_named_is_enough(seven_billion):
     with pytest.raises(BudgetError, match="the smallest that works is") as refused:
         plan(seven_billion, 131_072, gpu_kv_gb=0.1)
     works = float(re.search(r"works is ([\d.]+)\. ", str(refused.value))[1])
-    made = plan(seven_billion, 131_072, gpu_kv_gb=works, static_share=0.0)
-    assert sum(made.decode.values()) <= made.cap_bytes
+    memory_plan = plan(seven_billion, 131_072, gpu_kv_gb=works, static_share=0.0)
+    assert sum(memory_plan.decode.values()) <= memory_plan.cap_bytes
 
 
 def test_every_change_named_for_the_host_is_enough_and_more_is_not(film):
@@ -278,11 +278,11 @@ def test_the_table_fits_a_terminal_and_says_what_is_assumed(film):
 
 
 def test_the_dictionary_is_json_and_complete(seven_billion):
-    made = plan(seven_billion, 1000, card=500)
-    values = json.loads(json.dumps(made.as_dict()))
+    memory_plan = plan(seven_billion, 1000, card=500)
+    values = json.loads(json.dumps(memory_plan.as_dict()))
     names = set(MemoryPlan.__dataclass_fields__) - {"shape"}
     assert names | {"layers", "token_bytes", "token_ms", "step_copy_ms", "prefill_copy_s"} <= values.keys()
-    assert values["decode"] == made.decode
+    assert values["decode"] == memory_plan.decode
 
 
 def test_the_command_prints_a_table_or_json(monkeypatch, capsys, film):
@@ -313,6 +313,6 @@ def test_the_command_refuses_in_one_sentence_with_exit_code_2(monkeypatch, capsy
 
 
 @pytest.mark.parametrize(("policy", "static"), [("snapkv", 112), ("arkvale", 0), ("quest", 8), ("hybridkv", 56)])
-def test_what_a_policy_settles_itself_is_not_assumed(seven_billion, policy, static):
-    made = plan(seven_billion, 4096, gpu_kv_gb=1, static_share=0.5, policy=policy)
-    assert made.static_heads == static
+def test_what_a_policy_fixes_is_not_assumed(seven_billion, policy, static):
+    memory_plan = plan(seven_billion, 4096, gpu_kv_gb=1, static_share=0.5, policy=policy)
+    assert memory_plan.static_heads == static

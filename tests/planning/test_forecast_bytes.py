@@ -1,4 +1,4 @@
-"""What is forecast for the phases is what a cache then holds and copies, over models and settings of many shapes."""
+"""Each phase of a cache holds and copies what was forecast, for models and settings of many shapes."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from tieredkv.memory import ledger
 from tieredkv.models.kv_shape import KVShape
 from tieredkv.planning import decode_plan, forecast_bytes
 from tieredkv.planning.forecast import plan
-from tieredkv.video.frames import Sampling
+from tieredkv.video.sampling import Sampling
 
 QUESTION, NEW = "what colour was the star ?", 6
 SMALL = {"chunk_tokens": 8, "text_window": 16, "recent_window": 8, "prefill_chunk": 64}
 
 
 class Watch:
-    """What a session's cache really held: by purpose at the seal and at most, and what it was planned from."""
+    """What a session's cache held: by purpose at the seal and at its peak, and the inputs and result of its plan."""
 
     def __init__(self, monkeypatch):
         self.most: dict[str, int] = {}
@@ -37,19 +37,19 @@ class Watch:
 
         def watched_reserve(ledger, purpose, nbytes):
             reserve(ledger, purpose, nbytes)
-            held = ledger.by_purpose()
-            self.most[purpose] = max(self.most.get(purpose, 0), held[purpose])
-            if not {"pool", "tables"} & set(held):
-                self.prefill = max(self.prefill, sum(held.values()))
+            counted = ledger.by_purpose()
+            self.most[purpose] = max(self.most.get(purpose, 0), counted[purpose])
+            if not {"pool", "tables"} & set(counted):
+                self.prefill = max(self.prefill, sum(counted.values()))
 
         def watched_seal(cache):
             seal(cache)
             self.sealed = cache.ledger.by_purpose()
 
         def watched_plan(shape, tiers, layout, cap_bytes, scores, static, need=None):
-            made = plan_decode(shape, tiers, layout, cap_bytes, scores, static, need)
-            self.planned = (shape, tiers, made, static)
-            return made
+            decode = plan_decode(shape, tiers, layout, cap_bytes, scores, static, need)
+            self.planned = (shape, tiers, decode, static)
+            return decode
 
         monkeypatch.setattr(ledger.DeviceLedger, "reserve", watched_reserve)
         monkeypatch.setattr(TieredCache, "seal", watched_seal)
@@ -73,7 +73,7 @@ def test_every_purpose_takes_what_the_plan_says(
         host = session._cached.cache.host_bytes
     real = forecast_bytes.decode_bytes(*watch.planned)
     assert (answer.stats.static_heads > 0, answer.stats.dynamic_heads > 0) == (theta < 2, theta > 0)
-    made = plan(
+    memory_plan = plan(
         video_model,
         film,
         processor=processor,
@@ -89,13 +89,16 @@ def test_every_purpose_takes_what_the_plan_says(
         assert real[purpose] == watch.sealed.get(purpose, 0)
     assert real["ranking"] == watch.most.get("ranking", 0)
     assert real["attention"] == watch.most["scratch"]
-    if static_share is not None:  # how far static heads' budgets differ, and so the width of tables, is not known ahead
-        assert made.decode == {**real, "tables": made.decode["tables"] if static_share else real["tables"]}
-    assert made.prompt_tokens == answer.stats.prompt_tokens
-    assert sum(made.prefill.values()) == watch.prefill
-    assert made.prefill["resident"] == watch.most.get("resident", 0)
-    assert made.prefill_copy_bytes == streamed
-    assert 0 <= made.host_bytes - host - digests < 0.1 * host
+    if static_share is not None:  # a forecast cannot know how far static heads' budgets differ
+        assert memory_plan.decode == {
+            **real,
+            "tables": memory_plan.decode["tables"] if static_share else real["tables"],
+        }
+    assert memory_plan.prompt_tokens == answer.stats.prompt_tokens
+    assert sum(memory_plan.prefill.values()) == watch.prefill
+    assert memory_plan.prefill["resident"] == watch.most.get("resident", 0)
+    assert memory_plan.prefill_copy_bytes == streamed
+    assert 0 <= memory_plan.host_bytes - host - digests < 0.1 * host
 
 
 SHAPES = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -44,6 +44,14 @@ def test_prefill_holds_no_more_than_the_cap_and_all_of_it_where_it_fits(share, t
     assert not scored or kept * SHAPE.token_bytes + scratch <= tiers.cap_bytes
 
 
+def test_beside_a_whole_prompt_there_is_room_to_digest_a_chunk():
+    tokens = 1024
+    least = tokens * SHAPE.token_bytes + prefill_plan.digesting_bytes(SHAPE, TierConfig(), 1)
+    enough, less = (TierConfig(gpu_kv_gb=nbytes / GIB, prefill_chunk=8) for nbytes in (least, least - 1))
+    assert prefill_plan.resident_tokens(SHAPE, enough, tokens) == tokens
+    assert prefill_plan.resident_tokens(SHAPE, less, tokens) < tokens
+
+
 def test_past_tokens_are_staged_in_blocks_worth_a_copy_and_most_of_the_cap_is_left():
     shape = KVShape(num_layers=28, num_attention_heads=28, num_key_value_heads=4, head_dim=128, itemsize=2)
     tiers, tokens = TierConfig(gpu_kv_gb=2), 200_000

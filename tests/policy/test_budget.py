@@ -53,7 +53,7 @@ def test_a_less_concentrated_static_head_gets_more():
 
 
 @pytest.mark.parametrize(("weight", "more"), [("need", 1), ("score", 0)])
-def test_the_weight_says_which_static_head_gets_more(weight, more):
+def test_the_weight_decides_which_static_head_gets_more(weight, more):
     scores = torch.tensor([[0.9, 0.5]])
     got = budget.split_budget(scores, scores >= 0, 60, 1000, 1, 1.0, 0.1, weight)
     assert int(got.argmax()) == more
@@ -92,7 +92,7 @@ def test_budgets_by_need_add_up_and_respect_their_limits(values, enough, total, 
         assert (got == most).all()
 
 
-def test_static_heads_get_what_they_need_and_dynamic_ones_the_rest_by_the_root_of_theirs():
+def test_static_heads_get_what_they_need_and_dynamic_heads_the_rest_by_the_root_of_spread():
     need = torch.tensor([[32, 100, 400]])
     static = torch.tensor([[True, False, False]])
     assert budget.by_need(need, need, static, 92, 1000, 1, 16, 0.0).tolist() == [[2, 30, 60]]

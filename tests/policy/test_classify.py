@@ -61,7 +61,7 @@ def test_rows_that_attend_to_different_tokens_need_many_though_each_needs_few():
 
 
 def test_attention_to_the_sinks_is_left_out():
-    """A head that rests on them does not count as one that attends to few tokens."""
+    """A head that attends mostly to sinks does not count as one that attends to few tokens."""
     halves = torch.zeros(2, 1, 100)
     halves[:, :, 0] = 0.9
     halves[0, 0, 20:30], halves[1, 0, 60:70] = 0.01, 0.01

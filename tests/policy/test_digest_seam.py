@@ -1,4 +1,4 @@
-"""A fitted digest that the package does not know, through all of it: nothing else depends on which kind is used."""
+"""A fitted digest that the package does not know, used end to end: no other code depends on the kind of digest."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from helpers import assert_near, cap_share, pressed, session_logits, tier_options
+from helpers import assert_near, cap_share, digest_nbytes, pressed, session_logits, tier_options
 
 import tieredkv
 from tieredkv import TieredCache
@@ -20,7 +20,7 @@ from tieredkv.policy.digests import DIGESTS, Digest, Fitted
 
 @dataclass(frozen=True, slots=True)
 class Centre(Fitted):
-    """Mean key `(K, 1, D)`, and one that looks in no direction `(K, D)`, for digesting only."""
+    """Mean key `(K, 1, D)`, and zeros `(K, D)` that only digesting needs."""
 
     centre: torch.Tensor
     ballast: torch.Tensor
@@ -65,7 +65,7 @@ class Centred(Digest[Centre]):
 
 
 class CentredMass(Centred):
-    """The same, and its logits are taken for estimates of attention mass."""
+    """The same, with logits that claim to estimate attention mass."""
 
     name = "centred mass"
     estimates_mass = True
@@ -101,7 +101,7 @@ def test_few_chunks_are_chosen_under_the_cap_and_every_byte_is_counted(kind, lla
         layers = [layer.sealed for layer in cache.tiered_layers]
         layout, counters = layers[0].phase.plan.layout, cache.counters
         held = cache.ledger.by_purpose()["digests"]
-        assert held == sum(layer.retrieval.ranking.nbytes for layer in layers)
+        assert held == sum(digest_nbytes(layer.retrieval) for layer in layers)
         assert held == sizes.digest_bytes(cache.shape, cache.tiers, layout, counters.dynamic_heads)
         assert cache.ledger.peak_bytes <= cache.tiers.cap_bytes
         assert 0 < counters.selected < 5 * counters.dynamic_heads * layout.retrievable

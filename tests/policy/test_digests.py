@@ -128,7 +128,7 @@ def test_packed_products_are_those_of_rounded_vectors(bits):
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_eight_bits_are_as_good_as_all_of_them_and_four_nearly(bits):
+def test_logits_in_eight_bits_are_close_and_in_four_less_so(bits):
     keys, query = torch.randn(2, 40, 16, 32), torch.randn(2, 3, 32)
     exact, kind = estimate("cuboid", query, keys), digest("cuboid", 32, 16, bits)
     packed = kind.make(keys, Fitted())
@@ -141,7 +141,7 @@ def test_eight_bits_are_as_good_as_all_of_them_and_four_nearly(bits):
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("d", [16, 20])
 def test_a_digest_keeps_its_contract(name, bits, d):
-    """Sizes are those of what it makes, and parts of any size are ranked alike."""
+    """Its sizes are those of its tensors, and ranking in parts of any size gives the same logits."""
     keys, query = torch.randn(3, 10, 8, d), torch.randn(3, 5, d)
     kind = digest(name, d, 8, bits)
     fitted = kind.fit(torch.eye(d).expand(3, d, d), keys.flatten(1, 2)) if kind.needs_fit else Fitted()
@@ -157,8 +157,8 @@ def test_a_digest_keeps_its_contract(name, bits, d):
 
 @pytest.mark.parametrize("name", DIGESTS)
 @pytest.mark.parametrize("bits", BITS)
-def test_ranking_allocates_no_more_than_it_says(name, bits):
-    """Beside torch's own profiler: the result, in parts and joined, and the scratch of one part."""
+def test_ranking_allocates_no_more_than_its_scratch_bytes(name, bits):
+    """By torch's own profiler: the result, in parts and joined, and the scratch of one part."""
     keys, query, at_once = torch.randn(2, 256, 8, 64), torch.randn(2, 4, 64), 64
     kind = digest(name, 64, 8, bits)
     fitted = kind.fit(torch.eye(64).expand(2, 64, 64), keys.flatten(1, 2)) if kind.needs_fit else Fitted()
@@ -177,21 +177,21 @@ def test_ranking_allocates_no_more_than_it_says(name, bits):
 
 
 def spread(heads, tokens, d, generator):
-    """Keys and queries that live mostly in few, different directions, as trained ones do."""
+    """Keys and queries that lie mostly along a few, different directions, as trained ones do."""
     strength = torch.logspace(1, -2, d)
     keys = torch.randn(heads, tokens, d, generator=generator) * strength
     return keys @ torch.linalg.qr(torch.randn(heads, d, d, generator=generator)).Q + 3
 
 
 def fit(queries, keys, bits, c):
-    """A sketch of chunks of `c` of the keys `(K, m, D)`, its basis, and what it makes of them."""
+    """A sketch for chunks of `c` tokens, its basis for keys `(K, m, D)`, and their digests."""
     kind = Sketch(keys.shape[-1], c, bits)
     basis = kind.fit(queries.transpose(1, 2) @ queries, keys)
     return kind, basis, kind.make(keys.unflatten(1, (-1, c)), basis)
 
 
 def token_logits(queries, keys, bits):
-    """Of every key: chunks are of one token, and queries so short that no mass underflows."""
+    """Logits of every key: chunks have one token, and queries are so short that no mass underflows."""
     kind, basis, packed = fit(queries, keys, bits, 1)
     return lambda some: kind.chunk_logits(kind.prepare(some / 128, basis), packed) * 128
 
@@ -206,7 +206,7 @@ def test_sketched_products_are_near_the_true_ones(bits):
     assert error < (0.3 if bits == 4 else 0.05)
 
 
-def test_a_basis_keeps_the_directions_that_queries_look_in():
+def test_a_basis_keeps_the_directions_of_the_queries():
     """Keys differ alike in all directions; queries have only half of them."""
     generator = torch.Generator().manual_seed(1)
     keys = torch.randn(1, 400, 16, generator=generator)

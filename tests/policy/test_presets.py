@@ -1,4 +1,4 @@
-"""Every preset by name: it runs, it is exact with room for all, and its own formulas are what they say."""
+"""Every preset by name: it runs, it is exact with room for all, and its own formulas give what they should."""
 
 from __future__ import annotations
 
@@ -84,17 +84,17 @@ def test_dense_layers_keep_everything_whatever_the_budget(llama, long_ids):
      ("top_k_ratio", "a"), ("top_k_ratio", 0), ("type_split", 1.5), ("saliency_pool", 4), ("digest_bits", 4.0),
      ("stay", 0.5), ("rank", "snapkv"), ("merge", 1), ("keep_all", 1)],
 )  # fmt: skip
-def test_what_no_policy_can_have_is_refused(field, value):
+def test_invalid_fields_of_a_policy_are_refused(field, value):
     with pytest.raises(OptionError, match=f"{field}=.* is not valid: give"):
         replace(POLICIES["hybridkv"], **{field: value})
 
 
 @EVERY
 def test_every_preset_says_what_it_is_and_where_it_is_from(policy):
-    made = POLICIES[policy]
-    assert made.name == policy
-    assert made.source
-    assert len(made.summary) > 60
+    preset = POLICIES[policy]
+    assert preset.name == policy
+    assert preset.source
+    assert len(preset.summary) > 60
 
 
 # ---- MixKV
@@ -106,7 +106,7 @@ def test_redundancy_is_the_mean_cosine_of_all_pairs():
     torch.testing.assert_close(mixkv.redundancy(keys), torch.stack(pairs).mean())
 
 
-def test_diversity_is_least_for_the_key_that_is_like_all_others():
+def test_diversity_is_highest_for_the_key_unlike_the_others():
     keys = torch.tensor([[1.0, 0.0], [0.9, 0.1], [1.0, -0.1], [0.0, 1.0]])
     assert int(mixkv.diversity(keys).argmax()) == 3
     mean = torch.nn.functional.normalize(keys, dim=-1).mean(0)
@@ -183,7 +183,7 @@ def test_with_correction_always_on_reuse_changes_nothing(llama, long_ids):
     assert counters.reused > 0
 
 
-# ---- the signal
+# ---- the estimate of unseen mass
 
 
 def unseen(llama, long_ids, **options):
@@ -196,30 +196,30 @@ def unseen(llama, long_ids, **options):
         with cache.forced():
             llama(long_ids[:, 50:60], **cache_argument(cache))
         true = []
-        for made in cache.counters.trace:
-            layer = cache.tiered_layers[made.layer]
-            layout, recent = layer.sealed.phase.plan.layout, 900 + made.step
+        for selection in cache.counters.trace:
+            layer = cache.tiered_layers[selection.layer]
+            layout, recent = layer.sealed.phase.plan.layout, 900 + selection.step
             keys = layer.host.chunks()[:, :, 0].flatten(1, 2)[:, : layout.recent_start]
             generated, _ = layer.sealed.pages.generated_tokens()
             rest = layer.host.chunks()[:, :, 0].flatten(1, 2)[:, layout.recent_start : 900]
             keys = torch.cat((keys, rest, generated[:, : recent - 900]), dim=1)
-            weights = (made.query @ keys.transpose(1, 2) * keys.shape[-1] ** -0.5).softmax(-1).mean(1)
-            for row, head in enumerate(made.heads.tolist()):
-                seen = torch.zeros(keys.shape[1])
-                seen[: layout.sink_chunks * 8] = seen[layout.recent_start :] = 1
-                for first in made.first_token[row].tolist():
-                    seen[first : first + 8] = 1
-                true.append(float((weights[head] * (1 - seen)).sum()))
+            weights = (selection.query @ keys.transpose(1, 2) * keys.shape[-1] ** -0.5).softmax(-1).mean(1)
+            for row, head in enumerate(selection.heads.tolist()):
+                attended = torch.zeros(keys.shape[1])
+                attended[: layout.sink_chunks * 8] = attended[layout.recent_start :] = 1
+                for first in selection.first_token[row].tolist():
+                    attended[first : first + 8] = 1
+                true.append(float((weights[head] * (1 - attended)).sum()))
         return cache.counters.unseen_mass, sum(true) / len(true)
 
 
-def test_the_signal_is_near_the_mass_that_was_not_seen(llama, long_ids):
+def test_the_estimate_is_near_the_mass_that_was_not_seen(llama, long_ids):
     estimated, true = unseen(llama, long_ids)
     assert 0.05 < true < 0.95
     assert abs(estimated - true) < 0.05
 
 
-def test_digests_that_promise_too_much_give_no_signal(llama, long_ids):
+def test_digests_that_bound_logits_give_no_estimate(llama, long_ids):
     assert unseen(llama, long_ids, digest="minmax")[0] is None
 
 
@@ -234,7 +234,7 @@ def test_adaptive_heads_grow_into_their_spare_slots_and_see_more(llama, long_ids
     "fields",
     [{"adaptive": True, "digest": "cuboid"}, {"adaptive": True, "reuse_above": 0.5}, {"policy": "quest", "stay": 2.0}],
 )
-def test_fields_that_do_not_go_together_are_refused(fields):
+def test_incompatible_settings_are_refused(fields):
     with pytest.raises(OptionError, match="is not valid"):
         tieredkv.TierConfig(**tier_options(**fields))
 
@@ -266,7 +266,7 @@ def test_a_question_leaves_nothing_behind_when_the_digest_changes(llama, long_id
     assert torch.equal(answer(first, second), answer(second))
 
 
-def test_a_digest_fitted_to_little_is_fitted_again_when_there_is_more(llama, long_ids):
+def test_a_digest_fitted_to_few_tokens_is_fitted_again_to_more(llama, long_ids):
     with (
         torch.no_grad(),
         tieredkv.use_attention(llama),
@@ -295,7 +295,7 @@ def test_chunks_are_chosen_alike_however_a_prompt_is_cut_into_calls(llama, long_
                 llama(long_ids[:, token : token + 1], **cache_argument(cache))
             return torch.stack([step.first_token for step in cache.counters.trace])
 
-    assert (chosen(100) == chosen(900)).float().mean() > 0.9  # but for sums in another order
+    assert (chosen(100) == chosen(900)).float().mean() > 0.9  # up to the order of sums
 
 
 def test_prefill_in_inference_mode_and_decoding_outside_it(llama, long_ids):
@@ -364,7 +364,7 @@ def test_a_cache_can_be_sealed_again_under_other_settings(llama, long_ids):
         other = decode(cache)
         cache.set_tiers(tieredkv.TierConfig(**tier_options(**options)))
         again = decode(cache)
-        with pytest.raises(tieredkv.OptionError, match="keep chunk_tokens"):
+        with pytest.raises(tieredkv.OptionError, match="leave chunk_tokens as it is"):
             cache.set_tiers(tieredkv.TierConfig(gpu_kv_gb=1, chunk_tokens=16))
     assert torch.equal(again, first)
     assert not torch.equal(other, first)

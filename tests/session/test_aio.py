@@ -1,4 +1,4 @@
-"""asyncio: the event loop runs on while a video is ingested and asked about, and cancelling stops the work."""
+"""asyncio: the event loop stays free while a video is ingested and asked about, and cancelling stops the work."""
 
 from __future__ import annotations
 
@@ -49,15 +49,15 @@ def opening(video_model, processor):
 
 @pytest.fixture
 def caches(monkeypatch):
-    """Every cache that sessions make."""
-    made, make = [], ingest.TieredCache
+    """Every cache that a session creates."""
+    created, make = [], ingest.TieredCache
 
     def recorded(*args, **options):
-        made.append(make(*args, **options))
-        return made[-1]
+        created.append(make(*args, **options))
+        return created[-1]
 
     monkeypatch.setattr(ingest, "TieredCache", recorded)
-    return made
+    return created
 
 
 def our_threads() -> list[str]:
@@ -65,7 +65,7 @@ def our_threads() -> list[str]:
 
 
 async def reached(gate: Gate, step: int) -> None:
-    """Wait, without holding up the loop, until the answer is at that step."""
+    """Wait, without blocking the loop, until the answer is at that step."""
     await asyncio.to_thread(gate.wait_for_step, step)
 
 
@@ -113,7 +113,7 @@ async def test_several_videos_are_ingested_and_asked_about_at_once(video_model, 
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_what_can_be_known_at_once_is_raised_by_the_call(session, video_model, stream):
+async def test_early_errors_are_raised_by_the_call(session, video_model, stream):
     with pytest.raises(PromptError):
         session.aask(" ", stream=stream)
     with pytest.raises(OptionError):
@@ -126,7 +126,7 @@ async def test_what_can_be_known_at_once_is_raised_by_the_call(session, video_mo
         session.aask(STAR, stream=True, streamer=AsyncTextIteratorStreamer(session.processor.tokenizer))
 
 
-async def test_an_error_of_the_work_reaches_whoever_awaits(session, video_model, frames, opening):
+async def test_an_error_of_the_work_reaches_the_awaiting_task(session, video_model, frames, opening):
     with pytest.raises(BudgetError):
         await session.aask(STAR, max_new_tokens=100_000)
     with pytest.raises(BudgetError):
@@ -212,12 +212,12 @@ async def test_cancelling_agenerate_in_its_ingest_stops_it_and_frees_everything(
     video_model, frames, opening, caches, monkeypatch, stream
 ):
     family, stop = type(video_family(video_model.config)), VideoSession.stop
-    decode, calls, begun, go_on = family.decode, [], threading.Event(), threading.Event()
+    decode, calls, started, go_on = family.decode, [], threading.Event(), threading.Event()
 
     def slow(self, *args):
         calls.append(1)
         if len(calls) == 2:
-            begun.set()
+            started.set()
             assert go_on.wait(PATIENCE_S)
         return decode(self, *args)
 
@@ -236,7 +236,7 @@ async def test_cancelling_agenerate_in_its_ingest_stops_it_and_frees_everything(
             await tieredkv.agenerate(video_model, frames, MOON, **opening)
 
     task = asyncio.create_task(work())
-    assert await asyncio.to_thread(begun.wait, PATIENCE_S)
+    assert await asyncio.to_thread(started.wait, PATIENCE_S)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -327,12 +327,12 @@ def test_a_loop_that_closes_under_a_stream_stops_its_work(session):
     asyncio.run(main())
     gate.open()
     assert session.ask(STAR, max_new_tokens=2).token_ids
-    assert gate.steps < 10  # it is noticed where a piece cannot be delivered
+    assert gate.steps < 10  # noticed when a piece cannot be delivered
 
 
 @contextlib.contextmanager
 def modules_that_run_here() -> Iterator[set[str]]:
-    """The modules of the package of which a function is called on this thread meanwhile."""
+    """Modules of the package whose functions are called on this thread inside the block."""
     root, names = Path(tieredkv.__file__).parent, set()
 
     def called(frame, event, argument) -> None:
@@ -340,7 +340,7 @@ def modules_that_run_here() -> Iterator[set[str]]:
             names.add(path.stem)
 
     gc.collect()
-    gc.disable()  # it would call, on this thread, what other tests' sessions have to be called when they are gone
+    gc.disable()  # it would run finalizers of other tests' sessions on this thread
     sys.setprofile(called)
     try:
         yield names
@@ -351,7 +351,7 @@ def modules_that_run_here() -> Iterator[set[str]]:
 
 @pytest.mark.parametrize("what", ["agenerate", "aask"])
 async def test_the_event_loop_is_never_blocked(video_model, frames, opening, monkeypatch, what):
-    """Each part of the work waits until the loop has had a turn; its thread does nothing but take pieces."""
+    """Each part of the work waits until the loop has run; the loop's thread only takes pieces."""
     family, loop, seen = type(video_family(video_model.config)), asyncio.get_running_loop(), set()
     parts = ("decode", "encode", "embed", "logits", "positions")
     for name in parts:
@@ -379,4 +379,4 @@ async def test_the_event_loop_is_never_blocked(video_model, frames, opening, mon
             with modules_that_run_here() as modules:
                 await work
         assert {"decode", "logits"} <= seen
-    assert modules == {"aio", "ambient", "job", "stream"}  # the second notes what is set here, for the thread
+    assert modules == {"aio", "ambient", "job", "stream"}  # ambient records this thread's settings for the job's

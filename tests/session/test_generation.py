@@ -42,7 +42,7 @@ def stock(video_model, processor, frames):
 
 @contextmanager
 def own_settings(model, **settings) -> Iterator[None]:
-    """The model's own generation config says this inside the block."""
+    """Changes the model's own generation config inside the block."""
     before, config = model.generation_config, GenerationConfig(**model.generation_config.to_dict())
     for name, value in settings.items():
         setattr(config, name, value)
@@ -74,7 +74,7 @@ GREEDY = [
     {"renormalize_logits": True, "remove_invalid_values": True},
     {"temperature": 0.3, "top_p": 0.1, "top_k": 1},
 ]
-"""Settings, with what makes them show; the last do nothing without sampling."""
+"""Settings, with others under which they have an effect; the last have none without sampling."""
 
 
 @pytest.mark.parametrize("options", GREEDY, ids=str)
@@ -105,7 +105,7 @@ def test_sampling_draws_what_stock_generate_draws(session, stock, options):
 
 
 @pytest.mark.parametrize("options", [*GREEDY, *({"do_sample": True, **more} for more in SAMPLED)], ids=str)
-def test_the_models_own_settings_hold_as_in_stock_generate(session, stock, video_model, options):
+def test_the_models_own_settings_apply_as_in_stock_generate(session, stock, video_model, options):
     with own_settings(video_model, max_new_tokens=10, **options):
         torch.manual_seed(3)
         ours = session.ask(QUESTION).token_ids
@@ -113,7 +113,7 @@ def test_the_models_own_settings_hold_as_in_stock_generate(session, stock, video
         assert ours == stock()
 
 
-def test_what_the_caller_says_counts_before_the_models_own(session, stock, video_model):
+def test_the_callers_settings_take_precedence_over_the_models(session, stock, video_model):
     own = {"max_new_tokens": 10, "repetition_penalty": 1.8, "eos_token_id": 27}
     config = GenerationConfig(repetition_penalty=1.2, no_repeat_ngram_size=2)
     with own_settings(video_model, **own):
@@ -122,7 +122,7 @@ def test_what_the_caller_says_counts_before_the_models_own(session, stock, video
         assert session.ask(QUESTION, eos_token_id=None).token_ids == stock(eos_token_id=None)
 
 
-def test_a_generation_config_is_taken(session, stock):
+def test_a_generation_config_is_accepted(session, stock):
     config = GenerationConfig(max_new_tokens=7, repetition_penalty=1.5, do_sample=False)
     assert session.ask(QUESTION, generation_config=config).token_ids == stock(generation_config=config)
 
@@ -143,7 +143,7 @@ def test_stop_strings_become_a_stopping_criterion(byte_tokenizer, where):
 
 @pytest.fixture
 def spell(llama, byte_tokenizer):
-    """The loop, on a model that would write one text."""
+    """Runs the loop on a model that always writes the same text."""
     text = byte_tokenizer("one two three four").input_ids
 
     def run(own=None, **options):
@@ -155,10 +155,10 @@ def spell(llama, byte_tokenizer):
         with own_settings(llama, **(own or {})):
             check_options(options, model_config=llama.generation_config)
             prompt = torch.tensor([[1, 2, 3]])
-            made = generation.run(
+            decoded = generation.run(
                 llama, prompt, logits(0), lambda _: logits(next(place)), len(text), options, byte_tokenizer
             )
-        return byte_tokenizer.decode(made.token_ids)
+        return byte_tokenizer.decode(decoded.token_ids)
 
     return run
 
@@ -181,7 +181,7 @@ def test_stop_strings_end_the_answer_wherever_they_are_written(spell, own, optio
     assert spell({"stop_strings": own}, **options) == written
 
 
-def test_the_tokenizer_that_generate_wants_for_stop_strings_is_taken(spell, byte_tokenizer):
+def test_the_tokenizer_that_generate_needs_for_stop_strings_is_accepted(spell, byte_tokenizer):
     assert spell(stop_strings="two", tokenizer=byte_tokenizer) == "one two"
 
 
@@ -206,13 +206,13 @@ def test_the_time_that_an_answer_may_take_counts_from_its_question(session, vide
     hook = video_model.model.language_model.register_forward_hook(a_second)
     try:
         with own_settings(video_model, **(limit if where == "model" else {})):
-            made = session.ask(QUESTION, max_new_tokens=9, **options)
+            answer = session.ask(QUESTION, max_new_tokens=9, **options)
     finally:
         hook.remove()
-    assert made.stats.new_tokens == 3  # after 1 s, 2 s, and 3 s
+    assert answer.stats.new_tokens == 3  # after 1 s, 2 s, and 3 s
 
 
-def test_nothing_is_said_of_a_config_given_with_other_options(session, caplog, monkeypatch):
+def test_a_config_given_with_other_options_causes_no_warning(session, caplog, monkeypatch):
     log = transformers.utils.logging.get_logger("transformers")
     monkeypatch.setattr(log, "propagate", True)
     transformers.generation.utils.logger.warning_once.cache_clear()
@@ -255,7 +255,7 @@ def test_a_misspelt_option_is_refused_with_the_name_meant():
 
 
 CHANGED = {"guidance_scale": 2.0, "penalty_alpha": 0.6, "use_cache": False, "cache_implementation": "static"}
-"""A value of a refused setting that is not let pass, where 7 will not do."""
+"""Refused values of settings for which 7 is not suitable."""
 
 
 def test_every_setting_of_the_installed_transformers_is_in_one_table():
@@ -266,7 +266,7 @@ def test_every_setting_of_the_installed_transformers_is_in_one_table():
         pytest.skip(f"this transformers has settings that nobody has looked at, which are refused: {sorted(unknown)}")
 
 
-def test_a_setting_that_nobody_has_looked_at_is_refused_by_name(monkeypatch):
+def test_a_new_setting_of_transformers_is_refused_by_name(monkeypatch):
     class Later(GenerationConfig):
         def __init__(self, **options):
             self.top_x = options.pop("top_x", None)
@@ -281,7 +281,7 @@ def test_a_setting_that_nobody_has_looked_at_is_refused_by_name(monkeypatch):
 
 
 @pytest.mark.parametrize("name", [*SEARCHES, *FORMS])
-def test_settings_that_change_what_decoding_is_are_refused_and_what_is_so_anyway_is_not(name):
+def test_settings_that_select_another_decoding_are_refused_and_their_defaults_are_not(name):
     for plain in {**SEARCHES, **FORMS}[name]:
         check_options({name: plain})
     check_options({name: None})
@@ -291,7 +291,7 @@ def test_settings_that_change_what_decoding_is_are_refused_and_what_is_so_anyway
 
 
 @pytest.mark.parametrize("name", SEARCHES)
-def test_another_search_that_the_model_asks_for_is_refused_unless_the_caller_says_otherwise(name):
+def test_another_search_in_the_models_config_is_refused_unless_the_caller_overrides_it(name):
     config, plain = GenerationConfig(), SEARCHES[name][0]
     setattr(config, name, CHANGED.get(name, 7))
     with pytest.raises(
@@ -314,7 +314,7 @@ FORMS_OF_MODELS = [
 
 
 @pytest.mark.parametrize("own", FORMS_OF_MODELS, ids=str)
-def test_what_changes_no_token_is_let_pass_in_the_models_own_config(session, video_model, own):
+def test_settings_that_change_no_token_are_ignored_in_the_models_own_config(session, video_model, own):
     plain = session.ask(QUESTION, max_new_tokens=6).token_ids
     with own_settings(video_model, **own):
         assert session.ask(QUESTION, max_new_tokens=6).token_ids == plain
@@ -337,12 +337,12 @@ def test_another_loop_is_refused_and_none_at_all_is_not(name):
         check_options({name: object()})
 
 
-def test_a_function_of_allowed_tokens_is_taken(session, stock):
+def test_a_function_of_allowed_tokens_is_used(session, stock):
     options = {"max_new_tokens": 5, "prefix_allowed_tokens_fn": lambda _, ids: [11, 12 + len(ids) % 2]}
     assert session.ask(QUESTION, **options).token_ids == stock(**options)
 
 
-def test_what_a_generation_config_asks_for_is_looked_into(session):
+def test_the_fields_of_a_generation_config_are_checked(session):
     for config, message in (
         (GenerationConfig(num_beams=3), "num_beams=3"),
         (GenerationConfig(penalty_alpha=0.6, top_k=4), "penalty_alpha=0.6"),
@@ -380,7 +380,7 @@ def test_a_wrong_config_of_the_model_is_an_option_error(session, video_model, ow
         session.ask(QUESTION)
 
 
-def test_an_error_of_a_processor_of_ones_own_is_raised_as_it_is(session):
+def test_an_error_of_the_callers_processor_is_raised_unchanged(session):
     def fails(ids, scores):
         raise ValueError("mine")
 
@@ -389,7 +389,7 @@ def test_an_error_of_a_processor_of_ones_own_is_raised_as_it_is(session):
     assert not isinstance(caught.value, OptionError)
 
 
-def test_the_models_own_longest_sequence_holds_when_no_length_is_given(session, video_model):
+def test_the_models_own_longest_sequence_applies_when_no_length_is_given(session, video_model):
     prompt = session.ask(QUESTION, max_new_tokens=1).stats.prompt_tokens
     with own_settings(video_model, max_new_tokens=None, max_length=prompt + 3):
         assert session.ask(QUESTION).stats.new_tokens == 3
@@ -401,12 +401,12 @@ def test_the_models_own_longest_sequence_holds_when_no_length_is_given(session, 
         session.ask(QUESTION)
 
 
-def test_the_models_own_length_holds_when_none_is_given(session, video_model):
+def test_the_models_own_length_applies_when_none_is_given(session, video_model):
     assert session.new_tokens({}) == video_model.generation_config.max_new_tokens == 32
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, "8", True])
-def test_a_silly_length_is_refused(value):
+def test_an_invalid_length_is_refused(value):
     with pytest.raises(OptionError, match="max_new_tokens"):
         check_options({"max_new_tokens": value})
 
@@ -417,7 +417,7 @@ def test_an_unknown_option_of_generate_is_refused_before_anything_is_loaded():
 
 
 def test_generate_makes_no_cache_of_its_own(session, video_model, monkeypatch):
-    made = []
-    monkeypatch.setattr(transformers.generation.utils, "DynamicCache", lambda *args, **options: made.append(args))
+    caches = []
+    monkeypatch.setattr(transformers.generation.utils, "DynamicCache", lambda *args, **options: caches.append(args))
     session.ask(QUESTION, max_new_tokens=2, use_cache=True)
-    assert made == []
+    assert caches == []

@@ -1,4 +1,4 @@
-"""A video read, encoded and prefilled at once: answers as from all at once, bounded memory, no thread left."""
+"""Decoding, encoding and prefill at once: the answers of one after the other, bounded memory, no thread left."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from tieredkv.errors import TieredKVError, VideoError
 from tieredkv.models.families.qwen2_5_vl import Qwen25VL
 from tieredkv.session.ingest import Ingest
 from tieredkv.session.pipeline import Pipeline
-from tieredkv.video.frames import Sampling, open_video
+from tieredkv.video.frames import open_video
+from tieredkv.video.sampling import Sampling
 
 pytestmark = pytest.mark.files
 
@@ -66,7 +67,7 @@ def test_a_file_gives_the_logits_of_stock_transformers(video_model, processor, f
 
 
 @pytest.mark.parametrize("encode_batch", [1, 12, 4096])
-def test_segments_of_any_size_give_the_features_of_the_whole(video_model, processor, frames, encode_batch):
+def test_segments_of_any_size_give_the_features_of_the_whole(video_model, processor, frames, encode_batch, monkeypatch):
     pixels = processor.video_processor(
         videos=[torch.from_numpy(frames[:61]).permute(0, 3, 1, 2)], do_sample_frames=False, return_tensors="pt"
     )
@@ -82,14 +83,14 @@ def test_segments_of_any_size_give_the_features_of_the_whole(video_model, proces
 
     session = new_session(video_model, gpu_kv_gb=1, processor=processor, encode_batch=encode_batch)
     with session:
-        session.template.family = Recording()
+        monkeypatch.setattr(session.template, "family", Recording())
         session.ingest(frames[:61], Sampling(fps=4))
         assert len(seen) > 1 or encode_batch > 240
     assert_near(torch.cat(seen), whole)
 
 
 def test_frames_of_a_long_video_get_the_size_they_have_in_the_whole(video_model, frames):
-    """A processor that shrinks the frames of long videos is told how long this one is."""
+    """A processor that shrinks the frames of long videos gets the length of the whole one."""
     from tieredkv.tiny.processor import build_processor
 
     shrinking = build_processor()
@@ -107,14 +108,14 @@ def test_frames_of_a_long_video_get_the_size_they_have_in_the_whole(video_model,
         assert_near(session_logits(session, QUESTION, 2), stock)
 
 
-def test_nothing_is_read_again_when_the_cap_has_room_for_all(video_model, processor, frames):
+def test_nothing_is_reread_when_the_cap_has_room_for_all(video_model, processor, frames):
     with tieredkv.open_session(
         video_model, frames, gpu_kv_gb=1, processor=processor, fps=4, prefill_chunk=32
     ) as session:
         assert session.ingest_stats.streamed_bytes == 0
 
 
-def test_less_is_read_again_the_larger_the_cap(video_model, processor, frames):
+def test_a_larger_cap_rereads_less(video_model, processor, frames):
     moved = []
     for share in (0.6, 1.2, 1.8, 3):
         with tieredkv.open_session(
@@ -132,8 +133,8 @@ def test_less_is_read_again_the_larger_the_cap(video_model, processor, frames):
     assert moved[0] > moved[-1] == 0
 
 
-def test_frames_are_never_all_held(video_model, processor, frames, monkeypatch):
-    """While prefill stands still, decoding goes no further than the queues allow."""
+def test_frames_are_never_all_in_memory(video_model, processor, frames, monkeypatch):
+    """While prefill is blocked, decoding gets no further than the queues allow."""
     given, waiting, go = [0], threading.Event(), threading.Event()
     long = np.concatenate([frames] * 5)
     decode = Qwen25VL.decode
@@ -164,10 +165,10 @@ def test_frames_are_never_all_held(video_model, processor, frames, monkeypatch):
         assert waiting.wait(PATIENCE_S)
         session._ingest.pipeline.wait_for("decode", "encode")
         segment = 8  # frames: 16 tokens at four tokens per two frames
-        held = given[0]
+        frame_bytes = given[0]
         go.set()
         worker.join()
-        assert held <= 10 * segment
+        assert frame_bytes <= 10 * segment
         assert given[0] == len(long)
 
 
@@ -218,11 +219,11 @@ def test_an_error_in_prefill_stops_the_other_stages(video_model, processor, fram
 
 def test_closing_from_another_thread_stops_an_ingest_promptly(video_model, processor, frames, monkeypatch):
     decode, cancel, calls = Qwen25VL.decode, Pipeline.cancel, []
-    begun, go = threading.Event(), threading.Event()
+    started, go = threading.Event(), threading.Event()
 
     def slow_decode(self, *args):
         calls.append(1)
-        begun.set()
+        started.set()
         assert go.wait(PATIENCE_S)
         return decode(self, *args)
 
@@ -243,7 +244,7 @@ def test_closing_from_another_thread_stops_an_ingest_promptly(video_model, proce
 
     worker = threading.Thread(target=ingest)
     worker.start()
-    assert begun.wait(PATIENCE_S)
+    assert started.wait(PATIENCE_S)
     session.close()
     worker.join()
     assert len(calls) == 1

@@ -1,4 +1,4 @@
-"""What a session knows of its video, and what of it an older file says."""
+"""What a session knows about its video, and what older files say."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_its_tokens_are_the_head_and_the_video():
     assert [token == 0 for token in VIDEO.ids(0)] == VIDEO.is_visual().tolist()
 
 
-def test_what_is_written_is_what_is_read():
+def test_what_is_written_is_read_back():
     assert SessionState.of(plain(), first_picture=5.0) == STATE
 
 

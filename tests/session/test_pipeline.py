@@ -1,4 +1,4 @@
-"""Stages on threads: bounded, prompt to fail and to stop, and never left behind."""
+"""Stages on threads: bounded, quick to fail and to stop, and never left running."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from tieredkv.session.pipeline import Cancelled, Pipeline
 
 
 class WatchedPipeline(Pipeline):
-    """Tells which threads wait, by name; the threads that are no stage's are "outside"."""
+    """Records which threads wait, by name; threads of no stage are "outside"."""
 
     def __init__(self) -> None:
         super().__init__()
         lock = threading.RLock()
-        self.changed, self.told = threading.Condition(lock), threading.Condition(lock)
+        self.changed, self.arrivals = threading.Condition(lock), threading.Condition(lock)
         self.waiting: set[str] = set()
 
     def wait(self) -> None:
         name = stage.name if (stage := self._stage_here()) else "outside"
         self.waiting.add(name)
-        self.told.notify_all()
+        self.arrivals.notify_all()
         super().wait()
         self.waiting.discard(name)
 
     def wait_for(self, *names: str) -> None:
-        """Until all of these wait at once; with `changed` held, for as long as it is held."""
-        with self.told:
-            assert self.told.wait_for(lambda: self.waiting >= set(names), PATIENCE_S), "it hangs"
+        """Block until all of these wait. Under `changed`, they then wait until it is released."""
+        with self.arrivals:
+            assert self.arrivals.wait_for(lambda: self.waiting >= set(names), PATIENCE_S), "it hangs"
 
 
 def stage_threads() -> list[str]:
@@ -47,18 +47,18 @@ def test_items_come_in_order_through_all_stages():
 
 @pytest.mark.parametrize("depth", [1, 3])
 def test_a_stage_runs_no_further_ahead_than_its_queue(depth):
-    made = []
+    yielded = []
 
     def numbers():
         for n in range(100):
-            made.append(n)
+            yielded.append(n)
             yield n
 
     with WatchedPipeline() as pipeline:
         items = pipeline.stage("numbers", numbers(), depth)
         next(items)
         pipeline.wait_for("numbers")
-        assert len(made) <= 1 + depth + 1  # taken, queued, and one in hand
+        assert len(yielded) <= 1 + depth + 1  # taken, queued, and one in hand
         assert list(items) == list(range(1, 100))
 
 
@@ -137,7 +137,7 @@ def test_cancelling_from_another_thread_wakes_whoever_waits():
     assert stage_threads() == []
 
 
-def test_an_error_in_a_stage_nobody_takes_from_is_noticed():
+def test_an_error_in_a_stage_that_nobody_reads_is_noticed():
     def failing():
         raise OSError("the file is gone")
         yield
@@ -193,7 +193,7 @@ def test_a_stage_that_cannot_be_closed_is_an_error_not_a_hang():
         list(pipeline.stage("stubborn", Stubborn()))
 
 
-def test_a_thread_that_cannot_start_is_the_error_told(monkeypatch):
+def test_a_thread_that_cannot_start_is_the_error_raised(monkeypatch):
     with pytest.raises(RuntimeError, match="no more threads"), Pipeline() as pipeline:
         first = pipeline.stage("first", iter(range(3)))
 

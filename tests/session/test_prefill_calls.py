@@ -1,4 +1,4 @@
-"""In which forward calls a prompt is prefilled. The rows that are scored are of the last, which is therefore full."""
+"""The forward calls of a prefill. The scored rows are in the last call, which is therefore full."""
 
 from __future__ import annotations
 

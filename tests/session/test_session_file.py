@@ -1,4 +1,4 @@
-"""A session written to a file and taken up again: the same answers, no video, and nothing wrong passes."""
+"""A session saved and loaded: the same answers, no video needed, and whatever does not match is refused."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tieredkv.api import new_session
 from tieredkv.errors import BudgetError, OptionError, SessionError, TieredKVError
 from tieredkv.models.families.qwen2_5_vl import Qwen25VL
 from tieredkv.storage import tensor_file
-from tieredkv.video.frames import Sampling
+from tieredkv.video.sampling import Sampling
 
 STAR, MOON = "what colour was the star ?", "follow the moon for 4 ?"
 
@@ -37,7 +37,7 @@ def options(video_model, processor):
 def kept(video_model, frames, options, tmp_path):
     """A saved session, and the answers of the session it was saved from.
 
-    That has answered before: the first question finds some tokens on the device still, and reads in other blocks.
+    That session has answered before: its first question still finds tokens on the device, and reads in other blocks.
     """
     path = tmp_path / "session.tkv"
     with tieredkv.open_session(video_model, frames, **tier_options(**options)) as session:
@@ -51,7 +51,7 @@ def load(path, video_model, processor, **options):
     return tieredkv.load_session(path, video_model, processor=processor, **options)
 
 
-def test_a_loaded_session_answers_to_the_bit_as_the_one_saved(kept, video_model, processor):
+def test_a_loaded_session_answers_bit_for_bit_like_the_saved_one(kept, video_model, processor):
     path, answers = kept
     with load(path, video_model, processor) as session:
         for question, logits in zip((STAR, MOON), answers, strict=True):
@@ -59,7 +59,7 @@ def test_a_loaded_session_answers_to_the_bit_as_the_one_saved(kept, video_model,
         assert session.ingest_stats.frames == 120
 
 
-def test_taking_it_up_needs_no_video_and_prefills_none_of_it(kept, video_model, processor, monkeypatch):
+def test_loading_needs_no_video_and_prefills_none_of_it(kept, video_model, processor, monkeypatch):
     path, _ = kept
 
     def forbidden(*args, **options):
@@ -77,7 +77,7 @@ def test_taking_it_up_needs_no_video_and_prefills_none_of_it(kept, video_model, 
     assert sum(decoded) < 30
 
 
-def test_a_session_saved_after_questions_holds_no_trace_of_them(video_model, frames, options, tmp_path):
+def test_a_session_saved_after_questions_contains_no_trace_of_them(video_model, frames, options, tmp_path):
     from tieredkv.storage import tensor_file
 
     with tieredkv.open_session(video_model, frames, **tier_options(**options)) as session:
@@ -161,10 +161,8 @@ def test_other_frequencies_are_refused(kept, video_model, processor):
         load(kept[0], other, processor)
 
 
-def test_a_file_that_says_nothing_of_buffers_and_adapters_loads(
-    video_model, processor, frames, options, tmp_path, monkeypatch
-):
-    """As all did at first."""
+def test_a_file_without_buffers_and_adapters_loads(video_model, processor, frames, options, tmp_path, monkeypatch):
+    """The form of the first session files."""
     write = tensor_file.write
 
     def old(path, manifest, tensors, progress):
@@ -194,14 +192,14 @@ def quantised(kind):
 
     quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
 
-    def made(model):
+    def quantise(model):
         model = copy.deepcopy(model)
         tables = {"filter_fn": lambda module, name: isinstance(module, torch.nn.Embedding)} if "tables" in kind else {}
         config = quantization.IntxWeightOnlyConfig if tables else getattr(quantization, kind)
         quantization.quantize_(model, config(), **tables)
         return model
 
-    return made
+    return quantise
 
 
 @pytest.mark.parametrize(
@@ -246,8 +244,8 @@ def test_another_chunk_size_is_refused(kept, video_model, processor):
         load(kept[0], video_model, processor, chunk_tokens=16)
 
 
-def test_another_video_is_refused_and_the_same_is_taken(kept, video_model, processor, frames):
-    with pytest.raises(SessionError, match="a session of another video"):
+def test_another_video_is_refused_and_the_same_is_accepted(kept, video_model, processor, frames):
+    with pytest.raises(SessionError, match="was saved for another video"):
         load(kept[0], video_model, processor, video=frames[::-1])
     load(kept[0], video_model, processor, video=frames).close()
 
@@ -258,7 +256,7 @@ def test_another_video_is_refused_and_the_same_is_taken(kept, video_model, proce
         ({"gpu_kv_gb": 0}, BudgetError, "gpu_kv_gb=0 is not valid"),
         ({"thetta": 1}, OptionError, "thetta"),
         ({"max_new_tokens": 3}, OptionError, "generation option"),
-        ({"fps": 2}, OptionError, "'fps' cannot be given: a saved session keeps"),
+        ({"fps": 2}, OptionError, "'fps' cannot be given: the video of a saved session"),
         ({"positions": "stock"}, OptionError, "'positions' cannot be given"),
     ],
 )
@@ -328,7 +326,7 @@ def test_a_loaded_session_takes_no_second_video(kept, video_model, processor, fr
         session.ingest(frames, Sampling(fps=4))
 
 
-def test_closing_lets_go_of_the_mapped_file(kept, video_model, processor):
+def test_closing_releases_the_mapped_file(kept, video_model, processor):
     session = load(kept[0], video_model, processor)
     mapped = weakref.ref(session._cached.cache.tiered_layers[0].host._arena)
     session.ask(STAR, max_new_tokens=2)
@@ -347,7 +345,7 @@ def test_a_session_of_a_file_is_recognised_by_its_content_not_its_name(video_mod
     moved = film.rename(tmp_path / "moved.mp4")
     load(tmp_path / "s", video_model, processor, video=moved).close()
     write_video(make_scene(6, 8, 2), film)
-    with pytest.raises(SessionError, match=r"another video, .*film\.mp4 as it was then, and .*film\.mp4 is not"):
+    with pytest.raises(SessionError, match=r"another video \(.*film\.mp4, as it was then\) than .*film\.mp4"):
         load(tmp_path / "s", video_model, processor, video=film)
 
 
@@ -368,7 +366,7 @@ def test_a_host_cap_below_the_saved_cache_is_refused(kept, video_model, processo
         load(kept[0], video_model, processor, host_kv_gb=1e-6)
 
 
-def test_what_a_later_version_adds_to_the_manifest_is_let_pass(kept, video_model, processor, tmp_path):
+def test_what_a_later_version_adds_to_the_manifest_is_ignored(kept, video_model, processor, tmp_path):
     from tieredkv.storage import tensor_file
 
     stored = tensor_file.read(kept[0])
@@ -385,13 +383,23 @@ def test_what_a_later_version_adds_to_the_manifest_is_let_pass(kept, video_model
         assert torch.equal(session_logits(session, STAR, 6), kept[1][0])
 
 
+def test_settings_of_another_kind_are_refused(kept, video_model, processor, tmp_path):
+    from tieredkv.storage import tensor_file
+
+    stored = tensor_file.read(kept[0])
+    manifest = {**stored.manifest, "tiers": "hybridkv"}
+    tensor_file.write(tmp_path / "other.tkv", manifest, {name: stored.tensor(name) for name in stored.names})
+    with pytest.raises(SessionError, match=r"other\.tkv holds no session \(its settings are of type str\)"):
+        load(tmp_path / "other.tkv", video_model, processor)
+
+
 @pytest.mark.parametrize("asked_before", [False, True])
 @pytest.mark.parametrize("change", ["overwritten", "cut"])
 def test_a_file_changed_in_place_while_loaded_is_noticed(kept, video_model, processor, tmp_path, asked_before, change):
     import os
 
     path = kept[0]
-    os.utime(path, ns=(0, 0))  # long before whatever is done to it below
+    os.utime(path, ns=(0, 0))  # well before the change below
     with load(path, video_model, processor) as session:
         if asked_before:
             session.ask(STAR, max_new_tokens=2)
@@ -418,7 +426,7 @@ def test_a_file_replaced_while_loaded_stays_as_it_was(kept, video_model, process
 def test_a_file_that_counts_from_the_first_picture_is_put_on_the_files_clock(
     video_model, processor, frames, tmp_path, monkeypatch
 ):
-    """As sessions were saved at first; when the first picture is shown, only the video says."""
+    """The form of the first session files. Only the video says when its first picture is shown."""
     film = with_sound(tmp_path / "late.mp4", frames[:40], begin=5)
     options = {"processor": processor}
     with tieredkv.open_session(video_model, film, fps=4, gpu_kv_gb=1, **options) as session:

@@ -1,4 +1,4 @@
-"""Streams: the answer's text in whole characters as it is made, stopped when nobody reads on."""
+"""Streams: the answer's text in whole characters as it is generated, stopped when the reader leaves."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_the_pieces_are_the_text_of_the_answer_and_come_one_by_one(session, way)
     assert all(pieces)
 
 
-def test_a_piece_can_be_read_before_the_next_token_is_made(session):
+def test_a_piece_can_be_read_before_the_next_token_is_generated(session):
     gate = Gate(free=2)
     with session.ask(MOON, max_new_tokens=8, stream=True, stopping_criteria=[gate]) as stream:
         assert next(stream)
@@ -100,18 +100,18 @@ def test_leaving_a_stream_stops_the_work_within_a_step(session, when_stopped, wa
 
 @pytest.mark.parametrize("session", [4], indirect=True)
 def test_a_stream_closed_before_its_first_piece_stops_the_prefill_of_its_question(session, when_stopped, monkeypatch):
-    family, calls, begun, go_on = type(session.family), [], threading.Event(), threading.Event()
+    family, calls, started, go_on = type(session.family), [], threading.Event(), threading.Event()
     decode = family.decode
 
     def slow(self, *args):
         calls.append(1)
-        begun.set()
+        started.set()
         assert go_on.wait(PATIENCE_S)
         return decode(self, *args)
 
     monkeypatch.setattr(family, "decode", slow)
     stream = session.ask(" ".join([STAR] * 4), max_new_tokens=4, stream=True)  # calls of four tokens
-    assert begun.wait(PATIENCE_S)
+    assert started.wait(PATIENCE_S)
     when_stopped(session, go_on.set)
     stream.close()
     assert len(calls) == 1
@@ -136,14 +136,14 @@ def test_a_stream_closed_by_another_thread_ends_for_its_reader(session, when_sto
     assert len(got) <= 2
 
 
-def test_an_interrupt_while_waiting_for_a_piece_stops_the_work(session):
+def test_an_interrupt_while_waiting_for_a_piece_stops_the_work(session, monkeypatch):
     class Interrupted:
         def get(self):
             raise KeyboardInterrupt
 
     gate = Gate(free=2)
     stream = session.ask(MOON, max_new_tokens=50, stream=True, stopping_criteria=[gate])
-    stream._items = Interrupted()
+    monkeypatch.setattr(stream, "_items", Interrupted())
     gate.open()
     with pytest.raises(KeyboardInterrupt):
         next(stream)
@@ -161,13 +161,13 @@ def test_an_interrupt_while_waiting_for_a_piece_stops_the_work(session):
     ],
     ids=str,
 )
-def test_what_can_be_known_at_once_is_raised_by_the_call(session, prompt, options, error):
+def test_early_errors_are_raised_by_the_call(session, prompt, options, error):
     if "streamer" in options:
         options = {"streamer": TextIteratorStreamer(session.processor.tokenizer, timeout=PATIENCE_S)}
     with pytest.raises(error):
         session.ask(prompt, stream=True, **options)
     if streamer := options.get("streamer"):
-        assert list(streamer) == [""], "its reader would wait for ever"
+        assert list(streamer) == [""], "its reader would wait forever"
 
 
 def test_generate_refuses_at_the_call_too(video_model, processor):
@@ -198,7 +198,7 @@ def test_an_error_of_the_work_reaches_the_reader_once(session, prompt, options, 
 @pytest.mark.parametrize(
     ("raised", "expected"), [(KeyError("mine"), KeyError), (StopIteration("mine"), RuntimeError)], ids=repr
 )
-def test_an_error_of_a_callback_reaches_the_reader_behind_what_was_made(session, raised, expected):
+def test_an_error_of_a_callback_reaches_the_reader_after_the_pieces_before_it(session, raised, expected):
     calls, got = [], []
 
     def failing(input_ids, scores):
@@ -210,7 +210,7 @@ def test_an_error_of_a_callback_reaches_the_reader_behind_what_was_made(session,
     with pytest.raises(expected):
         for piece in session.ask(MOON, max_new_tokens=8, stream=True, logits_processor=[failing]):
             got.append(piece)
-    assert got, "what was made before it is lost"
+    assert got, "the pieces before it are lost"
     assert session.ask(STAR, max_new_tokens=2).token_ids
 
 
@@ -235,7 +235,7 @@ def test_a_stream_can_be_left_unread_while_another_is_read(session):
     assert [("".join(first)), head + "".join(second)] == want
 
 
-def test_streams_have_their_turns_in_the_order_in_which_they_were_begun(session):
+def test_streams_take_turns_in_the_order_in_which_they_began(session):
     gate, questions = Gate(), [STAR, MOON, STAR, MOON, STAR]
     streams = [session.chat(questions[0], max_new_tokens=3, stream=True, stopping_criteria=[gate])]
     streams += [session.chat(question, max_new_tokens=3, stream=True) for question in questions[1:]]
@@ -244,26 +244,26 @@ def test_streams_have_their_turns_in_the_order_in_which_they_were_begun(session)
     assert session.history == tuple(zip(questions, answers, strict=True))
 
 
-@pytest.mark.parametrize("behind", ["ask", "stream"])
-def test_a_stream_that_waits_for_its_turn_is_closed_at_once(session, behind):
+@pytest.mark.parametrize("earlier", ["ask", "stream"])
+def test_a_stream_that_waits_for_its_turn_is_closed_at_once(session, earlier):
     gate = Gate()
-    if behind == "stream":
+    if earlier == "stream":
         ahead = session.ask(STAR, max_new_tokens=2, stream=True, stopping_criteria=[gate])
     else:
         ahead = threading.Thread(target=session.ask, args=(STAR,), kwargs={"stopping_criteria": [gate]})
         ahead.start()
     gate.wait_for_step(1)
     late = session.ask(MOON, max_new_tokens=2, stream=True)
-    late.close()  # would wait for ever
+    late.close()  # would wait forever
     gate.open()
-    if behind == "stream":
+    if earlier == "stream":
         assert list(ahead)
     else:
         ahead.join()
     assert session.ask(STAR, max_new_tokens=2).token_ids
 
 
-def test_closing_the_session_stops_its_streams_and_tells_their_readers(session, when_stopped):
+def test_closing_the_session_stops_its_streams_with_an_error_for_their_readers(session, when_stopped):
     gate = Gate(free=1)
     running = session.ask(MOON, max_new_tokens=50, stream=True, stopping_criteria=[gate])
     waiting = session.ask(MOON, max_new_tokens=4, stream=True)

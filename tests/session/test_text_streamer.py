@@ -50,10 +50,10 @@ def test_pieces_of_a_tokenizer_that_falls_back_to_bytes_are_the_text():
     from transformers import PreTrainedTokenizerFast
 
     vocabulary = {"<unk>": 0, "▁go": 1, **{f"<0x{byte:02X}>": byte + 2 for byte in range(256)}}
-    made = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    backend = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    made.decoder = decoders.Sequence(steps)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made)
+    backend.decoder = decoders.Sequence(steps)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
     ids = [1, *(byte + 2 for byte in "€世".encode()), 1]
     pieces, text = pieces_of(tokenizer, ids)
     assert "".join(pieces) == text == "go€世 go"

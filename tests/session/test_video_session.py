@@ -220,7 +220,7 @@ def test_a_streamer_is_ended_when_the_question_is_refused(opened):
     assert reader.ended
 
 
-def test_a_copy_that_fails_reaches_the_asker_and_leaves_the_session_usable(opened, monkeypatch):
+def test_a_failing_copy_reaches_the_caller_and_leaves_the_session_usable(opened, monkeypatch):
     session = opened(theta=2.0, reuse_above=-1.0)
     want = session.ask(MOON, max_new_tokens=6).token_ids
     prefetcher = session._cached.cache.device_tier.copies
@@ -360,7 +360,7 @@ def test_host_memory_stays_under_its_cap_when_a_long_question_grows_it(opened, v
     assert session.ask(" ".join([STAR] * 55), max_new_tokens=2).stats.kv_host_bytes <= cap * GIB
 
 
-def test_a_question_too_long_for_the_device_is_told_to_be_shorter(opened):
+def test_a_question_too_long_for_the_device_is_refused_with_advice(opened):
     with pytest.raises(BudgetError, match="shorten the question or the conversation"):
         opened(share=0.5).ask(" ".join([STAR] * 200), max_new_tokens=2)
 
@@ -386,12 +386,12 @@ def test_a_cap_given_twice_is_refused(video_model, processor, frames):
 
 
 @pytest.mark.parametrize("prompt", [5, None, ["what ?"]])
-def test_a_prompt_that_is_no_text_is_refused_as_such(opened, prompt):
+def test_a_prompt_that_is_not_text_is_refused(opened, prompt):
     with pytest.raises(PromptError, match="give the question as text"):
         opened().ask(prompt)
 
 
-def test_stop_strings_a_tokenizer_does_not_bear_are_an_option_error(opened):
+def test_stop_strings_that_a_tokenizer_cannot_handle_are_an_option_error(opened):
     from tieredkv.errors import OptionError
 
     with pytest.raises(OptionError, match="stop_strings does not work with this tokenizer"):

@@ -29,7 +29,7 @@ def only_the_old(path: Path) -> bool:
 
 def test_the_new_file_has_its_name_only_once_it_is_complete(path):
     with replace_file(path) as part:
-        assert part.name == path.name  # for writers that go by the suffix
+        assert part.name == path.name  # for writers that choose the format by the suffix
         part.write_text("new")
         assert path.read_text() == "old"
     assert path.read_text() == "new"
@@ -89,7 +89,7 @@ def test_more_than_is_free_is_refused_before_writing(path, monkeypatch):
     monkeypatch.setattr(atomic.shutil, "disk_usage", lambda _: usage)
     message = r"needs 0.00195 GiB of disk, 0.000977 GiB free"
     with pytest.raises(OutputError, match=message), replace_file(path, 2**21):
-        pytest.fail("writing was begun")
+        pytest.fail("writing began")
     assert only_the_old(path)
     with replace_file(path, 2**20) as part:
         part.write_text("fits")
@@ -102,8 +102,8 @@ def test_more_than_is_free_is_refused_before_writing(path, monkeypatch):
         ("missing/clip.kv", "there is no folder .*missing"),
         ("/dev/null", "is not a file"),
         ("x" * 250, "could not be written: File name too long"),
-        ("half \ud83d.kv", "is no file name"),
-        ("null \0.kv", "is no file name"),
+        ("half \ud83d.kv", "is not a file name"),
+        ("null \0.kv", "is not a file name"),
     ],
 )
 def test_a_target_that_cannot_be_written_is_refused(tmp_path, name, message):
@@ -111,7 +111,7 @@ def test_a_target_that_cannot_be_written_is_refused(tmp_path, name, message):
         check_target(tmp_path / name)
     str(refusal.value).encode()  # can be printed
     with pytest.raises(OutputError, match=message), replace_file(tmp_path / name):
-        pytest.fail("writing was begun")
+        pytest.fail("writing began")
     assert not list(tmp_path.iterdir())
 
 

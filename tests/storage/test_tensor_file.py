@@ -189,21 +189,21 @@ def test_appended_bytes_are_noticed_when_read(saved: Path) -> None:
 )
 def test_other_kinds_of_file_are_refused(path: Path, content: bytes) -> None:
     path.write_bytes(content)
-    with pytest.raises(SessionError, match=r"is not a file of tieredkv|is cut short"):
+    with pytest.raises(SessionError, match=r"is not a tieredkv file|is cut short"):
         tensor_file.read(path)
 
 
 def test_deep_nesting_is_refused(path: Path) -> None:
     deep = b'{"a":' * 100_000
     path.write_bytes(len(deep).to_bytes(8, "little") + deep)
-    with pytest.raises(SessionError, match="is not a file of tieredkv"):
+    with pytest.raises(SessionError, match="is not a tieredkv file"):
         tensor_file.read(path)
 
 
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"tieredkv": "1"}, {"tieredkv": "{}"}])
 def test_safetensors_of_another_program_are_refused(path: Path, metadata: Any) -> None:
     save_file({"weight": torch.zeros(4)}, path, metadata=metadata)
-    with pytest.raises(SessionError, match="is not a file of tieredkv"):
+    with pytest.raises(SessionError, match="is not a tieredkv file"):
         tensor_file.read(path)
 
 

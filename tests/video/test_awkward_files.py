@@ -14,7 +14,8 @@ from helpers import ended
 
 from tieredkv.errors import VideoError
 from tieredkv.video.clock import Clock
-from tieredkv.video.frames import Sampling, load_frames, open_video
+from tieredkv.video.frames import load_frames, open_video
+from tieredkv.video.sampling import Sampling
 
 pytestmark = pytest.mark.files
 

@@ -11,8 +11,9 @@ import pytest
 from films import numbered, numbers, sample, write
 
 from tieredkv.video.clock import Clock
-from tieredkv.video.frames import Sampling, open_video
+from tieredkv.video.frames import open_video
 from tieredkv.video.length import Times
+from tieredkv.video.sampling import Sampling
 
 pytestmark = pytest.mark.files
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from tieredkv.errors import VideoError
-from tieredkv.video.frames import Sampling, load_frames, open_video
+from tieredkv.video.frames import load_frames, open_video
+from tieredkv.video.sampling import Sampling
 
 
 def write(path: Path, times: list[float], size: int = 64, codec: str = "libx264", **container: str) -> Path:
@@ -355,12 +356,12 @@ def test_the_hash_of_arrays_depends_on_their_pixels():
     ],
     ids=str,
 )
-def test_a_sampling_that_no_video_allows_is_refused_when_it_is_made(values):
+def test_a_sampling_that_no_video_allows_is_refused_on_construction(values):
     name = list(values)[-1]
     with pytest.raises(VideoError, match=f"^{name}=.* is not valid: give "):
         Sampling(**values)
 
 
-def test_a_sampling_tells_which_values_are_not_the_defaults():
+def test_a_sampling_lists_the_values_that_are_not_defaults():
     assert Sampling().given() == Sampling(start=0).given() == []
     assert Sampling(fps=2, end=3).given() == ["fps", "end"]

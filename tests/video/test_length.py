@@ -12,7 +12,8 @@ import pytest
 from films import noise, sample
 
 from tieredkv.errors import VideoError
-from tieredkv.video.frames import Sampling, open_video
+from tieredkv.video.frames import open_video
+from tieredkv.video.sampling import Sampling
 
 pytestmark = pytest.mark.files
 

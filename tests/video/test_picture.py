@@ -12,9 +12,10 @@ import pytest
 from films import greys, levels, sample, write
 
 from tieredkv.errors import VideoError
-from tieredkv.video.frames import Sampling, open_video
+from tieredkv.video.frames import open_video
 from tieredkv.video.margins import NO_MARGINS
 from tieredkv.video.picture import Geometry, Painter, rotated
+from tieredkv.video.sampling import Sampling
 
 pytestmark = pytest.mark.files
 

@@ -12,8 +12,9 @@ from films import noise, numbered, numbers, sample, ticks, write
 
 from tieredkv.errors import VideoError
 from tieredkv.video import sampling
-from tieredkv.video.frames import Sampling, open_video
+from tieredkv.video.frames import open_video
 from tieredkv.video.playback import Playback
+from tieredkv.video.sampling import Sampling
 
 pytestmark = pytest.mark.files
 

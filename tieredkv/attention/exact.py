@@ -1,4 +1,4 @@
-"""Exact attention over blocks of keys, in plain torch: what prefill runs on every device.
+"""Exact attention over blocks of keys, in plain torch, as prefill uses it on every device.
 
 Shapes: `H` query heads, `K` KV heads, `G = H // K`, `n` queries, `m` keys, `D` head dim. Query head `h` reads KV head
 `h // G`. lse is the log-sum-exp of a row's scaled logits, float32.
@@ -42,7 +42,7 @@ def flash(
     causal: bool,
     mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """torch's own attention with its lse, by operators that are private in torch and used nowhere else.
+    """torch's own attention with its lse. The operators are private to torch and used only here.
 
     query `(A, n, D)`, keys and values `(A, m, D)`; output and lse of the same leading sizes. mask `(1, A, 1, m)`: added
     to the logits; not with `causal`.

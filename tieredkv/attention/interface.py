@@ -20,7 +20,7 @@ _TAG = "tieredkv_layer"
 
 
 class AttendingLayer(Protocol):
-    """What keys are tagged with: a layer of a cache."""
+    """The cache layer that keys are tagged with."""
 
     @property
     def sliding_window(self) -> int | None:
@@ -77,7 +77,9 @@ def tiered_mask(
     if attention_mask is not None and not bool(attention_mask.all()):
         raise OptionError("TieredCache takes no padding: pass one sequence without padded tokens.")
     if use_vmap:
-        raise UnsupportedModelError("the model overlays its causal mask (bidirectional images?), not supported.")
+        raise UnsupportedModelError(
+            "the model changes its causal mask (bidirectional images?), which is not supported."
+        )
 
 
 AttentionInterface.register(NAME, tiered_attention)

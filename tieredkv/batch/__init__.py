@@ -1,1 +1,1 @@
-"""Answering a file of questions, written to a file of answers that can be resumed."""
+"""Answers a file of questions, in a file of answers that an interrupted run can continue."""

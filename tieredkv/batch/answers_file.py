@@ -1,7 +1,7 @@
-"""The file of answers of a run: one line per question, each written whole or cut off, by one process at a time.
+"""The file of answers of a run: one line per question, written by one process at a time.
 
-Each line is synced before the next is written, so only the last can be incomplete; resuming cuts it off. Lines belong
-to questions by id. A file that no run of these questions can have written is refused and never changed.
+Each line is synced before the next is written, so only the last can be incomplete; resuming removes it. A line belongs
+to the question with its id. A file that no run of these questions can have written is refused and never changed.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _FIRST_BYTES = b'{"id": '
 
 
 class AnswersFile:
-    """The file of answers while questions are answered. Locked against other processes; each id has one line.
+    """The open file of answers. Locked against other processes; each id has at most one line.
 
-    Nothing is written before `begin`. A context manager, which closes the file.
+    Nothing is written before `begin`. A context manager that closes the file.
     """
 
     def __init__(self, file: Path, questions: Sequence[BatchQuestion], *, resume: bool, retry_errors: bool) -> None:
@@ -90,7 +90,7 @@ class AnswersFile:
         self._unchanged = self._kept == content
 
     def _parse(self, number: int, line: bytes) -> tuple[str, dict[str, Any]]:
-        """The id and all fields of a line; raises `BatchError` for a line that no run has written."""
+        """The id and all fields of a line. Raises `BatchError` for a line that no run writes."""
         with suppress(ValueError, TypeError):
             fields = json.loads(line)
             names = fields.keys() if isinstance(fields, dict) else set()
@@ -111,7 +111,7 @@ class AnswersFile:
             self._replace(self._descriptor)
 
     def _replace(self, old: int) -> None:
-        """Replace the open file by one that holds the lines that stay."""
+        """Replace the open file by one with only the lines that stay."""
         try:
             with replace_file(self.file.resolve(), len(self._kept)) as part:  # resolved: a link stays a link
                 self._descriptor = os.open(part, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
@@ -137,7 +137,7 @@ class AnswersFile:
         self.failed.add(str(question.id))
 
     def _append(self, question: BatchQuestion, fields: dict[str, Any]) -> None:
-        assert self._descriptor is not None, "begin first"
+        assert self._descriptor is not None, "call begin first"
         line = {"id": question.id, "video": question.video, "question": question.text, **fields}
         _write(self._descriptor, json.dumps(line).encode() + b"\n", self.file)
 

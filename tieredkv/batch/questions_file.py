@@ -12,12 +12,12 @@ from tieredkv.errors import BatchError, OptionError
 
 _NOT_IN_JSON = ("generation_config", "logits_processor", "stopping_criteria", "streamer")
 _MOST_REPORTED = 10
-"""Faulty lines that a message describes; of further ones it gives only the number."""
+"""Faulty lines that a message describes; further ones are only counted."""
 
 
 @dataclass(frozen=True, slots=True)
 class BatchQuestion:
-    """A line of the file of questions."""
+    """One line of a file of questions."""
 
     id: str | int
     """As given, or the line's number and the first digits of the SHA-256 of its text."""

@@ -1,4 +1,4 @@
-"""Answering the questions of a file, video by video."""
+"""Answers the questions of a file, video by video."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def run(
 ) -> None:
     """Answer the questions that `answers` has no line for, video by video in order of first appearance.
 
-    open_session(video, its questions): a `VideoSession`, closed after the last of them. options: generation options,
-    unless a question has its own. report: called with each line of progress. A question or video that fails becomes an
-    error line; a failing disk is an `OSError` and ends the run.
+    open_session(video, its questions): opens a `VideoSession`, which is closed after the last of them. options:
+    generation options, unless a question has its own. report: called with each line of progress. A question or video
+    that fails becomes an error line; a failing disk raises `OSError`, which ends the run.
     """
     by_video: dict[Path, list[BatchQuestion]] = {}
     for question in questions:

@@ -9,8 +9,8 @@ import torch
 from tieredkv.cache.device_tier import DeviceTier
 from tieredkv.memory.host import HostLayer
 from tieredkv.memory.ledger import on_device
-from tieredkv.memory.units import FLOAT32
 from tieredkv.ops.select import ops_for
+from tieredkv.planning.prefill_plan import digesting_bytes
 from tieredkv.policy.digests import DIGESTS, Digest, Fitted
 
 MOST_CHUNKS = 1024
@@ -20,24 +20,24 @@ FIT_TOKENS = 4096
 
 
 class ContextDigests:
-    """Digests of every whole chunk of a layer, of the kind that the cache's policy names at the time.
+    """Digests of every whole chunk of a layer, of the kind that the policy names at the time.
 
-    A kind that has to be fitted waits until there are `FIT_TOKENS` tokens, unless it is told to be fitted to what there
-    is. After `settle` nothing is fitted to tokens that follow: no answer depends on an earlier question.
+    A kind that needs a fit waits for `FIT_TOKENS` tokens, unless `update(fit=True)` fits it to fewer. After `settle`
+    nothing is fitted to later tokens, so no answer depends on an earlier question.
     """
 
     def __init__(self, device_tier: DeviceTier, host: HostLayer, device: torch.device) -> None:
         """device_tier: for its policy, copies and ledger. device: where digests are made."""
         self._device_tier, self._host, self._device = device_tier, host, device
         self.fitted: Fitted | None = None
-        """What the digests were made with; None: not fitted yet, and there are no digests."""
+        """The state that the digests were made with; None: not fitted yet, and there are no digests."""
         shape = host.num_heads, host.head_dim, host.head_dim
         self.query_moment = torch.zeros(shape, dtype=torch.float32, device="cpu")
         """`(K, D, D)`: sum of q q^T over the context's first rows, which digests are fitted to."""
         self._packed: torch.Tensor | None = None
         self._name = ""
         self._digested = self._fitted_to = 0
-        """Chunks."""
+        """Numbers of chunks."""
         self._settled = False
 
     @property
@@ -54,7 +54,7 @@ class ContextDigests:
         return ops_for(self._device).digest(digest)
 
     def before_prompt(self) -> None:
-        """Call before tokens are written to a settled context: digests that are due are fitted to it without them."""
+        """Call before tokens are written after a settled context: missing digests are fitted to it without them."""
         if self._settled:
             self.update(fit=True)
 
@@ -65,9 +65,9 @@ class ContextDigests:
             self.query_moment = self.query_moment + (grouped.transpose(1, 2) @ grouped).cpu()
 
     def update(self, fit: bool = False) -> None:
-        """Digest every whole chunk that has no digest. fit: even if there are few tokens to fit to.
+        """Digest every whole chunk that has no digest. fit: fit even to few tokens.
 
-        Digests fitted to few tokens are fitted and made again when an unsettled context has doubled.
+        Digests fitted to few tokens are fitted and computed again once an unsettled context has doubled.
         """
         digest, host = self._digest(), self._host
         whole, most = host.length // host.chunk_tokens, max(1, FIT_TOKENS // host.chunk_tokens)
@@ -100,28 +100,24 @@ class ContextDigests:
     def _chunks_at_once(self, most: int) -> int:
         """On a card, as many as the cap leaves room for."""
         if self._device.type != "cpu":
-            most = min(most, self._device_tier.ledger.free_bytes // self._scratch_bytes(1))
+            tier = self._device_tier
+            most = min(most, tier.ledger.free_bytes // digesting_bytes(tier.shape, tier.tiers, 1))
         return max(1, min(MOST_CHUNKS, most))
-
-    def _scratch_bytes(self, chunks: int) -> int:
-        """Device bytes of digesting chunks. Of their tokens: what is staged, three copies of the keys in float32, and
-        products of a chunk's keys with each other. Of each chunk: two vectors, and three copies of them to pack."""
-        c, d = self._host.chunk_tokens, self._host.head_dim
-        token = d * (2 * self._host.dtype.itemsize + 3 * FLOAT32) + c * FLOAT32
-        return chunks * self._host.num_heads * (c * token + 2 * 4 * d * FLOAT32)
 
     def _make(self, digest: Digest[Any], fitted: Fitted, first: int, stop: int) -> torch.Tensor:
         """Digests of chunks first..stop, on the host; made on the device."""
         chunks = self._host.chunks(first, stop)
         if self._device.type == "cpu":
             return digest.make(chunks[:, :, 0], fitted)
-        with on_device(self._device), self._device_tier.ledger.scratch("digesting", self._scratch_bytes(stop - first)):
+        tier = self._device_tier
+        scratch = digesting_bytes(tier.shape, tier.tiers, stop - first)
+        with on_device(self._device), tier.ledger.scratch("digesting", scratch):
             staged = torch.empty(chunks.shape, dtype=self._host.dtype, device=self._device)
-            self._device_tier.transfer.stage(chunks, staged, with_values=True)
+            tier.transfer.stage(chunks, staged, with_values=True)
             return digest.make(staged[:, :, 0], fitted).cpu()
 
     def settle(self) -> None:
-        """Declare what is cached the context of all that follows: digests are fitted to it and to nothing else."""
+        """Declare the cached tokens the context: digests are fitted to them and to no later ones."""
         self.update(fit=True)
         self._settled = True
 
@@ -143,7 +139,7 @@ class ContextDigests:
         return tensors
 
     def restore(self, state: dict[str, torch.Tensor]) -> None:
-        """Take a settled state. Digests of another kind than the policy's are made again before they are used."""
+        """Restore a settled state. If its digests are not of the policy's kind, new ones are computed before use."""
         digest = self._digest()
         self._name = _file_name(digest)
         self._packed = state.get(self._name)
@@ -155,5 +151,5 @@ class ContextDigests:
 
 
 def _file_name(digest: Digest[Any]) -> str:
-    """What a saved session calls digests of this kind; fields of the fitted state follow after a dot."""
+    """Name of digests of this kind in a saved session; fields of the fitted state follow after a dot."""
     return f"digests.{digest.name}.{digest.bits}"

@@ -30,17 +30,17 @@ class Counters:
     resident: int = 0
     """Those of them that were already in the pool."""
     reused: int = 0
-    """Chunks selected because the step before selected them."""
+    """Chunks selected because the previous step selected them."""
     unseen_sum: float = 0.0
     """Estimated share of attention mass that was not seen, summed over steps, layers and dynamic heads."""
     unseen_count: int = 0
     """Number of terms in `unseen_sum`."""
     missed_bytes: int = 0
-    """Copied to the device because a step needed them."""
+    """Bytes copied to the device because a step needed them."""
     prefetched_bytes: int = 0
-    """Copied ahead, for a step that may reuse them."""
+    """Bytes copied ahead, for a step that may reuse them."""
     warm_bytes: int = 0
-    """Copied to the device by the seal: pages to fill the pool, and digests."""
+    """Bytes copied to the device by the seal: pages to fill the pool, and digests."""
     static_heads: int = 0
     dynamic_heads: int = 0
     trace: list[Selection] | None = None

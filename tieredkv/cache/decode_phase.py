@@ -29,7 +29,7 @@ class DecodePhase:
     prefetcher: BackgroundCopies | None
     """None: nothing is fetched ahead."""
     counters: Counters
-    """One for all devices."""
+    """Shared by all devices."""
     ops: Ops
     chunk_mass: torch.Tensor
     """`(N,)` float32 on the device: attention that this step's dynamic heads paid each chunk, summed over layers."""

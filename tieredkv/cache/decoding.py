@@ -6,22 +6,22 @@ from collections.abc import Sequence
 
 from tieredkv.cache.counters import Counters
 from tieredkv.cache.decode_phase import DecodePhase
+from tieredkv.cache.layer_order import LayerOrder
 from tieredkv.cache.sealed_layer import LayerPosition, SealedLayer
-from tieredkv.cache.turns import LayerTurns
 from tieredkv.environment.ambient import settled
 from tieredkv.ops.base import Ops
 
 
 class Decoding:
-    """What one seal made. Ends when the cache takes prompt tokens again, or closes.
+    """The decode phase of one seal. Ends when the cache takes prompt tokens again, or closes.
 
-    A step that a CUDA graph replays runs none of the model's Python code: `advance` then counts it. A step that was
-    captured has been counted and not run: `go_back` undoes that.
+    Replaying a CUDA graph runs none of the model's Python code, so `advance` counts that step. Capturing a step counts
+    it without running it; `go_back` undoes that.
     """
 
-    def __init__(self, layers: Sequence[SealedLayer], phases: Sequence[DecodePhase], turns: LayerTurns) -> None:
+    def __init__(self, layers: Sequence[SealedLayer], phases: Sequence[DecodePhase], order: LayerOrder) -> None:
         """phases: one per device."""
-        self._layers, self._phases, self._turns = layers, phases, turns
+        self._layers, self._phases, self._order = layers, phases, order
 
     @property
     def ops(self) -> Ops:
@@ -30,7 +30,7 @@ class Decoding:
 
     @property
     def counters(self) -> Counters:
-        """What its steps did, up to date: waits for the device."""
+        """Counts of its steps, up to date: waits for the device."""
         for layer in self._layers:
             if layer.retrieval is not None:
                 layer.retrieval.flush_counters()
@@ -42,12 +42,12 @@ class Decoding:
             layer.advance()
 
     def position(self) -> tuple[LayerPosition, ...]:
-        """What has been counted in Python, of every layer."""
+        """The position of every layer, as counted in Python."""
         return tuple(layer.position() for layer in self._layers)
 
     def go_back(self, position: tuple[LayerPosition, ...]) -> None:
-        """Undo every `advance` since `position` was taken, and a call that was cut off since."""
-        self._turns.reset()
+        """Undo every `advance` since `position` was taken, and a call that was interrupted since."""
+        self._order.reset()
         for layer, own in zip(self._layers, position, strict=True):
             layer.go_back(own)
 

@@ -23,7 +23,7 @@ from tieredkv.planning import prefill_plan
 from tieredkv.planning.prefill_plan import Call
 
 DECODE_PURPOSES = ("pool", "digests", "tables", "logits")
-"""What the ledger counts only while decoding."""
+"""Purposes that the ledger counts only while decoding."""
 
 
 @dataclass(slots=True)
@@ -47,11 +47,15 @@ class Resident:
             self.values[:, first : first + take] = values[:, :take]
             self.length += take
 
+    def truncate(self, tokens: int) -> None:
+        """Keep at most the first `tokens` tokens."""
+        self.length = min(self.length, tokens)
+
 
 class DeviceTier:
     """Device memory under one cap, on every device that the model is spread over; all layers share it.
 
-    Knows the layers by index alone, so that they can refer to it.
+    Refers to layers by index only, so that they can hold a reference to it.
     """
 
     def __init__(
@@ -62,8 +66,8 @@ class DeviceTier:
         ops: Ops | None = None,
         copies: BackgroundCopies | None = None,
     ) -> None:
-        """config: the model's. prompt_tokens: length of the prompt, 0 if unknown. ops, copies: instead of those that
-        suit the device."""
+        """config: the model's. prompt_tokens: length of the prompt, 0 if unknown. ops, copies: override the defaults of
+        the device."""
         self.tiers = tiers
         self.ledger = DeviceLedger(tiers.cap_bytes)
         self.transfer = Transfer()
@@ -72,7 +76,7 @@ class DeviceTier:
         self.locker: PageLocker | None = None
         """Keeps the host tier page-locked, if the model is on a card."""
         self.devices: list[torch.device] = []
-        """Where the model's layers are; known with their first keys."""
+        """Devices of the model's layers; known once their first keys arrive."""
         self.pools: list[DevicePool] = []
         """One per device while decoding."""
         self.residents: dict[int, Resident] = {}
@@ -118,18 +122,20 @@ class DeviceTier:
         self.locker.use(card)
 
     def change_tiers(self, tiers: TierConfig, empty: bool) -> None:
-        """Other settings from here on; residents go. empty: no token is cached, so how many stay is decided anew."""
+        """Use other settings from now on; residents are dropped. empty: no token is cached, so how many stay resident
+        is decided again."""
         self.drop_residents()
         if empty:
             self._resident_tokens = None
-        self.tiers, self.ledger.cap_bytes = tiers, tiers.cap_bytes
+        self.tiers = tiers
+        self.ledger.set_cap(tiers.cap_bytes)
 
     # ---- prefill
 
     def keep_first_tokens(self, layer: int, host: HostLayer, device: torch.device) -> None:
         """Allocate room for the first tokens of a layer that has none yet, if any are to stay on the device.
 
-        None are where the prompt's length is not known.
+        None are if the prompt's length is unknown.
         """
         if self._resident_tokens is None:
             known = self._prompt_tokens > 0

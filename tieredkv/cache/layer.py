@@ -14,9 +14,9 @@ from tieredkv.cache import prefill
 from tieredkv.cache.context_digests import ContextDigests
 from tieredkv.cache.decode_phase import DecodePhase
 from tieredkv.cache.device_tier import DeviceTier
+from tieredkv.cache.layer_order import LayerOrder
 from tieredkv.cache.question import Question
 from tieredkv.cache.sealed_layer import SealedLayer
-from tieredkv.cache.turns import LayerTurns
 from tieredkv.environment.ambient import attended_dtype, settled
 from tieredkv.errors import OptionError, UnsupportedModelError
 from tieredkv.memory.host import HostLayer
@@ -43,16 +43,16 @@ class TieredLayer(CacheLayerMixin):
     is_compileable = False
     is_croppable = True
 
-    def __init__(self, cache: CacheOfLayers, turns: LayerTurns, device_tier: DeviceTier, index: int, room: int) -> None:
-        """index: among the layers of this kind. room: tokens for which the host tier is allocated at once."""
+    def __init__(self, cache: CacheOfLayers, order: LayerOrder, device_tier: DeviceTier, index: int, room: int) -> None:
+        """index: among the layers of this kind. room: tokens for which the host tier is allocated up front."""
         super().__init__()
-        # Strong references would be a cycle, which keeps the host tier after the cache's last user.
+        # Strong references would form a cycle that keeps the host tier after the cache's last user.
         self._cache: CacheOfLayers = weakref.proxy(cache)
-        self._turns: LayerTurns = weakref.proxy(turns)
+        self._order: LayerOrder = weakref.proxy(order)
         self.device_tier, self.index, self._room = device_tier, index, room
         self.host: HostLayer | None = None
         self.rows: prefill.TextRows | None = None
-        """Of the last call; None if it was not scored."""
+        """Scores of the last call; None if it was not scored."""
         self.sealed: SealedLayer | None = None
         self.digests: ContextDigests | None = None
         self._check: Callable[[], None] | None = None
@@ -76,7 +76,7 @@ class TieredLayer(CacheLayerMixin):
     def _begin_at(
         self, device: torch.device, heads: int, head_dim: int, chunk_tokens: int, dtype: torch.dtype
     ) -> tuple[HostLayer, ContextDigests]:
-        """Make the host tier and the digests, empty, of a layer at `device`."""
+        """Create the empty host tier and digests of a layer on `device`."""
         self.dtype, self.device = dtype, device
         self.device_tier.place(device, dtype)
         self.host = HostLayer(heads, head_dim, chunk_tokens, dtype, self.device_tier.locker)
@@ -115,12 +115,12 @@ class TieredLayer(CacheLayerMixin):
 
         Keys and values are kept in the dtype of the first ones; the output has the query's.
         """
-        self._turns.check_layer(self.index)
+        self._order.check_layer(self.index)
         self._check_once()
         with on_device(self.device):
-            attend = self._prefill if self.sealed is None else self.sealed.steps
+            attend = self._prefill if self.sealed is None else self.sealed.decode
             out = attend(query.to(self.dtype), keys.to(self.dtype), values.to(self.dtype), scaling)
-        self._turns.end_layer()
+        self._order.end_layer()
         return out.to(query.dtype)
 
     def _check_once(self) -> None:
@@ -137,7 +137,7 @@ class TieredLayer(CacheLayerMixin):
             host.make_room(n)
         with prefill.staged_past(tier, self.index, query.device, host, n, question) as past:
             past.stage_first()
-            # Written meanwhile, after the tokens that are read.
+            # Written in the background, after the tokens that are being read.
             tier.copies.submit("write back", lambda: host.write(*kept))
             out, lse = prefill.attend_exactly(query, keys, values, scaling, past)
             self.rows = None
@@ -156,7 +156,7 @@ class TieredLayer(CacheLayerMixin):
     # ---- the host tier
 
     def _context(self) -> tuple[HostLayer, ContextDigests]:
-        """Keys and values on the host, and their digests, once the first token has come."""
+        """The host tier and the digests. The layer must have seen a token."""
         assert self.host is not None
         assert self.digests is not None
         return self.host, self.digests
@@ -166,14 +166,15 @@ class TieredLayer(CacheLayerMixin):
         """Tokens in the host tier: all but those generated since the last seal."""
         return 0 if self.host is None else self.host.length
 
-    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Write tokens `(K, n, D)` to the host tier and digest the chunks they complete."""
+    def append(self, keys: torch.Tensor, values: torch.Tensor, rows: prefill.TextRows | None = None) -> None:
+        """Write tokens `(K, n, D)` to the host tier and digest the chunks they complete. rows: None: not scored."""
         host, digests = self._context()
+        self.rows = rows
         host.append(keys, values)
         digests.update()
 
     def settle(self) -> None:
-        """Treat what is cached as the context: digests are fitted to it and to nothing that follows."""
+        """Treat the cached tokens as the context: digests are fitted to them and to no later ones."""
         if self.digests is not None:
             self.digests.settle()
 
@@ -183,7 +184,7 @@ class TieredLayer(CacheLayerMixin):
             return
         self.host.truncate(tokens)
         if (resident := self.device_tier.residents.get(self.index)) is not None:
-            resident.length = min(resident.length, tokens)
+            resident.truncate(tokens)
         assert self.digests is not None
         self.digests.truncate(tokens)
         self.rows = None
@@ -192,7 +193,7 @@ class TieredLayer(CacheLayerMixin):
     def state(self) -> dict[str, torch.Tensor]:
         """What `restore` needs: contiguous tensors in host memory. Not while sealed."""
         host, digests = self._context()
-        self._check_once()  # or damage would be saved with a checksum that fits it
+        self._check_once()  # or damaged data would be saved with a valid checksum
         digested = digests.state()
         self.device_tier.copies.drain()
         return {"kv": host.arena_to_store(sizes.QUESTION_ROOM), **digested}
@@ -218,7 +219,7 @@ class TieredLayer(CacheLayerMixin):
             self.host.close()
 
     def seal(self, static: torch.Tensor, is_text: torch.Tensor, phase: DecodePhase) -> None:
-        """Enter the decode phase. static: `(K,)`, which heads are. is_text: `(N,)`, which cached tokens are."""
+        """Enter the decode phase. static: `(K,)` mask of heads. is_text: `(N,)` mask of cached tokens."""
         host, digests = self._context()
         assert self.rows is not None
         digests.update(fit=True)
@@ -230,6 +231,11 @@ class TieredLayer(CacheLayerMixin):
         if self.sealed is None:
             return
         keys, values = self.sealed.pages.generated_tokens()
-        self.sealed = self.rows = None
+        self.rows = None
+        self.end_decoding()
         if keys.shape[1]:
             self.append(keys, values)
+
+    def end_decoding(self) -> None:
+        """Leave the decode phase, if the layer is in it, without the tokens generated since the seal."""
+        self.sealed = None

@@ -1,7 +1,7 @@
-"""LayerPages: what the heads of one layer attend to while decoding, as pages of the pool, and the table of them.
+"""LayerPages: the pool pages that one layer's heads attend to while decoding, and the page table.
 
-The pages of a head: its recent region and the generated tokens; then, of a static head, the tokens kept by pruning; of
-a dynamic head, the sink chunks and the chunks selected in this step.
+The pages of a head: its recent region and the generated tokens; then, for a static head, the tokens kept by pruning;
+for a dynamic head, the sink chunks and the chunks selected in this step.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class LayerPages:
     """
 
     def __init__(self, host: HostLayer, phase: DecodePhase, width: int) -> None:
-        """host: all prompt tokens. width: P. Fills the recent region; the other pages are to be filled."""
+        """host: all prompt tokens. width: P. Fills the recent region; the caller fills the other pages."""
         self.host, self.phase = host, phase
         self.device = phase.pool.pages.device
         heads, self._c = host.num_heads, host.chunk_tokens
@@ -35,17 +35,23 @@ class LayerPages:
         self.lengths = phase.ledger.empty("tables", (heads, width), torch.int32, self.device).zero_()
         """`(K, P)`: tokens of each page that are attended to."""
         self.packing: Packing | None = None
-        """Of packed pages."""
+        """None: pages are not packed."""
         if phase.pool.scales is not None:
             shape = heads, 2, host.head_dim
             self.packing = Packing(phase.pool.scales, phase.ledger.empty("tables", shape, torch.float32, self.device))
             self.packing.norms.copy_(channel_norms(host.chunks(), host.length))
         first = phase.plan.layout.recent_start
         self.recent_tokens, self.generated = host.length - first, 0
-        """In the recent region: prompt tokens and generated ones; and the latter alone."""
+        """Tokens in the recent region, prompt and generated; and the generated ones alone."""
         self._recent_length = torch.full((1,), self.recent_tokens, dtype=torch.int32, device=self.device)
         """`recent_tokens` on the device, where a captured step reads and advances it."""
         self._fill_recent(phase.plan.layout.recent_pages, first)
+
+    @property
+    def first_selected(self) -> int:
+        """Column of the table from which a dynamic head's selected chunks are listed."""
+        layout = self.phase.plan.layout
+        return layout.recent_pages + layout.sink_chunks
 
     # ---- the seal
 
@@ -115,6 +121,11 @@ class LayerPages:
         self.recent_tokens += 1
         self.generated += 1
 
+    def go_back(self, generated: int) -> None:
+        """Count only `generated` generated tokens."""
+        self.recent_tokens -= self.generated - generated
+        self.generated = generated
+
     def append(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Write the key and value, each `(K, D)`, of the token counted last."""
         phase = self.phase
@@ -122,7 +133,7 @@ class LayerPages:
         self._recent_length += 1
 
     def attend(self, query: torch.Tensor, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of queries `(H, n, D)` to everything in the table: output and lse, float32."""
+        """Attend with queries `(H, n, D)` to everything in the table: output and lse, float32."""
         phase = self.phase
         with phase.ledger.scratch("scratch", self.scratch_bytes):
             return phase.ops.paged_attention(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import LinearAttentionLayer
 
-from tieredkv.cache.turns import LayerTurns
+from tieredkv.cache.layer_order import LayerOrder
 from tieredkv.cache.untiered import State, host_copy
 from tieredkv.environment.ambient import settled
 from tieredkv.errors import OptionError
@@ -17,27 +17,27 @@ from tieredkv.errors import OptionError
 class LinearLayer(LinearAttentionLayer):
     """transformers' own layer, with one convolution state and one recurrent state.
 
-    A call of the model counts once its recurrent state has come, which is the last that a layer gives. A call that is
-    cut off before changes nothing: the convolution state that the model sees, and writes to in steps of one token, is
-    then dropped for the one of the call before.
+    A call of the model counts once the layer passes its recurrent state, which it does last. A call that is interrupted
+    before that changes nothing: the model only sees, and in steps of one token writes to, a copy of the convolution
+    state, which the next call replaces.
     """
 
     kind = "linear attention"
 
-    def __init__(self, turns: LayerTurns) -> None:
+    def __init__(self, order: LayerOrder) -> None:
         super().__init__()
-        self._turns: LayerTurns = weakref.proxy(turns)  # which know the layer
+        self._order: LayerOrder = weakref.proxy(order)  # which refers to the layer
         self._conv: torch.Tensor | None = None
         """The convolution state after `_length` tokens. The model has only a copy of it."""
         self._length = 0
         self._new = 1
-        """Tokens of the call at hand. Those of one token need not update the convolution state through the layer."""
+        """Tokens of the present call. Steps of one token do not call `update_conv_state`, which counts more."""
 
     # ---- transformers' protocol
 
     @settled
     def begin(self) -> None:
-        """The model is about to read the states: let it see those after the last whole call. Twice is fine."""
+        """Let the model see the states after the last whole call. It may read them more than once in a call."""
         self._new = 1
         if self._length == 0:
             self.has_previous_state[0] = False
@@ -53,7 +53,7 @@ class LinearLayer(LinearAttentionLayer):
     @settled
     def update_recurrent_state(self, recurrent_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         tokens, self._new = self._new, 1
-        self._turns.check_untiered_layer(self, tokens)
+        self._order.check_untiered_layer(self, tokens)
         recurrent = super().update_recurrent_state(recurrent_states, *args, **kwargs)
         seen = self.conv_states[0]
         assert seen is not None

@@ -1,6 +1,6 @@
 """Looks: how much attention every chunk of a prompt gets from each row of a question and each step of its answer.
 
-Summed over heads and layers as it is computed. `evidence` makes moments of the video of it.
+Summed over heads and layers as it is computed. `evidence` turns it into moments of the video.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ class Looks:
     def __init__(self, chunk_tokens: int) -> None:
         self.chunk_tokens = chunk_tokens
         self.question = torch.zeros((0, 0), dtype=torch.float32, device="cpu")
-        """`(T, chunks)`: attention that each scored row of the prompt pays, over all heads; exact."""
+        """`(T, chunks)`: attention of each scored row of the prompt to each chunk, summed over all heads; exact."""
         self.steps: list[torch.Tensor] = []
-        """`(n,)` each: attention that a step's dynamic heads paid each chunk they chose, from `first_chunk` on."""
+        """`(n,)` each: attention of a step's dynamic heads to each chunk they chose, from `first_chunk` on."""
         self.first_chunk = 0
         self.heads = 0
         """Query heads that `steps` sum over."""
@@ -37,7 +37,7 @@ class Looks:
         self.first_chunk, self.heads = first_chunk, heads
 
     def add_step(self, masses: list[torch.Tensor]) -> None:
-        """Record what one step's heads paid each chunk, `(n,)` per device, and zero it. Waits for the devices."""
+        """Record one step's attention to each chunk, `(n,)` per device, and zero it. Waits for the devices."""
         self.steps.append(torch.stack([mass.to("cpu", copy=True) for mass in masses]).sum(0))
         for mass in masses:
             mass.zero_()

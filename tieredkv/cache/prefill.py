@@ -109,7 +109,7 @@ class Past:
         self._first_staged = False
         for index, (start, stop) in enumerate(self._ranges):
             self._transfer.streamed_bytes += self._copies.wait("past")
-            if index + 1 < len(self._ranges):  # into the buffer of the block before, which is no longer read
+            if index + 1 < len(self._ranges):  # into the previous block's buffer, which is no longer read
                 self._stage(index + 1, with_values)
             keys, values = self._separate(self._staged(index), with_values)
             filled = min(self.tokens, stop * self.host.chunk_tokens) - start * self.host.chunk_tokens
@@ -194,7 +194,7 @@ def score_text_rows(
         nonlocal best, done
         best = classify.merge_top_k(best, weights, k)
         last = weights[:, :, -window:]
-        for half in (0, 1):  # a single row is both
+        for half in (0, 1):  # a single row counts in both halves
             rows = last[:, :, (half + window) % 2 :: 2] if window > 1 else last
             halves[half, :, done : done + weights.shape[-1]] = rows.mean((1, 2))
         done += weights.shape[-1]

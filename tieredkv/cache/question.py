@@ -1,4 +1,4 @@
-"""Question: what a cache is told about the tokens that follow what it holds."""
+"""Question: what a cache needs to know about the tokens that follow the cached ones."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Question:
     prompt_tokens: int = 0
     """Length of the prompt up to the end of the question; 0: not known."""
     rows: int | None = None
-    """How many rows of a scored call are scored at most, the last ones; None: the policy's `text_window`."""
+    """At most this many of the last rows of a scored call are scored; None: the policy's `text_window`."""
     visual: torch.Tensor | None = None
     """`(n,)` mask of visual tokens, over the first n of the prompt; those after them are text. None: all but the last
     `rows` tokens count as visual."""

@@ -1,4 +1,4 @@
-"""Which chunks look best to a query: by their digests, or because the step before chose them.
+"""Which chunks look best to a query: by their digests, or because the previous step chose them.
 
 Shapes: `n` dynamic heads, `N` chunks, `K` KV heads, `G` query heads per KV head, `D` head dim.
 """
@@ -9,12 +9,9 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from tieredkv.config import TierConfig
+from tieredkv.cache.decode_phase import DecodePhase
 from tieredkv.memory.ledger import DeviceLedger
-from tieredkv.models.kv_shape import KVShape
-from tieredkv.ops.base import Ops
 from tieredkv.planning import sizes
-from tieredkv.planning.sizes import Layout
 from tieredkv.policy import select
 from tieredkv.policy.digests import Fitted
 
@@ -22,21 +19,11 @@ from tieredkv.policy.digests import Fitted
 class Ranking:
     """Ranks the chunks of one layer's dynamic heads by their digests, which it keeps on the device."""
 
-    def __init__(
-        self,
-        digests: torch.Tensor,
-        fitted: Fitted,
-        heads: torch.Tensor,
-        shape: KVShape,
-        tiers: TierConfig,
-        layout: Layout,
-        ops: Ops,
-        ledger: DeviceLedger,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, digests: torch.Tensor, fitted: Fitted, heads: torch.Tensor, phase: DecodePhase) -> None:
         """digests: uint8 `(K, >= old chunks, bytes)` on the host, made with `fitted`. heads: `(n,)` KV heads, on the
         host."""
-        first, chunks = layout.sink_chunks, layout.retrievable
+        tiers, shape, layout, ops, ledger = phase.tiers, phase.shape, phase.plan.layout, phase.ops, phase.ledger
+        first, chunks, device = layout.sink_chunks, layout.retrievable, phase.pool.pages.device
         self.digest = ops.digest(sizes.digest_for(shape, tiers))
         self.digests = ledger.empty("digests", (len(heads), chunks, digests.shape[2]), digests.dtype, device)
         """`(n, N, bytes)` on the device."""
@@ -46,11 +33,6 @@ class Ranking:
         self._at_once = sizes.ranked_chunks_at_once(shape, tiers, layout)
         self._scratch_bytes = sizes.ranking_bytes(shape, tiers, layout, self._at_once)
         self._heads, self._policy, self._ops, self._ledger = heads.to(device), tiers.policy, ops, ledger
-
-    @property
-    def nbytes(self) -> int:
-        """Device bytes of the digests and the state that they are read with."""
-        return self.digests.nbytes + self._fitted.nbytes
 
     def scratch(self) -> AbstractContextManager[None]:
         """Counts the scratch of ranking while the block runs."""
@@ -62,16 +44,16 @@ class Ranking:
         return self.digest.logits(self.digest.prepare(scaled, self._fitted), self.digests, self._at_once)
 
     def constant(self, query: torch.Tensor, scaling: float) -> torch.Tensor:
-        """What logits lack, `(n, G)`, of the heads' queries `(n, G, D)` float32: of digests that estimate mass."""
+        """The constant `(n, G)` that logits leave out, for queries `(n, G, D)` float32, if digests estimate mass."""
         return self.digest.constant(query * scaling, self._fitted)
 
     def ranks(self, logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        """Ranks `(n, N)` by logits `(n, G, N)`. chosen `(n, N)`: chunks that the step before attended to."""
+        """Ranks `(n, N)` by logits `(n, G, N)`. chosen `(n, N)`: chunks that the previous step attended to."""
         return self._ops.chunk_ranks(logits, chosen, self._policy.chunk_group, self._policy.stay)
 
 
 class Reuse:
-    """Lets a head choose the chunks of the step before again where its query has hardly changed (FreeKV)."""
+    """Lets a head reuse the previous step's chunks if its query has hardly changed (FreeKV)."""
 
     def __init__(self, above: float, shape: tuple[int, int, int], ledger: DeviceLedger, device: torch.device) -> None:
         """above: cosine from which a query counts as unchanged. shape: `(n, G, D)`."""
@@ -84,7 +66,7 @@ class Reuse:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Ranks `(n, N)` by which heads choose, and the mask `(n,)` of heads that reuse.
 
-        query `(n, G, D)` float32: this step's, remembered for the next. chosen `(n, N)`: of the step before.
+        query `(n, G, D)` float32: this step's, remembered for the next. chosen `(n, N)`: the previous step's.
         """
         alike = select.query_similarity(query, self._query) >= self._above
         self._query.copy_(query)

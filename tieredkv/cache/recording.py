@@ -1,8 +1,8 @@
 """What decoding steps attended to: attention mass of chunks, counts, and the chunks themselves.
 
-All of it stays on the device until somebody asks. What one step leaves for the next is overwritten in place, because a
-CUDA graph reads and writes it at its address. Shapes: `n` dynamic heads, `N` chunks, `K` KV heads, `G` query heads per
-KV head, `D` head dim.
+All of it stays on the device until it is read. State that one step leaves for the next is updated in place, because a
+CUDA graph uses fixed addresses. Shapes: `n` dynamic heads, `N` chunks, `K` KV heads, `G` query heads per KV head, `D`
+head dim.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 
 from tieredkv.cache.counters import Counters, Selection
+from tieredkv.cache.layer_pages import LayerPages
 from tieredkv.cache.ranking import Ranking
 from tieredkv.memory.ledger import DeviceLedger
-from tieredkv.memory.pool import DevicePool
 from tieredkv.memory.residency import Residency
 from tieredkv.ops import torch_ops
 from tieredkv.ops.packing import Packing
@@ -30,7 +30,7 @@ class Tally:
         """Sum over steps of the share of attention mass that was not seen."""
 
     def flush(self, counters: Counters, chunk_bytes: int) -> None:
-        """Add the counts to `counters` and start again. Waits for the device."""
+        """Add the counts to `counters` and reset them. Waits for the device."""
         selected, missed, reused, ahead = self._counts.sum(1).tolist()
         counters.selected += selected
         counters.resident += selected - missed
@@ -72,7 +72,7 @@ class EstimatedMass:
             self._kept = logits, constant
 
     def hold(self) -> None:
-        """Count the logits that were noted, once ranking's scratch no longer does."""
+        """Count the noted logits in the ledger, once they no longer count as ranking's scratch."""
         if self._kept is not None:
             self._ledger.reserve("logits", self._kept[0].nbytes)
 
@@ -84,7 +84,7 @@ class EstimatedMass:
         if self._kept is None or self._chunk_mass is None:
             return
         (logits, constant), self._kept = self._kept, None
-        self._ledger.release("logits")  # part of the scratch again
+        self._ledger.release("logits")  # counted in the scratch from here on
         with self._ranking.scratch():
             whole = torch.logaddexp(self._unselected, lse)
             mass = (logits + (constant - whole).unsqueeze(-1)).exp_().sum(1)
@@ -94,24 +94,14 @@ class EstimatedMass:
 class ExactMass:
     """Attention mass of chunks from their keys in the pool: where digests are not used, or do not estimate mass."""
 
-    def __init__(
-        self,
-        heads: torch.Tensor,
-        residency: Residency,
-        pool: DevicePool,
-        packing: Packing | None,
-        chunk_mass: torch.Tensor,
-        pages_at_once: int,
-        scratch_bytes: int,
-        ledger: DeviceLedger,
-        ranked: bool,
-    ) -> None:
-        """heads: `(n,)`. chunk_mass: `(N,)`, to which each step adds. pages_at_once, scratch_bytes: to read at a
-        time, and what that takes. ranked: whether steps attend to the chosen chunks only, not to all resident ones."""
-        self._heads, self._residency, self._pool, self._chunk_mass = heads, residency, pool, chunk_mass
-        self._packing = packing
-        self._width, self._ledger, self._ranked = max(1, pages_at_once // len(heads)), ledger, ranked
-        self._scratch_bytes = scratch_bytes
+    def __init__(self, pages: LayerPages, heads: torch.Tensor, residency: Residency) -> None:
+        """pages: the layer's. heads: `(n,)` KV heads. Each step adds to the phase's `chunk_mass`."""
+        phase, self._heads, self._residency = pages.phase, heads, residency
+        self._pool, self._packing, self._ledger = phase.pool, pages.packing, phase.ledger
+        self._chunk_mass, self._scratch_bytes = phase.chunk_mass, pages.scratch_bytes
+        self._width = max(1, min(phase.plan.scratch_pages, pages.table.numel()) // len(heads))
+        self._ranked = phase.plan.ranked
+        """Whether steps attend to the chosen chunks only, not to all resident ones."""
 
     def record(self, query: torch.Tensor, scaling: float, lse: torch.Tensor) -> None:
         """Record a step: its queries `(K, G, D)`, lse `(n, G)` of all logits it attended to."""

@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import torch
 
-from tieredkv.cache.decode_phase import DecodePhase
 from tieredkv.cache.fetching import FetchAhead, Fetching
+from tieredkv.cache.layer_pages import LayerPages
 from tieredkv.cache.ranking import Ranking, Reuse
 from tieredkv.cache.recording import EstimatedMass, ExactMass, Tally, Trace
-from tieredkv.memory.host import HostLayer
-from tieredkv.ops.packing import Packing
 from tieredkv.planning import sizes
-from tieredkv.planning.decode_plan import gather_bytes
 from tieredkv.policy import select
 from tieredkv.policy.digests import Fitted
 
@@ -30,25 +27,19 @@ class Retrieval:
     def __init__(
         self,
         index: int,
-        host: HostLayer,
+        pages: LayerPages,
         heads: torch.Tensor,
         digests: torch.Tensor,
         fitted: Fitted | None,
         saliency: torch.Tensor,
-        table: torch.Tensor,
-        first_column: int,
-        phase: DecodePhase,
-        packing: Packing | None,
     ) -> None:
-        """heads: `(n,)` KV heads. digests: uint8 `(K, >= old chunks, bytes)` on the host, made with `fitted`. saliency:
-        `(K, tokens)`.
+        """pages: the layer's, whose table lists the selected chunks' slots in the rows of `heads`, `(n,)` KV heads.
+        digests: uint8 `(K, >= old chunks, bytes)` on the host, made with `fitted`. saliency: `(K, tokens)`.
 
-        table: `(K, P)`: the layer's page table, whose rows `heads` list the selected chunks' slots from `first_column`
-        on. packing: the layer's, of packed pages. Takes its slots from the pool and fills them with the chunks that the
-        question's rows attended to most.
+        Takes its slots from the pool and fills them with the chunks that the question's rows attended to most.
         """
-        tiers, plan, shape, ledger = phase.tiers, phase.plan, phase.shape, phase.ledger
-        layout, policy, device = plan.layout, tiers.policy, phase.pool.pages.device
+        phase, device = pages.phase, pages.device
+        tiers, plan, shape, ledger, policy = phase.tiers, phase.plan, phase.shape, phase.ledger, phase.tiers.policy
         chunk_mass = None if phase.looks is None else phase.chunk_mass
         slots, self._heads = plan.slots[index, heads].to(device), heads.to(device)
         self.selected = plan.selected[index, heads].to(device)
@@ -56,16 +47,14 @@ class Retrieval:
         self.most_selected = int((slots if tiers.adaptive else self.selected).max())
         """Columns of the table that may be used."""
         self.steps = 0
-        """Since counters were flushed; counted by the layer, which also counts steps replayed from a graph."""
+        """Since counters were flushed. Set by `advance` and `go_back`, so that steps replayed from a graph count."""
         self._limits = (self.selected.clone(), slots) if tiers.adaptive else None
-        """`(n,)` each: fewest and most chunks that a head may come to select, if that changes."""
+        """`(n,)` each: fewest and most chunks that an adaptive head may select; None: heads are not adaptive."""
         self._counters, self._chunk_bytes = phase.counters, sizes.chunk_bytes(shape, tiers)
         self._tally = Tally(len(heads), device)
-        self._fetching = Fetching(
-            host, self._heads, slots, layout, table, first_column, phase.pool, packing, phase.ops, ledger
-        )
+        self._fetching = Fetching(pages, self._heads, slots)
         self.residency = self._fetching.residency
-        self._warm(saliency[heads], layout)
+        self._warm(saliency[heads], plan.layout)
 
         self.ranking: Ranking | None = None
         self._reuse: Reuse | None = None
@@ -75,7 +64,7 @@ class Retrieval:
         self._trace: Trace | None = None
         if plan.ranked:
             assert fitted is not None  # there are chunks, and they have digests
-            self.ranking = Ranking(digests, fitted, heads, shape, tiers, layout, phase.ops, ledger, device)
+            self.ranking = Ranking(digests, fitted, heads, phase)
             self._counters.warm_bytes += self.ranking.digests.nbytes
             if self.ranking.digest.estimates_mass:
                 self._estimated = EstimatedMass(self.ranking, ledger, chunk_mass, self._tally)
@@ -86,23 +75,11 @@ class Retrieval:
                 if phase.prefetcher is not None and bool(ahead.any()):
                     self._ahead = FetchAhead(self._fetching, ahead, phase.prefetcher, index)
             if phase.counters.trace is not None:
-                self._trace = Trace(phase.counters.trace, index, heads, layout)
+                self._trace = Trace(phase.counters.trace, index, heads, plan.layout)
         else:
             self._fetching.list_all()
         if chunk_mass is not None and self._estimated is None:
-            pages_at_once = min(plan.scratch_pages, table.numel())
-            scratch = gather_bytes(shape, tiers, plan, table.numel())
-            self._exact = ExactMass(
-                self._heads,
-                self.residency,
-                phase.pool,
-                packing,
-                chunk_mass,
-                pages_at_once,
-                scratch,
-                ledger,
-                ranked=plan.ranked,
-            )
+            self._exact = ExactMass(pages, self._heads, self.residency)
 
     def _warm(self, saliency: torch.Tensor, layout: sizes.Layout) -> None:
         """Fill the slots with the chunks that the question's rows attended to most. saliency: `(n, tokens)`."""
@@ -111,7 +88,7 @@ class Retrieval:
         self._counters.warm_bytes += self._fetching.warm(chunks.sum(-1)) * self._chunk_bytes
 
     def adapt(self) -> bool:
-        """Change how many chunks heads select, by what the last step did not see; whether that can happen at all."""
+        """Adapt how many chunks heads select to the mass the last step did not see. Returns whether heads adapt."""
         if self._limits is None or self._estimated is None:
             return False
         self.selected.copy_(select.adapted(self.selected, self._estimated.unseen, *self._limits))
@@ -131,7 +108,7 @@ class Retrieval:
             self._estimated.drop()
         fetching, before = self._fetching, self.residency.chosen
         grouped = query[self._heads].float()
-        fetching.clock += 1
+        fetching.begin_step()
         with self.ranking.scratch():
             if logits is None:
                 logits = self.ranking.logits(query, scaling)
@@ -150,17 +127,25 @@ class Retrieval:
         if self._limits is not None:
             self._tally.selected += self.selected
         if self._trace is not None:
-            self._trace.record(int(fetching.clock), chosen, self.selected, self.most_selected, query)
+            self._trace.record(int(fetching.step), chosen, self.selected, self.most_selected, query)
         if self._ahead is not None:
             self._tally.ahead += self._ahead.start(ranks, chosen)
 
     def record_step(self, query: torch.Tensor, scaling: float, lse: torch.Tensor) -> None:
         """Record what a step attended to: its query `(K, G, D)`, lse `(K, G)` of all logits it attended to."""
-        seen = lse[self._heads]
+        head_lse = lse[self._heads]
         if self._estimated is not None:
-            self._estimated.record(seen, self.residency.chosen)
+            self._estimated.record(head_lse, self.residency.chosen)
         if self._exact is not None:
-            self._exact.record(query, scaling, seen)
+            self._exact.record(query, scaling, head_lse)
+
+    def advance(self) -> None:
+        """Count a step."""
+        self.steps += 1
+
+    def go_back(self, steps: int) -> None:
+        """Count only `steps` steps since the counters were flushed."""
+        self.steps = steps
 
     def flush_counters(self) -> None:
         """Add what happened since the last flush to the counters. Waits for the device."""

@@ -15,9 +15,9 @@ from tieredkv.cache.decode_phase import DecodePhase
 from tieredkv.cache.decoding import Decoding
 from tieredkv.cache.device_tier import DeviceTier
 from tieredkv.cache.layer import TieredLayer
+from tieredkv.cache.layer_order import LayerOrder
 from tieredkv.cache.prefill import TextRows
 from tieredkv.cache.question import Question
-from tieredkv.cache.turns import LayerTurns
 from tieredkv.config import TierConfig
 from tieredkv.memory.ledger import on_device
 from tieredkv.models.kv_shape import KVShape
@@ -34,14 +34,14 @@ class HeadTypes:
     static: torch.Tensor
     """`(L, K)` mask; the others are dynamic."""
     need: torch.Tensor | None
-    """`(2, L, K)` tokens that a head needs to be static, and for a smaller share of its attention; None: the policy
-    does not measure it."""
+    """`(2, L, K)` tokens that a head needs in order to be static, and tokens that cover a smaller share of its
+    attention; None: the policy does not measure it."""
 
 
 def classify_heads(
     rows: Sequence[TextRows], shape: KVShape, tiers: TierConfig, layout: sizes.Layout, cap_bytes: int
 ) -> HeadTypes:
-    """Which heads are static. rows: of each layer. cap_bytes: what the plan may spend."""
+    """Which heads are static. rows: one per layer. cap_bytes: bytes that the plan may spend."""
     policy, scores, need = tiers.policy, torch.stack([layer.scores for layer in rows]), None
     if policy.head_score == "mass":
         static = classify.static_heads(scores, policy.theta)
@@ -69,7 +69,7 @@ def _need(rows: Sequence[TextRows], shape: KVShape, tiers: TierConfig, layout: s
 
 
 def text_mask(question: Question, tokens: int, text_window: int) -> torch.Tensor:
-    """`(tokens,)`, which tokens of the prompt are text."""
+    """Mask `(tokens,)` of the prompt's text tokens."""
     if question.visual is None:
         return torch.arange(tokens, device="cpu") >= tokens - question.most_rows(text_window)
     is_text = torch.ones(tokens, dtype=torch.bool, device="cpu")
@@ -77,7 +77,7 @@ def text_mask(question: Question, tokens: int, text_window: int) -> torch.Tensor
     return is_text
 
 
-def seal(layers: Sequence[TieredLayer], device_tier: DeviceTier, question: Question, turns: LayerTurns) -> Decoding:
+def seal(layers: Sequence[TieredLayer], device_tier: DeviceTier, question: Question, order: LayerOrder) -> Decoding:
     """Take every layer from prefill to decoding.
 
     No copy may be under way. Raises `BudgetError` when the prompt does not fit under the cap; the layers are then still
@@ -98,10 +98,10 @@ def seal(layers: Sequence[TieredLayer], device_tier: DeviceTier, question: Quest
         phases = _fill(layers, device_tier, question, plan, types.static)
     except BaseException:
         for layer in layers:
-            layer.sealed = None
+            layer.end_decoding()
         device_tier.end_decoding()
         raise
-    return Decoding([layer.sealed for layer in layers if layer.sealed is not None], phases, turns)
+    return Decoding([layer.sealed for layer in layers if layer.sealed is not None], phases, order)
 
 
 def _fill(
@@ -111,7 +111,7 @@ def _fill(
     plan: decode_plan.DecodePlan,
     static: torch.Tensor,
 ) -> list[DecodePhase]:
-    """Allocate what the plan says on every device, and copy the pages of every layer. One phase per device."""
+    """Allocate memory on every device as planned, and copy every layer's pages. Returns one phase per device."""
     tiers, shape, layout, looks = device_tier.tiers, device_tier.shape, plan.layout, question.looks
     dynamic_heads = int((~static).sum())
     counters = Counters(

@@ -27,12 +27,11 @@ MOST_ROWS = 32
 
 @dataclass(frozen=True, slots=True)
 class LayerPosition:
-    """How far a layer has decoded, as far as it is counted in Python."""
+    """How far a layer has decoded, as counted in Python."""
 
-    recent_tokens: int
     generated: int
     steps: int
-    """Of the retrieval, since its counters were flushed."""
+    """Retrieval steps since its counters were flushed."""
 
 
 class SealedLayer:
@@ -51,7 +50,7 @@ class SealedLayer:
     ) -> None:
         """host: all prompt tokens. digests: `(K, >= old chunks, bytes)` on the host, made with `fitted`.
 
-        static: `(K,)`, which heads are. is_text: `(N,)`, which prompt tokens are. Copies pages to the device.
+        static: `(K,)` mask of heads. is_text: `(N,)` mask of prompt tokens. Copies pages to the device.
         """
         self.phase, self._host = phase, host
         self.pages = LayerPages(host, phase, table_width(phase.plan, phase.tiers, index, static))
@@ -64,11 +63,8 @@ class SealedLayer:
         """None: no head is dynamic."""
         if len(self.dynamic):
             self.pages.fill_sinks(self.dynamic)
-            table, packing = self.pages.table, self.pages.packing
-            first = phase.plan.layout.recent_pages + phase.plan.layout.sink_chunks
-            self.retrieval = Retrieval(
-                index, host, self.dynamic, digests, fitted, rows.saliency, table, first, phase, packing
-            )
+            self.retrieval = Retrieval(index, self.pages, self.dynamic, digests, fitted, rows.saliency)
+            first = self.pages.first_selected
             self._columns = slice(first, first + self.retrieval.most_selected)
             self._order = torch.arange(self.retrieval.most_selected, device=self.pages.device)
             self._set_lengths(self.retrieval)
@@ -83,45 +79,45 @@ class SealedLayer:
         return self._host.length + self.pages.generated
 
     def _set_lengths(self, retrieval: Retrieval) -> None:
-        """Make each head attend to as many of its selected chunks, which are full, as it may."""
+        """Make each head attend to the first `selected` chunks in its columns, all of them full."""
         full = torch.where(self._order < retrieval.selected.unsqueeze(1), self._host.chunk_tokens, 0)
         self.pages.lengths[self._rows, self._columns] = full.to(self.pages.lengths.dtype)
 
     # ---- several tokens
 
-    def steps(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
+    def decode(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
         """Decode tokens one after another: query and output `(H, n, D)`, keys and values `(K, n, D)`."""
         with at_most(self._threads):
-            return self._steps(query, keys, values, scaling)
+            return self._decode(query, keys, values, scaling)
 
-    def _steps(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
+    def _decode(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
         n = query.shape[1]
         if n == 1:
             return self.step(query[:, 0], keys[:, 0], values[:, 0], scaling).unsqueeze(1)
         if self.retrieval is None or self.retrieval.ranking is None:
-            return self._steps_at_once(query, keys, values, scaling)
+            return self._decode_at_once(query, keys, values, scaling)
         at_once = max(1, min(n, self._ranked_at_once()))
         out = []
         for begin in range(0, n, at_once):
             rows = slice(begin, min(begin + at_once, n))
-            out += self._steps_ranked_at_once(query[:, rows], keys[:, rows], values[:, rows], scaling)
+            out += self._decode_ranked_at_once(query[:, rows], keys[:, rows], values[:, rows], scaling)
         return torch.stack(out, dim=1)
 
-    def _steps_at_once(
+    def _decode_at_once(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
     ) -> torch.Tensor:
-        """All steps in one pass, where no head chooses: each sees the pages as they are, and the new tokens so far."""
+        """All steps in one pass, if no head ranks chunks: each attends to the pages and to the new tokens so far."""
         before = self.pages.attend(query, scaling)
-        seen = keys, values
+        visible = keys, values
         if self.pages.packing is not None:
             norms = self.pages.packing.norms
-            seen = rounded(keys, norms[:, 0]), rounded(values, norms[:, 1])
-        out, _ = exact.merge(*before, *exact.attend(query, *seen, scaling, causal=True))
+            visible = rounded(keys, norms[:, 0]), rounded(values, norms[:, 1])
+        out, _ = exact.merge(*before, *exact.attend(query, *visible, scaling, causal=True))
         for row in range(query.shape[1]):
             self._append(keys[:, row], values[:, row])
         return out.to(query.dtype)
 
-    def _steps_ranked_at_once(
+    def _decode_ranked_at_once(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
     ) -> list[torch.Tensor]:
         """Outputs `(H, D)` of steps whose chunks are ranked in one pass over the digests."""
@@ -140,11 +136,11 @@ class SealedLayer:
             ]
 
     def _row_bytes(self) -> int:
-        """Device bytes of ranking one more step at once."""
+        """Device bytes of ranking one more step in the same pass."""
         return ranked_ahead_bytes(self.phase.shape, self.phase.plan.layout)
 
     def _ranked_at_once(self) -> int:
-        """Steps that can be ranked at once, given the scratch that each of them takes by itself."""
+        """Steps that can be ranked in one pass, beside the scratch that a single step takes."""
         phase = self.phase
         ranking = ranking_bytes(phase.shape, phase.tiers, phase.plan.layout)
         spare = phase.ledger.free_bytes - max(ranking, self.pages.scratch_bytes)
@@ -179,21 +175,21 @@ class SealedLayer:
         self.advance()
         self.pages.append(key, value)
 
-    # ---- what is counted in Python
+    # ---- counts in Python
 
     def advance(self) -> None:
         """Count a generated token. Raises `BudgetError` if there is no room for it."""
         self.pages.advance()
         if self.retrieval is not None:
-            self.retrieval.steps += 1
+            self.retrieval.advance()
 
     def position(self) -> LayerPosition:
-        """What `advance` changes."""
+        """The counts that `advance` changes."""
         steps = 0 if self.retrieval is None else self.retrieval.steps
-        return LayerPosition(self.pages.recent_tokens, self.pages.generated, steps)
+        return LayerPosition(self.pages.generated, steps)
 
     def go_back(self, position: LayerPosition) -> None:
         """Undo every `advance` since `position` was taken."""
-        self.pages.recent_tokens, self.pages.generated = position.recent_tokens, position.generated
+        self.pages.go_back(position.generated)
         if self.retrieval is not None:
-            self.retrieval.steps = position.steps
+            self.retrieval.go_back(position.steps)

@@ -9,7 +9,7 @@ import torch
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from tieredkv.attention import interface
-from tieredkv.cache.turns import LayerTurns
+from tieredkv.cache.layer_order import LayerOrder
 from tieredkv.cache.untiered import State, host_copy
 from tieredkv.environment.ambient import settled
 
@@ -25,14 +25,14 @@ class SlidingLayer(DynamicSlidingWindowLayer):
 
     kind = "sliding windows"
 
-    def __init__(self, turns: LayerTurns, sliding_window: int) -> None:
+    def __init__(self, order: LayerOrder, sliding_window: int) -> None:
         super().__init__(sliding_window)
-        self._turns: LayerTurns = weakref.proxy(turns)  # which know the layer
+        self._order: LayerOrder = weakref.proxy(order)  # which refers to the layer
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        self._turns.check_untiered_layer(self, key_states.shape[-2])
+        self._order.check_untiered_layer(self, key_states.shape[-2])
         keys, values = super().update(key_states.detach(), value_states.detach(), *args, **kwargs)
         return interface.tag(keys, self), values
 
@@ -44,13 +44,13 @@ class SlidingLayer(DynamicSlidingWindowLayer):
         parts = []
         for first in range(0, n, ROWS):  # only the keys in their windows
             stop = min(first + ROWS, n)
-            seen = slice(max(0, m - n + first - self.sliding_window + 1), m - n + stop)
-            distance = position[m - n + first : m - n + stop, None] - position[seen]
+            window = slice(max(0, m - n + first - self.sliding_window + 1), m - n + stop)
+            distance = position[m - n + first : m - n + stop, None] - position[window]
             parts.append(
                 torch.nn.functional.scaled_dot_product_attention(
                     query[None, :, first:stop],
-                    keys[:, seen].repeat_interleave(groups, 0).unsqueeze(0),
-                    values[:, seen].repeat_interleave(groups, 0).unsqueeze(0),
+                    keys[:, window].repeat_interleave(groups, 0).unsqueeze(0),
+                    values[:, window].repeat_interleave(groups, 0).unsqueeze(0),
                     attn_mask=(distance >= 0) & (distance < self.sliding_window),
                     scale=scaling,
                 )[0]

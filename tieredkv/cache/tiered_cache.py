@@ -2,7 +2,7 @@
 
 A cache is in one of two phases. *Prefill*: tokens arrive many at a time and attend exactly to everything before them,
 streamed from the host tier. *Decode*: `seal` has classified the heads, planned the cap and filled the pool, and each
-new token attends to what its heads select. More prompt tokens after a seal lead back to prefill.
+new token attends to what its heads select. More prompt tokens after a seal return the cache to prefill.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from tieredkv.cache.counters import Counters
 from tieredkv.cache.decoding import Decoding
 from tieredkv.cache.device_tier import DeviceTier
 from tieredkv.cache.layer import TieredLayer
+from tieredkv.cache.layer_order import LayerOrder
 from tieredkv.cache.linear_layer import LinearLayer
 from tieredkv.cache.question import Question
 from tieredkv.cache.sliding_layer import SlidingLayer
-from tieredkv.cache.turns import LayerTurns
 from tieredkv.cache.untiered import Untiered
 from tieredkv.config import TierConfig, tier_config
 from tieredkv.environment import forking
@@ -76,21 +76,21 @@ class TieredCache(Cache):
         self.ledger = self.device_tier.ledger
         """Counts the device bytes of keys, values, and what is allocated with them."""
         self.tiered_layers: list[TieredLayer] = []
-        """The layers that grow, which are ours."""
+        """The layers with full attention."""
         untiered: list[SlidingLayer | LinearLayer] = []
         layers: list[TieredLayer | SlidingLayer | LinearLayer] = []
-        self._turns = LayerTurns()
+        self._order = LayerOrder()
         text = config.get_text_config(decoder=True)
         for kind in families.check_layers(text):
             if kind == "full_attention":
                 index = len(self.tiered_layers)
-                self.tiered_layers.append(TieredLayer(self, self._turns, self.device_tier, index, prompt_tokens))
+                self.tiered_layers.append(TieredLayer(self, self._order, self.device_tier, index, prompt_tokens))
                 layers.append(self.tiered_layers[-1])
             else:
                 linear = kind == "linear_attention"
-                untiered.append(LinearLayer(self._turns) if linear else SlidingLayer(self._turns, text.sliding_window))
+                untiered.append(LinearLayer(self._order) if linear else SlidingLayer(self._order, text.sliding_window))
                 layers.append(untiered[-1])
-            self._turns.add(layers[-1], tiered=kind == "full_attention")
+            self._order.add(layers[-1], tiered=kind == "full_attention")
         self.untiered = Untiered(untiered)
         """The layers that do not grow, which are transformers', and what they go back to."""
         super().__init__(layers=list(layers))
@@ -99,11 +99,11 @@ class TieredCache(Cache):
         self._counters = Counters()
         self._forced = self._closed = False
 
-    # ---- what it holds
+    # ---- contents
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Logical length: every token cached, wherever it is now; the same for every layer."""
-        forking.check()  # a model asks for this first, before it computes much
+        forking.check()  # a model calls this before it computes much
         return self.tiered_layers[0].get_seq_length()
 
     @property
@@ -123,7 +123,7 @@ class TieredCache(Cache):
 
     @property
     def counters(self) -> Counters:
-        """What the last or present decode phase did, up to date: waits for the device."""
+        """Counts of the current or last decode phase, up to date: waits for the device."""
         return self._counters if self.decoding is None else self.decoding.counters
 
     @property
@@ -181,38 +181,40 @@ class TieredCache(Cache):
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         raise OptionError("TieredCache does not support beam search: use num_beams=1.")
 
-    # ---- what follows
+    # ---- the tokens to come
 
     def expect(self, question: Question) -> None:
-        """Set what follows the cached tokens, instead of what was set before. Not while sealed."""
+        """Set what follows the cached tokens. Not while sealed."""
         if self.sealed:
             raise RuntimeError("the cache is sealed: truncate it first")
         self.question = question
 
     @settled
     def settle(self) -> None:
-        """Declare what is cached the context, and what follows questions about it.
+        """Declare the cached tokens the context, and later ones questions about it.
 
-        Digests that are fitted are then fitted to the context alone, so that no question depends on another. Layers
-        that cannot be truncated (sliding windows, linear attention) are copied to host memory, so that the cache can
-        come back to this length; the copy made before, if any, is dropped.
+        Digests are then fitted to the context alone, so that no question depends on another. Layers that cannot be
+        truncated (sliding windows, linear attention) are copied to host memory, so that the cache can come back to this
+        length; the previous copy is dropped.
         """
-        self._turns.check_between_calls()
+        self._order.check_between_calls()
         self.untiered.settle()
         for layer in self.tiered_layers:
             layer.settle()
 
     @settled
     def set_tiers(self, tiers: TierConfig) -> None:
-        """Other settings from the next seal on; what is cached stays. Not while sealed.
+        """Use other settings from the next seal on; cached tokens stay. Not while sealed.
 
-        What the question's rows were scored with (`top_k_ratio`, windows) changes with the next prompt only. Raises
+        Settings that score the question's rows (`top_k_ratio`, windows) take effect with the next prompt. Raises
         `OptionError` where chunks of another size would be needed.
         """
         if self.sealed:
             raise RuntimeError("the cache is sealed: truncate it first")
         if tiers.chunk_tokens != self.tiers.chunk_tokens:
-            raise OptionError(f"the cache is kept in chunks of {self.tiers.chunk_tokens} tokens: keep chunk_tokens.")
+            raise OptionError(
+                f"the cache is kept in chunks of {self.tiers.chunk_tokens} tokens: leave chunk_tokens as it is."
+            )
         self.device_tier.change_tiers(tiers, empty=self.get_seq_length() == 0)
 
     # ---- phases
@@ -221,9 +223,9 @@ class TieredCache(Cache):
         """Called when tiered layer `index` is updated with `tokens` new tokens; the first may change the phase."""
         if index == 0:
             forking.enter(self.device_tier.devices[0].type)
-            self._turns.begin_call()
+            self._order.begin_call()
             self._change_phase(tokens)
-        self._turns.begin_layer(index)
+        self._order.begin_layer(index)
 
     def _change_phase(self, tokens: int) -> None:
         """Seal for the first generated token; leave the decode phase for more prompt."""
@@ -231,7 +233,7 @@ class TieredCache(Cache):
             if tokens > 1 and not self._forced:
                 self.unseal()
             return
-        # Without scored rows (after a crop) a single token is prefilled: exact, and it brings rows of its own.
+        # Without scored rows (after a crop) a single token is prefilled: that is exact, and scores its row.
         scored = all(layer.rows is not None for layer in self.tiered_layers)
         if tokens == 1 and scored and self.get_seq_length() >= max(1, self.question.prompt_tokens):
             self.seal()
@@ -239,7 +241,8 @@ class TieredCache(Cache):
     @contextmanager
     def forced(self) -> Iterator[None]:
         """Inside the block, a call of several tokens on a sealed cache decodes them one after another, as if each had
-        been given alone: known tokens in fewer calls. (Outside, it is more prompt, and leads back to prefill.)"""
+        been passed alone: known tokens in fewer calls. (Outside, it is more prompt, and returns the cache to
+        prefill.)"""
         self._forced = True
         try:
             yield
@@ -255,7 +258,7 @@ class TieredCache(Cache):
         if self.sealed:
             raise RuntimeError("the cache is sealed already")
         self.device_tier.copies.drain()  # the seal reads what was written back
-        self.decoding = seal.seal(self.tiered_layers, self.device_tier, self.question, self._turns)
+        self.decoding = seal.seal(self.tiered_layers, self.device_tier, self.question, self._order)
 
     @settled
     def unseal(self) -> None:
@@ -269,10 +272,10 @@ class TieredCache(Cache):
         self._end_decoding()
 
     def _end_decoding(self) -> None:
-        """Drop the decode phase, if there is one, and what was generated in it."""
+        """Drop the decode phase, if there is one, with the tokens generated in it."""
         self._counters, self.decoding = self.counters, None
         for layer in self.tiered_layers:
-            layer.sealed = None
+            layer.end_decoding()
         self.device_tier.end_decoding()
 
     def finish(self) -> None:
@@ -285,13 +288,13 @@ class TieredCache(Cache):
 
     @settled
     def truncate(self, tokens: int) -> None:
-        """Forget all but the first `tokens` tokens, leaving the decode phase if need be.
+        """Forget all but the first `tokens` tokens, and leave the decode phase.
 
         Where layers cannot be truncated (a sliding window that has moved on, linear attention), 0 and the length at the
         last `settle` are possible. Any other raises `OptionError`, which names them, and changes nothing.
         """
         self.untiered.check_truncate(tokens, self.get_seq_length())
-        self._turns.reset()
+        self._order.reset()
         try:
             if tokens > min(layer.prompt_length for layer in self.tiered_layers):
                 self.unseal()
@@ -310,7 +313,7 @@ class TieredCache(Cache):
         self.truncate(self.get_seq_length() + tokens_to_remove)
 
     def close(self) -> None:
-        """Free both tiers. Twice is fine; using the cache afterwards raises."""
+        """Free both tiers. May be called twice; using the cache afterwards raises."""
         if self._closed:
             return
         self._closed = True

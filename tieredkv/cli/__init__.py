@@ -1,6 +1,6 @@
 """The command line: answers on stdout, everything else on stderr; exit code 0, 1 (something failed) or 2 (bad input).
 
-One file per command. A module that takes long to import is imported by the command that needs it.
+One file per command. A module that is slow to import is imported by the command that needs it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from tieredkv import __version__
 from tieredkv.cli import ask, bench, chat, defaults, demo, doctor, plan, policies, run
 from tieredkv.errors import TieredKVError
 
-# Read when torch is imported, which only commands do. When another program takes a core, threads that spin while they
-# wait for the one that lost it make decoding several times slower; sleeping costs little (docs/log.md).
+# Read when torch is imported, which only commands do. If another program takes a core, the other threads spin until it
+# is given back, and decoding is several times slower. Sleeping instead costs little (docs/log.md).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 app = typer.Typer(
@@ -53,7 +53,7 @@ def _options(
 
 
 def main() -> None:
-    """Entry point. An error that the user can fix is one sentence on stderr and exit code 2; a failing disk, code 1."""
+    """Entry point. An error that the user can fix is one sentence on stderr and exit code 2; a failing disk gives 1."""
     for stream in (sys.stdout, sys.stderr):  # file names may be invalid text, and answers may not fit the encoding
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -66,7 +66,7 @@ def main() -> None:
     except KeyboardInterrupt:
         _end("interrupted.", 130)
     except SystemExit as stop:
-        if stop.code == 130:  # how typer ends on an interrupt
+        if stop.code == 130:  # typer's exit code for an interrupt
             _end("interrupted.", 130)
         raise
 

@@ -14,10 +14,11 @@ from tieredkv.errors import OptionError
 
 def ask(
     context: typer.Context,
-    words: Annotated[list[str], typer.Argument(metavar="[VIDEO] QUESTION", help="A video file, and what to ask.")],
+    words: Annotated[list[str], typer.Argument(metavar="[VIDEO] QUESTION", help="A video file, and the question.")],
     model: Model = "tiny",
     session: Annotated[
-        Path | None, typer.Option(help="Ask this saved session; if the file does not exist, save one.")
+        Path | None,
+        typer.Option(help="A saved session to ask; if the file does not exist, the new session is saved to it."),
     ] = None,
     gpu_kv_gb: GpuGiB = None,
     host_kv_gb: HostGiB = None,
@@ -39,7 +40,7 @@ def ask(
 
     *videos, question = words
     if len(videos) > 1:
-        raise OptionError(f"ask takes one video and one question, got {len(words)} words: put quotes around each.")
+        raise OptionError(f"ask takes one video and one question, got {len(words)} arguments: put quotes around each.")
     if evidence is not None:
         check_target(evidence)
     sampling = given(fps=fps, max_frames=max_frames, start=start, end=end)

@@ -30,8 +30,8 @@ def bench(
 ) -> None:
     """Run a benchmark. Its last line is JSON; `tieredkv bench NAME -- --help` describes it.
 
-    In a checkout it writes where its help says; if installed, below the current folder. The exit code is the
-    benchmark's.
+    In a checkout, files go where its help says; in an installed package, below the current folder. The exit code is
+    the benchmark's.
     """
     if name not in NAMES:
         raise OptionError(f"{name!r} is not a benchmark: give one of {', '.join(NAMES)}.")

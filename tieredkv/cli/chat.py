@@ -16,7 +16,8 @@ def chat(
     video: Annotated[str | None, typer.Argument(help="A video file; not needed with a saved session.")] = None,
     model: Model = "tiny",
     session: Annotated[
-        Path | None, typer.Option(help="Continue this saved session; if the file does not exist, save one.")
+        Path | None,
+        typer.Option(help="A saved session to continue; if the file does not exist, the new session is saved to it."),
     ] = None,
     gpu_kv_gb: GpuGiB = None,
     host_kv_gb: HostGiB = None,

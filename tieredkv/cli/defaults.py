@@ -35,7 +35,7 @@ def folder(variable: str, default: str) -> Path:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The defaults in a file, none if it does not exist. Raises `OptionError` naming file and key."""
+    """The defaults in a file; none if it does not exist. Raises `OptionError`, naming file and key."""
     try:
         settings = tomllib.loads(path.read_bytes().decode())
     except FileNotFoundError:

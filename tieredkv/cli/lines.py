@@ -16,7 +16,7 @@ HISTORY_LINES = 1000
 def lines(prompt: str) -> Iterator[str]:
     """Lines of stdin until its end. At a terminal, `prompt` precedes each, and Ctrl-C discards the one being typed.
 
-    Bytes that are not valid text become lone surrogates, so that one such line does not end the others.
+    Bytes that are not valid text become lone surrogates, so that only their own line fails.
     """
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")

@@ -12,7 +12,8 @@ from tieredkv.cli.options import model_path
 from tieredkv.errors import OptionError, SessionError
 from tieredkv.session.video_session import VideoSession
 from tieredkv.storage import tensor_file
-from tieredkv.video.frames import Sampling, check_video
+from tieredkv.video.frames import check_video
+from tieredkv.video.sampling import Sampling
 
 
 @contextmanager
@@ -28,9 +29,9 @@ def opened(
 ) -> Iterator[tuple[VideoSession, SessionError | None]]:
     """Yields the session, and why it could not be saved, or None.
 
-    saved: a file to load, or to write if it does not exist. tiers, sampling: the options given. typed: those of
-    sampling that are on the command line; a saved session keeps its own sampling, so these are refused, while values
-    from the environment are ignored. asked: `question` and `max_new_tokens` if known, for the check of the budget.
+    saved: a file to load, or to write if it does not exist. tiers, sampling: the options given. typed: the sampling
+    options on the command line. A saved session keeps its own sampling, so they are refused, and values from the
+    environment are ignored. asked: `question` and `max_new_tokens` if known, for the check of the budget.
     """
     if saved is not None and is_there(saved):
         if typed:
@@ -53,7 +54,7 @@ def opened(
                 if is_there(saved):
                     raise SessionError(f"{saved} was written by another program meanwhile, and is not overwritten.")
                 session.save(saved)
-            except SessionError as error:  # the ingested video is worth an answer all the same
+            except SessionError as error:  # the question can be answered nevertheless
                 unsaved = error
         yield session, unsaved
 

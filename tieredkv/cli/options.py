@@ -14,7 +14,10 @@ GpuGiB = Annotated[
     float | None, typer.Option(envvar="TIEREDKV_GPU_KV_GB", help="Device memory for keys and values, GiB [4].")
 ]
 HostGiB = Annotated[
-    float | None, typer.Option(envvar="TIEREDKV_HOST_KV_GB", help="Host memory for keys and values, GiB.")
+    float | None,
+    typer.Option(
+        envvar="TIEREDKV_HOST_KV_GB", help="Host memory for keys and values, GiB [80 % of what is available]."
+    ),
 ]
 Fps = Annotated[float | None, typer.Option(envvar="TIEREDKV_FPS", help="Frames sampled per second.")]
 MaxFrames = Annotated[

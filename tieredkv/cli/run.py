@@ -43,7 +43,8 @@ def run(
     from tieredkv.batch.run import run as run_batch
     from tieredkv.config import tier_config
     from tieredkv.models import loading
-    from tieredkv.video.frames import Sampling, check_video
+    from tieredkv.video.frames import check_video
+    from tieredkv.video.sampling import Sampling
 
     if retry_errors and not resume:
         raise BatchError("--retry-errors continues an existing file of answers: give --resume too.")

@@ -28,15 +28,15 @@ class Talk:
     def __init__(
         self, session: VideoSession, options: dict[str, Any], as_json: bool = False, save_to: Path | None = None
     ) -> None:
-        """options: generation options of every answer. as_json: print an object per answer instead of its text as it is
-        generated. save_to: where `/save` without a file saves."""
+        """options: generation options of every answer. as_json: print an object per answer instead of streaming text.
+        save_to: where `/save` without a file saves."""
         self.session, self.options, self.as_json, self.save_to = session, options, as_json, save_to
         self.failed = 0
         """Questions and commands that failed."""
         self._stats: Stats | None = None
 
     def run(self, lines: Iterable[str]) -> None:
-        """Answer line by line until the end or `/quit`. A failure is reported, and the conversation continues."""
+        """Answer line by line until the end or `/quit`. After a failure, reports it and goes on."""
         for line in map(str.strip, lines):
             if line == "/quit":
                 return

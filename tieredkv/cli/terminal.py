@@ -19,15 +19,15 @@ class TerminalStreamer(TextStreamer):
     """Writes whole words as they are generated: `Generation.text` in the end, and a newline after it."""
 
     def __init__(self, tokenizer: Any, shown: bool = True) -> None:
-        """shown: if False, nothing is written; the answer can be stopped all the same."""
+        """shown: if False, nothing is written, but the answer can still be stopped."""
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.stopped = False
         self.wrote_text = False
-        """Whether there was any text but blanks."""
+        """Whether any text other than white space was written."""
         self._shown, self._blanks = shown, ""
 
     def put(self, value: Any) -> None:
-        """Take the next token. Raises `Stopped` once `stopped` is set: between two tokens the state is consistent."""
+        """Take the next token. Raises `Stopped` if `stopped` is set: between tokens the state is consistent."""
         if self.stopped:
             raise Stopped
         super().put(value)

@@ -1,1 +1,1 @@
-"""The demo: a long video, a small cap, and the answers beside those of a full cache."""
+"""The demo: a long video, a small cap, and the answers compared with those of a full cache."""

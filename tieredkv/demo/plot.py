@@ -14,7 +14,7 @@ from tieredkv.tiny.scene import Scene
 
 
 def check_plot(path: Path) -> None:
-    """Raise `OptionError` if a picture cannot be drawn, before minutes are spent on the demo."""
+    """Raise `OptionError` if a picture cannot be drawn, before the demo spends minutes."""
     if find_spec("matplotlib") is None:
         raise OptionError("--plot needs matplotlib: pip install 'tieredkv[plot]'.")
     if path.suffix.lower() != ".png":
@@ -39,7 +39,7 @@ def draw_fetches(
     path: Path,
     chunk_tokens: int = 32,
 ) -> None:
-    """Draw one row per question: selections of each chunk as shade, the events its answer needs as circles.
+    """Draw one row per question: how often each chunk was selected as shade, the events its answer needs as circles.
 
     head_tokens: prompt tokens before the first visual one, so that chunks are drawn where their frames are. Raises
     `OutputError` if `path` cannot be written.
@@ -74,7 +74,7 @@ def draw_fetches(
         fontsize=9,
         pad=20,
     )
-    figure.colorbar(image, ax=axes, label="times selected, share of the row's most", pad=0.01)
+    figure.colorbar(image, ax=axes, label="times selected, relative to the row's maximum", pad=0.01)
     try:
         with replace_file(path) as part:
             figure.savefig(part, dpi=130, format="png")

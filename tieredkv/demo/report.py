@@ -14,7 +14,7 @@ from tieredkv.demo.answers import ComparedAnswer, right_hops, right_words
 
 
 def summarize(answers: list[ComparedAnswer], seconds: float) -> dict[str, Any]:
-    """The demo's JSON object. Bytes of the full cache and of the host tier are those of the longest question."""
+    """The demo's JSON object. Bytes of the full cache and the host tier are those of the longest prompt."""
     stats = [answer.tiered.stats for answer in answers]
     words = sum(len(answer.question.words) for answer in answers)
     chains = [answer for answer in answers if answer.question.kind == "chain"]

@@ -27,7 +27,8 @@ from tieredkv.tiny import model as tiny
 from tieredkv.tiny.evaluate import TOKENS_PER_SECOND
 from tieredkv.tiny.scene import make_scene, questions
 from tieredkv.tiny.video import write_video
-from tieredkv.video.frames import Sampling, load_frames
+from tieredkv.video.frames import load_frames
+from tieredkv.video.sampling import Sampling
 
 QUESTIONS = 12
 CARDS = 12
@@ -57,10 +58,8 @@ def run(seed: int, minutes: float, share: float, plot: Path | None, video_path: 
             )
         model, processor = tiny.load()
         shape = model_shape(model.config, model.dtype)
-        cap = int(share * scene.seconds * TOKENS_PER_SECOND * shape.token_bytes)
-        with open_session(
-            model, path, gpu_kv_gb=cap / GIB, processor=processor, fps=tiny.FPS, progress=True
-        ) as session:
+        cap_gib = share * scene.seconds * TOKENS_PER_SECOND * shape.token_bytes / GIB
+        with open_session(model, path, gpu_kv_gb=cap_gib, processor=processor, fps=tiny.FPS, progress=True) as session:
             assert session.video is not None
             head, encoded, family = session.head_tokens, session.video, session.family
             tiered = [session.ask(q.text, max_new_tokens=longest, trace=plot is not None) for q in selected]
@@ -96,7 +95,7 @@ def _check(minutes: float, share: float, plot: Path | None, video_path: Path | N
 
 
 def _check_share(share: float, minutes: float, visual: int, longest: int) -> None:
-    """Raise `OptionError` for a share too small for the fixed costs of a video this short, before the video is made.
+    """Raise `OptionError` for a share too small for the fixed costs of a video this short, before it is generated.
 
     visual: tokens of the video. longest: tokens of the longest answer.
     """

@@ -1,6 +1,6 @@
-"""The checks of `tieredkv doctor`: each is ok, a note or a problem, and says what to do about it.
+"""The checks of `tieredkv doctor`: each is ok, a note or a problem, and says what to do.
 
-Imports neither torch nor anything that does: `tieredkv.doctor.probe` does so in another process.
+Imports neither torch nor anything that imports it: `tieredkv.doctor.probe` does that in another process.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
 from tieredkv.doctor.facts import LINK, Facts, compiler, memlock_limit, nvidia_smi, probe
+from tieredkv.memory.units import GIB
 
 FLOORS = {"python": (3, 11), "torch": (2, 11), "torchvision": (0, 26), "transformers": (5, 17)}
 """The oldest supported versions, as in pyproject.toml."""
-LEAST_HOST = 2**30
+LEAST_HOST = GIB
 """Bytes of host memory below which nothing useful fits."""
 FIX_FIRST = "fix the problems above first"
 KERNELS_FROM = (8, 0)
@@ -76,7 +77,7 @@ def library(name: str, facts: Facts) -> Check:
 
 
 def torchvision(facts: Facts, torch: Facts) -> Check:
-    """torchvision, which works only with the torch that it was built for."""
+    """torchvision, which works only with the release of torch that it was built for."""
     error = facts.get("error", "")
     if "torchvision::" not in error and "undefined symbol" not in error:
         return library("torchvision", facts)
@@ -146,9 +147,7 @@ def page_locked(card: Facts, limit: int | None) -> Check:
     if "name" not in card:
         return Check("page-locked", "ok", f"{bound}; tried only with a card")
     if refusal := card["lock_refusal"]:
-        remedy = (
-            "raise `ulimit -l` or the container's limit; without it chunks are copied by way of the host, which is slow"
-        )
+        remedy = "raise `ulimit -l` or the container's limit; until then chunks are copied by the host, which is slow"
         return Check("page-locked", "problem", f"refused ({refusal}), {bound}", remedy)
     return Check("page-locked", "ok", f"works, {bound}")
 
@@ -194,4 +193,4 @@ def _text(numbers: tuple[int, ...]) -> str:
 
 
 def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f}"
+    return f"{size / GIB:.1f}"

@@ -20,7 +20,7 @@ Facts = Mapping[str, Any]
 
 
 def probe(command: tuple[str, ...] = ("-P", "-m", "tieredkv.doctor.probe")) -> dict[str, Facts]:
-    """Facts by section of `tieredkv.doctor.probe`. If its process crashes, the facts of that section say so."""
+    """Facts by section of `tieredkv.doctor.probe`. If its process crashes, the facts of the crashing section say so."""
     from tieredkv.doctor.probe import SECTIONS
 
     paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -40,7 +40,7 @@ def probe(command: tuple[str, ...] = ("-P", "-m", "tieredkv.doctor.probe")) -> d
     missing = [name for name in SECTIONS if name not in facts]
     for name in missing:
         facts[name] = {
-            "error": f"importing it {end}" if name == missing[0] else "not known, after the one that crashed"
+            "error": f"importing it {end}" if name == missing[0] else "unknown, because an earlier import crashed"
         }
     return facts
 

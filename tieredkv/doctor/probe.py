@@ -1,7 +1,7 @@
 """Facts about this machine that need imports, gathered in a process of their own, as an import may crash.
 
-`python -m tieredkv.doctor.probe` prints a line of JSON for each section, `{name: facts}`, as soon as it is known. Facts
-with an "error" say why there are no others.
+`python -m tieredkv.doctor.probe` prints a line of JSON for each section, `{name: facts}`, as soon as it is known. A
+section that fails has one fact, "error".
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What the package runs in: torch's modes and threads, forked processes, releases of transformers."""
+"""The environment the package runs in: torch's modes and threads, forked processes, releases of transformers."""

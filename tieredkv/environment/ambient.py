@@ -1,4 +1,4 @@
-"""torch's settings of the calling thread: switched off for our own arithmetic, passed on to other threads for models.
+"""torch's per-thread settings: switched off for our own arithmetic, passed on to other threads that run a model.
 
 A model runs under whatever its caller has set: autocast, inference mode, a default device. Our own arithmetic does
 not, as keys and values outlive such modes and keep their dtype. (`settled` leaves torch's default dtype and device
@@ -22,7 +22,7 @@ _KINDS = ("cpu", "cuda")
 def settled(function: F) -> F:
     """Makes a function run without gradients, autocast and inference mode, whatever its caller has set.
 
-    So tensors that it creates can be written to later, in any mode and from any thread.
+    Tensors that it creates can then be written to later, in any mode and from any thread.
     """
 
     @functools.wraps(function)
@@ -42,7 +42,7 @@ def settled(function: F) -> F:
 
 
 def attended_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """The dtype that torch's own attention would convert a query, key or value to, which differs under autocast."""
+    """The dtype that torch's own attention would compute in: autocast's where that is on, else the tensor's."""
     kind = tensor.device.type
     if kind in _KINDS and torch.is_autocast_enabled(kind) and tensor.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)

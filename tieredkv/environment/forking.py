@@ -2,9 +2,9 @@
 
 The other threads, and the locks they held, are lost: locks are created anew, background threads are restarted when they
 are needed, and objects that another thread was working on are refused. torch's OpenMP threads, once used, are lost too:
-an operation on several of them waits for ever, in stock transformers as well. So the thread that forked computes on one
-thread in the child; threads started there get OpenMP threads of their own. A card that the parent has used cannot be
-used by a child.
+an operation on several of them waits for ever, in stock transformers as well. In the child, the thread that forked
+therefore computes on one thread; threads started there get OpenMP threads of their own. A card that the parent has used
+cannot be used by a child.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Follower(Protocol):
 
 
 _used: set[str] = set()
-"""Device types on which this process has computed for us."""
+"""Device types that this package has computed on in this process."""
 _lost: set[str] = set()
-"""Device types on which the parent process, or one before it, had computed."""
+"""Device types that the package had computed on in the parent process or an ancestor."""
 _forking_thread: int | None = None
 """The thread of a child that existed at the fork; None in a process that was not forked."""
 _followers: weakref.WeakSet[Follower] = weakref.WeakSet()
@@ -50,11 +50,11 @@ def enter(device: str) -> None:
 def check() -> None:
     """In a child, set torch to one thread, so that no operation waits for threads that were lost.
 
-    Raises `TieredKVError` where that cannot be set. It cannot be known whether the parent has used torch's threads.
+    Raises `TieredKVError` where that cannot be set, as the parent may have used torch's threads.
     """
     if threading.get_ident() == _forking_thread and torch.get_num_threads() > 1 and not limit(1):
         raise TieredKVError(
-            "this process was forked, and torch's threads are not in it: call torch.set_num_threads(1) first, or start "
+            "this process was forked without torch's threads: call torch.set_num_threads(1) first, or start "
             "it with the 'spawn' method."
         )
 

@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 
 NUMBERS_PER_THREAD = 2**23
-"""Numbers that a decoding step of one layer must read for each further thread to pay (docs/log.md)."""
+"""Numbers a layer's decoding step must read per thread for another thread to pay off (docs/log.md)."""
 
 
 def worth(numbers: int) -> int:
-    """Threads that pay for reading so many numbers: at least one."""
+    """How many threads pay off for reading `numbers` numbers; at least one."""
     return max(1, numbers // NUMBERS_PER_THREAD)
 
 
@@ -31,7 +31,7 @@ def limit(threads: int, mkl: int | None = None) -> bool:
     """Set the number of threads for the calling thread's operations. mkl: a different number for MKL.
 
     Returns False, without any effect, if torch was not built with OpenMP and MKL, or not on Linux.
-    (`torch.set_num_threads` would change MKL's threads for the whole process, and all threads started meanwhile.)
+    (`torch.set_num_threads` would change MKL's number for the whole process, and for threads started meanwhile.)
     """
     setters = _setters()
     if setters is None:
@@ -44,7 +44,7 @@ def limit(threads: int, mkl: int | None = None) -> bool:
 
 @contextmanager
 def at_most(threads: int) -> Iterator[None]:
-    """Limit torch's CPU operations that this thread calls inside the block to `threads` threads."""
+    """Inside the block, limit this thread's CPU operations in torch to `threads` threads."""
     before = torch.get_num_threads()
     if threads >= before or not limit(threads):
         yield

@@ -1,8 +1,8 @@
 """Evidence: the moments of a video that a question and its answer attended to, from recorded attention (ours).
 
 There is one row of attention per token of the question, exact, and one per decoding step. Rows are combined by their
-maximum, not their sum: one row that attends to one place says more than many that attend everywhere. Attention that all
-rows of the question have in common, whatever is asked, is subtracted first. Shapes: `S` temporal steps of the video.
+maximum, not their sum: one row that attends to one place is stronger evidence than many that attend everywhere. What
+all rows of the question attend to, whatever is asked, is subtracted first. Shapes: `S` temporal steps of the video.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from tieredkv.errors import OptionError
 from tieredkv.models.families.base import VideoGrid
 
 Wanted = bool | Literal["tokens"]
-"""Whether to find moments; "tokens": also those of every single token."""
+"""Whether to find moments; "tokens": also those of every token."""
 LONGEST_S = 4.0
 """Longest moment, in seconds; the shortest is one step of the video."""
 MOST = 12
-"""Most moments of an answer."""
+"""Maximum number of moments of an answer."""
 EDGE = 0.5
 """A moment extends while attention is at least this share of its peak."""
 FAINT = 0.1
@@ -43,7 +43,7 @@ class Moment:
     start: float
     end: float
     weight: float
-    """Its share of the attention to the video, less what every row of the question pays."""
+    """Its share of the attention to the video, once what all rows of the question have in common is subtracted."""
     peak: float
     """Time of the frame with the most attention."""
 
@@ -54,7 +54,7 @@ class Moment:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What an answer attended to. Iterates over its moments, the best first."""
+    """What an answer attended to. Iterates over its moments, best first."""
 
     moments: tuple[Moment, ...]
     heat: torch.Tensor = field(repr=False)
@@ -146,7 +146,7 @@ def _reach(heat: list[float], peak: int, longest: int) -> tuple[int, int]:
 
 
 def _slopes(heat: list[float], first: int, last: int) -> range:
-    """The steps of a moment and of its slopes, along which attention falls: they are no moments of their own."""
+    """The steps of a moment and of its slopes, along which attention falls. They form no further moment."""
     while first > 0 and 0 < heat[first - 1] < heat[first]:
         first -= 1
     while last + 1 < len(heat) and 0 < heat[last + 1] < heat[last]:
@@ -167,8 +167,8 @@ def collect(
     """The evidence of an answer of `tokens` tokens, from recorded attention.
 
     rows: how many of the scored rows, counted from the last, belong to the question. heads: query heads of all layers,
-    over which those rows are summed. head: prompt tokens before the video. span: seconds of the file between which it
-    was read. each: also find moments of every token.
+    over which those rows are summed. head: prompt tokens before the video. span: the seconds of the file that were
+    read, begin and end. each: also find moments of every token.
     """
     c = looks.chunk_tokens
     question_rows = by_step(looks.question[-rows:] / heads, 0, c, head, video)

@@ -11,14 +11,14 @@ from pathlib import Path
 from tieredkv.evidence.moments import Evidence
 from tieredkv.evidence.strip import columns, percent, span, spread, ticks
 from tieredkv.evidence.view import LONG_ANSWER, View, scaled
-from tieredkv.progress import clock
+from tieredkv.progress import timecode
 
 FRAME = 640
 """Longer side of a frame, in pixels."""
 STRIP = 1000
 """Columns of the strip."""
 LABEL = 30
-"""Columns that the number of a moment takes."""
+"""Width of a moment's number, in columns."""
 DASH = "\u2009\u2013\u2009"
 
 
@@ -84,7 +84,7 @@ def _figure(view: View, place: int) -> str:
         buffer = io.BytesIO()
         scaled(view.frames[place], FRAME, FRAME).convert("RGB").save(buffer, "JPEG", quality=85)
         data = base64.b64encode(buffer.getvalue()).decode()
-        inside = f'<img alt="frame at {clock(moment.peak)}" src="data:image/jpeg;base64,{data}">'
+        inside = f'<img alt="frame at {timecode(moment.peak)}" src="data:image/jpeg;base64,{data}">'
     return (
         f'<figure id="moment-{place + 1}">{inside}<b>{place + 1}</b><i>{percent(moment.weight)}</i>'
         f"<figcaption>{span(moment, DASH)}</figcaption></figure>"

@@ -17,7 +17,7 @@ SUFFIXES = (".png", ".html")
 
 
 class Answer(Protocol):
-    """What is needed of an answer, such as a `Generation`."""
+    """The parts of an answer, such as a `Generation`, that are used here."""
 
     @property
     def text(self) -> str: ...

@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from tieredkv.evidence.strip import columns, percent, span, spread, ticks
 from tieredkv.evidence.view import LONG_ANSWER, View, scaled
+from tieredkv.memory.units import largest
 
 WIDTH, MARGIN, GAP = 1600, 64, 20
 INK, SOFT, GROUND, WELL = (28, 29, 33), (109, 112, 120), (255, 255, 255), (240, 241, 243)
@@ -159,6 +160,11 @@ def _font_for(text: str, size: int) -> Font:
     return _font(size, wide=any(ord(c) > 0x2FF and not 0x2000 <= ord(c) < 0x2070 for c in text))
 
 
+def _fitting(text: str, font: Font, width: int) -> int:
+    """The most first characters of `text` in `width` pixels, at least one."""
+    return max(1, largest(lambda count: font.getlength(text[:count]) <= width, len(text)))
+
+
 def _lines(text: str, size: int, width: int, most: int) -> list[str]:
     """Text in at most `most` lines of at most `width` pixels; longer words are broken, and the rest is cut off."""
     font, rest = _font_for(text, size), text
@@ -166,10 +172,7 @@ def _lines(text: str, size: int, width: int, most: int) -> list[str]:
     while rest and len(lines) < most:
         fit = len(rest)
         if font.getlength(rest) > width:
-            low, fit = 1, len(rest)
-            while low < fit:
-                middle = (low + fit + 1) // 2
-                low, fit = (middle, fit) if font.getlength(rest[:middle]) <= width else (low, middle - 1)
+            fit = _fitting(rest, font, width)
             space = rest.rfind(" ", 0, fit + 1)
             fit = space if space > 0 else fit
         lines.append(rest[:fit].rstrip())

@@ -1,4 +1,4 @@
-"""What the sheet and the page draw alike: times as text, ticks, columns of heat, positions of labels."""
+"""What the sheet and the page share: times as text, ticks, columns of heat, positions of labels."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import math
 import torch
 
 from tieredkv.evidence.moments import Evidence, Moment
-from tieredkv.progress import clock
+from tieredkv.progress import timecode
 
 TICK_STEPS = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 28800, 86400)
-"""Seconds between ticks to choose from."""
+"""Possible distances between ticks, in seconds."""
 MOST_TICKS = 10
 
 
@@ -18,7 +18,7 @@ def span(moment: Moment, dash: str) -> str:
     """Start and end of a moment, rounded outwards to whole seconds."""
     last = math.ceil(moment.end - 1e-6)
     hours = last >= 3600
-    return f"{clock(moment.start, hours)}{dash}{clock(last, hours)}"
+    return f"{timecode(moment.start, hours)}{dash}{timecode(last, hours)}"
 
 
 def percent(share: float) -> str:
@@ -32,7 +32,7 @@ def ticks(start: float, end: float) -> list[tuple[float, str]]:
     step = next((one for one in TICK_STEPS if length / one < MOST_TICKS), 0)
     step = step or TICK_STEPS[-1] * math.ceil(length / TICK_STEPS[-1] / MOST_TICKS)
     first = math.ceil(start / step - 1e-9)
-    return [(n * step, clock(n * step, hours=end >= 3600)) for n in range(first, math.floor(end / step + 1e-9) + 1)]
+    return [(n * step, timecode(n * step, hours=end >= 3600)) for n in range(first, math.floor(end / step + 1e-9) + 1)]
 
 
 def columns(evidence: Evidence, count: int, least: int) -> list[float]:
@@ -54,7 +54,7 @@ def columns(evidence: Evidence, count: int, least: int) -> list[float]:
 def spread(places: list[float], width: float, low: float, high: float) -> list[float]:
     """Centres of labels `width` wide, each near its place, without overlaps, in the order of `places`.
 
-    Each is halfway between where it would be if all gave way to the right and if all gave way to the left.
+    Each is the mean of two positions: with overlaps resolved to the right, and to the left.
     """
     count = len(places)
     width = min(width, (high - low) / max(1, count))

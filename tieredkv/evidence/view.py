@@ -1,4 +1,4 @@
-"""What a page and a sheet of evidence show: question, answer, moments and their frames."""
+"""What the page and the sheet show: question, answer, moments and their frames."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 from PIL import Image
 
 from tieredkv.evidence.moments import Evidence
-from tieredkv.progress import clock
-from tieredkv.video.frames import Sampling, open_video
+from tieredkv.progress import timecode
+from tieredkv.video.frames import open_video
+from tieredkv.video.sampling import Sampling
 
 LARGEST = 1600
 """Longer side of a frame, in pixels: the width of a sheet. Larger frames are reduced to it."""
@@ -33,7 +34,7 @@ class View:
 
     def note(self) -> str:
         """The line below the moments."""
-        parts = [self.video, f"{clock(self.evidence.start)} to {clock(self.evidence.end)}"]
+        parts = [self.video, f"{timecode(self.evidence.start)} to {timecode(self.evidence.end)}"]
         if len(self.evidence):
             parts.append("%: share of the attention that question and answer paid to the video")
         if self.frames is None:

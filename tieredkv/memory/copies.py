@@ -1,4 +1,4 @@
-"""Copies in the background: chunks that the next decoding step is likely to need, blocks of the past in prefill."""
+"""Background copies: chunks that the next decoding step is likely to need, and blocks of the past during prefill."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from tieredkv.errors import TieredKVError
 class BackgroundCopies(Protocol):
     """Runs copies in the background, at most one outstanding per key.
 
-    Until `wait` on its key returns, what a copy writes must be neither read nor written, and what it reads not written.
-    On a card `wait` orders only later device work; the host itself must call `drain` first.
+    Until `wait` on its key returns, a copy's destination must not be read or written, nor its source written. On a card
+    `wait` orders only later device work; before the host touches the data, it must call `drain`.
     """
 
     def submit(self, key: Hashable, copy: Callable[[], int]) -> None:
         """Start `copy`, which returns the bytes it moved. RuntimeError if the key has one outstanding."""
 
     def wait(self, key: Hashable) -> int:
-        """Order later work after the copy. Returns its bytes, 0 if none was outstanding. Raises what it raised."""
+        """Order later work after the copy. Returns its bytes, 0 if none was outstanding. Raises the copy's error."""
 
     def drain(self) -> None:
-        """Block until no copy is outstanding, and ignore their errors: called before slots are given up."""
+        """Block until no copy is outstanding, ignoring errors. Call it before freeing slots."""
 
     def close(self) -> None:
         """Finish outstanding copies and end the background work. May be called twice."""
@@ -110,7 +110,7 @@ class StreamCopies:
             moved = copy()
             event = torch.cuda.Event()
             event.record(stream)
-        # Keeps the function: the tensors it reads and writes must not be freed before the copy is done.
+        # Keep a reference to `copy`: the tensors it reads and writes must not be freed before it is done.
         self._pending[key] = (event, moved, copy)
 
     def wait(self, key: Hashable) -> int:
@@ -134,13 +134,13 @@ class Transfer:
 
     def __init__(self) -> None:
         self.streamed_bytes = 0
-        """Past keys and values streamed to the device during prefill; `stage` leaves it to its caller to add them."""
+        """Bytes of past keys and values streamed to the device during prefill; callers of `stage` add to it."""
 
     def stage(self, chunks: torch.Tensor, staged: torch.Tensor, with_values: bool) -> int:
         """Copy consecutive host chunks `(K, n, 2, C, D)` into a device buffer of the same shape; returns bytes copied.
 
-        with_values=False copies the keys alone on the CPU. A card always gets both, which is faster: they lie side by
-        side, one contiguous copy per head. May run on another thread.
+        with_values=False: on the CPU, copy only the keys. A card always gets both, as one contiguous copy per head is
+        faster. May run on another thread.
         """
         if staged.device.type == "cpu":
             part = slice(0, 2 if with_values else 1)

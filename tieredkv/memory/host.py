@@ -11,7 +11,7 @@ from tieredkv.memory.pagelock import PageLocker, aligned
 from tieredkv.memory.units import ceil_div
 
 GROWTH_TOKENS = 256
-"""Tokens by which a layer grows, at least, beyond those it must hold."""
+"""Least number of spare tokens to add when a layer grows."""
 
 
 class HostLayer:
@@ -45,7 +45,7 @@ class HostLayer:
         return ceil_div(tokens, self.chunk_tokens)
 
     def bytes_for(self, tokens: int) -> int:
-        """Bytes that hold `tokens` tokens, in whole chunks."""
+        """Bytes for `tokens` tokens, in whole chunks."""
         elements = self.num_heads * self._chunks(tokens) * 2 * self.chunk_tokens * self.head_dim
         return elements * self.dtype.itemsize
 
@@ -74,15 +74,15 @@ class HostLayer:
         self._arena = arena
 
     def make_room(self, tokens: int) -> None:
-        """Grow, by an eighth or more, if `tokens` more do not fit."""
+        """Grow if `tokens` more do not fit, with spare room of at least an eighth of the length."""
         if self.length + tokens > self.capacity:
             self.reserve(self.length + tokens + max(GROWTH_TOKENS, self.length // 8))
 
     def write(self, keys: torch.Tensor, values: torch.Tensor) -> int:
-        """Write keys and values, each `(K, n, D)`, after the last token; the room must exist. Returns the bytes.
+        """Write keys and values, each `(K, n, D)`, after the last token; the room must exist. Returns their bytes.
 
-        `advance` then counts them. May run on another thread while earlier tokens are read. From a card they may arrive
-        later, in the order of the current stream.
+        Call `advance` afterwards to count them. May run on another thread while earlier tokens are read. Copies from a
+        card are asynchronous, in the order of the current stream.
         """
         n, done = keys.shape[1], 0
         while done < n:
@@ -108,7 +108,7 @@ class HostLayer:
     def advance(self, tokens: int) -> None:
         """Count `tokens` tokens that `write` has written."""
         if self.length + tokens > self.capacity:
-            raise ValueError(f"{self.length + tokens} tokens do not fit {self.capacity}")
+            raise ValueError(f"{self.length + tokens} tokens exceed the capacity of {self.capacity}")
         self.length += tokens
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -128,7 +128,7 @@ class HostLayer:
         return self._arena[:, start : self._chunks(self.length) if stop is None else stop]
 
     def blocks(self, first: int, tokens: int, block_tokens: int) -> Iterator[tuple[int, int]]:
-        """Ranges of chunks that cover tokens first..tokens, at most `block_tokens` each; `first` begins a chunk."""
+        """Ranges of chunks that cover tokens first..tokens, at most `block_tokens` each; `first` starts a chunk."""
         step = max(1, block_tokens // self.chunk_tokens)
         last = self._chunks(tokens)
         for start in range(first // self.chunk_tokens, last, step):
@@ -140,7 +140,7 @@ class HostLayer:
         return self._arena[head, chunk, 0, offset], self._arena[head, chunk, 1, offset]
 
     def arena_to_store(self, room: int) -> torch.Tensor:
-        """`arena`, contiguous, zeroed beyond the length and cut to at most `room` more tokens, in whole chunks."""
+        """The contiguous arena, zeroed after the last token and cut to `room` more tokens, in whole chunks."""
         chunks = self._chunks(self.length + room)
         if chunks < self._arena.shape[1]:
             shape = (self.num_heads, chunks, *self._arena.shape[2:])
@@ -152,7 +152,7 @@ class HostLayer:
         return self._arena
 
     def adopt(self, arena: torch.Tensor, length: int) -> None:
-        """Take `length` tokens over in an arena as `arena_to_store` returns it; writing continues after them."""
+        """Replace the contents by `length` tokens in an arena from `arena_to_store`; new tokens follow them."""
         heads, _, two, c, d = arena.shape
         if (heads, two, c, d) != (self.num_heads, 2, self.chunk_tokens, self.head_dim) or arena.dtype != self.dtype:
             raise ValueError(f"an arena of shape {tuple(arena.shape)} and {arena.dtype} does not fit this layer")

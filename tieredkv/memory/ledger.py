@@ -31,15 +31,19 @@ class DeviceLedger:
     def free_bytes(self) -> int:
         return self.cap_bytes - self.used_bytes
 
+    def set_cap(self, cap_bytes: int) -> None:
+        """Bound what is reserved from now on by `cap_bytes`."""
+        self.cap_bytes = cap_bytes
+
     def by_purpose(self) -> dict[str, int]:
         """Bytes in use, by purpose."""
         return dict(self._bytes)
 
     def reserve(self, purpose: str, nbytes: int) -> None:
-        """Count `nbytes` more for `purpose`. Raises `BudgetError` instead of passing the cap."""
+        """Count `nbytes` more for `purpose`. Raises `BudgetError` instead of exceeding the cap."""
         if nbytes > self.free_bytes:
             raise BudgetError(
-                f"{nbytes:,} bytes for {purpose} would pass the device cap: {self.used_bytes:,} of "
+                f"{nbytes:,} bytes for {purpose} would exceed the device cap: {self.used_bytes:,} of "
                 f"{self.cap_bytes:,} bytes are in use. Raise gpu_kv_gb."
             )
         self._bytes[purpose] = self._bytes.get(purpose, 0) + nbytes
@@ -63,8 +67,8 @@ class DeviceLedger:
     def scratch(self, purpose: str, nbytes: int) -> Iterator[None]:
         """Count memory that is used only inside the block."""
         before = self._bytes.get(purpose, 0)
-        self.reserve(purpose, nbytes)
-        try:
+        try:  # an interrupt may arrive as soon as it is counted
+            self.reserve(purpose, nbytes)
             yield
         finally:
             if before:

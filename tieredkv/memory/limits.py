@@ -11,11 +11,12 @@ from tieredkv.errors import BudgetError
 from tieredkv.memory.units import GIB
 
 SAFE_SHARE = 0.8
-"""Share of the available memory to use without a `host_kv_gb`: decoding videos and torch need some too."""
+"""Share of the available memory to use if `host_kv_gb` is None; video decoding and torch need the rest."""
 PROC_CGROUP = Path("/proc/self/cgroup")
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 Names = tuple[str, str, str]
-"""Files of a group's limit and use, and the line of its `memory.stat` that counts reclaimable page cache."""
+"""Names of a control group's files for its limit and its usage, and the line of its `memory.stat` that counts
+reclaimable page cache."""
 VERSION_2: Names = ("memory.max", "memory.current", "inactive_file")
 VERSION_1: Names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
@@ -50,11 +51,11 @@ def check_host(
     available: int | None = None,
     allocated_bytes: int = 0,
 ) -> None:
-    """Raise `BudgetError` when `needed_bytes` of host memory for `what` are more than allowed or than there are.
+    """Raise `BudgetError` when `needed_bytes` of host memory for `what` exceed what is allowed or available.
 
-    host_kv_gb: the user's cap; None allows the safe share of what is available. remedy: what to do, or a function that
-    says so of the bytes allowed, called only on refusal. available: bytes (None: measured now). allocated_bytes: how
-    many of the bytes needed are allocated already, and so not available.
+    host_kv_gb: the user's cap; None allows the safe share of what is available. remedy: advice for the message, or a
+    function of the allowed bytes that returns it, called only on refusal. available: bytes (None: measured now).
+    allocated_bytes: part of `needed_bytes` that is allocated already, and so not in `available`.
     """
     available = allocated_bytes + (available_host_bytes() if available is None else available)
     cap = host_budget_bytes(host_kv_gb, available)
@@ -94,7 +95,7 @@ def _groups(proc_cgroup: Path, root: Path) -> Iterator[tuple[Path, Names]]:
         if controllers and "memory" not in controllers.split(","):
             continue
         names = VERSION_1 if controllers else VERSION_2
-        # In a container the path may be the one outside of it; the process's own group is then the root it sees.
+        # In a container the path may be the host's; the process's own group is then the root it sees.
         parts = [part for part in path.split("/") if part]
         parts = [] if ".." in parts else parts
         mount = root / "memory" if controllers else root
@@ -103,7 +104,7 @@ def _groups(proc_cgroup: Path, root: Path) -> Iterator[tuple[Path, Names]]:
 
 
 def _number(path: Path) -> int | None:
-    """The whole number in a file; None for "max", and where there is none to read."""
+    """The integer in a file; None for "max", or if there is none to read."""
     try:
         return int(path.read_text())
     except (OSError, ValueError):

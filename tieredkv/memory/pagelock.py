@@ -1,4 +1,4 @@
-"""Page-locked host memory, which a card reads by itself: allocated memory is registered once, in the background.
+"""Page-locked host memory, which a card reads directly: allocated memory is registered once, in the background.
 
 torch's own page-locked allocator rounds every block up to a power of two; registering does not.
 """
@@ -27,7 +27,7 @@ def aligned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 
 class PageLocker:
-    """Registers tensors with the CUDA driver in a thread; others report half to one second per GiB."""
+    """Registers tensors with the CUDA driver on a thread, as it is reported to take 0.5 to 1 s per GiB."""
 
     def __init__(self) -> None:
         self._process = os.getpid()
@@ -41,7 +41,7 @@ class PageLocker:
         self._cards.append(card)
 
     def lock(self, tensor: torch.Tensor) -> None:
-        """Start to register a tensor's memory, which must stay where it is until `unlock`."""
+        """Start registering a tensor's memory, which must not move or be freed until `unlock`."""
         if tensor.numel():
             address, nbytes = tensor.data_ptr(), ceil_div(tensor.nbytes, PAGE_BYTES) * PAGE_BYTES
             self._locks[address] = tensor, self._executor.submit(self._register, address, nbytes)
@@ -51,14 +51,14 @@ class PageLocker:
             _check(torch.cuda.cudart().cudaHostRegister(address, nbytes, _PORTABLE), "cudaHostRegister")
 
     def refusal(self) -> str | None:
-        """Wait until everything is registered; the error of a tensor that could not be, or None."""
+        """Wait for all registrations. Returns the error of one that failed, or None."""
         for _, future in self._locks.values():
             if error := future.exception():
                 return str(error)
         return None
 
     def unlock(self, tensor: torch.Tensor) -> None:
-        """Undo `lock` once the cards are idle; nothing if it failed or was not called, or in a forked process."""
+        """Undo `lock` once the cards are idle. Does nothing if it failed or was not called, or in a forked process."""
         if self._process != os.getpid():
             return
         self._unlock(tensor.data_ptr())

@@ -8,7 +8,7 @@ from tieredkv.memory.ledger import DeviceLedger
 
 
 class DevicePool:
-    """`S` slots of one page `(2, C, D)` each, zeroed at first. A slot is free or has exactly one owner.
+    """`S` slots of one page `(2, C, D)` each, zeroed at first. Slots are handed out once, in order.
 
     packed: pages are int8 with `scales` `(S, 2, C)` (`ops.packing`); otherwise `scales` is None.
     """
@@ -27,39 +27,18 @@ class DevicePool:
         shape = (slots, 2, chunk_tokens, head_dim)
         self.pages = ledger.empty("pool", shape, torch.int8 if packed else dtype, device).zero_()
         self.scales = ledger.empty("pool", shape[:3], torch.float16, device).zero_() if packed else None
-        self._free = list(range(slots - 1, -1, -1))
-        self._taken: set[int] = set()
-
-    @property
-    def free_slots(self) -> int:
-        return len(self._free)
+        self._taken = 0
 
     def take(self, count: int) -> torch.Tensor:
-        """`count` free slots, `(count,)` int64; the caller owns them until `give_back`. MemoryError if too few."""
-        if count > len(self._free):
-            raise MemoryError(f"{count} slots were asked for, {len(self._free)} are free")
-        slots = [self._free.pop() for _ in range(count)]
-        self._taken.update(slots)
-        return torch.tensor(slots, dtype=torch.int64, device=self.pages.device)
-
-    def give_back(self, slots: torch.Tensor) -> None:
-        """Return slots. ValueError, without any effect, if one of them is not taken."""
-        ids = slots.flatten().tolist()
-        if len(set(ids)) != len(ids) or not self._taken.issuperset(ids):
-            raise ValueError(f"slots {ids} are not all taken")
-        self._taken.difference_update(ids)
-        self._free.extend(ids)
+        """`count` slots that nobody has, `(count,)` int64. MemoryError if there are fewer."""
+        if count > (free := len(self.pages) - self._taken):
+            raise MemoryError(f"{count} slots were requested, {free} are free")
+        first, self._taken = self._taken, self._taken + count
+        return torch.arange(first, self._taken, dtype=torch.int64, device=self.pages.device)
 
     def close(self) -> None:
         """Free the memory and stop counting it. The pool then has no slots."""
         self.pages = self.pages.new_empty((0, *self.pages.shape[1:]))
         self.scales = None
-        self._free, self._taken = [], set()
+        self._taken = 0
         self.ledger.release("pool")
-
-    def check_integrity(self) -> None:
-        """Raise AssertionError if a slot is lost, listed twice, or both free and taken."""
-        free = set(self._free)
-        assert len(free) == len(self._free), "a slot is free twice"
-        assert not free & self._taken, "a slot is free and taken"
-        assert free | self._taken == set(range(self.pages.shape[0])), "a slot is lost"

@@ -30,20 +30,15 @@ class Residency:
         self.chosen = torch.zeros((n, chunks), dtype=torch.bool, device=slots.device)
         """`(n, N)`: chunks that the last step attended to."""
 
-    @property
-    def nbytes(self) -> int:
-        """Device bytes of the tables."""
-        return sum(t.nbytes for t in (self.slots, self.chunk_in, self.slot_of, self.last_used, self.chosen))
-
     @staticmethod
     def bytes_for(heads: int, slots: int, chunks: int) -> int:
-        """`nbytes` of such tables. slots: R."""
+        """Device bytes of the tables of `heads` heads. slots: R."""
         return heads * (4 * (3 * slots + chunks + 1) + chunks)
 
     def enter(self, chunks: torch.Tensor) -> None:
-        """Enter chunk `chunks[i, r]`, `(n, R)`, in slot r of head i. Slots are later taken from the last to the first.
+        """Enter chunk `chunks[i, r]`, `(n, R)`, in slot r of head i. The last slots will be replaced first.
 
-        Entries of slots that a head does not have are ignored. No chunk may be resident before.
+        Entries of slots that a head does not have are ignored. The tables must be empty.
         """
         owned = self.slots >= 0
         place = torch.arange(self.slots.shape[1], device=self.slots.device, dtype=torch.int32).expand_as(self.slots)

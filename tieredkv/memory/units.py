@@ -16,7 +16,7 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest whole number from 1 to `most` that fits; 0 if none does. Whatever is less than one that fits must."""
+    """The largest whole number from 1 to `most` that fits; 0 if none does. `fits` must be monotonic."""
     low, high = 0, most
     while low < high:
         middle = (low + high + 1) // 2
@@ -25,7 +25,7 @@ def largest(fits: Callable[[int], bool], most: int) -> int:
 
 
 def as_gib(nbytes: int) -> str:
-    """Bytes as GiB in few digits, rounded up, so that the number is enough when given as `gpu_kv_gb`."""
+    """Bytes as GiB in few digits, rounded up, so that the printed number is enough as `gpu_kv_gb`."""
     value = nbytes / GIB
     for digits in range(3, 18):
         text = f"{value:.{digits}g}"

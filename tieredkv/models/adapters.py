@@ -31,7 +31,7 @@ _IDLE = {
     "layers_to_transform",
     "layers_pattern",
 }
-"""Fields of an adapter's configuration that decide nothing, or that the layers themselves show."""
+"""Fields of an adapter's configuration that change no result, or that show in the layers."""
 
 
 def in_use(model: Any) -> Layers:
@@ -46,7 +46,7 @@ def merged(model: Any) -> dict[str, list[str]]:
 
 
 def weights(model: Any, used: bool) -> tuple[str, ...]:
-    """Prefixes, each ending in a dot, of the names of the weights of adapters in use; used=False: of all others.
+    """Name prefixes, each ending in a dot, of the weights of adapters in use; with used=False, of all others.
 
     Merged adapters are among the others: the weights of their layers include theirs.
     """
@@ -75,7 +75,7 @@ def settings(model: Any, names: list[str]) -> dict[str, Any]:
 
 
 def values(model: Any) -> Iterator[tuple[str, Any]]:
-    """What layers keep for each adapter in use besides weights, with names: scales, seeds, indices, fixed tensors."""
+    """Names and values that layers keep per adapter in use besides weights: scales, seeds, indices, fixed tensors."""
     for path, layer in _layers(model):
         for name in active_in(layer):
             for attribute, parts in _by_adapter(layer, _others(layer)):
@@ -126,7 +126,7 @@ def _others(layer: Any) -> tuple[str, ...]:
 
 
 def _by_adapter(layer: Any, attributes: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
-    """Those of a layer's attributes that are containers with an entry for each adapter."""
+    """A layer's attributes that are containers with an entry for each adapter."""
     for attribute in attributes:
         parts = attrgetter(attribute)(layer)
         if hasattr(parts, "keys"):
@@ -134,7 +134,7 @@ def _by_adapter(layer: Any, attributes: tuple[str, ...]) -> Iterator[tuple[str, 
 
 
 def _plain(value: Any) -> Any:
-    """With text as keys, and with sets sorted, as their order differs between processes."""
+    """The value with text as keys and with sorted sets: their order differs between processes."""
     if isinstance(value, dict):
         return {str(key): _plain(each) for key, each in value.items()}
     return sorted(map(str, value)) if isinstance(value, set | frozenset) else value

@@ -12,7 +12,7 @@ from tieredkv.models.families.base import Positions, VideoFamily, VideoGrid
 from tieredkv.video.frames import Sampled
 
 Turn = tuple[str, str | None]
-"""A question and its answer; None where the model is to write it."""
+"""A question and its answer; None for the answer that the model is to write."""
 
 
 class ChatTemplate:
@@ -38,7 +38,7 @@ class ChatTemplate:
     def around_video(self, turns: Sequence[Turn]) -> tuple[str, str]:
         """The text before the video and after it, in a conversation whose last answer is None.
 
-        What a template writes before the video may change with the day. Raises `PromptError` for a question that
+        What a template writes before the video may change with the date. Raises `PromptError` for a question that
         contains the placeholder or would be written before the video, and `UnsupportedModelError` for a template that
         is missing, fails, or does not write one video and the last question.
         """
@@ -57,7 +57,7 @@ class ChatTemplate:
             )
         *earlier, (question, _) = turns
         other = self._written([*earlier, (f"{question}, or another?", None)])
-        # Written again, as a template may write the time.
+        # Rendered again, because a template may write the time.
         if other.partition(self.placeholder)[0] != head == self._written(turns).partition(self.placeholder)[0]:
             raise PromptError("the chat template puts the prompt before the video: that is not supported.")
         if text == other:
@@ -78,15 +78,15 @@ class ChatTemplate:
         given = {} if template is None else {"chat_template": template}
         try:
             return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **given)
-        except Exception as error:  # noqa: BLE001  a template is a program of its own, and may raise anything
+        except Exception as error:  # noqa: BLE001  a template is a program, and may raise anything
             if template is None:
                 raise UnsupportedModelError(
-                    "the processor has no chat template: copy chat_template.jinja from the model that this one was "
-                    "made of, or set processor.chat_template."
+                    "the processor has no chat template: copy chat_template.jinja from the base model, or set "
+                    "processor.chat_template."
                 ) from None
             raise UnsupportedModelError(
                 f"the processor's chat template fails ({first_line(error)}): correct it, or set "
-                "processor.chat_template to that of the model that this one was made of."
+                "processor.chat_template to that of the base model."
             ) from None
 
     def question_tokens(self, tail: str, question: str) -> int:
@@ -130,7 +130,7 @@ class ChatTemplate:
         """Token ids `(1, n)`. Raises `PromptError` for text that the tokenizer refuses."""
         try:
             ids = self.processor.tokenizer(text, add_special_tokens=False).input_ids
-        except Exception as error:  # noqa: BLE001  tokenizers have no exception of their own
+        except Exception as error:  # noqa: BLE001  tokenizers have no exception class of their own
             raise PromptError(
                 f"the tokenizer refuses the prompt, or what the chat template adds to it ({first_line(error)})."
             ) from None
@@ -147,7 +147,7 @@ def refused(video: Sampled, error: ValueError) -> VideoError:
 
 
 def chat_template(processor: Any) -> str | None:
-    """The chat template in use, the one named default if there are several; None if there is none beside the model.
+    """The chat template in use, the one named "default" if there are several; None if the model comes without one.
 
     Raises `UnsupportedModelError` for anything that is not a template.
     """

@@ -1,4 +1,4 @@
-"""The vision tower over a video, segment by segment, as one call over a long video would run out of memory."""
+"""Runs the vision tower segment by segment: one call over a long video would run out of memory."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import torch
 
 from tieredkv.config import DEFAULT_FPS, TierConfig
 from tieredkv.models.families.base import VideoFamily, VideoGrid
-from tieredkv.video.frames import Sampling
+from tieredkv.video.sampling import Sampling
 
 ENCODE_BYTES = 256 * 2**20
-"""Activations of the vision tower aimed at per call."""
+"""Target for the vision tower's activations per call."""
 FRAME_BYTES = 64 * 2**20
-"""Frames aimed at in memory, in all segments together."""
+"""Target for the frames in memory, in all segments together."""
 LEAST_SEGMENTS = 8
-"""Least segments of a short video, so that one is decoded while another is encoded."""
+"""Minimum number of segments, so that in a short video too one is decoded while another is encoded."""
 SEGMENTS_HELD = 3
 """Segments of frames in memory at once: one being filled, one waiting, one being encoded."""
 
 
 def at_processor_rate(sampling: Sampling, processor: Any) -> Sampling:
-    """`sampling` with the processor's own rate if it names none."""
+    """`sampling`, with the processor's own rate if it has none."""
     if sampling.fps is not None:
         return sampling
     return replace(sampling, fps=getattr(processor.video_processor, "fps", None) or DEFAULT_FPS)

@@ -1,4 +1,4 @@
-"""Fingerprints of a model's weights and settings, and the rest of its state that decides keys and values."""
+"""Fingerprints of a model's weights and settings, and the rest of the state that its keys and values depend on."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def adapter_weights(model: Any) -> str:
 
 
 def model_state(model: Any, long: bool = True) -> dict[str, Any]:
-    """What decides keys and values but is neither in the weights nor in `model_settings`, as plain JSON values.
+    """What keys and values depend on besides the weights and `model_settings`, as plain JSON values.
 
     "adapters": those in use and their scales, by layer. "adapter_settings": by name. "buffers": tensors that are not in
     checkpoints, such as the frequencies of positions; short ones of floats as they are, others as a hash, or left out

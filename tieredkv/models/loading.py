@@ -38,7 +38,7 @@ def check_config(config: PreTrainedConfig) -> None:
 
 
 def load(model: Any, processor: Any = None) -> tuple[Any, Any]:
-    """A model and its processor; loads the model if it is a path or hub id, and the processor beside it if not given.
+    """A model and its processor. Loads the model if it is a path or hub id, and its processor if none is given.
 
     Loads to the current CUDA device if there is one, otherwise to the CPU. Unwraps a wrapped model. Raises
     `UnsupportedModelError` if there is no such model, its family is not supported, or no processor is found.
@@ -71,7 +71,7 @@ def load(model: Any, processor: Any = None) -> tuple[Any, Any]:
 
 
 def load_processor(source: str | Path) -> Any:
-    """The processor beside a model. Raises `UnsupportedModelError`."""
+    """The processor stored with a model. Raises `UnsupportedModelError`."""
     from transformers import AutoProcessor
 
     try:

@@ -15,13 +15,13 @@ from tieredkv.models.weights import modules, tensors_hash
 _MOVING_ROPE = {"dynamic", "longrope"}
 """Types of rotary positions whose frequencies depend on the last forward pass."""
 _SHORT = 1024
-"""Most numbers of a buffer that is kept as it is."""
+"""Largest buffer, in elements, of which the values are kept instead of a hash."""
 _RTOL = 1e-4
 """Frequencies computed on different devices differ by less than this, those rounded to bfloat16 by more."""
 _KNOWN = ("torch.", "transformers.", "peft.")
-"""Libraries whose modules count. Quantisation libraries' numbers change with the device and the first forward pass."""
+"""Libraries whose modules are covered. Quantisation libraries' numbers change with the device and the first forward."""
 _IDLE = {"training", "gradient_checkpointing", "layer_idx", "padding_idx", "sparse", "scale_grad_by_freq"}
-"""Numbers that decide nothing at inference."""
+"""Numbers without effect at inference."""
 _PASSIVE = {torch.nn.ModuleDict, torch.nn.ModuleList, torch.nn.ParameterDict, torch.nn.Dropout, torch.nn.Identity}
 _LAYER = re.compile(r"(?<![^.])\d+(?=\.)")
 
@@ -101,7 +101,7 @@ def _plain(value: Any, hashes: dict[int, str]) -> Any:
 
 
 def _rounded(value: float | int) -> Any:
-    """Without the last digits, in which machines may differ; as text if JSON has no such number."""
+    """The number without its last digits, in which machines may differ; as text if JSON has no such number."""
     if not isinstance(value, float):
         return value
     return float(f"{value:.9g}") if math.isfinite(value) else str(value)

@@ -12,10 +12,10 @@ from tieredkv.models.wrapped import check_mode
 
 
 class SameModel:
-    """A model's settings, adapters, numbers and short buffers at one time, but not its weights, which take long."""
+    """A model's settings, adapters, numbers and short buffers at one time; not its weights, which take long to hash."""
 
     def __init__(self, model: Any) -> None:
-        """Raises `UnsupportedModelError` as `check_mode`."""
+        """Raises `UnsupportedModelError` as `check_mode` does."""
         check_mode(model)
         self._model = model
         self._settings, self._state = model_settings(model), model_state(model, long=False)
@@ -23,7 +23,7 @@ class SameModel:
         self._adapter_weights = adapter_weights(model)
 
     def check(self) -> None:
-        """Raise `SessionError` if the model has changed, `UnsupportedModelError` as `check_mode`."""
+        """Raise `SessionError` if the model has changed, `UnsupportedModelError` as `check_mode` does."""
         check_mode(self._model)
         now = model_state(self._model, long=False)
         difference = adapters.difference(self._state["adapters"], now["adapters"])

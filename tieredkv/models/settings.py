@@ -1,6 +1,6 @@
-"""Settings of models and processors that decide keys, values and tokens, readable so that differences can be named.
+"""Settings of models and processors that keys, values and tokens depend on.
 
-Sessions save them, and compare them with those of the model and the processor in use.
+Sessions save them in readable form, so that a difference from the model or processor in use can be named.
 """
 
 from __future__ import annotations
@@ -75,11 +75,11 @@ _VOLATILE = {"processor_class", "auto_map", "return_metadata", "return_tensors",
 
 
 def model_settings(model: Any) -> dict[str, Any]:
-    """The fields of a transformers model's configuration that decide its keys and values.
+    """The fields of a transformers model's configuration that its keys and values depend on.
 
-    A list of fields to include, not to exclude: a session must survive changes of the many fields that decide nothing
-    (dropout, labels, `use_cache`, the attention function, paths, versions) and those that releases add. A new family's
-    own fields must be added here; most show in the shapes of the weights, which `model_fingerprint` hashes anyway.
+    A list of fields to include, not to exclude: a session must survive changes of the many fields without effect
+    (dropout, labels, `use_cache`, the attention function, paths, versions) and of those that releases add. A new
+    family's own fields must be added here; most show in the shapes of the weights, which `model_fingerprint` hashes.
     Fields that are absent or None are left out, so that a field added later with a default of None changes nothing. The
     dtype is that of the loaded weights, not the one in the file.
     """
@@ -96,7 +96,7 @@ def model_settings(model: Any) -> dict[str, Any]:
 def processor_settings(processor: Any) -> dict[str, Any]:
     """The settings of a processor that change pixels or tokens, as plain JSON values.
 
-    The video processor's settings without paths, versions, devices and types of results; hashes of the chat template
+    The video processor's settings without paths, versions, devices and result types; hashes of the chat template
     and the vocabulary. The image processor is left out, as videos do not pass through it.
     """
     video, tokenizer = processor.video_processor, processor.tokenizer

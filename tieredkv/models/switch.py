@@ -16,7 +16,7 @@ from tieredkv.errors import UnsupportedModelError
 from tieredkv.models.wrapped import unwrapped
 
 _users: weakref.WeakKeyDictionary[PreTrainedModel, tuple[list[int], str]] = weakref.WeakKeyDictionary()
-"""Of each model, the threads of its open `use_attention` blocks, and the attention to restore after the last."""
+"""For each model: the threads of its open `use_attention` blocks, and the attention to restore after the last."""
 _users_lock = threading.Lock()
 
 

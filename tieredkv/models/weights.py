@@ -1,4 +1,4 @@
-"""Weights as they are stored, which quantisation libraries do in several plain tensors, and the modules of a model."""
+"""Weights as they are stored (quantisation libraries use several plain tensors for one), and a model's modules."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def stored_bytes(tensor: torch.Tensor) -> int:
 
 
 def entries(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and tensors of `model.state_dict()`, sorted. Entries that are no tensors become tensors of bytes."""
+    """Names and tensors of `model.state_dict()`, sorted. Entries that are not tensors become tensors of bytes."""
     for name, value in sorted(model.state_dict().items()):
         if not isinstance(value, torch.Tensor):
             data = value.getvalue() if hasattr(value, "getvalue") else value

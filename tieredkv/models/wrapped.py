@@ -1,4 +1,4 @@
-"""The transformers model inside the wrappers of other libraries, and whether it is in a mode to answer."""
+"""Finds the transformers model inside other libraries' wrappers, and checks that it is ready for inference."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tieredkv.models import adapters
 from tieredkv.models.weights import modules
 
 _OUTSIDE = ("ADAPTION_PROMPT", "POLY", "SHADOW", "XLORA")
-"""PEFT methods that need the wrapper's forward, which is not run here; prompt learning needs it too."""
+"""PEFT methods that need the wrapper's forward, which is not run here. Prompt learning needs it too."""
 
 
 def unwrapped(model: Any) -> Any:

@@ -23,8 +23,8 @@ class Ops(Protocol):
     Tensors are on the pool's device and belong to the caller; results are new. The arena `(K, chunks, 2, C, D)` is in
     host memory, page-locked if kernels are to read it. There is at least one head and one chunk.
 
-    packing: of pages in 8 bits, which are then packed as they are written and unpacked as they are read; None: pages
-    are of the arena's dtype.
+    packing: scales and norms of 8-bit pages, which are packed when written and unpacked when read; None: pages have the
+    arena's dtype.
     """
 
     @property
@@ -33,16 +33,16 @@ class Ops(Protocol):
 
     @property
     def capturable(self) -> bool:
-        """Whether nothing waits for the host, on a card, so that a step can be captured in a CUDA graph."""
+        """Whether a step can be captured in a CUDA graph: on a card, no operation waits for the host."""
 
     def digest(self, digest: Digest[Any]) -> Digest[Any]:
-        """The same digest by this implementation's kernels, which are found by its name; `digest` if it has none."""
+        """The digest by this implementation's kernels, found by its name; `digest` itself if there are none."""
 
     def chunk_ranks(self, logits: torch.Tensor, chosen: torch.Tensor, group: str, stay: float) -> torch.Tensor:
         """Ranks `(n, N)` float32 of chunks, from the logits `(n, G, N)` of a head's query heads.
 
-        group: the rule of `policy.select.GROUPS`. chosen `(n, N)` bool: chunks that the step before attended to; their
-        ranks are multiplied by `stay`.
+        group: the rule of `policy.select.GROUPS`. chosen `(n, N)` bool: chunks that the previous step attended to;
+        their ranks are multiplied by `stay`.
         """
 
     def choose(
@@ -63,7 +63,7 @@ class Ops(Protocol):
         chunk_in: torch.Tensor,
         last_used: torch.Tensor,
         slots: torch.Tensor,
-        clock: torch.Tensor,
+        step: torch.Tensor,
         most: int,
         table: torch.Tensor | None,
         heads: torch.Tensor,
@@ -73,7 +73,7 @@ class Ops(Protocol):
 
         wanted `(n, N)` bool: chunks whose slots are in use now. kept `(n, N)` bool: chunks whose slots must not be
         given away; includes the wanted ones. misses `(n,)`: slots needed, at most `most`. chunk_in, last_used, slots
-        `(n, R)`: of `Residency`; `last_used` is set to `clock` `(1,)` where a slot is in use. Slots are taken in order
+        `(n, R)`: of `Residency`; `last_used` is set to `step` `(1,)` where a slot is in use. Slots are taken in order
         of last use, oldest first, then by number. table `(K, P)` int32: row `heads` gets the pool slots of the head's
         wanted chunks, from column `first` on; None: nothing is listed.
 

@@ -2,8 +2,8 @@
 each channel of its head. Half the size of 16 bits with hardly any loss: docs/log.md.
 
 Some models' keys are a hundred times larger in a few channels than in the others (Qwen2's biases), so that with one
-scale per key the others would be rounded to zero. Dividing each channel by its full size would do the same to the rest
-of a key whose small channel is large for once. A power of the size, as in SmoothQuant (arXiv 2211.10438), avoids both.
+scale per key the others would be rounded to zero. Dividing each channel by its full size would round away the rest of a
+key that is large in a usually small channel. A power of the size, as in SmoothQuant (arXiv 2211.10438), avoids both.
 
 Shapes: `K` KV heads, `S` slots of the pool, `C` page tokens, `D` head dim.
 """
@@ -18,7 +18,7 @@ LARGEST = 127
 FIRST_TOKENS, SAMPLE = 1024, 256
 """Channels are measured on `SAMPLE` of the prompt's `FIRST_TOKENS`; never on the very first, often an outlier."""
 ABOVE = 100
-"""A channel's size is exceeded by one in so many tokens of the sample."""
+"""A channel's size is the value that one in this many sampled tokens exceeds."""
 AT_ONCE = 256
 """Tokens to pack at a time. Small, as the cap does not count their float32 copies."""
 POWER = 0.75
@@ -27,7 +27,7 @@ POWER = 0.75
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """What turns the int8 numbers in a pool's pages `(S, 2, C, D)` into keys and values of one layer."""
+    """Scales and norms that turn a pool's int8 pages `(S, 2, C, D)` into keys and values of one layer."""
 
     scales: torch.Tensor
     """`(S, 2, C)` float16, of the whole pool: one for each token's key, one for its value."""

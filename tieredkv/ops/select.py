@@ -18,7 +18,7 @@ from tieredkv.policy.digests import Digest
 
 @dataclass(frozen=True, slots=True)
 class OpTable:
-    """`Ops` put together from functions; `dataclasses.replace` exchanges some of them."""
+    """`Ops` assembled from functions; `dataclasses.replace` swaps some of them."""
 
     name: str
     capturable: bool
@@ -74,7 +74,7 @@ def ops_for(device: torch.device) -> OpTable:
 
 
 def copying_by_torch(ops: Ops) -> Ops:
-    """The same operations, but torch reads the host tier: for one that is not page-locked, which no kernel can read."""
+    """The same operations with copies by torch, for a host tier that is not page-locked: kernels cannot read it."""
     same = {field.name: getattr(ops, field.name) for field in fields(OpTable)}
     copies = {"gather": TORCH.gather, "fetch": TORCH.fetch, "keep": TORCH.keep}
     return OpTable(**{**same, **copies, "name": f"{ops.name}, copies by torch", "capturable": False})

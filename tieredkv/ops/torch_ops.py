@@ -1,6 +1,6 @@
-"""`Ops` in plain torch: what runs on a CPU, and what every kernel must agree with. Contracts and shapes: `ops.base`.
+"""`Ops` in plain torch: used on a CPU, and the reference for every kernel. Contracts and shapes: `ops.base`.
 
-`write` and `page_mass` are not among them: there is no kernel for either.
+`write` and `page_mass` are not part of `Ops`: they have no kernels.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def place(
     chunk_in: torch.Tensor,
     last_used: torch.Tensor,
     slots: torch.Tensor,
-    clock: torch.Tensor,
+    step: torch.Tensor,
     most: int,
     table: torch.Tensor | None,
     heads: torch.Tensor,
@@ -62,7 +62,7 @@ def place(
     victim = torch.zeros_like(oldest).scatter_(1, order, oldest)
     victims, _, _, _ = _listed(victim, most)
     used = victim | (there & wanted.gather(1, resident))
-    last_used.copy_(torch.where(used, clock, last_used))
+    last_used.copy_(torch.where(used, step, last_used))
     if table is not None:
         local, _, row, column = _listed(used, slots.shape[1])
         table[heads[row], first + column] = slots[row, local[row, column].long()]

@@ -14,19 +14,19 @@ from tieredkv.planning.prefill_plan import question_rows, smallest_prefill_bytes
 from tieredkv.planning.sizes import Layout, host_bytes, lay_out, smallest_decode_bytes
 
 FEWER_TOKENS = "lower fps, max_frames or max_new_tokens"
-"""What to do about a prompt that is too long, before its video is ingested."""
+"""Remedy for a prompt that is too long, while its video is not ingested yet."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What is to be served: a prompt of `tokens` tokens, the last `asked` of them the question, and an answer."""
+    """A prompt of `tokens` tokens, the last `question_tokens` of them the question, and an answer of `new_tokens`."""
 
     tokens: int
-    asked: int
+    question_tokens: int
     new_tokens: int
 
     def layout(self, tiers: TierConfig) -> Layout:
-        return lay_out(tiers, self.tokens, question_rows(tiers, self.asked), self.new_tokens)
+        return lay_out(tiers, self.tokens, question_rows(tiers, self.question_tokens), self.new_tokens)
 
 
 def check_memory(
@@ -41,19 +41,19 @@ def check_memory(
     available: int | None = None,
     one_memory: bool = False,
 ) -> Layout:
-    """Raise `BudgetError` unless the request fits under the device cap and in host memory; its layout.
+    """Raise `BudgetError` unless the request fits under the device cap and in host memory. Returns its layout.
 
-    device_remedy, host_remedy: what to do otherwise, the latter also as a function of the bytes that are allowed.
-    room: tokens that the host tier holds without growing, in `room_bytes`; 0: nothing is allocated yet. available: host
-    memory (None: measured now). one_memory: the device tier is in host memory too, which must hold both.
+    device_remedy, host_remedy: advice for the message; the latter may be a function of the allowed bytes. room: tokens
+    that the host tier holds without growing, in `room_bytes`; 0: nothing is allocated yet. available: bytes of host
+    memory (None: measured now). one_memory: host memory must hold the device tier too.
     """
     layout = request.layout(tiers)
-    check_cap(shape, tiers, layout, question_rows(tiers, request.asked), device_remedy)
+    check_cap(shape, tiers, layout, question_rows(tiers, request.question_tokens), device_remedy)
     if request.tokens <= room:
         return layout
     if room:
         needed = request.tokens * shape.token_bytes
-        what = f"the cache of the video and a question of {request.asked:,} tokens"
+        what = f"the cache of the video and a question of {request.question_tokens:,} tokens"
     else:
         needed = host_bytes(shape, tiers, request.tokens)
         what = f"the cache of {request.tokens:,} tokens"
@@ -61,13 +61,13 @@ def check_memory(
         host_remedy = f"lower fps or max_frames, or give host_kv_gb={as_gib(needed)}"
     check_host(needed, tiers.host_kv_gb, what, host_remedy, available, room_bytes)
     if one_memory:
-        what = f"{what}, with the device's share of it in the same memory,"
+        what = f"{what}, with the device tier in the same memory,"
         check_host_memory(needed + min(tiers.cap_bytes, needed), what, "lower fps, max_frames or gpu_kv_gb")
     return layout
 
 
 def smallest_cap_bytes(shape: KVShape, tiers: TierConfig, layout: Layout, text_rows: int) -> int:
-    """The least cap with which this prompt can be prefilled and decoded, whatever the heads turn out to be."""
+    """The least cap with which this prompt can be prefilled and decoded, however its heads are classified."""
     rows = min(text_rows, tiers.policy.text_window)
     prefill = smallest_prefill_bytes(shape, tiers, layout.tokens, rows)
     return max(prefill, smallest_decode_bytes(shape, tiers, layout))
@@ -82,7 +82,7 @@ def check_cap(shape: KVShape, tiers: TierConfig, layout: Layout, text_rows: int,
 def refusal(
     shape: KVShape, tiers: TierConfig, layout: Layout, text_rows: int | None = None, remedy: str = FEWER_TOKENS
 ) -> BudgetError:
-    """The error that says what was asked, what it takes, and the smallest `gpu_kv_gb` that works."""
+    """The error for a cap that is too small; it names the smallest `gpu_kv_gb` that works."""
     rows = tiers.policy.text_window if text_rows is None else text_rows
     smallest = smallest_cap_bytes(shape, tiers, layout, rows)
     return BudgetError(

@@ -28,17 +28,17 @@ class DecodePlan:
 
     layout: Layout
     pages: torch.Tensor
-    """Pages before the recent region: of a static head its kept tokens, of a dynamic one its sinks and its slots."""
+    """Pages before the recent region: a static head's kept tokens, a dynamic head's sinks and slots."""
     selected: torch.Tensor
     """Chunks a dynamic head attends to per step besides sinks and recent region; 0 for static heads."""
     slots: torch.Tensor
     """Retrieval slots of a dynamic head: selected and spare ones; 0 for static heads."""
     ranked: bool
-    """Whether chunks must be ranked at all: not when every dynamic head attends to all of them."""
+    """Whether chunks must be ranked; False if every dynamic head attends to all of them."""
     scratch_pages: int
     """Pages that the torch attention gathers at a time."""
     packed: bool
-    """Whether pages are of 8 bits."""
+    """Whether pages are in 8 bits."""
 
     def pool_pages(self, layers: list[int]) -> int:
         """Pages of these layers, recent regions included."""
@@ -68,18 +68,18 @@ def plan_decode(
     everything = n_heads * (most + layout.recent_pages)
 
     def pages_for(nbytes: int) -> int:
-        """Pool pages that `nbytes` hold, with the scratch to attend to them."""
+        """Pool pages that fit in `nbytes` together with the scratch to attend to them."""
         return largest(lambda pages: pool_bytes(shape, tiers, pages, packed) <= nbytes, max(0, nbytes // page))
 
     def scratch_for(pool: int, used: int, nbytes: int) -> int:
-        """Scratch pages for a pool of `pool` pages; where it needs only `used` of them, more, up to a layer's pages:
-        fewer and larger steps."""
+        """Scratch pages for a pool of `pool` pages. If only `used` of them are needed, the rest of `nbytes` goes to
+        scratch, up to a layer's pages, so that attention takes fewer, larger steps."""
         least = gathered_pages(shape, pool)
         left = (nbytes - used * page) // scratch_page_bytes(shape, tiers, packed)
         return min(max(least, ceil_div(used, shape.num_layers)), max(least, left))
 
     left = cap_bytes - beside_pool_bytes(shape, tiers, layout, 0)
-    # In the model's dtype if all of it fits; the kind tried last is what the rest is counted in.
+    # The model's dtype is tried first. If not everything fits, `packed` and `page` stay those tried last.
     for packed in (False, True) if tiers.pack_pages and not policy.keep_all else (False,):
         page = page_bytes(shape, tiers, packed)
         pool = pages_for(left)
@@ -107,11 +107,11 @@ def plan_decode(
     pages = torch.cat((torch.full_like(static[:dense], most, dtype=torch.int64), budgets))
 
     room = torch.where(static, 0, pages - layout.sink_chunks)
-    if tiers.budget_ratio is None:  # all of it is slots, some of them spare
+    if tiers.budget_ratio is None:  # the whole room becomes slots, some of them spare
         slots = room
         spare = torch.minimum((slots - 1).clamp(min=0), (slots.float() * tiers.spare_ratio).long())
         selected = torch.where(slots == layout.retrievable, slots, slots - spare)
-    else:  # as many are selected as the ratio says, and the spare ones come on top
+    else:  # the ratio fixes how many are selected; spare slots come on top
         selected = room
         more = (affordable - int(budgets.sum())) // n_dynamic if n_dynamic else 0
         wanted = (selected.float() / (1 - tiers.spare_ratio)).long()
@@ -143,7 +143,7 @@ def gather_bytes(shape: KVShape, tiers: TierConfig, plan: DecodePlan, table_page
 
 
 def mean_old_tokens(shape: KVShape, tiers: TierConfig, layout: Layout, cap_bytes: int) -> int:
-    """Tokens before the recent region that an average head can keep, were all heads static."""
+    """Tokens before the recent region that an average head could keep if all heads were static."""
     scores = torch.ones((shape.num_layers, shape.num_key_value_heads), dtype=torch.float32, device="cpu")
     plan = plan_decode(shape, tiers, layout, cap_bytes, scores, scores.bool())
     pages = plan.pages[tiers.policy.dense_layers :]

@@ -1,4 +1,4 @@
-"""plan: what a prompt would take of both tiers and of the link, before a weight is loaded or a frame decoded.
+"""plan: the memory and copies that a prompt would need, before a weight is loaded or a frame decoded.
 
 Bytes come from the functions that size the real cache, so a plan refuses what a session would refuse.
 """
@@ -27,12 +27,13 @@ from tieredkv.models.wrapped import unwrapped
 from tieredkv.planning import decode_plan, forecast_bytes, sizes
 from tieredkv.planning.admission import FEWER_TOKENS, Request, check_memory
 from tieredkv.planning.report import CARDS, LINKS, MemoryPlan, rate
-from tieredkv.video.frames import Sampled, Sampling, check_video, open_video
+from tieredkv.video.frames import Sampled, check_video, open_video
+from tieredkv.video.sampling import Sampling
 
 HEAD_TOKENS = 15
 """Tokens of text before the video without a processor: those of Qwen2.5-VL's chat template."""
 VISION_MODULES = {"visual", "vision_tower", "vision_model", "multi_modal_projector", "connector", "image_newline"}
-"""Names, in transformers' families, of the vision tower and of what connects it to the decoder."""
+"""Names, in transformers' families, of the vision tower and of the modules that connect it to the decoder."""
 
 
 def plan(
@@ -55,14 +56,14 @@ def plan(
     card: str | float | None = None,
     **options: Any,
 ) -> MemoryPlan:
-    """What one video and one question would take: bytes by tier and purpose, and the times copies would need.
+    """Forecast one video and one question: bytes by tier and purpose, and the time copies would take.
 
-    model: a transformers config or model, a local path or a hub id; of the last two only the config is read. A config
-    without a dtype is taken for bfloat16, a quantised checkpoint for one that is not. video_or_tokens: a number of
-    visual tokens, or a video as in `open_session`, which is opened but not decoded and needs the model's processor.
+    model: a transformers config or model, a local path or a hub id; from the last two only the config is read. A config
+    without a dtype counts as bfloat16, a quantised checkpoint as unquantised. video_or_tokens: a number of visual
+    tokens, or a video as in `open_session`, which is opened but not decoded and needs the model's processor.
     question_tokens: text after the video, the chat template's end included. static_share: share of the heads assumed
-    static, where the policy does not say. link: of `LINKS` or GB/s; card: of `CARDS` or GB/s. tiers, or its fields as
-    further keywords.
+    static, unless the policy fixes it. link: a name in `LINKS`, or GB/s; card: a name in `CARDS`, or GB/s. tiers, or
+    its fields as further keywords.
 
     Raises `BudgetError` when a tier is too small, naming the smallest change that fits; `VideoError`,
     `UnsupportedModelError` or `OptionError` for bad input.
@@ -149,7 +150,7 @@ def plan(
     )
 
 
-# ---- what is asked about
+# ---- the model and the video
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,7 @@ class _Model:
 
 @dataclass(frozen=True)
 class _Video:
-    """A video that was opened, not decoded, and the processor that would make visual tokens of it."""
+    """An opened video, not decoded, and the processor that would turn it into visual tokens."""
 
     source: _Model
     processor: Any
@@ -228,7 +229,7 @@ class _Video:
         return _Video(source, processor, video, sampling, opened.name, Sampled.of(opened))
 
     def grid(self, frames: int) -> VideoGrid:
-        """Of the first `frames` frames."""
+        """The grid of the first `frames` frames."""
         family = families.video_family(self.source.config)
         return ChatTemplate(family, self.processor).grid(self.source.config, replace(self.sampled, frames=frames))
 
@@ -238,7 +239,7 @@ class _Video:
         return grid.steps, grid.rows, grid.columns
 
     def tokens(self, frames: int) -> int:
-        """Of the first `frames` frames, the text between them too."""
+        """Tokens of the first `frames` frames and of the text between them."""
         return self.grid(frames).tokens
 
     def encode_batch(self, tiers: TierConfig) -> int:
@@ -248,11 +249,12 @@ class _Video:
         )
 
     def most_frames(self, tokens: int) -> int:
-        """The most frames from the start whose tokens are at most `tokens`; 0 if not even one's are."""
+        """The most frames from the start that have at most `tokens` tokens; 0 if one frame has more."""
         return largest(lambda frames: self.tokens(frames) <= tokens, self.sampled.frames)
 
     def most_fps(self, tokens: int, frames: int) -> float | None:
-        """A rate in three digits at which the whole video has at most `tokens`, next to that of `frames` frames."""
+        """A rate in three digits, near that of `frames` frames, at which the whole video has at most `tokens`
+        tokens."""
         value = self.sampled.fps * frames / self.sampled.frames
         unit = 10.0 ** (math.floor(math.log10(value)) - 2)
         for lower in range(3):

@@ -1,4 +1,4 @@
-"""What the phases of one prompt would hold on the device, by purpose, and copy to it: the ledger's counts, forecast."""
+"""Forecast of the device bytes that each phase of a prompt holds, by purpose as in the ledger, and of its copies."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tieredkv.planning.prefill_plan import (
 
 
 def assumed_static(shape: KVShape, tiers: TierConfig, share: float) -> torch.Tensor:
-    """Mask `(L, K)`: `share` of the heads static, spread evenly over the layers, or what the policy settles itself."""
+    """Mask `(L, K)`: `share` of the heads static, spread evenly over the layers, or as the policy fixes it."""
     policy = tiers.policy
     share = 1.0 if policy.theta <= 0 else 0.0 if policy.theta > 1 else share
     index = torch.arange(shape.kv_heads, dtype=torch.float64, device="cpu")
@@ -67,32 +67,37 @@ def decode_bytes(shape: KVShape, tiers: TierConfig, plan: DecodePlan, static: to
     }
 
 
-def prefill_bytes(shape: KVShape, tiers: TierConfig, prompt: int, asked: int) -> dict[str, int]:
-    """Device bytes of the prefill phase by purpose: of all its calls, those of the one that takes most."""
+def prefill_bytes(shape: KVShape, tiers: TierConfig, prompt: int, question_tokens: int) -> dict[str, int]:
+    """Device bytes of prefill by purpose, in the call that takes most."""
     calls = [
         {
             "resident": room * shape.token_bytes,
             "staging": staging.nbytes(shape),
             "scores": staging.scoring_bytes,
         }
-        for _, room, staging in _prefill(shape, tiers, prompt, asked)
+        for _, room, staging in _prefill(shape, tiers, prompt, question_tokens)
     ]
     return max(calls, key=lambda purposes: sum(purposes.values()))
 
 
-def prefill_copy_bytes(shape: KVShape, tiers: TierConfig, prompt: int, asked: int) -> int:
-    """Past keys and values streamed to the device while `prompt` tokens are prefilled and the last `asked` scored."""
+def prefill_copy_bytes(shape: KVShape, tiers: TierConfig, prompt: int, question_tokens: int) -> int:
+    """Past keys and values streamed to the device while `prompt` tokens, the question among them, are prefilled."""
     moved, c = 0, tiers.chunk_tokens
-    for call, room, _ in _prefill(shape, tiers, prompt, asked):
+    for call, room, _ in _prefill(shape, tiers, prompt, question_tokens):
         past = max(0, ceil_div(call.begin, c) * c - room) * shape.token_bytes
         moved += past + (past // 2 if call.rows else 0)  # scoring reads the keys again
     return moved
 
 
-def _prefill(shape: KVShape, tiers: TierConfig, prompt: int, asked: int) -> Iterator[tuple[Call, int, Staging]]:
-    """The calls of a prefill; tokens that there is room for on the device in each, and how the rest is staged."""
+def _prefill(
+    shape: KVShape, tiers: TierConfig, prompt: int, question_tokens: int
+) -> Iterator[tuple[Call, int, Staging]]:
+    """For each call of a prefill: the call, the tokens that the device has room for, and how the rest is staged."""
     room = resident_tokens(shape, tiers, prompt + sizes.QUESTION_ROOM)
-    for call in (*context_calls(prompt - asked, tiers.prefill_chunk), *question_calls(tiers, prompt - asked, prompt)):
+    for call in (
+        *context_calls(prompt - question_tokens, tiers.prefill_chunk),
+        *question_calls(tiers, prompt - question_tokens, prompt),
+    ):
         room = resident_beside_scores(shape, tiers, room, call)
         staging = plan_staging(shape, tiers, call, min(room, call.begin), room)
         if staging is None:

@@ -14,8 +14,8 @@ from tieredkv.models.kv_shape import KVShape
 from tieredkv.policy.classify import top_k_count
 
 STAGING_TOKENS = 2048
-"""Past tokens staged at a time when the cap has room: enough that a copy runs at link speed and that merging the
-attention to the blocks costs next to nothing; more would only leave fewer tokens resident."""
+"""Past tokens staged at a time when the cap has room: enough for copies at link speed and for merging the blocks'
+attention at next to no cost; more would only leave fewer tokens resident."""
 
 
 # ---- calls
@@ -42,9 +42,9 @@ def question_calls(tiers: TierConfig, begin: int, stop: int) -> list[Call]:
     return [*reversed(before), Call(last, stop, question_rows(tiers, stop - begin))]
 
 
-def question_rows(tiers: TierConfig, asked: int) -> int:
-    """Text rows that are scored of a question of `asked` tokens."""
-    return min(asked, tiers.prefill_chunk, tiers.policy.text_window)
+def question_rows(tiers: TierConfig, question_tokens: int) -> int:
+    """How many text rows of a question of `question_tokens` tokens are scored."""
+    return min(question_tokens, tiers.prefill_chunk, tiers.policy.text_window)
 
 
 # ---- one call
@@ -52,13 +52,13 @@ def question_rows(tiers: TierConfig, asked: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Staging:
-    """Device memory in which one layer's past is read during a call."""
+    """Device memory for reading one layer's past during a call."""
 
     block_tokens: int
     """Past tokens read at a time."""
     buffers: int
-    """One that is read and, where all is more than a block, two to stage to in turns; where it is one block, one to
-    stage to; none where nothing is staged."""
+    """0 if nothing is staged. Otherwise one to read, and one to stage to, or two in turn if there are several
+    blocks."""
     buffer_tokens: int
     """Tokens whose keys and values each buffer holds."""
     scoring_bytes: int
@@ -71,7 +71,7 @@ class Staging:
 def plan_staging(shape: KVShape, tiers: TierConfig, call: Call, resident: int, room: int) -> Staging | None:
     """How a layer's past, the tokens before `call.begin`, is read during a call; None when no block fits the cap.
 
-    resident: tokens of the past that are on the device. room: tokens that there is room for there, in every layer.
+    resident: tokens of the past that are on the device. room: tokens that the device has room for, in every layer.
     """
     c, past = tiers.chunk_tokens, call.begin
     to_stage = ceil_div(past - resident, c) * c
@@ -87,8 +87,8 @@ def plan_staging(shape: KVShape, tiers: TierConfig, call: Call, resident: int, r
 def block_tokens(shape: KVShape, tiers: TierConfig, tokens: int, rows: int, resident: int, staged: bool) -> int:
     """Past tokens to read at a time, whole chunks: the most that fit the cap, up to `STAGING_TOKENS`; 0 if none do.
 
-    tokens: past and new ones. rows: text rows scored in the same call. resident: tokens of every layer that there is
-    room for on the device besides. staged: whether buffers are needed.
+    tokens: past and new ones. rows: text rows scored in the same call. resident: tokens of every layer that the device
+    holds room for besides. staged: whether buffers are needed.
     """
     c = tiers.chunk_tokens
     cap = tiers.cap_bytes - resident * shape.token_bytes
@@ -100,7 +100,7 @@ def block_tokens(shape: KVShape, tiers: TierConfig, tokens: int, rows: int, resi
 
 
 def reading_bytes(shape: KVShape, tiers: TierConfig, tokens: int, rows: int, block: int, staged: bool) -> int:
-    """The most that reading `block` past tokens of `tokens` at a time takes: buffers where it is staged, scores."""
+    """Upper bound of the bytes for reading `block` past tokens at a time: buffers if they are staged, and scores."""
     buffers = 3 * buffer_bytes(shape, block) if staged else 0
     return buffers + scoring_bytes(shape, tiers, tokens, rows, block)
 
@@ -127,20 +127,28 @@ def smallest_prefill_bytes(shape: KVShape, tiers: TierConfig, tokens: int, rows:
     return reading_bytes(shape, tiers, tokens, rows, tiers.chunk_tokens, staged=True)
 
 
+def digesting_bytes(shape: KVShape, tiers: TierConfig, chunks: int) -> int:
+    """Scratch of digesting chunks of one layer, on a card. Of their tokens: what is staged, three copies of the keys in
+    float32, and products of a chunk's keys with each other. Of each chunk: two vectors, and three copies to pack."""
+    c, d = tiers.chunk_tokens, shape.head_dim
+    token = d * (2 * shape.itemsize + 3 * FLOAT32) + c * FLOAT32
+    return chunks * shape.num_key_value_heads * (c * token + 2 * 4 * d * FLOAT32)
+
+
 # ---- resident tokens
 
 
 def resident_tokens(shape: KVShape, tiers: TierConfig, tokens: int) -> int:
     """First tokens of every layer to keep on the device while `tokens` tokens are prefilled, whole chunks.
 
-    All of them if they fit: nothing is then staged from the host. Otherwise as many as fit beside the staging buffers:
-    the first are read the most often. Room for the scores of `text_window` rows is left free if that saves more copies
-    at the end, where residents make way otherwise, than it costs before.
+    All of them if they fit, with room to digest a chunk on a card: nothing is then staged from the host. Otherwise as
+    many as fit beside the staging buffers: the first are read most often. Room for the scores of `text_window` rows is
+    left free if that saves more copies at the end, where residents would be dropped for them, than it costs before.
     """
     c, rows = tiers.chunk_tokens, tiers.policy.text_window
     everything = ceil_div(tokens, c) * c
     choices = []
-    if block_tokens(shape, tiers, tokens, rows=0, resident=everything, staged=False):
+    if everything * shape.token_bytes + digesting_bytes(shape, tiers, 1) <= tiers.cap_bytes:
         choices.append(everything)
     for scored in (0, rows):
         block = block_tokens(shape, tiers, tokens, scored, resident=0, staged=True)

@@ -1,4 +1,4 @@
-"""What a plan says: bytes by tier and purpose, the times a link and a card would give, as JSON and as a table.
+"""MemoryPlan: bytes by tier and purpose, and estimated times on a link and a card, as JSON and as a table.
 
 Sizes are bytes, rates GB/s (1e9 bytes). Times are estimates from data moved, not measurements.
 """
@@ -67,7 +67,7 @@ class MemoryPlan:
     vision_bytes: int
     """Weights of the vision tower."""
     step_weight_bytes: int
-    """Weights one decoding step reads: the decoder's, without an input embedding of its own."""
+    """Weights one decoding step reads: the decoder's, without a separate input embedding."""
     video: str | None
     """Name of the video; None, like the next five fields, if the plan is for a number of tokens."""
     frames: int | None
@@ -102,7 +102,7 @@ class MemoryPlan:
     dynamic_tokens: int
     """Tokens a dynamic head attends to per step."""
     packed: bool
-    """Whether keys and values on the device are of 8 bits while decoding."""
+    """Whether keys and values on the device are in 8 bits while decoding."""
     step_read_bytes: int
     """Keys, values and digests that one step reads on the device."""
     step_copy_bytes: int
@@ -188,7 +188,7 @@ class MemoryPlan:
             (
                 "a step attends to",
                 f"{self.dynamic_tokens:,} tokens per dynamic head, {self.static_tokens:,} per static head; "
-                f"reads {_size(self.step_read_bytes)}{', pages of 8 bits' if self.packed else ''}",
+                f"reads {_size(self.step_read_bytes)}{', pages in 8 bits' if self.packed else ''}",
             ),
             *self._time_rows(),
         ]

@@ -1,7 +1,7 @@
-"""Sizes: model shape x tokens x settings -> bytes of what the host tier and the decode phase hold.
+"""Sizes: model shape x tokens x settings -> bytes that the host tier and the decode phase hold.
 
 The decode phase holds a pool, tables, digests and scratch; `decode_plan` divides a cap among them. The prefill phase,
-under the same cap, is in `prefill_plan`. `memory.ledger.DeviceLedger` counts what is allocated. No tensors are made
+under the same cap, is in `prefill_plan`. `memory.ledger.DeviceLedger` counts what is allocated. Nothing is allocated
 here.
 """
 
@@ -87,7 +87,7 @@ def query_moment_bytes(head_dim: int) -> int:
 
 def scratch_page_bytes(shape: KVShape, tiers: TierConfig, packed: bool) -> int:
     """Scratch of the torch attention per gathered page: keys and values in float32 (torch's kernel copies the keys once
-    more), row indices, a mask; of packed pages the scales of keys or values, in both types."""
+    more), row indices, a mask; for packed pages also the scales of keys or values, in float16 and float32."""
     narrow = 1 if packed else 0 if shape.itemsize == FLOAT32 else shape.itemsize
     scales = FLOAT32 + FLOAT16 if packed else 0
     return tiers.chunk_tokens * (shape.head_dim * (3 * FLOAT32 + narrow) + scales + 2 * INT64 + FLOAT32 + 1)
@@ -95,7 +95,7 @@ def scratch_page_bytes(shape: KVShape, tiers: TierConfig, packed: bool) -> int:
 
 def table_bytes(shape: KVShape, tiers: TierConfig, layout: Layout) -> int:
     """Upper bound of the index tables, int32 (page and length of every page a head could have, and its residency), and
-    of what is counted with them."""
+    of what the ledger counts with them."""
     per_page = 2 * INT32
     per_chunk = 6 * INT32  # residency: three for a slot, one and a byte for a chunk, one for no chunk
     reused = reuse_bytes(shape, tiers, shape.kv_heads)
@@ -111,7 +111,7 @@ def chunk_mass_bytes(layout: Layout) -> int:
 
 
 def reuse_bytes(shape: KVShape, tiers: TierConfig, heads: int) -> int:
-    """The queries of the step before of `heads` dynamic heads, where the policy reuses chunks; else 0."""
+    """The previous step's queries of `heads` dynamic heads if the policy reuses chunks; else 0."""
     group = shape.num_attention_heads // shape.num_key_value_heads
     return heads * group * shape.head_dim * FLOAT32 if tiers.policy.reuse_above <= 1 else 0
 
@@ -123,7 +123,7 @@ def digest_bytes(shape: KVShape, tiers: TierConfig, layout: Layout, dynamic_head
 
 
 RANKING_SHARE = 64
-"""Digests unpacked at a time take up to one part in so many of the cap."""
+"""Digests unpacked at a time take at most 1 / RANKING_SHARE of the cap."""
 
 
 def _ranked_chunk_bytes(shape: KVShape, tiers: TierConfig) -> int:
@@ -132,9 +132,9 @@ def _ranked_chunk_bytes(shape: KVShape, tiers: TierConfig) -> int:
 
 
 def ranked_chunks_at_once(shape: KVShape, tiers: TierConfig, layout: Layout) -> int:
-    """Chunks of one layer to rank at a time: as many as `RANKING_SHARE` allows, of 512 to 4,096 tokens together.
+    """Chunks of one layer to rank at a time: as many as `RANKING_SHARE` allows, but 512 to 4,096 tokens in all.
 
-    More would not be faster: what is unpacked of them has to stay in a processor's cache.
+    More would not be faster: the unpacked digests have to stay in a processor's cache.
     """
     fit = min(tiers.cap_bytes // RANKING_SHARE // _ranked_chunk_bytes(shape, tiers), 8 * _least_ranked(tiers))
     return max(1, min(layout.retrievable, max(fit, _least_ranked(tiers))))
@@ -176,8 +176,8 @@ def pool_bytes(shape: KVShape, tiers: TierConfig, pool_pages: int, packed: bool)
 def beside_pool_bytes(
     shape: KVShape, tiers: TierConfig, layout: Layout, dynamic_heads: int, at_once: int | None = None
 ) -> int:
-    """What the decode phase holds besides: tables, and where `dynamic_heads` heads rank chunks, `at_once` at a time,
-    their digests and the scratch of ranking."""
+    """What the decode phase holds besides the pool: tables and, for `dynamic_heads` heads that rank chunks, `at_once`
+    at a time, digests and the scratch of ranking."""
     tables = table_bytes(shape, tiers, layout)
     if dynamic_heads == 0:
         return tables
@@ -185,12 +185,12 @@ def beside_pool_bytes(
 
 
 def least_pages(layout: Layout) -> int:
-    """Pages a dynamic head cannot do without, besides the recent region."""
+    """The fewest pages of a dynamic head, besides the recent region."""
     return layout.sink_chunks + min(1, layout.retrievable)
 
 
 def smallest_decode_bytes(shape: KVShape, tiers: TierConfig, layout: Layout) -> int:
-    """The least cap with which this prompt can be decoded, whatever the heads turn out to be."""
+    """The least cap with which this prompt can be decoded, however its heads are classified."""
     policy = tiers.policy
     dense_layers = shape.num_layers if policy.keep_all else min(policy.dense_layers, shape.num_layers)
     dense = dense_layers * shape.num_key_value_heads

@@ -16,12 +16,12 @@ from tieredkv.policy.select import GROUPS
 Rank = Callable[[HeadTokens], torch.Tensor]
 """Rank of each token of a static head, `(n,)`; the highest are kept."""
 Merge = Callable[[HeadTokens, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-"""Keys and values `(b, D)` to keep for the kept tokens `(b,)`, where they are not the tokens' own."""
+"""Keys and values `(b, D)` to store for the kept tokens `(b,)`, instead of their own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """Which heads are static, what each may hold, which tokens a static head keeps and how a dynamic head chooses.
+    """Which heads are static, each head's budget, which tokens static heads keep and how dynamic heads choose.
 
     `dataclasses.replace` makes a changed copy: `replace(POLICIES["hybridkv"], theta=0.9)`. Raises `OptionError` on
     construction when a value is outside its range.
@@ -34,8 +34,8 @@ class Policy:
     """One paragraph for `tieredkv policies`."""
 
     head_score: str = "mass"
-    """How heads are classified, and how static ones share: "mass", the mass of a text row's top k (HybridKV), with the
-    fields below; or "coverage" (ours): a head is static if tokens chosen by some rows keep `theta` of the other rows'
+    """How heads are classified and share the budget. "mass": by the mass of a text row's top k (HybridKV), with the
+    fields below. "coverage" (ours): a head is static if tokens chosen by some rows keep `theta` of the other rows'
     attention within an average head's budget; it gets as many as that takes, and dynamic heads share what is left."""
     theta: float = 0.9
     """A KV head is static when its score reaches theta (HybridKV, stage 1). 0: all static; above 1: none."""
@@ -44,16 +44,16 @@ class Policy:
     text_window: int = 64
     """At most this many of the last text rows are scored (ours)."""
     score_group: str = "mean"
-    """How the scores of a group's query heads become one: "mean" or "max" (the paper does not mention groups)."""
+    """How the scores of a group's query heads are combined: "mean" or "max" (the paper does not mention groups)."""
     type_split: float = 1.0
     """r: the dynamic heads' share of the budget relative to their number (HybridKV, stage 2), 0 < r <= 1."""
     static_weight: str = "need"
-    """How static heads share: by 1 - S ("need"), by S ("score") or evenly ("even")."""
+    """How static heads share their budget: by 1 - S ("need"), by S ("score") or evenly ("even")."""
     static_floor: float = 0.2
     """Share of the static heads' mean budget that each of them gets at least (AdaKV)."""
     dynamic_floor: float = 1.0
-    """Share of the dynamic heads' mean budget that each of them gets at least; the rest is divided by the root of need.
-    1: evenly, as in the paper. With the "coverage" score only, which measures need."""
+    """Share of the dynamic heads' mean budget that each of them gets at least; the rest is divided in proportion to the
+    root of their spread (`policy.budget.by_need`). 1: evenly, as in the paper. Used with the "coverage" score only."""
     saliency_window: int = 32
     """At most this many of the last text rows rank the tokens of static heads (SnapKV's window)."""
     saliency_pool: int = 5
@@ -61,19 +61,19 @@ class Policy:
     rank: Rank = text_prior
     merge: Merge | None = None
     digest: str = "cuboid"
-    """What stands in for a chunk's keys: a name in `policy.digests.DIGESTS`."""
+    """How chunks' keys are summarised for ranking: a name in `policy.digests.DIGESTS`."""
     digest_bits: int = 8
     """Bits per number of a digest, 4 or 8."""
     chunk_group: str = "mean"
     """How the query heads of a group rank chunks together: a name in `policy.select.GROUPS`."""
     stay: float = 1.0
-    """Factor on the ranks of the chunks attended to a step before: others must rank that much higher to replace them,
-    which saves copies (ours). 1: none."""
+    """Factor on the ranks of the chunks that the previous step attended to: others must rank that much higher to
+    replace them, which saves copies (ours). 1: no effect."""
     dense_layers: int = 0
-    """First layers whose heads keep everything on the device, beyond any budget (Quest: 2)."""
+    """Number of first layers whose heads keep everything on the device, beyond any budget (Quest: 2)."""
     reuse_above: float = 2.0
-    """A head whose query's cosine with the step before is at least this attends to the chunks chosen then, which had a
-    step's time to arrive (FreeKV); the others choose anew. Above 1: every step chooses for itself."""
+    """A head whose query has at least this cosine with the previous step's query reuses that step's chunks, which had a
+    step's time to arrive (FreeKV). The other heads select anew. Above 1: no head reuses chunks."""
     keep_all: bool = False
     """Everything stays on the device: no policy at all. Refused where it does not fit."""
 
@@ -106,8 +106,8 @@ class Policy:
         }
         for name, known in choices.items():
             value = getattr(self, name)
-            of_kind = type(value) is type(known[0])
-            wanted(of_kind and value in known, name, f"one of {', '.join(map(str, known))}")
+            same_type = type(value) is type(known[0])
+            wanted(same_type and value in known, name, f"one of {', '.join(map(str, known))}")
         wanted(isinstance(self.keep_all, bool), "keep_all", "True or False")
         wanted(callable(self.rank), "rank", "a function of HeadTokens")
         wanted(self.merge is None or callable(self.merge), "merge", "None or a function of HeadTokens and kept tokens")

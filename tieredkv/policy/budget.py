@@ -1,8 +1,8 @@
 """Stage 2: top-down budgets, head type first, then head (HybridKV). The equations are ours; the paper's are unknown.
 
-Budgets are counted in pages of C tokens, the unit of the pool. The recent window and the generated tokens are left
-out, as every head holds them. A budget is `(L, K)` int64: of a static head the pages of its kept tokens, of a dynamic
-head those of its sink chunks and of the chunks it selects and keeps.
+Budgets are counted in pages of C tokens, the unit of the pool. The recent window and the generated tokens are left out,
+as every head holds them. A budget is `(L, K)` int64: for a static head the pages of its kept tokens, for a dynamic head
+those of its sink chunks and of the chunks it retrieves.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def split_budget(
     least_dynamic: the fewest pages of a dynamic head. With `n_s` static and `n_d` dynamic heads,
     B_dyn = type_split * B * n_d / (n_s + n_d), shared evenly; the static heads share the rest by `static_weight`, each
     getting at least `static_floor` of their mean.
-    Never spends more than `total_pages`. Raises ValueError when these are less than the minimum: least_dynamic per
+    Never spends more than `total_pages`. Raises ValueError when that is less than the minimum: least_dynamic per
     dynamic head, 1 per static one.
     """
     n_static, n_dynamic = int(static.sum()), int((~static).sum())
@@ -72,13 +72,13 @@ def by_need(
     chunk_tokens: int,
     dynamic_floor: float,
 ) -> torch.Tensor:
-    """Divide `total_pages` by the tokens that pruning would need (`classify.tokens_to_cover`; ours).
+    """Divide `total_pages` by how many tokens each head needs (`classify.tokens_to_cover`; ours).
 
-    need, spread: `(L, K)`, the tokens that cover the share of attention which static heads are to keep, and those that
-    cover a smaller share. Static heads get what they need, at least a page. Of the rest every dynamic head gets
-    `dynamic_floor` of an even share; what is then left is divided in proportion to the root of its spread, as a head
-    whose attention is spread over more tokens misses more with the same budget. What no dynamic head can use goes to
-    static heads, in proportion to what each lacks. ValueError as `split_budget`.
+    need, spread: `(L, K)`, number of tokens that cover the share of attention that static heads must keep, and number
+    that cover a smaller share. Static heads get what they need, at least a page. Of the rest, every dynamic head gets
+    `dynamic_floor` of an even share; the remainder is divided in proportion to the root of spread, as a head whose
+    attention is spread over more tokens misses more with the same budget. What no dynamic head can use goes to static
+    heads, in proportion to what each lacks. Raises ValueError as `split_budget` does.
     """
     n_static, n_dynamic = int(static.sum()), int((~static).sum())
     pages = torch.zeros(need.shape, dtype=torch.int64, device="cpu")

@@ -31,8 +31,8 @@ def merge_top_k(best: torch.Tensor | None, weights: torch.Tensor, k: int) -> tor
 def text_centric_scores(best: torch.Tensor, group: str = "mean") -> torch.Tensor:
     """S of each KV head, `(K,)` in [0, 1], from the rows' top k `(K, G, T, k)`.
 
-    HybridKV, stage 1: S = mean over text rows of the sum of the row's top-k attention weights. The mean or maximum
-    over the group's query heads is ours (the paper does not say what happens under grouped-query attention).
+    HybridKV, stage 1: S = mean over text rows of the sum of the row's top-k attention weights. The mean or maximum over
+    the group's query heads is ours (the paper does not cover grouped-query attention).
     """
     scores = best.sum(-1).mean(-1)
     return (scores.amax(-1) if group == "max" else scores.mean(-1)).clamp(0.0, 1.0)
@@ -49,8 +49,8 @@ def tokens_to_cover(halves: torch.Tensor, sinks: int, recent: int, shares: tuple
     This measures what pruning by some rows costs other rows. The text-centric score measures how few tokens a row
     attends to, even if every row attends to different ones.
 
-    Attention to the sinks is left out: a head that rests on them looks nothing up *yet*, which does not tell where it
-    would look.
+    Attention to the sinks is left out: a head that attends only to them retrieves nothing *yet*, which does not show
+    what it would retrieve.
     """
     old, n = halves.shape[-1] - recent, halves.shape[-1]
     first = min(sinks, old)
@@ -64,7 +64,7 @@ def tokens_to_cover(halves: torch.Tensor, sinks: int, recent: int, shares: tuple
 
 
 LEAST_ROWS = 16
-"""With fewer text rows nothing is concluded about what a head will need."""
+"""With fewer text rows a head's need is not measured."""
 SPREAD_SHARE = 0.9
 """Dynamic heads' budgets are weighted by the tokens that cover this share of their attention."""
 

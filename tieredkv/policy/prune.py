@@ -22,7 +22,7 @@ class HeadTokens:
     pool: int
     """Width of the average over neighbours (`Policy.saliency_pool`)."""
     read: Callable[[], tuple[torch.Tensor, torch.Tensor]]
-    """Keys and values, each `(n, D)`; read only by the rules that need them."""
+    """Returns keys and values, each `(n, D)`; called only by rules that need them."""
 
 
 def pool_saliency(saliency: torch.Tensor, width: int) -> torch.Tensor:
@@ -35,7 +35,7 @@ def pool_saliency(saliency: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def by_saliency(tokens: HeadTokens) -> torch.Tensor:
-    """What the last rows attend to, smoothed over neighbours (SnapKV)."""
+    """The last rows' attention, smoothed over neighbours (SnapKV)."""
     return pool_saliency(tokens.saliency, tokens.pool)
 
 
@@ -45,12 +45,12 @@ def text_prior(tokens: HeadTokens) -> torch.Tensor:
     HybridKV's "text-prior pruning"; the saliency is ours (SnapKV's). Where text alone exceeds the budget, the most
     salient text is kept.
     """
-    saliency = pool_saliency(tokens.saliency, tokens.pool).double()  # or adding the class would round it away
+    saliency = pool_saliency(tokens.saliency, tokens.pool).double()  # in float32, adding the class would round it away
     classes = tokens.is_text.double()
     classes[: tokens.sinks] = 2
     return saliency + 2 * classes  # a mean of attention weights is at most 1
 
 
 def kept_tokens(rank: torch.Tensor, budget: int) -> torch.Tensor:
-    """Ascending indices of the `min(budget, n)` tokens of highest rank `(n,)`; of equals, the earlier."""
+    """Ascending indices of the `min(budget, n)` tokens of highest rank `(n,)`; ties go to the earlier token."""
     return rank.argsort(descending=True, stable=True)[: min(budget, rank.shape[-1])].sort().values

@@ -32,7 +32,7 @@ GROUPS = {"mean": mean_share, "max": max_share, "max_logit": max_logit}
 def chunk_ranks(logits: torch.Tensor, chosen: torch.Tensor, group: str, stay: float) -> torch.Tensor:
     """Ranks `(K, n)` of chunks from logits `(K, G, n)`, by the rule of `GROUPS` named `group`.
 
-    Ranks of chunks that the step before chose, mask `(K, n)`, are multiplied by `stay` (ours).
+    Ranks of the chunks that the previous step chose, mask `(K, n)`, are multiplied by `stay` (ours).
     """
     ranks = GROUPS[group](logits)
     return torch.where(chosen, ranks * stay, ranks) if stay != 1 else ranks
@@ -46,8 +46,8 @@ def log_mass_without(logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor
 def unseen_share(unselected: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
     """Share of attention mass `(K,)` that a step did not see, mean over the group (ours).
 
-    unselected, seen `(K, G)`: log-sum-exp of the logits of what was not attended to, and of what was. The first is as
-    good as the digests that it is estimated from (`Digest.estimates_mass`).
+    unselected, seen `(K, G)`: log-sum-exp of the logits that were not attended to, and of those that were. The first is
+    only as good as the digests that it is estimated from (`Digest.estimates_mass`).
     """
     return torch.sigmoid(unselected - seen).mean(-1)
 

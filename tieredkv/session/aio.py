@@ -21,7 +21,7 @@ class AsyncAnswerStream(PendingAnswer):
 
     The work begins when the first piece is asked for. Cancelling the task that waits for a piece, `aclose`, leaving it
     as an asynchronous context manager, or dropping it stops the work within one decoding step, or during prefill within
-    one chunk; all but the last wait until it has stopped.
+    one chunk. Only dropping it does not wait until the work has stopped.
     """
 
     def __init__(self, work: Work, streams: bool = True) -> None:
@@ -61,7 +61,7 @@ class AsyncAnswerStream(PendingAnswer):
         cancelled = False
         while self._job.started and self._job.running and not self._over.is_set():
             try:
-                # If the loop that the work reports to is closed, `_over` is never set: check the thread now and then.
+                # If the loop that the work reports to is closed, `_over` is never set: also check the thread.
                 await asyncio.wait_for(self._over.wait(), _POLL_S)
             except TimeoutError:
                 continue
@@ -101,7 +101,7 @@ class AsyncAsking(ABC):
 
     @abstractmethod
     def asking(self, prompt: str, options: dict[str, Any], *, chat: bool = False, stream: bool = False) -> Work:
-        """The work of answering; raises at once what can be known before it begins."""
+        """The work of answering. Raises at once for errors that can be found before the work begins."""
 
     @overload
     def aask(self, prompt: str, *, stream: Literal[False] = ..., **options: Any) -> GenerationCoroutine: ...
@@ -120,7 +120,7 @@ class AsyncAsking(ABC):
     @overload
     def achat(self, prompt: str, *, stream: Literal[True], **options: Any) -> AsyncAnswerStream: ...
     def achat(self, prompt: str, *, stream: bool = False, **options: Any) -> Any:
-        """`chat` for asyncio, as `aask` is `ask`. A turn that is cancelled leaves `history` as it was."""
+        """`chat` for asyncio, used like `aask`. A cancelled turn leaves `history` unchanged."""
         return answering(self.asking(prompt, options, chat=True, stream=stream), stream)
 
 

@@ -1,4 +1,4 @@
-"""A video in a cache, ready for questions: what an ingest makes and what a session file restores."""
+"""A video in a cache, ready for questions: the result of an ingest, or of loading a session file."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class CachedVideo:
     cache: TieredCache
     video: IngestedVideo
     same_model: SameModel
-    """The model as it was when the cache was made or loaded."""
+    """The model as it was when the cache was created or loaded."""
     stored: Stored | None = None
     """The file that the cache reads, if it was loaded."""
 
     def check(self) -> None:
-        """Raise `SessionError` if the model or the file changed meanwhile."""
+        """Raise `SessionError` if the model or the file has changed since."""
         if self.stored is not None:
             self.stored.check_unchanged()
         self.same_model.check()

@@ -30,7 +30,7 @@ class Decoded:
 
 @contextmanager
 def ending_on_error(streamer: Any) -> Iterator[None]:
-    """End a streamer if the block raises, or its reader would wait forever. None: there is none."""
+    """End a streamer, if there is one, when the block raises; otherwise its reader would wait forever."""
     try:
         yield
     except BaseException:
@@ -76,7 +76,7 @@ def run(
                 scores = logits_processor(ids, logits)
             except _REFUSALS as error:
                 if options.get("logits_processor") or options.get("prefix_allowed_tokens_fn"):
-                    raise  # by the caller's own function
+                    raise  # raised by the caller's own function
                 raise _not_valid(error) from None
             if generation_config.do_sample:
                 token = torch.multinomial(scores.softmax(-1), 1)
@@ -140,15 +140,15 @@ def timed(options: dict[str, Any], model_config: Any) -> dict[str, Any]:
 def _for_generate(options: dict[str, Any], tokenizer: Any, model_config: Any) -> dict[str, Any]:
     """The options as arguments of `model.generate`, without `max_new_tokens`.
 
-    Settings are passed by name: transformers deprecates them beside a `generation_config`, and takes None in a config
-    for "as in the model's own".
+    Settings are passed by name: transformers deprecates them next to a `generation_config`, and reads None in a config
+    as "use the model's own value".
     """
     criteria = dict(options)
     resolve_stop_strings(criteria, options.get("tokenizer") or tokenizer, model_config)
     stopping = StoppingCriteriaList(criteria.get("stopping_criteria") or [])
     here = vars(GenerationConfig()).keys()
     forms = {name: plain[0] for name, plain in FORMS.items() if name in here}
-    # `generate` drops the tokenizer if it is given a loop, and must not allocate a cache beside ours.
+    # `generate` drops the tokenizer if it is given a loop, and must not allocate a cache of its own.
     ours = {"stop_strings": None, "use_cache": False}
     given = {name: value for name, value in explicit(options).items() if name != "max_new_tokens"}
     callables = {name: options.get(name) for name in ("logits_processor", "prefix_allowed_tokens_fn")}
@@ -156,7 +156,7 @@ def _for_generate(options: dict[str, Any], tokenizer: Any, model_config: Any) ->
 
 
 def resolve_stop_strings(options: dict[str, Any], tokenizer: Any, model_config: Any = None) -> None:
-    """Replace `stop_strings`, of the options, their config or the model's, by a stopping criterion; in place."""
+    """Replace `stop_strings` (from the options, their config or the model's) by a stopping criterion, in place."""
     strings = setting("stop_strings", options, model_config)
     options.pop("stop_strings", None)
     if not strings:

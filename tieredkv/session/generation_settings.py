@@ -24,7 +24,7 @@ _RUN_OPTIONS = (
     "prefix_allowed_tokens_fn",
     "tokenizer",
 )
-"""Options of `generate` that are not in a config, and work."""
+"""Supported options of `generate` that are not part of a config."""
 _OTHER_LOOPS = (
     "assistant_model",
     "assistant_tokenizer",
@@ -33,7 +33,7 @@ _OTHER_LOOPS = (
     "negative_prompt_attention_mask",
     "synced_gpus",
 )
-"""Options of `generate` that are not in a config and select another decoding loop: refused unless None or False."""
+"""Options of `generate` outside a config that select another decoding loop: refused unless None or False."""
 
 WORKS = frozenset((
     "max_new_tokens", "min_length", "min_new_tokens", "max_time", "stop_strings", "do_sample", "temperature",
@@ -50,7 +50,7 @@ IDLE = frozenset((
     "assistant_confidence_threshold", "max_matching_ngram_size", "assistant_lookbehind", "target_lookbehind",
     "assistant_ensemble_weight", "speculation_type", "disable_compile", "transformers_version"
 ))  # fmt: skip
-"""Settings without effect for one sequence, one beam and no second model, in `model.generate` as here."""
+"""Settings without effect for one sequence, one beam and no second model, in `model.generate` too."""
 SEARCHES: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),
     "num_return_sequences": (1,),
@@ -66,8 +66,8 @@ SEARCHES: dict[str, tuple[Any, ...]] = {
     "use_mtp": (False,),
     "is_assistant": (False,),
 }
-"""Settings that select another search, with the values that do not: any other is refused, also in the model's own
-config."""
+"""Settings that select another search, with the values that do not. Any other value is refused, also in the model's
+own config."""
 FORMS: dict[str, tuple[Any, ...]] = {
     "max_length": (None,),
     "use_cache": (True,),
@@ -83,8 +83,8 @@ FORMS: dict[str, tuple[Any, ...]] = {
     "output_logits": (False,),
     "return_dict_in_generate": (False,),
 }
-"""Settings of another cache or form of output, with the values that describe what happens here anyway. Any other is
-refused if the caller gives it, and ignored in the model's own config, as it changes no token."""
+"""Settings of the cache or the form of output, with the values that match what happens here. Any other value is
+refused if the caller gives it, and ignored in the model's own config, because it changes no token."""
 
 
 def check_options(options: dict[str, Any], also: tuple[str, ...] = (), model_config: Any = None) -> None:
@@ -145,7 +145,7 @@ def setting(name: str, options: dict[str, Any], model_config: Any) -> Any:
 
 
 def new_tokens(options: dict[str, Any], model_config: Any, prompt_tokens: int = 0) -> int:
-    """Most tokens of an answer. prompt_tokens: of its prompt, as far as they are known.
+    """Maximum number of tokens of an answer. prompt_tokens: known tokens of its prompt.
 
     Raises `OptionError` if the prompt alone reaches the `max_length` of the model's config.
     """

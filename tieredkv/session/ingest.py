@@ -1,4 +1,4 @@
-"""A video into a cache: decoding, the vision tower and prefill at once, each ahead of the next on its own thread.
+"""Ingests a video into a cache: decoding, vision tower and prefill run at once, each on its own thread.
 
 No stage holds more than a segment or a chunk besides what waits in its queue, so memory does not depend on the length
 of the video.
@@ -32,7 +32,8 @@ from tieredkv.session.ingested_video import IngestedVideo, VideoFacts
 from tieredkv.session.pipeline import Cancelled, Pipeline
 from tieredkv.session.results import IngestStats
 from tieredkv.session.video_embeddings import Prepared, VideoEmbeddings, join, prepare
-from tieredkv.video.frames import Sampling, open_video
+from tieredkv.video.frames import open_video
+from tieredkv.video.sampling import Sampling
 
 
 class Ingest:
@@ -45,7 +46,7 @@ class Ingest:
         self._cache: TieredCache | None = None
 
     def run(self, video: Any, sampling: Sampling, question: str, max_new_tokens: int) -> CachedVideo:
-        """Decode, encode and prefill the video. Once.
+        """Decode, encode and prefill the video. May be called once.
 
         question, max_new_tokens: what the budgets must allow for, checked before anything is decoded. Raises
         `VideoError` or `BudgetError`, and `TieredKVError` if it was cancelled; the cache's memory is then freed.
@@ -78,8 +79,8 @@ class Ingest:
         prepared = prepare(template, model.config, source, self.tiers)
         head, tail = template.around_video([(question, None)])
         head_ids = template.head_ids(model.config, head, prepared.sampled)
-        asked = template.tail_ids(tail).shape[1]
-        room = self._check_memory(head_ids.shape[1], prepared.grid.tokens, asked, max_new_tokens)
+        question_tokens = template.tail_ids(tail).shape[1]
+        room = self._check_memory(head_ids.shape[1], prepared.grid.tokens, question_tokens, max_new_tokens)
         cache = self._cache = TieredCache(self.model.config, self.tiers, prompt_tokens=room)
         same_model = SameModel(model)
         progress = IngestProgress(self._show_progress, head_ids.shape[1] + prepared.grid.tokens, source.seconds)
@@ -102,23 +103,23 @@ class Ingest:
         )
         return CachedVideo(model, template, cache, ingested, same_model)
 
-    def _check_memory(self, head: int, video: int, asked: int, max_new_tokens: int) -> int:
-        """Refuse what neither tier can hold, before the costly stages; prompt tokens to make room for in the host tier.
+    def _check_memory(self, head: int, video: int, question_tokens: int, max_new_tokens: int) -> int:
+        """Refuse a video that a tier cannot hold, before the costly stages; returns the tokens to reserve on the host.
 
-        head, video, asked: tokens of the text before the video, of the video, and of the text after it.
+        head, video, question_tokens: tokens of the text before the video, of the video, and of the text after it.
         """
         weight = self.model.get_input_embeddings().weight
         shape = model_shape(self.model.config, weight.dtype)
-        request = Request(head + video + asked, asked, max_new_tokens)
+        request = Request(head + video + question_tokens, question_tokens, max_new_tokens)
         check_memory(shape, self.tiers, request, one_memory=weight.device.type == "cpu")
         return request.tokens + QUESTION_ROOM
 
     def _fill(
         self, cache: TieredCache, video: Prepared, head_ids: torch.Tensor, progress: IngestProgress
     ) -> tuple[VideoGrid, IngestStats, str]:
-        """Prefill `head_ids` `(1, n)` and the video into the empty cache; its true grid, measurements, its SHA-256.
+        """Prefill `head_ids` `(1, n)` and the video into the empty cache; returns grid, measurements and SHA-256.
 
-        Raises what the stages raise, or `pipeline.Cancelled`; the cache is then of no use.
+        Raises what the stages raise, or `pipeline.Cancelled`; the cache is then unusable.
         """
         started = time.perf_counter()
         pipeline, frames = self.pipeline, 0

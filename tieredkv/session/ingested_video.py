@@ -1,4 +1,4 @@
-"""What a session knows of its video, besides the keys and values: what it was read from, and its place in a prompt."""
+"""What a session knows about its video besides keys and values: its source, and its place in a prompt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Jobs: the work of answering on its own thread, pieces of text delivered to any other, and how it is stopped."""
+"""Jobs: an answer is generated on its own thread, delivers its text to other threads, and can be stopped."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from tieredkv.session.results import Generation
 from tieredkv.session.text_streamer import StableTextStreamer
 
 _POLL_S = 0.02
-"""Seconds between checks, while another question is answered, whether to keep waiting."""
+"""Seconds between checks for a stop while a job waits for its turn."""
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """An answer to be generated, its options checked."""
+    """An answer to be generated, with checked options."""
 
     run: Callable[[Job | None], Generation]
-    """Generates it; with a job, on the job's thread and until the job's `check` raises."""
+    """Generates the answer; with a job, on the job's thread until the job's `check` raises."""
     line: deque[Job] = field(default_factory=deque)
     """Jobs of one session that began and have not ended, in order. The first has the turn."""
 
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """What follows the last piece: the answer, or why there is none; neither, if the work was stopped."""
+    """Delivered after the last piece: the answer or the error; neither if the work was stopped."""
 
     generation: Generation | None = None
     error: BaseException | None = None
@@ -126,7 +126,7 @@ class Job:
             lock.release()
 
     def on_stop(self, action: Callable[[], None]) -> None:
-        """Call `action`, which must not block, when the work is stopped; at once if it was."""
+        """Call `action`, which must not block, when the work is stopped; at once if it already was."""
         self._on_stop = action
         if self._stopped:
             action()
@@ -153,7 +153,7 @@ _running: set[Job] = set()
 
 @atexit.register
 def _stop_all() -> None:
-    """A thread that runs while the interpreter shuts down could crash it."""
+    """Stop every job: a thread that runs while the interpreter shuts down could crash it."""
     jobs = list(_running)
     for job in jobs:
         job.stop()
@@ -162,7 +162,7 @@ def _stop_all() -> None:
 
 
 def _after_fork() -> None:
-    """No job continues in a forked process. (`Turns` clears the line of those that wait.)"""
+    """No job continues in a forked process. (`Turns` clears its line of waiting jobs.)"""
     for job in _running:
         job.abandon()
     _running.clear()

@@ -1,4 +1,4 @@
-"""Stages of one job, each ahead of the next on its own thread, connected by bounded queues.
+"""Stages of one job, each on its own thread and connected to the next by a bounded queue.
 
     with Pipeline() as pipeline:
         segments = pipeline.stage("decode", decode(file), depth=1)
@@ -6,8 +6,8 @@
         for part in features:
             ...
 
-A stage is an iterator; its queue holds at most `depth` items. An error in any stage stops all of them, and is raised
-outside of them at the next item taken or `check`, before items still queued. Leaving the block, by an error or not,
+A stage is an iterator; its queue holds at most `depth` items. An error in any stage stops all stages. It is raised
+outside them, at the next `check` or item taken, ahead of items still queued. Leaving the block, by an error or not,
 stops and joins every thread. `cancel` may be called from any thread: waiting and `check` then raise `Cancelled`.
 """
 
@@ -31,14 +31,14 @@ class Cancelled(Exception):
 
 
 class _Stage(Generic[T]):
-    """One stage's thread and queue. All waiting is on the pipeline's condition."""
+    """One stage's thread and queue. Every wait is on the pipeline's condition."""
 
     def __init__(self, pipeline: Pipeline, name: str, items: Iterator[T], depth: int) -> None:
         self.pipeline, self.name, self.items, self.depth = pipeline, name, items, depth
         self.queue: deque[T] = deque()
         self.ended = False
         self.lifetime = self.waited = 0.0
-        """Seconds: the thread's life, and its waits for room or for another stage's items."""
+        """Seconds: the thread's lifetime, and its waits for room or for another stage's items."""
         self._ambient = Ambient()
         self.thread = threading.Thread(target=self._run, name=f"tieredkv-{name}", daemon=True)
 
@@ -136,7 +136,7 @@ class Pipeline:
             self.cancel()
 
     def wait(self) -> None:
-        """Wait for a change, with `changed` locked; the time counts as waiting of the stage whose thread this is."""
+        """Wait for a change, with `changed` locked; the time is added to `waited` of the current thread's stage."""
         if self._process != os.getpid():
             raise TieredKVError("the process was forked while a video was being ingested: open it again here.")
         started = time.perf_counter()
@@ -145,7 +145,7 @@ class Pipeline:
         waiter.waited += time.perf_counter() - started
 
     def _stage_here(self) -> _Stage | None:
-        """The stage whose thread this is."""
+        """The stage of the current thread."""
         here = threading.current_thread()
         return next((stage for stage in self._stages if stage.thread is here), None)
 

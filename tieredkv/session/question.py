@@ -1,4 +1,4 @@
-"""One question answered: its tokens prefilled after the video's, the cache sealed, the answer decoded."""
+"""Answers one question: prefills its tokens after the video's, seals the cache and decodes the answer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tieredkv.session.step_graph import StepGraph
 
 @dataclass(frozen=True, slots=True)
 class UserQuestion:
-    """A question as a user asked it, checked as far as possible without the session's turn."""
+    """A question as a user asked it, checked as far as possible before its turn."""
 
     prompt: str
     options: dict[str, Any]
@@ -42,7 +42,7 @@ class UserQuestion:
 
 
 def ask(
-    cached: CachedVideo, asked: UserQuestion, earlier: Sequence[tuple[str, str]], check: Callable[[], None]
+    cached: CachedVideo, user_question: UserQuestion, earlier: Sequence[tuple[str, str]], check: Callable[[], None]
 ) -> Generation:
     """Answer a question. earlier: questions and answers of the conversation that come before it in the prompt.
 
@@ -50,24 +50,24 @@ def ask(
     whatever happens. Raises `PromptError`, `OptionError` or `BudgetError`.
     """
     model, template, cache, video = cached.model, cached.template, cached.cache, cached.video
-    _, tail = template.around_video([*earlier, (asked.prompt, None)])
+    _, tail = template.around_video([*earlier, (user_question.prompt, None)])
     tail_ids = template.tail_ids(tail)
     prompt_tokens = video.tokens + tail_ids.shape[1]
     question = Question(
-        max_new_tokens=generation.new_tokens(asked.options, model.generation_config, prompt_tokens),
+        max_new_tokens=generation.new_tokens(user_question.options, model.generation_config, prompt_tokens),
         prompt_tokens=prompt_tokens,
         rows=question_rows(cache.tiers, tail_ids.shape[1]),
         visual=video.is_visual(),
-        looks=Looks(cache.tiers.chunk_tokens) if asked.evidence else None,
-        trace=asked.trace,
+        looks=Looks(cache.tiers.chunk_tokens) if user_question.evidence else None,
+        trace=user_question.trace,
     )
     cache.truncate(video.tokens)
     try:
-        result = answer(cached, tail_ids, question, asked.options, check)
+        result = answer(cached, tail_ids, question, user_question.options, check)
         cached.same_model.check()  # the reader of a stream may have changed the model
         if question.looks is not None:
-            rows, count = template.question_tokens(tail, asked.prompt), len(result.token_ids)
-            evidence = collect_evidence(cached, question.looks, rows, count, asked.evidence == "tokens")
+            rows, count = template.question_tokens(tail, user_question.prompt), len(result.token_ids)
+            evidence = collect_evidence(cached, question.looks, rows, count, user_question.evidence == "tokens")
             result = replace(result, evidence=evidence)
     finally:
         cache.truncate(video.tokens)
@@ -79,7 +79,7 @@ def ask(
 def answer(
     cached: CachedVideo, tail_ids: torch.Tensor, question: Question, options: dict[str, Any], check: Callable[[], None]
 ) -> Generation:
-    """Answer the prompt that ends with `tail_ids` `(1, n)`; the cache, which holds the video alone, is left sealed."""
+    """Answer the prompt that ends with `tail_ids` `(1, n)`. The cache must hold only the video, and is left sealed."""
     model, template, cache, video = cached.model, cached.template, cached.cache, cached.video
     started = time.perf_counter()
     family, device, tiers = template.family, model.get_input_embeddings().weight.device, cache.tiers
@@ -102,7 +102,7 @@ def answer(
 
         def forward(token: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
             hidden = family.decode(model, family.embed(model, token), place, cache)
-            return family.logits(model, hidden[:, -1]).to(device)  # if on several cards, from the last to the first
+            return family.logits(model, hidden[:, -1]).to(device)  # with several cards: from the last to the first
 
         # Generated tokens follow the prompt, at the same position on all axes.
         steps = StepGraph(forward, cache, device, positions.shape[0], int(positions[0, -1]) + 1)
@@ -121,15 +121,15 @@ def answer(
 
 
 def collect_evidence(cached: CachedVideo, looks: Looks, rows: int, tokens: int, each: bool) -> Evidence:
-    """The evidence of the answer just given. rows: tokens from the question on. each: of every one of its `tokens`."""
+    """The evidence of the last answer. rows: tokens from the question on. each: also of each of its `tokens` tokens."""
     cache, video = cached.cache, cached.video
     heads = cache.shape.num_attention_heads * cache.shape.num_layers
     return moments.collect(looks, rows, heads, video.head_tokens, video.grid, video.span, tokens, each)
 
 
-def _make_room(cache: TieredCache, question: Question, asked: int) -> None:
-    """Raise `BudgetError` unless both tiers can hold the prompt, ending in `asked` tokens of text, and the answer."""
-    request = Request(question.prompt_tokens, asked, question.max_new_tokens)
+def _make_room(cache: TieredCache, question: Question, question_tokens: int) -> None:
+    """Raise `BudgetError` unless both tiers can hold prompt and answer. question_tokens: of text after the video."""
+    request = Request(question.prompt_tokens, question_tokens, question.max_new_tokens)
     shorter = "shorten the question or the conversation"
     longer = f"lower max_new_tokens, or {shorter}"
     check_memory(cache.shape, cache.tiers, request, longer, shorter, room=cache.room, room_bytes=cache.host_bytes)

@@ -30,10 +30,10 @@ class Stats:
     """Share of the selected chunks that were already on the device; None if no head retrieves."""
     unseen_mass: float | None
     """Share of attention mass on chunks that dynamic heads did not attend to, estimated from digests, mean over steps:
-    a large one means that the budget is too small for this prompt. None if no head ranks chunks by digests that
+    a large value means that the budget is too small for this prompt. None if no head ranks chunks by digests that
     estimate it."""
     moved_bytes: int
-    """Copied from host to device while answering: past for prefill, pool and digests, chunks missed and prefetched."""
+    """Copied from host to device for this answer: the past in prefill, pool, digests, missed and prefetched chunks."""
     prefetched_bytes: int
     ingest_s: float
     """Seconds to decode, encode and prefill the video (once per session)."""
@@ -42,7 +42,7 @@ class Stats:
     tpot_ms: float | None
     """Milliseconds per token after the first, mean; None for a one-token answer."""
     decode_path: str
-    """How tokens were decoded: "eager"; on a card "graph", captured once and replayed, or "eager: " and why not."""
+    """How tokens were decoded: "eager"; on a card "graph", captured once and replayed, or "eager: " and the reason."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -51,7 +51,7 @@ class Stats:
 
 @dataclass(frozen=True, slots=True)
 class IngestStats:
-    """Measurements of one video's ingest. The three stages run at once; the seconds of each are without its waits."""
+    """Measurements of one video's ingest. The three stages run at once; their seconds exclude waiting."""
 
     frames: int
     visual_tokens: int
@@ -68,7 +68,7 @@ class IngestStats:
 
     @property
     def overlap(self) -> float:
-        """Sum of the stages' seconds / wall time: above 1 as far as they ran at once."""
+        """Sum of the stages' seconds / wall time: above 1 if they overlapped."""
         return (self.decode_s + self.encode_s + self.prefill_s) / self.wall_s
 
     def as_dict(self) -> dict[str, Any]:
@@ -86,4 +86,4 @@ class Generation:
     trace: list[Selection] | None = field(default=None, repr=False)
     """The chunks that dynamic heads attended to, step by step, with `trace=True`."""
     evidence: Evidence | None = field(default=None, repr=False)
-    """The moments of the video that question and answer looked at; None with `evidence=False`."""
+    """The moments of the video that question and answer attended to; None with `evidence=False`."""

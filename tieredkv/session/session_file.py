@@ -1,4 +1,4 @@
-"""A session on disk: what is written beside the cache, and what must agree before it is loaded."""
+"""A session on disk: what is written besides the cache, and what must match before it is loaded."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class SessionState:
     def of(plain: dict[str, Any], first_picture: float) -> SessionState:
         """From `as_plain` by way of JSON. first_picture: when the first picture of the video is shown.
 
-        Files without a clock count from the first picture, those without a start from 0.
+        In older files times without a "clock" count from the first picture, and a missing "start" is 0.
         """
         facts = VideoFacts(**{"start": 0.0, **_known(VideoFacts, plain["video"])})
         if "clock" not in plain["video"]:
@@ -74,7 +74,7 @@ class SessionState:
 
 
 def write(path: Path, cached: CachedVideo, history: list[tuple[str, str]], progress: Progress) -> int:
-    """Write a session, no question being answered; bytes written. Raises `SessionError`."""
+    """Write a session while no question is answered; returns bytes written. Raises `SessionError`."""
     model, processor, cache = cached.model, cached.template.processor, cached.cache
     manifest = {
         "model": model_fingerprint(model),
@@ -124,7 +124,10 @@ def state_of(stored: tensor_file.Stored, first_picture: float = 0.0) -> SessionS
 def tiers_of(stored: tensor_file.Stored, options: dict[str, Any]) -> TierConfig:
     """The settings a session was saved with, changed by `options`. Raises `SessionError` if they cannot be changed."""
     state_of(stored)  # raises if it is not a session
-    tiers = tiers_from_file(stored.manifest["tiers"], options.get("policy"))
+    plain = stored.manifest["tiers"]
+    if not isinstance(plain, dict):
+        raise SessionError(f"{stored.path} holds no session (its settings are of type {type(plain).__name__}).")
+    tiers = tiers_from_file(plain, options.get("policy"))
     changed = replace(tiers, **options)
     if changed.chunk_tokens != tiers.chunk_tokens:
         raise SessionError(
@@ -135,7 +138,7 @@ def tiers_of(stored: tensor_file.Stored, options: dict[str, Any]) -> TierConfig:
 
 
 def check_origin(stored: tensor_file.Stored, model: Any, processor: Any) -> None:
-    """Raise `SessionError` if the session was made with another model or processor, saying what differs."""
+    """Raise `SessionError`, naming the difference, if the session was saved with another model or processor."""
     manifest = stored.manifest
     state, now = manifest.get("model_state"), model_state(model)  # older files do not state it
     if difference := adapters.difference(state["adapters"] if state else {}, now["adapters"]):
@@ -153,12 +156,12 @@ def check_origin(stored: tensor_file.Stored, model: Any, processor: Any) -> None
 
 
 def check_same_video(stored: tensor_file.Stored, video: VideoSource) -> None:
-    """Raise `SessionError` unless the session is of this video."""
+    """Raise `SessionError` unless the session is about this video."""
     facts = state_of(stored).video.facts
     if facts.sha256 != video.sha256():
         raise SessionError(
-            f"{stored.path} is a session of another video, {facts.name} as it was then, and {video.name} is not that: "
-            "ingest it, or leave the video out to ask about the saved one."
+            f"{stored.path} was saved for another video ({facts.name}, as it was then) than {video.name}: ingest this "
+            "one, or leave it out to ask about the saved one."
         )
 
 

@@ -21,7 +21,7 @@ class StepGraph:
 
     On a card the first step runs eagerly, which also compiles kernels; the second is captured. From then on a step is
     one launch: token and position are written where the graph reads them, and none of the model's Python code runs.
-    What the cache counts in Python is counted here.
+    Counters that the cache keeps in Python are advanced here.
     """
 
     def __init__(self, forward: Forward, cache: TieredCache, device: torch.device, axes: int, position: int) -> None:
@@ -72,10 +72,10 @@ class StepGraph:
                 torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"),
             ):
                 self._logits = self._forward(self._token, self._place)
-                cache.finish()  # copies for the next step join the graph
+                cache.finish()  # copies for the next step become part of the graph
         except RuntimeError as error:
             self.path = f"eager: {str(error).strip().splitlines()[0]}"
-            torch.cuda.set_stream(before)  # some versions of torch leave the stream of the failed capture set
+            torch.cuda.set_stream(before)  # some versions of torch keep the failed capture's stream current
             cache.device_tier.copies.drain()
         else:
             self._graph, self.path = graph, "graph"

@@ -45,7 +45,7 @@ class PendingAnswer:
             raise TieredKVError("this answer was started before the process was forked: ask again here.")
 
     def _take(self, item: str | End) -> str | None:
-        """The piece, or None at the end. Raises what ended the work."""
+        """The piece, or None at the end. Raises the error that ended the work."""
         if isinstance(item, str):
             return None if self._ended else item
         self._ended = True
@@ -62,7 +62,7 @@ class PendingAnswer:
 class AnswerStream(PendingAnswer):
     """Iterator of the pieces of an answer, generated meanwhile on another thread; joined, they are `generation.text`.
 
-    (Except for a character that some tokenizers change if the answer ends inside the next one.) Raises what `ask`
+    (Exception: some tokenizers change the last character if the answer ends inside the next one.) Raises what `ask`
     raises, after the pieces that came before. `close`, leaving it as a context manager, or dropping it stops the work
     within one decoding step, or during prefill within one chunk.
     """
@@ -104,6 +104,6 @@ class AnswerStream(PendingAnswer):
 
 
 def check_stream(stream: bool, options: dict[str, Any]) -> None:
-    """Raise `OptionError` if the text is asked for in two ways."""
+    """Raise `OptionError` if both `stream=True` and a streamer were given."""
     if stream and options.get("streamer") is not None:
         raise OptionError("stream=True and streamer= were both given: give one of them.")

@@ -11,8 +11,9 @@ from transformers.generation.streamers import BaseStreamer
 class StableTextStreamer(BaseStreamer):
     """A transformers streamer that delivers text once no later token can change it.
 
-    Held back at the end: white space, of which the whole text is stripped, and replacement characters, which stand for
-    the first bytes of a character. All tokens are decoded each time, as an answer's text is not the sum of its tokens'.
+    Trailing white space is held back, because the final text is stripped of it, and so are replacement characters,
+    which stand for an incomplete character. All tokens are decoded each time: an answer's text is not always the
+    concatenation of its tokens' texts.
     """
 
     def __init__(self, text: Callable[[list[int]], str], deliver: Callable[[str], None]) -> None:

@@ -20,11 +20,11 @@ class Turns:
         """Jobs that began and have not ended, in order. The first has the turn."""
         self.closed = False
         self._torn = False
-        """In a process forked while another thread was using the session."""
+        """Whether the process was forked while another thread was using the session."""
         forking.follow(self)
 
     def check_open(self, device: str) -> None:
-        """Raise `TieredKVError` if the session cannot be used, or not on this kind of device, in this process."""
+        """Raise `TieredKVError` if the session cannot be used in this process, or not on this type of device."""
         if self.closed:
             raise TieredKVError("this session is closed: open another.")
         if self._torn:
@@ -32,6 +32,10 @@ class Turns:
                 "the process was forked while this session was at work in another thread: open or load it again here."
             )
         forking.enter(device)
+
+    def close(self) -> None:
+        """Let no call begin from now on, and no answer be completed."""
+        self.closed = True
 
     def take(self, job: Job | None) -> AbstractContextManager[object]:
         """Hold the lock inside the block. job: waits for the jobs before it, and can be stopped meanwhile."""

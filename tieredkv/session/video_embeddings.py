@@ -1,4 +1,4 @@
-"""What the decoder model reads of a video: features of the vision tower, in some families with text between them."""
+"""The decoder model's input for a video: features of the vision tower, in some families with text between them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tieredkv.video.frames import Sampled, VideoSource
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A video that was opened, and how it will be read; nothing of it has been decoded yet."""
+    """An opened video and how it will be read. Nothing has been decoded yet."""
 
     source: VideoSource
     sampled: Sampled
@@ -49,9 +49,9 @@ def prepare(template: ChatTemplate, config: Any, source: VideoSource, tiers: Tie
 
 
 class VideoEmbeddings:
-    """Iterator of embeddings `(n, width)`, segment by segment, and at last those that close the video.
+    """Iterator of embeddings `(n, width)`, segment by segment, and finally those that close the video.
 
-    `grid` describes the steps given so far.
+    `grid` describes the steps yielded so far.
     """
 
     def __init__(
@@ -79,8 +79,8 @@ class VideoEmbeddings:
         """Add `steps` steps to the grid; their features with the text between them. frames: of the video so far."""
         if features.shape[0] != steps * self.grid.step_tokens:
             raise UnsupportedModelError(
-                f"the vision tower made {features.shape[0]} tokens of {steps} steps of {self.grid.step_tokens}: "
-                "the processor beside the model is not the model's own."
+                f"the vision tower returned {features.shape[0]} tokens for {steps} steps of {self.grid.step_tokens}: "
+                "the processor is not the model's own."
             )
         first = self.grid.steps
         sampled, template = self._video.sampled, self.template

@@ -26,7 +26,7 @@ from tieredkv.session.results import Generation, IngestStats
 from tieredkv.session.stream import AnswerStream, check_stream
 from tieredkv.session.turns import Turns
 from tieredkv.storage.tensor_file import Stored
-from tieredkv.video.frames import Sampling
+from tieredkv.video.sampling import Sampling
 
 
 class VideoSession(AsyncAsking):
@@ -55,7 +55,7 @@ class VideoSession(AsyncAsking):
         self._progress = progress
         self._turns = Turns()
         self._ingest: Ingest | None = None
-        """Under way."""
+        """The ingest in progress."""
         self._cached: CachedVideo | None = None
         """None before the ingest and after `close`."""
         self._ingested: IngestedVideo | None = None
@@ -68,10 +68,10 @@ class VideoSession(AsyncAsking):
     ) -> None:
         """Decode, encode and prefill the video. Once per session.
 
-        video: as in `tieredkv.open_session`. sampling: None: all of it, at the processor's rate. question,
-        max_new_tokens: what will be asked, if known, for the check that the budget suffices, before anything is
-        decoded. Raises `VideoError` or `BudgetError` and leaves the session without a video. `close` from another
-        thread ends it with a `TieredKVError`.
+        video: as in `tieredkv.open_session`. sampling: None takes all of it, at the processor's rate. question,
+        max_new_tokens: the expected question, if known; the budgets are checked for it before anything is decoded.
+        Raises `VideoError` or `BudgetError` and leaves the session without a video. `close` from another thread ends it
+        with a `TieredKVError`.
         """
         with self._turns.lock:
             self._check_empty()
@@ -85,10 +85,10 @@ class VideoSession(AsyncAsking):
             self._ingested = self._cached.video
 
     def save(self, path: str | Path) -> int:
-        """Write the session to a file that `tieredkv.load_session` loads without the video; bytes written.
+        """Write the session to a file that `tieredkv.load_session` loads without the video; returns bytes written.
 
         The file holds the cache of the video, the conversation so far, and what identifies model, processor and video.
-        An older file of this name is replaced at once or, if anything goes wrong, not at all. Raises `SessionError`.
+        An older file of this name is replaced as a whole or not at all. Raises `SessionError`.
         """
         with self._turns.lock:
             cached = self._ready()
@@ -96,7 +96,7 @@ class VideoSession(AsyncAsking):
                 return session_file.write(Path(path), cached, self._history, bar)
 
     def restore(self, stored: Stored, first_picture: float = 0.0) -> None:
-        """Resume what `save` wrote, instead of `ingest`. See `tieredkv.load_session`.
+        """Restore a session that `save` wrote, instead of `ingest`. See `tieredkv.load_session`.
 
         first_picture: when the video's first picture is shown, from which older files count.
         """
@@ -120,7 +120,7 @@ class VideoSession(AsyncAsking):
 
         options: transformers' generation options (`max_new_tokens`, `do_sample`, `temperature`, `stop_strings` ...,
         `streamer`, `stopping_criteria`, `generation_config`). trace: record which chunks each step attended to.
-        evidence: report the moments of the video that were looked at; "tokens": also those of every token. stream:
+        evidence: report the moments of the video that were attended to; "tokens": also those of every token. stream:
         return an iterator of pieces of text as they are generated, with the answer as its `generation` at the end.
         Raises `PromptError`, `OptionError` or `BudgetError`; the session can be asked again after any of them.
         """
@@ -144,7 +144,7 @@ class VideoSession(AsyncAsking):
 
     @property
     def history(self) -> tuple[tuple[str, str], ...]:
-        """Questions and answers of the conversation held with `chat`."""
+        """Questions and answers of the conversation, from `chat`."""
         return tuple(self._history)
 
     def clear_history(self) -> None:
@@ -153,9 +153,9 @@ class VideoSession(AsyncAsking):
             self._history = []
 
     def asking(self, prompt: str, options: dict[str, Any], *, chat: bool = False, stream: bool = False) -> Work:
-        """The work of `ask` or `chat`; raises at once what can be known before the session's turn.
+        """The work of `ask` or `chat`. Raises at once for errors that can be found before its turn.
 
-        options: all of theirs but `stream`.
+        options: all of theirs except `stream`.
         """
         options = dict(options)
         trace, evidence = options.pop("trace", False), options.pop("evidence", True)
@@ -167,17 +167,17 @@ class VideoSession(AsyncAsking):
             check_prompt(prompt)
         return Work(partial(self._answer, UserQuestion(prompt, options, chat, trace, evidence)), self._turns.line)
 
-    def _answer(self, asked: UserQuestion, job: Job | None) -> Generation:
-        streamer = asked.options.get("streamer")
+    def _answer(self, user_question: UserQuestion, job: Job | None) -> Generation:
+        streamer = user_question.options.get("streamer")
         if job is not None and job.streams:
             streamer = job.streamer(self.template.text)
-            asked = asked.with_streamer(streamer)
+            user_question = user_question.with_streamer(streamer)
         with generation.ending_on_error(streamer), self._turns.take(job):
-            earlier = self._history if asked.chat else ()
-            result = question.ask(self._ready(), asked, earlier, partial(self._turns.check_still_wanted, job))
-            if asked.chat:
+            earlier = self._history if user_question.chat else ()
+            result = question.ask(self._ready(), user_question, earlier, partial(self._turns.check_still_wanted, job))
+            if user_question.chat:
                 self._turns.check_still_wanted(job)
-                self._history.append((asked.prompt, result.text))
+                self._history.append((user_question.prompt, result.text))
             return result
 
     def new_tokens(self, options: dict[str, Any]) -> int:
@@ -236,15 +236,15 @@ class VideoSession(AsyncAsking):
 
     def stop(self) -> None:
         """Begin to close, without waiting: stops what `close` stops, and refuses new work."""
-        self._turns.closed = True
+        self._turns.close()
         if (ingest := self._ingest) is not None:
             ingest.cancel()
 
     def close(self) -> None:
-        """Free both tiers. May be called twice; anything else afterwards raises.
+        """Free both tiers. May be called twice; any other call afterwards raises.
 
-        Stops an ingest in another thread, streams and work under asyncio; waits for an `ask` or `chat` in another
-        thread to be answered.
+        Stops an ingest in another thread, streams and work under asyncio; waits until an `ask` or `chat` in another
+        thread has been answered.
         """
         self.stop()
         with self._turns.lock:

@@ -1,1 +1,1 @@
-"""Files that are whole or not there."""
+"""Files: tensors with a manifest, and any file written whole or not at all."""

@@ -1,8 +1,8 @@
-"""Writing a file whole or not at all, whatever happens to the disk or the process.
+"""Writes a file whole or not at all, whatever happens to the disk or the process.
 
 The file is written in a temporary folder beside its target, `NAME.PID-NUMBER.part`, synced, and renamed to the target.
-A kill at any moment leaves the old file or the new one; what a killed process left is removed by the next writer of the
-same file. Processes and threads may write one file at the same time: the last to finish wins.
+A kill at any moment leaves the old file or the new one; the next writer of the same file removes what a killed process
+left. Processes and threads may write one file at the same time: the last to finish wins.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _open: set[str] = set()
 def replace_file(path: Path, nbytes: int = 0) -> Iterator[Path]:
     """Yields the path to write to; when the block ends without an error, that file replaces `path`.
 
-    nbytes: least size of the new file, if known; more than is free on the disk is refused before anything is written.
-    A file that is mapped or open stays valid for its readers. The temporary file may be locked or given a mode; both
-    go with it. Anything else written into its folder is discarded. After an error in the block `path` is unchanged
-    and nothing temporary is left; an `OSError` becomes an `OutputError`.
+    nbytes: least size of the new file, if known; if the disk has less free, nothing is written. An old file that is
+    mapped or open stays valid for its readers. A lock or a mode given to the temporary file survives the rename.
+    Anything else written into its folder is discarded. After an error in the block `path` is unchanged and nothing
+    temporary is left; an `OSError` becomes an `OutputError`.
     """
     with output_errors(path):
         _check_place(path)
@@ -60,7 +60,7 @@ def check_name(path: Path) -> None:
     except UnicodeEncodeError:
         valid = False
     if not valid:
-        raise OutputError(f"{str(path)!a} is no file name, as it holds a null or half a character: give another.")
+        raise OutputError(f"{str(path)!a} is not a file name (it contains a null or half a character): give another.")
 
 
 @contextmanager
@@ -95,7 +95,7 @@ def _check_place(path: Path) -> None:
 
 
 def _check_space(path: Path, nbytes: int) -> None:
-    """Old and new file exist at the same time, so all of the new one must fit."""
+    """Old and new file exist at the same time, so the whole new one must fit."""
     free = shutil.disk_usage(path.parent).free
     if nbytes > free:
         raise OutputError(
@@ -106,7 +106,7 @@ def _check_space(path: Path, nbytes: int) -> None:
 
 @contextmanager
 def _temporary_folder(path: Path) -> Iterator[Path]:
-    """A folder and not a file, since a writer such as safetensors' `save_file` may make temporary files of its own."""
+    """A folder, because a writer such as safetensors' `save_file` may create temporary files of its own."""
     _remove_leftovers(path)
     folder = path.with_name(f"{path.name}.{os.getpid()}-{next(_numbers)}.part")
     _open.add(folder.name)  # before it exists, so that no other thread takes it for a leftover
@@ -119,7 +119,7 @@ def _temporary_folder(path: Path) -> Iterator[Path]:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Remove what dead processes left of this file. One of our own id, as in a container, is dead as well."""
+    """Remove what dead processes left of this file. In a container, a dead process may have had our own id."""
     for other in path.parent.iterdir():
         match = re.fullmatch(re.escape(path.name) + r"\.(\d{1,9})(-\d+)?\.part", other.name)
         if match is None or other.name in _open:

@@ -8,8 +8,8 @@ The file is a safetensors file, which other programs can open. It has three part
 - the header checksum, stored as one more tensor: the CRC-32 of all bytes of the header.
 
 So every byte is covered: the header must match its checksum, each tensor its own, and the header says where the file
-ends. A change within 32 consecutive bits is always noticed, any other with probability 1 - 2**-32. That is against
-accidents, not against forgery.
+ends. A change within 32 consecutive bits is always noticed, any other with probability 1 - 2**-32. The checksums
+protect against accidents, not against forgery.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def write(
     mapped. Tensors are not copied, and must not change meanwhile. `progress` is called with bytes written and their
     total; an exception that it raises cancels the writing.
 
-    A full disk, a missing folder, or anything but a file at `path` is a `SessionError`.
+    Raises `SessionError` for a full disk, a missing folder, or anything but a file at `path`.
     """
     path = Path(path)
     for name, tensor in tensors.items():
@@ -86,7 +86,7 @@ def write(
                 progress(min(_written(part.parent), size), size)
             saving.result()
         written = _write_header_checksum(part)
-        part.chmod(part.parent.stat().st_mode & 0o666)  # `save_file` makes it the owner's alone, whatever the umask
+        part.chmod(part.parent.stat().st_mode & 0o666)  # `save_file` lets only the owner read it, whatever the umask
     if progress:
         progress(size, size)
     return written
@@ -95,8 +95,8 @@ def write(
 def read(path: str | Path) -> Stored:
     """Open a file that `write` wrote. Only its header is read and checked; the tensors are mapped.
 
-    Raises `SessionError` for a missing file, a file of another program or of a newer format, and one that is cut short
-    or has a damaged header.
+    Raises `SessionError` for a file that is missing, from another program, in a newer format, cut short, or damaged in
+    its header.
     """
     path = Path(path)
     with _session_errors(path):
@@ -139,7 +139,7 @@ class Stored:
         return state.st_size, state.st_mtime_ns
 
     def check_unchanged(self) -> None:
-        """Raise `SessionError` if the file was changed in place since it was read, which its tensors would show."""
+        """Raise `SessionError` if the file was changed in place since it was opened: its tensors would change too."""
         if self._state_of_file() != self._state:
             raise SessionError(f"{self.path} was changed while it was in use: load it again, or restore it.")
 
@@ -150,7 +150,7 @@ class Stored:
 
     @settled
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor of that name, mapped: nothing is read before it is used. An unknown name is a `SessionError`."""
+        """The tensor of that name, mapped: nothing is read before use. Raises `SessionError` for an unknown name."""
         start, stop = self._offsets(name)
         dtype, shape = _DTYPES[self._entries[name]["dtype"]], self._entries[name]["shape"]
         if start == stop:
@@ -159,7 +159,7 @@ class Stored:
         return torch.frombuffer(self._mapped, dtype=dtype, count=count, offset=start).reshape(shape)
 
     def verify(self, *names: str) -> None:
-        """Read the tensors of those names, by default all; a `SessionError` names the first that is damaged."""
+        """Read and check these tensors, by default all. Raises `SessionError`, naming the first damaged one."""
         for name in names or self.names:
             start, stop = self._offsets(name)
             with memoryview(self._mapped) as whole, whole[start:stop] as part:
@@ -196,14 +196,14 @@ def _read_header(path: Path, mapped: mmap.mmap) -> tuple[int, dict[str, Any], di
     except SessionError:
         raise
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
-        raise SessionError(f"{path} is not a file of tieredkv, or its header is damaged.") from None
+        raise SessionError(f"{path} is not a tieredkv file, or its header is damaged.") from None
     if zlib.crc32(mapped[:start]) != checksum:
         raise SessionError(f"{path} is damaged: its header does not match its checksum.")
     return start, header, metadata
 
 
 def _write_header_checksum(file: Path) -> int:
-    """Fill in the header checksum of a file that is complete but for it; returns the file's size."""
+    """Fill in the header checksum of an otherwise complete file; returns the file's size."""
     with file.open("r+b") as stream:
         prefix = stream.read(8)
         header = stream.read(int.from_bytes(prefix, "little"))

@@ -32,7 +32,7 @@ class Video:
 
 
 class Clips:
-    """A stock of encoded cards and backgrounds, of which `splice` composes videos."""
+    """A stock of encoded cards and backgrounds from which `splice` composes videos."""
 
     @torch.no_grad()
     def __init__(self, model: Any, seed: int, crowded: int = 340, empty: int = 60) -> None:

@@ -1,7 +1,7 @@
-"""The decoder over videos with many conversations packed after each: one pass over a video, many labels.
+"""Runs the decoder over videos with many conversations packed after each: one pass over a video, many labels.
 
-Equals the stock forward of each conversation after its video alone (tested). The video's rows of the last layer, on
-which the loss does not depend, are not computed.
+Equals the stock forward of each conversation after its video alone (tested). The last layer is not computed for the
+video's rows, because the loss does not depend on them.
 
 Shapes: `B` videos, `P` prefix tokens (system turn and video), `Q` packed conversation tokens, `D` head dim.
 """

@@ -1,4 +1,4 @@
-"""The word-level tokenizer and the processor: unmodified transformers classes, the words of the scenes."""
+"""The word-level tokenizer and the processor: unmodified transformers classes with the words of the scenes."""
 
 from typing import Any
 

@@ -128,7 +128,7 @@ def deal_times(rng: np.random.Generator, count: int, frames: int, fps: float) ->
 
 
 @dataclass(frozen=True)
-class Question:
+class SceneQuestion:
     """A question, the words of its true answer, and for each word the seconds during which its card is visible."""
 
     text: str
@@ -137,13 +137,13 @@ class Question:
     spans: tuple[tuple[float, float], ...]
 
 
-def colour_question(scene: Scene, shape: str) -> Question:
+def colour_question(scene: Scene, shape: str) -> SceneQuestion:
     """`what colour was the star ?` -> one word."""
     card = scene.card(shape)
-    return Question(f"what colour was the {shape} ?", (card.colour,), "colour", ((card.start_s, card.end_s),))
+    return SceneQuestion(f"what colour was the {shape} ?", (card.colour,), "colour", ((card.start_s, card.end_s),))
 
 
-def chain_question(scene: Scene, shape: str, hops: int) -> Question:
+def chain_question(scene: Scene, shape: str, hops: int) -> SceneQuestion:
     """`follow the star for 2 ?` -> `f heart k moon`: two words per hop, both read from the same card."""
     words: list[str] = []
     spans: list[tuple[float, float]] = []
@@ -153,10 +153,10 @@ def chain_question(scene: Scene, shape: str, hops: int) -> Question:
         current = NAMED_BY[card.letter]
         words += [card.letter, current]
         spans += [(card.start_s, card.end_s)] * 2
-    return Question(f"follow the {shape} for {hops} ?", tuple(words), "chain", tuple(spans))
+    return SceneQuestion(f"follow the {shape} for {hops} ?", tuple(words), "chain", tuple(spans))
 
 
-def questions(scene: Scene, seed: int, count: int = 8, max_hops: int = MAX_HOPS) -> list[Question]:
+def questions(scene: Scene, seed: int, count: int = 8, max_hops: int = MAX_HOPS) -> list[SceneQuestion]:
     """`count` questions in random order: a third about colours, the others chains of 1 to `max_hops` hops.
 
     No chain has more hops than the scene has cards, so no answer can be continued by repeating its beginning.

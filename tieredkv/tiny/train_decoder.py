@@ -2,8 +2,8 @@
 
 Three things are decisive. The answer is also a label at the question's key word ("star"): without it, retrieval from
 two cards stays at chance. Text after the video has stock transformers' positions in half of the videos and
-`max(previous) + 1` in the other half. Lengths vary within every stage: with fixed lengths a rule of positions is
-memorised for each.
+`max(previous) + 1` in the other half. Lengths vary within every stage: with fixed lengths the model memorises a rule
+of positions for each.
 """
 
 import time
@@ -172,7 +172,7 @@ def _converse(
         positions = list(range(position, position + len(prompt)))
         position += len(prompt)
         # `generate` numbers new tokens from the last + 1 (checked in 5.17 to 5.23). Only a bare forward, through
-        # `rope_deltas`, continues from the largest position so far: hence a small share of that.
+        # `rope_deltas`, continues from the largest position so far: hence only a small share of it.
         if turn == turns - 1 and video_last is not None and rng.random() < 0.2:
             position = max(video_last + 1, position)
         positions += range(position, position + len(reply))

@@ -1,6 +1,6 @@
 """Stage one: the vision tower learns to name what a card shows, without questions.
 
-Trained end to end on answers alone, the model learns colours but not shapes. So each merged token, normalised and
+Trained end to end on answers alone, the model learns colours but not shapes. So here each merged token, normalised and
 multiplied by the word embeddings, must name the shape, the colour and the letter on screen, or `none`.
 """
 
@@ -22,7 +22,7 @@ _CHOICES = [torch.tensor([TOKEN[name] for name in (*names, "none")]) for names i
 
 
 def crowded_scene(seed: int, seconds: float = 64.0) -> Scene:
-    """A scene with many independent cards, whose shapes may repeat: for examples, not for questions."""
+    """A scene with many independent cards, whose shapes may repeat: for training the tower, not for questions."""
     rng = np.random.default_rng((seed, 4))
     spans = deal_times(rng, int(seconds * 0.42), round(seconds * FPS), FPS)
     noise = max(1, len(spans) // 10)
@@ -53,7 +53,7 @@ def labels(scene: Scene) -> torch.Tensor:
 
 
 def blemish(pairs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Imitate rescaling and a codec: the first quarter of the pairs is blurred, the next made noisy."""
+    """Imitate rescaling and a codec: the first quarter of the pairs is blurred, the next gets noise."""
     x = pairs.float()
     quarter = len(x) // 4
     blurred, noisy = x[:quarter], x[quarter : 2 * quarter]

@@ -12,9 +12,9 @@ from tieredkv.video.length import JITTER, JUMP
 class Clock:
     """Converts timestamps to seconds on the file's clock.
 
-    A frame at most `JITTER` earlier than the one before is left out. An even earlier one begins a part whose clock was
-    restarted (joined recordings), which continues where the part before ends; unless the frame is as far before its own
-    decoding time: then its time is wrong, and it is left out.
+    A frame up to `JITTER` earlier than the one before is left out. A frame even earlier begins a part with a restarted
+    clock (joined recordings), which continues where the previous part ends. But if the frame is also that much earlier
+    than its own decoding time, its time is wrong and it is left out.
     """
 
     def __init__(self, film: Film) -> None:
@@ -39,13 +39,13 @@ class Clock:
         if timestamp is None:
             return None
         if self._zero is None:
-            # With decoding times, the packet that yields the first frame may come later than the delay says.
+            # With decoding times, the packet that yields the first frame may come later than the delay suggests.
             self._zero = timestamp - self.now if self._film.times.delay is None else self._film.times.zero
             self._duration = duration(frame)
             return self.now
         time = timestamp - self._zero
         if self._former is not None and time > self.now + JITTER and 0 <= timestamp - sum(self._former) <= JITTER:
-            # It was no restart: a decoder confused by damage returned frames late.
+            # Not a restart: a decoder confused by damage returned frames late.
             self._zero, self._former = self._former[0], None
             time = timestamp - self._zero
         if time < self.now - JITTER:
@@ -94,7 +94,7 @@ class Clock:
         return self._decoding - times.delay
 
     def _check_jump(self, time: float) -> None:
-        """A damaged timestamp must not fill the video with one picture, but a picture may be shown for long."""
+        """Raise `VideoError` rather than let a damaged timestamp fill the video with one picture."""
         film = self._film
         if film.tolerance is None or film.end is None or self.restarted:
             latest, allowed, states = 0.0, JUMP, "and the file states no length"
@@ -109,5 +109,5 @@ class Clock:
 
 
 def duration(frame: Any) -> float:
-    """Seconds that a frame says it stays on screen; 0 if it does not say."""
+    """Seconds that a frame is to stay on screen, as it states; 0 if it states none."""
     return float((frame.duration or 0) * frame.time_base) if frame.time_base else 0.0

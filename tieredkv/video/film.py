@@ -1,7 +1,7 @@
-"""Film: what is known of a video file before it is decoded.
+"""Film: what is known about a video file before it is decoded.
 
 All times are seconds on the file's own clock, as players show it: 0 is where the first of its streams begins, which may
-be the sound.
+be audio.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from tieredkv.video.picture import Geometry, Painter
 _INDEXED = {MP4, MATROSKA}
 """Formats with an index of key frames, which FFmpeg uses for seeking."""
 _DECODING_TIMES = {"avi", "asf"}
-"""Formats that store only decoding times. FFmpeg guesses presentation times, wrongly if B-frames come unexpectedly."""
+"""Formats that store only decoding times. FFmpeg guesses presentation times, wrongly if it does not expect B-frames."""
 _MOST_TIMELESS = 50
-"""If this many frames from the first on have no time, none is expected to have one."""
+"""If this many frames at the beginning have no time, the file is treated as having none."""
 _ORDER_CHECKED = 8
 """Frames after the first whose times are checked for order in a file with B-frames."""
 
 
 @dataclass(frozen=True, slots=True)
 class Film:
-    """What is known of a video file after its first frame."""
+    """What is known about a video file once its first frame is decoded."""
 
     path: Path
     stream: int
@@ -48,7 +48,7 @@ class Film:
     tolerance: float | None
     """Seconds by which the video may end earlier or later; None: the file states no length."""
     cut: str | None
-    """Why the end of the file must be missing, where its stated length does not show it."""
+    """Why the end of the file must be missing, if its stated length does not show that."""
     indexed: bool
     """Whether decoding can start at any key frame."""
     file_bytes: int

@@ -6,7 +6,7 @@ import hashlib
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,57 +14,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tieredkv.errors import VideoError, check_whole, is_number
+from tieredkv.errors import VideoError
 from tieredkv.memory.limits import check_host_memory
-from tieredkv.video.length import SAME_TIME
-from tieredkv.video.sampling import FileSource, Tick
-
-Progress = Callable[[int, int | None], None]
-"""Called with units done and the total, None while the total is unknown."""
-
-
-RATES = (1e-6, 1000.0)
-"""Lowest and highest frames per second allowed: one in eleven days, and more than any camera records."""
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """Which frames of a video to take. Raises `VideoError` on construction for values that no video allows."""
-
-    fps: float | None = None
-    """Frames per second; None: as many as the model's processor takes, known once that is loaded."""
-    source_fps: float | None = None
-    """Rate of frames given as arrays; None: `fps`, so that none is dropped. Files state their own."""
-    max_frames: int | None = None
-    """If there would be more, this many are spread evenly over the span."""
-    start: float = 0.0
-    """Seconds into the video of the first frame."""
-    end: float | None = None
-    """Seconds into the video at which to stop; None: at its end."""
-
-    def __post_init__(self) -> None:
-        for name in ("fps", "source_fps"):
-            if (value := getattr(self, name)) is not None:
-                _check_rate(name, value)
-        count, start, end = self.max_frames, self.start, self.end
-        if count is not None:
-            check_whole("max_frames", count, error=VideoError)
-        if not is_number(start) or start < 0:
-            raise VideoError(f"start={start!r} is not valid: give seconds from the video's beginning, 0 or more.")
-        if end is not None and (not is_number(end) or end <= start + SAME_TIME):
-            raise VideoError(
-                f"end={end!r} is not valid: give seconds after start={start:g}, or None for the video's end."
-            )
-
-    def given(self) -> list[str]:
-        """Names of the values that are not the defaults."""
-        return [field.name for field in fields(self) if getattr(self, field.name) != field.default]
+from tieredkv.video.sampling import FileSource, Sampling, Tick
 
 
 class VideoSource(Protocol):
     """Frames at an even rate: frame i shows the video at `start + i / fps` seconds.
 
-    Times are those that players show: 0 is where the first stream of a file begins, which may be the sound.
+    Times are those that players show: 0 is where the first stream of a file begins, which may be audio.
     """
 
     name: str
@@ -131,25 +89,24 @@ class Frames:
 
 
 def open_video(video: Any, sampling: Sampling, check: Callable[[], None] | None = None) -> VideoSource:
-    """The frames of `video` that `sampling`, whose `fps` must be given, asks for.
+    """The frames of `video` that `sampling` selects; its `fps` must be given.
 
     video: a path, or frames: a list of PIL images, or an array or tensor `(T, H, W, 3)` or `(T, 3, H, W)`, uint8, or
     floats in [0, 1]. Decodes the first frames of a file; reads all of its packets only where it does not state how long
     its picture is, calling `check` now and then, which may raise to stop. Raises `VideoError`.
     """
     check_video(video)
-    fps, count, start, end = sampling.fps, sampling.max_frames, sampling.start, sampling.end
-    if fps is None:
+    if sampling.fps is None:
         raise VideoError("fps=None is not valid: give frames per second.")
     if isinstance(video, str | Path):
-        return FileSource(Path(video), fps, count, start, end, check)
-    return ArraySource(video, fps, fps if sampling.source_fps is None else sampling.source_fps, count, start, end)
+        return FileSource(Path(video), sampling, check)
+    return ArraySource(video, sampling)
 
 
 def load_frames(video: Any, sampling: Sampling) -> Frames:
     """All frames of `video` in one array; arguments as for `open_video`.
 
-    Raises `VideoError`, and `BudgetError` where they are more than memory holds.
+    Raises `VideoError`, and `BudgetError` if they do not fit in memory.
     """
     source = open_video(video, sampling)
     what = f"{source.name}: {source.expected:,} frames of {source.width}x{source.height} at fps={source.fps:g}"
@@ -180,20 +137,16 @@ def check_video(video: Any) -> None:
             raise VideoError(f"{video} is not a regular file: save the video as one.")
 
 
-def _check_rate(name: str, value: Any) -> None:
-    if not is_number(value) or not RATES[0] <= value <= RATES[1]:
-        raise VideoError(f"{name}={value!r} is not valid: give frames per second, {RATES[0]:g} to {RATES[1]:g}.")
-
-
 class ArraySource:
     """Samples frames of an array, a tensor or a list of images, and converts each when it is asked for."""
 
     name = "the frames given"
 
-    def __init__(
-        self, video: Any, fps: float, source_fps: float, max_frames: int | None, start: float, end: float | None
-    ) -> None:
-        """Keeps `video` without a copy. Raises `VideoError` if its type, shape or dtype is not that of a video."""
+    def __init__(self, video: Any, sampling: Sampling) -> None:
+        """Keeps `video` without a copy. Raises `VideoError` if its type, shape or dtype is not that of a video.
+
+        sampling: with `fps`.
+        """
         self._video = video
         if isinstance(video, torch.Tensor | np.ndarray):
             shape, dtype = tuple(video.shape), _dtype(video)
@@ -208,14 +161,15 @@ class ArraySource:
         _check_dtype(dtype)
         self._count = shape[0]
         self.height, self.width = shape[2:] if self._channels_first else shape[1:3]
-        length = self._count / source_fps
+        assert sampling.fps is not None
+        start, end, fps = sampling.start, sampling.end, sampling.fps
+        self._source_fps = fps if sampling.source_fps is None else sampling.source_fps
+        length = self._count / self._source_fps
         if start >= length:
             raise VideoError(f"start={start:g} is past the end of the frames given, which last {length:.2f} s.")
-        self.start, self._source_fps = start, source_fps
+        self.start = start
         self.seconds: float | None = (length if end is None else min(end, length)) - start
-        self.fps, self.expected = fps, max(1, math.ceil(self.seconds * fps - 1e-9))
-        if max_frames is not None and self.expected > max_frames:
-            self.fps, self.expected = max_frames / self.seconds, max_frames
+        self.fps, self.expected = sampling.spread(max(1, math.ceil(self.seconds * fps - 1e-9)), self.seconds)
 
     def frames(self, tick: Tick | None = None) -> Iterator[np.ndarray]:
         """The frames. Raises `VideoError` at a frame with values out of range."""

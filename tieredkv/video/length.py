@@ -1,4 +1,4 @@
-"""When the picture of a video file ends: as the file states or, where that is not usable, by its packets."""
+"""When the picture of a video file ends: as the file states or, if that is unusable, according to its packets."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ recordings."""
 _PER_TRACK = {MP4, "avi", "mxf"}
 """Formats that state the length of each track. For others FFmpeg reports the longest track's for all."""
 _FROM_ZERO = {MATROSKA, "flv"}
-"""Formats whose stated length is the time at which the video ends, whenever it begins."""
+"""Formats whose stated length is the time at which the video ends, even if it begins later than 0."""
 _ASF_FILE_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
 """GUID of the object of an ASF file that states its length."""
 _LONGEST = 30 * 86400
@@ -39,7 +39,7 @@ _TOLERANCE = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """What the timestamps of a file stand for."""
+    """What the timestamps of a file mean."""
 
     zero: float
     """The timestamp, in seconds, that players show as 0: where the first of the file's streams begins."""
@@ -58,7 +58,7 @@ class Length(NamedTuple):
     tolerance: float | None
     """Seconds by which the video may end earlier or later; None: the file states no length."""
     cut: str | None = None
-    """Why the end of the file must be missing, where its stated length does not show it."""
+    """Why the end of the file must be missing, if its stated length does not show that."""
 
 
 def find_length(
@@ -116,7 +116,7 @@ def find_length(
 
 
 def _from_packets(packets: _Packets, tag: float | None, longest: float | None, shift: float, kind: str) -> Length:
-    """The end by the packets, unless they stop before the end stated for the picture or for all streams."""
+    """The end according to the packets, unless they stop before the end stated for the picture or for all streams."""
     if packets.end is None:
         return Length(None, None)
     slack = _TOLERANCE if kind in _FROM_ZERO or longest is None else max(5.0, 0.1 * longest)  # others state estimates
@@ -144,10 +144,10 @@ def _scan(
     until: float | None,
     check: Callable[[], None] | None,
 ) -> _Packets:
-    """Ends by the times of the packets, without decoding any; reads all streams if `everything`.
+    """Ends according to the packets' times, without decoding any; reads all streams if `everything`.
 
-    Anticipates what `Clock` will make of the times, as far as packets in decoding order allow: a restart of the clock
-    shows only at a key frame.
+    Applies the rules of `Clock` as far as packets in decoding order allow: a restart of the clock shows only at a key
+    frame.
     """
     length, newest, zero, count, last = times.begin, None, times.zero, 0, 0.0
     complete = True

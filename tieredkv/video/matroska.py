@@ -1,4 +1,4 @@
-"""What PyAV does not report of a Matroska file: a missing end, and the margins that are not shown."""
+"""What PyAV does not report about a Matroska file: a missing end, and the margins that are not shown."""
 
 from __future__ import annotations
 

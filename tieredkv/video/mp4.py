@@ -1,4 +1,4 @@
-"""What PyAV does not report of an MP4: missing fragments, the end by its edit list, and the clean aperture."""
+"""What PyAV does not report about an MP4: missing fragments, the end by its edit list, and the clean aperture."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _OPENING = (b"styp", b"sidx", b"prft", b"moof")
 """Boxes that the rest of their fragment must follow."""
 _FRAGMENT = (*_OPENING, b"ssix", b"emsg", b"uuid", b"mdat")
 _NO_KIND = bytes(4)
-"""Zeros in place of a box."""
+"""The kind that is read where a file holds zeros instead of a box."""
 _PADDING = 1 << 16
-"""Bytes of zeros at the end of a file that may be padding."""
+"""Most zero bytes at the end of a file that count as padding."""
 
 
 class Box(NamedTuple):
@@ -122,7 +122,7 @@ def boxes(file: BinaryIO, at: int, end: int) -> Iterator[Box]:
 
 
 def ends_in_zeros(file: BinaryIO, at: int, size: int) -> bool:
-    """Whether all after `at` is space that a download reserved and has not filled."""
+    """Whether the file from `at` on is space that a download reserved and did not fill."""
     if size - at <= _PADDING:
         return False
     file.seek(size - _PADDING)
@@ -170,7 +170,7 @@ def _timed(file: BinaryIO, header: Box) -> tuple[int, int]:
 
 
 def _sum_of_edits(file: BinaryIO, edits: Box, unit: int, media: int, media_unit: int) -> float:
-    """Seconds of all edits, including empty ones; an edit far past the end of the media is cut to its rest."""
+    """Seconds of all edits, including empty ones; an edit far past the end of the media counts to that end."""
     file.seek(edits.begin)
     version, count = struct.unpack(">B3xI", file.read(8))
     entry, total = struct.Struct(">QqI" if version == 1 else ">IiI"), Fraction(0)

@@ -28,7 +28,7 @@ _UNSPECIFIED, _RESERVED = 2, 3
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """How the pictures of a stream are shown, as far as the container decides it."""
+    """How the pictures of a stream are shown, as far as the container states it."""
 
     aspect: Fraction
     """Width of a stored pixel divided by its height."""
@@ -70,7 +70,7 @@ class Painter:
 
     def _rgb(self, frame: Any, width: int) -> np.ndarray:
         for name in ("colorspace", "color_trc", "color_primaries"):
-            if getattr(frame, name) == _RESERVED:  # FFmpeg's scaler refuses it, although it says no more
+            if getattr(frame, name) == _RESERVED:  # FFmpeg's scaler refuses it, although it means the same
                 setattr(frame, name, _UNSPECIFIED)
         method = None if width == frame.width else Interpolation.BICUBIC
         try:

@@ -15,7 +15,7 @@ from tieredkv.video.length import SAME_TIME
 
 
 class IndexFailed(Exception):
-    """A seek failed, or may have led to other frames than decoding from the beginning gives."""
+    """A seek failed, or may have led to other frames than decoding from the beginning does."""
 
 
 class Shot(NamedTuple):
@@ -26,7 +26,7 @@ class Shot(NamedTuple):
 
     @property
     def end(self) -> float:
-        """When it ends if no other frame follows: a last frame is shown at one sampling time at least."""
+        """When it ends if no frame follows: the last frame is shown at one sampling time at least."""
         return self.time + max(duration(self.frame), 2 * SAME_TIME)
 
 
@@ -87,7 +87,7 @@ class Playback:
             # An index may hold decoding times, which are earlier than presentation times: step back if it overshoots.
             shot = self._enter_at(max(0.0, target - before))
             if shot is not None and shot.time <= target + SAME_TIME:
-                # No key frame lies between: without this, each read would seek to the same key frame again.
+                # No key frame comes between: without this, each read would seek to the same key frame again.
                 self._spacing = max(self._spacing, target - shot.time)
                 self._key_time = shot.time
                 return shot

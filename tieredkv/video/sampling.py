@@ -1,4 +1,4 @@
-"""Samples the frames of a video file at an even rate, decoding them when they are asked for."""
+"""Which frames of a video to take, and those of a file, decoded when they are requested."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import math
 import os
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 
-from tieredkv.errors import VideoError
+from tieredkv.errors import VideoError, check_whole, is_number
 from tieredkv.video.container import cut_short, opened, reason
 from tieredkv.video.film import Film, probe
 from tieredkv.video.length import SAME_TIME
@@ -26,6 +28,55 @@ BLOCK = 2**20
 """Bytes read at a time to hash a file."""
 
 
+RATES = (1e-6, 1000.0)
+"""Lowest and highest frames per second allowed: one in eleven days, and more than any camera records."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """Which frames of a video to take. Raises `VideoError` on construction for values that no video allows."""
+
+    fps: float | None = None
+    """Frames per second; None: as many as the model's processor takes, known once that is loaded."""
+    source_fps: float | None = None
+    """Rate of frames given as arrays; None: `fps`, so that none is dropped. Files state their own."""
+    max_frames: int | None = None
+    """Most frames; if there would be more, this many are spread evenly over the span."""
+    start: float = 0.0
+    """Seconds into the video of the first frame."""
+    end: float | None = None
+    """Seconds into the video at which to stop; None: at its end."""
+
+    def __post_init__(self) -> None:
+        for name in ("fps", "source_fps"):
+            if (value := getattr(self, name)) is not None:
+                _check_rate(name, value)
+        count, start, end = self.max_frames, self.start, self.end
+        if count is not None:
+            check_whole("max_frames", count, error=VideoError)
+        if not is_number(start) or start < 0:
+            raise VideoError(f"start={start!r} is not valid: give seconds from the video's beginning, 0 or more.")
+        if end is not None and (not is_number(end) or end <= start + SAME_TIME):
+            raise VideoError(
+                f"end={end!r} is not valid: give seconds after start={start:g}, or None for the video's end."
+            )
+
+    def given(self) -> list[str]:
+        """Names of the values that are not the defaults."""
+        return [field.name for field in fields(self) if getattr(self, field.name) != field.default]
+
+    def spread(self, count: int, seconds: float) -> tuple[float, int]:
+        """Frames per second, and how many, where `fps` would give `count` frames of `seconds`."""
+        assert self.fps is not None
+        most = self.max_frames
+        return (self.fps, count) if most is None or count <= most else (most / seconds, most)
+
+
+def _check_rate(name: str, value: Any) -> None:
+    if not is_number(value) or not RATES[0] <= value <= RATES[1]:
+        raise VideoError(f"{name}={value!r} is not valid: give frames per second, {RATES[0]:g} to {RATES[1]:g}.")
+
+
 class FileSource:
     """Samples a video file: frame i is what is shown at `start + i / fps` seconds of the file.
 
@@ -36,23 +87,21 @@ class FileSource:
     def __init__(
         self,
         path: Path,
-        fps: float,
-        max_frames: int | None,
-        start: float,
-        end: float | None,
+        sampling: Sampling,
         check: Callable[[], None] | None = None,
     ) -> None:
         """Decodes the first frames of the file. Raises `VideoError` if there are none, or `start` is past the end.
 
-        check: called for every packet if all must be read to find the length; may raise to stop.
+        sampling: with `fps`. check: called for every packet if all must be read to find the length; may raise to stop.
         """
-        self._film = probe(path, end, check)
+        self._film = probe(path, sampling.end, check)
         self.name = str(path)
         self.height, self.width = self._film.height, self._film.width
-        self.fps = fps
+        assert sampling.fps is not None
+        self.fps, self._limit = sampling.fps, sampling.max_frames
         self.seconds: float | None = None
-        self.start, self._limit = max(start, self._film.times.begin), max_frames
-        self._until = math.inf if end is None else end
+        self.start = max(sampling.start, self._film.times.begin)
+        self._until = math.inf if sampling.end is None else sampling.end
         self._seek = self._film.indexed
         if self._until <= self.start + SAME_TIME:
             raise VideoError(
@@ -60,17 +109,15 @@ class FileSource:
                 "of the file: give a later end."
             )
         if self._film.end is None:
-            self.expected = max_frames or 1
+            self.expected = sampling.max_frames or 1
             return
         if self.start >= self._film.end:
             raise self._past_the_end(self._film.end)
         self.seconds = min(self._until, self._film.end) - self.start
-        self.expected = _count(self.seconds, fps)
-        if max_frames is not None and self.expected > max_frames:
-            self.fps, self.expected = max_frames / self.seconds, max_frames
+        self.fps, self.expected = sampling.spread(_count(self.seconds, self.fps), self.seconds)
 
     def frames(self, tick: Tick | None = None) -> Iterator[np.ndarray]:
-        """The frames, uint8 `(H, W, 3)`. Samples of one picture are the same array: do not write to it.
+        """The frames, uint8 `(H, W, 3)`. Samples of one picture share an array: do not write to it.
 
         Raises `VideoError` if decoding stops before the end, or the file has changed since it was opened.
         """

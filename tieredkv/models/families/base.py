@@ -13,7 +13,7 @@ import torch
 from tieredkv.environment.versions import cache_argument
 
 Positions = Literal["published", "stock"]
-"""How a prompt with a video is written and numbered: as the model's authors do, or as transformers does."""
+"""How a prompt with a video is written and numbered: as the model's authors do it, or as transformers does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +26,8 @@ class VideoGrid:
     columns: int
     seconds_per_step: float
     between: tuple[tuple[int, ...], ...] = ()
-    """Token ids of the text before each step; none before the first, where the text is part of the prompt's head. Empty
-    if a family writes nothing between steps."""
+    """Token ids of the text before each step; none before the first step, whose text is part of the prompt's head.
+    Empty if a family writes nothing between steps."""
     closing: int = 0
     """Visual tokens after the last step that belong to no step."""
     frames_per_step: int = 2
@@ -121,9 +121,9 @@ class VideoFamily(ABC):
     def preprocessor(
         self, config: Any, processor: Any, frames: int, height: int, width: int, fps: float
     ) -> Callable[[np.ndarray], dict[str, torch.Tensor]]:
-        """A function that preprocesses a segment, uint8 `(n, H, W, 3)`, as the processor would in the whole video.
+        """A function that preprocesses a segment, uint8 `(n, H, W, 3)`, as the processor does in a whole video.
 
-        frames: of the whole video, as a processor may choose the size by it. A segment whose n is not a multiple of
+        frames: number in the whole video, on which the size may depend. A segment whose n is not a multiple of
         `step_frames` is padded; only the last may be.
         """
 
@@ -147,7 +147,7 @@ class VideoFamily(ABC):
         return None
 
     def closing_tokens(self, config: Any) -> int:
-        """The n of `closing`."""
+        """Number of features that `closing` returns."""
         return 0
 
     # ---- decoder

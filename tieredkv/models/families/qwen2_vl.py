@@ -14,7 +14,7 @@ from tieredkv.memory.units import largest
 from tieredkv.models.families.base import Positions, VideoFamily, VideoGrid, activation_bytes
 
 UNLIMITED = 2**40
-"""Pixels."""
+"""Pixels; more than any video has."""
 
 
 class Qwen2VL(VideoFamily):
@@ -23,7 +23,7 @@ class Qwen2VL(VideoFamily):
     def frame_grid(
         self, config: Any, processor: Any, frames: int, height: int, width: int, fps: float
     ) -> tuple[int, int, int]:
-        """Runs the processor on a video on torch's meta device, which has no pixels."""
+        """Runs the processor on a video on torch's meta device, which stores no pixels."""
         frames = max(frames, self.step_frames(config))
         return self._grid(config, self._preprocess(processor, _empty(frames, height, width), fps))
 
@@ -49,7 +49,7 @@ class Qwen2VL(VideoFamily):
             elif unlimited < target:
                 least = _first(lambda limit: tokens(limit, UNLIMITED) >= target)
             if tokens(least, most) != target:
-                raise ValueError(f"no size limit makes {rows}x{columns} tokens of frames of {width}x{height}")
+                raise ValueError(f"no size limit gives {rows}x{columns} tokens for frames of {width}x{height}")
             return {"shortest_edge": least, "longest_edge": most}
 
         step_frames = self.step_frames(config)

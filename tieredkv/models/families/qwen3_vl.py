@@ -15,11 +15,11 @@ from tieredkv.models.families.qwen2_vl import Qwen2VL
 class Qwen3VL(Qwen2VL):
     """Adapter for `Qwen3VLForConditionalGeneration`.
 
-    Features contain a vector of the decoder's hidden size for each layer that receives one, side by side.
+    Features hold one vector of the decoder's hidden size for each layer that receives one, side by side.
     """
 
     def placeholder(self, processor: Any, rule: Positions) -> str:
-        """published: with the tokens around it, as each step has its own. stock: transformers 5.x keeps these too."""
+        """published: with the template's tokens around it, as each step has its own. stock: without, as in 5.x."""
         if rule == "stock":
             return processor.video_token
         return f"{processor.vision_start_token}{processor.video_token}{processor.vision_end_token}"
@@ -36,7 +36,7 @@ class Qwen3VL(Qwen2VL):
     def encode(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         features = self._features(model, inputs)
         parts = (features.pooler_output, *features.deepstack_features)
-        # A list by video, except features for deeper layers before transformers 5.18 or so.
+        # Lists with a tensor per video; features for deeper layers are tensors before transformers 5.18 or so.
         whole = [part if isinstance(part, torch.Tensor) else torch.cat(tuple(part), dim=0) for part in parts]
         return torch.cat(whole, dim=1)
 

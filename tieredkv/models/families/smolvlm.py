@@ -14,7 +14,7 @@ from tieredkv.models.families.per_frame import PerFrame, patches_per_side
 class SmolVLM(PerFrame):
     """Adapter for `SmolVLMForConditionalGeneration`.
 
-    The introduction states the number of frames before they are decoded, so it follows the length the file states.
+    The introduction states the number of frames before they are decoded, so it relies on the length the file states.
     """
 
     def side(self, config: Any) -> int:
@@ -47,7 +47,7 @@ class SmolVLM(PerFrame):
         return f"{message}{processor.fake_image_token}{processor.global_image_token}"
 
     def encode(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Without `get_image_features`, which takes frames of one shade of grey for padding and drops them."""
+        """Avoids `get_image_features`, which takes frames of one shade of grey for padding and drops them."""
         tower = model.model.vision_model
         pixels = inputs["pixel_values"].flatten(0, 1).to(next(tower.parameters()).device, model.dtype)
         edge = model.config.vision_config.patch_size

@@ -32,7 +32,7 @@ def _attend_split(
     if WIDEN:
         q = q.to(tl.float32)
     if norms is not None:
-        # Norms and scaling are common to all keys: multiplied into the query once.
+        # Norms and scaling are the same for all keys: multiply them into the query once.
         norm = tl.load(norms + head * 2 * D + d, mask=d < D, other=0.0) * scaling
         q = (q.to(tl.float32) * norm[None, :]).to(q.dtype)
     best = tl.full([PADDED_G], -1e38, tl.float32)
@@ -76,9 +76,9 @@ def _attend_split(
     # An empty split: output 0, lowest possible lse.
     mixed = mixed / tl.maximum(total, 1e-30)[:, None]
     whole = tl.where(total > 0, best + tl.log(tl.maximum(total, 1e-30)), -1e38)
-    to = (head * G + row) * splits + split
-    tl.store(out + to[:, None] * D + d[None, :], mixed, mask=inside)
-    tl.store(lse + to, whole, mask=row < G)
+    target = (head * G + row) * splits + split
+    tl.store(out + target[:, None] * D + d[None, :], mixed, mask=inside)
+    tl.store(lse + target, whole, mask=row < G)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ import triton.language as tl
 
 BLOCK = 2048
 LONG = tl.constexpr(2**30)
-"""Above any value of the clock."""
+"""Above any number of a step."""
 
 
 @triton.jit
@@ -85,12 +85,12 @@ def choose(
 
 @triton.jit
 def _place(
-    wanted, kept, misses, chunk_in, last_used, slots, clock, victims, table, heads,
+    wanted, kept, misses, chunk_in, last_used, slots, step, victims, table, heads,
     chunks, most, count, stride, columns, first,
     TABLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     head, place = tl.program_id(0), tl.arange(0, BLOCK)
-    needed, now = tl.load(misses + head), tl.load(clock)
+    needed, now = tl.load(misses + head), tl.load(step)
     # Find the age at which slots are taken, bit by bit from the highest.
     limit, bit = tl.zeros([], tl.int32), tl.full([], 1 << 30, tl.int32)
     for _ in range(31):
@@ -144,7 +144,7 @@ def place(
     chunk_in: torch.Tensor,
     last_used: torch.Tensor,
     slots: torch.Tensor,
-    clock: torch.Tensor,
+    step: torch.Tensor,
     most: int,
     table: torch.Tensor | None,
     heads: torch.Tensor,
@@ -155,7 +155,7 @@ def place(
     victims = torch.empty((n, most), dtype=torch.int32, device=slots.device)
     listed = slots if table is None else table
     _place[(n,)](
-        wanted.view(torch.uint8), kept.view(torch.uint8), misses, chunk_in, last_used, slots, clock, victims,
+        wanted.view(torch.uint8), kept.view(torch.uint8), misses, chunk_in, last_used, slots, step, victims,
         listed, heads, wanted.shape[1], most, count, chunk_in.stride(0), listed.shape[1], first,
         TABLE=table is not None, BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip

@@ -22,10 +22,10 @@ PIECES, BLOCK = 4, 1024
 def _pack(rows, norms):
     """As `packing.pack`: rows `(..., D)` -> numbers `(..., D)` int8 and scales `(..., 1)` float16.
 
-    Equal to the bit to torch on a CPU; torch on a card divides less exactly.
+    Bitwise equal to torch on a CPU; torch on a card divides less exactly.
     """
     sized = tl.div_rn(rows.to(tl.float32), norms)
-    # The maximum of the bits, not of the numbers: that would skip NaN.
+    # Maximum of the bits: a maximum of the numbers would skip NaN.
     bits = tl.max(sized.to(tl.int32, bitcast=True) & 0x7FFFFFFF, len(rows.shape) - 1, keep_dims=True)
     scale = tl.div_rn(bits.to(tl.float32, bitcast=True), 127.0).to(tl.float16)
     step = scale.to(tl.float32)
@@ -69,7 +69,7 @@ def _copy_packed(
 def _operands(
     arena: torch.Tensor, pages: torch.Tensor, packing: Packing | None
 ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None], dict[str, int]]:
-    """What a kernel copies chunks from and to, and its sizes: words of any dtype, or numbers if they are packed."""
+    """A copy kernel's tensors and sizes. Without packing, chunks are copied as 32-bit words, whatever their dtype."""
     scales, norms = (None, None) if packing is None else (packing.scales, packing.norms)
     source, pool = (arena.view(torch.int32), pages.view(torch.int32)) if packing is None else (arena, pages)
     c, d = source.shape[-2:]
@@ -140,7 +140,7 @@ def _append(
     count = tl.load(recent_tokens)
     column, place = count // C, count % C
     slot = tl.load(table + head * columns + column).to(tl.int64)
-    to = slot * 2 * C * D + place * D + d
+    target = slot * 2 * C * D + place * D + d
     key = tl.load(keys + head * D + d, mask=d < D, other=0.0)
     value = tl.load(values + head * D + d, mask=d < D, other=0.0)
     if norms is not None:
@@ -149,8 +149,8 @@ def _append(
         tl.store(scale_of, scale)
         value, scale = _pack(value, tl.load(norm + D, mask=d < D, other=1.0))
         tl.store(scale_of + C, scale)
-    tl.store(pages + to, key, mask=d < D)
-    tl.store(pages + to + C * D, value, mask=d < D)
+    tl.store(pages + target, key, mask=d < D)
+    tl.store(pages + target + C * D, value, mask=d < D)
     tl.store(lengths + head * columns + column, place + 1)
 
 
@@ -182,7 +182,7 @@ def _keep(
     token = tl.load(tokens + place, mask=valid, other=0).to(tl.int64)
     slot = tl.load(slots + place // C, mask=valid, other=0).to(tl.int64)
     source = tl.cast(head, tl.int64) * arena_stride + (token // C * 2 * C + token % C) * WIDTH
-    to = (slot * 2 * C + place % C) * WIDTH
+    target = (slot * 2 * C + place % C) * WIDTH
     inside = valid[:, None] & (word[None, :] < WIDTH)
     for part in range(2):
         where = part * C * WIDTH + word[None, :]
@@ -192,7 +192,7 @@ def _keep(
             data, scale = _pack(data, tl.load(norm, mask=word[None, :] < WIDTH, other=1.0))
             scale_of = scales + (slot * 2 + part) * C + place % C
             tl.store(scale_of[:, None], scale, mask=valid[:, None])
-        tl.store(pool + to[:, None] + where, data, mask=inside)
+        tl.store(pool + target[:, None] + where, data, mask=inside)
 
 
 def keep(

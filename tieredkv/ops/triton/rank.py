@@ -15,7 +15,7 @@ from tieredkv.policy.digests import Digest
 from tieredkv.policy.digests.sketch import Basis, Sketch
 
 TOKENS = 128
-"""Tokens whose sketches a program reads, whole chunks."""
+"""Tokens whose sketches a program reads, in whole chunks."""
 PACKED = 32
 """Tokens whose keys a program sketches."""
 CHUNKS = 1024
@@ -48,8 +48,8 @@ def _sketch_logits(
     best = tl.max(each, 2)
     mass = best + tl.log(tl.sum(tl.exp(each - best[:, :, None]), 2))
     chunk = block * (TOKENS // C) + tl.arange(0, TOKENS // C)
-    to = logits + (head * G + row[:, None]) * logits_stride + chunk[None, :]
-    tl.store(to, mass, mask=(row[:, None] < G) & (chunk[None, :] < chunks))
+    target = logits + (head * G + row[:, None]) * logits_stride + chunk[None, :]
+    tl.store(target, mass, mask=(row[:, None] < G) & (chunk[None, :] < chunks))
 
 
 def sketch_logits(small: torch.Tensor, packed: torch.Tensor, bits: int, chunk_tokens: int) -> torch.Tensor:
@@ -90,14 +90,14 @@ def _sketch(
         low += tl.dot(apart, tl.load(along, mask=inside, other=0.0), input_precision="tf32x3")
         if BITS == 4:
             high += tl.dot(apart, tl.load(along + H, mask=inside, other=0.0), input_precision="tf32x3")
-    to = packed + (head.to(tl.int64) * tokens + token[:, None]) * H + part[None, :]
+    target = packed + (head.to(tl.int64) * tokens + token[:, None]) * H + part[None, :]
     stored = exists[:, None] & (part[None, :] < H)
     low = tl.minimum(tl.maximum(tl.floor(low + 0.5), -MOST), MOST)
     if BITS == 4:
         high = tl.minimum(tl.maximum(tl.floor(high + 0.5), -MOST), MOST)
-        tl.store(to, ((low + 8).to(tl.int32) | ((high + 8).to(tl.int32) << 4)).to(tl.uint8), mask=stored)
+        tl.store(target, ((low + 8).to(tl.int32) | ((high + 8).to(tl.int32) << 4)).to(tl.uint8), mask=stored)
     else:
-        tl.store(to, low.to(tl.int8).to(tl.uint8, bitcast=True), mask=stored)
+        tl.store(target, low.to(tl.int8).to(tl.uint8, bitcast=True), mask=stored)
 
 
 def pack_sketches(keys: torch.Tensor, bits: int, basis: Basis) -> torch.Tensor:
@@ -118,7 +118,7 @@ def pack_sketches(keys: torch.Tensor, bits: int, basis: Basis) -> torch.Tensor:
 
 
 class KernelSketch(Sketch):
-    """`Sketch` by kernels; logits by torch where chunks are of a size that the kernel does not take."""
+    """`Sketch` by kernels. Logits fall back to torch for chunk sizes that the kernel does not support."""
 
     def make(self, keys: torch.Tensor, fitted: Basis) -> torch.Tensor:
         return pack_sketches(keys, self.bits, fitted)

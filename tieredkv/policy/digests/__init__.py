@@ -1,4 +1,4 @@
-"""Digests: what stands for a chunk's keys when chunks are ranked. `base` has the contract, `DIGESTS` the kinds."""
+"""Digests: stand-ins for a chunk's keys, to rank chunks by. `base` has the contract, `DIGESTS` the kinds."""
 
 from __future__ import annotations
 

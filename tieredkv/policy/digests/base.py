@@ -1,4 +1,4 @@
-"""Digest: what a new kind of digest has to provide. Nothing outside this package depends on which kind is used.
+"""Digest: the contract of every kind of digest. Nothing outside this package depends on which kind is used.
 
 Shapes: `K` KV heads, `n` chunks, `C` chunk tokens, `D` head dim, `G` query heads per KV head, or several rows of them.
 """
@@ -18,9 +18,10 @@ FLOAT32 = torch.float32.itemsize
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """What a digest was fitted to, one row per KV head: a subclass has tensors `(K, ...)` as its only fields.
+    """State of a fitted digest, one row per KV head. The only fields of a subclass are tensors `(K, ...)`. This class
+    itself is the state of digests that need no fit.
 
-    This class itself is the state of digests that are not fitted. A saved session holds the fields under their names.
+    A saved session stores the fields by name.
     """
 
     @classmethod
@@ -37,7 +38,7 @@ class Fitted:
         return type(self)(**{name: tensor.to(device) for name, tensor in self.tensors().items()})
 
     def for_ranking(self, heads: torch.Tensor) -> Self:
-        """What ranking the chunks of `heads` `(n,)` needs; chunks cannot be digested with it."""
+        """The part that ranking needs, for `heads` `(n,)`; digests cannot be made with it."""
         return type(self)(**{name: tensor[heads] for name, tensor in self.tensors().items()})
 
     @property
@@ -53,8 +54,8 @@ F = TypeVar("F", bound=Fitted)
 class Digest(ABC, Generic[F]):
     """One kind of digest: a small stand-in for a chunk's keys, by which the chunks of a head are ranked.
 
-    A kind is a subclass, entered in `DIGESTS`; an object of it knows the sizes of one model and policy. Sizes are of
-    one KV head. Nothing here waits for the device.
+    A kind is a subclass, entered in `DIGESTS`; an instance knows the sizes of one model and policy. Sizes are per KV
+    head. Nothing here waits for the device.
     """
 
     head_dim: int
@@ -65,10 +66,11 @@ class Digest(ABC, Generic[F]):
     name: ClassVar[str]
     """In `DIGESTS`, in `Policy.digest`, and in saved sessions."""
     estimates_mass: ClassVar[bool] = False
-    """Whether `logits` plus `constant` estimate the log of each chunk's attention mass, without bias. What a step did
-    not see can then be estimated, and `TierConfig.adaptive` works. Upper bounds, such as those of boxes, do not."""
+    """Whether `logits` plus `constant` estimate the log of each chunk's attention mass, without bias. The mass that a
+    step did not see can then be estimated, and `TierConfig.adaptive` works. Upper bounds, such as those of boxes, do
+    not."""
     fitted_type: ClassVar[type[Fitted]] = Fitted
-    """Of the state that `fit` returns. A kind that is fitted names its own."""
+    """Type of the state that `fit` returns; a kind that needs a fit sets its own."""
 
     @property
     def needs_fit(self) -> bool:
@@ -94,12 +96,12 @@ class Digest(ABC, Generic[F]):
 
     @abstractmethod
     def scratch_bytes(self, kv_heads: int, query_heads: int) -> int:
-        """Most that `logits` allocates per chunk ranked at a time, beyond its result, for a layer of so many heads."""
+        """Upper bound of what `logits` allocates besides its result, per chunk ranked at a time, for a layer."""
 
     # ---- making
 
     def fit(self, query_moment: torch.Tensor, keys: torch.Tensor) -> F:
-        """The state for one layer, on the host, from what has been cached of a context.
+        """The state for one layer, on the host, fitted to the cached part of a context.
 
         query_moment `(K, D, D)` float32: sum of q q^T. keys `(K, m, D)`. Called only where `needs_fit`.
         """
@@ -112,7 +114,7 @@ class Digest(ABC, Generic[F]):
     # ---- ranking
 
     def prepare(self, query: torch.Tensor, fitted: F) -> torch.Tensor:
-        """Queries `(K, G, D)` float32, already scaled, as `logits` takes them: `(K, G, ...)`."""
+        """Convert scaled queries `(K, G, D)` float32 to the form that `logits` takes, `(K, G, ...)`."""
         return query
 
     def logits(self, prepared: torch.Tensor, digests: torch.Tensor, at_once: int) -> torch.Tensor:
@@ -129,5 +131,5 @@ class Digest(ABC, Generic[F]):
         """`logits` of one part, in plain torch."""
 
     def constant(self, query: torch.Tensor, fitted: F) -> torch.Tensor:
-        """What `logits` leaves out, `(K, G)`, of queries `(K, G, D)`, scaled. Called only where `estimates_mass`."""
+        """The constant that `logits` leaves out, `(K, G)`, for scaled queries `(K, G, D)`, if `estimates_mass`."""
         return query.new_zeros(query.shape[:-1])

@@ -1,6 +1,6 @@
 """Sketches: every key in half its dimensions and 4 or 8 bits, by which chunks are ranked token by token (ours).
 
-A digest of the whole chunk hides the one key in it that a lookup is after; a sketch keeps each. Attention logits are
+A digest of a whole chunk hides the one key in it that a query looks for; sketches keep every key. Attention logits are
 products of queries and keys, so the directions that matter are those in which queries are strong and keys differ.
 Shapes: `K` KV heads, `n` chunks, `C` chunk tokens, `G` query heads per KV head, `D` head dim, `r` directions, D / 2.
 """
@@ -59,7 +59,8 @@ class Sketch(Digest[Basis]):
         return FLOAT32 * self.head_dim * (self.directions + 1)
 
     def scratch_bytes(self, kv_heads: int, query_heads: int) -> int:
-        """The numbers of a byte, unpacked and in float32, and three times the logits of every token."""
+        """Numbers unpacked at a time (at 4 bits half of them), also in float32, and three times every token's
+        logits."""
         numbers = self.directions // (1 if self.bits == 8 else 2)
         return self.chunk_tokens * (kv_heads * numbers * (FLOAT32 + 1) + 3 * FLOAT32 * query_heads)
 
@@ -105,7 +106,7 @@ class Sketch(Digest[Basis]):
     def chunk_logits(self, prepared: torch.Tensor, digests: torch.Tensor) -> torch.Tensor:
         """Log of the sum of the tokens' exponentiated logits."""
         products = self._products(prepared, digests)
-        # Shifted by the best key of all chunks, not of each: what underflows has no mass beside the best.
+        # Subtract the best logit of all chunks, not of each chunk: what underflows is negligible beside the best.
         best = products.amax(-1, keepdim=True)
         mass = products.sub_(best).exp_().unflatten(-1, (-1, self.chunk_tokens))
         summed = (mass @ mass.new_ones(self.chunk_tokens)).log_()

@@ -16,7 +16,7 @@ from tieredkv.policy.digests.base import FLOAT32, Digest, Fitted
 
 SCALE_BYTES = 2
 POWER_STEPS = 10
-"""Of the power iteration. The direction need not be exact: the ends are placed on the line that it finds."""
+"""Steps of the power iteration. Its direction need not be exact: the ends are placed on the line it finds."""
 
 Dot = Callable[[torch.Tensor, int], torch.Tensor]
 """Dot products `(K, G, n)` of queries `(K, G, D)` with vector v of every chunk's digest."""

@@ -1,4 +1,4 @@
-"""LOOK-M: text outranks images, and what is evicted is merged into what is kept."""
+"""LOOK-M: text outranks images, and evicted tokens are merged into kept ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MixKV: keep what matters and does not repeat itself, weighted by how much each head's keys repeat themselves."""
+"""MixKV: keep tokens that are important and diverse, weighted by the redundancy of each head's keys."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from tieredkv.policy.prune import HeadTokens
 
 
 def rank(tokens: HeadTokens) -> torch.Tensor:
-    """The later the better, the first `sinks` before all."""
+    """Later tokens rank higher, the first `sinks` highest."""
     order = torch.arange(tokens.saliency.shape[0], dtype=torch.float64, device="cpu")
     order[: tokens.sinks] = float("inf")
     return order

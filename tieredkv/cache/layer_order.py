@@ -1,4 +1,4 @@
-"""LayerTurns: every call of the model runs through all layers of its cache, in order, or it is an error."""
+"""LayerOrder: checks that every call of the model runs through all layers of its cache, in order."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class Layer(Protocol):
         """Tokens it has seen."""
 
 
-class LayerTurns:
-    """Whose turn it is in a call of the model. A tiered layer is updated first and then attends; of any
-    other only updates are checked. Tiered layers are known by their index among the tiered ones.
+class LayerOrder:
+    """Tracks which layer is next in a call of the model. A tiered layer is updated first and then attends; of any other
+    only updates are checked. Tiered layers are known by their index among the tiered ones.
     """
 
     def __init__(self) -> None:
@@ -25,18 +25,18 @@ class LayerTurns:
         """The tiered layer that was updated and has not attended yet."""
 
     def add(self, layer: Layer, tiered: bool) -> None:
-        """The next layer of the model."""
+        """Add the next layer of the model."""
         self._layers.append(layer)
         if tiered:
             self._tiered.append(layer)
 
     def begin_call(self) -> None:
-        """The first tiered layer is about to be updated. Raises `RuntimeError` if the call before was cut off."""
-        # Another layer in front of it has its new tokens already.
+        """The first tiered layer is about to be updated. Raises `RuntimeError` if the previous call was interrupted."""
+        # An untiered layer in front of it has its new tokens already.
         self._check_whole(self._layers if self._layers[0] is self._tiered[0] else self._tiered)
 
     def begin_layer(self, index: int) -> None:
-        """Tiered layer `index` is updated. Raises `RuntimeError` if the one before did not attend."""
+        """Tiered layer `index` is updated. Raises `RuntimeError` if the previous one did not attend."""
         if self._attending is not None:
             raise RuntimeError(
                 f"layer {self._attending} updated a TieredCache but did not attend through it, so its output ignores "
@@ -54,7 +54,7 @@ class LayerTurns:
         self._attending = None
 
     def check_between_calls(self) -> None:
-        """Raise `RuntimeError` if a call was cut off, or is under way."""
+        """Raise `RuntimeError` if a call was interrupted, or is under way."""
         self._check_whole(self._layers)
 
     def _check_whole(self, layers: Sequence[Layer]) -> None:
@@ -72,7 +72,7 @@ class LayerTurns:
             raise self._interrupted()
 
     def reset(self) -> None:
-        """Forget a call that was cut off, once the layers' lengths agree again."""
+        """Forget a call that was interrupted, once the layers' lengths agree again."""
         self._attending = None
 
     def _check_lengths(self, layers: Sequence[Layer]) -> None:
