@@ -1,6 +1,6 @@
 """Untiered: the layers of a cache whose memory does not grow with the prompt, and the snapshot they go back to.
 
-They are transformers' own, hold what the next token needs and no more, and so cannot forget tokens one by one.
+They are transformers' own. They hold only what the next token needs, so they cannot forget tokens one by one.
 """
 
 from __future__ import annotations
