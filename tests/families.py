@@ -106,10 +106,19 @@ def _qwen(name: str) -> tuple[Any, Any]:
         vision |= {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64, "fullatt_block_indexes": [1]}
         vision |= {"window_size": 56, "tokens_per_second": 2}
     else:
-        prefix = "Qwen3VL"
         vision |= {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64, "patch_size": 14}
-        vision |= {"num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
-        text["head_dim"], rope["mrope_interleaved"] = 16, True
+        vision["num_position_embeddings"], rope["mrope_interleaved"] = 16, True
+        if name == "qwen3_vl":
+            prefix, text["head_dim"], vision["deepstack_visual_indexes"] = "Qwen3VL", 16, [0, 1]
+        else:  # every second layer is full attention, which rotates a half of the head
+            prefix, text["head_dim"], rope["partial_rotary_factor"] = "Qwen3_5", 32, 0.5
+            text |= {"num_hidden_layers": 4, "layer_types": ["linear_attention", "full_attention"] * 2}
+            text |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+            text |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
+        if name == "qwen3_5_moe":
+            prefix = "Qwen3_5Moe"
+            text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+            text["shared_expert_intermediate_size"] = text.pop("intermediate_size")
     config = getattr(transformers, f"{prefix}Config")(
         text_config={**text, "rope_parameters": rope},
         vision_config=vision,
@@ -121,11 +130,12 @@ def _qwen(name: str) -> tuple[Any, Any]:
     )
     size = {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 8}
     kind: Any = Qwen2VLVideoProcessor
-    if name == "qwen3_vl":  # its limits are for the whole video: frames of long videos shrink
+    if name.startswith("qwen3"):  # its limits are for the whole video: frames of long videos shrink
         kind, size = transformers.Qwen3VLVideoProcessor, {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 100}
     video = kind(size=size, patch_size=14, do_sample_frames=False)
     template = QWEN_TEMPLATE.replace("VIDEO", "<|vision_start|><|video_pad|><|vision_end|>")
-    processor = getattr(transformers, f"{prefix}Processor")(
+    processor_prefix = "Qwen3VL" if name.startswith("qwen3") else prefix
+    processor = getattr(transformers, f"{processor_prefix}Processor")(
         image_processor=Qwen2VLImageProcessor(),
         tokenizer=_plain_tokenizer(),
         video_processor=video,
@@ -211,6 +221,8 @@ BUILD = {
     "qwen2_vl": lambda: _qwen("qwen2_vl"),
     "qwen2_5_vl": lambda: _qwen("qwen2_5_vl"),
     "qwen3_vl": lambda: _qwen("qwen3_vl"),
+    "qwen3_5": lambda: _qwen("qwen3_5"),
+    "qwen3_5_moe": lambda: _qwen("qwen3_5_moe"),
     "llava_onevision": _llava_onevision,
     "internvl": _internvl,
     "smolvlm": _smolvlm,
@@ -224,7 +236,9 @@ def build(name: str) -> tuple[Any, Any]:
     model, processor = BUILD[name]()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            if "norm" not in key:
+            if key.endswith("A_log"):  # states that remember hundreds of tokens
+                parameter.uniform_(-8, -4)
+            elif "norm" not in key:
                 parameter.mul_(2.0)
     model.generation_config.eos_token_id = None
     return model.eval(), processor

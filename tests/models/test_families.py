@@ -17,6 +17,7 @@ from tieredkv.models.families.base import VideoGrid
 from tieredkv.video.frames import Sampled
 
 FAMILIES = pytest.mark.parametrize("name", BUILD)
+TIMESTAMPED = pytest.mark.parametrize("name", ["qwen3_vl", "qwen3_5", "qwen3_5_moe"])
 QUESTIONS = ("what is it ?", "and who is that ?")
 
 
@@ -61,6 +62,16 @@ def test_the_prompt_has_the_processors_tokens(name, film):
 
 
 @FAMILIES
+@torch.no_grad()
+def test_segments_have_the_features_of_the_whole(name, film):
+    model, processor = build(name)
+    family = families.video_family(model.config)
+    preprocess = family.preprocessor(model.config, processor, *film.shape[:3], 4.0)
+    segments = [family.encode(model, preprocess(film[begin : begin + 6])) for begin in range(0, len(film), 6)]
+    assert_near(torch.cat(segments), family.encode(model, preprocess(film)))
+
+
+@FAMILIES
 def test_a_plan_counts_the_tokens_of_the_session(name, film):
     model, processor = build(name)
     plan = tieredkv.plan(model, film, gpu_kv_gb=1, processor=processor, fps=4, question_tokens=9)
@@ -92,9 +103,10 @@ def test_a_small_cap_holds(name, film):
     assert stats.kv_device_peak_bytes <= stats.kv_cap_bytes < stats.kv_full_bytes
 
 
-def test_qwen3_vl_follows_its_authors_by_default(film):
+@TIMESTAMPED
+def test_timestamped_families_follow_their_authors_by_default(name, film):
     """Each step has its own vision tokens; transformers 5.x also keeps those of the template around the video."""
-    model, processor = build("qwen3_vl")
+    model, processor = build(name)
     inputs = stock_inputs(processor, film, QUESTIONS[0])
     text = processor.tokenizer.decode(inputs["input_ids"][0])
     assert "user\n<|vision_start|><0.1 seconds><|vision_start|><|video_pad|>" in text
@@ -109,9 +121,10 @@ def test_qwen3_vl_follows_its_authors_by_default(film):
         assert_near(session_logits(session, QUESTIONS[0], 1), stock)
 
 
+@TIMESTAMPED
 @pytest.mark.parametrize("chunk", [1, 7, 40])
-def test_positions_of_qwen3_vl_in_chunks_equal_those_of_the_whole(chunk):
-    model, _ = build("qwen3_vl")
+def test_positions_of_timestamped_families_in_chunks_equal_those_of_the_whole(name, chunk):
+    model, _ = build(name)
     between = ((), (1, 2), (1, 2, 3), (4,), (1, 2, 3, 4, 5))
     family, video = families.video_family(model.config), VideoGrid(5, 2, 3, 0.5, between)
     total = 11 + video.tokens + 6
@@ -128,8 +141,9 @@ def test_positions_of_qwen3_vl_in_chunks_equal_those_of_the_whole(chunk):
     assert torch.equal(whole, theirs[:, 0])
 
 
-def test_written_times_are_those_of_the_file(film):
-    model, processor = build("qwen3_vl")
+@TIMESTAMPED
+def test_written_times_are_those_of_the_file(name, film):
+    model, processor = build(name)
     with tieredkv.open_session(model, film, processor=processor, gpu_kv_gb=1, fps=4, start=2.0) as session:
         text = processor.tokenizer.decode(session.video.between[1])
     assert "<2.6 seconds>" in text

@@ -12,6 +12,7 @@ from tieredkv.models.families.internvl import InternVL
 from tieredkv.models.families.llava_onevision import LlavaOnevision
 from tieredkv.models.families.qwen2_5_vl import Qwen25VL
 from tieredkv.models.families.qwen2_vl import Qwen2VL
+from tieredkv.models.families.qwen3_5 import Qwen35
 from tieredkv.models.families.qwen3_vl import Qwen3VL
 from tieredkv.models.families.smolvlm import SmolVLM
 
@@ -22,16 +23,22 @@ VIDEO_FAMILIES: dict[str, VideoFamily] = {
     "qwen2_vl": Qwen2VL(),
     "qwen2_5_vl": Qwen25VL(),
     "qwen3_vl": Qwen3VL(),
+    "qwen3_5": Qwen35(),
+    "qwen3_5_moe": Qwen35(),
     "llava_onevision": LlavaOnevision(),
     "internvl": InternVL(),
     "smolvlm": SmolVLM(),
 }
 TEXT_FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text", "qwen3_5_text")
 """Decoders for text, by the `model_type` of their config, with which `TieredCache` is tested."""
-OTHER_LAYERS = {"gemma3_text": ("sliding_attention",), "qwen3_5_text": ("linear_attention",)}
+OTHER_LAYERS = {
+    "gemma3_text": ("sliding_attention",),
+    "qwen3_5_text": ("linear_attention",),
+    "qwen3_5_moe_text": ("linear_attention",),
+}
 """Types of layers besides full attention that a decoder is tested with, by its `model_type`."""
-VIDEO_DECODERS = ("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")
-"""Decoders that only video families have."""
+VIDEO_DECODERS = ("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_5_moe_text")
+"""Decoders that are tested within video families only."""
 REQUIREMENTS = (
     "A new family needs an adapter like those in tieredkv/models/families, and decoder layers that attend through "
     "transformers' AttentionInterface to plain keys and values."
