@@ -169,7 +169,7 @@ def chat_template(processor: Any) -> str | None:
 def check_prompt(prompt: Any) -> None:
     """Raise `PromptError` unless `prompt` is text, not blank, that can be written as UTF-8 without nulls."""
     if not isinstance(prompt, str):
-        raise PromptError(f"the prompt is a {type(prompt).__name__}: give the question as text.")
+        raise PromptError(f"the prompt is of type {type(prompt).__name__}: give the question as text.")
     if not prompt.strip():
         raise PromptError("the prompt is empty: ask something.")
     if "\0" in prompt:
