@@ -10,8 +10,8 @@ from tieredkv.errors import BudgetError
 from tieredkv.memory.limits import check_host, check_host_memory
 from tieredkv.memory.units import GIB, as_gib
 from tieredkv.models.kv_shape import KVShape
-from tieredkv.planning.prefill_plan import question_rows, smallest_prefill_bytes
-from tieredkv.planning.sizes import Layout, host_bytes, lay_out, smallest_decode_bytes
+from tieredkv.planning.prefill_plan import question_rows, smallest_prefill_bytes, untiered_prefill_bytes
+from tieredkv.planning.sizes import Layout, host_bytes, lay_out, smallest_decode_bytes, snapshot_bytes
 
 FEWER_TOKENS = "lower fps, max_frames or max_new_tokens"
 """Remedy for a prompt that is too long, while its video is not ingested yet."""
@@ -44,15 +44,16 @@ def check_memory(
     """Raise `BudgetError` unless the request fits under the device cap and in host memory. Returns its layout.
 
     device_remedy, host_remedy: advice for the message; the latter may be a function of the allowed bytes. room: tokens
-    that the host tier holds without growing, in `room_bytes`; 0: nothing is allocated yet. available: bytes of host
-    memory (None: measured now). one_memory: host memory must hold the device tier too.
+    that the host tier holds without growing, in `room_bytes` together with the snapshot; 0: nothing is allocated yet.
+    available: bytes of host memory (None: measured now). one_memory: host memory must hold the device tier too, and the
+    layers that do not grow.
     """
     layout = request.layout(tiers)
     check_cap(shape, tiers, layout, question_rows(tiers, request.question_tokens), device_remedy)
     if request.tokens <= room:
         return layout
     if room:
-        needed = request.tokens * shape.token_bytes
+        needed = request.tokens * shape.token_bytes + snapshot_bytes(shape, request.tokens)
         what = f"the cache of the video and a question of {request.question_tokens:,} tokens"
     else:
         needed = host_bytes(shape, tiers, request.tokens)
@@ -62,7 +63,9 @@ def check_memory(
     check_host(needed, tiers.host_kv_gb, what, host_remedy, available, room_bytes)
     if one_memory:
         what = f"{what}, with the device tier in the same memory,"
-        check_host_memory(needed + min(tiers.cap_bytes, needed), what, "lower fps, max_frames or gpu_kv_gb")
+        untiered = sum(untiered_prefill_bytes(shape, tiers, request.tokens, request.question_tokens).values())
+        device = min(tiers.cap_bytes, needed) + untiered
+        check_host_memory(needed + device, what, "lower fps, max_frames or gpu_kv_gb")
     return layout
 
 

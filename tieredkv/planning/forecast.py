@@ -26,6 +26,7 @@ from tieredkv.models.weights import stored_bytes
 from tieredkv.models.wrapped import unwrapped
 from tieredkv.planning import decode_plan, forecast_bytes, sizes
 from tieredkv.planning.admission import FEWER_TOKENS, Request, check_memory
+from tieredkv.planning.prefill_plan import untiered_prefill_bytes
 from tieredkv.planning.report import CARDS, LINKS, MemoryPlan, rate
 from tieredkv.video.frames import Sampled, check_video, open_video
 from tieredkv.video.sampling import Sampling
@@ -131,10 +132,13 @@ def plan(
         new_tokens=max_new_tokens,
         full_bytes=prompt * shape.token_bytes,
         host_bytes=host,
+        snapshot_bytes=sizes.snapshot_bytes(shape, prompt),
         host_budget_bytes=limits.host_budget_bytes(tiers.host_kv_gb, available),
         cap_bytes=tiers.cap_bytes,
         prefill=forecast_bytes.prefill_bytes(shape, tiers, prompt, question_tokens),
         decode=decode,
+        untiered_prefill=untiered_prefill_bytes(shape, tiers, prompt, question_tokens),
+        untiered_decode=sizes.untiered_bytes(shape, prompt + max_new_tokens - 1, 1),
         static_heads=n_static,
         dynamic_heads=n_dynamic,
         static_tokens=recent + c * static_pages // n_static if n_static else 0,

@@ -17,9 +17,8 @@ from tieredkv.planning.decode_plan import DecodePlan, gather_bytes, table_width
 from tieredkv.planning.prefill_plan import (
     Call,
     Staging,
-    context_calls,
     plan_staging,
-    question_calls,
+    prompt_calls,
     resident_beside_scores,
     resident_tokens,
 )
@@ -94,10 +93,7 @@ def _prefill(
 ) -> Iterator[tuple[Call, int, Staging]]:
     """For each call of a prefill: the call, the tokens that the device has room for, and how the rest is staged."""
     room = resident_tokens(shape, tiers, prompt + sizes.QUESTION_ROOM)
-    for call in (
-        *context_calls(prompt - question_tokens, tiers.prefill_chunk),
-        *question_calls(tiers, prompt - question_tokens, prompt),
-    ):
+    for call in prompt_calls(tiers, prompt, question_tokens):
         room = resident_beside_scores(shape, tiers, room, call)
         staging = plan_staging(shape, tiers, call, min(room, call.begin), room)
         if staging is None:

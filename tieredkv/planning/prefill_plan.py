@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from tieredkv.config import TierConfig
 from tieredkv.memory.units import FLOAT32, ceil_div, largest
 from tieredkv.models.kv_shape import KVShape
+from tieredkv.planning.sizes import untiered_bytes
 from tieredkv.policy.classify import top_k_count
 
 STAGING_TOKENS = 2048
@@ -42,9 +43,24 @@ def question_calls(tiers: TierConfig, begin: int, stop: int) -> list[Call]:
     return [*reversed(before), Call(last, stop, question_rows(tiers, stop - begin))]
 
 
+def prompt_calls(tiers: TierConfig, prompt: int, question_tokens: int) -> list[Call]:
+    """The calls for a prompt of `prompt` tokens, the last `question_tokens` of them the question."""
+    context = prompt - question_tokens
+    return [*context_calls(context, tiers.prefill_chunk), *question_calls(tiers, context, prompt)]
+
+
 def question_rows(tiers: TierConfig, question_tokens: int) -> int:
     """How many text rows of a question of `question_tokens` tokens are scored."""
     return min(question_tokens, tiers.prefill_chunk, tiers.policy.text_window)
+
+
+def untiered_prefill_bytes(shape: KVShape, tiers: TierConfig, prompt: int, question_tokens: int) -> dict[str, int]:
+    """Device bytes of the layers that do not grow, by kind, after the call of a prefill that leaves most."""
+    calls = (
+        untiered_bytes(shape, call.begin, call.stop - call.begin)
+        for call in prompt_calls(tiers, prompt, question_tokens)
+    )
+    return max(calls, key=lambda kinds: sum(kinds.values()))
 
 
 # ---- one call

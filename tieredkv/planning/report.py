@@ -86,7 +86,9 @@ class MemoryPlan:
     full_bytes: int
     """Keys and values of the prompt in a full cache."""
     host_bytes: int
-    """Host memory of the complete cache: whole chunks, room for a longer question, digests."""
+    """Host memory of the complete cache: whole chunks, room for a longer question, digests, the snapshot."""
+    snapshot_bytes: int
+    """Part of it: the snapshot of layers that do not grow; 0 without such layers."""
     host_budget_bytes: int
     cap_bytes: int
     """`gpu_kv_gb` in bytes; neither phase exceeds it."""
@@ -94,6 +96,10 @@ class MemoryPlan:
     """Device bytes of the prefill phase by purpose."""
     decode: dict[str, int]
     """Device bytes of the decode phase by purpose."""
+    untiered_prefill: dict[str, int]
+    """Device bytes of layers that do not grow, by kind, in the call of prefill that leaves most. Outside the cap."""
+    untiered_decode: dict[str, int]
+    """The same after the last step."""
     static_heads: int
     """Assumed: how many heads are static is known only once a question is asked."""
     dynamic_heads: int
@@ -128,12 +134,13 @@ class MemoryPlan:
     def token_ms(self) -> tuple[float, float] | None:
         """Least and most milliseconds per token; None without a card.
 
-        Least: the card reads weights and attended KV once, nothing is copied. Most: everything selected is copied
-        first, none of it overlapped.
+        Least: the card reads weights, attended KV and the layers that do not grow once, nothing is copied. Most:
+        everything selected is copied first, none of it overlapped.
         """
         if self.card_gb_s is None:
             return None
-        least = (self.step_weight_bytes + self.step_read_bytes) / self.card_gb_s / 1e6
+        read = self.step_weight_bytes + self.step_read_bytes + sum(self.untiered_decode.values())
+        least = read / self.card_gb_s / 1e6
         return least, least + self.step_copy_ms
 
     def as_dict(self) -> dict[str, Any]:
@@ -168,17 +175,25 @@ class MemoryPlan:
             *self._video_rows(),
             ("prompt", f"{self.prompt_tokens:,} tokens, {text:,} of them text; then {self.new_tokens:,} generated"),
             ("full KV cache", f"{_size(self.full_bytes)}, {_size(shape.token_bytes)} per token"),
-            ("host memory", f"{_size(self.host_bytes)} of {_size(self.host_budget_bytes)} allowed"),
+            (
+                "host memory",
+                f"{_size(self.host_bytes)} of {_size(self.host_budget_bytes)} allowed"
+                + (f", {_size(self.snapshot_bytes)} of it the snapshot" if self.snapshot_bytes else ""),
+            ),
             ("", ""),
             ("device memory", f"{'prefill':>12} {'decode':>12}"),
         ]
         for purpose in (*self.prefill, *self.decode):
-            cells = [_size(phase[purpose]) if purpose in phase else "" for phase in (self.prefill, self.decode)]
-            rows.append((f"  {purpose}", f"{cells[0]:>12} {cells[1]:>12}"))
+            rows.append((f"  {purpose}", _cells(purpose, self.prefill, self.decode)))
         sums = [_size(sum(phase.values())) for phase in (self.prefill, self.decode)]
         cap = _size(self.cap_bytes)
         rows += [
             ("  sum", f"{sums[0]:>12} {sums[1]:>12}   of {cap} allowed"),
+            *([("outside the cap", "")] if self.untiered_decode else []),
+            *(
+                (f"  {kind}", _cells(kind, self.untiered_prefill, self.untiered_decode))
+                for kind in self.untiered_decode
+            ),
             ("", ""),
             (
                 "heads",
@@ -222,6 +237,11 @@ class MemoryPlan:
             card = f"{self.card_gb_s:g} GB/s" + (f", {self.card} by its data sheet" if self.card in CARDS else "")
             rows.append(("time per token", f"{least:.3g} to {most:.3g} ms at {card}"))
         return [*rows, ("", "Times are estimates, not measured.")]
+
+
+def _cells(name: str, *phases: dict[str, int]) -> str:
+    """A column of each phase's bytes under `name`, empty where it has none."""
+    return " ".join(f"{_size(phase[name]) if name in phase else '':>12}" for phase in phases)
 
 
 def _size(nbytes: int) -> str:

@@ -69,10 +69,39 @@ def page_bytes(shape: KVShape, tiers: TierConfig, packed: bool) -> int:
 
 
 def host_bytes(shape: KVShape, tiers: TierConfig, prompt: int) -> int:
-    """Host memory of the complete cache of `prompt` tokens: whole chunks, room for a longer question, digests."""
+    """Host memory of the complete cache of `prompt` tokens: whole chunks, room for a longer question, digests, and the
+    snapshot of layers that do not grow."""
     chunks, digest = ceil_div(prompt + QUESTION_ROOM, tiers.chunk_tokens), digest_for(shape, tiers)
     fitting = digest.fitted_bytes + query_moment_bytes(shape.head_dim)
-    return shape.kv_heads * (chunks * (chunk_bytes(shape, tiers) + digest.chunk_bytes) + fitting)
+    tiered = shape.kv_heads * (chunks * (chunk_bytes(shape, tiers) + digest.chunk_bytes) + fitting)
+    return tiered + snapshot_bytes(shape, prompt)
+
+
+def snapshot_bytes(shape: KVShape, tokens: int) -> int:
+    """Host memory of the snapshot of the layers that do not grow, after `tokens` tokens."""
+    states = shape.linear_layers * (shape.conv_state_bytes + shape.recurrent_state_bytes)
+    return _window_bytes(shape, _window_tokens(shape, tokens)) + states
+
+
+def untiered_bytes(shape: KVShape, past: int, new: int) -> dict[str, int]:
+    """Device bytes, outside the cap, of the layers that do not grow, by kind: after a call of `new` tokens that follow
+    `past` tokens. Empty without such layers."""
+    kinds = {}
+    if shape.sliding_layers:  # what the call attended to stays allocated until the next
+        kinds["sliding windows"] = _window_bytes(shape, _window_tokens(shape, past) + new)
+    if shape.linear_layers:  # the convolution state twice, see `LinearLayer`
+        kinds["linear states"] = shape.linear_layers * (2 * shape.conv_state_bytes + shape.recurrent_state_bytes)
+    return kinds
+
+
+def _window_tokens(shape: KVShape, tokens: int) -> int:
+    """How many of the last of `tokens` tokens a sliding layer keeps for the next one."""
+    return min(tokens, shape.sliding_window - 1)
+
+
+def _window_bytes(shape: KVShape, tokens: int) -> int:
+    """Keys and values of `tokens` tokens in all sliding layers."""
+    return shape.sliding_layers * tokens * shape.num_key_value_heads * 2 * shape.head_dim * shape.itemsize
 
 
 def digest_for(shape: KVShape, tiers: TierConfig) -> Digest[Any]:

@@ -1,0 +1,192 @@
+"""Layers that do not grow, and their snapshot, take what is planned."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from families import build
+from helpers import text_config
+
+import tieredkv
+from tieredkv.cache.question import CONTEXT, Question
+from tieredkv.cache.sliding_layer import SlidingLayer
+from tieredkv.cache.tiered_cache import TieredCache
+from tieredkv.config import TierConfig
+from tieredkv.environment.versions import cache_argument
+from tieredkv.errors import BudgetError, UnsupportedModelError
+from tieredkv.memory import limits
+from tieredkv.memory.units import GIB, ceil_div
+from tieredkv.models import families
+from tieredkv.models.kv_shape import LAYER_SIZES, KVShape, model_shape
+from tieredkv.planning import sizes
+from tieredkv.planning.admission import Request, check_memory
+from tieredkv.planning.forecast import plan
+from tieredkv.planning.prefill_plan import untiered_prefill_bytes
+
+KINDS = {"gemma3_text": ["sliding windows"], "qwen3_5_text": ["linear states"], "llama": []}
+SLIDING = KVShape(2, 4, 2, 16, 2, sliding_layers=3, sliding_window=33)
+LINEAR = KVShape(2, 4, 2, 16, 2, linear_layers=3, conv_state_bytes=1000, recurrent_state_bytes=70_000)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cache_holds_what_is_planned(long_ids, kind, dtype):
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(text_config(kind), dtype=dtype).eval()
+    shape, tiers = model_shape(model.config, dtype), TierConfig(gpu_kv_gb=1)
+
+    def snapshot(cache):
+        return cache.host_bytes - sum(layer.host.nbytes for layer in cache.tiered_layers)
+
+    with torch.no_grad(), tieredkv.use_attention(model), TieredCache(model.config, tiers) as cache:
+
+        def forward(*lengths):
+            for length in lengths:
+                past = cache.get_seq_length()
+                model(long_ids[:, past : past + length], **cache_argument(cache))
+                planned = sizes.untiered_bytes(shape, past, length)
+                assert list(planned) == KINDS[kind]
+                assert cache.untiered_bytes == sum(planned.values()), (past, length)
+
+        cache.expect(CONTEXT)
+        for lengths in ((1, 20), (10,), (1, 1), (100, 3)):  # the window holds 32
+            forward(*lengths)
+            cache.settle()
+            assert snapshot(cache) == sizes.snapshot_bytes(shape, cache.get_seq_length())
+        context = cache.get_seq_length()
+        for question in (9, 70):
+            cache.expect(Question(prompt_tokens=context + question, max_new_tokens=2))
+            forward(question, 1, 1)
+            assert cache.sealed
+            cache.truncate(context)
+            assert snapshot(cache) == sizes.snapshot_bytes(shape, context)
+        assert cache.shape == shape
+        cache.reserve(context + sizes.QUESTION_ROOM)
+        digest, chunks = sizes.digest_for(shape, tiers), ceil_div(context + sizes.QUESTION_ROOM, tiers.chunk_tokens)
+        fitting = digest.fitted_bytes + sizes.query_moment_bytes(shape.head_dim)
+        digests = shape.kv_heads * (chunks * digest.chunk_bytes + fitting)
+        assert cache.host_bytes + digests == sizes.host_bytes(shape, tiers, context)
+
+
+def test_other_models_have_no_such_bytes():
+    shape = KVShape(2, 4, 2, 16, 2)
+    assert sizes.snapshot_bytes(shape, 1000) == 0
+    assert sizes.untiered_bytes(shape, 1000, 1) == {}
+
+
+def test_both_kinds_in_one_model():
+    shape = KVShape(2, 4, 2, 16, 2, 3, 33, 3, 1000, 70_000)
+    for past, new in ((0, 10), (20, 10), (90, 10)):
+        both = sizes.untiered_bytes(shape, past, new)
+        assert both == sizes.untiered_bytes(SLIDING, past, new) | sizes.untiered_bytes(LINEAR, past, new)
+    assert sizes.snapshot_bytes(shape, 90) == sizes.snapshot_bytes(SLIDING, 90) + sizes.snapshot_bytes(LINEAR, 90)
+
+
+@pytest.mark.parametrize(("kind", "name"), [(k, name) for k, names in LAYER_SIZES.items() for name in names])
+def test_a_damaged_config_is_refused(kind, name):
+    config = text_config("gemma3_text" if kind == "sliding_attention" else "qwen3_5_text")
+    setattr(config, name, 0)
+    with pytest.raises(UnsupportedModelError, match=f"damaged: {name} is 0"):
+        model_shape(config, torch.float32)
+
+
+# ---- the memory check
+
+
+@pytest.mark.parametrize("shape", [SLIDING, LINEAR], ids=["sliding", "linear"])
+def test_the_memory_check_counts_the_snapshot(shape):
+    tiers, request = TierConfig(gpu_kv_gb=0.001, host_kv_gb=1), Request(5000, 40, 20)
+    plain = KVShape(2, 4, 2, 16, 2)
+    needed = sizes.host_bytes(plain, tiers, 5000) + sizes.snapshot_bytes(shape, 5000)
+    check_memory(shape, tiers, request, available=needed)
+    with pytest.raises(BudgetError, match="the cache of 5,000 tokens needs"):
+        check_memory(shape, tiers, request, available=needed - 1)
+    held = {"room": 4000, "room_bytes": 1000 + sizes.snapshot_bytes(shape, 4000)}
+    grown = 5000 * shape.token_bytes - 1000
+    check_memory(shape, tiers, request, "", "ask less", **held, available=grown)
+    with pytest.raises(BudgetError, match="ask less"):
+        check_memory(shape, tiers, request, "", "ask less", **held, available=grown - 1)
+
+
+@pytest.mark.parametrize("shape", [SLIDING, LINEAR], ids=["sliding", "linear"])
+def test_one_memory_must_hold_the_layers_too(shape, monkeypatch):
+    tiers, request = TierConfig(gpu_kv_gb=0.001, host_kv_gb=1), Request(5000, 40, 20)
+    layers = sum(untiered_prefill_bytes(shape, tiers, 5000, 40).values())
+    both = sizes.host_bytes(shape, tiers, 5000) + tiers.cap_bytes + layers
+    monkeypatch.setattr(limits, "available_host_bytes", lambda: both)
+    check_memory(shape, tiers, request, one_memory=True)
+    monkeypatch.setattr(limits, "available_host_bytes", lambda: both - 1)
+    with pytest.raises(BudgetError, match="with the device tier in the same memory"):
+        check_memory(shape, tiers, request, one_memory=True)
+
+
+# ---- plan
+
+
+@pytest.fixture
+def windowed(monkeypatch):
+    """Model and processor of a video family; the first layer and the last see 33 tokens."""
+    from transformers import AutoModelForImageTextToText
+
+    model, processor = build("qwen2_5_vl")
+    config = type(model.config).from_dict(model.config.to_dict())
+    config.text_config.layer_types = ["sliding_attention", "full_attention", "sliding_attention"]
+    config.text_config.sliding_window, config.text_config.use_sliding_window = 33, True
+    monkeypatch.setitem(families.OTHER_LAYERS, "qwen2_5_vl_text", ("sliding_attention",))
+    return AutoModelForImageTextToText.from_config(config).eval(), processor
+
+
+def test_a_session_holds_what_its_plan_says(windowed, frames, monkeypatch):
+    model, processor = windowed
+    model.generation_config.eos_token_id = None
+    held = []
+    update = SlidingLayer.update
+
+    def watched_update(layer, *args, **kwargs):
+        result = update(layer, *args, **kwargs)
+        held.append(2 * layer.device_bytes)
+        return result
+
+    monkeypatch.setattr(SlidingLayer, "update", watched_update)
+    options = {"processor": processor, "gpu_kv_gb": 1, "fps": 4.0, "prefill_chunk": 20}
+    film = frames[:60]
+    with tieredkv.open_session(model, film, **options) as session:
+        stats = session.ask("what colour was the star ?", max_new_tokens=5).stats
+        host = session._cached.cache.host_bytes
+        question = stats.prompt_tokens - session.head_tokens - session.video.tokens
+    planned = plan(model, film, **options, question_tokens=question, max_new_tokens=5)
+    assert planned.prompt_tokens == stats.prompt_tokens
+    assert max(held) == planned.untiered_prefill["sliding windows"] == 2 * 2 * 2 * (32 + 20) * 16 * 4
+    assert held[-1] == planned.untiered_decode["sliding windows"] == 2 * 2 * 2 * (32 + 1) * 16 * 4
+    assert planned.snapshot_bytes == 2 * 2 * 2 * 32 * 16 * 4
+    assert 0 <= planned.host_bytes - host < 0.2 * host
+
+
+def test_a_plan_prints_these_layers_apart_from_the_tiers(windowed):
+    model, _ = windowed
+    planned = plan(model, 500, gpu_kv_gb=1, card=1000)
+    tiers_only = plan(build("qwen2_5_vl")[0], 500, gpu_kv_gb=1, card=1000)
+    lines = str(planned).splitlines()
+    outside = lines.index("outside the cap")
+    assert lines[outside - 1].startswith("  sum")
+    assert lines[outside + 1].split() == ["sliding", "windows", *"258 KiB".split(), *"16.5 KiB".split()]
+    assert any("16 KiB of it the snapshot" in line for line in lines)
+    assert not any("outside the cap" in line or "snapshot" in line for line in str(tiers_only).splitlines())
+    plain = json.loads(json.dumps(planned.as_dict()))
+    assert plain["untiered_decode"] == planned.untiered_decode
+    assert (plain["layers"], plain["snapshot_bytes"]) == (1, planned.snapshot_bytes)
+    assert (tiers_only.snapshot_bytes, tiers_only.untiered_prefill, tiers_only.untiered_decode) == (0, {}, {})
+    read = planned.step_weight_bytes + planned.step_read_bytes + planned.untiered_decode["sliding windows"]
+    assert planned.token_ms[0] == pytest.approx(read / 1e9)
+
+
+def test_a_plan_is_refused_where_the_snapshot_does_not_fit(windowed):
+    model, _ = windowed
+    planned = plan(model, 500, gpu_kv_gb=1)
+    plan(model, 500, gpu_kv_gb=1, host_kv_gb=planned.host_bytes / GIB)
+    with pytest.raises(BudgetError, match="host_kv_gb allows"):
+        plan(model, 500, gpu_kv_gb=1, host_kv_gb=(planned.host_bytes - 1) / GIB)
