@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -41,6 +42,8 @@ def ask(
     *videos, question = words
     if len(videos) > 1:
         raise OptionError(f"ask takes one video and one question, got {len(words)} arguments: put quotes around each.")
+    if not videos and os.path.isfile(question):  # False for text that no file can be called
+        raise OptionError(f"{question} is a file: give the question too, in quotes.")
     if evidence is not None:
         check_target(evidence)
     sampling = given(fps=fps, max_frames=max_frames, start=start, end=end)
