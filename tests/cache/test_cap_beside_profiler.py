@@ -25,7 +25,7 @@ from tieredkv.environment.versions import cache_argument
 from tieredkv.memory.ledger import DeviceLedger
 from tieredkv.models.kv_shape import KVShape
 from tieredkv.planning.prefill_plan import digesting_bytes
-from tieredkv.policy.digests import DIGESTS, Fitted
+from tieredkv.policy.digests import DIGESTS
 
 PROMPT, QUESTION = 2000, 80
 TIGHT, AMPLE = 0.4, 50.0
@@ -95,7 +95,7 @@ SCORING = (prefill, "score_text_rows")
 def digest_of(kind: str, keys: torch.Tensor, bits: int) -> Callable[[], torch.Tensor]:
     """A function that digests chunks of keys `(K, n, C, D)`."""
     digest, tokens = DIGESTS[kind](keys.shape[-1], keys.shape[2], bits), keys.flatten(1, 2).float()
-    fitted = digest.fit(tokens.mT @ tokens, tokens) if digest.needs_fit else Fitted()
+    fitted = digest.fit(tokens.mT @ tokens, tokens)
     return lambda: digest.make(keys, fitted)
 
 

@@ -144,7 +144,7 @@ def test_a_digest_keeps_its_contract(name, bits, d):
     """Its sizes are those of its tensors, and ranking in parts of any size gives the same logits."""
     keys, query = torch.randn(3, 10, 8, d), torch.randn(3, 5, d)
     kind = digest(name, d, 8, bits)
-    fitted = kind.fit(torch.eye(d).expand(3, d, d), keys.flatten(1, 2)) if kind.needs_fit else Fitted()
+    fitted = kind.fit(torch.eye(d).expand(3, d, d), keys.flatten(1, 2))
     assert (type(fitted), fitted.nbytes) == (kind.fitted_type, 3 * kind.fitted_bytes)
     packed, own = kind.make(keys, fitted), fitted.for_ranking(torch.tensor([2, 0]))
     assert (packed.dtype, packed.shape) == (torch.uint8, (3, 10, kind.chunk_bytes))
@@ -161,7 +161,7 @@ def test_ranking_allocates_no_more_than_its_scratch_bytes(name, bits):
     """By torch's own profiler: the result, in parts and joined, and the scratch of one part."""
     keys, query, at_once = torch.randn(2, 256, 8, 64), torch.randn(2, 4, 64), 64
     kind = digest(name, 64, 8, bits)
-    fitted = kind.fit(torch.eye(64).expand(2, 64, 64), keys.flatten(1, 2)) if kind.needs_fit else Fitted()
+    fitted = kind.fit(torch.eye(64).expand(2, 64, 64), keys.flatten(1, 2))
     packed, prepared = kind.make(keys, fitted), kind.prepare(query, fitted)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = kind.logits(prepared, packed, at_once)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
-from typing import ClassVar, Generic, Self, TypeVar
+from typing import ClassVar, Generic, Self, TypeVar, cast
 
 import torch
 
@@ -101,11 +101,11 @@ class Digest(ABC, Generic[F]):
     # ---- making
 
     def fit(self, query_moment: torch.Tensor, keys: torch.Tensor) -> F:
-        """The state for one layer, on the host, fitted to the cached part of a context.
+        """The state for one layer, on the host, fitted to the cached part of a context; empty unless `needs_fit`.
 
-        query_moment `(K, D, D)` float32: sum of q q^T. keys `(K, m, D)`. Called only where `needs_fit`.
+        query_moment `(K, D, D)` float32: sum of q q^T. keys `(K, m, D)`.
         """
-        raise NotImplementedError
+        return cast("F", self.fitted_type())  # TypeError if a kind with a state does not fit it
 
     @abstractmethod
     def make(self, keys: torch.Tensor, fitted: F) -> torch.Tensor:
