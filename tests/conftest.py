@@ -19,7 +19,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels then run anywhere
 
-from helpers import text_config
+from helpers import random_text_model, text_config
 
 from tieredkv.cli.defaults import KEYS
 from tieredkv.ops.base import Ops
@@ -92,10 +92,7 @@ def _sharpen(model: torch.nn.Module, factor: float = 2.0) -> Any:
 
 @pytest.fixture(scope="session", params=["llama", "qwen2", "qwen3", "gemma3_text", "qwen3_5_text"])
 def text_model(request: pytest.FixtureRequest) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(text_config(request.param)).eval()
+    return random_text_model(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -56,6 +56,14 @@ def text_config(kind: str) -> Any:
     return {"llama": LlamaConfig, "qwen2": Qwen2Config}[kind](**sizes)
 
 
+def random_text_model(kind: str) -> Any:
+    """A text model of `text_config` with random weights, always the same ones."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(text_config(kind)).eval()
+
+
 def digest_nbytes(retrieval: Retrieval) -> int:
     """Device bytes of a layer's digests and the state that they are read with."""
     assert retrieval.ranking is not None

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from helpers import assert_near, pressed, text_config, tier_options
+from helpers import assert_near, pressed, random_text_model, tier_options
 
 import tieredkv
 from tieredkv.cache.tiered_cache import TieredCache
@@ -17,10 +17,7 @@ from tieredkv.models.kv_shape import model_shape
 
 @pytest.fixture(scope="module")
 def qwen():
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(text_config("qwen3_5_text")).eval()
+    return random_text_model("qwen3_5_text")
 
 
 def test_only_layers_that_grow_count(qwen):

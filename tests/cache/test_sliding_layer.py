@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import assert_near, pressed, stock_logits, text_config, tier_options
+from helpers import assert_near, pressed, random_text_model, stock_logits, tier_options
 
 import tieredkv
 from tieredkv.cache.tiered_cache import TieredCache
@@ -15,10 +15,7 @@ from tieredkv.models.kv_shape import model_shape
 
 @pytest.fixture(scope="module")
 def gemma():
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(text_config("gemma3_text")).eval()
+    return random_text_model("gemma3_text")
 
 
 def test_only_layers_that_grow_count(gemma):

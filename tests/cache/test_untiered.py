@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import assert_near, stock_logits, text_config, tier_options
+from helpers import assert_near, random_text_model, stock_logits, tier_options
 
 import tieredkv
 from tieredkv.cache.question import CONTEXT, Question
@@ -19,10 +19,7 @@ KINDS = {"gemma3_text": "sliding windows", "qwen3_5_text": "linear attention"}
 
 @pytest.fixture(scope="module", params=KINDS)
 def model(request):
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(text_config(request.param)).eval()
+    return random_text_model(request.param)
 
 
 @torch.no_grad()

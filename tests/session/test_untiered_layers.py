@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from families import build
-from helpers import assert_near, session_logits, stock_inputs, stock_logits, text_config
+from helpers import assert_near, random_text_model, session_logits, stock_inputs, stock_logits
 
 import tieredkv
 from tieredkv.cache.question import CONTEXT
@@ -74,10 +74,7 @@ def test_a_saved_session_answers_as_before(windowed, film, tmp_path):
 
 @pytest.fixture(params=["gemma3_text", "qwen3_5_text"])
 def model(request):
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(text_config(request.param)).eval()
+    return random_text_model(request.param)
 
 
 @torch.no_grad()
