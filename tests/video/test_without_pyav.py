@@ -40,5 +40,5 @@ def test_a_file_is_refused_without_pyav(monkeypatch, tmp_path, video_model, proc
     path = tmp_path / "film.mp4"
     path.write_bytes(b"anything")
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(tieredkv.VideoError, match="without PyAV .*: pip install av, or give its frames as arrays"):
+    with pytest.raises(tieredkv.VideoError, match=r"without PyAV .*: pip install av, or give its frames as arrays"):
         tieredkv.open_session(video_model, path, processor=processor, gpu_kv_gb=0.5)
