@@ -57,7 +57,7 @@ def locked(run: Run, nbytes: int, kind: str) -> Iterator[tuple[torch.Tensor, Val
         memory = whole[first : first + nbytes].view(torch.int16)
     else:
         memory = aligned((nbytes // 2,), torch.int16)
-    memory.random_(-1000, 1000)
+    memory.zero_()
     touched = time.perf_counter()
     locker = None
     if not (run.dry or kind == "pinned"):
@@ -91,7 +91,7 @@ def replayed(run: Run, launches: list[Callable[[], object]]) -> tuple[float, str
     run.synchronize()
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             together()
     except RuntimeError as error:
         return milliseconds(together, ROUNDS, "cuda"), f"eager: {str(error).splitlines()[0]}"
