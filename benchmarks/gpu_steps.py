@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from decode import stock
 from gpu_link import MISSES, copying, gather_ms
-from gpu_record import Fact, Run, Values
+from gpu_record import Fact, Run, Values, card_state
 from synthetic import Drift, fill, keys_and_values, make_model, milliseconds
 
 from tieredkv import TierConfig, TieredCache, use_attention
@@ -114,6 +114,8 @@ class Bench:
         ms = milliseconds(replay, self.rounds, self.device)
         yield {"path": path, "ms": ms, **profile(self.run, replay)}
         yield {"path": "eager: asked for", "ms": milliseconds(step, self.rounds, self.device)}
+        if not self.run.dry:
+            yield {"path": "the card just after these steps", **card_state()}
 
     def fill(self) -> Values:
         begin = time.perf_counter()
