@@ -10,11 +10,13 @@ from tieredkv.errors import UnsupportedModelError
 from tieredkv.models.families.base import VideoFamily
 from tieredkv.models.families.internvl import InternVL
 from tieredkv.models.families.llava_onevision import LlavaOnevision
+from tieredkv.models.families.perception_lm import PerceptionLM
 from tieredkv.models.families.qwen2_5_vl import Qwen25VL
 from tieredkv.models.families.qwen2_vl import Qwen2VL
 from tieredkv.models.families.qwen3_5 import Qwen35
 from tieredkv.models.families.qwen3_vl import Qwen3VL
 from tieredkv.models.families.smolvlm import SmolVLM
+from tieredkv.models.families.video_llama_3 import VideoLlama3
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -28,6 +30,8 @@ VIDEO_FAMILIES: dict[str, VideoFamily] = {
     "llava_onevision": LlavaOnevision(),
     "internvl": InternVL(),
     "smolvlm": SmolVLM(),
+    "video_llama_3": VideoLlama3(),
+    "perception_lm": PerceptionLM(),
 }
 TEXT_FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text", "qwen3_5_text")
 """Decoders for text, by the `model_type` of their config, with which `TieredCache` is tested."""
