@@ -20,6 +20,11 @@ WIDTH_RATIO = 4
 class PerceptionLM(VideoFamily):
     """Adapter for `PerceptionLMForConditionalGeneration`. Its tower is timm's; the config does not hold its sizes."""
 
+    model_types = ("perception_lm",)
+    vision_modules = frozenset({"vision_tower", "multi_modal_projector"})
+    settings = ("vision_use_cls_token", "projector_pooling_ratio")
+    vision_settings = ("architecture", "model_args")
+
     def frame_grid(
         self, config: Any, processor: Any, frames: int, height: int, width: int, fps: float
     ) -> tuple[int, int, int]:

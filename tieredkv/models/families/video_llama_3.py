@@ -23,6 +23,9 @@ class VideoLlama3(Qwen2VL):
     the decoder, at least one per frame, so the grid of a plan is the most that a video can have.
     """
 
+    model_types = ("video_llama_3",)
+    vision_modules = frozenset({"vision_model", "projector"})
+
     def opening(self, processor: Any, frames: int, seconds: float, times: Sequence[float]) -> str:
         return f"Time {times[0]:.1f}s:"
 
