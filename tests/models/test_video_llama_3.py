@@ -11,6 +11,7 @@ from families import build
 from helpers import assert_near, session_logits, stock_inputs, stock_logits, tier_options
 
 import tieredkv
+from tieredkv.errors import SessionError
 from tieredkv.models import families
 from tieredkv.session.video_session import VideoSession
 
@@ -115,3 +116,13 @@ def test_moments_of_a_film_with_stills_are_those_of_its_frames(film):
         heat = session.ask(QUESTION, max_new_tokens=2, evidence=True).evidence.heat
     assert steps.bincount().tolist() == list(session.video.lengths)
     assert len(heat) == len(film)
+
+
+def test_a_saved_session_is_refused_under_another_compression(film, tmp_path):
+    model, processor = build("video_llama_3")
+    with open_film(film) as session:
+        session.save(tmp_path / "film.tkv")
+    processor = copy.deepcopy(processor)
+    processor.video_processor.use_token_compression = False
+    with pytest.raises(SessionError, match="use_token_compression was true, is false"):
+        tieredkv.load_session(tmp_path / "film.tkv", model, processor=processor)

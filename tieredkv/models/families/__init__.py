@@ -49,8 +49,11 @@ DECODERS: tuple[Decoder, ...] = (
 )
 """Text models: on their own under `TieredCache`, and those of the video families."""
 
+_WHOLE_VIDEO = "its visual tokens attend to those of later frames too, so a video cannot be read in pieces"
 REFUSED: dict[str, str] = {
     "gemma3": "the tokens of an image attend to each other in both directions",
+    "molmo2": _WHOLE_VIDEO,
+    "molmo2_text": _WHOLE_VIDEO,
 }
 """Why a kind of model cannot be supported, by its `model_type`."""
 REQUIREMENTS = (
