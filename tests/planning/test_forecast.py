@@ -246,7 +246,7 @@ def test_a_package_that_the_vision_tower_needs_is_named(seven_billion, monkeypat
         )
 
     monkeypatch.setattr(AutoModelForImageTextToText, "from_config", missing)
-    with pytest.raises(UnsupportedModelError, match="cannot be built .*requires the timm library"):
+    with pytest.raises(UnsupportedModelError, match=r"cannot be built .*requires the timm library"):
         plan(seven_billion, 100)
 
 
