@@ -25,6 +25,9 @@ class PerceptionLM(VideoFamily):
     settings = ("vision_use_cls_token", "projector_pooling_ratio")
     vision_settings = ("architecture", "model_args")
 
+    def text_types(self) -> tuple[str, ...]:
+        return ("llama",)
+
     def frame_grid(
         self, config: Any, processor: Any, frames: int, height: int, width: int, fps: float
     ) -> tuple[int, int, int]:

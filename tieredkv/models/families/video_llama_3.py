@@ -26,6 +26,9 @@ class VideoLlama3(Qwen2VL):
     model_types = ("video_llama_3",)
     vision_modules = frozenset({"vision_model", "projector"})
 
+    def text_types(self) -> tuple[str, ...]:
+        return ("qwen2",)
+
     def opening(self, processor: Any, frames: int, seconds: float, times: Sequence[float]) -> str:
         return f"Time {times[0]:.1f}s:"
 
