@@ -23,6 +23,11 @@ SPECIAL = (
     "<fake_token_around_image>",
     "<global-img>",
     "<end_of_utterance>",
+    "</image>",
+    "<slice>",
+    "</slice>",
+    "<image_id>",
+    "</image_id>",
 )
 QWEN_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -42,6 +47,23 @@ TEXT = {
     "bos_token_id": None,
     "eos_token_id": None,
     "pad_token_id": 0,
+}
+QWEN3_5 = {
+    **TEXT,
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 1e6,
+        "partial_rotary_factor": 0.5,
+        "mrope_section": [2, 3, 3],
+        "mrope_interleaved": True,
+    },
 }
 SIGLIP = {
     "hidden_size": 32,
@@ -217,6 +239,38 @@ def _smolvlm() -> tuple[Any, Any]:
     return SmolVLMForConditionalGeneration(config), processor
 
 
+def _minicpm(version: str) -> tuple[Any, Any]:
+    import transformers
+
+    ids, prefix = _ids(), f"MiniCPMV{version}"
+    markers = {"image_start": "<image>", "image_end": "</image>", "slice_start": "<slice>", "slice_end": "</slice>"}
+    placed = {f"{name}_id": ids[token] for name, token in markers.items()}
+    placed["newline_id"] = tokenizer()("\n").input_ids[0]
+    config = getattr(transformers, f"{prefix}Config")(
+        text_config={**QWEN3_5, "model_type": "qwen3_5_text", "vocab_size": len(tokenizer())},
+        vision_config={**SIGLIP, "image_size": 56, "patch_size": 14},
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        insert_layer_id=0,
+        tie_word_embeddings=False,
+        **(placed if version == "4_7" else {}),
+    )
+    words = _plain_tokenizer()
+    markers |= {"image": "<|image_pad|>", "video": "<|video_pad|>"}
+    markers |= {"image_id_start": "<image_id>", "image_id_end": "</image_id>"}
+    for name, token in markers.items():
+        setattr(words, f"{name}_token", token)
+        setattr(words, f"{name}_token_id", ids[token])
+    size = {"scale_resolution": 140, "patch_size": 14}
+    processor = getattr(transformers, f"{prefix}Processor")(
+        image_processor=transformers.MiniCPMV4_6ImageProcessor(**size),
+        video_processor=transformers.MiniCPMV4_6VideoProcessor(do_sample_frames=False, **size),
+        tokenizer=words,
+        chat_template=QWEN_TEMPLATE.replace("VIDEO", "<|video_pad|>\n"),
+    )
+    return getattr(transformers, f"{prefix}ForConditionalGeneration")(config), processor
+
+
 BUILD = {
     "qwen2_vl": lambda: _qwen("qwen2_vl"),
     "qwen2_5_vl": lambda: _qwen("qwen2_5_vl"),
@@ -226,6 +280,8 @@ BUILD = {
     "llava_onevision": _llava_onevision,
     "internvl": _internvl,
     "smolvlm": _smolvlm,
+    "minicpmv4_6": lambda: _minicpm("4_6"),
+    "minicpmv4_7": lambda: _minicpm("4_7"),
 }
 
 

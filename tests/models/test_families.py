@@ -56,8 +56,10 @@ def test_the_prompt_has_the_processors_tokens(name, film):
     with tieredkv.open_session(model, film, processor=processor, gpu_kv_gb=1, fps=4, positions="stock") as session:
         template = session.template
         head, tail = template.around_video([(QUESTIONS[0], None)])
-        head_ids = template.head_ids(model.config, head, Sampled(len(film), 60, 90, 4.0, 0.0, len(film) / 4))
-        ours = [*head_ids[0].tolist(), *session.video.ids(template.visual_id), *template.tail_ids(tail)[0].tolist()]
+        sampled, grid = Sampled(len(film), 60, 90, 4.0, 0.0, len(film) / 4), session.video
+        head_ids = template.head_ids(model.config, head, sampled)[0].tolist()
+        last = sampled.times(grid.steps - 1, grid.frames_per_step)
+        ours = [*head_ids, *grid.ids(template.visual_id), *template.tail_ids(tail, last, grid.slices)[0].tolist()]
     assert ours == theirs
 
 

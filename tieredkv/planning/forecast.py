@@ -33,7 +33,15 @@ from tieredkv.video.sampling import Sampling
 
 HEAD_TOKENS = 15
 """Tokens of text before the video without a processor: those of Qwen2.5-VL's chat template."""
-VISION_MODULES = {"visual", "vision_tower", "vision_model", "multi_modal_projector", "connector", "image_newline"}
+VISION_MODULES = {
+    "visual",
+    "vision_tower",
+    "vision_model",
+    "multi_modal_projector",
+    "merger",
+    "connector",
+    "image_newline",
+}
 """Names, in transformers' families, of the vision tower and of the modules that connect it to the decoder."""
 
 

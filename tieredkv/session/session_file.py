@@ -17,7 +17,7 @@ from tieredkv.errors import SessionError
 from tieredkv.memory.limits import check_host
 from tieredkv.models import adapters
 from tieredkv.models.chat_template import ChatTemplate
-from tieredkv.models.families.base import VideoGrid
+from tieredkv.models.families.base import Slices, VideoGrid
 from tieredkv.models.fingerprint import fingerprint_difference, model_fingerprint, model_state, state_difference
 from tieredkv.models.same_model import SameModel
 from tieredkv.models.settings import model_settings, processor_settings, settings_difference
@@ -61,8 +61,11 @@ class SessionState:
         if "clock" not in plain["video"]:
             facts = replace(facts, start=facts.start + first_picture)
         between = tuple(tuple(ids) for ids in plain["grid"].get("between", ()))
+        slices = plain["grid"].get("slices")
+        if slices is not None:
+            slices = Slices(**{**_known(Slices, slices), "before": tuple(tuple(ids) for ids in slices["before"])})
         video = IngestedVideo(
-            grid=VideoGrid(**{**_known(VideoGrid, plain["grid"]), "between": between}),
+            grid=VideoGrid(**{**_known(VideoGrid, plain["grid"]), "between": between, "slices": slices}),
             positions=plain["positions"],
             head=plain["head"],
             head_ids=tuple(plain["head_ids"]),

@@ -84,20 +84,31 @@ class VideoEmbeddings:
             )
         first = self.grid.steps
         sampled, template = self._video.sampled, self.template
-        texts = [
-            template.between_ids(step, sampled.times(step, self._step_frames, frames))
-            for step in range(first, first + steps)
-        ]
+
+        def times(step: int) -> list[float]:
+            return sampled.times(step, self._step_frames, frames)
+
+        texts = [template.between_ids(step, times, self.grid.slices) for step in range(first, first + steps)]
         if texts[0] is None:
             self.grid = replace(self.grid, steps=first + steps)
             return features
         between = tuple(ids or () for ids in texts)
         self.grid = replace(self.grid, steps=first + steps, between=self.grid.between + between)
-        weight = self.model.get_input_embeddings().weight
+        weight, slices = self.model.get_input_embeddings().weight, self.grid.slices
+
+        def text(ids: tuple[int, ...]) -> torch.Tensor:
+            tokens = torch.tensor([ids], dtype=torch.long, device=weight.device)
+            return template.family.embed(self.model, tokens)
+
+        sizes, inside = [self.grid.rows * self.grid.columns], []
+        if slices is not None:
+            sizes += [slices.height * slices.width] * len(slices.before)
+            inside = [text(ids) for ids in slices.before]
         parts = []
-        for ids, part in zip(between, features.split(self.grid.step_tokens), strict=True):
-            text = torch.tensor([ids], dtype=torch.long, device=weight.device)
-            parts += [template.family.embed(self.model, text), part.unsqueeze(0).to(weight.device, weight.dtype)]
+        for ids, step in zip(between, features.split(self.grid.step_tokens), strict=True):
+            pictures = step.unsqueeze(0).to(weight.device, weight.dtype).split(sizes, dim=1)
+            for words, picture in zip((text(ids), *inside), pictures, strict=True):
+                parts += [words, picture]
         return join(parts)[0]
 
 

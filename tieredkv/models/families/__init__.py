@@ -10,6 +10,7 @@ from tieredkv.errors import UnsupportedModelError
 from tieredkv.models.families.base import VideoFamily
 from tieredkv.models.families.internvl import InternVL
 from tieredkv.models.families.llava_onevision import LlavaOnevision
+from tieredkv.models.families.minicpmv import MiniCPMV46, MiniCPMV47
 from tieredkv.models.families.qwen2_5_vl import Qwen25VL
 from tieredkv.models.families.qwen2_vl import Qwen2VL
 from tieredkv.models.families.qwen3_5 import Qwen35
@@ -28,6 +29,8 @@ VIDEO_FAMILIES: dict[str, VideoFamily] = {
     "llava_onevision": LlavaOnevision(),
     "internvl": InternVL(),
     "smolvlm": SmolVLM(),
+    "minicpmv4_6": MiniCPMV46(),
+    "minicpmv4_7": MiniCPMV47(),
 }
 TEXT_FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text", "qwen3_5_text")
 """Decoders for text, by the `model_type` of their config, with which `TieredCache` is tested."""

@@ -17,6 +17,32 @@ Positions = Literal["published", "stock"]
 
 
 @dataclass(frozen=True, slots=True)
+class Slices:
+    """Further pictures of each step, after that of the whole frame: tiles of it at a higher resolution, row by row."""
+
+    rows: int
+    """Rows of tiles."""
+    columns: int
+    """Tiles in a row."""
+    height: int
+    """Rows of visual tokens in each tile."""
+    width: int
+    """Visual tokens in a row of a tile."""
+    before: tuple[tuple[int, ...], ...]
+    """Token ids of the text before each tile."""
+
+    @property
+    def visual_tokens(self) -> int:
+        """Visual tokens of all tiles of a step."""
+        return self.rows * self.columns * self.height * self.width
+
+    @property
+    def text_tokens(self) -> int:
+        """Tokens of the text before all tiles of a step."""
+        return sum(map(len, self.before))
+
+
+@dataclass(frozen=True, slots=True)
 class VideoGrid:
     """A video as tokens: steps of rows of columns of visual tokens, in some families with text before each step."""
 
@@ -32,11 +58,20 @@ class VideoGrid:
     """Visual tokens after the last step that belong to no step."""
     frames_per_step: int = 2
     """Frames in a step; the last step may have fewer."""
+    slices: Slices | None = None
+    """Tiles of each frame, in families that have them; `rows` and `columns` are those of the whole frame."""
+    trailing: int = 0
+    """Text tokens after the video that the family numbers as part of its last step. They depend on the question."""
 
     @property
     def step_tokens(self) -> int:
         """Visual tokens of one temporal step."""
-        return self.rows * self.columns
+        return self.rows * self.columns + (self.slices.visual_tokens if self.slices else 0)
+
+    @property
+    def step_length(self) -> int:
+        """All tokens of one temporal step, including the text between its pictures."""
+        return self.step_tokens + (self.slices.text_tokens if self.slices else 0)
 
     @property
     def visual_tokens(self) -> int:
@@ -45,12 +80,12 @@ class VideoGrid:
 
     @property
     def tokens(self) -> int:
-        """All tokens, including the text between steps."""
-        return self.visual_tokens + sum(map(len, self.between))
+        """All tokens, including the text inside and between steps."""
+        return self.steps * self.step_length + self.closing + sum(map(len, self.between))
 
     def starts(self) -> torch.Tensor:
         """Index of each step's first visual token, `(steps,)`, from the video's first token."""
-        plain = torch.arange(self.steps, device="cpu") * self.step_tokens
+        plain = torch.arange(self.steps, device="cpu") * self.step_length
         if not self.between:
             return plain
         lengths = [len(ids) for ids in self.between[: self.steps]]
@@ -58,21 +93,30 @@ class VideoGrid:
 
     def step_of(self, index: torch.Tensor) -> torch.Tensor:
         """The step of each token of the video: text belongs to the step after it, closing tokens to the last."""
-        ends = self.starts() + self.step_tokens
+        ends = self.starts() + self.step_length
         return torch.bucketize(index, ends, right=True).clamp(max=self.steps - 1)
 
     def is_visual(self) -> torch.Tensor:
         """Mask of the video's visual tokens, `(tokens,)`."""
         mask = torch.zeros(self.tokens, dtype=torch.bool, device="cpu")
-        mask[(self.starts().unsqueeze(1) + torch.arange(self.step_tokens, device="cpu")).flatten()] = True
+        step = torch.tensor(self._step(True, False), dtype=torch.bool, device="cpu").nonzero()[:, 0]
+        mask[(self.starts().unsqueeze(1) + step).flatten()] = True
         mask[self.tokens - self.closing :] = True
         return mask
 
     def ids(self, visual: int) -> list[int]:
         """Token ids of the video as transformers' processors write them, with `visual` for visual tokens."""
         texts = self.between or ((),) * self.steps
-        step = [visual] * self.step_tokens
+        step = self._step(visual)
         return [token for text in texts for token in (*text, *step)] + [visual] * self.closing
+
+    def _step(self, visual: int, text: int | None = None) -> list[int]:
+        """One step, with `visual` for visual tokens and `text` for those of the text in it; None: their own ids."""
+        tokens = [visual] * (self.rows * self.columns)
+        for ids in self.slices.before if self.slices else ():
+            tokens += ids if text is None else [text] * len(ids)
+            tokens += [visual] * (self.slices.height * self.slices.width if self.slices else 0)
+        return tokens
 
 
 class VideoFamily(ABC):
@@ -99,8 +143,15 @@ class VideoFamily(ABC):
         return ""
 
     def between(self, processor: Any, step: int, times: Sequence[float]) -> str | None:
-        """Text between the step before and `step`. times: as for `opening`. None: the family never writes any."""
+        """Text between the step before and `step`. times: as for `opening`. None: the family never writes any.
+
+        Not None in families that write something after every step, or into steps.
+        """
         return None
+
+    def after(self, processor: Any, times: Sequence[float], slices: Slices | None) -> str:
+        """Text after every step, before what `between` or `ending` returns. times: as for `opening`."""
+        return ""
 
     def ending(self, processor: Any) -> str:
         """Text that replaces the placeholder after the last step."""
@@ -126,6 +177,10 @@ class VideoFamily(ABC):
         frames: number in the whole video, on which the size may depend. A segment whose n is not a multiple of
         `step_frames` is padded; only the last may be.
         """
+
+    def slices(self, config: Any, processor: Any, height: int, width: int) -> Slices | None:
+        """The tiles into which the processor cuts each frame of `height` x `width` pixels; None: it does not."""
+        return None
 
     def step_frames(self, config: Any) -> int:
         """Frames in one temporal step."""
@@ -160,6 +215,10 @@ class VideoFamily(ABC):
         While a video is being read, `video` needs only the steps of tokens before `stop`.
         """
         return torch.arange(begin, stop, device="cpu").unsqueeze(0)
+
+    def trailing(self, config: Any, tail: Sequence[int]) -> int:
+        """`VideoGrid.trailing` of a prompt in which these token ids follow the video."""
+        return 0
 
     def embed(self, model: Any, input_ids: torch.Tensor) -> torch.Tensor:
         """Embeddings `(1, n, hidden)` of text tokens `(1, n)`."""
