@@ -8,8 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from tieredkv.environment.versions import NEWEST
 from tieredkv.errors import UnsupportedModelError
 from tieredkv.models.families.base import Positions, Slices, VideoFamily, VideoGrid, activation_bytes
+
+MARKERS = ("image_start", "image_end", "slice_start", "slice_end")
+"""The processor has a token of each name, and the config of 4.7 its id."""
 
 
 class MiniCPMV46(VideoFamily):
@@ -18,6 +22,11 @@ class MiniCPMV46(VideoFamily):
     Attention in the tower never crosses pictures, so frames can be encoded in any groups. The processor cuts frames of
     more pixels than `scale_resolution` squared into tiles, unless its `slice_mode` is off or `max_slice_nums` is 1.
     """
+
+    model_types: tuple[str, ...] = ("minicpmv4_6",)
+    vision_modules = frozenset({"vision_tower", "merger"})
+    settings: tuple[str, ...] = ("downsample_mode", "merge_kernel_size", "merger_times")
+    vision_settings = ("insert_layer_id", "window_kernel_size")
 
     # ---- text
 
@@ -108,13 +117,17 @@ class MiniCPMV47(MiniCPMV46):
     Markers are placed at its corners and newlines at its right edge.
     """
 
+    model_types = ("minicpmv4_7",)
+    settings = (*MiniCPMV46.settings, *(f"{name}_id" for name in MARKERS), "newline_id")
+    tested = ("5.18", NEWEST)
+
     def opening(self, processor: Any, frames: int, seconds: float, times: Sequence[float]) -> str:
         return processor.image_start_token
 
     def _pictures(
         self, config: Any, processor: Any, height: int, width: int
     ) -> tuple[list[tuple[int, int]], tuple[int, int]]:
-        for name in ("image_start", "image_end", "slice_start", "slice_end"):
+        for name in MARKERS:
             token = getattr(processor, f"{name}_token")
             expected, given = processor.tokenizer.convert_tokens_to_ids(token), getattr(config, f"{name}_id")
             if expected != given:
@@ -126,8 +139,7 @@ class MiniCPMV47(MiniCPMV46):
 
     def trailing(self, config: Any, tail: Sequence[int]) -> int:
         """Markers and newlines right after the one that ends the last picture."""
-        markers = {config.image_start_id, config.image_end_id, config.slice_start_id, config.slice_end_id}
-        markers.add(config.newline_id)
+        markers = {config.newline_id, *(getattr(config, f"{name}_id") for name in MARKERS)}
         return next((count for count, token in enumerate(tail[1:]) if token not in markers), 0)
 
     def positions(
