@@ -28,6 +28,12 @@ SPECIAL = (
     "</slice>",
     "<image_id>",
     "</image_id>",
+    "<|begin_of_image|>",
+    "<|end_of_image|>",
+    "<|image|>",
+    "<|begin_of_video|>",
+    "<|end_of_video|>",
+    "<|video|>",
 )
 QWEN_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -271,6 +277,39 @@ def _minicpm(version: str) -> tuple[Any, Any]:
     return getattr(transformers, f"{prefix}ForConditionalGeneration")(config), processor
 
 
+def _glm(name: str) -> tuple[Any, Any]:
+    import transformers
+
+    ids = _ids()
+    prefix = {"glm4v": "Glm4v", "glm46v": "Glm46V", "glm4v_moe": "Glm4vMoe"}[name]
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}
+    text = {**TEXT, "vocab_size": len(tokenizer()), "rope_parameters": rope}
+    if name == "glm4v_moe":  # the first layer is dense
+        text |= {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "n_shared_experts": 1}
+    elif name == "glm46v":
+        text["model_type"] = "glm4v_text"
+    vision = {"depth": 2, "num_heads": 2, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64}
+    vision |= {"image_size": 56, "initializer_range": 0.1}
+    kind = {"model_type": "glm4v_vision"} if name == "glm46v" else {}
+    config = getattr(transformers, f"{prefix}Config")(
+        text_config=text,
+        vision_config={**vision, **kind},
+        image_token_id=ids["<|image|>"],
+        video_token_id=ids["<|video|>"],
+        tie_word_embeddings=False,
+    )
+    # Its limits are for the whole video: frames of short videos grow.
+    size = {"shortest_edge": 28 * 28 * 200, "longest_edge": 28 * 28 * 1000}
+    parts = "Glm46V" if name == "glm46v" else "Glm4v"
+    processor = getattr(transformers, f"{parts}Processor")(
+        image_processor=getattr(transformers, f"{parts}ImageProcessor")(),
+        tokenizer=_plain_tokenizer(),
+        video_processor=getattr(transformers, f"{parts}VideoProcessor")(size=size, do_sample_frames=False),
+        chat_template=QWEN_TEMPLATE.replace("VIDEO", "<|begin_of_video|><|video|><|end_of_video|>"),
+    )
+    return getattr(transformers, f"{prefix}ForConditionalGeneration")(config), processor
+
+
 BUILD = {
     "qwen2_vl": lambda: _qwen("qwen2_vl"),
     "qwen2_5_vl": lambda: _qwen("qwen2_5_vl"),
@@ -282,6 +321,9 @@ BUILD = {
     "smolvlm": _smolvlm,
     "minicpmv4_6": lambda: _minicpm("4_6"),
     "minicpmv4_7": lambda: _minicpm("4_7"),
+    "glm4v": lambda: _glm("glm4v"),
+    "glm46v": lambda: _glm("glm46v"),
+    "glm4v_moe": lambda: _glm("glm4v_moe"),
 }
 
 

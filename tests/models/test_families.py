@@ -18,6 +18,8 @@ from tieredkv.video.frames import Sampled
 
 FAMILIES = pytest.mark.parametrize("name", BUILD)
 TIMESTAMPED = pytest.mark.parametrize("name", ["qwen3_vl", "qwen3_5", "qwen3_5_moe"])
+PICTURES = pytest.mark.parametrize("name", ["qwen3_vl", "qwen3_5", "qwen3_5_moe", "glm4v", "glm46v", "glm4v_moe"])
+"""Families that number each step as a picture."""
 QUESTIONS = ("what is it ?", "and who is that ?")
 
 
@@ -123,9 +125,9 @@ def test_timestamped_families_follow_their_authors_by_default(name, film):
         assert_near(session_logits(session, QUESTIONS[0], 1), stock)
 
 
-@TIMESTAMPED
+@PICTURES
 @pytest.mark.parametrize("chunk", [1, 7, 40])
-def test_positions_of_timestamped_families_in_chunks_equal_those_of_the_whole(name, chunk):
+def test_positions_of_steps_as_pictures_in_chunks_equal_those_of_the_whole(name, chunk):
     model, _ = build(name)
     between = ((), (1, 2), (1, 2, 3), (4,), (1, 2, 3, 4, 5))
     family, video = families.video_family(model.config), VideoGrid(5, 2, 3, 0.5, between)
