@@ -11,6 +11,7 @@ from families import build
 from helpers import assert_near, session_logits, stock_inputs, stock_logits
 
 import tieredkv
+from tieredkv.models import families
 
 
 class RecordPrompt:
@@ -51,3 +52,19 @@ def test_the_processor_of_another_version_decides_how_times_are_written(film):
     assert "5.5 seconds<|end_of_video|>" in processor.tokenizer.decode(inputs["input_ids"][0])
     with tieredkv.open_session(model, film, processor=processor, gpu_kv_gb=1, fps=4) as session:
         assert_near(session_logits(session, "what ?", 2), stock_logits(model, inputs, 2))
+
+
+@torch.no_grad()
+def test_places_of_patches_do_not_depend_on_the_default_dtype():
+    """From bfloat16 up, where whole numbers above 256 are rounded."""
+    model, processor = build("glm4v")
+    family, wide = families.video_family(model.config), np.random.default_rng(2).integers(0, 256, (2, 28, 4200, 3))
+    inputs = family.preprocessor(model.config, processor, *wide.shape[:3], 4.0)(wide.astype(np.uint8))
+    assert inputs["video_grid_thw"][0, 2] > 256
+    expected = model.model.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"])
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        features = family.encode(model, inputs)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_near(features, torch.cat(expected.pooler_output))

@@ -13,7 +13,7 @@ from tieredkv.models.families.qwen3_vl import Qwen3VL
 
 
 class Glm4V(Qwen3VL):
-    """Adapter for `Glm4vForConditionalGeneration`, `Glm46VForConditionalGeneration` and `Glm4vMoeForConditionalGeneration`.
+    """Adapter for `Glm4v`, `Glm46V` and `Glm4vMoeForConditionalGeneration`.
 
     Positions are those of Qwen3-VL. How a time is written depends on the processor, not on the model: checkpoints of
     GLM-4.6V are models of GLM-4.1V and 4.5V.
@@ -43,6 +43,13 @@ class Glm4V(Qwen3VL):
     def encode(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         return Qwen2VL.encode(self, model, inputs)
 
+    def _features(self, model: Any, inputs: dict[str, torch.Tensor]) -> Any:
+        """With the places of patches in float32: from whole numbers transformers computes in torch's default dtype."""
+        tower, grid = model.model.visual, inputs["video_grid_thw"]
+        device = next(tower.parameters()).device
+        pixels, places = inputs["pixel_values_videos"].to(device), _places(grid, tower.spatial_merge_size).to(device)
+        return model.model.get_video_features(pixels, grid.to(device), return_dict=True, video_position_ids=places)
+
     def encode_bytes(self, config: Any, grid: tuple[int, int, int]) -> int:
         """Blocks are as wide inside as the output: `intermediate_size` is that of the merger, of a quarter as many."""
         vision = config.vision_config
@@ -56,3 +63,14 @@ def _around(processor: Any, time: float) -> tuple[str, str]:
     """The processor's text before and after the visual tokens of a step that begins at `time`, in seconds."""
     before, _, after = processor.replace_frame_token_id(time, 1).partition(processor.image_token)
     return before, after
+
+
+def _places(grid: torch.Tensor, merge: int) -> torch.Tensor:
+    """Row and column `(patches, 2)` of each patch, float32, in the order of the tower: by merged blocks."""
+    (steps, rows, columns), parts = grid[0].tolist(), []
+    for axis, count in enumerate((rows, columns)):
+        line = torch.arange(count, dtype=torch.float32, device="cpu")
+        plane = (line.unsqueeze(1) if axis == 0 else line).expand(rows, columns)
+        blocks = plane.reshape(rows // merge, merge, columns // merge, merge).transpose(1, 2)
+        parts.append(blocks.flatten().repeat(steps))
+    return torch.stack(parts, dim=1)
