@@ -254,7 +254,7 @@ def _minicpm(version: str) -> tuple[Any, Any]:
     placed["newline_id"] = tokenizer()("\n").input_ids[0]
     config = getattr(transformers, f"{prefix}Config")(
         text_config={**QWEN3_5, "model_type": "qwen3_5_text", "vocab_size": len(tokenizer())},
-        vision_config={**SIGLIP, "image_size": 56, "patch_size": 14},
+        vision_config={**SIGLIP, "image_size": 980, "patch_size": 14},
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
         insert_layer_id=0,

@@ -122,3 +122,23 @@ def test_ids_of_markers_that_are_not_the_tokenizers_are_refused():
     config.slice_end_id = None
     with pytest.raises(UnsupportedModelError, match=r"slice_end_id is None, but '</slice>' has the id \d+"):
         families.video_family(config).frame_grid(config, processor, 5, 60, 90, 4.0)
+
+
+@VERSIONS
+@torch.no_grad()
+def test_places_of_patches_do_not_depend_on_the_default_dtype(name):
+    """They are fractions of a side, and in bfloat16 they fall on other entries of the tower's table."""
+    model, processor = build(name)
+    processor = copy.deepcopy(processor)
+    processor.video_processor.scale_resolution = 448
+    family, film = families.video_family(model.config), frames((336, 448), 2)
+    inputs = family.preprocessor(model.config, processor, *film.shape[:3], 4.0)(film)
+    sizes = inputs["target_sizes_videos"]
+    expected = model.model.get_video_features(inputs["pixel_values_videos"], sizes, return_dict=True).pooler_output
+    assert torch.equal(family.encode(model, inputs), torch.cat(expected))
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        features = family.encode(model, inputs)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(features, torch.cat(expected))

@@ -100,9 +100,12 @@ class MiniCPMV46(VideoFamily):
             )
 
     def encode(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        device = next(model.model.vision_tower.parameters()).device
+        tower, twice = model.model.vision_tower, model.config.downsample_mode != "4x"
+        device = next(tower.parameters()).device
         pixels, sizes = inputs["pixel_values_videos"].to(device), inputs["target_sizes_videos"].to(device)
-        return torch.cat(tuple(model.model.get_video_features(pixels, sizes, return_dict=True).pooler_output), dim=0)
+        given = {} if torch.get_default_dtype() == torch.float32 else {"position_ids": _places(tower, sizes)}
+        hidden = tower(pixels.to(tower.dtype), target_sizes=sizes, use_vit_merger=twice, return_dict=True, **given)
+        return torch.cat(tuple(model.model.merger(hidden.last_hidden_state, sizes // 2 if twice else sizes)), dim=0)
 
     def encode_bytes(self, config: Any, grid: tuple[int, int, int]) -> int:
         vision = config.vision_config
@@ -166,6 +169,23 @@ class MiniCPMV47(MiniCPMV46):
 def _merged(config: Any) -> int:
     """Patches of the vision tower along an edge of a visual token: merged two by two, twice unless in "4x" mode."""
     return 2 if config.downsample_mode == "4x" else 4
+
+
+def _places(tower: Any, sizes: torch.Tensor) -> torch.Tensor:
+    """Indices `(patches,)` into the tower's table of positions, of pictures of these rows and columns `(n, 2)`.
+
+    As transformers computes them in float32; in another default dtype it finds other neighbours.
+    """
+    side = tower.embeddings.num_patches_per_side
+    limits = torch.arange(1 / side, 1.0, 1 / side, dtype=torch.float32, device=sizes.device)
+
+    def nearest(count: int) -> torch.Tensor:
+        line = torch.arange(count, dtype=torch.float32, device=sizes.device)
+        return torch.bucketize(line / count, limits, right=True)
+
+    return torch.cat(
+        [(nearest(rows).unsqueeze(1) * side + nearest(columns)).flatten() for rows, columns in sizes.tolist()]
+    )
 
 
 def _canvas(video: VideoGrid) -> tuple[torch.Tensor, int, int]:
