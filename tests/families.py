@@ -5,7 +5,12 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
+import transformers
+from packaging.version import Version
+
+from tieredkv.models.families import VIDEO_FAMILIES
 
 SPECIAL = (
     "<|endoftext|>",
@@ -120,7 +125,6 @@ def _ids() -> dict[str, int]:
 
 
 def _qwen(name: str) -> tuple[Any, Any]:
-    import transformers
     from transformers import Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
     ids = _ids()
@@ -173,7 +177,6 @@ def _qwen(name: str) -> tuple[Any, Any]:
 
 
 def _llava_onevision() -> tuple[Any, Any]:
-    import transformers
     from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, LlavaOnevisionProcessor
 
     ids = _ids()
@@ -202,7 +205,6 @@ def _llava_onevision() -> tuple[Any, Any]:
 
 
 def _internvl() -> tuple[Any, Any]:
-    import transformers
     from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLProcessor
 
     config = InternVLConfig(
@@ -224,7 +226,6 @@ def _internvl() -> tuple[Any, Any]:
 
 
 def _smolvlm() -> tuple[Any, Any]:
-    import transformers
     from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration, SmolVLMProcessor
 
     config = SmolVLMConfig(
@@ -246,7 +247,6 @@ def _smolvlm() -> tuple[Any, Any]:
 
 
 def _minicpm(version: str) -> tuple[Any, Any]:
-    import transformers
 
     ids, prefix = _ids(), f"MiniCPMV{version}"
     markers = {"image_start": "<image>", "image_end": "</image>", "slice_start": "<slice>", "slice_end": "</slice>"}
@@ -278,7 +278,6 @@ def _minicpm(version: str) -> tuple[Any, Any]:
 
 
 def _glm(name: str) -> tuple[Any, Any]:
-    import transformers
 
     ids = _ids()
     prefix = {"glm4v": "Glm4v", "glm46v": "Glm46V", "glm4v_moe": "Glm4vMoe"}[name]
@@ -329,7 +328,13 @@ BUILD = {
 
 @cache
 def build(name: str) -> tuple[Any, Any]:
-    """Model and processor of a family by its `model_type`; weights sharpened so that errors show."""
+    """Model and processor of a family by its `model_type`; weights sharpened so that errors show.
+
+    Skips the test if the installed transformers is older than the family.
+    """
+    oldest = VIDEO_FAMILIES[name].tested[0]
+    if Version(transformers.__version__) < Version(oldest):
+        pytest.skip(f"{name} needs transformers {oldest}")
     torch.manual_seed(3)
     model, processor = BUILD[name]()
     with torch.no_grad():

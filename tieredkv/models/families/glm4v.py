@@ -22,6 +22,9 @@ class Glm4V(Qwen3VL):
     model_types = ("glm4v", "glm46v", "glm4v_moe")
     vision_settings: tuple[str, ...] = ()
 
+    def text_types(self) -> tuple[str, ...]:
+        return ("glm4v_text", "glm4v_moe_text")
+
     def placeholder(self, processor: Any, rule: Positions) -> str:
         return processor.video_token
 

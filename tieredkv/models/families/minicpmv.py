@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tieredkv.environment.versions import NEWEST
+from tieredkv.environment.versions import NEWEST, confuses_tiles
 from tieredkv.errors import UnsupportedModelError
 from tieredkv.models.families.base import Positions, Slices, VideoFamily, VideoGrid, activation_bytes
 
@@ -27,6 +27,9 @@ class MiniCPMV46(VideoFamily):
     vision_modules = frozenset({"vision_tower", "merger"})
     settings: tuple[str, ...] = ("downsample_mode", "merge_kernel_size", "merger_times")
     vision_settings = ("insert_layer_id", "window_kernel_size")
+
+    def text_types(self) -> tuple[str, ...]:
+        return ("qwen3_5_text",)
 
     # ---- text
 
@@ -56,6 +59,12 @@ class MiniCPMV46(VideoFamily):
         pictures, (rows, columns) = self._pictures(config, processor, height, width)
         if len(pictures) == 1:
             return None
+        if len(set(pictures)) > 1 and confuses_tiles(config.model_type):
+            raise UnsupportedModelError(
+                f"frames of {width}x{height} become tiles of another shape than the whole frame, which transformers "
+                "before 5.19 encodes wrongly: install a newer one, or set the processor's "
+                "video_processor.max_slice_nums to 1."
+            )
         ended, begun = processor.slice_end_token, processor.slice_start_token
         first, row, other = processor.image_end_token + begun, f"{ended}\n{begun}", ended + begun
         texts = [first if tile == 0 else other if tile % columns else row for tile in range(rows * columns)]
