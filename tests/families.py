@@ -5,7 +5,12 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
+import transformers
+from packaging.version import Version
+
+from tieredkv.models.families import VIDEO_FAMILIES
 
 SPECIAL = (
     "<|endoftext|>",
@@ -23,6 +28,17 @@ SPECIAL = (
     "<fake_token_around_image>",
     "<global-img>",
     "<end_of_utterance>",
+    "</image>",
+    "<slice>",
+    "</slice>",
+    "<image_id>",
+    "</image_id>",
+    "<|begin_of_image|>",
+    "<|end_of_image|>",
+    "<|image|>",
+    "<|begin_of_video|>",
+    "<|end_of_video|>",
+    "<|video|>",
 )
 QWEN_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -42,6 +58,23 @@ TEXT = {
     "bos_token_id": None,
     "eos_token_id": None,
     "pad_token_id": 0,
+}
+QWEN3_5 = {
+    **TEXT,
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 1e6,
+        "partial_rotary_factor": 0.5,
+        "mrope_section": [2, 3, 3],
+        "mrope_interleaved": True,
+    },
 }
 SIGLIP = {
     "hidden_size": 32,
@@ -92,7 +125,6 @@ def _ids() -> dict[str, int]:
 
 
 def _qwen(name: str) -> tuple[Any, Any]:
-    import transformers
     from transformers import Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
     ids = _ids()
@@ -145,7 +177,6 @@ def _qwen(name: str) -> tuple[Any, Any]:
 
 
 def _llava_onevision() -> tuple[Any, Any]:
-    import transformers
     from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, LlavaOnevisionProcessor
 
     ids = _ids()
@@ -174,7 +205,6 @@ def _llava_onevision() -> tuple[Any, Any]:
 
 
 def _internvl() -> tuple[Any, Any]:
-    import transformers
     from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLProcessor
 
     config = InternVLConfig(
@@ -196,7 +226,6 @@ def _internvl() -> tuple[Any, Any]:
 
 
 def _smolvlm() -> tuple[Any, Any]:
-    import transformers
     from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration, SmolVLMProcessor
 
     config = SmolVLMConfig(
@@ -275,6 +304,69 @@ def _perception_lm() -> tuple[Any, Any]:
     return PerceptionLMForConditionalGeneration(config), processor
 
 
+def _minicpm(version: str) -> tuple[Any, Any]:
+
+    ids, prefix = _ids(), f"MiniCPMV{version}"
+    markers = {"image_start": "<image>", "image_end": "</image>", "slice_start": "<slice>", "slice_end": "</slice>"}
+    placed = {f"{name}_id": ids[token] for name, token in markers.items()}
+    placed["newline_id"] = tokenizer()("\n").input_ids[0]
+    config = getattr(transformers, f"{prefix}Config")(
+        text_config={**QWEN3_5, "model_type": "qwen3_5_text", "vocab_size": len(tokenizer())},
+        vision_config={**SIGLIP, "image_size": 980, "patch_size": 14},
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        insert_layer_id=0,
+        tie_word_embeddings=False,
+        **(placed if version == "4_7" else {}),
+    )
+    words = _plain_tokenizer()
+    markers |= {"image": "<|image_pad|>", "video": "<|video_pad|>"}
+    markers |= {"image_id_start": "<image_id>", "image_id_end": "</image_id>"}
+    for name, token in markers.items():
+        setattr(words, f"{name}_token", token)
+        setattr(words, f"{name}_token_id", ids[token])
+    size = {"scale_resolution": 140, "patch_size": 14}
+    processor = getattr(transformers, f"{prefix}Processor")(
+        image_processor=transformers.MiniCPMV4_6ImageProcessor(**size),
+        video_processor=transformers.MiniCPMV4_6VideoProcessor(do_sample_frames=False, **size),
+        tokenizer=words,
+        chat_template=QWEN_TEMPLATE.replace("VIDEO", "<|video_pad|>\n"),
+    )
+    return getattr(transformers, f"{prefix}ForConditionalGeneration")(config), processor
+
+
+def _glm(name: str) -> tuple[Any, Any]:
+
+    ids = _ids()
+    prefix = {"glm4v": "Glm4v", "glm46v": "Glm46V", "glm4v_moe": "Glm4vMoe"}[name]
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}
+    text = {**TEXT, "vocab_size": len(tokenizer()), "rope_parameters": rope}
+    if name == "glm4v_moe":  # the first layer is dense
+        text |= {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "n_shared_experts": 1}
+    elif name == "glm46v":
+        text["model_type"] = "glm4v_text"
+    vision = {"depth": 2, "num_heads": 2, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64}
+    vision |= {"image_size": 56, "initializer_range": 0.1}
+    kind = {"model_type": "glm4v_vision"} if name == "glm46v" else {}
+    config = getattr(transformers, f"{prefix}Config")(
+        text_config=text,
+        vision_config={**vision, **kind},
+        image_token_id=ids["<|image|>"],
+        video_token_id=ids["<|video|>"],
+        tie_word_embeddings=False,
+    )
+    # Its limits are for the whole video: frames of short videos grow.
+    size = {"shortest_edge": 28 * 28 * 200, "longest_edge": 28 * 28 * 1000}
+    parts = "Glm46V" if name == "glm46v" else "Glm4v"
+    processor = getattr(transformers, f"{parts}Processor")(
+        image_processor=getattr(transformers, f"{parts}ImageProcessor")(),
+        tokenizer=_plain_tokenizer(),
+        video_processor=getattr(transformers, f"{parts}VideoProcessor")(size=size, do_sample_frames=False),
+        chat_template=QWEN_TEMPLATE.replace("VIDEO", "<|begin_of_video|><|video|><|end_of_video|>"),
+    )
+    return getattr(transformers, f"{prefix}ForConditionalGeneration")(config), processor
+
+
 BUILD = {
     "qwen2_vl": lambda: _qwen("qwen2_vl"),
     "qwen2_5_vl": lambda: _qwen("qwen2_5_vl"),
@@ -286,12 +378,23 @@ BUILD = {
     "smolvlm": _smolvlm,
     "video_llama_3": _video_llama_3,
     "perception_lm": _perception_lm,
+    "minicpmv4_6": lambda: _minicpm("4_6"),
+    "minicpmv4_7": lambda: _minicpm("4_7"),
+    "glm4v": lambda: _glm("glm4v"),
+    "glm46v": lambda: _glm("glm46v"),
+    "glm4v_moe": lambda: _glm("glm4v_moe"),
 }
 
 
 @cache
 def build(name: str) -> tuple[Any, Any]:
-    """Model and processor of a family by its `model_type`; weights sharpened so that errors show."""
+    """Model and processor of a family by its `model_type`; weights sharpened so that errors show.
+
+    Skips the test if the installed transformers is older than the family.
+    """
+    oldest = VIDEO_FAMILIES[name].tested[0]
+    if Version(transformers.__version__) < Version(oldest):
+        pytest.skip(f"{name} needs transformers {oldest}")
     torch.manual_seed(3)
     model, processor = BUILD[name]()
     with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -171,13 +172,15 @@ def stock_inputs(
     if type(processor).__name__ == "SmolVLMProcessor":  # takes a list of videos for each text
         video = [video]
     metadata = {"fps": fps, "total_num_frames": count, "frames_indices": list(range(count)), "duration": count / fps}
-    return processor(
-        text=[text],
-        videos=[video],
-        video_metadata=[metadata],
-        do_sample_frames=False,
-        return_tensors="pt",
-    )
+    with warnings.catch_warnings():  # some processors give torch's tensors to NumPy, which is not our call
+        warnings.filterwarnings("ignore", "__array", DeprecationWarning)
+        return processor(
+            text=[text],
+            videos=[video],
+            video_metadata=[metadata],
+            do_sample_frames=False,
+            return_tensors="pt",
+        )
 
 
 class RecordLogits:

@@ -18,6 +18,8 @@ from tieredkv.video.frames import Sampled
 
 FAMILIES = pytest.mark.parametrize("name", BUILD)
 TIMESTAMPED = pytest.mark.parametrize("name", ["qwen3_vl", "qwen3_5", "qwen3_5_moe"])
+PICTURES = pytest.mark.parametrize("name", ["qwen3_vl", "qwen3_5", "qwen3_5_moe", "glm4v", "glm46v", "glm4v_moe"])
+"""Families that number each step as a picture."""
 QUESTIONS = ("what is it ?", "and who is that ?")
 
 
@@ -56,8 +58,10 @@ def test_the_prompt_has_the_processors_tokens(name, film):
     with tieredkv.open_session(model, film, processor=processor, gpu_kv_gb=1, fps=4, positions="stock") as session:
         template = session.template
         head, tail = template.around_video([(QUESTIONS[0], None)])
-        head_ids = template.head_ids(model.config, head, Sampled(len(film), 60, 90, 4.0, 0.0, len(film) / 4))
-        ours = [*head_ids[0].tolist(), *session.video.ids(template.visual_id), *template.tail_ids(tail)[0].tolist()]
+        sampled, grid = Sampled(len(film), 60, 90, 4.0, 0.0, len(film) / 4), session.video
+        head_ids = template.head_ids(model.config, head, sampled)[0].tolist()
+        last = sampled.times(grid.steps - 1, grid.frames_per_step)
+        ours = [*head_ids, *grid.ids(template.visual_id), *template.tail_ids(tail, last, grid.slices)[0].tolist()]
     assert ours == theirs
 
 
@@ -121,9 +125,9 @@ def test_timestamped_families_follow_their_authors_by_default(name, film):
         assert_near(session_logits(session, QUESTIONS[0], 1), stock)
 
 
-@TIMESTAMPED
+@PICTURES
 @pytest.mark.parametrize("chunk", [1, 7, 40])
-def test_positions_of_timestamped_families_in_chunks_equal_those_of_the_whole(name, chunk):
+def test_positions_of_steps_as_pictures_in_chunks_equal_those_of_the_whole(name, chunk):
     model, _ = build(name)
     between = ((), (1, 2), (1, 2, 3), (4,), (1, 2, 3, 4, 5))
     family, video = families.video_family(model.config), VideoGrid(5, 2, 3, 0.5, between)

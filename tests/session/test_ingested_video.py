@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tieredkv.models.families.base import VideoGrid
+from tieredkv.models.families.base import Slices, VideoGrid
 from tieredkv.session.ingested_video import IngestedVideo, VideoFacts
 from tieredkv.session.results import IngestStats
 from tieredkv.session.session_file import SessionState
@@ -52,8 +52,16 @@ def test_steps_may_differ_in_length():
     assert SessionState.of(json.loads(json.dumps(state.as_plain())), first_picture=5.0) == state
 
 
+@pytest.mark.parametrize(("frames", "times"), [(5, [3.5]), (6, [3.5, 4.0])])
+def test_the_last_step_may_be_incomplete(frames, times):
+    assert replace(VIDEO, stats=replace(VIDEO.stats, frames=frames)).last_times == times
+
+
 def test_what_is_written_is_read_back():
     assert SessionState.of(plain(), first_picture=5.0) == STATE
+    tiled = replace(VIDEO, grid=replace(VIDEO.grid, slices=Slices(1, 2, 3, 4, ((5,), (6, 7)))))
+    written = json.loads(json.dumps(SessionState(tiled, []).as_plain()))
+    assert SessionState.of(written, first_picture=5.0).video == tiled
 
 
 @pytest.mark.parametrize(

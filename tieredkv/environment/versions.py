@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from functools import cache
 from typing import Any
@@ -22,3 +23,9 @@ def cache_name() -> str:
 def cache_argument(cache: Any) -> dict[str, Any]:
     """The keyword argument that passes a cache to a model: `model(input_ids, **cache_argument(cache))`."""
     return {cache_name(): cache}
+
+
+def confuses_tiles(model_type: str) -> bool:
+    """Whether the tower of this MiniCPM-V takes all pictures for the shape of the first, as 4.6 before 5.19."""
+    model = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+    return hasattr(model, "get_vision_merged_shape")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from tieredkv.errors import PromptError, UnsupportedModelError, VideoError, first_line
-from tieredkv.models.families.base import Positions, VideoFamily, VideoGrid
+from tieredkv.models.families.base import Positions, Slices, VideoFamily, VideoGrid
 from tieredkv.video.frames import Sampled
 
 Turn = tuple[str, str | None]
@@ -101,16 +101,25 @@ class ChatTemplate:
         times = video.times(0, self.family.step_frames(config))
         return self.tokenize(head + self.family.opening(self.processor, video.frames, video.seconds, times))
 
-    def between_ids(self, step: int, times: Sequence[float]) -> tuple[int, ...] | None:
-        """Token ids between a step and the one before; None for a family that never writes any."""
-        text = self.family.between(self.processor, step, times)
+    def between_ids(
+        self, step: int, times: Callable[[int], Sequence[float]], slices: Slices | None
+    ) -> tuple[int, ...] | None:
+        """Token ids between a step and the one before; None for a family that never writes any.
+
+        times: of the frames of a step, in seconds.
+        """
+        text = self.family.between(self.processor, step, times(step))
         if text is None:
             return None
-        return tuple(self.processor.tokenizer(text, add_special_tokens=False).input_ids) if step else ()
+        if step == 0:
+            return ()
+        text = self.family.after(self.processor, times(step - 1), slices) + text
+        return tuple(self.processor.tokenizer(text, add_special_tokens=False).input_ids)
 
-    def tail_ids(self, tail: str) -> torch.Tensor:
-        """Token ids `(1, n)` of everything after the video. tail: from `around_video`."""
-        return self.tokenize(self.family.ending(self.processor) + tail)
+    def tail_ids(self, tail: str, times: Sequence[float], slices: Slices | None) -> torch.Tensor:
+        """Token ids `(1, n)` of everything after the video. tail: from `around_video`. times: of the last step."""
+        family, processor = self.family, self.processor
+        return self.tokenize(family.after(processor, times, slices) + family.ending(processor) + tail)
 
     def grid(self, config: Any, video: Sampled) -> VideoGrid:
         """The tokens expected of a video. Raises `VideoError` if the processor refuses frames of this size."""
@@ -119,12 +128,19 @@ class ChatTemplate:
             steps, rows, columns = family.frame_grid(
                 config, self.processor, video.frames, video.height, video.width, video.fps
             )
+            slices = family.slices(config, self.processor, video.height, video.width)
+        except UnsupportedModelError:
+            raise
         except ValueError as error:
             raise refused(video, error) from None
-        between = [self.between_ids(step, video.times(step, step_frames)) for step in range(steps)]
+
+        def times(step: int) -> list[float]:
+            return video.times(step, step_frames)
+
+        between = [self.between_ids(step, times, slices) for step in range(steps)]
         written = () if steps == 0 or between[0] is None else tuple(ids or () for ids in between)
         closing = family.closing_tokens(config)
-        return VideoGrid(steps, rows, columns, step_frames / video.fps, written, closing, step_frames)
+        return VideoGrid(steps, rows, columns, step_frames / video.fps, written, closing, step_frames, slices)
 
     def tokenize(self, text: str) -> torch.Tensor:
         """Token ids `(1, n)`. Raises `PromptError` for text that the tokenizer refuses."""

@@ -41,7 +41,7 @@ def batch_tokens(family: VideoFamily, config: Any, height: int, width: int, grid
     wanted = tiers.encode_batch
     if wanted is None:
         frames = SEGMENTS_HELD * family.step_frames(config) * height * width * 3
-        activations = family.encode_bytes(config, (grid.steps, grid.rows, grid.columns))
+        activations = family.encode_bytes(config, (grid.steps, grid.step_tokens // grid.columns, grid.columns))
         most = min(ENCODE_BYTES // activations, FRAME_BYTES // frames, -(-grid.steps // LEAST_SEGMENTS))
         wanted = min(per_step * most, tiers.prefill_chunk // 2)
     return per_step * max(1, min(grid.steps, wanted // per_step))

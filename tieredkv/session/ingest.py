@@ -79,7 +79,8 @@ class Ingest:
         prepared = prepare(template, model.config, source, self.tiers)
         head, tail = template.around_video([(question, None)])
         head_ids = template.head_ids(model.config, head, prepared.sampled)
-        question_tokens = template.tail_ids(tail).shape[1]
+        last = prepared.sampled.times(prepared.grid.steps - 1, prepared.grid.frames_per_step)
+        question_tokens = template.tail_ids(tail, last, prepared.grid.slices).shape[1]
         room = self._check_memory(head_ids.shape[1], prepared.grid.tokens, question_tokens, max_new_tokens)
         cache = self._cache = TieredCache(self.model.config, self.tiers, prompt_tokens=room)
         same_model = SameModel(model)

@@ -59,6 +59,12 @@ class IngestedVideo:
         """Seconds of the file at which the first frame is shown and the last one ends."""
         return self.facts.start, self.facts.end(self.stats.frames)
 
+    @property
+    def last_times(self) -> list[float]:
+        """Seconds of the file at which the frames of the last step are shown."""
+        frames = range((self.grid.steps - 1) * self.grid.frames_per_step, self.stats.frames)
+        return [self.facts.start + index / self.facts.fps for index in frames]
+
     def is_visual(self) -> torch.Tensor:
         """Which of its tokens are visual, `(tokens,)`."""
         return torch.cat((torch.zeros(self.head_tokens, dtype=torch.bool, device="cpu"), self.grid.is_visual()))

@@ -51,7 +51,7 @@ def ask(
     """
     model, template, cache, video = cached.model, cached.template, cached.cache, cached.video
     _, tail = template.around_video([*earlier, (user_question.prompt, None)])
-    tail_ids = template.tail_ids(tail)
+    tail_ids = template.tail_ids(tail, video.last_times, video.grid.slices)
     prompt_tokens = video.tokens + tail_ids.shape[1]
     question = Question(
         max_new_tokens=generation.new_tokens(user_question.options, model.generation_config, prompt_tokens),
@@ -88,7 +88,8 @@ def answer(
     _make_room(cache, question, tail)
     cache.expect(question)
     cache.device_tier.transfer.reset()
-    positions = family.positions(model, video.head_tokens, video.grid, prefix, prefix + tail, video.positions)
+    grid = replace(video.grid, trailing=family.trailing(model.config, tail_ids[0].tolist()))
+    positions = family.positions(model, video.head_tokens, grid, prefix, prefix + tail, video.positions)
     with use_attention(model):
         # The question's last rows, which classify the heads, go in one call.
         for call in question_calls(tiers, prefix, prefix + tail):

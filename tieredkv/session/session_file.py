@@ -17,7 +17,7 @@ from tieredkv.errors import SessionError
 from tieredkv.memory.limits import check_host
 from tieredkv.models import adapters
 from tieredkv.models.chat_template import ChatTemplate
-from tieredkv.models.families.base import VideoGrid
+from tieredkv.models.families.base import Slices, VideoGrid
 from tieredkv.models.fingerprint import fingerprint_difference, model_fingerprint, model_state, state_difference
 from tieredkv.models.same_model import SameModel
 from tieredkv.models.settings import model_settings, processor_settings, settings_difference
@@ -62,8 +62,12 @@ class SessionState:
             facts = replace(facts, start=facts.start + first_picture)
         between = tuple(tuple(ids) for ids in plain["grid"].get("between", ()))
         lengths = tuple(plain["grid"].get("lengths", ()))
+        slices = plain["grid"].get("slices")
+        if slices is not None:
+            slices = Slices(**{**_known(Slices, slices), "before": tuple(tuple(ids) for ids in slices["before"])})
+        several = {"between": between, "lengths": lengths, "slices": slices}
         video = IngestedVideo(
-            grid=VideoGrid(**{**_known(VideoGrid, plain["grid"]), "between": between, "lengths": lengths}),
+            grid=VideoGrid(**{**_known(VideoGrid, plain["grid"]), **several}),
             positions=plain["positions"],
             head=plain["head"],
             head_ids=tuple(plain["head_ids"]),

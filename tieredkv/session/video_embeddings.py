@@ -84,10 +84,11 @@ class VideoEmbeddings:
             )
         first = self.grid.steps
         sampled, template = self._video.sampled, self.template
-        texts = [
-            template.between_ids(step, sampled.times(step, self._step_frames, frames))
-            for step in range(first, first + steps)
-        ]
+
+        def times(step: int) -> list[float]:
+            return sampled.times(step, self._step_frames, frames)
+
+        texts = [template.between_ids(step, times, self.grid.slices) for step in range(first, first + steps)]
         self.grid = replace(
             self.grid, steps=first + steps, lengths=self.grid.lengths + lengths if segment.lengths else ()
         )
@@ -95,11 +96,19 @@ class VideoEmbeddings:
             return features
         between = tuple(ids or () for ids in texts)
         self.grid = replace(self.grid, between=self.grid.between + between)
-        weight = self.model.get_input_embeddings().weight
+        weight, slices = self.model.get_input_embeddings().weight, self.grid.slices
+
+        def text(ids: tuple[int, ...]) -> torch.Tensor:
+            tokens = torch.tensor([ids], dtype=torch.long, device=weight.device)
+            return template.family.embed(self.model, tokens)
+
+        inside = [] if slices is None else [text(ids) for ids in slices.before]
         parts = []
-        for ids, part in zip(between, features.split(lengths), strict=True):
-            text = torch.tensor([ids], dtype=torch.long, device=weight.device)
-            parts += [template.family.embed(self.model, text), part.unsqueeze(0).to(weight.device, weight.dtype)]
+        for ids, step, length in zip(between, features.split(lengths), lengths, strict=True):
+            tiles = [] if slices is None else [slices.height * slices.width] * len(slices.before)
+            pictures = step.unsqueeze(0).to(weight.device, weight.dtype).split([length - sum(tiles), *tiles], dim=1)
+            for words, picture in zip((text(ids), *inside), pictures, strict=True):
+                parts += [words, picture]
         return join(parts)[0]
 
 

@@ -8,8 +8,10 @@ from tieredkv.environment.versions import cache_name
 from tieredkv.errors import UnsupportedModelError
 from tieredkv.models.families.base import VideoFamily
 from tieredkv.models.families.decoder import TIERED, Decoder
+from tieredkv.models.families.glm4v import Glm4V
 from tieredkv.models.families.internvl import InternVL
 from tieredkv.models.families.llava_onevision import LlavaOnevision
+from tieredkv.models.families.minicpmv import MiniCPMV46, MiniCPMV47
 from tieredkv.models.families.perception_lm import PerceptionLM
 from tieredkv.models.families.qwen2_5_vl import Qwen25VL
 from tieredkv.models.families.qwen2_vl import Qwen2VL
@@ -31,6 +33,9 @@ FAMILIES: tuple[VideoFamily, ...] = (
     SmolVLM(),
     VideoLlama3(),
     PerceptionLM(),
+    MiniCPMV46(),
+    MiniCPMV47(),
+    Glm4V(),
 )
 """Families of video models."""
 VIDEO_FAMILIES = {kind: family for family in FAMILIES for kind in family.model_types}
@@ -46,6 +51,12 @@ DECODERS: tuple[Decoder, ...] = (
     Qwen35Decoder(("qwen3_5_text",)),
     Qwen35Decoder(("qwen3_5_moe_text",), video_only=True),
     Decoder(("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"), video_only=True),
+    Decoder(("glm4v_text",), video_only=True),
+    Decoder(
+        ("glm4v_moe_text",),
+        settings=("num_experts_per_tok", "routed_scaling_factor", "norm_topk_prob", "n_group", "topk_group"),
+        video_only=True,
+    ),
 )
 """Text models: on their own under `TieredCache`, and those of the video families."""
 

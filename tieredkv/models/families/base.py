@@ -17,6 +17,32 @@ Positions = Literal["published", "stock"]
 
 
 @dataclass(frozen=True, slots=True)
+class Slices:
+    """Further pictures of each step, after that of the whole frame: tiles of it at a higher resolution, row by row."""
+
+    rows: int
+    """Rows of tiles."""
+    columns: int
+    """Tiles in a row."""
+    height: int
+    """Rows of visual tokens in each tile."""
+    width: int
+    """Visual tokens in a row of a tile."""
+    before: tuple[tuple[int, ...], ...]
+    """Token ids of the text before each tile."""
+
+    @property
+    def visual_tokens(self) -> int:
+        """Visual tokens of all tiles of a step."""
+        return self.rows * self.columns * self.height * self.width
+
+    @property
+    def text_tokens(self) -> int:
+        """Tokens of the text before all tiles of a step."""
+        return sum(map(len, self.before))
+
+
+@dataclass(frozen=True, slots=True)
 class VideoGrid:
     """A video as tokens: steps of rows of columns of visual tokens, in some families with text before each step."""
 
@@ -34,11 +60,20 @@ class VideoGrid:
     """Frames in a step; the last step may have fewer."""
     lengths: tuple[int, ...] = ()
     """Visual tokens of each step, in families that leave some out. Empty: rows x columns in each."""
+    slices: Slices | None = None
+    """Tiles of each frame, in families that have them; `rows` and `columns` are those of the whole frame."""
+    trailing: int = 0
+    """Text tokens after the video that the family numbers as part of its last step. They depend on the question."""
 
     @property
     def step_tokens(self) -> int:
         """Visual tokens of one temporal step; the most, in families that leave some out."""
-        return self.rows * self.columns
+        return self.rows * self.columns + (self.slices.visual_tokens if self.slices else 0)
+
+    @property
+    def step_length(self) -> int:
+        """All tokens of one temporal step, including the text between its pictures."""
+        return self.step_tokens + (self.slices.text_tokens if self.slices else 0)
 
     @property
     def visual_tokens(self) -> int:
@@ -47,8 +82,8 @@ class VideoGrid:
 
     @property
     def tokens(self) -> int:
-        """All tokens, including the text between steps."""
-        return self.visual_tokens + sum(map(len, self.between))
+        """All tokens, including the text inside and between steps."""
+        return (sum(self.lengths) or self.steps * self.step_length) + self.closing + sum(map(len, self.between))
 
     def starts(self) -> torch.Tensor:
         """Index of each step's first visual token, `(steps,)`, from the video's first token."""
@@ -67,22 +102,35 @@ class VideoGrid:
     def is_visual(self) -> torch.Tensor:
         """Mask of the video's visual tokens, `(tokens,)`."""
         mask = torch.zeros(self.tokens, dtype=torch.bool, device="cpu")
-        sizes = self._sizes()
-        text = (self.starts() - sizes.cumsum(0) + sizes).repeat_interleave(sizes)  # tokens of text before each
-        mask[text + torch.arange(len(text), device="cpu")] = True
+        for start, step in zip(self.starts().tolist(), self._steps(True, False), strict=True):
+            mask[start : start + len(step)] = torch.tensor(step, dtype=torch.bool, device="cpu")
         mask[self.tokens - self.closing :] = True
         return mask
 
     def ids(self, visual: int) -> list[int]:
         """Token ids of the video as transformers' processors write them, with `visual` for visual tokens."""
         texts = self.between or ((),) * self.steps
-        steps = zip(texts, self._sizes().tolist(), strict=True)
-        return [token for text, size in steps for token in (*text, *[visual] * size)] + [visual] * self.closing
+        steps = zip(texts, self._steps(visual), strict=True)
+        return [token for text, step in steps for token in (*text, *step)] + [visual] * self.closing
 
     def _sizes(self) -> torch.Tensor:
-        """Visual tokens of each step, `(steps,)`."""
-        sizes = self.lengths or (self.step_tokens,) * self.steps
+        """All tokens of each step, `(steps,)`, without the text before it."""
+        sizes = self.lengths or (self.step_length,) * self.steps
         return torch.tensor(sizes, dtype=torch.long, device="cpu")
+
+    def _steps(self, visual: int, text: int | None = None) -> list[list[int]]:
+        """Each step, with `visual` for visual tokens and `text` for the text in it; None: the text's own ids."""
+        if self.lengths:
+            return [[visual] * length for length in self.lengths]
+        return [self._step(visual, text)] * self.steps
+
+    def _step(self, visual: int, text: int | None = None) -> list[int]:
+        """One step, with `visual` for visual tokens and `text` for those of the text in it; None: their own ids."""
+        tokens = [visual] * (self.rows * self.columns)
+        for ids in self.slices.before if self.slices else ():
+            tokens += ids if text is None else [text] * len(ids)
+            tokens += [visual] * (self.slices.height * self.slices.width if self.slices else 0)
+        return tokens
 
 
 class VideoFamily(ABC):
@@ -120,8 +168,15 @@ class VideoFamily(ABC):
         return ""
 
     def between(self, processor: Any, step: int, times: Sequence[float]) -> str | None:
-        """Text between the step before and `step`. times: as for `opening`. None: the family never writes any."""
+        """Text between the step before and `step`. times: as for `opening`. None: the family never writes any.
+
+        Not None in families that write something after every step, or into steps.
+        """
         return None
+
+    def after(self, processor: Any, times: Sequence[float], slices: Slices | None) -> str:
+        """Text after every step, before what `between` or `ending` returns. times: as for `opening`."""
+        return ""
 
     def ending(self, processor: Any) -> str:
         """Text that replaces the placeholder after the last step."""
@@ -147,6 +202,10 @@ class VideoFamily(ABC):
         frames: number in the whole video, on which the size may depend. The function is called with the segments of
         one video in order. A segment whose n is not a multiple of `step_frames` is padded; only the last may be.
         """
+
+    def slices(self, config: Any, processor: Any, height: int, width: int) -> Slices | None:
+        """The tiles into which the processor cuts each frame of `height` x `width` pixels; None: it does not."""
+        return None
 
     def step_frames(self, config: Any) -> int:
         """Frames in one temporal step."""
@@ -189,6 +248,10 @@ class VideoFamily(ABC):
         While a video is being read, `video` needs only the steps of tokens before `stop`.
         """
         return torch.arange(begin, stop, device="cpu").unsqueeze(0)
+
+    def trailing(self, config: Any, tail: Sequence[int]) -> int:
+        """`VideoGrid.trailing` of a prompt in which these token ids follow the video."""
+        return 0
 
     def embed(self, model: Any, input_ids: torch.Tensor) -> torch.Tensor:
         """Embeddings `(1, n, hidden)` of text tokens `(1, n)`."""
