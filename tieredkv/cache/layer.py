@@ -169,7 +169,10 @@ class TieredLayer(CacheLayerMixin):
     def append(self, keys: torch.Tensor, values: torch.Tensor, rows: prefill.TextRows | None = None) -> None:
         """Write tokens `(K, n, D)` to the host tier and digest the chunks they complete. rows: None: not scored."""
         host, digests = self._context()
+        digests.before_prompt()
         self.rows = rows
+        if (resident := self.device_tier.residents.get(self.index)) is not None:
+            resident.append(keys, values, host.length)
         host.append(keys, values)
         digests.update()
 

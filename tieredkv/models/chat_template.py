@@ -67,6 +67,16 @@ class ChatTemplate:
             )
         return head, tail
 
+    def continues(self, turns: Sequence[Turn], ids: torch.Tensor) -> bool:
+        """Whether the next prompt of a conversation begins with all of this one. ids: `tail_ids` of this one.
+
+        It does not where the template leaves the marks of thinking out of all answers but the last.
+        """
+        *earlier, (question, _) = turns
+        _, tail = self.around_video([*earlier, (question, "?"), ("?", None)])
+        following = self.tail_ids(tail)[:, : ids.shape[1]]
+        return torch.equal(following, ids)
+
     def _written(self, turns: Sequence[Turn]) -> str:
         messages: list[dict[str, Any]] = []
         for question, answer in turns:
