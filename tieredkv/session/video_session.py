@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -10,7 +11,7 @@ from typing import Any, Literal, overload
 from tieredkv.config import TierConfig
 from tieredkv.errors import TieredKVError, UnsupportedModelError
 from tieredkv.evidence.moments import Wanted, check_wanted
-from tieredkv.models import families
+from tieredkv.models import families, kernels
 from tieredkv.models.chat_template import ChatTemplate, check_prompt
 from tieredkv.models.families.base import Positions, VideoFamily, VideoGrid
 from tieredkv.models.wrapped import unwrapped
@@ -61,6 +62,8 @@ class VideoSession(AsyncAsking):
         """None before the ingest and after `close`."""
         self._ingested: IngestedVideo | None = None
         self._conversation = Conversation()
+        self._advised = False
+        """Whether the first answer has said which kernels are missing."""
 
     # ---- the video
 
@@ -175,12 +178,19 @@ class VideoSession(AsyncAsking):
             streamer = job.streamer(self.template.text)
             user_question = user_question.with_streamer(streamer)
         with generation.ending_on_error(streamer), self._turns.take(job):
+            self._advise()
             conversation, check = self._conversation, partial(self._turns.check_still_wanted, job)
             result, kept = question.ask(self._ready(), user_question, conversation, check)
             if user_question.chat:
                 check()
                 conversation.add(user_question.prompt, result.text, kept)
             return result
+
+    def _advise(self) -> None:
+        if not self._advised:
+            self._advised = True
+            if advice := kernels.advice(self.model.config, self.model.get_input_embeddings().weight.device):
+                warnings.warn(advice, stacklevel=2)
 
     def new_tokens(self, options: dict[str, Any]) -> int:
         """`max_new_tokens` of a question with these generation options, as far as known without its prompt."""
