@@ -58,8 +58,8 @@ QWEN3_5: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     # The defaults of transformers' Qwen3_5TextConfig (this model's, says its docstring) and Qwen3_5VisionConfig; its
     # model card has the same numbers of layers and heads, hidden and inner size.
     "Qwen3.5-9B": ({}, {}),
-    # Its model card: layers, hidden and inner size, heads of both kinds; THUDM/slime, scripts/models/qwen3.5-27B.sh, has
-    # the same. The vision tower is transformers' default, documented for Qwen3.5-27B.
+    # Its model card: layers, hidden and inner size, heads of both kinds; the same in THUDM/slime,
+    # scripts/models/qwen3.5-27B.sh. The vision tower is transformers' default, documented for Qwen3.5-27B.
     "Qwen3.6-27B": (
         {
             "num_hidden_layers": 64,

@@ -187,6 +187,8 @@ def test_a_plan_prints_these_layers_apart_from_the_tiers(windowed):
     assert lines[outside - 1].startswith("  sum")
     assert lines[outside + 1].split() == ["sliding", "windows", *"258 KiB".split(), *"16.5 KiB".split()]
     assert any("16 KiB of it the snapshot" in line for line in lines)
+    assert "1 tiered layers of 3 x" in lines[0]
+    assert "3 layers x" in str(tiers_only)
     assert not any("outside the cap" in line or "snapshot" in line for line in str(tiers_only).splitlines())
     plain = json.loads(json.dumps(planned.as_dict()))
     assert plain["untiered_decode"] == planned.untiered_decode

@@ -171,7 +171,7 @@ class MemoryPlan:
         rows = [
             (
                 "model",
-                f"{self.model_type}, {self.dtype}: {shape.num_layers} layers x {shape.num_attention_heads} heads, "
+                f"{self.model_type}, {self.dtype}: {self._layers()} x {shape.num_attention_heads} heads, "
                 f"{shape.num_key_value_heads} KV heads of {shape.head_dim}",
             ),
             ("weights", self._weights()),
@@ -211,6 +211,11 @@ class MemoryPlan:
             *self._time_rows(),
         ]
         return rows
+
+    def _layers(self) -> str:
+        shape = self.shape
+        every = shape.num_layers + shape.sliding_layers + shape.linear_layers
+        return f"{every} layers" if every == shape.num_layers else f"{shape.num_layers} tiered layers of {every}"
 
     def _weights(self) -> str:
         parts = [f"decoder {_size(self.decoder_bytes)}"]
