@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import nn
 
 from tieredkv.models import families
 from tieredkv.models.quantised import Scheme, quantised_weights, scheme_of
@@ -22,8 +23,7 @@ def weight_bytes(config: Any, dtype: torch.dtype, loaded: Any = None) -> dict[st
     family = families.VIDEO_FAMILIES.get(config.model_type)
     modules = frozenset() if family is None else family.vision_modules
     text = config.get_text_config(decoder=True)
-    table, output = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    own_table = next((name for name, weight in model.named_parameters() if weight is table), None)
+    tables = set(_tables(model))
     vision = decoder = 0
     step = 0.0
     for name, size in sizes.items():
@@ -31,7 +31,7 @@ def weight_bytes(config: Any, dtype: torch.dtype, loaded: Any = None) -> dict[st
             vision += size
             continue
         decoder += size
-        if name != own_table or output is table:
+        if name not in tables:  # of which a step reads one row
             step += size * (_expert_share(text) if ".experts." in name else 1)
     known = scheme is None or scheme.matrix_bytes is not None or loaded is not None
     quantisation = None if scheme is None else scheme.name if known else f"{scheme.name}, counted as unquantised"
@@ -86,6 +86,13 @@ def _scales(weight: Any) -> Iterator[torch.Tensor]:
     while state is not None:
         yield from (part for part in (state.absmax, state.code, state.offset) if part is not None)
         state = state.state2
+
+
+def _tables(model: Any) -> Iterator[str]:
+    """Names of the embedding tables, without one that is the output layer too."""
+    output = model.get_output_embeddings().weight
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)} - {id(output)}
+    return (name for name, weight in model.named_parameters() if id(weight) in tables)
 
 
 def _expert_share(text: Any) -> float:
