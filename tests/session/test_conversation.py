@@ -156,6 +156,25 @@ def test_a_conversation_longer_than_a_call_is_kept_too(parts, film, reads, think
         assert session._conversation.kept is not None
 
 
+@pytest.mark.parametrize("forget", [False, True], ids=["kept", "read again"])
+def test_heads_are_classified_by_the_rows_of_the_new_question(opened, monkeypatch, forget):
+    scored = []
+    collect = question.collect_evidence
+
+    def watch(cached, looks, *rest):
+        scored.append(len(looks.question))
+        return collect(cached, looks, *rest)
+
+    monkeypatch.setattr(question, "collect_evidence", watch)
+    for text in TURNS:
+        if forget:
+            opened._conversation.kept = None
+        turn(opened, text, 2)
+    template = opened.template
+    own = [len(template.tokenize(f"{text}<|im_end|>\n<|im_start|>assistant{ROLE}")[0]) for text in TURNS]
+    assert scored[1:] == own[1:]
+
+
 # ---- other ways than one turn after another
 
 

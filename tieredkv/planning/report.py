@@ -67,8 +67,8 @@ class MemoryPlan:
     vision_bytes: int
     """Weights of the vision tower."""
     step_weight_bytes: int
-    """Weights one decoding step reads: the decoder's, without tables of embeddings (except one that is the output layer),
-    and only those experts that a token is routed to."""
+    """Weights one decoding step reads: the decoder's, without tables of embeddings (except one that is the output
+    layer), and only those experts that a token is routed to."""
     quantisation: str | None
     """How the checkpoint's weights are quantised; None: they are not."""
     video: str | None
