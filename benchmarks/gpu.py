@@ -6,8 +6,9 @@
     python benchmarks/gpu.py --dry-run          the same script with small shapes on a CPU
 
 Appends a line of JSON per fact to DIR/gpu.jsonl, on disk as soon as it is known; the first says where it ran. What the
-parts print is in DIR/gpu.log. A part is a process with a time limit, and so is a fact. What fails becomes a line with
-the end of its traceback, and the next fact is measured; after an error of the card, in a new process.
+parts print is in DIR/gpu.log and DIR/gpu-fits.log. A part is a process with a time limit, and so is a fact. What fails
+becomes a line with the end of its traceback, and the next fact is measured; after an error of the card, in a new
+process.
 
 Needs torch with CUDA, triton, transformers, accelerate, numpy, pytest and psutil. Without access to a package index:
 `make gpu-wheels` on another machine, copy the folder, and here
@@ -30,6 +31,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -37,8 +39,10 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent
 NEEDED = ("torch", "triton", "transformers", "accelerate", "numpy", "pytest", "psutil", "safetensors", "PIL", "tqdm")
-PARTS = {"link": 45, "answers": 75, "steps": 210, "prefill": 90, "right": 90, "tests": 150, "fits": 150}
+PARTS = {"link": 75, "answers": 110, "steps": 220, "prefill": 110, "right": 90, "tests": 160, "fits": 170}
 """Each part's time limit in seconds; together more than a run usually takes."""
+TOGETHER = ("tests", "fits")
+"""Parts that run at the same time, as their times are not compared with others: the tests mostly compile."""
 
 
 def main() -> int:
@@ -86,22 +90,19 @@ def orchestrate(arguments: argparse.Namespace) -> int:
     run = Run(arguments.out, arguments.dry_run, arguments.started)
     run.add("origin", "machine", **machine(run))
     deadline = arguments.started + 60 * arguments.minutes
-    for name in arguments.only:
-        begin = time.time()
-        limit = min(PARTS[name], deadline - begin)
-        if limit < 5:
-            run.add(name, "part", error=f"not begun: {arguments.minutes:g} minutes have passed")
-            continue
+    only = [name for name in arguments.only if name != "right" or (ROOT / "benchmarks" / "right.py").exists()]
+    together = [name for name in only if name in TOGETHER]
+    groups = [[name] for name in only if name not in TOGETHER] + ([together] if together else [])
+    for group in groups:
         if run.dry:
-            with (arguments.out / "gpu.log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
-                measure(run, name)
-        else:
-            supervise(run, name, begin + limit)
-        run.add(name, "part", seconds=time.time() - begin)
-        lines = [line for line in map(json.loads, record.read_text().splitlines()) if line["part"] == name]
-        failed = [line["fact"] for line in lines if "error" in line]
-        print(f"{name}: {len(lines)} lines in {time.time() - begin:.0f} s" + "".join(f", FAILED {x}" for x in failed))
-        sys.stdout.flush()
+            for name in group:
+                run_part(run, name, deadline)
+            continue
+        threads = [Thread(target=run_part, args=(run, name, deadline)) for name in group]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
     lines = [json.loads(line) for line in record.read_text().splitlines()]
     errors = Counter(line["part"] for line in lines if "error" in line)
     seconds = round(time.time() - arguments.started)
@@ -109,16 +110,37 @@ def orchestrate(arguments: argparse.Namespace) -> int:
     return 1 if errors else 0
 
 
+def run_part(run: Run, name: str, deadline: float) -> None:
+    """Run a part within its limit and before `deadline`, and print its failures."""
+    begin = time.time()
+    limit = min(PARTS[name], deadline - begin)
+    if limit < 5:
+        run.add(name, "part", error="not begun: no time was left")
+        return
+    if run.dry:
+        with (run.out / "gpu.log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
+            measure(run, name)
+    else:
+        supervise(run, name, begin + limit)
+    run.add(name, "part", seconds=time.time() - begin)
+    record = (run.out / "gpu.jsonl").read_text().splitlines()
+    lines = [line for line in map(json.loads, record) if line["part"] == name]
+    failed = [line["fact"] for line in lines if "error" in line]
+    shown = "".join(f", FAILED {fact}" for fact in failed)
+    print(f"{name}: {len(lines)} lines in {time.time() - begin:.0f} s{shown}", flush=True)
+
+
 def supervise(run: Run, name: str, deadline: float) -> None:
     """Run a part in processes of its own until all of its facts have been begun, or its time is over."""
-    from gpu_record import RESTART
+    from gpu_record import RESTART, end_of_log
 
     begun: list[str] = []
     count = 1
+    path = run.out / ("gpu-fits.log" if name == "fits" else "gpu.log")  # as it may run beside another
     while len(begun) < count and time.time() < deadline:
         command = [sys.executable, __file__, "--part", name, "--out", str(run.out), "--started", str(run.started)]
         command += [*(["--dry-run"] if run.dry else []), "--begun", *begun]
-        with (run.out / "gpu.log").open("ab") as log:
+        with path.open("ab") as log:
             place = log.tell()
             child = subprocess.Popen(
                 command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment(), process_group=0
@@ -131,14 +153,14 @@ def supervise(run: Run, name: str, deadline: float) -> None:
                 code = "the part's time is over"
         if code == 0:
             return
-        with (run.out / "gpu.log").open("rb") as log:
+        with path.open("rb") as log:
             log.seek(place)
             printed = log.read().decode(errors="replace")
         new = re.findall(r"^== (.*)$", printed, flags=re.MULTILINE)
         total = re.search(r"^## (\d+)$", printed, flags=re.MULTILINE)
         if code != RESTART:
-            end = [line[:200] for line in printed.splitlines()[-12:]]
-            run.add(name, new[-1] if new else "start", error=f"process ended: {code}", end=end)
+            error = f"process ended: {code}"
+            run.add(name, new[-1] if new else "start", error=error, end=end_of_log(printed))
         if not new or total is None:
             return
         begun += new

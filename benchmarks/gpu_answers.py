@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from gpu_record import Fact, Run, Values
+from gpu_steps import Bench
 
 import tieredkv
 from tieredkv.memory.units import GIB
@@ -31,9 +32,11 @@ def facts(run: Run) -> list[Fact]:
         "adaptive": {"share": 0.2, "adaptive": True},
         "no evidence": {"share": 0.2, "evidence": False},
     }
+    small = Bench(run, "tiny", 2048 if run.dry else 8192, torch.float32)
     return [
+        Fact("replayed steps are eager ones", 60, partial(small.exactness, eager_only=())),
         Fact("models", 40, answers.models),
-        *(Fact(name, 30, partial(answers.compare, **options)) for name, options in cases.items()),
+        *(Fact(name, 40, partial(answers.compare, **options)) for name, options in cases.items()),
         Fact("saved, loaded, and a conversation", 30, answers.saved),
     ]
 

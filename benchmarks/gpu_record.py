@@ -105,7 +105,7 @@ def run_facts(run: Run, part: str, facts: list[Fact], begun: set[str]) -> None:
                 run.add(part, fact.name, **values, wall_s=round(time.perf_counter() - begin, 2))
         except Exception as error:  # noqa: BLE001
             took = round(time.perf_counter() - begin, 2)
-            run.add(part, fact.name, error=_reason(error), end=_end(traceback.format_exc()), wall_s=took)
+            run.add(part, fact.name, error=_reason(error), **_ends(error), wall_s=took)
             traceback.print_exc()
             if "CUDA error" in str(error) or type(error).__name__ == "AcceleratorError":
                 sys.stdout.flush()
@@ -134,8 +134,25 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:300]
 
 
-def _end(text: str) -> list[str]:
-    return [line[:200] for line in text.strip().splitlines()[-END_LINES:]]
+def _ends(error: BaseException) -> Values:
+    """The ends of the traceback, and of that of the error that was being handled, if there was one."""
+    ends: Values = {"end": end(traceback.format_exception(error, chain=False))}
+    if error.__context__ is not None and not error.__suppress_context__:
+        first = error.__context__
+        ends |= {"while_handling": _reason(first), "its_end": end(traceback.format_exception(first, chain=False))}
+    return ends
+
+
+def end(text: str | list[str]) -> list[str]:
+    """The last lines, without those that only underline the one before."""
+    lines = "".join(text).strip().splitlines()
+    return [line[:200] for line in lines if line.strip(" ^~")][-END_LINES:]
+
+
+def end_of_log(printed: str) -> list[str]:
+    """The last lines of a process that ended; where it dumped its threads, the innermost calls of the last one."""
+    _, marker, calls = printed.rpartition("(most recent call first):\n")
+    return calls.splitlines()[:END_LINES] if marker else end(printed)
 
 
 # ---- where it ran
