@@ -81,16 +81,20 @@ class TieredCache(Cache):
         layers: list[TieredLayer | SlidingLayer | LinearLayer] = []
         self._order = LayerOrder()
         text = config.get_text_config(decoder=True)
-        for kind in families.check_layers(text):
+        kinds, readers = families.check_layers(text), families.readers(text)
+        last = kinds.count("full_attention") - 1
+        for kind in kinds:
             if kind == "full_attention":
                 index = len(self.tiered_layers)
-                self.tiered_layers.append(TieredLayer(self, self._order, self.device_tier, index, prompt_tokens))
+                read = readers if index == last else 0
+                self.tiered_layers.append(TieredLayer(self, self._order, self.device_tier, index, prompt_tokens, read))
                 layers.append(self.tiered_layers[-1])
             else:
                 linear = kind == "linear_attention"
                 untiered.append(LinearLayer(self._order) if linear else SlidingLayer(self._order, text.sliding_window))
                 layers.append(untiered[-1])
-            self._order.add(layers[-1], tiered=kind == "full_attention")
+            tiered = kind == "full_attention"
+            self._order.add(layers[-1], tiered, self.tiered_layers[-1].readers if tiered else 0)
         self.untiered = Untiered(untiered)
         """The layers that do not grow, which are transformers', and what they go back to."""
         super().__init__(layers=list(layers))

@@ -68,11 +68,12 @@ def model_shape(config: PreTrainedConfig, dtype: torch.dtype) -> KVShape:
     kinds = list(getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers)
     if "full_attention" not in kinds:
         raise UnsupportedModelError(f"no layer of this {config.model_type} sees all tokens: it needs no tiers.")
+    full = text.per_layer_config[kinds.index("full_attention")]
     return KVShape(
         num_layers=kinds.count("full_attention"),
         num_attention_heads=heads,
-        num_key_value_heads=text.num_key_value_heads or heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        num_key_value_heads=full.num_key_value_heads or heads,
+        head_dim=getattr(full, "head_dim", None) or text.hidden_size // heads,
         itemsize=dtype.itemsize,
         **_untiered_sizes(text, kinds, dtype),
     )

@@ -65,6 +65,8 @@ def check_layers(text: PreTrainedConfig) -> list[str]:
 
     check_text_family(text.model_type, getattr(text, "layer_types", None) or ())
     kinds, _ = get_layer_types_and_kwargs(text)
+    if shared := getattr(text, "num_kv_shared_layers", 0):
+        kinds = kinds[: text.num_hidden_layers - shared]
     supported = ("full_attention", *OTHER_LAYERS.get(text.model_type, ()))
     if other := sorted(set(kinds) - set(supported)):
         raise UnsupportedModelError(
@@ -74,6 +76,12 @@ def check_layers(text: PreTrainedConfig) -> list[str]:
     if "full_attention" not in kinds or getattr(text, "use_bidirectional_attention", False):
         raise UnsupportedModelError(f"this {text.model_type} has no cache that grows: it needs no tiers.")
     return list(kinds)
+
+
+def readers(text: PreTrainedConfig) -> int:
+    """How many layers attend to the keys and values of the last layer of full attention that has its own."""
+    own = text.num_hidden_layers - (getattr(text, "num_kv_shared_layers", 0) or 0)
+    return sum(kind == "full_attention" for kind in (getattr(text, "layer_types", None) or ())[own:])
 
 
 def check_text_family(model_type: str, layer_types: Sequence[str] = ()) -> None:
