@@ -217,6 +217,52 @@ def _smolvlm() -> tuple[Any, Any]:
     return SmolVLMForConditionalGeneration(config), processor
 
 
+def _gemma4(name: str) -> tuple[Any, Any]:
+    """As E2B, where later layers share keys and values, or as 26B-A4B, with experts and frames that see themselves
+    whole."""
+    import transformers
+    from transformers import Gemma4Config, Gemma4ForConditionalGeneration, Gemma4Processor
+    from transformers.models.gemma4 import video_processing_gemma4
+
+    named = {"image": "<|image_pad|>", "boi": "<|vision_start|>", "eoi": "<|vision_end|>"}
+    named |= {"audio": "<image>", "boa": "<img>", "eoa": "</img>"}
+    words = _plain_tokenizer()
+    words.image_token_id = words.convert_tokens_to_ids("<|image_pad|>")
+    for key, token in named.items():
+        setattr(words, f"{key}_token", token)
+    video_processing_gemma4._SUPPORTED_SOFT_TOKENS = (7,)  # its smallest frames have 70 tokens
+    processor = Gemma4Processor(
+        feature_extractor=transformers.Gemma4AudioFeatureExtractor(),
+        image_processor=transformers.Gemma4ImageProcessor(),
+        tokenizer=words,
+        video_processor=transformers.Gemma4VideoProcessor(
+            patch_size=7, pooling_kernel_size=2, max_soft_tokens=7, do_sample_frames=False
+        ),
+        chat_template=QWEN_TEMPLATE.replace("VIDEO", "<|video|>"),
+    )
+    text = {**TEXT, "vocab_size": len(words), "num_hidden_layers": 4, "head_dim": 16, "global_head_dim": 32}
+    text |= {"sliding_window": 33, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    text |= {"final_logit_softcapping": 30.0, "vocab_size_per_layer_input": len(words)}
+    if name == "gemma4 26B":
+        text |= {"attention_k_eq_v": True, "num_global_key_value_heads": 1, "hidden_size_per_layer_input": 0}
+        text |= {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 48}
+        text["use_bidirectional_attention"] = "vision"
+    else:
+        text |= {"hidden_size_per_layer_input": 8, "num_kv_shared_layers": 3, "use_double_wide_mlp": True}
+        kinds = ["full", "sliding", "full", "sliding", "full", "full"]
+        text |= {"num_hidden_layers": 6, "layer_types": [f"{kind}_attention" for kind in kinds]}
+    vision = {**SIGLIP, "num_key_value_heads": 2, "head_dim": 16, "patch_size": 7, "pooling_kernel_size": 2}
+    config = Gemma4Config(
+        text_config=text,
+        vision_config={**vision, "position_embedding_size": 64},
+        audio_config=None,
+        image_token_id=words.image_token_id,
+        video_token_id=processor.video_token_id,
+        tie_word_embeddings=False,
+    )
+    return Gemma4ForConditionalGeneration(config), processor
+
+
 BUILD = {
     "qwen2_vl": lambda: _qwen("qwen2_vl"),
     "qwen2_5_vl": lambda: _qwen("qwen2_5_vl"),
@@ -226,6 +272,8 @@ BUILD = {
     "llava_onevision": _llava_onevision,
     "internvl": _internvl,
     "smolvlm": _smolvlm,
+    "gemma4": lambda: _gemma4("gemma4"),
+    "gemma4 26B": lambda: _gemma4("gemma4 26B"),
 }
 
 

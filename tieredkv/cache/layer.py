@@ -121,7 +121,9 @@ class TieredLayer(CacheLayerMixin):
     # ---- attention
 
     @settled
-    def attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
+    def attend(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float, ahead: None = None
+    ) -> torch.Tensor:
         """Cache new tokens and attend to them and all before: query, output `(H, n, D)`; keys, values `(K, n, D)`.
 
         Keys and values are kept in the dtype of the first ones; the output has the query's. The calls after the first

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from tieredkv.environment.versions import cache_name
 from tieredkv.errors import UnsupportedModelError
 from tieredkv.models.families.base import VideoFamily
+from tieredkv.models.families.gemma4 import Gemma4
 from tieredkv.models.families.internvl import InternVL
 from tieredkv.models.families.llava_onevision import LlavaOnevision
 from tieredkv.models.families.qwen2_5_vl import Qwen25VL
@@ -28,11 +29,13 @@ VIDEO_FAMILIES: dict[str, VideoFamily] = {
     "llava_onevision": LlavaOnevision(),
     "internvl": InternVL(),
     "smolvlm": SmolVLM(),
+    "gemma4": Gemma4(),
 }
-TEXT_FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text", "qwen3_5_text")
+TEXT_FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text", "gemma4_text", "qwen3_5_text")
 """Decoders for text, by the `model_type` of their config, with which `TieredCache` is tested."""
 OTHER_LAYERS = {
     "gemma3_text": ("sliding_attention",),
+    "gemma4_text": ("sliding_attention",),
     "qwen3_5_text": ("linear_attention",),
     "qwen3_5_moe_text": ("linear_attention",),
 }
@@ -73,7 +76,7 @@ def check_layers(text: PreTrainedConfig) -> list[str]:
             f"{text.model_type} has layers of type {', '.join(other)}; TieredCache supports only "
             f"{', '.join(supported)} in such a model."
         )
-    if "full_attention" not in kinds or getattr(text, "use_bidirectional_attention", False):
+    if "full_attention" not in kinds or getattr(text, "use_bidirectional_attention", False) in (True, "all"):
         raise UnsupportedModelError(f"this {text.model_type} has no cache that grows: it needs no tiers.")
     return list(kinds)
 
