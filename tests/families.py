@@ -217,9 +217,8 @@ def _smolvlm() -> tuple[Any, Any]:
     return SmolVLMForConditionalGeneration(config), processor
 
 
-def _gemma4(name: str) -> tuple[Any, Any]:
-    """As E2B, where later layers share keys and values, or as 26B-A4B, with experts and frames that see themselves
-    whole."""
+def gemma4(own_embeddings: bool = True, shared: bool = True, whole_frames: bool = True, experts: bool = True) -> Any:
+    """Released models have either the first two (E2B, E4B) or the third (31B), and one the fourth as well (26B-A4B)."""
     import transformers
     from transformers import Gemma4Config, Gemma4ForConditionalGeneration, Gemma4Processor
     from transformers.models.gemma4 import video_processing_gemma4
@@ -240,22 +239,22 @@ def _gemma4(name: str) -> tuple[Any, Any]:
         ),
         chat_template=QWEN_TEMPLATE.replace("VIDEO", "<|video|>"),
     )
-    text = {**TEXT, "vocab_size": len(words), "num_hidden_layers": 4, "head_dim": 16, "global_head_dim": 32}
-    text |= {"sliding_window": 33, "layer_types": ["sliding_attention", "full_attention"] * 2}
-    text |= {"final_logit_softcapping": 30.0, "vocab_size_per_layer_input": len(words)}
-    if name == "gemma4 26B":
-        text |= {"attention_k_eq_v": True, "num_global_key_value_heads": 1, "hidden_size_per_layer_input": 0}
+    kinds = ["full", "sliding", "full", "sliding", "full", "full"]
+    text = {**TEXT, "num_hidden_layers": 6, "layer_types": [f"{kind}_attention" for kind in kinds]}
+    text |= {"vocab_size": len(words), "vocab_size_per_layer_input": len(words), "final_logit_softcapping": 30.0}
+    text |= {"sliding_window": 33, "head_dim": 16, "global_head_dim": 32}
+    text |= {"hidden_size_per_layer_input": 8 if own_embeddings else 0}
+    if shared:
+        text |= {"num_kv_shared_layers": 3, "use_double_wide_mlp": True}
+    if whole_frames:
+        text |= {"attention_k_eq_v": True, "num_global_key_value_heads": 1, "use_bidirectional_attention": "vision"}
+    if experts:
         text |= {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 48}
-        text["use_bidirectional_attention"] = "vision"
-    else:
-        text |= {"hidden_size_per_layer_input": 8, "num_kv_shared_layers": 3, "use_double_wide_mlp": True}
-        kinds = ["full", "sliding", "full", "sliding", "full", "full"]
-        text |= {"num_hidden_layers": 6, "layer_types": [f"{kind}_attention" for kind in kinds]}
     vision = {**SIGLIP, "num_key_value_heads": 2, "head_dim": 16, "patch_size": 7, "pooling_kernel_size": 2}
     config = Gemma4Config(
         text_config=text,
         vision_config={**vision, "position_embedding_size": 64},
-        audio_config=None,
+        audio_config={"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "output_proj_dims": 16},
         image_token_id=words.image_token_id,
         video_token_id=processor.video_token_id,
         tie_word_embeddings=False,
@@ -272,8 +271,7 @@ BUILD = {
     "llava_onevision": _llava_onevision,
     "internvl": _internvl,
     "smolvlm": _smolvlm,
-    "gemma4": lambda: _gemma4("gemma4"),
-    "gemma4 26B": lambda: _gemma4("gemma4 26B"),
+    "gemma4": gemma4,
 }
 
 

@@ -31,6 +31,7 @@ from tieredkv.errors import OptionError, TieredKVError
 from tieredkv.memory.copies import BackgroundCopies
 from tieredkv.memory.ledger import on_device
 from tieredkv.models import families
+from tieredkv.models.families.decoder import TIERED
 from tieredkv.models.kv_shape import KVShape
 from tieredkv.ops.base import Ops
 
@@ -81,20 +82,21 @@ class TieredCache(Cache):
         layers: list[TieredLayer | SlidingLayer | LinearLayer] = []
         self._order = LayerOrder()
         text = config.get_text_config(decoder=True)
-        kinds, readers = families.check_layers(text), families.readers(text)
-        last = kinds.count("full_attention") - 1
-        for kind in kinds:
-            if kind == "full_attention":
+        decoder = families.text_decoder(text)
+        kinds = decoder.layer_types(text)
+        last = len(kinds) - 1 - kinds[::-1].index(TIERED)
+        for place, kind in enumerate(kinds):
+            readers = decoder.readers(text) if place == last else 0
+            if kind == TIERED:
                 index = len(self.tiered_layers)
-                read = readers if index == last else 0
-                self.tiered_layers.append(TieredLayer(self, self._order, self.device_tier, index, prompt_tokens, read))
-                layers.append(self.tiered_layers[-1])
+                own = TieredLayer(self, self._order, self.device_tier, index, prompt_tokens, readers)
+                self.tiered_layers.append(own)
+                layers.append(own)
             else:
                 linear = kind == "linear_attention"
                 untiered.append(LinearLayer(self._order) if linear else SlidingLayer(self._order, text.sliding_window))
                 layers.append(untiered[-1])
-            tiered = kind == "full_attention"
-            self._order.add(layers[-1], tiered, self.tiered_layers[-1].readers if tiered else 0)
+            self._order.add(layers[-1], kind == TIERED, readers)
         self.untiered = Untiered(untiered)
         """The layers that do not grow, which are transformers', and what they go back to."""
         super().__init__(layers=list(layers))

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from tieredkv.attention.interface import AHEAD
 from tieredkv.environment.versions import cache_argument
 from tieredkv.models.families.base import activation_bytes
+from tieredkv.models.families.decoder import TIERED, Decoder
 from tieredkv.models.families.per_frame import EachFrame
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 BASE = 128
 """Of the digits in which ids are written beside embeddings: float16 and bfloat16 hold each exactly."""
@@ -24,6 +29,10 @@ class Gemma4(EachFrame):
     token's are 0. From them `decode` knows the embeddings that every layer adds (E2B, E4B), and which tokens are visual
     and see later ones of the same frame in layers with a sliding window (26B-A4B, 31B).
     """
+
+    model_types: tuple[str, ...] = ("gemma4",)
+    vision_modules: frozenset[str] = frozenset({"vision_tower", "embed_vision", "audio_tower", "embed_audio"})
+    vision_settings: tuple[str, ...] = ("pooling_kernel_size", "position_embedding_size", "standardize")
 
     def opening(self, processor: Any, frames: int, seconds: float, times: Sequence[float]) -> str:
         minutes, seconds_left = divmod(int(times[0]), 60)
@@ -92,6 +101,32 @@ class Gemma4(EachFrame):
         logits = model.get_output_embeddings()(hidden)
         cap = model.config.get_text_config(decoder=True).final_logit_softcapping
         return (logits if cap is None else (logits / cap).tanh() * cap).float()
+
+
+@dataclass(frozen=True)
+class Gemma4Decoder(Decoder):
+    """Text models with sliding windows, whose full layers have sizes of their own, and whose last layers may have no
+    keys and values: each attends to those of the last layer of its type that has some."""
+
+    untiered: tuple[str, ...] = ("sliding_attention",)
+    settings: tuple[str, ...] = (
+        "attention_k_eq_v",
+        "num_kv_shared_layers",
+        "hidden_size_per_layer_input",
+        "enable_moe_block",
+        "per_layer_config",
+    )
+
+    def layer_types(self, text: PreTrainedConfig) -> list[str]:
+        return self.checked(text, text.layer_types[: _own_layers(text)], text.use_bidirectional_attention != "all")
+
+    def readers(self, text: PreTrainedConfig) -> int:
+        return text.layer_types[_own_layers(text) :].count(TIERED)
+
+
+def _own_layers(text: PreTrainedConfig) -> int:
+    """How many of its layers, the first ones, have keys and values of their own."""
+    return text.num_hidden_layers - text.num_kv_shared_layers
 
 
 def _sees_ahead(text: Any) -> bool:
