@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -277,9 +278,14 @@ BUILD = {
 
 @cache
 def build(name: str) -> tuple[Any, Any]:
-    """Model and processor of a family by its `model_type`; weights sharpened so that errors show."""
+    """Model and processor of a family by its `model_type`."""
+    return sharpened(BUILD[name])
+
+
+def sharpened(make: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
+    """A random model and its processor; weights sharpened so that errors show."""
     torch.manual_seed(3)
-    model, processor = BUILD[name]()
+    model, processor = make()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if key.endswith("A_log"):  # states that remember hundreds of tokens

@@ -68,8 +68,8 @@ class Past:
         block_tokens: int,
         buffers: list[torch.Tensor],
     ) -> None:
-        """tokens: how many of the host's are the past. rows: how many of the new tokens are scored. buffers: none if nothing is staged, or three flat tensors, each
-        with room for the keys and values of `block_tokens` tokens.
+        """tokens: how many of the host's are the past. rows: how many of the new tokens are scored. buffers: none if
+        nothing is staged, or three flat tensors, each with room for the keys and values of `block_tokens` tokens.
 
         Blocks are staged to the first two in turn; in the third, keys and values are separated.
         """

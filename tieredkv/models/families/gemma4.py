@@ -59,7 +59,9 @@ class Gemma4(EachFrame):
         """Frames are one axis since transformers 5.18 or so, and were two, with videos first."""
         tower, connector = model.model.vision_tower, model.model.embed_vision
         device = next(tower.parameters()).device
-        pixels, places = (inputs[name].flatten(0, -3).to(device) for name in ("pixel_values_videos", "video_position_ids"))
+        pixels, places = (
+            inputs[name].flatten(0, -3).to(device) for name in ("pixel_values_videos", "video_position_ids")
+        )
         hidden = tower(pixel_values=pixels, pixel_position_ids=places, return_dict=True).last_hidden_state
         return connector(inputs_embeds=hidden)
 
@@ -150,4 +152,7 @@ def _digits(numbers: torch.Tensor) -> torch.Tensor:
 
 def _number(digits: torch.Tensor) -> torch.Tensor:
     """The inverse of `_digits`, int64."""
-    return sum((digits[..., place].long() * BASE**place for place in range(DIGITS)), torch.zeros_like(digits[..., 0], dtype=torch.int64))
+    return sum(
+        (digits[..., place].long() * BASE**place for place in range(DIGITS)),
+        torch.zeros_like(digits[..., 0], dtype=torch.int64),
+    )
