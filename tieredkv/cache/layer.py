@@ -122,13 +122,18 @@ class TieredLayer(CacheLayerMixin):
 
     @settled
     def attend(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float, ahead: None = None
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scaling: float,
+        ahead: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Cache new tokens and attend to them and all before: query, output `(H, n, D)`; keys, values `(K, n, D)`.
 
         Keys and values are kept in the dtype of the first ones; the output has the query's. The calls after the first
         are those of readers, with the same keys and values: they attend, and cache nothing. Their queries may be of the
-        last tokens alone.
+        last tokens alone. ahead: None, without a window.
         """
         again = self._order.check_layer(self.index)
         self._check_once()
