@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 
 import numpy as np
@@ -19,9 +20,11 @@ from helpers import (
 )
 
 import tieredkv
+from tieredkv.cache.prefill import _runs
 from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.environment.versions import cache_argument
 from tieredkv.errors import OptionError, UnsupportedModelError
+from tieredkv.models.families import video_family
 from tieredkv.models.families.base import VideoGrid
 from tieredkv.models.families.gemma4 import _ahead, _digits, _number
 from tieredkv.models.kv_shape import model_shape
@@ -131,16 +134,10 @@ def test_windows_with_tokens_ahead_equal_a_mask(rows, monkeypatch):
     assert_near(out, expected)
 
 
-@pytest.mark.parametrize(
-    ("kind", "mask"),
-    [
-        ("sliding_attention", torch.ones((1, 1, 8, 8), dtype=torch.bool).tril()),
-        ("full_attention", torch.zeros((1, 1, 8, 1), dtype=torch.int32)),
-    ],
-    ids=["prepared", "ahead without a window"],
-)
-def test_other_masks_are_still_refused(kind, mask):
+@pytest.mark.parametrize("kind", ["sliding_attention", "full_attention"])
+def test_other_masks_are_still_refused(kind):
     model, _ = build("gemma4")
+    mask = torch.ones((1, 1, 8, 8), dtype=torch.bool).tril()
     ids, masks = torch.arange(1, 9).unsqueeze(0), {"full_attention": None, "sliding_attention": None, kind: mask}
     with (
         torch.no_grad(),
@@ -170,6 +167,26 @@ def test_frames_through_generate_are_refused_where_they_see_ahead(film):
         pytest.raises(UnsupportedModelError, match="changes its causal mask"),
     ):
         model.generate(**inputs, **cache_argument(held), max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("ahead", "runs"),
+    [
+        ([0, 0, 0], [(0, 3, False)]),
+        ([2, 1, 0, 0, 1, 0], [(0, 3, True), (3, 4, False), (4, 6, True)]),
+        ([0, 1, 0, 1, 0, 0], [(0, 1, False), (1, 3, True), (3, 5, True), (5, 6, False)]),
+    ],
+)
+def test_runs_cover_all_tokens(ahead, runs):
+    assert _runs(ahead) == runs
+
+
+def test_frames_longer_than_the_window_are_refused_where_they_see_each_other_beyond_it(film):
+    model, processor = build("gemma4_unified")
+    config = copy.deepcopy(model.config)
+    config.text_config.sliding_window = 5
+    with pytest.raises(ValueError, match="6 tokens of a frame are more than the model's window of 5"):
+        video_family(config).frame_grid(config, processor, 1, 60, 90, 4.0)
 
 
 # ---- ids beside embeddings

@@ -38,7 +38,7 @@ class AttendingLayer(Protocol):
     ) -> torch.Tensor:
         """Cache new tokens' keys and values `(K, n, D)` and attend with query `(H, n, D)`: output `(H, n, D)`.
 
-        ahead: `(n,)`, how many later tokens of the call each one sees, where there is a window; None: none.
+        ahead: `(n,)`, how many later tokens of the call each one sees, all in one run of tokens; None: none.
         """
 
 
@@ -73,7 +73,7 @@ def tiered_attention(
         )
     ahead = None
     if attention_mask is not None:
-        if sliding_window is None or attention_mask.dtype != AHEAD:
+        if attention_mask.dtype != AHEAD:
             raise OptionError("attention 'tieredkv' is causal and takes no prepared attention mask: pass none.")
         ahead = attention_mask[0, 0, :, 0]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -133,7 +133,7 @@ class TieredLayer(CacheLayerMixin):
 
         Keys and values are kept in the dtype of the first ones; the output has the query's. The calls after the first
         are those of readers, with the same keys and values: they attend, and cache nothing. Their queries may be of the
-        last tokens alone. ahead: None, without a window.
+        last tokens alone. ahead: as `prefill.attend_exactly` takes it; tokens that are decoded see none.
         """
         again = self._order.check_layer(self.index)
         self._check_once()
@@ -141,7 +141,7 @@ class TieredLayer(CacheLayerMixin):
         query, keys, values = (part.to(self.dtype) for part in (query, keys, values))
         with on_device(self.device):
             if self.sealed is None:
-                out = self._prefill(query, keys, values, scaling, again)
+                out = self._prefill(query, keys, values, scaling, ahead, again)
             else:
                 out = self.sealed.decode(query, keys, values, scaling, again)
             last = self._order.end_layer(self.index)
@@ -155,7 +155,13 @@ class TieredLayer(CacheLayerMixin):
             self._check = None
 
     def _prefill(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float, again: bool
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scaling: float,
+        ahead: torch.Tensor | None,
+        again: bool,
     ) -> torch.Tensor:
         (host, digests), question, n = self._context(), self._cache.question, keys.shape[1]
         tier, kept = self.device_tier, (keys.detach(), values.detach())
@@ -169,7 +175,7 @@ class TieredLayer(CacheLayerMixin):
             past.stage_first()
             if not again:  # written in the background, after the tokens that are being read
                 tier.copies.submit("write back", lambda: host.write(*kept))
-            out, lse = prefill.attend_exactly(query, keys, values, scaling, past)
+            out, lse = prefill.attend_exactly(query, keys, values, scaling, past, ahead)
             scored = None
             if rows := min(past.rows, query.shape[1]):
                 scored = prefill.score_text_rows(

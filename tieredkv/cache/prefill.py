@@ -6,7 +6,7 @@ Shapes: `H` query heads, `K` KV heads, `G = H // K`, `n` new tokens, `T` text ro
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -167,24 +167,57 @@ def staged_past(
 
 
 def attend_exactly(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float, past: Past
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scaling: float,
+    past: Past,
+    ahead: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Causal attention over the new tokens and all of the past: output `(H, n, D)` and lse `(H, n)`.
 
-    query `(H, n, D)`: of the last n of the new tokens, whose keys and values are `(K, >= n, D)`.
+    query `(H, n, D)`: of the last n of the new tokens, whose keys and values are `(K, >= n, D)`. ahead: `(n,)`, how
+    many tokens after it each of them sees as well; None: none.
     """
-    early = keys.shape[1] - query.shape[1]
-    out, lse = exact.attend(query, keys[:, early:], values[:, early:], scaling, causal=True)
-    if past.tokens == early == 0:
-        return out, lse
+    runs = [(0, query.shape[1], False)] if ahead is None else _runs(ahead.tolist())
+    parts = [_attend_run(query, keys, values, scaling, run) for run in runs]
+    out, lse = (torch.cat(part, dim=1) for part in zip(*parts, strict=True)) if len(parts) > 1 else parts[0]
+    if past.tokens == 0:
+        return out.to(query.dtype), lse
     merged = out.float()
-    if early:
-        part, part_lse = exact.attend(query, keys[:, :early], values[:, :early], scaling, causal=False)
-        merged, lse = exact.merge(merged, lse, part, part_lse)
     for block_keys, block_values in past.blocks(with_values=True):
         part, part_lse = exact.attend(query, block_keys, block_values, scaling, causal=False)
         merged, lse = exact.merge(merged, lse, part, part_lse)
     return merged.to(query.dtype), lse
+
+
+def _runs(ahead: Sequence[int]) -> list[tuple[int, int, bool]]:
+    """Begin and end of runs of tokens that see each other whole, and of the causal ones between them; which it is.
+
+    ahead: how many tokens after it each one sees, up to the end of its run.
+    """
+    runs, begin, index = [], 0, 0
+    while index < len(ahead):
+        if ahead[index] == 0:
+            index += 1
+            continue
+        runs += [(begin, index, False)] if index > begin else []
+        begin = index + ahead[index] + 1
+        runs.append((index, begin, True))
+        index = begin
+    return [*runs, (begin, len(ahead), False)] if begin < len(ahead) else runs
+
+
+def _attend_run(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float, run: tuple[int, int, bool]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of one of `_runs` over itself and the new tokens before it."""
+    (first, stop, whole), earlier = run, keys.shape[1] - query.shape[1]
+    begin, end, rows = earlier + first, earlier + stop, query[:, first:stop]
+    out, lse = exact.attend(rows, keys[:, begin:end], values[:, begin:end], scaling, causal=not whole)
+    if begin == 0:
+        return out, lse
+    return exact.merge(out, lse, *exact.attend(rows, keys[:, :begin], values[:, :begin], scaling, causal=False))
 
 
 def score_text_rows(

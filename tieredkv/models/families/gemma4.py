@@ -33,6 +33,8 @@ class Gemma4(EachFrame):
     model_types: tuple[str, ...] = ("gemma4",)
     vision_modules: frozenset[str] = frozenset({"vision_tower", "embed_vision", "audio_tower", "embed_audio"})
     vision_settings: tuple[str, ...] = ("pooling_kernel_size", "position_embedding_size", "standardize")
+    seeing_ahead: tuple[str, ...] = ("sliding_attention",)
+    """Types of layers in which the tokens of a frame see each other whole, if the config asks for it."""
 
     def opening(self, processor: Any, frames: int, seconds: float, times: Sequence[float]) -> str:
         minutes, seconds_left = divmod(int(times[0]), 60)
@@ -56,12 +58,8 @@ class Gemma4(EachFrame):
         return frames, rows, columns
 
     def encode(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Frames are one axis since transformers 5.18 or so, and were two, with videos first."""
         tower, connector = model.model.vision_tower, model.model.embed_vision
-        device = next(tower.parameters()).device
-        pixels, places = (
-            inputs[name].flatten(0, -3).to(device) for name in ("pixel_values_videos", "video_position_ids")
-        )
+        pixels, places = _patches(inputs, tower)
         hidden = tower(pixel_values=pixels, pixel_position_ids=places, return_dict=True).last_hidden_state
         return connector(inputs_embeds=hidden)
 
@@ -89,8 +87,9 @@ class Gemma4(EachFrame):
         if getattr(text, "hidden_size_per_layer_input", 0):
             of_text = torch.where(visual, text.pad_token_id, ids)
             options["per_layer_inputs"] = decoder.get_per_layer_inputs(of_text, None)
-        if _sees_ahead(text):
-            options["attention_mask"] = {"full_attention": None, "sliding_attention": _ahead(visual)}
+        if _sees_ahead(text) and visual.shape[1] > 1:
+            masks: dict[str, torch.Tensor | None] = dict.fromkeys(text.layer_types)
+            options["attention_mask"] = masks | dict.fromkeys(self.seeing_ahead, _ahead(visual))
         return decoder(
             inputs_embeds=hidden,
             position_ids=position_ids.to(hidden.device),
@@ -103,6 +102,37 @@ class Gemma4(EachFrame):
         logits = model.get_output_embeddings()(hidden)
         cap = model.config.get_text_config(decoder=True).final_logit_softcapping
         return (logits if cap is None else (logits / cap).tanh() * cap).float()
+
+
+class Gemma4Unified(Gemma4):
+    """Adapter for `Gemma4UnifiedForConditionalGeneration` (12B), which has no vision tower: one layer embeds pixels.
+
+    Frames see each other whole in full layers too, as in transformers' forward. (Its masks for static caches differ.)
+    """
+
+    model_types: tuple[str, ...] = ("gemma4_unified",)
+    vision_modules: frozenset[str] = frozenset({"embed_vision", "embed_audio"})
+    vision_settings: tuple[str, ...] = ("pooling_kernel_size", "mm_embed_dim", "mm_posemb_size")
+    seeing_ahead: tuple[str, ...] = ("sliding_attention", TIERED)
+
+    def frame_grid(
+        self, config: Any, processor: Any, frames: int, height: int, width: int, fps: float
+    ) -> tuple[int, int, int]:
+        steps, rows, columns = super().frame_grid(config, processor, frames, height, width, fps)
+        window = config.get_text_config(decoder=True).sliding_window
+        if rows * columns > window:  # they see each other beyond the window too
+            raise ValueError(f"{rows * columns} tokens of a frame are more than the model's window of {window}.")
+        return steps, rows, columns
+
+    def encode(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        embedder = model.model.embed_vision
+        pixels, places = _patches(inputs, embedder)
+        return embedder(pixels, places, return_dict=True).pooler_output[(places != -1).all(-1)]
+
+    def encode_bytes(self, config: Any, grid: tuple[int, int, int]) -> int:
+        vision = config.vision_config
+        pixels = 3 * (vision.patch_size * vision.pooling_kernel_size) ** 2
+        return activation_bytes(grid[1] * grid[2], pixels, vision.mm_embed_dim, 0, vision.dtype)
 
 
 @dataclass(frozen=True)
@@ -134,6 +164,16 @@ def _own_layers(text: PreTrainedConfig) -> int:
 def _sees_ahead(text: Any) -> bool:
     """Whether visual tokens see later ones of the same frame, in layers with a sliding window."""
     return text.use_bidirectional_attention == "vision"
+
+
+def _patches(inputs: dict[str, torch.Tensor], tower: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """Patches `(frames, n, values)` and their places `(frames, n, 2)`, -1 for none, where the tower is.
+
+    Since transformers 5.18 or so processors return these; before, there was an axis of videos in front.
+    """
+    device = next(tower.parameters()).device
+    pixels, places = inputs["pixel_values_videos"], inputs["video_position_ids"]
+    return pixels.flatten(0, -3).to(device), places.flatten(0, -3).to(device)
 
 
 def _ahead(visual: torch.Tensor) -> torch.Tensor:
