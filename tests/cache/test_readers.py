@@ -7,6 +7,7 @@ import torch
 from helpers import assert_near, pressed, random_text_model, tier_options
 
 import tieredkv
+from tieredkv.cache.layer import TieredLayer
 from tieredkv.cache.looks import Looks
 from tieredkv.cache.prefill import TextRows
 from tieredkv.cache.question import Question
@@ -139,3 +140,21 @@ def test_readers_read_what_is_staged_from_the_host(gemma, long_ids):
         assert cache.device_tier.transfer.streamed_bytes > 0
         assert cache.ledger.peak_bytes <= cache.tiers.cap_bytes
     assert_near(torch.cat(got, dim=1), gemma(long_ids[:, :600]).logits)
+
+
+def test_digests_are_fitted_to_the_queries_of_readers_too(gemma, long_ids, monkeypatch):
+    seen, attend = [], TieredLayer.attend
+
+    def record(layer, query, *others):
+        if layer.index == LAST:
+            seen.append(query.flatten(0, 1))
+        return attend(layer, query, *others)
+
+    monkeypatch.setattr(TieredLayer, "attend", record)
+    with torch.no_grad(), tieredkv.use_attention(gemma), TieredCache(gemma.config, gpu_kv_gb=1) as cache:
+        for part in long_ids[:, :200].split(100, dim=1):
+            gemma(part, **cache_argument(cache))
+        moment = cache.tiered_layers[LAST].digests.query_moment[0]
+    assert len(seen) == 2 * (1 + len(READERS))
+    queries = torch.cat(seen)
+    assert_near(moment, queries.T @ queries)
