@@ -27,7 +27,12 @@ from tieredkv.planning.admission import Request, check_memory
 from tieredkv.planning.forecast import plan
 from tieredkv.planning.prefill_plan import untiered_prefill_bytes
 
-KINDS = {"gemma3_text": ["sliding windows"], "qwen3_5_text": ["linear states"], "llama": []}
+KINDS = {
+    "gemma3_text": ["sliding windows"],
+    "gemma4_text": ["sliding windows"],
+    "qwen3_5_text": ["linear states"],
+    "llama": [],
+}
 SLIDING = KVShape(2, 4, 2, 16, 2, sliding_layers=3, sliding_window=33, sliding_token_bytes=100)
 LINEAR = KVShape(2, 4, 2, 16, 2, linear_layers=3, conv_state_bytes=1000, recurrent_state_bytes=70_000)
 
