@@ -75,12 +75,72 @@ QWEN3_5: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "Qwen3.6-35B-A3B": ({}, {}),
 }
 """What differs from transformers' defaults in the configs of text and vision tower."""
+_PHONE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 16, "num_attention_heads": 12,
+          "num_key_value_heads": 12, "head_dim": 64, "global_head_dim": 64, "use_clipped_linears": True}  # fmt: skip
+_LARGE = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16,
+          "num_key_value_heads": 16, "head_dim": 72, "global_head_dim": 72, "use_clipped_linears": False,
+          "standardize": True}  # fmt: skip
+# From src/transformers/models/gemma4/convert_gemma4_weights.py of huggingface/transformers, which wrote them.
+GEMMA4: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
+    "Gemma 4 E4B": (
+        {
+            "hidden_size": 2560,
+            "intermediate_size": 10_240,
+            "num_hidden_layers": 42,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+            "num_kv_shared_layers": 18,
+        },
+        _PHONE,
+        True,
+    ),
+    "Gemma 4 26B-A4B": (
+        {
+            "hidden_size": 2816,
+            "hidden_size_per_layer_input": 0,
+            "intermediate_size": 2112,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "num_global_key_value_heads": 2,
+            "attention_k_eq_v": True,
+            "use_bidirectional_attention": "vision",
+            "enable_moe_block": True,
+            "num_experts": 128,
+            "moe_intermediate_size": 704,
+            "top_k_experts": 8,
+            "sliding_window": 1024,
+        },
+        _LARGE,
+        False,
+    ),
+    "Gemma 4 31B": (
+        {
+            "hidden_size": 5376,
+            "hidden_size_per_layer_input": 0,
+            "intermediate_size": 21_504,
+            "num_hidden_layers": 60,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 16,
+            "num_global_key_value_heads": 4,
+            "attention_k_eq_v": True,
+            "use_bidirectional_attention": "vision",
+            "sliding_window": 1024,
+        },
+        _LARGE,
+        False,
+    ),
+}
+"""The same, and whether there is an audio tower, of transformers' default size. Every sixth layer has full attention,
+with heads of 512, as by default."""
 
 
 def video_config(name: str) -> Any:
     """The config of a published video model, as far as sizes depend on it."""
     if name in QWEN3_5:
         return _qwen3_5(name)
+    if name in GEMMA4:
+        return _gemma4(name)
     from transformers import Qwen2_5_VLConfig
 
     layers, heads, kv_heads, hidden, inner, vocabulary, tied = OLDER[name]
@@ -107,7 +167,15 @@ def _qwen3_5(name: str) -> Any:
     return kind(text_config=text, vision_config={**vision, "out_hidden_size": hidden}, tie_word_embeddings=tied)
 
 
-VIDEO_MODELS = (*QWEN3_5, *OLDER)
+def _gemma4(name: str) -> Any:
+    from transformers import Gemma4AudioConfig, Gemma4Config
+
+    text, vision, hears = GEMMA4[name]
+    audio = Gemma4AudioConfig() if hears else None
+    return Gemma4Config(text_config=text, vision_config=vision, audio_config=audio)
+
+
+VIDEO_MODELS = (*QWEN3_5, *GEMMA4, *OLDER)
 HOURS_32 = ("Qwen3.5-4B", "Qwen3.5-9B", "Qwen3.6-27B", "Qwen3.6-35B-A3B")
 """Models in the table of an hour that turn 32 x 32 pixels into a token."""
 PLANNED = ("Qwen3.5-9B", *OLDER)

@@ -75,6 +75,7 @@ def test_published_models_have_the_parameters_that_their_names_say():
     """In billions, without drafting layers."""
     made = load(DOCS / "make_tables.py")
     named = {"Qwen3.5-4B": 4.54, "Qwen3.5-9B": 9.41, "Qwen3.6-27B": 27.4, "Qwen3.6-35B-A3B": 35.1}
+    named |= {"Gemma 4 E4B": 7.94, "Gemma 4 26B-A4B": 25.8, "Gemma 4 31B": 31.3}  # with towers of 0.48, 0.57 and 0.58
     for name, billions in named.items():
         sizes = weight_bytes(made.video_config(name), torch.bfloat16)
         assert (sizes["decoder_bytes"] + sizes["vision_bytes"]) / 2e9 == pytest.approx(billions, rel=2e-3), name
