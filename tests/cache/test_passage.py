@@ -59,9 +59,9 @@ def test_a_cache_continues_to_the_bit_after_another_question(model, cache, long_
         torch.testing.assert_close(got, want, rtol=0, atol=1e-5 if resident else 0)
 
 
-def test_residents_on_the_device_are_put_back(model, cache, long_ids):
-    if not cache.device_tier.residents:
-        pytest.skip("without residents")
+@pytest.mark.parametrize("cache", [{"prompt_tokens": 230}], indirect=True, ids=["resident"])
+def test_residents_on_the_device_are_put_back(cache):
+    assert cache.device_tier.residents
     passage = Passage.of(cache, CONTEXT_TOKENS)
     cache.truncate(CONTEXT_TOKENS)
     passage.append_to(cache)
