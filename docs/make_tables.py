@@ -7,6 +7,8 @@ reduced to their shapes, and host memory is taken to be unlimited.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -23,10 +25,11 @@ from tieredkv.policy.presets import POLICIES
 
 FOLDER = Path(__file__).parent
 LENGTHS = (8_192, 32_768, 131_072)
-FRAMES = ((280, 280), (252, 448), (364, 644))
+FRAMES = ((10, 10), (9, 16), (13, 23))
+"""Rows and columns of visual tokens."""
 RATES = (0.5, 1.0, 2.0)
-PATCH = 28
-"""Side, in pixels, of the square of two frames that becomes one visual token of Qwen2.5-VL."""
+NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 QUESTION, ANSWER = 64, 256
 DECODER_SHAPES = {  # layers, query heads, KV heads, hidden size
     "Qwen3-VL-2B": ("qwen3", 28, 16, 8, 2048),
@@ -40,17 +43,107 @@ DECODER_SHAPES = {  # layers, query heads, KV heads, hidden size
     "Qwen2.5-1.5B": ("qwen2", 28, 12, 2, 1536),
     "Qwen2.5-14B": ("qwen2", 48, 40, 8, 5120),
 }
-VIDEO_SHAPES = {  # layers, query heads, KV heads, hidden size, inner size, vocabulary, tied embeddings
+OLDER = {  # layers, query heads, KV heads, hidden size, inner size, vocabulary, tied embeddings
     "Qwen2.5-VL-3B": (36, 16, 2, 2048, 11_008, 151_936, True),
     "Qwen2.5-VL-7B": (28, 28, 4, 3584, 18_944, 152_064, False),
 }
+"""Qwen2.5-VL, from the config.json of each."""
+QWEN3_5: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    # radixark/miles, scripts/models/qwen3.5-4B.sh; linear attention and vision tower as other projects' tests quote its
+    # config.json (vllm-metal's of hybrid models; those of loaders of Chandra, which is a tuned Qwen3.5-4B).
+    "Qwen3.5-4B": (
+        {"hidden_size": 2560, "intermediate_size": 9216, "tie_word_embeddings": True},
+        {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096},
+    ),
+    # The defaults of transformers' Qwen3_5TextConfig (this model's, says its docstring) and Qwen3_5VisionConfig; its
+    # model card has the same numbers of layers and heads, hidden and inner size.
+    "Qwen3.5-9B": ({}, {}),
+    # Its model card: layers, hidden and inner size, heads of both kinds; the same in THUDM/slime,
+    # scripts/models/qwen3.5-27B.sh. The vision tower is transformers' default, documented for Qwen3.5-27B.
+    "Qwen3.6-27B": (
+        {
+            "num_hidden_layers": 64,
+            "hidden_size": 5120,
+            "intermediate_size": 17_408,
+            "num_attention_heads": 24,
+            "linear_num_value_heads": 48,
+        },
+        {},
+    ),
+    # The defaults of transformers' Qwen3_5MoeTextConfig (Qwen3.5-35B-A3B's, says its docstring); its model card has the
+    # same numbers, and THUDM/slime, scripts/models/qwen36-35B-A3B.sh, says so too.
+    "Qwen3.6-35B-A3B": ({}, {}),
+}
+"""What differs from transformers' defaults in the configs of text and vision tower."""
+_PHONE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 16, "num_attention_heads": 12,
+          "num_key_value_heads": 12, "head_dim": 64, "global_head_dim": 64, "use_clipped_linears": True}  # fmt: skip
+_LARGE = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16,
+          "num_key_value_heads": 16, "head_dim": 72, "global_head_dim": 72, "use_clipped_linears": False,
+          "standardize": True}  # fmt: skip
+# From src/transformers/models/gemma4/convert_gemma4_weights.py of huggingface/transformers, which wrote them.
+GEMMA4: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
+    "Gemma 4 E4B": (
+        {
+            "hidden_size": 2560,
+            "intermediate_size": 10_240,
+            "num_hidden_layers": 42,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+            "num_kv_shared_layers": 18,
+        },
+        _PHONE,
+        True,
+    ),
+    "Gemma 4 26B-A4B": (
+        {
+            "hidden_size": 2816,
+            "hidden_size_per_layer_input": 0,
+            "intermediate_size": 2112,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "num_global_key_value_heads": 2,
+            "attention_k_eq_v": True,
+            "use_bidirectional_attention": "vision",
+            "enable_moe_block": True,
+            "num_experts": 128,
+            "moe_intermediate_size": 704,
+            "top_k_experts": 8,
+            "sliding_window": 1024,
+        },
+        _LARGE,
+        False,
+    ),
+    "Gemma 4 31B": (
+        {
+            "hidden_size": 5376,
+            "hidden_size_per_layer_input": 0,
+            "intermediate_size": 21_504,
+            "num_hidden_layers": 60,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 16,
+            "num_global_key_value_heads": 4,
+            "attention_k_eq_v": True,
+            "use_bidirectional_attention": "vision",
+            "sliding_window": 1024,
+        },
+        _LARGE,
+        False,
+    ),
+}
+"""The same, and whether there is an audio tower, of transformers' default size. Every sixth layer has full attention,
+with heads of 512, as by default."""
 
 
 def video_config(name: str) -> Any:
     """The config of a published video model, as far as sizes depend on it."""
+    if name in QWEN3_5:
+        return _qwen3_5(name)
+    if name in GEMMA4:
+        return _gemma4(name)
     from transformers import Qwen2_5_VLConfig
 
-    layers, heads, kv_heads, hidden, inner, vocabulary, tied = VIDEO_SHAPES[name]
+    layers, heads, kv_heads, hidden, inner, vocabulary, tied = OLDER[name]
     text = {
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
@@ -62,6 +155,31 @@ def video_config(name: str) -> Any:
     }
     vision = {"hidden_size": 1280, "intermediate_size": 3420, "depth": 32, "num_heads": 16, "out_hidden_size": hidden}
     return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied)
+
+
+def _qwen3_5(name: str) -> Any:
+    from transformers import Qwen3_5Config, Qwen3_5MoeConfig
+
+    text, vision = QWEN3_5[name]
+    kind: Any = Qwen3_5MoeConfig if "A3B" in name else Qwen3_5Config
+    hidden = kind(text_config=text).text_config.hidden_size
+    tied = text.get("tie_word_embeddings", False)
+    return kind(text_config=text, vision_config={**vision, "out_hidden_size": hidden}, tie_word_embeddings=tied)
+
+
+def _gemma4(name: str) -> Any:
+    from transformers import Gemma4AudioConfig, Gemma4Config
+
+    text, vision, hears = GEMMA4[name]
+    audio = Gemma4AudioConfig() if hears else None
+    return Gemma4Config(text_config=text, vision_config=vision, audio_config=audio)
+
+
+VIDEO_MODELS = (*QWEN3_5, *GEMMA4, *OLDER)
+HOURS_32 = ("Qwen3.5-4B", "Qwen3.5-9B", "Qwen3.6-27B", "Qwen3.6-35B-A3B")
+"""Models in the table of an hour that turn 32 x 32 pixels into a token."""
+PLANNED = ("Qwen3.5-9B", *OLDER)
+"""Models with a table of plans."""
 
 
 def text_config(name: str) -> Any:
@@ -86,25 +204,30 @@ def gib(nbytes: float) -> str:
 
 def per_token() -> str:
     """Size of a full cache in 16 bits, by model and length."""
-    shapes = {name: model_shape(video_config(name), torch.bfloat16) for name in VIDEO_SHAPES}
+    shapes = {name: model_shape(video_config(name), torch.bfloat16) for name in VIDEO_MODELS}
     shapes |= {name: model_shape(text_config(name), torch.bfloat16) for name in DECODER_SHAPES}
-    header = ["model", "layers", "KV heads", "head dim", "KiB per token", *(f"{n:,} tokens, GiB" for n in LENGTHS)]
-    body = [
-        [name, str(one.num_layers), str(one.num_key_value_heads), str(one.head_dim), f"{one.token_bytes / 1024:g}"]
-        + [gib(tokens * one.token_bytes) for tokens in LENGTHS]
-        for name, one in shapes.items()
-    ]
+    header = ["model", "tiered layers", "KV heads", "head dim", "KiB per token"]
+    header += [*(f"{n:,} tokens, GiB" for n in LENGTHS), "other layers, MiB"]
+    body = []
+    for name, one in shapes.items():
+        others = sum(sizes.untiered_bytes(one, LENGTHS[-1], 1).values()) / 2**20
+        row = [name, str(one.num_layers), str(one.num_key_value_heads), str(one.head_dim)]
+        row += [f"{one.token_bytes / 1024:g}", *(gib(tokens * one.token_bytes) for tokens in LENGTHS)]
+        body.append([*row, f"{others:.3g}" if others else ""])
     return rows(header, body)
 
 
-def per_hour() -> str:
-    """Visual tokens of an hour of video, and the host memory of its cache."""
+def per_hour(names: tuple[str, ...] = tuple(OLDER), patch: int = 28) -> str:
+    """Visual tokens of an hour of video, and the host memory of its cache.
+
+    patch: side, in pixels, of the square of two frames that becomes one visual token.
+    """
     tiers = TierConfig()
-    shapes = {name: model_shape(video_config(name), torch.bfloat16) for name in VIDEO_SHAPES}
+    shapes = {name: model_shape(video_config(name), torch.bfloat16) for name in names}
     body = []
-    for height, width in FRAMES:
+    for height, width in ((rows * patch, columns * patch) for rows, columns in FRAMES):
         for fps in RATES:
-            tokens = round(3600 * fps / 2) * (height // PATCH) * (width // PATCH)
+            tokens = round(3600 * fps / 2) * (height // patch) * (width // patch)
             prompt = forecast.HEAD_TOKENS + tokens + QUESTION
             cells = [gib(sizes.host_bytes(shape, tiers, prompt)) for shape in shapes.values()]
             body.append([f"{width} x {height}", f"{fps:g}", f"{tokens:,}", *cells])
@@ -112,19 +235,29 @@ def per_hour() -> str:
 
 
 def weights() -> str:
-    """What the weights take in 16 bits."""
+    """What the weights take in 16 bits, and quantised."""
     body = []
-    for name in VIDEO_SHAPES:
-        plan = forecast.plan(video_config(name), 1000)
-        total = plan.decoder_bytes + plan.vision_bytes
-        body.append([name, gib(plan.decoder_bytes), gib(plan.vision_bytes), gib(total)])
-    return rows(["model", "decoder, GiB", "vision tower, GiB", "together, GiB"], body)
+    for name in VIDEO_MODELS:
+        cells = []
+        for quantisation in (None, FP8, NF4):
+            config = video_config(name)
+            if quantisation is not None:
+                config.quantization_config = quantisation
+            plan = forecast.plan(config, 1000)
+            if quantisation is None:
+                cells += [gib(plan.decoder_bytes), gib(plan.vision_bytes)]
+            cells.append(gib(plan.decoder_bytes + plan.vision_bytes))
+            if quantisation is None:
+                cells.append(gib(plan.step_weight_bytes))
+        body.append([name, *cells])
+    header = ["model", "decoder, GiB", "vision tower, GiB", "together, GiB", "a step reads, GiB", "in FP8, GiB"]
+    return rows([*header, "in 4 bits, GiB"], body)
 
 
 def plans() -> str:
     """What `tieredkv plan` says of some lengths under some caps."""
     body = []
-    for name in VIDEO_SHAPES:
+    for name in PLANNED:
         config = video_config(name)
         shape = model_shape(config, torch.bfloat16)
         for tokens in (32_768, 131_072, 262_144):
@@ -162,7 +295,14 @@ def policies() -> str:
     return "\n".join(lines) + "\n\n" + "\n\n".join(sections)
 
 
-TABLES = {"per-token": per_token, "per-hour": per_hour, "weights": weights, "plans": plans, "policies": policies}
+TABLES: dict[str, Callable[[], str]] = {
+    "per-token": per_token,
+    "per-hour": per_hour,
+    "per-hour-32": partial(per_hour, HOURS_32, 32),
+    "weights": weights,
+    "plans": plans,
+    "policies": policies,
+}
 PAGES = ("memory-sizes.md", "policies.md")
 
 

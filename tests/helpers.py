@@ -25,7 +25,14 @@ PATIENCE_S = 60
 
 def text_config(kind: str) -> Any:
     """A config of three layers, four query heads and two KV heads; of eight, where most are of another type."""
-    from transformers import Gemma3TextConfig, LlamaConfig, Qwen2Config, Qwen3_5TextConfig, Qwen3Config
+    from transformers import (
+        Gemma3TextConfig,
+        Gemma4TextConfig,
+        LlamaConfig,
+        Qwen2Config,
+        Qwen3_5TextConfig,
+        Qwen3Config,
+    )
 
     sizes = {
         "vocab_size": 97,
@@ -43,6 +50,12 @@ def text_config(kind: str) -> Any:
         kinds = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
         more = {"num_hidden_layers": 4, "layer_types": kinds, "sliding_window": 33, "head_dim": 16}
         return Gemma3TextConfig(**{**sizes, **more, "query_pre_attn_scalar": 24, "pad_token_id": None})
+    if kind == "gemma4_text":  # full layers are wider, and two of them attend to keys and values of an earlier one
+        kinds = [f"{kind}_attention" for kind in ("full", "sliding", "full", "sliding", "full", "full")]
+        more = {"num_hidden_layers": 6, "layer_types": kinds, "sliding_window": 33, "num_kv_shared_layers": 3}
+        more |= {"head_dim": 16, "global_head_dim": 32, "num_global_key_value_heads": 1, "attention_k_eq_v": True}
+        more |= {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97, "final_logit_softcapping": 30.0}
+        return Gemma4TextConfig(**{**sizes, **more, "pad_token_id": None})
     if kind == "qwen3_5_text":  # every fourth layer is full attention, which rotates a part of the head
         rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25, "mrope_section": [2, 1, 1]}
         linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}

@@ -11,8 +11,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 import tieredkv
+from tieredkv.planning.weight_bytes import weight_bytes
 from tieredkv.policy.presets import POLICIES
 
 ROOT = Path(__file__).parents[1]
@@ -67,6 +69,16 @@ def test_the_tables_are_what_the_planner_and_the_policies_say(monkeypatch):
         text = (DOCS / page).read_text()
         assert made.filled(text) == text, f"{page}: run python docs/make_tables.py"
     assert {f"## {name}" for name in POLICIES} <= set((DOCS / "policies.md").read_text().splitlines())
+
+
+def test_published_models_have_the_parameters_that_their_names_say():
+    """In billions, without drafting layers."""
+    made = load(DOCS / "make_tables.py")
+    named = {"Qwen3.5-4B": 4.54, "Qwen3.5-9B": 9.41, "Qwen3.6-27B": 27.4, "Qwen3.6-35B-A3B": 35.1}
+    named |= {"Gemma 4 E4B": 7.94, "Gemma 4 26B-A4B": 25.8, "Gemma 4 31B": 31.3}  # with towers of 0.48, 0.57 and 0.58
+    for name, billions in named.items():
+        sizes = weight_bytes(made.video_config(name), torch.bfloat16)
+        assert (sizes["decoder_bytes"] + sizes["vision_bytes"]) / 2e9 == pytest.approx(billions, rel=2e-3), name
 
 
 def test_shapes_are_those_of_the_benchmarks(monkeypatch):

@@ -14,7 +14,9 @@ from tieredkv.errors import OptionError, TieredKVError
 
 CONTEXT_TOKENS = 150
 """More than the sliding window of the tiny model."""
-KINDS = {"gemma3_text": "sliding windows", "qwen3_5_text": "linear attention"}
+KINDS = {"gemma3_text": "sliding windows", "gemma4_text": "sliding windows", "qwen3_5_text": "linear attention"}
+SLIDING_LAYERS = {"gemma3_text": 2, "gemma4_text": 1}
+"""Those that have keys and values of their own."""
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -143,8 +145,9 @@ def test_settling_again_moves_the_snapshot(model, cache, long_ids):
 
 def test_the_snapshot_counts_as_host_memory_until_it_is_dropped(model, cache):
     tiered = sum(layer.host.nbytes for layer in cache.tiered_layers)
-    if model.config.model_type == "gemma3_text":
-        assert cache.host_bytes == tiered + 2 * 2 * 2 * 32 * 16 * 4  # layers, K and V, heads, tokens, dimensions, bytes
+    if model.config.model_type in SLIDING_LAYERS:
+        windows = SLIDING_LAYERS[model.config.model_type]
+        assert cache.host_bytes == tiered + windows * 2 * 2 * 32 * 16 * 4  # K and V, heads, tokens, dimensions, bytes
     else:
         assert cache.host_bytes == tiered + 6 * (4 * 16 * 16 + (2 * 16 + 2 * 16 + 4 * 16) * 4) * 4
     cache.truncate(0)

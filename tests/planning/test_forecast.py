@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from types import SimpleNamespace
 
 import pytest
 from command_line import run
-from helpers import tier_options
+from helpers import random_text_model, text_config, tier_options
 
 from tieredkv.api import new_session
 from tieredkv.config import TierConfig
@@ -105,6 +106,49 @@ def test_weights_counted_from_the_config_are_those_of_the_model(video_model):
         config.decoder_bytes * 4,
         config.vision_bytes * 4,
     )
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "qwen3_5_text"])
+def test_a_text_model_is_planned_for_a_number_of_tokens(kind):
+    config = text_config(kind)
+    memory_plan = plan(config, 5000, question_tokens=40)
+    assert (memory_plan.prompt_tokens, memory_plan.visual_tokens, memory_plan.vision_bytes) == (5040, 0, 0)
+    assert memory_plan.full_bytes == 5040 * memory_plan.shape.token_bytes
+    model = random_text_model(kind)
+    assert 2 * memory_plan.decoder_bytes == sum(p.nbytes for p in model.parameters())
+    assert plan(model, 5000, question_tokens=40).decoder_bytes == 2 * memory_plan.decoder_bytes
+    text = str(memory_plan)
+    assert "vision" not in text
+    assert "visual" not in text
+    with pytest.raises(BudgetError, match=r"give at most [\d,]+ tokens or"):
+        plan(config, 10**6, host_kv_gb=0.1, gpu_kv_gb=1)
+
+
+def test_a_text_model_is_not_planned_for_a_video(film):
+    with pytest.raises(UnsupportedModelError, match="llama takes no video"):
+        plan(text_config("llama"), film)
+
+
+def test_other_models_are_refused_with_the_reason():
+    from transformers import Gemma3Config, Qwen2_5_VLConfig
+
+    with pytest.raises(UnsupportedModelError, match="an image attend to each other"):
+        plan(Gemma3Config(), 100)
+    with pytest.raises(UnsupportedModelError, match="'qwen2_5_vl_text' are not supported for video"):
+        plan(Qwen2_5_VLConfig().text_config, 100)
+
+
+def test_a_quantised_checkpoint_is_planned_with_its_bytes(seven_billion):
+    config = copy.deepcopy(seven_billion)
+    config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    plain, quantised = plan(seven_billion, 1000), plan(config, 1000)
+    table = 2 * 152_064 * 3584
+    linear = plain.decoder_bytes - 2 * table
+    assert quantised.decoder_bytes == pytest.approx(2 * table + linear * (0.5 + 4 / 64) / 2, rel=2e-3)
+    assert quantised.vision_bytes < 0.35 * plain.vision_bytes
+    assert quantised.full_bytes == plain.full_bytes
+    assert "(bitsandbytes, 4 bits)" in str(quantised)
+    assert config.quantization_config == {"quant_method": "bitsandbytes", "load_in_4bit": True}
 
 
 def test_times_follow_from_the_bytes(seven_billion):

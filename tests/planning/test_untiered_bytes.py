@@ -27,7 +27,12 @@ from tieredkv.planning.admission import Request, check_memory
 from tieredkv.planning.forecast import plan
 from tieredkv.planning.prefill_plan import untiered_prefill_bytes
 
-KINDS = {"gemma3_text": ["sliding windows"], "qwen3_5_text": ["linear states"], "llama": []}
+KINDS = {
+    "gemma3_text": ["sliding windows"],
+    "gemma4_text": ["sliding windows"],
+    "qwen3_5_text": ["linear states"],
+    "llama": [],
+}
 SLIDING = KVShape(2, 4, 2, 16, 2, sliding_layers=3, sliding_window=33, sliding_token_bytes=100)
 LINEAR = KVShape(2, 4, 2, 16, 2, linear_layers=3, conv_state_bytes=1000, recurrent_state_bytes=70_000)
 
@@ -187,6 +192,8 @@ def test_a_plan_prints_these_layers_apart_from_the_tiers(windowed):
     assert lines[outside - 1].startswith("  sum")
     assert lines[outside + 1].split() == ["sliding", "windows", *"258 KiB".split(), *"16.5 KiB".split()]
     assert any("16 KiB of it the snapshot" in line for line in lines)
+    assert "1 tiered layers of 3 x" in lines[0]
+    assert "3 layers x" in str(tiers_only)
     assert not any("outside the cap" in line or "snapshot" in line for line in str(tiers_only).splitlines())
     plain = json.loads(json.dumps(planned.as_dict()))
     assert plain["untiered_decode"] == planned.untiered_decode

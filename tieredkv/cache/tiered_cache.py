@@ -82,16 +82,21 @@ class TieredCache(Cache):
         layers: list[TieredLayer | SlidingLayer | LinearLayer] = []
         self._order = LayerOrder()
         text = config.get_text_config(decoder=True)
-        for kind in families.text_decoder(text).layer_types(text):
+        decoder = families.text_decoder(text)
+        kinds = decoder.layer_types(text)
+        last = len(kinds) - 1 - kinds[::-1].index(TIERED)
+        for place, kind in enumerate(kinds):
+            readers = decoder.readers(text) if place == last else 0
             if kind == TIERED:
                 index = len(self.tiered_layers)
-                self.tiered_layers.append(TieredLayer(self, self._order, self.device_tier, index, prompt_tokens))
-                layers.append(self.tiered_layers[-1])
+                own = TieredLayer(self, self._order, self.device_tier, index, prompt_tokens, readers)
+                self.tiered_layers.append(own)
+                layers.append(own)
             else:
                 linear = kind == "linear_attention"
                 untiered.append(LinearLayer(self._order) if linear else SlidingLayer(self._order, text.sliding_window))
                 layers.append(untiered[-1])
-            self._order.add(layers[-1], tiered=kind == TIERED)
+            self._order.add(layers[-1], kind == TIERED, readers)
         self.untiered = Untiered(untiered)
         """The layers that do not grow, which are transformers', and what they go back to."""
         super().__init__(layers=list(layers))

@@ -88,8 +88,18 @@ class Untiered:
     def settle(self) -> None:
         """Take a snapshot of this length, in place of the one before. All layers must have seen the same tokens."""
         self.snapshot = None  # freed before the next is allocated
-        if self.layers and (tokens := self.layers[0].get_seq_length()):
-            self.snapshot = Snapshot(tokens, tuple(layer.state() for layer in self.layers))
+        self.snapshot = self.copied()
+
+    def copied(self) -> Snapshot | None:
+        """A snapshot of this length, which `truncate` does not know; None without layers, or at length 0."""
+        if not self.layers or not (tokens := self.layers[0].get_seq_length()):
+            return None
+        return Snapshot(tokens, tuple(layer.state() for layer in self.layers))
+
+    def go_to(self, snapshot: Snapshot) -> None:
+        """Hold what the layers held when `snapshot` was taken. Leaves it as it is."""
+        for layer, state in zip(self.layers, snapshot.states, strict=True):
+            layer.restore(state, snapshot.tokens)
 
     def restore(self, snapshot: Snapshot, devices: Sequence[torch.device]) -> None:
         """Begin with what the layers of another cache held. devices: of each layer."""
@@ -122,8 +132,7 @@ class Untiered:
         else:
             assert snapshot is not None
             assert snapshot.tokens == tokens
-            for layer, state in zip(self.layers, snapshot.states, strict=True):
-                layer.restore(state, tokens)
+            self.go_to(snapshot)
         if snapshot is not None and tokens < snapshot.tokens:
             self.snapshot = None  # other tokens may follow
 

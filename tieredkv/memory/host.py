@@ -139,6 +139,13 @@ class HostLayer:
         chunk, offset = index // self.chunk_tokens, index % self.chunk_tokens
         return self._arena[head, chunk, 0, offset], self._arena[head, chunk, 1, offset]
 
+    def copied(self, begin: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of keys and values, each `(K, n, D)`, of tokens begin..stop."""
+        first = begin % self.chunk_tokens
+        part = self.chunks(begin // self.chunk_tokens, self._chunks(stop))
+        keys, values = part.transpose(1, 2).reshape(self.num_heads, 2, -1, self.head_dim).unbind(1)
+        return keys[:, first : first + stop - begin].clone(), values[:, first : first + stop - begin].clone()
+
     def arena_to_store(self, room: int) -> torch.Tensor:
         """The contiguous arena, zeroed after the last token and cut to `room` more tokens, in whole chunks."""
         chunks = self._chunks(self.length + room)

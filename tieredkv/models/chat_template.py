@@ -67,6 +67,19 @@ class ChatTemplate:
             )
         return head, tail
 
+    def continues(
+        self, turns: Sequence[Turn], ids: torch.Tensor, times: Sequence[float], slices: Slices | None
+    ) -> bool:
+        """Whether the next prompt of a conversation begins with all of this one. ids: `tail_ids` of this one, with
+        these times and slices.
+
+        It does not where the template leaves the marks of thinking out of all answers but the last.
+        """
+        *earlier, (question, _) = turns
+        _, tail = self.around_video([*earlier, (question, "?"), ("?", None)])
+        following = self.tail_ids(tail, times, slices)[:, : ids.shape[1]]
+        return torch.equal(following, ids)
+
     def _written(self, turns: Sequence[Turn]) -> str:
         messages: list[dict[str, Any]] = []
         for question, answer in turns:
@@ -140,7 +153,7 @@ class ChatTemplate:
         between = [self.between_ids(step, times, slices) for step in range(steps)]
         written = () if steps == 0 or between[0] is None else tuple(ids or () for ids in between)
         closing = family.closing_tokens(config)
-        return VideoGrid(steps, rows, columns, step_frames / video.fps, written, closing, step_frames, slices)
+        return VideoGrid(steps, rows, columns, step_frames / video.fps, written, closing, step_frames, slices=slices)
 
     def tokenize(self, text: str) -> torch.Tensor:
         """Token ids `(1, n)`. Raises `PromptError` for text that the tokenizer refuses."""

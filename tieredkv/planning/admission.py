@@ -38,6 +38,7 @@ def check_memory(
     *,
     room: int = 0,
     room_bytes: int = 0,
+    beside: int = 0,
     available: int | None = None,
     one_memory: bool = False,
 ) -> Layout:
@@ -45,22 +46,22 @@ def check_memory(
 
     device_remedy, host_remedy: advice for the message; the latter may be a function of the allowed bytes. room: tokens
     that the host tier holds without growing, in `room_bytes` together with the snapshot; 0: nothing is allocated yet.
-    available: bytes of host memory (None: measured now). one_memory: host memory must hold the device tier too, and the
-    layers that do not grow.
+    beside: host memory that a conversation has allocated. available: bytes of host memory (None: measured now).
+    one_memory: host memory must hold the device tier too, and the layers that do not grow.
     """
     layout = request.layout(tiers)
     check_cap(shape, tiers, layout, question_rows(tiers, request.question_tokens), device_remedy)
     if request.tokens <= room:
         return layout
     if room:
-        needed = request.tokens * shape.token_bytes + snapshot_bytes(shape, request.tokens)
+        needed = request.tokens * shape.token_bytes + snapshot_bytes(shape, request.tokens) + beside
         what = f"the cache of the video and a question of {request.question_tokens:,} tokens"
     else:
         needed = host_bytes(shape, tiers, request.tokens)
         what = f"the cache of {request.tokens:,} tokens"
     if host_remedy is None:
         host_remedy = f"lower fps or max_frames, or give host_kv_gb={as_gib(needed)}"
-    check_host(needed, tiers.host_kv_gb, what, host_remedy, available, room_bytes)
+    check_host(needed, tiers.host_kv_gb, what, host_remedy, available, room_bytes + beside)
     if one_memory:
         what = f"{what}, with the device tier in the same memory,"
         untiered = sum(untiered_prefill_bytes(shape, tiers, request.tokens, request.question_tokens).values())

@@ -5,7 +5,6 @@ Bytes come from the functions that size the real cache, so a plan refuses what a
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 
 from tieredkv.config import TierConfig, tier_config
-from tieredkv.errors import OptionError, UnsupportedModelError, check_value, check_whole, first_line, is_number
+from tieredkv.errors import OptionError, UnsupportedModelError, check_value, check_whole, is_number
 from tieredkv.memory import limits
 from tieredkv.memory.units import as_gib, largest
 from tieredkv.models import families, loading
@@ -22,12 +21,12 @@ from tieredkv.models.chat_template import ChatTemplate
 from tieredkv.models.encode import at_processor_rate, batch_tokens
 from tieredkv.models.families.base import VideoGrid
 from tieredkv.models.kv_shape import KVShape, model_shape
-from tieredkv.models.weights import stored_bytes
 from tieredkv.models.wrapped import unwrapped
 from tieredkv.planning import decode_plan, forecast_bytes, sizes
 from tieredkv.planning.admission import FEWER_TOKENS, Request, check_memory
 from tieredkv.planning.prefill_plan import untiered_prefill_bytes
 from tieredkv.planning.report import CARDS, LINKS, MemoryPlan, rate
+from tieredkv.planning.weight_bytes import weight_bytes
 from tieredkv.video.frames import Sampled, check_video, open_video
 from tieredkv.video.sampling import Sampling
 
@@ -57,9 +56,10 @@ def plan(
 ) -> MemoryPlan:
     """Forecast one video and one question: bytes by tier and purpose, and the time copies would take.
 
-    model: a transformers config or model, a local path or a hub id; from the last two only the config is read. A config
-    without a dtype counts as bfloat16, a quantised checkpoint as unquantised. video_or_tokens: a number of visual
-    tokens, or a video as in `open_session`, which is opened but not decoded and needs the model's processor.
+    model: a transformers config or model, a local path or a hub id; from the last two only the config is read. Video
+    models, and text models under `TieredCache`. A config without a dtype counts as bfloat16; weights are counted as its
+    `quantization_config` says. video_or_tokens: a number of visual tokens (for a text model, of tokens before the
+    question), or a video as in `open_session`, which is opened but not decoded and needs the model's processor.
     question_tokens: text after the video, the chat template's end included. static_share: share of the heads assumed
     static, unless the policy fixes it. link: a name in `LINKS`, or GB/s; card: a name in `CARDS`, or GB/s. tiers, or
     its fields as further keywords.
@@ -85,21 +85,26 @@ def plan(
             raise OptionError(f"{given[0]} does not apply to a number of tokens: give a video, or leave it out.")
         visual = video_or_tokens
     else:
+        families.video_family(source.config)  # raises for a text model
         check_video(video_or_tokens)
         if processor is None:
             processor = loading.load_processor(source.path)
         video = _Video.open(source, processor, video_or_tokens, sampling)
         visual = video.grid(video.sampled.frames).visual_tokens
-    head = HEAD_TOKENS if processor is None else source.head_tokens(processor, video)
-    text = head + question_tokens
     inside = visual if video is None else video.tokens(video.sampled.frames)
+    if source.is_text:
+        head = visual = 0
+    else:
+        head = HEAD_TOKENS if processor is None else source.head_tokens(processor, video)
+    text = head + question_tokens
     prompt = text + inside
 
     host, available = sizes.host_bytes(shape, tiers, prompt), limits.available_host_bytes()
     fewer = FEWER_TOKENS if video is not None else "give fewer tokens or a smaller max_new_tokens"
 
     def smaller(allowed: int) -> str:
-        return _smaller_host(shape, tiers, host, available, text, video, allowed)
+        kind = "tokens" if source.is_text else "visual tokens"
+        return _smaller_host(shape, tiers, host, available, text, video, allowed, kind)
 
     needs = Request(prompt, question_tokens, max_new_tokens)
     layout = check_memory(shape, tiers, needs, fewer, smaller, available=available)
@@ -117,7 +122,7 @@ def plan(
         model_type=source.config.model_type,
         dtype=str(source.dtype).removeprefix("torch."),
         shape=shape,
-        **source.weight_bytes(),
+        **weight_bytes(source.config, source.dtype, source.loaded),
         video=None if video is None else video.name,
         frames=None if video is None else video.sampled.frames,
         frame_size=None if video is None else (video.sampled.height, video.sampled.width),
@@ -178,7 +183,7 @@ class _Model:
         else:
             kind = type(model).__name__
             raise UnsupportedModelError(f"model is a {kind}: give a transformers config, {loading.WHAT_IS_A_MODEL}.")
-        loading.check_config(config)
+        _check_config(config)
         if loaded is not None:
             dtype = loaded.get_input_embeddings().weight.dtype
         else:
@@ -189,33 +194,25 @@ class _Model:
     def shape(self) -> KVShape:
         return model_shape(self.config, self.dtype)
 
-    def weight_bytes(self) -> dict[str, int]:
-        """Bytes of the decoder, of the vision tower, and of what a step reads; counted on torch's meta device."""
-        from transformers import AutoModelForImageTextToText
-
-        model = self.loaded
-        if model is None:
-            try:
-                with torch.device("meta"):
-                    model = AutoModelForImageTextToText.from_config(copy.deepcopy(self.config), dtype=self.dtype)
-            except ImportError as error:  # names a package that the vision tower needs
-                raise UnsupportedModelError(f"the model cannot be built ({first_line(error)}).") from None
-        modules = families.video_family(self.config).vision_modules
-        vision = decoder = 0
-        for name, weight in model.named_parameters():
-            if modules.intersection(name.split(".")):
-                vision += stored_bytes(weight)
-            else:
-                decoder += stored_bytes(weight)
-        table, output = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-        step = decoder if output is table else decoder - stored_bytes(table)
-        return {"decoder_bytes": decoder, "vision_bytes": vision, "step_weight_bytes": step}
+    @property
+    def is_text(self) -> bool:
+        """Whether it is a text model, which takes no video."""
+        return self.config.model_type not in families.VIDEO_FAMILIES
 
     def head_tokens(self, processor: Any, video: _Video | None) -> int:
         """Prompt tokens before the first visual token."""
         template = ChatTemplate(families.video_family(self.config), processor)
         some = Sampled(1, 1, 1, 1.0, 0.0, 1.0) if video is None else video.sampled
         return template.head_ids(self.config, template.around_video([("?", None)])[0], some).shape[1]
+
+
+def _check_config(config: Any) -> None:
+    """Raise `UnsupportedModelError` unless this is a valid config of a supported video model or text model."""
+    if config.model_type not in families.VIDEO_FAMILIES:
+        text = config.get_text_config(decoder=True)
+        if text is not config or families.text_decoder(text).video_only:
+            families.video_family(config)  # raises
+    model_shape(config, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -273,7 +270,14 @@ class _Video:
 
 
 def _smaller_host(
-    shape: KVShape, tiers: TierConfig, needed: int, available: int, text: int, video: _Video | None, allowed: int
+    shape: KVShape,
+    tiers: TierConfig,
+    needed: int,
+    available: int,
+    text: int,
+    video: _Video | None,
+    allowed: int,
+    kind: str,
 ) -> str:
     """The smallest changes with which the host tier holds the cache: fewer frames or tokens, or a larger cap."""
     most = needed // shape.token_bytes
@@ -285,7 +289,7 @@ def _smaller_host(
             changes += [f"fps={fps:g}"] if fps else []
             changes.append(f"max_frames={frames}")
     elif tokens > 0:
-        changes.append(f"at most {tokens:,} visual tokens")
+        changes.append(f"at most {tokens:,} {kind}")
     if needed <= available:
         changes.append(f"host_kv_gb={as_gib(needed)}")
     if not changes:

@@ -31,9 +31,9 @@ class Call:
     rows: int = 0
 
 
-def context_calls(tokens: int, size: int) -> list[Call]:
-    """The calls for a prompt's first `tokens` tokens, `size` in each but the last; no row is scored."""
-    return [Call(begin, min(begin + size, tokens)) for begin in range(0, tokens, size)]
+def context_calls(tokens: int, size: int, first: int = 0) -> list[Call]:
+    """The calls for a prompt's tokens `first` to `tokens`, `size` in each but the last; no row is scored."""
+    return [Call(begin, min(begin + size, tokens)) for begin in range(first, tokens, size)]
 
 
 def question_calls(tiers: TierConfig, begin: int, stop: int) -> list[Call]:

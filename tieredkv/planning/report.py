@@ -67,7 +67,10 @@ class MemoryPlan:
     vision_bytes: int
     """Weights of the vision tower."""
     step_weight_bytes: int
-    """Weights one decoding step reads: the decoder's, without a separate input embedding."""
+    """Weights one decoding step reads: the decoder's, without tables of embeddings (except one that is the output
+    layer), and only those experts that a token is routed to."""
+    quantisation: str | None
+    """How the checkpoint's weights are quantised; None: they are not."""
     video: str | None
     """Name of the video; None, like the next five fields, if the plan is for a number of tokens."""
     frames: int | None
@@ -168,10 +171,10 @@ class MemoryPlan:
         rows = [
             (
                 "model",
-                f"{self.model_type}, {self.dtype}: {shape.num_layers} layers x {shape.num_attention_heads} heads, "
+                f"{self.model_type}, {self.dtype}: {self._layers()} x {shape.num_attention_heads} heads, "
                 f"{shape.num_key_value_heads} KV heads of {shape.head_dim}",
             ),
-            ("weights", f"decoder {_size(self.decoder_bytes)}, vision tower {_size(self.vision_bytes)}"),
+            ("weights", self._weights()),
             *self._video_rows(),
             ("prompt", f"{self.prompt_tokens:,} tokens, {text:,} of them text; then {self.new_tokens:,} generated"),
             ("full KV cache", f"{_size(self.full_bytes)}, {_size(shape.token_bytes)} per token"),
@@ -209,7 +212,19 @@ class MemoryPlan:
         ]
         return rows
 
+    def _layers(self) -> str:
+        shape = self.shape
+        every = shape.num_layers + shape.sliding_layers + shape.linear_layers
+        return f"{every} layers" if every == shape.num_layers else f"{shape.num_layers} tiered layers of {every}"
+
+    def _weights(self) -> str:
+        parts = [f"decoder {_size(self.decoder_bytes)}"]
+        parts += [f"vision tower {_size(self.vision_bytes)}"] if self.vision_bytes else []
+        return ", ".join(parts) + (f" ({self.quantisation})" if self.quantisation else "")
+
     def _video_rows(self) -> list[tuple[str, str]]:
+        if not self.visual_tokens:
+            return []
         if self.frames is None or self.frame_size is None or self.grid is None:
             return [("visual tokens", f"{self.visual_tokens:,}")]
         height, width = self.frame_size

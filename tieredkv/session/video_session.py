@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -10,7 +11,7 @@ from typing import Any, Literal, overload
 from tieredkv.config import TierConfig
 from tieredkv.errors import TieredKVError, UnsupportedModelError
 from tieredkv.evidence.moments import Wanted, check_wanted
-from tieredkv.models import families
+from tieredkv.models import families, kernels
 from tieredkv.models.chat_template import ChatTemplate, check_prompt
 from tieredkv.models.families.base import Positions, VideoFamily, VideoGrid
 from tieredkv.models.wrapped import unwrapped
@@ -18,6 +19,7 @@ from tieredkv.progress import progress_bar
 from tieredkv.session import generation, question, session_file
 from tieredkv.session.aio import AsyncAsking
 from tieredkv.session.cached_video import CachedVideo
+from tieredkv.session.conversation import Conversation
 from tieredkv.session.ingest import Ingest
 from tieredkv.session.ingested_video import IngestedVideo
 from tieredkv.session.job import Job, Work
@@ -59,7 +61,9 @@ class VideoSession(AsyncAsking):
         self._cached: CachedVideo | None = None
         """None before the ingest and after `close`."""
         self._ingested: IngestedVideo | None = None
-        self._history: list[tuple[str, str]] = []
+        self._conversation = Conversation()
+        self._advised = False
+        """Whether the first answer has said which kernels are missing."""
 
     # ---- the video
 
@@ -93,7 +97,7 @@ class VideoSession(AsyncAsking):
         with self._turns.lock:
             cached = self._ready()
             with progress_bar("save", "B", self._progress) as bar:
-                return session_file.write(Path(path), cached, self._history, bar)
+                return session_file.write(Path(path), cached, self._conversation.turns, bar)
 
     def restore(self, stored: Stored, first_picture: float = 0.0) -> None:
         """Restore a session that `save` wrote, instead of `ingest`. See `tieredkv.load_session`.
@@ -105,7 +109,7 @@ class VideoSession(AsyncAsking):
             state = session_file.state_of(stored, first_picture)
             template = ChatTemplate(self.family, self.processor, state.video.positions)
             self._cached = session_file.load(stored, state, self.model, template, self.tiers)
-            self.template, self._ingested, self._history = template, state.video, state.history
+            self.template, self._ingested, self._conversation = template, state.video, Conversation(state.history)
 
     # ---- questions
 
@@ -136,8 +140,9 @@ class VideoSession(AsyncAsking):
     ) -> Generation | AnswerStream:
         """Continue the conversation: the model sees the questions and answers of earlier `chat` calls.
 
-        Otherwise like `ask`. Earlier turns are prefilled again, exactly, like the new question; the video never is. A
-        turn that fails, or is stopped before the answer is complete, leaves `history` as it was.
+        Otherwise like `ask`. The last answer is prefilled, exactly, with the new question. Turns before it are kept in
+        host memory, and are prefilled again only where they could not be (see "Conversations" in docs/sessions.md); the
+        video never is. A turn that fails, or is stopped before the answer is complete, leaves `history` as it was.
         """
         work = self.asking(prompt, {**options, "trace": trace, "evidence": evidence}, chat=True, stream=stream)
         return AnswerStream(work) if stream else work.run(None)
@@ -145,12 +150,12 @@ class VideoSession(AsyncAsking):
     @property
     def history(self) -> tuple[tuple[str, str], ...]:
         """Questions and answers of the conversation, from `chat`."""
-        return tuple(self._history)
+        return tuple(self._conversation.turns)
 
     def clear_history(self) -> None:
         """Begin another conversation."""
         with self._turns.lock:
-            self._history = []
+            self._conversation = Conversation()
 
     def asking(self, prompt: str, options: dict[str, Any], *, chat: bool = False, stream: bool = False) -> Work:
         """The work of `ask` or `chat`. Raises at once for errors that can be found before its turn.
@@ -173,12 +178,19 @@ class VideoSession(AsyncAsking):
             streamer = job.streamer(self.template.text)
             user_question = user_question.with_streamer(streamer)
         with generation.ending_on_error(streamer), self._turns.take(job):
-            earlier = self._history if user_question.chat else ()
-            result = question.ask(self._ready(), user_question, earlier, partial(self._turns.check_still_wanted, job))
+            self._advise()
+            conversation, check = self._conversation, partial(self._turns.check_still_wanted, job)
+            result, kept = question.ask(self._ready(), user_question, conversation, check)
             if user_question.chat:
-                self._turns.check_still_wanted(job)
-                self._history.append((user_question.prompt, result.text))
+                check()
+                conversation.add(user_question.prompt, result.text, kept)
             return result
+
+    def _advise(self) -> None:
+        if not self._advised:
+            self._advised = True
+            if advice := kernels.advice(self.model.config, self.model.get_input_embeddings().weight.device):
+                warnings.warn(advice, stacklevel=2)
 
     def new_tokens(self, options: dict[str, Any]) -> int:
         """`max_new_tokens` of a question with these generation options, as far as known without its prompt."""
@@ -252,6 +264,7 @@ class VideoSession(AsyncAsking):
                 if part is not None:
                     part.close()
             self._ingest = self._cached = None
+            self._conversation.kept = None
 
     def __enter__(self) -> VideoSession:
         self._check_open()

@@ -8,6 +8,7 @@ from tieredkv.environment.versions import cache_name
 from tieredkv.errors import UnsupportedModelError
 from tieredkv.models.families.base import VideoFamily
 from tieredkv.models.families.decoder import TIERED, Decoder
+from tieredkv.models.families.gemma4 import Gemma4, Gemma4Decoder, Gemma4Unified
 from tieredkv.models.families.glm4v import Glm4V
 from tieredkv.models.families.internvl import InternVL
 from tieredkv.models.families.llava_onevision import LlavaOnevision
@@ -36,6 +37,8 @@ FAMILIES: tuple[VideoFamily, ...] = (
     MiniCPMV46(),
     MiniCPMV47(),
     Glm4V(),
+    Gemma4(),
+    Gemma4Unified(),
 )
 """Families of video models."""
 VIDEO_FAMILIES = {kind: family for family in FAMILIES for kind in family.model_types}
@@ -47,6 +50,12 @@ DECODERS: tuple[Decoder, ...] = (
     Decoder(("qwen3",)),
     Decoder(
         ("gemma3_text",), untiered=("sliding_attention",), settings=("query_pre_attn_scalar", "attn_logit_softcapping")
+    ),
+    Gemma4Decoder(("gemma4_text",)),
+    Gemma4Decoder(
+        ("gemma4_unified_text",),
+        settings=("attention_k_eq_v", "num_kv_shared_layers", "per_layer_config"),
+        video_only=True,
     ),
     Qwen35Decoder(("qwen3_5_text",)),
     Qwen35Decoder(("qwen3_5_moe_text",), video_only=True),
