@@ -217,6 +217,38 @@ def _smolvlm() -> tuple[Any, Any]:
     return SmolVLMForConditionalGeneration(config), processor
 
 
+def _lfm3_vl() -> tuple[Any, Any]:
+    import pytest
+    import transformers
+
+    if not hasattr(transformers, "Lfm3VlConfig"):
+        pytest.skip(f"transformers {transformers.__version__} has no LFM3-VL")
+    ids = _ids()
+    text = {**TEXT, "num_hidden_layers": 4, "vocab_size": len(tokenizer()), "head_dim": 16, "sliding_window": 33}
+    text["layer_types"] = ["conv", "full_attention", "sliding_attention", "full_attention"]
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision |= {"num_key_value_heads": 1, "patch_size": 14, "layer_types": ["conv", "full_attention"]}
+    config = transformers.Lfm3VlConfig(
+        text_config={**text, "model_type": "lfm3"},
+        vision_config={**vision, "initializer_range": 0.1},
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        projector_hidden_size=96,
+        tie_word_embeddings=False,
+    )
+    processor = transformers.Lfm3VlProcessor(
+        image_processor=transformers.Qwen2VLImageProcessor(),
+        tokenizer=_plain_tokenizer(),
+        video_processor=transformers.Qwen3VLVideoProcessor(
+            size={"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 100}, patch_size=14, do_sample_frames=False
+        ),
+        chat_template=QWEN_TEMPLATE.replace("VIDEO", "<|video_pad|>"),
+    )
+    return transformers.Lfm3VlForConditionalGeneration(config), processor
+
+
 BUILD = {
     "qwen2_vl": lambda: _qwen("qwen2_vl"),
     "qwen2_5_vl": lambda: _qwen("qwen2_5_vl"),
@@ -226,6 +258,7 @@ BUILD = {
     "llava_onevision": _llava_onevision,
     "internvl": _internvl,
     "smolvlm": _smolvlm,
+    "lfm3_vl": _lfm3_vl,
 }
 
 

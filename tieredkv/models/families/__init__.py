@@ -9,7 +9,9 @@ from tieredkv.errors import UnsupportedModelError
 from tieredkv.models.families.base import VideoFamily
 from tieredkv.models.families.decoder import TIERED, Decoder
 from tieredkv.models.families.internvl import InternVL
+from tieredkv.models.families.lfm import Lfm3VL, LfmDecoder
 from tieredkv.models.families.llava_onevision import LlavaOnevision
+from tieredkv.models.families.mistral import OneWindowDecoder
 from tieredkv.models.families.qwen2_5_vl import Qwen25VL
 from tieredkv.models.families.qwen2_vl import Qwen2VL
 from tieredkv.models.families.qwen3_5 import Qwen35, Qwen35Decoder
@@ -27,6 +29,7 @@ FAMILIES: tuple[VideoFamily, ...] = (
     LlavaOnevision(),
     InternVL(),
     SmolVLM(),
+    Lfm3VL(),
 )
 """Families of video models."""
 VIDEO_FAMILIES = {kind: family for family in FAMILIES for kind in family.model_types}
@@ -41,12 +44,17 @@ DECODERS: tuple[Decoder, ...] = (
     ),
     Qwen35Decoder(("qwen3_5_text",)),
     Qwen35Decoder(("qwen3_5_moe_text",), video_only=True),
+    OneWindowDecoder(("mistral", "ministral3", "phi3")),
+    Decoder(("ministral",), untiered=("sliding_attention",)),
+    LfmDecoder(("lfm2", "lfm2_moe")),
+    LfmDecoder(("lfm3",), untiered=("conv", "sliding_attention"), tested=("5.23", "5.24")),
     Decoder(("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"), video_only=True),
 )
 """Text models: on their own under `TieredCache`, and those of the video families."""
 
 REFUSED: dict[str, str] = {
     "gemma3": "the tokens of an image attend to each other in both directions",
+    "lfm2_vl": "transformers gives it images but no video; under TieredCache its text model works",
 }
 """Why a kind of model cannot be supported, by its `model_type`."""
 REQUIREMENTS = (
