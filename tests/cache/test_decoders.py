@@ -121,6 +121,16 @@ def test_longrope_across_its_length_is_refused(long_rope, long_ids):
             long_rope(long_ids[:, 60:65], **cache_argument(cache))
 
 
+def test_generate_of_phi_takes_a_long_prompt_whose_tokens_are_cached(long_rope, long_ids):
+    """It drops an empty cache."""
+    prompt = {"input_ids": long_ids[:, :100]}
+    with tieredkv.use_attention(long_rope), TieredCache(long_rope.config, gpu_kv_gb=1) as cache:
+        with torch.no_grad():
+            long_rope(long_ids[:, :99], **cache_argument(cache))
+        ours = stock_logits(long_rope, prompt, 4, **cache_argument(cache))
+    assert_near(ours, stock_logits(long_rope, prompt, 4))
+
+
 @torch.no_grad()
 def test_dynamic_rotations_are_refused_above_the_models_length(long_ids):
     model = rotated("llama", rope_type="dynamic", factor=2.0)
