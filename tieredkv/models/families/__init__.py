@@ -42,8 +42,7 @@ DECODERS: tuple[Decoder, ...] = (
     Decoder(
         ("gemma3_text",), untiered=("sliding_attention",), settings=("query_pre_attn_scalar", "attn_logit_softcapping")
     ),
-    Qwen35Decoder(("qwen3_5_text",)),
-    Qwen35Decoder(("qwen3_5_moe_text",), video_only=True),
+    Qwen35Decoder(("qwen3_5_text", "qwen3_5_moe_text")),
     OneWindowDecoder(("mistral", "ministral3", "phi3")),
     Decoder(("ministral",), untiered=("sliding_attention",)),
     LfmDecoder(("lfm2", "lfm2_moe")),
