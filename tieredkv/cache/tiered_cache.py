@@ -85,8 +85,6 @@ class TieredCache(Cache):
         self._order = LayerOrder()
         text = config.get_text_config(decoder=True)
         decoder = families.text_decoder(text)
-        self._context = LongContext(text, decoder.window(text))
-        self._context.check(0, prompt_tokens)
         for kind in decoder.layer_types(text):
             if kind == TIERED:
                 index = len(self.tiered_layers)
@@ -97,6 +95,8 @@ class TieredCache(Cache):
                 untiered.append(self._untiered_layer(kind, text))
                 layers.append(untiered[-1])
             self._order.add(layers[-1], tiered=kind == TIERED)
+        self.long_context = LongContext(config)
+        """Which lengths the model's cache can have."""
         self.untiered = Untiered(untiered)
         """The layers that do not grow, which are transformers', and what they go back to."""
         super().__init__(layers=list(layers))
@@ -239,7 +239,7 @@ class TieredCache(Cache):
         if index == 0:
             forking.enter(self.device_tier.devices[0].type)
             self._order.begin_call()
-            self._context.check(self.get_seq_length(), tokens)
+            self.long_context.check(self.get_seq_length(), tokens)
             self._change_phase(tokens)
         self._order.begin_layer(index)
 

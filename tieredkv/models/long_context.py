@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from tieredkv.errors import UnsupportedModelError
+from tieredkv.models.families import text_decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -18,9 +19,10 @@ class LongContext:
     model's, `longrope` for all above one length.
     """
 
-    def __init__(self, text: PreTrainedConfig, window: int | None = None) -> None:
-        """window: tokens that the layers whose cache grows see; None: all."""
-        self._kind, self._window = text.model_type, window
+    def __init__(self, config: PreTrainedConfig) -> None:
+        """config: the model's, or its text's."""
+        text = config.get_text_config(decoder=True)
+        self._kind, self._window = text.model_type, text_decoder(text).window(text)
         self._most = self._switch = None
         for rope in _rotations(text):
             if rope.get("rope_type") == "dynamic":

@@ -22,6 +22,7 @@ from tieredkv.models.chat_template import ChatTemplate
 from tieredkv.models.encode import at_processor_rate, batch_tokens
 from tieredkv.models.families.base import VideoGrid
 from tieredkv.models.kv_shape import KVShape, model_shape
+from tieredkv.models.long_context import LongContext
 from tieredkv.models.weights import stored_bytes
 from tieredkv.models.wrapped import unwrapped
 from tieredkv.planning import decode_plan, forecast_bytes, sizes
@@ -94,6 +95,7 @@ def plan(
     text = head + question_tokens
     inside = visual if video is None else video.tokens(video.sampled.frames)
     prompt = text + inside
+    LongContext(source.config).check(0, prompt + max_new_tokens)
 
     host, available = sizes.host_bytes(shape, tiers, prompt), limits.available_host_bytes()
     fewer = FEWER_TOKENS if video is not None else "give fewer tokens or a smaller max_new_tokens"

@@ -128,7 +128,11 @@ def collect_evidence(cached: CachedVideo, looks: Looks, rows: int, tokens: int, 
 
 
 def _make_room(cache: TieredCache, question: Question, question_tokens: int) -> None:
-    """Raise `BudgetError` unless both tiers can hold prompt and answer. question_tokens: of text after the video."""
+    """Raise `BudgetError` unless both tiers can hold prompt and answer. question_tokens: of text after the video.
+
+    Raises `UnsupportedModelError` if they are longer than the model's cache can be.
+    """
+    cache.long_context.check(0, question.prompt_tokens + question.max_new_tokens)
     request = Request(question.prompt_tokens, question_tokens, question.max_new_tokens)
     shorter = "shorten the question or the conversation"
     longer = f"lower max_new_tokens, or {shorter}"

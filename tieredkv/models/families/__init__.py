@@ -51,9 +51,11 @@ DECODERS: tuple[Decoder, ...] = (
 )
 """Text models: on their own under `TieredCache`, and those of the video families."""
 
+IMAGES_ONLY = "its processor takes images but no video; under TieredCache its text model works"
 REFUSED: dict[str, str] = {
     "gemma3": "the tokens of an image attend to each other in both directions",
-    "lfm2_vl": "transformers gives it images but no video; under TieredCache its text model works",
+    "lfm2_vl": IMAGES_ONLY,
+    "mistral3": IMAGES_ONLY,
 }
 """Why a kind of model cannot be supported, by its `model_type`."""
 REQUIREMENTS = (
