@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from decode import stock
-from gpu_link import MISSES, gather_ms, set_programs
-from gpu_record import Fact, Run, Values
+from gpu_link import MISSES, copying, gather_ms
+from gpu_record import Fact, Run, Values, card_state
 from synthetic import Drift, fill, keys_and_values, make_model, milliseconds
 
 from tieredkv import TierConfig, TieredCache, use_attention
@@ -57,8 +57,8 @@ def facts(run: Run) -> list[Fact]:
         row("defaults, cap 2, 86 % hits", 0.86, cap=2.0),
         row("ranked, 100 % hits", 1.0, **budget),
         Fact("gather from the filled tier", 30, bench.gather),
-        row("ranked, 80 % hits, 24 programs", 0.8, programs=24, **budget),
         row("ranked, 80 % hits, 48 programs", 0.8, programs=48, **budget),
+        row("ranked, 80 % hits, 132 programs", 0.8, programs=132, **budget),
         row("ranked, 80 % hits, eager", 0.8, eager=True, **budget),
         Fact("full cache, static", 40, bench.static),
         Fact("full cache, offloaded", 60, bench.offloaded),
@@ -114,6 +114,8 @@ class Bench:
         ms = milliseconds(replay, self.rounds, self.device)
         yield {"path": path, "ms": ms, **profile(self.run, replay)}
         yield {"path": "eager: asked for", "ms": milliseconds(step, self.rounds, self.device)}
+        if not self.run.dry:
+            yield {"path": "the card just after these steps", **card_state()}
 
     def fill(self) -> Values:
         begin = time.perf_counter()
@@ -178,37 +180,33 @@ class Bench:
     ) -> Values:
         """A row of tieredkv. cap: in GiB for a full cache of 7, as in the 7B shape; None: the whole cache's size."""
         gib = max(0.5, self.full_gib) if cap is None else cap * self.full_gib / 7
-        before = None if self.run.dry or programs is None else set_programs(programs)
         floor_ms = self.floor_ms
-        try:
-            with self.sealed(hit_rate, gpu_kv_gb=gib, budget_ratio=budget_ratio, **more) as (steps, told):
-                cache = self.cache
-                assert cache.decoding is not None
-                plan = cache.decoding._phases[0].plan
-                earlier = replace(cache.counters)
-                ms = milliseconds(lambda: steps(7), self.rounds, self.device)
-                later = replace(cache.counters)
-                shown = profile(self.run, lambda: steps(7))
-                selected = later.selected - earlier.selected
-                return {
-                    "ms": ms,
-                    "over_floor": ms / floor_ms,
-                    "path": steps.path,
-                    "scripted_hit_rate": hit_rate,
-                    "hit_rate": (later.resident - earlier.resident) / selected if selected else None,
-                    "link_bytes_per_step": (later.missed_bytes - earlier.missed_bytes) / (self.rounds + 2),
-                    "chunks_per_head": float(plan.selected.float().mean()),
-                    "ranked": plan.ranked,
-                    "packed": plan.packed,
-                    "gpu_kv_gb": gib,
-                    "device_bytes": cache.ledger.used_bytes,
-                    "programs": programs,
-                    **told,
-                    **shown,
-                }
-        finally:
-            if before is not None:
-                set_programs(before)
+        tiers = {"gpu_kv_gb": gib, "budget_ratio": budget_ratio}
+        with copying(programs) as how, self.sealed(hit_rate, **tiers, **more) as (steps, told):
+            cache = self.cache
+            assert cache.decoding is not None
+            plan = cache.decoding._phases[0].plan
+            earlier = replace(cache.counters)
+            ms = milliseconds(lambda: steps(7), self.rounds, self.device)
+            later = replace(cache.counters)
+            shown = profile(self.run, lambda: steps(7))
+            selected = later.selected - earlier.selected
+            return {
+                "ms": ms,
+                "over_floor": ms / floor_ms,
+                "path": steps.path,
+                "scripted_hit_rate": hit_rate,
+                "hit_rate": (later.resident - earlier.resident) / selected if selected else None,
+                "link_bytes_per_step": (later.missed_bytes - earlier.missed_bytes) / (self.rounds + 2),
+                "chunks_per_head": float(plan.selected.float().mean()),
+                "ranked": plan.ranked,
+                "packed": plan.packed,
+                "gpu_kv_gb": gib,
+                "device_bytes": cache.ledger.used_bytes,
+                **how,
+                **told,
+                **shown,
+            }
 
     def full(self) -> Iterator[Values]:
         """transformers' own cache on the card, with sdpa."""
@@ -242,14 +240,10 @@ class Bench:
         piece = arenas[0][0, 0].nbytes
         for programs in (12, 24, 48, 96):
             for pieces in MISSES:
-                before = None if self.run.dry else set_programs(programs)
-                try:
+                with copying(programs) as how:
                     ms, path = gather_ms(self.run, arenas, pieces, True, launches=len(arenas))
-                finally:
-                    if before is not None:
-                        set_programs(before)
                 rate = pieces * piece / ms / 1e6
-                yield {"programs": programs, "pieces": pieces, "piece_bytes": piece, "gb_s": rate, "path": path}
+                yield {**how, "pieces": pieces, "piece_bytes": piece, "gb_s": rate, "us": 1000 * ms, "path": path}
 
     def exactness(self, eager_only: tuple[str, ...] = EAGER_ONLY) -> Iterator[Values]:
         """Logits of a step that attends to everything beside those of transformers' full cache; graph beside eager."""
