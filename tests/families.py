@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -249,6 +250,67 @@ def _lfm3_vl() -> tuple[Any, Any]:
     return transformers.Lfm3VlForConditionalGeneration(config), processor
 
 
+def gemma4(own_embeddings: bool = True, shared: bool = True, whole_frames: bool = True, experts: bool = True) -> Any:
+    """Released models have either the first two (E2B, E4B) or the third (31B), and one the fourth as well (26B-A4B)."""
+    text: dict[str, Any] = {"hidden_size_per_layer_input": 8 if own_embeddings else 0}
+    if shared:
+        text |= {"num_kv_shared_layers": 3, "use_double_wide_mlp": True}
+    if whole_frames:
+        text |= {"attention_k_eq_v": True, "num_global_key_value_heads": 1, "use_bidirectional_attention": "vision"}
+    if experts:
+        text |= {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 48}
+    vision = {**SIGLIP, "num_key_value_heads": 2, "head_dim": 16, "position_embedding_size": 64}
+    audio = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "output_proj_dims": 16}
+    return _gemma4("Gemma4", text, vision, audio)
+
+
+def _gemma4_unified() -> tuple[Any, Any]:
+    text = {"attention_k_eq_v": True, "num_global_key_value_heads": 1, "use_bidirectional_attention": "vision"}
+    vision = {"mm_embed_dim": 64, "output_proj_dims": 64, "mm_posemb_size": 64, "initializer_range": 0.1}
+    return _gemma4("Gemma4Unified", text, vision, {"audio_embed_dim": 16})
+
+
+def _gemma4(prefix: str, text: Any, vision: Any, audio: Any) -> tuple[Any, Any]:
+    from importlib import import_module
+
+    import transformers
+
+    words = _plain_tokenizer()
+    named = {"image": "<|image_pad|>", "boi": "<|vision_start|>", "eoi": "<|vision_end|>"}
+    named |= {"audio": "<image>", "boa": "<img>", "eoa": "</img>"}
+    for key, token in named.items():
+        setattr(words, f"{key}_token", token)
+    words.image_token_id = words.convert_tokens_to_ids("<|image_pad|>")
+    module = "gemma4" if prefix == "Gemma4" else "gemma4_unified"
+    videos: Any = import_module(f"transformers.models.{module}.video_processing_{module}")
+    videos._SUPPORTED_SOFT_TOKENS = (7,)  # its smallest frames have 70 tokens
+    patches = {"patch_size": 7, "pooling_kernel_size": 2}
+    processor = getattr(transformers, f"{prefix}Processor")(
+        feature_extractor=getattr(transformers, f"{prefix}AudioFeatureExtractor")(),
+        image_processor=getattr(transformers, f"{prefix}ImageProcessor")(),
+        tokenizer=words,
+        video_processor=getattr(transformers, f"{prefix}VideoProcessor")(
+            **patches, max_soft_tokens=7, do_sample_frames=False
+        ),
+        chat_template=QWEN_TEMPLATE.replace("VIDEO", "<|video|>"),
+    )
+    kinds = ["full", "sliding", "full", "sliding", "full", "full"]
+    text = {**TEXT, "num_hidden_layers": 6, "layer_types": [f"{kind}_attention" for kind in kinds], **text}
+    text |= {"vocab_size": len(words), "final_logit_softcapping": 30.0}
+    text |= {"sliding_window": 33, "head_dim": 16, "global_head_dim": 32}
+    if prefix == "Gemma4":
+        text["vocab_size_per_layer_input"] = len(words)
+    config = getattr(transformers, f"{prefix}Config")(
+        text_config=text,
+        vision_config={**vision, **patches},
+        audio_config=audio,
+        image_token_id=words.image_token_id,
+        video_token_id=processor.video_token_id,
+        tie_word_embeddings=False,
+    )
+    return getattr(transformers, f"{prefix}ForConditionalGeneration")(config), processor
+
+
 BUILD = {
     "qwen2_vl": lambda: _qwen("qwen2_vl"),
     "qwen2_5_vl": lambda: _qwen("qwen2_5_vl"),
@@ -259,14 +321,21 @@ BUILD = {
     "internvl": _internvl,
     "smolvlm": _smolvlm,
     "lfm3_vl": _lfm3_vl,
+    "gemma4": gemma4,
+    "gemma4_unified": _gemma4_unified,
 }
 
 
 @cache
 def build(name: str) -> tuple[Any, Any]:
-    """Model and processor of a family by its `model_type`; weights sharpened so that errors show."""
+    """Model and processor of a family by its `model_type`."""
+    return sharpened(BUILD[name])
+
+
+def sharpened(make: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
+    """A random model and its processor; weights sharpened so that errors show."""
     torch.manual_seed(3)
-    model, processor = BUILD[name]()
+    model, processor = make()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if key.endswith("A_log"):  # states that remember hundreds of tokens

@@ -38,6 +38,23 @@ TEXT_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "pad_token_id": None,
         },
     ),
+    "gemma4_text": (  # full layers are wider, and two of them attend to keys and values of an earlier one
+        "Gemma4TextConfig",
+        {
+            "num_hidden_layers": 6,
+            "layer_types": [f"{kind}_attention" for kind in ("full", "sliding", "full", "sliding", "full", "full")],
+            "sliding_window": 33,
+            "num_kv_shared_layers": 3,
+            "head_dim": 16,
+            "global_head_dim": 32,
+            "num_global_key_value_heads": 1,
+            "attention_k_eq_v": True,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": 97,
+            "final_logit_softcapping": 30.0,
+            "pad_token_id": None,
+        },
+    ),
     "qwen3_5_text": (  # every fourth layer is full attention, which rotates a part of the head
         "Qwen3_5TextConfig",
         {

@@ -108,3 +108,24 @@ def test_what_lies_beyond_a_pages_length_does_not_leak():
     want = torch_ops.paged_attention(query, pages, table, lengths, 1.0, 8)
     pages[1, :, 2:] = 1e30
     torch.testing.assert_close(torch_ops.paged_attention(query, pages, table, lengths, 1.0, 8), want)
+
+
+@pytest.mark.parametrize(("head_dim", "kind"), [(256, "flash"), (257, "efficient"), (512, "efficient")])
+def test_a_card_takes_wide_heads_where_torch_does(head_dim, kind):
+    """torch's flash attention has heads of at most 256."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    called = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with FakeTensorMode():
+        query, keys = (torch.empty(h, 8, head_dim, dtype=torch.bfloat16, device="cuda") for h in (4, 2))
+        with Record():
+            out, lse = exact.attend(query, keys, keys, 0.1, causal=True)
+    assert (out.shape, lse.shape) == (query.shape, query.shape[:2])
+    assert any(f"_scaled_dot_product_{kind}_attention" in name for name in called)

@@ -16,6 +16,7 @@ CONTEXT_TOKENS = 150
 """More than the sliding window of the tiny model."""
 KINDS = {
     "gemma3_text": "sliding windows",
+    "gemma4_text": "sliding windows",
     "qwen3_5_text": "linear attention",
     "lfm3": "convolutions and sliding windows",
 }
@@ -150,6 +151,7 @@ def test_the_snapshot_counts_as_host_memory_until_it_is_dropped(model, cache):
     window = 2 * 2 * 32 * 16 * 4  # K and V, heads, tokens, dimensions, bytes
     states = {
         "gemma3_text": 2 * window,
+        "gemma4_text": window,  # the other one reads
         "qwen3_5_text": 6 * (4 * 16 * 16 + (2 * 16 + 2 * 16 + 4 * 16) * 4) * 4,
         "lfm3": window + 3 * 64 * 7 * 4,  # layers, channels, tokens, bytes
     }

@@ -49,7 +49,8 @@ def adapted(model, config):
 @pytest.mark.parametrize("name", BUILD)
 def test_a_peft_model_of_every_family_has_the_logits_of_stock(peft, film, name):
     model, processor = build(name)
-    wrapped = adapted(model, peft.LoraConfig(r=2, target_modules=LAYERS))
+    towers = ".*_tower.*" if name == "gemma4" else None  # whose linear layers are of a class that peft does not know
+    wrapped = adapted(model, peft.LoraConfig(r=2, target_modules=LAYERS, exclude_modules=towers))
     inputs = stock_inputs(processor, film, QUESTION)
     expected = stock_logits(wrapped, inputs, 3)
     assert (expected[0] - stock_logits(model, inputs, 1)[0]).abs().max() > 0.01, "the adapter changes nothing"

@@ -67,7 +67,8 @@ def call_all() -> None:
     """Every wrapper, with the shapes and types of real models."""
     for dtype, group, c, d in (
         (torch.bfloat16, 7, 8, 128), (torch.float16, 7, 8, 80), (torch.bfloat16, 1, 32, 64), (torch.bfloat16, 8, 8, 96),
-        (torch.bfloat16, 16, 8, 256), (torch.float32, 7, 8, 128), (torch.float32, 32, 8, 64), (torch.float32, 2, 8, 16),
+        (torch.bfloat16, 16, 8, 256), (torch.bfloat16, 16, 8, 512), (torch.float32, 7, 8, 128),
+        (torch.float32, 32, 8, 64), (torch.float32, 2, 8, 16),
     ):  # fmt: skip
         pages, table = torch.zeros(40, 2, c, d, dtype=dtype), torch.zeros(4, 37, dtype=torch.int32)
         attend.paged_attention(torch.zeros(4 * group, 1, d, dtype=dtype), pages, table, table, 0.1)

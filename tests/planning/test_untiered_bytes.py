@@ -29,6 +29,7 @@ from tieredkv.planning.prefill_plan import untiered_prefill_bytes
 
 KINDS = {
     "gemma3_text": ["sliding windows"],
+    "gemma4_text": ["sliding windows"],
     "qwen3_5_text": ["linear states"],
     "lfm3": ["sliding windows", "convolution states"],
     "llama": [],

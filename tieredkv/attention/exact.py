@@ -13,6 +13,9 @@ import torch
 HIDDEN = torch.finfo(torch.float32).min / 2
 """Logit of a masked key. Finite, so that a head with no key at all does not become NaN."""
 
+FLASH_DIM = 256
+"""The widest heads that torch's flash attention takes."""
+
 
 def attend(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float, causal: bool
@@ -56,7 +59,7 @@ def flash(
         logits = (batched[0] @ batched[1].mT).float() * scaling + mask
         lse = logits.logsumexp(-1)
         out = (logits - lse.unsqueeze(-1)).exp().to(values.dtype) @ batched[2]
-    elif query.dtype == torch.float32 or not _has_flash(query.device):
+    elif query.dtype == torch.float32 or query.shape[-1] > FLASH_DIM or not _has_flash(query.device):
         out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
             *batched, None, True, 0.0, causal, scale=scaling
         )

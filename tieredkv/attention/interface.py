@@ -17,6 +17,8 @@ from tieredkv.errors import OptionError, UnsupportedModelError
 
 NAME = "tieredkv"
 _TAG = "tieredkv_layer"
+AHEAD = torch.int32
+"""The dtype by which a mask `(1, 1, n, 1)` is known to hold the number of tokens after it that each token sees."""
 
 
 class AttendingLayer(Protocol):
@@ -26,8 +28,18 @@ class AttendingLayer(Protocol):
     def sliding_window(self) -> int | None:
         """How many tokens a token sees, itself included; None: all."""
 
-    def attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
-        """Cache new tokens' keys and values `(K, n, D)` and attend with query `(H, n, D)`: output `(H, n, D)`."""
+    def attend(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scaling: float,
+        ahead: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Cache new tokens' keys and values `(K, n, D)` and attend with query `(H, n, D)`: output `(H, n, D)`.
+
+        ahead: `(n,)`, how many later tokens of the call each one sees, all in one run of tokens; None: none.
+        """
 
 
 def tag(keys: torch.Tensor, layer: AttendingLayer) -> torch.Tensor:
@@ -59,12 +71,15 @@ def tiered_attention(
             f"a layer attends within a window of {sliding_window} tokens, but its config implies "
             f"{layer.sliding_window}: such a model is not supported."
         )
+    ahead = None
     if attention_mask is not None:
-        raise OptionError("attention 'tieredkv' is causal and takes no prepared attention mask: pass none.")
+        if attention_mask.dtype != AHEAD:
+            raise OptionError("attention 'tieredkv' is causal and takes no prepared attention mask: pass none.")
+        ahead = attention_mask[0, 0, :, 0]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     # Under autocast, cast all three to its dtype, and so the output, as torch's own attention does.
     query, key, value = (part.to(attended_dtype(part)) for part in (query, key, value))
-    out = without_gradient(layer.attend(query[0], key[0], value[0], scaling), query)
+    out = without_gradient(layer.attend(query[0], key[0], value[0], scaling, ahead), query)
     return out.transpose(0, 1).unsqueeze(0).contiguous(), None
 
 

@@ -58,9 +58,9 @@ class ContextDigests:
         if self._settled:
             self.update(fit=True)
 
-    def observe(self, query: torch.Tensor) -> None:
-        """Add the queries `(H, n, D)` of tokens about to be cached to `query_moment`, if it is still open."""
-        if not self._settled and self._host.length < FIT_TOKENS:
+    def observe(self, query: torch.Tensor, before: int) -> None:
+        """Add the queries `(H, n, D)` of tokens after the first `before` ones to `query_moment`, if it is open."""
+        if not self._settled and before < FIT_TOKENS:
             grouped = query.detach().reshape(self._host.num_heads, -1, query.shape[-1]).float()
             self.query_moment = self.query_moment + (grouped.transpose(1, 2) @ grouped).cpu()
 

@@ -12,6 +12,7 @@ class Selection:
     """Chunks that one layer's dynamic heads attended to in one step; recorded for a trace only."""
 
     step: int
+    """From 1. A layer that others read takes a step for itself and one for each of them."""
     layer: int
     heads: torch.Tensor
     """`(n,)` KV heads."""

@@ -44,16 +44,27 @@ class TieredLayer(CacheLayerMixin):
     is_compileable = False
     is_croppable = True
 
-    def __init__(self, cache: CacheOfLayers, order: LayerOrder, device_tier: DeviceTier, index: int, room: int) -> None:
-        """index: among the layers of this kind. room: tokens for which the host tier is allocated up front."""
+    def __init__(
+        self,
+        cache: CacheOfLayers,
+        order: LayerOrder,
+        device_tier: DeviceTier,
+        index: int,
+        room: int,
+        readers: int = 0,
+    ) -> None:
+        """index: among the layers of this kind. room: tokens for which the host tier is allocated up front. readers:
+        later layers of the model that attend to this one's keys and values."""
         super().__init__()
         # Strong references would form a cycle that keeps the host tier after the cache's last user.
         self._cache: CacheOfLayers = weakref.proxy(cache)
         self._order: LayerOrder = weakref.proxy(order)
-        self.device_tier, self.index, self._room = device_tier, index, room
+        self.device_tier, self.index, self.readers, self._room = device_tier, index, readers, room
         self.host: HostLayer | None = None
         self.rows: prefill.TextRows | None = None
-        """Scores of the last call; None if it was not scored."""
+        """Scores of the last call, over the layer and its readers; None if it was not scored."""
+        self._attended = 0
+        """How often it has attended in the last call."""
         self.sealed: SealedLayer | None = None
         self.digests: ContextDigests | None = None
         self._check: Callable[[], None] | None = None
@@ -111,47 +122,77 @@ class TieredLayer(CacheLayerMixin):
     # ---- attention
 
     @settled
-    def attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
+    def attend(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scaling: float,
+        ahead: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Cache new tokens and attend to them and all before: query, output `(H, n, D)`; keys, values `(K, n, D)`.
 
-        Keys and values are kept in the dtype of the first ones; the output has the query's.
+        Keys and values are kept in the dtype of the first ones; the output has the query's. The calls after the first
+        are those of readers, with the same keys and values: they attend, and cache nothing. Their queries may be of the
+        last tokens alone. ahead: as `prefill.attend_exactly` takes it; tokens that are decoded see none.
         """
-        self._order.check_layer(self.index)
+        again = self._order.check_layer(self.index)
         self._check_once()
+        query_dtype = query.dtype
+        query, keys, values = (part.to(self.dtype) for part in (query, keys, values))
         with on_device(self.device):
-            attend = self._prefill if self.sealed is None else self.sealed.decode
-            out = attend(query.to(self.dtype), keys.to(self.dtype), values.to(self.dtype), scaling)
-        self._order.end_layer()
-        return out.to(query.dtype)
+            if self.sealed is None:
+                out = self._prefill(query, keys, values, scaling, ahead, again)
+            else:
+                out = self.sealed.decode(query, keys, values, scaling, again)
+            last = self._order.end_layer(self.index)
+            if last and self.digests is not None and self.sealed is None:
+                self.digests.update()
+        return out.to(query_dtype)
 
     def _check_once(self) -> None:
         if self._check is not None:
             self._check()
             self._check = None
 
-    def _prefill(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
-        (host, digests), question, n = self._context(), self._cache.question, query.shape[1]
+    def _prefill(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scaling: float,
+        ahead: torch.Tensor | None,
+        again: bool,
+    ) -> torch.Tensor:
+        (host, digests), question, n = self._context(), self._cache.question, keys.shape[1]
         tier, kept = self.device_tier, (keys.detach(), values.detach())
-        digests.before_prompt()
-        if host.length + n > host.capacity:
-            tier.copies.drain()  # growing moves what copies read
-            host.make_room(n)
-        with prefill.staged_past(tier, self.index, query.device, host, n, question) as past:
+        if not again:
+            digests.before_prompt()
+            if host.length + n > host.capacity:
+                tier.copies.drain()  # growing moves what copies read
+                host.make_room(n)
+        before = host.length - n if again else host.length
+        with prefill.staged_past(tier, self.index, query.device, host, before, n, question) as past:
             past.stage_first()
-            # Written in the background, after the tokens that are being read.
-            tier.copies.submit("write back", lambda: host.write(*kept))
-            out, lse = prefill.attend_exactly(query, keys, values, scaling, past)
-            self.rows = None
-            if rows := past.rows:
-                self.rows = prefill.score_text_rows(
+            if not again:  # written in the background, after the tokens that are being read
+                tier.copies.submit("write back", lambda: host.write(*kept))
+            out, lse = prefill.attend_exactly(query, keys, values, scaling, past, ahead)
+            scored = None
+            if rows := min(past.rows, query.shape[1]):
+                scored = prefill.score_text_rows(
                     query[:, -rows:], lse[:, -rows:], keys, scaling, past, tier.tiers, question.looks
                 )
             tier.copies.wait("write back")
+        digests.observe(query, before)
+        if again:
+            self._attended += 1
+            if self.rows is not None and scored is not None:
+                self.rows = self.rows.with_reader(scored, self._attended, tier.tiers.policy.score_group)
+            return out
+        self.rows, self._attended = scored, 1
         if (resident := tier.residents.get(self.index)) is not None:
             resident.append(*kept, host.length)
-        digests.observe(query)
         host.advance(n)
-        digests.update()
         return out
 
     # ---- the host tier

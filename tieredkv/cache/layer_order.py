@@ -16,6 +16,9 @@ class Layer(Protocol):
 class LayerOrder:
     """Tracks which layer is next in a call of the model. A tiered layer is updated first and then attends; of any other
     only updates are checked. Tiered layers are known by their index among the tiered ones.
+
+    A tiered layer may have readers: later layers of the model without keys and values of their own, which attend to
+    this one's. In each call it attends once itself, and once for each of them.
     """
 
     def __init__(self) -> None:
@@ -23,12 +26,17 @@ class LayerOrder:
         self._tiered: list[Layer] = []
         self._attending: int | None = None
         """The tiered layer that was updated and has not attended yet."""
+        self._readers: list[int] = []
+        """Of each tiered layer."""
+        self._unread: dict[int, int] = {}
+        """How many readers of a tiered layer have not attended yet, in a call that has reached it."""
 
-    def add(self, layer: Layer, tiered: bool) -> None:
-        """Add the next layer of the model."""
+    def add(self, layer: Layer, tiered: bool, readers: int = 0) -> None:
+        """Add the next layer of the model that has keys and values, or states."""
         self._layers.append(layer)
         if tiered:
             self._tiered.append(layer)
+            self._readers.append(readers)
 
     def begin_call(self) -> None:
         """The first tiered layer is about to be updated. Raises `RuntimeError` if the previous call was interrupted."""
@@ -44,14 +52,25 @@ class LayerOrder:
             )
         self._attending = index
 
-    def check_layer(self, index: int) -> None:
-        """Tiered layer `index` is about to attend. Raises `RuntimeError` unless it is the one that was updated."""
-        if self._attending != index:
-            raise RuntimeError(f"layer {index} attends, but {self._attending} was updated")
+    def check_layer(self, index: int) -> bool:
+        """Tiered layer `index` is about to attend. Returns whether it does for a reader.
 
-    def end_layer(self) -> None:
-        """The layer that was updated has cached its tokens and attended."""
+        Raises `RuntimeError` unless it is the one that was updated, or has readers that have not attended yet.
+        """
+        for_reader = self._attending is None and self._unread.get(index, 0) > 0
+        if self._attending != index and not for_reader:
+            raise RuntimeError(f"layer {index} attends, but {self._attending} was updated")
+        return for_reader
+
+    def end_layer(self, index: int) -> bool:
+        """Layer `index` has attended, itself or for a reader. Returns whether it was the last time in this call."""
+        left = self._readers[index] if self._attending == index else self._unread.get(index, 0) - 1
         self._attending = None
+        if left:
+            self._unread[index] = left
+        else:
+            self._unread.pop(index, None)
+        return not left
 
     def check_between_calls(self) -> None:
         """Raise `RuntimeError` if a call was interrupted, or is under way."""
@@ -59,7 +78,7 @@ class LayerOrder:
 
     def _check_whole(self, layers: Sequence[Layer]) -> None:
         self._check_lengths(layers)
-        if self._attending is not None:
+        if self._attending is not None or self._unread:
             raise self._interrupted()
 
     def check_untiered_layer(self, layer: Layer, tokens: int) -> None:
@@ -74,6 +93,7 @@ class LayerOrder:
     def reset(self) -> None:
         """Forget a call that was interrupted, once the layers' lengths agree again."""
         self._attending = None
+        self._unread = {}
 
     def _check_lengths(self, layers: Sequence[Layer]) -> None:
         if len({layer.get_seq_length() for layer in layers}) > 1:

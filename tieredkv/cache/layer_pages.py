@@ -73,6 +73,11 @@ class LayerPages:
             self.phase.pool.pages[last, :, within:] = 0
             if self.packing is not None:
                 self.packing.scales[last, :, within:] = 0
+        self._set_recent_lengths()
+
+    def _set_recent_lengths(self) -> None:
+        """Make every head attend to the tokens of the recent region counted so far."""
+        pages, c = self.phase.plan.layout.recent_pages, self._c
         starts = torch.arange(pages, device=self.device) * c
         self.lengths[:, :pages] = (self.recent_tokens - starts).clamp(0, c)
 
@@ -125,6 +130,12 @@ class LayerPages:
         """Count only `generated` generated tokens."""
         self.recent_tokens -= self.generated - generated
         self.generated = generated
+
+    def rewind(self, tokens: int) -> None:
+        """Forget the last `tokens` generated tokens: they are about to be appended once more."""
+        self.go_back(self.generated - tokens)
+        self._recent_length -= tokens
+        self._set_recent_lengths()
 
     def append(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Write the key and value, each `(K, D)`, of the token counted last."""

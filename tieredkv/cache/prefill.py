@@ -6,7 +6,7 @@ Shapes: `H` query heads, `K` KV heads, `G = H // K`, `n` new tokens, `T` text ro
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -41,6 +41,16 @@ class TextRows:
         """Attention the rows pay each token, averaged over rows and group: `(K, N)`."""
         return self.halves.mean(0)
 
+    def with_reader(self, rows: TextRows, attended: int, group: str) -> TextRows:
+        """Also over the heads of a layer that reads the same keys, as if they were in the same groups.
+
+        attended: layers that the result covers, of the same number of heads. group: how scores of a group are joined.
+        """
+        scores = torch.maximum(self.scores, rows.scores)
+        if group != "max":
+            scores = torch.lerp(self.scores, rows.scores, 1 / attended)
+        return TextRows(scores, torch.lerp(self.halves, rows.halves, 1 / attended), self.count)
+
 
 class Past:
     """The cached tokens of one layer: the first of them on the device, the rest staged from the host tier.
@@ -53,16 +63,17 @@ class Past:
         device_tier: DeviceTier,
         host: HostLayer,
         resident: Resident | None,
+        tokens: int,
         rows: int,
         block_tokens: int,
         buffers: list[torch.Tensor],
     ) -> None:
-        """rows: how many of the new tokens are scored. buffers: none if nothing is staged, or three flat tensors, each
-        with room for the keys and values of `block_tokens` tokens.
+        """tokens: how many of the host's are the past. rows: how many of the new tokens are scored. buffers: none if
+        nothing is staged, or three flat tensors, each with room for the keys and values of `block_tokens` tokens.
 
         Blocks are staged to the first two in turn; in the third, keys and values are separated.
         """
-        self.host, self.tokens, self.block_tokens = host, host.length, block_tokens
+        self.host, self.tokens, self.block_tokens = host, tokens, block_tokens
         self.resident, self.rows = resident, rows
         self._transfer, self._copies = device_tier.transfer, device_tier.copies
         self._buffers = buffers
@@ -122,20 +133,21 @@ def staged_past(
     layer: int,
     device: torch.device,
     host: HostLayer,
+    tokens: int,
     new_tokens: int,
     question: Question,
 ) -> Iterator[Past]:
-    """The past of a layer, by its index and device, before `new_tokens` more. Buffers for staging it and for scoring
-    rows are released after the block.
+    """The past of a layer, by its index and device: its first `tokens` tokens, before `new_tokens` more. Buffers for
+    staging it and for scoring rows are released after the block.
 
     Raises `BudgetError` when not even one chunk fits under the cap. The cap it names also suffices for the question's
     generated tokens.
     """
     tiers, shape, ledger = device_tier.tiers, device_tier.shape, device_tier.ledger
-    call = question.call(host.length, new_tokens, tiers.policy.text_window)
+    call = question.call(tokens, new_tokens, tiers.policy.text_window)
     device_tier.make_room_for_scores(call)
     resident = device_tier.residents.get(layer)
-    room, kept = (0, 0) if resident is None else (resident.room, resident.length)
+    room, kept = (0, 0) if resident is None else (resident.room, min(resident.length, tokens))
     staging = plan_staging(shape, tiers, call, kept, room)
     if staging is None:
         raise refusal(shape, tiers, lay_out(tiers, call.stop, call.rows, question.max_new_tokens), call.rows)
@@ -145,7 +157,7 @@ def staged_past(
         if staging.buffers == 2:  # a single block is staged to the first alone
             buffers.insert(1, buffers[0])
         ledger.reserve("scores", staging.scoring_bytes)
-        yield Past(device_tier, host, resident, call.rows, staging.block_tokens, buffers)
+        yield Past(device_tier, host, resident, tokens, call.rows, staging.block_tokens, buffers)
     except BaseException:
         device_tier.copies.drain()  # copies still under way write to the buffers
         raise
@@ -155,17 +167,57 @@ def staged_past(
 
 
 def attend_exactly(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float, past: Past
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scaling: float,
+    past: Past,
+    ahead: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Causal attention of new tokens over themselves and all of the past: output `(H, n, D)` and lse `(H, n)`."""
-    out, lse = exact.attend(query, keys, values, scaling, causal=True)
+    """Causal attention over the new tokens and all of the past: output `(H, n, D)` and lse `(H, n)`.
+
+    query `(H, n, D)`: of the last n of the new tokens, whose keys and values are `(K, >= n, D)`. ahead: `(n,)`, how
+    many tokens after it each of them sees as well; None: none.
+    """
+    runs = [(0, query.shape[1], False)] if ahead is None else _runs(ahead.tolist())
+    parts = [_attend_run(query, keys, values, scaling, run) for run in runs]
+    out, lse = (torch.cat(part, dim=1) for part in zip(*parts, strict=True)) if len(parts) > 1 else parts[0]
     if past.tokens == 0:
-        return out, lse
+        return out.to(query.dtype), lse
     merged = out.float()
     for block_keys, block_values in past.blocks(with_values=True):
         part, part_lse = exact.attend(query, block_keys, block_values, scaling, causal=False)
         merged, lse = exact.merge(merged, lse, part, part_lse)
     return merged.to(query.dtype), lse
+
+
+def _runs(ahead: Sequence[int]) -> list[tuple[int, int, bool]]:
+    """Begin and end of runs of tokens that see each other whole, and of the causal ones between them; which it is.
+
+    ahead: how many tokens after it each one sees, up to the end of its run.
+    """
+    runs, begin, index = [], 0, 0
+    while index < len(ahead):
+        if ahead[index] == 0:
+            index += 1
+            continue
+        runs += [(begin, index, False)] if index > begin else []
+        begin = index + ahead[index] + 1
+        runs.append((index, begin, True))
+        index = begin
+    return [*runs, (begin, len(ahead), False)] if begin < len(ahead) else runs
+
+
+def _attend_run(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float, run: tuple[int, int, bool]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of one of `_runs` over itself and the new tokens before it."""
+    (first, stop, whole), earlier = run, keys.shape[1] - query.shape[1]
+    begin, end, rows = earlier + first, earlier + stop, query[:, first:stop]
+    out, lse = exact.attend(rows, keys[:, begin:end], values[:, begin:end], scaling, causal=not whole)
+    if begin == 0:
+        return out, lse
+    return exact.merge(out, lse, *exact.attend(rows, keys[:, :begin], values[:, :begin], scaling, causal=False))
 
 
 def score_text_rows(

@@ -118,7 +118,8 @@ def _fill(
         static_heads=int(static.sum()), dynamic_heads=dynamic_heads, trace=[] if question.trace else None
     )
     if looks is not None:
-        looks.begin_answer(layout.sink_chunks, dynamic_heads * shape.num_attention_heads // shape.num_key_value_heads)
+        attending = sum(int((~mask).sum()) * (1 + layer.readers) for layer, mask in zip(layers, static, strict=True))
+        looks.begin_answer(layout.sink_chunks, attending * shape.num_attention_heads // shape.num_key_value_heads)
 
     def phase(device: torch.device) -> DecodePhase:
         here = [layer.index for layer in layers if layer.device == device]

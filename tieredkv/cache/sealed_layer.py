@@ -85,8 +85,18 @@ class SealedLayer:
 
     # ---- several tokens
 
-    def decode(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
-        """Decode tokens one after another: query and output `(H, n, D)`, keys and values `(K, n, D)`."""
+    def decode(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float, again: bool = False
+    ) -> torch.Tensor:
+        """Decode tokens one after another: query and output `(H, n, D)`, keys and values `(K, n, D)`.
+
+        again: for a reader, whose steps choose chunks by their own queries. The tokens are the last ones cached;
+        query may be that of fewer, the last ones, than there are keys.
+        """
+        if again:
+            n = query.shape[1]
+            keys, values = keys[:, -n:], values[:, -n:]
+            self.pages.rewind(n)
         with at_most(self._threads):
             return self._decode(query, keys, values, scaling)
 

@@ -37,21 +37,33 @@ class SlidingLayer(DynamicSlidingWindowLayer):
         return interface.tag(keys, self), values
 
     @settled
-    def attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
-        """query `(H, n, D)`, the last n of the m tokens of keys and values `(K, m, D)` -> `(H, n, D)`."""
+    def attend(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scaling: float,
+        ahead: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """query `(H, n, D)`, the last n of the m tokens of keys and values `(K, m, D)` -> `(H, n, D)`.
+
+        ahead: `(n,)`, how many later tokens each one sees; None: none.
+        """
         groups, n, m = query.shape[0] // keys.shape[0], query.shape[1], keys.shape[1]
         position = torch.arange(m, device=keys.device)
         parts = []
         for first in range(0, n, ROWS):  # only the keys in their windows
             stop = min(first + ROWS, n)
-            window = slice(max(0, m - n + first - self.sliding_window + 1), m - n + stop)
+            last = m - n + stop if ahead is None else m
+            window = slice(max(0, m - n + first - self.sliding_window + 1), last)
             distance = position[m - n + first : m - n + stop, None] - position[window]
+            nearest = 0 if ahead is None else -ahead[first:stop, None]
             parts.append(
                 torch.nn.functional.scaled_dot_product_attention(
                     query[None, :, first:stop],
                     keys[:, window].repeat_interleave(groups, 0).unsqueeze(0),
                     values[:, window].repeat_interleave(groups, 0).unsqueeze(0),
-                    attn_mask=(distance >= 0) & (distance < self.sliding_window),
+                    attn_mask=(distance >= nearest) & (distance < self.sliding_window),
                     scale=scaling,
                 )[0]
             )

@@ -85,16 +85,20 @@ class TieredCache(Cache):
         self._order = LayerOrder()
         text = config.get_text_config(decoder=True)
         decoder = families.text_decoder(text)
-        for kind in decoder.layer_types(text):
+        kinds = decoder.layer_types(text)
+        last = len(kinds) - 1 - kinds[::-1].index(TIERED)
+        for place, kind in enumerate(kinds):
+            readers = decoder.readers(text) if place == last else 0
             if kind == TIERED:
                 index = len(self.tiered_layers)
-                self.tiered_layers.append(TieredLayer(self, self._order, self.device_tier, index, prompt_tokens))
-                self.tiered_layers[-1].sliding_window = decoder.window(text)
-                layers.append(self.tiered_layers[-1])
+                own = TieredLayer(self, self._order, self.device_tier, index, prompt_tokens, readers)
+                own.sliding_window = decoder.window(text)
+                self.tiered_layers.append(own)
+                layers.append(own)
             else:
                 untiered.append(self._untiered_layer(kind, text))
                 layers.append(untiered[-1])
-            self._order.add(layers[-1], tiered=kind == TIERED)
+            self._order.add(layers[-1], kind == TIERED, readers)
         self.long_context = LongContext(config)
         """Which lengths the model's cache can have."""
         self.untiered = Untiered(untiered)

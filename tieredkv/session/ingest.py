@@ -25,7 +25,6 @@ from tieredkv.models.long_context import LongContext
 from tieredkv.models.same_model import SameModel
 from tieredkv.models.switch import use_attention
 from tieredkv.planning.admission import Request, check_memory
-from tieredkv.planning.prefill_plan import context_calls
 from tieredkv.planning.sizes import QUESTION_ROOM
 from tieredkv.progress import IngestProgress
 from tieredkv.session.cached_video import CachedVideo
@@ -189,9 +188,12 @@ def prefill(
             if waiting_tokens < size:
                 continue
             whole = join(waiting)
-            for call in context_calls(waiting_tokens - waiting_tokens % size, size):
-                chunk(whole[:, call.begin : call.stop])
-            waiting_tokens %= size
+            while waiting_tokens >= size:
+                stop = done + size
+                if template.family.whole_steps(model.config):
+                    stop = video.grid.between_steps(stop - head, done - head) + head
+                begin, waiting_tokens = whole.shape[1] - waiting_tokens, waiting_tokens - (stop - done)
+                chunk(whole[:, begin : whole.shape[1] - waiting_tokens])
             waiting = [whole[:, whole.shape[1] - waiting_tokens :].clone()] if waiting_tokens else []
         if waiting:
             chunk(join(waiting))

@@ -123,7 +123,7 @@ def answer(
 def collect_evidence(cached: CachedVideo, looks: Looks, rows: int, tokens: int, each: bool) -> Evidence:
     """The evidence of the last answer. rows: tokens from the question on. each: also of each of its `tokens` tokens."""
     cache, video = cached.cache, cached.video
-    heads = cache.shape.num_attention_heads * cache.shape.num_layers
+    heads = cache.shape.num_attention_heads * sum(1 + layer.readers for layer in cache.tiered_layers)
     return moments.collect(looks, rows, heads, video.head_tokens, video.grid, video.span, tokens, each)
 
 

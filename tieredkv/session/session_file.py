@@ -191,11 +191,11 @@ def map_cache(
 ) -> TieredCache:
     """A cache of `tokens` tokens. Each tiered layer is read from the file, and checked, at its first use.
 
-    devices: of the model's layers.
+    devices: of the model's layers, the last of which may be readers of others and have nothing cached.
     """
     cache = TieredCache(config, tiers, prompt_tokens=tokens)
     cache.expect(CONTEXT)
-    places: dict[Any, torch.device] = dict(zip(cache.layers, devices, strict=True))
+    places: dict[Any, torch.device] = dict(zip(cache.layers, devices, strict=False))
     for layer in cache.tiered_layers:
         names, state = _layer_state(stored, _tiered(layer.index))
         try:

@@ -8,6 +8,7 @@ from tieredkv.environment.versions import cache_name
 from tieredkv.errors import UnsupportedModelError
 from tieredkv.models.families.base import VideoFamily
 from tieredkv.models.families.decoder import TIERED, Decoder
+from tieredkv.models.families.gemma4 import Gemma4, Gemma4Decoder, Gemma4Unified
 from tieredkv.models.families.internvl import InternVL
 from tieredkv.models.families.lfm import Lfm3VL, LfmDecoder
 from tieredkv.models.families.llava_onevision import LlavaOnevision
@@ -30,6 +31,8 @@ FAMILIES: tuple[VideoFamily, ...] = (
     InternVL(),
     SmolVLM(),
     Lfm3VL(),
+    Gemma4(),
+    Gemma4Unified(),
 )
 """Families of video models."""
 VIDEO_FAMILIES = {kind: family for family in FAMILIES for kind in family.model_types}
@@ -41,6 +44,12 @@ DECODERS: tuple[Decoder, ...] = (
     Decoder(("qwen3",)),
     Decoder(
         ("gemma3_text",), untiered=("sliding_attention",), settings=("query_pre_attn_scalar", "attn_logit_softcapping")
+    ),
+    Gemma4Decoder(("gemma4_text",)),
+    Gemma4Decoder(
+        ("gemma4_unified_text",),
+        settings=("attention_k_eq_v", "num_kv_shared_layers", "per_layer_config"),
+        video_only=True,
     ),
     Qwen35Decoder(("qwen3_5_text", "qwen3_5_moe_text")),
     OneWindowDecoder(("mistral", "ministral3", "phi3")),

@@ -61,6 +61,17 @@ class VideoGrid:
         ends = self.starts() + self.step_tokens
         return torch.bucketize(index, ends, right=True).clamp(max=self.steps - 1)
 
+    def between_steps(self, index: int, begin: int) -> int:
+        """The end of a call of tokens from `begin` on that is to end before token `index`, so that it splits no step:
+        `index`, the start of the step it lies in, or that step's end if the call would be empty."""
+        before = int(torch.searchsorted(self.starts(), index)) - 1
+        if before < 0:
+            return index
+        start = int(self.starts()[before])
+        if index >= start + self.step_tokens:
+            return index
+        return start if start > begin else start + self.step_tokens
+
     def is_visual(self) -> torch.Tensor:
         """Mask of the video's visual tokens, `(tokens,)`."""
         mask = torch.zeros(self.tokens, dtype=torch.bool, device="cpu")
@@ -162,6 +173,10 @@ class VideoFamily(ABC):
         return 0
 
     # ---- decoder
+
+    def whole_steps(self, config: Any) -> bool:
+        """Whether tokens of a step see later ones of it, so that all of them must be in one call of the decoder."""
+        return False
 
     def text_types(self) -> tuple[str, ...]:
         """`model_type` of the configs of the texts, of its models, that it is tested with."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -39,21 +40,34 @@ class Decoder:
         from transformers.cache_utils import get_layer_types_and_kwargs
 
         kinds, _ = get_layer_types_and_kwargs(text)
+        return self.checked(text, kinds, causal=not getattr(text, "use_bidirectional_attention", False))
+
+    def checked(self, text: PreTrainedConfig, kinds: Sequence[str], causal: bool) -> list[str]:
+        """These types of layers, if they are supported. causal: whether no token sees all later ones."""
         supported = (TIERED, *self.untiered)
         if other := sorted(set(kinds) - set(supported)):
             raise UnsupportedModelError(
                 f"{text.model_type} has layers of type {', '.join(other)}; TieredCache supports only "
                 f"{', '.join(supported)} in such a model."
             )
-        if TIERED not in kinds or getattr(text, "use_bidirectional_attention", False):
+        if TIERED not in kinds or not causal:
             raise UnsupportedModelError(f"this {text.model_type} has no cache that grows: it needs no tiers.")
         return list(kinds)
 
     def kv_dims(self, text: PreTrainedConfig, kind: str) -> tuple[int, int]:
-        """KV heads and head dim, the same in all layers of this type of attention. Raises as `count`."""
-        heads = count(text, "num_attention_heads")
-        kv_heads = heads if text.num_key_value_heads is None else count(text, "num_key_value_heads")
-        return kv_heads, getattr(text, "head_dim", None) or count(text, "hidden_size") // heads
+        """KV heads and head dim of the layers of this type of attention. Raises as `count`, and if they differ."""
+        layers = zip(self.layer_types(text), text.per_layer_config, strict=False)  # the last may have no cache
+        dims = list(dict.fromkeys(_dims(layer) for own, layer in layers if own == kind))
+        if len(dims) > 1:
+            sizes = " and ".join(f"{kv_heads} KV heads of {head_dim}" for kv_heads, head_dim in dims)
+            raise UnsupportedModelError(
+                f"this {text.model_type} has layers of type {kind} with {sizes}: all must be of one size."
+            )
+        return dims[0]
+
+    def readers(self, text: PreTrainedConfig) -> int:
+        """How many later layers attend to the keys and values of the last layer of type `TIERED`, as they have none."""
+        return 0
 
     def window(self, text: PreTrainedConfig) -> int | None:
         """Tokens that layers of type `TIERED` see, in a config that states a window for them. None: all tokens."""
@@ -63,6 +77,13 @@ class Decoder:
         """The convolution state and the recurrent state of a layer of this type, which has one of each or only the
         first. Raises as `count`."""
         raise NotImplementedError(f"the decoder of {text.model_type} does not state the size of {kind}")
+
+
+def _dims(layer: PreTrainedConfig) -> tuple[int, int]:
+    """KV heads and head dim of one layer. layer: its config."""
+    heads = count(layer, "num_attention_heads")
+    kv_heads = heads if layer.num_key_value_heads is None else count(layer, "num_key_value_heads")
+    return kv_heads, getattr(layer, "head_dim", None) or count(layer, "hidden_size") // heads
 
 
 def count(text: PreTrainedConfig, name: str) -> int:

@@ -1,4 +1,4 @@
-"""The base of families that encode each frame of a video separately, at one size."""
+"""The bases of families that encode each frame of a video separately."""
 
 from __future__ import annotations
 
@@ -13,18 +13,8 @@ import torch
 from tieredkv.models.families.base import VideoFamily, activation_bytes
 
 
-class PerFrame(VideoFamily):
-    """A temporal step is one frame, resized to a square, which the tower turns into `side` x `side` tokens."""
-
-    @abstractmethod
-    def side(self, config: Any) -> int:
-        """Rows, and columns, of a frame's tokens."""
-
-    def frame_grid(
-        self, config: Any, processor: Any, frames: int, height: int, width: int, fps: float
-    ) -> tuple[int, int, int]:
-        side = self.side(config)
-        return frames, side, side
+class EachFrame(VideoFamily):
+    """A temporal step is one frame, which the processor treats alike in any segment."""
 
     def preprocessor(
         self, config: Any, processor: Any, frames: int, height: int, width: int, fps: float
@@ -39,6 +29,20 @@ class PerFrame(VideoFamily):
                 )
 
         return preprocess
+
+
+class PerFrame(EachFrame):
+    """A frame is resized to a square, which the tower turns into `side` x `side` tokens."""
+
+    @abstractmethod
+    def side(self, config: Any) -> int:
+        """Rows, and columns, of a frame's tokens."""
+
+    def frame_grid(
+        self, config: Any, processor: Any, frames: int, height: int, width: int, fps: float
+    ) -> tuple[int, int, int]:
+        side = self.side(config)
+        return frames, side, side
 
     def encode_bytes(self, config: Any, grid: tuple[int, int, int]) -> int:
         vision = config.vision_config
