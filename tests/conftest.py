@@ -90,7 +90,9 @@ def _sharpen(model: torch.nn.Module, factor: float = 2.0) -> Any:
     return model.eval()
 
 
-@pytest.fixture(scope="session", params=["llama", "qwen2", "qwen3", "gemma3_text", "gemma4_text", "qwen3_5_text"])
+@pytest.fixture(
+    scope="session", params=["llama", "qwen2", "qwen3", "gemma3_text", "gemma4_text", "qwen3_5_text", "lfm3"]
+)
 def text_model(request: pytest.FixtureRequest) -> Any:
     return random_text_model(request.param)
 

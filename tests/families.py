@@ -248,7 +248,6 @@ def _smolvlm() -> tuple[Any, Any]:
 
 
 def _video_llama_3() -> tuple[Any, Any]:
-    import transformers
     from transformers import VideoLlama3Config, VideoLlama3ForConditionalGeneration, VideoLlama3Processor
 
     ids = _ids()
@@ -271,8 +270,6 @@ def _video_llama_3() -> tuple[Any, Any]:
 
 def _perception_lm() -> tuple[Any, Any]:
     """With timm's Perception Encoder, as in the published models."""
-    import pytest
-    import transformers
     from transformers import PerceptionLMConfig, PerceptionLMForConditionalGeneration, PerceptionLMProcessor
 
     pytest.importorskip("timm")
@@ -306,7 +303,6 @@ def _perception_lm() -> tuple[Any, Any]:
 
 
 def _minicpm(version: str) -> tuple[Any, Any]:
-
     ids, prefix = _ids(), f"MiniCPMV{version}"
     markers = {"image_start": "<image>", "image_end": "</image>", "slice_start": "<slice>", "slice_end": "</slice>"}
     placed = {f"{name}_id": ids[token] for name, token in markers.items()}
@@ -337,7 +333,6 @@ def _minicpm(version: str) -> tuple[Any, Any]:
 
 
 def _glm(name: str) -> tuple[Any, Any]:
-
     ids = _ids()
     prefix = {"glm4v": "Glm4v", "glm46v": "Glm46V", "glm4v_moe": "Glm4vMoe"}[name]
     rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}
@@ -368,6 +363,33 @@ def _glm(name: str) -> tuple[Any, Any]:
     return getattr(transformers, f"{prefix}ForConditionalGeneration")(config), processor
 
 
+def _lfm3_vl() -> tuple[Any, Any]:
+    ids = _ids()
+    text = {**TEXT, "num_hidden_layers": 4, "vocab_size": len(tokenizer()), "head_dim": 16, "sliding_window": 33}
+    text["layer_types"] = ["conv", "full_attention", "sliding_attention", "full_attention"]
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision |= {"num_key_value_heads": 1, "patch_size": 14, "layer_types": ["conv", "full_attention"]}
+    config = transformers.Lfm3VlConfig(
+        text_config={**text, "model_type": "lfm3"},
+        vision_config={**vision, "initializer_range": 0.1},
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        projector_hidden_size=96,
+        tie_word_embeddings=False,
+    )
+    processor = transformers.Lfm3VlProcessor(
+        image_processor=transformers.Qwen2VLImageProcessor(),
+        tokenizer=_plain_tokenizer(),
+        video_processor=transformers.Qwen3VLVideoProcessor(
+            size={"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 100}, patch_size=14, do_sample_frames=False
+        ),
+        chat_template=QWEN_TEMPLATE.replace("VIDEO", "<|video_pad|>"),
+    )
+    return transformers.Lfm3VlForConditionalGeneration(config), processor
+
+
 def gemma4(own_embeddings: bool = True, shared: bool = True, whole_frames: bool = True, experts: bool = True) -> Any:
     """Released models have either the first two (E2B, E4B) or the third (31B), and one the fourth as well (26B-A4B)."""
     text: dict[str, Any] = {"hidden_size_per_layer_input": 8 if own_embeddings else 0}
@@ -390,8 +412,6 @@ def _gemma4_unified() -> tuple[Any, Any]:
 
 def _gemma4(prefix: str, text: Any, vision: Any, audio: Any) -> tuple[Any, Any]:
     from importlib import import_module
-
-    import transformers
 
     words = _plain_tokenizer()
     named = {"image": "<|image_pad|>", "boi": "<|vision_start|>", "eoi": "<|vision_end|>"}
@@ -445,6 +465,7 @@ BUILD = {
     "glm4v": lambda: _glm("glm4v"),
     "glm46v": lambda: _glm("glm46v"),
     "glm4v_moe": lambda: _glm("glm4v_moe"),
+    "lfm3_vl": _lfm3_vl,
     "gemma4": gemma4,
     "gemma4_unified": _gemma4_unified,
 }

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from transformers import StoppingCriteria
 
@@ -23,17 +24,160 @@ PATIENCE_S = 60
 """Seconds after which a wait counts as a hang. Nothing that works comes near it, on a busy machine either."""
 
 
-def text_config(kind: str) -> Any:
-    """A config of three layers, four query heads and two KV heads; of eight, where most are of another type."""
-    from transformers import (
-        Gemma3TextConfig,
-        Gemma4TextConfig,
-        LlamaConfig,
-        Qwen2Config,
-        Qwen3_5TextConfig,
-        Qwen3Config,
-    )
+TEXT_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", {"head_dim": 16}),
+    "gemma3_text": (  # a window much shorter than the prompts, in the first layer and the last
+        "Gemma3TextConfig",
+        {
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention", "full_attention", "sliding_attention"],
+            "sliding_window": 33,
+            "head_dim": 16,
+            "query_pre_attn_scalar": 24,
+            "pad_token_id": None,
+        },
+    ),
+    "gemma4_text": (  # full layers are wider, and two of them attend to keys and values of an earlier one
+        "Gemma4TextConfig",
+        {
+            "num_hidden_layers": 6,
+            "layer_types": [f"{kind}_attention" for kind in ("full", "sliding", "full", "sliding", "full", "full")],
+            "sliding_window": 33,
+            "num_kv_shared_layers": 3,
+            "head_dim": 16,
+            "global_head_dim": 32,
+            "num_global_key_value_heads": 1,
+            "attention_k_eq_v": True,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": 97,
+            "final_logit_softcapping": 30.0,
+            "pad_token_id": None,
+        },
+    ),
+    "qwen3_5_text": (  # every fourth layer is full attention, which rotates a part of the head
+        "Qwen3_5TextConfig",
+        {
+            "num_hidden_layers": 8,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "head_dim": 32,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.25,
+                "mrope_section": [2, 1, 1],
+                "mrope_interleaved": True,
+            },
+        },
+    ),
+    "qwen3_5_moe_text": (
+        "Qwen3_5MoeTextConfig",
+        {
+            "num_hidden_layers": 4,
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "head_dim": 32,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 48,
+            "shared_expert_intermediate_size": 48,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.25,
+                "mrope_section": [2, 1, 1],
+                "mrope_interleaved": True,
+            },
+        },
+    ),
+    "mistral": ("MistralConfig", {"sliding_window": None}),
+    "ministral": (
+        "MinistralConfig",
+        {
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "sliding_window": 33,
+            "head_dim": 16,
+        },
+    ),
+    "ministral3": (  # scales queries by their position
+        "Ministral3Config",
+        {
+            "head_dim": 16,
+            "pad_token_id": None,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e6,
+                "factor": 64.0,
+                "original_max_position_embeddings": 64,
+                "max_position_embeddings": 4096,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "mscale_all_dim": 1.0,
+                "mscale": 1.0,
+                "llama_4_scaling_beta": 0.1,
+            },
+        },
+    ),
+    "phi3": (  # rotates a part of the head
+        "Phi3Config",
+        {
+            "pad_token_id": None,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75},
+        },
+    ),
+    "lfm2": (
+        "Lfm2Config",
+        {
+            "num_hidden_layers": 6,
+            "layer_types": ["conv", "conv", "full_attention", "conv", "full_attention", "conv"],
+            "block_auto_adjust_ff_dim": False,
+            "pad_token_id": None,
+        },
+    ),
+    "lfm2_moe": (
+        "Lfm2MoeConfig",
+        {
+            "num_hidden_layers": 4,
+            "layer_types": ["conv", "full_attention", "full_attention", "conv"],
+            "num_dense_layers": 1,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 48,
+            "pad_token_id": None,
+        },
+    ),
+    "lfm3": (
+        "Lfm3Config",
+        {
+            "num_hidden_layers": 6,
+            "layer_types": ["conv", "conv", "full_attention", "conv", "sliding_attention", "full_attention"],
+            "sliding_window": 33,
+            "head_dim": 16,
+            "pad_token_id": None,
+        },
+    ),
+}
+"""Name and fields of the config of every decoder, by its `model_type`: what differs from `text_config`'s sizes."""
 
+
+def text_config(kind: str) -> Any:
+    """A config of three layers, four query heads and two KV heads; of more, where some are of another type.
+
+    Skips the test where the installed transformers does not have the model.
+    """
+    import transformers
+
+    name, fields = TEXT_CONFIGS[kind]
+    if not hasattr(transformers, name):
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
     sizes = {
         "vocab_size": 97,
         "hidden_size": 64,
@@ -46,28 +190,7 @@ def text_config(kind: str) -> Any:
         "eos_token_id": None,
         "initializer_range": 0.1,
     }
-    if kind == "gemma3_text":  # a window much shorter than the prompts, in the first layer and the last
-        kinds = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
-        more = {"num_hidden_layers": 4, "layer_types": kinds, "sliding_window": 33, "head_dim": 16}
-        return Gemma3TextConfig(**{**sizes, **more, "query_pre_attn_scalar": 24, "pad_token_id": None})
-    if kind == "gemma4_text":  # full layers are wider, and two of them attend to keys and values of an earlier one
-        kinds = [f"{kind}_attention" for kind in ("full", "sliding", "full", "sliding", "full", "full")]
-        more = {"num_hidden_layers": 6, "layer_types": kinds, "sliding_window": 33, "num_kv_shared_layers": 3}
-        more |= {"head_dim": 16, "global_head_dim": 32, "num_global_key_value_heads": 1, "attention_k_eq_v": True}
-        more |= {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97, "final_logit_softcapping": 30.0}
-        return Gemma4TextConfig(**{**sizes, **more, "pad_token_id": None})
-    if kind == "qwen3_5_text":  # every fourth layer is full attention, which rotates a part of the head
-        rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25, "mrope_section": [2, 1, 1]}
-        linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
-        linear |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
-        return Qwen3_5TextConfig(
-            **{**sizes, **linear, "num_hidden_layers": 8},
-            head_dim=32,
-            rope_parameters={**rope, "mrope_interleaved": True},
-        )
-    if kind == "qwen3":
-        return Qwen3Config(**sizes, head_dim=16)
-    return {"llama": LlamaConfig, "qwen2": Qwen2Config}[kind](**sizes)
+    return getattr(transformers, name)(**{**sizes, **fields})
 
 
 def random_text_model(kind: str) -> Any:

@@ -125,9 +125,26 @@ def test_other_layers_are_refused_by_the_name_of_their_type(qwen, unsupported):
         TieredCache(config, gpu_kv_gb=1)
 
 
-def test_a_hybrid_that_is_not_known_is_refused_with_the_types_of_its_layers():
-    from transformers import Lfm2Config
+def test_a_model_without_a_layer_that_grows_is_refused(qwen):
+    config = copy.deepcopy(qwen.config)
+    config.layer_types = ["linear_attention"] * 8
+    for use in (TieredCache, lambda config: model_shape(config, torch.float32)):
+        with pytest.raises(UnsupportedModelError, match="this qwen3_5_text has no cache that grows: it needs no tiers"):
+            use(config)
 
-    config = Lfm2Config(num_hidden_layers=2, layer_types=["conv", "full_attention"])
-    with pytest.raises(UnsupportedModelError, match="'lfm2' with layers of type conv, full_attention: llama"):
+
+def test_layers_with_several_states_are_refused(qwen):
+    config = copy.deepcopy(qwen.config)
+    config.number_of_conv_states = 3
+    with pytest.raises(UnsupportedModelError, match="linear_attention of this qwen3_5_text keep 3 states each"):
+        TieredCache(config, gpu_kv_gb=1)
+
+
+def test_a_hybrid_that_is_not_known_is_refused_with_the_types_of_its_layers():
+    from transformers import Qwen3NextConfig
+
+    config = Qwen3NextConfig(num_hidden_layers=2, layer_types=["linear_attention", "full_attention"])
+    with pytest.raises(
+        UnsupportedModelError, match="'qwen3_next' with layers of type full_attention, linear_attention: llama"
+    ):
         TieredCache(config, gpu_kv_gb=1)

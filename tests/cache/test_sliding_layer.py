@@ -67,6 +67,17 @@ def test_models_with_nothing_to_tier_are_refused(gemma, change):
         TieredCache(config, gpu_kv_gb=1)
 
 
+def test_a_window_of_one_token_is_refused(gemma):
+    """transformers' layer would keep all tokens."""
+    import copy
+
+    config = copy.deepcopy(gemma.config)
+    config.sliding_window = 1
+    for use in (TieredCache, lambda config: model_shape(config, torch.float32)):
+        with pytest.raises(UnsupportedModelError, match="gemma3_text has a sliding window of one token"):
+            use(config)
+
+
 @pytest.mark.parametrize("rows", [1, 64])
 def test_queries_attend_in_blocks(gemma, long_ids, rows, monkeypatch):
     stock = gemma(long_ids[:, :300]).logits

@@ -14,9 +14,12 @@ from tieredkv.errors import OptionError, TieredKVError
 
 CONTEXT_TOKENS = 150
 """More than the sliding window of the tiny model."""
-KINDS = {"gemma3_text": "sliding windows", "gemma4_text": "sliding windows", "qwen3_5_text": "linear attention"}
-SLIDING_LAYERS = {"gemma3_text": 2, "gemma4_text": 1}
-"""Those that have keys and values of their own."""
+KINDS = {
+    "gemma3_text": "sliding windows",
+    "gemma4_text": "sliding windows",
+    "qwen3_5_text": "linear attention",
+    "lfm3": "convolutions and sliding windows",
+}
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -145,11 +148,14 @@ def test_settling_again_moves_the_snapshot(model, cache, long_ids):
 
 def test_the_snapshot_counts_as_host_memory_until_it_is_dropped(model, cache):
     tiered = sum(layer.host.nbytes for layer in cache.tiered_layers)
-    if model.config.model_type in SLIDING_LAYERS:
-        windows = SLIDING_LAYERS[model.config.model_type]
-        assert cache.host_bytes == tiered + windows * 2 * 2 * 32 * 16 * 4  # K and V, heads, tokens, dimensions, bytes
-    else:
-        assert cache.host_bytes == tiered + 6 * (4 * 16 * 16 + (2 * 16 + 2 * 16 + 4 * 16) * 4) * 4
+    window = 2 * 2 * 32 * 16 * 4  # K and V, heads, tokens, dimensions, bytes
+    states = {
+        "gemma3_text": 2 * window,
+        "gemma4_text": window,  # the other one reads
+        "qwen3_5_text": 6 * (4 * 16 * 16 + (2 * 16 + 2 * 16 + 4 * 16) * 4) * 4,
+        "lfm3": window + 3 * 64 * 7 * 4,  # layers, channels, tokens, bytes
+    }
+    assert cache.host_bytes == tiered + states[model.config.model_type]
     cache.truncate(0)
     assert cache.host_bytes == sum(layer.host.nbytes for layer in cache.tiered_layers)
 
@@ -160,8 +166,7 @@ def test_closing_frees_states_and_snapshot(model, cache, long_ids):
     assert cache.untiered_bytes == cache.host_bytes == 0
     with pytest.raises(TieredKVError, match="closed"):
         forward(model, cache, long_ids[:, :9])
-    if model.config.model_type == "qwen3_5_text":
-        assert cache.untiered_bytes == 0, "although linear attention comes before the first layer that grows"
+    assert cache.untiered_bytes == 0, "although such layers come before the first one that grows"
 
 
 def test_a_model_of_tiered_layers_alone_needs_no_snapshot(llama, long_ids):

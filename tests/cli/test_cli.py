@@ -378,7 +378,7 @@ def test_models_are_listed_with_their_layers_and_releases(monkeypatch, capsys):
         "transformers": ["5.17", "5.24"],
     }
     assert by_kind["text", "gemma3_text"]["untiered"] == ["sliding_attention"]
-    assert ("text", "qwen3_5_moe_text") not in by_kind  # tested as a part of a video model only
+    assert ("text", "qwen3_vl_text") not in by_kind  # tested as a part of a video model only
     assert listed["refused"] == families.REFUSED
 
 

@@ -145,7 +145,7 @@ def test_positions_of_steps_as_pictures_in_chunks_equal_those_of_the_whole(name,
     assert torch.equal(whole, theirs[:, 0])
 
 
-@TIMESTAMPED
+@pytest.mark.parametrize("name", ["qwen3_vl", "qwen3_5", "qwen3_5_moe", "lfm3_vl"])
 def test_written_times_are_those_of_the_file(name, film):
     model, processor = build(name)
     with tieredkv.open_session(model, film, processor=processor, gpu_kv_gb=1, fps=4, start=2.0) as session:

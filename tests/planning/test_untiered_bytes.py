@@ -31,10 +31,15 @@ KINDS = {
     "gemma3_text": ["sliding windows"],
     "gemma4_text": ["sliding windows"],
     "qwen3_5_text": ["linear states"],
+    "lfm3": ["sliding windows", "convolution states"],
     "llama": [],
 }
 SLIDING = KVShape(2, 4, 2, 16, 2, sliding_layers=3, sliding_window=33, sliding_token_bytes=100)
 LINEAR = KVShape(2, 4, 2, 16, 2, linear_layers=3, conv_state_bytes=1000, recurrent_state_bytes=70_000)
+CONVOLUTIONS = KVShape(2, 4, 2, 16, 2, convolutions=5, convolution_bytes=3000)
+EVERY_KIND = pytest.mark.parametrize(
+    "shape", [SLIDING, LINEAR, CONVOLUTIONS], ids=["sliding", "linear", "convolutions"]
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -85,12 +90,12 @@ def test_other_models_have_no_such_bytes():
     assert sizes.untiered_bytes(shape, 1000, 1) == {}
 
 
-def test_both_kinds_in_one_model():
-    shape = KVShape(2, 4, 2, 16, 2, 3, 33, 100, 3, 1000, 70_000)
+def test_all_kinds_in_one_model():
+    shape, kinds = KVShape(2, 4, 2, 16, 2, 3, 33, 100, 3, 1000, 70_000, 5, 3000), (SLIDING, LINEAR, CONVOLUTIONS)
     for past, new in ((0, 10), (20, 10), (90, 10)):
-        both = sizes.untiered_bytes(shape, past, new)
-        assert both == sizes.untiered_bytes(SLIDING, past, new) | sizes.untiered_bytes(LINEAR, past, new)
-    assert sizes.snapshot_bytes(shape, 90) == sizes.snapshot_bytes(SLIDING, 90) + sizes.snapshot_bytes(LINEAR, 90)
+        each = [sizes.untiered_bytes(kind, past, new) for kind in kinds]
+        assert sizes.untiered_bytes(shape, past, new) == each[0] | each[1] | each[2]
+    assert sizes.snapshot_bytes(shape, 90) == sum(sizes.snapshot_bytes(kind, 90) for kind in kinds)
 
 
 NUMBERS = {
@@ -98,6 +103,7 @@ NUMBERS = {
     "gemma3_text": "sliding_window",
     "qwen3_5_text": "linear_num_key_heads linear_num_value_heads linear_key_head_dim linear_value_head_dim "
     "linear_conv_kernel_dim",
+    "lfm2": "conv_L_cache",
 }
 
 
@@ -113,7 +119,7 @@ def test_a_damaged_config_is_refused(kind, name, value):
 # ---- the memory check
 
 
-@pytest.mark.parametrize("shape", [SLIDING, LINEAR], ids=["sliding", "linear"])
+@EVERY_KIND
 def test_the_memory_check_counts_the_snapshot(shape):
     tiers, request = TierConfig(gpu_kv_gb=0.001, host_kv_gb=1), Request(5000, 40, 20)
     plain = KVShape(2, 4, 2, 16, 2)
@@ -128,7 +134,7 @@ def test_the_memory_check_counts_the_snapshot(shape):
         check_memory(shape, tiers, request, "", "ask less", **held, available=grown - 1)
 
 
-@pytest.mark.parametrize("shape", [SLIDING, LINEAR], ids=["sliding", "linear"])
+@EVERY_KIND
 def test_one_memory_must_hold_the_layers_too(shape, monkeypatch):
     tiers, request = TierConfig(gpu_kv_gb=0.001, host_kv_gb=1), Request(5000, 40, 20)
     layers = sum(untiered_prefill_bytes(shape, tiers, 5000, 40).values())

@@ -12,7 +12,7 @@ from test_pipeline import WatchedPipeline, stage_threads
 
 import tieredkv
 from tieredkv.api import new_session
-from tieredkv.errors import TieredKVError, VideoError
+from tieredkv.errors import TieredKVError, UnsupportedModelError, VideoError
 from tieredkv.models.families.qwen2_5_vl import Qwen25VL
 from tieredkv.session.ingest import Ingest
 from tieredkv.session.pipeline import Pipeline
@@ -324,3 +324,29 @@ def test_a_frame_that_cannot_be_read_is_noticed_wherever_it_is(video_model, proc
     for sampling in ({"fps": 4}, {"fps": 4, "end": 10}):
         with pytest.raises(VideoError, match=r"must lie in \[0, 1\]"):
             tieredkv.open_session(video_model, bad, gpu_kv_gb=1, processor=processor, **sampling)
+
+
+def test_a_video_longer_than_the_models_rotations_allow_is_refused_before_it_is_decoded(monkeypatch):
+    """With dynamic rotary embeddings keys would have to be rotated again for each length."""
+    import copy
+
+    from families import build
+
+    model, processor = build("internvl")
+    model = copy.deepcopy(model)
+    text = model.config.text_config
+    text.rope_parameters = {**text.rope_parameters, "rope_type": "dynamic", "factor": 2.0}
+    film = np.zeros((20, 60, 90, 3), dtype=np.uint8)
+    options = {"processor": processor, "gpu_kv_gb": 1, "fps": 4}
+    planned = tieredkv.plan(model, film, **options, question_tokens=40, max_new_tokens=5)
+    text.max_position_embeddings = most = planned.prompt_tokens + 4
+    with pytest.raises(UnsupportedModelError, match=rf"above {most:,} tokens.*'dynamic'.*context of {most + 1:,} was"):
+        tieredkv.plan(model, film, **options, question_tokens=40, max_new_tokens=5)
+    with tieredkv.open_session(model, film, **options) as session:
+        with pytest.raises(UnsupportedModelError, match="'dynamic'"):
+            session.ask("what is it ?", max_new_tokens=300)
+        session.ask("what ?", max_new_tokens=2)
+    text.max_position_embeddings = 50
+    monkeypatch.setattr("tieredkv.models.encode.encode", None)  # not reached
+    with pytest.raises(UnsupportedModelError, match="'dynamic'"):
+        tieredkv.open_session(model, film, **options)

@@ -74,7 +74,7 @@ def test_a_saved_session_answers_as_before(windowed, film, tmp_path):
 # ---- caches of text models
 
 
-@pytest.fixture(params=["gemma3_text", "gemma4_text", "qwen3_5_text"])
+@pytest.fixture(params=["gemma3_text", "gemma4_text", "qwen3_5_text", "lfm3"])
 def model(request):
     return random_text_model(request.param)
 

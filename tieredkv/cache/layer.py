@@ -39,7 +39,8 @@ class TieredLayer(CacheLayerMixin):
     """One layer: its host tier, the scores of the question's rows, and, once sealed, its share of the device tier."""
 
     is_sliding = False
-    sliding_window = None
+    sliding_window: int | None = None
+    """Of a config that states a window longer than the model's contexts. The cache never holds more tokens."""
     is_compileable = False
     is_croppable = True
 

@@ -15,6 +15,7 @@ import torch
 from transformers import Cache, PreTrainedConfig
 
 from tieredkv.cache import seal
+from tieredkv.cache.conv_layer import ConvLayer
 from tieredkv.cache.counters import Counters
 from tieredkv.cache.decoding import Decoding
 from tieredkv.cache.device_tier import DeviceTier
@@ -27,12 +28,13 @@ from tieredkv.cache.untiered import Untiered
 from tieredkv.config import TierConfig, tier_config
 from tieredkv.environment import forking
 from tieredkv.environment.ambient import settled
-from tieredkv.errors import OptionError, TieredKVError
+from tieredkv.errors import OptionError, TieredKVError, UnsupportedModelError
 from tieredkv.memory.copies import BackgroundCopies
 from tieredkv.memory.ledger import on_device
 from tieredkv.models import families
-from tieredkv.models.families.decoder import TIERED
+from tieredkv.models.families.decoder import TIERED, sliding_window
 from tieredkv.models.kv_shape import KVShape
+from tieredkv.models.long_context import LongContext
 from tieredkv.ops.base import Ops
 
 
@@ -69,7 +71,7 @@ class TieredCache(Cache):
         device while it is prefilled, only the call that completes it is scored, and no token before its end counts as
         generated. ops: the operations of decoding steps; copies: how the tiers copy in the background; both default to
         what suits the device. Raises `UnsupportedModelError` when a layer is neither full attention nor, in a family
-        where that is tested, a sliding window or linear attention.
+        where that is tested, a sliding window, linear attention or a convolution.
         """
         self.question = Question(max_new_tokens=max_new_tokens, prompt_tokens=prompt_tokens)
         """What follows the cached tokens."""
@@ -78,8 +80,8 @@ class TieredCache(Cache):
         """Counts the device bytes of keys, values, and what is allocated with them."""
         self.tiered_layers: list[TieredLayer] = []
         """The layers with full attention."""
-        untiered: list[SlidingLayer | LinearLayer] = []
-        layers: list[TieredLayer | SlidingLayer | LinearLayer] = []
+        untiered: list[SlidingLayer | LinearLayer | ConvLayer] = []
+        layers: list[TieredLayer | SlidingLayer | LinearLayer | ConvLayer] = []
         self._order = LayerOrder()
         text = config.get_text_config(decoder=True)
         decoder = families.text_decoder(text)
@@ -90,13 +92,15 @@ class TieredCache(Cache):
             if kind == TIERED:
                 index = len(self.tiered_layers)
                 own = TieredLayer(self, self._order, self.device_tier, index, prompt_tokens, readers)
+                own.sliding_window = decoder.window(text)
                 self.tiered_layers.append(own)
                 layers.append(own)
             else:
-                linear = kind == "linear_attention"
-                untiered.append(LinearLayer(self._order) if linear else SlidingLayer(self._order, text.sliding_window))
+                untiered.append(self._untiered_layer(kind, text))
                 layers.append(untiered[-1])
             self._order.add(layers[-1], kind == TIERED, readers)
+        self.long_context = LongContext(config)
+        """Which lengths the model's cache can have."""
         self.untiered = Untiered(untiered)
         """The layers that do not grow, which are transformers', and what they go back to."""
         super().__init__(layers=list(layers))
@@ -104,6 +108,15 @@ class TieredCache(Cache):
         """The decode phase; None: in prefill."""
         self._counters = Counters()
         self._forced = self._closed = False
+
+    def _untiered_layer(self, kind: str, text: PreTrainedConfig) -> SlidingLayer | LinearLayer | ConvLayer:
+        if kind == "sliding_attention":
+            return SlidingLayer(self._order, sliding_window(text))
+        if (states := getattr(text, "number_of_conv_states", 1)) != 1:
+            raise UnsupportedModelError(
+                f"layers of type {kind} of this {text.model_type} keep {states} states each: TieredCache supports one."
+            )
+        return ConvLayer(self._order) if kind == "conv" else LinearLayer(self._order)
 
     # ---- contents
 
@@ -152,7 +165,7 @@ class TieredCache(Cache):
 
     @property
     def untiered_bytes(self) -> int:
-        """Device memory that does not count against the cap: windows of sliding layers, states of linear attention."""
+        """Device memory that does not count against the cap: windows of sliding layers, states of the others."""
         return self.untiered.device_bytes
 
     # ---- transformers' protocol
@@ -200,8 +213,8 @@ class TieredCache(Cache):
         """Declare the cached tokens the context, and later ones questions about it.
 
         Digests are then fitted to the context alone, so that no question depends on another. Layers that cannot be
-        truncated (sliding windows, linear attention) are copied to host memory, so that the cache can come back to this
-        length; the previous copy is dropped.
+        truncated (sliding windows, linear attention, convolutions) are copied to host memory, so that the cache can
+        come back to this length; the previous copy is dropped.
         """
         self._order.check_between_calls()
         self.untiered.settle()
@@ -230,6 +243,7 @@ class TieredCache(Cache):
         if index == 0:
             forking.enter(self.device_tier.devices[0].type)
             self._order.begin_call()
+            self.long_context.check(self.get_seq_length(), tokens)
             self._change_phase(tokens)
         self._order.begin_layer(index)
 
@@ -296,8 +310,8 @@ class TieredCache(Cache):
     def truncate(self, tokens: int) -> None:
         """Forget all but the first `tokens` tokens, and leave the decode phase.
 
-        Where layers cannot be truncated (a sliding window that has moved on, linear attention), 0 and the length at the
-        last `settle` are possible. Any other raises `OptionError`, which names them, and changes nothing.
+        Where layers cannot be truncated (a sliding window that has moved on, linear attention, convolutions), 0 and the
+        length at the last `settle` are possible. Any other raises `OptionError`, which names them, and changes nothing.
         """
         self.untiered.check_truncate(tokens, self.get_seq_length())
         self._order.reset()

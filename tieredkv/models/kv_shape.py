@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tieredkv.models.families import text_decoder
-from tieredkv.models.families.decoder import TIERED, Decoder, count
+from tieredkv.models.families.decoder import TIERED, Decoder, count, sliding_window
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -37,6 +37,10 @@ class KVShape:
     """The convolution state of such a layer."""
     recurrent_state_bytes: int = 0
     """The recurrent state of such a layer."""
+    convolutions: int = 0
+    """Layers that only convolve the last tokens."""
+    convolution_bytes: int = 0
+    """The state of such a layer."""
 
     @property
     def kv_heads(self) -> int:
@@ -75,10 +79,13 @@ def _untiered_sizes(decoder: Decoder, text: PreTrainedConfig, kinds: list[str], 
         kv_heads, head_dim = decoder.kv_dims(text, "sliding_attention")
         sizes |= {
             "sliding_layers": layers,
-            "sliding_window": count(text, "sliding_window"),
+            "sliding_window": sliding_window(text),
             "sliding_token_bytes": kv_heads * 2 * head_dim * dtype.itemsize,
         }
     if layers := kinds.count("linear_attention"):
         conv, recurrent = decoder.state_bytes(text, "linear_attention", dtype)
         sizes |= {"linear_layers": layers, "conv_state_bytes": conv, "recurrent_state_bytes": recurrent}
+    if layers := kinds.count("conv"):
+        conv, _ = decoder.state_bytes(text, "conv", dtype)
+        sizes |= {"convolutions": layers, "convolution_bytes": conv}
     return sizes

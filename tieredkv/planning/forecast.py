@@ -21,6 +21,7 @@ from tieredkv.models.chat_template import ChatTemplate
 from tieredkv.models.encode import at_processor_rate, batch_tokens
 from tieredkv.models.families.base import VideoGrid
 from tieredkv.models.kv_shape import KVShape, model_shape
+from tieredkv.models.long_context import LongContext
 from tieredkv.models.wrapped import unwrapped
 from tieredkv.planning import decode_plan, forecast_bytes, sizes
 from tieredkv.planning.admission import FEWER_TOKENS, Request, check_memory
@@ -98,6 +99,7 @@ def plan(
         head = HEAD_TOKENS if processor is None else source.head_tokens(processor, video)
     text = head + question_tokens
     prompt = text + inside
+    LongContext(source.config).check(0, prompt + max_new_tokens)
 
     host, available = sizes.host_bytes(shape, tiers, prompt), limits.available_host_bytes()
     fewer = FEWER_TOKENS if video is not None else "give fewer tokens or a smaller max_new_tokens"

@@ -80,6 +80,7 @@ def host_bytes(shape: KVShape, tiers: TierConfig, prompt: int) -> int:
 def snapshot_bytes(shape: KVShape, tokens: int) -> int:
     """Host memory of the snapshot of the layers that do not grow, after `tokens` tokens."""
     states = shape.linear_layers * (shape.conv_state_bytes + shape.recurrent_state_bytes)
+    states += shape.convolutions * shape.convolution_bytes
     return _window_bytes(shape, _window_tokens(shape, tokens)) + states
 
 
@@ -91,6 +92,8 @@ def untiered_bytes(shape: KVShape, past: int, new: int) -> dict[str, int]:
         kinds["sliding windows"] = _window_bytes(shape, _window_tokens(shape, past) + new)
     if shape.linear_layers:  # the convolution state twice, see `LinearLayer`
         kinds["linear states"] = shape.linear_layers * (2 * shape.conv_state_bytes + shape.recurrent_state_bytes)
+    if shape.convolutions:
+        kinds["convolution states"] = shape.convolutions * shape.convolution_bytes
     return kinds
 
 

@@ -21,6 +21,7 @@ from tieredkv.models.chat_template import ChatTemplate
 from tieredkv.models.encode import Encoded, at_processor_rate, encode, segments
 from tieredkv.models.families.base import VideoGrid
 from tieredkv.models.kv_shape import model_shape
+from tieredkv.models.long_context import LongContext
 from tieredkv.models.same_model import SameModel
 from tieredkv.models.switch import use_attention
 from tieredkv.planning.admission import Request, check_memory
@@ -111,6 +112,7 @@ class Ingest:
         weight = self.model.get_input_embeddings().weight
         shape = model_shape(self.model.config, weight.dtype)
         request = Request(head + video + question_tokens, question_tokens, max_new_tokens)
+        LongContext(self.model.config).check(0, request.tokens + max_new_tokens)
         check_memory(shape, self.tiers, request, one_memory=weight.device.type == "cpu")
         return request.tokens + QUESTION_ROOM
 

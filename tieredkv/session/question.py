@@ -189,8 +189,10 @@ def collect_evidence(cached: CachedVideo, looks: Looks, rows: int, tokens: int, 
 def _make_room(cache: TieredCache, question: Question, tail: int, conversation: Conversation) -> None:
     """Raise `BudgetError` unless both tiers can hold prompt and answer. tail: tokens after the video.
 
-    What a conversation keeps gives way to a longer prompt.
+    What a conversation keeps gives way to a longer prompt. Raises `UnsupportedModelError` if prompt and answer are
+    longer than the model's cache can be.
     """
+    cache.long_context.check(0, question.prompt_tokens + question.max_new_tokens)
     request = Request(question.prompt_tokens, tail, question.max_new_tokens)
     shorter = "shorten the question or the conversation"
     longer = f"lower max_new_tokens, or {shorter}"

@@ -11,8 +11,10 @@ from tieredkv.models.families.decoder import TIERED, Decoder
 from tieredkv.models.families.gemma4 import Gemma4, Gemma4Decoder, Gemma4Unified
 from tieredkv.models.families.glm4v import Glm4V
 from tieredkv.models.families.internvl import InternVL
+from tieredkv.models.families.lfm import Lfm3VL, LfmDecoder
 from tieredkv.models.families.llava_onevision import LlavaOnevision
 from tieredkv.models.families.minicpmv import MiniCPMV46, MiniCPMV47
+from tieredkv.models.families.mistral import OneWindowDecoder
 from tieredkv.models.families.perception_lm import PerceptionLM
 from tieredkv.models.families.qwen2_5_vl import Qwen25VL
 from tieredkv.models.families.qwen2_vl import Qwen2VL
@@ -37,6 +39,7 @@ FAMILIES: tuple[VideoFamily, ...] = (
     MiniCPMV46(),
     MiniCPMV47(),
     Glm4V(),
+    Lfm3VL(),
     Gemma4(),
     Gemma4Unified(),
 )
@@ -57,8 +60,11 @@ DECODERS: tuple[Decoder, ...] = (
         settings=("attention_k_eq_v", "num_kv_shared_layers", "per_layer_config"),
         video_only=True,
     ),
-    Qwen35Decoder(("qwen3_5_text",)),
-    Qwen35Decoder(("qwen3_5_moe_text",), video_only=True),
+    Qwen35Decoder(("qwen3_5_text", "qwen3_5_moe_text")),
+    OneWindowDecoder(("mistral", "ministral3", "phi3")),
+    Decoder(("ministral",), untiered=("sliding_attention",)),
+    LfmDecoder(("lfm2", "lfm2_moe")),
+    LfmDecoder(("lfm3",), untiered=("conv", "sliding_attention"), tested=("5.23", "5.24")),
     Decoder(("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"), video_only=True),
     Decoder(("glm4v_text",), video_only=True),
     Decoder(
@@ -70,8 +76,11 @@ DECODERS: tuple[Decoder, ...] = (
 """Text models: on their own under `TieredCache`, and those of the video families."""
 
 _WHOLE_VIDEO = "its visual tokens attend to those of later frames too, so a video cannot be read in pieces"
+_IMAGES_ONLY = "its processor takes images but no video; under TieredCache its text model works"
 REFUSED: dict[str, str] = {
     "gemma3": "the tokens of an image attend to each other in both directions",
+    "lfm2_vl": _IMAGES_ONLY,
+    "mistral3": _IMAGES_ONLY,
     "molmo2": _WHOLE_VIDEO,
     "molmo2_text": _WHOLE_VIDEO,
 }

@@ -69,9 +69,13 @@ class Decoder:
         """How many later layers attend to the keys and values of the last layer of type `TIERED`, as they have none."""
         return 0
 
+    def window(self, text: PreTrainedConfig) -> int | None:
+        """Tokens that layers of type `TIERED` see, in a config that states a window for them. None: all tokens."""
+        return None
+
     def state_bytes(self, text: PreTrainedConfig, kind: str, dtype: torch.dtype) -> tuple[int, int]:
-        """The convolution state and the recurrent state of a layer of this type of linear attention. Raises as
-        `count`."""
+        """The convolution state and the recurrent state of a layer of this type, which has one of each or only the
+        first. Raises as `count`."""
         raise NotImplementedError(f"the decoder of {text.model_type} does not state the size of {kind}")
 
 
@@ -88,3 +92,14 @@ def count(text: PreTrainedConfig, name: str) -> int:
     if not isinstance(value, int) or value < 1:
         raise UnsupportedModelError(f"the model's config is damaged: {name} is {value!r}.")
     return value
+
+
+def sliding_window(text: PreTrainedConfig) -> int:
+    """Tokens that a query sees in a layer with a window, its own included. Raises as `count`, and for one token."""
+    window = count(text, "sliding_window")
+    if window == 1:
+        raise UnsupportedModelError(
+            f"this {text.model_type} has a sliding window of one token, which is not supported: transformers' own "
+            "cache then keeps all tokens."
+        )
+    return window
