@@ -64,4 +64,6 @@ def make_hybrid(kind: str, decoder: Decoder, device: str) -> Any:
         for name, weight in model.named_parameters():
             if name.endswith("A_log"):  # recurrent states that remember hundreds of tokens
                 weight.uniform_(-8, -4)
+            elif name.endswith("q_norm.weight") and kind.startswith("gemma4"):  # it does not scale its dot products:
+                weight.mul_(weight.numel() ** -0.5)  # with weights of 1 rounding alone decides where a head attends
     return model.to(device).eval().requires_grad_(False)
