@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tieredkv.attention.interface import AHEAD
 from tieredkv.environment.versions import cache_argument
 from tieredkv.models.families.base import activation_bytes
 from tieredkv.models.families.decoder import TIERED, Decoder
@@ -178,6 +177,8 @@ def _patches(inputs: dict[str, torch.Tensor], tower: torch.nn.Module) -> tuple[t
 
 def _ahead(visual: torch.Tensor) -> torch.Tensor:
     """How many tokens after it each token sees: a visual one the rest of its frame. `(1, n)` mask -> `(1, 1, n, 1)`."""
+    from tieredkv.attention.interface import AHEAD  # imports transformers
+
     n = visual.shape[1]
     index = torch.arange(n, dtype=AHEAD, device=visual.device)
     text = torch.where(visual[0], n, index)
