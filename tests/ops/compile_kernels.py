@@ -83,15 +83,13 @@ def call_all() -> None:
     chosen = torch.zeros(4, 4001, dtype=torch.bool)
     for rule in rank.GROUPS:
         rank.chunk_ranks(torch.zeros(4, 7, 4001), chosen, rule, 1.0)
-    slot_of, tables = (
-        torch.zeros(4, 4002, dtype=torch.int32),
-        [torch.zeros(4, 300, dtype=torch.int32) for _ in range(3)],
-    )
-    heads, few = torch.arange(4), torch.zeros(4, dtype=torch.int64)
-    _, missed, misses = choose.choose(torch.zeros(4, 4001), few, slot_of, 200)
-    step = torch.zeros(1, dtype=torch.int32)
-    for table in (torch.zeros(4, 500, dtype=torch.int32), None):
-        victims = choose.place(chosen, chosen, misses, *tables, step, 200, table, heads, 3)
+    heads, few, step = torch.arange(4), torch.zeros(4, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
+    for chunks, slots in ((40001, 20000), (16001, 8000), (4001, 300)):  # rows above, at and below the largest block
+        chosen, slot_of = torch.zeros(4, chunks, dtype=torch.bool), torch.zeros(4, chunks + 1, dtype=torch.int32)
+        tables = [torch.zeros(4, slots, dtype=torch.int32) for _ in range(3)]
+        _, missed, misses = choose.choose(torch.zeros(4, chunks), few, slot_of, 200)
+        for table in (torch.zeros(4, slots + 200, dtype=torch.int32), None):
+            victims = choose.place(chosen, chosen, misses, *tables, step, 200, table, heads, 3)
     for c, d, dtype in (
         (8, 128, torch.bfloat16), (8, 80, torch.float16), (32, 128, torch.bfloat16), (128, 128, torch.bfloat16),
         (8, 256, torch.bfloat16), (8, 64, torch.float32),

@@ -188,8 +188,17 @@ def test_chunk_ranks(kernels, device, group, stay, chunks):
     assert_near(got.cpu(), select.chunk_ranks(logits, chosen, group, stay))
 
 
-@pytest.mark.parametrize("chunks", [7, 2048, 5000])
-def test_the_best_chunks_are_chosen(kernels, device, chunks):
+@pytest.fixture(params=["rows fit in a block", "rows are longer than a block"])
+def blocks(request, monkeypatch):
+    """Rows of some hundred numbers are handled as those of real lengths are, in one block or in several."""
+    from tieredkv.ops.triton import choose
+
+    if request.param == "rows are longer than a block":
+        monkeypatch.setattr(choose, "LARGEST_BLOCK", 256)
+
+
+@pytest.mark.parametrize("chunks", [7, 256, 700])
+def test_the_best_chunks_are_chosen(kernels, device, blocks, chunks):
     ranks = torch.randn(3, chunks)
     slot_of = torch.where(torch.rand(3, chunks + 1) < 0.5, 1, -1).int()
     selected = torch.tensor([0, 3, 7])
@@ -199,6 +208,42 @@ def test_the_best_chunks_are_chosen(kernels, device, chunks):
     assert torch.equal(got[2].cpu(), want[2])
     for head, count in enumerate(want[2].tolist()):
         assert torch.equal(got[1][head, :count].cpu(), want[1][head, :count])
+
+
+def test_all_of_equal_ranks_may_be_chosen_or_few(kernels, device, blocks):
+    ranks = torch.tensor([[-1.0] * 300 + [-2.0] * 300, [0.0] * 299 + [-0.5] * 301], device=device)
+    none = torch.full((2, 601), -1, dtype=torch.int32, device=device)
+    chosen, missed, misses = kernels.choose(ranks, torch.tensor([280, 300], device=device), none, 300)
+    for head, (count, want) in enumerate([(280, range(280)), (300, range(300))]):
+        assert chosen[head].nonzero().flatten().tolist() == list(want)
+        assert missed[head, :count].tolist() == list(want)
+    assert misses.tolist() == [280, 300]
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_the_slots_longest_unused_give_way(kernels, device, blocks, listed):
+    """Tables in the middle of an answer: some slots never used, some kept, some a head does not own."""
+    n, chunks, count, step = 2, 900, 600, 37
+    slots = torch.randperm(n * count).view(n, count).int()
+    slots[1, 500:] = -1
+    chunk_in = torch.stack([torch.randperm(chunks)[:count] for _ in range(n)]).int()
+    chunk_in[:, ::7] = -1
+    chunk_in[1, 500:] = -1
+    last_used = torch.where(torch.rand(n, count) < 0.3, -1 - torch.arange(count), torch.randint(0, step, (n, count)))
+    wanted = torch.rand(n, chunks) < 0.2
+    kept = wanted | (torch.rand(n, chunks) < 0.2)
+    misses, heads = torch.tensor([190, 0], dtype=torch.int32), torch.tensor([2, 0])
+    found = []
+    for ops, where in ((TORCH, torch.device("cpu")), (kernels, device)):
+        table, used = torch.zeros(3, 4 + count, dtype=torch.int32, device=where), last_used.int().to(where)
+        victims = ops.place(
+            wanted.to(where), kept.to(where), misses.to(where), chunk_in.to(where), used, slots.to(where),
+            torch.tensor([step], dtype=torch.int32, device=where), 200, table if listed else None,
+            heads.to(where), 4,
+        )  # fmt: skip
+        found.append((victims[0, :190].cpu(), used.cpu(), table.cpu()))
+    for want, got in zip(*found, strict=True):
+        assert torch.equal(got, want)
 
 
 def test_ties_do_not_change_how_many_chunks_are_chosen(kernels, device):
