@@ -232,7 +232,7 @@ def test_the_slots_longest_unused_give_way(kernels, device, blocks, listed):
     last_used = torch.where(torch.rand(n, count) < 0.3, -1 - torch.arange(count), torch.randint(0, step, (n, count)))
     wanted = torch.rand(n, chunks) < 0.2
     kept = wanted | (torch.rand(n, chunks) < 0.2)
-    misses, heads = torch.tensor([190, 0], dtype=torch.int32), torch.tensor([2, 0])
+    misses, heads = torch.tensor([190, 170], dtype=torch.int32), torch.tensor([2, 0])
     found = []
     for ops, where in ((TORCH, torch.device("cpu")), (kernels, device)):
         table, used = torch.zeros(3, 4 + count, dtype=torch.int32, device=where), last_used.int().to(where)
@@ -241,7 +241,7 @@ def test_the_slots_longest_unused_give_way(kernels, device, blocks, listed):
             torch.tensor([step], dtype=torch.int32, device=where), 200, table if listed else None,
             heads.to(where), 4,
         )  # fmt: skip
-        found.append((victims[0, :190].cpu(), used.cpu(), table.cpu()))
+        found.append((torch.cat([victims[0, :190], victims[1, :170]]).cpu(), used.cpu(), table.cpu()))
     for want, got in zip(*found, strict=True):
         assert torch.equal(got, want)
 
@@ -249,9 +249,10 @@ def test_the_slots_longest_unused_give_way(kernels, device, blocks, listed):
 def test_ties_do_not_change_how_many_chunks_are_chosen(kernels, device):
     ranks = torch.tensor([[0.0, 1.0, 0.0, 0.0, 2.0, 0.0]], device=device)
     none = torch.full((1, 7), -1, dtype=torch.int32, device=device)
-    chosen, missed, misses = kernels.choose(ranks, torch.tensor([4], device=device), none, 5)
-    assert chosen.int().tolist() == [[1, 1, 1, 0, 1, 0]]
-    assert (missed[0, :4].tolist(), misses.tolist()) == ([0, 1, 2, 4], [4])
+    for count, want in ((4, [0, 1, 2, 4]), (5, [0, 1, 2, 3, 4])):
+        chosen, missed, misses = kernels.choose(ranks, torch.tensor([count], device=device), none, 5)
+        assert chosen[0].nonzero().flatten().tolist() == want
+        assert (missed[0, :count].tolist(), misses.tolist()) == (want, [count])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
