@@ -71,10 +71,13 @@ def call_all() -> None:
     ):  # fmt: skip
         pages, table = torch.zeros(40, 2, c, d, dtype=dtype), torch.zeros(4, 37, dtype=torch.int32)
         attend.paged_attention(torch.zeros(4 * group, 1, d, dtype=dtype), pages, table, table, 0.1)
+        page_lse = torch.zeros(4 * group, 37)
         rows = torch.zeros(4, d, dtype=dtype)
         copy.append(rows, rows, pages, table, table, torch.zeros(1, dtype=torch.int32))
         pages, packing = packed(40, c, d)
-        attend.paged_attention(torch.zeros(4 * group, 1, d, dtype=dtype), pages, table, table, 0.1, packing=packing)
+        for written in (None, page_lse):
+            query = torch.zeros(4 * group, 1, d, dtype=dtype)
+            attend.paged_attention(query, pages, table, table, 0.1, packing=packing, page_lse=written)
         copy.append(rows, rows, pages, table, table, torch.zeros(1, dtype=torch.int32), packing)
     for group, c, r, bits in ((7, 8, 64, 4), (2, 8, 8, 4), (7, 8, 64, 8), (7, 128, 64, 4), (16, 32, 48, 4)):
         basis = Basis(torch.zeros(4, 2 * r, r), torch.zeros(4, 2 * r, r), torch.zeros(4, 1, 2 * r))

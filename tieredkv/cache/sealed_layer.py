@@ -166,9 +166,10 @@ class SealedLayer:
             if self.phase.tiers.adaptive and self.retrieval.adapt():
                 self._set_lengths(self.retrieval)
             self.retrieval.step(grouped, scaling, logits)
-        out, lse = self.pages.attend(query.unsqueeze(1), scaling)
+        page_lse = None if self.retrieval is None else self.retrieval.page_lse
+        out, lse = self.pages.attend(query.unsqueeze(1), scaling, page_lse)
         if self.retrieval is not None:
-            self.retrieval.record_step(grouped, scaling, lse.view(self._host.num_heads, -1))
+            self.retrieval.record_step(lse.view(self._host.num_heads, -1))
         return out.squeeze(1).to(query.dtype)
 
     def _append(self, key: torch.Tensor, value: torch.Tensor) -> None:

@@ -154,6 +154,7 @@ class Ops(Protocol):
         scaling: float,
         batch_pages: int,
         packing: Packing | None = None,
+        page_lse: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention over pages that differ from head to head: output `(H, n, D)` and lse `(H, n)`, float32.
 
@@ -162,4 +163,7 @@ class Ops(Protocol):
         ignored. A head without any token is an error: torch raises ValueError, a kernel's result is undefined.
         batch_pages: pages to gather at a time, at least one per KV head, which bounds the scratch; an implementation
         that gathers nothing ignores it.
+
+        page_lse `(H, >= P)` float32, only if n is 1: is set to the log-sum-exp of each page's logits, to a number below
+        -1e30 where no token of a page counts; what lies beyond the P columns is left as it is.
         """
