@@ -62,10 +62,18 @@ def test_a_family_names_all_modules_that_are_not_its_decoder(name):
 def test_settings_hold_what_a_family_and_its_decoder_add(name):
     model, _ = build(name)
     family, settings = families.VIDEO_FAMILIES[name], model_settings(model)
-    decoder = families.text_decoder(model.config.get_text_config())
+    decoder = families.text_decoder(model.config.get_text_config(decoder=True))
     assert set(family.settings) <= settings.keys()
     assert set(family.vision_settings) <= settings["vision"].keys()
     assert set(decoder.settings) <= settings["text"].keys()
+
+
+@EVERY_FAMILY
+def test_a_family_names_the_types_of_its_texts(name):
+    model, _ = build(name)
+    family = families.VIDEO_FAMILIES[name]
+    assert model.config.get_text_config(decoder=True).model_type in family.text_types()
+    assert None not in map(families.find_decoder, family.text_types())
 
 
 def test_a_kind_that_cannot_be_supported_is_refused_with_the_reason(monkeypatch):

@@ -163,6 +163,10 @@ class VideoFamily(ABC):
 
     # ---- decoder
 
+    def text_types(self) -> tuple[str, ...]:
+        """`model_type` of the configs of the texts, of its models, that it is tested with."""
+        return tuple(f"{kind}_text" for kind in self.model_types)
+
     def positions(
         self, model: Any, head: int, video: VideoGrid, begin: int, stop: int, rule: Positions
     ) -> torch.Tensor:

@@ -17,6 +17,9 @@ class InternVL(PerFrame):
     vision_modules = frozenset({"vision_tower", "multi_modal_projector"})
     settings = ("vision_feature_layer", "vision_feature_select_strategy", "downsample_ratio", "projector_hidden_act")
 
+    def text_types(self) -> tuple[str, ...]:
+        return ("qwen2",)
+
     def side(self, config: Any) -> int:
         return int(patches_per_side(config.vision_config) * config.downsample_ratio)
 

@@ -21,6 +21,9 @@ class SmolVLM(PerFrame):
     vision_modules = frozenset({"vision_model", "connector"})
     settings = ("scale_factor",)
 
+    def text_types(self) -> tuple[str, ...]:
+        return ("llama",)
+
     def side(self, config: Any) -> int:
         return patches_per_side(config.vision_config) // config.scale_factor
 
