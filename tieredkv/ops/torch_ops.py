@@ -168,6 +168,8 @@ def paged_attention(
     page_lse: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `Ops.paged_attention`. Waits for the device."""
+    if page_lse is not None:
+        write_page_lse(query, pages, table, lengths, scaling, batch_pages, packing, page_lse)
     heads, n, d = query.shape
     kv_heads, columns = table.shape
     c = pages.shape[2]
@@ -199,8 +201,6 @@ def paged_attention(
     if packing is not None:
         out = merged[0].view(kv_heads, -1, d) * packing.norms[:, 1:]
         merged = out.view(heads, n, d), merged[1]
-    if page_lse is not None:
-        write_page_lse(query, pages, table, lengths, scaling, batch_pages, packing, page_lse)
     return merged
 
 
@@ -220,7 +220,8 @@ def write_page_lse(
     if packing is not None:
         folded = folded * packing.norms[:, :1]
     halves, within = pages.flatten(2).flatten(0, 1), torch.arange(c, device=pages.device)  # a page's keys, its values
-    width = max(1, batch_pages // kv_heads)
+    # Logits take three copies where attention takes values: fewer pages at a time for many queries or narrow heads.
+    width = max(1, batch_pages * d // (kv_heads * (d + 2 * folded.shape[1])))
     for first in range(0, columns, width):
         part = slice(first, min(columns, first + width))
         ids = table[:, part].long().flatten() * 2
