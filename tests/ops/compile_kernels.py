@@ -86,6 +86,8 @@ def call_all() -> None:
     chosen = torch.zeros(4, 4001, dtype=torch.bool)
     for rule in rank.GROUPS:
         rank.chunk_ranks(torch.zeros(4, 7, 4001), chosen, rule, 1.0)
+    rank.log_mass_without(torch.zeros(4, 7, 4001), chosen)
+    rank.add_mass(torch.zeros(4001), torch.zeros(4, 7, 4001), torch.zeros(4, 7), chosen)
     heads, few, step = torch.arange(4), torch.zeros(4, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
     for chunks, slots in ((40001, 20000), (16001, 8000), (4001, 300)):  # rows above, at and below the largest block
         chosen, slot_of = torch.zeros(4, chunks, dtype=torch.bool), torch.zeros(4, chunks + 1, dtype=torch.int32)

@@ -204,6 +204,39 @@ def test_chunk_ranks(kernels, device, group, stay, chunks):
     assert_near(got.cpu(), select.chunk_ranks(logits, chosen, group, stay))
 
 
+@pytest.mark.parametrize("chunks", [5, 700, 5000])
+def test_mass_that_was_not_chosen_and_mass_that_was(kernels, device, chunks):
+    logits, chosen = 9 * torch.randn(2, 3, chunks), torch.rand(2, chunks) < 0.3
+    shift, mass = torch.randn(2, 3), torch.rand(chunks)
+    got = kernels.log_mass_without(logits.to(device), chosen.to(device))
+    assert_near(got.cpu(), select.log_mass_without(logits, chosen))
+    wanted, found = mass.clone(), mass.to(device)
+    torch_ops.add_mass(wanted, logits, shift, chosen)
+    kernels.add_mass(found, logits.to(device), shift.to(device), chosen.to(device))
+    torch.testing.assert_close(found.cpu(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_where_all_is_chosen_no_mass_is_left(kernels, device):
+    logits, chosen = torch.randn(2, 3, 40, device=device), torch.ones(2, 40, dtype=torch.bool, device=device)
+    assert bool((kernels.log_mass_without(logits, chosen) < -1e30).all())
+
+
+def test_several_known_tokens_are_decoded_as_torch_decodes_them(kernels, llama, long_ids):
+    found = []
+    for ops in (None, kernels):
+        options = {"gpu_kv_gb": 1, "budget_ratio": 0.1, "theta": 2.0, "text_window": 16, "chunk_tokens": 8}
+        with (
+            torch.no_grad(),
+            tieredkv.use_attention(llama),
+            TieredCache(llama.config, **tier_options(**options), ops=ops, max_new_tokens=8) as cache,
+        ):
+            llama(long_ids, **cache_argument(cache))
+            cache.seal()
+            with cache.forced():
+                found.append(llama(long_ids[:, 40:44], **cache_argument(cache)).logits[0])
+    torch.testing.assert_close(found[1], found[0], atol=3e-2, rtol=0)
+
+
 @pytest.fixture(params=["rows fit in a block", "rows are longer than a block"])
 def blocks(request, monkeypatch):
     """Rows of some hundred numbers are handled as those of real lengths are, in one block or in several."""

@@ -66,7 +66,7 @@ class EstimatedMass:
     def note(self, logits: torch.Tensor, query: torch.Tensor, scaling: float, chosen: torch.Tensor) -> None:
         """Note a step's logits `(n, G, N)`, queries `(n, G, D)`, chosen chunks `(n, N)`; within `Ranking.scratch`."""
         constant = self._ranking.constant(query, scaling)
-        self._unselected = select.log_mass_without(logits, chosen) + constant
+        self._unselected = self._ranking.ops.log_mass_without(logits, chosen) + constant
         if self._chunk_mass is not None:
             self._kept = logits, constant
 
@@ -86,8 +86,7 @@ class EstimatedMass:
         self._ledger.release("logits")  # counted in the scratch from here on
         with self._ranking.scratch():
             whole = torch.logaddexp(self._unselected, lse)
-            mass = (logits + (constant - whole).unsqueeze(-1)).exp_().sum(1)
-            self._chunk_mass.add_(mass.mul_(chosen).sum(0))
+            self._ranking.ops.add_mass(self._chunk_mass, logits, constant - whole, chosen)
 
 
 class ExactMass:

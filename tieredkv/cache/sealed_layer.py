@@ -132,7 +132,8 @@ class SealedLayer:
             with phase.ledger.scratch("ranking", ranking_bytes(phase.shape, phase.tiers, phase.plan.layout)):
                 logits = self.retrieval.ranking.logits(folded, scaling).unflatten(1, (-1, n))
             return [
-                self.step(query[:, row], keys[:, row], values[:, row], scaling, logits[:, :, row]) for row in range(n)
+                self.step(query[:, row], keys[:, row], values[:, row], scaling, logits[:, :, row].contiguous())
+                for row in range(n)
             ]
 
     def _row_bytes(self) -> int:

@@ -45,6 +45,17 @@ class Ops(Protocol):
         their ranks are multiplied by `stay`.
         """
 
+    def log_mass_without(self, logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """Log-sum-exp `(n, G)` of logits `(n, G, N)` over all chunks but the chosen `(n, N)`."""
+
+    def add_mass(
+        self, chunk_mass: torch.Tensor, logits: torch.Tensor, shift: torch.Tensor, chosen: torch.Tensor
+    ) -> None:
+        """Add to `chunk_mass` `(N,)` the sum of `exp(logits + shift)` over all queries of the heads that chose a chunk.
+
+        logits `(n, G, N)`, shift `(n, G)`, chosen `(n, N)` bool.
+        """
+
     def choose(
         self, ranks: torch.Tensor, selected: torch.Tensor, slot_of: torch.Tensor, most: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

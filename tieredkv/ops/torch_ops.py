@@ -157,6 +157,12 @@ def write(
         pages[slot, :, row], packing.scales[slot, :, row] = pack(part.to(pages.device), packing.norms[head])
 
 
+def add_mass(chunk_mass: torch.Tensor, logits: torch.Tensor, shift: torch.Tensor, chosen: torch.Tensor) -> None:
+    """As `Ops.add_mass`."""
+    mass = (logits + shift.unsqueeze(-1)).exp_().sum(1)
+    chunk_mass.add_(mass.mul_(chosen).sum(0))
+
+
 def paged_attention(
     query: torch.Tensor,
     pages: torch.Tensor,
