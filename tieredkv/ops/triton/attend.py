@@ -147,9 +147,9 @@ def paged_attention(
     parts, part_lse = empty((heads, n, splits, d)), empty((heads, n, splits))
     out, lse = empty((heads, n, d)), empty((heads, n))
     padded = max(16, triton.next_power_of_2(d))
-    token_bytes = padded * dtype.itemsize
+    token_bytes = padded * pages.dtype.itemsize
     if packing is not None and dtype == torch.float32:
-        token_bytes *= 2  # unpacked numbers live in registers, where a full block of 32 bits does not fit
+        token_bytes *= 8  # unpacked numbers live in registers, where a full block of 32 bits does not fit
     block, c = min(128, max(16, BLOCK_BYTES // token_bytes)), pages.shape[2]
     in_pass = page_lse if block % c == 0 else None
     _attend_split[(kv_heads, splits)](

@@ -1,7 +1,7 @@
 """Which chunks a step attends to, and which slots they go to. One program handles one head.
 
-The limit, above which a head's best chunks lie, is found a byte at a time, ages of slots bit by bit. The first `BLOCK`
-numbers of a row stay in registers meanwhile; longer rows are read again.
+The limit, above which a head's best chunks lie, is found by bisection. The first `BLOCK` ranks stay in registers
+meanwhile; longer rows are read again for every bit.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ def _shape(values: int) -> dict[str, int]:
 
 @triton.jit
 def _keys(ranks, chunk, chunks):
-    """Ranks as unsigned integers in the same order."""
-    bits = tl.load(ranks + chunk, mask=chunk < chunks, other=-float("inf")).to(tl.uint32, bitcast=True)
-    return tl.where(bits >> 31 != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
+    """Ranks as integers in the same order; those that do not exist are the least."""
+    bits = tl.load(ranks + chunk, mask=chunk < chunks, other=-float("inf")).to(tl.int32, bitcast=True)
+    key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return tl.where(chunk < chunks, key, -2147483648)
 
 
 @triton.jit
@@ -33,28 +34,24 @@ def _choose(
 ):  # fmt: skip
     head = tl.program_id(0)
     ranks += head.to(tl.int64) * chunks
-    left = tl.load(selected + head).to(tl.int32)  # still to be found among the ranks that begin with `limit`
-    place, digit = tl.arange(0, BLOCK), tl.arange(0, 256)
+    count = tl.load(selected + head).to(tl.int32)
+    place = tl.arange(0, BLOCK)
     kept = _keys(ranks, place, chunks)
-    # Find the rank of the last chunk to be chosen, a byte at a time from the highest.
-    limit = tl.zeros([], tl.uint32)
-    ties = tl.zeros([], tl.int32)
-    for byte in tl.static_range(4):
-        shift = 24 - 8 * byte
-        counts = tl.zeros([256], tl.int32)
-        for first in range(0, chunks, BLOCK):
-            key = kept
-            if first > 0:
-                key = _keys(ranks, first + place, chunks)
-            alike = first + place < chunks
-            if byte > 0:
-                alike = alike & (key >> (shift + 8) == limit)
-            counts += tl.histogram(((key >> shift) & 255).to(tl.int32), 256, mask=alike)
-        from_digit = tl.sum(counts, 0) - tl.cumsum(counts, 0) + counts  # how many have at least this digit
-        found = tl.maximum(tl.sum((from_digit >= left).to(tl.int32), 0) - 1, 0)
-        left -= tl.sum(tl.where(digit > found, counts, 0), 0)
-        ties = tl.sum(tl.where(digit == found, counts, 0), 0)
-        limit = (limit << 8) | found.to(tl.uint32)
+    # Find the rank of the count-th best, bit by bit from the highest.
+    limit, bit = tl.full([], -2147483648, tl.int64), tl.full([], 2147483648, tl.int64)
+    reached = chunks + 1  # ranks that are not below the limit
+    for _ in range(32):
+        trial = (limit + bit).to(tl.int32)
+        above = tl.sum((kept >= trial).to(tl.int32), 0)
+        for first in range(BLOCK, chunks, BLOCK):
+            above += tl.sum((_keys(ranks, first + place, chunks) >= trial).to(tl.int32), 0)
+        reached = tl.where(above >= count, above, reached)
+        limit = tl.where(above >= count, limit + bit, limit)
+        bit = bit >> 1
+    least = limit.to(tl.int32)
+    better = tl.sum((kept > least).to(tl.int32), 0)
+    for first in range(BLOCK, chunks, BLOCK):
+        better += tl.sum((_keys(ranks, first + place, chunks) > least).to(tl.int32), 0)
     # Of chunks that tie for the last places, take the first.
     equals = tl.zeros([], tl.int32)
     absent = tl.zeros([], tl.int32)
@@ -64,12 +61,12 @@ def _choose(
         key = kept
         if first > 0:
             key = _keys(ranks, chunk, chunks)
-        tie = ((key == limit) & exists).to(tl.int32)
+        tie = ((key == least) & exists).to(tl.int32)
         order = tl.zeros([BLOCK], tl.int32)
-        if ties > left:
+        if reached > count:
             order = equals + tl.cumsum(tie, 0) - tie
             equals += tl.sum(tie, 0)
-        taken = exists & ((key > limit) | ((tie != 0) & (order < left)))
+        taken = exists & ((key > least) | ((tie != 0) & (order < count - better)))
         tl.store(chosen + head * chunks + chunk, taken.to(tl.uint8), mask=exists)
         gone = taken & (tl.load(slot_of + head * slots_stride + chunk, mask=taken, other=0) < 0)
         at = absent + tl.cumsum(gone.to(tl.int32), 0) - 1
