@@ -77,8 +77,8 @@ def fake_kernels() -> OpTable:
     def append(keys, values, pages, table, lengths, count, packing):
         on_card(keys, values, pages, table, lengths, count, *parts(packing))
 
-    def paged_attention(query, pages, table, lengths, scaling, batch_pages, packing):
-        on_card(query, pages, table, lengths, *parts(packing))
+    def paged_attention(query, pages, table, lengths, scaling, batch_pages, packing, page_lse):
+        on_card(query, pages, table, lengths, *parts(packing), *([] if page_lse is None else [page_lse]))
         return query.new_empty(query.shape, dtype=torch.float32), query.new_empty(query.shape[:2], dtype=torch.float32)
 
     return dataclasses.replace(

@@ -8,6 +8,7 @@ from helpers import assert_near
 
 from tieredkv.attention import exact
 from tieredkv.ops import torch_ops
+from tieredkv.ops.packing import Packing
 
 
 def plain(query, keys, values, scaling, hidden=None):
@@ -85,6 +86,27 @@ def test_pages_differ_from_head_to_head(batch_pages, group):
         rows = query[head * group : (head + 1) * group]
         want, _, _ = plain(rows, tokens[:1].expand(1, -1, -1), tokens[1:], 0.4)
         assert_near(out[head * group : (head + 1) * group], want)
+
+
+@pytest.mark.parametrize("batch_pages", [1, 6, 64])
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_log_sum_exp_of_each_page_is_that_of_its_tokens(batch_pages, packed):
+    keys, query = torch.randn(20, 2, 4, 8), torch.randn(6, 1, 8)
+    table, lengths = torch.randperm(20)[:15].view(3, 5), torch.full((3, 5), 4)
+    lengths[0, 1], lengths[2, 3] = 0, 2
+    pages, packing = keys, None
+    if packed:
+        packing = Packing(torch.rand(20, 2, 4).half() + 0.5, torch.rand(3, 2, 8) + 0.5)
+        pages = keys.mul(50).round().to(torch.int8)
+    found = torch.full((6, 9), 7.0)
+    _, lse = torch_ops.paged_attention(query, pages, table, lengths, 0.4, batch_pages, packing, found)
+    torch.testing.assert_close(found[:, :5].logsumexp(-1), lse[:, 0])
+    assert torch.equal(found[:, 5:], torch.full((6, 4), 7.0))
+    assert bool((found[:2, 1] < -1e30).all())
+    page = pages[table[2, 3], 0, :2].float()
+    if packing is not None:
+        page = page * packing.scales[table[2, 3], 0, :2, None] * packing.norms[2, 0]
+    assert_near(found[5, 3], (page @ query[5, 0] * 0.4).logsumexp(-1))
 
 
 def test_the_order_of_pages_does_not_matter():

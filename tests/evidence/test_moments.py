@@ -22,7 +22,7 @@ from tieredkv.errors import OptionError
 from tieredkv.evidence.moments import FAINT, LONGEST_S, MOST, by_step, collect, find_moments, step_of
 from tieredkv.memory import ledger
 from tieredkv.models.families.base import VideoGrid
-from tieredkv.ops import torch_ops
+from tieredkv.planning import sizes
 from tieredkv.tiny import model as tiny
 from tieredkv.tiny.evaluate import TOKENS_PER_SECOND
 from tieredkv.tiny.scene import make_scene, questions
@@ -145,15 +145,6 @@ def test_rows_before_the_question_are_left_out():
 # ---- recording
 
 
-def test_the_mass_of_pages_is_that_of_their_tokens():
-    torch.manual_seed(0)
-    pages, query, slots = torch.randn(9, 2, 4, 16), torch.randn(2, 3, 16), torch.tensor([[3, 1], [8, 0]])
-    keys = torch.stack([pages[own, 0].flatten(0, 1) for own in slots])
-    logits = query @ keys.mT * 0.25
-    want = logits.softmax(-1).unflatten(-1, (2, 4)).sum((1, 3))
-    assert_near(torch_ops.page_mass(query, pages, slots, logits.logsumexp(-1), 0.25), want)
-
-
 def test_rows_are_added_up_over_layers_whatever_blocks_they_come_in():
     torch.manual_seed(0)
     weights, whole, cut = torch.rand(2, 3, 5, 30), Looks(8), Looks(8)
@@ -240,16 +231,18 @@ def test_estimates_of_sketches_are_close_to_the_true_mass(opened, monkeypatch):
         pages_of[self] = pages
         make(self, index, pages, *rest)
 
-    def both(self, query, scaling, lse):
+    def both(self, lse):
         mass = self._estimated._chunk_mass
         before = mass.clone()
-        record(self, query, scaling, lse)
+        record(self, lse)
         estimated, mass[:] = mass - before, before
         exact = ExactMass(pages_of[self], self._heads, self.residency)
-        exact.record(query, scaling, lse[self._heads])
+        exact.record(lse[self._heads])
         pairs.append((estimated, mass - before))
 
     monkeypatch.setattr(Retrieval, "__init__", with_pages)
+    monkeypatch.setattr(Retrieval, "page_lse", property(lambda self: pages_of[self].phase.page_lse))
+    monkeypatch.setattr(sizes, "estimates_mass", lambda shape, tiers, ranked: False)  # so that pages are recorded too
     monkeypatch.setattr(Retrieval, "record_step", both)
     opened(theta=2.0, digest_bits=8, pack_pages=False).ask(QUESTION, max_new_tokens=4)
     by_sketch, exact = (torch.cat(part) for part in zip(*pairs, strict=True))

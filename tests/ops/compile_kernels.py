@@ -72,10 +72,13 @@ def call_all() -> None:
     ):  # fmt: skip
         pages, table = torch.zeros(40, 2, c, d, dtype=dtype), torch.zeros(4, 37, dtype=torch.int32)
         attend.paged_attention(torch.zeros(4 * group, 1, d, dtype=dtype), pages, table, table, 0.1)
+        page_lse = torch.zeros(4 * group, 37)
         rows = torch.zeros(4, d, dtype=dtype)
         copy.append(rows, rows, pages, table, table, torch.zeros(1, dtype=torch.int32))
         pages, packing = packed(40, c, d)
-        attend.paged_attention(torch.zeros(4 * group, 1, d, dtype=dtype), pages, table, table, 0.1, packing=packing)
+        for written in (None, page_lse):
+            query = torch.zeros(4 * group, 1, d, dtype=dtype)
+            attend.paged_attention(query, pages, table, table, 0.1, packing=packing, page_lse=written)
         copy.append(rows, rows, pages, table, table, torch.zeros(1, dtype=torch.int32), packing)
     for group, c, r, bits in ((7, 8, 64, 4), (2, 8, 8, 4), (7, 8, 64, 8), (7, 128, 64, 4), (16, 32, 48, 4)):
         basis = Basis(torch.zeros(4, 2 * r, r), torch.zeros(4, 2 * r, r), torch.zeros(4, 1, 2 * r))
@@ -84,15 +87,15 @@ def call_all() -> None:
     chosen = torch.zeros(4, 4001, dtype=torch.bool)
     for rule in rank.GROUPS:
         rank.chunk_ranks(torch.zeros(4, 7, 4001), chosen, rule, 1.0)
-    slot_of, tables = (
-        torch.zeros(4, 4002, dtype=torch.int32),
-        [torch.zeros(4, 300, dtype=torch.int32) for _ in range(3)],
-    )
-    heads, few = torch.arange(4), torch.zeros(4, dtype=torch.int64)
-    _, missed, misses = choose.choose(torch.zeros(4, 4001), few, slot_of, 200)
-    step = torch.zeros(1, dtype=torch.int32)
-    for table in (torch.zeros(4, 500, dtype=torch.int32), None):
-        victims = choose.place(chosen, chosen, misses, *tables, step, 200, table, heads, 3)
+    rank.log_mass_without(torch.zeros(4, 7, 4001), chosen)
+    rank.add_mass(torch.zeros(4001), torch.zeros(4, 7, 4001), torch.zeros(4, 7), chosen)
+    heads, few, step = torch.arange(4), torch.zeros(4, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
+    for chunks, slots in ((40001, 20000), (16001, 8000), (4001, 300)):  # rows above, at and below the largest block
+        chosen, slot_of = torch.zeros(4, chunks, dtype=torch.bool), torch.zeros(4, chunks + 1, dtype=torch.int32)
+        tables = [torch.zeros(4, slots, dtype=torch.int32) for _ in range(3)]
+        _, missed, misses = choose.choose(torch.zeros(4, chunks), few, slot_of, 200)
+        for table in (torch.zeros(4, slots + 200, dtype=torch.int32), None):
+            victims = choose.place(chosen, chosen, misses, *tables, step, 200, table, heads, 3)
     for c, d, dtype in (
         (8, 128, torch.bfloat16), (8, 80, torch.float16), (32, 128, torch.bfloat16), (128, 128, torch.bfloat16),
         (8, 256, torch.bfloat16), (8, 64, torch.float32),

@@ -58,7 +58,7 @@ def assert_packed_alike(got: torch.Tensor, want: torch.Tensor, packing: Packing,
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     ("heads", "group", "d", "c", "columns", "rows"),
-    [(3, 3, 64, 8, 21, 1), (2, 7, 80, 16, 5, 1), (1, 1, 128, 32, 7, 1), (2, 16, 96, 8, 9, 1), (2, 7, 256, 8, 9, 1),
+    [(3, 3, 64, 8, 21, 1), (2, 7, 80, 12, 5, 1), (1, 1, 128, 32, 7, 1), (2, 16, 96, 8, 9, 1), (2, 7, 256, 8, 9, 1),
      (2, 2, 32, 8, 9, 5), (1, 7, 64, 8, 3, 12)],
 )  # fmt: skip
 def test_attention_over_ragged_pages(kernels, device, dtype, heads, group, d, c, columns, rows):
@@ -73,6 +73,20 @@ def test_attention_over_ragged_pages(kernels, device, dtype, heads, group, d, c,
     want, want_lse = torch_ops.paged_attention(query, pages, table, lengths, d**-0.5, 8)
     assert_near(out.cpu(), want, dtype)
     assert_near(lse.cpu(), want_lse, dtype)
+    if rows == 1:
+        assert_pages_alike(kernels, given, None, lengths, dtype)
+
+
+def assert_pages_alike(kernels: Ops, given: list[torch.Tensor], packing: Packing | None, lengths, dtype) -> None:
+    """The log-sum-exp of each page as torch has it; given, packing: on the device. The output is as without."""
+    query, _, table, _ = given
+    got, want = (torch.full((len(query), table.shape[1] + 3), 7.0, device=query.device) for _ in range(2))
+    out, _ = kernels.paged_attention(*given, query.shape[-1] ** -0.5, 8, packing, got)
+    assert torch.equal(out, kernels.paged_attention(*given, query.shape[-1] ** -0.5, 8, packing)[0])
+    torch_ops.paged_attention(*given, query.shape[-1] ** -0.5, 8, packing, want)
+    counts = torch.nn.functional.pad(lengths > 0, (0, 3), value=True).repeat_interleave(len(query) // len(table), 0)
+    assert bool((got.cpu()[~counts] < -1e30).all())
+    assert_near(got.cpu()[counts], want.cpu()[counts], dtype)
 
 
 def test_what_lies_beyond_a_pages_length_is_not_read(kernels, device):
@@ -102,6 +116,8 @@ def test_attention_over_packed_pages(kernels, device, dtype, heads, group, d, c,
     want, want_lse = torch_ops.paged_attention(query, pages, table, lengths, d**-0.5, 8, packing)
     assert_near(out.cpu(), want, dtype)
     assert_near(lse.cpu(), want_lse, dtype)
+    if rows == 1:
+        assert_pages_alike(kernels, given, moved, lengths, dtype)
 
 
 def test_what_lies_beyond_a_packed_pages_length_is_not_read(kernels, device):
@@ -188,8 +204,50 @@ def test_chunk_ranks(kernels, device, group, stay, chunks):
     assert_near(got.cpu(), select.chunk_ranks(logits, chosen, group, stay))
 
 
-@pytest.mark.parametrize("chunks", [7, 2048, 5000])
-def test_the_best_chunks_are_chosen(kernels, device, chunks):
+@pytest.mark.parametrize("chunks", [5, 700, 5000])
+def test_mass_that_was_not_chosen_and_mass_that_was(kernels, device, chunks):
+    logits, chosen = 9 * torch.randn(2, 3, chunks), torch.rand(2, chunks) < 0.3
+    shift, mass = torch.randn(2, 3), torch.rand(chunks)
+    got = kernels.log_mass_without(logits.to(device), chosen.to(device))
+    assert_near(got.cpu(), select.log_mass_without(logits, chosen))
+    wanted, found = mass.clone(), mass.to(device)
+    torch_ops.add_mass(wanted, logits, shift, chosen)
+    kernels.add_mass(found, logits.to(device), shift.to(device), chosen.to(device))
+    torch.testing.assert_close(found.cpu(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_where_all_is_chosen_no_mass_is_left(kernels, device):
+    logits, chosen = torch.randn(2, 3, 40, device=device), torch.ones(2, 40, dtype=torch.bool, device=device)
+    assert bool((kernels.log_mass_without(logits, chosen) < -1e30).all())
+
+
+def test_several_known_tokens_are_decoded_as_torch_decodes_them(kernels, llama, long_ids):
+    found = []
+    for ops in (None, kernels):
+        options = {"gpu_kv_gb": 1, "budget_ratio": 0.1, "theta": 2.0, "text_window": 16, "chunk_tokens": 8}
+        with (
+            torch.no_grad(),
+            tieredkv.use_attention(llama),
+            TieredCache(llama.config, **tier_options(**options), ops=ops, max_new_tokens=8) as cache,
+        ):
+            llama(long_ids, **cache_argument(cache))
+            cache.seal()
+            with cache.forced():
+                found.append(llama(long_ids[:, 40:44], **cache_argument(cache)).logits[0])
+    torch.testing.assert_close(found[1], found[0], atol=3e-2, rtol=0)
+
+
+@pytest.fixture(params=["rows fit in a block", "rows are longer than a block"])
+def blocks(request, monkeypatch):
+    """Rows of some hundred numbers are handled as those of real lengths are, in one block or in several."""
+    from tieredkv.ops.triton import choose
+
+    if request.param == "rows are longer than a block":
+        monkeypatch.setattr(choose, "LARGEST_BLOCK", 256)
+
+
+@pytest.mark.parametrize("chunks", [7, 256, 700])
+def test_the_best_chunks_are_chosen(kernels, device, blocks, chunks):
     ranks = torch.randn(3, chunks)
     slot_of = torch.where(torch.rand(3, chunks + 1) < 0.5, 1, -1).int()
     selected = torch.tensor([0, 3, 7])
@@ -201,12 +259,49 @@ def test_the_best_chunks_are_chosen(kernels, device, chunks):
         assert torch.equal(got[1][head, :count].cpu(), want[1][head, :count])
 
 
+def test_all_of_equal_ranks_may_be_chosen_or_few(kernels, device, blocks):
+    ranks = torch.tensor([[-1.0] * 300 + [-2.0] * 300, [0.0] * 299 + [-0.5] * 301], device=device)
+    none = torch.full((2, 601), -1, dtype=torch.int32, device=device)
+    chosen, missed, misses = kernels.choose(ranks, torch.tensor([280, 300], device=device), none, 300)
+    for head, (count, want) in enumerate([(280, range(280)), (300, range(300))]):
+        assert chosen[head].nonzero().flatten().tolist() == list(want)
+        assert missed[head, :count].tolist() == list(want)
+    assert misses.tolist() == [280, 300]
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_the_slots_longest_unused_give_way(kernels, device, blocks, listed):
+    """Tables in the middle of an answer: some slots never used, some kept, some a head does not own."""
+    n, chunks, count, step = 2, 900, 600, 37
+    slots = torch.randperm(n * count).view(n, count).int()
+    slots[1, 500:] = -1
+    chunk_in = torch.stack([torch.randperm(chunks)[:count] for _ in range(n)]).int()
+    chunk_in[:, ::7] = -1
+    chunk_in[1, 500:] = -1
+    last_used = torch.where(torch.rand(n, count) < 0.3, -1 - torch.arange(count), torch.randint(0, step, (n, count)))
+    wanted = torch.rand(n, chunks) < 0.2
+    kept = wanted | (torch.rand(n, chunks) < 0.2)
+    misses, heads = torch.tensor([190, 170], dtype=torch.int32), torch.tensor([2, 0])
+    found = []
+    for ops, where in ((TORCH, torch.device("cpu")), (kernels, device)):
+        table, used = torch.zeros(3, 4 + count, dtype=torch.int32, device=where), last_used.int().to(where)
+        victims = ops.place(
+            wanted.to(where), kept.to(where), misses.to(where), chunk_in.to(where), used, slots.to(where),
+            torch.tensor([step], dtype=torch.int32, device=where), 200, table if listed else None,
+            heads.to(where), 4,
+        )  # fmt: skip
+        found.append((torch.cat([victims[0, :190], victims[1, :170]]).cpu(), used.cpu(), table.cpu()))
+    for want, got in zip(*found, strict=True):
+        assert torch.equal(got, want)
+
+
 def test_ties_do_not_change_how_many_chunks_are_chosen(kernels, device):
     ranks = torch.tensor([[0.0, 1.0, 0.0, 0.0, 2.0, 0.0]], device=device)
     none = torch.full((1, 7), -1, dtype=torch.int32, device=device)
-    chosen, missed, misses = kernels.choose(ranks, torch.tensor([4], device=device), none, 5)
-    assert chosen.int().tolist() == [[1, 1, 1, 0, 1, 0]]
-    assert (missed[0, :4].tolist(), misses.tolist()) == ([0, 1, 2, 4], [4])
+    for count, want in ((4, [0, 1, 2, 4]), (5, [0, 1, 2, 3, 4])):
+        chosen, missed, misses = kernels.choose(ranks, torch.tensor([count], device=device), none, 5)
+        assert chosen[0].nonzero().flatten().tolist() == want
+        assert (missed[0, :count].tolist(), misses.tolist()) == (want, [count])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -33,5 +33,8 @@ class DecodePhase:
     ops: Ops
     chunk_mass: torch.Tensor
     """`(N,)` float32 on the device: attention that this step's dynamic heads paid each chunk, summed over layers."""
+    page_lse: torch.Tensor | None
+    """`(H, P)` float32 on the device, for the widest table: log-sum-exp of the logits of each page that a step attends
+    to, written by one layer after the other. None: attention masses are estimated from digests."""
     looks: Looks | None
     """Records `chunk_mass`; None: nothing is recorded."""

@@ -143,12 +143,24 @@ class LayerPages:
         phase.ops.append(key, value, phase.pool.pages, self.table, self.lengths, self._recent_length, self.packing)
         self._recent_length += 1
 
-    def attend(self, query: torch.Tensor, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attend with queries `(H, n, D)` to everything in the table: output and lse, float32."""
+    def attend(
+        self, query: torch.Tensor, scaling: float, page_lse: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attend with queries `(H, n, D)` to everything in the table: output and lse, float32.
+
+        page_lse `(H, >= P)`: is set to the log-sum-exp of each page's logits (`Ops.paged_attention`).
+        """
         phase = self.phase
         with phase.ledger.scratch("scratch", self.scratch_bytes):
             return phase.ops.paged_attention(
-                query, phase.pool.pages, self.table, self.lengths, scaling, phase.plan.scratch_pages, self.packing
+                query,
+                phase.pool.pages,
+                self.table,
+                self.lengths,
+                scaling,
+                phase.plan.scratch_pages,
+                self.packing,
+                page_lse,
             )
 
     @property

@@ -32,7 +32,8 @@ class Ranking:
         ledger.reserve("digests", self._fitted.nbytes)
         self._at_once = sizes.ranked_chunks_at_once(shape, tiers, layout)
         self._scratch_bytes = sizes.ranking_bytes(shape, tiers, layout, self._at_once)
-        self._heads, self._policy, self._ops, self._ledger = heads.to(device), tiers.policy, ops, ledger
+        self.ops = ops
+        self._heads, self._policy, self._ledger = heads.to(device), tiers.policy, ledger
 
     def scratch(self) -> AbstractContextManager[None]:
         """Counts the scratch of ranking while the block runs."""
@@ -49,7 +50,7 @@ class Ranking:
 
     def ranks(self, logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """Ranks `(n, N)` by logits `(n, G, N)`. chosen `(n, N)`: chunks that the previous step attended to."""
-        return self._ops.chunk_ranks(logits, chosen, self._policy.chunk_group, self._policy.stay)
+        return self.ops.chunk_ranks(logits, chosen, self._policy.chunk_group, self._policy.stay)
 
 
 class Reuse:

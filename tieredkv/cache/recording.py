@@ -14,8 +14,7 @@ from tieredkv.cache.layer_pages import LayerPages
 from tieredkv.cache.ranking import Ranking
 from tieredkv.memory.ledger import DeviceLedger
 from tieredkv.memory.residency import Residency
-from tieredkv.ops import torch_ops
-from tieredkv.ops.packing import Packing
+from tieredkv.memory.units import FLOAT32, INT64
 from tieredkv.planning.sizes import Layout
 from tieredkv.policy import select
 
@@ -67,7 +66,7 @@ class EstimatedMass:
     def note(self, logits: torch.Tensor, query: torch.Tensor, scaling: float, chosen: torch.Tensor) -> None:
         """Note a step's logits `(n, G, N)`, queries `(n, G, D)`, chosen chunks `(n, N)`; within `Ranking.scratch`."""
         constant = self._ranking.constant(query, scaling)
-        self._unselected = select.log_mass_without(logits, chosen) + constant
+        self._unselected = self._ranking.ops.log_mass_without(logits, chosen) + constant
         if self._chunk_mass is not None:
             self._kept = logits, constant
 
@@ -87,36 +86,46 @@ class EstimatedMass:
         self._ledger.release("logits")  # counted in the scratch from here on
         with self._ranking.scratch():
             whole = torch.logaddexp(self._unselected, lse)
-            mass = (logits + (constant - whole).unsqueeze(-1)).exp_().sum(1)
-            self._chunk_mass.add_(mass.mul_(chosen).sum(0))
+            self._ranking.ops.add_mass(self._chunk_mass, logits, constant - whole, chosen)
 
 
 class ExactMass:
-    """Attention mass of chunks from their keys in the pool: where digests are not used, or do not estimate mass."""
+    """Attention mass of chunks, from the log-sum-exp that attention leaves of each page: where digests are not used, or
+    do not estimate mass."""
 
     def __init__(self, pages: LayerPages, heads: torch.Tensor, residency: Residency) -> None:
         """pages: the layer's. heads: `(n,)` KV heads. Each step adds to the phase's `chunk_mass`."""
         phase, self._heads, self._residency = pages.phase, heads, residency
-        self._pool, self._packing, self._ledger = phase.pool, pages.packing, phase.ledger
-        self._chunk_mass, self._scratch_bytes = phase.chunk_mass, pages.scratch_bytes
-        self._width = max(1, min(phase.plan.scratch_pages, pages.table.numel()) // len(heads))
+        assert phase.page_lse is not None
+        self.page_lse, self._chunk_mass, self._ledger = phase.page_lse, phase.chunk_mass, phase.ledger
+        self._first, self._scratch_bytes = pages.first_selected, pages.scratch_bytes
+        queries = phase.shape.num_attention_heads // phase.shape.num_key_value_heads
+        per_slot = queries * (INT64 + 2 * FLOAT32) + 8 * INT64
+        self._width = max(1, self._scratch_bytes // (len(heads) * per_slot))
+        """Slots of each head handled at a time, whose masses and indices fit in the scratch of attention."""
         self._ranked = phase.plan.ranked
         """Whether steps attend to the chosen chunks only, not to all resident ones."""
 
-    def record(self, query: torch.Tensor, scaling: float, lse: torch.Tensor) -> None:
-        """Record a step: its queries `(K, G, D)`, lse `(n, G)` of all logits it attended to."""
-        index, query, packing = self._residency, query[self._heads], self._packing
-        if packing is not None:
-            packing = Packing(packing.scales, packing.norms[self._heads])
+    def record(self, lse: torch.Tensor) -> None:
+        """Record a step that has just written `page_lse`. lse `(n, G)`: of all logits it attended to."""
+        index = self._residency
         with self._ledger.scratch("scratch", self._scratch_bytes):
+            (_, columns), group = self.page_lse.shape, lse.shape[1]
+            rows = self._heads.unsqueeze(1) * group + torch.arange(group, device=lse.device)
+            starts = (rows * columns + self._first).unsqueeze(-1)
+            before = torch.zeros((len(lse), 1), dtype=torch.int64, device=lse.device)
             for first in range(0, index.slots.shape[1], self._width):
-                part = slice(first, first + self._width)
-                resident = index.chunk_in[:, part].long()
+                resident = index.chunk_in[:, first : first + self._width].long()
                 chunk, attended = resident.clamp(min=0), resident >= 0
                 if self._ranked:
                     attended = attended & index.chosen.gather(1, chunk)
-                slots = index.slots[:, part]
-                mass = torch_ops.page_mass(query, self._pool.pages, slots, lse, scaling, packing)
+                    # The table lists the slots in use one after another, in the order of their numbers (`Ops.place`).
+                    column = (before + attended.cumsum(1) - 1).clamp(min=0)
+                    before = before + attended.sum(1, keepdim=True)
+                else:
+                    column = torch.arange(first, first + resident.shape[1], device=lse.device).expand_as(resident)
+                logits = self.page_lse.take(starts + column.unsqueeze(1))
+                mass = logits.sub_(lse.unsqueeze(-1)).exp_().sum(1)
                 self._chunk_mass.index_add_(0, chunk.flatten(), torch.where(attended, mass, 0.0).flatten())
 
 

@@ -131,13 +131,18 @@ class Retrieval:
         if self._ahead is not None:
             self._tally.ahead += self._ahead.start(ranks, chosen)
 
-    def record_step(self, query: torch.Tensor, scaling: float, lse: torch.Tensor) -> None:
-        """Record what a step attended to: its query `(K, G, D)`, lse `(K, G)` of all logits it attended to."""
+    @property
+    def page_lse(self) -> torch.Tensor | None:
+        """Where a step's attention is to write the log-sum-exp of each page, `(H, P)`; None: nobody reads it."""
+        return None if self._exact is None else self._exact.page_lse
+
+    def record_step(self, lse: torch.Tensor) -> None:
+        """Record what a step attended to. lse `(K, G)`: of all logits it attended to."""
         head_lse = lse[self._heads]
         if self._estimated is not None:
             self._estimated.record(head_lse, self.residency.chosen)
         if self._exact is not None:
-            self._exact.record(query, scaling, head_lse)
+            self._exact.record(head_lse)
 
     def advance(self) -> None:
         """Count a step."""

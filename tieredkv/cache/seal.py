@@ -89,8 +89,9 @@ def seal(layers: Sequence[TieredLayer], device_tier: DeviceTier, question: Quest
     tiers, shape, tokens = device_tier.tiers, device_tier.shape, layers[0].prompt_length
     text_window = tiers.policy.text_window
     layout = sizes.lay_out(tiers, tokens, question.most_rows(text_window), question.max_new_tokens)
-    # The plan counts the chunk masses of one device; every device has its own.
-    cap_bytes = tiers.cap_bytes - (len(device_tier.devices) - 1) * sizes.chunk_mass_bytes(layout)
+    # The plan counts the masses of chunks and pages of one device; every device has its own.
+    masses = sizes.chunk_mass_bytes(layout) + sizes.page_lse_bytes(shape, layout.old_chunks + layout.recent_pages)
+    cap_bytes = tiers.cap_bytes - (len(device_tier.devices) - 1) * masses
     types = classify_heads(rows, shape, tiers, layout, cap_bytes)
     plan = decode_plan.plan_decode(shape, tiers, layout, cap_bytes, types.scores, types.static, types.need)
     device_tier.drop_residents()
@@ -121,6 +122,9 @@ def _fill(
         attending = sum(int((~mask).sum()) * (1 + layer.readers) for layer, mask in zip(layers, static, strict=True))
         looks.begin_answer(layout.sink_chunks, attending * shape.num_attention_heads // shape.num_key_value_heads)
 
+    widest = max(decode_plan.table_width(plan, tiers, index, mask) for index, mask in enumerate(static))
+    exact = dynamic_heads > 0 and not sizes.estimates_mass(shape, tiers, plan.ranked)
+
     def phase(device: torch.device) -> DecodePhase:
         here = [layer.index for layer in layers if layer.device == device]
         return DecodePhase(
@@ -133,6 +137,9 @@ def _fill(
             counters=counters,
             ops=device_tier.step_ops(device),
             chunk_mass=device_tier.ledger.empty("tables", (layout.retrievable,), torch.float32, device).zero_(),
+            page_lse=device_tier.ledger.empty("tables", (shape.num_attention_heads, widest), torch.float32, device)
+            if exact
+            else None,
             looks=looks,
         )
 

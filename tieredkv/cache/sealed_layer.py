@@ -142,7 +142,8 @@ class SealedLayer:
             with phase.ledger.scratch("ranking", ranking_bytes(phase.shape, phase.tiers, phase.plan.layout)):
                 logits = self.retrieval.ranking.logits(folded, scaling).unflatten(1, (-1, n))
             return [
-                self.step(query[:, row], keys[:, row], values[:, row], scaling, logits[:, :, row]) for row in range(n)
+                self.step(query[:, row], keys[:, row], values[:, row], scaling, logits[:, :, row].contiguous())
+                for row in range(n)
             ]
 
     def _row_bytes(self) -> int:
@@ -176,9 +177,10 @@ class SealedLayer:
             if self.phase.tiers.adaptive and self.retrieval.adapt():
                 self._set_lengths(self.retrieval)
             self.retrieval.step(grouped, scaling, logits)
-        out, lse = self.pages.attend(query.unsqueeze(1), scaling)
+        page_lse = None if self.retrieval is None else self.retrieval.page_lse
+        out, lse = self.pages.attend(query.unsqueeze(1), scaling, page_lse)
         if self.retrieval is not None:
-            self.retrieval.record_step(grouped, scaling, lse.view(self._host.num_heads, -1))
+            self.retrieval.record_step(lse.view(self._host.num_heads, -1))
         return out.squeeze(1).to(query.dtype)
 
     def _append(self, key: torch.Tensor, value: torch.Tensor) -> None:

@@ -45,6 +45,17 @@ class Ops(Protocol):
         their ranks are multiplied by `stay`.
         """
 
+    def log_mass_without(self, logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """Log-sum-exp `(n, G)` of logits `(n, G, N)` over all chunks but the chosen `(n, N)`."""
+
+    def add_mass(
+        self, chunk_mass: torch.Tensor, logits: torch.Tensor, shift: torch.Tensor, chosen: torch.Tensor
+    ) -> None:
+        """Add to `chunk_mass` `(N,)` the sum of `exp(logits + shift)` over all queries of the heads that chose a chunk.
+
+        logits `(n, G, N)`, shift `(n, G)`, chosen `(n, N)` bool.
+        """
+
     def choose(
         self, ranks: torch.Tensor, selected: torch.Tensor, slot_of: torch.Tensor, most: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -154,6 +165,7 @@ class Ops(Protocol):
         scaling: float,
         batch_pages: int,
         packing: Packing | None = None,
+        page_lse: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention over pages that differ from head to head: output `(H, n, D)` and lse `(H, n)`, float32.
 
@@ -162,4 +174,7 @@ class Ops(Protocol):
         ignored. A head without any token is an error: torch raises ValueError, a kernel's result is undefined.
         batch_pages: pages to gather at a time, at least one per KV head, which bounds the scratch; an implementation
         that gathers nothing ignores it.
+
+        page_lse `(H, >= P)` float32, only if n is 1: is set to the log-sum-exp of each page's logits, to a number below
+        -1e30 where no token of a page counts; what lies beyond the P columns is left as it is.
         """

@@ -24,6 +24,8 @@ class OpTable:
     capturable: bool
     digest: Callable[[Digest[Any]], Digest[Any]]
     chunk_ranks: Callable[..., torch.Tensor]
+    log_mass_without: Callable[..., torch.Tensor]
+    add_mass: Callable[..., None]
     choose: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
     place: Callable[..., torch.Tensor]
     gather: Callable[..., None]
@@ -38,6 +40,8 @@ TORCH = OpTable(
     capturable=False,
     digest=lambda digest: digest,
     chunk_ranks=select.chunk_ranks,
+    log_mass_without=select.log_mass_without,
+    add_mass=torch_ops.add_mass,
     choose=torch_ops.choose,
     place=torch_ops.place,
     gather=torch_ops.gather,
@@ -58,6 +62,8 @@ def triton() -> OpTable:
         capturable=True,
         digest=rank.by_kernels,
         chunk_ranks=rank.chunk_ranks,
+        log_mass_without=rank.log_mass_without,
+        add_mass=rank.add_mass,
         choose=choose.choose,
         place=choose.place,
         gather=copy.gather,

@@ -1,6 +1,6 @@
 """`Ops` in plain torch: used on a CPU, and the reference for every kernel. Contracts and shapes: `ops.base`.
 
-`write` and `page_mass` are not part of `Ops`: they have no kernels.
+`write` is not part of `Ops`: it has no kernel.
 """
 
 from __future__ import annotations
@@ -157,28 +157,10 @@ def write(
         pages[slot, :, row], packing.scales[slot, :, row] = pack(part.to(pages.device), packing.norms[head])
 
 
-def page_mass(
-    query: torch.Tensor,
-    pages: torch.Tensor,
-    slots: torch.Tensor,
-    lse: torch.Tensor,
-    scaling: float,
-    packing: Packing | None = None,
-) -> torch.Tensor:
-    """Attention that full pages get from one query token, summed over the group: `(K, P)`, float32.
-
-    query `(K, G, D)`, pages `(S, 2, C, D)`, slots `(K, P)`: a negative one is read as slot 0. lse `(K, G)`: of all that
-    the query attends to. packing: of pages in 8 bits, with the norms of these `K` heads only.
-    """
-    kv_heads, columns = slots.shape
-    query, ids = query.float() * scaling, slots.clamp(min=0).long().flatten() * 2
-    halves = pages.flatten(2).flatten(0, 1)  # a page's keys, then its values
-    keys = halves.index_select(0, ids).float().view(kv_heads, -1, pages.shape[3])
-    if packing is not None:
-        query = query * packing.norms[:, 0].unsqueeze(1)
-        keys *= packing.scales.flatten(0, 1).index_select(0, ids).float().view(kv_heads, -1, 1)
-    logits = torch.baddbmm(-lse.unsqueeze(-1), query, keys.mT)
-    return logits.exp_().sum(1).view(kv_heads, columns, -1).sum(-1)
+def add_mass(chunk_mass: torch.Tensor, logits: torch.Tensor, shift: torch.Tensor, chosen: torch.Tensor) -> None:
+    """As `Ops.add_mass`."""
+    mass = (logits + shift.unsqueeze(-1)).exp_().sum(1)
+    chunk_mass.add_(mass.mul_(chosen).sum(0))
 
 
 def paged_attention(
@@ -189,8 +171,11 @@ def paged_attention(
     scaling: float,
     batch_pages: int,
     packing: Packing | None = None,
+    page_lse: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `Ops.paged_attention`. Waits for the device."""
+    if page_lse is not None:
+        write_page_lse(query, pages, table, lengths, scaling, batch_pages, packing, page_lse)
     heads, n, d = query.shape
     kv_heads, columns = table.shape
     c = pages.shape[2]
@@ -223,3 +208,32 @@ def paged_attention(
         out = merged[0].view(kv_heads, -1, d) * packing.norms[:, 1:]
         merged = out.view(heads, n, d), merged[1]
     return merged
+
+
+def write_page_lse(
+    query: torch.Tensor,
+    pages: torch.Tensor,
+    table: torch.Tensor,
+    lengths: torch.Tensor,
+    scaling: float,
+    batch_pages: int,
+    packing: Packing | None,
+    page_lse: torch.Tensor,
+) -> None:
+    """Write `page_lse` as `Ops.paged_attention` does, reading the keys once more."""
+    (heads, _, d), (kv_heads, columns), c = query.shape, table.shape, pages.shape[2]
+    folded = query.float().reshape(kv_heads, -1, d) * scaling
+    if packing is not None:
+        folded = folded * packing.norms[:, :1]
+    halves, within = pages.flatten(2).flatten(0, 1), torch.arange(c, device=pages.device)  # a page's keys, its values
+    # Logits take three copies where attention takes values: fewer pages at a time for many queries or narrow heads.
+    width = max(1, batch_pages * d // (kv_heads * (d + 2 * folded.shape[1])))
+    for first in range(0, columns, width):
+        part = slice(first, min(columns, first + width))
+        ids = table[:, part].long().flatten() * 2
+        keys = halves.index_select(0, ids).float().view(kv_heads, -1, d)
+        if packing is not None:
+            keys *= packing.scales.flatten(0, 1).index_select(0, ids).float().view(kv_heads, -1, 1)
+        logits = (folded @ keys.mT).unflatten(-1, (-1, c))
+        logits += (within >= lengths[:, part].unsqueeze(-1)).float().mul_(HIDDEN).unsqueeze(1)
+        page_lse[:, part] = logits.logsumexp(-1).view(heads, -1)

@@ -142,6 +142,16 @@ def chunk_mass_bytes(layout: Layout) -> int:
     return layout.retrievable * FLOAT32
 
 
+def estimates_mass(shape: KVShape, tiers: TierConfig, ranked: bool) -> bool:
+    """Whether the attention mass of chunks is estimated from digests, not taken from the attention to each page."""
+    return ranked and digest_for(shape, tiers).estimates_mass
+
+
+def page_lse_bytes(shape: KVShape, columns: int) -> int:
+    """The log-sum-exp of each page's logits in one layer, whose table has `columns` columns."""
+    return shape.num_attention_heads * columns * FLOAT32
+
+
 def reuse_bytes(shape: KVShape, tiers: TierConfig, heads: int) -> int:
     """The previous step's queries of `heads` dynamic heads if the policy reuses chunks; else 0."""
     group = shape.num_attention_heads // shape.num_key_value_heads
@@ -209,11 +219,15 @@ def beside_pool_bytes(
     shape: KVShape, tiers: TierConfig, layout: Layout, dynamic_heads: int, at_once: int | None = None
 ) -> int:
     """What the decode phase holds besides the pool: tables and, for `dynamic_heads` heads that rank chunks, `at_once`
-    at a time, digests and the scratch of ranking."""
+    at a time, digests and the scratch of ranking. Upper bound, whether attention masses are recorded or not."""
     tables = table_bytes(shape, tiers, layout)
+    page_lse = page_lse_bytes(shape, layout.old_chunks + layout.recent_pages)
     if dynamic_heads == 0:
-        return tables
-    return tables + digest_bytes(shape, tiers, layout, dynamic_heads) + ranking_bytes(shape, tiers, layout, at_once)
+        return tables + page_lse
+    ranking = digest_bytes(shape, tiers, layout, dynamic_heads) + ranking_bytes(shape, tiers, layout, at_once)
+    if estimates_mass(shape, tiers, ranked=True):  # either, as heads that attend to everything after all do not rank
+        return tables + max(ranking, page_lse)
+    return tables + ranking + page_lse
 
 
 def least_pages(layout: Layout) -> int:

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from tieredkv.ops.packing import Packing
+from tieredkv.ops.torch_ops import write_page_lse
 
 BLOCK_BYTES = 2**14
 """Bytes of keys, and of values, that a program reads at a time: two blocks of each fit any card's shared memory."""
@@ -21,7 +22,7 @@ MOST_ROWS = 32
 
 @triton.jit
 def _attend_split(
-    query, pages, scales, norms, table, lengths, out, lse, scaling, columns, columns_per_split,
+    query, pages, scales, norms, table, lengths, out, lse, page_lse, scaling, columns, columns_per_split, lse_stride,
     G: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
     PADDED_G: tl.constexpr, PADDED_D: tl.constexpr, BLOCK: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
@@ -62,6 +63,13 @@ def _attend_split(
         else:
             logits *= key_scale[None, :]
         logits = tl.where(counts[None, :], logits, -float("inf"))
+        if page_lse is not None:
+            of_page = tl.reshape(logits, (PADDED_G, BLOCK // C, C))
+            most = tl.maximum(tl.max(of_page, 2), -1e38)
+            whole = most + tl.log(tl.sum(tl.exp(of_page - most[:, :, None]), 2))
+            column = begin // C + tl.arange(0, BLOCK // C)
+            where = page_lse + (head * G + row[:, None]) * lse_stride + column[None, :]
+            tl.store(where, tl.maximum(whole, -1e38), mask=(row[:, None] < G) & (column[None, :] < stop))
         better = tl.maximum(best, tl.max(logits, 1))
         weights = tl.exp(logits - better[:, None])
         faded = tl.exp(best - better)
@@ -116,10 +124,12 @@ def paged_attention(
     scaling: float,
     batch_pages: int = 0,
     packing: Packing | None = None,
+    page_lse: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `Ops.paged_attention`. What lies beyond a page's length is not read. batch_pages is ignored.
 
-    Multiplies in the pages' dtype, or with packed pages in the query's.
+    Multiplies in the pages' dtype, or with packed pages in the query's. `page_lse` takes a
+    second pass over the keys, by torch, where pages are not a power of two of tokens or more than a program reads.
     """
     heads, n, d = query.shape
     kv_heads, columns = table.shape
@@ -137,17 +147,21 @@ def paged_attention(
     parts, part_lse = empty((heads, n, splits, d)), empty((heads, n, splits))
     out, lse = empty((heads, n, d)), empty((heads, n))
     padded = max(16, triton.next_power_of_2(d))
-    token_bytes = padded * dtype.itemsize
+    token_bytes = padded * pages.dtype.itemsize
     if packing is not None and dtype == torch.float32:
-        token_bytes *= 2  # unpacked numbers live in registers, where a full block of 32 bits does not fit
+        token_bytes *= 8  # unpacked numbers live in registers, where a full block of 32 bits does not fit
+    block, c = min(128, max(16, BLOCK_BYTES // token_bytes)), pages.shape[2]
+    in_pass = page_lse if block % c == 0 else None
     _attend_split[(kv_heads, splits)](
-        query.to(dtype).contiguous(), pages, scales, norms, table, lengths, parts, part_lse, scaling,
-        columns, triton.cdiv(columns, splits),
-        G=group, C=pages.shape[2], D=d,
+        query.to(dtype).contiguous(), pages, scales, norms, table, lengths, parts, part_lse, in_pass, scaling,
+        columns, triton.cdiv(columns, splits), 0 if in_pass is None else in_pass.stride(0),
+        G=group, C=c, D=d,
         PADDED_G=max(16, triton.next_power_of_2(group)), PADDED_D=padded,
-        BLOCK=min(128, max(16, BLOCK_BYTES // token_bytes)), WIDEN=widened(dtype), num_stages=2,
+        BLOCK=block, WIDEN=widened(dtype), num_stages=2,
     )  # fmt: skip
     _merge_splits[(heads * n,)](
         parts, part_lse, out, lse, splits, D=d, PADDED_D=padded, PADDED_SPLITS=triton.next_power_of_2(splits)
     )
+    if page_lse is not None and in_pass is None:
+        write_page_lse(query, pages, table, lengths, scaling, batch_pages, packing, page_lse)
     return out, lse

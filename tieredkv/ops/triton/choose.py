@@ -1,4 +1,8 @@
-"""Which chunks a step attends to, and which slots they go to. One program handles one head."""
+"""Which chunks a step attends to, and which slots they go to. One program handles one head.
+
+The limit, above which a head's best chunks lie, is found by bisection. The first `BLOCK` ranks stay in registers
+meanwhile; longer rows are read again for every bit.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +10,22 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK = 2048
-LONG = tl.constexpr(2**30)
-"""Above any number of a step."""
+LARGEST_BLOCK = 16384
+"""Ranks of a head in registers at most: 16 for each thread of the largest program."""
+
+
+def _shape(values: int) -> dict[str, int]:
+    """Launch options of a program that handles rows of `values` numbers."""
+    block = min(LARGEST_BLOCK, max(256, triton.next_power_of_2(values)))
+    return {"BLOCK": block, "num_warps": max(4, min(32, block // 512))}
 
 
 @triton.jit
-def _ordered(x):
-    """Map floats to integers from 0 to 2**32 - 1, keeping their order."""
-    bits = x.to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, (~bits).to(tl.int64), bits.to(tl.int64) + 2147483648)
+def _keys(ranks, chunk, chunks):
+    """Ranks as integers in the same order; those that do not exist are the least."""
+    bits = tl.load(ranks + chunk, mask=chunk < chunks, other=-float("inf")).to(tl.int32, bitcast=True)
+    key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return tl.where(chunk < chunks, key, -2147483648)
 
 
 @triton.jit
@@ -23,34 +33,40 @@ def _choose(
     ranks, selected, slot_of, chosen, missed, misses, chunks, most, slots_stride, BLOCK: tl.constexpr
 ):  # fmt: skip
     head = tl.program_id(0)
+    ranks += head.to(tl.int64) * chunks
     count = tl.load(selected + head).to(tl.int32)
     place = tl.arange(0, BLOCK)
+    kept = _keys(ranks, place, chunks)
     # Find the rank of the count-th best, bit by bit from the highest.
-    limit, bit = tl.zeros([], tl.int64), tl.full([], 2147483648, tl.int64)
+    limit, bit = tl.full([], -2147483648, tl.int64), tl.full([], 2147483648, tl.int64)
+    reached = chunks + 1  # ranks that are not below the limit
     for _ in range(32):
-        above = tl.zeros([BLOCK], tl.int32)
-        for first in range(0, chunks, BLOCK):
-            chunk = first + place
-            rank = _ordered(tl.load(ranks + head * chunks + chunk, mask=chunk < chunks, other=-float("inf")))
-            above += ((rank >= (limit | bit)) & (chunk < chunks)).to(tl.int32)
-        limit = tl.where(tl.sum(above, 0) >= count, limit | bit, limit)
+        trial = (limit + bit).to(tl.int32)
+        above = tl.sum((kept >= trial).to(tl.int32), 0)
+        for first in range(BLOCK, chunks, BLOCK):
+            above += tl.sum((_keys(ranks, first + place, chunks) >= trial).to(tl.int32), 0)
+        reached = tl.where(above >= count, above, reached)
+        limit = tl.where(above >= count, limit + bit, limit)
         bit = bit >> 1
-    better = tl.zeros([], tl.int32)
-    for first in range(0, chunks, BLOCK):
-        chunk = first + place
-        rank = _ordered(tl.load(ranks + head * chunks + chunk, mask=chunk < chunks, other=-float("inf")))
-        better += tl.sum(((rank > limit) & (chunk < chunks)).to(tl.int32), 0)
+    least = limit.to(tl.int32)
+    better = tl.sum((kept > least).to(tl.int32), 0)
+    for first in range(BLOCK, chunks, BLOCK):
+        better += tl.sum((_keys(ranks, first + place, chunks) > least).to(tl.int32), 0)
     # Of chunks that tie for the last places, take the first.
     equals = tl.zeros([], tl.int32)
     absent = tl.zeros([], tl.int32)
     for first in range(0, chunks, BLOCK):
         chunk = first + place
         exists = chunk < chunks
-        rank = _ordered(tl.load(ranks + head * chunks + chunk, mask=exists, other=-float("inf")))
-        tie = ((rank == limit) & exists).to(tl.int32)
-        order = equals + tl.cumsum(tie, 0) - tie
-        taken = exists & ((rank > limit) | ((tie != 0) & (order < count - better)))
-        equals += tl.sum(tie, 0)
+        key = kept
+        if first > 0:
+            key = _keys(ranks, chunk, chunks)
+        tie = ((key == least) & exists).to(tl.int32)
+        order = tl.zeros([BLOCK], tl.int32)
+        if reached > count:
+            order = equals + tl.cumsum(tie, 0) - tie
+            equals += tl.sum(tie, 0)
+        taken = exists & ((key > least) | ((tie != 0) & (order < count - better)))
         tl.store(chosen + head * chunks + chunk, taken.to(tl.uint8), mask=exists)
         gone = taken & (tl.load(slot_of + head * slots_stride + chunk, mask=taken, other=0) < 0)
         at = absent + tl.cumsum(gone.to(tl.int32), 0) - 1
@@ -68,18 +84,9 @@ def choose(
     missed = torch.empty((heads, most), dtype=torch.int32, device=ranks.device)
     misses = torch.empty((heads,), dtype=torch.int32, device=ranks.device)
     _choose[(heads,)](
-        ranks,
-        selected,
-        slot_of,
-        chosen.view(torch.uint8),
-        missed,
-        misses,
-        chunks,
-        most,
-        slot_of.stride(0),
-        BLOCK=BLOCK,
-        num_warps=8,
-    )
+        ranks, selected, slot_of, chosen.view(torch.uint8), missed, misses, chunks, most, slot_of.stride(0),
+        **_shape(chunks),
+    )  # fmt: skip
     return chosen, missed, misses
 
 
@@ -91,24 +98,30 @@ def _place(
 ):  # fmt: skip
     head, place = tl.program_id(0), tl.arange(0, BLOCK)
     needed, now = tl.load(misses + head), tl.load(step)
-    # Find the age at which slots are taken, bit by bit from the highest.
-    limit, bit = tl.zeros([], tl.int32), tl.full([], 1 << 30, tl.int32)
-    for _ in range(31):
-        above = tl.zeros([BLOCK], tl.int32)
-        for begin in range(0, count, BLOCK):
-            age = _age(kept, chunk_in, last_used, slots, head, begin + place, chunks, count, stride)
-            above += (age >= (limit | bit)).to(tl.int32)
-        limit = tl.where(tl.sum(above, 0) >= needed, limit | bit, limit)
+    held = _age(kept, chunk_in, last_used, slots, head, place, now, chunks, count, stride)
+    # Find the age from which on slots are taken, bit by bit from the highest of any age: slots never used count as
+    # used before the first step, one step apart (`Residency.enter`).
+    limit, bit = tl.zeros([], tl.int32), tl.full([], 1, tl.int32)
+    while bit * 2 <= now + count:
+        bit = bit * 2
+    while bit > 0:
+        above = tl.sum((held >= (limit | bit)).to(tl.int32), 0)
+        for begin in range(BLOCK, count, BLOCK):
+            age = _age(kept, chunk_in, last_used, slots, head, begin + place, now, chunks, count, stride)
+            above += tl.sum((age >= (limit | bit)).to(tl.int32), 0)
+        limit = tl.where(above >= needed, limit | bit, limit)
         bit = bit >> 1
-    older = tl.zeros([], tl.int32)
-    for begin in range(0, count, BLOCK):
-        age = _age(kept, chunk_in, last_used, slots, head, begin + place, chunks, count, stride)
+    older = tl.sum((held > limit).to(tl.int32), 0)
+    for begin in range(BLOCK, count, BLOCK):
+        age = _age(kept, chunk_in, last_used, slots, head, begin + place, now, chunks, count, stride)
         older += tl.sum((age > limit).to(tl.int32), 0)
     equals, gone, listed = tl.zeros([], tl.int32), tl.zeros([], tl.int32), tl.zeros([], tl.int32)
     row = tl.load(heads + head)
     for begin in range(0, count, BLOCK):
         slot = begin + place
-        age = _age(kept, chunk_in, last_used, slots, head, slot, chunks, count, stride)
+        age = held
+        if begin > 0:
+            age = _age(kept, chunk_in, last_used, slots, head, slot, now, chunks, count, stride)
         tie = (age == limit).to(tl.int32)
         order = equals + tl.cumsum(tie, 0) - tie
         victim = (age > limit) | ((tie != 0) & (order < needed - older))
@@ -127,14 +140,14 @@ def _place(
 
 
 @triton.jit
-def _age(kept, chunk_in, last_used, slots, head, slot, chunks, count, stride):
-    """Time since each slot was last used, larger for longer; -1 for one that must not be taken or does not exist."""
+def _age(kept, chunk_in, last_used, slots, head, slot, now, chunks, count, stride):
+    """Steps since each slot was last used; -1 for one that must not be taken or does not exist."""
     exists = slot < count
     resident = tl.load(chunk_in + head * stride + slot, mask=exists, other=-1)
     stays = tl.load(kept + head * chunks + resident, mask=resident >= 0, other=0) != 0
     owned = tl.load(slots + head * count + slot, mask=exists, other=-1) >= 0
     used = tl.load(last_used + head * stride + slot, mask=exists, other=0)
-    return tl.where(exists & owned & (stays == 0), LONG - used, -1)
+    return tl.where(exists & owned & (stays == 0), now - used, -1)
 
 
 def place(
@@ -157,6 +170,6 @@ def place(
     _place[(n,)](
         wanted.view(torch.uint8), kept.view(torch.uint8), misses, chunk_in, last_used, slots, step, victims,
         listed, heads, wanted.shape[1], most, count, chunk_in.stride(0), listed.shape[1], first,
-        TABLE=table is not None, BLOCK=BLOCK, num_warps=8,
+        TABLE=table is not None, **_shape(count),
     )  # fmt: skip
     return victims

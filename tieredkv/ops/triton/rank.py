@@ -195,3 +195,54 @@ def chunk_ranks(logits: torch.Tensor, chosen: torch.Tensor, group: str, stay: fl
         G=queries, RULE=rule, BLOCKS=triton.next_power_of_2(blocks), CHUNKS=CHUNKS,
     )  # fmt: skip
     return ranks
+
+
+@triton.jit
+def _log_mass_without(logits, chosen, out, chunks, G: tl.constexpr, BLOCK: tl.constexpr):
+    row, place = tl.program_id(0), tl.arange(0, BLOCK)
+    best, total = tl.full([BLOCK], -1e38, tl.float32), tl.zeros([BLOCK], tl.float32)
+    for first in range(0, chunks, BLOCK):
+        chunk = first + place
+        exists = chunk < chunks
+        taken = tl.load(chosen + row // G * chunks + chunk, mask=exists, other=1)
+        each = tl.load(logits + row.to(tl.int64) * chunks + chunk, mask=taken == 0, other=-1e38)
+        better = tl.maximum(best, each)
+        total = total * tl.exp(best - better) + tl.where(taken == 0, tl.exp(each - better), 0.0)
+        best = better
+    most = tl.max(best, 0)
+    whole = tl.sum(total * tl.exp(best - most), 0)
+    tl.store(out + row, tl.where(whole > 0, most + tl.log(tl.maximum(whole, 1e-38)), -float("inf")))
+
+
+def log_mass_without(logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """As `Ops.log_mass_without`."""
+    heads, queries, chunks = logits.shape
+    out = torch.empty((heads, queries), dtype=torch.float32, device=logits.device)
+    _log_mass_without[(heads * queries,)](
+        logits, chosen.view(torch.uint8), out, chunks,
+        G=queries, BLOCK=min(4096, max(128, triton.next_power_of_2(chunks))), num_warps=8,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _add_mass(chunk_mass, logits, shift, chosen, chunks, HEADS: tl.constexpr, G: tl.constexpr, BLOCK: tl.constexpr):
+    chunk = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    exists = chunk < chunks
+    mass = tl.load(chunk_mass + chunk, mask=exists, other=0.0)
+    for head in range(HEADS):
+        taken = tl.load(chosen + head * chunks + chunk, mask=exists, other=0) != 0
+        for row in range(head * G, head * G + G):
+            each = tl.load(logits + row * chunks + chunk, mask=taken, other=0.0)
+            mass += tl.where(taken, tl.exp(each + tl.load(shift + row)), 0.0)
+    tl.store(chunk_mass + chunk, mass, mask=exists)
+
+
+def add_mass(chunk_mass: torch.Tensor, logits: torch.Tensor, shift: torch.Tensor, chosen: torch.Tensor) -> None:
+    """As `Ops.add_mass`. Adds in a fixed order: the same bits at every run."""
+    heads, queries, chunks = logits.shape
+    block = 128
+    _add_mass[(triton.cdiv(chunks, block),)](
+        chunk_mass, logits, shift.contiguous(), chosen.view(torch.uint8), chunks,
+        HEADS=heads, G=queries, BLOCK=block, num_warps=4,
+    )  # fmt: skip
