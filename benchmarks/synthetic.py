@@ -90,7 +90,7 @@ def fill(cache: TieredCache, model: Any, tokens: int) -> None:
         keys, values = keys_and_values(model, tokens, index)
         layer.lazy_initialization(keys[None, :, :1], values[None, :, :1])
         assert layer.digests is not None
-        layer.digests.observe(torch.eye(keys.shape[-1]).expand(len(keys), -1, -1))
+        layer.digests.observe(torch.eye(keys.shape[-1]).expand(len(keys), -1, -1), 0)
         even = torch.rand(2, len(keys), tokens)
         rows = TextRows(torch.zeros(len(keys)), even / even.sum(-1, keepdim=True), count=32)
         layer.append(keys.cpu(), values.cpu(), rows)
