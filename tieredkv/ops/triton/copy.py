@@ -12,10 +12,10 @@ import triton.language as tl
 
 from tieredkv.ops.packing import Packing
 
-PROGRAMS = 48
-"""Programs of a gather. On an H200 behind PCIe 5, 655 packed chunks of 4 KiB came at 24, 37, 39 and 42 GB/s by 12, 24,
-48 and 96 programs; one large copy came at 54."""
-PIECES, BLOCK = 4, 1024
+PROGRAMS = 96
+"""Programs of a gather. On an H200 behind PCIe 5, 655 packed chunks of 4 KiB came at 26, 38, 39 and 42 GB/s by 12, 24,
+48 and 96 programs of four chunks at a time, at 47 by 96 programs of one; one large copy came at 54."""
+PIECES, BLOCK = 1, 1024
 """Chunks that a program copies at a time, and words of each."""
 
 
