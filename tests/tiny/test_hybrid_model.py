@@ -82,7 +82,7 @@ def test_packed_conversations_equal_the_stock_forward_of_each(random_model, proc
     cards = {"star": ("red", "b"), "heart": ("blue", "a"), "moon": ("pink", "c")}
     videos = [Video(torch.randn(20, TOKENS, 256, generator=generator), cards) for _ in range(2)]
     tokenize = tokenize_with(processor.tokenizer)
-    packed, _ = _pack(rng, videos, 3, language_model.embed_tokens, (TimedPrefix, tokenize))
+    packed, _ = _pack(rng, tokenize, TimedPrefix(tokenize, rng, 20), videos, 3, language_model.embed_tokens)
     hidden = forward(language_model, packed)
     for video in range(2):
         for conversation in range(3):

@@ -125,7 +125,8 @@ def test_packed_conversations_equal_the_stock_forward_of_each(random_model, proc
     rng = np.random.default_rng(0)
     clips = Clips(random_model, 0, crowded=120, empty=2)
     videos = [clips.splice(rng, 20, 3), clips.splice(rng, 20, 4, random_letters=True)]
-    packed, _ = _pack(rng, videos, 3, language_model.embed_tokens, (Prefix, tokenize_with(processor.tokenizer)))
+    tokenize = tokenize_with(processor.tokenizer)
+    packed, _ = _pack(rng, tokenize, Prefix(tokenize, rng, 20), videos, 3, language_model.embed_tokens)
     hidden = forward(language_model, packed)
     for video in range(2):
         for conversation in range(3):

@@ -63,7 +63,7 @@ def build_model(architecture: str = "qwen2_5_vl") -> Any:
     from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration, Qwen3_5ForConditionalGeneration
 
     if architecture == "qwen3_5":
-        model = Qwen3_5ForConditionalGeneration(hybrid.build_config())
+        model: Any = Qwen3_5ForConditionalGeneration(hybrid.build_config())
         hybrid.initialize(model)
     else:
         model = Qwen2_5_VLForConditionalGeneration(build_config())

@@ -115,7 +115,8 @@ def build_hybrid_tokenizer() -> Any:
     pairs.train_from_iterator([*first, *(f" {word}" for word in later)], trainer)
     model = json.loads(pairs.to_str())["model"]
     merges = [tuple(merge) for merge in model["merges"]]
-    tokenizer = Qwen3_5Tokenizer(vocab=model["vocab"], merges=merges, unk_token=None, **_TOKENIZER)
+    options: dict[str, Any] = {**_TOKENIZER, "merges": merges, "unk_token": None}
+    tokenizer = Qwen3_5Tokenizer(vocab=model["vocab"], **options)
     stamps = [*(f"<{second}" for second in range(SECONDS)), *(f".{tenth} seconds>" for tenth in range(10))]
     tokenizer.add_tokens([AddedToken(stamp, normalized=False) for stamp in stamps])
     return tokenizer

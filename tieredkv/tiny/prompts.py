@@ -90,3 +90,6 @@ class TimedPrefix:
         within = before % TOKENS
         positions = torch.stack([start, start + within // side, start + within % side])
         return Place(positions, int(start[-1]) + 1, None)
+
+
+AnyPrefix = Prefix | TimedPrefix

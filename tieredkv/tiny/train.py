@@ -39,7 +39,7 @@ def train(
     if not 0 <= seed < 50:
         raise ValueError(f"seed {seed} is not in 0 .. 49: larger ones would train on scenes reserved for evaluation")
     out.mkdir(parents=True, exist_ok=True)
-    run = {"quick": quick, "seed": seed}
+    run: dict[str, Any] = {"quick": quick, "seed": seed}
     if architecture != ARCHITECTURES[0]:
         run["architecture"] = architecture
     _check_run(out / "run.json", run)

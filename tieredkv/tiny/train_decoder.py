@@ -19,7 +19,7 @@ from tieredkv.tiny import packed_hybrid
 from tieredkv.tiny.clips import Clips, Video
 from tieredkv.tiny.encode import TOKENS
 from tieredkv.tiny.packed import Packed, forward
-from tieredkv.tiny.prompts import Prefix, TimedPrefix, Tokenize
+from tieredkv.tiny.prompts import AnyPrefix, Prefix, TimedPrefix, Tokenize
 from tieredkv.tiny.scene import MAX_HOPS, NAMED_BY
 
 TAIL = "<|im_end|>\n<|im_start|>assistant\n"
@@ -96,13 +96,16 @@ def _ask(rng: np.random.Generator, cards: dict[str, tuple[str, str]]) -> tuple[l
 
 
 def _pack(
-    rng: np.random.Generator, videos: list[Video], conversations: int, words: torch.nn.Embedding, prefix: Any
+    rng: np.random.Generator,
+    tokenize: Tokenize,
+    before: AnyPrefix,
+    videos: list[Video],
+    conversations: int,
+    words: torch.nn.Embedding,
 ) -> tuple[Packed, _Labels]:
-    """One batch from videos of equal length. words: the model's; prefix: a kind of prefix and its encoder."""
-    kind, tokenize = prefix
+    """One batch from videos of equal length. before: of that length; words: the model's."""
     labels = _Labels([], [], [], [])
     device = words.weight.device
-    before = kind(tokenize, rng, len(videos[0].features))
     rows: list[dict[str, list[int]]] = []
     places = []
     for number, video in enumerate(videos):
@@ -201,9 +204,10 @@ def train_stage(
     rng = np.random.default_rng(seed)
     language_model, device = model.model.language_model, model.device
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    run, kind, step_tokens = forward, Prefix, TOKENS
+    run, step_tokens = forward, TOKENS
+    prefix: type[AnyPrefix] = Prefix
     if model.config.model_type == "qwen3_5":
-        run, kind, step_tokens = packed_hybrid.forward, TimedPrefix, TOKENS + 4
+        run, prefix, step_tokens = packed_hybrid.forward, TimedPrefix, TOKENS + 4
     tally = _Tally()
     started = time.perf_counter()
     for step in range(stage.steps):
@@ -214,7 +218,8 @@ def train_stage(
             group["lr"] = lr
         videos = _draw(rng, clips, stage, step_tokens)
         with torch.autocast(device.type, torch.bfloat16):
-            packed, labels = _pack(rng, videos, stage.conversations, language_model.embed_tokens, (kind, tokenize))
+            before = prefix(tokenize, rng, len(videos[0].features))
+            packed, labels = _pack(rng, tokenize, before, videos, stage.conversations, language_model.embed_tokens)
             hidden = run(language_model, packed)
             logits = hidden[labels.video, labels.row] @ language_model.embed_tokens.weight.T
         target = torch.tensor(labels.token, device=device)
