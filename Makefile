@@ -3,7 +3,7 @@
 # make lint   format, lint and type checks; make constraints   update constraints.txt
 # make package   sdist and wheel in dist/, tested in a new environment; make docs   the site in build/site
 # make quality   accuracy of each policy, on two trained models; takes hours
-# make gpu       everything that needs a card; make test-gpu   only its tests
+# make gpu       everything that needs a card; make test-gpu   only its tests; make gpu-wheels   for a card without an index
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -11,7 +11,7 @@ READY  := $(VENV)/.ready
 PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-quick constraints lint docs format package package-quick train quality gpu test-gpu clean
+.PHONY: help setup demo test test-quick constraints lint docs format package package-quick train quality gpu gpu-wheels test-gpu clean
 
 help:
 	@sed -n '1,6s/^# //p' Makefile
@@ -76,6 +76,17 @@ gpu: $(READY)
 
 test-gpu: $(READY)
 	$(BIN)/python benchmarks/gpu.py --only tests
+
+# What a machine with torch and transformers may lack. With `av` in WHEELS (36 MB) it can read video files, too.
+WHEELS ?= psutil num2words
+WHEELS_PYTHON ?= 3.12
+PLATFORMS := 2_28 2_27 2_17 2_12 2_5
+
+gpu-wheels: $(READY)
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
+		--python-version $(WHEELS_PYTHON) --implementation cp $(PLATFORMS:%=--platform manylinux_%_x86_64) \
+		-d .gpu-wheels -c constraints.txt $(WHEELS)
+	@ls -s --block-size=KiB .gpu-wheels
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

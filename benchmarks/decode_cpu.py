@@ -61,6 +61,7 @@ def tiered(model: Any, tokens: int, tiers: TierConfig, steps: int) -> tuple[Call
     """A decoding step of tieredkv, and its cache."""
     cache = TieredCache(model.config, tiers, max_new_tokens=steps)
     fill(cache, model, tokens)
+    cache.seal()
 
     def step(count: int) -> None:
         with use_attention(model):

@@ -82,7 +82,7 @@ def keys_and_values(model: Any, tokens: int, layer: int) -> tuple[torch.Tensor, 
 
 
 def fill(cache: TieredCache, model: Any, tokens: int) -> None:
-    """Put `tokens` tokens into a cache as a prefill would, and seal it.
+    """Put `tokens` tokens into a cache as a prefill would.
 
     The text rows are invented so that no head is static: the most expensive case, and the usual one of trained models.
     """
@@ -96,35 +96,38 @@ def fill(cache: TieredCache, model: Any, tokens: int) -> None:
         layer.append(keys.cpu(), values.cpu(), rows)
     cache.expect(replace(cache.question, rows=32))
     cache.settle()
-    cache.seal()
 
 
 class Drift:
     """Operations whose ranks follow a script, so that a given share of the chosen chunks is in the pool already.
 
-    Each head advances through its chunks in a random order, at a rate such that `hit_rate` of the chosen chunks were
-    chosen at the step before. Everything else is done as usual, including the real ranking, whose result is not used.
+    Each head advances through its chunks in a random order, at a rate such that the given share of the chosen chunks
+    was chosen at the step before. Everything else is done as usual, including the real ranking, whose result is then
+    not used.
     """
 
-    def __init__(self, ops: Ops, hit_rate: float) -> None:
-        self.hit_rate, self._real = hit_rate, ops
+    def __init__(self, ops: Ops) -> None:
+        self._real = ops
         self._scripts: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         self.ops = replace(ops, chunk_ranks=self._ranks)
 
     @settled  # steps write to the script outside inference mode
-    def begin(self, cache: TieredCache) -> None:
-        """Write the script for a cache that was sealed with these operations."""
-        for layer in cache.tiered_layers:
+    def begin(self, cache: TieredCache, hit_rate: float | None) -> None:
+        """Write the script for a cache that was sealed with these operations; None: ranks are the real ones."""
+        self._scripts.clear()
+        for layer in cache.tiered_layers if hit_rate is not None else ():
             assert layer.sealed is not None
             retrieval = layer.sealed.retrieval
             if retrieval is not None:
                 chosen = retrieval.residency.chosen
                 order = torch.rand(chosen.shape, device=chosen.device).argsort(dim=1)
-                shift = ((1 - self.hit_rate) * retrieval.selected).round().long().unsqueeze(1)
+                shift = ((1 - hit_rate) * retrieval.selected).round().long().unsqueeze(1)
                 self._scripts[chosen.data_ptr()] = order, shift, torch.zeros_like(shift)
 
     def _ranks(self, logits: torch.Tensor, chosen: torch.Tensor, group: str, stay: float) -> torch.Tensor:
         ranks = self._real.chunk_ranks(logits, chosen, group, stay)
+        if not self._scripts:
+            return ranks
         order, shift, place = self._scripts[chosen.data_ptr()]
         place += shift
         return ranks.copy_(-torch.remainder(order - place, chosen.shape[1]))
@@ -140,13 +143,14 @@ def scripted(
     """
     full_gib = tokens * model_shape(model.config, model.dtype).token_bytes / GIB
     tiers = TierConfig(gpu_kv_gb=max(0.5, full_gib), budget_ratio=budget, policy=policy)
-    drift = Drift(ops, hit_rate)
+    drift = Drift(ops)
     with (
         use_attention(model),
         TieredCache(model.config, tiers, max_new_tokens=room + 3, prompt_tokens=tokens + 256, ops=drift.ops) as cache,
     ):
         fill(cache, model, tokens)
-        drift.begin(cache)
+        cache.seal()
+        drift.begin(cache, hit_rate)
 
         def forward(token: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
             return model(token, **cache_argument(cache), position_ids=place).logits[:, -1]

@@ -34,7 +34,7 @@ ALLOWED = {
     "batch": "errors session storage",
     "tiny": "environment progress storage",
     "demo": "api config errors memory models planning progress session storage tiny video",
-    "doctor": "memory",
+    "doctor": "memory models",
     "cli": "api batch config demo doctor errors evidence models planning policy session storage tiny video",
 }
 FACES = ("__init__", "__main__")

@@ -280,6 +280,7 @@ def test_the_command_lines_examples_run(tmp_path, short_video, monkeypatch, caps
         "chat",
         "run",
         "plan",
+        "models",
         "policies",
         "bench",
         "doctor",

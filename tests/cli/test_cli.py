@@ -167,7 +167,7 @@ def test_version_and_help(monkeypatch, capsys):
     assert "--plot" in out
 
 
-COMMANDS = [[], ["ask"], ["chat"], ["run"], ["plan"], ["policies"], ["demo"], ["bench"], ["doctor"]]
+COMMANDS = [[], ["ask"], ["chat"], ["run"], ["plan"], ["models"], ["policies"], ["demo"], ["bench"], ["doctor"]]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(command) or "tieredkv")
@@ -191,7 +191,7 @@ def test_help_imports_nothing_heavy_in_any_command():
     code = """
 import sys
 from tieredkv import cli
-for name in ("--help", "ask --help", "chat --help", "run --help", "bench --help", "doctor --help"):
+for name in ("--help", "ask --help", "chat --help", "run --help", "bench --help", "models --help", "doctor --help"):
     sys.argv = ["tieredkv", *name.split()]
     try:
         cli.main()
@@ -359,6 +359,55 @@ def test_policies_are_listed_with_their_sources(monkeypatch, capsys):
         assert f"{name}  ({policy.source})" in out
     code, out, _ = run(monkeypatch, capsys, "policies", "--json")
     assert list(json.loads(out)) == list(POLICIES)
+
+
+def test_models_are_listed_with_their_layers_and_releases(monkeypatch, capsys):
+    from tieredkv.models import families
+
+    code, out, _ = run(monkeypatch, capsys, "models", "--json")
+    listed = json.loads(out)
+    by_kind = {(row["kind"], name): row for row in listed["models"] for name in row["model_types"]}
+    assert code == 0
+    assert {name for kind, name in by_kind if kind == "video"} == set(families.VIDEO_FAMILIES)
+    assert by_kind["video", "qwen3_5_moe"] == {
+        "family": "qwen3_5",
+        "kind": "video",
+        "model_types": ["qwen3_5", "qwen3_5_moe"],
+        "tiered": ["full_attention"],
+        "untiered": ["linear_attention"],
+        "transformers": ["5.17", "5.24"],
+    }
+    assert by_kind["text", "gemma3_text"]["untiered"] == ["sliding_attention"]
+    assert ("text", "qwen3_5_moe_text") not in by_kind  # tested as a part of a video model only
+    assert listed["refused"] == families.REFUSED
+
+
+def test_models_and_what_is_refused_are_one_line_each(monkeypatch, capsys):
+    from tieredkv.models import families
+
+    code, out, _ = run(monkeypatch, capsys, "models")
+    lines = {line.split()[0]: line.split(maxsplit=1)[1] for line in out.splitlines() if line[:8] != "refused:"}
+    assert code == 0
+    assert lines["qwen3_5"].split("  ")[0] == "video"
+    assert "full_attention; not linear_attention" in lines["qwen3_5"]
+    assert lines["llama"].split() == ["text", "llama", "all", "5.17", "to", "5.24"]
+    for kind, reason in families.REFUSED.items():
+        assert f"refused: {kind}, as {reason}\n" in out
+
+
+@pytest.mark.subprocess
+def test_listing_models_does_not_import_transformers():
+    code = """
+import sys
+from tieredkv import cli
+sys.argv = ["tieredkv", "models"]
+try:
+    cli.main()
+except SystemExit:
+    print("transformers" in sys.modules)
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.splitlines()[-1] == "False"
 
 
 def test_an_unknown_policy_is_refused_with_the_known_ones(monkeypatch, capsys):

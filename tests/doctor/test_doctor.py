@@ -29,6 +29,10 @@ SMI = {
     "pcie.link.width.max": "16",
 }
 NMS = {"version": "0.26.0", "error": "RuntimeError: operator torchvision::nms does not exist"}
+KERNELS = {
+    "fast-delta": {"version": "0.4", "models": ["a_text", "b_text"]},
+    "fast-conv": {"version": None, "models": ["b_text", "c_text"]},
+}
 TORCH = {"version": "2.15.0+cpu"}
 
 
@@ -40,6 +44,7 @@ def test_every_check_is_ok_on_a_working_machine():
         checks.library("transformers", {"version": "5.17.0.dev0"}),
         checks.cuda(CARD, SMI),
         checks.triton({"version": "3.9.0"}, CARD, "/usr/bin/gcc"),
+        checks.kernels({"fast-delta": KERNELS["fast-delta"]}, CARD),
         checks.link(SMI),
         checks.page_locked(CARD, 8 * 2**20),
         checks.host_memory({"machine": 2**34, "allowed": 2**34}),
@@ -74,6 +79,12 @@ BROKEN = {
     "no Triton beside a card": (checks.triton({"error": "not installed"}, CARD, "gcc"), "note", "pip install triton"),
     "no compiler beside a card": (checks.triton({"version": "3.9.0"}, CARD, None), "problem", "install gcc or clang"),
     "no compiler and no card": (checks.triton({"version": "3.9.0"}, {}, None), "note", "install gcc or clang"),
+    "a package with kernels missing beside a card": (
+        checks.kernels(KERNELS, CARD),
+        "note",
+        "no fast-conv: pip install fast-conv; without it b_text, c_text are slower",
+    ),
+    "kernels unknown": (checks.kernels({"error": "no torch"}, CARD), "note", "fix the problems above"),
     "a narrow slot": (checks.link(SMI | {"pcie.link.width.current": "4"}), "note", "PCIe 4 x4 of x16: copies take 4"),
     "locking refused": (
         checks.page_locked(CARD | {"lock_refusal": "cudaHostRegister failed with CUDA error 1"}, 65536),
@@ -111,7 +122,8 @@ def test_an_idle_link_is_reported_with_its_full_generation():
     assert (check.state, check.found) == ("ok", "PCIe 4 x16 (at 1 now, as usual for an idle card)")
 
 
-def test_without_a_card_triton_and_page_locking_are_not_asked_for():
+def test_without_a_card_triton_kernels_and_page_locking_are_not_asked_for():
+    assert checks.kernels(KERNELS, {"build": None}).state == "ok"
     assert checks.triton({"error": "not installed"}, {}, None).state == "ok"
     assert checks.page_locked({"build": None}, None).state == "ok"
 
@@ -150,7 +162,9 @@ def test_the_command_prints_a_line_per_check_and_exits_with_1_if_there_is_a_prob
 def test_this_machine_is_examined(monkeypatch, capsys):
     code, out, _ = run(monkeypatch, capsys, "doctor", "--json")
     report = json.loads(out)
-    names = "python torch torchvision transformers card triton link page-locked memory codecs matplotlib".split()
+    names = (
+        "python torch torchvision transformers card triton kernels link page-locked memory codecs matplotlib".split()
+    )
     assert [check["name"].split()[-1] for check in report["checks"]] == names
     assert code == (1 if report["problems"] else 0)
     assert {"ok"} == {

@@ -74,6 +74,31 @@ def test_a_codec_without_decoder_is_reported(monkeypatch):
     assert found["vvc9"] is False
 
 
+def test_packages_with_kernels_are_those_that_decoders_name(monkeypatch):
+    from tieredkv.models import families
+    from tieredkv.models.families.decoder import Decoder
+
+    two = (Decoder(("a_text",), packages=("pytest", "no-such-kernels")), Decoder(("b_text",), packages=("pytest",)))
+    monkeypatch.setattr(families, "DECODERS", two)
+    assert probe.kernels() == {
+        "pytest": {"version": pytest.__version__, "models": ["a_text", "b_text"]},
+        "no-such-kernels": {"version": None, "models": ["a_text"]},
+    }
+
+
+def test_the_probe_finds_the_package_that_started_it(monkeypatch):
+    seen = {}
+
+    def remembers(command, env, **options):
+        seen.update(env)
+        return subprocess.CompletedProcess(command, 0, stdout="")
+
+    monkeypatch.setattr(subprocess, "run", remembers)
+    facts.probe()
+    first = Path(seen["PYTHONPATH"].split(":")[0])
+    assert (first / "tieredkv" / "doctor" / "probe.py").samefile(probe.__file__)
+
+
 def test_memory_of_the_machine_and_of_the_control_group_are_both_reported(monkeypatch):
     monkeypatch.setattr("tieredkv.memory.limits.available_host_bytes", lambda: 5)
     found = probe.host()

@@ -167,4 +167,4 @@ def test_an_unsupported_family_is_refused_with_its_name_and_the_requirements(kin
     with pytest.raises(UnsupportedModelError, match=rf"'{kind}'.*qwen3_vl.*adapter"):
         families.video_family(SimpleNamespace(model_type=kind))
     with pytest.raises(UnsupportedModelError, match=rf"'{kind}'.*gemma3_text.*adapter"):
-        families.check_text_family(kind)
+        families.text_decoder(SimpleNamespace(model_type=kind))

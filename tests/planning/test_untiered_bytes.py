@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -19,14 +20,15 @@ from tieredkv.errors import BudgetError, UnsupportedModelError
 from tieredkv.memory import limits
 from tieredkv.memory.units import GIB, ceil_div
 from tieredkv.models import families
-from tieredkv.models.kv_shape import LAYER_SIZES, KVShape, model_shape
+from tieredkv.models.families.decoder import Decoder
+from tieredkv.models.kv_shape import KVShape, model_shape
 from tieredkv.planning import sizes
 from tieredkv.planning.admission import Request, check_memory
 from tieredkv.planning.forecast import plan
 from tieredkv.planning.prefill_plan import untiered_prefill_bytes
 
 KINDS = {"gemma3_text": ["sliding windows"], "qwen3_5_text": ["linear states"], "llama": []}
-SLIDING = KVShape(2, 4, 2, 16, 2, sliding_layers=3, sliding_window=33)
+SLIDING = KVShape(2, 4, 2, 16, 2, sliding_layers=3, sliding_window=33, sliding_token_bytes=100)
 LINEAR = KVShape(2, 4, 2, 16, 2, linear_layers=3, conv_state_bytes=1000, recurrent_state_bytes=70_000)
 
 
@@ -79,18 +81,27 @@ def test_other_models_have_no_such_bytes():
 
 
 def test_both_kinds_in_one_model():
-    shape = KVShape(2, 4, 2, 16, 2, 3, 33, 3, 1000, 70_000)
+    shape = KVShape(2, 4, 2, 16, 2, 3, 33, 100, 3, 1000, 70_000)
     for past, new in ((0, 10), (20, 10), (90, 10)):
         both = sizes.untiered_bytes(shape, past, new)
         assert both == sizes.untiered_bytes(SLIDING, past, new) | sizes.untiered_bytes(LINEAR, past, new)
     assert sizes.snapshot_bytes(shape, 90) == sizes.snapshot_bytes(SLIDING, 90) + sizes.snapshot_bytes(LINEAR, 90)
 
 
-@pytest.mark.parametrize(("kind", "name"), [(k, name) for k, names in LAYER_SIZES.items() for name in names])
-def test_a_damaged_config_is_refused(kind, name):
-    config = text_config("gemma3_text" if kind == "sliding_attention" else "qwen3_5_text")
-    setattr(config, name, 0)
-    with pytest.raises(UnsupportedModelError, match=f"damaged: {name} is 0"):
+NUMBERS = {
+    "llama": "num_hidden_layers num_attention_heads hidden_size num_key_value_heads",
+    "gemma3_text": "sliding_window",
+    "qwen3_5_text": "linear_num_key_heads linear_num_value_heads linear_key_head_dim linear_value_head_dim "
+    "linear_conv_kernel_dim",
+}
+
+
+@pytest.mark.parametrize("value", [0, "8", [8, 8]], ids=str)
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in NUMBERS for name in NUMBERS[kind].split()])
+def test_a_damaged_config_is_refused(kind, name, value):
+    config = text_config(kind)
+    object.__setattr__(config, name, value)  # as a file may have it; transformers checks some types
+    with pytest.raises(UnsupportedModelError, match=f"damaged: {name} is {re.escape(repr(value))}"):
         model_shape(config, torch.float32)
 
 
@@ -136,7 +147,8 @@ def windowed(monkeypatch):
     config = type(model.config).from_dict(model.config.to_dict())
     config.text_config.layer_types = ["sliding_attention", "full_attention", "sliding_attention"]
     config.text_config.sliding_window, config.text_config.use_sliding_window = 33, True
-    monkeypatch.setitem(families.OTHER_LAYERS, "qwen2_5_vl_text", ("sliding_attention",))
+    decoder = Decoder(("qwen2_5_vl_text",), untiered=("sliding_attention",))
+    monkeypatch.setattr(families, "DECODERS", (decoder, *families.DECODERS))
     return AutoModelForImageTextToText.from_config(config).eval(), processor
 
 

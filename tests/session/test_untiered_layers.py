@@ -14,6 +14,7 @@ from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.environment.versions import cache_argument
 from tieredkv.errors import SessionError
 from tieredkv.models import families
+from tieredkv.models.families.decoder import Decoder
 from tieredkv.session import session_file
 from tieredkv.storage import tensor_file
 
@@ -40,7 +41,8 @@ def windowed(monkeypatch):
     copy = AutoModelForImageTextToText.from_config(config).eval()
     copy.load_state_dict(model.state_dict())
     copy.generation_config.eos_token_id = None
-    monkeypatch.setitem(families.OTHER_LAYERS, "qwen2_5_vl_text", ("sliding_attention",))
+    decoder = Decoder(("qwen2_5_vl_text",), untiered=("sliding_attention",))
+    monkeypatch.setattr(families, "DECODERS", (decoder, *families.DECODERS))
     return copy, processor
 
 

@@ -31,6 +31,7 @@ from tieredkv.errors import OptionError, TieredKVError
 from tieredkv.memory.copies import BackgroundCopies
 from tieredkv.memory.ledger import on_device
 from tieredkv.models import families
+from tieredkv.models.families.decoder import TIERED
 from tieredkv.models.kv_shape import KVShape
 from tieredkv.ops.base import Ops
 
@@ -81,8 +82,8 @@ class TieredCache(Cache):
         layers: list[TieredLayer | SlidingLayer | LinearLayer] = []
         self._order = LayerOrder()
         text = config.get_text_config(decoder=True)
-        for kind in families.check_layers(text):
-            if kind == "full_attention":
+        for kind in families.text_decoder(text).layer_types(text):
+            if kind == TIERED:
                 index = len(self.tiered_layers)
                 self.tiered_layers.append(TieredLayer(self, self._order, self.device_tier, index, prompt_tokens))
                 layers.append(self.tiered_layers[-1])
@@ -90,7 +91,7 @@ class TieredCache(Cache):
                 linear = kind == "linear_attention"
                 untiered.append(LinearLayer(self._order) if linear else SlidingLayer(self._order, text.sliding_window))
                 layers.append(untiered[-1])
-            self._order.add(layers[-1], tiered=kind == "full_attention")
+            self._order.add(layers[-1], tiered=kind == TIERED)
         self.untiered = Untiered(untiered)
         """The layers that do not grow, which are transformers', and what they go back to."""
         super().__init__(layers=list(layers))

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from tieredkv import __version__
-from tieredkv.cli import ask, bench, chat, defaults, demo, doctor, plan, policies, run
+from tieredkv.cli import ask, bench, chat, defaults, demo, doctor, models, plan, policies, run
 from tieredkv.errors import TieredKVError
 
 # Read when torch is imported, which only commands do. If another program takes a core, the other threads spin until it
@@ -27,7 +27,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"max_content_width": 100},
 )
-for command in (ask, chat, run, plan, policies, demo, bench, doctor):
+for command in (ask, chat, run, plan, models, policies, demo, bench, doctor):
     command.add_to(app)
 
 

@@ -50,6 +50,7 @@ def examine() -> list[Check]:
         library("transformers", facts["transformers"]),
         cuda(card, smi),
         triton(facts["triton"], card, compiler()),
+        kernels(facts["kernels"], card),
         link(smi),
         page_locked(card, memlock_limit()),
         host_memory(facts["host"]),
@@ -122,6 +123,20 @@ def triton(facts: Facts, card: Facts, compiler: str | None) -> Check:
         state: Literal["note", "problem"] = "problem" if here else "note"
         return Check("triton", state, f"{facts['version']}, no C compiler", "install gcc or clang, or set CC")
     return Check("triton", "ok", f"{facts['version']}, compiles with {compiler}")
+
+
+def kernels(facts: Facts, card: Facts) -> Check:
+    """Packages without which transformers runs layers of some models slowly."""
+    if "error" in facts:
+        return Check("kernels", "note", facts["error"], FIX_FIRST)
+    missing = [name for name, found in facts.items() if found["version"] is None]
+    if not missing:
+        return Check("kernels", "ok", ", ".join(f"{name} {found['version']}" for name, found in facts.items()))
+    text = f"no {', '.join(missing)}"
+    if "name" not in card:
+        return Check("kernels", "ok", f"{text}; needed only with a card")
+    models = ", ".join(dict.fromkeys(kind for name in missing for kind in facts[name]["models"]))
+    return Check("kernels", "note", text, f"pip install {' '.join(missing)}; without it {models} are slower")
 
 
 def link(smi: Mapping[str, str]) -> Check:

@@ -23,7 +23,7 @@ def probe(command: tuple[str, ...] = ("-P", "-m", "tieredkv.doctor.probe")) -> d
     """Facts by section of `tieredkv.doctor.probe`. If its process crashes, the facts of the crashing section say so."""
     from tieredkv.doctor.probe import SECTIONS
 
-    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     try:
         done = subprocess.run(

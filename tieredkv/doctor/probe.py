@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -58,6 +59,20 @@ def cuda() -> dict[str, Any]:
     return facts
 
 
+def kernels() -> dict[str, Any]:
+    """By package with kernels that some models need to be fast: its version, if it is installed, and the models."""
+    from tieredkv.models import families
+
+    facts: dict[str, Any] = {}
+    for decoder in families.DECODERS:
+        for package in decoder.packages:
+            found = facts.setdefault(package, {"version": None, "models": []})
+            found["models"] += decoder.model_types
+            with suppress(PackageNotFoundError):
+                found["version"] = version(package)
+    return facts
+
+
 def host() -> dict[str, Any]:
     """Bytes of host memory available on the machine, and to this process."""
     import psutil
@@ -85,6 +100,7 @@ SECTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "torchvision": lambda: library("torchvision"),
     "transformers": lambda: library("transformers"),
     "triton": lambda: library("triton"),
+    "kernels": kernels,
     "codecs": codecs,
     "host": host,
     "cuda": cuda,

@@ -6,6 +6,9 @@ import inspect
 from functools import cache
 from typing import Any
 
+OLDEST, NEWEST = "5.17", "5.24"
+"""The releases of transformers between which tieredkv is tested."""
+
 
 @cache
 def cache_name() -> str:

@@ -10,17 +10,14 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from tieredkv.models import families
+
 _TOP = (
     "model_type",
     "image_token_id",
     "video_token_id",
     "vision_start_token_id",
     "vision_end_token_id",
-    "vision_feature_layer",
-    "vision_feature_select_strategy",
-    "downsample_ratio",
-    "scale_factor",
-    "projector_hidden_act",
 )
 _TEXT = (
     "model_type",
@@ -36,8 +33,6 @@ _TEXT = (
     "rms_norm_eps",
     "rope_parameters",
     "layer_types",
-    "query_pre_attn_scalar",
-    "attn_logit_softcapping",
     "use_bidirectional_attention",
     "sliding_window",
     "use_sliding_window",
@@ -63,12 +58,8 @@ _VISION = (
     "patch_size",
     "temporal_patch_size",
     "spatial_merge_size",
-    "tokens_per_second",
-    "window_size",
-    "fullatt_block_indexes",
     "out_hidden_size",
     "num_position_embeddings",
-    "deepstack_visual_indexes",
     "rope_parameters",
 )
 _VOLATILE = {"processor_class", "auto_map", "return_metadata", "return_tensors", "device", "name_or_path"}
@@ -78,18 +69,21 @@ def model_settings(model: Any) -> dict[str, Any]:
     """The fields of a transformers model's configuration that its keys and values depend on.
 
     A list of fields to include, not to exclude: a session must survive changes of the many fields without effect
-    (dropout, labels, `use_cache`, the attention function, paths, versions) and of those that releases add. A new
-    family's own fields must be added here; most show in the shapes of the weights, which `model_fingerprint` hashes.
+    (dropout, labels, `use_cache`, the attention function, paths, versions) and of those that releases add. A
+    family and a decoder state their own; most show in the shapes of the weights, which `model_fingerprint` hashes.
     Fields that are absent or None are left out, so that a field added later with a default of None changes nothing. The
     dtype is that of the loaded weights, not the one in the file.
     """
     config = model.config.to_dict()
     text = config.get("text_config") or config
+    family = families.VIDEO_FAMILIES.get(config["model_type"])
+    decoder = families.find_decoder(text.get("model_type"))
+    top, vision = (family.settings, family.vision_settings) if family else ((), ())
     return {
-        **_selected(config, _TOP),
+        **_selected(config, _TOP + top),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "text": _selected(text, _TEXT),
-        "vision": _selected(config.get("vision_config") or {}, _VISION),
+        "text": _selected(text, _TEXT + (decoder.settings if decoder else ())),
+        "vision": _selected(config.get("vision_config") or {}, _VISION + vision),
     }
 
 

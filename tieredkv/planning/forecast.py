@@ -33,8 +33,6 @@ from tieredkv.video.sampling import Sampling
 
 HEAD_TOKENS = 15
 """Tokens of text before the video without a processor: those of Qwen2.5-VL's chat template."""
-VISION_MODULES = {"visual", "vision_tower", "vision_model", "multi_modal_projector", "connector", "image_newline"}
-"""Names, in transformers' families, of the vision tower and of the modules that connect it to the decoder."""
 
 
 def plan(
@@ -199,9 +197,10 @@ class _Model:
         if model is None:
             with torch.device("meta"):
                 model = AutoModelForImageTextToText.from_config(copy.deepcopy(self.config), dtype=self.dtype)
+        modules = families.video_family(self.config).vision_modules
         vision = decoder = 0
         for name, weight in model.named_parameters():
-            if VISION_MODULES.intersection(name.split(".")):
+            if modules.intersection(name.split(".")):
                 vision += stored_bytes(weight)
             else:
                 decoder += stored_bytes(weight)

@@ -101,7 +101,7 @@ def _window_tokens(shape: KVShape, tokens: int) -> int:
 
 def _window_bytes(shape: KVShape, tokens: int) -> int:
     """Keys and values of `tokens` tokens in all sliding layers."""
-    return shape.sliding_layers * tokens * shape.num_key_value_heads * 2 * shape.head_dim * shape.itemsize
+    return shape.sliding_layers * tokens * shape.sliding_token_bytes
 
 
 def digest_for(shape: KVShape, tiers: TierConfig) -> Digest[Any]:

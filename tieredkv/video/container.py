@@ -7,10 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import av
-from av.stream import Disposition
-
 from tieredkv.errors import VideoError
+from tieredkv.video import pyav as av
 
 MP4 = "mov,mp4,m4a,3gp,3g2,mj2"
 MATROSKA = "matroska,webm"
@@ -35,7 +33,7 @@ def video_streams(path: Path) -> list[int]:
     The largest picture comes first. Cover pictures are left out. Raises `VideoError`.
     """
     with _container(path) as container:
-        streams = [s for s in container.streams.video if Disposition.attached_pic not in s.disposition]
+        streams = [s for s in container.streams.video if av.stream.Disposition.attached_pic not in s.disposition]
         if not streams:
             raise VideoError(f"{path}: there is no video stream in this file.")
         decodable = [s for s in streams if s.codec_context is not None]
@@ -47,7 +45,7 @@ def video_streams(path: Path) -> list[int]:
 
 
 def _rank(stream: Any) -> int:
-    default = Disposition.default in stream.disposition
+    default = av.stream.Disposition.default in stream.disposition
     return int(stream.codec_context.width * stream.codec_context.height + _DEFAULT_BONUS * default)
 
 

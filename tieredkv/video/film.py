@@ -14,9 +14,8 @@ from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import av
-
 from tieredkv.errors import VideoError
+from tieredkv.video import pyav as av
 from tieredkv.video.container import MATROSKA, MP4, decoded, opened, unreadable, video_streams
 from tieredkv.video.length import Times, find_length
 from tieredkv.video.picture import Geometry, Painter

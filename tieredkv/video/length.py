@@ -9,8 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import av
-
+from tieredkv.video import pyav as av
 from tieredkv.video.container import MATROSKA, MP4, opened
 from tieredkv.video.matroska import cut_element
 from tieredkv.video.mp4 import edited_end, fragments

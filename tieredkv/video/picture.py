@@ -9,12 +9,11 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
-from av.video.reformatter import Interpolation, VideoReformatter
 from PIL import Image
 
 from tieredkv.errors import VideoError
+from tieredkv.video import pyav as av
 from tieredkv.video.margins import Margins, margins
 
 _SQUARE = Fraction(1)
@@ -47,7 +46,7 @@ class Painter:
     def __init__(self, path: Path, geometry: Geometry) -> None:
         self._path, self._geometry = path, geometry
         # One for all frames: the state of a scaler takes megabytes.
-        self._reformatter = VideoReformatter()
+        self._reformatter = av.video.reformatter.VideoReformatter()
 
     def paint(self, frame: Any) -> np.ndarray:
         """The picture that `frame` shows, uint8 `(H, W, 3)`.
@@ -72,7 +71,7 @@ class Painter:
         for name in ("colorspace", "color_trc", "color_primaries"):
             if getattr(frame, name) == _RESERVED:  # FFmpeg's scaler refuses it, although it means the same
                 setattr(frame, name, _UNSPECIFIED)
-        method = None if width == frame.width else Interpolation.BICUBIC
+        method = None if width == frame.width else av.video.reformatter.Interpolation.BICUBIC
         try:
             rgb = self._reformatter.reformat(frame, width=width, format="rgb24", interpolation=method)
         except (av.FFmpegError, OSError):

@@ -6,8 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import av
-
+from tieredkv.video import pyav as av
 from tieredkv.video.clock import Clock, duration
 from tieredkv.video.container import cut_short, decoded, reason
 from tieredkv.video.film import Film

@@ -11,10 +11,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 
 from tieredkv.errors import VideoError, check_whole, is_number
+from tieredkv.video import pyav as av
 from tieredkv.video.container import cut_short, opened, reason
 from tieredkv.video.film import Film, probe
 from tieredkv.video.length import SAME_TIME

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from tieredkv.environment.versions import cache_argument
+from tieredkv.environment.versions import NEWEST, OLDEST, cache_argument
 
 Positions = Literal["published", "stock"]
 """How a prompt with a video is written and numbered: as the model's authors do it, or as transformers does."""
@@ -80,6 +80,17 @@ class VideoFamily(ABC):
 
     Defaults are for families that write nothing between steps and whose decoder numbers positions on one axis.
     """
+
+    model_types: tuple[str, ...]
+    """`model_type` of the configs of its models."""
+    vision_modules: frozenset[str]
+    """Names, in transformers, of the vision tower and of the modules and parameters that connect it to the decoder."""
+    settings: tuple[str, ...] = ()
+    """Fields of the config, besides those that many families have, on which keys and values depend."""
+    vision_settings: tuple[str, ...] = ()
+    """The same of the vision tower's config."""
+    tested: tuple[str, str] = (OLDEST, NEWEST)
+    """The oldest and the newest transformers that it is tested with."""
 
     # ---- text
 
@@ -151,6 +162,10 @@ class VideoFamily(ABC):
         return 0
 
     # ---- decoder
+
+    def text_types(self) -> tuple[str, ...]:
+        """`model_type` of the configs of the texts, of its models, that it is tested with."""
+        return tuple(f"{kind}_text" for kind in self.model_types)
 
     def positions(
         self, model: Any, head: int, video: VideoGrid, begin: int, stop: int, rule: Positions

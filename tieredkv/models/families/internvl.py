@@ -13,6 +13,13 @@ from tieredkv.models.families.per_frame import PerFrame, patches_per_side, tower
 class InternVL(PerFrame):
     """Adapter for `InternVLForConditionalGeneration`."""
 
+    model_types = ("internvl",)
+    vision_modules = frozenset({"vision_tower", "multi_modal_projector"})
+    settings = ("vision_feature_layer", "vision_feature_select_strategy", "downsample_ratio", "projector_hidden_act")
+
+    def text_types(self) -> tuple[str, ...]:
+        return ("qwen2",)
+
     def side(self, config: Any) -> int:
         return int(patches_per_side(config.vision_config) * config.downsample_ratio)
 

@@ -13,6 +13,13 @@ from tieredkv.models.families.per_frame import PerFrame, patches_per_side, tower
 class LlavaOnevision(PerFrame):
     """Adapter for `LlavaOnevisionForConditionalGeneration`."""
 
+    model_types = ("llava_onevision",)
+    vision_modules = frozenset({"vision_tower", "multi_modal_projector", "image_newline"})
+    settings = ("vision_feature_layer", "vision_feature_select_strategy", "projector_hidden_act")
+
+    def text_types(self) -> tuple[str, ...]:
+        return ("qwen2",)
+
     def side(self, config: Any) -> int:
         return math.ceil(patches_per_side(config.vision_config) / 2)
 

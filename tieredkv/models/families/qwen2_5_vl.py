@@ -13,6 +13,9 @@ from tieredkv.models.families.qwen2_vl import Qwen2VL
 class Qwen25VL(Qwen2VL):
     """Adapter for `Qwen2_5_VLForConditionalGeneration`."""
 
+    model_types: tuple[str, ...] = ("qwen2_5_vl",)
+    vision_settings: tuple[str, ...] = ("tokens_per_second", "window_size", "fullatt_block_indexes")
+
     def rate(self, model: Any, video: VideoGrid) -> float:
         return model.config.vision_config.tokens_per_second * video.seconds_per_step
 

@@ -20,6 +20,9 @@ UNLIMITED = 2**40
 class Qwen2VL(VideoFamily):
     """Adapter for `Qwen2VLForConditionalGeneration`."""
 
+    model_types: tuple[str, ...] = ("qwen2_vl",)
+    vision_modules = frozenset({"visual"})
+
     def frame_grid(
         self, config: Any, processor: Any, frames: int, height: int, width: int, fps: float
     ) -> tuple[int, int, int]:

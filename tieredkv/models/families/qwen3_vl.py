@@ -18,6 +18,9 @@ class Qwen3VL(Qwen2VL):
     Features hold one vector of the decoder's hidden size for each layer that receives one, side by side.
     """
 
+    model_types: tuple[str, ...] = ("qwen3_vl",)
+    vision_settings: tuple[str, ...] = ("deepstack_visual_indexes",)
+
     def placeholder(self, processor: Any, rule: Positions) -> str:
         """published: with the template's tokens around it, as each step has its own. stock: without, as in 5.x."""
         if rule == "stock":

@@ -17,6 +17,13 @@ class SmolVLM(PerFrame):
     The introduction states the number of frames before they are decoded, so it relies on the length the file states.
     """
 
+    model_types = ("smolvlm",)
+    vision_modules = frozenset({"vision_model", "connector"})
+    settings = ("scale_factor",)
+
+    def text_types(self) -> tuple[str, ...]:
+        return ("llama",)
+
     def side(self, config: Any) -> int:
         return patches_per_side(config.vision_config) // config.scale_factor
 

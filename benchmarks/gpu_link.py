@@ -1,0 +1,209 @@
+"""The link between host and card by itself: large copies, and the gather of a decoding step at the shipped chunk size.
+
+Memory is page-locked as the host tier is (registered after allocation), by torch's own allocator, and with huge pages.
+Launches are captured in a graph and replayed, each with other chunks, so that neither Python nor a cache of the card is
+measured.
+"""
+
+from __future__ import annotations
+
+import mmap
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from gpu_record import Fact, Run, Values, card_state
+from synthetic import milliseconds
+
+from tieredkv import TierConfig
+from tieredkv.memory.pagelock import PageLocker, aligned
+from tieredkv.ops import torch_ops
+from tieredkv.ops.packing import Packing
+from tieredkv.ops.select import ops_for
+
+HEADS, HEAD_DIM = 4, 128
+LAUNCHES, ROUNDS = 16, 8
+MISSES = (655, 164)
+"""Chunks that a layer of the 7B shape misses in a step at 131,072 tokens, a twentieth attended to, 80 and 95 % hits."""
+
+
+def facts(run: Run) -> list[Fact]:
+    return [
+        Fact("copies", 20, partial(copies, run)),
+        Fact("gather", 30, partial(gathers, run, "registered")),
+        Fact("gather, huge pages", 20, partial(gathers, run, "huge pages")),
+        Fact("card", 20, partial(card, run)),
+        Fact("gather by the host", 15, partial(by_host, run)),
+    ]
+
+
+# ---- memory
+
+
+@contextmanager
+def locked(run: Run, nbytes: int, kind: str) -> Iterator[tuple[torch.Tensor, Values]]:
+    """Page-locked host memory, int16: "registered" as the host tier, "huge pages", or by torch ("pinned")."""
+    begin = time.perf_counter()
+    if kind == "pinned":
+        memory = torch.empty(nbytes // 2, dtype=torch.int16, pin_memory=not run.dry)
+    elif kind == "huge pages":
+        region = mmap.mmap(-1, nbytes + 2**21)
+        region.madvise(mmap.MADV_HUGEPAGE)
+        whole = torch.frombuffer(region, dtype=torch.uint8)
+        first = -whole.data_ptr() % 2**21
+        memory = whole[first : first + nbytes].view(torch.int16)
+    else:
+        memory = aligned((nbytes // 2,), torch.int16)
+    memory.zero_()
+    touched = time.perf_counter()
+    locker = None
+    if not (run.dry or kind == "pinned"):
+        locker = PageLocker()
+        locker.use(torch.device("cuda"))
+        locker.lock(memory)
+        if refusal := locker.refusal():
+            raise RuntimeError(refusal)
+    lock_s = time.perf_counter() - touched
+    try:
+        yield memory, {"memory": kind, "touch_s": touched - begin, "lock_s_per_gib": lock_s / nbytes * 2**30}
+    finally:
+        run.synchronize()
+        if locker is not None:
+            locker.close()
+
+
+# ---- timing
+
+
+def replayed(run: Run, launches: list[Callable[[], object]]) -> tuple[float, str]:
+    """Median milliseconds of all launches one after another, and how they ran: "graph", or eager and why."""
+
+    def together() -> None:
+        for launch in launches:
+            launch()
+
+    together()
+    if run.dry:
+        return milliseconds(together, 2, "cpu"), "eager"
+    run.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            together()
+    except RuntimeError as error:
+        return milliseconds(together, ROUNDS, "cuda"), f"eager: {str(error).splitlines()[0]}"
+    return milliseconds(graph.replay, ROUNDS, "cuda"), "graph"
+
+
+def set_programs(count: int | None) -> int:
+    """Set how many programs a gather has; None: leaves it. Returns the number that was set before."""
+    from tieredkv.ops.triton import copy
+
+    before: int = copy.PROGRAMS
+    copy.PROGRAMS = before if count is None else count
+    return before
+
+
+# ---- what is measured
+
+
+def copies(run: Run) -> Iterator[Values]:
+    """Large copies each way."""
+    nbytes = 2**20 if run.dry else 2**28
+    device = torch.empty(nbytes // 2, dtype=torch.int16, device=run.device)
+    for kind in ("registered", "pinned", "huge pages"):
+        with locked(run, nbytes, kind) as (host, told):
+            down = milliseconds(partial(device.copy_, host, non_blocking=True), 5, run.device)
+            up = milliseconds(partial(host.copy_, device, non_blocking=True), 5, run.device)
+            yield {**told, "bytes": nbytes, "h2d_gb_s": nbytes / down / 1e6, "d2h_gb_s": nbytes / up / 1e6}
+    if not run.dry:
+        yield {"memory": "state of the link after copies", **card_state()}
+
+
+def gather_ms(
+    run: Run, arenas: list[torch.Tensor], pieces: int, packed: bool, launches: int = LAUNCHES
+) -> tuple[float, str]:
+    """Milliseconds of one gather of `pieces` random chunks from arenas `(K, chunks, 2, C, D)`, taken in turn."""
+    ops, device = ops_for(torch.device(run.device)), torch.device(run.device)
+    if run.dry:
+        pieces, launches = max(1, pieces // 64), 2
+    heads, chunks, _, c, d = arenas[0].shape
+    page = torch.empty(pieces, 2, c, d, dtype=torch.int8 if packed else arenas[0].dtype, device=device)
+    packing = None
+    if packed:
+        scales = torch.empty(pieces, 2, c, dtype=torch.float16, device=device)
+        packing = Packing(scales, torch.ones(heads, 2, d, device=device))
+    slots = torch.arange(pieces, device=device)
+
+    def launch(arena: torch.Tensor) -> Callable[[], object]:
+        head = torch.randint(heads, (pieces,), device=device)
+        chunk = torch.randint(chunks, (pieces,), device=device)
+        return lambda: ops.fetch(arena, page, head, chunk, slots, packing)
+
+    ms, path = replayed(run, [launch(arenas[i % len(arenas)]) for i in range(launches)])
+    return ms / launches, path
+
+
+def gathers(run: Run, kind: str) -> Iterator[Values]:
+    """The shipped chunk size by programs and number of pieces; then larger chunks."""
+    c = TierConfig().chunk_tokens
+    with locked(run, 2**22 if run.dry else 2**29, kind) as (host, told):
+
+        def one(tokens: int, pieces: int, packed: bool, programs: int | None) -> Values:
+            arena = host.view(torch.bfloat16).view(HEADS, -1, 2, tokens, HEAD_DIM)
+            piece = arena[0, 0].nbytes
+            before = set_programs(programs)
+            try:
+                ms, path = gather_ms(run, [arena], pieces, packed)
+            finally:
+                set_programs(before)
+            rate = pieces * piece / ms / 1e6
+            done: Values = {"memory": told["memory"], "piece_bytes": piece, "pieces": pieces, "packed": packed}
+            return {**done, "programs": programs or before, "gb_s": rate, "us": 1000 * ms, "path": path}
+
+        host.view(torch.bfloat16).copy_(torch.randn(2**16, dtype=torch.bfloat16).repeat(len(host) // 2**16))
+        for programs in (12, 24, 48, 96):
+            for packed in (True, False):
+                yield one(c, MISSES[0], packed, programs)
+        if kind == "registered":
+            for pieces in (64, 256, 4096):
+                yield one(c, pieces, True, None)
+            for tokens, pieces in ((4 * c, MISSES[0]), (16 * c, 256)):
+                yield one(tokens, pieces, True, None)
+
+
+def by_host(run: Run) -> Iterator[Values]:
+    """What is used where kernels cannot read host memory: a gather on the host and one copy."""
+    c = TierConfig().chunk_tokens
+    with locked(run, 2**22 if run.dry else 2**29, "registered") as (host, _):
+        arena = host.view(HEADS, -1, 2, c, HEAD_DIM)
+        for pieces in MISSES:
+            pages = torch.empty(pieces, 2, c, HEAD_DIM, dtype=torch.int16, device=run.device)
+            head, chunk = torch.randint(HEADS, (pieces,)), torch.randint(arena.shape[1], (pieces,))
+            slots = torch.arange(pieces, device=run.device)
+            ms = milliseconds(partial(torch_ops.fetch, arena, pages, head, chunk, slots), 5, run.device)
+            yield {
+                "pieces": pieces,
+                "piece_bytes": arena[0, 0].nbytes,
+                "us": 1000 * ms,
+                "gb_s": pages.nbytes / ms / 1e6,
+            }
+
+
+def card(run: Run) -> Iterator[Values]:
+    """The card's own ceilings: a copy in its memory, a large product, a matrix times a vector."""
+    size = 2**10 if run.dry else 2**13
+    one = torch.randn(size, size, dtype=run.dtype, device=run.device)
+    other, vector = torch.randn_like(one), torch.randn(size, 1, dtype=run.dtype, device=run.device)
+    source = torch.empty(2**20 if run.dry else 2**32, dtype=torch.uint8, device=run.device)
+    target = torch.empty_like(source)
+    ms = milliseconds(partial(target.copy_, source), 5, run.device)
+    yield {"what": "copy in the card's memory, bytes read and written", "gb_s": 2 * source.nbytes / ms / 1e6}
+    ms = milliseconds(partial(torch.matmul, one, other), 5, run.device)
+    yield {"what": f"product of {size} x {size} matrices", "tflop_s": 2 * size**3 / ms / 1e9}
+    several: list[Any] = [torch.randn_like(one) for _ in range(2 if run.dry else 16)]  # more than the card caches
+    ms, path = replayed(run, [partial(torch.matmul, matrix, vector) for matrix in several])
+    yield {"what": f"{size} x {size} matrix times a vector", "gb_s": len(several) * one.nbytes / ms / 1e6, "path": path}
