@@ -1,6 +1,7 @@
 """The bundled model: its files, its processor, its training code, and that it still answers."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -148,9 +149,9 @@ def test_every_training_stage_runs(tmp_path, architecture: str) -> None:
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     done = [line["done"] for line in lines if "done" in line]
     assert done == ["vision", *(stage.name for stage in training.CURRICULUM)]
-    losses = [line["loss"] for line in lines if line.get("stage") == training.CURRICULUM[0].name]
-    assert losses[-1] < 5
     model, _ = load(path=tmp_path / "weights")
+    losses = [line["loss"] for line in lines if line.get("stage") == training.CURRICULUM[0].name]
+    assert losses[-1] < math.log(model.config.text_config.vocab_size) + 1  # that of guessing, and a little
     assert model.config.model_type == architecture
     assert next(model.parameters()).isfinite().all()
 
