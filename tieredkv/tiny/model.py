@@ -87,7 +87,7 @@ def save(model: Any, path: Path) -> None:
     (path / "model.safetensors").chmod(0o644)  # safetensors makes it readable by its owner only
 
 
-def load(dtype: Any = None, path: Path = PATH) -> tuple[Any, Any]:
+def load(dtype: Any = None, path: str | Path = PATH) -> tuple[Any, Any]:
     """The trained model (float32 by default, in eval mode, on the CPU) and its processor."""
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
