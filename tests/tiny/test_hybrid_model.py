@@ -194,7 +194,7 @@ def test_the_files_are_those_the_code_builds(processor, trained) -> None:
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("positions", ["stock", "next"])
-def test_new_scenes_are_answered(trained, positions: str) -> None:
-    score = evaluate(*trained, tokens=512, scenes=2, cards=6, positions=positions)
+@pytest.mark.parametrize(("positions", "scenes"), [("stock", 1), ("next", 3)])
+def test_new_scenes_are_answered(trained, positions: str, scenes: int) -> None:
+    score = evaluate(*trained, tokens=512, scenes=scenes, cards=6, positions=positions)
     assert sum(score.exact) >= 0.9 * len(score.exact), score.summary()
