@@ -33,7 +33,7 @@ MISSES = (655, 164)
 def facts(run: Run) -> list[Fact]:
     return [
         Fact("copies", 20, partial(copies, run)),
-        Fact("gather", 30, partial(gathers, run, "registered")),
+        Fact("gather", 50, partial(gathers, run, "registered")),
         Fact("gather, huge pages", 20, partial(gathers, run, "huge pages")),
         Fact("card", 20, partial(card, run)),
         Fact("gather by the host", 15, partial(by_host, run)),
@@ -98,13 +98,18 @@ def replayed(run: Run, launches: list[Callable[[], object]]) -> tuple[float, str
     return milliseconds(graph.replay, ROUNDS, "cuda"), "graph"
 
 
-def set_programs(count: int | None) -> int:
-    """Set how many programs a gather has; None: leaves it. Returns the number that was set before."""
+@contextmanager
+def copying(programs: int | None = None, pieces: int | None = None) -> Iterator[Values]:
+    """Inside the block, gathers have so many programs, each of which copies so many chunks at a time; None: as shipped.
+    Yields both numbers."""
     from tieredkv.ops.triton import copy
 
-    before: int = copy.PROGRAMS
-    copy.PROGRAMS = before if count is None else count
-    return before
+    shipped = copy.PROGRAMS, copy.PIECES
+    copy.PROGRAMS, copy.PIECES = programs or shipped[0], pieces or shipped[1]
+    try:
+        yield {"programs": copy.PROGRAMS, "at_a_time": copy.PIECES}
+    finally:
+        copy.PROGRAMS, copy.PIECES = shipped
 
 
 # ---- what is measured
@@ -152,17 +157,13 @@ def gathers(run: Run, kind: str) -> Iterator[Values]:
     c = TierConfig().chunk_tokens
     with locked(run, 2**22 if run.dry else 2**29, kind) as (host, told):
 
-        def one(tokens: int, pieces: int, packed: bool, programs: int | None) -> Values:
+        def one(tokens: int, pieces: int, packed: bool, programs: int | None = None, at: int | None = None) -> Values:
             arena = host.view(torch.bfloat16).view(HEADS, -1, 2, tokens, HEAD_DIM)
             piece = arena[0, 0].nbytes
-            before = set_programs(programs)
-            try:
+            with copying(programs, at) as how:
                 ms, path = gather_ms(run, [arena], pieces, packed)
-            finally:
-                set_programs(before)
-            rate = pieces * piece / ms / 1e6
             done: Values = {"memory": told["memory"], "piece_bytes": piece, "pieces": pieces, "packed": packed}
-            return {**done, "programs": programs or before, "gb_s": rate, "us": 1000 * ms, "path": path}
+            return {**done, **how, "gb_s": pieces * piece / ms / 1e6, "us": 1000 * ms, "path": path}
 
         host.view(torch.bfloat16).copy_(torch.randn(2**16, dtype=torch.bfloat16).repeat(len(host) // 2**16))
         for programs in (12, 24, 48, 96):
@@ -170,9 +171,12 @@ def gathers(run: Run, kind: str) -> Iterator[Values]:
                 yield one(c, MISSES[0], packed, programs)
         if kind == "registered":
             for pieces in (64, 256, 4096):
-                yield one(c, pieces, True, None)
+                yield one(c, pieces, True)
+            for at in (1, 2, 8):
+                for programs in (24, 96, 264):
+                    yield one(c, MISSES[0], True, programs, at)
             for tokens, pieces in ((4 * c, MISSES[0]), (16 * c, 256)):
-                yield one(tokens, pieces, True, None)
+                yield one(tokens, pieces, True)
 
 
 def by_host(run: Run) -> Iterator[Values]:

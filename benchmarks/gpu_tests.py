@@ -15,7 +15,7 @@ from gpu_record import Fact, Run, Values
 ROOT = Path(__file__).parent.parent
 FILES = ["tests/test_gpu.py", "tests/ops/test_kernels.py"]
 SHOWN_EVERY = 25
-PROCESSES = 6
+PROCESSES = 8
 """They compile on the host most of the time, and share the card."""
 
 

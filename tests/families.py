@@ -217,6 +217,64 @@ def _smolvlm() -> tuple[Any, Any]:
     return SmolVLMForConditionalGeneration(config), processor
 
 
+def _video_llama_3() -> tuple[Any, Any]:
+    import transformers
+    from transformers import VideoLlama3Config, VideoLlama3ForConditionalGeneration, VideoLlama3Processor
+
+    ids = _ids()
+    config = VideoLlama3Config(
+        text_config={**TEXT, "model_type": "qwen2", "vocab_size": len(tokenizer())},
+        vision_config={**SIGLIP, "patch_size": 14},
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        tie_word_embeddings=False,
+    )
+    size = {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 100}  # for the whole video
+    processor = VideoLlama3Processor(
+        image_processor=transformers.VideoLlama3ImageProcessor(),
+        tokenizer=_plain_tokenizer(),
+        video_processor=transformers.VideoLlama3VideoProcessor(size=size),
+        chat_template=QWEN_TEMPLATE.replace("VIDEO", "<|vision_start|><|video_pad|><|vision_end|>"),
+    )
+    return VideoLlama3ForConditionalGeneration(config), processor
+
+
+def _perception_lm() -> tuple[Any, Any]:
+    """With timm's Perception Encoder, as in the published models."""
+    import pytest
+    import transformers
+    from transformers import PerceptionLMConfig, PerceptionLMForConditionalGeneration, PerceptionLMProcessor
+
+    pytest.importorskip("timm")
+    ids = _ids()
+    tower = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": [56, 56], "ref_feat_shape": [4, 4]}
+    config = PerceptionLMConfig(
+        text_config={**TEXT, "model_type": "llama", "vocab_size": len(tokenizer())},
+        vision_config={
+            "model_type": "timm_wrapper",
+            "architecture": "vit_pe_core_large_patch14_336",
+            "model_args": {**tower, "global_pool": "", "use_post_transformer_norm": False, "init_values": 0.1},
+        },
+        projector_pooling_ratio=2,
+        image_token_id=ids["<image>"],
+        video_token_id=ids["<video>"],
+        tie_word_embeddings=False,
+    )
+    size = {"height": 56, "width": 56}
+    own = _plain_tokenizer()
+    for name in ("image", "video"):
+        setattr(own, f"{name}_token", f"<{name}>")
+        setattr(own, f"{name}_token_id", ids[f"<{name}>"])
+    processor = PerceptionLMProcessor(
+        image_processor=transformers.PerceptionLMImageProcessor(tile_size=56),
+        tokenizer=own,
+        video_processor=transformers.PerceptionLMVideoProcessor(size=size),
+        patch_size=14,
+        chat_template=QWEN_TEMPLATE.replace("VIDEO", "<video>"),
+    )
+    return PerceptionLMForConditionalGeneration(config), processor
+
+
 BUILD = {
     "qwen2_vl": lambda: _qwen("qwen2_vl"),
     "qwen2_5_vl": lambda: _qwen("qwen2_5_vl"),
@@ -226,6 +284,8 @@ BUILD = {
     "llava_onevision": _llava_onevision,
     "internvl": _internvl,
     "smolvlm": _smolvlm,
+    "video_llama_3": _video_llama_3,
+    "perception_lm": _perception_lm,
 }
 
 

@@ -37,6 +37,7 @@ def run(monkeypatch, capfd):
         ("decode_cpu.py", [], {"tokens", "full_ms", "tiered_ms", "ratio"}),
         ("decode.py", ["--device", "cpu"], {"shape", "tokens", "kind", "ms", "over_floor"}),
         ("prefill.py", ["--device", "cpu"], {"tokens", "kind", "seconds", "tokens_per_s"}),
+        ("right.py", ["--device", "cpu"], {"family", "ours", "ours_tight", "offloaded", "offloaded_error"}),
         ("fits.py", ["--device", "cpu"], {"shape", "card_gib", "tokens", "kind", "seconds"}),
     ],
 )

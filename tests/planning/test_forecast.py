@@ -237,6 +237,19 @@ def test_a_processor_that_refuses_the_frames_is_an_error_of_the_video(film, monk
         plan(PATH, film, processor=processor)
 
 
+def test_a_package_that_the_vision_tower_needs_is_named(seven_billion, monkeypatch):
+    from transformers import AutoModelForImageTextToText
+
+    def missing(*args, **options):
+        raise ImportError(
+            "\nTheTower requires the timm library but it was not found. Install it:\n`pip install timm`\n"
+        )
+
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_config", missing)
+    with pytest.raises(UnsupportedModelError, match=r"cannot be built .*requires the timm library"):
+        plan(seven_billion, 100)
+
+
 # ---- the vision tower's calls
 
 

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 from tieredkv.models.families.base import VideoGrid
 from tieredkv.session.ingested_video import IngestedVideo, VideoFacts
@@ -40,6 +41,15 @@ def test_its_tokens_are_the_head_and_the_video():
     assert VIDEO.tokens == len(VIDEO.ids(0)) == len(VIDEO.is_visual()) == 12
     assert VIDEO.ids(0) == [3, 4, 5, 0, 0, 7, 0, 0, 8, 9, 0, 0]
     assert [token == 0 for token in VIDEO.ids(0)] == VIDEO.is_visual().tolist()
+
+
+def test_steps_may_differ_in_length():
+    video = replace(VIDEO, grid=replace(VIDEO.grid, lengths=(2, 1, 2)))
+    assert video.ids(0) == [3, 4, 5, 0, 0, 7, 0, 8, 9, 0, 0]
+    assert [token == 0 for token in video.ids(0)] == video.is_visual().tolist()
+    assert video.grid.step_of(torch.arange(video.grid.tokens)).tolist() == [0, 0, 1, 1, 2, 2, 2, 2]
+    state = SessionState(video, [])
+    assert SessionState.of(json.loads(json.dumps(state.as_plain())), first_picture=5.0) == state
 
 
 def test_what_is_written_is_read_back():

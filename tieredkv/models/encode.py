@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -63,17 +63,26 @@ def segments(frames: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
         yield segment[:filled]
 
 
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A segment of a video after the vision tower."""
+
+    features: torch.Tensor
+    """`(n, width)`, on the host."""
+    frames: int
+    lengths: tuple[int, ...] | None = None
+    """Features of each temporal step; None: as many in each as the grid has."""
+
+
 def encode(
     family: VideoFamily,
     model: Any,
     preprocess: Callable[[np.ndarray], dict[str, torch.Tensor]],
     pixels: Iterator[np.ndarray],
-) -> Iterator[tuple[torch.Tensor, int]]:
-    """Features `(n, width)` of each segment, on the host, and how many frames it has.
-
-    Together they are the features of the whole video encoded in one call.
-    """
+) -> Iterator[Encoded]:
+    """Encode each segment. Together their features are those of the whole video encoded in one call."""
     for segment in pixels:
+        inputs = preprocess(segment)
         with torch.no_grad():
-            features = family.encode(model, preprocess(segment)).cpu()
-        yield features, len(segment)
+            features = family.encode(model, inputs).cpu()
+        yield Encoded(features, len(segment), family.lengths(inputs))

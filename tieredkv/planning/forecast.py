@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from tieredkv.config import TierConfig, tier_config
-from tieredkv.errors import OptionError, UnsupportedModelError, check_value, check_whole, is_number
+from tieredkv.errors import OptionError, UnsupportedModelError, check_value, check_whole, first_line, is_number
 from tieredkv.memory import limits
 from tieredkv.memory.units import as_gib, largest
 from tieredkv.models import families, loading
@@ -195,8 +195,11 @@ class _Model:
 
         model = self.loaded
         if model is None:
-            with torch.device("meta"):
-                model = AutoModelForImageTextToText.from_config(copy.deepcopy(self.config), dtype=self.dtype)
+            try:
+                with torch.device("meta"):
+                    model = AutoModelForImageTextToText.from_config(copy.deepcopy(self.config), dtype=self.dtype)
+            except ImportError as error:  # names a package that the vision tower needs
+                raise UnsupportedModelError(f"the model cannot be built ({first_line(error)}).") from None
         modules = families.video_family(self.config).vision_modules
         vision = decoder = 0
         for name, weight in model.named_parameters():

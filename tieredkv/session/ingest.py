@@ -18,7 +18,7 @@ from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.config import TierConfig
 from tieredkv.errors import TieredKVError
 from tieredkv.models.chat_template import ChatTemplate
-from tieredkv.models.encode import at_processor_rate, encode, segments
+from tieredkv.models.encode import Encoded, at_processor_rate, encode, segments
 from tieredkv.models.families.base import VideoGrid
 from tieredkv.models.kv_shape import model_shape
 from tieredkv.models.same_model import SameModel
@@ -134,15 +134,15 @@ class Ingest:
                 frames += 1
                 yield frame
 
-        def reported(features: Iterator[tuple[torch.Tensor, int]]) -> Iterator[tuple[torch.Tensor, int]]:
-            for part, count in features:
-                progress.encoded(part.shape[0])
-                yield part, count
+        def reported(encoded: Iterator[Encoded]) -> Iterator[Encoded]:
+            for segment in encoded:
+                progress.encoded(segment.features.shape[0])
+                yield segment
 
         hashed = pipeline.stage("hash", (source.sha256(pipeline.check) for source in [video.source]))
         decoded = pipeline.stage("decode", segments(counted(), video.segment_frames))
-        features = encode(self.template.family, self.model, video.preprocess, decoded)
-        encoded = pipeline.stage("encode", reported(features))
+        encoding = encode(self.template.family, self.model, video.preprocess, decoded)
+        encoded = pipeline.stage("encode", reported(encoding))
         embeddings = VideoEmbeddings(self.template, self.model, video, encoded)
         prefill(embeddings, head_ids, cache, pipeline, progress)
         grid, now = embeddings.grid, time.perf_counter()

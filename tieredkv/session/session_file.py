@@ -61,8 +61,9 @@ class SessionState:
         if "clock" not in plain["video"]:
             facts = replace(facts, start=facts.start + first_picture)
         between = tuple(tuple(ids) for ids in plain["grid"].get("between", ()))
+        lengths = tuple(plain["grid"].get("lengths", ()))
         video = IngestedVideo(
-            grid=VideoGrid(**{**_known(VideoGrid, plain["grid"]), "between": between}),
+            grid=VideoGrid(**{**_known(VideoGrid, plain["grid"]), "between": between, "lengths": lengths}),
             positions=plain["positions"],
             head=plain["head"],
             head_ids=tuple(plain["head_ids"]),

@@ -12,7 +12,7 @@ import torch
 from tieredkv.config import TierConfig
 from tieredkv.errors import UnsupportedModelError, VideoError
 from tieredkv.models.chat_template import ChatTemplate, refused
-from tieredkv.models.encode import batch_tokens
+from tieredkv.models.encode import Encoded, batch_tokens
 from tieredkv.models.families.base import VideoGrid
 from tieredkv.video.frames import Sampled, VideoSource
 
@@ -54,10 +54,8 @@ class VideoEmbeddings:
     `grid` describes the steps yielded so far.
     """
 
-    def __init__(
-        self, template: ChatTemplate, model: Any, video: Prepared, encoded: Iterator[tuple[torch.Tensor, int]]
-    ) -> None:
-        """encoded: features `(n, width)` and frames of each segment, as from `models.encode.encode`."""
+    def __init__(self, template: ChatTemplate, model: Any, video: Prepared, encoded: Iterator[Encoded]) -> None:
+        """encoded: each segment, as from `models.encode.encode`."""
         self.template, self.model = template, model
         self.grid = replace(video.grid, steps=0, between=(), closing=0)
         self._video, self._encoded = video, encoded
@@ -65,9 +63,9 @@ class VideoEmbeddings:
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         frames = 0
-        for features, count in self._encoded:
-            frames += count
-            yield self._segment(features, -(-count // self._step_frames), frames)
+        for segment in self._encoded:
+            frames += segment.frames
+            yield self._segment(segment, frames)
         if self.grid.steps == 0:
             raise VideoError(f"{self._video.source.name}: no frame could be decoded.")
         closing = self.template.family.closing(self.model)
@@ -75,9 +73,11 @@ class VideoEmbeddings:
             self.grid = replace(self.grid, closing=closing.shape[0])
             yield closing.detach()
 
-    def _segment(self, features: torch.Tensor, steps: int, frames: int) -> torch.Tensor:
-        """Add `steps` steps to the grid; their features with the text between them. frames: of the video so far."""
-        if features.shape[0] != steps * self.grid.step_tokens:
+    def _segment(self, segment: Encoded, frames: int) -> torch.Tensor:
+        """Add a segment's steps to the grid; their features with the text between them. frames: of the video so far."""
+        features, steps = segment.features, -(-segment.frames // self._step_frames)
+        lengths = segment.lengths or (self.grid.step_tokens,) * steps
+        if features.shape[0] != sum(lengths) or len(lengths) != steps:
             raise UnsupportedModelError(
                 f"the vision tower returned {features.shape[0]} tokens for {steps} steps of {self.grid.step_tokens}: "
                 "the processor is not the model's own."
@@ -88,14 +88,16 @@ class VideoEmbeddings:
             template.between_ids(step, sampled.times(step, self._step_frames, frames))
             for step in range(first, first + steps)
         ]
+        self.grid = replace(
+            self.grid, steps=first + steps, lengths=self.grid.lengths + lengths if segment.lengths else ()
+        )
         if texts[0] is None:
-            self.grid = replace(self.grid, steps=first + steps)
             return features
         between = tuple(ids or () for ids in texts)
-        self.grid = replace(self.grid, steps=first + steps, between=self.grid.between + between)
+        self.grid = replace(self.grid, between=self.grid.between + between)
         weight = self.model.get_input_embeddings().weight
         parts = []
-        for ids, part in zip(between, features.split(self.grid.step_tokens), strict=True):
+        for ids, part in zip(between, features.split(lengths), strict=True):
             text = torch.tensor([ids], dtype=torch.long, device=weight.device)
             parts += [template.family.embed(self.model, text), part.unsqueeze(0).to(weight.device, weight.dtype)]
         return join(parts)[0]

@@ -10,11 +10,13 @@ from tieredkv.models.families.base import VideoFamily
 from tieredkv.models.families.decoder import TIERED, Decoder
 from tieredkv.models.families.internvl import InternVL
 from tieredkv.models.families.llava_onevision import LlavaOnevision
+from tieredkv.models.families.perception_lm import PerceptionLM
 from tieredkv.models.families.qwen2_5_vl import Qwen25VL
 from tieredkv.models.families.qwen2_vl import Qwen2VL
 from tieredkv.models.families.qwen3_5 import Qwen35, Qwen35Decoder
 from tieredkv.models.families.qwen3_vl import Qwen3VL
 from tieredkv.models.families.smolvlm import SmolVLM
+from tieredkv.models.families.video_llama_3 import VideoLlama3
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -27,6 +29,8 @@ FAMILIES: tuple[VideoFamily, ...] = (
     LlavaOnevision(),
     InternVL(),
     SmolVLM(),
+    VideoLlama3(),
+    PerceptionLM(),
 )
 """Families of video models."""
 VIDEO_FAMILIES = {kind: family for family in FAMILIES for kind in family.model_types}
@@ -45,8 +49,11 @@ DECODERS: tuple[Decoder, ...] = (
 )
 """Text models: on their own under `TieredCache`, and those of the video families."""
 
+_WHOLE_VIDEO = "its visual tokens attend to those of later frames too, so a video cannot be read in pieces"
 REFUSED: dict[str, str] = {
     "gemma3": "the tokens of an image attend to each other in both directions",
+    "molmo2": _WHOLE_VIDEO,
+    "molmo2_text": _WHOLE_VIDEO,
 }
 """Why a kind of model cannot be supported, by its `model_type`."""
 REQUIREMENTS = (

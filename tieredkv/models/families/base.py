@@ -32,16 +32,18 @@ class VideoGrid:
     """Visual tokens after the last step that belong to no step."""
     frames_per_step: int = 2
     """Frames in a step; the last step may have fewer."""
+    lengths: tuple[int, ...] = ()
+    """Visual tokens of each step, in families that leave some out. Empty: rows x columns in each."""
 
     @property
     def step_tokens(self) -> int:
-        """Visual tokens of one temporal step."""
+        """Visual tokens of one temporal step; the most, in families that leave some out."""
         return self.rows * self.columns
 
     @property
     def visual_tokens(self) -> int:
         """Visual tokens of the whole video."""
-        return self.steps * self.step_tokens + self.closing
+        return (sum(self.lengths) or self.steps * self.step_tokens) + self.closing
 
     @property
     def tokens(self) -> int:
@@ -50,7 +52,8 @@ class VideoGrid:
 
     def starts(self) -> torch.Tensor:
         """Index of each step's first visual token, `(steps,)`, from the video's first token."""
-        plain = torch.arange(self.steps, device="cpu") * self.step_tokens
+        sizes = self._sizes()
+        plain = sizes.cumsum(0) - sizes
         if not self.between:
             return plain
         lengths = [len(ids) for ids in self.between[: self.steps]]
@@ -58,21 +61,28 @@ class VideoGrid:
 
     def step_of(self, index: torch.Tensor) -> torch.Tensor:
         """The step of each token of the video: text belongs to the step after it, closing tokens to the last."""
-        ends = self.starts() + self.step_tokens
+        ends = self.starts() + self._sizes()
         return torch.bucketize(index, ends, right=True).clamp(max=self.steps - 1)
 
     def is_visual(self) -> torch.Tensor:
         """Mask of the video's visual tokens, `(tokens,)`."""
         mask = torch.zeros(self.tokens, dtype=torch.bool, device="cpu")
-        mask[(self.starts().unsqueeze(1) + torch.arange(self.step_tokens, device="cpu")).flatten()] = True
+        sizes = self._sizes()
+        text = (self.starts() - sizes.cumsum(0) + sizes).repeat_interleave(sizes)  # tokens of text before each
+        mask[text + torch.arange(len(text), device="cpu")] = True
         mask[self.tokens - self.closing :] = True
         return mask
 
     def ids(self, visual: int) -> list[int]:
         """Token ids of the video as transformers' processors write them, with `visual` for visual tokens."""
         texts = self.between or ((),) * self.steps
-        step = [visual] * self.step_tokens
-        return [token for text in texts for token in (*text, *step)] + [visual] * self.closing
+        steps = zip(texts, self._sizes().tolist(), strict=True)
+        return [token for text, size in steps for token in (*text, *[visual] * size)] + [visual] * self.closing
+
+    def _sizes(self) -> torch.Tensor:
+        """Visual tokens of each step, `(steps,)`."""
+        sizes = self.lengths or (self.step_tokens,) * self.steps
+        return torch.tensor(sizes, dtype=torch.long, device="cpu")
 
 
 class VideoFamily(ABC):
@@ -134,8 +144,8 @@ class VideoFamily(ABC):
     ) -> Callable[[np.ndarray], dict[str, torch.Tensor]]:
         """A function that preprocesses a segment, uint8 `(n, H, W, 3)`, as the processor does in a whole video.
 
-        frames: number in the whole video, on which the size may depend. A segment whose n is not a multiple of
-        `step_frames` is padded; only the last may be.
+        frames: number in the whole video, on which the size may depend. The function is called with the segments of
+        one video in order. A segment whose n is not a multiple of `step_frames` is padded; only the last may be.
         """
 
     def step_frames(self, config: Any) -> int:
@@ -148,6 +158,10 @@ class VideoFamily(ABC):
 
         width is a multiple of the decoder's hidden size, as `decode` expects.
         """
+
+    def lengths(self, inputs: dict[str, torch.Tensor]) -> tuple[int, ...] | None:
+        """How many features of each step of a preprocessed segment `encode` returns. None: those of the whole grid."""
+        return None
 
     @abstractmethod
     def encode_bytes(self, config: Any, grid: tuple[int, int, int]) -> int:

@@ -29,16 +29,7 @@ class PerFrame(VideoFamily):
     def preprocessor(
         self, config: Any, processor: Any, frames: int, height: int, width: int, fps: float
     ) -> Callable[[np.ndarray], dict[str, torch.Tensor]]:
-        def preprocess(pixels: np.ndarray) -> dict[str, torch.Tensor]:
-            with torch.device("cpu"):  # whatever the caller's default device
-                return processor.video_processor(
-                    videos=[torch.from_numpy(pixels).permute(0, 3, 1, 2)],
-                    video_metadata=[{"fps": fps, "total_num_frames": len(pixels)}],
-                    do_sample_frames=False,
-                    return_tensors="pt",
-                )
-
-        return preprocess
+        return lambda pixels: preprocess_frames(processor, torch.from_numpy(pixels).permute(0, 3, 1, 2), fps)
 
     def encode_bytes(self, config: Any, grid: tuple[int, int, int]) -> int:
         vision = config.vision_config
@@ -46,6 +37,17 @@ class PerFrame(VideoFamily):
         patches = math.prod(size // edge for size, edge in zip(_pair(vision.image_size), patch, strict=True))
         pixels = channels * math.prod(patch)
         return activation_bytes(patches, pixels, vision.hidden_size, vision.intermediate_size, vision.dtype)
+
+
+def preprocess_frames(processor: Any, frames: torch.Tensor, fps: float) -> dict[str, torch.Tensor]:
+    """What the processor makes of frames, uint8 `(n, 3, H, W)`, that it does not sample."""
+    with torch.device("cpu"):  # whatever the caller's default device
+        return processor.video_processor(
+            videos=[frames],
+            video_metadata=[{"fps": fps, "total_num_frames": len(frames)}],
+            do_sample_frames=False,
+            return_tensors="pt",
+        )
 
 
 def tower_features(model: Any, call: Callable[..., Any], pixels: torch.Tensor) -> torch.Tensor:
