@@ -77,6 +77,7 @@ def check_wheel(file: Path) -> list[str]:
         info = f"tieredkv-{version()}.dist-info"
         only_here = {"tieredkv/benchmarks/origin.py", f"{info}/licenses/LICENSE", f"{info}/entry_points.txt"}
         errors = check_contents(names, IN_WHEEL | only_here, file)
+        errors += [f"{file.name} contains {name}" for name in sorted(names) if "/benchmarks/weights/" in name]
         outside = [name for name in sorted(names) if name.split("/")[0] not in ("tieredkv", info)]
         errors += [f"{file.name} contains {name}" for name in outside]
         if f"{info}/METADATA" in names:

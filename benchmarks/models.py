@@ -30,6 +30,19 @@ def cache_folder() -> Path:
     return Path(os.environ.get("TIEREDKV_CACHE", default))
 
 
+HYBRID = Path(__file__).parent / "weights" / "tiny-qwen3_5"
+"""Folder of the hybrid tiny model: in a checkout and a source archive, not in an installed package."""
+
+
+def load_hybrid() -> tuple[Any, Any]:
+    """The hybrid tiny model (float32, eval mode, on the CPU) and its processor. Raises `FileNotFoundError`."""
+    from tieredkv.tiny.model import load
+
+    if not (HYBRID / "config.json").exists():
+        raise FileNotFoundError(f"{HYBRID}: no weights there: they come with a checkout of the repository")
+    return load(path=HYBRID)
+
+
 def smollm2_folder() -> Path:
     return cache_folder() / "SmolLM2-135M-Instruct"
 

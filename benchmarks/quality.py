@@ -1,7 +1,7 @@
 """Accuracy that policies lose, on trained models, for answers whose tokens must be read from the context one by one.
 
     make quality                                  everything, hours on two cores
-    python benchmarks/quality.py --suite video    one of: video, text, ablations, sweeps
+    python benchmarks/quality.py --suite video    one of: video, hybrid, text, ablations, sweeps
     python benchmarks/quality.py --quick          a few questions of each, as a check that it runs
 
 Writes quality-SUITE.json and .png into benchmarks/results/, or into the current folder if there is none.
@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from origin import RESULTS
-from quality_report import aggregate, draw, show
-from quality_suites import Unit, units
+from quality_report import VIDEO_MODELS, aggregate, draw, show
+from quality_suites import SUITES, Unit, units
 
 # ---- one context, in a process of its own
 
@@ -39,7 +39,7 @@ def run(unit: Unit) -> list[dict[str, Any]]:
     import torch
 
     with torch.no_grad():
-        return _run_video(unit) if unit.model == "tiny" else _run_text(unit)
+        return _run_video(unit) if unit.model in VIDEO_MODELS else _run_text(unit)
 
 
 _models: dict[str, Any] = {}
@@ -54,6 +54,10 @@ def _model(name: str) -> Any:
             from tieredkv.tiny import model as tiny
 
             _models[name] = tiny.load()
+        elif name == "tiny-hybrid":
+            from models import load_hybrid
+
+            _models[name] = load_hybrid()
         else:
             from models import load_smollm2
 
@@ -83,7 +87,7 @@ def _run_video(unit: Unit) -> list[dict[str, Any]]:
     from tieredkv import use_attention
     from tieredkv.models import families
 
-    model, processor = _model("tiny")
+    model, processor = _model(unit.model)
     settings, records = _settings(unit), []
     with use_attention(model):
         reader, scene = video_tasks.read_video(model, processor, unit.tokens, unit.number, _scoring(unit))
@@ -198,7 +202,7 @@ def _chosen(arguments: argparse.Namespace) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", nargs="+", default=["video", "text", "ablations", "sweeps"])
+    parser.add_argument("--suite", nargs="+", default=list(SUITES))
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for quality-SUITE.json and the plots")
     parser.add_argument("--tokens", type=int, nargs="+", help="only contexts of these lengths")
@@ -210,7 +214,7 @@ def main() -> None:
     for suite in arguments.suite:
         selected = units(suite, arguments.quick)
         if not selected:
-            parser.error(f"no suite {suite!r}: choose from video, text, ablations, sweeps")
+            parser.error(f"no suite {suite!r}: choose from {', '.join(SUITES)}")
         selected = [unit for unit in selected if arguments.tokens is None or unit.tokens in arguments.tokens]
         selected = [unit for unit in selected if arguments.tasks is None or unit.task in arguments.tasks]
         selected = [unit for unit in selected if arguments.contexts is None or unit.number < arguments.contexts]
@@ -234,7 +238,7 @@ def main() -> None:
             "rows": [{name: _rounded(value) for name, value in row.items()} for row in rows],
         }
         (arguments.out / f"quality-{suite}.json").write_text(json.dumps(result, indent=1) + "\n")
-        if suite in ("video", "text"):
+        if suite in ("video", "hybrid", "text"):
             draw(result["rows"], arguments.out / f"quality-{suite}.png")
         if not _chosen(arguments):
             parts.unlink()

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+VIDEO_MODELS = ("tiny", "tiny-hybrid")
+"""Models that are asked about videos."""
 FULL = "full"
 """Label of the full cache, with which every row is compared."""
 AS_MADE_LABEL = "hybridkv, 16-bit pages"
@@ -39,7 +41,7 @@ def aggregate(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "bytes_per_step": sum(r["missed"] for r in cell) / max(1, sum(r["decoded"] for r in cell)),
         }
         rows.append({**shared, "task": task, **_accuracy(cell, full, lambda r: _mean(_steps(r).values()))})
-        if model == "tiny" and task != "lookup":
+        if model in VIDEO_MODELS and task != "lookup":
             for hop in sorted(_steps(cell[0])):
                 at_hop = _accuracy(cell, full, lambda r, hop=hop: _steps(r)[hop])
                 rows.append({**shared, "task": f"{task}, hop {hop}", **at_hop})
@@ -48,11 +50,11 @@ def aggregate(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _steps(record: dict[str, Any]) -> dict[int, bool]:
     """Whether each step is right."""
-    right = record["so_far"] if record["model"] == "tiny" else record["right"]
+    right = record["so_far"] if record["model"] in VIDEO_MODELS else record["right"]
     steps: dict[int, bool] = {}
     for step, one in zip(record["steps"], right, strict=True):
         steps[step] = bool(one) and steps.get(step, True)
-    if record["model"] == "tiny" and len(steps) > 1:  # the prefill gives the first hop
+    if record["model"] in VIDEO_MODELS and len(steps) > 1:  # the prefill gives the first hop
         del steps[1]
     return steps
 
@@ -105,7 +107,7 @@ COLOURS = {
     "streaming": "#7f7f7f",
 }
 DRAWN = {
-    "tiny": ("chain, hop 6", "second, hop 6", "second, not sealed anew, hop 6"),
+    **dict.fromkeys(VIDEO_MODELS, ("chain, hop 6", "second, hop 6", "second, not sealed anew, hop 6")),
     "smollm2": ("chain", "lookup", "copy", "needle"),
 }
 """Tasks with a panel for each length."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from quality_report import AS_MADE_LABEL, FULL
 
+SUITES = ("video", "hybrid", "text", "ablations", "sweeps")
 PRESETS = ("paper", "mixkv", "snapkv", "lookm", "streaming", "quest", "arkvale")
 BUDGETS = (0.05, 0.1, 0.2)
 CHUNK = 8
@@ -111,6 +112,10 @@ def units(suite: str, quick: bool) -> list[Unit]:
         for tokens in (2048, 4096, 8192):
             for settings in (grid(), shipped()):
                 add("tiny", "video", tokens, settings, 200, 8, unsealed=tokens == 4096)
+    if suite == "hybrid":
+        for tokens in (2048, 4096):
+            for settings in (grid(), shipped()):
+                add("tiny-hybrid", "video", tokens, settings, 200, 8, unsealed=tokens == 4096)
     if suite == "text":
         for settings in (grid(), shipped()):
             for task in ("chain", "lookup", "copy", "needle"):

@@ -86,7 +86,7 @@ class VideoReader:
     """A video model that has read a chat template's head and a video."""
 
     def __init__(self, model: Any, head: Sequence[int], features: torch.Tensor, grid: VideoGrid, tiers: TierConfig):
-        """features `(n, hidden)`: the vision tower's, `grid.tokens` of them."""
+        """features `(n, hidden)`: the vision tower's, `grid.visual_tokens` of them."""
         self.model, self.family = model, families.video_family(model.config)
         self.cache = TieredCache(model.config, tiers)
         self.cache.expect(CONTEXT)
@@ -94,11 +94,12 @@ class VideoReader:
         positions = self.family.positions(model, len(head), grid, 0, context + 1, "published")
         self._after = int(positions[0, -1]) - context
         """Position of a later token, less its index in the prompt."""
-        embeddings = torch.cat((self.family.embed(model, torch.tensor([list(head)])), features[None]), dim=1)
+        self.visual = torch.cat((torch.zeros(len(head), dtype=torch.bool), grid.is_visual()))
+        embeddings = self.family.embed(model, torch.tensor([[*head, *grid.ids(visual=head[0])]]))
+        embeddings[:, self.visual] = features
         for begin in range(0, context, tiers.prefill_chunk):
             part = slice(begin, min(begin + tiers.prefill_chunk, context))
             self.family.decode(model, embeddings[:, part], positions[:, part], self.cache)
-        self.visual = torch.arange(context) >= len(head)
         self.cache.settle()
 
     def feed(self, ids: Sequence[int]) -> torch.Tensor:
@@ -114,11 +115,12 @@ def replay(
     """The question under each policy; leaves the reader's cache unchanged. recall: measure recalls."""
     cache, context = reader.cache, reader.cache.get_seq_length()
     before = [] if question.before is None else [*question.before[0], *question.before[1]]
-    first = _prefill(reader, [*before, *question.prompt_ids])
+    asked, scoring = [*before, *question.prompt_ids], cache.tiers
+    first = _prefill(reader, asked)
     answers = []
     for tiers in policies:
         answers.append(_decode(reader, tiers, question.answer_ids, first, question, [], recall))
-        cache.truncate(context + len(before) + len(question.prompt_ids))
+        _back_to(reader, context, asked, scoring)
     cache.truncate(context)
     return answers
 
@@ -126,13 +128,13 @@ def replay(
 def replay_unsealed(reader: Reader, question: ReplayedQuestion, policies: Sequence[TierConfig]) -> list[Answer]:
     """The same for a second question, answered with the chunks and heads that the first one's seal kept."""
     assert question.before is not None
-    cache, context = reader.cache, reader.cache.get_seq_length()
+    cache, context, scoring = reader.cache, reader.cache.get_seq_length(), reader.cache.tiers
     asked, answered = question.before
     first = _prefill(reader, asked)
     answers = []
     for tiers in policies:
         answers.append(_decode(reader, tiers, question.answer_ids, first, question, [*answered, *question.prompt_ids]))
-        cache.truncate(context + len(asked))
+        _back_to(reader, context, asked, scoring)
     cache.truncate(context)
     return answers
 
@@ -145,6 +147,17 @@ def _prefill(reader: Reader, ids: Sequence[int]) -> torch.Tensor:
     if len(ids) > window:
         reader.feed(ids[:-window])
     return reader.feed(ids[-window:])[-1:]
+
+
+def _back_to(reader: Reader, context: int, asked: Sequence[int], scoring: TierConfig) -> None:
+    """Forget everything after `asked`. A cache that can only go back to the context is fed `asked` again."""
+    cache = reader.cache
+    if not cache.untiered.layers:
+        cache.truncate(context + len(asked))
+        return
+    cache.truncate(context)
+    cache.set_tiers(scoring)
+    _prefill(reader, asked)
 
 
 def _decode(

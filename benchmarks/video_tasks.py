@@ -1,4 +1,4 @@
-"""Questions about new synthetic videos for the bundled model, as tokens: chains, lookups, second questions."""
+"""Questions about new synthetic videos for the tiny models, as tokens: chains, lookups, second questions."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from replay import ReplayedQuestion, VideoReader
 from tieredkv.config import TierConfig
 from tieredkv.models import families
 from tieredkv.models.chat_template import ChatTemplate
-from tieredkv.models.families.base import VideoGrid
 from tieredkv.tiny import scene as scenes
 from tieredkv.tiny.evaluate import TOKENS_PER_SECOND, prepare
+from tieredkv.video.frames import Sampled
 
 FIRST_SEED = 1_300_000
 """Seeds from here on are used neither in training nor by other benchmarks."""
@@ -24,15 +24,14 @@ END = "<|im_end|>"
 def read_video(model: Any, processor: Any, tokens: int, number: int, tiers: TierConfig) -> tuple[VideoReader, Any]:
     """A reader of video `number`, of `tokens` visual tokens, and the scene that it shows."""
     scene = scenes.make_scene(FIRST_SEED + tokens * 1000 + number, tokens / TOKENS_PER_SECOND, CARDS)
-    template = ChatTemplate(families.video_family(model.config), processor)
-    inputs = prepare(processor, scene.frames(), "what ?")
     family = families.video_family(model.config)
-    steps, rows, columns = (int(size) for size in inputs["video_grid_thw"][0])
-    merge = model.config.vision_config.spatial_merge_size
-    grid = VideoGrid(steps, rows // merge, columns // merge, float(inputs["second_per_grid_ts"][0]))
+    template = ChatTemplate(family, processor)
+    frames = scene.frames()
+    sampled = Sampled(len(frames), *frames.shape[1:3], scene.fps, 0.0, scene.seconds)
     head, _ = template.around_video([("what ?", None)])
-    features = family.encode(model, inputs)
-    return VideoReader(model, template.tokenize(head)[0].tolist(), features, grid, tiers), scene
+    head_ids = template.head_ids(model.config, head, sampled)[0].tolist()
+    features = family.encode(model, prepare(processor, frames, "what ?"))
+    return VideoReader(model, head_ids, features, template.grid(model.config, sampled), tiers), scene
 
 
 def ask(processor: Any, family: Any, scene: Any, count: int) -> list[ReplayedQuestion]:
@@ -52,19 +51,18 @@ def ask(processor: Any, family: Any, scene: Any, count: int) -> list[ReplayedQue
 def _question(template: ChatTemplate, task: str, asked: scenes.SceneQuestion) -> ReplayedQuestion:
     _, tail = template.around_video([(asked.text, None)])
     answer = template.tokenize(" ".join(asked.words) + END)[0].tolist()
+    prompt = template.tail_ids(tail)[0].tolist()
     if task == "lookup":  # the word comes from the prefill, so only the end is scored
-        return ReplayedQuestion(task, template.tokenize(tail)[0].tolist(), answer, [1], [1])
+        return ReplayedQuestion(task, prompt, answer, [1], [1])
     scored = list(range(1, len(asked.words)))
-    return ReplayedQuestion(
-        task, template.tokenize(tail)[0].tolist(), answer, scored, [place // 2 + 1 for place in scored]
-    )
+    return ReplayedQuestion(task, prompt, answer, scored, [place // 2 + 1 for place in scored])
 
 
 def _second(template: ChatTemplate, earlier: scenes.SceneQuestion, later: scenes.SceneQuestion) -> ReplayedQuestion:
     """`later`, in the conversation after `earlier` and its true answer."""
     first = _question(template, "lookup", earlier)
     _, whole = template.around_video([(earlier.text, " ".join(earlier.words)), (later.text, None)])
-    ids = template.tokenize(whole)[0].tolist()
+    ids = template.tail_ids(whole)[0].tolist()
     asked = first.prompt_ids
     answered = first.answer_ids[:-1]
     assert ids[: len(asked) + len(answered)] == [*asked, *answered]

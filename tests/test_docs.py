@@ -44,6 +44,8 @@ NOT_RUN = {
     ("docs/index.md", "pip install ."),
     ("docs/tiny-model.md", "python -m tieredkv.tiny.train --out tiny-model"),
     ("docs/tiny-model.md", "python -m tieredkv.tiny.evaluate --positions next --scenes 40"),
+    ("docs/tiny-model.md", "python -m tieredkv.tiny.train --architecture qwen3_5 --out tiny-hybrid"),
+    ("docs/tiny-model.md", "python -m tieredkv.tiny.evaluate --weights benchmarks/weights/tiny-qwen3_5"),
 }
 """Page and first command of every block that is shown and not run."""
 INSIDE = ("architecture", "evidence", "ingest", "inside-transformers", "memory-and-cap", "retrieval", "sessions")

@@ -1,6 +1,7 @@
 """The bundled model: its files, its processor, its training code, and that it still answers."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -14,11 +15,12 @@ from tieredkv.tiny import train as training
 from tieredkv.tiny.clips import Clips
 from tieredkv.tiny.encode import encode, to_pairs, to_patches
 from tieredkv.tiny.evaluate import evaluate, prepare
-from tieredkv.tiny.model import FPS, PATH, build_model, load
+from tieredkv.tiny.model import ARCHITECTURES, FPS, PATH, build_model, load
 from tieredkv.tiny.packed import forward
 from tieredkv.tiny.processor import SPECIAL, TOKEN, build_processor
+from tieredkv.tiny.prompts import Prefix, tokenize_with
 from tieredkv.tiny.scene import make_scene
-from tieredkv.tiny.train_decoder import HEAD, _pack
+from tieredkv.tiny.train_decoder import _pack
 
 PROMPT = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -119,13 +121,13 @@ def test_batched_vision_equals_the_stock_tower(processor, random_model) -> None:
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_packed_conversations_equal_the_stock_forward_of_each(random_model) -> None:
+def test_packed_conversations_equal_the_stock_forward_of_each(random_model, processor) -> None:
     language_model = random_model.model.language_model
     rng = np.random.default_rng(0)
     clips = Clips(random_model, 0, crowded=120, empty=2)
     videos = [clips.splice(rng, 20, 3), clips.splice(rng, 20, 4, random_letters=True)]
-    ends = torch.tensor([*HEAD, TOKEN["<|vision_end|>"]])
-    packed, _ = _pack(rng, videos, 3, language_model.embed_tokens(ends))
+    tokenize = tokenize_with(processor.tokenizer)
+    packed, _ = _pack(rng, tokenize, Prefix(tokenize, rng, 20), videos, 3, language_model.embed_tokens)
     hidden = forward(language_model, packed)
     for video in range(2):
         for conversation in range(3):
@@ -141,14 +143,16 @@ def test_packed_conversations_equal_the_stock_forward_of_each(random_model) -> N
 
 
 @pytest.mark.slow
-def test_every_training_stage_runs(tmp_path) -> None:
-    training.train(tmp_path, quick=True)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_training_stage_runs(tmp_path, architecture: str) -> None:
+    training.train(tmp_path, quick=True, architecture=architecture)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     done = [line["done"] for line in lines if "done" in line]
     assert done == ["vision", *(stage.name for stage in training.CURRICULUM)]
-    losses = [line["loss"] for line in lines if line.get("stage") == training.CURRICULUM[0].name]
-    assert losses[-1] < 5
     model, _ = load(path=tmp_path / "weights")
+    losses = [line["loss"] for line in lines if line.get("stage") == training.CURRICULUM[0].name]
+    assert losses[-1] < math.log(model.config.text_config.vocab_size) + 1  # that of guessing, and a little
+    assert model.config.model_type == architecture
     assert next(model.parameters()).isfinite().all()
 
 

@@ -34,10 +34,15 @@ def to_patches(pairs: torch.Tensor) -> torch.Tensor:
     return x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(len(pairs), SIDE * SIDE, -1)
 
 
+def _order(device: torch.device) -> torch.Tensor:
+    """`(16,)` places in a frame, row by row, of the patches in merge-block order."""
+    places = torch.arange(SIDE * SIDE, device=device).view(SIDE // MERGE, MERGE, SIDE // MERGE, MERGE)
+    return places.transpose(1, 2).flatten()
+
+
 def _rotation(head_dim: int, theta: float, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin `(16, head_dim)` of the tower's 2-D rotary positions, patches in merge-block order."""
-    order = torch.arange(SIDE * SIDE, device=device).view(SIDE // MERGE, MERGE, SIDE // MERGE, MERGE)
-    order = order.transpose(1, 2).flatten()
+    order = _order(device)
     frequencies = theta ** -(torch.arange(0, head_dim // 2, 2, device=device).float() / (head_dim // 2))
     angles = torch.cat([(order // SIDE)[:, None] * frequencies, (order % SIDE)[:, None] * frequencies], dim=-1)
     angles = torch.cat([angles, angles], dim=-1)
@@ -57,7 +62,10 @@ def encode(visual: Any, patches: torch.Tensor) -> torch.Tensor:
     steps, count, _ = patches.shape
     attention = visual.blocks[0].attn
     cos, sin = _rotation(attention.head_dim, 10_000.0, patches.device)
-    x = torch.nn.functional.linear(patches, visual.patch_embed.proj.weight.flatten(1))
+    projection = visual.patch_embed.proj
+    x = torch.nn.functional.linear(patches, projection.weight.flatten(1), projection.bias)
+    if hasattr(visual, "pos_embed"):  # Qwen3.5: one learned vector for each of the 16 places
+        x = x + visual.pos_embed.weight[_order(patches.device)]
     for block in visual.blocks:
         qkv = block.attn.qkv(block.norm1(x)).view(steps, count, 3, attention.num_heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)

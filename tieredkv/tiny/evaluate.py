@@ -7,6 +7,7 @@ three hops are right.
 """
 
 import argparse
+import copy
 import json
 import sys
 import tempfile
@@ -99,21 +100,20 @@ def answer_next(model: Any, processor: Any, frames: np.ndarray, questions: list[
         ids[:, :length],
         mm_token_type_ids=first["mm_token_type_ids"][:, :length],
         video_grid_thw=first["video_grid_thw"],
-        second_per_grid_ts=first["second_per_grid_ts"],
+        second_per_grid_ts=first.get("second_per_grid_ts"),
     )
-    cache = DynamicCache(config=model.config)
+    video = DynamicCache(config=model.config)
     model(
         input_ids=ids[:, :length],
         position_ids=positions,
         pixel_values_videos=first["pixel_values_videos"],
         video_grid_thw=first["video_grid_thw"],
-        **cache_argument(cache),
+        **cache_argument(video),
         logits_to_keep=1,
     )
     answers = []
     for question in questions:
-        if cache.get_seq_length() > length:
-            cache.crop(length - cache.get_seq_length())
+        cache = copy.deepcopy(video)  # not cropped: linear attention cannot be
         text = prepare(processor, frames[:2], question.text)["input_ids"][0].tolist()
         feed = text[text.index(model.config.vision_end_token_id) :]
         position = int(positions.max()) + 1
@@ -125,7 +125,7 @@ def answer_next(model: Any, processor: Any, frames: np.ndarray, questions: list[
             feed = [int(logits[0, -1].argmax())]
             if feed[0] == model.generation_config.eos_token_id:
                 break
-            words.append(processor.tokenizer.decode(feed))
+            words.append(processor.tokenizer.decode(feed).strip())
         answers.append(words)
     return answers
 

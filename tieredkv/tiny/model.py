@@ -3,7 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+from tieredkv.tiny import hybrid
 from tieredkv.tiny.processor import TOKEN, build_processor
+
+ARCHITECTURES = ("qwen2_5_vl", "qwen3_5")
+"""The model type that ships with the package, and the hybrid of linear and full attention."""
 
 PATH = Path(__file__).parent / "weights"
 """A folder in the layout of a model hub: configurations, bf16 weights, tokenizer and processor files."""
@@ -54,11 +58,15 @@ def build_config() -> Any:
     )
 
 
-def build_model() -> Any:
-    """The model with random weights, float32, from torch's global generator."""
-    from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
+def build_model(architecture: str = "qwen2_5_vl") -> Any:
+    """The model with random weights, float32, from torch's global generator. architecture: one of `ARCHITECTURES`."""
+    from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration, Qwen3_5ForConditionalGeneration
 
-    model = Qwen2_5_VLForConditionalGeneration(build_config())
+    if architecture == "qwen3_5":
+        model: Any = Qwen3_5ForConditionalGeneration(hybrid.build_config())
+        hybrid.initialize(model)
+    else:
+        model = Qwen2_5_VLForConditionalGeneration(build_config())
     model.generation_config = GenerationConfig(
         do_sample=False,
         max_new_tokens=32,
@@ -75,14 +83,14 @@ def save(model: Any, path: Path) -> None:
     import torch
 
     copy.deepcopy(model).to(torch.bfloat16).save_pretrained(path)
-    build_processor().save_pretrained(path)
+    build_processor(model.config.model_type).save_pretrained(path)
     (path / "model.safetensors").chmod(0o644)  # safetensors makes it readable by its owner only
 
 
-def load(dtype: Any = None, path: Path = PATH) -> tuple[Any, Any]:
+def load(dtype: Any = None, path: str | Path = PATH) -> tuple[Any, Any]:
     """The trained model (float32 by default, in eval mode, on the CPU) and its processor."""
     import torch
-    from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+    from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=dtype or torch.float32)
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype or torch.float32)
     return model.eval(), AutoProcessor.from_pretrained(path)

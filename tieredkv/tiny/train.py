@@ -15,7 +15,9 @@ import torch
 
 from tieredkv.storage.atomic import replace_file
 from tieredkv.tiny.clips import Clips
-from tieredkv.tiny.model import build_model, save
+from tieredkv.tiny.model import ARCHITECTURES, build_model, save
+from tieredkv.tiny.processor import build_processor
+from tieredkv.tiny.prompts import tokenize_with
 from tieredkv.tiny.train_decoder import CURRICULUM, train_stage
 from tieredkv.tiny.train_vision import accuracy, train_vision
 
@@ -23,15 +25,28 @@ VISION_STEPS = 1600
 CLIP_SEED = 100_000  # first scene seed of the clips; each stage has 10,000 of its own
 
 
-def train(out: Path, quick: bool = False, seed: int = 0) -> None:
-    """Run the stages that are not done: vision, then the curriculum. `quick` is a smoke test."""
+def train(
+    out: Path,
+    quick: bool = False,
+    seed: int = 0,
+    architecture: str = ARCHITECTURES[0],
+    device: str | None = None,
+) -> None:
+    """Run the stages that are not done: vision, then the curriculum. `quick` is a smoke test.
+
+    device: by default the GPU, if there is one.
+    """
     if not 0 <= seed < 50:
         raise ValueError(f"seed {seed} is not in 0 .. 49: larger ones would train on scenes reserved for evaluation")
     out.mkdir(parents=True, exist_ok=True)
-    _check_run(out / "run.json", {"quick": quick, "seed": seed})
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    run: dict[str, Any] = {"quick": quick, "seed": seed}
+    if architecture != ARCHITECTURES[0]:
+        run["architecture"] = architecture
+    _check_run(out / "run.json", run)
     torch.manual_seed(seed)
-    model = build_model().to(device)
+    model = build_model(architecture).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    tokenize = tokenize_with(build_processor(architecture).tokenizer)
 
     def report(line: dict[str, Any]) -> None:
         text = json.dumps(line)
@@ -41,8 +56,8 @@ def train(out: Path, quick: bool = False, seed: int = 0) -> None:
 
     if not _load_checkpoint(out / "vision.pt", model, None):
         started = time.perf_counter()
-        train_vision(model, 10 if quick else VISION_STEPS, report, seed=seed)
-        shape, colour, letter = accuracy(model, range(1_000_000, 1_000_002 if quick else 1_000_020))
+        train_vision(model, tokenize, 10 if quick else VISION_STEPS, report, seed=seed)
+        shape, colour, letter = accuracy(model, tokenize, range(1_000_000, 1_000_002 if quick else 1_000_020))
         seconds = round(time.perf_counter() - started, 1)
         report({"done": "vision", "shape": shape, "colour": colour, "letter": letter, "seconds": seconds})
         _save_checkpoint(out / "vision.pt", model, None)
@@ -62,7 +77,7 @@ def train(out: Path, quick: bool = False, seed: int = 0) -> None:
             low, high = stage.lengths
             stage = replace(stage, steps=2, lengths=(low, min(high, 2 * low)), tokens=1_000)
         warmup = 100 if number == 0 else 10
-        steps = train_stage(model, optimizer, clips, stage, seed * 1000 + number, report, warmup)
+        steps = train_stage(model, tokenize, optimizer, clips, stage, seed * 1000 + number, report, warmup)
         report({"done": stage.name, "steps": steps, "seconds": round(time.perf_counter() - started, 1)})
         _save_checkpoint(path, model, optimizer)
         save(model, out / "weights")
@@ -98,8 +113,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("tiny-model"), help="folder for checkpoints, log and weights")
     parser.add_argument("--quick", action="store_true", help="a few steps of everything: a smoke test")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--architecture", choices=ARCHITECTURES, default=ARCHITECTURES[0])
+    parser.add_argument("--device", help="such as cuda or cpu; the GPU, if there is one")
     arguments = parser.parse_args()
-    train(arguments.out, arguments.quick, arguments.seed)
+    train(arguments.out, arguments.quick, arguments.seed, arguments.architecture, arguments.device)
 
 
 if __name__ == "__main__":

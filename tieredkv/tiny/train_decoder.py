@@ -15,20 +15,17 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
+from tieredkv.tiny import packed_hybrid
 from tieredkv.tiny.clips import Clips, Video
-from tieredkv.tiny.encode import MERGE, SIDE, TOKENS
+from tieredkv.tiny.encode import TOKENS
 from tieredkv.tiny.packed import Packed, forward
-from tieredkv.tiny.processor import TOKEN
+from tieredkv.tiny.prompts import AnyPrefix, Prefix, TimedPrefix, Tokenize
 from tieredkv.tiny.scene import MAX_HOPS, NAMED_BY
 
+TAIL = "<|im_end|>\n<|im_start|>assistant\n"
+AGAIN = "\n<|im_start|>user\n"
 
-def _ids(words: str) -> list[int]:
-    return [TOKEN[word] for word in words.split(" ")]
 
-
-HEAD = _ids("<|im_start|> system \n you are a helpful assistant . <|im_end|> \n <|im_start|> user \n <|vision_start|>")
-TAIL = _ids("<|im_end|> \n <|im_start|> assistant \n")
-AGAIN = _ids("\n <|im_start|> user \n")
 WEIGHTS = {"colour": 2.0, "letter": 1.0, "shape": 0.4, "key": 1.0}
 
 
@@ -99,53 +96,46 @@ def _ask(rng: np.random.Generator, cards: dict[str, tuple[str, str]]) -> tuple[l
 
 
 def _pack(
-    rng: np.random.Generator, videos: list[Video], conversations: int, words: torch.Tensor
+    rng: np.random.Generator,
+    tokenize: Tokenize,
+    before: AnyPrefix,
+    videos: list[Video],
+    conversations: int,
+    words: torch.nn.Embedding,
 ) -> tuple[Packed, _Labels]:
-    """One batch from videos of equal length; `words` are the embeddings of `HEAD` and `<|vision_end|>`."""
-    steps = len(videos[0].features)
+    """One batch from videos of equal length. before: of that length; words: the model's."""
     labels = _Labels([], [], [], [])
-    start = len(HEAD)
+    device = words.weight.device
     rows: list[dict[str, list[int]]] = []
-    prefix_positions = []
+    places = []
     for number, video in enumerate(videos):
-        interval = float(rng.choice([2, rng.uniform(0.5, 4), 0], p=[0.75, 0.2, 0.05]))
-        video_positions = _video_positions(steps, interval, start)
-        kind = rng.choice(["stock", "next", "plain"], p=[0.45, 0.45, 0.1])
-        last = int(video_positions.max())
-        first = last + 1 if kind == "next" else start + SIDE // MERGE
-        head = torch.arange(start).expand(3, -1)
-        prefix_positions.append(torch.cat([head, video_positions, torch.full((3, 1), first)], dim=1))
+        places.append(before.place(rng))
         row: dict[str, list[int]] = {"ids": [], "positions": [], "conversation": []}
         for conversation in range(conversations):
-            _converse(rng, number, conversation, video, row, labels, first + 1, last if kind == "stock" else None)
+            _converse(rng, tokenize, number, conversation, video, row, labels, places[-1].first, places[-1].video_last)
         rows.append(row)
     longest = max(len(row["ids"]) for row in rows)
 
     def padded(key: str, value: int) -> torch.Tensor:
-        return torch.tensor([row[key] + [value] * (longest - len(row[key])) for row in rows], device=words.device)
+        return torch.tensor([row[key] + [value] * (longest - len(row[key])) for row in rows], device=device)
 
-    count = len(videos)
-    features = torch.stack([video.features for video in videos]).to(words).flatten(1, 2)
-    prefix = torch.cat([words[:-1].expand(count, -1, -1), features, words[-1:].expand(count, -1, -1)], dim=1)
+    ids = torch.tensor(before.ids, device=device)
+    (picture,) = tokenize("<|video_pad|>")
+    embedded = words(ids).expand(len(videos), -1, -1)
+    features = torch.stack([video.features for video in videos]).to(embedded).flatten(1, 2)
     packed = Packed(
-        prefix,
-        torch.stack(prefix_positions).to(words.device),
-        padded("ids", TOKEN["<|endoftext|>"]),
+        embedded.index_copy(1, (ids == picture).nonzero().flatten(), features),
+        torch.stack([place.prefix for place in places]).to(device),
+        padded("ids", *tokenize("<|endoftext|>")),
         padded("positions", 0),
         padded("conversation", -1),
     )
     return packed, labels
 
 
-def _video_positions(steps: int, interval: float, start: int) -> torch.Tensor:
-    """(3, steps * 4) rotary positions of a video whose first token is at `start`."""
-    side = SIDE // MERGE
-    t, y, x = torch.meshgrid(torch.arange(steps), torch.arange(side), torch.arange(side), indexing="ij")
-    return torch.stack([(t * interval).long(), y, x]).flatten(1) + start
-
-
 def _converse(
     rng: np.random.Generator,
+    tokenize: Tokenize,
     number: int,
     conversation: int,
     video: Video,
@@ -162,11 +152,12 @@ def _converse(
     turns = 2 if rng.random() < 0.15 else 1
     for turn in range(turns):
         question, key, answer, kinds = _ask(rng, video.cards)
-        prompt = (AGAIN if turn else []) + [TOKEN[word] for word in question] + TAIL
-        reply = [TOKEN[word] for word in answer] + [TOKEN["<|im_end|>"]]
+        again = [*tokenize(AGAIN)] if turn else []
+        prompt = [*again, *tokenize(" ".join(question)), *tokenize(TAIL)]
+        reply = [*tokenize(" ".join(answer) + "<|im_end|>")]  # a token for each word, and the end
         base = len(row["ids"])
         if answer:
-            labels.add(number, base + (len(AGAIN) if turn else 0) + key, reply[0], "key")
+            labels.add(number, base + len(again) + key, reply[0], "key")
         for i, (token, kind) in enumerate(zip(reply, [*kinds, "end"], strict=True)):
             labels.add(number, base + len(prompt) - 1 + i, token, f"{kind}{i // 2 + 1}" if kind == "letter" else kind)
         positions = list(range(position, position + len(prompt)))
@@ -182,12 +173,12 @@ def _converse(
         row["conversation"] += [conversation] * (len(prompt) + len(reply))
 
 
-def _draw(rng: np.random.Generator, clips: Clips, stage: Stage) -> list[Video]:
+def _draw(rng: np.random.Generator, clips: Clips, stage: Stage, step_tokens: int) -> list[Video]:
     low, high = stage.lengths
     steps = (
         int(np.exp(rng.uniform(np.log(low), np.log(high)))) if rng.random() < 0.5 else int(rng.integers(low, high + 1))
     )
-    count = max(1, round(stage.tokens / (steps * TOKENS + stage.conversations * 22)))
+    count = max(1, round(stage.tokens / (steps * step_tokens + stage.conversations * 22)))
     return [
         clips.splice(
             rng,
@@ -201,6 +192,7 @@ def _draw(rng: np.random.Generator, clips: Clips, stage: Stage) -> list[Video]:
 
 def train_stage(
     model: Any,
+    tokenize: Tokenize,
     optimizer: torch.optim.Optimizer,
     clips: Clips,
     stage: Stage,
@@ -212,7 +204,10 @@ def train_stage(
     rng = np.random.default_rng(seed)
     language_model, device = model.model.language_model, model.device
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    ends = torch.tensor([*HEAD, TOKEN["<|vision_end|>"]], device=device)
+    run, step_tokens = forward, TOKENS
+    prefix: type[AnyPrefix] = Prefix
+    if model.config.model_type == "qwen3_5":
+        run, prefix, step_tokens = packed_hybrid.forward, TimedPrefix, TOKENS + 4
     tally = _Tally()
     started = time.perf_counter()
     for step in range(stage.steps):
@@ -221,10 +216,11 @@ def train_stage(
             lr = min(lr, stage.final_lr + (stage.lr - stage.final_lr) * (stage.steps - step) / (0.75 * stage.steps))
         for group in optimizer.param_groups:
             group["lr"] = lr
-        videos = _draw(rng, clips, stage)
+        videos = _draw(rng, clips, stage, step_tokens)
         with torch.autocast(device.type, torch.bfloat16):
-            packed, labels = _pack(rng, videos, stage.conversations, language_model.embed_tokens(ends))
-            hidden = forward(language_model, packed)
+            before = prefix(tokenize, rng, len(videos[0].features))
+            packed, labels = _pack(rng, tokenize, before, videos, stage.conversations, language_model.embed_tokens)
+            hidden = run(language_model, packed)
             logits = hidden[labels.video, labels.row] @ language_model.embed_tokens.weight.T
         target = torch.tensor(labels.token, device=device)
         weights = WEIGHTS | {"end": stage.end}

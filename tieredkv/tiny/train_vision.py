@@ -14,11 +14,10 @@ import torch
 from torch.nn.functional import cross_entropy, rms_norm
 
 from tieredkv.tiny.encode import encode, to_pairs, to_patches
-from tieredkv.tiny.processor import TOKEN
+from tieredkv.tiny.prompts import Tokenize
 from tieredkv.tiny.scene import COLOUR_NAMES, FPS, LETTER_NAMES, SHAPE_NAMES, Card, Scene, deal_times
 
 ATTRIBUTES = (SHAPE_NAMES, COLOUR_NAMES, LETTER_NAMES)
-_CHOICES = [torch.tensor([TOKEN[name] for name in (*names, "none")]) for names in ATTRIBUTES]
 
 
 def crowded_scene(seed: int, seconds: float = 64.0) -> Scene:
@@ -67,15 +66,17 @@ def blemish(pairs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return x.clamp_(0, 255)
 
 
-def attribute_logits(model: Any, features: torch.Tensor) -> list[torch.Tensor]:
+def attribute_logits(model: Any, tokenize: Tokenize, features: torch.Tensor) -> list[torch.Tensor]:
     """`(S, 4, hidden)` features -> per attribute `(S, 4, choices)` logits over its words and `none`."""
     words = model.model.language_model.embed_tokens.weight
     normal = rms_norm(features.float(), features.shape[-1:])
-    return [normal @ words[choices.to(words.device)].float().T for choices in _CHOICES]
+    # After a space, as in a sentence; each is one token.
+    choices = [[token for name in (*names, "none") for token in tokenize(f" {name}")] for names in ATTRIBUTES]
+    return [normal @ words[torch.tensor(ids, device=words.device)].float().T for ids in choices]
 
 
 @torch.no_grad()
-def accuracy(model: Any, seeds: range) -> list[float]:
+def accuracy(model: Any, tokenize: Tokenize, seeds: range) -> list[float]:
     """Share of merged tokens that name (shape, colour, letter) correctly, while a card is visible."""
     right, seen = torch.zeros(3), 0
     for seed in seeds:
@@ -83,7 +84,7 @@ def accuracy(model: Any, seeds: range) -> list[float]:
         truth = labels(scene)
         visible = truth[:, 0] < len(SHAPE_NAMES)
         features = encode(model.model.visual, to_patches(to_pairs(scene.frames())[visible]).to(model.device))
-        for i, logits in enumerate(attribute_logits(model, features)):
+        for i, logits in enumerate(attribute_logits(model, tokenize, features)):
             right[i] += (logits.argmax(-1).cpu() == truth[visible, i, None]).float().mean(1).sum()
         seen += int(visible.sum())
     return (right / seen).tolist()
@@ -91,6 +92,7 @@ def accuracy(model: Any, seeds: range) -> list[float]:
 
 def train_vision(
     model: Any,
+    tokenize: Tokenize,
     steps: int,
     report: Callable[[dict[str, Any]], None],
     batch: int = 384,
@@ -116,7 +118,7 @@ def train_vision(
         with torch.autocast(device.type, torch.bfloat16):
             features = encode(model.model.visual, patches)
         loss = torch.zeros((), device=device)
-        for i, logits in enumerate(attribute_logits(model, features)):
+        for i, logits in enumerate(attribute_logits(model, tokenize, features)):
             target = truth[:, i, None].expand(-1, logits.shape[1]).to(device)
             loss = loss + cross_entropy(logits.flatten(0, 1), target.flatten())
         optimizer.zero_grad()
