@@ -65,7 +65,14 @@ def test_a_model_of_another_family_is_refused_by_name(monkeypatch, capsys, tmp_p
     GPT2Config().save_pretrained(tmp_path)
     code, out, err = run(monkeypatch, capsys, "ask", str(short_video), "what ?", "-m", str(tmp_path))
     assert (code, out) == (2, "")
-    assert "'gpt2' are not supported for video: qwen2_vl, " in err
+    assert "'gpt2' are not supported for video: `tieredkv models` lists those that are." in err
+
+
+def test_a_type_that_transformers_does_not_know_is_named(monkeypatch, capsys, tmp_path, short_video):
+    (tmp_path / "config.json").write_text('{"model_type": "film_reader_9"}')
+    code, out, err = run(monkeypatch, capsys, "ask", str(short_video), "what ?", "-m", str(tmp_path))
+    assert (code, out) == (2, "")
+    assert "does not know models of type 'film_reader_9': `tieredkv models` lists those" in err
 
 
 @pytest.mark.model

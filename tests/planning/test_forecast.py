@@ -125,7 +125,7 @@ def test_a_text_model_is_planned_for_a_number_of_tokens(kind):
 
 
 def test_a_text_model_is_not_planned_for_a_video(film):
-    with pytest.raises(UnsupportedModelError, match="llama takes no video"):
+    with pytest.raises(UnsupportedModelError, match="'llama' take no video"):
         plan(text_config("llama"), film)
 
 

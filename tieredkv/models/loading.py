@@ -27,7 +27,7 @@ def load_config(source: str | Path) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(str(source))
     except (OSError, ValueError, TypeError, AttributeError, StrictDataclassError) as error:
-        raise _nothing_at(source, error) from None
+        raise _unknown_type(source, error) or _nothing_at(source, error) from None
 
 
 def check_config(config: PreTrainedConfig) -> None:
@@ -76,9 +76,28 @@ def load_processor(source: str | Path) -> Any:
     try:
         return AutoProcessor.from_pretrained(str(source))
     except (OSError, ValueError, ImportError) as error:  # ImportError names a package that a processor needs
-        raise UnsupportedModelError(
-            f"no processor found beside the model ({first_line(error)}): pass processor=."
-        ) from None
+        reason = first_line(error).partition(". If you were trying")[0]  # the rest is about hub ids
+        raise UnsupportedModelError(f"no processor found beside the model ({reason}): pass processor=.") from None
+
+
+def _unknown_type(source: str | Path, error: Exception) -> UnsupportedModelError | None:
+    """The error for a config of a type that the installed transformers does not know; None for any other config."""
+    from transformers import CONFIG_MAPPING, PreTrainedConfig, __version__
+
+    if not isinstance(error, ValueError):  # a missing file is an OSError; reading it again could take a minute
+        return None
+    try:
+        kind = PreTrainedConfig.get_config_dict(str(source))[0].get("model_type")
+    except (OSError, ValueError):
+        return None
+    if not isinstance(kind, str) or kind in CONFIG_MAPPING:
+        return None
+    families.check_refused(kind)
+    known = families.VIDEO_FAMILIES.get(kind) or families.find_decoder(kind)
+    advice = f"install {known.tested[0]} or newer" if known else "`tieredkv models` lists those that are supported"
+    return UnsupportedModelError(
+        f"{source}: transformers {__version__} does not know models of type {kind!r}: {advice}."
+    )
 
 
 def _nothing_at(source: str | Path, error: Exception) -> UnsupportedModelError:

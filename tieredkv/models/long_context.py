@@ -42,7 +42,7 @@ class LongContext:
         if self._most is not None and tokens > self._most:
             raise UnsupportedModelError(
                 f"this {self._kind} rotates all keys differently for each length above {self._most:,} tokens "
-                f"(rope_type 'dynamic'), which no cache of keys can follow; a context of {tokens:,} was given."
+                f"(rope_type 'dynamic'), and a context of {tokens:,} was given: give a shorter one (a lower fps)."
             )
         if self._switch is not None and 0 < past <= self._switch < tokens:
             raise UnsupportedModelError(

@@ -97,17 +97,17 @@ def find_decoder(model_type: str | None) -> Decoder | None:
 
 
 def video_family(config: PreTrainedConfig) -> VideoFamily:
-    """The adapter of a video model. Raises `UnsupportedModelError`, which names the supported families."""
+    """The adapter of a video model. Raises `UnsupportedModelError` for any other model."""
     if family := VIDEO_FAMILIES.get(config.model_type):
         return family
-    _check_refused(config.model_type)
+    check_refused(config.model_type)
     decoder = find_decoder(config.model_type)
     if decoder and not decoder.video_only:
-        more = f"{config.model_type} takes no video: use model.generate({cache_name()}=TieredCache(...))."
-    else:
-        more = REQUIREMENTS
+        raise UnsupportedModelError(
+            f"models of type {config.model_type!r} take no video: use model.generate({cache_name()}=TieredCache(...))."
+        )
     raise UnsupportedModelError(
-        f"models of type {config.model_type!r} are not supported for video: {', '.join(VIDEO_FAMILIES)} are. {more}"
+        f"models of type {config.model_type!r} are not supported for video: `tieredkv models` lists those that are."
     )
 
 
@@ -118,7 +118,7 @@ def text_decoder(text: PreTrainedConfig) -> Decoder:
     """
     if decoder := find_decoder(text.model_type):
         return decoder
-    _check_refused(text.model_type)
+    check_refused(text.model_type)
     types = sorted(set(getattr(text, "layer_types", None) or ()))
     layers = f" with layers of type {', '.join(types)}" if set(types) - {TIERED} else ""
     supported = ", ".join(kind for decoder in DECODERS for kind in decoder.model_types)
@@ -128,6 +128,7 @@ def text_decoder(text: PreTrainedConfig) -> Decoder:
     )
 
 
-def _check_refused(model_type: str) -> None:
+def check_refused(model_type: str) -> None:
+    """Raise `UnsupportedModelError`, with the reason, for a model that cannot be supported."""
     if reason := REFUSED.get(model_type):
         raise UnsupportedModelError(f"models of type {model_type!r} cannot be supported: {reason}.")
