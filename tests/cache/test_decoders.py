@@ -66,6 +66,7 @@ def with_images(kind):
 
     vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
     name, text, tower = {
+        "gemma3": ("Gemma3Config", "gemma3_text", "siglip_vision_model"),
         "lfm2_vl": ("Lfm2VlConfig", "lfm2", "siglip2_vision_model"),
         "mistral3": ("Mistral3Config", "ministral3", "pixtral"),
     }[kind]
@@ -74,7 +75,7 @@ def with_images(kind):
     )
 
 
-@pytest.mark.parametrize("kind", ["lfm2_vl", "mistral3"])
+@pytest.mark.parametrize("kind", ["gemma3", "lfm2_vl", "mistral3"])
 def test_a_model_for_images_is_refused_for_video_but_its_text_works(kind, long_ids):
     from transformers import AutoModelForImageTextToText
 

@@ -78,7 +78,7 @@ DECODERS: tuple[Decoder, ...] = (
 _WHOLE_VIDEO = "its visual tokens attend to those of later frames too, so a video cannot be read in pieces"
 _IMAGES_ONLY = "its processor takes images but no video; under TieredCache its text model works"
 REFUSED: dict[str, str] = {
-    "gemma3": "the tokens of an image attend to each other in both directions",
+    "gemma3": _IMAGES_ONLY,
     "lfm2_vl": _IMAGES_ONLY,
     "mistral3": _IMAGES_ONLY,
     "molmo2": _WHOLE_VIDEO,
