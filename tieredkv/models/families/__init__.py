@@ -85,10 +85,6 @@ REFUSED: dict[str, str] = {
     "molmo2_text": _WHOLE_VIDEO,
 }
 """Why a kind of model cannot be supported, by its `model_type`."""
-REQUIREMENTS = (
-    "A new family needs an adapter like those in tieredkv/models/families, and decoder layers that attend through "
-    "transformers' AttentionInterface to plain keys and values."
-)
 
 
 def find_decoder(model_type: str | None) -> Decoder | None:
@@ -121,10 +117,9 @@ def text_decoder(text: PreTrainedConfig) -> Decoder:
     check_refused(text.model_type)
     types = sorted(set(getattr(text, "layer_types", None) or ()))
     layers = f" with layers of type {', '.join(types)}" if set(types) - {TIERED} else ""
-    supported = ", ".join(kind for decoder in DECODERS for kind in decoder.model_types)
     raise UnsupportedModelError(
-        f"TieredCache does not support decoders of type {text.model_type!r}{layers}: {supported} are supported. "
-        f"{REQUIREMENTS}"
+        f"TieredCache does not support decoders of type {text.model_type!r}{layers}: `tieredkv models` lists those "
+        "that it does."
     )
 
 
