@@ -11,10 +11,11 @@ import typer
 def models(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """List the supported models by the model_type in their config.json, and what is refused. Loads none.
+    """List the supported models, and those refused.
 
-    "video" models answer about videos; "text" models run under TieredCache. The cache of tiered layers lies in host
-    memory; other layers do not grow with the prompt and stay on the card.
+    Models are listed by the model_type in their config.json; none is loaded. "video" models answer about videos; "text"
+    models run under TieredCache. The cache of tiered layers is in host memory; that of other layers does not grow with
+    the prompt and stays on the card.
     """
     from tieredkv.models import families
 
