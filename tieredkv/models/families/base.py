@@ -106,9 +106,10 @@ class VideoGrid:
         if before < 0:
             return index
         start = int(self.starts()[before])
-        if index >= start + self.step_tokens:
+        stop = start + int(self._sizes()[before])
+        if index >= stop:
             return index
-        return start if start > begin else start + self.step_tokens
+        return start if start > begin else stop
 
     def is_visual(self) -> torch.Tensor:
         """Mask of the video's visual tokens, `(tokens,)`."""
