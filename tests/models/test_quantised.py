@@ -132,7 +132,9 @@ def test_what_is_not_known_is_counted_unquantised_and_says_so(settings):
     ids=str,
 )
 def test_damaged_settings_are_one_sentence(settings):
-    with pytest.raises(UnsupportedModelError, match=r"config is damaged: its quantization_config cannot be read \(.+\)"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"config is damaged: its quantization_config cannot be read \(.+\)"
+    ):
         tieredkv.plan(config_with(settings), 1000, gpu_kv_gb=1)
 
 
