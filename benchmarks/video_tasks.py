@@ -51,7 +51,7 @@ def ask(processor: Any, family: Any, scene: Any, count: int) -> list[ReplayedQue
 def _question(template: ChatTemplate, task: str, asked: scenes.SceneQuestion) -> ReplayedQuestion:
     _, tail = template.around_video([(asked.text, None)])
     answer = template.tokenize(" ".join(asked.words) + END)[0].tolist()
-    prompt = template.tail_ids(tail)[0].tolist()
+    prompt = template.tail_ids(tail, (), None)[0].tolist()  # these models write nothing after a step
     if task == "lookup":  # the word comes from the prefill, so only the end is scored
         return ReplayedQuestion(task, prompt, answer, [1], [1])
     scored = list(range(1, len(asked.words)))
@@ -62,7 +62,7 @@ def _second(template: ChatTemplate, earlier: scenes.SceneQuestion, later: scenes
     """`later`, in the conversation after `earlier` and its true answer."""
     first = _question(template, "lookup", earlier)
     _, whole = template.around_video([(earlier.text, " ".join(earlier.words)), (later.text, None)])
-    ids = template.tail_ids(whole)[0].tolist()
+    ids = template.tail_ids(whole, (), None)[0].tolist()
     asked = first.prompt_ids
     answered = first.answer_ids[:-1]
     assert ids[: len(asked) + len(answered)] == [*asked, *answered]

@@ -100,10 +100,10 @@ def test_sliding_layers_are_refused():
 
 
 def test_an_untested_decoder_is_refused_by_name():
-    from transformers import MistralConfig
+    from transformers import OlmoConfig
 
-    with pytest.raises(UnsupportedModelError, match=r"'mistral'.*llama, qwen2"):
-        TieredCache(MistralConfig(), gpu_kv_gb=1)
+    with pytest.raises(UnsupportedModelError, match=r"'olmo'.*llama, qwen2"):
+        TieredCache(OlmoConfig(), gpu_kv_gb=1)
 
 
 def test_an_unknown_tier_option_is_refused(llama):
