@@ -278,7 +278,8 @@ class VideoFamily(ABC):
         return model.model.language_model
 
     def decode(self, model: Any, embeddings: torch.Tensor, position_ids: torch.Tensor, cache: Any) -> torch.Tensor:
-        """Hidden states `(1, n, hidden)`. embeddings: `(1, n, width)`, those of text padded with zeros to width.
+        """Hidden states `(1, n, hidden)`. embeddings: `(1, n, width)`, narrower ones, of text or of pictures, padded
+        with zeros.
 
         position_ids: `(axes, n)`.
         """
