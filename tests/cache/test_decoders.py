@@ -153,6 +153,22 @@ def test_longrope_across_its_length_is_refused(long_rope, long_ids):
             long_rope(long_ids[:, 60:65], **cache_argument(cache))
 
 
+@torch.no_grad()
+def test_longrope_is_not_truncated_across_its_length(long_rope, long_ids):
+    """The keys that are left would have the rotations of a longer context."""
+    long, short = long_rope(long_ids[:, :90]).logits[:, 70:], long_rope(long_ids[:, :50]).logits
+    with tieredkv.use_attention(long_rope), TieredCache(long_rope.config, gpu_kv_gb=1) as cache:
+        long_rope(long_ids[:, :100], **cache_argument(cache))
+        with pytest.raises(
+            UnsupportedModelError, match="100 cached tokens cannot be truncated to 40: only to 0, or to 65"
+        ):
+            cache.truncate(40)
+        cache.truncate(70)
+        assert_near(long_rope(long_ids[:, 70:90], **cache_argument(cache)).logits, long)
+        cache.truncate(0)
+        assert_near(long_rope(long_ids[:, :50], **cache_argument(cache)).logits, short)
+
+
 def test_generate_of_phi_takes_a_long_prompt_whose_tokens_are_cached(long_rope, long_ids):
     """It drops an empty cache."""
     prompt = {"input_ids": long_ids[:, :100]}

@@ -14,6 +14,7 @@ from tieredkv.cache.question import Question
 from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.environment.versions import cache_argument
 from tieredkv.models.kv_shape import model_shape
+from tieredkv.session.step_graph import StepGraph
 
 LAST, READERS = 1, (4, 5)
 """The tiered layer that is read, by its index among those, and the layers of the model that read it."""
@@ -164,3 +165,13 @@ def test_digests_are_fitted_to_the_queries_of_readers_too(gemma, long_ids, monke
     assert len(seen) == 2 * (1 + len(READERS))
     queries = torch.cat(seen)
     assert_near(moment, queries.T @ queries)
+
+
+def test_steps_of_readers_are_not_captured(gemma, long_ids, monkeypatch):
+    """A reader's step begins with counts kept in Python, which a graph would repeat as they were."""
+    with torch.no_grad(), tieredkv.use_attention(gemma), TieredCache(gemma.config, gpu_kv_gb=1) as cache:
+        gemma(long_ids[:, :100], **cache_argument(cache))
+        cache.seal()
+        monkeypatch.setattr(cache.untiered, "layers", ())
+        steps = StepGraph(lambda token, place: token, cache, torch.device("cpu"), 1, 100)
+    assert steps.path == "eager: the model has layers that read another layer's keys"

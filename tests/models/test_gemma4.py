@@ -25,7 +25,7 @@ from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.environment.versions import cache_argument
 from tieredkv.errors import OptionError, UnsupportedModelError
 from tieredkv.models.families import video_family
-from tieredkv.models.families.base import VideoGrid
+from tieredkv.models.families.base import Slices, VideoGrid
 from tieredkv.models.families.gemma4 import _ahead, _digits, _number
 from tieredkv.models.kv_shape import model_shape
 
@@ -215,3 +215,11 @@ def test_full_layers_of_several_sizes_are_refused():
     config.per_layer_config = sizes
     with pytest.raises(UnsupportedModelError, match="full_attention with 1 KV heads of 32 and 1 KV heads of 64"):
         model_shape(config, torch.float32)
+
+
+@pytest.mark.parametrize(("lengths", "slices"), [((7, 6), None), ((), Slices(1, 1, 1, 1, ((3, 4),)))])
+def test_calls_end_after_all_tokens_of_a_step(lengths, slices):
+    grid = VideoGrid(2, 2, 3, 1.0, ((), (1, 2)), lengths=lengths, slices=slices)
+    whole = 7 if lengths else 9  # in place of the 6 of 2 x 3
+    assert grid.between_steps(6, 0) == whole
+    assert grid.between_steps(whole, 0) == whole

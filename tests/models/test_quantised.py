@@ -12,6 +12,8 @@ from helpers import text_config
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+import tieredkv
+from tieredkv.errors import UnsupportedModelError
 from tieredkv.models.quantised import quantised_weights, scheme_of
 from tieredkv.models.weights import stored_bytes
 from tieredkv.planning.weight_bytes import weight_bytes
@@ -113,6 +115,27 @@ def test_what_is_not_known_is_counted_unquantised_and_says_so(settings):
     sizes = weight_bytes(config_with(settings), torch.bfloat16)
     assert sizes["quantisation"].endswith(", counted as unquantised")
     assert {**sizes, "quantisation": None} == plain
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "gptq",
+        {"quant_method": "gptq"},
+        {**GPTQ, "group_size": None},
+        {**AWQ, "bits": "4"},
+        {**AWQ, "modules_to_not_convert": ["(vision"]},
+        {**FP8, "weight_block_size": 128},
+        {**FP8, "modules_to_not_convert": "lm_head"},
+        {"quant_method": "compressed-tensors", "config_groups": ["group_0"]},
+    ],
+    ids=str,
+)
+def test_damaged_settings_are_one_sentence(settings):
+    with pytest.raises(
+        UnsupportedModelError, match=r"config is damaged: its quantization_config cannot be read \(.+\)"
+    ):
+        tieredkv.plan(config_with(settings), 1000, gpu_kv_gb=1)
 
 
 # ---- which weights

@@ -132,7 +132,7 @@ def test_a_text_model_is_not_planned_for_a_video(film):
 def test_other_models_are_refused_with_the_reason():
     from transformers import Gemma3Config, Qwen2_5_VLConfig
 
-    with pytest.raises(UnsupportedModelError, match="an image attend to each other"):
+    with pytest.raises(UnsupportedModelError, match="takes images but no video"):
         plan(Gemma3Config(), 100)
     with pytest.raises(UnsupportedModelError, match="'qwen2_5_vl_text' are not supported for video"):
         plan(Qwen2_5_VLConfig().text_config, 100)

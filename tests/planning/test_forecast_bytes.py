@@ -7,19 +7,21 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from helpers import cap_share, tier_options
+from helpers import cap_share, pressed, random_text_model, tier_options
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import tieredkv
 from tieredkv.api import new_session
+from tieredkv.cache.question import CONTEXT, Question
 from tieredkv.cache.tiered_cache import TieredCache
-from tieredkv.config import TierConfig
+from tieredkv.config import TierConfig, tier_config
 from tieredkv.environment.versions import cache_argument
 from tieredkv.memory import ledger
 from tieredkv.models.kv_shape import KVShape
-from tieredkv.planning import decode_plan, forecast_bytes
+from tieredkv.planning import decode_plan, forecast_bytes, sizes
 from tieredkv.planning.forecast import plan
+from tieredkv.planning.prefill_plan import prompt_calls
 from tieredkv.video.sampling import Sampling
 
 QUESTION, NEW = "what colour was the star ?", 6
@@ -181,3 +183,28 @@ def test_heads_assumed_static_are_spread_over_the_layers():
     assert static.sum(1).tolist() == [2] * 28
     assert torch.equal(forecast_bytes.assumed_static(shape, TierConfig(), 0.0), torch.zeros(28, 4, dtype=torch.bool))
     assert forecast_bytes.assumed_static(shape, TierConfig(), 1.0).all()
+
+
+def test_layers_that_read_the_last_one_stream_and_read_it_again():
+    model, tokens, asked = random_text_model("gemma4_text"), 600, 20
+    chosen = {**pressed(model, tokens, 0.4), "chunk_tokens": 8, "text_window": 8, "prefill_chunk": 130}
+    tiers = tier_config(None, tier_options(**chosen))
+    ids = torch.randint(3, 90, (1, tokens), generator=torch.Generator().manual_seed(0))
+    with TieredCache(model.config, tiers, prompt_tokens=tokens + sizes.QUESTION_ROOM) as cache, torch.no_grad():
+        with tieredkv.use_attention(model):
+            cache.expect(CONTEXT)
+            for call in prompt_calls(tiers, tokens, asked):
+                if call.rows:
+                    cache.expect(Question(max_new_tokens=1, prompt_tokens=tokens))
+                model(ids[:, call.begin : call.stop], **cache_argument(cache))
+        shape, streamed = cache.shape, cache.device_tier.transfer.streamed_bytes
+    assert shape.readers == 2
+    assert streamed == forecast_bytes.prefill_copy_bytes(shape, tiers, tokens, asked)
+
+    layout = sizes.lay_out(tiers, tokens, asked, 1)
+    static = torch.zeros((shape.num_layers, shape.num_key_value_heads), dtype=torch.bool)
+    decoding = decode_plan.plan_decode(shape, tiers, layout, tiers.cap_bytes, static.double(), static)
+    alone = dataclasses.replace(shape, readers=0)
+    (read, copied), once = (forecast_bytes.step_bytes(each, tiers, decoding, static) for each in (shape, alone))
+    assert copied == sum(once[1] // shape.num_layers for _ in range(shape.num_layers + shape.readers)) > 0
+    assert read * shape.num_layers == once[0] * (shape.num_layers + shape.readers)

@@ -215,3 +215,16 @@ def test_a_plan_is_refused_where_the_snapshot_does_not_fit(windowed):
     plan(model, 500, gpu_kv_gb=1, host_kv_gb=planned.host_bytes / GIB)
     with pytest.raises(BudgetError, match="host_kv_gb allows"):
         plan(model, 500, gpu_kv_gb=1, host_kv_gb=(planned.host_bytes - 1) / GIB)
+
+
+def test_a_plan_counts_layers_that_convolve():
+    config = text_config("lfm2")
+    tiered = sum(kind == "full_attention" for kind in config.layer_types)
+    assert f"{tiered} tiered layers of {config.num_hidden_layers} x" in str(plan(config, 500, gpu_kv_gb=1))
+
+
+def test_a_config_of_which_no_model_can_be_built_is_one_sentence():
+    config = text_config("llama")
+    config.hidden_act = "no such function"
+    with pytest.raises(UnsupportedModelError, match="cannot be built"):
+        plan(config, 500, gpu_kv_gb=1)

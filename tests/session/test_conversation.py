@@ -175,6 +175,16 @@ def test_heads_are_classified_by_the_rows_of_the_new_question(opened, monkeypatc
     assert scored[1:] == own[1:]
 
 
+def test_a_template_of_one_turn_answers_the_first(opened, parts, monkeypatch):
+    """Whether it can write a second is not asked before there is one."""
+    refusal = "{% if messages | length > 1 %}{{ raise_exception('one turn') }}{% endif %}"
+    processor = parts[1]
+    opened.template._source = refusal + processor.chat_template
+    turn(opened, TURNS[0])
+    with pytest.raises(TieredKVError, match="one turn"):
+        opened.chat(TURNS[1])
+
+
 # ---- other ways than one turn after another
 
 

@@ -312,7 +312,9 @@ class TieredCache(Cache):
 
         Where layers cannot be truncated (a sliding window that has moved on, linear attention, convolutions), 0 and the
         length at the last `settle` are possible. Any other raises `OptionError`, which names them, and changes nothing.
+        So does `UnsupportedModelError`, for a length at which the model rotates keys otherwise (`longrope`).
         """
+        self.long_context.check_truncate(self.get_seq_length(), tokens)
         self.untiered.check_truncate(tokens, self.get_seq_length())
         self._order.reset()
         try:

@@ -73,10 +73,14 @@ class ChatTemplate:
         """Whether the next prompt of a conversation begins with all of this one. ids: `tail_ids` of this one, with
         these times and slices.
 
-        It does not where the template leaves the marks of thinking out of all answers but the last.
+        It does not where the template leaves the marks of thinking out of all answers but the last, or cannot write
+        another turn.
         """
         *earlier, (question, _) = turns
-        _, tail = self.around_video([*earlier, (question, "?"), ("?", None)])
+        try:
+            _, tail = self.around_video([*earlier, (question, "?"), ("?", None)])
+        except (PromptError, UnsupportedModelError):  # raised once there is such a turn
+            return False
         following = self.tail_ids(tail, times, slices)[:, : ids.shape[1]]
         return torch.equal(following, ids)
 

@@ -41,6 +41,8 @@ class KVShape:
     """Layers that only convolve the last tokens."""
     convolution_bytes: int = 0
     """The state of such a layer."""
+    readers: int = 0
+    """Layers without keys and values of their own that attend to those of the last layer of full attention."""
 
     @property
     def kv_heads(self) -> int:
@@ -68,6 +70,7 @@ def model_shape(config: PreTrainedConfig, dtype: torch.dtype) -> KVShape:
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
         itemsize=dtype.itemsize,
+        readers=decoder.readers(text),
         **_untiered_sizes(decoder, text, kinds, dtype),
     )
 

@@ -51,6 +51,15 @@ class LongContext:
                 f"{self._switch + 1:,} or more in one call."
             )
 
+    def check_truncate(self, past: int, tokens: int) -> None:
+        """Raise `UnsupportedModelError` if the first `tokens` of `past` cached tokens cannot be continued by others."""
+        if self._switch is not None and 0 < tokens <= self._switch < past:
+            raise UnsupportedModelError(
+                f"this {self._kind} rotates all keys differently in contexts of more than {self._switch:,} tokens "
+                f"(rope_type 'longrope'), so {past:,} cached tokens cannot be truncated to {tokens:,}: only to 0, or "
+                f"to {self._switch + 1:,} or more."
+            )
+
 
 def _rotations(text: PreTrainedConfig) -> Iterator[dict[str, Any]]:
     """Settings of rotary embeddings: one set, or one for each type of layer."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from tieredkv.errors import UnsupportedModelError, first_line
 from tieredkv.memory.units import FLOAT16, FLOAT32, INT32, ceil_div
 
 BNB_BLOCK, BNB_NESTED = 64, 256
@@ -37,11 +38,25 @@ class Scheme:
 
 
 def scheme_of(config: Any) -> Scheme | None:
-    """That of a transformers config; None if the checkpoint is not quantised."""
+    """That of a transformers config; None if the checkpoint is not quantised. Raises `UnsupportedModelError` for
+    settings that are damaged."""
     given = getattr(config, "quantization_config", None)
     if given is None:
         return None
-    settings: Mapping[str, Any] = given if isinstance(given, Mapping) else given.to_dict()
+    try:
+        scheme = _scheme(given if isinstance(given, Mapping) else given.to_dict())
+        if scheme.matrix_bytes is not None:
+            scheme.matrix_bytes(128, 128)
+        for pattern in scheme.keep or ():
+            re.compile(pattern.removeprefix("re:"))
+    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, re.error) as error:
+        raise UnsupportedModelError(
+            f"the model's config is damaged: its quantization_config cannot be read ({first_line(error)})."
+        ) from None
+    return scheme
+
+
+def _scheme(settings: Mapping[str, Any]) -> Scheme:
     method = settings.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in settings else "")
     method = str(getattr(method, "value", method))
     if method.startswith("bitsandbytes"):  # with a suffix in old files
@@ -58,6 +73,8 @@ def scheme_of(config: Any) -> Scheme | None:
 
 def _keep(settings: Mapping[str, Any], name: str = "modules_to_not_convert") -> tuple[str, ...] | None:
     names = settings.get(name)
+    if isinstance(names, str):
+        raise TypeError(f"{name} is text")
     return None if names is None else tuple(names)
 
 

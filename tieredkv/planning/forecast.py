@@ -114,12 +114,12 @@ def plan(
     static = forecast_bytes.assumed_static(shape, tiers, static_share)
     decoding = decode_plan.plan_decode(shape, tiers, layout, tiers.cap_bytes, static.double(), static)
     n_static, n_dynamic = int(static.sum()), int((~static).sum())
-    c, page = tiers.chunk_tokens, sizes.page_bytes(shape, tiers, decoding.packed)
+    c = tiers.chunk_tokens
     recent = prompt - layout.recent_start + max_new_tokens
     static_pages, selected = int(decoding.pages[static].sum()), int(decoding.selected.sum())
     dynamic_pages = n_dynamic * layout.sink_chunks + selected
     decode = forecast_bytes.decode_bytes(shape, tiers, decoding, static)
-    attended = shape.kv_heads * layout.recent_pages + static_pages + dynamic_pages
+    read, copied = forecast_bytes.step_bytes(shape, tiers, decoding, static)
     return MemoryPlan(
         model_type=source.config.model_type,
         dtype=str(source.dtype).removeprefix("torch."),
@@ -149,8 +149,8 @@ def plan(
         static_tokens=recent + c * static_pages // n_static if n_static else 0,
         dynamic_tokens=recent + c * dynamic_pages // n_dynamic if n_dynamic else 0,
         packed=decoding.packed,
-        step_read_bytes=attended * page + decode["digests"],
-        step_copy_bytes=selected * sizes.chunk_bytes(shape, tiers) if decoding.ranked else 0,
+        step_read_bytes=read,
+        step_copy_bytes=copied,
         prefill_copy_bytes=forecast_bytes.prefill_copy_bytes(shape, tiers, prompt, question_tokens),
         link=link,
         link_gb_s=link_speed,

@@ -68,6 +68,25 @@ def decode_bytes(shape: KVShape, tiers: TierConfig, plan: DecodePlan, static: to
     }
 
 
+def step_bytes(shape: KVShape, tiers: TierConfig, plan: DecodePlan, static: torch.Tensor) -> tuple[int, int]:
+    """Keys, values and digests that one step reads on the device; the most that it copies from the host. The last layer
+    counts once more for each of its readers, which choose chunks of their own."""
+    layout, dynamic = plan.layout, ~static
+    pages = shape.num_key_value_heads * layout.recent_pages + (plan.pages * static).sum(1)
+    pages += dynamic.sum(1) * layout.sink_chunks + plan.selected.sum(1)
+    read = _with_readers(shape, pages) * sizes.page_bytes(shape, tiers, plan.packed)
+    if not plan.ranked or not bool(dynamic.any()):
+        return read, 0
+    heads = _with_readers(shape, dynamic.sum(1))
+    copied = _with_readers(shape, plan.selected.sum(1)) * sizes.chunk_bytes(shape, tiers)
+    return read + sizes.digest_bytes(shape, tiers, layout, heads), copied
+
+
+def _with_readers(shape: KVShape, layers: torch.Tensor) -> int:
+    """The sum over layers `(L,)`, the last of which is read by others too."""
+    return int(layers.sum() + shape.readers * layers[-1])
+
+
 def prefill_bytes(shape: KVShape, tiers: TierConfig, prompt: int, question_tokens: int) -> dict[str, int]:
     """Device bytes of prefill by purpose, in the call that takes most."""
     calls = [
@@ -82,10 +101,12 @@ def prefill_bytes(shape: KVShape, tiers: TierConfig, prompt: int, question_token
 
 
 def prefill_copy_bytes(shape: KVShape, tiers: TierConfig, prompt: int, question_tokens: int) -> int:
-    """Past keys and values streamed to the device while `prompt` tokens, the question among them, are prefilled."""
+    """Past keys and values streamed to the device while `prompt` tokens, the question among them, are prefilled; those
+    of the last layer once more for each of its readers."""
     moved, c = 0, tiers.chunk_tokens
+    token = shape.token_bytes // shape.num_layers * (shape.num_layers + shape.readers)
     for call, room, _ in _prefill(shape, tiers, prompt, question_tokens):
-        past = max(0, ceil_div(call.begin, c) * c - room) * shape.token_bytes
+        past = max(0, ceil_div(call.begin, c) * c - room) * token
         moved += past + (past // 2 if call.rows else 0)  # scoring reads the keys again
     return moved
 

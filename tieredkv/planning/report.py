@@ -214,7 +214,7 @@ class MemoryPlan:
 
     def _layers(self) -> str:
         shape = self.shape
-        every = shape.num_layers + shape.sliding_layers + shape.linear_layers
+        every = shape.num_layers + shape.sliding_layers + shape.linear_layers + shape.convolutions
         return f"{every} layers" if every == shape.num_layers else f"{shape.num_layers} tiered layers of {every}"
 
     def _weights(self) -> str:

@@ -55,7 +55,8 @@ def _on_meta(config: Any, dtype: torch.dtype) -> Any:
     try:
         with torch.device("meta"):
             return kind.from_config(config, dtype=dtype)
-    except ImportError as error:  # names a package that the vision tower needs
+    except (ImportError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # A package that the vision tower needs is missing, or the config is damaged where only the model reads it.
         raise UnsupportedModelError(f"the model cannot be built ({first_line(error)}).") from None
 
 

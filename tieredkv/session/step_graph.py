@@ -41,6 +41,8 @@ class StepGraph:
             self.path = "eager: the model is spread over several devices"
         elif cache.untiered.layers:
             self.path = "eager: the model has layers that do not grow"
+        elif any(layer.readers for layer in cache.tiered_layers):  # a reader's step begins with counts kept in Python
+            self.path = "eager: the model has layers that read another layer's keys"
         elif device.type == "cuda" and not self._decoding.ops.capturable:
             self.path = f"eager: operations by {self._decoding.ops.name}"
 

@@ -113,6 +113,6 @@ class VideoEmbeddings:
 
 
 def join(parts: list[torch.Tensor]) -> torch.Tensor:
-    """Embeddings `(1, n, width)` one after another; narrower ones, which are text, padded with zeros."""
+    """Embeddings `(1, n, width)` one after another; narrower ones, of text or of pictures, padded with zeros."""
     width = max(part.shape[2] for part in parts)
     return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[2])) for part in parts], dim=1)

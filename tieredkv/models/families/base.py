@@ -106,9 +106,10 @@ class VideoGrid:
         if before < 0:
             return index
         start = int(self.starts()[before])
-        if index >= start + self.step_tokens:
+        stop = start + int(self._sizes()[before])
+        if index >= stop:
             return index
-        return start if start > begin else start + self.step_tokens
+        return start if start > begin else stop
 
     def is_visual(self) -> torch.Tensor:
         """Mask of the video's visual tokens, `(tokens,)`."""
@@ -277,7 +278,8 @@ class VideoFamily(ABC):
         return model.model.language_model
 
     def decode(self, model: Any, embeddings: torch.Tensor, position_ids: torch.Tensor, cache: Any) -> torch.Tensor:
-        """Hidden states `(1, n, hidden)`. embeddings: `(1, n, width)`, those of text padded with zeros to width.
+        """Hidden states `(1, n, hidden)`. embeddings: `(1, n, width)`, narrower ones, of text or of pictures, padded
+        with zeros.
 
         position_ids: `(axes, n)`.
         """
