@@ -145,6 +145,7 @@ def test_a_hybrid_that_is_not_known_is_refused_with_the_types_of_its_layers():
 
     config = Qwen3NextConfig(num_hidden_layers=2, layer_types=["linear_attention", "full_attention"])
     with pytest.raises(
-        UnsupportedModelError, match="'qwen3_next' with layers of type full_attention, linear_attention: `tieredkv models`"
+        UnsupportedModelError,
+        match="'qwen3_next' with layers of type full_attention, linear_attention: `tieredkv models`",
     ):
         TieredCache(config, gpu_kv_gb=1)
