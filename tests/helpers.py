@@ -349,3 +349,18 @@ def stock_logits(model: Any, inputs: Any, new: int, **extra: Any) -> torch.Tenso
         **inputs, max_new_tokens=new, do_sample=False, output_logits=True, return_dict_in_generate=True, **extra
     )
     return torch.cat(out.logits)
+
+
+def assert_conversations_equal_stock(language_model: Any, packed: Any, hidden: torch.Tensor) -> None:
+    """Hidden states of packed conversations (`tiny.packed`) are those that stock transformers gives each alone."""
+    for video in range(len(packed.conversation)):
+        for conversation in range(int(packed.conversation.max()) + 1):
+            rows = (packed.conversation[video] == conversation).nonzero().flatten()
+            text = language_model.embed_tokens(packed.ids[video, rows])
+            positions = packed.positions[video, rows].expand(3, -1)
+            expected = language_model(
+                inputs_embeds=torch.cat([packed.prefix[video], text])[None],
+                position_ids=torch.cat([packed.prefix_positions[video], positions], dim=1)[:, None],
+                use_cache=False,
+            ).last_hidden_state[0, -len(rows) :]
+            assert_near(hidden[video, rows], expected)

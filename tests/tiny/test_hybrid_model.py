@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import assert_near
+from helpers import assert_conversations_equal_stock, assert_near
 from safetensors import safe_open
 
 from tieredkv.models.families.base import VideoGrid
@@ -84,17 +84,7 @@ def test_packed_conversations_equal_the_stock_forward_of_each(random_model, proc
     tokenize = tokenize_with(processor.tokenizer)
     packed, _ = _pack(rng, tokenize, TimedPrefix(tokenize, rng, 20), videos, 3, language_model.embed_tokens)
     hidden = forward(language_model, packed)
-    for video in range(2):
-        for conversation in range(3):
-            rows = (packed.conversation[video] == conversation).nonzero().flatten()
-            text = language_model.embed_tokens(packed.ids[video, rows])
-            positions = packed.positions[video, rows].expand(3, -1)
-            expected = language_model(
-                inputs_embeds=torch.cat([packed.prefix[video], text])[None],
-                position_ids=torch.cat([packed.prefix_positions[video], positions], dim=1)[:, None],
-                use_cache=False,
-            ).last_hidden_state[0, -len(rows) :]
-            assert_near(hidden[video, rows], expected)
+    assert_conversations_equal_stock(language_model, packed, hidden)
 
 
 @torch.no_grad()

@@ -37,19 +37,25 @@ def _angles(positions: torch.Tensor, config: Any) -> tuple[torch.Tensor, torch.T
     return angles.cos(), angles.sin()
 
 
+def visible_tokens(packed: Packed) -> torch.Tensor:
+    """Mask `(B, 1, Q, T + Q)` of what the conversations attend to: their prefix of T tokens, and themselves so far."""
+    batch, length, _ = packed.prefix.shape
+    count = packed.ids.shape[1]
+    earlier = torch.ones(count, count, dtype=torch.bool, device=packed.ids.device).tril()
+    own = (packed.conversation[:, :, None] == packed.conversation[:, None, :]) & earlier
+    return torch.cat([own.new_ones(batch, count, length), own], dim=2)[:, None]
+
+
 def forward(language_model: Any, packed: Packed) -> torch.Tensor:
     """Final hidden states (B, Q, hidden) of the conversations; logits are their product with the word embeddings."""
     config = language_model.config
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     batch, length, _ = packed.prefix.shape
-    count = packed.ids.shape[1]
 
     x = torch.cat([packed.prefix, language_model.embed_tokens(packed.ids)], dim=1)
     positions = torch.cat([packed.prefix_positions, packed.positions[:, None].expand(-1, 3, -1)], dim=2)
     cos, sin = _angles(positions, config)
-    earlier = torch.ones(count, count, dtype=torch.bool, device=x.device).tril()
-    own = (packed.conversation[:, :, None] == packed.conversation[:, None, :]) & earlier
-    visible = torch.cat([own.new_ones(batch, count, length), own], dim=2)[:, None]
+    visible = visible_tokens(packed)
 
     for number, layer in enumerate(language_model.layers):
         last = number == len(language_model.layers) - 1

@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention, silu, softplus
 
 from tieredkv.tiny.delta_rule import delta_rule
 from tieredkv.tiny.encode import rotate
-from tieredkv.tiny.packed import Packed
+from tieredkv.tiny.packed import Packed, visible_tokens
 
 
 class Branches:
@@ -44,15 +44,12 @@ class Branches:
 
 def forward(language_model: Any, packed: Packed, branches: Branches | None = None) -> torch.Tensor:
     """Final hidden states (B, Q, hidden) of the conversations; logits are their product with the word embeddings."""
-    batch, length, _ = packed.prefix.shape
-    count = packed.ids.shape[1]
+    length = packed.prefix.shape[1]
     branches = branches or Branches(packed.conversation)
     x = torch.cat([packed.prefix, language_model.embed_tokens(packed.ids)], dim=1)
     positions = torch.cat([packed.prefix_positions, packed.positions[:, None].expand(-1, 3, -1)], dim=2)
     cos, sin = (each[:, None] for each in language_model.rotary_emb(x.float(), positions.transpose(0, 1)))
-    earlier = torch.ones(count, count, dtype=torch.bool, device=x.device).tril()
-    own = (packed.conversation[:, :, None] == packed.conversation[:, None, :]) & earlier
-    visible = torch.cat([own.new_ones(batch, count, length), own], dim=2)[:, None]
+    visible = visible_tokens(packed)
 
     for number, layer in enumerate(language_model.layers):
         last = number == len(language_model.layers) - 1
