@@ -24,6 +24,21 @@ PATIENCE_S = 60
 """Seconds after which a wait counts as a hang. Nothing that works comes near it, on a busy machine either."""
 
 
+QWEN3_5: dict[str, Any] = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "head_dim": 32,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 1e4,
+        "partial_rotary_factor": 0.25,
+        "mrope_section": [2, 1, 1],
+        "mrope_interleaved": True,
+    },
+}
+"""Sizes of Gated DeltaNet, and of heads of which a part is rotated."""
 TEXT_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
     "qwen2": ("Qwen2Config", {}),
@@ -60,18 +75,7 @@ TEXT_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3_5TextConfig",
         {
             "num_hidden_layers": 8,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-            "linear_key_head_dim": 16,
-            "linear_value_head_dim": 16,
-            "head_dim": 32,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e4,
-                "partial_rotary_factor": 0.25,
-                "mrope_section": [2, 1, 1],
-                "mrope_interleaved": True,
-            },
+            **QWEN3_5,
         },
     ),
     "qwen3_5_moe_text": (
@@ -79,22 +83,11 @@ TEXT_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "num_hidden_layers": 4,
             "layer_types": ["linear_attention", "full_attention"] * 2,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-            "linear_key_head_dim": 16,
-            "linear_value_head_dim": 16,
-            "head_dim": 32,
+            **QWEN3_5,
             "num_experts": 4,
             "num_experts_per_tok": 2,
             "moe_intermediate_size": 48,
             "shared_expert_intermediate_size": 48,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e4,
-                "partial_rotary_factor": 0.25,
-                "mrope_section": [2, 1, 1],
-                "mrope_interleaved": True,
-            },
         },
     ),
     "mistral": ("MistralConfig", {"sliding_window": None}),
