@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +10,7 @@ import typer
 
 from tieredkv.cli.options import End, Fps, GpuGiB, HostGiB, MaxFrames, Model, NewTokens, PolicyName, Start, given, typed
 from tieredkv.errors import OptionError
+from tieredkv.storage.json_text import print_json
 
 
 def ask(
@@ -32,7 +32,7 @@ def ask(
     evidence: Annotated[
         Path | None, typer.Option(help="Write the moments that were attended to, as .png or .html.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print answer and statistics as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print answer, evidence and statistics as JSON.")] = False,
 ) -> None:
     """Answer one question about one video, or about a saved session."""
     from tieredkv import api
@@ -61,9 +61,7 @@ def ask(
     ) as (video_session, unsaved):
         answer = video_session.ask(question, max_new_tokens=max_new_tokens)
     if as_json:
-        moments = [moment.as_dict() for moment in answer.evidence or ()]
-        fields = {"text": answer.text, "token_ids": answer.token_ids, "evidence": moments}
-        typer.echo(json.dumps({**fields, **answer.stats.as_dict()}))
+        print_json(answer.as_dict())
     else:
         typer.echo(answer.text)
     if evidence is not None:
