@@ -8,7 +8,20 @@ from typing import Annotated
 
 import typer
 
-from tieredkv.cli.options import End, Fps, GpuGiB, HostGiB, MaxFrames, Model, NewTokens, PolicyName, Start, given, typed
+from tieredkv.cli.options import (
+    End,
+    Fps,
+    GpuGiB,
+    HostGiB,
+    MaxFrames,
+    MaxPixels,
+    Model,
+    NewTokens,
+    PolicyName,
+    Start,
+    given,
+    typed,
+)
 from tieredkv.errors import OptionError
 from tieredkv.storage.json_text import print_json
 
@@ -26,6 +39,7 @@ def ask(
     policy: PolicyName = None,
     fps: Fps = None,
     max_frames: MaxFrames = None,
+    max_pixels: MaxPixels = None,
     start: Start = None,
     end: End = None,
     max_new_tokens: NewTokens = 256,
@@ -46,7 +60,7 @@ def ask(
         raise OptionError(f"{question} is a file: give the question too, in quotes.")
     if evidence is not None:
         check_target(evidence)
-    sampling = given(fps=fps, max_frames=max_frames, start=start, end=end)
+    sampling = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels, start=start, end=end)
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
     api.check_question(question, {"max_new_tokens": max_new_tokens})
     with opened(

@@ -13,6 +13,7 @@ from tieredkv.cli.options import (
     GpuGiB,
     HostGiB,
     MaxFrames,
+    MaxPixels,
     Model,
     NewTokens,
     PolicyName,
@@ -33,6 +34,7 @@ def plan(
     policy: PolicyName = None,
     fps: Fps = None,
     max_frames: MaxFrames = None,
+    max_pixels: MaxPixels = None,
     start: Start = None,
     end: End = None,
     max_new_tokens: NewTokens = 256,
@@ -46,7 +48,7 @@ def plan(
     from tieredkv.planning import forecast
 
     tokens = video.isascii() and video.isdigit() and len(video) < 20 and not Path(video).exists()
-    sampling = given(fps=fps, max_frames=max_frames)
+    sampling = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels)
     if tokens and not typed(context, sampling):
         sampling = {}  # defaults for videos do not apply to a number of tokens
     estimate = forecast.plan(
