@@ -139,7 +139,7 @@ def _timed(lines: list[str], kind: str, name: str) -> Iterator[Cue]:
 
 
 def _seconds(time: str) -> float:
-    hours, minutes, seconds = [0, *time.replace(",", ".").split(":")][-3:]
+    hours, minutes, seconds = ["0", *time.replace(",", ".").split(":")][-3:]
     return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
 
 
