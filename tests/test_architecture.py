@@ -31,7 +31,7 @@ ALLOWED = {
     "evidence": "cache errors memory models progress storage video",
     "session": "cache config environment errors evidence memory models planning progress storage video",
     "api": "config errors evidence models session storage video",
-    "batch": "errors session storage",
+    "batch": "errors evidence session storage video",
     "tiny": "environment progress storage",
     "demo": "api config errors memory models planning progress session storage tiny video",
     "doctor": "memory models",

@@ -58,8 +58,8 @@ def test_all_malformed_lines_are_named_up_to_ten(tmp_path):
 
 def test_bytes_that_are_not_text_are_a_malformed_line(tmp_path):
     file = tmp_path / "questions.jsonl"
-    file.write_bytes(b'{"video": "a.mp4", "question": "?"}\r\n\xff\xfe\n')
-    with pytest.raises(BatchError, match="line 2 is not JSON"):
+    file.write_bytes(b'{"video": "a.mp4", "question": "?"}\r\n{"video": "b.mp4", "question": "caf\xe9 ?"}\n')
+    with pytest.raises(BatchError, match="line 2 is not UTF-8 text"):
         read_questions(file)
 
 
