@@ -9,7 +9,20 @@ from typing import Annotated
 
 import typer
 
-from tieredkv.cli.options import End, Fps, GpuGiB, HostGiB, MaxFrames, Model, NewTokens, PolicyName, Start, given, typed
+from tieredkv.cli.options import (
+    End,
+    Fps,
+    GpuGiB,
+    HostGiB,
+    MaxFrames,
+    Model,
+    NewTokens,
+    PolicyName,
+    Start,
+    System,
+    given,
+    typed,
+)
 from tieredkv.errors import OptionError
 
 
@@ -28,6 +41,7 @@ def ask(
     max_frames: MaxFrames = None,
     start: Start = None,
     end: End = None,
+    system: System = None,
     max_new_tokens: NewTokens = 256,
     evidence: Annotated[
         Path | None, typer.Option(help="Write the moments that were attended to, as .png or .html.")
@@ -56,6 +70,7 @@ def ask(
         tiers=tiers,
         sampling=sampling,
         typed=typed(context, sampling),
+        system=system,
         question=question,
         max_new_tokens=max_new_tokens,
     ) as (video_session, unsaved):

@@ -8,7 +8,20 @@ from typing import Annotated
 
 import typer
 
-from tieredkv.cli.options import End, Fps, GpuGiB, HostGiB, MaxFrames, Model, NewTokens, PolicyName, Start, given, typed
+from tieredkv.cli.options import (
+    End,
+    Fps,
+    GpuGiB,
+    HostGiB,
+    MaxFrames,
+    Model,
+    NewTokens,
+    PolicyName,
+    Start,
+    System,
+    given,
+    typed,
+)
 
 
 def chat(
@@ -26,6 +39,7 @@ def chat(
     max_frames: MaxFrames = None,
     start: Start = None,
     end: End = None,
+    system: System = None,
     max_new_tokens: NewTokens = 256,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object per answer.")] = False,
 ) -> None:
@@ -43,7 +57,7 @@ def chat(
     options = {"max_new_tokens": max_new_tokens}
     api.check_question("?", options)
     names = typed(context, sampling)
-    with opened(model, video, session, tiers=tiers, sampling=sampling, typed=names, **options) as (
+    with opened(model, video, session, tiers=tiers, sampling=sampling, typed=names, system=system, **options) as (
         video_session,
         unsaved,
     ):

@@ -45,6 +45,7 @@ class SessionState:
             "positions": video.positions,
             "head": video.head,
             "head_ids": list(video.head_ids),
+            "system": video.system,
             "video": {**asdict(video.facts), "clock": "file"},
             "history": self.history,
             "ingest_s": video.ingest_s,
@@ -71,6 +72,7 @@ class SessionState:
             positions=plain["positions"],
             head=plain["head"],
             head_ids=tuple(plain["head_ids"]),
+            system=plain.get("system"),
             facts=facts,
             ingest_s=plain["ingest_s"],
             stats=IngestStats(**_known(IngestStats, plain["ingest_stats"])),
@@ -168,6 +170,20 @@ def check_same_video(stored: tensor_file.Stored, video: VideoSource) -> None:
             f"{stored.path} was saved for another video ({facts.name}, as it was then) than {video.name}: ingest this "
             "one, or leave it out to ask about the saved one."
         )
+
+
+def check_same_system(stored: tensor_file.Stored, given: str) -> None:
+    """Raise `SessionError`, naming both, unless the session was saved with this system prompt."""
+    if given != (saved := state_of(stored).video.system):
+        had = "without a system prompt" if saved is None else f"with the system prompt {_quoted(saved)}"
+        raise SessionError(
+            f"{stored.path} was saved {had}, and {_quoted(given)} was given: leave it out, or ingest the video again."
+        )
+
+
+def _quoted(text: str) -> str:
+    """The beginning of a text, in quotes."""
+    return repr(text if len(text) <= 80 else f"{text[:79]}\u2026")
 
 
 def load(

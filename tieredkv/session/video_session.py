@@ -46,6 +46,7 @@ class VideoSession(AsyncAsking):
         tiers: TierConfig,
         positions: Positions = "published",
         progress: bool = False,
+        system: str | None = None,
     ) -> None:
         """model, processor: as transformers loads them. The rest as in `tieredkv.open_session`."""
         model = unwrapped(model)
@@ -53,7 +54,7 @@ class VideoSession(AsyncAsking):
         if device.type not in ("cpu", "cuda"):
             raise UnsupportedModelError(f"the model is on {device}: tieredkv runs on CUDA devices and the CPU.")
         self.model, self.processor, self.tiers = model, processor, tiers
-        self.template = ChatTemplate(families.video_family(model.config), processor, positions)
+        self.template = ChatTemplate(families.video_family(model.config), processor, positions, system)
         self._progress = progress
         self._turns = Turns()
         self._ingest: Ingest | None = None
@@ -107,7 +108,7 @@ class VideoSession(AsyncAsking):
         with self._turns.lock:
             self._check_empty()
             state = session_file.state_of(stored, first_picture)
-            template = ChatTemplate(self.family, self.processor, state.video.positions)
+            template = ChatTemplate(self.family, self.processor, state.video.positions, state.video.system)
             self._cached = session_file.load(stored, state, self.model, template, self.tiers)
             self.template, self._ingested, self._conversation = template, state.video, Conversation(state.history)
 
