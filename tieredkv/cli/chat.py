@@ -14,6 +14,7 @@ from tieredkv.cli.options import (
     GpuGiB,
     HostGiB,
     MaxFrames,
+    MaxPixels,
     Model,
     NewTokens,
     PolicyName,
@@ -37,6 +38,7 @@ def chat(
     policy: PolicyName = None,
     fps: Fps = None,
     max_frames: MaxFrames = None,
+    max_pixels: MaxPixels = None,
     start: Start = None,
     end: End = None,
     system: System = None,
@@ -52,7 +54,7 @@ def chat(
     from tieredkv.cli.opening import opened
     from tieredkv.cli.talk import Talk
 
-    sampling = given(fps=fps, max_frames=max_frames, start=start, end=end)
+    sampling = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels, start=start, end=end)
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
     options = {"max_new_tokens": max_new_tokens}
     api.check_question("?", options)

@@ -14,6 +14,7 @@ from tieredkv.cli.options import (
     GpuGiB,
     HostGiB,
     MaxFrames,
+    MaxPixels,
     Model,
     NewTokens,
     PolicyName,
@@ -41,6 +42,7 @@ def run(
     policy: PolicyName = None,
     fps: Fps = None,
     max_frames: MaxFrames = None,
+    max_pixels: MaxPixels = None,
     system: System = None,
     max_new_tokens: NewTokens = 256,
 ) -> None:
@@ -66,7 +68,7 @@ def run(
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
     tier_config(None, tiers)
     api.check_system(system)
-    sampling = Sampling(fps=fps, max_frames=max_frames)
+    sampling = Sampling(fps=fps, max_frames=max_frames, max_pixels=max_pixels)
     with AnswersFile(output, batch, resume=resume, retry_errors=retry_errors) as answers:
         if not all(map(answers.has, batch)):
             loaded, processor = loading.load(model_path(model))

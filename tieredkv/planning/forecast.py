@@ -48,6 +48,7 @@ def plan(
     max_frames: int | None = None,
     start: float = 0.0,
     end: float | None = None,
+    max_pixels: int | None = None,
     question_tokens: int = 64,
     max_new_tokens: int = 256,
     static_share: float = 0.0,
@@ -62,10 +63,9 @@ def plan(
     models, and text models under `TieredCache`. A config without a dtype counts as bfloat16; weights are counted as its
     `quantization_config` says. video_or_tokens: a number of visual tokens (for a text model, of tokens before the
     question), or a video as in `open_session`, which is opened but not decoded and needs the model's processor.
-    question_tokens: text after the video, the chat template's end included. system: the system prompt, which is then
-    counted too. static_share: share of the heads assumed
-    static, unless the policy fixes it. link: a name in `LINKS`, or GB/s; card: a name in `CARDS`, or GB/s. tiers, or
-    its fields as further keywords.
+    question_tokens: text after the video, the chat template's end included. system: a system prompt, counted
+    too. static_share: share of the heads assumed static, unless the policy fixes it. link: a name in `LINKS`, or GB/s;
+    card: a name in `CARDS`, or GB/s. tiers, or its fields as further keywords.
 
     Raises `BudgetError` when a tier is too small, naming the smallest change that fits; `VideoError`,
     `UnsupportedModelError` or `OptionError` for bad input.
@@ -81,9 +81,9 @@ def plan(
     source = _Model.of(model)
     shape = source.shape
     video: _Video | None = None
-    sampling = Sampling(fps, source_fps, max_frames, start, end)
     if system is not None and source.is_text:
         raise OptionError("system= is for models that take video: count the system prompt as tokens.")
+    sampling = Sampling(fps, source_fps, max_frames, start, end, max_pixels)
     if isinstance(video_or_tokens, int):
         check_whole("visual tokens", video_or_tokens)
         if given := sampling.given():
