@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Annotated
@@ -24,6 +23,7 @@ from tieredkv.cli.options import (
     typed,
 )
 from tieredkv.errors import OptionError
+from tieredkv.storage.json_text import print_json
 
 
 def ask(
@@ -46,7 +46,7 @@ def ask(
     evidence: Annotated[
         Path | None, typer.Option(help="Write the moments that were attended to, as .png or .html.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print answer and statistics as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print answer, evidence and statistics as JSON.")] = False,
 ) -> None:
     """Answer one question about one video, or about a saved session."""
     from tieredkv import api
@@ -75,9 +75,7 @@ def ask(
     ) as (video_session, unsaved):
         answer = video_session.ask(question, max_new_tokens=max_new_tokens)
     if as_json:
-        moments = [moment.as_dict() for moment in answer.evidence or ()]
-        fields = {"text": answer.text, "token_ids": answer.token_ids, "evidence": moments}
-        typer.echo(json.dumps({**fields, **answer.stats.as_dict()}))
+        print_json(answer.as_dict())
     else:
         typer.echo(answer.text)
     if evidence is not None:

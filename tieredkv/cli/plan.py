@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +22,7 @@ from tieredkv.cli.options import (
     model_path,
     typed,
 )
+from tieredkv.storage.json_text import print_json
 
 
 def plan(
@@ -64,7 +64,10 @@ def plan(
         link=link,
         card=card,
     )
-    typer.echo(json.dumps(estimate.as_dict()) if as_json else str(estimate))
+    if as_json:
+        print_json(estimate.as_dict())
+    else:
+        typer.echo(str(estimate))
 
 
 def add_to(app: typer.Typer) -> None:
