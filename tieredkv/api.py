@@ -14,9 +14,10 @@ from tieredkv.evidence.moments import check_wanted
 from tieredkv.models.chat_template import check_prompt, check_text
 from tieredkv.models.families.base import Positions
 from tieredkv.models.loading import load
-from tieredkv.session import generation, session_file
+from tieredkv.session import generation, origin, session_file
 from tieredkv.session.aio import AsyncAnswerStream, answering
 from tieredkv.session.job import Job, Work
+from tieredkv.session.origin import ModelSource
 from tieredkv.session.results import Generation
 from tieredkv.session.stream import AnswerStream, check_stream
 from tieredkv.session.video_session import VideoSession
@@ -96,13 +97,14 @@ def new_session(
     if positions not in get_args(Positions):
         raise OptionError(f"positions={positions!r} is not valid: give 'published' or 'stock'.")
     check_system(system)
+    source = ModelSource.of(model)
     model, processor = load(model, processor)
-    return VideoSession(model, processor, config, positions=positions, progress=progress, system=system)
+    return VideoSession(model, processor, config, positions=positions, progress=progress, system=system, source=source)
 
 
 def load_session(
     path: str | Path,
-    model: Any,
+    model: Any = None,
     *,
     video: Any = None,
     gpu_kv_gb: float | None = None,
@@ -117,6 +119,9 @@ def load_session(
     replaced meanwhile but not changed in place. model, processor: those the session was saved with. video: if
     given, raise unless the session is about this file or these frames. system: if given, raise unless the session was
     saved with this system prompt. gpu_kv_gb, options: fields of `TierConfig` that replace the saved ones.
+    replaced meanwhile but not changed in place. model, processor: those the session was saved with; without them, the
+    model that the file names and the processor stored with it. video: if given, raise unless the session is about this
+    file or these frames. gpu_kv_gb, options: fields of `TierConfig` that replace the saved ones.
 
     Raises `SessionError` if the file is not a session, is damaged, or belongs to another model, processor or video;
     damage to a layer is found by the first question.
@@ -134,11 +139,17 @@ def load_session(
         session_file.check_same_system(stored, system)
     first_picture = 0.0
     if video is not None:
-        source = open_video(video, Sampling(DEFAULT_FPS))
-        session_file.check_same_video(stored, source)
-        first_picture = source.start
+        film = open_video(video, Sampling(DEFAULT_FPS))
+        session_file.check_same_video(stored, film)
+        first_picture = film.start
+    source: ModelSource | None
+    if model is None:
+        source = origin.model_of(stored.path, stored.manifest)
+        model = source.path
+    else:
+        source = origin.named_again(stored.manifest, ModelSource.of(model))
     model, processor = load(model, processor)
-    session = VideoSession(model, processor, tiers, progress=progress)
+    session = VideoSession(model, processor, tiers, progress=progress, source=source)
     session.restore(stored, first_picture)
     return session
 

@@ -102,6 +102,7 @@ class Ingest:
             facts=VideoFacts(source.name, sha256, source.fps, source.start, source.seconds),
             ingest_s=time.perf_counter() - started,
             stats=stats,
+            sampling=sampling,
         )
         return CachedVideo(model, template, cache, ingested, same_model)
 

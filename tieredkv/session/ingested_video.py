@@ -8,6 +8,7 @@ import torch
 
 from tieredkv.models.families.base import Positions, VideoGrid
 from tieredkv.session.results import IngestStats
+from tieredkv.video.sampling import Sampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,8 @@ class IngestedVideo:
     ingest_s: float
     """Seconds from the request to a session that can be asked."""
     stats: IngestStats
+    sampling: Sampling | None = None
+    """As asked for; None: loaded from a file that does not say."""
 
     @property
     def head_tokens(self) -> int:
