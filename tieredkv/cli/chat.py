@@ -8,7 +8,21 @@ from typing import Annotated
 
 import typer
 
-from tieredkv.cli.options import End, Fps, GpuGiB, HostGiB, MaxFrames, Model, NewTokens, PolicyName, Start, given, typed
+from tieredkv.cli.options import (
+    End,
+    Fps,
+    GpuGiB,
+    HostGiB,
+    MaxFrames,
+    MaxPixels,
+    Model,
+    NewTokens,
+    PolicyName,
+    Start,
+    System,
+    given,
+    typed,
+)
 
 
 def chat(
@@ -24,8 +38,10 @@ def chat(
     policy: PolicyName = None,
     fps: Fps = None,
     max_frames: MaxFrames = None,
+    max_pixels: MaxPixels = None,
     start: Start = None,
     end: End = None,
+    system: System = None,
     max_new_tokens: NewTokens = 256,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object per answer.")] = False,
 ) -> None:
@@ -38,12 +54,12 @@ def chat(
     from tieredkv.cli.opening import opened
     from tieredkv.cli.talk import Talk
 
-    sampling = given(fps=fps, max_frames=max_frames, start=start, end=end)
+    sampling = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels, start=start, end=end)
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
     options = {"max_new_tokens": max_new_tokens}
     api.check_question("?", options)
     names = typed(context, sampling)
-    with opened(model, video, session, tiers=tiers, sampling=sampling, typed=names, **options) as (
+    with opened(model, video, session, tiers=tiers, sampling=sampling, typed=names, system=system, **options) as (
         video_session,
         unsaved,
     ):

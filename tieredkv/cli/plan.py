@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -14,14 +13,17 @@ from tieredkv.cli.options import (
     GpuGiB,
     HostGiB,
     MaxFrames,
+    MaxPixels,
     Model,
     NewTokens,
     PolicyName,
     Start,
+    System,
     given,
     model_path,
     typed,
 )
+from tieredkv.storage.json_text import print_json
 
 
 def plan(
@@ -33,8 +35,10 @@ def plan(
     policy: PolicyName = None,
     fps: Fps = None,
     max_frames: MaxFrames = None,
+    max_pixels: MaxPixels = None,
     start: Start = None,
     end: End = None,
+    system: System = None,
     max_new_tokens: NewTokens = 256,
     link: Annotated[str, typer.Option(envvar="TIEREDKV_LINK", help="The link to the card, or its GB/s.")] = "pcie4x16",
     card: Annotated[
@@ -46,7 +50,7 @@ def plan(
     from tieredkv.planning import forecast
 
     tokens = video.isascii() and video.isdigit() and len(video) < 20 and not Path(video).exists()
-    sampling = given(fps=fps, max_frames=max_frames)
+    sampling = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels)
     if tokens and not typed(context, sampling):
         sampling = {}  # defaults for videos do not apply to a number of tokens
     estimate = forecast.plan(
@@ -58,11 +62,15 @@ def plan(
         **sampling,
         start=start or 0.0,
         end=end,
+        system=system,
         max_new_tokens=max_new_tokens,
         link=link,
         card=card,
     )
-    typer.echo(json.dumps(estimate.as_dict()) if as_json else str(estimate))
+    if as_json:
+        print_json(estimate.as_dict())
+    else:
+        typer.echo(str(estimate))
 
 
 def add_to(app: typer.Typer) -> None:

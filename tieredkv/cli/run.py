@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tieredkv.cli.options import Fps, GpuGiB, HostGiB, MaxFrames, Model, NewTokens, PolicyName, given, model_path
+from tieredkv.cli.options import (
+    Fps,
+    GpuGiB,
+    HostGiB,
+    MaxFrames,
+    MaxPixels,
+    Model,
+    NewTokens,
+    PolicyName,
+    System,
+    given,
+    model_path,
+)
 from tieredkv.errors import BatchError
 
 if TYPE_CHECKING:
@@ -30,6 +42,8 @@ def run(
     policy: PolicyName = None,
     fps: Fps = None,
     max_frames: MaxFrames = None,
+    max_pixels: MaxPixels = None,
+    system: System = None,
     max_new_tokens: NewTokens = 256,
 ) -> None:
     """Answer a file of questions, each video ingested once. --resume continues an interrupted run.
@@ -53,14 +67,15 @@ def run(
     api.check_question("?", options)
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
     tier_config(None, tiers)
-    sampling = Sampling(fps=fps, max_frames=max_frames)
+    api.check_system(system)
+    sampling = Sampling(fps=fps, max_frames=max_frames, max_pixels=max_pixels)
     with AnswersFile(output, batch, resume=resume, retry_errors=retry_errors) as answers:
         if not all(map(answers.has, batch)):
             loaded, processor = loading.load(model_path(model))
 
             def open_session(video: Path, pending: Sequence[BatchQuestion]) -> VideoSession:
                 check_video(video)
-                session = api.new_session(loaded, processor=processor, progress=True, **tiers)
+                session = api.new_session(loaded, processor=processor, progress=True, system=system, **tiers)
                 # The shortest answer must fit; a longer one that does not is an error of its own question.
                 least = min(session.new_tokens(options | question.options) for question in pending)
                 try:
