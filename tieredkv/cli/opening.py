@@ -25,28 +25,31 @@ def opened(
     tiers: dict[str, Any],
     sampling: dict[str, Any],
     typed: list[str],
+    system: str | None = None,
     **asked: Any,
 ) -> Iterator[tuple[VideoSession, SessionError | None]]:
     """Yields the session, and why it could not be saved, or None.
 
     saved: a file to load, or to write if it does not exist. tiers, sampling: the options given. typed: the sampling
     options on the command line. A saved session keeps its own sampling, so they are refused, and values from the
-    environment are ignored. asked: `question` and `max_new_tokens` if known, for the check of the budget.
+    environment are ignored. system: the system prompt. asked: `question` and `max_new_tokens` if known, for the check
+    of the budget.
     """
     if saved is not None and is_there(saved):
         if typed:
             raise OptionError(f"{saved} keeps the sampling it was saved with: leave out {typed[0]}.")
-        with api.load_session(saved, model_path(model), video=video, **tiers) as session:
+        with api.load_session(saved, model_path(model), video=video, system=system, **tiers) as session:
             yield session, None
         return
     if video is None:
         missing = "give a video and a question" if saved is None else f"{saved}: no such file; give a video too"
         raise OptionError(f"there is no video to ask about: {missing}.")
     frames = Sampling(**sampling)
+    api.check_system(system)
     check_video(video)
     if saved is not None:
         tensor_file.check_target(saved)
-    with api.new_session(model_path(model), progress=True, **tiers) as session:
+    with api.new_session(model_path(model), progress=True, system=system, **tiers) as session:
         session.ingest(video, frames, **asked)
         unsaved: SessionError | None = None
         if saved is not None:

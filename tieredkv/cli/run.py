@@ -20,6 +20,7 @@ from tieredkv.cli.options import (
     NewTokens,
     PolicyName,
     Start,
+    System,
     given,
     model_path,
 )
@@ -46,6 +47,7 @@ def run(
     max_pixels: MaxPixels = None,
     start: Start = None,
     end: End = None,
+    system: System = None,
     max_new_tokens: NewTokens = 256,
 ) -> None:
     """Answer a file of questions, each video ingested once. --resume continues an interrupted run.
@@ -74,6 +76,7 @@ def run(
     api.check_question("?", options)
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
     tier_config(None, tiers)
+    api.check_system(system)
     answers: Answers = PrintedAnswers()
     if output != "-":
         answers = AnswersFile(Path(output), batch, resume=resume, retry_errors=retry_errors)
@@ -83,7 +86,7 @@ def run(
 
             def open_session(video: Path, sampling: Sampling, pending: Sequence[BatchQuestion]) -> VideoSession:
                 check_video(video)
-                session = api.new_session(loaded, processor=processor, progress=True, **tiers)
+                session = api.new_session(loaded, processor=processor, progress=True, system=system, **tiers)
                 # The shortest answer must fit; a longer one that does not is an error of its own question.
                 least = min(session.new_tokens(options | question.options) for question in pending)
                 try:
