@@ -89,8 +89,9 @@ def run(
                 session = api.new_session(loaded, processor=processor, progress=True, system=system, **tiers)
                 # The shortest answer must fit; a longer one that does not is an error of its own question.
                 least = min(session.new_tokens(options | question.options) for question in pending)
+                shortest = pending[0].text if len(pending) == 1 else "?"
                 try:
-                    session.ingest(video, sampling, max_new_tokens=least)
+                    session.ingest(video, sampling, question=shortest, max_new_tokens=least)
                 except BaseException:
                     session.close()
                     raise
