@@ -10,10 +10,10 @@ from typing import Any, Literal, get_args, overload
 
 from tieredkv.config import DEFAULT_FPS, FIELDS, TierConfig, refuse_policy_fields, tier_config
 from tieredkv.errors import OptionError
-from tieredkv.evidence.moments import check_wanted
-from tieredkv.models.chat_template import check_prompt
+from tieredkv.evidence.target import check_wanted
 from tieredkv.models.families.base import Positions
 from tieredkv.models.loading import load
+from tieredkv.models.prompts import check_prompt
 from tieredkv.session import generation, session_file
 from tieredkv.session.aio import AsyncAnswerStream, answering
 from tieredkv.session.job import Job, Work

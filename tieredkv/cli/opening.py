@@ -45,7 +45,7 @@ def opened(
     frames = Sampling(**sampling)
     check_video(video)
     if saved is not None:
-        tensor_file.check_target(saved)
+        header.check_target(saved)
     with api.new_session(model_path(model), progress=True, **tiers) as session:
         session.ingest(video, frames, **asked)
         unsaved: SessionError | None = None

@@ -197,20 +197,3 @@ def chat_template(processor: Any) -> str | None:
     if template is not None and not isinstance(template, str):
         raise UnsupportedModelError(f"the processor's chat template is a {type(template).__name__}: give it as text.")
     return template or None
-
-
-def check_prompt(prompt: Any) -> None:
-    """Raise `PromptError` unless `prompt` is text, not blank, that can be written as UTF-8 without nulls."""
-    if not isinstance(prompt, str):
-        raise PromptError(f"the prompt is of type {type(prompt).__name__}: give the question as text.")
-    if not prompt.strip():
-        raise PromptError("the prompt is empty: ask something.")
-    if "\0" in prompt:
-        raise PromptError("the prompt contains a null character, as text in UTF-16 does: give it in UTF-8.")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise PromptError(
-            f"the prompt contains half a character ({prompt[error.start]!a} at position {error.start + 1}): give whole "
-            "characters, in UTF-8."
-        ) from None
