@@ -40,6 +40,7 @@ def open_session(
     max_frames: int | None = None,
     start: float = 0.0,
     end: float | None = None,
+    max_pixels: int | None = None,
     positions: Positions = "published",
     progress: bool = False,
     **options: Any,
@@ -50,13 +51,14 @@ def open_session(
     one stored with the model. video: a path, or frames: a list of PIL images, or `(T, H, W, 3)` or `(T, 3, H, W)` as
     ndarray or tensor, uint8 or floats in [0, 1], taken at `source_fps` per second (None: at `fps`). fps: frames sampled
     per second (None: the processor's own rate). max_frames: at most this many frames, spread evenly over the video.
+    max_pixels: most pixels of a frame as the vision tower sees it, in place of the processor's limits (None: those).
     start, end: seconds of the video to read, as players show them. gpu_kv_gb: hard cap in GiB on device memory for
     keys and values (None: 4). tiers: every other setting; its fields may be given as keywords instead. positions:
     "published" or "stock", how text after the video is numbered. progress: show a bar on stderr.
 
     Raises `UnsupportedModelError`, `VideoError`, `BudgetError` or `OptionError`, all of them `TieredKVError`.
     """
-    sampling = Sampling(fps, source_fps, max_frames, start, end)
+    sampling = Sampling(fps, source_fps, max_frames, start, end, max_pixels)
     session = new_session(
         model,
         gpu_kv_gb=gpu_kv_gb,

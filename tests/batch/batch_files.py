@@ -23,7 +23,7 @@ class Session:
         self.log.append((text, options))
         if text == "bad":
             raise PromptError("the prompt is bad.")
-        return SimpleNamespace(text=text.upper(), token_ids=[1, 2], stats=SimpleNamespace(as_dict=lambda: {"n": 2}))
+        return SimpleNamespace(as_dict=lambda: {"text": text.upper(), "token_ids": [1, 2], "n": 2})
 
     def __enter__(self) -> Session:
         return self

@@ -46,6 +46,11 @@ def test_each_question_has_one_line_and_what_fails_says_why(tmp_path, questions)
     assert answers.failed == {"4", str(rows["three"]["id"])}
 
 
+def test_text_is_not_escaped(tmp_path, questions):
+    answers = answer(tmp_path / "answers.jsonl", questions)
+    assert '"text": "ZWEI Ü"'.encode() in answers.file.read_bytes()
+
+
 def test_a_full_disk_ends_the_run_and_loses_nothing(tmp_path, questions, monkeypatch):
     file, write, calls = tmp_path / "answers.jsonl", os.write, []
 

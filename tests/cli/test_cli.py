@@ -21,6 +21,11 @@ BAD = {
     "a budget of nothing": (["VIDEO", "what ?", "--gpu-kv-gb", "0"], "gpu_kv_gb=0.0 is not valid"),
     "a budget too small": (["VIDEO", "what ?", "--gpu-kv-gb", "1e-5"], "the smallest that works is"),
     "no frames asked for": (["VIDEO", "what ?", "--max-frames", "0"], "max_frames=0 is not valid"),
+    "no pixels asked for": (["VIDEO", "what ?", "--max-pixels", "0x448"], "max_pixels=0 is not valid"),
+    "no number of pixels": (
+        ["VIDEO", "what ?", "--max-pixels", "448x"],
+        "max_pixels='448x' is not valid: give a whole",
+    ),
     "no tokens asked for": (["VIDEO", "what ?", "--max-new-tokens", "0"], "max_new_tokens=0 is not valid"),
     "half a character": (["VIDEO", "what \udced\udca0\udcbd"], "half a character ('\\udced' at position 6)"),
     "half a character of a file's name": (["half \ud83d.mp4", "what ?"], "no such file."),

@@ -57,7 +57,8 @@ def test_as_json_each_answer_is_one_object(monkeypatch, capsys, short_video):
     code, out, _ = piped(monkeypatch, capsys, f"{MOON}\n{CUP}\n", str(short_video), "--fps", "4", "--json")
     assert code == 0
     objects = [json.loads(line) for line in out.splitlines()]
-    assert [{"text", "token_ids", "hit_rate"} <= row.keys() for row in objects] == [True, True]
+    assert [{"text", "token_ids", "evidence", "hit_rate"} <= row.keys() for row in objects] == [True, True]
+    assert {"start", "end", "weight", "peak"} <= objects[0]["evidence"][0].keys()
 
 
 def test_a_question_that_fails_says_why_in_one_line_and_the_next_is_answered(monkeypatch, capsys, short_video):

@@ -350,6 +350,8 @@ def test_the_hash_of_arrays_depends_on_their_pixels():
         {"max_frames": 0},
         {"max_frames": 2.5},
         {"max_frames": True},
+        {"max_pixels": 255},
+        {"max_pixels": 1e6},
         {"start": -1},
         {"start": 3, "end": 3},
         {"end": float("inf")},

@@ -19,6 +19,7 @@ from typing import Any
 from tieredkv.batch.questions_file import BatchQuestion
 from tieredkv.errors import BatchError, reason
 from tieredkv.storage.atomic import replace_file, sync_folder
+from tieredkv.storage.json_text import to_json
 
 _FIRST_BYTES = b'{"id": '
 
@@ -126,9 +127,9 @@ class AnswersFile:
         """Whether the question has a line, answer or error."""
         return str(question.id) in self.answered | self.failed
 
-    def answer(self, question: BatchQuestion, text: str, fields: dict[str, Any]) -> None:
-        """Write an answer; `fields` are added to its line."""
-        self._append(question, {"text": text, **fields})
+    def answer(self, question: BatchQuestion, fields: dict[str, Any]) -> None:
+        """Write an answer: its "text", and what else its line is to hold."""
+        self._append(question, fields)
         self.answered.add(str(question.id))
 
     def fail(self, question: BatchQuestion, error: BaseException) -> None:
@@ -139,7 +140,7 @@ class AnswersFile:
     def _append(self, question: BatchQuestion, fields: dict[str, Any]) -> None:
         assert self._descriptor is not None, "call begin first"
         line = {"id": question.id, "video": question.video, "question": question.text, **fields}
-        _write(self._descriptor, json.dumps(line).encode() + b"\n", self.file)
+        _write(self._descriptor, to_json(line).encode() + b"\n", self.file)
 
     def close(self) -> None:
         """Close and unlock the file. May be called twice."""

@@ -47,5 +47,5 @@ def run(
                     answers.fail(question, error)
                     report(f"  {question.id} failed: {reason(error)}")
                     continue
-                answers.answer(question, answer.text, {"token_ids": answer.token_ids, **answer.stats.as_dict()})
+                answers.answer(question, answer.as_dict())
                 report(f"  {question.id} answered, {len(answers.answered) + len(answers.failed)} of {len(questions)}")

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from tieredkv.cli.options import End, Fps, GpuGiB, HostGiB, MaxFrames, Model, NewTokens, PolicyName, Start, given, typed
+from tieredkv.cli.options import (
+    End,
+    Fps,
+    GpuGiB,
+    HostGiB,
+    MaxFrames,
+    MaxPixels,
+    Model,
+    NewTokens,
+    PolicyName,
+    Start,
+    given,
+    typed,
+)
 from tieredkv.errors import OptionError
+from tieredkv.storage.json_text import print_json
 
 
 def ask(
@@ -26,13 +39,14 @@ def ask(
     policy: PolicyName = None,
     fps: Fps = None,
     max_frames: MaxFrames = None,
+    max_pixels: MaxPixels = None,
     start: Start = None,
     end: End = None,
     max_new_tokens: NewTokens = 256,
     evidence: Annotated[
         Path | None, typer.Option(help="Write the moments that were attended to, as .png or .html.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print answer and statistics as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print answer, evidence and statistics as JSON.")] = False,
 ) -> None:
     """Answer one question about one video, or about a saved session."""
     from tieredkv import api
@@ -46,7 +60,7 @@ def ask(
         raise OptionError(f"{question} is a file: give the question too, in quotes.")
     if evidence is not None:
         check_target(evidence)
-    sampling = given(fps=fps, max_frames=max_frames, start=start, end=end)
+    sampling = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels, start=start, end=end)
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
     api.check_question(question, {"max_new_tokens": max_new_tokens})
     with opened(
@@ -61,9 +75,7 @@ def ask(
     ) as (video_session, unsaved):
         answer = video_session.ask(question, max_new_tokens=max_new_tokens)
     if as_json:
-        moments = [moment.as_dict() for moment in answer.evidence or ()]
-        fields = {"text": answer.text, "token_ids": answer.token_ids, "evidence": moments}
-        typer.echo(json.dumps({**fields, **answer.stats.as_dict()}))
+        print_json(answer.as_dict())
     else:
         typer.echo(answer.text)
     if evidence is not None:

@@ -8,7 +8,20 @@ from typing import Annotated
 
 import typer
 
-from tieredkv.cli.options import End, Fps, GpuGiB, HostGiB, MaxFrames, Model, NewTokens, PolicyName, Start, given, typed
+from tieredkv.cli.options import (
+    End,
+    Fps,
+    GpuGiB,
+    HostGiB,
+    MaxFrames,
+    MaxPixels,
+    Model,
+    NewTokens,
+    PolicyName,
+    Start,
+    given,
+    typed,
+)
 
 
 def chat(
@@ -24,6 +37,7 @@ def chat(
     policy: PolicyName = None,
     fps: Fps = None,
     max_frames: MaxFrames = None,
+    max_pixels: MaxPixels = None,
     start: Start = None,
     end: End = None,
     max_new_tokens: NewTokens = 256,
@@ -38,7 +52,7 @@ def chat(
     from tieredkv.cli.opening import opened
     from tieredkv.cli.talk import Talk
 
-    sampling = given(fps=fps, max_frames=max_frames, start=start, end=end)
+    sampling = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels, start=start, end=end)
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
     options = {"max_new_tokens": max_new_tokens}
     api.check_question("?", options)

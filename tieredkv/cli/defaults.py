@@ -9,18 +9,24 @@ from typing import Any
 
 from tieredkv.errors import OptionError
 
-KEYS: dict[str, type] = {
+KEYS: dict[str, Any] = {
     "model": str,
     "gpu_kv_gb": float,
     "host_kv_gb": float,
     "fps": float,
     "max_frames": int,
+    "max_pixels": int | str,
     "policy": str,
     "max_new_tokens": int,
     "card": str,
     "link": str,
 }
-_EXPECTED = {str: "text in quotes", float: "a number", int: "a whole number"}
+_EXPECTED = {
+    str: "text in quotes",
+    float: "a number",
+    int: "a whole number",
+    int | str: "a whole number, or a size in quotes",
+}
 
 
 def path() -> Path:
@@ -48,6 +54,6 @@ def read(path: Path) -> dict[str, Any]:
         if key not in KEYS:
             raise OptionError(f"{path}: {key!r} is not a setting: give one of {', '.join(KEYS)}.")
         kind = KEYS[key]
-        if type(value) is not kind and not (kind is float and type(value) is int):
+        if isinstance(value, bool) or not isinstance(value, int | float if kind is float else kind):
             raise OptionError(f"{path}: {key} = {value!r} is not valid: give {_EXPECTED[kind]}.")
     return settings

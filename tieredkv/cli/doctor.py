@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
+
+from tieredkv.storage.json_text import print_json
 
 
 def doctor(
@@ -22,7 +23,7 @@ def doctor(
     checks = examine()
     problems = sum(check.state == "problem" for check in checks)
     if as_json:
-        typer.echo(json.dumps({"checks": [asdict(check) for check in checks], "problems": problems}))
+        print_json({"checks": [asdict(check) for check in checks], "problems": problems})
     else:
         typer.echo("\n".join(map(str, checks)))
     raise typer.Exit(1 if problems else 0)

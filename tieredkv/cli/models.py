@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any
 
 import typer
+
+from tieredkv.storage.json_text import print_json
 
 
 def models(
@@ -29,7 +30,7 @@ def models(
         if not decoder.video_only
     ]
     if as_json:
-        typer.echo(json.dumps({"models": rows, "refused": families.REFUSED}))
+        print_json({"models": rows, "refused": families.REFUSED})
         return
     cells = [("family", "kind", "model types", "tiered layers", "tested with transformers")]
     cells += [

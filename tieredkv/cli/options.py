@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Annotated, Any
 
 import typer
+
+from tieredkv.errors import OptionError
+
+
+def pixels(value: str | int) -> int:
+    """A number of pixels: a whole number, or the product that a size such as 448x252 states. Raises `OptionError`."""
+    numbers = str(value).lower().split("x")
+    if len(numbers) > 2 or not all(number.isascii() and number.isdigit() for number in numbers):
+        raise OptionError(f"max_pixels={value!r} is not valid: give a whole number of pixels, or a size as in 448x252.")
+    return math.prod(map(int, numbers))
+
 
 Model = Annotated[
     str, typer.Option("--model", "-m", envvar="TIEREDKV_MODEL", help="A local path, a hub id, or 'tiny'.")
@@ -22,6 +34,15 @@ HostGiB = Annotated[
 Fps = Annotated[float | None, typer.Option(envvar="TIEREDKV_FPS", help="Frames sampled per second.")]
 MaxFrames = Annotated[
     int | None, typer.Option(envvar="TIEREDKV_MAX_FRAMES", help="Sample at most this many frames, evenly spread.")
+]
+MaxPixels = Annotated[
+    int | None,
+    typer.Option(
+        parser=pixels,
+        metavar="N|WxH",
+        envvar="TIEREDKV_MAX_PIXELS",
+        help="Most pixels of a frame that the vision tower sees, such as 112896 or 448x252 [the processor's limits].",
+    ),
 ]
 Start = Annotated[float | None, typer.Option(help="Second of the video to start at.")]
 End = Annotated[float | None, typer.Option(help="Second of the video to end at.")]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +13,7 @@ from tieredkv.cli.options import (
     GpuGiB,
     HostGiB,
     MaxFrames,
+    MaxPixels,
     Model,
     NewTokens,
     PolicyName,
@@ -22,6 +22,7 @@ from tieredkv.cli.options import (
     model_path,
     typed,
 )
+from tieredkv.storage.json_text import print_json
 
 
 def plan(
@@ -33,6 +34,7 @@ def plan(
     policy: PolicyName = None,
     fps: Fps = None,
     max_frames: MaxFrames = None,
+    max_pixels: MaxPixels = None,
     start: Start = None,
     end: End = None,
     max_new_tokens: NewTokens = 256,
@@ -46,7 +48,7 @@ def plan(
     from tieredkv.planning import forecast
 
     tokens = video.isascii() and video.isdigit() and len(video) < 20 and not Path(video).exists()
-    sampling = given(fps=fps, max_frames=max_frames)
+    sampling = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels)
     if tokens and not typed(context, sampling):
         sampling = {}  # defaults for videos do not apply to a number of tokens
     estimate = forecast.plan(
@@ -62,7 +64,10 @@ def plan(
         link=link,
         card=card,
     )
-    typer.echo(json.dumps(estimate.as_dict()) if as_json else str(estimate))
+    if as_json:
+        print_json(estimate.as_dict())
+    else:
+        typer.echo(str(estimate))
 
 
 def add_to(app: typer.Typer) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from typing import Annotated
 
 import typer
+
+from tieredkv.storage.json_text import print_json
 
 
 def policies(
@@ -17,7 +18,7 @@ def policies(
 
     if as_json:
         plain = {name: {"source": policy.source, "summary": policy.summary} for name, policy in POLICIES.items()}
-        typer.echo(json.dumps(plain))
+        print_json(plain)
         return
     for name, policy in POLICIES.items():
         typer.echo(f"{name}  ({policy.source})")

@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tieredkv.cli.options import Fps, GpuGiB, HostGiB, MaxFrames, Model, NewTokens, PolicyName, given, model_path
+from tieredkv.cli.options import (
+    Fps,
+    GpuGiB,
+    HostGiB,
+    MaxFrames,
+    MaxPixels,
+    Model,
+    NewTokens,
+    PolicyName,
+    given,
+    model_path,
+)
 from tieredkv.errors import BatchError
 
 if TYPE_CHECKING:
@@ -30,6 +41,7 @@ def run(
     policy: PolicyName = None,
     fps: Fps = None,
     max_frames: MaxFrames = None,
+    max_pixels: MaxPixels = None,
     max_new_tokens: NewTokens = 256,
 ) -> None:
     """Answer a file of questions, each video ingested once. --resume continues an interrupted run.
@@ -53,7 +65,7 @@ def run(
     api.check_question("?", options)
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
     tier_config(None, tiers)
-    sampling = Sampling(fps=fps, max_frames=max_frames)
+    sampling = Sampling(fps=fps, max_frames=max_frames, max_pixels=max_pixels)
     with AnswersFile(output, batch, resume=resume, retry_errors=retry_errors) as answers:
         if not all(map(answers.has, batch)):
             loaded, processor = loading.load(model_path(model))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,6 +12,7 @@ from tieredkv.cli.terminal import Stopped, TerminalStreamer, stopped_by_interrup
 from tieredkv.errors import FAILURES, SessionError, TieredKVError, reason
 from tieredkv.session.results import Stats
 from tieredkv.session.video_session import VideoSession
+from tieredkv.storage.json_text import print_json
 from tieredkv.storage.tensor_file import read
 
 HELP = """\
@@ -59,8 +59,7 @@ class Talk:
             return
         self._stats = answer.stats
         if self.as_json:
-            fields = {"text": answer.text, "token_ids": answer.token_ids, **answer.stats.as_dict()}
-            print(json.dumps(fields), flush=True)
+            print_json(answer.as_dict())
         elif not streamer.wrote_text:  # an empty answer is a line too
             print(flush=True)
 

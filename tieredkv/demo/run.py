@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 import time
@@ -23,6 +22,7 @@ from tieredkv.planning.admission import smallest_cap_bytes
 from tieredkv.planning.sizes import lay_out
 from tieredkv.progress import progress_bar
 from tieredkv.storage import atomic
+from tieredkv.storage.json_text import print_json
 from tieredkv.tiny import model as tiny
 from tieredkv.tiny.evaluate import TOKENS_PER_SECOND
 from tieredkv.tiny.scene import make_scene, questions
@@ -75,7 +75,7 @@ def run(seed: int, minutes: float, share: float, plot: Path | None, video_path: 
         draw_fetches(scene, answers, head, TOKENS_PER_SECOND, plot)
         if not as_json:
             console.print(f"Wrote {plot}.")
-    print(json.dumps(report))
+    print_json(report)
     lost = 100 * (report["accuracy_full"] - report["accuracy_tiered"])
     return lost <= MOST_POINTS_LOST and report["kv_device_peak_bytes"] <= report["kv_cap_bytes"]
 

@@ -48,6 +48,7 @@ def plan(
     max_frames: int | None = None,
     start: float = 0.0,
     end: float | None = None,
+    max_pixels: int | None = None,
     question_tokens: int = 64,
     max_new_tokens: int = 256,
     static_share: float = 0.0,
@@ -79,7 +80,7 @@ def plan(
     source = _Model.of(model)
     shape = source.shape
     video: _Video | None = None
-    sampling = Sampling(fps, source_fps, max_frames, start, end)
+    sampling = Sampling(fps, source_fps, max_frames, start, end, max_pixels)
     if isinstance(video_or_tokens, int):
         check_whole("visual tokens", video_or_tokens)
         if given := sampling.given():

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from tieredkv.cache.counters import Selection
-from tieredkv.evidence.moments import Evidence
+from tieredkv.evidence.moments import Evidence, Moment
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,3 +88,18 @@ class Generation:
     """The chunks that dynamic heads attended to, step by step, with `trace=True`."""
     evidence: Evidence | None = field(default=None, repr=False)
     """The moments of the video that question and answer attended to; None with `evidence=False`."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON: text, token ids, evidence and statistics. `token_evidence` if it was asked for."""
+        found = self.evidence
+        return {
+            "text": self.text,
+            "token_ids": self.token_ids,
+            "evidence": None if found is None else [moment.as_dict() for moment in found],
+            **({} if found is None or found.tokens is None else {"token_evidence": _plain(found.tokens)}),
+            **self.stats.as_dict(),
+        }
+
+
+def _plain(tokens: Iterable[Iterable[Moment]]) -> list[list[dict[str, Any]]]:
+    return [[moment.as_dict() for moment in moments] for moments in tokens]

@@ -30,6 +30,8 @@ BLOCK = 2**20
 
 RATES = (1e-6, 1000.0)
 """Lowest and highest frames per second allowed: one in eleven days, and more than any camera records."""
+LEAST_PIXELS = 256
+"""Lowest `max_pixels` allowed, 16 x 16; a model's visual token needs more, which its family checks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,9 @@ class Sampling:
     """Seconds into the video of the first frame."""
     end: float | None = None
     """Seconds into the video at which to stop; None: at its end."""
+    max_pixels: int | None = None
+    """Most pixels of a frame as the vision tower sees it, in place of the limits of the model's processor; None: its
+    own limits."""
 
     def __post_init__(self) -> None:
         for name in ("fps", "source_fps"):
@@ -54,6 +59,8 @@ class Sampling:
         count, start, end = self.max_frames, self.start, self.end
         if count is not None:
             check_whole("max_frames", count, error=VideoError)
+        if self.max_pixels is not None:
+            check_whole("max_pixels", self.max_pixels, LEAST_PIXELS, error=VideoError)
         if not is_number(start) or start < 0:
             raise VideoError(f"start={start!r} is not valid: give seconds from the video's beginning, 0 or more.")
         if end is not None and (not is_number(end) or end <= start + SAME_TIME):
