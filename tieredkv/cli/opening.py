@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tieredkv import api
 from tieredkv.cli.options import model_path
 from tieredkv.errors import OptionError, SessionError
-from tieredkv.session.video_session import VideoSession
-from tieredkv.storage import tensor_file
-from tieredkv.video.frames import check_video
+from tieredkv.session.manifest import read_manifest
+from tieredkv.storage import header
+from tieredkv.video.paths import check_path
 from tieredkv.video.sampling import Sampling
+
+if TYPE_CHECKING:
+    from tieredkv.session.video_session import VideoSession
 
 
 @contextmanager
@@ -36,6 +38,11 @@ def opened(
     if saved is not None and is_there(saved):
         if typed:
             raise OptionError(f"{saved} keeps the sampling it was saved with: leave out {typed[0]}.")
+        read_manifest(saved)
+        if video is not None:
+            check_path(video)
+        from tieredkv import api
+
         with api.load_session(saved, model_path(model), video=video, **tiers) as session:
             yield session, None
         return
@@ -43,9 +50,11 @@ def opened(
         missing = "give a video and a question" if saved is None else f"{saved}: no such file; give a video too"
         raise OptionError(f"there is no video to ask about: {missing}.")
     frames = Sampling(**sampling)
-    check_video(video)
+    check_path(video)
     if saved is not None:
         header.check_target(saved)
+    from tieredkv import api
+
     with api.new_session(model_path(model), progress=True, **tiers) as session:
         session.ingest(video, frames, **asked)
         unsaved: SessionError | None = None

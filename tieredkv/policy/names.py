@@ -10,4 +10,6 @@ DEFAULT_POLICY = "hybridkv"
 
 def check_name(policy: object) -> None:
     """Raise `OptionError` unless this is the name of a policy."""
-    check_value(isinstance(policy, str) and policy in NAMES, "policy", policy, f"one of {', '.join(NAMES)}, or a Policy")
+    check_value(
+        isinstance(policy, str) and policy in NAMES, "policy", policy, f"one of {', '.join(NAMES)}, or a Policy"
+    )

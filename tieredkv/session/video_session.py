@@ -13,8 +13,8 @@ from tieredkv.errors import TieredKVError, UnsupportedModelError
 from tieredkv.evidence.target import Wanted, check_wanted
 from tieredkv.models import families, kernels
 from tieredkv.models.chat_template import ChatTemplate
-from tieredkv.models.prompts import check_prompt
 from tieredkv.models.families.base import Positions, VideoFamily, VideoGrid
+from tieredkv.models.prompts import check_prompt
 from tieredkv.models.wrapped import unwrapped
 from tieredkv.progress import progress_bar
 from tieredkv.session import generation, question, session_file

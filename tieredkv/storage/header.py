@@ -35,7 +35,7 @@ class Header:
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
     """The manifest of a file of tensors. Raises `SessionError` as `tensor_file.read` does."""
-    with opened(path) as (file, mapped):
+    with opened(path) as (_, mapped):
         manifest = read_header(Path(path), mapped).manifest
         mapped.close()
     return manifest
