@@ -19,6 +19,7 @@ from tieredkv.cli.options import (
     NewTokens,
     PolicyName,
     Start,
+    System,
     given,
     typed,
 )
@@ -42,6 +43,7 @@ def ask(
     max_pixels: MaxPixels = None,
     start: Start = None,
     end: End = None,
+    system: System = None,
     max_new_tokens: NewTokens = 256,
     evidence: Annotated[
         Path | None, typer.Option(help="Write the moments that were attended to, as .png or .html.")
@@ -72,6 +74,7 @@ def ask(
         tiers=tiers,
         sampling=sampling,
         typed=typed(context, sampling),
+        system=system,
         question=question,
         max_new_tokens=max_new_tokens,
     ) as (video_session, unsaved):

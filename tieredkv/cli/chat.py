@@ -19,6 +19,7 @@ from tieredkv.cli.options import (
     NewTokens,
     PolicyName,
     Start,
+    System,
     given,
     typed,
 )
@@ -40,6 +41,7 @@ def chat(
     max_pixels: MaxPixels = None,
     start: Start = None,
     end: End = None,
+    system: System = None,
     max_new_tokens: NewTokens = 256,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object per answer.")] = False,
 ) -> None:
@@ -56,7 +58,7 @@ def chat(
     options = {"max_new_tokens": max_new_tokens}
     check_options(tiers, sampling, max_new_tokens)
     names = typed(context, sampling)
-    with opened(model, video, session, tiers=tiers, sampling=sampling, typed=names, **options) as (
+    with opened(model, video, session, tiers=tiers, sampling=sampling, typed=names, system=system, **options) as (
         video_session,
         unsaved,
     ):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tieredkv.cli.options import model_path
 from tieredkv.errors import OptionError, SessionError
+from tieredkv.models.prompts import check_system
 from tieredkv.session.manifest import read_manifest
 from tieredkv.storage import header
 from tieredkv.video.paths import check_path
@@ -27,14 +28,17 @@ def opened(
     tiers: dict[str, Any],
     sampling: dict[str, Any],
     typed: list[str],
+    system: str | None = None,
     **asked: Any,
 ) -> Iterator[tuple[VideoSession, SessionError | None]]:
     """Yields the session, and why it could not be saved, or None.
 
     saved: a file to load, or to write if it does not exist. tiers, sampling: the options given. typed: the sampling
     options on the command line. A saved session keeps its own sampling, so they are refused, and values from the
-    environment are ignored. asked: `question` and `max_new_tokens` if known, for the check of the budget.
+    environment are ignored. system: the system prompt. asked: `question` and `max_new_tokens` if known, for the check
+    of the budget.
     """
+    check_system(system)
     if saved is not None and is_there(saved):
         if typed:
             raise OptionError(f"{saved} keeps the sampling it was saved with: leave out {typed[0]}.")
@@ -43,7 +47,7 @@ def opened(
             check_path(video)
         from tieredkv import api
 
-        with api.load_session(saved, model_path(model), video=video, **tiers) as session:
+        with api.load_session(saved, model_path(model), video=video, system=system, **tiers) as session:
             yield session, None
         return
     if video is None:
@@ -55,7 +59,7 @@ def opened(
         header.check_target(saved)
     from tieredkv import api
 
-    with api.new_session(model_path(model), progress=True, **tiers) as session:
+    with api.new_session(model_path(model), progress=True, system=system, **tiers) as session:
         session.ingest(video, frames, **asked)
         unsaved: SessionError | None = None
         if saved is not None:

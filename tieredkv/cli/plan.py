@@ -18,6 +18,7 @@ from tieredkv.cli.options import (
     NewTokens,
     PolicyName,
     Start,
+    System,
     given,
     model_path,
     typed,
@@ -37,6 +38,7 @@ def plan(
     max_pixels: MaxPixels = None,
     start: Start = None,
     end: End = None,
+    system: System = None,
     max_new_tokens: NewTokens = 256,
     link: Annotated[str, typer.Option(envvar="TIEREDKV_LINK", help="The link to the card, or its GB/s.")] = "pcie4x16",
     card: Annotated[
@@ -67,6 +69,7 @@ def plan(
         **sampling,
         start=start or 0.0,
         end=end,
+        system=system,
         max_new_tokens=max_new_tokens,
         link=link,
         card=card,

@@ -18,6 +18,7 @@ from tieredkv.cli.options import (
     Model,
     NewTokens,
     PolicyName,
+    System,
     given,
     model_path,
 )
@@ -42,6 +43,7 @@ def run(
     fps: Fps = None,
     max_frames: MaxFrames = None,
     max_pixels: MaxPixels = None,
+    system: System = None,
     max_new_tokens: NewTokens = 256,
 ) -> None:
     """Answer a file of questions, each video ingested once. --resume continues an interrupted run.
@@ -53,6 +55,7 @@ def run(
     from tieredkv.batch.questions_file import read_questions
     from tieredkv.batch.run import run as run_batch
     from tieredkv.cli.checks import check_options
+    from tieredkv.models.prompts import check_system
     from tieredkv.video.paths import check_path
 
     if retry_errors and not resume:
@@ -60,6 +63,7 @@ def run(
     batch = read_questions(questions)
     options = {"max_new_tokens": max_new_tokens}
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
+    check_system(system)
     sampling = check_options(tiers, given(fps=fps, max_frames=max_frames, max_pixels=max_pixels), max_new_tokens)
     with AnswersFile(output, batch, resume=resume, retry_errors=retry_errors) as answers:
         if not all(map(answers.has, batch)):
@@ -70,7 +74,7 @@ def run(
 
             def open_session(video: Path, pending: Sequence[BatchQuestion]) -> VideoSession:
                 check_path(video)
-                session = api.new_session(loaded, processor=processor, progress=True, **tiers)
+                session = api.new_session(loaded, processor=processor, progress=True, system=system, **tiers)
                 # The shortest answer must fit; a longer one that does not is an error of its own question.
                 least = min(session.new_tokens(options | question.options) for question in pending)
                 try:

@@ -9,16 +9,30 @@ from tieredkv.errors import PromptError
 
 def check_prompt(prompt: Any) -> None:
     """Raise `PromptError` unless `prompt` is text, not blank, that can be written as UTF-8 without nulls."""
-    if not isinstance(prompt, str):
-        raise PromptError(f"the prompt is of type {type(prompt).__name__}: give the question as text.")
-    if not prompt.strip():
-        raise PromptError("the prompt is empty: ask something.")
-    if "\0" in prompt:
-        raise PromptError("the prompt contains a null character, as text in UTF-16 does: give it in UTF-8.")
+    check_text("prompt", prompt, "the question", "ask something")
+
+
+def check_system(system: Any) -> None:
+    """Raise `PromptError` for a system prompt that is no text; None is no system prompt."""
+    if system is not None:
+        check_text("system prompt", system)
+
+
+def check_text(what: str, text: Any, given: str = "it", remedy: str = "leave it out") -> None:
+    """Raise `PromptError` unless `text` is text, not blank, that can be written as UTF-8 without nulls.
+
+    what: its name in the message. given: what is to be given as text. remedy: what to do if it is blank.
+    """
+    if not isinstance(text, str):
+        raise PromptError(f"the {what} is of type {type(text).__name__}: give {given} as text.")
+    if not text.strip():
+        raise PromptError(f"the {what} is empty: {remedy}.")
+    if "\0" in text:
+        raise PromptError(f"the {what} contains a null character, as text in UTF-16 does: give it in UTF-8.")
     try:
-        prompt.encode()
+        text.encode()
     except UnicodeEncodeError as error:
         raise PromptError(
-            f"the prompt contains half a character ({prompt[error.start]!a} at position {error.start + 1}): give whole "
+            f"the {what} contains half a character ({text[error.start]!a} at position {error.start + 1}): give whole "
             "characters, in UTF-8."
         ) from None

@@ -52,6 +52,7 @@ def plan(
     question_tokens: int = 64,
     max_new_tokens: int = 256,
     static_share: float = 0.0,
+    system: str | None = None,
     link: str | float = "pcie4x16",
     card: str | float | None = None,
     **options: Any,
@@ -62,9 +63,9 @@ def plan(
     models, and text models under `TieredCache`. A config without a dtype counts as bfloat16; weights are counted as its
     `quantization_config` says. video_or_tokens: a number of visual tokens (for a text model, of tokens before the
     question), or a video as in `open_session`, which is opened but not decoded and needs the model's processor.
-    question_tokens: text after the video, the chat template's end included. static_share: share of the heads assumed
-    static, unless the policy fixes it. link: a name in `LINKS`, or GB/s; card: a name in `CARDS`, or GB/s. tiers, or
-    its fields as further keywords.
+    question_tokens: text after the video, the chat template's end included. system: a system prompt, counted
+    too. static_share: share of the heads assumed static, unless the policy fixes it. link: a name in `LINKS`, or GB/s;
+    card: a name in `CARDS`, or GB/s. tiers, or its fields as further keywords.
 
     Raises `BudgetError` when a tier is too small, naming the smallest change that fits; `VideoError`,
     `UnsupportedModelError` or `OptionError` for bad input.
@@ -80,12 +81,16 @@ def plan(
     source = _Model.of(model)
     shape = source.shape
     video: _Video | None = None
+    if system is not None and source.is_text:
+        raise OptionError("system= is for models that take video: count the system prompt as tokens.")
     sampling = Sampling(fps, source_fps, max_frames, start, end, max_pixels)
     if isinstance(video_or_tokens, int):
         check_whole("visual tokens", video_or_tokens)
         if given := sampling.given():
             raise OptionError(f"{given[0]} does not apply to a number of tokens: give a video, or leave it out.")
         visual = video_or_tokens
+        if processor is None and system is not None:
+            processor = loading.load_processor(source.path)
     else:
         families.video_family(source.config)  # raises for a text model
         check_video(video_or_tokens)
@@ -97,7 +102,7 @@ def plan(
     if source.is_text:
         head = visual = 0
     else:
-        head = HEAD_TOKENS if processor is None else source.head_tokens(processor, video)
+        head = HEAD_TOKENS if processor is None else source.head_tokens(processor, video, system)
     text = head + question_tokens
     prompt = text + inside
     LongContext(source.config).check(0, prompt + max_new_tokens)
@@ -202,9 +207,9 @@ class _Model:
         """Whether it is a text model, which takes no video."""
         return self.config.model_type not in families.VIDEO_FAMILIES
 
-    def head_tokens(self, processor: Any, video: _Video | None) -> int:
+    def head_tokens(self, processor: Any, video: _Video | None, system: str | None) -> int:
         """Prompt tokens before the first visual token."""
-        template = ChatTemplate(families.video_family(self.config), processor)
+        template = ChatTemplate(families.video_family(self.config), processor, system=system)
         some = Sampled(1, 1, 1, 1.0, 0.0, 1.0) if video is None else video.sampled
         return template.head_ids(self.config, template.around_video([("?", None)])[0], some).shape[1]
 

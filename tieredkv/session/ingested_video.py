@@ -8,6 +8,7 @@ import torch
 
 from tieredkv.models.families.base import Positions, VideoGrid
 from tieredkv.session.results import IngestStats
+from tieredkv.video.sampling import Sampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +40,14 @@ class IngestedVideo:
     """The prompt's text before the video."""
     head_ids: tuple[int, ...]
     """Token ids of everything before the first step."""
+    system: str | None
+    """The system prompt, which is part of `head`; None: none was given."""
     facts: VideoFacts
     ingest_s: float
     """Seconds from the request to a session that can be asked."""
     stats: IngestStats
+    sampling: Sampling | None = None
+    """As asked for; None: loaded from a file that does not say."""
 
     @property
     def head_tokens(self) -> int:
