@@ -25,8 +25,9 @@ from tieredkv.models.long_context import LongContext
 from tieredkv.models.wrapped import unwrapped
 from tieredkv.planning import decode_plan, forecast_bytes, sizes
 from tieredkv.planning.admission import FEWER_TOKENS, Request, check_memory
+from tieredkv.planning.cards import find_card
 from tieredkv.planning.prefill_plan import untiered_prefill_bytes
-from tieredkv.planning.report import CARDS, LINKS, MemoryPlan, rate
+from tieredkv.planning.report import MemoryPlan, find_link
 from tieredkv.planning.weight_bytes import weight_bytes
 from tieredkv.video.frames import Sampled, check_video, open_video
 from tieredkv.video.sampling import Sampling
@@ -65,14 +66,14 @@ def plan(
     question), or a video as in `open_session`, which is opened but not decoded and needs the model's processor.
     question_tokens: text after the video, the chat template's end included. system: a system prompt, counted
     too. static_share: share of the heads assumed static, unless the policy fixes it. link: a name in `LINKS`, or GB/s;
-    card: a name in `CARDS`, or GB/s. tiers, or its fields as further keywords.
+    card: a name, or GB/s (`find_card`). tiers, or its fields as further keywords.
 
     Raises `BudgetError` when a tier is too small, naming the smallest change that fits; `VideoError`,
     `UnsupportedModelError` or `OptionError` for bad input.
     """
     tiers = tier_config(tiers, {"gpu_kv_gb": gpu_kv_gb, "host_kv_gb": host_kv_gb, **options})
-    link, link_speed = rate("link", link, LINKS)
-    card, card_speed = (None, None) if card is None else rate("card", card, CARDS)
+    link, link_speed = find_link(link)
+    on = None if card is None else find_card(card)
     for name, value in (("question_tokens", question_tokens), ("max_new_tokens", max_new_tokens)):
         check_whole(name, value)
     share = is_number(static_share) and 0 <= static_share <= 1
@@ -160,8 +161,8 @@ def plan(
         prefill_copy_bytes=forecast_bytes.prefill_copy_bytes(shape, tiers, prompt, question_tokens),
         link=link,
         link_gb_s=link_speed,
-        card=card,
-        card_gb_s=card_speed,
+        card=None if on is None else on.name,
+        card_gb_s=None if on is None else on.gb_s,
     )
 
 
