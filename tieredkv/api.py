@@ -10,10 +10,10 @@ from typing import Any, Literal, get_args, overload
 
 from tieredkv.config import DEFAULT_FPS, FIELDS, TierConfig, refuse_policy_fields, tier_config
 from tieredkv.errors import OptionError
-from tieredkv.evidence.moments import check_wanted
-from tieredkv.models.chat_template import check_prompt, check_text
+from tieredkv.evidence.target import check_wanted
 from tieredkv.models.families.base import Positions
 from tieredkv.models.loading import load
+from tieredkv.models.prompts import check_prompt, check_system
 from tieredkv.session import generation, origin, session_file
 from tieredkv.session.aio import AsyncAnswerStream, answering
 from tieredkv.session.job import Job, Work
@@ -241,12 +241,6 @@ def check_question(prompt: str, options: dict[str, Any]) -> None:
     """Raise `PromptError` or `OptionError` for a question that no session could answer. Loads nothing."""
     generation.check_options(options)
     check_prompt(prompt)
-
-
-def check_system(system: Any) -> None:
-    """Raise `PromptError` for a system prompt that is no text."""
-    if system is not None:
-        check_text("system prompt", system)
 
 
 def _check_tier_options(options: dict[str, Any]) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 
 from tieredkv.batch.films import films
 from tieredkv.errors import BatchError, OptionError, VideoError
+from tieredkv.evidence.target import check_wanted
+from tieredkv.session import generation_settings
 from tieredkv.video.sampling import Sampling
 
 _NOT_IN_JSON = (
@@ -129,8 +131,5 @@ def _parse(number: int, line: bytes, folder: Path, sampling: Sampling) -> BatchQ
 
 
 def _check_options(options: dict[str, Any]) -> None:
-    from tieredkv.evidence.moments import check_wanted  # slow to import
-    from tieredkv.session import generation
-
-    generation.check_options(options, also=("evidence",))
+    generation_settings.check_options(options, also=("evidence",))
     check_wanted(options.get("evidence", True))

@@ -47,12 +47,19 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show the memory and time that a video would need. Loads no weights and decodes nothing."""
-    from tieredkv.planning import forecast
+    from tieredkv.cli.checks import check_options
+    from tieredkv.video.paths import check_path
 
     tokens = video.isascii() and video.isdigit() and len(video) < 20 and not Path(video).exists()
     sampling = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels)
     if tokens and not typed(context, sampling):
         sampling = {}  # defaults for videos do not apply to a number of tokens
+    tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
+    check_options(tiers, {**sampling, **given(start=start, end=end)}, max_new_tokens)
+    if not tokens:
+        check_path(video)
+    from tieredkv.planning import forecast
+
     estimate = forecast.plan(
         model_path(model),
         int(video) if tokens else video,

@@ -29,6 +29,7 @@ from tieredkv.errors import BatchError
 if TYPE_CHECKING:
     from tieredkv.batch.questions_file import BatchQuestion
     from tieredkv.session.video_session import VideoSession
+    from tieredkv.video.sampling import Sampling
 
 
 def run(
@@ -56,36 +57,36 @@ def run(
     like, and generation options. The video may be a folder or a glob: the question is asked about each film in it.
     Paths are relative to the file. A question that fails gets a line with "error", and the exit code is then 1.
     """
-    from tieredkv import api
     from tieredkv.batch.answers import Answers, PrintedAnswers
     from tieredkv.batch.answers_file import AnswersFile
     from tieredkv.batch.questions_file import read_questions
     from tieredkv.batch.run import run as run_batch
-    from tieredkv.config import tier_config
-    from tieredkv.models import loading
-    from tieredkv.video.frames import check_video
-    from tieredkv.video.sampling import Sampling
+    from tieredkv.cli.checks import check_options
+    from tieredkv.models.prompts import check_system
+    from tieredkv.video.paths import check_path
 
     if retry_errors and not resume:
         raise BatchError("--retry-errors continues an existing file of answers: give --resume too.")
     if resume and output == "-":
         raise BatchError("--resume continues a file of answers: give -o a file, not stdout.")
-    sampling = Sampling(**given(fps=fps, max_frames=max_frames, start=start, end=end, max_pixels=max_pixels))
-    batch = read_questions(None if questions == "-" else Path(questions), sampling)
     options = {"max_new_tokens": max_new_tokens}
-    api.check_question("?", options)
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
-    tier_config(None, tiers)
-    api.check_system(system)
+    sampled = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels, start=start, end=end)
+    sampling = check_options(tiers, sampled, max_new_tokens)
+    check_system(system)
+    batch = read_questions(None if questions == "-" else Path(questions), sampling)
     answers: Answers = PrintedAnswers()
     if output != "-":
         answers = AnswersFile(Path(output), batch, resume=resume, retry_errors=retry_errors)
     with answers:
         if not all(map(answers.has, batch)):
+            from tieredkv import api
+            from tieredkv.models import loading
+
             loaded, processor = loading.load(model_path(model))
 
             def open_session(video: Path, sampling: Sampling, pending: Sequence[BatchQuestion]) -> VideoSession:
-                check_video(video)
+                check_path(video)
                 session = api.new_session(loaded, processor=processor, progress=True, system=system, **tiers)
                 # The shortest answer must fit; a longer one that does not is an error of its own question.
                 least = min(session.new_tokens(options | question.options) for question in pending)

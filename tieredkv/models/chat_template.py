@@ -9,6 +9,7 @@ import torch
 
 from tieredkv.errors import PromptError, UnsupportedModelError, VideoError, first_line
 from tieredkv.models.families.base import Positions, Slices, VideoFamily, VideoGrid
+from tieredkv.models.prompts import check_system
 from tieredkv.video.frames import Sampled
 
 Turn = tuple[str, str | None]
@@ -26,8 +27,7 @@ class ChatTemplate:
         Raises `UnsupportedModelError` unless this is the processor of a video model, and `PromptError` for a system
         prompt that is no text.
         """
-        if system is not None:
-            check_text("system prompt", system)
+        check_system(system)
         for part in ("video_processor", "tokenizer", "apply_chat_template"):
             if not hasattr(processor, part):
                 kind = type(processor).__name__
@@ -232,28 +232,3 @@ def chat_template(processor: Any) -> str | None:
     if template is not None and not isinstance(template, str):
         raise UnsupportedModelError(f"the processor's chat template is a {type(template).__name__}: give it as text.")
     return template or None
-
-
-def check_prompt(prompt: Any) -> None:
-    """Raise `PromptError` unless `prompt` is text, not blank, that can be written as UTF-8 without nulls."""
-    check_text("prompt", prompt, "the question", "ask something")
-
-
-def check_text(what: str, text: Any, given: str = "it", remedy: str = "leave it out") -> None:
-    """Raise `PromptError` unless `text` is text, not blank, that can be written as UTF-8 without nulls.
-
-    what: its name in the message. given: what is to be given as text. remedy: what to do if it is blank.
-    """
-    if not isinstance(text, str):
-        raise PromptError(f"the {what} is of type {type(text).__name__}: give {given} as text.")
-    if not text.strip():
-        raise PromptError(f"the {what} is empty: {remedy}.")
-    if "\0" in text:
-        raise PromptError(f"the {what} contains a null character, as text in UTF-16 does: give it in UTF-8.")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise PromptError(
-            f"the {what} contains half a character ({text[error.start]!a} at position {error.start + 1}): give whole "
-            "characters, in UTF-8."
-        ) from None

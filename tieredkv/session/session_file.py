@@ -24,6 +24,7 @@ from tieredkv.models.settings import model_settings, processor_settings, setting
 from tieredkv.progress import Progress
 from tieredkv.session.cached_video import CachedVideo
 from tieredkv.session.ingested_video import IngestedVideo, VideoFacts
+from tieredkv.session.manifest import check_manifest
 from tieredkv.session.origin import ModelSource, sampling_as_plain, sampling_of
 from tieredkv.session.results import IngestStats
 from tieredkv.storage import tensor_file
@@ -132,9 +133,8 @@ def _known(kind: Any, plain: dict[str, Any]) -> dict[str, Any]:
 
 def state_of(stored: tensor_file.Stored, first_picture: float = 0.0) -> SessionState:
     """Raises `SessionError` if the file does not hold a session. first_picture: as in `SessionState.of`."""
+    check_manifest(stored.path, stored.manifest)
     try:
-        if absent := {"model", "model_settings", "processor", "tiers"} - stored.manifest.keys():
-            raise KeyError(*absent)
         return SessionState.of(stored.manifest["session"], first_picture, sampling_of(stored.path, stored.manifest))
     except SessionError:
         raise
@@ -145,10 +145,7 @@ def state_of(stored: tensor_file.Stored, first_picture: float = 0.0) -> SessionS
 def tiers_of(stored: tensor_file.Stored, options: dict[str, Any]) -> TierConfig:
     """The settings a session was saved with, changed by `options`. Raises `SessionError` if they cannot be changed."""
     state_of(stored)  # raises if it is not a session
-    plain = stored.manifest["tiers"]
-    if not isinstance(plain, dict):
-        raise SessionError(f"{stored.path} holds no session (its settings are of type {type(plain).__name__}).")
-    tiers = tiers_from_file(plain, options.get("policy"))
+    tiers = tiers_from_file(stored.manifest["tiers"], options.get("policy"))
     changed = replace(tiers, **options)
     if changed.chunk_tokens != tiers.chunk_tokens:
         raise SessionError(

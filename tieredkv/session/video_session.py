@@ -10,10 +10,11 @@ from typing import Any, Literal, overload
 
 from tieredkv.config import TierConfig
 from tieredkv.errors import TieredKVError, UnsupportedModelError
-from tieredkv.evidence.moments import Wanted, check_wanted
+from tieredkv.evidence.target import Wanted, check_wanted
 from tieredkv.models import families, kernels
-from tieredkv.models.chat_template import ChatTemplate, check_prompt
+from tieredkv.models.chat_template import ChatTemplate
 from tieredkv.models.families.base import Positions, VideoFamily, VideoGrid
+from tieredkv.models.prompts import check_prompt
 from tieredkv.models.wrapped import unwrapped
 from tieredkv.progress import progress_bar
 from tieredkv.session import generation, question, session_file
