@@ -20,14 +20,13 @@ from tieredkv.cli.options import (
     PolicyName,
     Start,
     given,
-    typed,
 )
 
 
 def chat(
     context: typer.Context,
     video: Annotated[str | None, typer.Argument(help="A video file; not needed with a saved session.")] = None,
-    model: Model = "tiny",
+    model: Model = None,
     session: Annotated[
         Path | None,
         typer.Option(help="A saved session to continue; if the file does not exist, the new session is saved to it."),
@@ -56,8 +55,7 @@ def chat(
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
     options = {"max_new_tokens": max_new_tokens}
     api.check_question("?", options)
-    names = typed(context, sampling)
-    with opened(model, video, session, tiers=tiers, sampling=sampling, typed=names, **options) as (
+    with opened(context, model, video, session, tiers=tiers, sampling=sampling, **options) as (
         video_session,
         unsaved,
     ):

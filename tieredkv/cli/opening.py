@@ -7,9 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import typer
+
 from tieredkv import api
-from tieredkv.cli.options import model_path
+from tieredkv.cli.options import model_path, typed
+from tieredkv.cli.toy import model_or_toy
 from tieredkv.errors import OptionError, SessionError
+from tieredkv.session import origin
 from tieredkv.session.video_session import VideoSession
 from tieredkv.storage import tensor_file
 from tieredkv.video.frames import check_video
@@ -18,25 +22,28 @@ from tieredkv.video.sampling import Sampling
 
 @contextmanager
 def opened(
-    model: str,
+    context: typer.Context,
+    model: str | None,
     video: str | None,
     saved: Path | None,
     *,
     tiers: dict[str, Any],
     sampling: dict[str, Any],
-    typed: list[str],
     **asked: Any,
 ) -> Iterator[tuple[VideoSession, SessionError | None]]:
     """Yields the session, and why it could not be saved, or None.
 
-    saved: a file to load, or to write if it does not exist. tiers, sampling: the options given. typed: the sampling
-    options on the command line. A saved session keeps its own sampling, so they are refused, and values from the
-    environment are ignored. asked: `question` and `max_new_tokens` if known, for the check of the budget.
+    context: of the command. saved: a file to load, or to write if it does not exist. model, tiers, sampling: the
+    options given. A saved session names its model and keeps its own sampling: what the command line itself gives must
+    agree, and values from the environment are ignored. asked: `question` and `max_new_tokens` if known, for the check
+    of the budget.
     """
     if saved is not None and is_there(saved):
-        if typed:
-            raise OptionError(f"{saved} keeps the sampling it was saved with: leave out {typed[0]}.")
-        with api.load_session(saved, model_path(model), video=video, **tiers) as session:
+        manifest = tensor_file.read(saved).manifest
+        origin.check_sampling(saved, manifest, typed(context, sampling))
+        if not typed(context, {"model": model}) and origin.named_model(manifest) is not None:
+            model = None
+        with api.load_session(saved, model and model_path(model), video=video, **tiers) as session:
             yield session, None
         return
     if video is None:
@@ -46,6 +53,7 @@ def opened(
     check_video(video)
     if saved is not None:
         tensor_file.check_target(saved)
+    model = model_or_toy(model, [video])
     with api.new_session(model_path(model), progress=True, **tiers) as session:
         session.ingest(video, frames, **asked)
         unsaved: SessionError | None = None

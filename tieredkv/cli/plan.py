@@ -22,13 +22,14 @@ from tieredkv.cli.options import (
     model_path,
     typed,
 )
+from tieredkv.cli.toy import model_or_toy
 from tieredkv.storage.json_text import print_json
 
 
 def plan(
     context: typer.Context,
     video: Annotated[str, typer.Argument(help="A video file, or a whole number of visual tokens.")],
-    model: Model = "tiny",
+    model: Model = None,
     gpu_kv_gb: GpuGiB = None,
     host_kv_gb: HostGiB = None,
     policy: PolicyName = None,
@@ -51,6 +52,7 @@ def plan(
     sampling = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels)
     if tokens and not typed(context, sampling):
         sampling = {}  # defaults for videos do not apply to a number of tokens
+    model = model_or_toy(model, [] if tokens else [video], "this plan is for the bundled toy model")
     estimate = forecast.plan(
         model_path(model),
         int(video) if tokens else video,
@@ -71,4 +73,4 @@ def plan(
 
 
 def add_to(app: typer.Typer) -> None:
-    app.command("plan", epilog='Example: tieredkv plan film.mp4 --gpu-kv-gb 2 --card "RTX 3060"')(plan)
+    app.command("plan", epilog='Example: tieredkv plan film.mp4 -m Qwen/Qwen2.5-VL-3B-Instruct --card "RTX 3060"')(plan)

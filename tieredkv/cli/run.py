@@ -21,6 +21,7 @@ from tieredkv.cli.options import (
     given,
     model_path,
 )
+from tieredkv.cli.toy import model_or_toy
 from tieredkv.errors import BatchError
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def run(
     retry_errors: Annotated[
         bool, typer.Option("--retry-errors", help="With --resume: ask failed questions again.")
     ] = False,
-    model: Model = "tiny",
+    model: Model = None,
     gpu_kv_gb: GpuGiB = None,
     host_kv_gb: HostGiB = None,
     policy: PolicyName = None,
@@ -68,7 +69,8 @@ def run(
     sampling = Sampling(fps=fps, max_frames=max_frames, max_pixels=max_pixels)
     with AnswersFile(output, batch, resume=resume, retry_errors=retry_errors) as answers:
         if not all(map(answers.has, batch)):
-            loaded, processor = loading.load(model_path(model))
+            films = {question.path: None for question in batch if not answers.has(question)}
+            loaded, processor = loading.load(model_path(model_or_toy(model, films, skip_unreadable=True)))
 
             def open_session(video: Path, pending: Sequence[BatchQuestion]) -> VideoSession:
                 check_video(video)
@@ -91,4 +93,5 @@ def run(
 
 
 def add_to(app: typer.Typer) -> None:
-    app.command("run", epilog="Example: tieredkv run questions.jsonl -o answers.jsonl --resume --gpu-kv-gb 4")(run)
+    example = "tieredkv run questions.jsonl -o answers.jsonl -m Qwen/Qwen2.5-VL-3B-Instruct --resume"
+    app.command("run", epilog=f"Example: {example}")(run)
