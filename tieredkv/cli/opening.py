@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from tieredkv import api
 from tieredkv.cli.options import model_path, typed
 from tieredkv.cli.toy import model_or_toy
 from tieredkv.errors import OptionError, SessionError
+from tieredkv.models.prompts import check_system
 from tieredkv.session import origin
-from tieredkv.session.video_session import VideoSession
-from tieredkv.storage import tensor_file
-from tieredkv.video.frames import check_video
+from tieredkv.session.manifest import read_manifest
+from tieredkv.storage import header
+from tieredkv.video.paths import check_path
 from tieredkv.video.sampling import Sampling
+
+if TYPE_CHECKING:
+    from tieredkv.session.video_session import VideoSession
 
 
 @contextmanager
@@ -29,32 +32,41 @@ def opened(
     *,
     tiers: dict[str, Any],
     sampling: dict[str, Any],
+    system: str | None = None,
     **asked: Any,
 ) -> Iterator[tuple[VideoSession, SessionError | None]]:
     """Yields the session, and why it could not be saved, or None.
 
     context: of the command. saved: a file to load, or to write if it does not exist. model, tiers, sampling: the
     options given. A saved session names its model and keeps its own sampling: what the command line itself gives must
-    agree, and values from the environment are ignored. asked: `question` and `max_new_tokens` if known, for the check
-    of the budget.
+    agree, and values from the environment are ignored. system: the system prompt. asked: `question` and
+    `max_new_tokens` if known, for the check of the budget.
     """
+    check_system(system)
     if saved is not None and is_there(saved):
-        manifest = tensor_file.read(saved).manifest
+        manifest = read_manifest(saved)
         origin.check_sampling(saved, manifest, typed(context, sampling))
-        if not typed(context, {"model": model}) and origin.named_model(manifest) is not None:
+        if model is None or (not typed(context, {"model": model}) and origin.named_model(manifest) is not None):
+            origin.model_of(saved, manifest)  # raises at once if it is gone
             model = None
-        with api.load_session(saved, model and model_path(model), video=video, **tiers) as session:
+        if video is not None:
+            check_path(video)
+        from tieredkv import api
+
+        with api.load_session(saved, model and model_path(model), video=video, system=system, **tiers) as session:
             yield session, None
         return
     if video is None:
         missing = "give a video and a question" if saved is None else f"{saved}: no such file; give a video too"
         raise OptionError(f"there is no video to ask about: {missing}.")
     frames = Sampling(**sampling)
-    check_video(video)
+    check_path(video)
     if saved is not None:
-        tensor_file.check_target(saved)
+        header.check_target(saved)
     model = model_or_toy(model, [video])
-    with api.new_session(model_path(model), progress=True, **tiers) as session:
+    from tieredkv import api
+
+    with api.new_session(model_path(model), progress=True, system=system, **tiers) as session:
         session.ingest(video, frames, **asked)
         unsaved: SessionError | None = None
         if saved is not None:

@@ -45,7 +45,7 @@ def is_demo_film(path: Path) -> bool:
     `VideoError` for a file that cannot be read."""
     from tieredkv.tiny.video import COMMENT
     from tieredkv.video.container import tags
-    from tieredkv.video.frames import check_video
+    from tieredkv.video.paths import check_path
 
-    check_video(path)
+    check_path(path)
     return tags(path).get("comment") == COMMENT
