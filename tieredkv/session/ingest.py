@@ -76,7 +76,7 @@ class Ingest:
         self.pipeline.check()
         model, template = self.model, self.template
         source = open_video(video, at_processor_rate(sampling, template.processor), self.pipeline.check)
-        prepared = prepare(template, model.config, source, self.tiers)
+        prepared = prepare(template, model.config, source, self.tiers, sampling.max_pixels)
         head, tail = template.around_video([(question, None)])
         head_ids = template.head_ids(model.config, head, prepared.sampled)
         last = prepared.sampled.times(prepared.grid.steps - 1, prepared.grid.frames_per_step)
@@ -98,7 +98,7 @@ class Ingest:
             positions=template.positions,
             head=head,
             head_ids=tuple(head_ids[0].tolist()),
-            facts=VideoFacts(source.name, sha256, source.fps, source.start, source.seconds),
+            facts=VideoFacts(source.name, sha256, source.fps, source.start, source.seconds, sampling.max_pixels),
             ingest_s=time.perf_counter() - started,
             stats=stats,
         )

@@ -22,6 +22,8 @@ class VideoFacts:
     """When the first frame is shown."""
     seconds: float | None
     """Length of the span sampled; None: unknown."""
+    max_pixels: int | None = None
+    """As in `Sampling`."""
 
     def end(self, frames: int) -> float:
         """When the last of `frames` frames ends: when the next would be shown, or at the end of the span."""
