@@ -28,14 +28,14 @@ ALLOWED = {
     "planning": "config errors memory models ops policy video",
     "cache": "attention config environment errors memory models ops planning policy",
     "storage": "environment errors progress",
+    "tiny": "environment progress storage",
     "evidence": "cache errors memory models progress storage video",
-    "session": "cache config environment errors evidence memory models planning progress storage video",
+    "session": "cache config environment errors evidence memory models planning progress storage tiny video",
     "api": "config errors evidence models session storage video",
     "batch": "errors session storage",
-    "tiny": "environment progress storage",
     "demo": "api config errors memory models planning progress session storage tiny video",
     "doctor": "memory models",
-    "cli": "api batch config demo doctor errors evidence models planning policy session storage tiny video",
+    "cli": "api batch demo doctor errors evidence memory models planning policy session storage tiny video",
 }
 FACES = ("__init__", "__main__")
 """They re-export names, and may import anything."""

@@ -16,8 +16,6 @@ from transformers.models.gemma4 import video_processing_gemma4
 import tieredkv
 from tieredkv.errors import OptionError
 from tieredkv.models import families
-from tieredkv.session import session_file
-from tieredkv.storage import tensor_file
 
 FRAMES, HEIGHT, WIDTH = 23, 340, 510
 LIMIT = 28 * 28 * 14
@@ -133,11 +131,3 @@ def test_a_limit_for_the_whole_video_does_not_apply_besides(film):
     plain, same = (tieredkv.plan(model, film, processor=one, **options) for one in (processor, capped))
     assert same.grid == plain.grid
     assert tieredkv.plan(model, film, processor=capped, gpu_kv_gb=1, fps=4).visual_tokens < plain.visual_tokens
-
-
-def test_a_session_file_keeps_it(film, tmp_path):
-    model, processor = build("qwen2_5_vl")
-    with tieredkv.open_session(model, film, processor=processor, gpu_kv_gb=1, fps=4, max_pixels=LIMIT) as session:
-        session.save(tmp_path / "film.tkv")
-    facts = session_file.state_of(tensor_file.read(tmp_path / "film.tkv")).video.facts
-    assert facts.max_pixels == LIMIT

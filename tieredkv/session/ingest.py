@@ -98,9 +98,11 @@ class Ingest:
             positions=template.positions,
             head=head,
             head_ids=tuple(head_ids[0].tolist()),
-            facts=VideoFacts(source.name, sha256, source.fps, source.start, source.seconds, sampling.max_pixels),
+            system=template.system,
+            facts=VideoFacts(source.name, sha256, source.fps, source.start, source.seconds),
             ingest_s=time.perf_counter() - started,
             stats=stats,
+            sampling=sampling,
         )
         return CachedVideo(model, template, cache, ingested, same_model)
 

@@ -8,6 +8,7 @@ import torch
 
 from tieredkv.models.families.base import Positions, VideoGrid
 from tieredkv.session.results import IngestStats
+from tieredkv.video.sampling import Sampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +23,6 @@ class VideoFacts:
     """When the first frame is shown."""
     seconds: float | None
     """Length of the span sampled; None: unknown."""
-    max_pixels: int | None = None
-    """As in `Sampling`."""
 
     def end(self, frames: int) -> float:
         """When the last of `frames` frames ends: when the next would be shown, or at the end of the span."""
@@ -41,10 +40,14 @@ class IngestedVideo:
     """The prompt's text before the video."""
     head_ids: tuple[int, ...]
     """Token ids of everything before the first step."""
+    system: str | None
+    """The system prompt, which is part of `head`; None: none was given."""
     facts: VideoFacts
     ingest_s: float
     """Seconds from the request to a session that can be asked."""
     stats: IngestStats
+    sampling: Sampling | None = None
+    """As asked for; None: loaded from a file that does not say."""
 
     @property
     def head_tokens(self) -> int:

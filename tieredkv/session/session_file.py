@@ -24,9 +24,12 @@ from tieredkv.models.settings import model_settings, processor_settings, setting
 from tieredkv.progress import Progress
 from tieredkv.session.cached_video import CachedVideo
 from tieredkv.session.ingested_video import IngestedVideo, VideoFacts
+from tieredkv.session.manifest import check_manifest
+from tieredkv.session.origin import ModelSource, sampling_as_plain, sampling_of
 from tieredkv.session.results import IngestStats
 from tieredkv.storage import tensor_file
 from tieredkv.video.frames import VideoSource
+from tieredkv.video.sampling import Sampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,7 @@ class SessionState:
             "positions": video.positions,
             "head": video.head,
             "head_ids": list(video.head_ids),
+            "system": video.system,
             "video": {**asdict(video.facts), "clock": "file"},
             "history": self.history,
             "ingest_s": video.ingest_s,
@@ -52,8 +56,8 @@ class SessionState:
         }
 
     @staticmethod
-    def of(plain: dict[str, Any], first_picture: float) -> SessionState:
-        """From `as_plain` by way of JSON. first_picture: when the first picture of the video is shown.
+    def of(plain: dict[str, Any], first_picture: float, sampling: Sampling | None) -> SessionState:
+        """From `as_plain` by way of JSON. first_picture: when the first picture of the video is shown. sampling: of it.
 
         In older files times without a "clock" count from the first picture, and a missing "start" is 0.
         """
@@ -71,15 +75,22 @@ class SessionState:
             positions=plain["positions"],
             head=plain["head"],
             head_ids=tuple(plain["head_ids"]),
+            system=plain.get("system"),
             facts=facts,
             ingest_s=plain["ingest_s"],
             stats=IngestStats(**_known(IngestStats, plain["ingest_stats"])),
+            sampling=sampling,
         )
         return SessionState(video, [(str(question), str(answer)) for question, answer in plain["history"]])
 
 
-def write(path: Path, cached: CachedVideo, history: list[tuple[str, str]], progress: Progress) -> int:
-    """Write a session while no question is answered; returns bytes written. Raises `SessionError`."""
+def write(
+    path: Path, cached: CachedVideo, history: list[tuple[str, str]], source: ModelSource | None, progress: Progress
+) -> int:
+    """Write a session while no question is answered; returns bytes written. Raises `SessionError`.
+
+    source: of the model; None: unknown, so that the session has to be loaded with it.
+    """
     model, processor, cache = cached.model, cached.template.processor, cached.cache
     manifest = {
         "model": model_fingerprint(model),
@@ -89,6 +100,10 @@ def write(path: Path, cached: CachedVideo, history: list[tuple[str, str]], progr
         "tiers": tiers_as_plain(cache.tiers),
         "session": SessionState(cached.video, history).as_plain(),
     }
+    if source is not None:
+        manifest["source"] = source.as_plain()
+    if cached.video.sampling is not None:
+        manifest["sampling"] = sampling_as_plain(cached.video.sampling)
     return tensor_file.write(path, manifest, cache_tensors(cache), progress)
 
 
@@ -118,10 +133,11 @@ def _known(kind: Any, plain: dict[str, Any]) -> dict[str, Any]:
 
 def state_of(stored: tensor_file.Stored, first_picture: float = 0.0) -> SessionState:
     """Raises `SessionError` if the file does not hold a session. first_picture: as in `SessionState.of`."""
+    check_manifest(stored.path, stored.manifest)
     try:
-        if absent := {"model", "model_settings", "processor", "tiers"} - stored.manifest.keys():
-            raise KeyError(*absent)
-        return SessionState.of(stored.manifest["session"], first_picture)
+        return SessionState.of(stored.manifest["session"], first_picture, sampling_of(stored.path, stored.manifest))
+    except SessionError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise SessionError(f"{stored.path} holds no session ({error!r}).") from None
 
@@ -129,10 +145,7 @@ def state_of(stored: tensor_file.Stored, first_picture: float = 0.0) -> SessionS
 def tiers_of(stored: tensor_file.Stored, options: dict[str, Any]) -> TierConfig:
     """The settings a session was saved with, changed by `options`. Raises `SessionError` if they cannot be changed."""
     state_of(stored)  # raises if it is not a session
-    plain = stored.manifest["tiers"]
-    if not isinstance(plain, dict):
-        raise SessionError(f"{stored.path} holds no session (its settings are of type {type(plain).__name__}).")
-    tiers = tiers_from_file(plain, options.get("policy"))
+    tiers = tiers_from_file(stored.manifest["tiers"], options.get("policy"))
     changed = replace(tiers, **options)
     if changed.chunk_tokens != tiers.chunk_tokens:
         raise SessionError(
@@ -168,6 +181,20 @@ def check_same_video(stored: tensor_file.Stored, video: VideoSource) -> None:
             f"{stored.path} was saved for another video ({facts.name}, as it was then) than {video.name}: ingest this "
             "one, or leave it out to ask about the saved one."
         )
+
+
+def check_same_system(stored: tensor_file.Stored, given: str) -> None:
+    """Raise `SessionError`, naming both, unless the session was saved with this system prompt."""
+    if given != (saved := state_of(stored).video.system):
+        had = "without a system prompt" if saved is None else f"with the system prompt {_quoted(saved)}"
+        raise SessionError(
+            f"{stored.path} was saved {had}, and {_quoted(given)} was given: leave it out, or ingest the video again."
+        )
+
+
+def _quoted(text: str) -> str:
+    """The beginning of a text, in quotes."""
+    return repr(text if len(text) <= 80 else f"{text[:79]}\u2026")
 
 
 def load(

@@ -10,10 +10,11 @@ from typing import Any, Literal, overload
 
 from tieredkv.config import TierConfig
 from tieredkv.errors import TieredKVError, UnsupportedModelError
-from tieredkv.evidence.moments import Wanted, check_wanted
+from tieredkv.evidence.target import Wanted, check_wanted
 from tieredkv.models import families, kernels
-from tieredkv.models.chat_template import ChatTemplate, check_prompt
+from tieredkv.models.chat_template import ChatTemplate
 from tieredkv.models.families.base import Positions, VideoFamily, VideoGrid
+from tieredkv.models.prompts import check_prompt
 from tieredkv.models.wrapped import unwrapped
 from tieredkv.progress import progress_bar
 from tieredkv.session import generation, question, session_file
@@ -23,6 +24,7 @@ from tieredkv.session.conversation import Conversation
 from tieredkv.session.ingest import Ingest
 from tieredkv.session.ingested_video import IngestedVideo
 from tieredkv.session.job import Job, Work
+from tieredkv.session.origin import ModelSource
 from tieredkv.session.question import UserQuestion
 from tieredkv.session.results import Generation, IngestStats
 from tieredkv.session.stream import AnswerStream, check_stream
@@ -46,14 +48,18 @@ class VideoSession(AsyncAsking):
         tiers: TierConfig,
         positions: Positions = "published",
         progress: bool = False,
+        system: str | None = None,
+        source: ModelSource | None = None,
     ) -> None:
-        """model, processor: as transformers loads them. The rest as in `tieredkv.open_session`."""
+        """model, processor: as transformers loads them. source: what `save` names as the model's place; None: where it
+        says it was loaded from. The rest as in `tieredkv.open_session`."""
         model = unwrapped(model)
         device = model.get_input_embeddings().weight.device
         if device.type not in ("cpu", "cuda"):
             raise UnsupportedModelError(f"the model is on {device}: tieredkv runs on CUDA devices and the CPU.")
         self.model, self.processor, self.tiers = model, processor, tiers
-        self.template = ChatTemplate(families.video_family(model.config), processor, positions)
+        self.template = ChatTemplate(families.video_family(model.config), processor, positions, system)
+        self.source = source or ModelSource.of(model)
         self._progress = progress
         self._turns = Turns()
         self._ingest: Ingest | None = None
@@ -97,7 +103,7 @@ class VideoSession(AsyncAsking):
         with self._turns.lock:
             cached = self._ready()
             with progress_bar("save", "B", self._progress) as bar:
-                return session_file.write(Path(path), cached, self._conversation.turns, bar)
+                return session_file.write(Path(path), cached, self._conversation.turns, self.source, bar)
 
     def restore(self, stored: Stored, first_picture: float = 0.0) -> None:
         """Restore a session that `save` wrote, instead of `ingest`. See `tieredkv.load_session`.
@@ -107,7 +113,7 @@ class VideoSession(AsyncAsking):
         with self._turns.lock:
             self._check_empty()
             state = session_file.state_of(stored, first_picture)
-            template = ChatTemplate(self.family, self.processor, state.video.positions)
+            template = ChatTemplate(self.family, self.processor, state.video.positions, state.video.system)
             self._cached = session_file.load(stored, state, self.model, template, self.tiers)
             self.template, self._ingested, self._conversation = template, state.video, Conversation(state.history)
 
@@ -217,6 +223,11 @@ class VideoSession(AsyncAsking):
     def head_tokens(self) -> int:
         """Prompt tokens before the first visual token; 0 before the ingest."""
         return 0 if self._ingested is None else self._ingested.head_tokens
+
+    @property
+    def sampling(self) -> Sampling | None:
+        """How the video was sampled, as asked for; None before the ingest, and if a loaded file does not say."""
+        return None if self._ingested is None else self._ingested.sampling
 
     @property
     def ingest_s(self) -> float:
