@@ -24,6 +24,7 @@ from tieredkv.cli.options import (
     given,
     model_path,
 )
+from tieredkv.cli.toy import model_or_toy
 from tieredkv.errors import BatchError
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def run(
     sessions: Annotated[
         Path | None, typer.Option(help="A folder that keeps each video's session, for later runs to find.")
     ] = None,
-    model: Model = "tiny",
+    model: Model = None,
     gpu_kv_gb: GpuGiB = None,
     host_kv_gb: HostGiB = None,
     policy: PolicyName = None,
@@ -84,10 +85,11 @@ def run(
     kept = None
     with answers:
         if not all(map(answers.has, batch)):
+            films = {question.path: None for question in batch if not answers.has(question)}
+            path = model_path(model_or_toy(model, films, skip_unreadable=True))
             from tieredkv.batch.session_folder import SessionFolder
             from tieredkv.session.origin import ModelSource
 
-            path = model_path(model)
             kept = None if sessions is None else SessionFolder(sessions, ModelSource.of(path), _say)
             opener = _opener(path, tiers, system, options, kept)
             answers.begin()
@@ -133,4 +135,5 @@ def _say(line: str) -> None:
 
 
 def add_to(app: typer.Typer) -> None:
-    app.command("run", epilog="Example: tieredkv run questions.jsonl -o answers.jsonl --resume --gpu-kv-gb 4")(run)
+    example = "tieredkv run questions.jsonl -o answers.jsonl -m Qwen/Qwen2.5-VL-3B-Instruct --resume"
+    app.command("run", epilog=f"Example: {example}")(run)
