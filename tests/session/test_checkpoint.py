@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -11,8 +9,6 @@ from families import build
 from helpers import session_logits
 
 import tieredkv
-from tieredkv.cache import unfinished
-from tieredkv.cache.unfinished import Mark
 from tieredkv.session import checkpoint as checkpoints
 from tieredkv.session.session_file import cache_tensors
 
