@@ -292,12 +292,19 @@ def pressed(model: Any, tokens: int, share: float) -> dict[str, float]:
 
 
 def stock_inputs(
-    processor: Any, frames: np.ndarray, question: str, fps: float = 4.0, earlier: Sequence[tuple[str, str]] = ()
+    processor: Any,
+    frames: np.ndarray,
+    question: str,
+    fps: float = 4.0,
+    earlier: Sequence[tuple[str, str]] = (),
+    system: str | None = None,
 ) -> Any:
     """Model inputs made by transformers alone. earlier: questions and answers of the conversation before."""
     messages: list[dict[str, Any]] = []
-    for asked, answer in (*earlier, (question, None)):
-        video = [] if messages else [{"type": "video"}]
+    if system is not None:
+        messages.append({"role": "system", "content": [{"type": "text", "text": system}]})
+    for number, (asked, answer) in enumerate((*earlier, (question, None))):
+        video = [] if number else [{"type": "video"}]
         messages.append({"role": "user", "content": [*video, {"type": "text", "text": asked}]})
         if answer is not None:
             messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})

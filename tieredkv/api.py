@@ -10,10 +10,10 @@ from typing import Any, Literal, get_args, overload
 
 from tieredkv.config import DEFAULT_FPS, FIELDS, TierConfig, refuse_policy_fields, tier_config
 from tieredkv.errors import OptionError
-from tieredkv.evidence.moments import check_wanted
-from tieredkv.models.chat_template import check_prompt
+from tieredkv.evidence.target import check_wanted
 from tieredkv.models.families.base import Positions
 from tieredkv.models.loading import load
+from tieredkv.models.prompts import check_prompt, check_system
 from tieredkv.session import generation, origin, session_file
 from tieredkv.session.aio import AsyncAnswerStream, answering
 from tieredkv.session.job import Job, Work
@@ -26,7 +26,7 @@ from tieredkv.video.frames import check_video, open_video
 from tieredkv.video.sampling import Sampling
 
 _VIDEO_OPTIONS = {field.name for field in fields(Sampling)}
-_OPENING = {*FIELDS, *_VIDEO_OPTIONS, "tiers", "processor", "positions", "progress"}
+_OPENING = {*FIELDS, *_VIDEO_OPTIONS, "tiers", "processor", "positions", "progress", "system"}
 
 
 def open_session(
@@ -44,6 +44,7 @@ def open_session(
     max_pixels: int | None = None,
     positions: Positions = "published",
     progress: bool = False,
+    system: str | None = None,
     **options: Any,
 ) -> VideoSession:
     """Ingest a video and return the session that answers questions about it.
@@ -55,7 +56,8 @@ def open_session(
     max_pixels: most pixels of a frame as the vision tower sees it, in place of the processor's limits (None: those).
     start, end: seconds of the video to read, as players show them. gpu_kv_gb: hard cap in GiB on device memory for
     keys and values (None: 4). tiers: every other setting; its fields may be given as keywords instead. positions:
-    "published" or "stock", how text after the video is numbered. progress: show a bar on stderr.
+    "published" or "stock", how text after the video is numbered. progress: show a bar on stderr. system: the system
+    prompt of every question; None: the chat template's own, if it has one.
 
     Raises `UnsupportedModelError`, `VideoError`, `BudgetError` or `OptionError`, all of them `TieredKVError`.
     """
@@ -67,6 +69,7 @@ def open_session(
         processor=processor,
         positions=positions,
         progress=progress,
+        system=system,
         **options,
     )
     try:
@@ -85,6 +88,7 @@ def new_session(
     processor: Any = None,
     positions: Positions = "published",
     progress: bool = False,
+    system: str | None = None,
     **options: Any,
 ) -> VideoSession:
     """A session without a video, for its `ingest`. Options as in `open_session`."""
@@ -92,9 +96,10 @@ def new_session(
     config = tier_config(tiers, {"gpu_kv_gb": gpu_kv_gb, **options})
     if positions not in get_args(Positions):
         raise OptionError(f"positions={positions!r} is not valid: give 'published' or 'stock'.")
+    check_system(system)
     source = ModelSource.of(model)
     model, processor = load(model, processor)
-    return VideoSession(model, processor, config, positions=positions, progress=progress, source=source)
+    return VideoSession(model, processor, config, positions=positions, progress=progress, system=system, source=source)
 
 
 def load_session(
@@ -105,11 +110,15 @@ def load_session(
     gpu_kv_gb: float | None = None,
     processor: Any = None,
     progress: bool = False,
+    system: str | None = None,
     **options: Any,
 ) -> VideoSession:
     """Load a session that `VideoSession.save` wrote; no video is decoded, encoded or prefilled.
 
     The file is mapped: each layer is read, and verified against its checksum, when it is first attended to. It may be
+    replaced meanwhile but not changed in place. model, processor: those the session was saved with. video: if
+    given, raise unless the session is about this file or these frames. system: if given, raise unless the session was
+    saved with this system prompt. gpu_kv_gb, options: fields of `TierConfig` that replace the saved ones.
     replaced meanwhile but not changed in place. model, processor: those the session was saved with; without them, the
     model that the file names and the processor stored with it. video: if given, raise unless the session is about this
     file or these frames. gpu_kv_gb, options: fields of `TierConfig` that replace the saved ones.
@@ -123,8 +132,11 @@ def load_session(
         raise OptionError(f"{fixed[0]!r} cannot be given: the video of a saved session is not read again.")
     given = {**options, **({} if gpu_kv_gb is None else {"gpu_kv_gb": gpu_kv_gb})}
     _check_tier_options(given)
+    check_system(system)
     stored = tensor_file.read(path)
     tiers = session_file.tiers_of(stored, given)
+    if system is not None:
+        session_file.check_same_system(stored, system)
     first_picture = 0.0
     if video is not None:
         film = open_video(video, Sampling(DEFAULT_FPS))
@@ -208,6 +220,7 @@ def _single_question(
         refuse_policy_fields(asking)
         generation.check_options(asking, also=(*_OPENING, "trace", "evidence"))
         check_prompt(prompt)
+        check_system(opening.get("system"))
         sampling = Sampling(**sampled)
         check_video(video)
         check_wanted(asking.get("evidence", True))

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any, overload
 
-from tieredkv.errors import BudgetError, OptionError, check_value, check_whole, is_number
-from tieredkv.memory.units import GIB
+from tieredkv.errors import OptionError, check_value, check_whole, is_number
+from tieredkv.memory.units import GIB, check_gpu_kv_gb, check_host_kv_gb
 from tieredkv.policy.base import Policy
 from tieredkv.policy.digests import DIGESTS
+from tieredkv.policy.names import DEFAULT_POLICY, check_name
 from tieredkv.policy.presets import POLICIES
 
 DEFAULT_FPS = 2.0
 """Frames sampled per second if neither the caller nor the processor sets a rate (Qwen2.5-VL's own)."""
-DEFAULT_POLICY = "hybridkv"
 
 
 class PolicyField:
@@ -34,8 +34,7 @@ def find_policy(policy: str | Policy) -> Policy:
     """The policy of this name in `POLICIES`; a `Policy` is returned as is. Raises `OptionError` for an unknown name."""
     if isinstance(policy, Policy):
         return policy
-    known = isinstance(policy, str) and policy in POLICIES
-    check_value(known, "policy", policy, f"one of {', '.join(POLICIES)}, or a Policy")
+    check_name(policy)
     return POLICIES[policy]
 
 
@@ -79,13 +78,12 @@ class TierConfig:
     """Copy chunks in the background for heads that may reuse this step's choice in the next one (`reuse_above`)."""
 
     def __post_init__(self) -> None:
-        def wanted(ok: bool, name: str, want: str, error: type[BudgetError | OptionError] = OptionError) -> None:
-            check_value(ok, name, getattr(self, name), want, error)
+        def wanted(ok: bool, name: str, want: str) -> None:
+            check_value(ok, name, getattr(self, name), want)
 
-        device, host, ratio = self.gpu_kv_gb, self.host_kv_gb, self.budget_ratio
-        size = "a number of GiB above 0 (fractions are allowed) and at most 2**20"
-        wanted(is_number(device) and 0 < device <= 2**20, "gpu_kv_gb", size, BudgetError)
-        wanted(host is None or (is_number(host) and host > 0), "host_kv_gb", "None or a number above 0", BudgetError)
+        check_gpu_kv_gb(self.gpu_kv_gb)
+        check_host_kv_gb(self.host_kv_gb)
+        ratio = self.budget_ratio
         for name in ("chunk_tokens", "prefill_chunk"):
             check_whole(name, getattr(self, name))
         for name in ("sink_tokens", "recent_window"):

@@ -13,7 +13,8 @@ from PIL import Image
 
 from tieredkv.errors import OptionError, OutputError, VideoError
 from tieredkv.evidence.moments import Evidence
-from tieredkv.evidence.save import check_target, save_evidence
+from tieredkv.evidence.save import save_evidence
+from tieredkv.evidence.target import check_target
 from tieredkv.session.results import Generation
 
 

@@ -9,8 +9,9 @@ from families import build
 
 import tieredkv
 from tieredkv.errors import PromptError, TieredKVError, UnsupportedModelError
-from tieredkv.models.chat_template import ChatTemplate, check_prompt
+from tieredkv.models.chat_template import ChatTemplate
 from tieredkv.models.families import VIDEO_FAMILIES
+from tieredkv.models.prompts import check_prompt
 from tieredkv.tiny.processor import CHAT_TEMPLATE
 
 TURNS = [("what is it ?", None)]

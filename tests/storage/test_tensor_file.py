@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tieredkv.errors import SessionError
-from tieredkv.storage import atomic, tensor_file
+from tieredkv.storage import atomic, header, tensor_file
 
 MANIFEST = {"question": "what is täglich?", "steps": [1, 2.5, None], "nested": {"a": True}}
 
@@ -350,7 +350,7 @@ def test_too_little_space_for_the_tensors_is_reported_before_writing(
 @pytest.mark.parametrize("name", [".", "missing/clip.kv", "half \ud83d.kv", "x" * 250])
 def test_a_target_that_cannot_be_written_is_a_session_error(tmp_path: Path, name: str) -> None:
     with pytest.raises(SessionError) as refusal:
-        tensor_file.check_target(tmp_path / name)
+        header.check_target(tmp_path / name)
     with pytest.raises(SessionError, match=re.escape(str(refusal.value))):
         tensor_file.write(tmp_path / name, {}, {})
     assert not list(tmp_path.iterdir())

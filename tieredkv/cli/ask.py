@@ -19,6 +19,7 @@ from tieredkv.cli.options import (
     NewTokens,
     PolicyName,
     Start,
+    System,
     given,
     typed,
 )
@@ -42,6 +43,7 @@ def ask(
     max_pixels: MaxPixels = None,
     start: Start = None,
     end: End = None,
+    system: System = None,
     max_new_tokens: NewTokens = 256,
     evidence: Annotated[
         Path | None, typer.Option(help="Write the moments that were attended to, as .png or .html.")
@@ -49,9 +51,10 @@ def ask(
     as_json: Annotated[bool, typer.Option("--json", help="Print answer, evidence and statistics as JSON.")] = False,
 ) -> None:
     """Answer one question about one video, or about a saved session."""
-    from tieredkv import api
+    from tieredkv.cli.checks import check_options
     from tieredkv.cli.opening import opened
-    from tieredkv.evidence.save import check_target, save_evidence
+    from tieredkv.evidence.target import check_target
+    from tieredkv.models.prompts import check_prompt
 
     *videos, question = words
     if len(videos) > 1:
@@ -62,7 +65,8 @@ def ask(
         check_target(evidence)
     sampling = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels, start=start, end=end)
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
-    api.check_question(question, {"max_new_tokens": max_new_tokens})
+    check_prompt(question)
+    check_options(tiers, sampling, max_new_tokens)
     with opened(
         model,
         videos[0] if videos else None,
@@ -70,6 +74,7 @@ def ask(
         tiers=tiers,
         sampling=sampling,
         typed=typed(context, sampling),
+        system=system,
         question=question,
         max_new_tokens=max_new_tokens,
     ) as (video_session, unsaved):
@@ -79,6 +84,8 @@ def ask(
     else:
         typer.echo(answer.text)
     if evidence is not None:
+        from tieredkv.evidence.save import save_evidence
+
         save_evidence(answer, evidence, question=question, video=videos[0] if videos else None)
     if unsaved is not None:
         raise unsaved

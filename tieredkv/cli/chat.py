@@ -19,6 +19,7 @@ from tieredkv.cli.options import (
     NewTokens,
     PolicyName,
     Start,
+    System,
     given,
     typed,
 )
@@ -40,6 +41,7 @@ def chat(
     max_pixels: MaxPixels = None,
     start: Start = None,
     end: End = None,
+    system: System = None,
     max_new_tokens: NewTokens = 256,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object per answer.")] = False,
 ) -> None:
@@ -47,20 +49,21 @@ def chat(
 
     Type /help for commands. From a pipe, reads one question per line, and exits with 1 if any failed.
     """
-    from tieredkv import api
+    from tieredkv.cli.checks import check_options
     from tieredkv.cli.lines import lines
     from tieredkv.cli.opening import opened
-    from tieredkv.cli.talk import Talk
 
     sampling = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels, start=start, end=end)
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
     options = {"max_new_tokens": max_new_tokens}
-    api.check_question("?", options)
+    check_options(tiers, sampling, max_new_tokens)
     names = typed(context, sampling)
-    with opened(model, video, session, tiers=tiers, sampling=sampling, typed=names, **options) as (
+    with opened(model, video, session, tiers=tiers, sampling=sampling, typed=names, system=system, **options) as (
         video_session,
         unsaved,
     ):
+        from tieredkv.cli.talk import Talk
+
         if unsaved is not None:
             print(f"tieredkv: {unsaved}", file=sys.stderr)
         talk = Talk(video_session, options, as_json, save_to=session)

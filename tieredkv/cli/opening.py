@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tieredkv import api
 from tieredkv.cli.options import model_path
 from tieredkv.errors import OptionError, SessionError
-from tieredkv.session.video_session import VideoSession
-from tieredkv.storage import tensor_file
-from tieredkv.video.frames import check_video
+from tieredkv.models.prompts import check_system
+from tieredkv.session.manifest import read_manifest
+from tieredkv.storage import header
+from tieredkv.video.paths import check_path
 from tieredkv.video.sampling import Sampling
+
+if TYPE_CHECKING:
+    from tieredkv.session.video_session import VideoSession
 
 
 @contextmanager
@@ -25,28 +28,38 @@ def opened(
     tiers: dict[str, Any],
     sampling: dict[str, Any],
     typed: list[str],
+    system: str | None = None,
     **asked: Any,
 ) -> Iterator[tuple[VideoSession, SessionError | None]]:
     """Yields the session, and why it could not be saved, or None.
 
     saved: a file to load, or to write if it does not exist. tiers, sampling: the options given. typed: the sampling
     options on the command line. A saved session keeps its own sampling, so they are refused, and values from the
-    environment are ignored. asked: `question` and `max_new_tokens` if known, for the check of the budget.
+    environment are ignored. system: the system prompt. asked: `question` and `max_new_tokens` if known, for the check
+    of the budget.
     """
+    check_system(system)
     if saved is not None and is_there(saved):
         if typed:
             raise OptionError(f"{saved} keeps the sampling it was saved with: leave out {typed[0]}.")
-        with api.load_session(saved, model_path(model), video=video, **tiers) as session:
+        read_manifest(saved)
+        if video is not None:
+            check_path(video)
+        from tieredkv import api
+
+        with api.load_session(saved, model_path(model), video=video, system=system, **tiers) as session:
             yield session, None
         return
     if video is None:
         missing = "give a video and a question" if saved is None else f"{saved}: no such file; give a video too"
         raise OptionError(f"there is no video to ask about: {missing}.")
     frames = Sampling(**sampling)
-    check_video(video)
+    check_path(video)
     if saved is not None:
-        tensor_file.check_target(saved)
-    with api.new_session(model_path(model), progress=True, **tiers) as session:
+        header.check_target(saved)
+    from tieredkv import api
+
+    with api.new_session(model_path(model), progress=True, system=system, **tiers) as session:
         session.ingest(video, frames, **asked)
         unsaved: SessionError | None = None
         if saved is not None:

@@ -46,6 +46,7 @@ MaxPixels = Annotated[
 ]
 Start = Annotated[float | None, typer.Option(help="Second of the video to start at.")]
 End = Annotated[float | None, typer.Option(help="Second of the video to end at.")]
+System = Annotated[str | None, typer.Option(help="The system prompt; part of a session.")]
 PolicyName = Annotated[
     str | None,
     typer.Option("--policy", envvar="TIEREDKV_POLICY", help="One of `tieredkv policies` [hybridkv]."),

@@ -18,6 +18,7 @@ from tieredkv.cli.options import (
     NewTokens,
     PolicyName,
     Start,
+    System,
     given,
     model_path,
     typed,
@@ -37,6 +38,7 @@ def plan(
     max_pixels: MaxPixels = None,
     start: Start = None,
     end: End = None,
+    system: System = None,
     max_new_tokens: NewTokens = 256,
     link: Annotated[str, typer.Option(envvar="TIEREDKV_LINK", help="The link to the card, or its GB/s.")] = "pcie4x16",
     card: Annotated[
@@ -45,12 +47,19 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show the memory and time that a video would need. Loads no weights and decodes nothing."""
-    from tieredkv.planning import forecast
+    from tieredkv.cli.checks import check_options
+    from tieredkv.video.paths import check_path
 
     tokens = video.isascii() and video.isdigit() and len(video) < 20 and not Path(video).exists()
     sampling = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels)
     if tokens and not typed(context, sampling):
         sampling = {}  # defaults for videos do not apply to a number of tokens
+    tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
+    check_options(tiers, {**sampling, **given(start=start, end=end)}, max_new_tokens)
+    if not tokens:
+        check_path(video)
+    from tieredkv.planning import forecast
+
     estimate = forecast.plan(
         model_path(model),
         int(video) if tokens else video,
@@ -60,6 +69,7 @@ def plan(
         **sampling,
         start=start or 0.0,
         end=end,
+        system=system,
         max_new_tokens=max_new_tokens,
         link=link,
         card=card,

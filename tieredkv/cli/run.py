@@ -18,6 +18,7 @@ from tieredkv.cli.options import (
     Model,
     NewTokens,
     PolicyName,
+    System,
     given,
     model_path,
 )
@@ -42,6 +43,7 @@ def run(
     fps: Fps = None,
     max_frames: MaxFrames = None,
     max_pixels: MaxPixels = None,
+    system: System = None,
     max_new_tokens: NewTokens = 256,
 ) -> None:
     """Answer a file of questions, each video ingested once. --resume continues an interrupted run.
@@ -49,30 +51,30 @@ def run(
     A line is {"video": "a.mp4", "question": "What ...?"}, optionally with "id" and generation options. Paths of videos
     are relative to the file. A question that fails gets a line with "error", and the exit code is then 1.
     """
-    from tieredkv import api
     from tieredkv.batch.answers_file import AnswersFile
     from tieredkv.batch.questions_file import read_questions
     from tieredkv.batch.run import run as run_batch
-    from tieredkv.config import tier_config
-    from tieredkv.models import loading
-    from tieredkv.video.frames import check_video
-    from tieredkv.video.sampling import Sampling
+    from tieredkv.cli.checks import check_options
+    from tieredkv.models.prompts import check_system
+    from tieredkv.video.paths import check_path
 
     if retry_errors and not resume:
         raise BatchError("--retry-errors continues an existing file of answers: give --resume too.")
     batch = read_questions(questions)
     options = {"max_new_tokens": max_new_tokens}
-    api.check_question("?", options)
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
-    tier_config(None, tiers)
-    sampling = Sampling(fps=fps, max_frames=max_frames, max_pixels=max_pixels)
+    check_system(system)
+    sampling = check_options(tiers, given(fps=fps, max_frames=max_frames, max_pixels=max_pixels), max_new_tokens)
     with AnswersFile(output, batch, resume=resume, retry_errors=retry_errors) as answers:
         if not all(map(answers.has, batch)):
+            from tieredkv import api
+            from tieredkv.models import loading
+
             loaded, processor = loading.load(model_path(model))
 
             def open_session(video: Path, pending: Sequence[BatchQuestion]) -> VideoSession:
-                check_video(video)
-                session = api.new_session(loaded, processor=processor, progress=True, **tiers)
+                check_path(video)
+                session = api.new_session(loaded, processor=processor, progress=True, system=system, **tiers)
                 # The shortest answer must fit; a longer one that does not is an error of its own question.
                 least = min(session.new_tokens(options | question.options) for question in pending)
                 try:

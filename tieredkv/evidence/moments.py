@@ -10,16 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Literal
 
 import torch
 
 from tieredkv.cache.looks import Looks
-from tieredkv.errors import OptionError
 from tieredkv.models.families.base import VideoGrid
 
-Wanted = bool | Literal["tokens"]
-"""Whether to find moments; "tokens": also those of every token."""
 LONGEST_S = 4.0
 """Longest moment, in seconds; the shortest is one step of the video."""
 MOST = 12
@@ -28,12 +24,6 @@ EDGE = 0.5
 """A moment extends while attention is at least this share of its peak."""
 FAINT = 0.1
 """Peaks below this share of the highest are ignored."""
-
-
-def check_wanted(evidence: object) -> None:
-    """Raise `OptionError` unless this is one of `Wanted`."""
-    if not (isinstance(evidence, bool) or evidence == "tokens"):
-        raise OptionError(f"evidence={evidence!r} is not valid: give True, False or 'tokens'.")
 
 
 @dataclass(frozen=True, slots=True)

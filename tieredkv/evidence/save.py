@@ -9,11 +9,9 @@ from typing import Any, Protocol
 from tieredkv.errors import OptionError
 from tieredkv.evidence import page, sheet
 from tieredkv.evidence.moments import Evidence
+from tieredkv.evidence.target import check_target
 from tieredkv.evidence.view import View, moment_frames
-from tieredkv.storage import atomic
 from tieredkv.storage.atomic import replace_file
-
-SUFFIXES = (".png", ".html")
 
 
 class Answer(Protocol):
@@ -24,13 +22,6 @@ class Answer(Protocol):
 
     @property
     def evidence(self) -> Evidence | None: ...
-
-
-def check_target(path: Path) -> None:
-    """Raise `OptionError` or `OutputError` for a file that `save_evidence` could not write."""
-    if path.suffix.lower() not in SUFFIXES:
-        raise OptionError(f"{path}: give a file name that ends in .png or .html.")
-    atomic.check_target(path)
 
 
 def save_evidence(

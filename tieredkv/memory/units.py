@@ -1,14 +1,28 @@
-"""Units of size, and the arithmetic of fitting things into a size."""
+"""Units of size, the sizes that caps may have, and the arithmetic of fitting things into a size."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+
+from tieredkv.errors import BudgetError, check_value, is_number
 
 GIB = 2**30
 FLOAT16 = 2
 FLOAT32 = INT32 = 4
 INT64 = 8
 """Bytes of a number."""
+
+
+def check_gpu_kv_gb(value: object) -> None:
+    """Raise `BudgetError` unless this is a size that a cap on device memory can have."""
+    size = "a number of GiB above 0 (fractions are allowed) and at most 2**20"
+    check_value(is_number(value) and 0 < value <= 2**20, "gpu_kv_gb", value, size, BudgetError)
+
+
+def check_host_kv_gb(value: object) -> None:
+    """Raise `BudgetError` unless this is None or a size that a cap on host memory can have."""
+    ok = value is None or (is_number(value) and value > 0)
+    check_value(ok, "host_kv_gb", value, "None or a number above 0", BudgetError)
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -9,6 +9,7 @@ import torch
 
 from tieredkv.errors import PromptError, UnsupportedModelError, VideoError, first_line
 from tieredkv.models.families.base import Positions, Slices, VideoFamily, VideoGrid
+from tieredkv.models.prompts import check_system
 from tieredkv.video.frames import Sampled
 
 Turn = tuple[str, str | None]
@@ -18,13 +19,20 @@ Turn = tuple[str, str | None]
 class ChatTemplate:
     """The chat template of a processor, cut at the video's placeholder."""
 
-    def __init__(self, family: VideoFamily, processor: Any, positions: Positions = "published") -> None:
-        """Raises `UnsupportedModelError` unless this is the processor of a video model."""
+    def __init__(
+        self, family: VideoFamily, processor: Any, positions: Positions = "published", system: str | None = None
+    ) -> None:
+        """system: the system prompt of every conversation; None: the template's own, if it has one.
+
+        Raises `UnsupportedModelError` unless this is the processor of a video model, and `PromptError` for a system
+        prompt that is no text.
+        """
+        check_system(system)
         for part in ("video_processor", "tokenizer", "apply_chat_template"):
             if not hasattr(processor, part):
                 kind = type(processor).__name__
                 raise UnsupportedModelError(f"processor is a {kind} without {part}: give the model's AutoProcessor.")
-        self.family, self.processor, self.positions = family, processor, positions
+        self.family, self.processor, self.positions, self.system = family, processor, positions, system
         self._source = chat_template(processor)
         self.placeholder = family.placeholder(processor, positions)
         token = family.visual_token(processor)
@@ -40,17 +48,20 @@ class ChatTemplate:
 
         What a template writes before the video may change with the date. Raises `PromptError` for a question that
         contains the placeholder or would be written before the video, and `UnsupportedModelError` for a template that
-        is missing, fails, or does not write one video and the last question.
+        is missing, fails, does not write one video and the last question, or does not write the system prompt before
+        the video.
         """
         reserved = (self.placeholder, self.family.visual_token(self.processor))
-        for question, _ in turns:
+        texts = [("prompt", question) for question, _ in turns]
+        for what, given in (*texts, ("system prompt", self.system or "")):
             for token in reserved:
-                if token in question:
-                    raise PromptError(f"the prompt contains {token!r}, which stands for the video: leave it out.")
+                if token in given:
+                    raise PromptError(f"the {what} contains {token!r}, which stands for the video: leave it out.")
         text = self._written(turns)
         head, placeholder, tail = text.partition(self.placeholder)
         if not placeholder:
             raise UnsupportedModelError("the processor's chat template writes no placeholder for the video.")
+        self._check_system(head, tail)
         if any(token in tail for token in reserved):
             raise UnsupportedModelError(
                 "the processor's chat template, or an earlier answer, writes the video's placeholder a second time."
@@ -84,13 +95,32 @@ class ChatTemplate:
         following = self.tail_ids(tail, times, slices)[:, : ids.shape[1]]
         return torch.equal(following, ids)
 
+    def _check_system(self, head: str, tail: str) -> None:
+        """Raise `UnsupportedModelError` unless the system prompt is in `head`, as given."""
+        if self.system is None:
+            return
+        kind, text = type(self.processor).__name__, self.system.strip()
+        if text in head:
+            return
+        where = "writes the system prompt after the video" if text in tail else "does not write the system prompt"
+        raise UnsupportedModelError(f"the chat template of this {kind} {where}: leave system= out.")
+
     def _written(self, turns: Sequence[Turn]) -> str:
-        messages: list[dict[str, Any]] = []
-        for question, answer in turns:
-            content = [] if messages else [{"type": "video"}]
-            messages.append({"role": "user", "content": [*content, {"type": "text", "text": question}]})
+        if self.system is None:
+            return self._rendered(turns, [])
+        parts = _content(self.system)
+        text = self._rendered(turns, [{"role": "system", "content": parts}])
+        if str(parts) in text:  # a template that takes a system prompt as text, and writes a list as Python does
+            text = self._rendered(turns, [{"role": "system", "content": self.system}])
+        return text
+
+    def _rendered(self, turns: Sequence[Turn], before: Sequence[dict[str, Any]]) -> str:
+        messages = list(before)
+        for number, (question, answer) in enumerate(turns):
+            video = [] if number else [{"type": "video"}]
+            messages.append({"role": "user", "content": [*video, *_content(question)]})
             if answer is not None:
-                messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+                messages.append({"role": "assistant", "content": _content(answer)})
         template = self._source
         given = {} if template is None else {"chat_template": template}
         try:
@@ -174,6 +204,11 @@ class ChatTemplate:
         return self.processor.tokenizer.decode(token_ids, skip_special_tokens=True).strip()
 
 
+def _content(text: str) -> list[dict[str, str]]:
+    """Text as the content of a message."""
+    return [{"type": "text", "text": text}]
+
+
 def refused(video: Sampled, error: ValueError) -> VideoError:
     """The error to raise when a processor refuses frames."""
     return VideoError(f"the model's processor refuses frames of {video.width}x{video.height}: {error}")
@@ -197,20 +232,3 @@ def chat_template(processor: Any) -> str | None:
     if template is not None and not isinstance(template, str):
         raise UnsupportedModelError(f"the processor's chat template is a {type(template).__name__}: give it as text.")
     return template or None
-
-
-def check_prompt(prompt: Any) -> None:
-    """Raise `PromptError` unless `prompt` is text, not blank, that can be written as UTF-8 without nulls."""
-    if not isinstance(prompt, str):
-        raise PromptError(f"the prompt is of type {type(prompt).__name__}: give the question as text.")
-    if not prompt.strip():
-        raise PromptError("the prompt is empty: ask something.")
-    if "\0" in prompt:
-        raise PromptError("the prompt contains a null character, as text in UTF-16 does: give it in UTF-8.")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise PromptError(
-            f"the prompt contains half a character ({prompt[error.start]!a} at position {error.start + 1}): give whole "
-            "characters, in UTF-8."
-        ) from None

@@ -25,8 +25,9 @@ from tieredkv.models.long_context import LongContext
 from tieredkv.models.wrapped import unwrapped
 from tieredkv.planning import decode_plan, forecast_bytes, sizes
 from tieredkv.planning.admission import FEWER_TOKENS, Request, check_memory
+from tieredkv.planning.cards import find_card
 from tieredkv.planning.prefill_plan import untiered_prefill_bytes
-from tieredkv.planning.report import CARDS, LINKS, MemoryPlan, rate
+from tieredkv.planning.report import MemoryPlan, find_link
 from tieredkv.planning.weight_bytes import weight_bytes
 from tieredkv.video.frames import Sampled, check_video, open_video
 from tieredkv.video.sampling import Sampling
@@ -52,6 +53,7 @@ def plan(
     question_tokens: int = 64,
     max_new_tokens: int = 256,
     static_share: float = 0.0,
+    system: str | None = None,
     link: str | float = "pcie4x16",
     card: str | float | None = None,
     **options: Any,
@@ -62,16 +64,16 @@ def plan(
     models, and text models under `TieredCache`. A config without a dtype counts as bfloat16; weights are counted as its
     `quantization_config` says. video_or_tokens: a number of visual tokens (for a text model, of tokens before the
     question), or a video as in `open_session`, which is opened but not decoded and needs the model's processor.
-    question_tokens: text after the video, the chat template's end included. static_share: share of the heads assumed
-    static, unless the policy fixes it. link: a name in `LINKS`, or GB/s; card: a name in `CARDS`, or GB/s. tiers, or
-    its fields as further keywords.
+    question_tokens: text after the video, the chat template's end included. system: a system prompt, counted
+    too. static_share: share of the heads assumed static, unless the policy fixes it. link: a name in `LINKS`, or GB/s;
+    card: a name, or GB/s (`find_card`). tiers, or its fields as further keywords.
 
     Raises `BudgetError` when a tier is too small, naming the smallest change that fits; `VideoError`,
     `UnsupportedModelError` or `OptionError` for bad input.
     """
     tiers = tier_config(tiers, {"gpu_kv_gb": gpu_kv_gb, "host_kv_gb": host_kv_gb, **options})
-    link, link_speed = rate("link", link, LINKS)
-    card, card_speed = (None, None) if card is None else rate("card", card, CARDS)
+    link, link_speed = find_link(link)
+    on = None if card is None else find_card(card)
     for name, value in (("question_tokens", question_tokens), ("max_new_tokens", max_new_tokens)):
         check_whole(name, value)
     share = is_number(static_share) and 0 <= static_share <= 1
@@ -80,12 +82,16 @@ def plan(
     source = _Model.of(model)
     shape = source.shape
     video: _Video | None = None
+    if system is not None and source.is_text:
+        raise OptionError("system= is for models that take video: count the system prompt as tokens.")
     sampling = Sampling(fps, source_fps, max_frames, start, end, max_pixels)
     if isinstance(video_or_tokens, int):
         check_whole("visual tokens", video_or_tokens)
         if given := sampling.given():
             raise OptionError(f"{given[0]} does not apply to a number of tokens: give a video, or leave it out.")
         visual = video_or_tokens
+        if processor is None and system is not None:
+            processor = loading.load_processor(source.path)
     else:
         families.video_family(source.config)  # raises for a text model
         check_video(video_or_tokens)
@@ -97,7 +103,7 @@ def plan(
     if source.is_text:
         head = visual = 0
     else:
-        head = HEAD_TOKENS if processor is None else source.head_tokens(processor, video)
+        head = HEAD_TOKENS if processor is None else source.head_tokens(processor, video, system)
     text = head + question_tokens
     prompt = text + inside
     LongContext(source.config).check(0, prompt + max_new_tokens)
@@ -155,8 +161,8 @@ def plan(
         prefill_copy_bytes=forecast_bytes.prefill_copy_bytes(shape, tiers, prompt, question_tokens),
         link=link,
         link_gb_s=link_speed,
-        card=card,
-        card_gb_s=card_speed,
+        card=None if on is None else on.name,
+        card_gb_s=None if on is None else on.gb_s,
     )
 
 
@@ -202,9 +208,9 @@ class _Model:
         """Whether it is a text model, which takes no video."""
         return self.config.model_type not in families.VIDEO_FAMILIES
 
-    def head_tokens(self, processor: Any, video: _Video | None) -> int:
+    def head_tokens(self, processor: Any, video: _Video | None, system: str | None) -> int:
         """Prompt tokens before the first visual token."""
-        template = ChatTemplate(families.video_family(self.config), processor)
+        template = ChatTemplate(families.video_family(self.config), processor, system=system)
         some = Sampled(1, 1, 1, 1.0, 0.0, 1.0) if video is None else video.sampled
         return template.head_ids(self.config, template.around_video([("?", None)])[0], some).shape[1]
 

@@ -12,47 +12,25 @@ from typing import Any
 from tieredkv.errors import OptionError
 from tieredkv.memory.units import GIB
 from tieredkv.models.kv_shape import KVShape
+from tieredkv.planning.cards import CARDS, as_rate
 
 LINKS = {"pcie3x16": 11.3, "pcie4x4": 6.6, "pcie4x8": 13.4, "pcie4x16": 25.0, "pcie5x16": 56.0}
 """Host-to-device GB/s as measured on such links: less than the rating of the bus."""
-CARDS = {
-    "RTX 3060": 360.0,
-    "RTX 3060 Ti": 448.0,
-    "RTX 3070": 448.0,
-    "RTX 3080": 760.0,
-    "RTX 3090": 936.0,
-    "RTX 4060": 272.0,
-    "RTX 4060 Ti": 288.0,
-    "RTX 4070": 504.0,
-    "RTX 4070 Ti SUPER": 672.0,
-    "RTX 4080": 717.0,
-    "RTX 4090": 1008.0,
-    "RTX 5060 Ti": 448.0,
-    "RTX 5070": 672.0,
-    "RTX 5070 Ti": 896.0,
-    "RTX 5080": 960.0,
-    "RTX 5090": 1792.0,
-}
-"""Memory bandwidth in GB/s from the vendor's data sheets, cards of 8 to 32 GB."""
 
 
-def rate(kind: str, value: str | float, known: dict[str, float]) -> tuple[str, float]:
-    """Name and GB/s of a `kind` ("link", "card"): a name in `known`, whatever its case and spaces, or a number."""
+def find_link(link: str | float) -> tuple[str, float]:
+    """Name and GB/s of a link: a name in `LINKS`, whatever its case and spaces, or GB/s, with or without the unit."""
 
     def plain(name: str) -> str:
         return "".join(letter for letter in name.lower() if letter.isalnum())
 
-    if isinstance(value, str):
-        for name, speed in known.items():
-            if plain(value) == plain(name):
-                return name, speed
-    try:
-        speed = float(value)
-    except (TypeError, ValueError):
-        speed = 0.0
-    if not 0 < speed < 1e6 or isinstance(value, bool):
-        raise OptionError(f"{kind}={value!r} is not known: give GB/s, or one of {', '.join(known)}.")
-    return f"{speed:g} GB/s", speed
+    for name, speed in LINKS.items():
+        if plain(str(link)) == plain(name):
+            return name, speed
+    given = as_rate(link)
+    if given is None:
+        raise OptionError(f"link={link!r} is not known: give GB/s, or one of {', '.join(LINKS)}.")
+    return f"{given:g} GB/s", given
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -249,7 +227,9 @@ class MemoryPlan:
         ]
         if self.token_ms is not None:
             least, most = self.token_ms
-            card = f"{self.card_gb_s:g} GB/s" + (f", {self.card} by its data sheet" if self.card in CARDS else "")
+            card = f"{self.card_gb_s:g} GB/s" + (
+                f", {self.card} by its data sheet" if any(self.card == known.name for known in CARDS) else ""
+            )
             rows.append(("time per token", f"{least:.3g} to {most:.3g} ms at {card}"))
         return [*rows, ("", "Times are estimates, not measured.")]
 

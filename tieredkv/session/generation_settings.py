@@ -7,11 +7,12 @@ and that over the model's own.
 from __future__ import annotations
 
 import difflib
-from typing import Any
-
-from transformers import GenerationConfig
+from typing import TYPE_CHECKING, Any
 
 from tieredkv.errors import OptionError, check_whole
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
 
 DEFAULT_NEW_TOKENS = 256
 """`max_new_tokens` if neither the caller nor a generation config sets it."""
@@ -100,7 +101,7 @@ def check_options(options: dict[str, Any], also: tuple[str, ...] = (), model_con
             hint = f" Did you mean {close[0]}?" if close else " Generation options have transformers' names."
             raise OptionError(f"{name!r} is not an option.{hint}")
     config = options.get("generation_config")
-    if config is not None and not isinstance(config, GenerationConfig):
+    if config is not None and not isinstance(config, _config_class()):
         raise OptionError(f"generation_config is a {type(config).__name__}: give a transformers GenerationConfig.")
     for name in _OTHER_LOOPS:
         if (value := options.get(name)) is not None and value is not False:
@@ -117,13 +118,25 @@ def check_options(options: dict[str, Any], also: tuple[str, ...] = (), model_con
                 f"{name}={own!r}, of the model's generation config, is not supported: give {name}={plain[0]!r}."
             )
     new = given["max_new_tokens"] if "max_new_tokens" in given else getattr(model_config, "max_new_tokens", None)
-    if new is not None:
-        check_whole("max_new_tokens", new)
+    check_new_tokens(new)
+
+
+def check_new_tokens(value: object) -> None:
+    """Raise `OptionError` unless this is None or a number of tokens that an answer can have."""
+    if value is not None:
+        check_whole("max_new_tokens", value)
+
+
+def _config_class() -> type[GenerationConfig]:
+    """Imported when first needed: with it comes torch, and `check_new_tokens` must not wait for that."""
+    from transformers import GenerationConfig
+
+    return GenerationConfig
 
 
 def _fields() -> set[str]:
     """Names of the settings in the installed transformers' generation configs."""
-    return {name for name in vars(GenerationConfig()) if not name.startswith("_")}
+    return {name for name in vars(_config_class()()) if not name.startswith("_")}
 
 
 def _is_plain(value: Any, plain: tuple[Any, ...]) -> bool:

@@ -98,6 +98,7 @@ class Ingest:
             positions=template.positions,
             head=head,
             head_ids=tuple(head_ids[0].tolist()),
+            system=template.system,
             facts=VideoFacts(source.name, sha256, source.fps, source.start, source.seconds),
             ingest_s=time.perf_counter() - started,
             stats=stats,

@@ -40,6 +40,8 @@ class IngestedVideo:
     """The prompt's text before the video."""
     head_ids: tuple[int, ...]
     """Token ids of everything before the first step."""
+    system: str | None
+    """The system prompt, which is part of `head`; None: none was given."""
     facts: VideoFacts
     ingest_s: float
     """Seconds from the request to a session that can be asked."""

@@ -16,7 +16,8 @@ from tieredkv.cache.question import CONTEXT, Question
 from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.errors import BudgetError
 from tieredkv.evidence import moments
-from tieredkv.evidence.moments import Evidence, Wanted
+from tieredkv.evidence.moments import Evidence
+from tieredkv.evidence.target import Wanted
 from tieredkv.models.switch import use_attention
 from tieredkv.planning.admission import Request, check_memory
 from tieredkv.planning.prefill_plan import Call, context_calls, question_calls, question_rows

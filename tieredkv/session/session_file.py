@@ -24,6 +24,7 @@ from tieredkv.models.settings import model_settings, processor_settings, setting
 from tieredkv.progress import Progress
 from tieredkv.session.cached_video import CachedVideo
 from tieredkv.session.ingested_video import IngestedVideo, VideoFacts
+from tieredkv.session.manifest import check_manifest
 from tieredkv.session.origin import ModelSource, sampling_as_plain, sampling_of
 from tieredkv.session.results import IngestStats
 from tieredkv.storage import tensor_file
@@ -47,6 +48,7 @@ class SessionState:
             "positions": video.positions,
             "head": video.head,
             "head_ids": list(video.head_ids),
+            "system": video.system,
             "video": {**asdict(video.facts), "clock": "file"},
             "history": self.history,
             "ingest_s": video.ingest_s,
@@ -73,6 +75,7 @@ class SessionState:
             positions=plain["positions"],
             head=plain["head"],
             head_ids=tuple(plain["head_ids"]),
+            system=plain.get("system"),
             facts=facts,
             ingest_s=plain["ingest_s"],
             stats=IngestStats(**_known(IngestStats, plain["ingest_stats"])),
@@ -130,9 +133,8 @@ def _known(kind: Any, plain: dict[str, Any]) -> dict[str, Any]:
 
 def state_of(stored: tensor_file.Stored, first_picture: float = 0.0) -> SessionState:
     """Raises `SessionError` if the file does not hold a session. first_picture: as in `SessionState.of`."""
+    check_manifest(stored.path, stored.manifest)
     try:
-        if absent := {"model", "model_settings", "processor", "tiers"} - stored.manifest.keys():
-            raise KeyError(*absent)
         return SessionState.of(stored.manifest["session"], first_picture, sampling_of(stored.path, stored.manifest))
     except SessionError:
         raise
@@ -143,10 +145,7 @@ def state_of(stored: tensor_file.Stored, first_picture: float = 0.0) -> SessionS
 def tiers_of(stored: tensor_file.Stored, options: dict[str, Any]) -> TierConfig:
     """The settings a session was saved with, changed by `options`. Raises `SessionError` if they cannot be changed."""
     state_of(stored)  # raises if it is not a session
-    plain = stored.manifest["tiers"]
-    if not isinstance(plain, dict):
-        raise SessionError(f"{stored.path} holds no session (its settings are of type {type(plain).__name__}).")
-    tiers = tiers_from_file(plain, options.get("policy"))
+    tiers = tiers_from_file(stored.manifest["tiers"], options.get("policy"))
     changed = replace(tiers, **options)
     if changed.chunk_tokens != tiers.chunk_tokens:
         raise SessionError(
@@ -182,6 +181,20 @@ def check_same_video(stored: tensor_file.Stored, video: VideoSource) -> None:
             f"{stored.path} was saved for another video ({facts.name}, as it was then) than {video.name}: ingest this "
             "one, or leave it out to ask about the saved one."
         )
+
+
+def check_same_system(stored: tensor_file.Stored, given: str) -> None:
+    """Raise `SessionError`, naming both, unless the session was saved with this system prompt."""
+    if given != (saved := state_of(stored).video.system):
+        had = "without a system prompt" if saved is None else f"with the system prompt {_quoted(saved)}"
+        raise SessionError(
+            f"{stored.path} was saved {had}, and {_quoted(given)} was given: leave it out, or ingest the video again."
+        )
+
+
+def _quoted(text: str) -> str:
+    """The beginning of a text, in quotes."""
+    return repr(text if len(text) <= 80 else f"{text[:79]}\u2026")
 
 
 def load(

@@ -10,10 +10,11 @@ from typing import Any, Literal, overload
 
 from tieredkv.config import TierConfig
 from tieredkv.errors import TieredKVError, UnsupportedModelError
-from tieredkv.evidence.moments import Wanted, check_wanted
+from tieredkv.evidence.target import Wanted, check_wanted
 from tieredkv.models import families, kernels
-from tieredkv.models.chat_template import ChatTemplate, check_prompt
+from tieredkv.models.chat_template import ChatTemplate
 from tieredkv.models.families.base import Positions, VideoFamily, VideoGrid
+from tieredkv.models.prompts import check_prompt
 from tieredkv.models.wrapped import unwrapped
 from tieredkv.progress import progress_bar
 from tieredkv.session import generation, question, session_file
@@ -47,6 +48,7 @@ class VideoSession(AsyncAsking):
         tiers: TierConfig,
         positions: Positions = "published",
         progress: bool = False,
+        system: str | None = None,
         source: ModelSource | None = None,
     ) -> None:
         """model, processor: as transformers loads them. source: what `save` names as the model's place; None: where it
@@ -56,8 +58,8 @@ class VideoSession(AsyncAsking):
         if device.type not in ("cpu", "cuda"):
             raise UnsupportedModelError(f"the model is on {device}: tieredkv runs on CUDA devices and the CPU.")
         self.model, self.processor, self.tiers = model, processor, tiers
+        self.template = ChatTemplate(families.video_family(model.config), processor, positions, system)
         self.source = source or ModelSource.of(model)
-        self.template = ChatTemplate(families.video_family(model.config), processor, positions)
         self._progress = progress
         self._turns = Turns()
         self._ingest: Ingest | None = None
@@ -111,7 +113,7 @@ class VideoSession(AsyncAsking):
         with self._turns.lock:
             self._check_empty()
             state = session_file.state_of(stored, first_picture)
-            template = ChatTemplate(self.family, self.processor, state.video.positions)
+            template = ChatTemplate(self.family, self.processor, state.video.positions, state.video.system)
             self._cached = session_file.load(stored, state, self.model, template, self.tiers)
             self.template, self._ingested, self._conversation = template, state.video, Conversation(state.history)
 

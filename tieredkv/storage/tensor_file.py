@@ -30,15 +30,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from tieredkv.environment.ambient import settled
-from tieredkv.errors import OutputError, SessionError
+from tieredkv.errors import SessionError
 from tieredkv.progress import Progress
-from tieredkv.storage import atomic
 from tieredkv.storage.atomic import replace_file
+from tieredkv.storage.header import FORMAT_VERSION, HEADER_CHECKSUM, KEY, opened, read_header, session_errors
 
-FORMAT_VERSION = 1
-
-_KEY = "tieredkv"
-_HEADER_CHECKSUM = "tieredkv.seal"  # the name on disk
 _DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -72,16 +68,16 @@ def write(
         if tensor.dtype not in _DTYPES.values() or tensor.device.type != "cpu" or not tensor.is_contiguous():
             kind = f"{tensor.dtype} on {tensor.device}, strides {tensor.stride()}"
             raise ValueError(f"tensor {name!r} is {kind}: give contiguous CPU tensors of a plain dtype.")
-    if taken := tensors.keys() & {_HEADER_CHECKSUM, "__metadata__"}:
+    if taken := tensors.keys() & {HEADER_CHECKSUM, "__metadata__"}:
         raise ValueError(f"a tensor cannot be named {taken.pop()!r}: the file format uses that name.")
     json.dumps(manifest)  # raises for what JSON cannot hold, before the disk is touched
     size = sum(tensor.nbytes for tensor in tensors.values())
     with _session_errors(path), replace_file(path, size) as part:
         checksums = {name: zlib.crc32(_bytes(tensor)) for name, tensor in tensors.items()}
         metadata = {"format_version": FORMAT_VERSION, "manifest": manifest, "checksums": checksums}
-        content = tensors | {_HEADER_CHECKSUM: torch.zeros(1, dtype=torch.int64, device="cpu")}
+        content = tensors | {HEADER_CHECKSUM: torch.zeros(1, dtype=torch.int64, device="cpu")}
         with ThreadPoolExecutor(1) as pool:
-            saving = pool.submit(save_file, content, part, {_KEY: json.dumps(metadata)})
+            saving = pool.submit(save_file, content, part, {KEY: json.dumps(metadata)})
             while progress and not wait([saving], timeout=0.1).done:
                 progress(min(_written(part.parent), size), size)
             saving.result()
@@ -98,20 +94,8 @@ def read(path: str | Path) -> Stored:
     Raises `SessionError` for a file that is missing, from another program, in a newer format, cut short, or damaged in
     its header.
     """
-    path = Path(path)
-    with _session_errors(path):
-        atomic.check_name(path)
-    try:
-        if not path.exists():
-            raise SessionError(f"{path}: no such file.")
-        if not path.is_file():
-            raise SessionError(f"{path} is not a file.")
-        with path.open("rb") as file:
-            if not os.fstat(file.fileno()).st_size:
-                raise SessionError(f"{path} is cut short: it is empty.")
-            return Stored(path, os.dup(file.fileno()), mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
-    except OSError as error:
-        raise SessionError(f"{path} cannot be read: {error.strerror or error}.") from error
+    with opened(path) as (descriptor, mapped):
+        return Stored(Path(path), os.dup(descriptor), mapped)
 
 
 class Stored:
@@ -128,11 +112,8 @@ class Stored:
         self._state = self._state_of_file()
         self.nbytes = len(mapped)
         """Size of the file in bytes."""
-        start, header, metadata = _read_header(path, mapped)
-        self.manifest: dict[str, Any] = metadata["manifest"]
-        self._checksums: dict[str, int] = metadata["checksums"]
-        self._entries = {name: header[name] for name in self._checksums}
-        self._start = start
+        self._header = read_header(path, mapped)
+        self.manifest: dict[str, Any] = self._header.manifest
 
     def _state_of_file(self) -> tuple[int, int]:
         state = os.fstat(self._descriptor)
@@ -146,13 +127,13 @@ class Stored:
     @property
     def names(self) -> list[str]:
         """Names of the tensors, sorted."""
-        return sorted(self._entries)
+        return sorted(self._header.entries)
 
     @settled
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor of that name, mapped: nothing is read before use. Raises `SessionError` for an unknown name."""
         start, stop = self._offsets(name)
-        dtype, shape = _DTYPES[self._entries[name]["dtype"]], self._entries[name]["shape"]
+        dtype, shape = _DTYPES[self._header.entries[name]["dtype"]], self._header.entries[name]["shape"]
         if start == stop:
             return torch.empty(shape, dtype=dtype, device="cpu")  # torch maps no empty buffer
         count = (stop - start) // dtype.itemsize
@@ -163,43 +144,15 @@ class Stored:
         for name in names or self.names:
             start, stop = self._offsets(name)
             with memoryview(self._mapped) as whole, whole[start:stop] as part:
-                if zlib.crc32(part) != self._checksums[name]:
+                if zlib.crc32(part) != self._header.checksums[name]:
                     raise SessionError(f"{self.path} is damaged: {name!r} does not match its checksum.")
 
     def _offsets(self, name: str) -> tuple[int, int]:
         """First byte in the file, and the one after the last."""
-        if name not in self._entries:
+        if name not in self._header.entries:
             raise SessionError(f"{self.path} holds no tensor {name!r}.")
-        start, stop = self._entries[name]["data_offsets"]
-        return self._start + start, self._start + stop
-
-
-def _read_header(path: Path, mapped: mmap.mmap) -> tuple[int, dict[str, Any], dict[str, Any]]:
-    """Offset of the tensors, the header's entries, and our metadata in it, once the header matches its checksum."""
-    try:
-        length = int.from_bytes(mapped[:8], "little")
-        start = 8 + length
-        if mapped[8:9] not in (b"{", b""):
-            raise ValueError
-        if start > len(mapped):
-            raise SessionError(f"{path} is cut short, or its header is damaged: it has {len(mapped)} bytes.")
-        header = json.loads(mapped[8:start])
-        metadata = json.loads(header["__metadata__"][_KEY])
-        version = metadata["format_version"]
-        if version > FORMAT_VERSION:
-            raise SessionError(f"{path} was written by a newer tieredkv (format {version}): update.")
-        end = start + max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
-        if end != len(mapped):
-            raise SessionError(f"{path} is cut short, or its header is damaged: {len(mapped)} bytes instead of {end}.")
-        offset = start + header[_HEADER_CHECKSUM]["data_offsets"][0]
-        checksum = int.from_bytes(mapped[offset : offset + 8], "little")
-    except SessionError:
-        raise
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
-        raise SessionError(f"{path} is not a tieredkv file, or its header is damaged.") from None
-    if zlib.crc32(mapped[:start]) != checksum:
-        raise SessionError(f"{path} is damaged: its header does not match its checksum.")
-    return start, header, metadata
+        start, stop = self._header.entries[name]["data_offsets"]
+        return self._header.start + start, self._header.start + stop
 
 
 def _write_header_checksum(file: Path) -> int:
@@ -207,7 +160,7 @@ def _write_header_checksum(file: Path) -> int:
     with file.open("r+b") as stream:
         prefix = stream.read(8)
         header = stream.read(int.from_bytes(prefix, "little"))
-        stream.seek(json.loads(header)[_HEADER_CHECKSUM]["data_offsets"][0], os.SEEK_CUR)
+        stream.seek(json.loads(header)[HEADER_CHECKSUM]["data_offsets"][0], os.SEEK_CUR)
         stream.write(zlib.crc32(prefix + header).to_bytes(8, "little"))
         return os.fstat(stream.fileno()).st_size
 
@@ -226,18 +179,11 @@ def _written(folder: Path) -> int:
     return size
 
 
-def check_target(path: Path) -> None:
-    """Raise `SessionError` for a path that `write` could not write to; leaves nothing there."""
-    with _session_errors(path):
-        atomic.check_target(path)
-
-
 @contextmanager
 def _session_errors(path: Path) -> Iterator[None]:
     try:
-        yield
-    except OutputError as error:
-        raise SessionError(str(error)) from error
+        with session_errors():
+            yield
     except SafetensorError as error:
         reason = str(error).removeprefix("Error while serializing: ").removeprefix("I/O error: ")
         raise SessionError(f"{path} could not be written: {reason}.") from error

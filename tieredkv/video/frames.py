@@ -16,6 +16,7 @@ from PIL import Image
 
 from tieredkv.errors import VideoError
 from tieredkv.memory.limits import check_host_memory
+from tieredkv.video.paths import check_path
 from tieredkv.video.sampling import FileSource, Sampling, Tick
 
 
@@ -119,22 +120,13 @@ def load_frames(video: Any, sampling: Sampling) -> Frames:
 
 
 def check_video(video: Any) -> None:
-    """Raise `VideoError` unless `video` is frames or the path of a file; nothing is read."""
+    """Raise `VideoError` unless `video` is frames or the path of a file; no more than a byte is read."""
     if isinstance(video, bytes | bytearray) or not isinstance(video, str | Path | torch.Tensor | np.ndarray | Sequence):
         raise VideoError(
             f"video is of type {type(video).__name__}: give a path, a list of PIL images, or an array (T, H, W, 3)."
         )
     if isinstance(video, str | Path):
-        try:
-            exists, folder = Path(video).exists(), Path(video).is_dir()
-        except (OSError, ValueError) as error:
-            raise VideoError(f"{str(video)[:80]}: no such file ({error.__class__.__name__}).") from None
-        if not exists:
-            raise VideoError(f"{video}: no such file.")
-        if folder:
-            raise VideoError(f"{str(video) or repr(str(video))} is a folder, not a video file.")
-        if not Path(video).is_file():  # reading a pipe might never end
-            raise VideoError(f"{video} is not a regular file: save the video as one.")
+        check_path(video)
 
 
 class ArraySource:

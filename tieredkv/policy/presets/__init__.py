@@ -1,22 +1,11 @@
-"""The policies by name. A new one is a file here and a line in `POLICIES`."""
+"""The policies by name. A new one is a file here and a line in `policy.names`."""
 
 from __future__ import annotations
 
-from tieredkv.policy.base import Policy
-from tieredkv.policy.presets import arkvale, full, hybridkv, lookm, mixkv, paper, quest, snapkv, streaming
+from importlib import import_module
 
-POLICIES: dict[str, Policy] = {
-    policy.name: policy
-    for policy in (
-        hybridkv.POLICY,
-        paper.POLICY,
-        mixkv.POLICY,
-        snapkv.POLICY,
-        lookm.POLICY,
-        streaming.POLICY,
-        quest.POLICY,
-        arkvale.POLICY,
-        full.POLICY,
-    )
-}
+from tieredkv.policy.base import Policy
+from tieredkv.policy.names import NAMES
+
+POLICIES: dict[str, Policy] = {name: import_module(f"{__name__}.{name}").POLICY for name in NAMES}
 """The policies that come with the package, by name."""

@@ -1,0 +1,87 @@
+"""What is wrong with paths, options and sessions is said before torch, transformers or PyAV is imported."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tieredkv.storage import tensor_file
+
+HEAVY = ("torch", "transformers", "torchvision", "av", "accelerate", "safetensors")
+REFUSED = {
+    "ask --help": "Answer one question",
+    "--version": "",
+    "bench nothing": "'nothing' is not a benchmark",
+    "ask gone.mp4 Q": "gone.mp4: no such file.",
+    "ask . Q": ". is a folder, not a video file.",
+    "ask empty.mp4 Q": "empty.mp4: not a readable video file (it is empty).",
+    "ask film.mp4 Q --fps 0": "fps=0.0 is not valid",
+    "ask film.mp4 Q --max-frames 0": "max_frames=0 is not valid",
+    "ask film.mp4 Q --max-pixels 0": "max_pixels=0 is not valid",
+    "ask film.mp4 Q --start 3 --end 2": "end=2.0 is not valid",
+    "ask film.mp4 Q --gpu-kv-gb 0": "gpu_kv_gb=0.0 is not valid",
+    "ask film.mp4 Q --host-kv-gb -1": "host_kv_gb=-1.0 is not valid",
+    "ask film.mp4 Q --policy best": "policy='best' is not valid: give one of hybridkv, ",
+    "ask film.mp4 Q --max-new-tokens 0": "max_new_tokens=0 is not valid",
+    "ask film.mp4 Q --evidence page.pdf": "page.pdf: give a file name that ends in .png or .html.",
+    "ask film.mp4 Q --evidence nowhere/page.html": "there is no folder",
+    "ask film.mp4 Q --session nowhere/film.tkv": "there is no folder",
+    "ask Q --session gone.tkv": "gone.tkv: no such file; give a video too",
+    "ask Q --session film.mp4": "film.mp4 is not a tieredkv file, or its header is damaged.",
+    "ask Q --session cut.tkv": "cut.tkv is cut short",
+    "ask Q --session tensors.tkv": "tensors.tkv holds no session (there is no 'model' in it).",
+    "ask Q --session later.tkv": "later.tkv was written by a newer tieredkv (format 7): update.",
+    "chat gone.mp4": "gone.mp4: no such file.",
+    "chat --session film.mp4": "film.mp4 is not a tieredkv file",
+    "plan gone.mp4": "gone.mp4: no such file.",
+    "plan film.mp4 --fps 0": "fps=0.0 is not valid",
+    "run gone.jsonl -o answers.jsonl": "gone.jsonl cannot be read",
+    "run film.mp4 -o answers.jsonl": "line 1 is not JSON",
+    "run questions.jsonl -o answers.jsonl --policy best": "policy='best' is not valid",
+    "run questions.jsonl -o nowhere/answers.jsonl": "nowhere/answers.jsonl cannot be written",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("refused")
+    (folder / "film.mp4").write_bytes(b"not a film")
+    (folder / "empty.mp4").touch()
+    (folder / "questions.jsonl").write_text('{"video": "film.mp4", "question": "what ?"}\n')
+    tensor_file.write(folder / "tensors.tkv", {}, {"a": torch.zeros(3)})
+    (folder / "cut.tkv").write_bytes((folder / "tensors.tkv").read_bytes()[:-9])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tensor_file, "FORMAT_VERSION", 7)
+        tensor_file.write(folder / "later.tkv", {}, {})
+    return folder
+
+
+@pytest.mark.subprocess
+def test_refusals_import_nothing_slow(folder):
+    """All in one process, which has imported nothing but what the earlier ones needed."""
+    script = f"""
+import contextlib, io, json, sys
+from tieredkv import cli
+
+results = {{}}
+for line in {list(REFUSED)!r}:
+    sys.argv = ["tieredkv", *line.split()]
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+    results[line] = code, said.getvalue(), [name for name in {HEAVY!r} if name in sys.modules]
+print(json.dumps(results))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=folder)
+    for line, (code, said, imported) in json.loads(done.stdout).items():
+        assert REFUSED[line] in said, line
+        assert code == (0 if line.endswith(("--help", "--version")) else 2), line
+        assert imported == [], line
