@@ -42,6 +42,7 @@ def open_session(
     start: float = 0.0,
     end: float | None = None,
     max_pixels: int | None = None,
+    skip_damaged: bool = False,
     positions: Positions = "published",
     progress: bool = False,
     system: str | None = None,
@@ -54,14 +55,15 @@ def open_session(
     ndarray or tensor, uint8 or floats in [0, 1], taken at `source_fps` per second (None: at `fps`). fps: frames sampled
     per second (None: the processor's own rate). max_frames: at most this many frames, spread evenly over the video.
     max_pixels: most pixels of a frame as the vision tower sees it, in place of the processor's limits (None: those).
-    start, end: seconds of the video to read, as players show them. gpu_kv_gb: hard cap in GiB on device memory for
+    start, end: seconds of the video to read, as players show them. skip_damaged: go over what is damaged or missing in
+    a file; `session.ingest_stats.damaged` says which seconds. gpu_kv_gb: hard cap in GiB on device memory for
     keys and values (None: 4). tiers: every other setting; its fields may be given as keywords instead. positions:
     "published" or "stock", how text after the video is numbered. progress: show a bar on stderr. system: the system
     prompt of every question; None: the chat template's own, if it has one.
 
     Raises `UnsupportedModelError`, `VideoError`, `BudgetError` or `OptionError`, all of them `TieredKVError`.
     """
-    sampling = Sampling(fps, source_fps, max_frames, start, end, max_pixels)
+    sampling = Sampling(fps, source_fps, max_frames, start, end, max_pixels, skip_damaged)
     session = new_session(
         model,
         gpu_kv_gb=gpu_kv_gb,
@@ -116,12 +118,10 @@ def load_session(
     """Load a session that `VideoSession.save` wrote; no video is decoded, encoded or prefilled.
 
     The file is mapped: each layer is read, and verified against its checksum, when it is first attended to. It may be
-    replaced meanwhile but not changed in place. model, processor: those the session was saved with. video: if
-    given, raise unless the session is about this file or these frames. system: if given, raise unless the session was
-    saved with this system prompt. gpu_kv_gb, options: fields of `TierConfig` that replace the saved ones.
     replaced meanwhile but not changed in place. model, processor: those the session was saved with; without them, the
     model that the file names and the processor stored with it. video: if given, raise unless the session is about this
-    file or these frames. gpu_kv_gb, options: fields of `TierConfig` that replace the saved ones.
+    file or these frames. system: if given, raise unless the session was saved with this system prompt. gpu_kv_gb,
+    options: fields of `TierConfig` that replace the saved ones.
 
     Raises `SessionError` if the file is not a session, is damaged, or belongs to another model, processor or video;
     damage to a layer is found by the first question.
@@ -139,7 +139,9 @@ def load_session(
         session_file.check_same_system(stored, system)
     first_picture = 0.0
     if video is not None:
-        film = open_video(video, Sampling(DEFAULT_FPS))
+        sampled = origin.sampling_of(stored.path, stored.manifest)
+        skip_damaged = sampled is not None and sampled.skip_damaged
+        film = open_video(video, Sampling(DEFAULT_FPS, skip_damaged=skip_damaged))
         session_file.check_same_video(stored, film)
         first_picture = film.start
     source: ModelSource | None

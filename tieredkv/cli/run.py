@@ -18,6 +18,7 @@ from tieredkv.cli.options import (
     Model,
     NewTokens,
     PolicyName,
+    SkipDamaged,
     System,
     given,
     model_path,
@@ -43,6 +44,7 @@ def run(
     fps: Fps = None,
     max_frames: MaxFrames = None,
     max_pixels: MaxPixels = None,
+    skip_damaged: SkipDamaged = False,
     system: System = None,
     max_new_tokens: NewTokens = 256,
 ) -> None:
@@ -55,6 +57,7 @@ def run(
     from tieredkv.batch.questions_file import read_questions
     from tieredkv.batch.run import run as run_batch
     from tieredkv.cli.checks import check_options
+    from tieredkv.cli.opening import report_damage
     from tieredkv.models.prompts import check_system
     from tieredkv.video.paths import check_path
 
@@ -64,7 +67,9 @@ def run(
     options = {"max_new_tokens": max_new_tokens}
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
     check_system(system)
-    sampling = check_options(tiers, given(fps=fps, max_frames=max_frames, max_pixels=max_pixels), max_new_tokens)
+    sampling = check_options(
+        tiers, given(fps=fps, max_frames=max_frames, max_pixels=max_pixels, skip_damaged=skip_damaged), max_new_tokens
+    )
     with AnswersFile(output, batch, resume=resume, retry_errors=retry_errors) as answers:
         if not all(map(answers.has, batch)):
             from tieredkv import api
@@ -82,6 +87,7 @@ def run(
                 except BaseException:
                     session.close()
                     raise
+                report_damage(session)
                 return session
 
             answers.begin()

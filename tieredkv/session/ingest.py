@@ -159,6 +159,7 @@ class Ingest:
             prefill_s=prefill_s,
             wall_s=now - started,
             streamed_bytes=cache.device_tier.transfer.streamed_bytes,
+            damaged=video.source.damaged,
         )
         return grid, stats, next(hashed)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from tieredkv.video import pyav as av
-from tieredkv.video.container import MATROSKA
+from tieredkv.video.container import MATROSKA, opened
 
 STRICT = {"err_detect": "explode"}
 """Options of a decoder with which it refuses a damaged picture instead of guessing the damaged part."""
@@ -14,6 +16,8 @@ _MOST_ERRORS = 1000
 """Errors in a row after which a container's end is taken for reached."""
 _BETWEEN_BLOCKS = 256
 """Most bytes between the content of two blocks in a Matroska file; what takes more is damaged."""
+_MARK_AHEAD = 3
+"""Packets of a transport stream between the one marked as damaged and a loss."""
 _AVI_HEAD = 8
 """Bytes of an AVI chunk before its content."""
 
@@ -29,10 +33,7 @@ class Salvage:
 
     def __init__(self, container: Any, stream: Any) -> None:
         """The stream must not have been decoded before."""
-        stream.thread_type = "SLICE"  # with threads for frames, errors are reported for later packets
-        stream.codec_context.options = STRICT
-        stream.codec_context.flags |= av.codec.context.Flags.copy_opaque
-        self._container, self._stream = container, stream
+        self._container, self._stream, self._decoder = container, stream, _strict(stream)
         self._frames = self._decoded()
         self._broken = False
         """Whether the packets that follow build on one that is lost."""
@@ -40,7 +41,7 @@ class Salvage:
         """Presentation time of the key frame that ended that: a picture shown before it may still build on the loss."""
         self._damaged: set[int] = set()
         """Numbers of packets whose frames are left out."""
-        self._lost: list[tuple[int | None, int | None]] = []
+        self._lost: list[tuple[int | None, float | None]] = []
         """Presentation and decoding times of lost pictures that `lost_before` has not reported."""
 
     def __iter__(self) -> Iterator[Any]:
@@ -52,7 +53,7 @@ class Salvage:
     def lost_before(self, frame: Any | None) -> int:
         """How many pictures shown before `frame` (None: the end) were lost since the last call; 1 may mean more."""
 
-        def earlier(lost: tuple[int | None, int | None]) -> bool:
+        def earlier(lost: tuple[int | None, float | None]) -> bool:
             presentation, decoding = lost
             if frame is None:
                 return True
@@ -65,22 +66,33 @@ class Salvage:
         return len(before)
 
     def _decoded(self) -> Iterator[Any]:
-        for number, packet in enumerate(self.packets()):
-            packet.opaque = number
-            failed = packet.is_corrupt
-            frames = []
-            try:
-                frames = self._stream.decode(packet)
-            except (av.FFmpegError, OSError):
-                failed = True
-            self._note(number, packet, failed)
+        with ExitStack() as decoders:
+            for number, packet in enumerate(self.packets()):
+                packet.opaque = number
+                frames, failed = self._decode(packet)
+                if failed and self._broken and packet.is_keyframe:
+                    # What was damaged before may have damaged the decoder's own state.
+                    yield from self._whole(self._decode(None)[0])
+                    _, stream = decoders.enter_context(opened(Path(self._container.name), self._stream.index))
+                    self._decoder = _strict(stream)
+                    frames, failed = self._decode(packet)
+                failed |= packet.is_corrupt or any(frame.is_corrupt for frame in frames if frame.opaque == number)
+                self._note(number, packet, failed)
+                yield from self._whole(frames)
+            frames, failed = self._decode(None)
+            if failed:
+                self._lost.append((None, None))
             yield from self._whole(frames)
-        flush = av.Packet()
-        flush.stream, flush.time_base = self._stream, self._stream.time_base
+
+    def _decode(self, packet: Any | None) -> tuple[list[Any], bool]:
+        """Frames, and whether the decoder failed. None: the last frames."""
+        if packet is None:
+            packet = av.Packet()
+            packet.stream, packet.time_base = self._stream, self._stream.time_base
         try:
-            yield from self._whole(self._stream.decode(flush))
+            return self._decoder.decode(packet), False
         except (av.FFmpegError, OSError):
-            self._lost.append((None, None))
+            return [], True
 
     def _note(self, number: int, packet: Any, failed: bool) -> None:
         """Record whether this packet's frame is to be left out."""
@@ -109,6 +121,8 @@ class Salvage:
         kind = self._container.format.name
         if kind == MATROSKA:
             packets = self._adjoining(packets)
+        elif kind == "mpegts":
+            packets = self._continuous(packets)
         elif kind == "avi" and len(self._stream.index_entries):
             packets = self._indexed(packets)
         return (packet for packet in packets if packet.stream_index == self._stream.index)
@@ -139,6 +153,18 @@ class Salvage:
                 begin, end = packet.pos, packet.size + (end if laced else packet.pos)
             yield packet
 
+    def _continuous(self, packets: Iterator[Any]) -> Iterator[Any]:
+        """Packets of a transport stream, which marks as damaged a packet shortly before lost ones."""
+        due, damaged = None, -_MARK_AHEAD - 1
+        for number, packet in enumerate(packets):
+            if packet.stream_index == self._stream.index and packet.dts is not None:
+                damaged = number if packet.is_corrupt else damaged
+                if due is not None and packet.dts > due and number - damaged <= _MARK_AHEAD:
+                    self._lost.append((None, due))
+                    self._broken = True
+                due = packet.dts + 1.5 * packet.duration if packet.duration else None
+            yield packet
+
     def _indexed(self, packets: Iterator[Any]) -> Iterator[Any]:
         """Packets of an AVI file, whose times FFmpeg counts: with the times of its index, where it has them."""
         entries = {entry.pos + _AVI_HEAD: entry for entry in self._stream.index_entries}
@@ -158,3 +184,12 @@ class Salvage:
                 packet.dts += shift
                 packet.pts = None if packet.pts is None else packet.pts + shift
             yield packet
+
+
+def _strict(stream: Any) -> Any:
+    """The decoder of a stream: it refuses damaged pictures, and frames carry the numbers of their packets."""
+    decoder = stream.codec_context
+    decoder.thread_type = "SLICE"  # with threads for frames, errors are reported for later packets
+    decoder.options = STRICT
+    decoder.flags |= av.codec.context.Flags.copy_opaque
+    return decoder
