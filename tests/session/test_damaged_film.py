@@ -48,7 +48,7 @@ def test_the_command_line_says_what_is_missing(monkeypatch, capsys, cut, tmp_pat
     assert (code, out) == (2, "")
     assert "--skip-damaged" in err
     code, out, err = run(monkeypatch, capsys, *ask, "--skip-damaged")
-    assert code == 0
+    assert code == 0, err
     ((begin, end),) = json.loads(out)["damaged"]
     assert f"tieredkv: could not be read: 0:0{begin:.1f} to 0:{end:.1f} ({end - begin:.1f} s); the pi" in err
     questions = tmp_path / "questions.jsonl"
@@ -56,8 +56,8 @@ def test_the_command_line_says_what_is_missing(monkeypatch, capsys, cut, tmp_pat
     answers = tmp_path / "answers.jsonl"
     options = ["-m", "tiny", "--fps", "1", "--max-new-tokens", "2", "--skip-damaged"]
     code, _, err = run(monkeypatch, capsys, "run", str(questions), "-o", str(answers), *options)
-    assert code == 0
+    assert code == 0, err
     assert json.loads(answers.read_text())["damaged"] == [[begin, end]]
     assert "could not be read" in err
-    code, out, _ = run(monkeypatch, capsys, "plan", str(cut), "--fps", "1", "--skip-damaged", "--json")
-    assert code == 0
+    code, out, err = run(monkeypatch, capsys, "plan", str(cut), "-m", "tiny", "--fps", "1", "--skip-damaged", "--json")
+    assert code == 0, err

@@ -72,6 +72,11 @@ class IngestStats:
     """With `skip_damaged`: the seconds of the video, from and to, that could not be read; the last whole picture before
     them was shown instead, at the beginning the first."""
 
+    @staticmethod
+    def none() -> IngestStats:
+        """Of an ingest that has not begun."""
+        return IngestStats(0, 0, 0.0, 0.0, 0.0, 0.0, 0)
+
     @property
     def overlap(self) -> float:
         """Sum of the stages' seconds / wall time: above 1 if they overlapped."""
