@@ -12,7 +12,7 @@ import typer
 from tieredkv import __version__
 from tieredkv.cli import ask, bench, chat, defaults, demo, doctor, models, plan, policies, run
 from tieredkv.cli.process import INTERRUPTED
-from tieredkv.errors import TieredKVError
+from tieredkv.errors import TieredKVError, reason
 
 # Read when torch is imported, which only commands do. If another program takes a core, the other threads spin until it
 # is given back, and decoding is several times slower. Sleeping instead costs little (docs/log.md).
@@ -69,7 +69,7 @@ def execute() -> None:
     except BrokenPipeError:
         sys.exit(1)
     except OSError as error:
-        _end(f"{error.filename or 'input or output'}: {error.strerror or error}.", 1)
+        _end(reason(error), 1)
     except KeyboardInterrupt:
         _end("interrupted.", INTERRUPTED)
     except SystemExit as stop:
