@@ -54,7 +54,11 @@ def test_the_lock_of_a_folder_that_was_removed_meanwhile_does_not_count(tmp_path
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("file", "file could not be written: File exists"), ("nowhere/folder", "there is no folder"), ("a\0b", "not a file name")],
+    [
+        ("file", "file could not be written: File exists"),
+        ("nowhere/folder", "there is no folder"),
+        ("a\0b", "not a file name"),
+    ],
 )
 def test_where_there_can_be_no_folder_it_is_refused(name, reason, tmp_path):
     (tmp_path / "file").write_text("content")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from tieredkv.cli.options import model_path, typed
+from tieredkv.cli.process import quick_imports
 from tieredkv.cli.toy import model_or_toy
 from tieredkv.errors import OptionError, SessionError
 from tieredkv.models.prompts import check_system
@@ -52,10 +54,11 @@ def opened(
             model = None
         if video is not None:
             check_path(video)
-        from tieredkv import api
-
+        with quick_imports():
+            from tieredkv import api
         with api.load_session(saved, model and model_path(model), video=video, system=system, **tiers) as session:
             remove_leftover(checkpoint_path(saved))
+            report_damage(session)
             yield session, None
         return
     if video is None:
@@ -69,10 +72,11 @@ def opened(
         checkpoint = checkpoint_path(saved)
         check_free(checkpoint)
     model = model_or_toy(model, [video])
-    from tieredkv import api
-
+    with quick_imports():
+        from tieredkv import api
     with api.new_session(model_path(model), progress=True, system=system, **tiers) as session:
         session.ingest(video, frames, checkpoint=checkpoint, **asked)
+        report_damage(session)
         unsaved: SessionError | None = None
         if saved is not None:
             try:
@@ -82,6 +86,16 @@ def opened(
             except SessionError as error:  # the question can be answered nevertheless
                 unsaved = error
         yield session, unsaved
+
+
+def report_damage(session: VideoSession) -> None:
+    """Say on stderr which seconds of the video could not be read."""
+    from tieredkv.progress import spans_text
+
+    if session.ingest_stats is not None and (damaged := session.ingest_stats.damaged):
+        print(
+            f"tieredkv: could not be read: {spans_text(damaged)}; the picture before is shown there.", file=sys.stderr
+        )
 
 
 def is_there(path: Path) -> bool:

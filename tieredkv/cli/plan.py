@@ -17,6 +17,7 @@ from tieredkv.cli.options import (
     Model,
     NewTokens,
     PolicyName,
+    SkipDamaged,
     Start,
     System,
     given,
@@ -39,6 +40,7 @@ def plan(
     max_pixels: MaxPixels = None,
     start: Start = None,
     end: End = None,
+    skip_damaged: SkipDamaged = False,
     system: System = None,
     max_new_tokens: NewTokens = 256,
     link: Annotated[str, typer.Option(envvar="TIEREDKV_LINK", help="The link to the card, or its GB/s.")] = "pcie4x16",
@@ -49,10 +51,11 @@ def plan(
 ) -> None:
     """Show the memory and time that a video would need. Loads no weights and decodes nothing."""
     from tieredkv.cli.checks import check_options
+    from tieredkv.cli.process import quick_imports
     from tieredkv.video.paths import check_path
 
     tokens = video.isascii() and video.isdigit() and len(video) < 20 and not Path(video).exists()
-    sampling = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels)
+    sampling = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels, skip_damaged=skip_damaged or None)
     if tokens and not typed(context, sampling):
         sampling = {}  # defaults for videos do not apply to a number of tokens
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
@@ -60,8 +63,8 @@ def plan(
     if not tokens:
         check_path(video)
     model = model_or_toy(model, [] if tokens else [video], "this plan is for the bundled toy model")
-    from tieredkv.planning import forecast
-
+    with quick_imports():
+        from tieredkv.planning import forecast
     estimate = forecast.plan(
         model_path(model),
         int(video) if tokens else video,
