@@ -24,6 +24,7 @@ from tieredkv import cli
 from tieredkv.config import TierConfig
 from tieredkv.session import checkpoint
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored by the process of the tests
 TierConfig.__init__.__kwdefaults__["prefill_chunk"] = 64
 write, written = checkpoint.Checkpoint.write, []
 
