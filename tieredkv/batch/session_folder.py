@@ -51,7 +51,7 @@ class SessionFolder:
             else:
                 self._report(f"  from {file}")
                 return
-        session.ingest(video, sampling, **asked)
+        session.ingest(video, sampling, save_to=file, **asked)
         try:
             session.save(file)
         except SessionError as error:

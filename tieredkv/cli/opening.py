@@ -70,7 +70,7 @@ def opened(
     with quick_imports():
         from tieredkv import api
     with api.new_session(model_path(model), progress=True, system=system, **tiers) as session:
-        session.ingest(video, frames, **asked)
+        session.ingest(video, frames, save_to=saved, **asked)
         report_damage(session)
         unsaved: SessionError | None = None
         if saved is not None:
