@@ -9,7 +9,7 @@ from typing import Any
 
 from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.config import TierConfig
-from tieredkv.errors import TieredKVError
+from tieredkv.errors import OutputError, TieredKVError
 from tieredkv.models.chat_template import ChatTemplate
 from tieredkv.models.encode import at_processor_rate
 from tieredkv.models.kv_shape import model_shape
@@ -116,6 +116,7 @@ class Ingest:
         try:
             if checkpoint is not None:
                 begun = self._continue(checkpoint, planned, source, room, progress)
+                self._check_space(checkpoint, planned.tokens, progress)
             if begun is None:
                 begun = replace(planned, grid=first_steps(prepared.grid, 0))
             cache = self._held()
@@ -158,6 +159,13 @@ class Ingest:
             self._new_cache(room)  # that one may be filled in part
             return None
         return begun.video
+
+    def _check_space(self, checkpoint: Checkpoint, tokens: int, progress: IngestProgress) -> None:
+        """Report it if the disk is too small for checkpoints of this many tokens: none is written then."""
+        try:
+            checkpoint.check_space(self._file_bytes(tokens))
+        except OutputError as error:
+            progress.say(f"{error} The ingest goes on without checkpoints.")
 
     def _new_cache(self, room: int) -> None:
         """An empty cache, with room for this many prompt tokens."""
