@@ -54,12 +54,18 @@ class SessionFolder:
                 remove_leftover(checkpoint_path(file))
                 self._report(f"  from {file}")
                 return
-        session.ingest(video, sampling, checkpoint=checkpoint_path(file), **asked)
+        try:
+            session.ingest(video, sampling, checkpoint=checkpoint_path(file), **asked)
+        except SessionError as error:  # another run's, or of a model that has changed: before anything is decoded
+            self._report(f"  without a checkpoint: {error}")
+            session.ingest(video, sampling, **asked)
         try:
             session.save(file)
         except SessionError as error:
             self.unsaved += 1
             self._report(f"  session not saved: {error}")
+        else:
+            remove_leftover(checkpoint_path(file))
 
     def _file(self, video: Path, sha256: str, sampling: Sampling, system: str | None) -> Path:
         given = {name: float(getattr(sampling, name)) for name in sampling.given()}  # 2 and 2.0 are one rate
