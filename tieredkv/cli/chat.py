@@ -64,6 +64,7 @@ def chat(
         video_session,
         unsaved,
     ):
+        from tieredkv.cli.stats import counted
         from tieredkv.cli.talk import Talk
         from tieredkv.cli.terminal import ended_by_signals
 
@@ -73,8 +74,9 @@ def chat(
         interactive = sys.stdin.isatty()
         if interactive:
             assert video_session.video is not None
-            earlier = f", {len(video_session.history)} questions so far" if video_session.history else ""
-            print(f"{video_session.video.visual_tokens:,} visual tokens{earlier}. Ask, or /help.", file=sys.stderr)
+            earlier = f", {counted(len(video_session.history), 'question')} so far" if video_session.history else ""
+            tokens = counted(video_session.video.visual_tokens, "visual token")
+            print(f"{tokens}{earlier}. Ask, or /help.", file=sys.stderr)
         with ended_by_signals():
             try:
                 talk.run(lines("> "))

@@ -50,7 +50,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show the memory and time that a video would need. Loads no weights and decodes nothing."""
-    from tieredkv.cli.checks import check_options
+    from tieredkv.cli.checks import check_options, refuse_session
     from tieredkv.cli.process import quick_imports
     from tieredkv.video.paths import check_path
 
@@ -61,6 +61,7 @@ def plan(
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
     check_options(tiers, {**sampling, **given(start=start, end=end)}, max_new_tokens)
     if not tokens:
+        refuse_session(video)
         check_path(video)
     model = model_or_toy(model, [] if tokens else [video], "this plan is for the bundled toy model")
     with quick_imports():

@@ -28,6 +28,7 @@ from tieredkv.cli.options import (
 from tieredkv.cli.process import quick_imports
 from tieredkv.cli.toy import model_or_toy
 from tieredkv.errors import BatchError
+from tieredkv.progress import note
 
 if TYPE_CHECKING:
     from tieredkv.batch.questions_file import BatchQuestion
@@ -112,6 +113,7 @@ def _opener(
     from tieredkv.cli.opening import report_damage
     from tieredkv.video.paths import check_path
 
+    note(f"loading {model}")
     with quick_imports():
         from tieredkv import api
         from tieredkv.models import loading
