@@ -22,8 +22,20 @@ def pixels(value: str | int) -> int:
 Model = Annotated[
     str, typer.Option("--model", "-m", envvar="TIEREDKV_MODEL", help="A local path, a hub id, or 'tiny'.")
 ]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        envvar="TIEREDKV_WEIGHTS",
+        metavar="4bit|8bit",
+        help="Quantise the decoder's weights while loading [as they are stored].",
+    ),
+]
 GpuGiB = Annotated[
-    float | None, typer.Option(envvar="TIEREDKV_GPU_KV_GB", help="Device memory for keys and values, GiB [4].")
+    float | None,
+    typer.Option(
+        envvar="TIEREDKV_GPU_KV_GB",
+        help="Device memory for keys and values, GiB [what the card has left; without one 4].",
+    ),
 ]
 HostGiB = Annotated[
     float | None,
