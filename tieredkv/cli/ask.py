@@ -20,6 +20,7 @@ from tieredkv.cli.options import (
     PolicyName,
     Start,
     System,
+    Weights,
     given,
     typed,
 )
@@ -31,6 +32,7 @@ def ask(
     context: typer.Context,
     words: Annotated[list[str], typer.Argument(metavar="[VIDEO] QUESTION", help="A video file, and the question.")],
     model: Model = "tiny",
+    weights: Weights = None,
     session: Annotated[
         Path | None,
         typer.Option(help="A saved session to ask; if the file does not exist, the new session is saved to it."),
@@ -75,6 +77,8 @@ def ask(
         sampling=sampling,
         typed=typed(context, sampling),
         system=system,
+        weights=weights,
+        weights_typed=bool(typed(context, {"weights": weights})),
         question=question,
         max_new_tokens=max_new_tokens,
     ) as (video_session, unsaved):

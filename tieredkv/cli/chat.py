@@ -20,6 +20,7 @@ from tieredkv.cli.options import (
     PolicyName,
     Start,
     System,
+    Weights,
     given,
     typed,
 )
@@ -29,6 +30,7 @@ def chat(
     context: typer.Context,
     video: Annotated[str | None, typer.Argument(help="A video file; not needed with a saved session.")] = None,
     model: Model = "tiny",
+    weights: Weights = None,
     session: Annotated[
         Path | None,
         typer.Option(help="A saved session to continue; if the file does not exist, the new session is saved to it."),
@@ -58,10 +60,18 @@ def chat(
     options = {"max_new_tokens": max_new_tokens}
     check_options(tiers, sampling, max_new_tokens)
     names = typed(context, sampling)
-    with opened(model, video, session, tiers=tiers, sampling=sampling, typed=names, system=system, **options) as (
-        video_session,
-        unsaved,
-    ):
+    with opened(
+        model,
+        video,
+        session,
+        tiers=tiers,
+        sampling=sampling,
+        typed=names,
+        system=system,
+        weights=weights,
+        weights_typed=bool(typed(context, {"weights": weights})),
+        **options,
+    ) as (video_session, unsaved):
         from tieredkv.cli.talk import Talk
 
         if unsaved is not None:

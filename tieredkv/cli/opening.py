@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from tieredkv.cli.options import model_path
 from tieredkv.errors import OptionError, SessionError
 from tieredkv.models.prompts import check_system
+from tieredkv.models.quantising import check_package, check_weights
+from tieredkv.models.sources import check_source
 from tieredkv.session.manifest import read_manifest
 from tieredkv.storage import header
 from tieredkv.video.paths import check_path
@@ -29,16 +32,20 @@ def opened(
     sampling: dict[str, Any],
     typed: list[str],
     system: str | None = None,
+    weights: str | None = None,
+    weights_typed: bool = False,
     **asked: Any,
 ) -> Iterator[tuple[VideoSession, SessionError | None]]:
     """Yields the session, and why it could not be saved, or None.
 
     saved: a file to load, or to write if it does not exist. tiers, sampling: the options given. typed: the sampling
     options on the command line. A saved session keeps its own sampling, so they are refused, and values from the
-    environment are ignored. system: the system prompt. asked: `question` and `max_new_tokens` if known, for the check
-    of the budget.
+    environment are ignored. system: the system prompt. weights: how the model's are quantised while loading; of a saved
+    session only what is on the command line itself counts. asked: `question` and `max_new_tokens` if known, for the
+    check of the budget.
     """
     check_system(system)
+    check_model(model, weights)
     if saved is not None and is_there(saved):
         if typed:
             raise OptionError(f"{saved} keeps the sampling it was saved with: leave out {typed[0]}.")
@@ -47,7 +54,9 @@ def opened(
             check_path(video)
         from tieredkv import api
 
-        with api.load_session(saved, model_path(model), video=video, system=system, **tiers) as session:
+        with api.load_session(
+            saved, model_path(model), weights=weights if weights_typed else None, video=video, system=system, **tiers
+        ) as session:
             yield session, None
         return
     if video is None:
@@ -59,7 +68,8 @@ def opened(
         header.check_target(saved)
     from tieredkv import api
 
-    with api.new_session(model_path(model), progress=True, system=system, **tiers) as session:
+    with api.new_session(model_path(model), weights=weights, progress=True, system=system, **tiers) as session:
+        say_default_cap(session)
         session.ingest(video, frames, **asked)
         unsaved: SessionError | None = None
         if saved is not None:
@@ -70,6 +80,20 @@ def opened(
             except SessionError as error:  # the question can be answered nevertheless
                 unsaved = error
         yield session, unsaved
+
+
+def check_model(model: str, weights: str | None) -> None:
+    """Raise a `TieredKVError` for what `--model` and `--weights` cannot be, before anything is loaded."""
+    check_weights(weights)
+    check_package(weights)
+    if model != "tiny":
+        check_source(model_path(model))
+
+
+def say_default_cap(session: VideoSession) -> None:
+    """Report on stderr the cap that follows from the card, if none was given."""
+    if session.default_cap is not None:
+        print(f"tieredkv: {session.default_cap}", file=sys.stderr)
 
 
 def is_there(path: Path) -> bool:

@@ -21,6 +21,7 @@ from tieredkv.cli.options import (
     PolicyName,
     Start,
     System,
+    Weights,
     given,
     model_path,
 )
@@ -40,6 +41,7 @@ def run(
         bool, typer.Option("--retry-errors", help="With --resume: ask failed questions again.")
     ] = False,
     model: Model = "tiny",
+    weights: Weights = None,
     gpu_kv_gb: GpuGiB = None,
     host_kv_gb: HostGiB = None,
     policy: PolicyName = None,
@@ -62,6 +64,7 @@ def run(
     from tieredkv.batch.questions_file import read_questions
     from tieredkv.batch.run import run as run_batch
     from tieredkv.cli.checks import check_options
+    from tieredkv.cli.opening import check_model, say_default_cap
     from tieredkv.models.prompts import check_system
     from tieredkv.video.paths import check_path
 
@@ -74,6 +77,7 @@ def run(
     sampled = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels, start=start, end=end)
     sampling = check_options(tiers, sampled, max_new_tokens)
     check_system(system)
+    check_model(model, weights)
     batch = read_questions(None if questions == "-" else Path(questions), sampling)
     answers: Answers = PrintedAnswers()
     if output != "-":
@@ -82,12 +86,21 @@ def run(
         if not all(map(answers.has, batch)):
             from tieredkv import api
             from tieredkv.models import loading
+            from tieredkv.session.default_cap import check_weights_fit
+            from tieredkv.session.origin import ModelSource
 
-            loaded, processor = loading.load(model_path(model))
+            path = model_path(model)
+            loaded, processor = loading.load(path, None, weights, check_weights_fit)
+            origin, said = ModelSource.of(path, weights), False
 
             def open_session(video: Path, sampling: Sampling, pending: Sequence[BatchQuestion]) -> VideoSession:
                 check_path(video)
                 session = api.new_session(loaded, processor=processor, progress=True, system=system, **tiers)
+                nonlocal said
+                session.source = origin
+                if not said:
+                    say_default_cap(session)
+                    said = True
                 # The shortest answer must fit; a longer one that does not is an error of its own question.
                 least = min(session.new_tokens(options | question.options) for question in pending)
                 shortest = pending[0].text if len(pending) == 1 else "?"

@@ -38,7 +38,8 @@ def load_config(source: str | Path, local: bool | None = None) -> PreTrainedConf
 
 def stored_dtype(config: PreTrainedConfig) -> torch.dtype:
     """The dtype of a checkpoint's weights; bfloat16 if its config states none."""
-    return config.dtype or config.get_text_config(decoder=True).dtype or torch.bfloat16
+    dtype: Any = config.dtype or config.get_text_config(decoder=True).dtype or torch.bfloat16
+    return dtype
 
 
 def check_config(config: PreTrainedConfig) -> None:
