@@ -76,7 +76,7 @@ class Ingest:
         self.pipeline.check()
         model, template = self.model, self.template
         source = open_video(video, at_processor_rate(sampling, template.processor), self.pipeline.check)
-        prepared = prepare(template, model.config, source, self.tiers)
+        prepared = prepare(template, model.config, source, self.tiers, sampling.max_pixels)
         head, tail = template.around_video([(question, None)])
         head_ids = template.head_ids(model.config, head, prepared.sampled)
         last = prepared.sampled.times(prepared.grid.steps - 1, prepared.grid.frames_per_step)
