@@ -63,9 +63,12 @@ def load(
     """
     forking.check()
     if isinstance(model, str | Path):
+        check_weights(weights)
         local = _local(model)
-        loaded = _load(model, local, weights, check)
-        return loaded, _load_processor(model, local) if processor is None else processor
+        config = load_config(model, local)
+        check_config(config)
+        processor = _load_processor(model, local) if processor is None else processor
+        return _load(model, local, config, weights, check), processor
     check_weights(weights, loaded=True)
     model = unwrapped(model)
     if not hasattr(model, "config") or not hasattr(model, "generate"):
@@ -80,15 +83,17 @@ def _local(source: str | Path) -> bool:
 
 
 def _load(
-    source: str | Path, local: bool, weights: str | None, check: Callable[[PreTrainedConfig], None] | None
+    source: str | Path,
+    local: bool,
+    config: PreTrainedConfig,
+    weights: str | None,
+    check: Callable[[PreTrainedConfig], None] | None,
 ) -> Any:
     from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText
 
-    check_weights(weights)
-    config = load_config(source, local)
-    check_config(config)
-    quantised, options = config, {}
+    quantised: Any = config
+    options: dict[str, Any] = {}
     if weights is not None:
         dtype = stored_dtype(config)
         quantised = quantised_config(config, weights, dtype)

@@ -62,7 +62,7 @@ def quantised_config(config: Any, weights: str, dtype: torch.dtype) -> Any:
 
 
 def transformers_config(config: Any, weights: str, dtype: torch.dtype) -> Any:
-    """What transformers' `from_pretrained` takes as `quantization_config` . The package must be installed."""
+    """The `quantization_config` for transformers' `from_pretrained`. The package must be installed."""
     settings = quantised_config(config, weights, dtype).quantization_config
     if weights == "4bit":
         from transformers import BitsAndBytesConfig

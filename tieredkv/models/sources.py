@@ -1,4 +1,4 @@
-"""What `model` names if it is text: a folder, or a hub id. Wrong names are refused before anything heavy is imported."""
+"""What `model` names if it is text: a folder or a hub id. Wrong names are refused before anything heavy is imported."""
 
 from __future__ import annotations
 

@@ -115,11 +115,12 @@ def plan(
     LongContext(source.config).check(0, prompt + max_new_tokens)
 
     host, available = sizes.host_bytes(shape, tiers, prompt), limits.available_host_bytes()
+    settings = tiers  # the cap may change below, on which the host tier does not depend
     fewer = FEWER_TOKENS if video is not None else "give fewer tokens or a smaller max_new_tokens"
 
     def smaller(allowed: int) -> str:
         kind = "tokens" if source.is_text else "visual tokens"
-        return _smaller_host(shape, tiers, host, available, text, video, allowed, kind)
+        return _smaller_host(shape, settings, host, available, text, video, allowed, kind)
 
     weighs = weight_bytes(source.config, source.dtype, source.loaded)
     needs = Request(prompt, question_tokens, max_new_tokens)

@@ -249,9 +249,9 @@ class MemoryPlan:
             return []
         parts = {
             "weights": self.decoder_bytes + self.vision_bytes,
-            "keys and values": self.kv_bytes,
+            "KV": self.kv_bytes,
             "activations": self.working_bytes,
-            "CUDA and driver": self.reserve_bytes,
+            "CUDA": self.reserve_bytes,
         }
         whole = f"{self.card_needed_bytes / GIB:.3g} of {self.card_bytes / GIB:g} GiB"
         return [(f"on {self.card}"[:17], f"{whole}: {', '.join(f'{k} {v / GIB:.3g}' for k, v in parts.items())}")]

@@ -46,7 +46,7 @@ def check_weights_fit(config: Any) -> None:
     working = working_bytes(config, model_shape(config, dtype), TierConfig())
     free = free_device_bytes(torch.cuda.current_device())
     if default_gpu_kv_gb(free, weights, working) == 0:
-        remedy = "a smaller model" if parts["quantisation"] else "weights='4bit' or 'weights=8bit', or a smaller model"
+        remedy = "a smaller model" if parts["quantisation"] else "weights='4bit', weights='8bit', or a smaller model"
         raise BudgetError(
             f"the weights take {weights / GIB:.3g} GiB, activations and workspaces "
             f"{(working + WORKSPACE_BYTES) / GIB:.3g}, and the card has {free / GIB:.3g} GiB free: give {remedy}."

@@ -7,6 +7,7 @@ of the video.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,7 +22,7 @@ from tieredkv.models.chat_template import ChatTemplate
 from tieredkv.models.encode import Encoded, at_processor_rate, encode, segments
 from tieredkv.models.families.base import VideoGrid
 from tieredkv.models.kv_shape import model_shape
-from tieredkv.models.long_context import LongContext
+from tieredkv.models.long_context import LongContext, beyond_training, trained_tokens
 from tieredkv.models.same_model import SameModel
 from tieredkv.models.switch import use_attention
 from tieredkv.planning.admission import Request, check_memory
@@ -115,6 +116,8 @@ class Ingest:
         shape = model_shape(self.model.config, weight.dtype)
         request = Request(head + video + question_tokens, question_tokens, max_new_tokens)
         LongContext(self.model.config).check(0, request.tokens + max_new_tokens)
+        if beyond := beyond_training(trained_tokens(self.model.config), request.tokens):
+            warnings.warn(f"the prompt has {request.tokens:,} tokens, {beyond}.", stacklevel=2)
         check_memory(shape, self.tiers, request, one_memory=weight.device.type == "cpu")
         return request.tokens + QUESTION_ROOM
 
