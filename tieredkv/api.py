@@ -57,10 +57,10 @@ def open_session(
     images, or `(T, H, W, 3)` or `(T, 3, H, W)` as ndarray or tensor, uint8 or floats in [0, 1], taken at `source_fps`
     per second (None: at `fps`). fps: frames sampled per second (None: the processor's own rate). max_frames: at most
     this many frames, spread evenly over the video. max_pixels: most pixels of a frame as the vision tower sees it, in
-    place of the processor's limits (None: those). start, end: seconds of the video to read, as players show them. gpu_kv_gb: hard cap in GiB on device memory for
-    keys and values; None: what the card has left beside weights and activations, on the CPU 4 (`tiers.gpu_kv_gb` of
-    the session says how much, `default_cap` why). tiers: every other setting; its fields may be given as keywords
-    instead. positions: "published" or "stock", how text after the video is numbered. progress: show a bar on stderr.
+    place of the processor's limits (None: those). start, end: seconds of the video to read, as players show them.
+    gpu_kv_gb: hard cap in GiB on device memory for keys and values; None: what the card has left beside weights and
+    activations, on the CPU 4 (`tiers.gpu_kv_gb` of the session says how much, `default_cap` why). tiers: every other
+    setting; its fields may be given as keywords instead. positions: "published" or "stock", how text after the video is numbered. progress: show a bar on stderr.
     system: the system prompt of every question; None: the chat template's own, if it has one.
 
     Raises `UnsupportedModelError`, `VideoError`, `BudgetError` or `OptionError`, all of them `TieredKVError`.

@@ -22,14 +22,13 @@ from tieredkv.cli.options import (
     System,
     Weights,
     given,
-    typed,
 )
 
 
 def chat(
     context: typer.Context,
     video: Annotated[str | None, typer.Argument(help="A video file; not needed with a saved session.")] = None,
-    model: Model = "tiny",
+    model: Model = None,
     weights: Weights = None,
     session: Annotated[
         Path | None,
@@ -59,17 +58,15 @@ def chat(
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
     options = {"max_new_tokens": max_new_tokens}
     check_options(tiers, sampling, max_new_tokens)
-    names = typed(context, sampling)
     with opened(
+        context,
         model,
         video,
         session,
         tiers=tiers,
         sampling=sampling,
-        typed=names,
         system=system,
         weights=weights,
-        weights_typed=bool(typed(context, {"weights": weights})),
         **options,
     ) as (video_session, unsaved):
         from tieredkv.cli.talk import Talk

@@ -8,11 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tieredkv.cli.options import model_path
+import typer
+
+from tieredkv.cli.options import model_path, typed
+from tieredkv.cli.toy import model_or_toy
 from tieredkv.errors import OptionError, SessionError
 from tieredkv.models.prompts import check_system
 from tieredkv.models.quantising import check_package, check_weights
 from tieredkv.models.sources import check_source
+from tieredkv.session import origin
 from tieredkv.session.manifest import read_manifest
 from tieredkv.storage import header
 from tieredkv.video.paths import check_path
@@ -24,39 +28,39 @@ if TYPE_CHECKING:
 
 @contextmanager
 def opened(
-    model: str,
+    context: typer.Context,
+    model: str | None,
     video: str | None,
     saved: Path | None,
     *,
     tiers: dict[str, Any],
     sampling: dict[str, Any],
-    typed: list[str],
     system: str | None = None,
     weights: str | None = None,
-    weights_typed: bool = False,
     **asked: Any,
 ) -> Iterator[tuple[VideoSession, SessionError | None]]:
     """Yields the session, and why it could not be saved, or None.
 
-    saved: a file to load, or to write if it does not exist. tiers, sampling: the options given. typed: the sampling
-    options on the command line. A saved session keeps its own sampling, so they are refused, and values from the
-    environment are ignored. system: the system prompt. weights: how the model's are quantised while loading; of a saved
-    session only what is on the command line itself counts. asked: `question` and `max_new_tokens` if known, for the
-    check of the budget.
+    context: of the command. saved: a file to load, or to write if it does not exist. model, weights, tiers, sampling:
+    the options given. A saved session names its model and keeps its own sampling: what the command line itself gives
+    must agree, and values from the environment are ignored. system: the system prompt. asked: `question` and
+    `max_new_tokens` if known, for the check of the budget.
     """
     check_system(system)
-    check_model(model, weights)
     if saved is not None and is_there(saved):
-        if typed:
-            raise OptionError(f"{saved} keeps the sampling it was saved with: leave out {typed[0]}.")
-        read_manifest(saved)
+        manifest = read_manifest(saved)
+        origin.check_sampling(saved, manifest, typed(context, sampling))
+        if model is None or (not typed(context, {"model": model}) and origin.named_model(manifest) is not None):
+            origin.model_of(saved, manifest)  # raises at once if it is gone
+            model = None
+        weights = typed(context, {"weights": weights}).get("weights")
+        check_model(model, origin.weights_of(saved, manifest, weights))
         if video is not None:
             check_path(video)
         from tieredkv import api
 
-        with api.load_session(
-            saved, model_path(model), weights=weights if weights_typed else None, video=video, system=system, **tiers
-        ) as session:
+        named = model and model_path(model)
+        with api.load_session(saved, named, weights=weights, video=video, system=system, **tiers) as session:
             yield session, None
         return
     if video is None:
@@ -64,8 +68,10 @@ def opened(
         raise OptionError(f"there is no video to ask about: {missing}.")
     frames = Sampling(**sampling)
     check_path(video)
+    check_model(model, weights)
     if saved is not None:
         header.check_target(saved)
+    model = model_or_toy(model, [video])
     from tieredkv import api
 
     with api.new_session(model_path(model), weights=weights, progress=True, system=system, **tiers) as session:
@@ -82,11 +88,11 @@ def opened(
         yield session, unsaved
 
 
-def check_model(model: str, weights: str | None) -> None:
+def check_model(model: str | None, weights: str | None) -> None:
     """Raise a `TieredKVError` for what `--model` and `--weights` cannot be, before anything is loaded."""
     check_weights(weights)
     check_package(weights)
-    if model != "tiny":
+    if model is not None and model != "tiny":
         check_source(model_path(model))
 
 

@@ -25,6 +25,7 @@ from tieredkv.cli.options import (
     given,
     model_path,
 )
+from tieredkv.cli.toy import model_or_toy
 from tieredkv.errors import BatchError
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def run(
     retry_errors: Annotated[
         bool, typer.Option("--retry-errors", help="With --resume: ask failed questions again.")
     ] = False,
-    model: Model = "tiny",
+    model: Model = None,
     weights: Weights = None,
     gpu_kv_gb: GpuGiB = None,
     host_kv_gb: HostGiB = None,
@@ -84,6 +85,8 @@ def run(
         answers = AnswersFile(Path(output), batch, resume=resume, retry_errors=retry_errors)
     with answers:
         if not all(map(answers.has, batch)):
+            films = {question.path: None for question in batch if not answers.has(question)}
+            model = model_or_toy(model, films, skip_unreadable=True)
             from tieredkv import api
             from tieredkv.models import loading
             from tieredkv.session.default_cap import check_weights_fit
@@ -123,4 +126,5 @@ def run(
 
 
 def add_to(app: typer.Typer) -> None:
-    app.command("run", epilog="Example: tieredkv run questions.jsonl -o answers.jsonl --resume --gpu-kv-gb 4")(run)
+    example = "tieredkv run questions.jsonl -o answers.jsonl -m Qwen/Qwen2.5-VL-3B-Instruct --resume"
+    app.command("run", epilog=f"Example: {example}")(run)
