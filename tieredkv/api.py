@@ -47,6 +47,7 @@ def open_session(
     positions: Positions = "published",
     progress: bool = False,
     system: str | None = None,
+    checkpoint: str | Path | None = None,
     **options: Any,
 ) -> VideoSession:
     """Ingest a video and return the session that answers questions about it.
@@ -60,10 +61,13 @@ def open_session(
     place of the processor's limits (None: those). start, end: seconds of the video to read, as players show them.
     gpu_kv_gb: hard cap in GiB on device memory for keys and values; None: what the card has left beside weights and
     activations, on the CPU 4 (`tiers.gpu_kv_gb` of the session says how much, `default_cap` why). tiers: every other
-    setting; its fields may be given as keywords instead. positions: "published" or "stock", how text after the video is numbered. progress: show a bar on stderr.
-    system: the system prompt of every question; None: the chat template's own, if it has one.
+    setting; its fields may be given as keywords instead. positions: "published" or "stock", how text after the video is
+    numbered. progress: show a bar on stderr. system: the system prompt of every question; None: the chat template's
+    own, if it has one. checkpoint: a folder in which a long ingest leaves what it has cached; the same call goes on
+    from there after an interruption. It is removed when the session is saved.
 
-    Raises `UnsupportedModelError`, `VideoError`, `BudgetError` or `OptionError`, all of them `TieredKVError`.
+    Raises `UnsupportedModelError`, `VideoError`, `BudgetError`, `OptionError` or, for a checkpoint that is in use or of
+    another ingest, `SessionError`, all of them `TieredKVError`.
     """
     sampling = Sampling(fps, source_fps, max_frames, start, end, max_pixels)
     session = new_session(
@@ -78,7 +82,7 @@ def open_session(
         **options,
     )
     try:
-        session.ingest(video, sampling)
+        session.ingest(video, sampling, checkpoint=checkpoint)
     except BaseException:
         session.close()
         raise
