@@ -44,6 +44,7 @@ def open_session(
     start: float = 0.0,
     end: float | None = None,
     max_pixels: int | None = None,
+    skip_damaged: bool = False,
     positions: Positions = "published",
     progress: bool = False,
     system: str | None = None,
@@ -59,6 +60,7 @@ def open_session(
     per second (None: at `fps`). fps: frames sampled per second (None: the processor's own rate). max_frames: at most
     this many frames, spread evenly over the video. max_pixels: most pixels of a frame as the vision tower sees it, in
     place of the processor's limits (None: those). start, end: seconds of the video to read, as players show them.
+    skip_damaged: go over what is damaged or missing in a file; `session.ingest_stats.damaged` says which seconds.
     gpu_kv_gb: hard cap in GiB on device memory for keys and values; None: what the card has left beside weights and
     activations, on the CPU 4 (`tiers.gpu_kv_gb` of the session says how much, `default_cap` why). tiers: every other
     setting; its fields may be given as keywords instead. positions: "published" or "stock", how text after the video is
@@ -69,7 +71,7 @@ def open_session(
     Raises `UnsupportedModelError`, `VideoError`, `BudgetError`, `OptionError` or, for a checkpoint that is in use or of
     another ingest, `SessionError`, all of them `TieredKVError`.
     """
-    sampling = Sampling(fps, source_fps, max_frames, start, end, max_pixels)
+    sampling = Sampling(fps, source_fps, max_frames, start, end, max_pixels, skip_damaged)
     session = new_session(
         model,
         gpu_kv_gb=gpu_kv_gb,
@@ -161,7 +163,9 @@ def load_session(
         session_file.check_same_system(stored, system)
     first_picture = 0.0
     if video is not None:
-        film = open_video(video, Sampling(DEFAULT_FPS))
+        sampled = origin.sampling_of(stored.path, stored.manifest)
+        skip_damaged = sampled is not None and sampled.skip_damaged
+        film = open_video(video, Sampling(DEFAULT_FPS, skip_damaged=skip_damaged))
         session_file.check_same_video(stored, film)
         first_picture = film.start
     if model is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def test_paths_of_videos_are_relative_to_the_file(tmp_path):
 
 
 def test_a_line_sets_any_part_of_the_sampling(tmp_path):
-    own = {"fps": 2, "max_frames": 9, "start": 1, "end": 5, "max_pixels": 784}
+    own = {"fps": 2, "max_frames": 9, "start": 1, "end": 5, "max_pixels": 784, "skip_damaged": True}
     lines = [{"video": "a.mp4", "question": "?", **settings} for settings in ({}, own, {"end": None})]
     given = Sampling(fps=1, end=30)
     found = [question.sampling for question in read_questions(ask(tmp_path, *lines), given)]
@@ -93,6 +94,12 @@ def test_a_file_without_questions_is_refused(tmp_path, text):
     file.write_text(text)
     with pytest.raises(BatchError, match="holds no question"):
         read_questions(file)
+
+
+def test_a_closed_stdin_is_refused(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(BatchError, match="stdin is closed"):
+        read_questions(None)
 
 
 def test_a_missing_file_is_refused(tmp_path):

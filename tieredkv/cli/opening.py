@@ -61,6 +61,7 @@ def opened(
 
         named = model and model_path(model)
         with api.load_session(saved, named, weights=weights, video=video, system=system, **tiers) as session:
+            report_damage(session)
             yield session, None
         return
     if video is None:
@@ -77,6 +78,7 @@ def opened(
     with api.new_session(model_path(model), weights=weights, progress=True, system=system, **tiers) as session:
         say_default_cap(session)
         session.ingest(video, frames, **asked)
+        report_damage(session)
         unsaved: SessionError | None = None
         if saved is not None:
             try:
@@ -100,6 +102,16 @@ def say_default_cap(session: VideoSession) -> None:
     """Report on stderr the cap that follows from the card, if none was given."""
     if session.default_cap is not None:
         print(f"tieredkv: {session.default_cap}", file=sys.stderr)
+
+
+def report_damage(session: VideoSession) -> None:
+    """Say on stderr which seconds of the video could not be read."""
+    from tieredkv.progress import spans_text
+
+    if session.ingest_stats is not None and (damaged := session.ingest_stats.damaged):
+        print(
+            f"tieredkv: could not be read: {spans_text(damaged)}; the picture before is shown there.", file=sys.stderr
+        )
 
 
 def is_there(path: Path) -> bool:

@@ -19,6 +19,7 @@ from tieredkv.cli.options import (
     Model,
     NewTokens,
     PolicyName,
+    SkipDamaged,
     Start,
     System,
     Weights,
@@ -53,6 +54,7 @@ def run(
     fps: Fps = None,
     max_frames: MaxFrames = None,
     max_pixels: MaxPixels = None,
+    skip_damaged: SkipDamaged = False,
     start: Start = None,
     end: End = None,
     system: System = None,
@@ -79,6 +81,7 @@ def run(
     options = {"max_new_tokens": max_new_tokens}
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
     sampled = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels, start=start, end=end)
+    sampled |= given(skip_damaged=skip_damaged or None)
     sampling = check_options(tiers, sampled, max_new_tokens)
     check_system(system)
     check_model(model, weights)
@@ -115,7 +118,7 @@ def _opener(
 ) -> Callable[[Path, Sampling, Sequence[BatchQuestion]], VideoSession]:
     """Load the model, and return what opens the session of a video for its questions."""
     from tieredkv import api
-    from tieredkv.cli.opening import say_default_cap
+    from tieredkv.cli.opening import report_damage, say_default_cap
     from tieredkv.models import loading
     from tieredkv.session.default_cap import check_weights_fit
     from tieredkv.session.origin import ModelSource
@@ -143,6 +146,7 @@ def _opener(
         except BaseException:
             session.close()
             raise
+        report_damage(session)
         return session
 
     return open_session
