@@ -53,6 +53,7 @@ def plan(
 ) -> None:
     """Show the memory and time that a video would need. Loads no weights and decodes nothing."""
     from tieredkv.cli.checks import check_options
+    from tieredkv.cli.process import quick_imports
     from tieredkv.models.quantising import check_weights
     from tieredkv.video.paths import check_path
 
@@ -66,8 +67,8 @@ def plan(
     if not tokens:
         check_path(video)
     model = model_or_toy(model, [] if tokens else [video], "this plan is for the bundled toy model")
-    from tieredkv.planning import forecast
-
+    with quick_imports():
+        from tieredkv.planning import forecast
     estimate = forecast.plan(
         model_path(model),
         int(video) if tokens else video,

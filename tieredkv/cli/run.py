@@ -26,6 +26,7 @@ from tieredkv.cli.options import (
     given,
     model_path,
 )
+from tieredkv.cli.process import quick_imports
 from tieredkv.cli.toy import model_or_toy
 from tieredkv.errors import BatchError
 
@@ -117,12 +118,14 @@ def _opener(
     kept: SessionFolder | None,
 ) -> Callable[[Path, Sampling, Sequence[BatchQuestion]], VideoSession]:
     """Load the model, and return what opens the session of a video for its questions."""
-    from tieredkv import api
     from tieredkv.cli.opening import report_damage, say_default_cap
-    from tieredkv.models import loading
-    from tieredkv.session.default_cap import check_weights_fit
     from tieredkv.session.origin import ModelSource
     from tieredkv.video.paths import check_path
+
+    with quick_imports():
+        from tieredkv import api
+        from tieredkv.models import loading
+        from tieredkv.session.default_cap import check_weights_fit
 
     loaded, processor = loading.load(model, None, weights, check_weights_fit)
     said = False
