@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from tieredkv.cli.checks import refuse_session
 from tieredkv.cli.options import model_path, typed
 from tieredkv.cli.process import quick_imports
 from tieredkv.cli.toy import model_or_toy
@@ -17,7 +18,9 @@ from tieredkv.errors import OptionError, SessionError
 from tieredkv.models.prompts import check_system
 from tieredkv.models.quantising import check_package, check_weights
 from tieredkv.models.sources import check_source
+from tieredkv.progress import note, spans_text
 from tieredkv.session import origin
+from tieredkv.session.beside import check_free, checkpoint_path, remove_leftover
 from tieredkv.session.manifest import read_manifest
 from tieredkv.storage import header
 from tieredkv.video.paths import check_path
@@ -48,6 +51,8 @@ def opened(
     `max_new_tokens` if known, for the check of the budget.
     """
     check_system(system)
+    if video is not None:
+        refuse_session(video)
     if saved is not None and is_there(saved):
         manifest = read_manifest(saved)
         origin.check_sampling(saved, manifest, typed(context, sampling))
@@ -59,9 +64,11 @@ def opened(
         if video is not None:
             check_path(video)
         named = model and model_path(model)
+        note(f"loading the model of {saved}" if model is None else f"loading {model}")
         with quick_imports():
             from tieredkv import api
         with api.load_session(saved, named, weights=weights, video=video, system=system, **tiers) as session:
+            remove_leftover(checkpoint_path(saved))
             report_damage(session)
             yield session, None
         return
@@ -71,14 +78,19 @@ def opened(
     frames = Sampling(**sampling)
     check_path(video)
     check_model(model, weights)
+    checkpoint = None
     if saved is not None:
         header.check_target(saved)
+        checkpoint = checkpoint_path(saved)
+        check_free(checkpoint)
     model = model_or_toy(model, [video])
+    note(f"loading {model}")
     with quick_imports():
         from tieredkv import api
     with api.new_session(model_path(model), weights=weights, progress=True, system=system, **tiers) as session:
         say_default_cap(session)
-        session.ingest(video, frames, **asked)
+        note(f"opening {video}")
+        session.ingest(video, frames, checkpoint=checkpoint, **asked)
         report_damage(session)
         unsaved: SessionError | None = None
         if saved is not None:
@@ -107,8 +119,6 @@ def say_default_cap(session: VideoSession) -> None:
 
 def report_damage(session: VideoSession) -> None:
     """Say on stderr which seconds of the video could not be read."""
-    from tieredkv.progress import spans_text
-
     if session.ingest_stats is not None and (damaged := session.ingest_stats.damaged):
         print(
             f"tieredkv: could not be read: {spans_text(damaged)}; the picture before is shown there.", file=sys.stderr

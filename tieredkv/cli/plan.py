@@ -52,7 +52,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show the memory and time that a video would need. Loads no weights and decodes nothing."""
-    from tieredkv.cli.checks import check_options
+    from tieredkv.cli.checks import check_options, refuse_session
     from tieredkv.cli.process import quick_imports
     from tieredkv.models.quantising import check_weights
     from tieredkv.video.paths import check_path
@@ -65,6 +65,7 @@ def plan(
     check_weights(weights)
     check_options(tiers, {**sampling, **given(start=start, end=end)}, max_new_tokens)
     if not tokens:
+        refuse_session(video)
         check_path(video)
     model = model_or_toy(model, [] if tokens else [video], "this plan is for the bundled toy model")
     with quick_imports():
