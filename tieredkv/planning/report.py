@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tieredkv.errors import OptionError
+from tieredkv.memory.units import GIB
 from tieredkv.memory.units import size_text as _size
 from tieredkv.models.kv_shape import KVShape
 from tieredkv.models.long_context import beyond_training
