@@ -39,7 +39,8 @@ def test_a_line_sets_any_part_of_the_sampling(tmp_path):
 
 
 def test_times_may_be_written_as_players_show_them(tmp_path):
-    (question,) = read_questions(ask(tmp_path, {"video": "a.mp4", "question": "?", "start": "1:00", "end": "1:02:03.5"}))
+    line = {"video": "a.mp4", "question": "?", "start": "1:00", "end": "1:02:03.5"}
+    (question,) = read_questions(ask(tmp_path, line))
     assert question.sampling == Sampling(start=60.0, end=3723.5)
 
 

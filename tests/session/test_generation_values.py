@@ -1,4 +1,4 @@
-"""Generation settings with values that they cannot have are refused before any work; those that transformers takes pass."""
+"""Generation settings with values that they cannot have are refused before any work; others pass."""
 
 from __future__ import annotations
 
