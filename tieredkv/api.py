@@ -22,7 +22,7 @@ from tieredkv.session.results import Generation
 from tieredkv.session.stream import AnswerStream, check_stream
 from tieredkv.session.video_session import VideoSession
 from tieredkv.storage import tensor_file
-from tieredkv.video.frames import check_video, open_video
+from tieredkv.video.media import check_media, media_of
 from tieredkv.video.sampling import Sampling
 
 _VIDEO_OPTIONS = {field.name for field in fields(Sampling)}
@@ -116,12 +116,10 @@ def load_session(
     """Load a session that `VideoSession.save` wrote; no video is decoded, encoded or prefilled.
 
     The file is mapped: each layer is read, and verified against its checksum, when it is first attended to. It may be
-    replaced meanwhile but not changed in place. model, processor: those the session was saved with. video: if
+    replaced meanwhile but not changed in place. model, processor: those the session was saved with; without them, the
+    model that the file names and the processor stored with it. video: if
     given, raise unless the session is about this file or these frames. system: if given, raise unless the session was
     saved with this system prompt. gpu_kv_gb, options: fields of `TierConfig` that replace the saved ones.
-    replaced meanwhile but not changed in place. model, processor: those the session was saved with; without them, the
-    model that the file names and the processor stored with it. video: if given, raise unless the session is about this
-    file or these frames. gpu_kv_gb, options: fields of `TierConfig` that replace the saved ones.
 
     Raises `SessionError` if the file is not a session, is damaged, or belongs to another model, processor or video;
     damage to a layer is found by the first question.
@@ -139,9 +137,9 @@ def load_session(
         session_file.check_same_system(stored, system)
     first_picture = 0.0
     if video is not None:
-        film = open_video(video, Sampling(DEFAULT_FPS))
-        session_file.check_same_video(stored, film)
-        first_picture = film.start
+        sources = [each.open(Sampling(DEFAULT_FPS)) for each in media_of(video)]
+        session_file.check_same_media(stored, sources)
+        first_picture = sources[0].start
     source: ModelSource | None
     if model is None:
         source = origin.model_of(stored.path, stored.manifest)
@@ -222,7 +220,7 @@ def _single_question(
         check_prompt(prompt)
         check_system(opening.get("system"))
         sampling = Sampling(**sampled)
-        check_video(video)
+        check_media(video)
         check_wanted(asking.get("evidence", True))
 
     def run(job: Job | None) -> Generation:

@@ -38,15 +38,15 @@ def test_the_last_frame_ends_with_the_span_at_the_latest(frames, seconds, end):
 
 
 def test_its_tokens_are_the_head_and_the_video():
-    assert VIDEO.tokens == len(VIDEO.ids(0)) == len(VIDEO.is_visual()) == 12
-    assert VIDEO.ids(0) == [3, 4, 5, 0, 0, 7, 0, 0, 8, 9, 0, 0]
-    assert [token == 0 for token in VIDEO.ids(0)] == VIDEO.is_visual().tolist()
+    assert VIDEO.tokens == len(VIDEO.ids([0])) == len(VIDEO.is_visual()) == 12
+    assert VIDEO.ids([0]) == [3, 4, 5, 0, 0, 7, 0, 0, 8, 9, 0, 0]
+    assert [token == 0 for token in VIDEO.ids([0])] == VIDEO.is_visual().tolist()
 
 
 def test_steps_may_differ_in_length():
     video = replace(VIDEO, grid=replace(VIDEO.grid, lengths=(2, 1, 2)))
-    assert video.ids(0) == [3, 4, 5, 0, 0, 7, 0, 8, 9, 0, 0]
-    assert [token == 0 for token in video.ids(0)] == video.is_visual().tolist()
+    assert video.ids([0]) == [3, 4, 5, 0, 0, 7, 0, 8, 9, 0, 0]
+    assert [token == 0 for token in video.ids([0])] == video.is_visual().tolist()
     assert video.grid.step_of(torch.arange(video.grid.tokens)).tolist() == [0, 0, 1, 1, 2, 2, 2, 2]
     state = SessionState(video, [])
     assert SessionState.of(json.loads(json.dumps(state.as_plain())), first_picture=5.0) == state
@@ -54,7 +54,7 @@ def test_steps_may_differ_in_length():
 
 @pytest.mark.parametrize(("frames", "times"), [(5, [3.5]), (6, [3.5, 4.0])])
 def test_the_last_step_may_be_incomplete(frames, times):
-    assert replace(VIDEO, stats=replace(VIDEO.stats, frames=frames)).last_times == times
+    assert replace(VIDEO, stats=replace(VIDEO.stats, frames=frames)).last.last_times == times
 
 
 def test_what_is_written_is_read_back():

@@ -7,7 +7,7 @@ of the video.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from tieredkv.config import TierConfig
 from tieredkv.errors import TieredKVError
 from tieredkv.models.chat_template import ChatTemplate
 from tieredkv.models.encode import Encoded, at_processor_rate, encode, segments
-from tieredkv.models.families.base import VideoGrid
+from tieredkv.models.families.base import Slices
 from tieredkv.models.kv_shape import model_shape
 from tieredkv.models.long_context import LongContext
 from tieredkv.models.same_model import SameModel
@@ -28,11 +28,11 @@ from tieredkv.planning.admission import Request, check_memory
 from tieredkv.planning.sizes import QUESTION_ROOM
 from tieredkv.progress import IngestProgress
 from tieredkv.session.cached_video import CachedVideo
-from tieredkv.session.ingested_video import IngestedVideo, VideoFacts
+from tieredkv.session.ingested_video import IngestedVideo, Medium, VideoFacts
 from tieredkv.session.pipeline import Cancelled, Pipeline
 from tieredkv.session.results import IngestStats
 from tieredkv.session.video_embeddings import Prepared, VideoEmbeddings, join, prepare
-from tieredkv.video.frames import open_video
+from tieredkv.video.media import media_of
 from tieredkv.video.sampling import Sampling
 
 
@@ -74,63 +74,85 @@ class Ingest:
     def _run(self, video: Any, sampling: Sampling, question: str, max_new_tokens: int) -> CachedVideo:
         started = time.perf_counter()
         self.pipeline.check()
-        model, template = self.model, self.template
-        source = open_video(video, at_processor_rate(sampling, template.processor), self.pipeline.check)
-        prepared = prepare(template, model.config, source, self.tiers)
-        head, tail = template.around_video([(question, None)])
-        head_ids = template.head_ids(model.config, head, prepared.sampled)
-        last = prepared.sampled.times(prepared.grid.steps - 1, prepared.grid.frames_per_step)
-        question_tokens = template.tail_ids(tail, last, prepared.grid.slices).shape[1]
-        room = self._check_memory(head_ids.shape[1], prepared.grid.tokens, question_tokens, max_new_tokens)
+        given = media_of(video)
+        model, template = self.model, self.template.showing([each.kind for each in given])
+        *texts, tail = template.texts([(question, None)])
+        rate, check = at_processor_rate(sampling, template.processor), self.pipeline.check
+        media = [
+            prepare(own, model.config, each.open(rate, check), self.tiers)
+            for own, each in zip(template.of_each(), given, strict=True)
+        ]
+        expected, question_tokens = _expected(template, model.config, texts, tail, media)
+        room = self._check_memory(expected, question_tokens, max_new_tokens)
         cache = self._cache = TieredCache(self.model.config, self.tiers, prompt_tokens=room)
         same_model = SameModel(model)
-        progress = IngestProgress(self._show_progress, head_ids.shape[1] + prepared.grid.tokens, source.seconds)
+        lengths = [each.source.seconds for each in media if each.source.seconds is not None]
+        progress = IngestProgress(self._show_progress, expected, sum(lengths) if len(lengths) == len(media) else None)
+        filled: list[Medium] = []
+        measured: list[IngestStats] = []
         complete = False
         try:
-            grid, stats, sha256 = self._fill(cache, prepared, head_ids, progress)
+            for number, prepared in enumerate(media):
+                medium, stats = self._fill(cache, template, number, texts[number], prepared, filled, progress)
+                filled.append(medium)
+                measured.append(stats)
             complete = True
         finally:
             progress.close(complete)
         same_model.check()
         cache.settle()
+        first, *more = filled
         ingested = IngestedVideo(
-            grid=grid,
+            grid=first.grid,
             positions=template.positions,
-            head=head,
-            head_ids=tuple(head_ids[0].tolist()),
+            head=texts[0],
+            head_ids=first.text_ids,
             system=template.system,
-            facts=VideoFacts(source.name, sha256, source.fps, source.start, source.seconds),
+            facts=first.facts,
             ingest_s=time.perf_counter() - started,
-            stats=stats,
+            stats=IngestStats.total(measured),
             sampling=sampling,
+            kind=first.kind,
+            more=tuple(more),
         )
         return CachedVideo(model, template, cache, ingested, same_model)
 
-    def _check_memory(self, head: int, video: int, question_tokens: int, max_new_tokens: int) -> int:
-        """Refuse a video that a tier cannot hold, before the costly stages; returns the tokens to reserve on the host.
+    def _check_memory(self, context: int, question_tokens: int, max_new_tokens: int) -> int:
+        """Refuse videos that a tier cannot hold, before the costly stages; returns the tokens to reserve on the host.
 
-        head, video, question_tokens: tokens of the text before the video, of the video, and of the text after it.
+        context, question_tokens: tokens up to the end of the last video, and of the text after it.
         """
         weight = self.model.get_input_embeddings().weight
         shape = model_shape(self.model.config, weight.dtype)
-        request = Request(head + video + question_tokens, question_tokens, max_new_tokens)
+        request = Request(context + question_tokens, question_tokens, max_new_tokens)
         LongContext(self.model.config).check(0, request.tokens + max_new_tokens)
         check_memory(shape, self.tiers, request, one_memory=weight.device.type == "cpu")
         return request.tokens + QUESTION_ROOM
 
     def _fill(
-        self, cache: TieredCache, video: Prepared, head_ids: torch.Tensor, progress: IngestProgress
-    ) -> tuple[VideoGrid, IngestStats, str]:
-        """Prefill `head_ids` `(1, n)` and the video into the empty cache; returns grid, measurements and SHA-256.
+        self,
+        cache: TieredCache,
+        template: ChatTemplate,
+        number: int,
+        text: str,
+        video: Prepared,
+        earlier: Sequence[Medium],
+        progress: IngestProgress,
+    ) -> tuple[Medium, IngestStats]:
+        """Prefill the `number`-th video and the text before it, after `earlier` ones; returns it, and measurements.
 
         Raises what the stages raise, or `pipeline.Cancelled`; the cache is then unusable.
         """
-        started = time.perf_counter()
-        pipeline, frames = self.pipeline, 0
+        started, waited = time.perf_counter(), self.pipeline.waited
+        pipeline, frames, own = self.pipeline, 0, video.template
+        streamed = cache.device_tier.transfer.streamed_bytes
+        before = (earlier[-1].last_times, earlier[-1].grid.slices) if earlier else ((), None)
+        text_ids = template.text_ids(self.model.config, number, text, video.sampled, before)
+        shift, passed = _shift(template, self.model, earlier), sum(each.facts.seconds or 0.0 for each in earlier)
 
         def tick(seconds: float) -> None:
             pipeline.check()
-            progress.decoded(seconds)
+            progress.decoded(passed + seconds)
 
         def counted() -> Iterator[np.ndarray]:
             nonlocal frames
@@ -145,12 +167,12 @@ class Ingest:
 
         hashed = pipeline.stage("hash", (source.sha256(pipeline.check) for source in [video.source]))
         decoded = pipeline.stage("decode", segments(counted(), video.segment_frames))
-        encoding = encode(self.template.family, self.model, video.preprocess, decoded)
+        encoding = encode(own.family, self.model, video.preprocess, decoded)
         encoded = pipeline.stage("encode", reported(encoding))
-        embeddings = VideoEmbeddings(self.template, self.model, video, encoded)
-        prefill(embeddings, head_ids, cache, pipeline, progress)
+        embeddings = VideoEmbeddings(own, self.model, video, encoded)
+        prefill(embeddings, text_ids, cache, pipeline, progress, shift)
         grid, now = embeddings.grid, time.perf_counter()
-        busy, prefill_s = pipeline.busy_seconds(), now - started - pipeline.waited
+        busy, prefill_s = pipeline.busy_seconds(), now - started - (pipeline.waited - waited)
         stats = IngestStats(
             frames=frames,
             visual_tokens=grid.visual_tokens,
@@ -158,16 +180,46 @@ class Ingest:
             encode_s=busy["encode"],
             prefill_s=prefill_s,
             wall_s=now - started,
-            streamed_bytes=cache.device_tier.transfer.streamed_bytes,
+            streamed_bytes=cache.device_tier.transfer.streamed_bytes - streamed,
         )
-        return grid, stats, next(hashed)
+        source = video.source
+        facts = VideoFacts(source.name, next(hashed), source.fps, source.start, source.seconds)
+        return Medium(template.media[number], tuple(text_ids[0].tolist()), grid, facts, frames, shift), stats
+
+
+def _expected(
+    template: ChatTemplate, config: Any, texts: Sequence[str], tail: str, media: Sequence[Prepared]
+) -> tuple[int, int]:
+    """Tokens up to the end of the last medium, and of the text after it, as far as is known before decoding."""
+    tokens = 0
+    before: tuple[Sequence[float], Slices | None] = ((), None)
+    for number, (text, video) in enumerate(zip(texts, media, strict=True)):
+        tokens += template.text_ids(config, number, text, video.sampled, before).shape[1] + video.grid.tokens
+        before = video.sampled.times(video.grid.steps - 1, video.grid.frames_per_step), video.grid.slices
+    return tokens, template.tail_ids(tail, *before).shape[1]
+
+
+def _shift(template: ChatTemplate, model: Any, earlier: Sequence[Medium]) -> int:
+    """`shift` of the medium after `earlier` ones: the position of the first token after them."""
+    if not earlier:
+        return 0
+    last, family = earlier[-1], template.families[len(earlier) - 1]
+    return int(last.positions(family, model, last.tokens, last.tokens + 1, template.positions)[0, 0])
 
 
 @torch.no_grad()
 def prefill(
-    video: VideoEmbeddings, head_ids: torch.Tensor, cache: TieredCache, pipeline: Pipeline, progress: IngestProgress
+    video: VideoEmbeddings,
+    head_ids: torch.Tensor,
+    cache: TieredCache,
+    pipeline: Pipeline,
+    progress: IngestProgress,
+    shift: int,
 ) -> None:
-    """Run the decoder model over the head `(1, n)` and the video, `prefill_chunk` tokens at a time."""
+    """Run the decoder model over the text `(1, n)` before the video and the video, `prefill_chunk` tokens at a time.
+
+    shift: `Medium.shift`.
+    """
     template, model = video.template, video.model
     family, weight = template.family, model.get_input_embeddings().weight
     head, size = head_ids.shape[1], cache.tiers.prefill_chunk
@@ -179,7 +231,7 @@ def prefill(
         nonlocal done
         pipeline.check()
         stop = done + embeddings.shape[1]
-        positions = family.positions(model, head, video.grid, done, stop, template.positions)
+        positions = family.positions(model, head, video.grid, done, stop, template.positions) + shift
         family.decode(model, embeddings, positions, cache)
         progress.prefilled(embeddings.shape[1])
         done = stop

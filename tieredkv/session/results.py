@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,6 +67,11 @@ class IngestStats:
     streamed_bytes: int
     """Past keys and values copied back from host to device, for exact attention."""
 
+    @staticmethod
+    def total(parts: Sequence[IngestStats]) -> IngestStats:
+        """Of videos ingested one after another."""
+        return IngestStats(*(sum(getattr(part, name) for part in parts) for name in IngestStats.__slots__))
+
     @property
     def overlap(self) -> float:
         """Sum of the stages' seconds / wall time: above 1 if they overlapped."""
@@ -90,12 +95,14 @@ class Generation:
     """The moments of the video that question and answer attended to; None with `evidence=False`."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON: text, token ids, evidence and statistics. `token_evidence` if it was asked for."""
+        """Plain values, for JSON: text, token ids, evidence and statistics. `token_evidence` if it was asked for, and
+        `media`, the names of what moments are of, if there are several videos and pictures."""
         found = self.evidence
         return {
             "text": self.text,
             "token_ids": self.token_ids,
             "evidence": None if found is None else [moment.as_dict() for moment in found],
+            **({"media": [part.source for part in found.parts]} if found is not None and found.parts else {}),
             **({} if found is None or found.tokens is None else {"token_evidence": _plain(found.tokens)}),
             **self.stats.as_dict(),
         }
