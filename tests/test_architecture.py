@@ -32,7 +32,7 @@ ALLOWED = {
     "evidence": "cache errors memory models progress storage video",
     "session": "cache config environment errors evidence memory models planning progress storage tiny video",
     "api": "config errors evidence models session storage video",
-    "batch": "errors session storage",
+    "batch": "errors evidence session storage video",
     "demo": "api config errors memory models planning progress session storage tiny video",
     "doctor": "memory models",
     "cli": "api batch demo doctor errors evidence memory models planning policy session storage tiny video",

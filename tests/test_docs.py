@@ -268,10 +268,12 @@ def test_the_command_lines_examples_run(tmp_path, short_video, monkeypatch, caps
             continue
         *echo, line = command.split(" | ")
         typed = "".join(" ".join(shlex.split(part)[1:]) + "\n" for part in echo)
-        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed.encode())))
         code, out, err = run(monkeypatch, capsys, *shlex.split(line)[1:])
         assert code == 0 or command.startswith("tieredkv doctor"), err
         made.append(out)
+        if line.startswith("tieredkv run -"):
+            assert json.loads(out)["text"] == made[0].strip()
     moon, cup, again, *_ = made
     assert again == moon
     rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]

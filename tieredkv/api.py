@@ -117,9 +117,9 @@ def load_session(
 
     The file is mapped: each layer is read, and verified against its checksum, when it is first attended to. It may be
     replaced meanwhile but not changed in place. model, processor: those the session was saved with; without them, the
-    model that the file names and the processor stored with it. video: if
-    given, raise unless the session is about this file or these frames. system: if given, raise unless the session was
-    saved with this system prompt. gpu_kv_gb, options: fields of `TierConfig` that replace the saved ones.
+    model that the file names and the processor stored with it. video: if given, raise unless the session is about this
+    file or these frames. system: if given, raise unless the session was saved with this system prompt. gpu_kv_gb,
+    options: fields of `TierConfig` that replace the saved ones.
 
     Raises `SessionError` if the file is not a session, is damaged, or belongs to another model, processor or video;
     damage to a layer is found by the first question.

@@ -67,7 +67,10 @@ FAILURES = (TieredKVError, RuntimeError, MemoryError, ValueError, TypeError, OSE
 
 
 def reason(error: BaseException) -> str:
-    """The error in one line, prefixed with its type unless it is a `TieredKVError`."""
+    """The error in one line: the message of a `TieredKVError`, the file and what is wrong of an `OSError`, or its type
+    and message."""
+    if isinstance(error, OSError) and not isinstance(error, TieredKVError):
+        return f"{error.filename or 'input or output'}: {error.strerror or error}."
     first = next(iter(str(error).strip().splitlines()), "")
     return first if isinstance(error, TieredKVError) else f"{type(error).__name__}: {first}"
 

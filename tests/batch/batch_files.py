@@ -11,6 +11,7 @@ from tieredkv.batch.answers_file import AnswersFile
 from tieredkv.batch.questions_file import read_questions
 from tieredkv.batch.run import run
 from tieredkv.errors import PromptError, VideoError
+from tieredkv.video.sampling import Sampling
 
 
 class Session:
@@ -38,7 +39,7 @@ def answer(
     """Answer a file of questions with fake sessions; gone.mp4 cannot be opened."""
     log = [] if log is None else log
 
-    def open_session(video: Path, pending: Any) -> Session:
+    def open_session(video: Path, sampling: Sampling, pending: Any) -> Session:
         log.append(video.name)
         if video.name == "gone.mp4":
             raise VideoError(f"{video}: no such file.")

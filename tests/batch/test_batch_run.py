@@ -29,6 +29,18 @@ def test_videos_are_opened_once_each_in_the_order_they_first_appear(tmp_path, qu
     ]
 
 
+def test_questions_are_grouped_by_video_and_sampling(tmp_path):
+    spans = [{}, {"start": 5}, {"fps": 2}, {"start": 5.0}, {}]
+    lines = [{"video": "a.mp4", "question": str(n), **span} for n, span in enumerate(spans)]
+    log: list[Any] = []
+    answer(tmp_path / "answers.jsonl", ask(tmp_path, *lines), log=log)
+    assert [entry if isinstance(entry, str) else entry[0] for entry in log] == [
+        *("a.mp4", "0", "4", "closed"),
+        *("a.mp4", "1", "3", "closed"),
+        *("a.mp4", "2", "closed"),
+    ]
+
+
 def test_each_question_has_one_line_and_what_fails_says_why(tmp_path, questions):
     answers = answer(tmp_path / "answers.jsonl", questions)
     rows = {row["question"]: row for row in found(answers.file)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from batch_files import ask
 
 from tieredkv.batch.questions_file import read_questions
 from tieredkv.errors import BatchError
+from tieredkv.video.sampling import Sampling
 
 
 def test_a_missing_id_is_made_from_the_lines_number_and_text(tmp_path):
@@ -25,6 +27,16 @@ def test_paths_of_videos_are_relative_to_the_file(tmp_path):
     assert [question.path for question in read_questions(file)] == [tmp_path / "films/a.mp4", Path("/b.mp4")]
 
 
+def test_a_line_sets_any_part_of_the_sampling(tmp_path):
+    own = {"fps": 2, "max_frames": 9, "start": 1, "end": 5, "max_pixels": 784}
+    lines = [{"video": "a.mp4", "question": "?", **settings} for settings in ({}, own, {"end": None})]
+    given = Sampling(fps=1, end=30)
+    found = [question.sampling for question in read_questions(ask(tmp_path, *lines), given)]
+    assert found == [given, Sampling(**own), Sampling(fps=1)]
+    free = {field.name for field in fields(Sampling)} - {"source_fps"}
+    assert own.keys() == free
+
+
 MALFORMED = {
     "not json": "is not JSON",
     "[1, 2]": "is not a JSON object",
@@ -35,6 +47,12 @@ MALFORMED = {
     '{"video": "a.mp4", "question": "?", "max_new_token": 3}': "Did you mean max_new_tokens?",
     '{"video": "a.mp4", "question": "?", "max_new_tokens": 0}': "max_new_tokens=0 is not valid",
     '{"video": "a.mp4", "question": "?", "num_beams": 4}': "num_beams=4 is not supported",
+    '{"video": "a.mp4", "question": "?", "fps": 0}': "fps=0 is not valid",
+    '{"video": "a.mp4", "question": "?", "fps": NaN}': "fps=nan is not valid",
+    '{"video": "a.mp4", "question": "?", "end": 5}': "end=5 is not valid: give seconds after start=8",
+    '{"video": "a.mp4", "question": "?", "max_pixels": 1}': "max_pixels=1 is not valid",
+    '{"video": "a.mp4", "question": "?", "source_fps": 4}': "has 'source_fps', which a line cannot hold",
+    '{"video": "a.mp4", "question": "?", "evidence": "all"}': "evidence='all' is not valid",
     '{"video": "a.mp4", "question": "?", "streamer": 1}': "has 'streamer', which a line cannot hold",
     '{"video": "a.mp4", "question": "?", "id": "x"}': "has the id of line 1",
     "[" * 10_000: "is not JSON",
@@ -45,7 +63,7 @@ MALFORMED = {
 def test_a_malformed_line_is_refused_with_its_number(tmp_path, line, message):
     file = ask(tmp_path, {"video": "a.mp4", "question": "?", "id": "x"}, "", line)
     with pytest.raises(BatchError) as refusal:
-        read_questions(file)
+        read_questions(file, Sampling(start=8))
     assert f"line 3 {message.partition('Did')[0].strip()}" in str(refusal.value) or message in str(refusal.value)
     assert "line 3 " in str(refusal.value)
     assert "\n" not in str(refusal.value)
@@ -58,8 +76,8 @@ def test_all_malformed_lines_are_named_up_to_ten(tmp_path):
 
 def test_bytes_that_are_not_text_are_a_malformed_line(tmp_path):
     file = tmp_path / "questions.jsonl"
-    file.write_bytes(b'{"video": "a.mp4", "question": "?"}\r\n\xff\xfe\n')
-    with pytest.raises(BatchError, match="line 2 is not JSON"):
+    file.write_bytes(b'{"video": "a.mp4", "question": "?"}\r\n{"video": "b.mp4", "question": "caf\xe9 ?"}\n')
+    with pytest.raises(BatchError, match="line 2 is not UTF-8 text"):
         read_questions(file)
 
 

@@ -63,7 +63,7 @@ def test_as_json_each_answer_is_one_object(monkeypatch, capsys, short_video):
 
 def test_a_question_that_fails_says_why_in_one_line_and_the_next_is_answered(monkeypatch, capsys, short_video):
     text = f"what is <|video_pad|> ?\n{MOON}\n"
-    code, out, err = piped(monkeypatch, capsys, text, str(short_video), "--fps", "4")
+    code, out, err = piped(monkeypatch, capsys, text, str(short_video), "-m", "tiny", "--fps", "4")
     assert code == 1
     assert len(out.splitlines()) == 1
     assert [line for line in err.splitlines() if line.startswith("tieredkv: ")] == [
@@ -192,7 +192,7 @@ def test_a_line_that_is_not_text_does_not_affect_the_others(monkeypatch, capsys,
     good = MOON.encode()
     stdin = io.TextIOWrapper(io.BytesIO(b"\n".join([good, line, good, b""])), encoding="utf-8")
     monkeypatch.setattr(sys, "stdin", stdin)
-    code, out, err = run(monkeypatch, capsys, "chat", str(short_video), "--fps", "4")
+    code, out, err = run(monkeypatch, capsys, "chat", str(short_video), "-m", "tiny", "--fps", "4")
     assert (code, len(out.splitlines())) == (1, 2)
     assert err.count("tieredkv: ") == 1
     assert "tieredkv: the prompt contains " in err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -82,6 +83,8 @@ def test_resuming_a_finished_run_loads_nothing(monkeypatch, capsys, questions, t
         (["--policy", "magic"], "policy='magic' is not valid"),
         (["--max-new-tokens", "0"], "max_new_tokens=0 is not valid"),
         (["--retry-errors"], "give --resume too"),
+        (["-o", "-", "--resume"], "give -o a file, not stdout"),
+        (["--start", "5", "--end", "4"], "end=4.0 is not valid"),
     ],
     ids=lambda value: str(value)[:20],
 )
@@ -146,6 +149,70 @@ def test_a_question_that_needs_too_much_is_its_own_error(monkeypatch, capsys, sh
     answers = rows(tmp_path / "answers.jsonl")
     assert "text" in answers[4]
     assert "gpu_kv_gb" in answers[100_000]["error"]
+
+
+@pytest.mark.model
+def test_from_stdin_to_stdout(monkeypatch, capsys, short_video, tmp_path):
+    """Paths are relative to the current folder; a line chooses its sampling and its evidence; text is not escaped."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "films").mkdir()
+    (tmp_path / "films" / "één.mp4").symlink_to(short_video)
+    line = {"id": 1, "video": "films", "question": "what colour was the moon ?", "fps": 4}
+    asked = [line, line | {"id": 2, "evidence": "tokens"}, line | {"id": 3, "evidence": False, "end": 10}]
+    typed = "".join(json.dumps(row) + "\n" for row in asked)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed.encode())))
+    code, out, err = run(monkeypatch, capsys, "run", "-", "-o", "-", "--max-new-tokens", "4")
+    assert code == 0
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert [row["id"] for row in answers] == ["1:films/één.mp4", "2:films/één.mp4", "3:films/één.mp4"]
+    assert "één.mp4" in out
+    assert ["token_evidence" in row for row in answers] == [False, True, False]
+    assert len(answers[1]["token_evidence"]) == answers[1]["new_tokens"]
+    assert answers[1]["evidence"] == answers[0]["evidence"] != []
+    assert answers[2]["evidence"] is None
+    assert answers[2]["visual_tokens"] < answers[0]["visual_tokens"] == answers[1]["visual_tokens"]
+    assert err.count(" to answer: ") == 2
+    assert err.splitlines()[-1] == "stdout: 3 answered, 0 failed."
+
+
+@pytest.mark.model
+def test_an_error_line_is_the_sentence_of_ask(monkeypatch, capsys, short_video, tmp_path):
+    bad = [
+        ("gone.mp4", "what ?", []),
+        (str(tmp_path / "no film.mp4"), "what ?", []),
+        (str(short_video), " ", []),
+        (str(short_video), "what ?", ["--gpu-kv-gb", "1e-5"]),
+        (str(short_video), "what ?", ["--start", "3600"]),
+    ]
+    (tmp_path / "no film.mp4").write_text("text")
+    monkeypatch.chdir(tmp_path)
+    for video, question, options in bad:
+        (tmp_path / "questions.jsonl").write_text(json.dumps({"video": video, "question": question}))
+        code, out, _ = run(monkeypatch, capsys, "run", "questions.jsonl", "-o", "-", *options)
+        asked, _, err = run(monkeypatch, capsys, "ask", video, question, *options)
+        assert (code, asked) == (1, 2)
+        assert f"tieredkv: {json.loads(out)['error']}" == err.splitlines()[-1]
+
+
+@pytest.mark.model
+def test_an_interrupt_keeps_the_answers_so_far(monkeypatch, capsys, short_video, tmp_path):
+    from tieredkv.session.video_session import VideoSession
+
+    answer = VideoSession.ask
+
+    def interrupted(session, question, **options):
+        if question == "stop":
+            raise KeyboardInterrupt
+        return answer(session, question, **options)
+
+    monkeypatch.setattr(VideoSession, "ask", interrupted)
+    rows = [{"video": str(short_video), "question": text} for text in ("what colour was the moon ?", "stop")]
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    file = tmp_path / "answers.jsonl"
+    code, _, err = run(monkeypatch, capsys, "run", str(tmp_path / "questions.jsonl"), "-o", str(file))
+    assert code == 130
+    assert err.splitlines()[-1] == "tieredkv: interrupted."
+    assert "text" in json.loads(file.read_text())
 
 
 KILLED = """

@@ -13,22 +13,19 @@ import stat
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
+from tieredkv.batch.answers import Answers
 from tieredkv.batch.questions_file import BatchQuestion
-from tieredkv.errors import BatchError, reason
+from tieredkv.errors import BatchError
 from tieredkv.storage.atomic import replace_file, sync_folder
 from tieredkv.storage.json_text import to_json
 
 _FIRST_BYTES = b'{"id": '
 
 
-class AnswersFile:
-    """The open file of answers. Locked against other processes; each id has at most one line.
-
-    Nothing is written before `begin`. A context manager that closes the file.
-    """
+class AnswersFile(Answers):
+    """The open file of answers, locked against other processes."""
 
     def __init__(self, file: Path, questions: Sequence[BatchQuestion], *, resume: bool, retry_errors: bool) -> None:
         """resume: continue an existing file. retry_errors: treat its error lines as not answered.
@@ -36,10 +33,8 @@ class AnswersFile:
         Raises `BatchError` if the file exists and `resume` is not set, is locked by another process, does not belong
         to these questions, or cannot be written.
         """
+        super().__init__()
         self.file = file
-        self.failed: set[str] = set()
-        """Ids of error lines."""
-        self.answered: set[str] = set()
         self._descriptor: int | None = None
         self._kept, self._unchanged = b"", True
         try:
@@ -62,7 +57,7 @@ class AnswersFile:
         """Lock an existing file, and determine which of its lines stay."""
         state = os.fstat(descriptor)
         if not stat.S_ISREG(state.st_mode):
-            raise BatchError(f"{self.file} is not a regular file: give another name.")
+            raise BatchError(f"{self.file} is not a regular file: give another name, or - for stdout.")
         _lock(descriptor, self.file)
         if not os.path.samestat(state, os.stat(self.file)):
             raise BatchError(f"{self.file} was written by another run meanwhile: give --resume again.")
@@ -70,7 +65,7 @@ class AnswersFile:
         complete, newline, rest = content.rpartition(b"\n")
         if not (rest.startswith(_FIRST_BYTES) or _FIRST_BYTES.startswith(rest)):
             raise BatchError(f"{self.file} is not a file of answers: give another name.")
-        by_id = {str(question.id): question for question in questions}
+        asked = _Asked(questions)
         kept: list[bytes] = []
         for number, line in enumerate(complete.split(b"\n") if newline else [], 1):
             key, fields = self._parse(number, line)
@@ -79,8 +74,7 @@ class AnswersFile:
                 continue
             if key in self.answered | self.failed:
                 raise BatchError(f"{self.file}: line {number} answers {key!r} a second time: remove one of them.")
-            question = by_id.get(key)
-            if question is None or (question.video, question.text) != (fields["video"], fields["question"]):
+            if not asked.includes(key, fields["video"], fields["question"]):
                 raise BatchError(
                     f"{self.file}: line {number} answers {key!r}, which is not among the questions: they were changed "
                     "since; give another name."
@@ -123,23 +117,8 @@ class AnswersFile:
             if self._descriptor != old:
                 os.close(old)
 
-    def has(self, question: BatchQuestion) -> bool:
-        """Whether the question has a line, answer or error."""
-        return str(question.id) in self.answered | self.failed
-
-    def answer(self, question: BatchQuestion, fields: dict[str, Any]) -> None:
-        """Write an answer: its "text", and what else its line is to hold."""
-        self._append(question, fields)
-        self.answered.add(str(question.id))
-
-    def fail(self, question: BatchQuestion, error: BaseException) -> None:
-        """Write why there is no answer."""
-        self._append(question, {"error": reason(error)})
-        self.failed.add(str(question.id))
-
-    def _append(self, question: BatchQuestion, fields: dict[str, Any]) -> None:
+    def _write_line(self, line: dict[str, Any]) -> None:
         assert self._descriptor is not None, "call begin first"
-        line = {"id": question.id, "video": question.video, "question": question.text, **fields}
         _write(self._descriptor, to_json(line).encode() + b"\n", self.file)
 
     def close(self) -> None:
@@ -148,13 +127,20 @@ class AnswersFile:
             os.close(self._descriptor)
             self._descriptor = None
 
-    def __enter__(self) -> AnswersFile:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+class _Asked:
+    """The questions, by id."""
+
+    def __init__(self, questions: Sequence[BatchQuestion]) -> None:
+        self._by_id = {str(question.id): (question.video, question.text) for question in questions}
+        self._lines = {question.line: question.text for question in questions if question.line is not None}
+
+    def includes(self, key: str, video: Any, text: Any) -> bool:
+        """Whether a run of these questions wrote an answer, perhaps about a film since removed from its folder."""
+        if key in self._by_id:
+            return self._by_id[key] == (video, text)
+        line = key.removesuffix(f":{video}")
+        return line in self._lines and self._lines[line] == text
 
 
 def _lock(descriptor: int, file: Path) -> None:

@@ -1,45 +1,67 @@
-"""A file of questions about videos: JSON lines."""
+"""Questions about videos: JSON lines, in a file or on stdin."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from tieredkv.errors import BatchError, OptionError
+from tieredkv.batch.films import films
+from tieredkv.errors import BatchError, OptionError, VideoError
+from tieredkv.evidence.target import check_wanted
+from tieredkv.session import generation_settings
+from tieredkv.video.sampling import Sampling
 
-_NOT_IN_JSON = ("generation_config", "logits_processor", "stopping_criteria", "streamer")
+_NOT_IN_JSON = (
+    "generation_config",
+    "logits_processor",
+    "prefix_allowed_tokens_fn",
+    "source_fps",
+    "stopping_criteria",
+    "streamer",
+    "tokenizer",
+)
+_SAMPLING = {field.name for field in fields(Sampling)} - set(_NOT_IN_JSON)
 _MOST_REPORTED = 10
 """Faulty lines that a message describes; further ones are only counted."""
 
 
 @dataclass(frozen=True, slots=True)
 class BatchQuestion:
-    """One line of a file of questions."""
+    """A question about one video: a line of a file of questions, or what a line asks about one film of a folder."""
 
     id: str | int
-    """As given, or the line's number and the first digits of the SHA-256 of its text."""
+    """As given, or the line's number and the first digits of the SHA-256 of its text; then, for a film of a folder or
+    a glob, ":" and `video`."""
     video: str
-    """As given."""
+    """As given; for a film of a folder or a glob, as a line of its own would name it."""
     path: Path
     """The video; a relative path starts from the folder of the file."""
     text: str
+    sampling: Sampling
     options: dict[str, Any]
-    """Generation options."""
+    """Options of `VideoSession.ask`."""
+    line: str | None = None
+    """Id of the line, if it names a folder or a glob."""
+    fault: BatchError | None = None
+    """Why it cannot be asked: the folder or glob holds no film."""
 
 
-def read_questions(file: Path) -> list[BatchQuestion]:
+def read_questions(file: Path | None, sampling: Sampling | None = None) -> list[BatchQuestion]:
     """The questions of a file of JSON lines; empty lines are skipped.
 
-    Raises `BatchError` naming each line that is not an object with the texts "video" and "question", has the id of
-    another line, or has an invalid option.
+    file: None reads stdin to its end. sampling: of lines that set none. Raises `BatchError` naming each line that is
+    not an object with the texts "video" and "question", has the id of another line, or has an invalid option.
     """
+    name, folder = (str(file), file.parent) if file else ("stdin", Path())
     try:
-        lines = file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+        content = file.read_bytes() if file else sys.stdin.buffer.read()
     except OSError as error:
-        raise BatchError(f"{file} cannot be read: {error.strerror}.") from None
+        raise BatchError(f"{name} cannot be read: {error.strerror}.") from None
+    lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     questions: list[BatchQuestion] = []
     faults: list[str] = []
     line_of_id: dict[str, int] = {}
@@ -47,27 +69,42 @@ def read_questions(file: Path) -> list[BatchQuestion]:
         if not line:
             continue
         try:
-            question = _parse(number, line, file.parent)
+            found = _each_film(_parse(number, line, folder, sampling or Sampling()), folder)
         except ValueError as error:
             faults.append(f"line {number} {error}")
             continue
-        key = str(question.id)
-        if key in line_of_id:
-            faults.append(f"line {number} has the id of line {line_of_id[key]}")
-        line_of_id.setdefault(key, number)
-        questions.append(question)
+        for question in found:
+            key = str(question.id)
+            if key in line_of_id:
+                faults.append(f"line {number} has the id of line {line_of_id[key]}")
+            line_of_id.setdefault(key, number)
+        questions += found
     if faults:
         more = f"; and {len(faults) - _MOST_REPORTED} more" if len(faults) > _MOST_REPORTED else ""
-        raise BatchError(f"{file}: {'; '.join(faults[:_MOST_REPORTED])}{more}.")
+        raise BatchError(f"{name}: {'; '.join(faults[:_MOST_REPORTED])}{more}.")
     if not questions:
-        raise BatchError(f'{file} holds no question: give lines such as {{"video": "a.mp4", "question": "What ...?"}}.')
+        raise BatchError(f'{name} holds no question: give lines such as {{"video": "a.mp4", "question": "What ...?"}}.')
     return questions
 
 
-def _parse(number: int, line: bytes, folder: Path) -> BatchQuestion:
+def _each_film(question: BatchQuestion, folder: Path) -> list[BatchQuestion]:
+    """The question, or one about each film if it names a folder or a glob."""
+    line = str(question.id)
+    try:
+        names = films(question.video, folder)
+    except BatchError as error:
+        return [replace(question, line=line, fault=error)]
+    if names is None:
+        return [question]
+    return [replace(question, id=f"{line}:{name}", video=name, path=folder / name, line=line) for name in names]
+
+
+def _parse(number: int, line: bytes, folder: Path, sampling: Sampling) -> BatchQuestion:
     """Raises `ValueError` with what is wrong with the line, as the rest of a sentence that begins with "line 3"."""
     try:
-        given = json.loads(line)
+        given = json.loads(line.decode())
+    except UnicodeDecodeError:
+        raise ValueError("is not UTF-8 text") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"is not JSON ({str(error).split(':')[0]})") from None
     if not isinstance(given, dict):
@@ -80,14 +117,19 @@ def _parse(number: int, line: bytes, folder: Path) -> BatchQuestion:
         raise ValueError("has an id that is neither text nor a whole number")
     if key is None:
         key = f"{number}-{hashlib.sha256(line).hexdigest()[:12]}"
-    options = {name: value for name, value in given.items() if name not in ("video", "question", "id")}
-    if options:
-        from tieredkv.session import generation
+    own = {name: value for name, value in given.items() if name in _SAMPLING}
+    options = {name: value for name, value in given.items() if name not in {"video", "question", "id", *own}}
+    if refused := [name for name in _NOT_IN_JSON if name in options]:
+        raise ValueError(f"has {refused[0]!r}, which a line cannot hold")
+    try:
+        sampling = replace(sampling, **own)
+        if options:
+            _check_options(options)
+    except (OptionError, VideoError) as error:
+        raise ValueError(f"has an option that is not valid: {str(error).rstrip('.')}") from None
+    return BatchQuestion(key, given["video"], folder / given["video"], given["question"], sampling, options)
 
-        if refused := [name for name in _NOT_IN_JSON if name in options]:
-            raise ValueError(f"has {refused[0]!r}, which a line cannot hold")
-        try:
-            generation.check_options(options)
-        except OptionError as error:
-            raise ValueError(f"has an option that is not valid: {str(error).rstrip('.')}") from None
-    return BatchQuestion(key, given["video"], folder / given["video"], given["question"], options)
+
+def _check_options(options: dict[str, Any]) -> None:
+    generation_settings.check_options(options, also=("evidence",))
+    check_wanted(options.get("evidence", True))

@@ -14,7 +14,7 @@ import typer
 
 from tieredkv import __version__
 from tieredkv.cli import ask, bench, chat, defaults, demo, doctor, models, plan, policies, run
-from tieredkv.errors import TieredKVError
+from tieredkv.errors import TieredKVError, reason
 
 # Read when torch is imported, which only commands do. If another program takes a core, the other threads spin until it
 # is given back, and decoding is several times slower. Sleeping instead costs little (docs/log.md).
@@ -62,7 +62,7 @@ def main() -> None:
     except TieredKVError as error:
         _end(str(error), 2)
     except OSError as error:
-        _end(f"{error.filename or 'input or output'}: {error.strerror or error}.", 1)
+        _end(reason(error), 1)
     except KeyboardInterrupt:
         _end("interrupted.", 130)
     except SystemExit as stop:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +22,6 @@ from tieredkv.cli.options import (
     Start,
     System,
     given,
-    typed,
 )
 from tieredkv.errors import OptionError
 from tieredkv.storage.json_text import print_json
@@ -30,7 +30,7 @@ from tieredkv.storage.json_text import print_json
 def ask(
     context: typer.Context,
     words: Annotated[list[str], typer.Argument(metavar="[VIDEO] QUESTION", help="A video file, and the question.")],
-    model: Model = "tiny",
+    model: Model = None,
     session: Annotated[
         Path | None,
         typer.Option(help="A saved session to ask; if the file does not exist, the new session is saved to it."),
@@ -68,12 +68,12 @@ def ask(
     check_prompt(question)
     check_options(tiers, sampling, max_new_tokens)
     with opened(
+        context,
         model,
         videos[0] if videos else None,
         session,
         tiers=tiers,
         sampling=sampling,
-        typed=typed(context, sampling),
         system=system,
         question=question,
         max_new_tokens=max_new_tokens,
@@ -88,8 +88,11 @@ def ask(
 
         save_evidence(answer, evidence, question=question, video=videos[0] if videos else None)
     if unsaved is not None:
-        raise unsaved
+        print(f"tieredkv: {unsaved}", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 def add_to(app: typer.Typer) -> None:
-    app.command("ask", epilog='Example: tieredkv ask film.mp4 "What is on the table?" --session film.tkv')(ask)
+    app.command("ask", epilog='Example: tieredkv ask film.mp4 "What is on the table?" -m Qwen/Qwen2.5-VL-3B-Instruct')(
+        ask
+    )

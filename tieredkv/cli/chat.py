@@ -21,14 +21,13 @@ from tieredkv.cli.options import (
     Start,
     System,
     given,
-    typed,
 )
 
 
 def chat(
     context: typer.Context,
     video: Annotated[str | None, typer.Argument(help="A video file; not needed with a saved session.")] = None,
-    model: Model = "tiny",
+    model: Model = None,
     session: Annotated[
         Path | None,
         typer.Option(help="A saved session to continue; if the file does not exist, the new session is saved to it."),
@@ -57,8 +56,7 @@ def chat(
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
     options = {"max_new_tokens": max_new_tokens}
     check_options(tiers, sampling, max_new_tokens)
-    names = typed(context, sampling)
-    with opened(model, video, session, tiers=tiers, sampling=sampling, typed=names, system=system, **options) as (
+    with opened(context, model, video, session, tiers=tiers, sampling=sampling, system=system, **options) as (
         video_session,
         unsaved,
     ):

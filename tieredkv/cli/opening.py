@@ -7,9 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tieredkv.cli.options import model_path
+import typer
+
+from tieredkv.cli.options import model_path, typed
+from tieredkv.cli.toy import model_or_toy
 from tieredkv.errors import OptionError, SessionError
 from tieredkv.models.prompts import check_system
+from tieredkv.session import origin
 from tieredkv.session.manifest import read_manifest
 from tieredkv.storage import header
 from tieredkv.video.paths import check_path
@@ -21,33 +25,35 @@ if TYPE_CHECKING:
 
 @contextmanager
 def opened(
-    model: str,
+    context: typer.Context,
+    model: str | None,
     video: str | None,
     saved: Path | None,
     *,
     tiers: dict[str, Any],
     sampling: dict[str, Any],
-    typed: list[str],
     system: str | None = None,
     **asked: Any,
 ) -> Iterator[tuple[VideoSession, SessionError | None]]:
     """Yields the session, and why it could not be saved, or None.
 
-    saved: a file to load, or to write if it does not exist. tiers, sampling: the options given. typed: the sampling
-    options on the command line. A saved session keeps its own sampling, so they are refused, and values from the
-    environment are ignored. system: the system prompt. asked: `question` and `max_new_tokens` if known, for the check
-    of the budget.
+    context: of the command. saved: a file to load, or to write if it does not exist. model, tiers, sampling: the
+    options given. A saved session names its model and keeps its own sampling: what the command line itself gives must
+    agree, and values from the environment are ignored. system: the system prompt. asked: `question` and
+    `max_new_tokens` if known, for the check of the budget.
     """
     check_system(system)
     if saved is not None and is_there(saved):
-        if typed:
-            raise OptionError(f"{saved} keeps the sampling it was saved with: leave out {typed[0]}.")
-        read_manifest(saved)
+        manifest = read_manifest(saved)
+        origin.check_sampling(saved, manifest, typed(context, sampling))
+        if model is None or (not typed(context, {"model": model}) and origin.named_model(manifest) is not None):
+            origin.model_of(saved, manifest)  # raises at once if it is gone
+            model = None
         if video is not None:
             check_path(video)
         from tieredkv import api
 
-        with api.load_session(saved, model_path(model), video=video, system=system, **tiers) as session:
+        with api.load_session(saved, model and model_path(model), video=video, system=system, **tiers) as session:
             yield session, None
         return
     if video is None:
@@ -57,6 +63,7 @@ def opened(
     check_path(video)
     if saved is not None:
         header.check_target(saved)
+    model = model_or_toy(model, [video])
     from tieredkv import api
 
     with api.new_session(model_path(model), progress=True, system=system, **tiers) as session:

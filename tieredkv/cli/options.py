@@ -20,7 +20,13 @@ def pixels(value: str | int) -> int:
 
 
 Model = Annotated[
-    str, typer.Option("--model", "-m", envvar="TIEREDKV_MODEL", help="A local path, a hub id, or 'tiny'.")
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        envvar="TIEREDKV_MODEL",
+        help="A local path, a hub id, or 'tiny', the bundled toy [a session's own; the toy for the demo's films].",
+    ),
 ]
 GpuGiB = Annotated[
     float | None, typer.Option(envvar="TIEREDKV_GPU_KV_GB", help="Device memory for keys and values, GiB [4].")
@@ -59,12 +65,10 @@ def given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def typed(context: typer.Context, options: dict[str, Any]) -> list[str]:
-    """The options that are on the command line itself, as written there."""
+def typed(context: typer.Context, options: dict[str, Any]) -> dict[str, Any]:
+    """The options that are on the command line itself, not in the environment or a file."""
     sources = {name: context.get_parameter_source(name) for name in options}
-    return [
-        f"--{name.replace('_', '-')}" for name, source in sources.items() if source and source.name == "COMMANDLINE"
-    ]
+    return {name: options[name] for name, source in sources.items() if source and source.name == "COMMANDLINE"}
 
 
 def model_path(model: str) -> str:

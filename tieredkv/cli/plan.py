@@ -23,13 +23,14 @@ from tieredkv.cli.options import (
     model_path,
     typed,
 )
+from tieredkv.cli.toy import model_or_toy
 from tieredkv.storage.json_text import print_json
 
 
 def plan(
     context: typer.Context,
     video: Annotated[str, typer.Argument(help="A video file, or a whole number of visual tokens.")],
-    model: Model = "tiny",
+    model: Model = None,
     gpu_kv_gb: GpuGiB = None,
     host_kv_gb: HostGiB = None,
     policy: PolicyName = None,
@@ -58,6 +59,7 @@ def plan(
     check_options(tiers, {**sampling, **given(start=start, end=end)}, max_new_tokens)
     if not tokens:
         check_path(video)
+    model = model_or_toy(model, [] if tokens else [video], "this plan is for the bundled toy model")
     from tieredkv.planning import forecast
 
     estimate = forecast.plan(
@@ -81,4 +83,4 @@ def plan(
 
 
 def add_to(app: typer.Typer) -> None:
-    app.command("plan", epilog='Example: tieredkv plan film.mp4 --gpu-kv-gb 2 --card "RTX 3060"')(plan)
+    app.command("plan", epilog='Example: tieredkv plan film.mp4 -m Qwen/Qwen2.5-VL-3B-Instruct --card "RTX 3060"')(plan)

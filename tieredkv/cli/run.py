@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tieredkv.cli.options import (
+    End,
     Fps,
     GpuGiB,
     HostGiB,
@@ -18,39 +19,46 @@ from tieredkv.cli.options import (
     Model,
     NewTokens,
     PolicyName,
+    Start,
     System,
     given,
     model_path,
 )
+from tieredkv.cli.toy import model_or_toy
 from tieredkv.errors import BatchError
 
 if TYPE_CHECKING:
     from tieredkv.batch.questions_file import BatchQuestion
     from tieredkv.session.video_session import VideoSession
+    from tieredkv.video.sampling import Sampling
 
 
 def run(
-    questions: Annotated[Path, typer.Argument(help="The file of questions, JSON lines.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The file of answers, JSON lines.")],
+    questions: Annotated[str, typer.Argument(help="The file of questions, JSON lines; - for stdin.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="The file of answers, JSON lines; - for stdout.")],
     resume: Annotated[bool, typer.Option("--resume", help="Continue an existing file of answers.")] = False,
     retry_errors: Annotated[
         bool, typer.Option("--retry-errors", help="With --resume: ask failed questions again.")
     ] = False,
-    model: Model = "tiny",
+    model: Model = None,
     gpu_kv_gb: GpuGiB = None,
     host_kv_gb: HostGiB = None,
     policy: PolicyName = None,
     fps: Fps = None,
     max_frames: MaxFrames = None,
     max_pixels: MaxPixels = None,
+    start: Start = None,
+    end: End = None,
     system: System = None,
     max_new_tokens: NewTokens = 256,
 ) -> None:
     """Answer a file of questions, each video ingested once. --resume continues an interrupted run.
 
-    A line is {"video": "a.mp4", "question": "What ...?"}, optionally with "id" and generation options. Paths of videos
-    are relative to the file. A question that fails gets a line with "error", and the exit code is then 1.
+    A line is {"video": "a.mp4", "question": "What ...?"}, optionally with "id", "evidence", "fps", "start" and the
+    like, and generation options. The video may be a folder or a glob: the question is asked about each film in it.
+    Paths are relative to the file. A question that fails gets a line with "error", and the exit code is then 1.
     """
+    from tieredkv.batch.answers import Answers, PrintedAnswers
     from tieredkv.batch.answers_file import AnswersFile
     from tieredkv.batch.questions_file import read_questions
     from tieredkv.batch.run import run as run_batch
@@ -60,25 +68,34 @@ def run(
 
     if retry_errors and not resume:
         raise BatchError("--retry-errors continues an existing file of answers: give --resume too.")
-    batch = read_questions(questions)
+    if resume and output == "-":
+        raise BatchError("--resume continues a file of answers: give -o a file, not stdout.")
     options = {"max_new_tokens": max_new_tokens}
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
+    sampled = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels, start=start, end=end)
+    sampling = check_options(tiers, sampled, max_new_tokens)
     check_system(system)
-    sampling = check_options(tiers, given(fps=fps, max_frames=max_frames, max_pixels=max_pixels), max_new_tokens)
-    with AnswersFile(output, batch, resume=resume, retry_errors=retry_errors) as answers:
+    batch = read_questions(None if questions == "-" else Path(questions), sampling)
+    answers: Answers = PrintedAnswers()
+    if output != "-":
+        answers = AnswersFile(Path(output), batch, resume=resume, retry_errors=retry_errors)
+    with answers:
         if not all(map(answers.has, batch)):
+            films = {question.path: None for question in batch if not answers.has(question)}
+            model = model_or_toy(model, films, skip_unreadable=True)
             from tieredkv import api
             from tieredkv.models import loading
 
             loaded, processor = loading.load(model_path(model))
 
-            def open_session(video: Path, pending: Sequence[BatchQuestion]) -> VideoSession:
+            def open_session(video: Path, sampling: Sampling, pending: Sequence[BatchQuestion]) -> VideoSession:
                 check_path(video)
                 session = api.new_session(loaded, processor=processor, progress=True, system=system, **tiers)
                 # The shortest answer must fit; a longer one that does not is an error of its own question.
                 least = min(session.new_tokens(options | question.options) for question in pending)
+                shortest = pending[0].text if len(pending) == 1 else "?"
                 try:
-                    session.ingest(video, sampling, max_new_tokens=least)
+                    session.ingest(video, sampling, question=shortest, max_new_tokens=least)
                 except BaseException:
                     session.close()
                     raise
@@ -87,10 +104,14 @@ def run(
             answers.begin()
             run_batch(batch, answers, open_session, options, lambda line: print(line, file=sys.stderr, flush=True))
     failed = len(answers.failed)
-    again = ": --resume --retry-errors asks again" if failed else ""
-    print(f"{output}: {len(answers.answered)} answered, {failed} failed{again}.", file=sys.stderr)
+    again = ": --resume --retry-errors asks again" if failed and output != "-" else ""
+    print(
+        f"{'stdout' if output == '-' else output}: {len(answers.answered)} answered, {failed} failed{again}.",
+        file=sys.stderr,
+    )
     raise typer.Exit(1 if failed else 0)
 
 
 def add_to(app: typer.Typer) -> None:
-    app.command("run", epilog="Example: tieredkv run questions.jsonl -o answers.jsonl --resume --gpu-kv-gb 4")(run)
+    example = "tieredkv run questions.jsonl -o answers.jsonl -m Qwen/Qwen2.5-VL-3B-Instruct --resume"
+    app.command("run", epilog=f"Example: {example}")(run)

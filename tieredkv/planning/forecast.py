@@ -238,7 +238,7 @@ class _Video:
     @staticmethod
     def open(source: _Model, processor: Any, video: Any, sampling: Sampling) -> _Video:
         opened = open_video(video, at_processor_rate(sampling, processor))
-        return _Video(source, processor, video, sampling, opened.name, Sampled.of(opened))
+        return _Video(source, processor, video, sampling, opened.name, Sampled.of(opened, sampling.max_pixels))
 
     def grid(self, frames: int) -> VideoGrid:
         """The grid of the first `frames` frames."""

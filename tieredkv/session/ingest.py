@@ -79,7 +79,7 @@ class Ingest:
         *texts, tail = template.texts([(question, None)])
         rate, check = at_processor_rate(sampling, template.processor), self.pipeline.check
         media = [
-            prepare(own, model.config, each.open(rate, check), self.tiers)
+            prepare(own, model.config, each.open(rate, check), self.tiers, each.sampling(rate).max_pixels)
             for own, each in zip(template.of_each(), given, strict=True)
         ]
         expected, question_tokens = _expected(template, model.config, texts, tail, media)

@@ -51,7 +51,7 @@ class ModelSource:
 
 def model_of(path: Path, manifest: Mapping[str, Any]) -> ModelSource:
     """The model that a session file names. Raises `SessionError` if it names none, or one whose folder is gone."""
-    source = _named(manifest)
+    source = named_model(manifest)
     if source is None:
         raise SessionError(f"{path} does not name its model: give it (-m on the command line, model= in Python).")
     folder = Path(source.path)
@@ -68,11 +68,12 @@ def named_again(manifest: Mapping[str, Any], given: ModelSource | None) -> Model
 
     An object does not say how its weights were quantised, and may not say where it is from; the file may.
     """
-    named = _named(manifest)
+    named = named_model(manifest)
     return named if named is not None and (given is None or given.model == named.model) else given
 
 
-def _named(manifest: Mapping[str, Any]) -> ModelSource | None:
+def named_model(manifest: Mapping[str, Any]) -> ModelSource | None:
+    """The model that a session file names; None if the file is older than this, or its model was from nowhere."""
     plain = manifest.get("source")
     if not isinstance(plain, dict) or not isinstance(plain.get("model"), str):
         return None

@@ -32,12 +32,19 @@ class Prepared:
     """Frames per call of the vision tower."""
 
 
-def prepare(template: ChatTemplate, config: Any, source: VideoSource, tiers: TierConfig) -> Prepared:
-    """Determine sizes before anything is decoded. Raises `VideoError` if the processor refuses frames of this size."""
-    family, video = template.family, Sampled.of(source)
+def prepare(
+    template: ChatTemplate, config: Any, source: VideoSource, tiers: TierConfig, max_pixels: int | None = None
+) -> Prepared:
+    """Determine sizes before anything is decoded. max_pixels: as in `Sampling`.
+
+    Raises `VideoError` if the processor refuses frames of this size, and `OptionError` if it cannot make them so small.
+    """
+    family, video = template.family, Sampled.of(source, max_pixels)
     grid = template.grid(config, video)
     try:
-        preprocess = family.preprocessor(config, template.processor, video.frames, video.height, video.width, video.fps)
+        preprocess = family.preprocessor(
+            config, template.processor, video.frames, video.height, video.width, video.fps, max_pixels
+        )
     except ValueError as error:
         raise refused(video, error) from None
     batch = batch_tokens(family, config, video.height, video.width, grid, tiers)

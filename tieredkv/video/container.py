@@ -44,6 +44,12 @@ def video_streams(path: Path) -> list[int]:
         return [s.index for s in sorted(decodable, key=_rank, reverse=True)]
 
 
+def tags(path: Path) -> dict[str, str]:
+    """What the file says about itself (title, comment ...), by name in lower case. Raises `VideoError`."""
+    with _container(path) as container:
+        return {name.lower(): value for name, value in container.metadata.items()}
+
+
 def _rank(stream: Any) -> int:
     default = av.stream.Disposition.default in stream.disposition
     return int(stream.codec_context.width * stream.codec_context.height + _DEFAULT_BONUS * default)

@@ -66,6 +66,8 @@ class Sampled:
     """Time of the first frame, in seconds."""
     seconds: float
     """Seconds from the first frame to the end."""
+    max_pixels: int | None = None
+    """As in `Sampling`."""
 
     def times(self, step: int, step_frames: int, frames: int | None = None) -> list[float]:
         """Times in seconds of a temporal step's frames. frames: of the whole video, where it differs from `frames`."""
@@ -74,10 +76,10 @@ class Sampled:
         return [self.start + index / self.fps for index in range(first, last)]
 
     @staticmethod
-    def of(source: VideoSource) -> Sampled:
+    def of(source: VideoSource, max_pixels: int | None = None) -> Sampled:
         """What is known about an opened video."""
         seconds = source.expected / source.fps if source.seconds is None else source.seconds
-        return Sampled(source.expected, source.height, source.width, source.fps, source.start, seconds)
+        return Sampled(source.expected, source.height, source.width, source.fps, source.start, seconds, max_pixels)
 
 
 @dataclass(frozen=True, slots=True)

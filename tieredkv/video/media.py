@@ -49,7 +49,11 @@ class Video:
         """See `tieredkv.video.frames.open_video`. sampling: the session's."""
         from tieredkv.video.frames import open_video
 
-        return open_video(self.source, replace(sampling, **self.options), check)
+        return open_video(self.source, self.sampling(sampling), check)
+
+    def sampling(self, sampling: Sampling) -> Sampling:
+        """How it is sampled. sampling: the session's."""
+        return replace(sampling, **self.options)
 
 
 class Picture:
@@ -75,6 +79,10 @@ class Picture:
         """A source of one frame. Raises `VideoError` if there is no picture."""
         self.check()
         return _PictureSource(self.source)
+
+    def sampling(self, sampling: Sampling) -> Sampling:
+        """`sampling`, of which only `max_pixels` applies."""
+        return sampling
 
 
 Medium = Video | Picture

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from tieredkv.environment.versions import NEWEST, OLDEST, cache_argument
+from tieredkv.errors import OptionError
 
 Positions = Literal["published", "stock"]
 """How a prompt with a video is written and numbered: as the model's authors do it, or as transformers does."""
@@ -210,25 +211,51 @@ class VideoFamily(ABC):
 
     @abstractmethod
     def frame_grid(
-        self, config: Any, processor: Any, frames: int, height: int, width: int, fps: float
+        self,
+        config: Any,
+        processor: Any,
+        frames: int,
+        height: int,
+        width: int,
+        fps: float,
+        max_pixels: int | None = None,
     ) -> tuple[int, int, int]:
         """Temporal steps, rows and columns of visual tokens for `frames` frames of `height` x `width` pixels.
 
-        Raises `ValueError` if the processor refuses such frames.
+        max_pixels: most pixels of a frame as the vision tower sees it, in place of the processor's limits (None:
+        those); frames are not enlarged to reach it. Raises `ValueError` if the processor refuses such frames, and
+        `OptionError` if no frame has so few pixels, or frames have one fixed size.
         """
 
     @abstractmethod
+    def tower_size(self, config: Any, processor: Any, rows: int, columns: int) -> tuple[int, int]:
+        """Height and width in pixels of a picture of `rows` x `columns` visual tokens, as the vision tower sees it."""
+
+    @abstractmethod
     def preprocessor(
-        self, config: Any, processor: Any, frames: int, height: int, width: int, fps: float
+        self,
+        config: Any,
+        processor: Any,
+        frames: int,
+        height: int,
+        width: int,
+        fps: float,
+        max_pixels: int | None = None,
     ) -> Callable[[np.ndarray], dict[str, torch.Tensor]]:
         """A function that preprocesses a segment, uint8 `(n, H, W, 3)`, as the processor does in a whole video.
 
-        frames: number in the whole video, on which the size may depend. The function is called with the segments of
-        one video in order. A segment whose n is not a multiple of `step_frames` is padded; only the last may be.
+        frames: number in the whole video, on which the size may depend. max_pixels: as for `frame_grid`. The function
+        is called with the segments of one video in order. A segment whose n is not a multiple of `step_frames` is
+        padded; only the last may be.
         """
 
-    def slices(self, config: Any, processor: Any, height: int, width: int) -> Slices | None:
-        """The tiles into which the processor cuts each frame of `height` x `width` pixels; None: it does not."""
+    def slices(
+        self, config: Any, processor: Any, height: int, width: int, max_pixels: int | None = None
+    ) -> Slices | None:
+        """The tiles into which the processor cuts each frame of `height` x `width` pixels; None: it does not.
+
+        max_pixels: of a frame and its tiles together.
+        """
         return None
 
     def step_frames(self, config: Any) -> int:
@@ -308,6 +335,14 @@ class VideoFamily(ABC):
     def logits(self, model: Any, hidden: torch.Tensor) -> torch.Tensor:
         """Next-token logits of hidden states, float32."""
         return model.get_output_embeddings()(hidden).float()
+
+
+def too_few_pixels(max_pixels: int, height: int, width: int, least: int) -> OptionError:
+    """The error for a limit below the fewest pixels of a frame that a processor makes."""
+    return OptionError(
+        f"max_pixels={max_pixels} is too few for frames of {width}x{height}: this model takes at least {least:,} "
+        f"pixels of them. Give max_pixels={least} or more."
+    )
 
 
 def activation_bytes(patches: int, pixels: int, hidden: int, intermediate: int, dtype: torch.dtype | None) -> int:

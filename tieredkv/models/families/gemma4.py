@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tieredkv.environment.versions import cache_argument
-from tieredkv.models.families.base import activation_bytes
+from tieredkv.models.families.base import activation_bytes, too_few_pixels
 from tieredkv.models.families.decoder import TIERED, Decoder
 from tieredkv.models.families.per_frame import EachFrame
 
@@ -46,15 +47,41 @@ class Gemma4(EachFrame):
         return processor.eoi_token
 
     def frame_grid(
-        self, config: Any, processor: Any, frames: int, height: int, width: int, fps: float
+        self,
+        config: Any,
+        processor: Any,
+        frames: int,
+        height: int,
+        width: int,
+        fps: float,
+        max_pixels: int | None = None,
     ) -> tuple[int, int, int]:
         from transformers.models.gemma4.video_processing_gemma4 import get_aspect_ratio_preserving_size
 
         video = processor.video_processor
         patch, pooled = video.patch_size, video.pooling_kernel_size
-        size = get_aspect_ratio_preserving_size(height, width, patch, video.max_soft_tokens * pooled**2, pooled)
+        most = self.limits(processor, height, width, max_pixels).get("max_soft_tokens", video.max_soft_tokens)
+        size = get_aspect_ratio_preserving_size(height, width, patch, most * pooled**2, pooled)
         rows, columns = (edge // (patch * pooled) for edge in size)
         return frames, rows, columns
+
+    def tower_size(self, config: Any, processor: Any, rows: int, columns: int) -> tuple[int, int]:
+        edge = processor.video_processor.patch_size * processor.video_processor.pooling_kernel_size
+        return rows * edge, columns * edge
+
+    def limits(self, processor: Any, height: int, width: int, max_pixels: int | None) -> dict[str, Any]:
+        """The processor fits frames into one of a few numbers of tokens: the fewest that do not shrink a frame, at most
+        those of `max_pixels`."""
+        if max_pixels is None:
+            return {}
+        from transformers.models.gemma4.video_processing_gemma4 import _SUPPORTED_SOFT_TOKENS
+
+        token = math.prod(self.tower_size(None, processor, 1, 1))
+        allowed = [tokens for tokens in sorted(_SUPPORTED_SOFT_TOKENS) if tokens * token <= max_pixels]
+        if not allowed:
+            raise too_few_pixels(max_pixels, height, width, min(_SUPPORTED_SOFT_TOKENS) * token)
+        whole = [tokens for tokens in allowed if tokens * token >= height * width]
+        return {"max_soft_tokens": min(whole, default=max(allowed))}
 
     def encode(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         tower, connector = model.model.vision_tower, model.model.embed_vision
@@ -115,9 +142,16 @@ class Gemma4Unified(Gemma4):
     seeing_ahead: tuple[str, ...] = ("sliding_attention", TIERED)
 
     def frame_grid(
-        self, config: Any, processor: Any, frames: int, height: int, width: int, fps: float
+        self,
+        config: Any,
+        processor: Any,
+        frames: int,
+        height: int,
+        width: int,
+        fps: float,
+        max_pixels: int | None = None,
     ) -> tuple[int, int, int]:
-        steps, rows, columns = super().frame_grid(config, processor, frames, height, width, fps)
+        steps, rows, columns = super().frame_grid(config, processor, frames, height, width, fps, max_pixels)
         window = config.get_text_config(decoder=True).sliding_window
         if rows * columns > window:  # they see each other beyond the window too
             raise ValueError(f"{rows * columns} tokens of a frame are more than the model's window of {window}.")

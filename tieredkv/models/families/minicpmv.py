@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 
 from tieredkv.environment.versions import NEWEST, confuses_tiles
 from tieredkv.errors import UnsupportedModelError
-from tieredkv.models.families.base import Positions, Slices, VideoFamily, VideoGrid, activation_bytes
+from tieredkv.memory.units import largest
+from tieredkv.models.families.base import Positions, Slices, VideoFamily, VideoGrid, activation_bytes, too_few_pixels
 
 MARKERS = ("image_start", "image_end", "slice_start", "slice_end")
 """The processor has a token of each name, and the config of 4.7 its id."""
@@ -52,14 +54,27 @@ class MiniCPMV46(VideoFamily):
     # ---- pixels
 
     def frame_grid(
-        self, config: Any, processor: Any, frames: int, height: int, width: int, fps: float
+        self,
+        config: Any,
+        processor: Any,
+        frames: int,
+        height: int,
+        width: int,
+        fps: float,
+        max_pixels: int | None = None,
     ) -> tuple[int, int, int]:
         """Runs the processor on one frame on torch's meta device, which stores no pixels."""
-        pictures, _ = self._pictures(config, processor, height, width)
+        pictures, _ = self._pictures(config, processor, height, width, max_pixels)
         return frames, *pictures[0]
 
-    def slices(self, config: Any, processor: Any, height: int, width: int) -> Slices | None:
-        pictures, (rows, columns) = self._pictures(config, processor, height, width)
+    def tower_size(self, config: Any, processor: Any, rows: int, columns: int) -> tuple[int, int]:
+        edge = processor.video_processor.patch_size * _merged(config)
+        return rows * edge, columns * edge
+
+    def slices(
+        self, config: Any, processor: Any, height: int, width: int, max_pixels: int | None = None
+    ) -> Slices | None:
+        pictures, (rows, columns) = self._pictures(config, processor, height, width, max_pixels)
         if len(pictures) == 1:
             return None
         if len(set(pictures)) > 1 and confuses_tiles(config.model_type):
@@ -75,9 +90,14 @@ class MiniCPMV46(VideoFamily):
         return Slices(rows, columns, *pictures[1], before)
 
     def _pictures(
-        self, config: Any, processor: Any, height: int, width: int
+        self, config: Any, processor: Any, height: int, width: int, max_pixels: int | None = None
     ) -> tuple[list[tuple[int, int]], tuple[int, int]]:
         """Rows and columns of visual tokens of each picture that a frame becomes; rows and columns of the tiles."""
+        self._check(config, processor)
+        return self._cut(config, processor, height, width, **self._limits(config, processor, height, width, max_pixels))
+
+    def _check(self, config: Any, processor: Any) -> None:
+        """Raise `UnsupportedModelError` for settings of the processor that do not fit the model."""
         ours, theirs = processor.video_processor.downsample_mode, config.downsample_mode
         if ours != theirs:
             raise UnsupportedModelError(
@@ -89,26 +109,62 @@ class MiniCPMV46(VideoFamily):
                 f"the processor's video_processor.stack_frames is {stacked}: pictures composed of several frames are "
                 "not supported. Set it to 1."
             )
+
+    def _limits(self, config: Any, processor: Any, height: int, width: int, max_pixels: int | None) -> dict[str, int]:
+        """Options with which all pictures of a frame have at most `max_pixels` pixels together: fewer tiles, then a
+        smaller picture of the whole frame. Neither is ever more than the processor's, nor larger than the frame."""
+        if max_pixels is None:
+            return {}
+        video = processor.video_processor
+
+        def pixels(**options: int) -> int:
+            pictures, _ = self._cut(config, processor, height, width, **options)
+            return sum(math.prod(self.tower_size(config, processor, *picture)) for picture in pictures)
+
+        side = min(video.scale_resolution, math.isqrt(height * width))
+        if side == video.scale_resolution:  # smaller frames have no tiles
+            for tiles in range(video.max_slice_nums, 1, -1):
+                if pixels(max_slice_nums=tiles) <= max_pixels:
+                    return {"max_slice_nums": tiles}
+        most = largest(lambda side: pixels(max_slice_nums=1, scale_resolution=side) <= max_pixels, side)
+        if not most:
+            raise too_few_pixels(max_pixels, height, width, pixels(max_slice_nums=1, scale_resolution=1))
+        return {"max_slice_nums": 1, "scale_resolution": most}
+
+    def _cut(
+        self, config: Any, processor: Any, height: int, width: int, **options: int
+    ) -> tuple[list[tuple[int, int]], tuple[int, int]]:
+        """What `_pictures` returns, for options of the processor."""
         frame = torch.empty((1, 3, height, width), dtype=torch.uint8, device="meta")
-        inputs, merged = self._preprocess(processor, frame, 1.0), _merged(config)
+        inputs, merged = self._preprocess(processor, frame, 1.0, **options), _merged(config)
         pictures = [(rows // merged, columns // merged) for rows, columns in inputs["target_sizes_videos"].tolist()]
         return pictures, tuple(inputs["grids_videos"][0].tolist())
 
     def preprocessor(
-        self, config: Any, processor: Any, frames: int, height: int, width: int, fps: float
+        self,
+        config: Any,
+        processor: Any,
+        frames: int,
+        height: int,
+        width: int,
+        fps: float,
+        max_pixels: int | None = None,
     ) -> Callable[[np.ndarray], dict[str, torch.Tensor]]:
+        options = self._limits(config, processor, height, width, max_pixels)
+
         def preprocess(pixels: np.ndarray) -> dict[str, torch.Tensor]:
-            return self._preprocess(processor, torch.from_numpy(pixels).permute(0, 3, 1, 2), fps)
+            return self._preprocess(processor, torch.from_numpy(pixels).permute(0, 3, 1, 2), fps, **options)
 
         return preprocess
 
-    def _preprocess(self, processor: Any, video: torch.Tensor, fps: float) -> dict[str, torch.Tensor]:
+    def _preprocess(self, processor: Any, video: torch.Tensor, fps: float, **options: int) -> dict[str, torch.Tensor]:
         with torch.device("cpu"):  # whatever the caller's default device
             return processor.video_processor(
                 videos=[video],
                 video_metadata=[{"fps": fps, "total_num_frames": video.shape[0]}],
                 do_sample_frames=False,
                 return_tensors="pt",
+                **options,
             )
 
     def encode(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -140,9 +196,8 @@ class MiniCPMV47(MiniCPMV46):
     def numbered_opening(self, processor: Any, number: int, frames: int, seconds: float, times: Sequence[float]) -> str:
         return processor.image_start_token
 
-    def _pictures(
-        self, config: Any, processor: Any, height: int, width: int
-    ) -> tuple[list[tuple[int, int]], tuple[int, int]]:
+    def _check(self, config: Any, processor: Any) -> None:
+        super()._check(config, processor)
         for name in MARKERS:
             token = getattr(processor, f"{name}_token")
             expected, given = processor.tokenizer.convert_tokens_to_ids(token), getattr(config, f"{name}_id")
@@ -151,7 +206,6 @@ class MiniCPMV47(MiniCPMV46):
                     f"the model config's {name}_id is {given}, but {token!r} has the id {expected}: positions of "
                     "frames depend on it. Give the model's own processor, or correct the config."
                 )
-        return super()._pictures(config, processor, height, width)
 
     def trailing(self, config: Any, tail: Sequence[int]) -> int:
         """Markers and newlines right after the one that ends the last picture."""

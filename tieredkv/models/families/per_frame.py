@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tieredkv.errors import OptionError
 from tieredkv.models.families.base import VideoFamily, activation_bytes
 
 
@@ -17,9 +18,25 @@ class EachFrame(VideoFamily):
     """A temporal step is one frame, which the processor treats alike in any segment."""
 
     def preprocessor(
-        self, config: Any, processor: Any, frames: int, height: int, width: int, fps: float
+        self,
+        config: Any,
+        processor: Any,
+        frames: int,
+        height: int,
+        width: int,
+        fps: float,
+        max_pixels: int | None = None,
     ) -> Callable[[np.ndarray], dict[str, torch.Tensor]]:
-        return lambda pixels: preprocess_frames(processor, torch.from_numpy(pixels).permute(0, 3, 1, 2), fps)
+        options = self.limits(processor, height, width, max_pixels)
+
+        def preprocess(pixels: np.ndarray) -> dict[str, torch.Tensor]:
+            return preprocess_frames(processor, torch.from_numpy(pixels).permute(0, 3, 1, 2), fps, **options)
+
+        return preprocess
+
+    def limits(self, processor: Any, height: int, width: int, max_pixels: int | None) -> dict[str, Any]:
+        """Options with which the processor makes frames of at most `max_pixels` pixels."""
+        return {}
 
 
 class PerFrame(EachFrame):
@@ -30,10 +47,21 @@ class PerFrame(EachFrame):
         """Rows, and columns, of a frame's tokens."""
 
     def frame_grid(
-        self, config: Any, processor: Any, frames: int, height: int, width: int, fps: float
+        self,
+        config: Any,
+        processor: Any,
+        frames: int,
+        height: int,
+        width: int,
+        fps: float,
+        max_pixels: int | None = None,
     ) -> tuple[int, int, int]:
+        refuse_max_pixels(config, max_pixels)
         side = self.side(config)
         return frames, side, side
+
+    def tower_size(self, config: Any, processor: Any, rows: int, columns: int) -> tuple[int, int]:
+        return _pair(config.vision_config.image_size)
 
     def encode_bytes(self, config: Any, grid: tuple[int, int, int]) -> int:
         vision = config.vision_config
@@ -43,7 +71,16 @@ class PerFrame(EachFrame):
         return activation_bytes(patches, pixels, vision.hidden_size, vision.intermediate_size, vision.dtype)
 
 
-def preprocess_frames(processor: Any, frames: torch.Tensor, fps: float) -> dict[str, torch.Tensor]:
+def refuse_max_pixels(config: Any, max_pixels: int | None) -> None:
+    """Raise `OptionError` if a limit is given for frames that have one fixed size."""
+    if max_pixels is not None:
+        raise OptionError(
+            f"max_pixels={max_pixels} cannot be given: frames of {config.model_type} models have one fixed size. Leave "
+            "it out, and lower fps or max_frames for fewer tokens."
+        )
+
+
+def preprocess_frames(processor: Any, frames: torch.Tensor, fps: float, **options: Any) -> dict[str, torch.Tensor]:
     """What the processor makes of frames, uint8 `(n, 3, H, W)`, that it does not sample."""
     with torch.device("cpu"):  # whatever the caller's default device
         return processor.video_processor(
@@ -51,6 +88,7 @@ def preprocess_frames(processor: Any, frames: torch.Tensor, fps: float) -> dict[
             video_metadata=[{"fps": fps, "total_num_frames": len(frames)}],
             do_sample_frames=False,
             return_tensors="pt",
+            **options,
         )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from tieredkv.memory.units import largest
-from tieredkv.models.families.base import Positions, VideoFamily, VideoGrid, activation_bytes
+from tieredkv.models.families.base import Positions, VideoFamily, VideoGrid, activation_bytes, too_few_pixels
 
 UNLIMITED = 2**40
 """Pixels; more than any video has."""
@@ -24,20 +24,68 @@ class Qwen2VL(VideoFamily):
     vision_modules = frozenset({"visual"})
 
     def frame_grid(
-        self, config: Any, processor: Any, frames: int, height: int, width: int, fps: float
+        self,
+        config: Any,
+        processor: Any,
+        frames: int,
+        height: int,
+        width: int,
+        fps: float,
+        max_pixels: int | None = None,
     ) -> tuple[int, int, int]:
         """Runs the processor on a video on torch's meta device, which stores no pixels."""
-        frames = max(frames, self.step_frames(config))
-        return self._grid(config, self._preprocess(processor, _empty(frames, height, width), fps))
+        step_frames = self.step_frames(config)
+        if max_pixels is None:
+            return self._grid(config, self._preprocess(processor, _empty(max(frames, step_frames), height, width), fps))
+
+        def grid(limit: int) -> tuple[int, int, int]:
+            options = self._limited(config, processor, step_frames, limit)
+            return self._grid(config, self._preprocess(processor, _empty(step_frames, height, width), fps, **options))
+
+        def pixels(limit: int) -> int:
+            return math.prod(self.tower_size(config, processor, *grid(limit)[1:]))
+
+        if pixels(max_pixels) > max_pixels:
+            raise too_few_pixels(max_pixels, height, width, _first(lambda limit: pixels(limit) <= limit))
+        return -(-frames // step_frames), *grid(max_pixels)[1:]
+
+    def tower_size(self, config: Any, processor: Any, rows: int, columns: int) -> tuple[int, int]:
+        edge = processor.video_processor.patch_size * processor.video_processor.merge_size
+        return rows * edge, columns * edge
+
+    def _limited(self, config: Any, processor: Any, frames: int, max_pixels: int) -> dict[str, Any]:
+        """Options of the processor for a segment of `frames` frames of at most `max_pixels` pixels each."""
+        edge = 64 * self.tower_size(config, processor, 1, 1)[0]
+        # Without the further limit that some processors can set for the whole video.
+        free = {"cap_pixels_per_frame": False} if hasattr(processor.video_processor, "cap_pixels_per_frame") else {}
+
+        def options(most: int) -> dict[str, Any]:
+            return {"size": {"shortest_edge": 1, "longest_edge": most}, **free}
+
+        # Whether the limits are those of a frame or of the whole video shows in two videos of large frames.
+        one, other = (
+            self._grid(config, self._preprocess(processor, _empty(length, edge, edge), 1.0, **options(edge**2)))[1:]
+            for length in (self.step_frames(config), 4 * self.step_frames(config))
+        )
+        return options(max_pixels if one == other else max_pixels * frames)
 
     def preprocessor(
-        self, config: Any, processor: Any, frames: int, height: int, width: int, fps: float
+        self,
+        config: Any,
+        processor: Any,
+        frames: int,
+        height: int,
+        width: int,
+        fps: float,
+        max_pixels: int | None = None,
     ) -> Callable[[np.ndarray], dict[str, torch.Tensor]]:
-        _, rows, columns = self.frame_grid(config, processor, frames, height, width, fps)
+        _, rows, columns = self.frame_grid(config, processor, frames, height, width, fps, max_pixels)
 
         @cache
-        def limits(n: int) -> dict[str, int]:
-            """Size limits that give frames in a segment of n frames the same size as in the whole video."""
+        def limits(n: int) -> dict[str, Any]:
+            """Options that give frames in a segment of n frames the same size as in the whole video."""
+            if max_pixels is not None:
+                return self._limited(config, processor, n, max_pixels)
 
             def tokens(least: int, most: int) -> int:
                 size = {"shortest_edge": least, "longest_edge": most}
@@ -53,7 +101,7 @@ class Qwen2VL(VideoFamily):
                 least = _first(lambda limit: tokens(limit, UNLIMITED) >= target)
             if tokens(least, most) != target:
                 raise ValueError(f"no size limit gives {rows}x{columns} tokens for frames of {width}x{height}")
-            return {"shortest_edge": least, "longest_edge": most}
+            return {"size": {"shortest_edge": least, "longest_edge": most}}
 
         step_frames = self.step_frames(config)
         limits(step_frames)  # raises before anything is decoded
@@ -63,7 +111,7 @@ class Qwen2VL(VideoFamily):
                 pixels = np.concatenate((pixels, pixels[-1:].repeat(short, axis=0)))
             # uint8 until the processor: resizing in float32 changes up to a quarter of the values.
             video = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-            return self._preprocess(processor, video, fps, size=limits(video.shape[0]))
+            return self._preprocess(processor, video, fps, **limits(video.shape[0]))
 
         return preprocess
 

@@ -39,10 +39,17 @@ class VideoLlama3(Qwen2VL):
         return 1
 
     def preprocessor(
-        self, config: Any, processor: Any, frames: int, height: int, width: int, fps: float
+        self,
+        config: Any,
+        processor: Any,
+        frames: int,
+        height: int,
+        width: int,
+        fps: float,
+        max_pixels: int | None = None,
     ) -> Callable[[np.ndarray], dict[str, torch.Tensor]]:
         """Each segment is preprocessed after the last frame of the one before, with which its first is compared."""
-        plain = super().preprocessor(config, processor, frames, height, width, fps)
+        plain = super().preprocessor(config, processor, frames, height, width, fps, max_pixels)
         if not processor.video_processor.use_token_compression:
             return plain
         before = np.empty((0, height, width, 3), np.uint8)
