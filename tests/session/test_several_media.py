@@ -11,7 +11,6 @@ import pytest
 import torch
 from families import BUILD, build
 from helpers import RecordLogits, assert_near, pressed, session_logits, stock_logits, tier_options
-from PIL import Image
 
 import tieredkv
 from tieredkv.cache.looks import Looks
@@ -19,7 +18,7 @@ from tieredkv.errors import OptionError, SessionError, TieredKVError, Unsupporte
 from tieredkv.evidence.moments import Shown, collect
 from tieredkv.evidence.save import save_evidence
 from tieredkv.models.families.base import VideoGrid
-from tieredkv.video.media import Picture, Video
+from tieredkv.video.media import Video
 
 QUESTIONS = ("what is it ?", "and who is that ?")
 OPTIONS = {"gpu_kv_gb": 1, "fps": 4, "positions": "stock"}

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tieredkv.models.chat_template import ChatTemplate
 from tieredkv.models.families.base import Kind, Positions, VideoFamily, VideoGrid
 from tieredkv.session.results import IngestStats
 from tieredkv.video.sampling import Sampling
@@ -76,6 +77,16 @@ class Medium:
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """Where a video and the text before it begin in a prompt."""
+
+    tokens: int = 0
+    """Prompt tokens before."""
+    shift: int = 0
+    """`Medium.shift`."""
+
+
+@dataclass(frozen=True, slots=True)
 class IngestedVideo:
     """Videos and pictures whose keys and values are in a cache, and the beginning of every prompt about them.
 
@@ -110,6 +121,17 @@ class IngestedVideo:
     def last(self) -> Medium:
         """The one before the question."""
         return self.media[-1]
+
+    def end(self, model: Any, template: ChatTemplate) -> Place:
+        """The place after the last one."""
+        last, family = self.last, template.families[len(self.more)]
+        position = last.positions(family, model, last.tokens, last.tokens + 1, self.positions)
+        return Place(self.tokens, int(position[0, 0]))
+
+    def followed_by(self, other: IngestedVideo, place: Place) -> IngestedVideo:
+        """These and another, which was ingested as if it were alone, at `place`."""
+        medium = replace(other.last, shift=place.shift)
+        return replace(self, stats=IngestStats.total((self.stats, other.stats)), more=(*self.more, medium))
 
     @property
     def head_tokens(self) -> int:

@@ -72,6 +72,11 @@ class IngestStats:
         """Of videos ingested one after another."""
         return IngestStats(*(sum(getattr(part, name) for part in parts) for name in IngestStats.__slots__))
 
+    @staticmethod
+    def none() -> IngestStats:
+        """Of an ingest that has not begun."""
+        return IngestStats(0, 0, 0.0, 0.0, 0.0, 0.0, 0)
+
     @property
     def overlap(self) -> float:
         """Sum of the stages' seconds / wall time: above 1 if they overlapped."""

@@ -140,11 +140,12 @@ class _PictureSource:
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise VideoError(f"{self.name}: not a readable picture ({first_line(error)}).") from None
 
-    def frames(self, tick: Tick | None = None) -> Iterator[np.ndarray]:
+    def frames(self, tick: Tick | None = None, first: int = 0) -> Iterator[np.ndarray]:
         """The picture."""
         if tick is not None:
             tick(0.0)
-        yield np.asarray(self._read())
+        if not first:
+            yield np.asarray(self._read())
 
     def sha256(self, check: Callable[[], None] | None = None) -> str:
         """Hash of the file's bytes, or of the pixels of a PIL image and their shape."""
