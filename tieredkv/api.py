@@ -42,6 +42,7 @@ def open_session(
     start: float = 0.0,
     end: float | None = None,
     max_pixels: int | None = None,
+    skip_damaged: bool = False,
     positions: Positions = "published",
     progress: bool = False,
     system: str | None = None,
@@ -55,7 +56,8 @@ def open_session(
     ndarray or tensor, uint8 or floats in [0, 1], taken at `source_fps` per second (None: at `fps`). fps: frames sampled
     per second (None: the processor's own rate). max_frames: at most this many frames, spread evenly over the video.
     max_pixels: most pixels of a frame as the vision tower sees it, in place of the processor's limits (None: those).
-    start, end: seconds of the video to read, as players show them. gpu_kv_gb: hard cap in GiB on device memory for
+    start, end: seconds of the video to read, as players show them. skip_damaged: go over what is damaged or missing in
+    a file; `session.ingest_stats.damaged` says which seconds. gpu_kv_gb: hard cap in GiB on device memory for
     keys and values (None: 4). tiers: every other setting; its fields may be given as keywords instead. positions:
     "published" or "stock", how text after the video is numbered. progress: show a bar on stderr. system: the system
     prompt of every question; None: the chat template's own, if it has one. checkpoint: a folder in which a long ingest
@@ -65,7 +67,7 @@ def open_session(
     Raises `UnsupportedModelError`, `VideoError`, `BudgetError`, `OptionError` or, for a checkpoint that is in use or of
     another ingest, `SessionError`, all of them `TieredKVError`.
     """
-    sampling = Sampling(fps, source_fps, max_frames, start, end, max_pixels)
+    sampling = Sampling(fps, source_fps, max_frames, start, end, max_pixels, skip_damaged)
     session = new_session(
         model,
         gpu_kv_gb=gpu_kv_gb,
@@ -141,7 +143,9 @@ def load_session(
         session_file.check_same_system(stored, system)
     first_picture = 0.0
     if video is not None:
-        sources = [each.open(Sampling(DEFAULT_FPS)) for each in media_of(video)]
+        sampled = origin.sampling_of(stored.path, stored.manifest)
+        skip_damaged = sampled is not None and sampled.skip_damaged
+        sources = [each.open(Sampling(DEFAULT_FPS, skip_damaged=skip_damaged)) for each in media_of(video)]
         session_file.check_same_media(stored, sources)
         first_picture = sources[0].start
     source: ModelSource | None

@@ -11,14 +11,15 @@ import pytest
 import torch
 from families import BUILD, build
 from helpers import RecordLogits, assert_near, pressed, session_logits, stock_logits, tier_options
+from PIL import Image
 
 import tieredkv
 from tieredkv.cache.looks import Looks
-from tieredkv.errors import OptionError, SessionError, TieredKVError, UnsupportedModelError
+from tieredkv.errors import OptionError, SessionError, TieredKVError, UnsupportedModelError, VideoError
 from tieredkv.evidence.moments import Shown, collect
 from tieredkv.evidence.save import save_evidence
 from tieredkv.models.families.base import VideoGrid
-from tieredkv.video.media import Video
+from tieredkv.video.media import Picture, Video, media_of
 
 QUESTIONS = ("what is it ?", "and who is that ?")
 OPTIONS = {"gpu_kv_gb": 1, "fps": 4, "positions": "stock"}
@@ -177,6 +178,109 @@ def test_a_template_that_writes_the_first_video_only_is_refused():
     processor.chat_template = "<|vision_start|><|video_pad|><|vision_end|>{{ messages[-1]['content'][-1]['text'] }}"
     with pytest.raises(UnsupportedModelError, match="no placeholder for each of 2 media, in their order"):
         tieredkv.open_session(model, list(map(Video, films("qwen2_5_vl")[:2])), processor=processor, **OPTIONS)
+
+
+# ---- still pictures
+
+QWEN = pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe"])
+
+
+def still(seed: int, height: int, width: int) -> Image.Image:
+    return Image.fromarray(noise(seed, 1, height, width)[0])
+
+
+MIXED = {
+    "picture first": lambda: [still(9, 70, 130), noise(1, 7), still(8, 160, 90), noise(2, 6, 90, 60)],
+    "picture last": lambda: [noise(1, 7), noise(2, 6, 90, 60), still(9, 70, 130)],
+    "pictures alone": lambda: [still(9, 70, 130), still(8, 160, 90)],
+}
+
+
+@QWEN
+@pytest.mark.parametrize("mix", MIXED)
+@pytest.mark.parametrize("chunks", [{}, {"prefill_chunk": 17, "encode_batch": 10}], ids=["one call", "chunks"])
+def test_pictures_among_videos_equal_stock(name, mix, chunks):
+    model, processor = build(name)
+    shown = MIXED[mix]()
+    media = [Video(one) if isinstance(one, np.ndarray) else Picture(one) for one in shown]
+    with tieredkv.open_session(model, media, processor=processor, **tier_options(**OPTIONS, **chunks)) as session:
+        assert_equals_stock(session, model, processor, shown)
+
+
+@QWEN
+def test_a_session_with_pictures_is_saved(name, tmp_path):
+    """Pictures from files, one of them turned by its EXIF data, and the last of them before the question."""
+    model, processor = build(name)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    still(1, 60, 130).save(tmp_path / "map.png")
+    still(2, 90, 60).save(tmp_path / "turned.png", exif=exif)
+    media = [tmp_path / "map.png", Video(noise(1, 6)), str(tmp_path / "turned.png")]
+    with tieredkv.open_session(model, media, processor=processor, **OPTIONS) as session:
+        session.ask(QUESTIONS[1], max_new_tokens=2)
+        expected = session_logits(session, QUESTIONS[0], 3)
+        assert session.videos[2].columns > session.videos[2].rows
+        assert session.names == (str(tmp_path / "map.png"), "the frames given", str(tmp_path / "turned.png"))
+        session.save(tmp_path / "films.tkv")
+    with tieredkv.load_session(tmp_path / "films.tkv", model, processor=processor, video=media) as session:
+        assert_near(session_logits(session, QUESTIONS[0], 3), expected)
+        answer = session.ask(QUESTIONS[0], max_new_tokens=2)
+        save_evidence(answer, tmp_path / "where.png", video=media, medium=0)
+    assert {(moment.start, moment.end) for moment in answer.evidence.parts[0]} <= {(0.0, 0.0)}
+    still(3, 60, 130).save(tmp_path / "map.png")
+    with pytest.raises(SessionError, match="saved for another video"):
+        tieredkv.load_session(tmp_path / "films.tkv", model, processor=processor, video=media)
+
+
+def test_max_pixels_limits_pictures_too():
+    model, processor = build("qwen2_5_vl")
+    shown = [still(9, 280, 280), noise(1, 4)]
+    media = [Picture(shown[0]), Video(shown[1])]
+    with tieredkv.open_session(model, media, processor=processor, max_pixels=28 * 28 * 4, **OPTIONS) as session:
+        assert [(grid.rows, grid.columns) for grid in session.videos] == [(2, 2), (1, 2)]
+    with tieredkv.open_session(model, media, processor=processor, **OPTIONS) as session:
+        assert (session.videos[0].rows, session.videos[0].columns) == (10, 10)
+
+
+@pytest.mark.parametrize("name", ["internvl", "gemma4", "lfm3_vl", "video_llama_3", "glm4v"])
+def test_a_family_without_pictures_refuses_them_by_name(name):
+    model, processor = build(name)
+    with pytest.raises(UnsupportedModelError, match=f"still pictures are not supported for models of type '{name}'"):
+        tieredkv.open_session(model, [Video(noise(1, 4)), Picture(still(1, 60, 90))], processor=processor, **OPTIONS)
+
+
+def test_a_list_of_images_is_still_one_video():
+    frames = [still(seed, 60, 90) for seed in range(4)]
+    assert [type(one) for one in media_of(frames)] == [Video]
+    assert [type(one) for one in media_of(["a.mp4", frames[0], "map.PNG", frames])] == [Video, Picture, Picture, Video]
+
+
+BAD = {
+    "a missing picture": (["gone.png"], r"gone.png: no such file."),
+    "no picture": ([__file__ + ".png"], "no such file"),
+    "a number": ([Picture(3)], "a picture is of type int: give a path or a PIL image"),
+    "a missing film": (["gone.mp4", "too.mp4"], r"gone.mp4: no such file."),
+}
+
+
+@pytest.mark.parametrize(("media", "message"), BAD.values(), ids=BAD)
+def test_media_that_cannot_be_read_are_refused_before_a_model_is_loaded(media, message):
+    with pytest.raises(VideoError, match=message):
+        tieredkv.generate("/nowhere", media, "what ?")
+
+
+def test_a_file_that_is_no_picture_is_refused(tmp_path):
+    (tmp_path / "map.png").write_text("no picture")
+    model, processor = build("qwen2_vl")
+    with pytest.raises(VideoError, match=r"map\.png: not a readable picture"):
+        tieredkv.open_session(model, [tmp_path / "map.png"], processor=processor, **OPTIONS)
+
+
+def test_options_of_a_video_are_checked():
+    with pytest.raises(OptionError, match="'speed' is not an option of a video: give one of end, fps, max_frames"):
+        Video("a.mp4", speed=2)
+    with pytest.raises(VideoError, match="start=-1 is not valid"):
+        Video("a.mp4", start=-1)
 
 
 # ---- evidence

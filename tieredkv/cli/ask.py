@@ -19,6 +19,7 @@ from tieredkv.cli.options import (
     Model,
     NewTokens,
     PolicyName,
+    SkipDamaged,
     Start,
     System,
     given,
@@ -43,6 +44,7 @@ def ask(
     max_pixels: MaxPixels = None,
     start: Start = None,
     end: End = None,
+    skip_damaged: SkipDamaged = False,
     system: System = None,
     max_new_tokens: NewTokens = 256,
     evidence: Annotated[
@@ -64,6 +66,7 @@ def ask(
     if evidence is not None:
         check_target(evidence)
     sampling = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels, start=start, end=end)
+    sampling |= given(skip_damaged=skip_damaged or None)
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
     check_prompt(question)
     check_options(tiers, sampling, max_new_tokens)

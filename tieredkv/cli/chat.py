@@ -18,6 +18,7 @@ from tieredkv.cli.options import (
     Model,
     NewTokens,
     PolicyName,
+    SkipDamaged,
     Start,
     System,
     given,
@@ -40,6 +41,7 @@ def chat(
     max_pixels: MaxPixels = None,
     start: Start = None,
     end: End = None,
+    skip_damaged: SkipDamaged = False,
     system: System = None,
     max_new_tokens: NewTokens = 256,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object per answer.")] = False,
@@ -53,6 +55,7 @@ def chat(
     from tieredkv.cli.opening import opened
 
     sampling = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels, start=start, end=end)
+    sampling |= given(skip_damaged=skip_damaged or None)
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
     options = {"max_new_tokens": max_new_tokens}
     check_options(tiers, sampling, max_new_tokens)

@@ -19,6 +19,7 @@ from tieredkv.cli.options import (
     Model,
     NewTokens,
     PolicyName,
+    SkipDamaged,
     Start,
     System,
     given,
@@ -51,6 +52,7 @@ def run(
     fps: Fps = None,
     max_frames: MaxFrames = None,
     max_pixels: MaxPixels = None,
+    skip_damaged: SkipDamaged = False,
     start: Start = None,
     end: End = None,
     system: System = None,
@@ -76,6 +78,7 @@ def run(
     options = {"max_new_tokens": max_new_tokens}
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
     sampled = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels, start=start, end=end)
+    sampled |= given(skip_damaged=skip_damaged or None)
     sampling = check_options(tiers, sampled, max_new_tokens)
     check_system(system)
     batch = read_questions(None if questions == "-" else Path(questions), sampling)
@@ -106,6 +109,7 @@ def _opener(
 ) -> Callable[[Path, Sampling, Sequence[BatchQuestion]], VideoSession]:
     """Load the model, and return what opens the session of a video for its questions."""
     from tieredkv import api
+    from tieredkv.cli.opening import report_damage
     from tieredkv.models import loading
     from tieredkv.video.paths import check_path
 
@@ -125,6 +129,7 @@ def _opener(
         except BaseException:
             session.close()
             raise
+        report_damage(session)
         return session
 
     return open_session

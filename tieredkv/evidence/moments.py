@@ -64,6 +64,9 @@ class Evidence:
     source: str = ""
     """The video's name: its path, or what else it was called when it was read; of several, the first one's."""
 
+    damaged: tuple[tuple[float, float], ...] = ()
+    """The seconds of the video, from and to, that could not be read (`skip_damaged`); others were shown for them."""
+
     def __iter__(self) -> Iterator[Moment]:
         return iter(self.moments)
 
@@ -169,6 +172,8 @@ class Shown:
     """The seconds of the file that were read, begin and end; both 0 of a picture."""
     source: str = ""
     """Its name."""
+    damaged: tuple[tuple[float, float], ...] = ()
+    """The seconds that could not be read."""
 
     def moments(self, heat: torch.Tensor, everywhere: torch.Tensor, medium: int) -> tuple[Moment, ...]:
         """Its moments, as the `medium`-th, by the attention to its steps and to those of all."""
@@ -207,7 +212,7 @@ def collect(looks: Looks, rows: int, heads: int, shown: Sequence[Shown], tokens:
     share = heat / heat.sum().clamp(min=torch.finfo(torch.float32).tiny)
     found, token_rows = of_each(heat), (first, *answer_rows)[:tokens] if each else ()
     parts = [
-        Evidence(moments, part, *one.span, one.grid.seconds_per_step, source=one.source)
+        Evidence(moments, part, *one.span, one.grid.seconds_per_step, source=one.source, damaged=one.damaged)
         for moments, part, one in zip(found, share.split(lengths), shown, strict=True)
     ]
     return replace(

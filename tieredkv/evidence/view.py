@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from tieredkv.evidence.moments import Evidence
-from tieredkv.progress import timecode
+from tieredkv.progress import spans_text, timecode
 from tieredkv.video.media import Video, media_of
 from tieredkv.video.sampling import Sampling
 
@@ -37,6 +37,8 @@ class View:
         parts = [self.video, f"{timecode(self.evidence.start)} to {timecode(self.evidence.end)}"]
         if len(self.evidence):
             parts.append("%: share of the attention that question and answer paid to the video")
+        if self.evidence.damaged:
+            parts.append(f"could not be read: {spans_text(self.evidence.damaged)}")
         if self.frames is None:
             parts.append("no frames, as the video was not given")
         return " \u00b7 ".join(part for part in parts if part)
@@ -48,7 +50,7 @@ def moment_frames(evidence: Evidence, video: Any, source_fps: float | None = Non
     if isinstance(medium, Video):
         medium = Video(medium.source)  # whatever part of it was read
     for moment in evidence:
-        source = medium.open(Sampling(1.0, source_fps=source_fps, max_frames=1, start=moment.peak))
+        source = medium.open(Sampling(1.0, source_fps, 1, moment.peak, skip_damaged=bool(evidence.damaged)))
         pictures = source.frames()
         frame = Image.fromarray(next(pictures).copy())
         frames.append(scaled(frame, LARGEST, LARGEST) if max(frame.size) > LARGEST else frame)

@@ -9,6 +9,7 @@ import torch
 
 from tieredkv.errors import PromptError, UnsupportedModelError, VideoError, first_line
 from tieredkv.models.families.base import Kind, Positions, Slices, VideoFamily, VideoGrid
+from tieredkv.models.families.pictures import PICTURES
 from tieredkv.models.prompts import check_system
 from tieredkv.video.frames import Sampled
 
@@ -278,12 +279,12 @@ def _adapter(family: VideoFamily, kind: Kind) -> VideoFamily:
     """The adapter of videos or of still pictures. Raises `UnsupportedModelError` if the family takes none."""
     if kind == "video":
         return family
-    if family.images is None:
+    if (pictures := PICTURES.get(family.model_types[0])) is None:
         raise UnsupportedModelError(
             f"still pictures are not supported for models of type {family.model_types[0]!r}: leave them out, or give "
             "each as a video of one frame, as in Video('map.png')."
         )
-    return family.images
+    return pictures
 
 
 def _moved(asked: tuple[str, ...], texts: tuple[str, ...], again: tuple[str, ...]) -> bool:

@@ -44,6 +44,8 @@ class Medium:
     facts: VideoFacts
     frames: int
     """How many were read."""
+    damaged: tuple[tuple[float, float], ...] = ()
+    """The seconds of the file, from and to, that could not be read."""
     shift: int = 0
     """Added to the positions that its tokens, and those after it, would have in a prompt that began with its text."""
 
@@ -115,7 +117,8 @@ class IngestedVideo:
     def media(self) -> tuple[Medium, ...]:
         """All of them, in the order of the prompt."""
         frames = self.stats.frames - sum(each.frames for each in self.more)
-        return (Medium(self.kind, self.head_ids, self.grid, self.facts, frames), *self.more)
+        damaged = self.stats.damaged[: len(self.stats.damaged) - sum(len(each.damaged) for each in self.more)]
+        return (Medium(self.kind, self.head_ids, self.grid, self.facts, frames, damaged), *self.more)
 
     @property
     def last(self) -> Medium:

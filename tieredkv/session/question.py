@@ -186,7 +186,7 @@ def collect_evidence(cached: CachedVideo, looks: Looks, rows: int, tokens: int, 
     shown, head = [], 0
     for medium in video.media:
         head += len(medium.text_ids)
-        shown.append(Shown(head, medium.grid, medium.span, medium.facts.name))
+        shown.append(Shown(head, medium.grid, medium.span, medium.facts.name, medium.damaged))
         head += medium.grid.tokens
     return moments.collect(looks, rows, heads, shown, tokens, each)
 
@@ -250,4 +250,5 @@ def _stats(
         ttft_s=decoded.first_token_at - started,
         tpot_ms=later / (count - 1) if count > 1 else None,
         decode_path=decode_path,
+        damaged=video.stats.damaged,
     )

@@ -44,6 +44,8 @@ class Stats:
     """Milliseconds per token after the first, mean; None for a one-token answer."""
     decode_path: str
     """How tokens were decoded: "eager"; on a card "graph", captured once and replayed, or "eager: " and the reason."""
+    damaged: tuple[tuple[float, float], ...] = ()
+    """With `skip_damaged`: the seconds of the video, from and to, for which the picture before them was shown."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -66,11 +68,16 @@ class IngestStats:
     """From the first frame's request to the last token cached."""
     streamed_bytes: int
     """Past keys and values copied back from host to device, for exact attention."""
+    damaged: tuple[tuple[float, float], ...] = ()
+    """With `skip_damaged`: the seconds of the video, from and to, that could not be read; the last whole picture before
+    them was shown instead, at the beginning the first."""
 
     @staticmethod
     def total(parts: Sequence[IngestStats]) -> IngestStats:
-        """Of videos ingested one after another."""
-        return IngestStats(*(sum(getattr(part, name) for part in parts) for name in IngestStats.__slots__))
+        """Of videos ingested one after another; `damaged` are the seconds of each in turn."""
+        names = [name for name in IngestStats.__slots__ if name != "damaged"]
+        sums = {name: sum(getattr(part, name) for part in parts) for name in names}
+        return IngestStats(**sums, damaged=tuple(span for part in parts for span in part.damaged))
 
     @staticmethod
     def none() -> IngestStats:

@@ -75,7 +75,7 @@ class SessionState:
             system=plain.get("system"),
             facts=facts,
             ingest_s=plain["ingest_s"],
-            stats=IngestStats(**_known(IngestStats, plain["ingest_stats"])),
+            stats=_ingest_stats(plain["ingest_stats"]),
             sampling=sampling,
             kind=plain.get("kind", "video"),
             more=tuple(_medium(each) for each in plain.get("more", ())),
@@ -90,6 +90,7 @@ def _medium(plain: dict[str, Any]) -> Medium:
         "text_ids": tuple(plain["text_ids"]),
         "grid": _grid(plain["grid"]),
         "facts": facts,
+        "damaged": tuple((begin, end) for begin, end in plain.get("damaged", ())),
     }
     return Medium(**known)
 
@@ -151,6 +152,11 @@ def _tiered(number: int) -> str:
 def _untiered(number: int) -> str:
     """The same of the layers that do not grow, numbered among themselves. Older files have none."""
     return f"untiered.{number:03}."
+
+
+def _ingest_stats(plain: dict[str, Any]) -> IngestStats:
+    stats = IngestStats(**_known(IngestStats, plain))
+    return replace(stats, damaged=tuple((begin, end) for begin, end in stats.damaged))
 
 
 def _known(kind: Any, plain: dict[str, Any]) -> dict[str, Any]:

@@ -124,6 +124,7 @@ class _PictureSource:
 
     fps, start, expected = 1.0, 0.0, 1
     seconds: float | None = 0.0
+    damaged: tuple[tuple[float, float], ...] = ()
 
     def __init__(self, source: Any) -> None:
         self._source = source

@@ -166,8 +166,6 @@ class VideoFamily(ABC):
     """The same of the vision tower's config."""
     tested: tuple[str, str] = (OLDEST, NEWEST)
     """The oldest and the newest transformers that it is tested with."""
-    images: VideoFamily | None = None
-    """How it takes still pictures: as videos of one frame, by an adapter of their own. None: not supported."""
     alone: str = ""
     """Why a prompt cannot show a second video or picture; empty if it can."""
 
