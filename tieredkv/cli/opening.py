@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from tieredkv.cli.options import model_path, typed
+from tieredkv.cli.process import quick_imports
 from tieredkv.cli.toy import model_or_toy
 from tieredkv.errors import OptionError, SessionError
 from tieredkv.models.prompts import check_system
@@ -52,8 +53,8 @@ def opened(
             model = None
         if video is not None:
             check_path(video)
-        from tieredkv import api
-
+        with quick_imports():
+            from tieredkv import api
         with api.load_session(saved, model and model_path(model), video=video, system=system, **tiers) as session:
             report_damage(session)
             yield session, None
@@ -66,8 +67,8 @@ def opened(
     if saved is not None:
         header.check_target(saved)
     model = model_or_toy(model, [video])
-    from tieredkv import api
-
+    with quick_imports():
+        from tieredkv import api
     with api.new_session(model_path(model), progress=True, system=system, **tiers) as session:
         session.ingest(video, frames, **asked)
         report_damage(session)

@@ -51,6 +51,7 @@ def plan(
 ) -> None:
     """Show the memory and time that a video would need. Loads no weights and decodes nothing."""
     from tieredkv.cli.checks import check_options
+    from tieredkv.cli.process import quick_imports
     from tieredkv.video.paths import check_path
 
     tokens = video.isascii() and video.isdigit() and len(video) < 20 and not Path(video).exists()
@@ -62,8 +63,8 @@ def plan(
     if not tokens:
         check_path(video)
     model = model_or_toy(model, [] if tokens else [video], "this plan is for the bundled toy model")
-    from tieredkv.planning import forecast
-
+    with quick_imports():
+        from tieredkv.planning import forecast
     estimate = forecast.plan(
         model_path(model),
         int(video) if tokens else video,

@@ -25,6 +25,7 @@ from tieredkv.cli.options import (
     given,
     model_path,
 )
+from tieredkv.cli.process import quick_imports
 from tieredkv.cli.toy import model_or_toy
 from tieredkv.errors import BatchError
 
@@ -108,10 +109,12 @@ def _opener(
     model: str, tiers: dict[str, Any], system: str | None, options: dict[str, Any], kept: SessionFolder | None
 ) -> Callable[[Path, Sampling, Sequence[BatchQuestion]], VideoSession]:
     """Load the model, and return what opens the session of a video for its questions."""
-    from tieredkv import api
     from tieredkv.cli.opening import report_damage
-    from tieredkv.models import loading
     from tieredkv.video.paths import check_path
+
+    with quick_imports():
+        from tieredkv import api
+        from tieredkv.models import loading
 
     loaded, processor = loading.load(model)
 
