@@ -48,7 +48,8 @@ def chat(
 ) -> None:
     """Talk about one video, ingested once. Each answer takes earlier questions and answers into account.
 
-    Type /help for commands. From a pipe, reads one question per line, and exits with 1 if any failed.
+    Type /help for commands. With --session the conversation is kept, however the chat ends. From a pipe, reads one
+    question per line, and exits with 1 if any failed.
     """
     from tieredkv.cli.checks import check_options
     from tieredkv.cli.lines import lines
@@ -64,6 +65,7 @@ def chat(
         unsaved,
     ):
         from tieredkv.cli.talk import Talk
+        from tieredkv.cli.terminal import ended_by_signals
 
         if unsaved is not None:
             print(f"tieredkv: {unsaved}", file=sys.stderr)
@@ -73,8 +75,12 @@ def chat(
             assert video_session.video is not None
             earlier = f", {len(video_session.history)} questions so far" if video_session.history else ""
             print(f"{video_session.video.visual_tokens:,} visual tokens{earlier}. Ask, or /help.", file=sys.stderr)
-        talk.run(lines("> "))
-    if unsaved is not None or (talk.failed and not interactive):
+        with ended_by_signals():
+            try:
+                talk.run(lines("> "))
+            finally:
+                talk.keep()
+    if unsaved is not None or not talk.kept or (talk.failed and not interactive):
         raise typer.Exit(1)
 
 
