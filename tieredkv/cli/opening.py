@@ -16,6 +16,7 @@ from tieredkv.cli.toy import model_or_toy
 from tieredkv.errors import OptionError, SessionError
 from tieredkv.models.prompts import check_system
 from tieredkv.session import origin
+from tieredkv.session.beside import check_free, checkpoint_path, remove_leftover
 from tieredkv.session.manifest import read_manifest
 from tieredkv.storage import header
 from tieredkv.video.paths import check_path
@@ -56,6 +57,7 @@ def opened(
         with quick_imports():
             from tieredkv import api
         with api.load_session(saved, model and model_path(model), video=video, system=system, **tiers) as session:
+            remove_leftover(checkpoint_path(saved))
             report_damage(session)
             yield session, None
         return
@@ -64,13 +66,16 @@ def opened(
         raise OptionError(f"there is no video to ask about: {missing}.")
     frames = Sampling(**sampling)
     check_path(video)
+    checkpoint = None
     if saved is not None:
         header.check_target(saved)
+        checkpoint = checkpoint_path(saved)
+        check_free(checkpoint)
     model = model_or_toy(model, [video])
     with quick_imports():
         from tieredkv import api
     with api.new_session(model_path(model), progress=True, system=system, **tiers) as session:
-        session.ingest(video, frames, **asked)
+        session.ingest(video, frames, checkpoint=checkpoint, **asked)
         report_damage(session)
         unsaved: SessionError | None = None
         if saved is not None:

@@ -44,7 +44,7 @@ def run(
         bool, typer.Option("--retry-errors", help="With --resume: ask failed questions again.")
     ] = False,
     sessions: Annotated[
-        Path | None, typer.Option(help="A folder that keeps each video's session, for later runs to find.")
+        Path | None, typer.Option(metavar="FOLDER", help="Keeps each video's session for later runs.")
     ] = None,
     model: Model = None,
     gpu_kv_gb: GpuGiB = None,
@@ -62,8 +62,8 @@ def run(
     """Answer a file of questions, each video ingested once. --resume continues an interrupted run.
 
     A line is {"video": "a.mp4", "question": "What ...?"}, optionally with "id", "evidence", "fps", "start" and the
-    like, and generation options. The video may be a folder or a glob: the question is asked about each film in it.
-    Paths are relative to the file. A question that fails gets a line with "error", and the exit code is then 1.
+    like, and generation options. A folder or a glob stands for each film in it. Paths are relative to the file. A
+    question that fails gets a line with "error", and the exit code is then 1.
     """
     from tieredkv.batch.answers import Answers, PrintedAnswers
     from tieredkv.batch.answers_file import AnswersFile

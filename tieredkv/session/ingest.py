@@ -9,7 +9,7 @@ from typing import Any
 
 from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.config import TierConfig
-from tieredkv.errors import OptionError, TieredKVError
+from tieredkv.errors import OptionError, OutputError, TieredKVError
 from tieredkv.models.chat_template import ChatTemplate
 from tieredkv.models.encode import at_processor_rate
 from tieredkv.models.families.base import Slices
@@ -17,7 +17,7 @@ from tieredkv.models.kv_shape import model_shape
 from tieredkv.models.long_context import LongContext
 from tieredkv.models.same_model import SameModel
 from tieredkv.planning.admission import Request, check_memory
-from tieredkv.planning.sizes import QUESTION_ROOM
+from tieredkv.planning.sizes import QUESTION_ROOM, host_bytes
 from tieredkv.progress import IngestProgress
 from tieredkv.session import session_file
 from tieredkv.session.cached_video import CachedVideo
@@ -103,6 +103,7 @@ class Ingest:
                 planned, begun = self._planned(template, number, text, prepared, sampling, whole), None
                 if checkpoint is not None:
                     begun = self._continue(checkpoint, planned, prepared.source, room, progress)
+                    self._check_space(checkpoint, expected, progress)
                 if begun is None:
                     begun = replace(planned, grid=first_steps(prepared.grid, 0))
                 earlier_s += begun.ingest_s
@@ -175,6 +176,14 @@ class Ingest:
             self._new_cache(room)  # that one may be filled in part
             return None
         return begun.video
+
+    def _check_space(self, checkpoint: Checkpoint, tokens: int, progress: IngestProgress) -> None:
+        """Report it if the disk is too small for checkpoints of this many tokens: none is written then."""
+        shape = model_shape(self.model.config, self.model.get_input_embeddings().weight.dtype)
+        try:
+            checkpoint.check_space(host_bytes(shape, self.tiers, tokens))
+        except OutputError as error:
+            progress.say(f"{error} The ingest goes on without checkpoints.")
 
     def _new_cache(self, room: int) -> None:
         """An empty cache, with room for this many prompt tokens."""
