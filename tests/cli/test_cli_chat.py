@@ -148,7 +148,21 @@ def test_stats_are_of_the_last_answer(talk, capsys):
     talk.run(["/stats", MOON, "/stats"])
     err = capsys.readouterr().err.splitlines()
     assert err[0] == "nothing has been answered yet."
-    assert {"visual_tokens", "hit_rate", "ttft_s"} <= {line.split()[0] for line in err[1:]}
+    stats = dict(line.split(maxsplit=1) for line in err[1:])
+    assert stats["answer"].startswith("2 tokens, the first after 0.")
+    assert stats["device"].endswith(" MiB for keys and values, of 4 GiB allowed")
+    assert stats["decoding"] == "eager"
+
+
+def test_an_answer_that_nobody_reads_ends_the_conversation(talk, monkeypatch):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    with pytest.raises(BrokenPipeError):
+        talk.run([MOON, CUP])
+    assert talk.session.history == ()
 
 
 @pytest.mark.parametrize("line", ["/nonsense", "/stats now", "/"])

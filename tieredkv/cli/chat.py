@@ -21,6 +21,7 @@ from tieredkv.cli.options import (
     SkipDamaged,
     Start,
     System,
+    Weights,
     given,
 )
 
@@ -29,6 +30,7 @@ def chat(
     context: typer.Context,
     video: Annotated[str | None, typer.Argument(help="A video file; not needed with a saved session.")] = None,
     model: Model = None,
+    weights: Weights = None,
     session: Annotated[
         Path | None,
         typer.Option(help="A saved session to continue; if the file does not exist, the new session is saved to it."),
@@ -60,10 +62,18 @@ def chat(
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
     options = {"max_new_tokens": max_new_tokens}
     check_options(tiers, sampling, max_new_tokens)
-    with opened(context, model, video, session, tiers=tiers, sampling=sampling, system=system, **options) as (
-        video_session,
-        unsaved,
-    ):
+    with opened(
+        context,
+        model,
+        video,
+        session,
+        tiers=tiers,
+        sampling=sampling,
+        system=system,
+        weights=weights,
+        **options,
+    ) as (video_session, unsaved):
+        from tieredkv.cli.stats import counted
         from tieredkv.cli.talk import Talk
         from tieredkv.cli.terminal import ended_by_signals
 
@@ -73,8 +83,9 @@ def chat(
         interactive = sys.stdin.isatty()
         if interactive:
             assert video_session.video is not None
-            earlier = f", {len(video_session.history)} questions so far" if video_session.history else ""
-            print(f"{video_session.video.visual_tokens:,} visual tokens{earlier}. Ask, or /help.", file=sys.stderr)
+            earlier = f", {counted(len(video_session.history), 'question')} so far" if video_session.history else ""
+            tokens = counted(video_session.video.visual_tokens, "visual token")
+            print(f"{tokens}{earlier}. Ask, or /help.", file=sys.stderr)
         with ended_by_signals():
             try:
                 talk.run(lines("> "))

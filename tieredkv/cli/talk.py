@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tieredkv.cli.opening import is_there
+from tieredkv.cli.stats import stats_lines
 from tieredkv.cli.terminal import Stopped, TerminalStreamer, stopped_by_interrupt
 from tieredkv.errors import FAILURES, SessionError, TieredKVError, reason
 from tieredkv.session.results import Stats
@@ -47,6 +48,8 @@ class Talk:
                     self._command(*line.split(maxsplit=1))
                 elif line:
                     self._answer(line)
+            except BrokenPipeError:  # nobody reads the answers
+                raise
             except FAILURES as error:
                 self.failed += 1
                 _say(f"tieredkv: {reason(error)}")
@@ -89,8 +92,7 @@ class Talk:
         elif self._stats is None:
             _say("nothing has been answered yet.")
         else:
-            for key, value in self._stats.as_dict().items():
-                _say(f"{key:<22}{value}")
+            _say("\n".join(stats_lines(self._stats)))
 
     def _save(self, path: Path | None) -> None:
         if path is None:
