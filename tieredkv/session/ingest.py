@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from tieredkv.cache.tiered_cache import TieredCache
@@ -19,7 +20,7 @@ from tieredkv.models.long_context import LongContext, beyond_training, trained_t
 from tieredkv.models.placement import layer_devices
 from tieredkv.models.same_model import SameModel
 from tieredkv.planning.admission import Request, check_memory
-from tieredkv.planning.sizes import QUESTION_ROOM, host_bytes
+from tieredkv.planning.sizes import QUESTION_ROOM
 from tieredkv.progress import IngestProgress
 from tieredkv.session.cached_video import CachedVideo
 from tieredkv.session.checkpoint import Checkpoint, Damaged
@@ -29,6 +30,7 @@ from tieredkv.session.prefill import first_steps
 from tieredkv.session.results import IngestStats
 from tieredkv.session.stages import Stages
 from tieredkv.session.video_embeddings import Prepared, prepare
+from tieredkv.storage import header
 from tieredkv.video.frames import VideoSource
 from tieredkv.video.media import media_of
 from tieredkv.video.sampling import Sampling
@@ -50,16 +52,18 @@ class Ingest:
         question: str,
         max_new_tokens: int,
         checkpoint: Checkpoint | None = None,
+        save_to: str | Path | None = None,
     ) -> CachedVideo:
         """Decode, encode and prefill the video. May be called once.
 
         question, max_new_tokens: what the budgets must allow for, checked before anything is decoded. checkpoint: where
-        what is cached is written now and then, and from which an earlier ingest is continued. Raises `VideoError`,
-        `BudgetError` or `SessionError`, and `TieredKVError` if it was cancelled; the cache's memory is then freed.
+        what is cached is written now and then, and from which an earlier ingest is continued. save_to: a file whose
+        disk must have room for the session. Raises `VideoError`, `BudgetError` or `SessionError`, and `TieredKVError`
+        if it was cancelled; the cache's memory is then freed.
         """
         try:
             with self.pipeline:
-                return self._run(video, sampling, question, max_new_tokens, checkpoint)
+                return self._run(video, sampling, question, max_new_tokens, checkpoint, save_to)
         except Cancelled:
             self.close()
             raise TieredKVError("the session was closed while its video was being ingested.") from None
@@ -78,7 +82,13 @@ class Ingest:
             self._cache = None
 
     def _run(
-        self, video: Any, sampling: Sampling, question: str, max_new_tokens: int, checkpoint: Checkpoint | None
+        self,
+        video: Any,
+        sampling: Sampling,
+        question: str,
+        max_new_tokens: int,
+        checkpoint: Checkpoint | None,
+        save_to: str | Path | None,
     ) -> CachedVideo:
         started = time.perf_counter()
         self.pipeline.check()
@@ -94,6 +104,8 @@ class Ingest:
         ]
         expected, question_tokens = _expected(template, model.config, texts, tail, media)
         room = self._check_memory(expected, question_tokens, max_new_tokens)
+        if save_to is not None:
+            header.check_space(Path(save_to), self._file_bytes(expected))
         self._new_cache(room)
         same_model = SameModel(model)
         lengths = [each.source.seconds for each in media if each.source.seconds is not None]
@@ -180,9 +192,8 @@ class Ingest:
 
     def _check_space(self, checkpoint: Checkpoint, tokens: int, progress: IngestProgress) -> None:
         """Report it if the disk is too small for checkpoints of this many tokens: none is written then."""
-        shape = model_shape(self.model.config, self.model.get_input_embeddings().weight.dtype)
         try:
-            checkpoint.check_space(host_bytes(shape, self.tiers, tokens))
+            checkpoint.check_space(self._file_bytes(tokens))
         except OutputError as error:
             progress.say(f"{error} The ingest goes on without checkpoints.")
 

@@ -92,13 +92,15 @@ class VideoSession(AsyncAsking):
         question: str = "?",
         max_new_tokens: int = 1,
         checkpoint: str | Path | None = None,
+        save_to: str | Path | None = None,
     ) -> None:
         """Decode, encode and prefill the video. Once per session.
 
         video, checkpoint: as in `tieredkv.open_session`. sampling: None takes all of it, at the processor's rate.
         question, max_new_tokens: the expected question, if known; the budgets are checked for it before anything is
-        decoded. Raises `VideoError`, `BudgetError` or `SessionError` and leaves the session without a video. `close`
-        from another thread ends it with a `TieredKVError`.
+        decoded. save_to: where the session will be saved; the disk is checked for room too. Raises `VideoError`,
+        `BudgetError` or `SessionError` and leaves the session without a video. `close` from another thread ends it with
+        a `TieredKVError`.
         """
         with self._turns.lock:
             self._check_empty()
@@ -107,7 +109,7 @@ class VideoSession(AsyncAsking):
             try:
                 if self._turns.closed:  # since the check
                     self._ingest.cancel()
-                self._cached = self._ingest.run(video, sampling or Sampling(), question, max_new_tokens, kept)
+                self._cached = self._ingest.run(video, sampling or Sampling(), question, max_new_tokens, kept, save_to)
                 self._checkpoint, kept = kept, None
             finally:
                 self._ingest = None
