@@ -206,6 +206,11 @@ class Ingest:
         assert self._cache is not None
         return self._cache
 
+    def _file_bytes(self, tokens: int) -> int:
+        """Size of the session file of this many tokens, without its header: it holds what the host tier does."""
+        shape = model_shape(self.model.config, self.model.get_input_embeddings().weight.dtype)
+        return host_bytes(shape, self.tiers, tokens)
+
     def _check_memory(self, context: int, question_tokens: int, max_new_tokens: int) -> int:
         """Refuse videos that a tier cannot hold, before the costly stages; returns the tokens to reserve on the host.
 
