@@ -20,7 +20,7 @@ from tieredkv.models.long_context import LongContext, beyond_training, trained_t
 from tieredkv.models.placement import layer_devices
 from tieredkv.models.same_model import SameModel
 from tieredkv.planning.admission import Request, check_memory
-from tieredkv.planning.sizes import QUESTION_ROOM
+from tieredkv.planning.sizes import QUESTION_ROOM, host_bytes
 from tieredkv.progress import IngestProgress
 from tieredkv.session.cached_video import CachedVideo
 from tieredkv.session.checkpoint import Checkpoint, Damaged
