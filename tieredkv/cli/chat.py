@@ -28,7 +28,10 @@ from tieredkv.cli.options import (
 
 def chat(
     context: typer.Context,
-    video: Annotated[str | None, typer.Argument(help="A video file; not needed with a saved session.")] = None,
+    videos: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[VIDEO]...", help="Files of videos and pictures; not needed with a saved session."),
+    ] = None,
     model: Model = None,
     weights: Weights = None,
     session: Annotated[
@@ -50,7 +53,7 @@ def chat(
     max_new_tokens: NewTokens = 256,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object per answer.")] = False,
 ) -> None:
-    """Talk about one video, ingested once. Each answer takes earlier questions and answers into account.
+    """Talk about a video, or several videos and pictures, ingested once. Each answer takes earlier questions and answers into account.
 
     Type /help for commands. With --session the conversation is kept, however the chat ends. From a pipe, reads one
     question per line, and exits with 1 if any failed.
@@ -67,7 +70,7 @@ def chat(
     with opened(
         context,
         model,
-        video,
+        videos or (),
         session,
         tiers=tiers,
         sampling=sampling,
@@ -84,9 +87,8 @@ def chat(
         talk = Talk(video_session, options, as_json, save_to=session)
         interactive = sys.stdin.isatty()
         if interactive:
-            assert video_session.video is not None
             earlier = f", {counted(len(video_session.history), 'question')} so far" if video_session.history else ""
-            tokens = counted(video_session.video.visual_tokens, "visual token")
+            tokens = counted(sum(grid.visual_tokens for grid in video_session.videos), "visual token")
             print(f"{tokens}{earlier}. Ask, or /help.", file=sys.stderr)
         with ended_by_signals():
             try:
