@@ -22,11 +22,12 @@ from tieredkv.session.results import Generation
 from tieredkv.session.stream import AnswerStream, check_stream
 from tieredkv.session.video_session import VideoSession
 from tieredkv.storage import tensor_file
+from tieredkv.video.fetched import fetched
 from tieredkv.video.frames import check_video, open_video
 from tieredkv.video.sampling import Sampling
 
 _VIDEO_OPTIONS = {field.name for field in fields(Sampling)}
-_OPENING = {*FIELDS, *_VIDEO_OPTIONS, "tiers", "processor", "positions", "progress", "system"}
+_OPENING = {*FIELDS, *_VIDEO_OPTIONS, "allow_url", "tiers", "processor", "positions", "progress", "system"}
 
 
 def open_session(
@@ -43,6 +44,7 @@ def open_session(
     end: float | None = None,
     max_pixels: int | None = None,
     skip_damaged: bool = False,
+    allow_url: bool = False,
     positions: Positions = "published",
     progress: bool = False,
     system: str | None = None,
@@ -52,8 +54,10 @@ def open_session(
     """Ingest a video and return the session that answers questions about it.
 
     model: a transformers model, or a local path or hub id to load one from. processor: the model's own; None loads the
-    one stored with the model. video: a path, or frames: a list of PIL images, or `(T, H, W, 3)` or `(T, 3, H, W)` as
-    ndarray or tensor, uint8 or floats in [0, 1], taken at `source_fps` per second (None: at `fps`). fps: frames sampled
+    one stored with the model. video: a path; a URL, with `allow_url`, which is downloaded to a temporary file; a binary
+    file object; a reader of decord or torchcodec; or frames: a list of PIL images, `(T, H, W, 3)` or `(T, 3, H, W)` as
+    ndarray or tensor, uint8 or floats in [0, 1], or an iterator of single ones, taken at `source_fps` per second (None:
+    at `fps`). fps: frames sampled
     per second (None: the processor's own rate). max_frames: at most this many frames, spread evenly over the video.
     max_pixels: most pixels of a frame as the vision tower sees it, in place of the processor's limits (None: those).
     start, end: seconds of the video to read, as players show them. skip_damaged: go over what is damaged or missing in
@@ -68,6 +72,7 @@ def open_session(
     another ingest, `SessionError`, all of them `TieredKVError`.
     """
     sampling = Sampling(fps, source_fps, max_frames, start, end, max_pixels, skip_damaged)
+    check_video(video, allow_url)
     session = new_session(
         model,
         gpu_kv_gb=gpu_kv_gb,
@@ -79,7 +84,8 @@ def open_session(
         **options,
     )
     try:
-        session.ingest(video, sampling, checkpoint=checkpoint)
+        with fetched(video, allow_url, progress) as local:
+            session.ingest(local, sampling, checkpoint=checkpoint)
     except BaseException:
         session.close()
         raise
@@ -115,6 +121,7 @@ def load_session(
     video: Any = None,
     gpu_kv_gb: float | None = None,
     processor: Any = None,
+    allow_url: bool = False,
     progress: bool = False,
     system: str | None = None,
     **options: Any,
@@ -124,8 +131,8 @@ def load_session(
     The file is mapped: each layer is read, and verified against its checksum, when it is first attended to. It may be
     replaced meanwhile but not changed in place. model, processor: those the session was saved with; without them, the
     model that the file names and the processor stored with it. video: if given, raise unless the session is about this
-    file or these frames. system: if given, raise unless the session was saved with this system prompt. gpu_kv_gb,
-    options: fields of `TierConfig` that replace the saved ones.
+    file or these frames; a URL is downloaded if `allow_url`. system: if given, raise unless the session was saved with
+    this system prompt. gpu_kv_gb, options: fields of `TierConfig` that replace the saved ones.
 
     Raises `SessionError` if the file is not a session, is damaged, or belongs to another model, processor or video;
     damage to a layer is found by the first question.
@@ -145,9 +152,10 @@ def load_session(
     if video is not None:
         sampled = origin.sampling_of(stored.path, stored.manifest)
         skip_damaged = sampled is not None and sampled.skip_damaged
-        film = open_video(video, Sampling(DEFAULT_FPS, skip_damaged=skip_damaged))
-        session_file.check_same_video(stored, film)
-        first_picture = film.start
+        with fetched(video, allow_url, progress) as local:
+            film = open_video(local, Sampling(DEFAULT_FPS, skip_damaged=skip_damaged))
+            session_file.check_same_video(stored, film)
+            first_picture = film.start
     source: ModelSource | None
     if model is None:
         source = origin.model_of(stored.path, stored.manifest)
@@ -228,7 +236,8 @@ def _single_question(
         check_prompt(prompt)
         check_system(opening.get("system"))
         sampling = Sampling(**sampled)
-        check_video(video)
+        allow_url = opening.pop("allow_url", False)
+        check_video(video, allow_url)
         check_wanted(asking.get("evidence", True))
 
     def run(job: Job | None) -> Generation:
@@ -237,7 +246,8 @@ def _single_question(
                 session = opened.enter_context(new_session(model, gpu_kv_gb=gpu_kv_gb, **opening))
                 if job is not None:
                     job.on_stop(session.stop)
-                session.ingest(video, sampling, question=prompt, max_new_tokens=session.new_tokens(asking))
+                with fetched(video, allow_url, bool(opening.get("progress"))) as local:
+                    session.ingest(local, sampling, question=prompt, max_new_tokens=session.new_tokens(asking))
             return session.asking(prompt, asking, stream=stream).run(job)
 
     return Work(run)

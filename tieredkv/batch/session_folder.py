@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +35,15 @@ class SessionFolder:
             raise SessionError(f"{folder} is no folder for sessions: {error.strerror}.") from None
         check_target(folder / "session.tkv")
 
-    def fill(self, session: VideoSession, video: Path, sampling: Sampling, **asked: Any) -> None:
+    def fill(self, session: VideoSession, video: PathLike[str], sampling: Sampling, **asked: Any) -> None:
         """Restore the video from its file, or ingest it and save it. Raises what `VideoSession.ingest` does.
 
         session: without a video. asked: more arguments of its `ingest`. A file that is damaged or of something else is
         reported and replaced. So is a session that cannot be saved; it can be asked nevertheless.
         """
-        with video.open("rb") as film:
+        with open(video, "rb") as film:
             sha256 = hashlib.file_digest(film, "sha256").hexdigest()
-        file = self._file(video, sha256, sampling, session.template.system)
+        file = self._file(Path(video), sha256, sampling, session.template.system)
         if file.exists():
             try:
                 session.restore(_checked(file, session, sha256, sampling))

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from tieredkv.cli.options import (
+    AllowUrl,
     End,
     Fps,
     GpuGiB,
@@ -45,6 +46,7 @@ def ask(
     start: Start = None,
     end: End = None,
     skip_damaged: SkipDamaged = False,
+    allow_url: AllowUrl = False,
     system: System = None,
     max_new_tokens: NewTokens = 256,
     evidence: Annotated[
@@ -57,6 +59,7 @@ def ask(
     from tieredkv.cli.opening import opened
     from tieredkv.evidence.target import check_target
     from tieredkv.models.prompts import check_prompt
+    from tieredkv.video.fetched import fetched
 
     *videos, question = words
     if len(videos) > 1:
@@ -70,29 +73,30 @@ def ask(
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
     check_prompt(question)
     check_options(tiers, sampling, max_new_tokens)
-    with opened(
-        context,
-        model,
-        videos[0] if videos else None,
-        session,
-        tiers=tiers,
-        sampling=sampling,
-        system=system,
-        question=question,
-        max_new_tokens=max_new_tokens,
-    ) as (video_session, unsaved):
-        answer = video_session.ask(question, max_new_tokens=max_new_tokens)
-    if as_json:
-        print_json(answer.as_dict())
-    else:
-        typer.echo(answer.text)
-    if evidence is not None:
-        from tieredkv.evidence.save import save_evidence
+    with fetched(videos[0] if videos else None, allow_url, progress=True) as film:
+        with opened(
+            context,
+            model,
+            film,
+            session,
+            tiers=tiers,
+            sampling=sampling,
+            system=system,
+            question=question,
+            max_new_tokens=max_new_tokens,
+        ) as (video_session, unsaved):
+            answer = video_session.ask(question, max_new_tokens=max_new_tokens)
+        if as_json:
+            print_json(answer.as_dict())
+        else:
+            typer.echo(answer.text)
+        if evidence is not None:
+            from tieredkv.evidence.save import save_evidence
 
-        save_evidence(answer, evidence, question=question, video=videos[0] if videos else None)
-    if unsaved is not None:
-        print(f"tieredkv: {unsaved}", file=sys.stderr)
-        raise typer.Exit(1)
+            save_evidence(answer, evidence, question=question, video=film)
+        if unsaved is not None:
+            print(f"tieredkv: {unsaved}", file=sys.stderr)
+            raise typer.Exit(1)
 
 
 def add_to(app: typer.Typer) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 def opened(
     context: typer.Context,
     model: str | None,
-    video: str | None,
+    video: str | PathLike[str] | None,
     saved: Path | None,
     *,
     tiers: dict[str, Any],

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from tieredkv.cli.options import (
+    AllowUrl,
     End,
     Fps,
     GpuGiB,
@@ -41,6 +42,7 @@ def plan(
     start: Start = None,
     end: End = None,
     skip_damaged: SkipDamaged = False,
+    allow_url: AllowUrl = False,
     system: System = None,
     max_new_tokens: NewTokens = 256,
     link: Annotated[str, typer.Option(envvar="TIEREDKV_LINK", help="The link to the card, or its GB/s.")] = "pcie4x16",
@@ -52,6 +54,7 @@ def plan(
     """Show the memory and time that a video would need. Loads no weights and decodes nothing."""
     from tieredkv.cli.checks import check_options
     from tieredkv.cli.process import quick_imports
+    from tieredkv.video.fetched import fetched
     from tieredkv.video.paths import check_path
 
     tokens = video.isascii() and video.isdigit() and len(video) < 20 and not Path(video).exists()
@@ -60,25 +63,26 @@ def plan(
         sampling = {}  # defaults for videos do not apply to a number of tokens
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
     check_options(tiers, {**sampling, **given(start=start, end=end)}, max_new_tokens)
-    if not tokens:
-        check_path(video)
-    model = model_or_toy(model, [] if tokens else [video], "this plan is for the bundled toy model")
-    with quick_imports():
-        from tieredkv.planning import forecast
-    estimate = forecast.plan(
-        model_path(model),
-        int(video) if tokens else video,
-        gpu_kv_gb=4.0 if gpu_kv_gb is None else gpu_kv_gb,
-        host_kv_gb=host_kv_gb,
-        **given(policy=policy),
-        **sampling,
-        start=start or 0.0,
-        end=end,
-        system=system,
-        max_new_tokens=max_new_tokens,
-        link=link,
-        card=card,
-    )
+    with fetched(video, allow_url, progress=True) as film:
+        if not tokens:
+            check_path(film)
+        model = model_or_toy(model, [] if tokens else [film], "this plan is for the bundled toy model")
+        with quick_imports():
+            from tieredkv.planning import forecast
+        estimate = forecast.plan(
+            model_path(model),
+            int(video) if tokens else film,
+            gpu_kv_gb=4.0 if gpu_kv_gb is None else gpu_kv_gb,
+            host_kv_gb=host_kv_gb,
+            **given(policy=policy),
+            **sampling,
+            start=start or 0.0,
+            end=end,
+            system=system,
+            max_new_tokens=max_new_tokens,
+            link=link,
+            card=card,
+        )
     if as_json:
         print_json(estimate.as_dict())
     else:

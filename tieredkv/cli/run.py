@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tieredkv.cli.options import (
+    AllowUrl,
     End,
     Fps,
     GpuGiB,
@@ -54,6 +55,7 @@ def run(
     max_frames: MaxFrames = None,
     max_pixels: MaxPixels = None,
     skip_damaged: SkipDamaged = False,
+    allow_url: AllowUrl = False,
     start: Start = None,
     end: End = None,
     system: System = None,
@@ -95,7 +97,7 @@ def run(
             from tieredkv.session.origin import ModelSource
 
             kept = None if sessions is None else SessionFolder(sessions, ModelSource.of(path), _say)
-            opener = _opener(path, tiers, system, options, kept)
+            opener = _opener(path, tiers, system, options, kept, allow_url)
             answers.begin()
             run_batch(batch, answers, opener, options, _say)
     failed, unsaved = len(answers.failed), kept.unsaved if kept else 0
@@ -106,11 +108,18 @@ def run(
 
 
 def _opener(
-    model: str, tiers: dict[str, Any], system: str | None, options: dict[str, Any], kept: SessionFolder | None
+    model: str,
+    tiers: dict[str, Any],
+    system: str | None,
+    options: dict[str, Any],
+    kept: SessionFolder | None,
+    allow_url: bool,
 ) -> Callable[[Path, Sampling, Sequence[BatchQuestion]], VideoSession]:
     """Load the model, and return what opens the session of a video for its questions."""
     from tieredkv.cli.opening import report_damage
+    from tieredkv.video.fetched import fetched
     from tieredkv.video.paths import check_path
+    from tieredkv.video.urls import is_url
 
     with quick_imports():
         from tieredkv import api
@@ -119,19 +128,22 @@ def _opener(
     loaded, processor = loading.load(model)
 
     def open_session(video: Path, sampling: Sampling, pending: Sequence[BatchQuestion]) -> VideoSession:
-        check_path(video)
-        session = api.new_session(loaded, processor=processor, progress=True, system=system, **tiers)
-        try:
-            # The shortest answer must fit; a longer one that does not is an error of its own question.
-            least = min(session.new_tokens(options | question.options) for question in pending)
-            asked: dict[str, Any] = {"question": pending[0].text if len(pending) == 1 else "?", "max_new_tokens": least}
-            if kept is None:
-                session.ingest(video, sampling, **asked)
-            else:
-                kept.fill(session, video, sampling, **asked)
-        except BaseException:
-            session.close()
-            raise
+        url = pending[0].video  # of which `video` is no path
+        with fetched(url if is_url(url) else video, allow_url, progress=True) as film:
+            check_path(film)
+            session = api.new_session(loaded, processor=processor, progress=True, system=system, **tiers)
+            try:
+                # The shortest answer must fit; a longer one that does not is an error of its own question.
+                least = min(session.new_tokens(options | question.options) for question in pending)
+                asked: dict[str, Any] = {"question": pending[0].text if len(pending) == 1 else "?"}
+                asked["max_new_tokens"] = least
+                if kept is None:
+                    session.ingest(film, sampling, **asked)
+                else:
+                    kept.fill(session, film, sampling, **asked)
+            except BaseException:
+                session.close()
+                raise
         report_damage(session)
         return session
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +14,7 @@ from tieredkv.evidence.moments import Evidence
 from tieredkv.evidence.target import check_target
 from tieredkv.evidence.view import View, moment_frames
 from tieredkv.storage.atomic import replace_file
+from tieredkv.video.frames import states_its_rate
 
 
 class Answer(Protocol):
@@ -38,10 +41,12 @@ def save_evidence(
     check_target(path)
     if answer.evidence is None:
         raise OptionError("this answer has no evidence: ask with evidence=True.")
-    if video is not None and source_fps is None and not isinstance(video, str | Path):
+    if isinstance(video, Iterator):
+        raise OptionError("the frames of an iterator can be read only once: give them as a list, or the file.")
+    if video is not None and source_fps is None and not states_its_rate(video):
         raise OptionError("the video is given as frames: give source_fps=, their number per second.")
     frames = None if video is None else moment_frames(answer.evidence, video, source_fps)
-    name = Path(video).name if isinstance(video, str | Path) else ""
+    name = Path(str(video)).name if isinstance(video, str | os.PathLike) else ""
     view = View(_plain(question), _plain(answer.text), answer.evidence, frames, _plain(name))
     data = _png(view) if path.suffix.lower() == ".png" else page.to_html(view).encode()
     with replace_file(path, len(data)) as part:
