@@ -13,10 +13,13 @@ from tieredkv import __version__
 from tieredkv.cli import ask, bench, chat, defaults, demo, doctor, models, plan, policies, run
 from tieredkv.cli.process import INTERRUPTED
 from tieredkv.errors import TieredKVError, reason
+from tieredkv.progress import at_terminal
 
 # Read when torch is imported, which only commands do. If another program takes a core, the other threads spin until it
 # is given back, and decoding is several times slower. Sleeping instead costs little (docs/log.md).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if not at_terminal():  # read when huggingface_hub is imported: transformers' bars would fill a log with one long line
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 app = typer.Typer(
     add_completion=False,

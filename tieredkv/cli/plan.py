@@ -52,7 +52,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show the memory and time that a video would need. Loads no weights and decodes nothing."""
-    from tieredkv.cli.checks import check_options
+    from tieredkv.cli.checks import check_options, refuse_session
     from tieredkv.cli.process import quick_imports
     from tieredkv.video.fetched import fetched
     from tieredkv.video.paths import check_path
@@ -63,26 +63,27 @@ def plan(
         sampling = {}  # defaults for videos do not apply to a number of tokens
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
     check_options(tiers, {**sampling, **given(start=start, end=end)}, max_new_tokens)
-    with fetched(video, allow_url, progress=True) as film:
-        if not tokens:
-            check_path(film)
-        model = model_or_toy(model, [] if tokens else [film], "this plan is for the bundled toy model")
-        with quick_imports():
-            from tieredkv.planning import forecast
-        estimate = forecast.plan(
-            model_path(model),
-            int(video) if tokens else film,
-            gpu_kv_gb=4.0 if gpu_kv_gb is None else gpu_kv_gb,
-            host_kv_gb=host_kv_gb,
-            **given(policy=policy),
-            **sampling,
-            start=start or 0.0,
-            end=end,
-            system=system,
-            max_new_tokens=max_new_tokens,
-            link=link,
-            card=card,
-        )
+    film = context.with_resource(fetched(video, allow_url, progress=True))
+    if not tokens:
+        refuse_session(video)
+        check_path(film)
+    model = model_or_toy(model, [] if tokens else [film], "this plan is for the bundled toy model")
+    with quick_imports():
+        from tieredkv.planning import forecast
+    estimate = forecast.plan(
+        model_path(model),
+        int(video) if tokens else film,
+        gpu_kv_gb=4.0 if gpu_kv_gb is None else gpu_kv_gb,
+        host_kv_gb=host_kv_gb,
+        **given(policy=policy),
+        **sampling,
+        start=start or 0.0,
+        end=end,
+        system=system,
+        max_new_tokens=max_new_tokens,
+        link=link,
+        card=card,
+    )
     if as_json:
         print_json(estimate.as_dict())
     else:
