@@ -75,7 +75,7 @@ def film(monkeypatch, tmp_path):
         )
 
     monkeypatch.setattr(forecast, "open_video", open_video)
-    (tmp_path / "film.mp4").touch()
+    (tmp_path / "film.mp4").write_bytes(b"a header")
     return str(tmp_path / "film.mp4")
 
 
@@ -343,7 +343,9 @@ def test_the_dictionary_is_json_and_complete(seven_billion):
 
 
 def test_the_command_prints_a_table_or_json(monkeypatch, capsys, film):
-    code, out, _ = run(monkeypatch, capsys, "plan", film, "--gpu-kv-gb", "0.002", "--fps", "4", "--end", "300")
+    code, out, _ = run(
+        monkeypatch, capsys, "plan", film, "-m", "tiny", "--gpu-kv-gb", "0.002", "--fps", "4", "--end", "300"
+    )
     assert code == 0
     assert "1,200 frames" in out
     assert "resident" in out

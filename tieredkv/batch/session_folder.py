@@ -36,7 +36,7 @@ class SessionFolder:
             raise SessionError(f"{folder} is no folder for sessions: {error.strerror}.") from None
         check_target(folder / "session.tkv")
 
-    def fill(self, session: VideoSession, video: PathLike[str], sampling: Sampling, **asked: Any) -> None:
+    def fill(self, session: VideoSession, video: str | PathLike[str], sampling: Sampling, **asked: Any) -> None:
         """Restore the video from its file, or ingest it and save it. Raises what `VideoSession.ingest` does.
 
         session: without a video. asked: more arguments of its `ingest`. A file that is damaged or of something else is

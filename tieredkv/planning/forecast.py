@@ -22,12 +22,15 @@ from tieredkv.models.chat_template import ChatTemplate
 from tieredkv.models.encode import at_processor_rate, batch_tokens
 from tieredkv.models.families.base import VideoGrid
 from tieredkv.models.kv_shape import KVShape, model_shape
-from tieredkv.models.long_context import LongContext
+from tieredkv.models.long_context import LongContext, trained_tokens
+from tieredkv.models.quantised import scheme_of
+from tieredkv.models.quantising import check_weights, quantised_config
 from tieredkv.models.wrapped import unwrapped
 from tieredkv.planning import decode_plan, forecast_bytes, sizes
-from tieredkv.planning.admission import FEWER_TOKENS, Request, check_memory
+from tieredkv.planning.admission import FEWER_TOKENS, Request, check_memory, smallest_cap_bytes
+from tieredkv.planning.card_memory import CardMemory, working_bytes
 from tieredkv.planning.cards import find_card
-from tieredkv.planning.prefill_plan import untiered_prefill_bytes
+from tieredkv.planning.prefill_plan import question_rows, untiered_prefill_bytes
 from tieredkv.planning.report import MemoryPlan, find_link
 from tieredkv.planning.weight_bytes import weight_bytes
 from tieredkv.video.download import download
@@ -47,6 +50,7 @@ def plan(
     host_kv_gb: float | None = None,
     tiers: TierConfig | None = None,
     processor: Any = None,
+    weights: str | None = None,
     fps: float | None = None,
     source_fps: float | None = None,
     max_frames: int | None = None,
@@ -71,11 +75,13 @@ def plan(
     question), or a video as in `open_session`, which is opened but not decoded and needs the model's processor.
     question_tokens: text after the video, the chat template's end included. system: a system prompt, counted
     too. static_share: share of the heads assumed static, unless the policy fixes it. link: a name in `LINKS`, or GB/s;
-    card: a name, or GB/s (`find_card`). tiers, or its fields as further keywords.
+    card: a name, or GB/s (`find_card`). weights: as in `open_session`. tiers, or its fields as further keywords. Of a
+    card known by name the default of gpu_kv_gb is what is left of its memory.
 
     Raises `BudgetError` when a tier is too small, naming the smallest change that fits; `VideoError`,
     `UnsupportedModelError` or `OptionError` for bad input.
     """
+    default_cap = tiers is None and gpu_kv_gb is None
     tiers = tier_config(tiers, {"gpu_kv_gb": gpu_kv_gb, "host_kv_gb": host_kv_gb, **options})
     link, link_speed = find_link(link)
     on = None if card is None else find_card(card)
@@ -84,7 +90,7 @@ def plan(
     share = is_number(static_share) and 0 <= static_share <= 1
     check_value(share, "static_share", static_share, "a share between 0 and 1")
 
-    source = _Model.of(model)
+    source = _Model.of(model, weights)
     shape = source.shape
     video: _Video | None = None
     if system is not None and source.is_text:
@@ -118,13 +124,26 @@ def plan(
     LongContext(source.config).check(0, prompt + max_new_tokens)
 
     host, available = sizes.host_bytes(shape, tiers, prompt), limits.available_host_bytes()
+    settings = tiers  # the cap may change below, on which the host tier does not depend
     fewer = FEWER_TOKENS if video is not None else "give fewer tokens or a smaller max_new_tokens"
 
     def smaller(allowed: int) -> str:
         kind = "tokens" if source.is_text else "visual tokens"
-        return _smaller_host(shape, tiers, host, available, text, video, allowed, kind)
+        return _smaller_host(shape, settings, host, available, text, video, allowed, kind)
 
+    weighs = weight_bytes(source.config, source.dtype, source.loaded)
     needs = Request(prompt, question_tokens, max_new_tokens)
+    vision = 0 if source.is_text else None if video is None else video.encode_bytes(tiers)
+    working = working_bytes(source.config, shape, tiers, vision)
+    memory = None
+    if on is not None and on.memory_gib is not None:
+        memory = CardMemory(on, weighs["decoder_bytes"] + weighs["vision_bytes"], working)
+    if memory is not None:
+        rows = question_rows(tiers, question_tokens)
+        smallest = smallest_cap_bytes(shape, tiers, needs.layout(tiers), rows)
+        if default_cap:
+            memory.check(smallest, smallest, source.smaller_weights)
+            tiers = replace(tiers, gpu_kv_gb=memory.default_cap)
     layout = check_memory(shape, tiers, needs, fewer, smaller, available=available)
 
     static = forecast_bytes.assumed_static(shape, tiers, static_share)
@@ -135,12 +154,13 @@ def plan(
     static_pages, selected = int(decoding.pages[static].sum()), int(decoding.selected.sum())
     dynamic_pages = n_dynamic * layout.sink_chunks + selected
     decode = forecast_bytes.decode_bytes(shape, tiers, decoding, static)
+    prefill = forecast_bytes.prefill_bytes(shape, tiers, prompt, question_tokens)
     read, copied = forecast_bytes.step_bytes(shape, tiers, decoding, static)
-    return MemoryPlan(
+    memory_plan = MemoryPlan(
         model_type=source.config.model_type,
         dtype=str(source.dtype).removeprefix("torch."),
         shape=shape,
-        **weight_bytes(source.config, source.dtype, source.loaded),
+        **weighs,
         video=None if video is None else video.name,
         frames=None if video is None else video.sampled.frames,
         frame_size=None if video is None else (video.sampled.height, video.sampled.width),
@@ -156,7 +176,7 @@ def plan(
         snapshot_bytes=sizes.snapshot_bytes(shape, prompt),
         host_budget_bytes=limits.host_budget_bytes(tiers.host_kv_gb, available),
         cap_bytes=tiers.cap_bytes,
-        prefill=forecast_bytes.prefill_bytes(shape, tiers, prompt, question_tokens),
+        prefill=prefill,
         decode=decode,
         untiered_prefill=untiered_prefill_bytes(shape, tiers, prompt, question_tokens),
         untiered_decode=sizes.untiered_bytes(shape, prompt + max_new_tokens - 1, 1),
@@ -172,7 +192,14 @@ def plan(
         link_gb_s=link_speed,
         card=None if on is None else on.name,
         card_gb_s=None if on is None else on.gb_s,
+        card_bytes=None if memory is None else memory.nominal_bytes,
+        working_bytes=working,
+        reserve_bytes=None if memory is None else memory.reserve_bytes,
+        trained_tokens=trained_tokens(source.config),
     )
+    if memory is not None:
+        memory.check(memory_plan.kv_bytes, smallest, source.smaller_weights)
+    return memory_plan
 
 
 # ---- the model and the video
@@ -188,10 +215,11 @@ class _Model:
     loaded: Any = None
 
     @staticmethod
-    def of(model: Any) -> _Model:
+    def of(model: Any, weights: str | None = None) -> _Model:
         from transformers import PreTrainedConfig
 
         model = unwrapped(model)
+        check_weights(weights, loaded=hasattr(model, "generate"))
         if isinstance(model, str | Path):
             config, path, loaded = loading.load_config(model), str(model), None
         elif isinstance(model, PreTrainedConfig):
@@ -205,8 +233,19 @@ class _Model:
         if loaded is not None:
             dtype = loaded.get_input_embeddings().weight.dtype
         else:
-            dtype = config.dtype or config.get_text_config(decoder=True).dtype or torch.bfloat16
+            dtype = loading.stored_dtype(config)
+            config = config if weights is None else quantised_config(config, weights, dtype)
         return _Model(config, dtype, path, loaded)
+
+    def smaller_weights(self) -> dict[str, int]:
+        """Bytes of all weights by the `weights=` that would quantise them; none if they are, or are loaded."""
+        if self.loaded is not None or scheme_of(self.config) is not None:
+            return {}
+        smaller = {}
+        for weights in ("8bit", "4bit"):
+            parts = weight_bytes(quantised_config(self.config, weights, self.dtype), self.dtype)
+            smaller[weights] = parts["decoder_bytes"] + parts["vision_bytes"]
+        return smaller
 
     @property
     def shape(self) -> KVShape:
@@ -268,6 +307,13 @@ class _Video:
         return batch_tokens(
             families.video_family(config), config, video.height, video.width, self.grid(video.frames), tiers
         )
+
+    def encode_bytes(self, tiers: TierConfig) -> int:
+        """Activations of a call of the vision tower."""
+        config, grid = self.source.config, self.grid(self.sampled.frames)
+        family = families.video_family(config)
+        step = family.encode_bytes(config, (grid.steps, grid.step_tokens // grid.columns, grid.columns))
+        return step * self.encode_batch(tiers) // grid.step_tokens
 
     def most_frames(self, tokens: int) -> int:
         """The most frames from the start that have at most `tokens` tokens; 0 if one frame has more."""

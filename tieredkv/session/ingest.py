@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -12,12 +13,12 @@ from tieredkv.errors import OutputError, TieredKVError
 from tieredkv.models.chat_template import ChatTemplate
 from tieredkv.models.encode import at_processor_rate
 from tieredkv.models.kv_shape import model_shape
-from tieredkv.models.long_context import LongContext
+from tieredkv.models.long_context import LongContext, beyond_training, trained_tokens
+from tieredkv.models.placement import layer_devices
 from tieredkv.models.same_model import SameModel
 from tieredkv.planning.admission import Request, check_memory
 from tieredkv.planning.sizes import QUESTION_ROOM, host_bytes
 from tieredkv.progress import IngestProgress
-from tieredkv.session import session_file
 from tieredkv.session.cached_video import CachedVideo
 from tieredkv.session.checkpoint import Checkpoint, Damaged
 from tieredkv.session.ingested_video import IngestedVideo, VideoFacts
@@ -139,7 +140,7 @@ class Ingest:
             now = replace(planned, facts=replace(planned.facts, sha256=source.sha256(self.pipeline.check)))
             checkpoint.check(begun, now, self.tiers, model, template.processor)
             progress.resumed(begun.tokens, begun.video.grid.steps * planned.grid.seconds_per_step)
-            devices = dict(zip(cache.layers, session_file.layer_devices(template, model), strict=False))
+            devices = dict(zip(cache.layers, layer_devices(template.family.decoder(model).layers), strict=False))
             checkpoint.restore(begun, cache, devices)
         except Damaged as error:
             progress.restarted(str(error))
@@ -174,5 +175,7 @@ class Ingest:
         shape = model_shape(self.model.config, weight.dtype)
         request = Request(head + video + question_tokens, question_tokens, max_new_tokens)
         LongContext(self.model.config).check(0, request.tokens + max_new_tokens)
+        if beyond := beyond_training(trained_tokens(self.model.config), request.tokens):
+            warnings.warn(f"the prompt has {request.tokens:,} tokens, {beyond}.", stacklevel=2)
         check_memory(shape, self.tiers, request, one_memory=weight.device.type == "cpu")
         return request.tokens + QUESTION_ROOM
