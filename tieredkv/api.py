@@ -24,7 +24,7 @@ from tieredkv.session.stream import AnswerStream, check_stream
 from tieredkv.session.video_session import VideoSession
 from tieredkv.storage import tensor_file
 from tieredkv.video.fetched import fetched
-from tieredkv.video.frames import check_video, open_video
+from tieredkv.video.media import check_media, media_of
 from tieredkv.video.sampling import Sampling
 
 _VIDEO_OPTIONS = {field.name for field in fields(Sampling)}
@@ -78,7 +78,7 @@ def open_session(
     another ingest, `SessionError`, all of them `TieredKVError`.
     """
     sampling = Sampling(fps, source_fps, max_frames, start, end, max_pixels, skip_damaged)
-    check_video(video, allow_url)
+    check_media(video, allow_url)
     session = new_session(
         model,
         gpu_kv_gb=gpu_kv_gb,
@@ -175,9 +175,9 @@ def load_session(
         sampled = origin.sampling_of(stored.path, stored.manifest)
         skip_damaged = sampled is not None and sampled.skip_damaged
         with fetched(video, allow_url, progress) as local:
-            film = open_video(local, Sampling(DEFAULT_FPS, skip_damaged=skip_damaged))
-            session_file.check_same_video(stored, film)
-            first_picture = film.start
+            sources = [each.open(Sampling(DEFAULT_FPS, skip_damaged=skip_damaged)) for each in media_of(local)]
+            session_file.check_same_media(stored, sources)
+        first_picture = sources[0].start
     if model is None:
         model = origin.model_of(stored.path, stored.manifest).path
     if isinstance(model, str | Path):
@@ -258,7 +258,7 @@ def _single_question(
         check_system(opening.get("system"))
         sampling = Sampling(**sampled)
         allow_url = opening.pop("allow_url", False)
-        check_video(video, allow_url)
+        check_media(video, allow_url)
         check_wanted(asking.get("evidence", True))
 
     def run(job: Job | None) -> Generation:

@@ -136,7 +136,7 @@ def test_what_is_no_file_of_a_video_is_one_sentence(tmp_path):
 def test_a_still_picture_is_refused(tmp_path, kind, named):
     path = tmp_path / (f"still.{kind}" if named else "still.mp4")
     Image.fromarray(numbered(1)[0]).save(path, kind)
-    with pytest.raises(VideoError, match=r"still\.\w+: a still picture, no video: give a list with it, as a PIL image"):
+    with pytest.raises(VideoError, match=r"still\.\w+: a still picture, no video: give it in a list, as a picture"):
         open_video(path, Sampling(1))
 
 

@@ -91,7 +91,7 @@ def opened(
     with api.new_session(model_path(model), weights=weights, progress=True, system=system, **tiers) as session:
         say_default_cap(session)
         note(f"opening {video}")
-        session.ingest(video, frames, checkpoint=checkpoint, **asked)
+        session.ingest(video, frames, checkpoint=checkpoint, save_to=saved, **asked)
         report_damage(session)
         unsaved: SessionError | None = None
         if saved is not None:

@@ -36,7 +36,7 @@ from tieredkv.planning.weight_bytes import weight_bytes
 from tieredkv.video.download import download
 from tieredkv.video.frames import Sampled, check_video, open_video
 from tieredkv.video.sampling import Sampling
-from tieredkv.video.urls import is_url
+from tieredkv.video.urls import check_url, is_url
 
 HEAD_TOKENS = 15
 """Tokens of text before the video without a processor: those of Qwen2.5-VL's chat template."""
@@ -105,9 +105,10 @@ def plan(
             processor = loading.load_processor(source.path)
     else:
         families.video_family(source.config)  # raises for a text model
-        check_video(video_or_tokens, allow_url)
         if is_url(video_or_tokens):
+            check_url(video_or_tokens, allow_url)
             video_or_tokens = download(video_or_tokens)  # removed with the last reference to it
+        check_video(video_or_tokens)
         if isinstance(video_or_tokens, Iterator):
             raise VideoError("a plan would use up the iterator: give its frames as a list, or a number of tokens.")
         if processor is None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from tieredkv.errors import OptionError
 from tieredkv.memory.units import GIB
+from tieredkv.memory.units import size_text as _size
 from tieredkv.models.kv_shape import KVShape
 from tieredkv.models.long_context import beyond_training
 from tieredkv.planning.cards import CARDS, as_rate
@@ -274,11 +275,3 @@ class MemoryPlan:
 def _cells(name: str, *phases: dict[str, int]) -> str:
     """A column of each phase's bytes under `name`, empty where it has none."""
     return " ".join(f"{_size(phase[name]) if name in phase else '':>12}" for phase in phases)
-
-
-def _size(nbytes: int) -> str:
-    """Bytes in the largest binary unit that leaves at least one, three digits."""
-    for unit, size in (("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10)):
-        if nbytes >= size:
-            return f"{nbytes / size:.3g} {unit}" if nbytes < 1000 * size else f"{nbytes / size:.0f} {unit}"
-    return f"{nbytes} B"

@@ -1,25 +1,33 @@
-"""A video as a file: itself, or what its URL is downloaded to."""
+"""Videos and pictures as files: themselves, or what their URLs are downloaded to."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from copy import copy
 from typing import Any
 
+from tieredkv.video.media import Picture, Video
 from tieredkv.video.urls import check_url, is_url
 
 
 @contextmanager
 def fetched(video: Any, allow_url: bool, progress: bool = False) -> Iterator[Any]:
-    """`video`, or if it is a URL, which must be allowed, the file that it was downloaded to, removed afterwards.
+    """`video`, with the files that its URLs, which must be allowed, were downloaded to, removed afterwards.
 
-    progress: show a bar on stderr. Raises `VideoError`.
+    video: as in `media_of`. progress: show a bar on stderr. Raises `VideoError`.
     """
-    if not is_url(video):
-        yield video
-        return
-    check_url(video, allow_url)
-    from tieredkv.video.download import download  # not for files: it imports much
+    with ExitStack() as files:
 
-    with download(video, progress) as local:
-        yield local
+        def local(one: Any) -> Any:
+            if isinstance(one, Video | Picture) and is_url(one.source):
+                one = copy(one)
+                one.source = local(one.source)
+            elif is_url(one):
+                check_url(one, allow_url)
+                from tieredkv.video.download import download  # not for files: it imports much
+
+                one = files.enter_context(download(one, progress))
+            return one
+
+        yield [local(one) for one in video] if isinstance(video, list | tuple) else local(video)

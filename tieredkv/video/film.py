@@ -83,7 +83,7 @@ def probe(
     for index in video_streams(path):
         with opened(path, index) as (container, stream):
             if is_still(container):
-                raise VideoError(f"{path}: a still picture, no video: give a list with it, as a PIL image.")
+                raise VideoError(f"{path}: a still picture, no video: give it in a list, as a picture.")
             beginning = _beginning(path, container, stream, skip_damaged)
             if beginning is None:
                 if stream.frames:

@@ -18,7 +18,6 @@ from tieredkv.video.paths import check_path
 from tieredkv.video.readers import ReaderSource, is_reader
 from tieredkv.video.sampling import FileSource, Sampling, Tick
 from tieredkv.video.spool import spool
-from tieredkv.video.urls import check_url, is_url
 
 
 class VideoSource(Protocol):
@@ -133,14 +132,9 @@ def load_frames(video: Any, sampling: Sampling) -> Frames:
     return Frames(np.stack(list(source.frames())), source.fps)
 
 
-def check_video(video: Any, allow_url: bool = False) -> None:
-    """Raise `VideoError` unless `video` can be one, see `open_video`; no more than a byte of a file is read.
-
-    allow_url: accept also a URL, of which `fetched` makes a file.
-    """
-    if is_url(video):
-        check_url(video, allow_url)
-    elif isinstance(video, str | os.PathLike):
+def check_video(video: Any) -> None:
+    """Raise `VideoError` unless `video` can be one, see `open_video`; no more than a byte of a file is read."""
+    if isinstance(video, str | os.PathLike):
         check_path(video)
     elif isinstance(video, bytes | bytearray | memoryview):
         raise VideoError("video is of type bytes: give a path as text, or the content of a file as io.BytesIO(...).")
