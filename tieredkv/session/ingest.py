@@ -20,7 +20,7 @@ from tieredkv.models.long_context import LongContext, beyond_training, trained_t
 from tieredkv.models.placement import layer_devices
 from tieredkv.models.same_model import SameModel
 from tieredkv.planning.admission import Request, check_memory
-from tieredkv.planning.sizes import QUESTION_ROOM
+from tieredkv.planning.sizes import QUESTION_ROOM, host_bytes
 from tieredkv.progress import IngestProgress
 from tieredkv.session.cached_video import CachedVideo
 from tieredkv.session.checkpoint import Checkpoint, Damaged
@@ -205,6 +205,11 @@ class Ingest:
     def _held(self) -> TieredCache:
         assert self._cache is not None
         return self._cache
+
+    def _file_bytes(self, tokens: int) -> int:
+        """Size of the session file of this many tokens, without its header: it holds what the host tier does."""
+        shape = model_shape(self.model.config, self.model.get_input_embeddings().weight.dtype)
+        return host_bytes(shape, self.tiers, tokens)
 
     def _check_memory(self, context: int, question_tokens: int, max_new_tokens: int) -> int:
         """Refuse videos that a tier cannot hold, before the costly stages; returns the tokens to reserve on the host.
