@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def _checked(file: Path, session: VideoSession, sha256: str, sampling: Sampling)
     video = session_file.state_of(stored).video
     for what, saved, asked in (
         ("video", video.facts.sha256, sha256),
-        ("sampling", video.sampling, sampling),
+        ("sampling", video.sampling and _as_asked(video.sampling, sampling), sampling),
         ("system prompt", video.system, session.template.system),
         ("size of chunks", stored.manifest["tiers"].get("chunk_tokens"), session.tiers.chunk_tokens),
     ):
@@ -90,3 +91,11 @@ def _checked(file: Path, session: VideoSession, sha256: str, sampling: Sampling)
             raise SessionError(f"{file} was saved with another {what}.")
     stored.verify()
     return stored
+
+
+def _as_asked(saved: Sampling, asked: Sampling) -> Sampling:
+    """The saved sampling without what `fit` chose, if that was asked for."""
+    if "fit" not in asked.given():
+        return saved
+    free = [name for name in ("fps", "max_pixels") if getattr(asked, name) is None]
+    return replace(saved, **{name: getattr(asked, name) for name in (*free, "fit")})
