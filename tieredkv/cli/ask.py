@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tieredkv.cli.options import (
+    AllowUrl,
     End,
     Fps,
     GpuGiB,
@@ -52,6 +53,7 @@ def ask(
     start: Start = None,
     end: End = None,
     skip_damaged: SkipDamaged = False,
+    allow_url: AllowUrl = False,
     system: System = None,
     max_new_tokens: NewTokens = 256,
     evidence: Annotated[
@@ -64,9 +66,11 @@ def ask(
     from tieredkv.cli.opening import opened
     from tieredkv.evidence.target import check_target
     from tieredkv.models.prompts import check_prompt
+    from tieredkv.video.fetched import fetched
+    from tieredkv.video.urls import is_url
 
     *videos, question = words
-    if len(videos) > 1 and (missing := [video for video in videos if not os.path.exists(video)]):
+    if len(videos) > 1 and (missing := [video for video in videos if not (is_url(video) or os.path.exists(video))]):
         raise OptionError(f"ask takes files and then one question, in quotes: {missing[0]}: no such file.")
     if len(videos) != 1 or os.path.isfile(question):
         refuse_missing_question(question)
@@ -77,10 +81,11 @@ def ask(
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
     check_prompt(question)
     check_options(tiers, sampling, max_new_tokens)
+    films = context.with_resource(fetched(videos, allow_url, progress=True))
     with opened(
         context,
         model,
-        videos,
+        films,
         session,
         tiers=tiers,
         sampling=sampling,
@@ -99,13 +104,13 @@ def ask(
         typer.echo(answer.text)
     if evidence is not None:
         lacks = "" if videos else ", with times but no frames: to see them, give the film before the question"
-        print(f"tieredkv: wrote {_draw(answer, evidence, question, videos)}{lacks}.", file=sys.stderr)
+        print(f"tieredkv: wrote {_draw(answer, evidence, question, films)}{lacks}.", file=sys.stderr)
     if unsaved is not None:
         print(f"tieredkv: {unsaved}", file=sys.stderr)
         raise typer.Exit(1)
 
 
-def _draw(answer: Generation, path: Path, question: str, videos: list[str]) -> str:
+def _draw(answer: Generation, path: Path, question: str, videos: list[Any]) -> str:
     """Write the evidence of an answer, of several videos and pictures each to a file with its number; returns what was
     written."""
     from tieredkv.evidence.save import save_evidence

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from tieredkv.cli.options import (
+    AllowUrl,
     End,
     Fps,
     GpuGiB,
@@ -49,11 +50,12 @@ def chat(
     start: Start = None,
     end: End = None,
     skip_damaged: SkipDamaged = False,
+    allow_url: AllowUrl = False,
     system: System = None,
     max_new_tokens: NewTokens = 256,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object per answer.")] = False,
 ) -> None:
-    """Talk about a video, or several videos and pictures, ingested once. Each answer takes earlier questions and answers into account.
+    """Talk about a video, or several videos and pictures. Each answer takes earlier questions and answers into account.
 
     Type /help for commands. With --session the conversation is kept, however the chat ends. From a pipe, reads one
     question per line, and exits with 1 if any failed.
@@ -61,16 +63,18 @@ def chat(
     from tieredkv.cli.checks import check_options
     from tieredkv.cli.lines import lines
     from tieredkv.cli.opening import opened
+    from tieredkv.video.fetched import fetched
 
     sampling = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels, start=start, end=end)
     sampling |= given(skip_damaged=skip_damaged or None)
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
     options = {"max_new_tokens": max_new_tokens}
     check_options(tiers, sampling, max_new_tokens)
+    films = context.with_resource(fetched(videos or [], allow_url, progress=True))
     with opened(
         context,
         model,
-        videos or (),
+        films,
         session,
         tiers=tiers,
         sampling=sampling,

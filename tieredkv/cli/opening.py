@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 def opened(
     context: typer.Context,
     model: str | None,
-    videos: Sequence[str],
+    videos: Sequence[str | PathLike[str]],
     saved: Path | None,
     *,
     tiers: dict[str, Any],
@@ -52,7 +53,7 @@ def opened(
     """
     check_system(system)
     for video in videos:
-        refuse_session(video)
+        refuse_session(str(video))
     given: Any = list(videos) if len(videos) > 1 else videos[0] if videos else None
     if saved is not None and is_there(saved):
         manifest = read_manifest(saved)
@@ -92,7 +93,7 @@ def opened(
         from tieredkv import api
     with api.new_session(model_path(model), weights=weights, progress=True, system=system, **tiers) as session:
         say_default_cap(session)
-        note(f"opening {', '.join(videos)}")
+        note(f"opening {', '.join(map(str, videos))}")
         session.ingest(given, frames, checkpoint=checkpoint, save_to=saved, **asked)
         report_damage(session)
         unsaved: SessionError | None = None
