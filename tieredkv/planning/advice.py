@@ -1,0 +1,110 @@
+"""What would make a video fit that does not, in words: the rate, the frame size and the budgets, computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from tieredkv.config import TierConfig
+from tieredkv.errors import BudgetError
+from tieredkv.memory.units import GIB, as_gib, largest
+from tieredkv.models.kv_shape import KVShape
+from tieredkv.planning.admission import Request, check_memory
+from tieredkv.planning.fitting import Choice, Film, cost, fitted
+from tieredkv.planning.sizes import host_bytes
+from tieredkv.video.sampling import LEAST_PIXELS, RATES
+
+ROOMY = 2
+"""`fit=True` prefers a film to whose prompt the cap is this many times the smallest, of which little is left for what a
+step attends to."""
+
+
+@dataclass(frozen=True)
+class Advice:
+    """For one video and a question about it."""
+
+    film: Film
+    shape: KVShape
+    tiers: TierConfig
+    question_tokens: int
+    new_tokens: int
+    available: int
+    """Bytes of host memory."""
+    one_memory: bool = False
+    """Whether the device tier is in host memory."""
+    card_bytes: int | None = None
+    """What the card has for keys and values; None: unknown."""
+    trained: int | None = None
+    """Longest context that the model is made for; None: unknown."""
+
+    def fits(self, tokens: int, tiers: TierConfig) -> bool:
+        """Whether a prompt of `tokens` tokens can be served."""
+        request = Request(tokens, self.question_tokens, self.new_tokens)
+        try:
+            check_memory(self.shape, tiers, request, "", "", available=self.available, one_memory=self.one_memory)
+        except BudgetError:
+            return False
+        return True
+
+    def most_tokens(self, tiers: TierConfig) -> int:
+        """Of the prompts with no more tokens than the video has as asked for, the longest that can be served."""
+        return largest(lambda tokens: self.fits(tokens, tiers), self._tokens)
+
+    @cached_property
+    def _tokens(self) -> int:
+        return self.film.tokens(self.film.asked)
+
+    def fit(self, rate: bool, size: bool) -> Choice | None:
+        """The choice of `fit=True`; None if the video cannot be served in any way. rate, size: as for `fitted`.
+
+        If it can be, prompts are no longer than the model is made for, and the cap is roomy.
+        """
+        roomy = self.most_tokens(replace(self.tiers, gpu_kv_gb=self.tiers.gpu_kv_gb / ROOMY))
+        if self.trained is not None:
+            roomy = min(roomy, self.trained - self.new_tokens)
+        return fitted(self.film, roomy, rate, size) or fitted(self.film, self.most_tokens(self.tiers), rate, size)
+
+    # ---- sentences
+
+    def cap(self, smallest: int) -> str:
+        """After a refusal that names the smallest cap, of `smallest` bytes."""
+        enough = replace(self.tiers, gpu_kv_gb=float(as_gib(smallest)))
+        changes = self._changes()
+        if self.card_bytes is not None and smallest > self.card_bytes:
+            changes = changes or ["a shorter part of it (start, end)"]
+            return f"The card has {self.card_bytes / GIB:.3g} GiB for it: give {_either(changes)}."
+        if not self.fits(self._tokens, enough):  # the host has no room either
+            return f"Give {_either(changes)}." if changes else "Host memory is too small as well."
+        return f"Raise it, or give {_either(changes)}." if changes else "Raise it."
+
+    def host(self, allowed: int) -> str:
+        """After a refusal of the host tier, which may have `allowed` bytes."""
+        changes = self._changes()
+        if (needed := host_bytes(self.shape, self.tiers, self._tokens)) <= self.available:
+            changes.append(f"host_kv_gb={as_gib(needed)}")
+        return f"give {_either(changes)}" if changes else "that is too little for any video"
+
+    def _changes(self) -> list[str]:
+        """Options with which the video fits, those first that cost answers least."""
+        film, most = self.film, self.most_tokens(self.tiers)
+        found = [
+            film.slower(film.asked, RATES[0], most),
+            film.smaller(film.asked, LEAST_PIXELS, most),
+            fitted(film, most),
+        ]
+        choices = [choice for choice in dict.fromkeys(found) if choice is not None and choice != film.asked]
+        return [self.words(choice) for choice in sorted(choices, key=lambda choice: cost(film, choice))]
+
+    def words(self, choice: Choice) -> str:
+        """The options that state a choice, as far as it differs from what was asked for."""
+        asked, parts = self.film.asked, []
+        if choice.fps != asked.fps:
+            parts.append(f"fps={choice.fps:g}")
+        if choice.max_pixels != asked.max_pixels:
+            height, width = self.film.size(choice)
+            parts.append(f"max_pixels={choice.max_pixels} ({width}x{height})")
+        return " with ".join(parts)
+
+
+def _either(changes: list[str]) -> str:
+    return " or ".join([", ".join(changes[:-1]), changes[-1]] if len(changes) > 1 else changes)
