@@ -117,9 +117,7 @@ def one_after_the_other(model: Any, processor: Any, path: Path, options: dict[st
     from tieredkv.models import families
     from tieredkv.models.chat_template import ChatTemplate
     from tieredkv.models.encode import encode, segments
-    from tieredkv.progress import IngestProgress
-    from tieredkv.session.ingest import prefill
-    from tieredkv.session.pipeline import Pipeline
+    from tieredkv.session.prefill import first_steps, prefill
     from tieredkv.session.video_embeddings import VideoEmbeddings, prepare
     from tieredkv.video.frames import open_video
     from tieredkv.video.sampling import Sampling
@@ -132,8 +130,9 @@ def one_after_the_other(model: Any, processor: Any, path: Path, options: dict[st
     decoded = list(segments(video.source.frames(), video.segment_frames))
     encoded = list(encode(template.family, model, video.preprocess, iter(decoded)))
     with TieredCache(model.config, tiers, prompt_tokens=video.grid.tokens + 300) as cache:
-        head, bar = torch.zeros((1, 15), dtype=torch.long), IngestProgress(False, 0, None)
-        prefill(VideoEmbeddings(template, model, video, iter(encoded)), head, cache, Pipeline(), bar)
+        head, nothing = torch.zeros((1, 15), dtype=torch.long), first_steps(video.grid, 0)
+        embeddings = VideoEmbeddings(template, model, video, nothing, iter(encoded))
+        prefill(embeddings, head, cache, lambda: None, lambda tokens: None)
     return time.perf_counter() - started
 
 

@@ -45,6 +45,7 @@ def open_session(
     positions: Positions = "published",
     progress: bool = False,
     system: str | None = None,
+    checkpoint: str | Path | None = None,
     **options: Any,
 ) -> VideoSession:
     """Ingest a video and return the session that answers questions about it.
@@ -57,9 +58,12 @@ def open_session(
     start, end: seconds of the video to read, as players show them. gpu_kv_gb: hard cap in GiB on device memory for
     keys and values (None: 4). tiers: every other setting; its fields may be given as keywords instead. positions:
     "published" or "stock", how text after the video is numbered. progress: show a bar on stderr. system: the system
-    prompt of every question; None: the chat template's own, if it has one.
+    prompt of every question; None: the chat template's own, if it has one. checkpoint: a folder in which a long ingest
+    leaves what it has cached; the same call goes on from there after an interruption. It is removed when the session is
+    saved.
 
-    Raises `UnsupportedModelError`, `VideoError`, `BudgetError` or `OptionError`, all of them `TieredKVError`.
+    Raises `UnsupportedModelError`, `VideoError`, `BudgetError`, `OptionError` or, for a checkpoint that is in use or of
+    another ingest, `SessionError`, all of them `TieredKVError`.
     """
     sampling = Sampling(fps, source_fps, max_frames, start, end, max_pixels)
     session = new_session(
@@ -73,7 +77,7 @@ def open_session(
         **options,
     )
     try:
-        session.ingest(video, sampling)
+        session.ingest(video, sampling, checkpoint=checkpoint)
     except BaseException:
         session.close()
         raise

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -35,9 +37,28 @@ class IngestProgress:
 
     def __init__(self, shown: bool, tokens: int, seconds: float | None) -> None:
         """tokens: prompt tokens expected. seconds: length of the video, if known."""
-        self._seconds, self._decoded, self._encoded = seconds, 0.0, 0
+        self._length = "" if seconds is None else f" of {timecode(seconds)}"
+        self._decoded, self._encoded = 0.0, 0
         self._updated_at = 0.0
         self._bar = tqdm(desc="ingest", unit=" tokens", total=tokens, disable=not shown, leave=True)
+
+    def resumed(self, tokens: int, seconds: float) -> None:
+        """The first `tokens` tokens, and the video's first `seconds` seconds, were done by an earlier ingest."""
+        self._bar.initial = self._bar.n = tokens
+        if not self._bar.disable:
+            self.say(f"continuing at {timecode(seconds)}{self._length}.")
+
+    def restarted(self, why: str) -> None:
+        """What `resumed` reported was of no use."""
+        self._bar.initial = self._bar.n = 0
+        self.say(f"{why} The video is ingested from its beginning.")
+
+    def say(self, text: str) -> None:
+        """One line on stderr; a warning where no bar is shown."""
+        if self._bar.disable:
+            warnings.warn(text, stacklevel=3)
+        else:
+            self._bar.write(f"tieredkv: {text}", file=sys.stderr)
 
     def decoded(self, seconds: float) -> None:
         """The decoder has reached this second of the video."""
@@ -58,8 +79,7 @@ class IngestProgress:
         if self._bar.disable or time.monotonic() < self._updated_at + SECONDS_BETWEEN:
             return
         self._updated_at = time.monotonic()
-        length = "" if self._seconds is None else f" of {timecode(self._seconds)}"
-        self._bar.set_postfix_str(f"decoded {timecode(self._decoded)}{length}, encoded {self._encoded:,}")
+        self._bar.set_postfix_str(f"decoded {timecode(self._decoded)}{self._length}, encoded {self._encoded:,}")
 
     def close(self, complete: bool) -> None:
         """End the bar. complete: every token was processed, so the count so far is the total."""

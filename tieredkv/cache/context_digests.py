@@ -116,6 +116,27 @@ class ContextDigests:
             tier.transfer.stage(chunks, staged, with_values=True)
             return digest.make(staged[:, :, 0], fitted).cpu()
 
+    @property
+    def kind(self) -> str:
+        """The name on disk of the kind of digests that there are; empty if there are none."""
+        return "" if self._packed is None else self._name
+
+    def unsettled(self) -> dict[str, torch.Tensor]:
+        """What `resume` needs besides the digests."""
+        fitted = {} if self._packed is None or self.fitted is None else self.fitted.tensors()
+        return {"query_moment": self.query_moment, **{f"fitted.{name}": part for name, part in fitted.items()}}
+
+    def resume(self, kind: str, packed: torch.Tensor, state: dict[str, torch.Tensor]) -> None:
+        """Continue a context that is not settled. kind, packed: its digests. If they are not of the policy's kind, new
+        ones are computed, as they are after a change of the policy."""
+        digest = self._digest()
+        self.query_moment = state["query_moment"]
+        if kind != _file_name(digest):
+            return
+        self._name, self._packed, self._digested = kind, packed, packed.shape[1]
+        self.fitted = digest.fitted_type(**{name: state[f"fitted.{name}"] for name in digest.fitted_type.names()})
+        self._fitted_to = min(self._digested, max(1, FIT_TOKENS // self._host.chunk_tokens))
+
     def settle(self) -> None:
         """Declare the cached tokens the context: digests are fitted to them and to no later ones."""
         self.update(fit=True)

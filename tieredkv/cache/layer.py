@@ -79,8 +79,11 @@ class TieredLayer(CacheLayerMixin):
         _, heads, _, head_dim = key_states.shape
         if value_states.shape != key_states.shape:
             raise UnsupportedModelError("keys and values of different shapes are not supported.")
-        chunk_tokens = self.device_tier.tiers.chunk_tokens
-        host, _ = self._begin_at(key_states.device, heads, head_dim, chunk_tokens, dtype)
+        self.begin(key_states.device, heads, head_dim, dtype)
+
+    def begin(self, device: torch.device, heads: int, head_dim: int, dtype: torch.dtype) -> None:
+        """Allocate what a layer of the model on `device` needs before its first token."""
+        host, _ = self._begin_at(device, heads, head_dim, self.device_tier.tiers.chunk_tokens, dtype)
         host.reserve(self._room)
         self.device_tier.keep_first_tokens(self.index, host, self.device)
         self.is_initialized = True

@@ -208,6 +208,10 @@ class TieredCache(Cache):
             raise RuntimeError("the cache is sealed: truncate it first")
         self.question = question
 
+    def check_between_calls(self) -> None:
+        """Raise `RuntimeError` if a call of the model was interrupted, or is under way."""
+        self._order.check_between_calls()
+
     @settled
     def settle(self) -> None:
         """Declare the cached tokens the context, and later ones questions about it.
@@ -216,7 +220,7 @@ class TieredCache(Cache):
         truncated (sliding windows, linear attention, convolutions) are copied to host memory, so that the cache can
         come back to this length; the previous copy is dropped.
         """
-        self._order.check_between_calls()
+        self.check_between_calls()
         self.untiered.settle()
         for layer in self.tiered_layers:
             layer.settle()

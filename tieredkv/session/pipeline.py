@@ -37,20 +37,21 @@ class _Stage(Generic[T]):
         self.pipeline, self.name, self.items, self.depth = pipeline, name, items, depth
         self.queue: deque[T] = deque()
         self.ended = False
-        self.lifetime = self.waited = 0.0
+        self._started: float | None = None
+        self._lifetime = self.waited = 0.0
         """Seconds: the thread's lifetime, and its waits for room or for another stage's items."""
         self._ambient = Ambient()
         self.thread = threading.Thread(target=self._run, name=f"tieredkv-{name}", daemon=True)
 
     def _run(self) -> None:
-        started = time.perf_counter()
+        self._started = started = time.perf_counter()
         try:
             try:
                 with self._ambient.here():
                     for item in self.items:
                         self._put(item)
             finally:
-                self.lifetime = time.perf_counter() - started
+                self._lifetime, self._started = time.perf_counter() - started, None
                 if (close := getattr(self.items, "close", None)) is not None:
                     close()
         except Cancelled:
@@ -61,6 +62,13 @@ class _Stage(Generic[T]):
             with self.pipeline.changed:
                 self.ended = True
                 self.pipeline.changed.notify_all()
+
+    @property
+    def busy(self) -> float:
+        """Seconds it has worked, without its waits that have ended."""
+        started = self._started
+        lifetime = self._lifetime if started is None else time.perf_counter() - started
+        return lifetime - self.waited
 
     def _put(self, item: T) -> None:
         with self.pipeline.changed:
@@ -150,8 +158,8 @@ class Pipeline:
         return next((stage for stage in self._stages if stage.thread is here), None)
 
     def busy_seconds(self) -> dict[str, float]:
-        """Seconds each stage has worked, without its waits. Final once the stages have ended."""
-        return {stage.name: stage.lifetime - stage.waited for stage in self._stages}
+        """Seconds each stage has worked so far, without its waits. Final once the stages have ended."""
+        return {stage.name: stage.busy for stage in self._stages}
 
     def __enter__(self) -> Pipeline:
         return self

@@ -67,6 +67,11 @@ class IngestStats:
     streamed_bytes: int
     """Past keys and values copied back from host to device, for exact attention."""
 
+    @staticmethod
+    def none() -> IngestStats:
+        """Of an ingest that has not begun."""
+        return IngestStats(0, 0, 0.0, 0.0, 0.0, 0.0, 0)
+
     @property
     def overlap(self) -> float:
         """Sum of the stages' seconds / wall time: above 1 if they overlapped."""

@@ -91,20 +91,29 @@ def write(
 
     source: of the model; None: unknown, so that the session has to be loaded with it.
     """
-    model, processor, cache = cached.model, cached.template.processor, cached.cache
     manifest = {
+        **origin_of(cached.model, cached.template.processor, source),
+        **content_of(cached.cache.tiers, SessionState(cached.video, history)),
+    }
+    return tensor_file.write(path, manifest, cache_tensors(cached.cache), progress)
+
+
+def origin_of(model: Any, processor: Any, source: ModelSource | None) -> dict[str, Any]:
+    """The entries of a manifest that `origin_difference` reads. Takes as long as summing the weights."""
+    origin = {
         "model": model_fingerprint(model),
         "model_settings": model_settings(model),
         "model_state": model_state(model),
         "processor": processor_settings(processor),
-        "tiers": tiers_as_plain(cache.tiers),
-        "session": SessionState(cached.video, history).as_plain(),
     }
-    if source is not None:
-        manifest["source"] = source.as_plain()
-    if cached.video.sampling is not None:
-        manifest["sampling"] = sampling_as_plain(cached.video.sampling)
-    return tensor_file.write(path, manifest, cache_tensors(cache), progress)
+    return origin if source is None else {**origin, "source": source.as_plain()}
+
+
+def content_of(tiers: TierConfig, state: SessionState) -> dict[str, Any]:
+    """The other entries of a manifest."""
+    content = {"tiers": tiers_as_plain(tiers), "session": state.as_plain()}
+    sampling = state.video.sampling
+    return content if sampling is None else {**content, "sampling": sampling_as_plain(sampling)}
 
 
 def cache_tensors(cache: TieredCache) -> dict[str, torch.Tensor]:
@@ -157,20 +166,25 @@ def tiers_of(stored: tensor_file.Stored, options: dict[str, Any]) -> TierConfig:
 
 def check_origin(stored: tensor_file.Stored, model: Any, processor: Any) -> None:
     """Raise `SessionError`, naming the difference, if the session was saved with another model or processor."""
-    manifest = stored.manifest
+    if difference := origin_difference(stored.manifest, model, processor):
+        remedy = "that one" if difference.startswith("with another") else "the adapters it was saved with"
+        raise SessionError(f"{stored.path} was saved {difference}: load it with {remedy}.")
+
+
+def origin_difference(manifest: dict[str, Any], model: Any, processor: Any) -> str | None:
+    """How model and processor differ from those of a manifest, as "with another model (...)"; None: they do not."""
     state, now = manifest.get("model_state"), model_state(model)  # older files do not state it
     if difference := adapters.difference(state["adapters"] if state else {}, now["adapters"]):
-        raise SessionError(f"{stored.path} was saved {difference}: load it with the adapters it was saved with.")
+        return difference
     difference = settings_difference(manifest["model_settings"], model_settings(model))
     if not difference:
         difference = fingerprint_difference(manifest["model"], model_fingerprint(model, not state))
     if not difference and state:
         difference = state_difference(state, now)
     if difference:
-        raise SessionError(f"{stored.path} was saved with another model ({difference}): load it with that one.")
-    settings = processor_settings(processor)
-    if difference := settings_difference(manifest["processor"], settings):
-        raise SessionError(f"{stored.path} was saved with another processor ({difference}): load it with that one.")
+        return f"with another model ({difference})"
+    difference = settings_difference(manifest["processor"], processor_settings(processor))
+    return difference and f"with another processor ({difference})"
 
 
 def check_same_video(stored: tensor_file.Stored, video: VideoSource) -> None:
@@ -203,14 +217,14 @@ def load(
     """The video of a session file. Raises `SessionError`, and `BudgetError` if it exceeds `host_kv_gb`."""
     tokens, same_model = state.video.tokens, SameModel(model)
     check_origin(stored, model, template.processor)
-    cache = map_cache(stored, model.config, tiers, tokens, _layer_devices(template, model))
+    cache = map_cache(stored, model.config, tiers, tokens, layer_devices(template, model))
     if tiers.host_kv_gb is not None:
         check_host(cache.host_bytes, tiers.host_kv_gb, f"the cache of {tokens:,} tokens", "raise host_kv_gb")
     return CachedVideo(model, template, cache, state.video, same_model, stored)
 
 
-def _layer_devices(template: ChatTemplate, model: Any) -> list[torch.device]:
-    """Where each layer computes, even if its weights are stored elsewhere (accelerate's offloading)."""
+def layer_devices(template: ChatTemplate, model: Any) -> list[torch.device]:
+    """Where each layer of a model computes, even if its weights are stored elsewhere (accelerate's offloading)."""
     places = []
     for layer in template.family.decoder(model).layers:
         place = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)

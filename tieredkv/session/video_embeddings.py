@@ -61,18 +61,20 @@ class VideoEmbeddings:
     `grid` describes the steps yielded so far.
     """
 
-    def __init__(self, template: ChatTemplate, model: Any, video: Prepared, encoded: Iterator[Encoded]) -> None:
-        """encoded: each segment, as from `models.encode.encode`."""
-        self.template, self.model = template, model
-        self.grid = replace(video.grid, steps=0, between=(), closing=0)
+    def __init__(
+        self, template: ChatTemplate, model: Any, video: Prepared, grid: VideoGrid, encoded: Iterator[Encoded]
+    ) -> None:
+        """grid: the steps before the first segment. encoded: each segment, as from `models.encode.encode`."""
+        self.template, self.model, self.grid = template, model, grid
         self._video, self._encoded = video, encoded
         self._step_frames = template.family.step_frames(model.config)
+        self.frames = grid.steps * self._step_frames
+        """Frames in the segments yielded and before."""
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        frames = 0
         for segment in self._encoded:
-            frames += segment.frames
-            yield self._segment(segment, frames)
+            self.frames += segment.frames
+            yield self._segment(segment, self.frames)
         if self.grid.steps == 0:
             raise VideoError(f"{self._video.source.name}: no frame could be decoded.")
         closing = self.template.family.closing(self.model)

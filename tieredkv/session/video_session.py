@@ -20,6 +20,7 @@ from tieredkv.progress import progress_bar
 from tieredkv.session import generation, question, session_file
 from tieredkv.session.aio import AsyncAsking
 from tieredkv.session.cached_video import CachedVideo
+from tieredkv.session.checkpoint import Checkpoint
 from tieredkv.session.conversation import Conversation
 from tieredkv.session.ingest import Ingest
 from tieredkv.session.ingested_video import IngestedVideo
@@ -64,6 +65,8 @@ class VideoSession(AsyncAsking):
         self._turns = Turns()
         self._ingest: Ingest | None = None
         """The ingest in progress."""
+        self._checkpoint: Checkpoint | None = None
+        """Of the ingest, until the session is saved."""
         self._cached: CachedVideo | None = None
         """None before the ingest and after `close`."""
         self._ingested: IngestedVideo | None = None
@@ -74,36 +77,50 @@ class VideoSession(AsyncAsking):
     # ---- the video
 
     def ingest(
-        self, video: Any, sampling: Sampling | None = None, *, question: str = "?", max_new_tokens: int = 1
+        self,
+        video: Any,
+        sampling: Sampling | None = None,
+        *,
+        question: str = "?",
+        max_new_tokens: int = 1,
+        checkpoint: str | Path | None = None,
     ) -> None:
         """Decode, encode and prefill the video. Once per session.
 
-        video: as in `tieredkv.open_session`. sampling: None takes all of it, at the processor's rate. question,
-        max_new_tokens: the expected question, if known; the budgets are checked for it before anything is decoded.
-        Raises `VideoError` or `BudgetError` and leaves the session without a video. `close` from another thread ends it
-        with a `TieredKVError`.
+        video, checkpoint: as in `tieredkv.open_session`. sampling: None takes all of it, at the processor's rate.
+        question, max_new_tokens: the expected question, if known; the budgets are checked for it before anything is
+        decoded. Raises `VideoError`, `BudgetError` or `SessionError` and leaves the session without a video. `close`
+        from another thread ends it with a `TieredKVError`.
         """
         with self._turns.lock:
             self._check_empty()
+            kept = None if checkpoint is None else Checkpoint(Path(checkpoint), self.source)
             self._ingest = Ingest(self.model, self.template, self.tiers, self._progress)
             try:
                 if self._turns.closed:  # since the check
                     self._ingest.cancel()
-                self._cached = self._ingest.run(video, sampling or Sampling(), question, max_new_tokens)
+                self._cached = self._ingest.run(video, sampling or Sampling(), question, max_new_tokens, kept)
+                self._checkpoint, kept = kept, None
             finally:
                 self._ingest = None
+                if kept is not None:
+                    kept.close()
             self._ingested = self._cached.video
 
     def save(self, path: str | Path) -> int:
         """Write the session to a file that `tieredkv.load_session` loads without the video; returns bytes written.
 
         The file holds the cache of the video, the conversation so far, and what identifies model, processor and video.
-        An older file of this name is replaced as a whole or not at all. Raises `SessionError`.
+        An older file of this name is replaced as a whole or not at all. The checkpoint of the ingest, if there is one,
+        is removed afterwards. Raises `SessionError`.
         """
         with self._turns.lock:
             cached = self._ready()
             with progress_bar("save", "B", self._progress) as bar:
-                return session_file.write(Path(path), cached, self._conversation.turns, self.source, bar)
+                size = session_file.write(Path(path), cached, self._conversation.turns, self.source, bar)
+            if self._checkpoint is not None:
+                self._checkpoint.remove()
+            return size
 
     def restore(self, stored: Stored, first_picture: float = 0.0) -> None:
         """Restore a session that `save` wrote, instead of `ingest`. See `tieredkv.load_session`.
@@ -271,10 +288,10 @@ class VideoSession(AsyncAsking):
         """
         self.stop()
         with self._turns.lock:
-            for part in (self._ingest, self._cached):
+            for part in (self._ingest, self._cached, self._checkpoint):
                 if part is not None:
                     part.close()
-            self._ingest = self._cached = None
+            self._ingest = self._cached = self._checkpoint = None
             self._conversation.kept = None
 
     def __enter__(self) -> VideoSession:

@@ -40,8 +40,8 @@ class VideoSource(Protocol):
     seconds: float | None
     """Length of the sampled span; None: unknown."""
 
-    def frames(self, tick: Tick | None = None) -> Iterator[np.ndarray]:
-        """A new iterator over all frames, uint8 `(H, W, 3)` RGB, for any thread.
+    def frames(self, tick: Tick | None = None, first: int = 0) -> Iterator[np.ndarray]:
+        """A new iterator over the frames from number `first` on, uint8 `(H, W, 3)` RGB, for any thread.
 
         A frame may be the user's own array or the same as the one before: do not write to it. Nothing stays open when
         the iterator ends, fails or is closed. Raises `VideoError`, and what `tick` raises.
@@ -165,9 +165,9 @@ class ArraySource:
         self.seconds: float | None = (length if end is None else min(end, length)) - start
         self.fps, self.expected = sampling.spread(max(1, math.ceil(self.seconds * fps - 1e-9)), self.seconds)
 
-    def frames(self, tick: Tick | None = None) -> Iterator[np.ndarray]:
-        """The frames. Raises `VideoError` at a frame with values out of range."""
-        for n in range(self.expected):
+    def frames(self, tick: Tick | None = None, first: int = 0) -> Iterator[np.ndarray]:
+        """The frames from number `first` on. Raises `VideoError` at a frame with values out of range."""
+        for n in range(first, self.expected):
             if tick is not None:
                 tick(n / self.fps)
             index = int(self.start * self._source_fps + n * self._source_fps / self.fps + 1e-6)

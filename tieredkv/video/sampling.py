@@ -123,8 +123,9 @@ class FileSource:
         self.seconds = min(self._until, self._film.end) - self.start
         self.fps, self.expected = sampling.spread(_count(self.seconds, self.fps), self.seconds)
 
-    def frames(self, tick: Tick | None = None) -> Iterator[np.ndarray]:
-        """The frames, uint8 `(H, W, 3)`. Samples of one picture share an array: do not write to it.
+    def frames(self, tick: Tick | None = None, first: int = 0) -> Iterator[np.ndarray]:
+        """The frames from number `first` on, uint8 `(H, W, 3)`. Samples of one picture share an array: do not write to
+        it.
 
         Raises `VideoError` if decoding stops before the end, or the file has changed since it was opened.
         """
@@ -136,7 +137,7 @@ class FileSource:
             if tick is not None:
                 tick(furthest)
 
-        sampled = 0
+        sampled = first
         for seek in (self._seek, False):
             try:
                 with closing(self._pictures(sampled, seek, report)) as pictures:
