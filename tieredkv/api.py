@@ -42,6 +42,7 @@ def open_session(
     start: float = 0.0,
     end: float | None = None,
     max_pixels: int | None = None,
+    fit: bool = False,
     positions: Positions = "published",
     progress: bool = False,
     system: str | None = None,
@@ -55,6 +56,8 @@ def open_session(
     ndarray or tensor, uint8 or floats in [0, 1], taken at `source_fps` per second (None: at `fps`). fps: frames sampled
     per second (None: the processor's own rate). max_frames: at most this many frames, spread evenly over the video.
     max_pixels: most pixels of a frame as the vision tower sees it, in place of the processor's limits (None: those).
+    fit: choose fps and max_pixels, as far as they are None, so that the video fits the budgets; `VideoSession.sampling`
+    tells which.
     start, end: seconds of the video to read, as players show them. gpu_kv_gb: hard cap in GiB on device memory for
     keys and values (None: 4). tiers: every other setting; its fields may be given as keywords instead. positions:
     "published" or "stock", how text after the video is numbered. progress: show a bar on stderr. system: the system
@@ -65,7 +68,7 @@ def open_session(
     Raises `UnsupportedModelError`, `VideoError`, `BudgetError`, `OptionError` or, for a checkpoint that is in use or of
     another ingest, `SessionError`, all of them `TieredKVError`.
     """
-    sampling = Sampling(fps, source_fps, max_frames, start, end, max_pixels)
+    sampling = Sampling(fps, source_fps, max_frames, start, end, max_pixels, fit)
     session = new_session(
         model,
         gpu_kv_gb=gpu_kv_gb,

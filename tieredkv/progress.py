@@ -29,6 +29,12 @@ def progress_bar(name: str, unit: str, shown: bool = True) -> Iterator[Progress]
         yield move
 
 
+def note(text: str, shown: bool = True) -> None:
+    """A line on stderr, before the bars."""
+    if shown:
+        print(f"tieredkv: {text}", file=sys.stderr, flush=True)
+
+
 class IngestProgress:
     """One bar for decoding, encoding and prefill: it counts tokens that have passed all three.
 

@@ -11,6 +11,7 @@ import typer
 
 from tieredkv.cli.options import (
     End,
+    Fit,
     Fps,
     GpuGiB,
     HostGiB,
@@ -41,6 +42,7 @@ def ask(
     fps: Fps = None,
     max_frames: MaxFrames = None,
     max_pixels: MaxPixels = None,
+    fit: Fit = False,
     start: Start = None,
     end: End = None,
     system: System = None,
@@ -63,7 +65,7 @@ def ask(
         raise OptionError(f"{question} is a file: give the question too, in quotes.")
     if evidence is not None:
         check_target(evidence)
-    sampling = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels, start=start, end=end)
+    sampling = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels, fit=fit or None, start=start, end=end)
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
     check_prompt(question)
     check_options(tiers, sampling, max_new_tokens)

@@ -10,6 +10,7 @@ import typer
 
 from tieredkv.cli.options import (
     End,
+    Fit,
     Fps,
     GpuGiB,
     HostGiB,
@@ -38,6 +39,7 @@ def chat(
     fps: Fps = None,
     max_frames: MaxFrames = None,
     max_pixels: MaxPixels = None,
+    fit: Fit = False,
     start: Start = None,
     end: End = None,
     system: System = None,
@@ -52,7 +54,7 @@ def chat(
     from tieredkv.cli.lines import lines
     from tieredkv.cli.opening import opened
 
-    sampling = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels, start=start, end=end)
+    sampling = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels, fit=fit or None, start=start, end=end)
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
     options = {"max_new_tokens": max_new_tokens}
     check_options(tiers, sampling, max_new_tokens)

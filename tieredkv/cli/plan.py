@@ -9,6 +9,7 @@ import typer
 
 from tieredkv.cli.options import (
     End,
+    Fit,
     Fps,
     GpuGiB,
     HostGiB,
@@ -37,6 +38,7 @@ def plan(
     fps: Fps = None,
     max_frames: MaxFrames = None,
     max_pixels: MaxPixels = None,
+    fit: Fit = False,
     start: Start = None,
     end: End = None,
     system: System = None,
@@ -52,7 +54,7 @@ def plan(
     from tieredkv.video.paths import check_path
 
     tokens = video.isascii() and video.isdigit() and len(video) < 20 and not Path(video).exists()
-    sampling = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels)
+    sampling = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels, fit=fit or None)
     if tokens and not typed(context, sampling):
         sampling = {}  # defaults for videos do not apply to a number of tokens
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)

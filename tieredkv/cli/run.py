@@ -11,6 +11,7 @@ import typer
 
 from tieredkv.cli.options import (
     End,
+    Fit,
     Fps,
     GpuGiB,
     HostGiB,
@@ -47,6 +48,7 @@ def run(
     fps: Fps = None,
     max_frames: MaxFrames = None,
     max_pixels: MaxPixels = None,
+    fit: Fit = False,
     start: Start = None,
     end: End = None,
     system: System = None,
@@ -72,7 +74,7 @@ def run(
         raise BatchError("--resume continues a file of answers: give -o a file, not stdout.")
     options = {"max_new_tokens": max_new_tokens}
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
-    sampled = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels, start=start, end=end)
+    sampled = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels, fit=fit or None, start=start, end=end)
     sampling = check_options(tiers, sampled, max_new_tokens)
     check_system(system)
     batch = read_questions(None if questions == "-" else Path(questions), sampling)

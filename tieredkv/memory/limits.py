@@ -74,13 +74,16 @@ def check_host(
     )
 
 
-def check_host_memory(needed_bytes: int, what: str, remedy: str) -> None:
-    """Raise `BudgetError` when `needed_bytes` for `what` exceed the memory that is available now."""
-    available = available_host_bytes()
+def check_host_memory(
+    needed_bytes: int, what: str, remedy: str | Callable[[int], str], available: int | None = None
+) -> None:
+    """Raise `BudgetError` when `needed_bytes` for `what` exceed the memory that is available. The rest as for
+    `check_host`."""
+    available = available_host_bytes() if available is None else available
     if needed_bytes > available:
         raise BudgetError(
             f"{what} needs {needed_bytes / GIB:.2f} GiB of host memory, {available / GIB:.2f} GiB is available: "
-            f"{remedy}."
+            f"{remedy(available) if callable(remedy) else remedy}."
         )
 
 

@@ -35,6 +35,7 @@ def check_memory(
     request: Request,
     device_remedy: str | Callable[[int], str] = FEWER_TOKENS,
     host_remedy: str | Callable[[int], str] | None = None,
+    shared_remedy: str | Callable[[int], str] = f"{FEWER_TOKENS}, or lower gpu_kv_gb",
     *,
     room: int = 0,
     room_bytes: int = 0,
@@ -45,7 +46,8 @@ def check_memory(
     """Raise `BudgetError` unless the request fits under the device cap and in host memory. Returns its layout.
 
     device_remedy, host_remedy: advice for the message, or functions that return it: of the smallest cap in bytes, which
-    returns sentences, and of the bytes allowed on the host. room: tokens
+    returns sentences, and of the bytes allowed on the host. shared_remedy: the same where both tiers are in one memory.
+    room: tokens
     that the host tier holds without growing, in `room_bytes` together with the snapshot; 0: nothing is allocated yet.
     beside: host memory that a conversation has allocated. available: bytes of host memory (None: measured now).
     one_memory: host memory must hold the device tier too, and the layers that do not grow.
@@ -67,7 +69,7 @@ def check_memory(
         what = f"{what}, with the device tier in the same memory,"
         untiered = sum(untiered_prefill_bytes(shape, tiers, request.tokens, request.question_tokens).values())
         device = min(tiers.cap_bytes, needed) + untiered
-        check_host_memory(needed + device, what, "lower fps, max_pixels, max_frames or gpu_kv_gb")
+        check_host_memory(needed + device, what, shared_remedy, available)
     return layout
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from tieredkv.config import TierConfig
 from tieredkv.errors import BudgetError
 from tieredkv.memory.units import GIB, as_gib, largest
 from tieredkv.models.kv_shape import KVShape
-from tieredkv.planning.admission import Request, check_memory
-from tieredkv.planning.fitting import Choice, Film, cost, fitted
-from tieredkv.planning.sizes import host_bytes
-from tieredkv.video.sampling import LEAST_PIXELS, RATES
+from tieredkv.planning.admission import Request, check_memory, smallest_cap_bytes
+from tieredkv.planning.fitting import RULE, Choice, Film, cost, fitted
+from tieredkv.planning.prefill_plan import question_rows
+from tieredkv.planning.sizes import Layout, host_bytes
+from tieredkv.video.sampling import LEAST_PIXELS, RATES, Sampling
 
 ROOMY = 2
 """`fit=True` prefers a film to whose prompt the cap is this many times the smallest, of which little is left for what a
@@ -37,11 +39,18 @@ class Advice:
     trained: int | None = None
     """Longest context that the model is made for; None: unknown."""
 
+    def check(self, request: Request) -> Layout:
+        """Raise `BudgetError` unless a prompt with this video can be served, and return its layout."""
+        return self._check(request, self.tiers, (self.cap, self.host, self.shared))
+
+    def _check(self, request: Request, tiers: TierConfig, remedies: tuple[Any, Any, Any] = ("", "", "")) -> Layout:
+        shared = {"available": self.available, "one_memory": self.one_memory}
+        return check_memory(self.shape, tiers, request, *remedies, **shared)
+
     def fits(self, tokens: int, tiers: TierConfig) -> bool:
         """Whether a prompt of `tokens` tokens can be served."""
-        request = Request(tokens, self.question_tokens, self.new_tokens)
         try:
-            check_memory(self.shape, tiers, request, "", "", available=self.available, one_memory=self.one_memory)
+            self._check(Request(tokens, self.question_tokens, self.new_tokens), tiers)
         except BudgetError:
             return False
         return True
@@ -54,24 +63,62 @@ class Advice:
     def _tokens(self) -> int:
         return self.film.tokens(self.film.asked)
 
-    def fit(self, rate: bool, size: bool) -> Choice | None:
-        """The choice of `fit=True`; None if the video cannot be served in any way. rate, size: as for `fitted`.
+    # ---- fit=True
 
-        If it can be, prompts are no longer than the model is made for, and the cap is roomy.
+    def fit(self, sampling: Sampling) -> tuple[Sampling, str]:
+        """The rate and the size chosen, as far as `sampling` leaves them open, and a line that states them.
+
+        If it can be, prompts are no longer than the model is made for, and the cap is roomy. Raises `BudgetError` if
+        nothing fits.
         """
+        film, rate, size = self.film, sampling.fps is None, sampling.max_pixels is None
+        most = self.most_tokens(self.tiers)
         roomy = self.most_tokens(replace(self.tiers, gpu_kv_gb=self.tiers.gpu_kv_gb / ROOMY))
         if self.trained is not None:
             roomy = min(roomy, self.trained - self.new_tokens)
-        return fitted(self.film, roomy, rate, size) or fitted(self.film, self.most_tokens(self.tiers), rate, size)
+        choice = fitted(film, roomy, rate, size) or fitted(film, most, rate, size)
+        if choice is None:
+            raise self._nothing_fits(most, rate, size)
+        height, width = film.size(choice)
+        at = f"{film.at(choice).fps:.3g} frames per second at {width}x{height}"
+        line = f"fit: {at}: {film.tokens(choice):,} tokens"
+        if choice == film.asked:
+            return replace(sampling, fit=False), f"{line}, as asked for."
+        height, width = film.size(film.asked)
+        line += f", instead of {film.at(film.asked).fps:.3g} at {width}x{height} with {self._tokens:,}."
+        fps = sampling.fps if choice.fps == film.asked.fps else choice.fps
+        return replace(sampling, fps=fps, max_pixels=choice.max_pixels, fit=False), line
 
-    # ---- sentences
+    def _nothing_fits(self, most: int, rate: bool, size: bool) -> BudgetError:
+        lowest = self.film.asked
+        for what, least in RULE:
+            if what == "rate" and rate:
+                lowest = replace(lowest, fps=min(least, lowest.fps))
+            elif what == "size" and size:
+                lowest = self.film.smallest(lowest, int(least))
+        height, width = self.film.size(lowest)
+        tokens = self.film.tokens(lowest)
+        least_cap = smallest_cap_bytes(
+            self.shape,
+            self.tiers,
+            Request(tokens, self.question_tokens, self.new_tokens).layout(self.tiers),
+            question_rows(self.tiers, self.question_tokens),
+        )
+        return BudgetError(
+            f"fit=True: {self.film.at(lowest).fps:g} frames per second at {width}x{height}, the least that it chooses, "
+            f"have {tokens:,} tokens, and at most {most:,} fit: they need gpu_kv_gb={as_gib(least_cap)} and "
+            f"{as_gib(host_bytes(self.shape, self.tiers, tokens))} GiB of host memory. Give that, or a shorter part of "
+            "the video (start, end)."
+        )
+
+    # ---- refusals
 
     def cap(self, smallest: int) -> str:
         """After a refusal that names the smallest cap, of `smallest` bytes."""
         enough = replace(self.tiers, gpu_kv_gb=float(as_gib(smallest)))
         changes = self._changes()
         if self.card_bytes is not None and smallest > self.card_bytes:
-            changes = changes or ["a shorter part of it (start, end)"]
+            changes = changes or ["a shorter part of the video (start, end)"]
             return f"The card has {self.card_bytes / GIB:.3g} GiB for it: give {_either(changes)}."
         if not self.fits(self._tokens, enough):  # the host has no room either
             return f"Give {_either(changes)}." if changes else "Host memory is too small as well."
@@ -83,6 +130,11 @@ class Advice:
         if (needed := host_bytes(self.shape, self.tiers, self._tokens)) <= self.available:
             changes.append(f"host_kv_gb={as_gib(needed)}")
         return f"give {_either(changes)}" if changes else "that is too little for any video"
+
+    def shared(self, allowed: int) -> str:
+        """The same where one memory of `allowed` bytes must hold both tiers."""
+        changes = self._changes()
+        return f"give {_either(changes)}, or lower gpu_kv_gb" if changes else "lower gpu_kv_gb"
 
     def _changes(self) -> list[str]:
         """Options with which the video fits, those first that cost answers least."""

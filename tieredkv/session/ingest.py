@@ -10,14 +10,12 @@ from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.config import TierConfig
 from tieredkv.errors import TieredKVError
 from tieredkv.models.chat_template import ChatTemplate
-from tieredkv.models.encode import at_processor_rate
-from tieredkv.models.kv_shape import model_shape
 from tieredkv.models.long_context import LongContext
 from tieredkv.models.same_model import SameModel
-from tieredkv.planning.admission import Request, check_memory
+from tieredkv.planning.admission import Request
 from tieredkv.planning.sizes import QUESTION_ROOM
 from tieredkv.progress import IngestProgress
-from tieredkv.session import session_file
+from tieredkv.session import sampled_video, session_file
 from tieredkv.session.cached_video import CachedVideo
 from tieredkv.session.checkpoint import Checkpoint, Damaged
 from tieredkv.session.ingested_video import IngestedVideo, VideoFacts
@@ -26,7 +24,7 @@ from tieredkv.session.prefill import first_steps
 from tieredkv.session.results import IngestStats
 from tieredkv.session.stages import Stages
 from tieredkv.session.video_embeddings import prepare
-from tieredkv.video.frames import VideoSource, open_video
+from tieredkv.video.frames import VideoSource
 from tieredkv.video.sampling import Sampling
 
 
@@ -79,9 +77,14 @@ class Ingest:
         started = time.perf_counter()
         self.pipeline.check()
         model, template = self.model, self.template
-        source = open_video(video, at_processor_rate(sampling, template.processor), self.pipeline.check)
-        prepared = prepare(template, model.config, source, self.tiers, sampling.max_pixels)
         head, tail = template.around_video([(question, None)])
+        advise = sampled_video.advice(model, template, self.tiers, (head, tail), max_new_tokens)
+        if sampling.fit:
+            sampling = sampled_video.as_begun(sampling, checkpoint)
+        source, sampling, advice = sampled_video.open_sampled(
+            video, sampling, template.processor, advise, self.pipeline.check, self._show_progress
+        )
+        prepared = prepare(template, model.config, source, self.tiers, sampling.max_pixels)
         head_ids = template.head_ids(model.config, head, prepared.sampled)
         planned = IngestedVideo(
             grid=prepared.grid,
@@ -94,9 +97,10 @@ class Ingest:
             stats=IngestStats.none(),
             sampling=sampling,
         )
-        last = prepared.sampled.times(prepared.grid.steps - 1, prepared.grid.frames_per_step)
-        question_tokens = template.tail_ids(tail, last, prepared.grid.slices).shape[1]
-        room = self._check_memory(planned.head_tokens, prepared.grid.tokens, question_tokens, max_new_tokens)
+        request = Request(planned.tokens + advice.question_tokens, advice.question_tokens, max_new_tokens)
+        LongContext(model.config).check(0, request.tokens + max_new_tokens)
+        advice.check(request)
+        room = request.tokens + QUESTION_ROOM
         self._new_cache(room)
         same_model = SameModel(model)
         progress = IngestProgress(self._show_progress, planned.tokens, source.seconds)
@@ -155,15 +159,3 @@ class Ingest:
     def _held(self) -> TieredCache:
         assert self._cache is not None
         return self._cache
-
-    def _check_memory(self, head: int, video: int, question_tokens: int, max_new_tokens: int) -> int:
-        """Refuse a video that a tier cannot hold, before the costly stages; returns the tokens to reserve on the host.
-
-        head, video, question_tokens: tokens of the text before the video, of the video, and of the text after it.
-        """
-        weight = self.model.get_input_embeddings().weight
-        shape = model_shape(self.model.config, weight.dtype)
-        request = Request(head + video + question_tokens, question_tokens, max_new_tokens)
-        LongContext(self.model.config).check(0, request.tokens + max_new_tokens)
-        check_memory(shape, self.tiers, request, one_memory=weight.device.type == "cpu")
-        return request.tokens + QUESTION_ROOM

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tieredkv.errors import VideoError, check_whole, is_number
+from tieredkv.errors import VideoError, check_value, check_whole, is_number
 from tieredkv.video import pyav as av
 from tieredkv.video.container import cut_short, opened, reason
 from tieredkv.video.film import Film, probe
@@ -51,6 +51,8 @@ class Sampling:
     max_pixels: int | None = None
     """Most pixels of a frame as the vision tower sees it, in place of the limits of the model's processor; None: its
     own limits."""
+    fit: bool = False
+    """Choose `fps` and `max_pixels`, where they are None, so that the video fits the budgets (`planning.fitting`)."""
 
     def __post_init__(self) -> None:
         for name in ("fps", "source_fps"):
@@ -61,6 +63,7 @@ class Sampling:
             check_whole("max_frames", count, error=VideoError)
         if self.max_pixels is not None:
             check_whole("max_pixels", self.max_pixels, LEAST_PIXELS, error=VideoError)
+        check_value(isinstance(self.fit, bool), "fit", self.fit, "True or False", VideoError)
         if not is_number(start) or start < 0:
             raise VideoError(f"start={start!r} is not valid: give seconds from the video's beginning, 0 or more.")
         if end is not None and (not is_number(end) or end <= start + SAME_TIME):

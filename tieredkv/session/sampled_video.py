@@ -1,0 +1,85 @@
+"""A video opened as it will be sampled, and what to say if that does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from tieredkv.config import TierConfig
+from tieredkv.memory import limits
+from tieredkv.models.chat_template import ChatTemplate
+from tieredkv.models.encode import at_processor_rate
+from tieredkv.models.families.base import VideoGrid
+from tieredkv.models.kv_shape import model_shape
+from tieredkv.planning.advice import Advice
+from tieredkv.planning.fitting import Film
+from tieredkv.progress import note
+from tieredkv.session.checkpoint import Checkpoint, Damaged
+from tieredkv.video.frames import Sampled, VideoSource, open_video
+from tieredkv.video.sampling import Sampling
+
+Advise = Callable[[VideoSource, Sampling], Advice]
+
+
+def open_sampled(
+    video: Any, sampling: Sampling, processor: Any, advise: Advise, check: Callable[[], None], shown: bool
+) -> tuple[VideoSource, Sampling, Advice]:
+    """The opened video, how it is sampled, and the advice on it. With `fit`, rate and size are chosen first, which is
+    reported if `shown`.
+
+    check: as for `open_video`. Raises `VideoError`, and `BudgetError` if no rate and size fit.
+    """
+    source = open_video(video, at_processor_rate(sampling, processor), check)
+    advice = advise(source, sampling)
+    if not sampling.fit:
+        return source, sampling, advice
+    fitting, line = advice.fit(sampling)
+    note(line, shown)
+    rate = at_processor_rate(fitting, processor)
+    if rate.fps != advice.film.asked.fps:
+        source = open_video(video, rate, check)
+    return source, fitting, advise(source, fitting)
+
+
+def as_begun(sampling: Sampling, checkpoint: Checkpoint | None) -> Sampling:
+    """A sampling with `fit`, with the choice of the ingest that is continued, if one is."""
+    try:
+        begun = None if checkpoint is None else checkpoint.begun()
+    except Damaged:  # found again, and reported, when it is continued
+        return sampling
+    if begun is None or (chosen := begun.video.sampling) is None:
+        return sampling
+    fps = chosen.fps if sampling.fps is None else sampling.fps
+    max_pixels = chosen.max_pixels if sampling.max_pixels is None else sampling.max_pixels
+    return replace(sampling, fps=fps, max_pixels=max_pixels, fit=False)
+
+
+def advice(
+    model: Any, template: ChatTemplate, tiers: TierConfig, around: tuple[str, str], max_new_tokens: int
+) -> Advise:
+    """What advises on a video of a session. around: the prompt's text before the video and after it."""
+    head, tail = around
+    weight = model.get_input_embeddings().weight
+    shape = model_shape(model.config, weight.dtype)
+
+    def after(sampled: Sampled, grid: VideoGrid) -> int:
+        last = sampled.times(grid.steps - 1, grid.frames_per_step)
+        return template.tail_ids(tail, last, grid.slices).shape[1]
+
+    def text(sampled: Sampled, grid: VideoGrid) -> int:
+        return template.head_ids(model.config, head, sampled).shape[1] + after(sampled, grid)
+
+    def advise(source: VideoSource, sampling: Sampling) -> Advice:
+        sampled = Sampled.of(source, sampling.max_pixels)
+        return Advice(
+            Film(template, model.config, at_processor_rate(sampling, template.processor), sampled, text),
+            shape,
+            tiers,
+            question_tokens=after(sampled, template.frames(model.config, sampled)),
+            new_tokens=max_new_tokens,
+            available=limits.available_host_bytes(),
+            one_memory=weight.device.type == "cpu",
+        )
+
+    return advise
