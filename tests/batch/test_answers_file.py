@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -116,6 +117,12 @@ def test_a_path_that_cannot_be_written_is_refused(tmp_path, questions, name):
     (tmp_path / "folder").mkdir()
     with pytest.raises(BatchError, match="cannot be written"):
         answer(tmp_path / name, questions)
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_what_is_not_a_regular_file_is_refused(questions, resume):
+    with pytest.raises(BatchError, match="/dev/null is not a regular file: give another name, or - for stdout"):
+        answer(Path("/dev/null"), questions, resume=resume)
 
 
 def test_a_file_with_an_error_to_a_changed_question_is_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -93,6 +94,12 @@ def test_a_file_without_questions_is_refused(tmp_path, text):
     file.write_text(text)
     with pytest.raises(BatchError, match="holds no question"):
         read_questions(file)
+
+
+def test_a_closed_stdin_is_refused(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(BatchError, match="stdin is closed"):
+        read_questions(None)
 
 
 def test_a_missing_file_is_refused(tmp_path):

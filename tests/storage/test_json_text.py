@@ -31,6 +31,12 @@ def test_a_value_is_one_line_for_every_reader():
     assert len(to_json([TEXT]).splitlines()) == 1
 
 
+def test_a_closed_stdout_is_an_error(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(OSError, match="it is closed"):
+        print_json("lost")
+
+
 def test_stdout_gets_its_own_encoding(monkeypatch):
     stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="backslashreplace")
     monkeypatch.setattr(sys, "stdout", stdout)

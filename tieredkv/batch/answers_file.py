@@ -46,6 +46,8 @@ class AnswersFile(Answers):
         except OSError as error:
             raise BatchError(f"{file} cannot be written: {error.strerror}.") from None
         try:
+            if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
+                raise BatchError(f"{file} is not a regular file: give another name, or - for stdout.")
             if not resume:
                 raise BatchError(f"{file} exists already: give --resume to continue it, or another name.")
             self._resume(self._descriptor, questions, retry_errors)
@@ -55,11 +57,8 @@ class AnswersFile(Answers):
 
     def _resume(self, descriptor: int, questions: Sequence[BatchQuestion], retry_errors: bool) -> None:
         """Lock an existing file, and determine which of its lines stay."""
-        state = os.fstat(descriptor)
-        if not stat.S_ISREG(state.st_mode):
-            raise BatchError(f"{self.file} is not a regular file: give another name, or - for stdout.")
         _lock(descriptor, self.file)
-        if not os.path.samestat(state, os.stat(self.file)):
+        if not os.path.samestat(os.fstat(descriptor), os.stat(self.file)):
             raise BatchError(f"{self.file} was written by another run meanwhile: give --resume again.")
         content = self.file.read_bytes()
         complete, newline, rest = content.rpartition(b"\n")

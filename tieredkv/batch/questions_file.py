@@ -57,6 +57,8 @@ def read_questions(file: Path | None, sampling: Sampling | None = None) -> list[
     not an object with the texts "video" and "question", has the id of another line, or has an invalid option.
     """
     name, folder = (str(file), file.parent) if file else ("stdin", Path())
+    if file is None and sys.stdin is None:
+        raise BatchError("stdin is closed: give a file of questions.")
     try:
         content = file.read_bytes() if file else sys.stdin.buffer.read()
     except OSError as error:

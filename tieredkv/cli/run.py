@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -30,6 +30,7 @@ from tieredkv.errors import BatchError
 
 if TYPE_CHECKING:
     from tieredkv.batch.questions_file import BatchQuestion
+    from tieredkv.batch.session_folder import SessionFolder
     from tieredkv.session.video_session import VideoSession
     from tieredkv.video.sampling import Sampling
 
@@ -41,6 +42,9 @@ def run(
     retry_errors: Annotated[
         bool, typer.Option("--retry-errors", help="With --resume: ask failed questions again.")
     ] = False,
+    sessions: Annotated[
+        Path | None, typer.Option(help="A folder that keeps each video's session, for later runs to find.")
+    ] = None,
     model: Model = None,
     gpu_kv_gb: GpuGiB = None,
     host_kv_gb: HostGiB = None,
@@ -66,7 +70,6 @@ def run(
     from tieredkv.batch.run import run as run_batch
     from tieredkv.cli.checks import check_options
     from tieredkv.models.prompts import check_system
-    from tieredkv.video.paths import check_path
 
     if retry_errors and not resume:
         raise BatchError("--retry-errors continues an existing file of answers: give --resume too.")
@@ -81,37 +84,56 @@ def run(
     answers: Answers = PrintedAnswers()
     if output != "-":
         answers = AnswersFile(Path(output), batch, resume=resume, retry_errors=retry_errors)
+    kept = None
     with answers:
         if not all(map(answers.has, batch)):
             films = {question.path: None for question in batch if not answers.has(question)}
-            model = model_or_toy(model, films, skip_unreadable=True)
-            from tieredkv import api
-            from tieredkv.models import loading
+            path = model_path(model_or_toy(model, films, skip_unreadable=True))
+            from tieredkv.batch.session_folder import SessionFolder
+            from tieredkv.session.origin import ModelSource
 
-            loaded, processor = loading.load(model_path(model))
-
-            def open_session(video: Path, sampling: Sampling, pending: Sequence[BatchQuestion]) -> VideoSession:
-                check_path(video)
-                session = api.new_session(loaded, processor=processor, progress=True, system=system, **tiers)
-                # The shortest answer must fit; a longer one that does not is an error of its own question.
-                least = min(session.new_tokens(options | question.options) for question in pending)
-                shortest = pending[0].text if len(pending) == 1 else "?"
-                try:
-                    session.ingest(video, sampling, question=shortest, max_new_tokens=least)
-                except BaseException:
-                    session.close()
-                    raise
-                return session
-
+            kept = None if sessions is None else SessionFolder(sessions, ModelSource.of(path), _say)
+            opener = _opener(path, tiers, system, options, kept)
             answers.begin()
-            run_batch(batch, answers, open_session, options, lambda line: print(line, file=sys.stderr, flush=True))
-    failed = len(answers.failed)
+            run_batch(batch, answers, opener, options, _say)
+    failed, unsaved = len(answers.failed), kept.unsaved if kept else 0
     again = ": --resume --retry-errors asks again" if failed and output != "-" else ""
-    print(
-        f"{'stdout' if output == '-' else output}: {len(answers.answered)} answered, {failed} failed{again}.",
-        file=sys.stderr,
-    )
-    raise typer.Exit(1 if failed else 0)
+    lost = f"; sessions not saved: {unsaved}" if unsaved else ""
+    _say(f"{'stdout' if output == '-' else output}: {len(answers.answered)} answered, {failed} failed{again}{lost}.")
+    raise typer.Exit(1 if failed or unsaved else 0)
+
+
+def _opener(
+    model: str, tiers: dict[str, Any], system: str | None, options: dict[str, Any], kept: SessionFolder | None
+) -> Callable[[Path, Sampling, Sequence[BatchQuestion]], VideoSession]:
+    """Load the model, and return what opens the session of a video for its questions."""
+    from tieredkv import api
+    from tieredkv.models import loading
+    from tieredkv.video.paths import check_path
+
+    loaded, processor = loading.load(model)
+
+    def open_session(video: Path, sampling: Sampling, pending: Sequence[BatchQuestion]) -> VideoSession:
+        check_path(video)
+        session = api.new_session(loaded, processor=processor, progress=True, system=system, **tiers)
+        try:
+            # The shortest answer must fit; a longer one that does not is an error of its own question.
+            least = min(session.new_tokens(options | question.options) for question in pending)
+            asked: dict[str, Any] = {"question": pending[0].text if len(pending) == 1 else "?", "max_new_tokens": least}
+            if kept is None:
+                session.ingest(video, sampling, **asked)
+            else:
+                kept.fill(session, video, sampling, **asked)
+        except BaseException:
+            session.close()
+            raise
+        return session
+
+    return open_session
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def add_to(app: typer.Typer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import sys
@@ -19,7 +20,9 @@ def to_json(value: Any, encoding: str = "utf-8") -> str:
 
 
 def print_json(value: Any) -> None:
-    """Print the value as one line on stdout, at once, in the encoding of stdout."""
+    """Print the value as one line on stdout, at once, in the encoding of stdout. Raises `OSError`."""
+    if sys.stdout is None:  # `print` would print nothing, without an error
+        raise OSError(errno.EBADF, "it is closed", "stdout")
     print(to_json(value, getattr(sys.stdout, "encoding", None) or "utf-8"), flush=True)
 
 

@@ -1,0 +1,82 @@
+"""A folder of sessions, one file per video, sampling and model, in which a later run finds what it need not ingest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tieredkv.errors import SessionError
+from tieredkv.session import session_file
+from tieredkv.session.origin import ModelSource
+from tieredkv.session.video_session import VideoSession
+from tieredkv.storage import tensor_file
+from tieredkv.storage.header import check_target
+from tieredkv.video.sampling import Sampling
+
+
+class SessionFolder:
+    """The files are named after the film and a key; what is in a file decides whether it is used.
+
+    Their names may be changed as long as they end in the key.
+    """
+
+    def __init__(self, folder: Path, source: ModelSource | None, report: Callable[[str], None]) -> None:
+        """Creates the folder. source: of the model, if known. Raises `SessionError` if no file can be written there."""
+        self._folder, self._source, self._report = folder, source, report
+        self.unsaved = 0
+        """Sessions that could not be saved."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SessionError(f"{folder} is no folder for sessions: {error.strerror}.") from None
+        check_target(folder / "session.tkv")
+
+    def fill(self, session: VideoSession, video: Path, sampling: Sampling, **asked: Any) -> None:
+        """Restore the video from its file, or ingest it and save it. Raises what `VideoSession.ingest` does.
+
+        session: without a video. asked: more arguments of its `ingest`. A file that is damaged or of something else is
+        reported and replaced. So is a session that cannot be saved; it can be asked nevertheless.
+        """
+        with video.open("rb") as film:
+            sha256 = hashlib.file_digest(film, "sha256").hexdigest()
+        file = self._file(video, sha256, sampling, session.template.system)
+        if file.exists():
+            try:
+                session.restore(_checked(file, session, sha256, sampling))
+            except SessionError as error:
+                self._report(f"  {str(error).rstrip('.')}: the video is ingested again")
+            else:
+                self._report(f"  from {file}")
+                return
+        session.ingest(video, sampling, **asked)
+        try:
+            session.save(file)
+        except SessionError as error:
+            self.unsaved += 1
+            self._report(f"  session not saved: {error}")
+
+    def _file(self, video: Path, sha256: str, sampling: Sampling, system: str | None) -> Path:
+        given = {name: float(getattr(sampling, name)) for name in sampling.given()}  # 2 and 2.0 are one rate
+        identity = json.dumps([sha256, given, self._source and self._source.as_plain(), system], sort_keys=True)
+        key = hashlib.sha256(identity.encode()).hexdigest()[:16]
+        name = f"{video.stem.lstrip('.')[:40]}-{key}.tkv"
+        return min(self._folder.glob(f"*-{key}.tkv"), default=self._folder / name)
+
+
+def _checked(file: Path, session: VideoSession, sha256: str, sampling: Sampling) -> tensor_file.Stored:
+    """The file, read whole. Raises `SessionError` if it is damaged, or not about this video and settings."""
+    stored = tensor_file.read(file)
+    video = session_file.state_of(stored).video
+    for what, saved, asked in (
+        ("video", video.facts.sha256, sha256),
+        ("sampling", video.sampling, sampling),
+        ("system prompt", video.system, session.template.system),
+        ("size of chunks", stored.manifest["tiers"].get("chunk_tokens"), session.tiers.chunk_tokens),
+    ):
+        if saved != asked:
+            raise SessionError(f"{file} was saved with another {what}.")
+    stored.verify()
+    return stored
