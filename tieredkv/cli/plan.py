@@ -78,6 +78,8 @@ def plan(
         link=link,
         card=card,
     )
+    if estimate.fit is not None:
+        typer.echo(f"tieredkv: {estimate.fit}", err=True)
     if as_json:
         print_json(estimate.as_dict())
     else:

@@ -45,11 +45,11 @@ def check_memory(
 ) -> Layout:
     """Raise `BudgetError` unless the request fits under the device cap and in host memory. Returns its layout.
 
-    device_remedy, host_remedy: advice for the message, or functions that return it: of the smallest cap in bytes, which
-    returns sentences, and of the bytes allowed on the host. shared_remedy: the same where both tiers are in one memory.
-    room: tokens
-    that the host tier holds without growing, in `room_bytes` together with the snapshot; 0: nothing is allocated yet.
-    beside: host memory that a conversation has allocated. available: bytes of host memory (None: measured now).
+    device_remedy, host_remedy, shared_remedy: advice for the message, or functions that return it: of the smallest cap
+    in bytes, which returns sentences; of the bytes that the host tier may have; of those of the one memory of both
+    tiers. room: tokens that the host tier holds without growing, in `room_bytes` together with the snapshot; 0: nothing
+    is allocated yet. beside: host memory that a conversation has allocated. available: bytes of host memory (None:
+    measured now).
     one_memory: host memory must hold the device tier too, and the layers that do not grow.
     """
     layout = request.layout(tiers)

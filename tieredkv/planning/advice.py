@@ -44,8 +44,17 @@ class Advice:
         return self._check(request, self.tiers, (self.cap, self.host, self.shared))
 
     def _check(self, request: Request, tiers: TierConfig, remedies: tuple[Any, Any, Any] = ("", "", "")) -> Layout:
-        shared = {"available": self.available, "one_memory": self.one_memory}
-        return check_memory(self.shape, tiers, request, *remedies, **shared)
+        device, host, shared = remedies
+        return check_memory(
+            self.shape,
+            tiers,
+            request,
+            device,
+            host,
+            shared,
+            available=self.available,
+            one_memory=self.one_memory,
+        )
 
     def fits(self, tokens: int, tiers: TierConfig) -> bool:
         """Whether a prompt of `tokens` tokens can be served."""

@@ -5,8 +5,8 @@ Bytes come from the functions that size the real cache, so a plan refuses what a
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,10 @@ from tieredkv.models.kv_shape import KVShape, model_shape
 from tieredkv.models.long_context import LongContext
 from tieredkv.models.wrapped import unwrapped
 from tieredkv.planning import decode_plan, forecast_bytes, sizes
-from tieredkv.planning.admission import FEWER_TOKENS, Request, check_memory
+from tieredkv.planning.admission import Request, check_memory
+from tieredkv.planning.advice import Advice
 from tieredkv.planning.cards import find_card
+from tieredkv.planning.fitting import Film
 from tieredkv.planning.prefill_plan import untiered_prefill_bytes
 from tieredkv.planning.report import MemoryPlan, find_link
 from tieredkv.planning.weight_bytes import weight_bytes
@@ -50,6 +52,7 @@ def plan(
     start: float = 0.0,
     end: float | None = None,
     max_pixels: int | None = None,
+    fit: bool = False,
     question_tokens: int = 64,
     max_new_tokens: int = 256,
     static_share: float = 0.0,
@@ -66,7 +69,8 @@ def plan(
     question), or a video as in `open_session`, which is opened but not decoded and needs the model's processor.
     question_tokens: text after the video, the chat template's end included. system: a system prompt, counted
     too. static_share: share of the heads assumed static, unless the policy fixes it. link: a name in `LINKS`, or GB/s;
-    card: a name, or GB/s (`find_card`). tiers, or its fields as further keywords.
+    card: a name, or GB/s (`find_card`). tiers, or its fields as further keywords. fit: choose fps and
+    max_pixels as `open_session` does; `MemoryPlan.fit` says which.
 
     Raises `BudgetError` when a tier is too small, naming the smallest change that fits; `VideoError`,
     `UnsupportedModelError` or `OptionError` for bad input.
@@ -84,7 +88,7 @@ def plan(
     video: _Video | None = None
     if system is not None and source.is_text:
         raise OptionError("system= is for models that take video: count the system prompt as tokens.")
-    sampling = Sampling(fps, source_fps, max_frames, start, end, max_pixels)
+    sampling = Sampling(fps, source_fps, max_frames, start, end, max_pixels, fit)
     if isinstance(video_or_tokens, int):
         check_whole("visual tokens", video_or_tokens)
         if given := sampling.given():
@@ -97,9 +101,14 @@ def plan(
         check_video(video_or_tokens)
         if processor is None:
             processor = loading.load_processor(source.path)
-        video = _Video.open(source, processor, video_or_tokens, sampling)
-        visual = video.grid(video.sampled.frames).visual_tokens
-    inside = visual if video is None else video.tokens(video.sampled.frames)
+        video = _Video.open(source, processor, video_or_tokens, sampling, system)
+    fitting = None
+    if video is not None and fit:
+        chosen, fitting = video.advice(tiers, question_tokens, max_new_tokens).fit(sampling)
+        video = _Video.open(source, processor, video_or_tokens, chosen, system)
+    if video is not None:
+        visual = video.grid.visual_tokens
+    inside = visual if video is None else video.grid.tokens
     if source.is_text:
         head = visual = 0
     else:
@@ -109,14 +118,17 @@ def plan(
     LongContext(source.config).check(0, prompt + max_new_tokens)
 
     host, available = sizes.host_bytes(shape, tiers, prompt), limits.available_host_bytes()
-    fewer = FEWER_TOKENS if video is not None else "give fewer tokens or a smaller max_new_tokens"
-
-    def smaller(allowed: int) -> str:
-        kind = "tokens" if source.is_text else "visual tokens"
-        return _smaller_host(shape, tiers, host, available, text, video, allowed, kind)
-
     needs = Request(prompt, question_tokens, max_new_tokens)
-    layout = check_memory(shape, tiers, needs, fewer, smaller, available=available)
+    if video is not None:
+        layout = video.advice(tiers, question_tokens, max_new_tokens).check(needs)
+    else:
+
+        def smaller(allowed: int) -> str:
+            kind = "tokens" if source.is_text else "visual tokens"
+            return _fewer_tokens(shape, tiers, host, available, text, allowed, kind)
+
+        fewer = "give fewer tokens or a smaller max_new_tokens"
+        layout = check_memory(shape, tiers, needs, fewer, smaller, available=available)
 
     static = forecast_bytes.assumed_static(shape, tiers, static_share)
     decoding = decode_plan.plan_decode(shape, tiers, layout, tiers.cap_bytes, static.double(), static)
@@ -136,7 +148,9 @@ def plan(
         frames=None if video is None else video.sampled.frames,
         frame_size=None if video is None else (video.sampled.height, video.sampled.width),
         fps=None if video is None else video.sampled.fps,
-        grid=None if video is None else video.steps_rows_columns,
+        tower_size=None if video is None else video.tower_size,
+        fit=fitting,
+        grid=None if video is None else (video.grid.steps, video.grid.rows, video.grid.columns),
         encode_batch=None if video is None else video.encode_batch(tiers),
         visual_tokens=visual,
         video_text_tokens=inside - visual,
@@ -212,7 +226,11 @@ class _Model:
         """Prompt tokens before the first visual token."""
         template = ChatTemplate(families.video_family(self.config), processor, system=system)
         some = Sampled(1, 1, 1, 1.0, 0.0, 1.0) if video is None else video.sampled
-        return template.head_ids(self.config, template.around_video([("?", None)])[0], some).shape[1]
+        return _head_tokens(template, self.config, some)
+
+
+def _head_tokens(template: ChatTemplate, config: Any, sampled: Sampled) -> int:
+    return template.head_ids(config, template.around_video([("?", None)])[0], sampled).shape[1]
 
 
 def _check_config(config: Any) -> None:
@@ -229,78 +247,50 @@ class _Video:
     """An opened video, not decoded, and the processor that would turn it into visual tokens."""
 
     source: _Model
-    processor: Any
-    video: Any
+    template: ChatTemplate
     sampling: Sampling
     name: str
     sampled: Sampled
 
     @staticmethod
-    def open(source: _Model, processor: Any, video: Any, sampling: Sampling) -> _Video:
-        opened = open_video(video, at_processor_rate(sampling, processor))
-        return _Video(source, processor, video, sampling, opened.name, Sampled.of(opened, sampling.max_pixels))
+    def open(source: _Model, processor: Any, video: Any, sampling: Sampling, system: str | None) -> _Video:
+        template = ChatTemplate(families.video_family(source.config), processor, system=system)
+        sampling = at_processor_rate(sampling, processor)
+        opened = open_video(video, sampling)
+        return _Video(source, template, sampling, opened.name, Sampled.of(opened, sampling.max_pixels))
 
-    def grid(self, frames: int) -> VideoGrid:
-        """The grid of the first `frames` frames."""
-        family = families.video_family(self.source.config)
-        return ChatTemplate(family, self.processor).grid(self.source.config, replace(self.sampled, frames=frames))
+    @cached_property
+    def grid(self) -> VideoGrid:
+        return self.template.grid(self.source.config, self.sampled)
 
     @property
-    def steps_rows_columns(self) -> tuple[int, int, int]:
-        grid = self.grid(self.sampled.frames)
-        return grid.steps, grid.rows, grid.columns
-
-    def tokens(self, frames: int) -> int:
-        """Tokens of the first `frames` frames and of the text between them."""
-        return self.grid(frames).tokens
+    def tower_size(self) -> tuple[int, int]:
+        """Height and width of its frames as the vision tower sees them."""
+        family, processor = self.template.family, self.template.processor
+        return family.tower_size(self.source.config, processor, self.grid.rows, self.grid.columns)
 
     def encode_batch(self, tiers: TierConfig) -> int:
         config, video = self.source.config, self.sampled
-        return batch_tokens(
-            families.video_family(config), config, video.height, video.width, self.grid(video.frames), tiers
-        )
+        return batch_tokens(self.template.family, config, video.height, video.width, self.grid, tiers)
 
-    def most_frames(self, tokens: int) -> int:
-        """The most frames from the start that have at most `tokens` tokens; 0 if one frame has more."""
-        return largest(lambda frames: self.tokens(frames) <= tokens, self.sampled.frames)
+    def advice(self, tiers: TierConfig, question_tokens: int, new_tokens: int) -> Advice:
+        """What to say if it does not fit."""
+        template, config = self.template, self.source.config
 
-    def most_fps(self, tokens: int, frames: int) -> float | None:
-        """A rate in three digits, near that of `frames` frames, at which the whole video has at most `tokens`
-        tokens."""
-        value = self.sampled.fps * frames / self.sampled.frames
-        unit = 10.0 ** (math.floor(math.log10(value)) - 2)
-        for lower in range(3):
-            fps = float(f"{(math.floor(value / unit + 1e-9) - lower) * unit:.6g}")
-            slower = replace(self.sampling, fps=fps)
-            expected = _Video.open(self.source, self.processor, self.video, slower).sampled.frames
-            if expected < self.sampled.frames and self.tokens(expected) <= tokens:
-                return fps
-        return None
+        def around(sampled: Sampled, grid: VideoGrid) -> int:
+            return _head_tokens(template, config, sampled) + question_tokens
+
+        film = Film(template, config, self.sampling, self.sampled, around)
+        return Advice(film, self.source.shape, tiers, question_tokens, new_tokens, limits.available_host_bytes())
 
 
-def _smaller_host(
-    shape: KVShape,
-    tiers: TierConfig,
-    needed: int,
-    available: int,
-    text: int,
-    video: _Video | None,
-    allowed: int,
-    kind: str,
+def _fewer_tokens(
+    shape: KVShape, tiers: TierConfig, needed: int, available: int, text: int, allowed: int, kind: str
 ) -> str:
-    """The smallest changes with which the host tier holds the cache: fewer frames or tokens, or a larger cap."""
+    """The smallest changes with which the host tier holds the cache: fewer tokens, or a larger cap."""
     most = needed // shape.token_bytes
     tokens = largest(lambda prompt: sizes.host_bytes(shape, tiers, prompt) <= allowed, most) - text
-    changes = []
-    if video is not None:
-        if frames := video.most_frames(tokens):
-            fps = video.most_fps(tokens, frames)
-            changes += [f"fps={fps:g}"] if fps else []
-            changes.append(f"max_frames={frames}")
-    elif tokens > 0:
-        changes.append(f"at most {tokens:,} {kind}")
+    changes = [f"at most {tokens:,} {kind}"] if tokens > 0 else []
     if needed <= available:
         changes.append(f"host_kv_gb={as_gib(needed)}")
-    if not changes:
-        return "that is too little for any video"
-    return "give " + " or ".join([", ".join(changes[:-1]), changes[-1]] if len(changes) > 1 else changes)
+    return f"give {' or '.join(changes)}" if changes else f"that is too little for any {kind}"
