@@ -86,6 +86,13 @@ def retime(path: Path, source: Path, times: list[float]) -> Path:
     return path
 
 
+def set_length(path: Path, tag: bytes) -> None:
+    """Overwrite the length that a Matroska file states for its video."""
+    with av.open(str(path)) as container:
+        stated = container.streams.video[0].metadata["DURATION"].encode()
+    path.write_bytes(path.read_bytes().replace(stated, tag))
+
+
 def noise(count: int, height: int = 48, width: int = 64) -> list[np.ndarray]:
     """Pictures that each differ from the others, and do not compress."""
     return list(np.random.default_rng(0).integers(0, 255, (count, height, width, 3), dtype=np.uint8))

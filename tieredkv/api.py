@@ -42,6 +42,7 @@ def open_session(
     start: float = 0.0,
     end: float | None = None,
     max_pixels: int | None = None,
+    skip_damaged: bool = False,
     fit: bool = False,
     positions: Positions = "published",
     progress: bool = False,
@@ -58,7 +59,8 @@ def open_session(
     max_pixels: most pixels of a frame as the vision tower sees it, in place of the processor's limits (None: those).
     fit: choose fps and max_pixels, as far as they are None, so that the video fits the budgets; `VideoSession.sampling`
     tells which.
-    start, end: seconds of the video to read, as players show them. gpu_kv_gb: hard cap in GiB on device memory for
+    start, end: seconds of the video to read, as players show them. skip_damaged: go over what is damaged or missing in
+    a file; `session.ingest_stats.damaged` says which seconds. gpu_kv_gb: hard cap in GiB on device memory for
     keys and values (None: 4). tiers: every other setting; its fields may be given as keywords instead. positions:
     "published" or "stock", how text after the video is numbered. progress: show a bar on stderr. system: the system
     prompt of every question; None: the chat template's own, if it has one. checkpoint: a folder in which a long ingest
@@ -68,7 +70,7 @@ def open_session(
     Raises `UnsupportedModelError`, `VideoError`, `BudgetError`, `OptionError` or, for a checkpoint that is in use or of
     another ingest, `SessionError`, all of them `TieredKVError`.
     """
-    sampling = Sampling(fps, source_fps, max_frames, start, end, max_pixels, fit)
+    sampling = Sampling(fps, source_fps, max_frames, start, end, max_pixels, skip_damaged, fit)
     session = new_session(
         model,
         gpu_kv_gb=gpu_kv_gb,
@@ -144,7 +146,9 @@ def load_session(
         session_file.check_same_system(stored, system)
     first_picture = 0.0
     if video is not None:
-        film = open_video(video, Sampling(DEFAULT_FPS))
+        sampled = origin.sampling_of(stored.path, stored.manifest)
+        skip_damaged = sampled is not None and sampled.skip_damaged
+        film = open_video(video, Sampling(DEFAULT_FPS, skip_damaged=skip_damaged))
         session_file.check_same_video(stored, film)
         first_picture = film.start
     source: ModelSource | None

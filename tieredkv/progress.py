@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from tqdm import tqdm
@@ -92,6 +92,13 @@ class IngestProgress:
         if complete:
             self._bar.total = self._bar.n
         self._bar.close()
+
+
+def spans_text(spans: Sequence[tuple[float, float]], most: int = 5) -> str:
+    """Spans of seconds for people, the first `most` of them, and how many seconds they are together."""
+    shown = [" to ".join(f"{timecode(at)}.{int(at * 10 + 1e-6) % 10}" for at in span) for span in spans[:most]]
+    more = [f"{len(spans) - most} more"] if len(spans) > most else []
+    return f"{', '.join(shown + more)} ({sum(end - begin for begin, end in spans):.1f} s)"
 
 
 def timecode(seconds: float, hours: bool = False) -> str:

@@ -158,7 +158,9 @@ def test_frames_are_never_all_in_memory(video_model, processor, frames, monkeypa
 
     monkeypatch.setattr(Qwen25VL, "decode", slow_decode)
     monkeypatch.setattr("tieredkv.session.ingest.Pipeline", WatchedPipeline)
-    monkeypatch.setattr("tieredkv.session.sampled_video.open_video", lambda *args, **kw: Counting(open_video(*args, **kw)))
+    monkeypatch.setattr(
+        "tieredkv.session.sampled_video.open_video", lambda *args, **kw: Counting(open_video(*args, **kw))
+    )
     with new_session(video_model, gpu_kv_gb=1, processor=processor, prefill_chunk=32, encode_batch=16) as session:
         worker = threading.Thread(target=session.ingest, args=(long, Sampling(fps=4)))
         worker.start()

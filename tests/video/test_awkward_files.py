@@ -9,7 +9,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from films import KINDS, greys, levels, numbered, numbers, retime, sample, ticks, write
+from films import KINDS, greys, levels, numbered, numbers, retime, sample, set_length, ticks, write
 from helpers import ended
 
 from tieredkv.errors import VideoError
@@ -46,13 +46,6 @@ def outcome(path: Path, fps: float = 2, **options) -> tuple[int, str | None]:
     if shapes:
         assert re.search(r"stopped at [\d.]+ s|changes from .* at [\d.]+ s", str(errors[0]))
     return len(shapes), str(errors[0])
-
-
-def set_length(path: Path, tag: bytes) -> None:
-    """Overwrite the length that a Matroska file states for its video."""
-    with av.open(str(path)) as container:
-        stated = container.streams.video[0].metadata["DURATION"].encode()
-    path.write_bytes(path.read_bytes().replace(stated, tag))
 
 
 # ---- incomplete files

@@ -20,6 +20,7 @@ from tieredkv.cli.options import (
     Model,
     NewTokens,
     PolicyName,
+    SkipDamaged,
     Start,
     System,
     given,
@@ -45,6 +46,7 @@ def ask(
     fit: Fit = False,
     start: Start = None,
     end: End = None,
+    skip_damaged: SkipDamaged = False,
     system: System = None,
     max_new_tokens: NewTokens = 256,
     evidence: Annotated[
@@ -65,7 +67,8 @@ def ask(
         raise OptionError(f"{question} is a file: give the question too, in quotes.")
     if evidence is not None:
         check_target(evidence)
-    sampling = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels, fit=fit or None, start=start, end=end)
+    sampling = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels, start=start, end=end)
+    sampling |= given(skip_damaged=skip_damaged or None, fit=fit or None)
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
     check_prompt(question)
     check_options(tiers, sampling, max_new_tokens)

@@ -19,6 +19,7 @@ from tieredkv.cli.options import (
     Model,
     NewTokens,
     PolicyName,
+    SkipDamaged,
     Start,
     System,
     given,
@@ -42,6 +43,7 @@ def chat(
     fit: Fit = False,
     start: Start = None,
     end: End = None,
+    skip_damaged: SkipDamaged = False,
     system: System = None,
     max_new_tokens: NewTokens = 256,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object per answer.")] = False,
@@ -54,7 +56,8 @@ def chat(
     from tieredkv.cli.lines import lines
     from tieredkv.cli.opening import opened
 
-    sampling = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels, fit=fit or None, start=start, end=end)
+    sampling = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels, start=start, end=end)
+    sampling |= given(skip_damaged=skip_damaged or None, fit=fit or None)
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
     options = {"max_new_tokens": max_new_tokens}
     check_options(tiers, sampling, max_new_tokens)

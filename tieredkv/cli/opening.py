@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,6 +55,7 @@ def opened(
         from tieredkv import api
 
         with api.load_session(saved, model and model_path(model), video=video, system=system, **tiers) as session:
+            report_damage(session)
             yield session, None
         return
     if video is None:
@@ -68,6 +70,7 @@ def opened(
 
     with api.new_session(model_path(model), progress=True, system=system, **tiers) as session:
         session.ingest(video, frames, **asked)
+        report_damage(session)
         unsaved: SessionError | None = None
         if saved is not None:
             try:
@@ -77,6 +80,16 @@ def opened(
             except SessionError as error:  # the question can be answered nevertheless
                 unsaved = error
         yield session, unsaved
+
+
+def report_damage(session: VideoSession) -> None:
+    """Say on stderr which seconds of the video could not be read."""
+    from tieredkv.progress import spans_text
+
+    if session.ingest_stats is not None and (damaged := session.ingest_stats.damaged):
+        print(
+            f"tieredkv: could not be read: {spans_text(damaged)}; the picture before is shown there.", file=sys.stderr
+        )
 
 
 def is_there(path: Path) -> bool:

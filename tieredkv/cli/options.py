@@ -56,6 +56,9 @@ Fit = Annotated[
 ]
 Start = Annotated[float | None, typer.Option(help="Second of the video to start at.")]
 End = Annotated[float | None, typer.Option(help="Second of the video to end at.")]
+SkipDamaged = Annotated[
+    bool, typer.Option("--skip-damaged", help="Go over what is damaged in the video; says which seconds are missing.")
+]
 System = Annotated[str | None, typer.Option(help="The system prompt; part of a session.")]
 PolicyName = Annotated[
     str | None,

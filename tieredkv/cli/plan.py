@@ -18,6 +18,7 @@ from tieredkv.cli.options import (
     Model,
     NewTokens,
     PolicyName,
+    SkipDamaged,
     Start,
     System,
     given,
@@ -41,6 +42,7 @@ def plan(
     fit: Fit = False,
     start: Start = None,
     end: End = None,
+    skip_damaged: SkipDamaged = False,
     system: System = None,
     max_new_tokens: NewTokens = 256,
     link: Annotated[str, typer.Option(envvar="TIEREDKV_LINK", help="The link to the card, or its GB/s.")] = "pcie4x16",
@@ -54,7 +56,8 @@ def plan(
     from tieredkv.video.paths import check_path
 
     tokens = video.isascii() and video.isdigit() and len(video) < 20 and not Path(video).exists()
-    sampling = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels, fit=fit or None)
+    sampling = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels, skip_damaged=skip_damaged or None)
+    sampling |= given(fit=fit or None)
     if tokens and not typed(context, sampling):
         sampling = {}  # defaults for videos do not apply to a number of tokens
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)

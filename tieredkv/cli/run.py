@@ -20,6 +20,7 @@ from tieredkv.cli.options import (
     Model,
     NewTokens,
     PolicyName,
+    SkipDamaged,
     Start,
     System,
     given,
@@ -52,6 +53,7 @@ def run(
     fps: Fps = None,
     max_frames: MaxFrames = None,
     max_pixels: MaxPixels = None,
+    skip_damaged: SkipDamaged = False,
     fit: Fit = False,
     start: Start = None,
     end: End = None,
@@ -77,7 +79,8 @@ def run(
         raise BatchError("--resume continues a file of answers: give -o a file, not stdout.")
     options = {"max_new_tokens": max_new_tokens}
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
-    sampled = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels, fit=fit or None, start=start, end=end)
+    sampled = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels, start=start, end=end)
+    sampled |= given(skip_damaged=skip_damaged or None, fit=fit or None)
     sampling = check_options(tiers, sampled, max_new_tokens)
     check_system(system)
     batch = read_questions(None if questions == "-" else Path(questions), sampling)
@@ -108,6 +111,7 @@ def _opener(
 ) -> Callable[[Path, Sampling, Sequence[BatchQuestion]], VideoSession]:
     """Load the model, and return what opens the session of a video for its questions."""
     from tieredkv import api
+    from tieredkv.cli.opening import report_damage
     from tieredkv.models import loading
     from tieredkv.video.paths import check_path
 
@@ -127,6 +131,7 @@ def _opener(
         except BaseException:
             session.close()
             raise
+        report_damage(session)
         return session
 
     return open_session

@@ -57,6 +57,9 @@ class Evidence:
     tokens: tuple[tuple[Moment, ...], ...] | None = None
     """With `evidence="tokens"`, moments of each generated token: those of the row that predicted it."""
 
+    damaged: tuple[tuple[float, float], ...] = ()
+    """The seconds of the video, from and to, that could not be read (`skip_damaged`); others were shown for them."""
+
     def __iter__(self) -> Iterator[Moment]:
         return iter(self.moments)
 
@@ -153,12 +156,13 @@ def collect(
     span: tuple[float, float],
     tokens: int,
     each: bool,
+    damaged: tuple[tuple[float, float], ...] = (),
 ) -> Evidence:
     """The evidence of an answer of `tokens` tokens, from recorded attention.
 
     rows: how many of the scored rows, counted from the last, belong to the question. heads: query heads of all layers,
     over which those rows are summed. head: prompt tokens before the video. span: the seconds of the file that were
-    read, begin and end. each: also find moments of every token.
+    read, begin and end. each: also find moments of every token. damaged: the seconds that could not be read.
     """
     c = looks.chunk_tokens
     question_rows = by_step(looks.question[-rows:] / heads, 0, c, head, video)
@@ -180,4 +184,5 @@ def collect(
         end=span[1],
         seconds_per_step=video.seconds_per_step,
         tokens=tuple(moments(row) for row in token_rows) if each else None,
+        damaged=damaged,
     )

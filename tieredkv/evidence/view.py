@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from tieredkv.evidence.moments import Evidence
-from tieredkv.progress import timecode
+from tieredkv.progress import spans_text, timecode
 from tieredkv.video.frames import open_video
 from tieredkv.video.sampling import Sampling
 
@@ -37,6 +37,8 @@ class View:
         parts = [self.video, f"{timecode(self.evidence.start)} to {timecode(self.evidence.end)}"]
         if len(self.evidence):
             parts.append("%: share of the attention that question and answer paid to the video")
+        if self.evidence.damaged:
+            parts.append(f"could not be read: {spans_text(self.evidence.damaged)}")
         if self.frames is None:
             parts.append("no frames, as the video was not given")
         return " \u00b7 ".join(part for part in parts if part)
@@ -46,7 +48,7 @@ def moment_frames(evidence: Evidence, video: Any, source_fps: float | None = Non
     """The frame at each moment's peak, decoded from the video, at most `LARGEST` pixels wide and high."""
     frames = []
     for moment in evidence:
-        source = open_video(video, Sampling(1.0, source_fps=source_fps, max_frames=1, start=moment.peak))
+        source = open_video(video, Sampling(1.0, source_fps, 1, moment.peak, skip_damaged=bool(evidence.damaged)))
         pictures = source.frames()
         frame = Image.fromarray(next(pictures).copy())
         frames.append(scaled(frame, LARGEST, LARGEST) if max(frame.size) > LARGEST else frame)

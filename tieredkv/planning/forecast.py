@@ -52,6 +52,7 @@ def plan(
     start: float = 0.0,
     end: float | None = None,
     max_pixels: int | None = None,
+    skip_damaged: bool = False,
     fit: bool = False,
     question_tokens: int = 64,
     max_new_tokens: int = 256,
@@ -88,7 +89,7 @@ def plan(
     video: _Video | None = None
     if system is not None and source.is_text:
         raise OptionError("system= is for models that take video: count the system prompt as tokens.")
-    sampling = Sampling(fps, source_fps, max_frames, start, end, max_pixels, fit)
+    sampling = Sampling(fps, source_fps, max_frames, start, end, max_pixels, skip_damaged, fit)
     if isinstance(video_or_tokens, int):
         check_whole("visual tokens", video_or_tokens)
         if given := sampling.given():

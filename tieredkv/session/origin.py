@@ -81,8 +81,8 @@ def named_model(manifest: Mapping[str, Any]) -> ModelSource | None:
 
 
 def sampling_as_plain(sampling: Sampling) -> dict[str, Any]:
-    """For JSON: the values that are not None."""
-    return {name: value for name, value in asdict(sampling).items() if value is not None}
+    """For JSON: the values that are neither None nor False."""
+    return {name: value for name, value in asdict(sampling).items() if value is not None and value is not False}
 
 
 def sampling_of(path: Path, manifest: Mapping[str, Any]) -> Sampling | None:

@@ -184,7 +184,8 @@ def collect_evidence(cached: CachedVideo, looks: Looks, rows: int, tokens: int, 
     """The evidence of the last answer. rows: tokens from the question on. each: also of each of its `tokens` tokens."""
     cache, video = cached.cache, cached.video
     heads = cache.shape.num_attention_heads * sum(1 + layer.readers for layer in cache.tiered_layers)
-    return moments.collect(looks, rows, heads, video.head_tokens, video.grid, video.span, tokens, each)
+    span, damaged = video.span, video.stats.damaged
+    return moments.collect(looks, rows, heads, video.head_tokens, video.grid, span, tokens, each, damaged)
 
 
 def _make_room(cache: TieredCache, question: Question, tail: int, conversation: Conversation) -> None:
@@ -246,4 +247,5 @@ def _stats(
         ttft_s=decoded.first_token_at - started,
         tpot_ms=later / (count - 1) if count > 1 else None,
         decode_path=decode_path,
+        damaged=video.stats.damaged,
     )

@@ -44,6 +44,8 @@ class Stats:
     """Milliseconds per token after the first, mean; None for a one-token answer."""
     decode_path: str
     """How tokens were decoded: "eager"; on a card "graph", captured once and replayed, or "eager: " and the reason."""
+    damaged: tuple[tuple[float, float], ...] = ()
+    """With `skip_damaged`: the seconds of the video, from and to, for which the picture before them was shown."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -66,6 +68,9 @@ class IngestStats:
     """From the first frame's request to the last token cached."""
     streamed_bytes: int
     """Past keys and values copied back from host to device, for exact attention."""
+    damaged: tuple[tuple[float, float], ...] = ()
+    """With `skip_damaged`: the seconds of the video, from and to, that could not be read; the last whole picture before
+    them was shown instead, at the beginning the first."""
 
     @staticmethod
     def none() -> IngestStats:

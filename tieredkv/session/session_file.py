@@ -78,7 +78,7 @@ class SessionState:
             system=plain.get("system"),
             facts=facts,
             ingest_s=plain["ingest_s"],
-            stats=IngestStats(**_known(IngestStats, plain["ingest_stats"])),
+            stats=_ingest_stats(plain["ingest_stats"]),
             sampling=sampling,
         )
         return SessionState(video, [(str(question), str(answer)) for question, answer in plain["history"]])
@@ -132,6 +132,11 @@ def _tiered(number: int) -> str:
 def _untiered(number: int) -> str:
     """The same of the layers that do not grow, numbered among themselves. Older files have none."""
     return f"untiered.{number:03}."
+
+
+def _ingest_stats(plain: dict[str, Any]) -> IngestStats:
+    stats = IngestStats(**_known(IngestStats, plain))
+    return replace(stats, damaged=tuple((begin, end) for begin, end in stats.damaged))
 
 
 def _known(kind: Any, plain: dict[str, Any]) -> dict[str, Any]:

@@ -113,6 +113,7 @@ class Stages:
             prefill_s=earlier.prefill_s + wall_s - self._pipeline.waited,
             wall_s=earlier.wall_s + wall_s,
             streamed_bytes=earlier.streamed_bytes + self._cache.device_tier.transfer.streamed_bytes,
+            damaged=self._video.source.damaged,
         )
         facts = replace(self._begun.facts, sha256=self._sha256)
         return replace(self._begun, grid=grid, facts=facts, stats=stats, ingest_s=self._begun.ingest_s + wall_s)

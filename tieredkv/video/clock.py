@@ -63,6 +63,10 @@ class Clock:
         self._duration = duration(frame)
         return time
 
+    def skip(self, frames: int) -> None:
+        """Count frames that were lost, in a file whose frames have no times."""
+        self._count += frames
+
     def enter(self, frame: Any) -> float | None:
         """As `place`, for the first frame after a seek."""
         timestamp = self._timestamp(frame)

@@ -84,7 +84,7 @@ def unreadable(path: Path, error: Exception) -> VideoError:
 def cut_short(path: Path, time: float, why: str) -> VideoError:
     return VideoError(
         f"{path}: decoding stopped at {time:.2f} s ({why}): the file is damaged or cut short. "
-        "Get the whole file, or re-encode what there is."
+        "Get the whole file, or go over what is damaged with skip_damaged (--skip-damaged)."
     )
 
 

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 
 from tieredkv.errors import VideoError
 from tieredkv.video import pyav as av
-from tieredkv.video.container import MATROSKA, MP4, decoded, opened, unreadable, video_streams
-from tieredkv.video.length import Times, find_length
+from tieredkv.video.container import MATROSKA, MP4, cut_short, decoded, opened, reason, unreadable, video_streams
+from tieredkv.video.length import Times, find_length, there
 from tieredkv.video.picture import Geometry, Painter
+from tieredkv.video.salvage import Salvage
 
 _INDEXED = {MP4, MATROSKA}
 """Formats with an index of key frames, which FFmpeg uses for seeking."""
@@ -51,13 +52,19 @@ class Film:
     indexed: bool
     """Whether decoding can start at any key frame."""
     file_bytes: int
+    skip_damaged: bool = False
+    missing: tuple[float, float] | None = None
+    """With `skip_damaged`: from the end of the last picture to the end that the file states."""
 
 
-def probe(path: Path, end: float | None = None, check: Callable[[], None] | None = None) -> Film:
+def probe(
+    path: Path, end: float | None = None, check: Callable[[], None] | None = None, skip_damaged: bool = False
+) -> Film:
     """Decode the first frame of `path` and find its length, without reading further if the file states it.
 
     end: a search for the length stops at this time. check: called for every packet of the search; may raise to stop.
-    Raises `VideoError` if no frame can be decoded.
+    skip_damaged: go over damage, and read all packets to find the last picture that there is. Raises `VideoError` if
+    no frame can be decoded.
     """
     try:
         size = os.path.getsize(path)
@@ -65,7 +72,7 @@ def probe(path: Path, end: float | None = None, check: Callable[[], None] | None
         raise unreadable(path, error) from None
     for index in video_streams(path):
         with opened(path, index) as (container, stream):
-            beginning = _beginning(path, container, stream)
+            beginning = _beginning(path, container, stream, skip_damaged)
             if beginning is None:
                 if stream.frames:
                     break  # its frames were in a part of the file that is missing
@@ -73,12 +80,15 @@ def probe(path: Path, end: float | None = None, check: Callable[[], None] | None
             geometry = Geometry.of(path, container, stream)
             times = _times(path, container, stream, beginning)
             length = find_length(path, container, stream, times, end, check)
+            missing = None
+            if skip_damaged:
+                length, missing = there(length, path, index, times, end, check)
             try:
                 height, width, _ = Painter(path, geometry).paint(beginning.first).shape
             except (av.FFmpegError, OSError, ValueError) as error:
                 raise unreadable(path, error) from None
             indexed = container.format.name in _INDEXED and times.rate is None and times.delay is None
-            return Film(path, index, width, height, geometry, times, *length, indexed, size)
+            return Film(path, index, width, height, geometry, times, *length, indexed, size, skip_damaged, missing)
     raise VideoError(f"{path}: its video stream has no frame.")
 
 
@@ -89,12 +99,12 @@ class _Beginning(NamedTuple):
     """Whether only decoding times give the order of the frames."""
 
 
-def _beginning(path: Path, container: Any, stream: Any) -> _Beginning | None:
+def _beginning(path: Path, container: Any, stream: Any, skip_damaged: bool) -> _Beginning | None:
     """The first frame, and which times to trust; None if there is no frame."""
     by_decoding = container.format.name in _DECODING_TIMES
     first, timeless, shown, decoding = None, 0, [], []
     try:
-        for frame in decoded(container, stream):
+        for frame in Salvage(container, stream) if skip_damaged else decoded(container, stream):
             time = frame.dts if by_decoding else frame.pts
             if first is None or (time is not None and not shown):
                 first = frame
@@ -107,7 +117,7 @@ def _beginning(path: Path, container: Any, stream: Any) -> _Beginning | None:
                 break
     except (av.FFmpegError, OSError) as error:
         if first is None:
-            raise unreadable(path, error) from None
+            raise cut_short(path, 0.0, reason(error)) from None
     if first is None:
         return None
     # One time out of order may be damage; two of eight mean a file without presentation times.

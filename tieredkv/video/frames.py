@@ -39,6 +39,9 @@ class VideoSource(Protocol):
     """Number of frames: exact for arrays, for a file according to the length it states, which may be wrong."""
     seconds: float | None
     """Length of the sampled span; None: unknown."""
+    damaged: tuple[tuple[float, float], ...]
+    """With `skip_damaged`: from when to when nothing could be read, within the sampled span. Known once all frames were
+    read."""
 
     def frames(self, tick: Tick | None = None, first: int = 0) -> Iterator[np.ndarray]:
         """A new iterator over the frames from number `first` on, uint8 `(H, W, 3)` RGB, for any thread.
@@ -135,6 +138,7 @@ class ArraySource:
     """Samples frames of an array, a tensor or a list of images, and converts each when it is asked for."""
 
     name = "the frames given"
+    damaged: tuple[tuple[float, float], ...] = ()
 
     def __init__(self, video: Any, sampling: Sampling) -> None:
         """Keeps `video` without a copy. Raises `VideoError` if its type, shape or dtype is not that of a video.

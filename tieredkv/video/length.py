@@ -13,6 +13,7 @@ from tieredkv.video import pyav as av
 from tieredkv.video.container import MATROSKA, MP4, opened
 from tieredkv.video.matroska import cut_element
 from tieredkv.video.mp4 import edited_end, fragments
+from tieredkv.video.salvage import Salvage
 
 JITTER = 1.0
 """Seconds. A frame up to this much earlier than the one before is left out; beyond that the clock was restarted."""
@@ -114,6 +115,20 @@ def find_length(
     return _from_packets(scan(everything=True), tag, longest, shift, kind)
 
 
+def there(
+    length: Length, path: Path, index: int, times: Times, until: float | None, check: Callable[[], None] | None
+) -> tuple[Length, tuple[float, float] | None]:
+    """The length of a damaged file up to its last packet, and from when to when the rest is missing.
+
+    Reads all packets; arguments as for `find_length`.
+    """
+    packets = _scan(path, index, times, False, until, check, skip_damaged=True)
+    slack = _TOLERANCE if length.tolerance is None else length.tolerance
+    if packets.end is None or not packets.complete or (length.end is not None and packets.end > length.end - slack):
+        return length, None
+    return Length(packets.end, slack), None if length.end is None else (packets.end, length.end)
+
+
 def _from_packets(packets: _Packets, tag: float | None, longest: float | None, shift: float, kind: str) -> Length:
     """The end according to the packets, unless they stop before the end stated for the picture or for all streams."""
     if packets.end is None:
@@ -142,6 +157,7 @@ def _scan(
     everything: bool,
     until: float | None,
     check: Callable[[], None] | None,
+    skip_damaged: bool = False,
 ) -> _Packets:
     """Ends according to the packets' times, without decoding any; reads all streams if `everything`.
 
@@ -152,7 +168,11 @@ def _scan(
     complete = True
     with opened(path, index) as (container, stream):
         try:
-            for packet in container.demux() if everything else container.demux(stream):
+            if skip_damaged:
+                packets = Salvage(container, stream).packets()
+            else:
+                packets = container.demux() if everything else container.demux(stream)
+            for packet in packets:
                 if check is not None:
                     check()
                 timestamp = packet.pts if times.delay is None else packet.dts

@@ -6,11 +6,13 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from tieredkv.errors import VideoError
 from tieredkv.video import pyav as av
 from tieredkv.video.clock import Clock, duration
 from tieredkv.video.container import cut_short, decoded, reason
 from tieredkv.video.film import Film
 from tieredkv.video.length import SAME_TIME
+from tieredkv.video.salvage import Salvage
 
 
 class IndexFailed(Exception):
@@ -37,7 +39,13 @@ class Playback:
         self.clock = Clock(film)
         self._film, self._container, self._stream = film, container, stream
         self._seek, self._report = seek, report
-        self._decoded = decoded(container, stream)
+        self._salvage = Salvage(container, stream) if film.skip_damaged else None
+        self._decoded = self._salvage or decoded(container, stream)
+        self.damaged: list[tuple[float, float]] = []
+        """With `skip_damaged`, from when to when pictures are missing, as far as read."""
+        self._last: Shot | None = None
+        self._lost = False
+        """Whether a picture after the last was lost."""
         self._key_time: float | None = None
         self._spacing: float | None = None
         """The longest time between key frames so far, in seconds; None: fewer than two were read."""
@@ -51,7 +59,7 @@ class Playback:
         if self._seek and self._spacing is not None and target - self.clock.now > self._spacing:
             return self._enter(target)
         while (frame := self._decode()) is not None:
-            time = self.clock.place(frame)
+            time = self._place(frame)
             self._report(self.clock.now)
             if self.clock.restarted:
                 self._stop_seeking()
@@ -61,8 +69,38 @@ class Playback:
                 if self._key_time is not None:
                     self._spacing = max(self._spacing or 0.0, time - self._key_time)
                 self._key_time = time
-            return Shot(time, frame)
+            return self._shown(Shot(time, frame))
         return None
+
+    def end_of(self, last: Shot) -> float:
+        """When the last frame ends; with `skip_damaged`, those missing after it are replaced by it."""
+        film, clock = self._film, self.clock
+        if self._salvage is None or film.end is None:
+            return last.end
+        slack = film.tolerance or 2 * SAME_TIME
+        if self._lost or self._salvage.lost_before(None) or clock.shown_until < film.end - slack:
+            self.damaged.append((min(clock.shown_until, film.end), film.end))
+            return max(film.end, last.end)
+        return last.end
+
+    def _shown(self, shot: Shot) -> Shot:
+        """Note what is missing between the frame before and `shot`."""
+        if self._lost:
+            self.damaged.append((0.0 if self._last is None else min(self._last.end, shot.time), shot.time))
+        self._last, self._lost = shot, False
+        return shot
+
+    def _place(self, frame: Any) -> float | None:
+        if self._salvage is None:
+            return self.clock.place(frame)
+        lost = self._salvage.lost_before(frame)
+        self.clock.skip(lost)
+        self._lost |= lost > 0
+        try:
+            return self.clock.place(frame)
+        except VideoError:  # a damaged timestamp
+            self._lost = True
+            return None
 
     def check_end(self, until: float) -> None:
         """Raise `VideoError` if the frames end before the length that the file states and before `until`.

@@ -51,6 +51,9 @@ class Sampling:
     max_pixels: int | None = None
     """Most pixels of a frame as the vision tower sees it, in place of the limits of the model's processor; None: its
     own limits."""
+    skip_damaged: bool = False
+    """Go over what is damaged or missing in a file: the last whole picture is shown meanwhile, so that times stay true.
+    Otherwise damage is refused."""
     fit: bool = False
     """Choose `fps` and `max_pixels`, where they are None, so that the video fits the budgets (`planning.fitting`)."""
 
@@ -63,6 +66,7 @@ class Sampling:
             check_whole("max_frames", count, error=VideoError)
         if self.max_pixels is not None:
             check_whole("max_pixels", self.max_pixels, LEAST_PIXELS, error=VideoError)
+        check_value(isinstance(self.skip_damaged, bool), "skip_damaged", self.skip_damaged, "True or False", VideoError)
         check_value(isinstance(self.fit, bool), "fit", self.fit, "True or False", VideoError)
         if not is_number(start) or start < 0:
             raise VideoError(f"start={start!r} is not valid: give seconds from the video's beginning, 0 or more.")
@@ -104,15 +108,17 @@ class FileSource:
 
         sampling: with `fps`. check: called for every packet if all must be read to find the length; may raise to stop.
         """
-        self._film = probe(path, sampling.end, check)
+        self._film = probe(path, sampling.end, check, sampling.skip_damaged)
         self.name = str(path)
         self.height, self.width = self._film.height, self._film.width
         assert sampling.fps is not None
         self.fps, self._limit = sampling.fps, sampling.max_frames
         self.seconds: float | None = None
+        self._asked = sampling.start
         self.start = max(sampling.start, self._film.times.begin)
         self._until = math.inf if sampling.end is None else sampling.end
-        self._seek = self._film.indexed
+        self._seek = self._film.indexed and not sampling.skip_damaged
+        self.damaged: tuple[tuple[float, float], ...] = ()
         if self._until <= self.start + SAME_TIME:
             raise VideoError(
                 f"{self.name}: end={self._until:g} is before the first picture, which comes at {self.start:.2f} s "
@@ -173,11 +179,14 @@ class FileSource:
             shot = playback.read(self._time(n))
             while shot is not None and self._includes(n):
                 following = playback.read(self._time(n))
-                end = shot.end if following is None else following.time
+                end = playback.end_of(shot) if following is None else following.time
                 while self._includes(n) and self._time(n) < end - SAME_TIME:
                     yield screen.paint(shot)
                     n += 1
                 shot = following
+            if film.skip_damaged:
+                self.damaged = self._clipped(playback.damaged, n)
+                return
             if film.cut is not None and film.end is not None and self._until > film.end:
                 raise cut_short(film.path, film.end, film.cut)
             if self._includes(n):
@@ -185,6 +194,19 @@ class FileSource:
                 playback.check_end(self._until)
                 if n == 0:
                     raise self._past_the_end(playback.clock.shown_until)
+
+    def _clipped(self, damaged: list[tuple[float, float]], frames: int) -> tuple[tuple[float, float], ...]:
+        """Damaged spans as far as they are within what was sampled, those that touch joined."""
+        stated = self._film.missing
+        until = min(self._until, math.inf if self._limit is None or frames < self._limit else self._time(frames))
+        spans: list[tuple[float, float]] = []
+        for begin, end in sorted([*damaged, *([] if stated is None else [stated])]):
+            begin, end = max(begin, self._asked), min(end, until)
+            if spans and begin <= spans[-1][1] + SAME_TIME:
+                spans[-1] = spans[-1][0], max(spans[-1][1], end)
+            elif end > begin + SAME_TIME:
+                spans.append((begin, end))
+        return tuple(spans)
 
     def _time(self, n: int) -> float:
         return self.start + n / self.fps
