@@ -37,7 +37,7 @@ def test_options_precede_the_environment_the_file_and_the_default_in_this_order(
 
 def test_every_key_is_an_option_and_a_variable(monkeypatch, capsys, file, short_video):
     values = {"model": "tiny", "gpu_kv_gb": 2, "host_kv_gb": 3.5, "policy": "quest", "card": "RTX 3060"}
-    values |= {"fps": 2, "max_frames": 5, "max_pixels": "56x56", "max_new_tokens": 6, "link": "pcie4x8"}
+    values |= {"fps": 2, "max_frames": 5, "max_pixels": "56x56", "fit": True, "max_new_tokens": 6, "link": "pcie4x8"}
     assert values.keys() == defaults.KEYS.keys()
     file.write_text("\n".join(f"{key} = {json.dumps(value)}" for key, value in values.items()))
     by_file = planned(monkeypatch, capsys, of=short_video)

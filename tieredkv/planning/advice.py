@@ -88,15 +88,18 @@ class Advice:
         choice = fitted(film, roomy, rate, size) or fitted(film, most, rate, size)
         if choice is None:
             raise self._nothing_fits(most, rate, size)
-        height, width = film.size(choice)
-        at = f"{film.at(choice).fps:.3g} frames per second at {width}x{height}"
-        line = f"fit: {at}: {film.tokens(choice):,} tokens"
+        line = f"fit: {self._described(choice)}"
         if choice == film.asked:
             return replace(sampling, fit=False), f"{line}, as asked for."
-        height, width = film.size(film.asked)
-        line += f", instead of {film.at(film.asked).fps:.3g} at {width}x{height} with {self._tokens:,}."
+        line += f" ({self.words(choice)}), instead of {self._described(film.asked)}."
         fps = sampling.fps if choice.fps == film.asked.fps else choice.fps
         return replace(sampling, fps=fps, max_pixels=choice.max_pixels, fit=False), line
+
+    def _described(self, choice: Choice) -> str:
+        film, rate = self.film, f"{self.film.at(choice).fps:.3g}"
+        height, width = film.size(choice)
+        frames = "frame" if rate == "1" else "frames"
+        return f"{rate} {frames} per second at {width}x{height}, {film.tokens(choice):,} tokens"
 
     def _nothing_fits(self, most: int, rate: bool, size: bool) -> BudgetError:
         lowest = self.film.asked
@@ -105,7 +108,6 @@ class Advice:
                 lowest = replace(lowest, fps=min(least, lowest.fps))
             elif what == "size" and size:
                 lowest = self.film.smallest(lowest, int(least))
-        height, width = self.film.size(lowest)
         tokens = self.film.tokens(lowest)
         least_cap = smallest_cap_bytes(
             self.shape,
@@ -114,10 +116,9 @@ class Advice:
             question_rows(self.tiers, self.question_tokens),
         )
         return BudgetError(
-            f"fit=True: {self.film.at(lowest).fps:g} frames per second at {width}x{height}, the least that it chooses, "
-            f"have {tokens:,} tokens, and at most {most:,} fit: they need gpu_kv_gb={as_gib(least_cap)} and "
-            f"{as_gib(host_bytes(self.shape, self.tiers, tokens))} GiB of host memory. Give that, or a shorter part of "
-            "the video (start, end)."
+            f"fit=True goes down to {self._described(lowest)}, and {most:,} fit: those need gpu_kv_gb="
+            f"{as_gib(least_cap)} and {as_gib(host_bytes(self.shape, self.tiers, tokens))} GiB of host memory. Give "
+            "that, or a shorter part of the video (start, end)."
         )
 
     # ---- refusals
@@ -149,21 +150,21 @@ class Advice:
         """Options with which the video fits, those first that cost answers least."""
         film, most = self.film, self.most_tokens(self.tiers)
         found = [
+            fitted(film, most),
             film.slower(film.asked, RATES[0], most),
             film.smaller(film.asked, LEAST_PIXELS, most),
-            fitted(film, most),
         ]
         choices = [choice for choice in dict.fromkeys(found) if choice is not None and choice != film.asked]
-        return [self.words(choice) for choice in sorted(choices, key=lambda choice: cost(film, choice))]
+        return [self.words(choice, sized=True) for choice in sorted(choices, key=lambda choice: cost(film, choice))]
 
-    def words(self, choice: Choice) -> str:
-        """The options that state a choice, as far as it differs from what was asked for."""
+    def words(self, choice: Choice, sized: bool = False) -> str:
+        """The options that state a choice, as far as it differs from what was asked for. sized: with the frame size."""
         asked, parts = self.film.asked, []
         if choice.fps != asked.fps:
             parts.append(f"fps={choice.fps:g}")
         if choice.max_pixels != asked.max_pixels:
             height, width = self.film.size(choice)
-            parts.append(f"max_pixels={choice.max_pixels} ({width}x{height})")
+            parts.append(f"max_pixels={choice.max_pixels}" + (f" ({width}x{height})" if sized else ""))
         return " with ".join(parts)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from tieredkv.errors import OptionError
 from tieredkv.memory.units import largest
 from tieredkv.models.chat_template import ChatTemplate
-from tieredkv.models.families.base import VideoGrid
+from tieredkv.models.families.base import TooFewPixels, VideoGrid
 from tieredkv.video.frames import Sampled
 from tieredkv.video.sampling import Sampling
 
@@ -49,6 +49,8 @@ class Film:
     """Returns the prompt's tokens before and after the video."""
     _texts: dict[float, int] = field(default_factory=dict)
     """Tokens of all text in the prompt by rate, but for the text inside steps."""
+    _grids: dict[int, VideoGrid] = field(default_factory=dict)
+    """By `max_pixels`, of some number of frames."""
 
     @property
     def asked(self) -> Choice:
@@ -84,7 +86,13 @@ class Film:
 
     def _frames(self, choice: Choice) -> VideoGrid:
         """The video's tokens without the text between its steps."""
-        return self.template.frames(self.config, self.at(choice))
+        sampled = self.at(choice)
+        if choice.max_pixels is None:  # the size may depend on the number of frames
+            return self.template.frames(self.config, sampled)
+        if choice.max_pixels not in self._grids:
+            self._grids[choice.max_pixels] = self.template.frames(self.config, sampled)
+        grid = self._grids[choice.max_pixels]
+        return replace(grid, steps=-(-sampled.frames // grid.frames_per_step))
 
     @cached_property
     def resizable(self) -> bool:
@@ -117,15 +125,10 @@ class Film:
         if not self.resizable or (top := self.pixels(choice)) <= least:
             return choice
 
-        def refused(pixels: int) -> bool:
-            try:
-                self._frames(replace(choice, max_pixels=pixels))
-            except OptionError:
-                return True
-            return False
-
-        if refused(least):
-            least += 1 + largest(lambda more: refused(least + more), top - least - 1)
+        try:
+            self._frames(replace(choice, max_pixels=least))
+        except TooFewPixels as error:
+            least = error.least
         return choice if least >= top else replace(choice, max_pixels=least)
 
     def slower(self, choice: Choice, least: float, most_tokens: int) -> Choice | None:
@@ -169,12 +172,15 @@ def fitted(film: Film, most_tokens: int, rate: bool = True, size: bool = True) -
 
 def cost(film: Film, choice: Choice) -> int:
     """How far down `RULE` a choice is: the lower, the less answers lose."""
-    stages = [0]
-    for index, (what, least) in enumerate(RULE):
-        rate, pixels = film.at(choice).fps, film.pixels(choice)
-        above = (rate >= film.at(film.asked).fps) if what == "rate" else (pixels >= film.pixels(film.asked))
-        if not above:
-            stages.append(index + 1)
-            if (rate if what == "rate" else pixels) < least:
-                stages.append(index + 2 if index + 2 < len(RULE) else len(RULE) + 1)
-    return max(stages)
+    asked = film.asked
+    lowered = {}
+    if (rate := film.at(choice).fps) < film.at(asked).fps:
+        lowered["rate"] = rate
+    if choice.max_pixels is not None and choice.max_pixels < film.pixels(asked):
+        lowered["size"] = choice.max_pixels
+
+    def stage(what: str, value: float) -> int:
+        stages = (index for index, (name, least) in enumerate(RULE, 1) if name == what and value >= least)
+        return next(stages, len(RULE) + 1)
+
+    return max((stage(what, value) for what, value in lowered.items()), default=0)
