@@ -6,13 +6,13 @@ import sys
 
 import pytest
 
-from tieredkv import cli
+from tieredkv.cli import app
 
 
 def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of `tieredkv ARGUMENTS`."""
     monkeypatch.setattr(sys, "argv", ["tieredkv", *arguments])
     with pytest.raises(SystemExit) as stop:
-        cli.main()
+        app.execute()
     captured = capsys.readouterr()
     return int(stop.value.code or 0), captured.out, captured.err

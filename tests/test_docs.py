@@ -25,7 +25,7 @@ from helpers import tier_options
 from test_architecture import ALLOWED
 
 import tieredkv
-from tieredkv import cli
+from tieredkv.cli import app
 from tieredkv.environment.versions import cache_argument
 from tieredkv.tiny import model as tiny
 from tieredkv.tiny.scene import make_scene
@@ -119,13 +119,13 @@ def test_a_block_runs(block, film, monkeypatch, request):
         assert program == "tieredkv", f"no way to run {program!r}"
         monkeypatch.setattr(sys, "argv", ["tieredkv", *arguments])
         with pytest.raises(SystemExit) as stop:
-            cli.main()
+            app.execute()
         assert not stop.value.code or arguments[0] == "doctor", line  # doctor may find a problem
 
 
 @pytest.mark.parametrize("page", sorted({*PAGES} - {"docs/log.md"}))  # the log names what is gone, too
 def test_commands_within_the_text_name_what_exists(page):
-    commands, empty = typer.main.get_command(cli.app).commands, SimpleNamespace(params=[])  # type: ignore[attr-defined]
+    commands, empty = typer.main.get_command(app.app).commands, SimpleNamespace(params=[])  # type: ignore[attr-defined]
     makefile = (ROOT / "Makefile").read_text()
     for command in re.findall(
         r"`((?:python|tieredkv|make|\.venv/bin/\w+) [^`]+)`", (ROOT / page).read_text().replace("\n", " ")

@@ -1,4 +1,4 @@
-"""Progress bars on stderr, and times as players show them."""
+"""Progress on stderr, and times as players show them: bars at a terminal, elsewhere a line now and then."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from tqdm import tqdm
 
@@ -15,24 +16,97 @@ Progress = Callable[[int, int | None], None]
 
 SECONDS_BETWEEN = 0.2
 """Least time between two updates of the text beside the bar."""
+SECONDS_BETWEEN_LINES = 30.0
+"""The same between two lines where stderr is no terminal, as in a log."""
+
+
+def at_terminal() -> bool:
+    """Whether somebody watches stderr."""
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
+def tell(text: str, shown: bool = True) -> None:
+    """A line on stderr that a log should hold too."""
+    if shown:
+        print(f"tieredkv: {text}", file=sys.stderr, flush=True)
+
+
+def note(text: str) -> None:
+    """A line on stderr about what takes its time now; nothing where nobody watches."""
+    if at_terminal():
+        print(text, file=sys.stderr, flush=True)
+
+
+class _Lines:
+    """A bar for a log: a line every half minute and one at the end, without control characters."""
+
+    def __init__(self, name: str, unit: str, total: int | None) -> None:
+        self.n = self.initial = 0
+        self.total, self.disable = total, False
+        self._name, self._unit, self._text = name, unit, ""
+        self._next = time.monotonic() + SECONDS_BETWEEN_LINES
+        self._closed = False
+
+    def update(self, n: int) -> None:
+        self.n += n
+        if time.monotonic() >= self._next:
+            self._write()
+
+    def set_postfix_str(self, s: str) -> None:
+        self._text = s
+
+    def write(self, text: str, file: Any) -> None:
+        print(text, file=file, flush=True)
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._write()
+
+    def _write(self) -> None:
+        self._next = time.monotonic() + SECONDS_BETWEEN_LINES
+        total = "" if self.total is None or self.total == self.n else f" of {self._count(self.total)}"
+        text = f", {self._text}" if self._text else ""
+        print(f"{self._name}: {self._count(self.n)}{total}{self._unit}{text}", file=sys.stderr, flush=True)
+
+    def _count(self, number: float) -> str:
+        return tqdm.format_sizeof(number) if self._unit == "B" else f"{number:,}"
+
+
+def _bar(name: str, unit: str, shown: bool, total: int | None = None, leave: bool = True) -> Any:
+    if shown and not at_terminal():
+        return _Lines(name, unit, total)
+    return tqdm(desc=name, unit=unit, unit_scale=unit == "B", total=total, disable=not shown, leave=leave)
 
 
 @contextmanager
 def progress_bar(name: str, unit: str, shown: bool = True) -> Iterator[Progress]:
     """A bar; yields the function that moves it. unit: "B" for bytes, which are shown in kB, MB and so on."""
-    with tqdm(desc=name, unit=unit, unit_scale=unit == "B", disable=not shown, leave=True) as bar:
+    bar = _bar(name, unit, shown)
 
-        def move(done: int, total: int | None) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
+    def move(done: int, total: int | None) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
 
+    try:
         yield move
+    finally:
+        bar.close()
 
 
-def note(text: str, shown: bool = True) -> None:
-    """A line on stderr, before the bars."""
-    if shown:
-        print(f"tieredkv: {text}", file=sys.stderr, flush=True)
+class TokenCount:
+    """How many tokens an answer has so far, where somebody watches; nothing is left of it at the end."""
+
+    def __init__(self, shown: bool = True) -> None:
+        self._bar = _bar("answer", " tokens", shown and at_terminal(), leave=False)
+
+    def add(self) -> None:
+        """One more token."""
+        self._bar.update(1)
+
+    def close(self) -> None:
+        """May be called twice."""
+        self._bar.close()
 
 
 class IngestProgress:
@@ -46,7 +120,7 @@ class IngestProgress:
         self._length = "" if seconds is None else f" of {timecode(seconds)}"
         self._decoded, self._encoded = 0.0, 0
         self._updated_at = 0.0
-        self._bar = tqdm(desc="ingest", unit=" tokens", total=tokens, disable=not shown, leave=True)
+        self._bar = _bar("ingest", " tokens", shown, tokens)
 
     def resumed(self, tokens: int, seconds: float) -> None:
         """The first `tokens` tokens, and the video's first `seconds` seconds, were done by an earlier ingest."""
@@ -91,6 +165,8 @@ class IngestProgress:
         """End the bar. complete: every token was processed, so the count so far is the total."""
         if complete:
             self._bar.total = self._bar.n
+        self._updated_at = 0.0
+        self._update_text()
         self._bar.close()
 
 

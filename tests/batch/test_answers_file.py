@@ -50,6 +50,16 @@ def test_resuming_after_a_cut_at_any_byte_gives_the_same_file(tmp_path, question
         assert sum(isinstance(entry, tuple) for entry in log) == max(0, 4 - done)  # the fifth has no video
 
 
+def test_a_file_of_an_older_version_is_continued(tmp_path):
+    """Its text is escaped, and its answers have no evidence."""
+    file, old = tmp_path / "answers.jsonl", b'{"id": 1, "video": "a.mp4", "question": "zwei \\u00fc", "text": "two"}\n'
+    file.write_bytes(old)
+    lines = {"id": 1, "video": "a.mp4", "question": "zwei ü"}, {"id": 2, "video": "a.mp4", "question": "drei"}
+    answer(file, ask(tmp_path, *lines))
+    assert file.read_bytes().startswith(old)
+    assert [row["text"] for row in found(file)] == ["two", "DREI"]
+
+
 def test_errors_are_retried_only_on_request(tmp_path, questions):
     file = tmp_path / "answers.jsonl"
     answer(file, questions)

@@ -96,6 +96,7 @@ def test_a_folder_may_change_between_runs(folder):
 
 def test_an_answer_to_another_question_about_a_removed_film_is_refused(folder):
     file = folder / "answers.jsonl"
+    (folder / "films/a.MKV").unlink()
     answer(file, ask(folder, {"id": 1, "video": "films", "question": "one"}))
     (folder / "films/b.mp4").unlink()
     with pytest.raises(BatchError, match="which is not among the questions"):

@@ -53,7 +53,7 @@ def test_it_runs_without_a_card(run, name, options, row):
 
 @pytest.mark.slow
 @pytest.mark.model
-@pytest.mark.parametrize("name", ["ingest.py", "shares.py", "evidence.py"])
+@pytest.mark.parametrize("name", ["ingest.py", "shares.py", "evidence.py", "checkpoints.py"])
 def test_benchmarks_of_the_bundled_model_run(run, name):
     code, out, err = run(name)
     assert code == 0, err

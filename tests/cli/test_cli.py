@@ -11,7 +11,7 @@ import pytest
 from command_line import run
 from helpers import PATIENCE_S
 
-from tieredkv import cli
+from tieredkv.cli import app
 
 BAD = {
     "a missing file": (["gone.mp4", "what ?"], r"gone.mp4: no such file."),
@@ -125,7 +125,7 @@ def test_bad_use_of_a_session_is_one_sentence(monkeypatch, capsys, short_video, 
         "there is no folder": [str(short_video), question, "--session", "/nowhere/at/all.tkv"],
         "give a video and a question": [question],
         "takes one video and one question, got 3": [str(short_video), "what", "colour"],
-        "is a file: give the question too, in quotes": [str(short_video)],
+        "is a file, and the question is missing: tieredkv ask": [str(short_video)],
     }
     for message, arguments in bad.items():
         code, out, err = run(monkeypatch, capsys, "ask", *arguments)
@@ -194,7 +194,7 @@ def test_help_fits_a_screen_and_shows_an_example(monkeypatch, capsys, command):
 
 
 def test_the_help_of_every_command_is_checked():
-    names = {command.name for command in cli.app.registered_commands}
+    names = {command.name for command in app.app.registered_commands}
     assert names == {name for command in COMMANDS for name in command}
 
 

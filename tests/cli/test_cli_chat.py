@@ -18,6 +18,7 @@ from helpers import PATIENCE_S
 
 import tieredkv
 from tieredkv.cli.talk import Talk
+from tieredkv.session.video_session import VideoSession
 from tieredkv.tiny import model as tiny
 
 pytestmark = pytest.mark.model
@@ -147,7 +148,21 @@ def test_stats_are_of_the_last_answer(talk, capsys):
     talk.run(["/stats", MOON, "/stats"])
     err = capsys.readouterr().err.splitlines()
     assert err[0] == "nothing has been answered yet."
-    assert {"visual_tokens", "hit_rate", "ttft_s"} <= {line.split()[0] for line in err[1:]}
+    stats = dict(line.split(maxsplit=1) for line in err[1:])
+    assert stats["answer"].startswith("2 tokens, the first after 0.")
+    assert stats["device"].endswith(" MiB for keys and values, of 4 GiB allowed")
+    assert stats["decoding"] == "eager"
+
+
+def test_an_answer_that_nobody_reads_ends_the_conversation(talk, monkeypatch):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    with pytest.raises(BrokenPipeError):
+        talk.run([MOON, CUP])
+    assert talk.session.history == ()
 
 
 @pytest.mark.parametrize("line", ["/nonsense", "/stats now", "/"])
@@ -251,3 +266,104 @@ def read_until(descriptor: int, end: bytes) -> bytes:
         assert select.select([descriptor], [], [], PATIENCE_S)[0], f"a terminal shows no more than {shown!r}"
         shown += os.read(descriptor, 1024)
     return shown
+
+
+# The conversation at the end
+
+
+class Ending(io.StringIO):
+    """Standard input that ends with an exception or a signal instead of its end."""
+
+    def __init__(self, text: str, end: signal.Signals | None = None) -> None:
+        super().__init__(text)
+        self.end = end
+
+    def __iter__(self):
+        yield from iter(self.readline, "")
+        if self.end is not None:
+            os.kill(os.getpid(), self.end)
+            signal.pause()
+
+
+@pytest.fixture
+def film(short_video, tmp_path):
+    with tieredkv.open_session(tiny.PATH, short_video, fps=4) as session:
+        session.chat(MOON, max_new_tokens=2)
+        session.save(tmp_path / "film.tkv")
+    return tmp_path / "film.tkv"
+
+
+def history(path: Path) -> list[str]:
+    with tieredkv.load_session(path) as session:
+        return [question for question, _ in session.history]
+
+
+@pytest.mark.parametrize(
+    ("text", "end", "expected"),
+    [
+        (f"{CUP}\n", None, 0),
+        (f"{CUP}\n/quit\n", None, 0),
+        (f"{CUP}\n", signal.SIGINT, 130),
+        (f"{CUP}\n", signal.SIGTERM, 128 + signal.SIGTERM),
+        (f"{CUP}\n", signal.SIGHUP, 128 + signal.SIGHUP),
+    ],
+    ids=["end of file", "quit", "interrupt", "SIGTERM", "SIGHUP"],
+)
+def test_the_conversation_is_kept_however_the_chat_ends(monkeypatch, capsys, film, text, end, expected):
+    before, handlers = (
+        (film.stat().st_ino, film.stat().st_mtime_ns),
+        [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)],
+    )
+    monkeypatch.setattr(sys, "stdin", Ending(text, end))
+    code, _, err = run(monkeypatch, capsys, "chat", "--session", str(film))
+    assert code == expected
+    assert f"{film}: the conversation is kept." in err
+    assert history(film) == [MOON, CUP]
+    assert (film.stat().st_ino, film.stat().st_mtime_ns) == before
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)] == handlers
+
+
+def test_an_interrupt_while_answering_keeps_the_turns_before(monkeypatch, capsys, film):
+    chat = VideoSession.chat
+
+    def interrupted(self, question, **options):
+        if question == FOLLOW:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)  # a second one acts at once
+        return chat(self, question, **options)
+
+    monkeypatch.setattr(VideoSession, "chat", interrupted)
+    code, _, _ = piped(monkeypatch, capsys, f"{CUP}\n{FOLLOW}\n{MOON}\n", "--session", str(film))
+    assert code == 130
+    assert history(film) == [MOON, CUP]
+
+
+def test_without_a_change_nothing_is_written(monkeypatch, capsys, film):
+    code, _, err = piped(monkeypatch, capsys, "/help\n", "--session", str(film))
+    assert (code, [path.name for path in film.parent.iterdir()]) == (0, ["film.tkv"])
+    assert "the conversation is kept" not in err
+
+
+def test_a_cleared_conversation_stays_cleared(monkeypatch, capsys, film):
+    assert piped(monkeypatch, capsys, "/clear\n", "--session", str(film))[0] == 0
+    assert history(film) == []
+
+
+def test_a_new_session_keeps_its_first_conversation(monkeypatch, capsys, short_video, tmp_path):
+    path = tmp_path / "new.tkv"
+    assert piped(monkeypatch, capsys, f"{MOON}\n", str(short_video), "--session", str(path))[0] == 0
+    assert history(path) == [MOON]
+
+
+def test_a_conversation_that_cannot_be_kept_is_said_and_gives_exit_code_1(monkeypatch, capsys, film):
+    from tieredkv.storage import atomic
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(atomic.os, "replace", full)
+    code, out, err = piped(monkeypatch, capsys, f"{CUP}\n", "--session", str(film))
+    assert code == 1
+    assert out.strip()
+    assert err.splitlines()[-1] == f"tieredkv: {film}.chat could not be written: No space left on device."
+    assert history(film) == [MOON]

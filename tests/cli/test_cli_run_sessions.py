@@ -137,6 +137,23 @@ def test_a_file_of_another_model_is_reported_and_replaced(runs, tmp_path):
     assert "was saved with another " in runs.err
 
 
+def test_a_film_that_another_run_is_ingesting_is_ingested_without_a_checkpoint(runs):
+    from tieredkv.session.beside import checkpoint_path
+    from tieredkv.storage.locked_folder import LockedFolder
+
+    runs()
+    (file,) = runs.files
+    file.unlink()
+    other = LockedFolder(checkpoint_path(file))
+    try:
+        assert runs()["text"]
+    finally:
+        other.remove()
+    assert (runs.code, runs.files) == (0, [file])
+    assert "without a checkpoint: " in runs.err
+    assert "is in use by another process" in runs.err
+
+
 def test_a_session_that_cannot_be_saved_is_reported_and_its_questions_answered(runs, monkeypatch):
     from tieredkv.errors import SessionError
     from tieredkv.storage import tensor_file

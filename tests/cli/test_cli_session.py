@@ -9,7 +9,7 @@ import sys
 import pytest
 from command_line import run
 
-import tieredkv
+from tieredkv.cli import app
 from tieredkv.storage import tensor_file
 from tieredkv.tiny.model import PATH
 
@@ -28,7 +28,7 @@ def film(short_video, tmp_path_factory):
         patch.setattr(sys, "argv", ["tieredkv", "ask", str(short_video), MOON, "-m", str(folder / "model"), *FEW])
         sys.argv += ["--fps", "4", "--end", "20", "--session", str(folder / "film.tkv")]
         with pytest.raises(SystemExit) as stop:
-            tieredkv.cli.main()
+            app.execute()
     assert not stop.value.code
     return folder / "film.tkv"
 

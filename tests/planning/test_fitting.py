@@ -249,7 +249,7 @@ def frames() -> np.ndarray:
 def test_a_session_with_fit_says_what_it_chose_and_keeps_it(frames, capsys):
     model, processor = build("qwen2_5_vl")
     options = {"processor": _wide(processor), "source_fps": 2, "gpu_kv_gb": 0.00013}
-    with pytest.raises(BudgetError, match="Raise it, or give .*fps="):
+    with pytest.raises(BudgetError, match=r"Raise it, or give .*fps="):
         tieredkv.open_session(model, frames, **options)
     with tieredkv.open_session(model, frames, progress=True, fit=True, **options) as session:
         chosen, tokens = session.sampling, session.video.visual_tokens

@@ -63,9 +63,10 @@ def _load(path: Path) -> tensor_file.Stored:
 
 
 def test_what_is_written_is_read_back(path: Path) -> None:
-    written = tensor_file.write(path, MANIFEST, _tensors())
+    written, checksum = tensor_file.write(path, MANIFEST, _tensors())
     stored = _load(path)
     assert written == path.stat().st_size == stored.nbytes
+    assert checksum == stored.checksum
     assert stored.manifest == MANIFEST
     assert stored.path == path
     assert stored.names == sorted(_tensors())

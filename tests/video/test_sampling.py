@@ -102,6 +102,23 @@ def test_seeking_gives_the_same_frames_as_linear_decoding(groups, fps, start, en
     assert np.array_equal(np.stack(sought), np.stack(linear))
 
 
+@pytest.mark.parametrize("seek", [True, False])
+@pytest.mark.parametrize("sampling", [{"fps": 4}, {"fps": 24}, {"fps": 1.5, "start": 2.2, "end": 9}])
+def test_frames_from_within_are_those_of_the_whole(sampling, seek, counted):
+    source = open_video(counted, Sampling(**sampling))
+    source._seek &= seek
+    whole = numbers(source.frames())
+    for first in (0, 1, len(whole) // 2, len(whole) - 1, len(whole)):
+        assert numbers(source.frames(first=first)) == whole[first:]
+
+
+def test_frames_from_within_are_sought(counted):
+    seen: list[float] = []
+    source = open_video(counted, Sampling(10))
+    assert len(list(source.frames(seen.append, first=110))) == 10
+    assert len(seen) < 40
+
+
 @pytest.mark.parametrize("options", [{"fps": 0.25}, {"fps": 2, "start": 10, "end": 11}], ids=["sparse", "late start"])
 def test_seeking_decodes_fewer_frames(counted, options):
     assert len(ticks(counted, **options)) < 0.5 * len(ticks(counted, seek=False, **options))

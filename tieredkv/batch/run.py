@@ -38,6 +38,8 @@ def run(
             if (fault := pending[0].fault) is not None:
                 raise fault
             session = open_session(video, sampling, pending)
+        except BrokenPipeError:  # of stderr: nobody reads what is reported
+            raise
         except FAILURES as error:
             for question in pending:
                 answers.fail(question, error)
@@ -47,6 +49,8 @@ def run(
             for question in pending:
                 try:
                     answer = session.ask(question.text, **{**options, **question.options})
+                except BrokenPipeError:
+                    raise
                 except FAILURES as error:
                     answers.fail(question, error)
                     report(f"  {question.id} failed: {reason(error)}")

@@ -10,6 +10,7 @@ from typing import Any
 
 from tieredkv.errors import SessionError
 from tieredkv.session import session_file
+from tieredkv.session.beside import checkpoint_path, remove_leftover
 from tieredkv.session.origin import ModelSource
 from tieredkv.session.video_session import VideoSession
 from tieredkv.storage import tensor_file
@@ -38,7 +39,8 @@ class SessionFolder:
         """Restore the video from its file, or ingest it and save it. Raises what `VideoSession.ingest` does.
 
         session: without a video. asked: more arguments of its `ingest`. A file that is damaged or of something else is
-        reported and replaced. So is a session that cannot be saved; it can be asked nevertheless.
+        reported and replaced. So is a session that cannot be saved; it can be asked nevertheless. An ingest that was
+        interrupted is continued from the checkpoint beside the file.
         """
         with video.open("rb") as film:
             sha256 = hashlib.file_digest(film, "sha256").hexdigest()
@@ -49,14 +51,21 @@ class SessionFolder:
             except SessionError as error:
                 self._report(f"  {str(error).rstrip('.')}: the video is ingested again")
             else:
+                remove_leftover(checkpoint_path(file))
                 self._report(f"  from {file}")
                 return
-        session.ingest(video, sampling, **asked)
+        try:
+            session.ingest(video, sampling, checkpoint=checkpoint_path(file), **asked)
+        except SessionError as error:  # another run's, or of a model that has changed: before anything is decoded
+            self._report(f"  without a checkpoint: {error}")
+            session.ingest(video, sampling, **asked)
         try:
             session.save(file)
         except SessionError as error:
             self.unsaved += 1
             self._report(f"  session not saved: {error}")
+        else:
+            remove_leftover(checkpoint_path(file))
 
     def _file(self, video: Path, sha256: str, sampling: Sampling, system: str | None) -> Path:
         given = {name: float(getattr(sampling, name)) for name in sampling.given()}  # 2 and 2.0 are one rate

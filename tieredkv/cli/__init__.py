@@ -1,76 +1,24 @@
 """The command line: answers on stdout, everything else on stderr; exit code 0, 1 (something failed) or 2 (bad input).
 
-One file per command. A module that is slow to import is imported by the command that needs it.
+One file per command; `app` joins them. A module that is slow to import is imported by the command that needs it.
 """
 
 from __future__ import annotations
 
-import io
-import os
 import sys
-from typing import Annotated
-
-import typer
-
-from tieredkv import __version__
-from tieredkv.cli import ask, bench, chat, defaults, demo, doctor, models, plan, policies, run
-from tieredkv.errors import TieredKVError, reason
-
-# Read when torch is imported, which only commands do. If another program takes a core, the other threads spin until it
-# is given back, and decoding is several times slower. Sleeping instead costs little (docs/log.md).
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"max_content_width": 100},
-)
-for command in (ask, chat, run, plan, models, policies, demo, bench, doctor):
-    command.add_to(app)
-
-
-def _show_version(value: bool) -> None:
-    if value:
-        typer.echo(__version__)
-        raise typer.Exit
-
-
-@app.callback(epilog='Example: tieredkv ask film.mp4 "What is on the table?" -m Qwen/Qwen2.5-VL-3B-Instruct')
-def _options(
-    context: typer.Context,
-    version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
-    ] = False,
-) -> None:
-    """Long-video question answering with the key/value cache in two memory tiers.
-
-    Answers go to stdout, everything else to stderr. Exit code: 0, 1 (something failed) or 2 (bad input).
-    """
-    settings = defaults.read(defaults.path())
-    context.default_map = {command.name: settings for command in app.registered_commands if command.name}
 
 
 def main() -> None:
-    """Entry point. An error that the user can fix is one sentence on stderr and exit code 2; a failing disk gives 1."""
-    for stream in (sys.stdout, sys.stderr):  # file names may be invalid text, and answers may not fit the encoding
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    """Entry point: one command, then the end of the process. Imports nothing before it handles interrupts."""
     try:
-        app()
-    except TieredKVError as error:
-        _end(str(error), 2)
-    except OSError as error:
-        _end(reason(error), 1)
+        from tieredkv.cli import process
+
+        with process.quick_imports():
+            from tieredkv.cli.app import execute
+        try:
+            execute()
+        finally:
+            process.leave()
     except KeyboardInterrupt:
-        _end("interrupted.", 130)
-    except SystemExit as stop:
-        if stop.code == 130:  # typer's exit code for an interrupt
-            _end("interrupted.", 130)
-        raise
-
-
-def _end(message: str, code: int) -> None:
-    print(f"tieredkv: {message}", file=sys.stderr)
-    sys.exit(code)
+        print("tieredkv: interrupted.", file=sys.stderr)
+        sys.exit(130)

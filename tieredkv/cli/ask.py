@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -55,7 +54,7 @@ def ask(
     as_json: Annotated[bool, typer.Option("--json", help="Print answer, evidence and statistics as JSON.")] = False,
 ) -> None:
     """Answer one question about one video, or about a saved session."""
-    from tieredkv.cli.checks import check_options
+    from tieredkv.cli.checks import check_options, refuse_missing_question
     from tieredkv.cli.opening import opened
     from tieredkv.evidence.target import check_target
     from tieredkv.models.prompts import check_prompt
@@ -63,8 +62,8 @@ def ask(
     *videos, question = words
     if len(videos) > 1:
         raise OptionError(f"ask takes one video and one question, got {len(words)} arguments: put quotes around each.")
-    if not videos and os.path.isfile(question):  # False for text that no file can be called
-        raise OptionError(f"{question} is a file: give the question too, in quotes.")
+    if not videos:
+        refuse_missing_question(question)
     if evidence is not None:
         check_target(evidence)
     sampling = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels, start=start, end=end)
@@ -83,7 +82,10 @@ def ask(
         question=question,
         max_new_tokens=max_new_tokens,
     ) as (video_session, unsaved):
-        answer = video_session.ask(question, max_new_tokens=max_new_tokens)
+        from tieredkv.cli.terminal import TerminalStreamer
+
+        counter = TerminalStreamer(video_session.processor.tokenizer, shown=False)
+        answer = video_session.ask(question, max_new_tokens=max_new_tokens, streamer=counter)
     if as_json:
         print_json(answer.as_dict())
     else:
@@ -92,6 +94,8 @@ def ask(
         from tieredkv.evidence.save import save_evidence
 
         save_evidence(answer, evidence, question=question, video=videos[0] if videos else None)
+        lacks = "" if videos else ", with times but no frames: to see them, give the film before the question"
+        print(f"tieredkv: wrote {evidence}{lacks}.", file=sys.stderr)
     if unsaved is not None:
         print(f"tieredkv: {unsaved}", file=sys.stderr)
         raise typer.Exit(1)

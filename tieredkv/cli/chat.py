@@ -50,7 +50,8 @@ def chat(
 ) -> None:
     """Talk about one video, ingested once. Each answer takes earlier questions and answers into account.
 
-    Type /help for commands. From a pipe, reads one question per line, and exits with 1 if any failed.
+    Type /help for commands. With --session the conversation is kept, however the chat ends. From a pipe, reads one
+    question per line, and exits with 1 if any failed.
     """
     from tieredkv.cli.checks import check_options
     from tieredkv.cli.lines import lines
@@ -65,7 +66,9 @@ def chat(
         video_session,
         unsaved,
     ):
+        from tieredkv.cli.stats import counted
         from tieredkv.cli.talk import Talk
+        from tieredkv.cli.terminal import ended_by_signals
 
         if unsaved is not None:
             print(f"tieredkv: {unsaved}", file=sys.stderr)
@@ -73,10 +76,15 @@ def chat(
         interactive = sys.stdin.isatty()
         if interactive:
             assert video_session.video is not None
-            earlier = f", {len(video_session.history)} questions so far" if video_session.history else ""
-            print(f"{video_session.video.visual_tokens:,} visual tokens{earlier}. Ask, or /help.", file=sys.stderr)
-        talk.run(lines("> "))
-    if unsaved is not None or (talk.failed and not interactive):
+            earlier = f", {counted(len(video_session.history), 'question')} so far" if video_session.history else ""
+            tokens = counted(video_session.video.visual_tokens, "visual token")
+            print(f"{tokens}{earlier}. Ask, or /help.", file=sys.stderr)
+        with ended_by_signals():
+            try:
+                talk.run(lines("> "))
+            finally:
+                talk.keep()
+    if unsaved is not None or not talk.kept or (talk.failed and not interactive):
         raise typer.Exit(1)
 
 

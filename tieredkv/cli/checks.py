@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
+from tieredkv.errors import OptionError, SessionError
 from tieredkv.memory.units import check_gpu_kv_gb, check_host_kv_gb
 from tieredkv.policy.names import check_name
 from tieredkv.session.generation_settings import check_new_tokens
+from tieredkv.session.manifest import read_manifest
 from tieredkv.video.sampling import Sampling
 
 
@@ -21,3 +25,37 @@ def check_options(tiers: dict[str, Any], sampling: dict[str, Any], max_new_token
             check(tiers[name])
     check_new_tokens(max_new_tokens)
     return Sampling(**sampling)
+
+
+FILMS = (
+    ".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".vob",
+    ".webm", ".wmv"
+)  # fmt: skip
+"""Endings of the names of video files."""
+SESSION = ".tkv"
+"""How the docs name session files."""
+
+
+def refuse_missing_question(word: str) -> None:
+    """Raise `OptionError` if the only word of `ask` is no question but a file, there or not."""
+    if _is_session(word):
+        raise OptionError(f'{word} is a session: ask it as in tieredkv ask --session {word} "What ...?".')
+    if os.path.isfile(word) or (" " not in word.strip() and Path(word).suffix.lower() in FILMS):
+        raise OptionError(f'{word} is a file, and the question is missing: tieredkv ask {word} "What ...?".')
+
+
+def refuse_session(video: str) -> None:
+    """Raise `OptionError` for a saved session where a video is expected."""
+    if _is_session(video):
+        raise OptionError(f"{video} is a session, not a video: give it as --session {video}.")
+
+
+def _is_session(word: str) -> bool:
+    """Whether a file is a session, or is called as one, there or not."""
+    if " " not in word.strip() and word.lower().endswith(SESSION):
+        return True
+    try:
+        read_manifest(word)
+    except SessionError:
+        return False
+    return True

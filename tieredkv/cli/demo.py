@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from tieredkv.cli.process import quick_imports
+
 
 def demo(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the video and the questions.")] = 1_000_000,
@@ -22,8 +24,8 @@ def demo(
 
     Exits with 1 if the answers are more than 5 points worse, or memory exceeded the cap.
     """
-    from tieredkv.demo.run import run
-
+    with quick_imports():
+        from tieredkv.demo.run import run
     passed = run(seed=seed, minutes=minutes, share=share, plot=plot, video_path=video, as_json=as_json)
     raise typer.Exit(0 if passed else 1)
 

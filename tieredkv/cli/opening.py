@@ -10,11 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from tieredkv.cli.checks import refuse_session
 from tieredkv.cli.options import model_path, typed
+from tieredkv.cli.process import quick_imports
 from tieredkv.cli.toy import model_or_toy
 from tieredkv.errors import OptionError, SessionError
 from tieredkv.models.prompts import check_system
+from tieredkv.progress import note, spans_text
 from tieredkv.session import origin
+from tieredkv.session.beside import check_free, checkpoint_path, remove_leftover
 from tieredkv.session.manifest import read_manifest
 from tieredkv.storage import header
 from tieredkv.video.paths import check_path
@@ -44,6 +48,8 @@ def opened(
     `max_new_tokens` if known, for the check of the budget.
     """
     check_system(system)
+    if video is not None:
+        refuse_session(video)
     if saved is not None and is_there(saved):
         manifest = read_manifest(saved)
         origin.check_sampling(saved, manifest, typed(context, sampling))
@@ -52,9 +58,11 @@ def opened(
             model = None
         if video is not None:
             check_path(video)
-        from tieredkv import api
-
+        note(f"loading the model of {saved}" if model is None else f"loading {model}")
+        with quick_imports():
+            from tieredkv import api
         with api.load_session(saved, model and model_path(model), video=video, system=system, **tiers) as session:
+            remove_leftover(checkpoint_path(saved))
             report_damage(session)
             yield session, None
         return
@@ -63,13 +71,18 @@ def opened(
         raise OptionError(f"there is no video to ask about: {missing}.")
     frames = Sampling(**sampling)
     check_path(video)
+    checkpoint = None
     if saved is not None:
         header.check_target(saved)
+        checkpoint = checkpoint_path(saved)
+        check_free(checkpoint)
     model = model_or_toy(model, [video])
-    from tieredkv import api
-
+    note(f"loading {model}")
+    with quick_imports():
+        from tieredkv import api
     with api.new_session(model_path(model), progress=True, system=system, **tiers) as session:
-        session.ingest(video, frames, **asked)
+        note(f"opening {video}")
+        session.ingest(video, frames, checkpoint=checkpoint, **asked)
         report_damage(session)
         unsaved: SessionError | None = None
         if saved is not None:
@@ -84,8 +97,6 @@ def opened(
 
 def report_damage(session: VideoSession) -> None:
     """Say on stderr which seconds of the video could not be read."""
-    from tieredkv.progress import spans_text
-
     if session.ingest_stats is not None and (damaged := session.ingest_stats.damaged):
         print(
             f"tieredkv: could not be read: {spans_text(damaged)}; the picture before is shown there.", file=sys.stderr

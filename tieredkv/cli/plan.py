@@ -52,7 +52,8 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show the memory and time that a video would need. Loads no weights and decodes nothing."""
-    from tieredkv.cli.checks import check_options
+    from tieredkv.cli.checks import check_options, refuse_session
+    from tieredkv.cli.process import quick_imports
     from tieredkv.video.paths import check_path
 
     tokens = video.isascii() and video.isdigit() and len(video) < 20 and not Path(video).exists()
@@ -63,10 +64,11 @@ def plan(
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
     check_options(tiers, {**sampling, **given(start=start, end=end)}, max_new_tokens)
     if not tokens:
+        refuse_session(video)
         check_path(video)
     model = model_or_toy(model, [] if tokens else [video], "this plan is for the bundled toy model")
-    from tieredkv.planning import forecast
-
+    with quick_imports():
+        from tieredkv.planning import forecast
     estimate = forecast.plan(
         model_path(model),
         int(video) if tokens else video,

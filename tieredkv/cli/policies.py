@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from tieredkv.cli.process import quick_imports
 from tieredkv.storage.json_text import print_json
 
 
@@ -14,8 +15,8 @@ def policies(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """List the policies for --policy and TierConfig(policy=...), with their sources."""
-    from tieredkv.policy.presets import POLICIES
-
+    with quick_imports():
+        from tieredkv.policy.presets import POLICIES
     if as_json:
         plain = {name: {"source": policy.source, "summary": policy.summary} for name, policy in POLICIES.items()}
         print_json(plain)

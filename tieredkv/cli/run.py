@@ -26,8 +26,10 @@ from tieredkv.cli.options import (
     given,
     model_path,
 )
+from tieredkv.cli.process import quick_imports
 from tieredkv.cli.toy import model_or_toy
 from tieredkv.errors import BatchError
+from tieredkv.progress import note
 
 if TYPE_CHECKING:
     from tieredkv.batch.questions_file import BatchQuestion
@@ -44,7 +46,7 @@ def run(
         bool, typer.Option("--retry-errors", help="With --resume: ask failed questions again.")
     ] = False,
     sessions: Annotated[
-        Path | None, typer.Option(help="A folder that keeps each video's session, for later runs to find.")
+        Path | None, typer.Option(metavar="FOLDER", help="Keeps each video's session for later runs.")
     ] = None,
     model: Model = None,
     gpu_kv_gb: GpuGiB = None,
@@ -63,8 +65,8 @@ def run(
     """Answer a file of questions, each video ingested once. --resume continues an interrupted run.
 
     A line is {"video": "a.mp4", "question": "What ...?"}, optionally with "id", "evidence", "fps", "start" and the
-    like, and generation options. The video may be a folder or a glob: the question is asked about each film in it.
-    Paths are relative to the file. A question that fails gets a line with "error", and the exit code is then 1.
+    like, and generation options. A folder or a glob stands for each film in it. Paths are relative to the file. A
+    question that fails gets a line with "error", and the exit code is then 1.
     """
     from tieredkv.batch.answers import Answers, PrintedAnswers
     from tieredkv.batch.answers_file import AnswersFile
@@ -110,10 +112,13 @@ def _opener(
     model: str, tiers: dict[str, Any], system: str | None, options: dict[str, Any], kept: SessionFolder | None
 ) -> Callable[[Path, Sampling, Sequence[BatchQuestion]], VideoSession]:
     """Load the model, and return what opens the session of a video for its questions."""
-    from tieredkv import api
     from tieredkv.cli.opening import report_damage
-    from tieredkv.models import loading
     from tieredkv.video.paths import check_path
+
+    note(f"loading {model}")
+    with quick_imports():
+        from tieredkv import api
+        from tieredkv.models import loading
 
     loaded, processor = loading.load(model)
 

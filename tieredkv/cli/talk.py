@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tieredkv.cli.opening import is_there
+from tieredkv.cli.stats import stats_lines
 from tieredkv.cli.terminal import Stopped, TerminalStreamer, stopped_by_interrupt
 from tieredkv.errors import FAILURES, SessionError, TieredKVError, reason
 from tieredkv.session.results import Stats
@@ -19,7 +20,7 @@ HELP = """\
 /clear      start a new conversation
 /save FILE  save the session, conversation included; without FILE, to that of --session
 /stats      measurements of the last answer
-/quit       leave, as Ctrl-D does; Ctrl-C stops the answer being generated"""
+/quit       leave, as Ctrl-D does, keeping the conversation with --session; Ctrl-C stops the answer being generated"""
 
 
 class Talk:
@@ -29,10 +30,12 @@ class Talk:
         self, session: VideoSession, options: dict[str, Any], as_json: bool = False, save_to: Path | None = None
     ) -> None:
         """options: generation options of every answer. as_json: print an object per answer instead of streaming text.
-        save_to: where `/save` without a file saves."""
+        save_to: where `/save` without a file saves, and `keep`."""
         self.session, self.options, self.as_json, self.save_to = session, options, as_json, save_to
         self.failed = 0
         """Questions and commands that failed."""
+        self.kept = True
+        """Whether the last `keep` succeeded."""
         self._stats: Stats | None = None
 
     def run(self, lines: Iterable[str]) -> None:
@@ -45,9 +48,22 @@ class Talk:
                     self._command(*line.split(maxsplit=1))
                 elif line:
                     self._answer(line)
+            except BrokenPipeError:  # nobody reads the answers
+                raise
             except FAILURES as error:
                 self.failed += 1
                 _say(f"tieredkv: {reason(error)}")
+
+    def keep(self) -> None:
+        """Keep the conversation with the session's file, if there is one and anything changed. Reports a failure."""
+        if self.save_to is None:
+            return
+        try:
+            if self.session.save_conversation(self.save_to):
+                _say(f"{self.save_to}: the conversation is kept.")
+        except FAILURES as error:
+            self.kept = False
+            _say(f"tieredkv: {reason(error)}")
 
     def _answer(self, question: str) -> None:
         streamer = TerminalStreamer(self.session.processor.tokenizer, shown=not self.as_json)
@@ -76,12 +92,15 @@ class Talk:
         elif self._stats is None:
             _say("nothing has been answered yet.")
         else:
-            for key, value in self._stats.as_dict().items():
-                _say(f"{key:<22}{value}")
+            _say("\n".join(stats_lines(self._stats)))
 
     def _save(self, path: Path | None) -> None:
         if path is None:
             raise SessionError("there is no file to save to: give one, as in /save film.tkv.")
+        if self.session.is_saved_to(path):
+            self.session.save_conversation(path)
+            _say(f"{path}: the conversation is kept.")
+            return
         if is_there(path):
             try:
                 read(path)

@@ -10,6 +10,8 @@ from typing import Any
 
 from transformers import TextStreamer
 
+from tieredkv.progress import TokenCount
+
 
 class Stopped(Exception):
     """The answer was stopped by the user."""
@@ -19,18 +21,26 @@ class TerminalStreamer(TextStreamer):
     """Writes whole words as they are generated: `Generation.text` in the end, and a newline after it."""
 
     def __init__(self, tokenizer: Any, shown: bool = True) -> None:
-        """shown: if False, nothing is written, but the answer can still be stopped."""
+        """shown: if False, only the number of tokens is, at a terminal and until the end; the answer can be stopped."""
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.stopped = False
         self.wrote_text = False
         """Whether any text other than white space was written."""
         self._shown, self._blanks = shown, ""
+        self._count = TokenCount(not shown)
 
     def put(self, value: Any) -> None:
         """Take the next token. Raises `Stopped` if `stopped` is set: between tokens the state is consistent."""
         if self.stopped:
             raise Stopped
+        if not self.next_tokens_are_prompt:
+            self._count.add()
         super().put(value)
+
+    def end(self) -> None:
+        """The answer is complete, or has failed."""
+        self._count.close()
+        super().end()
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Write text, except blanks at the beginning and end of the answer."""
@@ -56,3 +66,24 @@ def stopped_by_interrupt(streamer: TerminalStreamer) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """A request to end the process (SIGTERM, or SIGHUP of a closed terminal) raises `SystemExit` in the block, so that
+    what must be done at the end is done. Ignored signals stay ignored."""
+
+    def end(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    numbers = [
+        getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)
+    ]  # Windows has no SIGHUP
+    before = {number: handler for number in numbers if (handler := signal.getsignal(number)) is signal.SIG_DFL}
+    for number in before:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -7,7 +7,6 @@ much of `cache` counts. A kill at any moment leaves the last checkpoint as it wa
 from __future__ import annotations
 
 import time
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,13 @@ from tieredkv.cache import unfinished
 from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.cache.unfinished import Mark
 from tieredkv.config import TierConfig
-from tieredkv.errors import SessionError
+from tieredkv.errors import OutputError, SessionError
 from tieredkv.session import session_file
 from tieredkv.session.ingested_video import IngestedVideo
 from tieredkv.session.origin import ModelSource, sampling_as_plain
 from tieredkv.session.session_file import SessionState
 from tieredkv.storage import block_file, tensor_file
+from tieredkv.storage.atomic import check_space
 from tieredkv.storage.block_file import Block
 from tieredkv.storage.locked_folder import LockedFolder
 
@@ -134,6 +134,16 @@ class Checkpoint:
 
     # ---- writing
 
+    def check_space(self, nbytes: int) -> None:
+        """Raise `OutputError`, and write none from now on, if the disk does not have room for the whole checkpoint and
+        the session file beside it. nbytes: of each."""
+        written = self._blocks[-1].end if self._blocks else 0
+        try:
+            check_space(self.path, 2 * nbytes - written)
+        except OutputError:
+            self._useless = True
+            raise
+
     def is_due(self, cache: TieredCache) -> bool:
         """Whether to write one now, between two calls of the model."""
         now = time.monotonic()
@@ -143,7 +153,7 @@ class Checkpoint:
 
     def is_cheap(self, cache: TieredCache) -> bool:
         """Whether writing one more takes little time, as far as known from others."""
-        return not self._useless and 0 < self._rate * self._new_bytes(cache) <= CHEAP_S
+        return not self._useless and self._rate > 0 and self._rate * self._new_bytes(cache) <= CHEAP_S
 
     def write(self, cache: TieredCache, video: IngestedVideo, model: Any, processor: Any) -> None:
         """Write what is cached, and is not there yet. video: as in `Begun`.
@@ -198,13 +208,6 @@ class Checkpoint:
 
 _ORIGIN = ("model", "model_settings", "model_state", "processor", "source")
 """Entries of the manifest that say which model it is, and stay the same."""
-
-
-def remove_leftover(path: Path) -> None:
-    """Remove the checkpoint of a session that is saved, unless it is in use."""
-    if path.is_dir():
-        with suppress(SessionError):
-            LockedFolder(path).remove()
 
 
 def _difference(was: IngestedVideo, now: IngestedVideo) -> str | None:

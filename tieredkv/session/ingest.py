@@ -8,12 +8,13 @@ from typing import Any
 
 from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.config import TierConfig
-from tieredkv.errors import TieredKVError
+from tieredkv.errors import OutputError, TieredKVError
 from tieredkv.models.chat_template import ChatTemplate
+from tieredkv.models.kv_shape import model_shape
 from tieredkv.models.long_context import LongContext
 from tieredkv.models.same_model import SameModel
 from tieredkv.planning.admission import Request
-from tieredkv.planning.sizes import QUESTION_ROOM
+from tieredkv.planning.sizes import QUESTION_ROOM, host_bytes
 from tieredkv.progress import IngestProgress
 from tieredkv.session import sampled_video, session_file
 from tieredkv.session.cached_video import CachedVideo
@@ -108,6 +109,7 @@ class Ingest:
         try:
             if checkpoint is not None:
                 begun = self._continue(checkpoint, planned, source, room, progress)
+                self._check_space(checkpoint, planned.tokens, progress)
             if begun is None:
                 begun = replace(planned, grid=first_steps(prepared.grid, 0))
             cache = self._held()
@@ -150,6 +152,14 @@ class Ingest:
             self._new_cache(room)  # that one may be filled in part
             return None
         return begun.video
+
+    def _check_space(self, checkpoint: Checkpoint, tokens: int, progress: IngestProgress) -> None:
+        """Report it if the disk is too small for checkpoints of this many tokens: none is written then."""
+        shape = model_shape(self.model.config, self.model.get_input_embeddings().weight.dtype)
+        try:
+            checkpoint.check_space(host_bytes(shape, self.tiers, tokens))
+        except OutputError as error:
+            progress.say(f"{error} The ingest goes on without checkpoints.")
 
     def _new_cache(self, room: int) -> None:
         """An empty cache, with room for this many prompt tokens."""

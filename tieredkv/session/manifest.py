@@ -17,7 +17,7 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
 
     Raises `SessionError` for a file that is missing, no session, in a newer format, cut short or damaged in its header.
     """
-    manifest = header.read_manifest(path)
+    manifest = header.read(path).manifest
     check_manifest(path, manifest)
     return manifest
 

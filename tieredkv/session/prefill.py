@@ -62,7 +62,7 @@ def prefill(
                 begin, waiting_tokens = whole.shape[1] - waiting_tokens, waiting_tokens - (stop - cached)
                 chunk(whole[:, begin : whole.shape[1] - waiting_tokens])
             waiting = [whole[:, whole.shape[1] - waiting_tokens :].clone()] if waiting_tokens else []
-        if waiting:
+        if waiting_tokens:
             chunk(join(waiting))
 
 

@@ -14,7 +14,7 @@ from tieredkv.models.families.base import VideoGrid
 from tieredkv.models.kv_shape import model_shape
 from tieredkv.planning.advice import Advice
 from tieredkv.planning.fitting import Film
-from tieredkv.progress import note
+from tieredkv.progress import tell
 from tieredkv.session.checkpoint import Checkpoint, Damaged
 from tieredkv.video.frames import Sampled, VideoSource, open_video
 from tieredkv.video.sampling import Sampling
@@ -35,7 +35,7 @@ def open_sampled(
     if not sampling.fit:
         return source, sampling, advice
     fitting, line = advice.fit(sampling)
-    note(line, shown)
+    tell(line, shown)
     rate = at_processor_rate(fitting, processor)
     if rate.fps != advice.film.asked.fps:
         source = open_video(video, rate, check)

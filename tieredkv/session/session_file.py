@@ -86,8 +86,9 @@ class SessionState:
 
 def write(
     path: Path, cached: CachedVideo, history: list[tuple[str, str]], source: ModelSource | None, progress: Progress
-) -> int:
-    """Write a session while no question is answered; returns bytes written. Raises `SessionError`.
+) -> tuple[int, int]:
+    """Write a session while no question is answered; returns the file's size and the checksum of its header. Raises
+    `SessionError`.
 
     source: of the model; None: unknown, so that the session has to be loaded with it.
     """

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, Literal, overload
 
 from tieredkv.config import TierConfig
-from tieredkv.errors import TieredKVError, UnsupportedModelError
+from tieredkv.errors import SessionError, TieredKVError, UnsupportedModelError
 from tieredkv.evidence.target import Wanted, check_wanted
 from tieredkv.models import families, kernels
 from tieredkv.models.chat_template import ChatTemplate
@@ -17,11 +17,12 @@ from tieredkv.models.families.base import Positions, VideoFamily, VideoGrid
 from tieredkv.models.prompts import check_prompt
 from tieredkv.models.wrapped import unwrapped
 from tieredkv.progress import progress_bar
-from tieredkv.session import generation, question, session_file
+from tieredkv.session import conversation_file, generation, question, session_file
 from tieredkv.session.aio import AsyncAsking
 from tieredkv.session.cached_video import CachedVideo
 from tieredkv.session.checkpoint import Checkpoint
 from tieredkv.session.conversation import Conversation
+from tieredkv.session.conversation_file import ConversationFile
 from tieredkv.session.ingest import Ingest
 from tieredkv.session.ingested_video import IngestedVideo
 from tieredkv.session.job import Job, Work
@@ -71,6 +72,8 @@ class VideoSession(AsyncAsking):
         """None before the ingest and after `close`."""
         self._ingested: IngestedVideo | None = None
         self._conversation = Conversation()
+        self._files: dict[Path, ConversationFile] = {}
+        """By the session file that each is beside: those this session was loaded from or saved to."""
         self._advised = False
         """Whether the first answer has said which kernels are missing."""
 
@@ -115,12 +118,37 @@ class VideoSession(AsyncAsking):
         is removed afterwards. Raises `SessionError`.
         """
         with self._turns.lock:
-            cached = self._ready()
+            cached, turns, file = self._ready(), self._conversation.turns, Path(path)
+            conversation_file.check(file)
             with progress_bar("save", "B", self._progress) as bar:
-                size = session_file.write(Path(path), cached, self._conversation.turns, self.source, bar)
+                nbytes, checksum = session_file.write(file, cached, turns, self.source, bar)
+            beside = self._files[file.absolute()] = ConversationFile(file.absolute(), checksum, turns)
+            beside.remove()
             if self._checkpoint is not None:
                 self._checkpoint.remove()
-            return size
+            return nbytes
+
+    def save_conversation(self, path: str | Path) -> bool:
+        """Keep the conversation with a file that this session was loaded from or saved to; returns whether it changed.
+
+        It is written beside the file, as `path` with ".chat" after it, without writing the file again, and
+        `tieredkv.load_session` reads both. Raises `SessionError` if the file is another by now, or the disk fails; what
+        was kept before is then still there.
+        """
+        with self._turns.lock:
+            self._check_open()
+            turns, file = self._conversation.turns, self._files.get(Path(path).absolute())
+            if file is not None:
+                return file.write(turns)
+            if turns:
+                raise SessionError(
+                    f"{path} does not hold this session, so the conversation is not kept: save it first."
+                )
+            return False
+
+    def is_saved_to(self, path: str | Path) -> bool:
+        """Whether this session was loaded from this file or saved to it, and the file is still there."""
+        return Path(path).absolute() in self._files and Path(path).is_file()
 
     def restore(self, stored: Stored, first_picture: float = 0.0) -> None:
         """Restore a session that `save` wrote, instead of `ingest`. See `tieredkv.load_session`.
@@ -131,8 +159,10 @@ class VideoSession(AsyncAsking):
             self._check_empty()
             state = session_file.state_of(stored, first_picture)
             template = ChatTemplate(self.family, self.processor, state.video.positions, state.video.system)
+            beside = ConversationFile(stored.path.absolute(), stored.checksum, state.history)
             self._cached = session_file.load(stored, state, self.model, template, self.tiers)
-            self.template, self._ingested, self._conversation = template, state.video, Conversation(state.history)
+            self._files[stored.path.absolute()] = beside
+            self.template, self._ingested, self._conversation = template, state.video, Conversation(beside.turns)
 
     # ---- questions
 

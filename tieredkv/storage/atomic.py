@@ -36,7 +36,7 @@ def replace_file(path: Path, nbytes: int = 0) -> Iterator[Path]:
     with output_errors(path):
         _check_place(path)
         with _temporary_folder(path) as folder:
-            _check_space(path, nbytes)
+            check_space(path, nbytes)
             part = folder / path.name
             yield part
             with part.open("r+b") as file:
@@ -51,6 +51,19 @@ def check_target(path: Path) -> None:
         _check_place(path)
         with _temporary_folder(path):
             pass
+
+
+def check_space(path: Path, nbytes: int) -> None:
+    """Raise `OutputError` if the disk of `path` has less than `nbytes` free.
+
+    A file and the one that replaces it exist at the same time, so all of the new one must fit.
+    """
+    free = shutil.disk_usage(path.parent).free
+    if nbytes > free:
+        raise OutputError(
+            f"{path} needs {nbytes / 2**30:.3g} GiB of disk, {free / 2**30:.3g} GiB free in {path.parent}: "
+            "free some, or save elsewhere."
+        )
 
 
 def check_name(path: Path) -> None:
@@ -92,16 +105,6 @@ def _check_place(path: Path) -> None:
         raise OutputError(f"{path} is not a file: give the name of one.")
     if not path.parent.is_dir():
         raise OutputError(f"{path} cannot be written: there is no folder {path.absolute().parent}.")
-
-
-def _check_space(path: Path, nbytes: int) -> None:
-    """Old and new file exist at the same time, so the whole new one must fit."""
-    free = shutil.disk_usage(path.parent).free
-    if nbytes > free:
-        raise OutputError(
-            f"{path} needs {nbytes / 2**30:.3g} GiB of disk, {free / 2**30:.3g} GiB free in {path.parent}: "
-            "free some, or save elsewhere."
-        )
 
 
 @contextmanager

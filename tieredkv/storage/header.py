@@ -31,14 +31,16 @@ class Header:
     """CRC-32 of each tensor's bytes, by name."""
     entries: dict[str, dict[str, Any]]
     """dtype, shape and offsets of each tensor, by name."""
+    checksum: int
+    """CRC-32 of the header's bytes, the tensors' checksums among them."""
 
 
-def read_manifest(path: str | Path) -> dict[str, Any]:
-    """The manifest of a file of tensors. Raises `SessionError` as `tensor_file.read` does."""
+def read(path: str | Path) -> Header:
+    """The header of a file of tensors. Raises `SessionError` as `tensor_file.read` does."""
     with opened(path) as (_, mapped):
-        manifest = read_header(Path(path), mapped).manifest
+        header = read_header(Path(path), mapped)
         mapped.close()
-    return manifest
+    return header
 
 
 @contextmanager
@@ -89,7 +91,7 @@ def read_header(path: Path, mapped: mmap.mmap) -> Header:
     if zlib.crc32(mapped[:start]) != checksum:
         raise SessionError(f"{path} is damaged: its header does not match its checksum.")
     checksums = metadata["checksums"]
-    return Header(start, metadata["manifest"], checksums, {name: header[name] for name in checksums})
+    return Header(start, metadata["manifest"], checksums, {name: header[name] for name in checksums}, checksum)
 
 
 def check_target(path: Path) -> None:

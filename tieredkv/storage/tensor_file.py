@@ -54,8 +54,9 @@ def write(
     manifest: dict[str, Any],
     tensors: dict[str, torch.Tensor],
     progress: Progress | None = None,
-) -> int:
-    """Write `manifest` (anything JSON holds) and `tensors` (contiguous, on the CPU) to `path`; returns the file's size.
+) -> tuple[int, int]:
+    """Write `manifest` (anything JSON holds) and `tensors` (contiguous, on the CPU) to `path`; returns the file's size
+    and the checksum of its header.
 
     The file is written whole or not at all (`storage.atomic`), and a file that is replaced stays valid where it is
     mapped. Tensors are not copied, and must not change meanwhile. `progress` is called with bytes written and their
@@ -114,6 +115,8 @@ class Stored:
         """Size of the file in bytes."""
         self._header = read_header(path, mapped)
         self.manifest: dict[str, Any] = self._header.manifest
+        self.checksum = self._header.checksum
+        """CRC-32 of the header, which tells this file from any other."""
 
     def _state_of_file(self) -> tuple[int, int]:
         state = os.fstat(self._descriptor)
@@ -155,14 +158,15 @@ class Stored:
         return self._header.start + start, self._header.start + stop
 
 
-def _write_header_checksum(file: Path) -> int:
-    """Fill in the header checksum of an otherwise complete file; returns the file's size."""
+def _write_header_checksum(file: Path) -> tuple[int, int]:
+    """Fill in the header checksum of an otherwise complete file; returns the file's size and that checksum."""
     with file.open("r+b") as stream:
         prefix = stream.read(8)
         header = stream.read(int.from_bytes(prefix, "little"))
         stream.seek(json.loads(header)[HEADER_CHECKSUM]["data_offsets"][0], os.SEEK_CUR)
-        stream.write(zlib.crc32(prefix + header).to_bytes(8, "little"))
-        return os.fstat(stream.fileno()).st_size
+        checksum = zlib.crc32(prefix + header)
+        stream.write(checksum.to_bytes(8, "little"))
+        return os.fstat(stream.fileno()).st_size, checksum
 
 
 def _bytes(tensor: torch.Tensor) -> Any:
