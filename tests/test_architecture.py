@@ -27,7 +27,7 @@ ALLOWED = {
     "models": "attention config environment errors memory video",
     "planning": "config errors memory models ops policy video",
     "cache": "attention config environment errors memory models ops planning policy",
-    "storage": "environment errors progress",
+    "storage": "environment errors memory progress",
     "tiny": "environment progress storage",
     "evidence": "cache errors memory models progress storage video",
     "session": "cache config environment errors evidence memory models planning progress storage tiny video",

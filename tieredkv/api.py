@@ -16,6 +16,7 @@ from tieredkv.models.loading import load
 from tieredkv.models.prompts import check_prompt, check_system
 from tieredkv.session import generation, origin, session_file
 from tieredkv.session.aio import AsyncAnswerStream, answering
+from tieredkv.session.default_cap import check_weights_fit, with_default_cap
 from tieredkv.session.job import Job, Work
 from tieredkv.session.origin import ModelSource
 from tieredkv.session.results import Generation
@@ -26,7 +27,7 @@ from tieredkv.video.frames import check_video, open_video
 from tieredkv.video.sampling import Sampling
 
 _VIDEO_OPTIONS = {field.name for field in fields(Sampling)}
-_OPENING = {*FIELDS, *_VIDEO_OPTIONS, "tiers", "processor", "positions", "progress", "system"}
+_OPENING = {*FIELDS, *_VIDEO_OPTIONS, "tiers", "processor", "weights", "positions", "progress", "system"}
 
 
 def open_session(
@@ -36,6 +37,7 @@ def open_session(
     gpu_kv_gb: float | None = None,
     tiers: TierConfig | None = None,
     processor: Any = None,
+    weights: str | None = None,
     fps: float | None = None,
     source_fps: float | None = None,
     max_frames: int | None = None,
@@ -53,19 +55,21 @@ def open_session(
     """Ingest a video and return the session that answers questions about it.
 
     model: a transformers model, or a local path or hub id to load one from. processor: the model's own; None loads the
-    one stored with the model. video: a path, or frames: a list of PIL images, or `(T, H, W, 3)` or `(T, 3, H, W)` as
-    ndarray or tensor, uint8 or floats in [0, 1], taken at `source_fps` per second (None: at `fps`). fps: frames sampled
-    per second (None: the processor's own rate). max_frames: at most this many frames, spread evenly over the video.
-    max_pixels: most pixels of a frame as the vision tower sees it, in place of the processor's limits (None: those).
-    fit: choose fps and max_pixels, as far as they are None, so that the video fits the budgets; `VideoSession.sampling`
-    tells which.
-    start, end: seconds of the video to read, as players show them. skip_damaged: go over what is damaged or missing in
-    a file; `session.ingest_stats.damaged` says which seconds. gpu_kv_gb: hard cap in GiB on device memory for
-    keys and values (None: 4). tiers: every other setting; its fields may be given as keywords instead. positions:
-    "published" or "stock", how text after the video is numbered. progress: show a bar on stderr. system: the system
-    prompt of every question; None: the chat template's own, if it has one. checkpoint: a folder in which a long ingest
-    leaves what it has cached; the same call goes on from there after an interruption. It is removed when the session is
-    saved.
+    one stored with the model. weights: "4bit" or "8bit" quantises the decoder's weights while they are loaded (None: as
+    they are stored); the vision tower and the output layer stay as they are. video: a path, or frames: a list of PIL
+    images, or `(T, H, W, 3)` or `(T, 3, H, W)` as ndarray or tensor, uint8 or floats in [0, 1], taken at `source_fps`
+    per second (None: at `fps`). fps: frames sampled per second (None: the processor's own rate). max_frames: at most
+    this many frames, spread evenly over the video. max_pixels: most pixels of a frame as the vision tower sees it, in
+    place of the processor's limits (None: those). fit: choose fps and max_pixels, as far as they are None, so that the
+    video fits the budgets; `VideoSession.sampling` says which. start, end: seconds of the video to read, as players
+    show them. skip_damaged: go over what is damaged or missing in a file; `session.ingest_stats.damaged` says which
+    seconds.
+    gpu_kv_gb: hard cap in GiB on device memory for keys and values; None: what the card has left beside weights and
+    activations, on the CPU 4 (`tiers.gpu_kv_gb` of the session says how much, `default_cap` why). tiers: every other
+    setting; its fields may be given as keywords instead. positions: "published" or "stock", how text after the video is
+    numbered. progress: show a bar on stderr. system: the system prompt of every question; None: the chat template's
+    own, if it has one. checkpoint: a folder in which a long ingest leaves what it has cached; the same call goes on
+    from there after an interruption. It is removed when the session is saved.
 
     Raises `UnsupportedModelError`, `VideoError`, `BudgetError`, `OptionError` or, for a checkpoint that is in use or of
     another ingest, `SessionError`, all of them `TieredKVError`.
@@ -76,6 +80,7 @@ def open_session(
         gpu_kv_gb=gpu_kv_gb,
         tiers=tiers,
         processor=processor,
+        weights=weights,
         positions=positions,
         progress=progress,
         system=system,
@@ -95,6 +100,7 @@ def new_session(
     gpu_kv_gb: float | None = None,
     tiers: TierConfig | None = None,
     processor: Any = None,
+    weights: str | None = None,
     positions: Positions = "published",
     progress: bool = False,
     system: str | None = None,
@@ -106,9 +112,21 @@ def new_session(
     if positions not in get_args(Positions):
         raise OptionError(f"positions={positions!r} is not valid: give 'published' or 'stock'.")
     check_system(system)
-    source = ModelSource.of(model)
-    model, processor = load(model, processor)
-    return VideoSession(model, processor, config, positions=positions, progress=progress, system=system, source=source)
+    source = ModelSource.of(model, weights)
+    model, processor = load(model, processor, weights, check_weights_fit)
+    cap = None
+    if tiers is None and gpu_kv_gb is None:
+        config, cap = with_default_cap(model, config)
+    return VideoSession(
+        model,
+        processor,
+        config,
+        positions=positions,
+        progress=progress,
+        system=system,
+        source=source,
+        default_cap=cap,
+    )
 
 
 def load_session(
@@ -118,6 +136,7 @@ def load_session(
     video: Any = None,
     gpu_kv_gb: float | None = None,
     processor: Any = None,
+    weights: str | None = None,
     progress: bool = False,
     system: str | None = None,
     **options: Any,
@@ -126,7 +145,8 @@ def load_session(
 
     The file is mapped: each layer is read, and verified against its checksum, when it is first attended to. It may be
     replaced meanwhile but not changed in place. model, processor: those the session was saved with; without them, the
-    model that the file names and the processor stored with it. video: if given, raise unless the session is about this
+    model that the file names and the processor stored with it. A model that is loaded here is quantised as the saved
+    session's was; weights: if given, raise unless that was so. video: if given, raise unless the session is about this
     file or these frames. system: if given, raise unless the session was saved with this system prompt. gpu_kv_gb,
     options: fields of `TierConfig` that replace the saved ones.
 
@@ -151,13 +171,12 @@ def load_session(
         film = open_video(video, Sampling(DEFAULT_FPS, skip_damaged=skip_damaged))
         session_file.check_same_video(stored, film)
         first_picture = film.start
-    source: ModelSource | None
     if model is None:
-        source = origin.model_of(stored.path, stored.manifest)
-        model = source.path
-    else:
-        source = origin.named_again(stored.manifest, ModelSource.of(model))
-    model, processor = load(model, processor)
+        model = origin.model_of(stored.path, stored.manifest).path
+    if isinstance(model, str | Path):
+        weights = origin.weights_of(stored.path, stored.manifest, weights)
+    source = origin.named_again(stored.manifest, ModelSource.of(model, weights))
+    model, processor = load(model, processor, weights, check_weights_fit)
     session = VideoSession(model, processor, tiers, progress=progress, source=source)
     session.restore(stored, first_picture)
     return session

@@ -75,7 +75,7 @@ def film(monkeypatch, tmp_path):
         )
 
     monkeypatch.setattr(forecast, "open_video", open_video)
-    (tmp_path / "film.mp4").write_bytes(b"its header")
+    (tmp_path / "film.mp4").write_bytes(b"a header")
     return str(tmp_path / "film.mp4")
 
 

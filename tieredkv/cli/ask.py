@@ -22,6 +22,7 @@ from tieredkv.cli.options import (
     SkipDamaged,
     Start,
     System,
+    Weights,
     given,
 )
 from tieredkv.errors import OptionError
@@ -32,6 +33,7 @@ def ask(
     context: typer.Context,
     words: Annotated[list[str], typer.Argument(metavar="[VIDEO] QUESTION", help="A video file, and the question.")],
     model: Model = None,
+    weights: Weights = None,
     session: Annotated[
         Path | None,
         typer.Option(help="A saved session to ask; if the file does not exist, the new session is saved to it."),
@@ -79,6 +81,7 @@ def ask(
         tiers=tiers,
         sampling=sampling,
         system=system,
+        weights=weights,
         question=question,
         max_new_tokens=max_new_tokens,
     ) as (video_session, unsaved):

@@ -22,6 +22,7 @@ from tieredkv.cli.options import (
     SkipDamaged,
     Start,
     System,
+    Weights,
     given,
 )
 
@@ -30,6 +31,7 @@ def chat(
     context: typer.Context,
     video: Annotated[str | None, typer.Argument(help="A video file; not needed with a saved session.")] = None,
     model: Model = None,
+    weights: Weights = None,
     session: Annotated[
         Path | None,
         typer.Option(help="A saved session to continue; if the file does not exist, the new session is saved to it."),
@@ -62,10 +64,17 @@ def chat(
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
     options = {"max_new_tokens": max_new_tokens}
     check_options(tiers, sampling, max_new_tokens)
-    with opened(context, model, video, session, tiers=tiers, sampling=sampling, system=system, **options) as (
-        video_session,
-        unsaved,
-    ):
+    with opened(
+        context,
+        model,
+        video,
+        session,
+        tiers=tiers,
+        sampling=sampling,
+        system=system,
+        weights=weights,
+        **options,
+    ) as (video_session, unsaved):
         from tieredkv.cli.stats import counted
         from tieredkv.cli.talk import Talk
         from tieredkv.cli.terminal import ended_by_signals

@@ -11,6 +11,7 @@ from tieredkv.errors import OptionError
 
 KEYS: dict[str, Any] = {
     "model": str,
+    "weights": str,
     "gpu_kv_gb": float,
     "host_kv_gb": float,
     "fps": float,

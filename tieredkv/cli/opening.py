@@ -16,6 +16,8 @@ from tieredkv.cli.process import quick_imports
 from tieredkv.cli.toy import model_or_toy
 from tieredkv.errors import OptionError, SessionError
 from tieredkv.models.prompts import check_system
+from tieredkv.models.quantising import check_package, check_weights
+from tieredkv.models.sources import check_source
 from tieredkv.progress import note, spans_text
 from tieredkv.session import origin
 from tieredkv.session.beside import check_free, checkpoint_path, remove_leftover
@@ -38,13 +40,14 @@ def opened(
     tiers: dict[str, Any],
     sampling: dict[str, Any],
     system: str | None = None,
+    weights: str | None = None,
     **asked: Any,
 ) -> Iterator[tuple[VideoSession, SessionError | None]]:
     """Yields the session, and why it could not be saved, or None.
 
-    context: of the command. saved: a file to load, or to write if it does not exist. model, tiers, sampling: the
-    options given. A saved session names its model and keeps its own sampling: what the command line itself gives must
-    agree, and values from the environment are ignored. system: the system prompt. asked: `question` and
+    context: of the command. saved: a file to load, or to write if it does not exist. model, weights, tiers, sampling:
+    the options given. A saved session names its model and keeps its own sampling: what the command line itself gives
+    must agree, and values from the environment are ignored. system: the system prompt. asked: `question` and
     `max_new_tokens` if known, for the check of the budget.
     """
     check_system(system)
@@ -56,12 +59,15 @@ def opened(
         if model is None or (not typed(context, {"model": model}) and origin.named_model(manifest) is not None):
             origin.model_of(saved, manifest)  # raises at once if it is gone
             model = None
+        weights = typed(context, {"weights": weights}).get("weights")
+        check_model(model, origin.weights_of(saved, manifest, weights))
         if video is not None:
             check_path(video)
+        named = model and model_path(model)
         note(f"loading the model of {saved}" if model is None else f"loading {model}")
         with quick_imports():
             from tieredkv import api
-        with api.load_session(saved, model and model_path(model), video=video, system=system, **tiers) as session:
+        with api.load_session(saved, named, weights=weights, video=video, system=system, **tiers) as session:
             remove_leftover(checkpoint_path(saved))
             report_damage(session)
             yield session, None
@@ -71,6 +77,7 @@ def opened(
         raise OptionError(f"there is no video to ask about: {missing}.")
     frames = Sampling(**sampling)
     check_path(video)
+    check_model(model, weights)
     checkpoint = None
     if saved is not None:
         header.check_target(saved)
@@ -80,9 +87,10 @@ def opened(
     note(f"loading {model}")
     with quick_imports():
         from tieredkv import api
-    with api.new_session(model_path(model), progress=True, system=system, **tiers) as session:
+    with api.new_session(model_path(model), weights=weights, progress=True, system=system, **tiers) as session:
+        say_default_cap(session)
         note(f"opening {video}")
-        session.ingest(video, frames, checkpoint=checkpoint, **asked)
+        session.ingest(video, frames, checkpoint=checkpoint, save_to=saved, **asked)
         report_damage(session)
         unsaved: SessionError | None = None
         if saved is not None:
@@ -93,6 +101,20 @@ def opened(
             except SessionError as error:  # the question can be answered nevertheless
                 unsaved = error
         yield session, unsaved
+
+
+def check_model(model: str | None, weights: str | None) -> None:
+    """Raise a `TieredKVError` for what `--model` and `--weights` cannot be, before anything is loaded."""
+    check_weights(weights)
+    check_package(weights)
+    if model is not None and model != "tiny":
+        check_source(model_path(model))
+
+
+def say_default_cap(session: VideoSession) -> None:
+    """Report on stderr the cap that follows from the card, if none was given."""
+    if session.default_cap is not None:
+        print(f"tieredkv: {session.default_cap}", file=sys.stderr)
 
 
 def report_damage(session: VideoSession) -> None:

@@ -28,8 +28,20 @@ Model = Annotated[
         help="A local path, a hub id, or 'tiny', the bundled toy [a session's own; the toy for the demo's films].",
     ),
 ]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        envvar="TIEREDKV_WEIGHTS",
+        metavar="4bit|8bit",
+        help="Quantise the decoder's weights while loading [as they are stored].",
+    ),
+]
 GpuGiB = Annotated[
-    float | None, typer.Option(envvar="TIEREDKV_GPU_KV_GB", help="Device memory for keys and values, GiB [4].")
+    float | None,
+    typer.Option(
+        envvar="TIEREDKV_GPU_KV_GB",
+        help="Device memory for keys and values, GiB [what the card has left; without one 4].",
+    ),
 ]
 HostGiB = Annotated[
     float | None,

@@ -21,6 +21,7 @@ from tieredkv.cli.options import (
     SkipDamaged,
     Start,
     System,
+    Weights,
     given,
     model_path,
     typed,
@@ -33,6 +34,7 @@ def plan(
     context: typer.Context,
     video: Annotated[str, typer.Argument(help="A video file, or a whole number of visual tokens.")],
     model: Model = None,
+    weights: Weights = None,
     gpu_kv_gb: GpuGiB = None,
     host_kv_gb: HostGiB = None,
     policy: PolicyName = None,
@@ -54,6 +56,7 @@ def plan(
     """Show the memory and time that a video would need. Loads no weights and decodes nothing."""
     from tieredkv.cli.checks import check_options, refuse_session
     from tieredkv.cli.process import quick_imports
+    from tieredkv.models.quantising import check_weights
     from tieredkv.video.paths import check_path
 
     tokens = video.isascii() and video.isdigit() and len(video) < 20 and not Path(video).exists()
@@ -62,6 +65,7 @@ def plan(
     if tokens and not typed(context, sampling):
         sampling = {}  # defaults for videos do not apply to a number of tokens
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
+    check_weights(weights)
     check_options(tiers, {**sampling, **given(start=start, end=end)}, max_new_tokens)
     if not tokens:
         refuse_session(video)
@@ -72,13 +76,14 @@ def plan(
     estimate = forecast.plan(
         model_path(model),
         int(video) if tokens else video,
-        gpu_kv_gb=4.0 if gpu_kv_gb is None else gpu_kv_gb,
+        gpu_kv_gb=gpu_kv_gb,
         host_kv_gb=host_kv_gb,
         **given(policy=policy),
         **sampling,
         start=start or 0.0,
         end=end,
         system=system,
+        weights=weights,
         max_new_tokens=max_new_tokens,
         link=link,
         card=card,

@@ -23,6 +23,7 @@ from tieredkv.cli.options import (
     SkipDamaged,
     Start,
     System,
+    Weights,
     given,
     model_path,
 )
@@ -49,6 +50,7 @@ def run(
         Path | None, typer.Option(metavar="FOLDER", help="Keeps each video's session for later runs.")
     ] = None,
     model: Model = None,
+    weights: Weights = None,
     gpu_kv_gb: GpuGiB = None,
     host_kv_gb: HostGiB = None,
     policy: PolicyName = None,
@@ -73,6 +75,7 @@ def run(
     from tieredkv.batch.questions_file import read_questions
     from tieredkv.batch.run import run as run_batch
     from tieredkv.cli.checks import check_options
+    from tieredkv.cli.opening import check_model
     from tieredkv.models.prompts import check_system
 
     if retry_errors and not resume:
@@ -85,6 +88,7 @@ def run(
     sampled |= given(skip_damaged=skip_damaged or None, fit=fit or None)
     sampling = check_options(tiers, sampled, max_new_tokens)
     check_system(system)
+    check_model(model, weights)
     batch = read_questions(None if questions == "-" else Path(questions), sampling)
     answers: Answers = PrintedAnswers()
     if output != "-":
@@ -97,8 +101,8 @@ def run(
             from tieredkv.batch.session_folder import SessionFolder
             from tieredkv.session.origin import ModelSource
 
-            kept = None if sessions is None else SessionFolder(sessions, ModelSource.of(path), _say)
-            opener = _opener(path, tiers, system, options, kept)
+            kept = None if sessions is None else SessionFolder(sessions, ModelSource.of(path, weights), _say)
+            opener = _opener(path, weights, tiers, system, options, kept)
             answers.begin()
             run_batch(batch, answers, opener, options, _say)
     failed, unsaved = len(answers.failed), kept.unsaved if kept else 0
@@ -109,22 +113,35 @@ def run(
 
 
 def _opener(
-    model: str, tiers: dict[str, Any], system: str | None, options: dict[str, Any], kept: SessionFolder | None
+    model: str,
+    weights: str | None,
+    tiers: dict[str, Any],
+    system: str | None,
+    options: dict[str, Any],
+    kept: SessionFolder | None,
 ) -> Callable[[Path, Sampling, Sequence[BatchQuestion]], VideoSession]:
     """Load the model, and return what opens the session of a video for its questions."""
-    from tieredkv.cli.opening import report_damage
+    from tieredkv.cli.opening import report_damage, say_default_cap
+    from tieredkv.session.origin import ModelSource
     from tieredkv.video.paths import check_path
 
     note(f"loading {model}")
     with quick_imports():
         from tieredkv import api
         from tieredkv.models import loading
+        from tieredkv.session.default_cap import check_weights_fit
 
-    loaded, processor = loading.load(model)
+    loaded, processor = loading.load(model, None, weights, check_weights_fit)
+    said = False
 
     def open_session(video: Path, sampling: Sampling, pending: Sequence[BatchQuestion]) -> VideoSession:
+        nonlocal said
         check_path(video)
         session = api.new_session(loaded, processor=processor, progress=True, system=system, **tiers)
+        session.source = ModelSource.of(model, weights)
+        if not said:
+            say_default_cap(session)
+            said = True
         try:
             # The shortest answer must fit; a longer one that does not is an error of its own question.
             least = min(session.new_tokens(options | question.options) for question in pending)

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 
 from tieredkv.errors import BudgetError
-from tieredkv.memory.units import GIB
+from tieredkv.memory.units import GIB, different_sizes
 
 SAFE_SHARE = 0.8
 """Share of the available memory to use if `host_kv_gb` is None; video decoding and torch need the rest."""
@@ -81,10 +81,9 @@ def check_host_memory(
     `check_host`."""
     available = available_host_bytes() if available is None else available
     if needed_bytes > available:
-        raise BudgetError(
-            f"{what} needs {needed_bytes / GIB:.2f} GiB of host memory, {available / GIB:.2f} GiB is available: "
-            f"{remedy(available) if callable(remedy) else remedy}."
-        )
+        needs, free = different_sizes(needed_bytes, available)
+        advice = remedy(available) if callable(remedy) else remedy
+        raise BudgetError(f"{what} needs {needs} of host memory, {free} is available: {advice}.")
 
 
 def _groups(proc_cgroup: Path, root: Path) -> Iterator[tuple[Path, Names]]:

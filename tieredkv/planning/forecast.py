@@ -5,7 +5,7 @@ Bytes come from the functions that size the real cache, so a plan refuses what a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,17 @@ from tieredkv.models.chat_template import ChatTemplate
 from tieredkv.models.encode import at_processor_rate, batch_tokens
 from tieredkv.models.families.base import VideoGrid
 from tieredkv.models.kv_shape import KVShape, model_shape
-from tieredkv.models.long_context import LongContext
+from tieredkv.models.long_context import LongContext, trained_tokens
+from tieredkv.models.quantised import scheme_of
+from tieredkv.models.quantising import check_weights, quantised_config
 from tieredkv.models.wrapped import unwrapped
 from tieredkv.planning import decode_plan, forecast_bytes, sizes
-from tieredkv.planning.admission import Request, check_memory
+from tieredkv.planning.admission import Request, check_memory, smallest_cap_bytes
 from tieredkv.planning.advice import Advice
+from tieredkv.planning.card_memory import CardMemory, working_bytes
 from tieredkv.planning.cards import find_card
 from tieredkv.planning.fitting import Film
-from tieredkv.planning.prefill_plan import untiered_prefill_bytes
+from tieredkv.planning.prefill_plan import question_rows, untiered_prefill_bytes
 from tieredkv.planning.report import MemoryPlan, find_link
 from tieredkv.planning.weight_bytes import weight_bytes
 from tieredkv.video.frames import Sampled, check_video, open_video
@@ -46,6 +49,7 @@ def plan(
     host_kv_gb: float | None = None,
     tiers: TierConfig | None = None,
     processor: Any = None,
+    weights: str | None = None,
     fps: float | None = None,
     source_fps: float | None = None,
     max_frames: int | None = None,
@@ -70,13 +74,15 @@ def plan(
     question), or a video as in `open_session`, which is opened but not decoded and needs the model's processor.
     question_tokens: text after the video, the chat template's end included. system: a system prompt, counted
     too. static_share: share of the heads assumed static, unless the policy fixes it. link: a name in `LINKS`, or GB/s;
-    card: a name, or GB/s (`find_card`). tiers, or its fields as further keywords. fit: choose fps and
-    max_pixels as `open_session` does; `MemoryPlan.fit` says which.
+    card: a name, or GB/s (`find_card`). weights: as in `open_session`. tiers, or its fields as further keywords. Of a
+    card known by name the default of gpu_kv_gb is what is left of its memory. fit: as in
+    `open_session`; `MemoryPlan.fit` says what it chose.
 
     Raises `BudgetError` when a tier is too small, naming the smallest change that fits; `VideoError`,
     `UnsupportedModelError` or `OptionError` for bad input.
     """
-    tiers = tier_config(tiers, {"gpu_kv_gb": gpu_kv_gb, "host_kv_gb": host_kv_gb, **options})
+    default_cap = tiers is None and gpu_kv_gb is None
+    settings = tier_config(tiers, {"gpu_kv_gb": gpu_kv_gb, "host_kv_gb": host_kv_gb, **options})
     link, link_speed = find_link(link)
     on = None if card is None else find_card(card)
     for name, value in (("question_tokens", question_tokens), ("max_new_tokens", max_new_tokens)):
@@ -84,7 +90,7 @@ def plan(
     share = is_number(static_share) and 0 <= static_share <= 1
     check_value(share, "static_share", static_share, "a share between 0 and 1")
 
-    source = _Model.of(model)
+    source = _Model.of(model, weights)
     shape = source.shape
     video: _Video | None = None
     if system is not None and source.is_text:
@@ -103,9 +109,37 @@ def plan(
         if processor is None:
             processor = loading.load_processor(source.path)
         video = _Video.open(source, processor, video_or_tokens, sampling, system)
+    weighs = weight_bytes(source.config, source.dtype, source.loaded)
+
+    def working(video: _Video | None) -> int:
+        vision = 0 if source.is_text else None if video is None else video.encode_bytes(settings)
+        return working_bytes(source.config, shape, settings, vision)
+
+    def card_memory(video: _Video | None) -> CardMemory | None:
+        if on is None or on.memory_gib is None:
+            return None
+        return CardMemory(on, weighs["decoder_bytes"] + weighs["vision_bytes"], working(video))
+
+    def advice(video: _Video) -> Advice:
+        memory = card_memory(video)
+        return Advice(
+            video.film(question_tokens),
+            shape,
+            settings,
+            question_tokens,
+            max_new_tokens,
+            limits.available_host_bytes(),
+            card_bytes=None if memory is None else memory.left_bytes,
+            trained=trained_tokens(source.config),
+        )
+
+    if default_cap and (memory := card_memory(video)) is not None:
+        if memory.default_cap == 0:
+            memory.check(1, 1, source.smaller_weights)
+        settings = replace(settings, gpu_kv_gb=memory.default_cap)
     fitting = None
     if video is not None and fit:
-        chosen, fitting = video.advice(tiers, question_tokens, max_new_tokens).fit(sampling)
+        chosen, fitting = advice(video).fit(sampling)
         video = _Video.open(source, processor, video_or_tokens, chosen, system)
     if video is not None:
         visual = video.grid.visual_tokens
@@ -118,33 +152,38 @@ def plan(
     prompt = text + inside
     LongContext(source.config).check(0, prompt + max_new_tokens)
 
-    host, available = sizes.host_bytes(shape, tiers, prompt), limits.available_host_bytes()
+    host, available = sizes.host_bytes(shape, settings, prompt), limits.available_host_bytes()
+
+    def smaller(allowed: int) -> str:
+        kind = "tokens" if source.is_text else "visual tokens"
+        return _fewer_tokens(shape, settings, host, available, text, allowed, kind)
+
     needs = Request(prompt, question_tokens, max_new_tokens)
+    memory = card_memory(video)
+    smallest = smallest_cap_bytes(shape, settings, needs.layout(settings), question_rows(settings, question_tokens))
+    if memory is not None and default_cap and video is None:
+        memory.check(smallest, smallest, source.smaller_weights)
     if video is not None:
-        layout = video.advice(tiers, question_tokens, max_new_tokens).check(needs)
+        layout = advice(video).check(needs)
     else:
-
-        def smaller(allowed: int) -> str:
-            kind = "tokens" if source.is_text else "visual tokens"
-            return _fewer_tokens(shape, tiers, host, available, text, allowed, kind)
-
         fewer = "give fewer tokens or a smaller max_new_tokens"
-        layout = check_memory(shape, tiers, needs, fewer, smaller, available=available)
+        layout = check_memory(shape, settings, needs, fewer, smaller, available=available)
 
-    static = forecast_bytes.assumed_static(shape, tiers, static_share)
-    decoding = decode_plan.plan_decode(shape, tiers, layout, tiers.cap_bytes, static.double(), static)
+    static = forecast_bytes.assumed_static(shape, settings, static_share)
+    decoding = decode_plan.plan_decode(shape, settings, layout, settings.cap_bytes, static.double(), static)
     n_static, n_dynamic = int(static.sum()), int((~static).sum())
-    c = tiers.chunk_tokens
+    c = settings.chunk_tokens
     recent = prompt - layout.recent_start + max_new_tokens
     static_pages, selected = int(decoding.pages[static].sum()), int(decoding.selected.sum())
     dynamic_pages = n_dynamic * layout.sink_chunks + selected
-    decode = forecast_bytes.decode_bytes(shape, tiers, decoding, static)
-    read, copied = forecast_bytes.step_bytes(shape, tiers, decoding, static)
-    return MemoryPlan(
+    decode = forecast_bytes.decode_bytes(shape, settings, decoding, static)
+    prefill = forecast_bytes.prefill_bytes(shape, settings, prompt, question_tokens)
+    read, copied = forecast_bytes.step_bytes(shape, settings, decoding, static)
+    memory_plan = MemoryPlan(
         model_type=source.config.model_type,
         dtype=str(source.dtype).removeprefix("torch."),
         shape=shape,
-        **weight_bytes(source.config, source.dtype, source.loaded),
+        **weighs,
         video=None if video is None else video.name,
         frames=None if video is None else video.sampled.frames,
         frame_size=None if video is None else (video.sampled.height, video.sampled.width),
@@ -152,7 +191,7 @@ def plan(
         tower_size=None if video is None else video.tower_size,
         fit=fitting,
         grid=None if video is None else (video.grid.steps, video.grid.rows, video.grid.columns),
-        encode_batch=None if video is None else video.encode_batch(tiers),
+        encode_batch=None if video is None else video.encode_batch(settings),
         visual_tokens=visual,
         video_text_tokens=inside - visual,
         prompt_tokens=prompt,
@@ -160,11 +199,11 @@ def plan(
         full_bytes=prompt * shape.token_bytes,
         host_bytes=host,
         snapshot_bytes=sizes.snapshot_bytes(shape, prompt),
-        host_budget_bytes=limits.host_budget_bytes(tiers.host_kv_gb, available),
-        cap_bytes=tiers.cap_bytes,
-        prefill=forecast_bytes.prefill_bytes(shape, tiers, prompt, question_tokens),
+        host_budget_bytes=limits.host_budget_bytes(settings.host_kv_gb, available),
+        cap_bytes=settings.cap_bytes,
+        prefill=prefill,
         decode=decode,
-        untiered_prefill=untiered_prefill_bytes(shape, tiers, prompt, question_tokens),
+        untiered_prefill=untiered_prefill_bytes(shape, settings, prompt, question_tokens),
         untiered_decode=sizes.untiered_bytes(shape, prompt + max_new_tokens - 1, 1),
         static_heads=n_static,
         dynamic_heads=n_dynamic,
@@ -173,12 +212,19 @@ def plan(
         packed=decoding.packed,
         step_read_bytes=read,
         step_copy_bytes=copied,
-        prefill_copy_bytes=forecast_bytes.prefill_copy_bytes(shape, tiers, prompt, question_tokens),
+        prefill_copy_bytes=forecast_bytes.prefill_copy_bytes(shape, settings, prompt, question_tokens),
         link=link,
         link_gb_s=link_speed,
         card=None if on is None else on.name,
         card_gb_s=None if on is None else on.gb_s,
+        card_bytes=None if memory is None else memory.nominal_bytes,
+        working_bytes=working(video),
+        reserve_bytes=None if memory is None else memory.reserve_bytes,
+        trained_tokens=trained_tokens(source.config),
     )
+    if memory is not None:
+        memory.check(memory_plan.kv_bytes, smallest, source.smaller_weights)
+    return memory_plan
 
 
 # ---- the model and the video
@@ -194,10 +240,11 @@ class _Model:
     loaded: Any = None
 
     @staticmethod
-    def of(model: Any) -> _Model:
+    def of(model: Any, weights: str | None = None) -> _Model:
         from transformers import PreTrainedConfig
 
         model = unwrapped(model)
+        check_weights(weights, loaded=hasattr(model, "generate"))
         if isinstance(model, str | Path):
             config, path, loaded = loading.load_config(model), str(model), None
         elif isinstance(model, PreTrainedConfig):
@@ -211,8 +258,19 @@ class _Model:
         if loaded is not None:
             dtype = loaded.get_input_embeddings().weight.dtype
         else:
-            dtype = config.dtype or config.get_text_config(decoder=True).dtype or torch.bfloat16
+            dtype = loading.stored_dtype(config)
+            config = config if weights is None else quantised_config(config, weights, dtype)
         return _Model(config, dtype, path, loaded)
+
+    def smaller_weights(self) -> dict[str, int]:
+        """Bytes of all weights by the `weights=` that would quantise them; none if they are, or are loaded."""
+        if self.loaded is not None or scheme_of(self.config) is not None:
+            return {}
+        smaller = {}
+        for weights in ("8bit", "4bit"):
+            parts = weight_bytes(quantised_config(self.config, weights, self.dtype), self.dtype)
+            smaller[weights] = parts["decoder_bytes"] + parts["vision_bytes"]
+        return smaller
 
     @property
     def shape(self) -> KVShape:
@@ -274,15 +332,20 @@ class _Video:
         config, video = self.source.config, self.sampled
         return batch_tokens(self.template.family, config, video.height, video.width, self.grid, tiers)
 
-    def advice(self, tiers: TierConfig, question_tokens: int, new_tokens: int) -> Advice:
-        """What to say if it does not fit."""
+    def encode_bytes(self, tiers: TierConfig) -> int:
+        """Activations of a call of the vision tower."""
+        config, grid = self.source.config, self.grid
+        step = self.template.family.encode_bytes(config, (grid.steps, grid.step_tokens // grid.columns, grid.columns))
+        return step * self.encode_batch(tiers) // grid.step_tokens
+
+    def film(self, question_tokens: int) -> Film:
+        """The tokens that it has at other rates and frame sizes."""
         template, config = self.template, self.source.config
 
         def around(sampled: Sampled, grid: VideoGrid) -> int:
             return _head_tokens(template, config, sampled) + question_tokens
 
-        film = Film(template, config, self.sampling, self.sampled, around)
-        return Advice(film, self.source.shape, tiers, question_tokens, new_tokens, limits.available_host_bytes())
+        return Film(template, config, self.sampling, self.sampled, around)
 
 
 def _fewer_tokens(

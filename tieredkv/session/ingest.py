@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+import warnings
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from tieredkv.cache.tiered_cache import TieredCache
@@ -11,12 +13,13 @@ from tieredkv.config import TierConfig
 from tieredkv.errors import OutputError, TieredKVError
 from tieredkv.models.chat_template import ChatTemplate
 from tieredkv.models.kv_shape import model_shape
-from tieredkv.models.long_context import LongContext
+from tieredkv.models.long_context import LongContext, beyond_training, trained_tokens
+from tieredkv.models.placement import layer_devices
 from tieredkv.models.same_model import SameModel
 from tieredkv.planning.admission import Request
 from tieredkv.planning.sizes import QUESTION_ROOM, host_bytes
 from tieredkv.progress import IngestProgress
-from tieredkv.session import sampled_video, session_file
+from tieredkv.session import sampled_video
 from tieredkv.session.cached_video import CachedVideo
 from tieredkv.session.checkpoint import Checkpoint, Damaged
 from tieredkv.session.ingested_video import IngestedVideo, VideoFacts
@@ -25,6 +28,7 @@ from tieredkv.session.prefill import first_steps
 from tieredkv.session.results import IngestStats
 from tieredkv.session.stages import Stages
 from tieredkv.session.video_embeddings import prepare
+from tieredkv.storage import header
 from tieredkv.video.frames import VideoSource
 from tieredkv.video.sampling import Sampling
 
@@ -45,16 +49,18 @@ class Ingest:
         question: str,
         max_new_tokens: int,
         checkpoint: Checkpoint | None = None,
+        save_to: str | Path | None = None,
     ) -> CachedVideo:
         """Decode, encode and prefill the video. May be called once.
 
         question, max_new_tokens: what the budgets must allow for, checked before anything is decoded. checkpoint: where
-        what is cached is written now and then, and from which an earlier ingest is continued. Raises `VideoError`,
-        `BudgetError` or `SessionError`, and `TieredKVError` if it was cancelled; the cache's memory is then freed.
+        what is cached is written now and then, and from which an earlier ingest is continued. save_to: a file whose
+        disk must have room for the session. Raises `VideoError`, `BudgetError` or `SessionError`, and `TieredKVError`
+        if it was cancelled; the cache's memory is then freed.
         """
         try:
             with self.pipeline:
-                return self._run(video, sampling, question, max_new_tokens, checkpoint)
+                return self._run(video, sampling, question, max_new_tokens, checkpoint, save_to)
         except Cancelled:
             self.close()
             raise TieredKVError("the session was closed while its video was being ingested.") from None
@@ -73,7 +79,13 @@ class Ingest:
             self._cache = None
 
     def _run(
-        self, video: Any, sampling: Sampling, question: str, max_new_tokens: int, checkpoint: Checkpoint | None
+        self,
+        video: Any,
+        sampling: Sampling,
+        question: str,
+        max_new_tokens: int,
+        checkpoint: Checkpoint | None,
+        save_to: str | Path | None,
     ) -> CachedVideo:
         started = time.perf_counter()
         self.pipeline.check()
@@ -100,8 +112,12 @@ class Ingest:
         )
         request = Request(planned.tokens + advice.question_tokens, advice.question_tokens, max_new_tokens)
         LongContext(model.config).check(0, request.tokens + max_new_tokens)
+        if beyond := beyond_training(trained_tokens(model.config), request.tokens):
+            warnings.warn(f"the prompt has {request.tokens:,} tokens, {beyond}.", stacklevel=2)
         advice.check(request)
         room = request.tokens + QUESTION_ROOM
+        if save_to is not None:
+            header.check_space(Path(save_to), self._file_bytes(planned.tokens))
         self._new_cache(room)
         same_model = SameModel(model)
         progress = IngestProgress(self._show_progress, planned.tokens, source.seconds)
@@ -144,7 +160,7 @@ class Ingest:
             now = replace(planned, facts=replace(planned.facts, sha256=source.sha256(self.pipeline.check)))
             checkpoint.check(begun, now, self.tiers, model, template.processor)
             progress.resumed(begun.tokens, begun.video.grid.steps * planned.grid.seconds_per_step)
-            devices = dict(zip(cache.layers, session_file.layer_devices(template, model), strict=False))
+            devices = dict(zip(cache.layers, layer_devices(template.family.decoder(model).layers), strict=False))
             checkpoint.restore(begun, cache, devices)
         except Damaged as error:
             progress.restarted(str(error))
@@ -155,9 +171,8 @@ class Ingest:
 
     def _check_space(self, checkpoint: Checkpoint, tokens: int, progress: IngestProgress) -> None:
         """Report it if the disk is too small for checkpoints of this many tokens: none is written then."""
-        shape = model_shape(self.model.config, self.model.get_input_embeddings().weight.dtype)
         try:
-            checkpoint.check_space(host_bytes(shape, self.tiers, tokens))
+            checkpoint.check_space(self._file_bytes(tokens))
         except OutputError as error:
             progress.say(f"{error} The ingest goes on without checkpoints.")
 
@@ -169,3 +184,8 @@ class Ingest:
     def _held(self) -> TieredCache:
         assert self._cache is not None
         return self._cache
+
+    def _file_bytes(self, tokens: int) -> int:
+        """Size of the session file of this many tokens, without its header: it holds what the host tier does."""
+        shape = model_shape(self.model.config, self.model.get_input_embeddings().weight.dtype)
+        return host_bytes(shape, self.tiers, tokens)

@@ -63,6 +63,18 @@ def model_of(path: Path, manifest: Mapping[str, Any]) -> ModelSource:
     return source
 
 
+def weights_of(path: Path, manifest: Mapping[str, Any], asked: str | None) -> str | None:
+    """How to quantise the weights while loading the model of a session file. Raises `SessionError` if `asked` is given
+    and differs. Of a file that names no model it is what was asked."""
+    named = named_model(manifest)
+    if named is None:
+        return asked
+    if asked is not None and asked != named.weights:
+        saved = f"weights={named.weights!r}" if named.weights else "weights as they are stored"
+        raise SessionError(f"{path} was saved with {saved}: leave out weights={asked!r}.")
+    return named.weights
+
+
 def named_again(manifest: Mapping[str, Any], given: ModelSource | None) -> ModelSource | None:
     """What to name when a session is saved again that was loaded with the model of `given`: its place, if it moved.
 

@@ -7,15 +7,19 @@ from dataclasses import replace
 from typing import Any
 
 from tieredkv.config import TierConfig
+from tieredkv.errors import BudgetError
 from tieredkv.memory import limits
+from tieredkv.memory.units import GIB
 from tieredkv.models.chat_template import ChatTemplate
 from tieredkv.models.encode import at_processor_rate
 from tieredkv.models.families.base import VideoGrid
 from tieredkv.models.kv_shape import model_shape
+from tieredkv.models.long_context import trained_tokens
 from tieredkv.planning.advice import Advice
 from tieredkv.planning.fitting import Film
 from tieredkv.progress import tell
 from tieredkv.session.checkpoint import Checkpoint, Damaged
+from tieredkv.session.default_cap import default_cap
 from tieredkv.video.frames import Sampled, VideoSource, open_video
 from tieredkv.video.sampling import Sampling
 
@@ -80,6 +84,17 @@ def advice(
             new_tokens=max_new_tokens,
             available=limits.available_host_bytes(),
             one_memory=weight.device.type == "cpu",
+            card_bytes=_card_bytes(model, tiers),
+            trained=trained_tokens(model.config),
         )
 
     return advise
+
+
+def _card_bytes(model: Any, tiers: TierConfig) -> int | None:
+    """What the card has for keys and values; None on the CPU."""
+    try:
+        cap = default_cap(model, tiers)
+    except BudgetError:  # nothing
+        return 0
+    return None if cap is None else int(cap.gpu_kv_gb * GIB)

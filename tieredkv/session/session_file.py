@@ -19,6 +19,7 @@ from tieredkv.models import adapters
 from tieredkv.models.chat_template import ChatTemplate
 from tieredkv.models.families.base import Slices, VideoGrid
 from tieredkv.models.fingerprint import fingerprint_difference, model_fingerprint, model_state, state_difference
+from tieredkv.models.placement import layer_devices
 from tieredkv.models.same_model import SameModel
 from tieredkv.models.settings import model_settings, processor_settings, settings_difference
 from tieredkv.progress import Progress
@@ -223,19 +224,10 @@ def load(
     """The video of a session file. Raises `SessionError`, and `BudgetError` if it exceeds `host_kv_gb`."""
     tokens, same_model = state.video.tokens, SameModel(model)
     check_origin(stored, model, template.processor)
-    cache = map_cache(stored, model.config, tiers, tokens, layer_devices(template, model))
+    cache = map_cache(stored, model.config, tiers, tokens, layer_devices(template.family.decoder(model).layers))
     if tiers.host_kv_gb is not None:
         check_host(cache.host_bytes, tiers.host_kv_gb, f"the cache of {tokens:,} tokens", "raise host_kv_gb")
     return CachedVideo(model, template, cache, state.video, same_model, stored)
-
-
-def layer_devices(template: ChatTemplate, model: Any) -> list[torch.device]:
-    """Where each layer of a model computes, even if its weights are stored elsewhere (accelerate's offloading)."""
-    places = []
-    for layer in template.family.decoder(model).layers:
-        place = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
-        places.append(next(layer.parameters()).device if place is None else torch.device(place))
-    return places
 
 
 def map_cache(

@@ -23,6 +23,7 @@ from tieredkv.session.cached_video import CachedVideo
 from tieredkv.session.checkpoint import Checkpoint
 from tieredkv.session.conversation import Conversation
 from tieredkv.session.conversation_file import ConversationFile
+from tieredkv.session.default_cap import DefaultCap
 from tieredkv.session.ingest import Ingest
 from tieredkv.session.ingested_video import IngestedVideo
 from tieredkv.session.job import Job, Work
@@ -52,9 +53,11 @@ class VideoSession(AsyncAsking):
         progress: bool = False,
         system: str | None = None,
         source: ModelSource | None = None,
+        default_cap: DefaultCap | None = None,
     ) -> None:
         """model, processor: as transformers loads them. source: what `save` names as the model's place; None: where it
-        says it was loaded from. The rest as in `tieredkv.open_session`."""
+        says it was loaded from. default_cap: why `tiers` have the cap that they have, if it was not given. The rest as
+        in `tieredkv.open_session`."""
         model = unwrapped(model)
         device = model.get_input_embeddings().weight.device
         if device.type not in ("cpu", "cuda"):
@@ -62,6 +65,8 @@ class VideoSession(AsyncAsking):
         self.model, self.processor, self.tiers = model, processor, tiers
         self.template = ChatTemplate(families.video_family(model.config), processor, positions, system)
         self.source = source or ModelSource.of(model)
+        self.default_cap = default_cap
+        """How `tiers.gpu_kv_gb` follows from the card; None if it was given, or on the CPU."""
         self._progress = progress
         self._turns = Turns()
         self._ingest: Ingest | None = None
@@ -87,13 +92,15 @@ class VideoSession(AsyncAsking):
         question: str = "?",
         max_new_tokens: int = 1,
         checkpoint: str | Path | None = None,
+        save_to: str | Path | None = None,
     ) -> None:
         """Decode, encode and prefill the video. Once per session.
 
         video, checkpoint: as in `tieredkv.open_session`. sampling: None takes all of it, at the processor's rate.
         question, max_new_tokens: the expected question, if known; the budgets are checked for it before anything is
-        decoded. Raises `VideoError`, `BudgetError` or `SessionError` and leaves the session without a video. `close`
-        from another thread ends it with a `TieredKVError`.
+        decoded. save_to: where the session will be saved; the disk is checked for room too. Raises `VideoError`,
+        `BudgetError` or `SessionError` and leaves the session without a video. `close` from another thread ends it with
+        a `TieredKVError`.
         """
         with self._turns.lock:
             self._check_empty()
@@ -102,7 +109,7 @@ class VideoSession(AsyncAsking):
             try:
                 if self._turns.closed:  # since the check
                     self._ingest.cancel()
-                self._cached = self._ingest.run(video, sampling or Sampling(), question, max_new_tokens, kept)
+                self._cached = self._ingest.run(video, sampling or Sampling(), question, max_new_tokens, kept, save_to)
                 self._checkpoint, kept = kept, None
             finally:
                 self._ingest = None

@@ -132,6 +132,8 @@ def check_video(video: Any) -> None:
         )
     if isinstance(video, str | Path):
         check_path(video)
+    elif isinstance(video, Sequence) and video and all(isinstance(one, str | Path) for one in video):
+        raise VideoError(f"video is a list of {len(video)} paths: give one; each video is a session of its own.")
 
 
 class ArraySource:

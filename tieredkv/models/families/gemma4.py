@@ -188,6 +188,12 @@ class Gemma4Decoder(Decoder):
     def readers(self, text: PreTrainedConfig) -> int:
         return text.layer_types[_own_layers(text) :].count(TIERED)
 
+    def read_from(self, text: PreTrainedConfig) -> int | None:
+        own = _own_layers(text)
+        kinds = text.layer_types[:own]
+        read = [own - 1 - kinds[::-1].index(kind) for kind in set(text.layer_types[own:])]
+        return min(read, default=None)
+
 
 def _own_layers(text: PreTrainedConfig) -> int:
     """How many of its layers, the first ones, have keys and values of their own."""
