@@ -23,7 +23,7 @@ from tieredkv.session.results import Generation
 from tieredkv.session.stream import AnswerStream, check_stream
 from tieredkv.session.video_session import VideoSession
 from tieredkv.storage import tensor_file
-from tieredkv.video.frames import check_video, open_video
+from tieredkv.video.media import check_media, media_of
 from tieredkv.video.sampling import Sampling
 
 _VIDEO_OPTIONS = {field.name for field in fields(Sampling)}
@@ -168,9 +168,9 @@ def load_session(
     if video is not None:
         sampled = origin.sampling_of(stored.path, stored.manifest)
         skip_damaged = sampled is not None and sampled.skip_damaged
-        film = open_video(video, Sampling(DEFAULT_FPS, skip_damaged=skip_damaged))
-        session_file.check_same_video(stored, film)
-        first_picture = film.start
+        sources = [each.open(Sampling(DEFAULT_FPS, skip_damaged=skip_damaged)) for each in media_of(video)]
+        session_file.check_same_media(stored, sources)
+        first_picture = sources[0].start
     if model is None:
         model = origin.model_of(stored.path, stored.manifest).path
     if isinstance(model, str | Path):
@@ -250,7 +250,7 @@ def _single_question(
         check_prompt(prompt)
         check_system(opening.get("system"))
         sampling = Sampling(**sampled)
-        check_video(video)
+        check_media(video)
         check_wanted(asking.get("evidence", True))
 
     def run(job: Job | None) -> Generation:

@@ -36,7 +36,7 @@ def ask(
     weights: Weights = None,
     session: Annotated[
         Path | None,
-        typer.Option(help="A saved session to ask; if the file does not exist, the new session is saved to it."),
+        typer.Option(help="A saved session to ask; if the file does not exist, the new session is saved to it [none]."),
     ] = None,
     gpu_kv_gb: GpuGiB = None,
     host_kv_gb: HostGiB = None,
@@ -51,7 +51,7 @@ def ask(
     system: System = None,
     max_new_tokens: NewTokens = 256,
     evidence: Annotated[
-        Path | None, typer.Option(help="Write the moments that were attended to, as .png or .html.")
+        Path | None, typer.Option(help="Write the moments that were attended to, as .png or .html [not written].")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print answer, evidence and statistics as JSON.")] = False,
 ) -> None:

@@ -34,7 +34,9 @@ def chat(
     weights: Weights = None,
     session: Annotated[
         Path | None,
-        typer.Option(help="A saved session to continue; if the file does not exist, the new session is saved to it."),
+        typer.Option(
+            help="A saved session to continue; if the file does not exist, the new session is saved to it [none]."
+        ),
     ] = None,
     gpu_kv_gb: GpuGiB = None,
     host_kv_gb: HostGiB = None,

@@ -49,7 +49,8 @@ def plan(
     max_new_tokens: NewTokens = 256,
     link: Annotated[str, typer.Option(envvar="TIEREDKV_LINK", help="The link to the card, or its GB/s.")] = "pcie4x16",
     card: Annotated[
-        str | None, typer.Option(envvar="TIEREDKV_CARD", help="The card, such as 'RTX 4090', or GB/s of its memory.")
+        str | None,
+        typer.Option(envvar="TIEREDKV_CARD", help="The card, such as 'RTX 4090', or GB/s of its memory [none]."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:

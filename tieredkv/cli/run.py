@@ -47,7 +47,7 @@ def run(
         bool, typer.Option("--retry-errors", help="With --resume: ask failed questions again.")
     ] = False,
     sessions: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Keeps each video's session for later runs.")
+        Path | None, typer.Option(metavar="FOLDER", help="Keeps each video's session for later runs [none].")
     ] = None,
     model: Model = None,
     weights: Weights = None,

@@ -1,13 +1,13 @@
-"""A video opened as it will be sampled, and what to say if that does not fit."""
+"""The rate and the frame size of a session's video with `fit`, and what to say if a video does not fit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from tieredkv.config import TierConfig
-from tieredkv.errors import BudgetError
+from tieredkv.errors import BudgetError, OptionError
 from tieredkv.memory import limits
 from tieredkv.memory.units import GIB
 from tieredkv.models.chat_template import ChatTemplate
@@ -20,30 +20,35 @@ from tieredkv.planning.fitting import Film
 from tieredkv.progress import tell
 from tieredkv.session.checkpoint import Checkpoint, Damaged
 from tieredkv.session.default_cap import default_cap
-from tieredkv.video.frames import Sampled, VideoSource, open_video
+from tieredkv.video.frames import Sampled, VideoSource
+from tieredkv.video.media import Medium
 from tieredkv.video.sampling import Sampling
 
 Advise = Callable[[VideoSource, Sampling], Advice]
 
 
-def open_sampled(
-    video: Any, sampling: Sampling, processor: Any, advise: Advise, check: Callable[[], None], shown: bool
-) -> tuple[VideoSource, Sampling, Advice]:
-    """The opened video, how it is sampled, and the advice on it. With `fit`, rate and size are chosen first, which is
-    reported if `shown`.
+def fitting(
+    media: Sequence[Medium],
+    processor: Any,
+    sampling: Sampling,
+    advise: Advise,
+    checkpoint: Checkpoint | None,
+    check: Callable[[], None],
+    shown: bool,
+) -> Sampling:
+    """A sampling with `fit`, with the rate and the size chosen, which is reported if `shown`.
 
-    check: as for `open_video`. Raises `VideoError`, and `BudgetError` if no rate and size fit.
+    check: as for `open_video`. Raises `OptionError` for several media, `VideoError`, and `BudgetError` if nothing fits.
     """
-    source = open_video(video, at_processor_rate(sampling, processor), check)
-    advice = advise(source, sampling)
+    if len(media) > 1:
+        raise OptionError(f"fit=True is for one video: give fps and max_pixels for {len(media)} videos and pictures.")
+    sampling = as_begun(media[0].sampling(sampling), checkpoint)
     if not sampling.fit:
-        return source, sampling, advice
-    fitting, line = advice.fit(sampling)
+        return sampling
+    source = media[0].open(at_processor_rate(sampling, processor), check)
+    chosen, line = advise(source, sampling).fit(sampling)
     tell(line, shown)
-    rate = at_processor_rate(fitting, processor)
-    if rate.fps != advice.film.asked.fps:
-        source = open_video(video, rate, check)
-    return source, fitting, advise(source, fitting)
+    return chosen
 
 
 def as_begun(sampling: Sampling, checkpoint: Checkpoint | None) -> Sampling:
@@ -59,11 +64,9 @@ def as_begun(sampling: Sampling, checkpoint: Checkpoint | None) -> Sampling:
     return replace(sampling, fps=fps, max_pixels=max_pixels, fit=False)
 
 
-def advice(
-    model: Any, template: ChatTemplate, tiers: TierConfig, around: tuple[str, str], max_new_tokens: int
-) -> Advise:
-    """What advises on a video of a session. around: the prompt's text before the video and after it."""
-    head, tail = around
+def advice(model: Any, template: ChatTemplate, tiers: TierConfig, head: str, tail: str, max_new_tokens: int) -> Advise:
+    """What advises on the one video of a session. head, tail: the prompt's text before the video and after it."""
+    own = template.of_each()[0]
     weight = model.get_input_embeddings().weight
     shape = model_shape(model.config, weight.dtype)
 
@@ -72,15 +75,15 @@ def advice(
         return template.tail_ids(tail, last, grid.slices).shape[1]
 
     def text(sampled: Sampled, grid: VideoGrid) -> int:
-        return template.head_ids(model.config, head, sampled).shape[1] + after(sampled, grid)
+        return template.text_ids(model.config, 0, head, sampled).shape[1] + after(sampled, grid)
 
     def advise(source: VideoSource, sampling: Sampling) -> Advice:
         sampled = Sampled.of(source, sampling.max_pixels)
         return Advice(
-            Film(template, model.config, at_processor_rate(sampling, template.processor), sampled, text),
+            Film(own, model.config, at_processor_rate(sampling, template.processor), sampled, text),
             shape,
             tiers,
-            question_tokens=after(sampled, template.frames(model.config, sampled)),
+            question_tokens=after(sampled, own.frames(model.config, sampled)),
             new_tokens=max_new_tokens,
             available=limits.available_host_bytes(),
             one_memory=weight.device.type == "cpu",

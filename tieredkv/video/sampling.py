@@ -20,6 +20,7 @@ from tieredkv.video.film import Film, probe
 from tieredkv.video.length import SAME_TIME
 from tieredkv.video.picture import Painter
 from tieredkv.video.playback import IndexFailed, Playback, Shot
+from tieredkv.video.timecodes import shown
 
 Tick = Callable[[float], None]
 """Called for every decoded frame with the seconds of video decoded since the first sampling time; may raise to stop."""
@@ -72,7 +73,7 @@ class Sampling:
             raise VideoError(f"start={start!r} is not valid: give seconds from the video's beginning, 0 or more.")
         if end is not None and (not is_number(end) or end <= start + SAME_TIME):
             raise VideoError(
-                f"end={end!r} is not valid: give seconds after start={start:g}, or None for the video's end."
+                f"end={end!r} is not valid: give seconds after start={shown(start)}, or None for the video's end."
             )
 
     def given(self) -> list[str]:
@@ -121,7 +122,7 @@ class FileSource:
         self.damaged: tuple[tuple[float, float], ...] = ()
         if self._until <= self.start + SAME_TIME:
             raise VideoError(
-                f"{self.name}: end={self._until:g} is before the first picture, which comes at {self.start:.2f} s "
+                f"{self.name}: end={shown(self._until)} is before the first picture, which comes at {self.start:.2f} s "
                 "of the file: give a later end."
             )
         if self._film.end is None:
@@ -224,7 +225,7 @@ class FileSource:
 
     def _past_the_end(self, seconds: float) -> VideoError:
         return VideoError(
-            f"{self.name}: start={self.start:g} is past the end of the video, which ends at {seconds:.2f} s: "
+            f"{self.name}: start={shown(self.start)} is past the end of the video, which ends at {seconds:.2f} s: "
             "give an earlier start."
         )
 
