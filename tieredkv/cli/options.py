@@ -86,6 +86,9 @@ End = Annotated[
 SkipDamaged = Annotated[
     bool, typer.Option("--skip-damaged", help="Go over what is damaged in the video; says which seconds are missing.")
 ]
+AllowUrl = Annotated[
+    bool, typer.Option("--allow-url", help="The video may be an http(s) URL, which is downloaded to a temporary file.")
+]
 System = Annotated[str | None, typer.Option(help="The system prompt; part of a session [the template's own].")]
 PolicyName = Annotated[
     str | None,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +14,7 @@ from tieredkv.evidence.moments import Evidence
 from tieredkv.evidence.target import check_target
 from tieredkv.evidence.view import View, moment_frames
 from tieredkv.storage.atomic import replace_file
+from tieredkv.video.frames import states_its_rate
 from tieredkv.video.media import Medium, Video, media_of
 
 
@@ -48,10 +51,12 @@ def save_evidence(
         raise OptionError("this answer has no evidence: ask with evidence=True.")
     evidence, shown = _part(answer.evidence, medium), None if video is None else _shown(video, medium)
     source = None if shown is None else shown.source
-    if isinstance(shown, Video) and source_fps is None and not isinstance(source, str | Path):
+    if isinstance(source, Iterator):
+        raise OptionError("the frames of an iterator can be read only once: give them as a list, or the file.")
+    if isinstance(shown, Video) and source_fps is None and not states_its_rate(source):
         raise OptionError("the video is given as frames: give source_fps=, their number per second.")
     frames = None if shown is None else moment_frames(evidence, shown, source_fps)
-    name = Path(source).name if isinstance(source, str | Path) else ""
+    name = Path(str(source)).name if isinstance(source, str | os.PathLike) else ""
     view = View(_plain(question), _plain(answer.text), evidence, frames, _plain(name))
     data = _png(view) if path.suffix.lower() == ".png" else page.to_html(view).encode()
     with replace_file(path, len(data)) as part:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -45,6 +45,8 @@ def fitting(
     sampling = as_begun(media[0].sampling(sampling), checkpoint)
     if not sampling.fit:
         return sampling
+    if isinstance(media[0].source, Iterator):
+        raise OptionError("fit=True would use up the iterator: give its frames as a list, or give fps and max_pixels.")
     source = media[0].open(at_processor_rate(sampling, processor), check)
     chosen, line = advise(source, sampling).fit(sampling)
     tell(line, shown)

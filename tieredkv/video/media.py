@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 from tieredkv.errors import OptionError, VideoError, first_line
 from tieredkv.video.paths import check_path
 from tieredkv.video.sampling import Sampling, Tick
+from tieredkv.video.urls import check_url, is_url
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -70,7 +72,7 @@ class Picture:
 
     def check(self) -> None:
         """Raise `VideoError` unless the source is a PIL image or a file; nothing is read."""
-        if isinstance(self.source, str | Path):
+        if isinstance(self.source, str | os.PathLike):
             check_path(self.source)
         elif not _is_image(self.source):
             raise VideoError(f"a picture is of type {type(self.source).__name__}: give a path or a PIL image.")
@@ -93,23 +95,29 @@ def media_of(video: Any) -> tuple[Medium, ...]:
     media. In such a list, files called as pictures are, and PIL images, are still pictures."""
     if isinstance(video, Video | Picture):
         return (video,)
-    if isinstance(video, list | tuple) and any(isinstance(one, str | Path | Video | Picture) for one in video):
+    if isinstance(video, list | tuple) and any(isinstance(one, str | os.PathLike | Video | Picture) for one in video):
         return tuple(map(_medium, video))
     return (Video(video),)
 
 
-def check_media(video: Any) -> tuple[Medium, ...]:
-    """The same. Raises `VideoError` for anything that is no video or picture; nothing is read."""
+def check_media(video: Any, allow_url: bool = False) -> tuple[Medium, ...]:
+    """The same. Raises `VideoError` for anything that is no video or picture; nothing is read.
+
+    allow_url: a URL may be one, of which `fetched` makes a file.
+    """
     media = media_of(video)
     for medium in media:
-        medium.check()
+        if is_url(medium.source):
+            check_url(medium.source, allow_url)
+        else:
+            medium.check()
     return media
 
 
 def _medium(one: Any) -> Medium:
     if isinstance(one, Video | Picture):
         return one
-    still = Path(one).suffix.lower() in PICTURES if isinstance(one, str | Path) else _is_image(one)
+    still = Path(one).suffix.lower() in PICTURES if isinstance(one, str | os.PathLike) else _is_image(one)
     return Picture(one) if still else Video(one)
 
 
@@ -128,7 +136,7 @@ class _PictureSource:
 
     def __init__(self, source: Any) -> None:
         self._source = source
-        self.name = str(source) if isinstance(source, str | Path) else "the picture given"
+        self.name = str(source) if isinstance(source, str | os.PathLike) else "the picture given"
         self.width, self.height = self._read().size
 
     def _read(self) -> Image:
@@ -136,7 +144,7 @@ class _PictureSource:
         from PIL import Image, ImageOps
 
         try:
-            picture = Image.open(self._source) if isinstance(self._source, str | Path) else self._source
+            picture = Image.open(self._source) if isinstance(self._source, str | os.PathLike) else self._source
             return ImageOps.exif_transpose(picture).convert("RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise VideoError(f"{self.name}: not a readable picture ({first_line(error)}).") from None
@@ -150,7 +158,7 @@ class _PictureSource:
 
     def sha256(self, check: Callable[[], None] | None = None) -> str:
         """Hash of the file's bytes, or of the pixels of a PIL image and their shape."""
-        if isinstance(self._source, str | Path):
+        if isinstance(self._source, str | os.PathLike):
             try:
                 return hashlib.sha256(Path(self._source).read_bytes()).hexdigest()
             except OSError as error:
@@ -161,4 +169,4 @@ class _PictureSource:
 
 def names_of(media: Sequence[Medium]) -> list[str]:
     """The paths of media, or what their sources are called."""
-    return [str(one.source) if isinstance(one.source, str | Path) else f"the {one.kind} given" for one in media]
+    return [str(one.source) if isinstance(one.source, str | os.PathLike) else f"the {one.kind} given" for one in media]

@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -101,16 +101,20 @@ class FileSource:
 
     def __init__(
         self,
-        path: Path,
+        video: str | os.PathLike[str],
         sampling: Sampling,
         check: Callable[[], None] | None = None,
     ) -> None:
         """Decodes the first frames of the file. Raises `VideoError` if there are none, or `start` is past the end.
 
-        sampling: with `fps`. check: called for every packet if all must be read to find the length; may raise to stop.
+        video: messages name it as `str` gives it. sampling: with `fps`. check: called for every packet if all must be
+        read to find the length; may raise to stop.
         """
-        self._film = probe(path, sampling.end, check, sampling.skip_damaged)
-        self.name = str(path)
+        video = Path(video) if isinstance(video, str) else video
+        self._video = video  # a temporary file lives as long as this
+        self.name = str(video)
+        with self._named():
+            self._film = probe(Path(video), sampling.end, check, sampling.skip_damaged)
         self.height, self.width = self._film.height, self._film.width
         assert sampling.fps is not None
         self.fps, self._limit = sampling.fps, sampling.max_frames
@@ -147,7 +151,10 @@ class FileSource:
             if tick is not None:
                 tick(furthest)
 
-        sampled = first
+        with self._named():
+            yield from self._frames(first, report)
+
+    def _frames(self, sampled: int, report: Tick) -> Iterator[np.ndarray]:
         for seek in (self._seek, False):
             try:
                 with closing(self._pictures(sampled, seek, report)) as pictures:
@@ -195,6 +202,17 @@ class FileSource:
                 playback.check_end(self._until)
                 if n == 0:
                     raise self._past_the_end(playback.clock.shown_until)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Errors call the video by its name, not by the path of a temporary file."""
+        path = os.fspath(self._video)
+        try:
+            yield
+        except VideoError as error:
+            if path == self.name:
+                raise
+            raise VideoError(str(error).replace(path, self.name)) from None
 
     def _clipped(self, damaged: list[tuple[float, float]], frames: int) -> tuple[tuple[float, float], ...]:
         """Damaged spans as far as they are within what was sampled, those that touch joined."""
