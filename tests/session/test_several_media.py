@@ -170,6 +170,13 @@ def test_each_video_may_be_sampled_in_its_own_way():
             _ = session.video
 
 
+def test_the_sampling_of_one_video_is_that_of_the_session():
+    model, processor = build("qwen3_vl")
+    video = Video(noise(1, 40), fps=2, source_fps=4)
+    with tieredkv.open_session(model, video, processor=processor, gpu_kv_gb=1, fps=4) as session:
+        assert (session.sampling.fps, session.video.steps) == (2, 10)
+
+
 @pytest.mark.parametrize("name", ALONE)
 def test_a_family_that_takes_one_video_refuses_more(name):
     model, processor = build(name)
