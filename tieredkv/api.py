@@ -64,8 +64,8 @@ def open_session(
     which is downloaded to a temporary file; a binary file object; a reader of decord or torchcodec; or frames: a list
     of PIL images, `(T, H, W, 3)` or `(T, 3, H, W)` as ndarray or tensor, uint8 or floats in [0, 1], or an iterator of
     single ones, taken at `source_fps` per second (None: at `fps`); or a list with a path, a `tieredkv.Video` or a
-    `tieredkv.Picture` in it: several, in this order, with still pictures where the family takes them. fps: frames sampled per second (None: the
-    processor's own rate). max_frames: at most this many frames, spread evenly over the video. max_pixels: most pixels
+    `tieredkv.Picture` in it: several, in this order, with still pictures where the family takes them. fps: frames
+    sampled per second (None: the processor's own rate). max_frames: at most this many frames, spread evenly over the video. max_pixels: most pixels
     of a frame as the vision tower sees it, in place of the processor's limits (None: those). fit: choose fps and
     max_pixels, as far as they are None, so that the video fits the budgets; `VideoSession.sampling` says which. start,
     end: seconds of the video to read, as players show them. skip_damaged: go over what is damaged or missing in a file;
