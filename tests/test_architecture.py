@@ -22,7 +22,7 @@ ALLOWED = {
     "policy": "errors",
     "attention": "environment errors",
     "ops": "attention policy",
-    "video": "errors memory",
+    "video": "errors memory progress",
     "config": "errors memory policy",
     "models": "attention config environment errors memory video",
     "planning": "config errors memory models ops policy video",

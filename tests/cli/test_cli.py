@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import typer
 from command_line import run
 from helpers import PATIENCE_S
 
@@ -191,6 +193,14 @@ def test_help_fits_a_screen_and_shows_an_example(monkeypatch, capsys, command):
     assert len(lines) <= 40
     assert max(map(len, lines)) <= 100
     assert "\n  Example: tieredkv " + " ".join(command) in out
+
+
+def test_every_option_shows_its_default():
+    for name, command in typer.main.get_command(app.app).commands.items():  # type: ignore[attr-defined]
+        for option in command.params:
+            if option.param_type_name == "option" and not option.is_flag and not option.required:
+                shown = option.default is not None or re.search(r"\[.+\]", option.help)
+                assert shown, f"{name} {option.opts[0]}"
 
 
 def test_the_help_of_every_command_is_checked():

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from tieredkv.cli.options import (
+    AllowUrl,
     End,
     Fps,
     GpuGiB,
@@ -35,7 +36,7 @@ def ask(
     weights: Weights = None,
     session: Annotated[
         Path | None,
-        typer.Option(help="A saved session to ask; if the file does not exist, the new session is saved to it."),
+        typer.Option(help="A saved session to ask; if the file does not exist, the new session is saved to it [none]."),
     ] = None,
     gpu_kv_gb: GpuGiB = None,
     host_kv_gb: HostGiB = None,
@@ -46,10 +47,11 @@ def ask(
     start: Start = None,
     end: End = None,
     skip_damaged: SkipDamaged = False,
+    allow_url: AllowUrl = False,
     system: System = None,
     max_new_tokens: NewTokens = 256,
     evidence: Annotated[
-        Path | None, typer.Option(help="Write the moments that were attended to, as .png or .html.")
+        Path | None, typer.Option(help="Write the moments that were attended to, as .png or .html [not written].")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print answer, evidence and statistics as JSON.")] = False,
 ) -> None:
@@ -58,6 +60,7 @@ def ask(
     from tieredkv.cli.opening import opened
     from tieredkv.evidence.target import check_target
     from tieredkv.models.prompts import check_prompt
+    from tieredkv.video.fetched import fetched
 
     *videos, question = words
     if len(videos) > 1:
@@ -71,10 +74,11 @@ def ask(
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
     check_prompt(question)
     check_options(tiers, sampling, max_new_tokens)
+    film = context.with_resource(fetched(videos[0] if videos else None, allow_url, progress=True))
     with opened(
         context,
         model,
-        videos[0] if videos else None,
+        film,
         session,
         tiers=tiers,
         sampling=sampling,
@@ -94,7 +98,7 @@ def ask(
     if evidence is not None:
         from tieredkv.evidence.save import save_evidence
 
-        save_evidence(answer, evidence, question=question, video=videos[0] if videos else None)
+        save_evidence(answer, evidence, question=question, video=film)
         lacks = "" if videos else ", with times but no frames: to see them, give the film before the question"
         print(f"tieredkv: wrote {evidence}{lacks}.", file=sys.stderr)
     if unsaved is not None:

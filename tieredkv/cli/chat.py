@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from tieredkv.cli.options import (
+    AllowUrl,
     End,
     Fps,
     GpuGiB,
@@ -33,7 +34,9 @@ def chat(
     weights: Weights = None,
     session: Annotated[
         Path | None,
-        typer.Option(help="A saved session to continue; if the file does not exist, the new session is saved to it."),
+        typer.Option(
+            help="A saved session to continue; if the file does not exist, the new session is saved to it [none]."
+        ),
     ] = None,
     gpu_kv_gb: GpuGiB = None,
     host_kv_gb: HostGiB = None,
@@ -44,6 +47,7 @@ def chat(
     start: Start = None,
     end: End = None,
     skip_damaged: SkipDamaged = False,
+    allow_url: AllowUrl = False,
     system: System = None,
     max_new_tokens: NewTokens = 256,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object per answer.")] = False,
@@ -56,16 +60,18 @@ def chat(
     from tieredkv.cli.checks import check_options
     from tieredkv.cli.lines import lines
     from tieredkv.cli.opening import opened
+    from tieredkv.video.fetched import fetched
 
     sampling = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels, start=start, end=end)
     sampling |= given(skip_damaged=skip_damaged or None)
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
     options = {"max_new_tokens": max_new_tokens}
     check_options(tiers, sampling, max_new_tokens)
+    film = context.with_resource(fetched(video, allow_url, progress=True))
     with opened(
         context,
         model,
-        video,
+        film,
         session,
         tiers=tiers,
         sampling=sampling,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 def opened(
     context: typer.Context,
     model: str | None,
-    video: str | None,
+    video: str | PathLike[str] | None,
     saved: Path | None,
     *,
     tiers: dict[str, Any],
@@ -52,7 +53,7 @@ def opened(
     """
     check_system(system)
     if video is not None:
-        refuse_session(video)
+        refuse_session(str(video))
     if saved is not None and is_there(saved):
         manifest = read_manifest(saved)
         origin.check_sampling(saved, manifest, typed(context, sampling))

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from tieredkv.cli.options import (
+    AllowUrl,
     End,
     Fps,
     GpuGiB,
@@ -43,11 +44,13 @@ def plan(
     start: Start = None,
     end: End = None,
     skip_damaged: SkipDamaged = False,
+    allow_url: AllowUrl = False,
     system: System = None,
     max_new_tokens: NewTokens = 256,
     link: Annotated[str, typer.Option(envvar="TIEREDKV_LINK", help="The link to the card, or its GB/s.")] = "pcie4x16",
     card: Annotated[
-        str | None, typer.Option(envvar="TIEREDKV_CARD", help="The card, such as 'RTX 4090', or GB/s of its memory.")
+        str | None,
+        typer.Option(envvar="TIEREDKV_CARD", help="The card, such as 'RTX 4090', or GB/s of its memory [none]."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -55,6 +58,7 @@ def plan(
     from tieredkv.cli.checks import check_options, refuse_session
     from tieredkv.cli.process import quick_imports
     from tieredkv.models.quantising import check_weights
+    from tieredkv.video.fetched import fetched
     from tieredkv.video.paths import check_path
 
     tokens = video.isascii() and video.isdigit() and len(video) < 20 and not Path(video).exists()
@@ -64,15 +68,16 @@ def plan(
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
     check_weights(weights)
     check_options(tiers, {**sampling, **given(start=start, end=end)}, max_new_tokens)
+    film = context.with_resource(fetched(video, allow_url, progress=True))
     if not tokens:
         refuse_session(video)
-        check_path(video)
-    model = model_or_toy(model, [] if tokens else [video], "this plan is for the bundled toy model")
+        check_path(film)
+    model = model_or_toy(model, [] if tokens else [film], "this plan is for the bundled toy model")
     with quick_imports():
         from tieredkv.planning import forecast
     estimate = forecast.plan(
         model_path(model),
-        int(video) if tokens else video,
+        int(video) if tokens else film,
         gpu_kv_gb=gpu_kv_gb,
         host_kv_gb=host_kv_gb,
         **given(policy=policy),

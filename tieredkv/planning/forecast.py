@@ -6,6 +6,7 @@ Bytes come from the functions that size the real cache, so a plan refuses what a
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from tieredkv.config import TierConfig, tier_config
-from tieredkv.errors import OptionError, UnsupportedModelError, check_value, check_whole, is_number
+from tieredkv.errors import OptionError, UnsupportedModelError, VideoError, check_value, check_whole, is_number
 from tieredkv.memory import limits
 from tieredkv.memory.units import as_gib, largest
 from tieredkv.models import families, loading
@@ -32,8 +33,10 @@ from tieredkv.planning.cards import find_card
 from tieredkv.planning.prefill_plan import question_rows, untiered_prefill_bytes
 from tieredkv.planning.report import MemoryPlan, find_link
 from tieredkv.planning.weight_bytes import weight_bytes
+from tieredkv.video.download import download
 from tieredkv.video.frames import Sampled, check_video, open_video
 from tieredkv.video.sampling import Sampling
+from tieredkv.video.urls import check_url, is_url
 
 HEAD_TOKENS = 15
 """Tokens of text before the video without a processor: those of Qwen2.5-VL's chat template."""
@@ -55,6 +58,7 @@ def plan(
     end: float | None = None,
     max_pixels: int | None = None,
     skip_damaged: bool = False,
+    allow_url: bool = False,
     question_tokens: int = 64,
     max_new_tokens: int = 256,
     static_share: float = 0.0,
@@ -101,7 +105,12 @@ def plan(
             processor = loading.load_processor(source.path)
     else:
         families.video_family(source.config)  # raises for a text model
+        if is_url(video_or_tokens):
+            check_url(video_or_tokens, allow_url)
+            video_or_tokens = download(video_or_tokens)  # removed with the last reference to it
         check_video(video_or_tokens)
+        if isinstance(video_or_tokens, Iterator):
+            raise VideoError("a plan would use up the iterator: give its frames as a list, or a number of tokens.")
         if processor is None:
             processor = loading.load_processor(source.path)
         video = _Video.open(source, processor, video_or_tokens, sampling)

@@ -115,7 +115,7 @@ class VideoSession(AsyncAsking):
                 self._ingest = None
                 if kept is not None:
                     kept.close()
-            self._ingested = self._cached.video
+            self._ingested, self.template = self._cached.video, self._cached.template
 
     def save(self, path: str | Path) -> int:
         """Write the session to a file that `tieredkv.load_session` loads without the video; returns bytes written.
@@ -165,7 +165,10 @@ class VideoSession(AsyncAsking):
         with self._turns.lock:
             self._check_empty()
             state = session_file.state_of(stored, first_picture)
-            template = ChatTemplate(self.family, self.processor, state.video.positions, state.video.system)
+            known = state.video
+            template = ChatTemplate(
+                self.family, self.processor, known.positions, known.system, [each.kind for each in known.media]
+            )
             beside = ConversationFile(stored.path.absolute(), stored.checksum, state.history)
             self._cached = session_file.load(stored, state, self.model, template, self.tiers)
             self._files[stored.path.absolute()] = beside
@@ -270,8 +273,20 @@ class VideoSession(AsyncAsking):
 
     @property
     def video(self) -> VideoGrid | None:
-        """The video's tokens; None before the ingest."""
-        return None if self._ingested is None else self._ingested.grid
+        """The video's tokens; None before the ingest. Raises `TieredKVError` if there are several: see `videos`."""
+        if len(self.videos) > 1:
+            raise TieredKVError(f"this session has {len(self.videos)} videos and pictures: `videos` lists them.")
+        return self.videos[0] if self.videos else None
+
+    @property
+    def videos(self) -> tuple[VideoGrid, ...]:
+        """The tokens of each video and picture, in the order of the prompt; empty before the ingest."""
+        return () if self._ingested is None else tuple(each.grid for each in self._ingested.media)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the sources of `videos` were called when they were read: their paths."""
+        return () if self._ingested is None else tuple(each.facts.name for each in self._ingested.media)
 
     @property
     def head_tokens(self) -> int:

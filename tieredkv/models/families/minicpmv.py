@@ -36,11 +36,14 @@ class MiniCPMV46(VideoFamily):
     # ---- text
 
     def opening(self, processor: Any, frames: int, seconds: float, times: Sequence[float]) -> str:
+        return self.numbered_opening(processor, 0, frames, seconds, times)
+
+    def numbered_opening(self, processor: Any, number: int, frames: int, seconds: float, times: Sequence[float]) -> str:
         numbered = getattr(processor, "use_image_id", None)
         if numbered is None:
             numbered = processor.default_use_image_id
-        number = f"{processor.image_id_start_token}0{processor.image_id_end_token}" if numbered else ""
-        return number + processor.image_start_token
+        written = f"{processor.image_id_start_token}{number}{processor.image_id_end_token}" if numbered else ""
+        return written + processor.image_start_token
 
     def between(self, processor: Any, step: int, times: Sequence[float]) -> str | None:
         return processor.image_start_token
@@ -188,8 +191,9 @@ class MiniCPMV47(MiniCPMV46):
     model_types = ("minicpmv4_7",)
     settings = (*MiniCPMV46.settings, *(f"{name}_id" for name in MARKERS), "newline_id")
     tested = ("5.18", NEWEST)
+    alone = "the markers between two of them would be numbered as parts of both"
 
-    def opening(self, processor: Any, frames: int, seconds: float, times: Sequence[float]) -> str:
+    def numbered_opening(self, processor: Any, number: int, frames: int, seconds: float, times: Sequence[float]) -> str:
         return processor.image_start_token
 
     def _check(self, config: Any, processor: Any) -> None:
