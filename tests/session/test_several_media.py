@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import io
+import json
 import warnings
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from command_line import run
 from families import BUILD, build
 from helpers import RecordLogits, assert_near, pressed, session_logits, stock_logits, tier_options
 from PIL import Image
@@ -19,6 +22,8 @@ from tieredkv.errors import OptionError, SessionError, TieredKVError, Unsupporte
 from tieredkv.evidence.moments import Shown, collect
 from tieredkv.evidence.save import save_evidence
 from tieredkv.models.families.base import VideoGrid
+from tieredkv.tiny.scene import make_scene
+from tieredkv.tiny.video import write_video
 from tieredkv.video.media import Picture, Video, media_of
 
 QUESTIONS = ("what is it ?", "and who is that ?")
@@ -165,6 +170,13 @@ def test_each_video_may_be_sampled_in_its_own_way():
             _ = session.video
 
 
+def test_the_sampling_of_one_video_is_that_of_the_session():
+    model, processor = build("qwen3_vl")
+    video = Video(noise(1, 40), fps=2, source_fps=4)
+    with tieredkv.open_session(model, video, processor=processor, gpu_kv_gb=1, fps=4) as session:
+        assert (session.sampling.fps, session.video.steps) == (2, 10)
+
+
 @pytest.mark.parametrize("name", ALONE)
 def test_a_family_that_takes_one_video_refuses_more(name):
     model, processor = build(name)
@@ -220,7 +232,11 @@ def test_a_session_with_pictures_is_saved(name, tmp_path):
         session.ask(QUESTIONS[1], max_new_tokens=2)
         expected = session_logits(session, QUESTIONS[0], 3)
         assert session.videos[2].columns > session.videos[2].rows
-        assert session.names == (str(tmp_path / "map.png"), "the frames given", str(tmp_path / "turned.png"))
+        assert tuple(each.facts.name for each in session.media) == (
+            str(tmp_path / "map.png"),
+            "the frames given",
+            str(tmp_path / "turned.png"),
+        )
         session.save(tmp_path / "films.tkv")
     with tieredkv.load_session(tmp_path / "films.tkv", model, processor=processor, video=media) as session:
         assert_near(session_logits(session, QUESTIONS[0], 3), expected)
@@ -330,3 +346,53 @@ def test_the_evidence_of_one_medium_is_drawn(tmp_path):
         assert (tmp_path / f"where{suffix}").stat().st_size > 1000
     with pytest.raises(OptionError, match="medium=3 is not valid"):
         save_evidence(answer, tmp_path / "where.png", medium=3)
+
+
+# ---- the command line
+
+
+@pytest.fixture(scope="module")
+def films_of_the_toy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("films")
+    return [str(write_video(make_scene(seed, 10, 2), folder / f"{name}.mp4")) for name, seed in (("a", 4), ("b", 5))]
+
+
+@pytest.mark.model
+def test_ask_takes_several_files_and_saves_their_session(monkeypatch, capsys, films_of_the_toy, tmp_path):
+    still(1, 56, 56).save(tmp_path / "map.png")
+    files, question = [*films_of_the_toy, str(tmp_path / "map.png")], "what colour was the star ?"
+    options = ["-m", "tiny", "--session", str(tmp_path / "films.tkv"), "--max-new-tokens", "2"]
+    drawn = ["--evidence", str(tmp_path / "where.html")]
+    code, out, err = run(monkeypatch, capsys, "ask", *files, question, *options, *drawn, "--json")
+    assert code == 0, err
+    assert json.loads(out)["media"] == files
+    assert {moment["medium"] for moment in json.loads(out)["evidence"]} <= {0, 1, 2}
+    names = [f"where-{number}.html" for number in (1, 2, 3)]
+    assert sorted(path.name for path in tmp_path.glob("*.html")) == names
+    assert "where-1.html, " in err
+    again = run(monkeypatch, capsys, "ask", question, *options, "--json")
+    assert (again[0], json.loads(again[1])["token_ids"]) == (0, json.loads(out)["token_ids"])
+    code, _, err = run(monkeypatch, capsys, "ask", *files[::-1], question, *options)
+    assert code == 2
+    assert "was saved for another video" in err
+
+
+@pytest.mark.model
+def test_chat_takes_several_files(monkeypatch, capsys, films_of_the_toy):
+    monkeypatch.setattr("sys.stdin", io.StringIO("what colour was the star ?\n"))
+    code, out, _ = run(monkeypatch, capsys, "chat", *films_of_the_toy, "-m", "tiny", "--max-new-tokens", "2")
+    assert code == 0
+    assert out.strip()
+
+
+WORDS = {
+    "an unquoted question": (["a.mp4", "what", "is", "it", "?"], "in quotes: a.mp4: no such file"),
+    "no question": ([__file__, __file__], "and the question is missing"),
+}
+
+
+@pytest.mark.parametrize(("words", "message"), WORDS.values(), ids=WORDS)
+def test_words_that_ask_does_not_take(monkeypatch, capsys, words, message):
+    code, _, err = run(monkeypatch, capsys, "ask", *words)
+    assert code == 2
+    assert message in err

@@ -97,6 +97,8 @@ class Ingest:
         given = media_of(video)
         if checkpoint is not None and len(given) > 1:
             raise OptionError(f"a checkpoint is of one video: leave it out for {len(given)} videos and pictures.")
+        if len(given) == 1:
+            sampling = given[0].sampling(sampling)
         model, template = self.model, self.template.showing([each.kind for each in given])
         *texts, tail = template.texts([(question, None)])
         check = self.pipeline.check
