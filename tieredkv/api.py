@@ -56,14 +56,15 @@ def open_session(
     checkpoint: str | Path | None = None,
     **options: Any,
 ) -> VideoSession:
-    """Ingest a video and return the session that answers questions about it.
+    """Ingest a video, or several videos and pictures, and return the session that answers questions about them.
 
     model: a transformers model, or a local path or hub id to load one from. processor: the model's own; None loads the
     one stored with the model. weights: "4bit" or "8bit" quantises the decoder's weights while they are loaded (None: as
     they are stored); the vision tower and the output layer stay as they are. video: a path; a URL, with `allow_url`,
     which is downloaded to a temporary file; a binary file object; a reader of decord or torchcodec; or frames: a list
     of PIL images, `(T, H, W, 3)` or `(T, 3, H, W)` as ndarray or tensor, uint8 or floats in [0, 1], or an iterator of
-    single ones, taken at `source_fps` per second (None: at `fps`). fps: frames sampled per second (None: the
+    single ones, taken at `source_fps` per second (None: at `fps`); or a list with a path, a `tieredkv.Video` or a
+    `tieredkv.Picture` in it: several, in this order, with still pictures where the family takes them. fps: frames sampled per second (None: the
     processor's own rate). max_frames: at most this many frames, spread evenly over the video. max_pixels: most pixels
     of a frame as the vision tower sees it, in place of the processor's limits (None: those). fit: choose fps and
     max_pixels, as far as they are None, so that the video fits the budgets; `VideoSession.sampling` says which. start,

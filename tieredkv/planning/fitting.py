@@ -184,3 +184,8 @@ def cost(film: Film, choice: Choice) -> int:
         return next(stages, len(RULE) + 1)
 
     return max((stage(what, value) for what, value in lowered.items()), default=0)
+
+
+def several_do_not_fit(count: int) -> str:
+    """Why `fit=True` is refused for several videos and pictures."""
+    return f"fit=True is for one video: give fps and max_pixels for {count} videos and pictures."
