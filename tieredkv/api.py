@@ -65,17 +65,17 @@ def open_session(
     of PIL images, `(T, H, W, 3)` or `(T, 3, H, W)` as ndarray or tensor, uint8 or floats in [0, 1], or an iterator of
     single ones, taken at `source_fps` per second (None: at `fps`); or a list with a path, a `tieredkv.Video` or a
     `tieredkv.Picture` in it: several, in this order, with still pictures where the family takes them. fps: frames
-    sampled per second (None: the processor's own rate). max_frames: at most this many frames, spread evenly over the video. max_pixels: most pixels
-    of a frame as the vision tower sees it, in place of the processor's limits (None: those). fit: choose fps and
-    max_pixels, as far as they are None, so that the video fits the budgets; `VideoSession.sampling` says which. start,
-    end: seconds of the video to read, as players show them. skip_damaged: go over what is damaged or missing in a file;
-    `session.ingest_stats.damaged` says which seconds. gpu_kv_gb: hard cap in GiB on device memory for keys and values;
-    None: what the card has left beside weights and activations, on the CPU 4 (`tiers.gpu_kv_gb` of the session says how
-    much, `default_cap` why). tiers: every other setting; its fields may be given as keywords instead. positions:
-    "published" or "stock", how text after the video is numbered. progress: show a bar on stderr. system: the system
-    prompt of every question; None: the chat template's own, if it has one. checkpoint: a folder in which a long ingest
-    leaves what it has cached; the same call goes on from there after an interruption. It is removed when the session is
-    saved.
+    sampled per second (None: the processor's own rate). max_frames: at most this many frames, spread evenly over the
+    video. max_pixels: most pixels of a frame as the vision tower sees it, in place of the processor's limits (None:
+    those). fit: choose fps and max_pixels, as far as they are None, so that the video fits the budgets;
+    `VideoSession.sampling` says which. start, end: seconds of the video to read, as players show them. skip_damaged: go
+    over what is damaged or missing in a file; `session.ingest_stats.damaged` says which seconds. gpu_kv_gb: hard cap in
+    GiB on device memory for keys and values; None: what the card has left beside weights and activations, on the CPU 4
+    (`tiers.gpu_kv_gb` of the session says how much, `default_cap` why). tiers: every other setting; its fields may be
+    given as keywords instead. positions: "published" or "stock", how text after the video is numbered. progress: show a
+    bar on stderr. system: the system prompt of every question; None: the chat template's own, if it has one.
+    checkpoint: a folder in which a long ingest leaves what it has cached; the same call goes on from there after an
+    interruption. It is removed when the session is saved.
 
     Raises `UnsupportedModelError`, `VideoError`, `BudgetError`, `OptionError` or, for a checkpoint that is in use or of
     another ingest, `SessionError`, all of them `TieredKVError`.
