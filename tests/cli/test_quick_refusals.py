@@ -30,6 +30,8 @@ REFUSED = {
     "ask film.mp4 Q --max-frames 0": "max_frames=0 is not valid",
     "ask film.mp4 Q --max-pixels 0": "max_pixels=0 is not valid",
     "ask film.mp4 Q --start 3 --end 2": "end=2.0 is not valid",
+    "ask film.mp4 Q --start 1:00 --end 0:30": "end=30.0 is not valid: give seconds after start=60 (1:00)",
+    "ask film.mp4 Q --start noon": "start='noon' is not valid: give seconds, or a time as in 1:00",
     "ask film.mp4 Q --gpu-kv-gb 0": "gpu_kv_gb=0.0 is not valid",
     "ask film.mp4 Q --host-kv-gb -1": "host_kv_gb=-1.0 is not valid",
     "ask film.mp4 Q --policy best": "policy='best' is not valid: give one of hybridkv, ",

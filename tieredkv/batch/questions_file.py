@@ -14,6 +14,7 @@ from tieredkv.errors import BatchError, OptionError, VideoError
 from tieredkv.evidence.target import check_wanted
 from tieredkv.session import generation_settings
 from tieredkv.video.sampling import Sampling
+from tieredkv.video.timecodes import with_seconds
 
 _NOT_IN_JSON = (
     "generation_config",
@@ -124,7 +125,7 @@ def _parse(number: int, line: bytes, folder: Path, sampling: Sampling) -> BatchQ
     if refused := [name for name in _NOT_IN_JSON if name in options]:
         raise ValueError(f"has {refused[0]!r}, which a line cannot hold")
     try:
-        sampling = replace(sampling, **own)
+        sampling = replace(sampling, **with_seconds(own))
         if options:
             _check_options(options)
     except (OptionError, VideoError) as error:

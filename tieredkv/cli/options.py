@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+from functools import partial
 from typing import Annotated, Any
 
 import typer
 
 from tieredkv.errors import OptionError
+from tieredkv.video.timecodes import seconds
 
 
 def pixels(value: str | int) -> int:
@@ -49,9 +51,12 @@ HostGiB = Annotated[
         envvar="TIEREDKV_HOST_KV_GB", help="Host memory for keys and values, GiB [80 % of what is available]."
     ),
 ]
-Fps = Annotated[float | None, typer.Option(envvar="TIEREDKV_FPS", help="Frames sampled per second.")]
+Fps = Annotated[
+    float | None, typer.Option(envvar="TIEREDKV_FPS", help="Frames sampled per second [the processor's rate].")
+]
 MaxFrames = Annotated[
-    int | None, typer.Option(envvar="TIEREDKV_MAX_FRAMES", help="Sample at most this many frames, evenly spread.")
+    int | None,
+    typer.Option(envvar="TIEREDKV_MAX_FRAMES", help="Sample at most this many frames, evenly spread [no limit]."),
 ]
 MaxPixels = Annotated[
     int | None,
@@ -62,12 +67,29 @@ MaxPixels = Annotated[
         help="Most pixels of a frame that the vision tower sees, such as 112896 or 448x252 [the processor's limits].",
     ),
 ]
-Start = Annotated[float | None, typer.Option(help="Second of the video to start at.")]
-End = Annotated[float | None, typer.Option(help="Second of the video to end at.")]
+Fit = Annotated[
+    bool,
+    typer.Option("--fit", envvar="TIEREDKV_FIT", help="Choose a rate and a frame size, if not given, that fit."),
+]
+Start = Annotated[
+    float | None,
+    typer.Option(
+        parser=partial(seconds, "start"),
+        metavar="TIME",
+        help="Where to start in the video, in seconds or as 1:02:03.5 [its beginning].",
+    ),
+]
+End = Annotated[
+    float | None,
+    typer.Option(parser=partial(seconds, "end"), metavar="TIME", help="Where to end in the video [its end]."),
+]
 SkipDamaged = Annotated[
     bool, typer.Option("--skip-damaged", help="Go over what is damaged in the video; says which seconds are missing.")
 ]
-System = Annotated[str | None, typer.Option(help="The system prompt; part of a session.")]
+AllowUrl = Annotated[
+    bool, typer.Option("--allow-url", help="The video may be an http(s) URL, which is downloaded to a temporary file.")
+]
+System = Annotated[str | None, typer.Option(help="The system prompt; part of a session [the template's own].")]
 PolicyName = Annotated[
     str | None,
     typer.Option("--policy", envvar="TIEREDKV_POLICY", help="One of `tieredkv policies` [hybridkv]."),

@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 
 from tieredkv.cli.options import (
+    AllowUrl,
     End,
+    Fit,
     Fps,
     GpuGiB,
     HostGiB,
@@ -40,14 +42,17 @@ def plan(
     fps: Fps = None,
     max_frames: MaxFrames = None,
     max_pixels: MaxPixels = None,
+    fit: Fit = False,
     start: Start = None,
     end: End = None,
     skip_damaged: SkipDamaged = False,
+    allow_url: AllowUrl = False,
     system: System = None,
     max_new_tokens: NewTokens = 256,
     link: Annotated[str, typer.Option(envvar="TIEREDKV_LINK", help="The link to the card, or its GB/s.")] = "pcie4x16",
     card: Annotated[
-        str | None, typer.Option(envvar="TIEREDKV_CARD", help="The card, such as 'RTX 4090', or GB/s of its memory.")
+        str | None,
+        typer.Option(envvar="TIEREDKV_CARD", help="The card, such as 'RTX 4090', or GB/s of its memory [none]."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -55,24 +60,27 @@ def plan(
     from tieredkv.cli.checks import check_options, refuse_session
     from tieredkv.cli.process import quick_imports
     from tieredkv.models.quantising import check_weights
+    from tieredkv.video.fetched import fetched
     from tieredkv.video.paths import check_path
 
     tokens = video.isascii() and video.isdigit() and len(video) < 20 and not Path(video).exists()
     sampling = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels, skip_damaged=skip_damaged or None)
+    sampling |= given(fit=fit or None)
     if tokens and not typed(context, sampling):
         sampling = {}  # defaults for videos do not apply to a number of tokens
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
     check_weights(weights)
     check_options(tiers, {**sampling, **given(start=start, end=end)}, max_new_tokens)
+    film = context.with_resource(fetched(video, allow_url, progress=True))
     if not tokens:
         refuse_session(video)
-        check_path(video)
-    model = model_or_toy(model, [] if tokens else [video], "this plan is for the bundled toy model")
+        check_path(film)
+    model = model_or_toy(model, [] if tokens else [film], "this plan is for the bundled toy model")
     with quick_imports():
         from tieredkv.planning import forecast
     estimate = forecast.plan(
         model_path(model),
-        int(video) if tokens else video,
+        int(video) if tokens else film,
         gpu_kv_gb=gpu_kv_gb,
         host_kv_gb=host_kv_gb,
         **given(policy=policy),
@@ -85,6 +93,8 @@ def plan(
         link=link,
         card=card,
     )
+    if estimate.fit is not None:
+        typer.echo(f"tieredkv: {estimate.fit}", err=True)
     if as_json:
         print_json(estimate.as_dict())
     else:

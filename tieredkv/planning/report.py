@@ -11,6 +11,7 @@ from typing import Any
 
 from tieredkv.errors import OptionError
 from tieredkv.memory.units import GIB
+from tieredkv.memory.units import size_text as _size
 from tieredkv.models.kv_shape import KVShape
 from tieredkv.models.long_context import beyond_training
 from tieredkv.planning.cards import CARDS, as_rate
@@ -51,11 +52,15 @@ class MemoryPlan:
     quantisation: str | None
     """How the checkpoint's weights are quantised; None: they are not."""
     video: str | None
-    """Name of the video; None, like the next five fields, if the plan is for a number of tokens."""
+    """Name of the video; None, like the next seven fields, if the plan is for a number of tokens."""
     frames: int | None
     frame_size: tuple[int, int] | None
     """Height and width of the frames before the processor resizes them."""
+    tower_size: tuple[int, int] | None
+    """Height and width of the frames as the vision tower sees them, without their tiles."""
     fps: float | None
+    fit: str | None
+    """What `fit=True` chose, in words; None without it."""
     grid: tuple[int, int, int] | None
     """Temporal steps, rows and columns of visual tokens."""
     encode_batch: int | None
@@ -232,6 +237,9 @@ class MemoryPlan:
             return [("visual tokens", f"{self.visual_tokens:,}")]
         height, width = self.frame_size
         steps, rows, columns = self.grid
+        seen = ""
+        if self.tower_size is not None:
+            seen = f" (frames of {self.tower_size[1]}x{self.tower_size[0]})"
         return [
             (
                 "video",
@@ -239,7 +247,8 @@ class MemoryPlan:
             ),
             (
                 "visual tokens",
-                f"{self.visual_tokens:,}: {steps:,} steps of {rows}x{columns}, {self.encode_batch:,} per tower call"
+                f"{self.visual_tokens:,}: {steps:,} steps of {rows}x{columns}{seen}, "
+                f"{self.encode_batch:,} per tower call"
                 + (f"; {self.video_text_tokens:,} of text between" if self.video_text_tokens else ""),
             ),
         ]
@@ -263,22 +272,14 @@ class MemoryPlan:
             ("a step copies", f"at most {_size(self.step_copy_bytes)}: {self.step_copy_ms:.3g} ms"),
         ]
         if self.token_ms is not None:
-            least, most = self.token_ms
+            times = dict.fromkeys(f"{ms:.3g}" for ms in self.token_ms)
             card = f"{self.card_gb_s:g} GB/s" + (
                 f", {self.card} by its data sheet" if any(self.card == known.name for known in CARDS) else ""
             )
-            rows.append(("time per token", f"{least:.3g} to {most:.3g} ms at {card}"))
+            rows.append(("time per token", f"{' to '.join(times)} ms at {card}"))
         return [*rows, ("", "Times are estimates, not measured.")]
 
 
 def _cells(name: str, *phases: dict[str, int]) -> str:
     """A column of each phase's bytes under `name`, empty where it has none."""
     return " ".join(f"{_size(phase[name]) if name in phase else '':>12}" for phase in phases)
-
-
-def _size(nbytes: int) -> str:
-    """Bytes in the largest binary unit that leaves at least one, three digits."""
-    for unit, size in (("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10)):
-        if nbytes >= size:
-            return f"{nbytes / size:.3g} {unit}" if nbytes < 1000 * size else f"{nbytes / size:.0f} {unit}"
-    return f"{nbytes} B"
