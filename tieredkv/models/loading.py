@@ -12,7 +12,13 @@ from tieredkv.environment import forking
 from tieredkv.errors import UnsupportedModelError, first_line
 from tieredkv.models import families
 from tieredkv.models.kv_shape import model_shape
-from tieredkv.models.quantising import check_package, check_weights, keep_stored_form, quantised_config, transformers_config
+from tieredkv.models.quantising import (
+    check_package,
+    check_weights,
+    keep_stored_form,
+    quantised_config,
+    transformers_config,
+)
 from tieredkv.models.sources import WHAT_IS_A_MODEL, check_source, is_local
 from tieredkv.models.wrapped import unwrapped
 
