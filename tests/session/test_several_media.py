@@ -18,7 +18,7 @@ from PIL import Image
 
 import tieredkv
 from tieredkv.cache.looks import Looks
-from tieredkv.errors import OptionError, SessionError, TieredKVError, UnsupportedModelError, VideoError
+from tieredkv.errors import BudgetError, OptionError, SessionError, TieredKVError, UnsupportedModelError, VideoError
 from tieredkv.evidence.moments import Shown, collect
 from tieredkv.evidence.save import save_evidence
 from tieredkv.models.families.base import VideoGrid
@@ -348,6 +348,46 @@ def test_the_evidence_of_one_medium_is_drawn(tmp_path):
         save_evidence(answer, tmp_path / "where.png", medium=3)
 
 
+# ---- plans
+
+
+@SEVERAL
+def test_a_plan_counts_the_tokens_of_the_session(name):
+    model, processor = build(name)
+    media = list(map(Video, films(name)))
+    options = {"processor": processor, "gpu_kv_gb": 1, "fps": 4, "system": "Be brief."}
+    plan = tieredkv.plan(model, media, question_tokens=9, **options)
+    with tieredkv.open_session(model, media, **options) as session:
+        assert plan.prompt_tokens == session._ingested.tokens + 9
+        assert plan.visual_tokens == sum(grid.visual_tokens for grid in session.videos)
+
+
+def test_a_plan_counts_pictures():
+    model, processor = build("qwen3_vl")
+    media = [Picture(still(9, 70, 130)), Video(noise(1, 7)), Picture(still(8, 160, 90))]
+    options = {"processor": processor, "gpu_kv_gb": 1, "fps": 4}
+    plan = tieredkv.plan(model, media, question_tokens=9, **options)
+    with tieredkv.open_session(model, media, **options) as session:
+        assert plan.prompt_tokens == session._ingested.tokens + 9
+    assert "the picture given, the frames given, the picture given" in str(plan)
+    alone = tieredkv.plan(model, media[0], question_tokens=9, **options)
+    with tieredkv.open_session(model, media[0], **options) as session:
+        assert alone.prompt_tokens == session._ingested.tokens + 9
+
+
+def test_several_that_do_not_fit_are_refused_before_they_are_decoded(monkeypatch):
+    model, processor = build("qwen2_5_vl")
+    media = [Video(noise(number, 200)) for number in range(2)]
+    monkeypatch.setattr("tieredkv.session.ingest.Stages", None)
+    options = {"processor": processor, "fps": 4, "chunk_tokens": 8}
+    whole = pressed(model, 700, 1)["gpu_kv_gb"]
+    for call in (tieredkv.plan, tieredkv.open_session):
+        with pytest.raises(BudgetError, match="lower fps, max_pixels, max_frames or max_new_tokens"):
+            call(model, media, gpu_kv_gb=whole / 100, **options)
+        with pytest.raises(OptionError, match="fit=True is for one video: give fps and max_pixels for 2 videos"):
+            call(model, media, gpu_kv_gb=1, fit=True, **options)
+
+
 # ---- the command line
 
 
@@ -383,6 +423,15 @@ def test_chat_takes_several_files(monkeypatch, capsys, films_of_the_toy):
     code, out, _ = run(monkeypatch, capsys, "chat", *films_of_the_toy, "-m", "tiny", "--max-new-tokens", "2")
     assert code == 0
     assert out.strip()
+
+
+@pytest.mark.model
+def test_plan_takes_several_files(monkeypatch, capsys, films_of_the_toy):
+    code, out, _ = run(monkeypatch, capsys, "plan", *films_of_the_toy, "-m", "tiny", "--json")
+    one = json.loads(run(monkeypatch, capsys, "plan", films_of_the_toy[0], "-m", "tiny", "--json")[1])
+    assert code == 0
+    assert json.loads(out)["visual_tokens"] == 2 * one["visual_tokens"]
+    assert json.loads(out)["video"] == ", ".join(films_of_the_toy)
 
 
 WORDS = {

@@ -21,8 +21,8 @@ LEAST_RATE, SMALL_PIXELS = 0.1, 280 * 168
 """A frame in ten seconds, of half of those pixels: a film that needs less is refused."""
 RULE = (("rate", GOOD_RATE), ("size", GOOD_PIXELS), ("rate", LEAST_RATE), ("size", SMALL_PIXELS))
 """What is lowered, in this order, each as far as is stated before the next is (ours). Frames shrink before there are
-fewer than one a second, as in the code that Qwen's models were trained with: it gives the frames of a long video even
-shares of a number of pixels, but at least 128 x 28 x 28 each."""
+fewer than one a second, as in the reference code of Qwen's models (qwen-vl-utils): it gives the frames of a long video
+even shares of a number of pixels, but at least 128 x 28 x 28 each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,3 +184,8 @@ def cost(film: Film, choice: Choice) -> int:
         return next(stages, len(RULE) + 1)
 
     return max((stage(what, value) for what, value in lowered.items()), default=0)
+
+
+def several_do_not_fit(count: int) -> str:
+    """Why `fit=True` is refused for several videos and pictures."""
+    return f"fit=True is for one video: give fps and max_pixels for {count} videos and pictures."

@@ -16,7 +16,7 @@ from tieredkv.models.families.base import VideoGrid
 from tieredkv.models.kv_shape import model_shape
 from tieredkv.models.long_context import trained_tokens
 from tieredkv.planning.advice import Advice
-from tieredkv.planning.fitting import Film
+from tieredkv.planning.fitting import Film, several_do_not_fit
 from tieredkv.progress import tell
 from tieredkv.session.checkpoint import Checkpoint, Damaged
 from tieredkv.session.default_cap import default_cap
@@ -41,7 +41,7 @@ def fitting(
     check: as for `open_video`. Raises `OptionError` for several media, `VideoError`, and `BudgetError` if nothing fits.
     """
     if len(media) > 1:
-        raise OptionError(f"fit=True is for one video: give fps and max_pixels for {len(media)} videos and pictures.")
+        raise OptionError(several_do_not_fit(len(media)))
     sampling = as_begun(media[0].sampling(sampling), checkpoint)
     if not sampling.fit:
         return sampling
