@@ -29,7 +29,7 @@ from tieredkv.models.wrapped import unwrapped
 from tieredkv.planning import decode_plan, forecast_bytes, sizes
 from tieredkv.planning.admission import FEWER_TOKENS, Request, check_memory, smallest_cap_bytes
 from tieredkv.planning.advice import Advice
-from tieredkv.planning.card_memory import CardMemory, working_bytes
+from tieredkv.planning.card_memory import LEAST_KV_BYTES, CardMemory, working_bytes
 from tieredkv.planning.cards import find_card
 from tieredkv.planning.fitting import ONE_VIDEO, Film
 from tieredkv.planning.prefill_plan import question_rows, untiered_prefill_bytes
@@ -151,7 +151,7 @@ def plan(
 
     if default_cap and (memory := card_memory(video)) is not None:
         if memory.default_cap == 0:
-            memory.check(1, 1, source.smaller_weights)
+            memory.check(LEAST_KV_BYTES, LEAST_KV_BYTES, source.smaller_weights)
         settings = replace(settings, gpu_kv_gb=memory.default_cap)
     fitting = None
     if video is not None and fit:
