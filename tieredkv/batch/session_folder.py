@@ -18,6 +18,7 @@ from tieredkv.session.video_session import VideoSession
 from tieredkv.storage import tensor_file
 from tieredkv.storage.header import check_target
 from tieredkv.video.sampling import Sampling
+from tieredkv.video.subtitles import AUTO, read_cues, subtitles_hash
 
 
 class SessionFolder:
@@ -70,11 +71,18 @@ class SessionFolder:
             remove_leftover(checkpoint_path(file))
 
     def _file(self, video: Path, sha256: str, sampling: Sampling, system: str | None) -> Path:
-        given = {name: float(getattr(sampling, name)) for name in sampling.given()}  # 2 and 2.0 are one rate
+        given = {name: _plain(getattr(sampling, name)) for name in sampling.given()}
         identity = json.dumps([sha256, given, self._source and self._source.as_plain(), system], sort_keys=True)
         key = hashlib.sha256(identity.encode()).hexdigest()[:16]
         name = f"{video.stem.lstrip('.')[:40]}-{key}.tkv"
         return min(self._folder.glob(f"*-{key}.tkv"), default=self._folder / name)
+
+
+def _plain(value: Any) -> Any:
+    """A value of a sampling, such that 2 and 2.0 are one rate, and a subtitle file is what it holds."""
+    if not isinstance(value, str):
+        return float(value)
+    return value if value == AUTO else subtitles_hash(read_cues(value))
 
 
 def _checked(file: Path, session: VideoSession, sha256: str, sampling: Sampling) -> tensor_file.Stored:

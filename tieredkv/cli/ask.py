@@ -23,6 +23,7 @@ from tieredkv.cli.options import (
     PolicyName,
     SkipDamaged,
     Start,
+    Subtitles,
     System,
     Weights,
     given,
@@ -55,6 +56,7 @@ def ask(
     start: Start = None,
     end: End = None,
     skip_damaged: SkipDamaged = False,
+    subtitles: Subtitles = None,
     allow_url: AllowUrl = False,
     system: System = None,
     max_new_tokens: NewTokens = 256,
@@ -79,7 +81,7 @@ def ask(
     if evidence is not None:
         check_target(evidence)
     sampling = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels, start=start, end=end)
-    sampling |= given(skip_damaged=skip_damaged or None, fit=fit or None)
+    sampling |= given(skip_damaged=skip_damaged or None, subtitles=subtitles, fit=fit or None)
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
     check_prompt(question)
     check_options(tiers, sampling, max_new_tokens)

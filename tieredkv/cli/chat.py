@@ -22,6 +22,7 @@ from tieredkv.cli.options import (
     PolicyName,
     SkipDamaged,
     Start,
+    Subtitles,
     System,
     Weights,
     given,
@@ -52,6 +53,7 @@ def chat(
     start: Start = None,
     end: End = None,
     skip_damaged: SkipDamaged = False,
+    subtitles: Subtitles = None,
     allow_url: AllowUrl = False,
     system: System = None,
     max_new_tokens: NewTokens = 256,
@@ -68,7 +70,7 @@ def chat(
     from tieredkv.video.fetched import fetched
 
     sampling = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels, start=start, end=end)
-    sampling |= given(skip_damaged=skip_damaged or None, fit=fit or None)
+    sampling |= given(skip_damaged=skip_damaged or None, subtitles=subtitles, fit=fit or None)
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
     options = {"max_new_tokens": max_new_tokens}
     check_options(tiers, sampling, max_new_tokens)

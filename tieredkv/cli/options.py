@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from tieredkv.errors import OptionError
+from tieredkv.video.paths import check_path
 from tieredkv.video.timecodes import seconds
 
 
@@ -95,6 +96,24 @@ PolicyName = Annotated[
     typer.Option("--policy", envvar="TIEREDKV_POLICY", help="One of `tieredkv policies` [hybridkv]."),
 ]
 NewTokens = Annotated[int, typer.Option(envvar="TIEREDKV_MAX_NEW_TOKENS", help="Longest answer, in tokens.")]
+
+
+def subtitle_file(value: str) -> str:
+    """The absolute path of a subtitle file that is there, or "auto". Raises `VideoError`."""
+    if value == "auto":
+        return value
+    check_path(value)
+    return os.path.abspath(value)
+
+
+Subtitles = Annotated[
+    str | None,
+    typer.Option(
+        parser=subtitle_file,
+        metavar="auto|FILE",
+        help="Write subtitles between the frames: of an .srt or .vtt file, or the video's own text track [no].",
+    ),
+]
 
 
 def given(**options: Any) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from tieredkv.cli.options import (
     PolicyName,
     SkipDamaged,
     Start,
+    Subtitles,
     System,
     Weights,
     given,
@@ -49,6 +50,7 @@ def plan(
     start: Start = None,
     end: End = None,
     skip_damaged: SkipDamaged = False,
+    subtitles: Subtitles = None,
     allow_url: AllowUrl = False,
     system: System = None,
     max_new_tokens: NewTokens = 256,
@@ -68,7 +70,9 @@ def plan(
     from tieredkv.video.paths import check_path
 
     tokens = len(videos) == 1 and _is_number(videos[0])
-    sampling = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels, skip_damaged=skip_damaged or None)
+    sampling = given(
+        fps=fps, max_frames=max_frames, max_pixels=max_pixels, skip_damaged=skip_damaged or None, subtitles=subtitles
+    )
     sampling |= given(fit=fit or None)
     if tokens and not typed(context, sampling):
         sampling = {}  # defaults for videos do not apply to a number of tokens

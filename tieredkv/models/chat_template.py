@@ -13,6 +13,8 @@ from tieredkv.models.families.base import Kind, Positions, Slices, VideoFamily, 
 from tieredkv.models.families.pictures import PICTURES
 from tieredkv.models.prompts import check_system
 from tieredkv.video.frames import Sampled
+from tieredkv.video.subtitles import Cue
+from tieredkv.video.timecodes import shown
 
 Turn = tuple[str, str | None]
 """A question and its answer; None for the answer that the model is to write."""
@@ -215,6 +217,10 @@ class ChatTemplate:
         processor, family = self.processor, self.families[number]
         times = video.times(0, family.step_frames(config))
         text += family.numbered_opening(processor, number, video.frames, video.seconds, times)
+        if family.between(processor, 1, times) is None:
+            text = self._with_cues(text, video.cues, 0, times, timed=True)
+        else:
+            text = self._with_cues(text, video.cues_of(0, len(times)), 0, times)
         if number:
             earlier = self.families[number - 1]
             text = earlier.after(processor, *before) + earlier.ending(processor) + text
@@ -230,11 +236,11 @@ class ChatTemplate:
         return tokens
 
     def between_ids(
-        self, step: int, times: Callable[[int], Sequence[float]], slices: Slices | None
+        self, step: int, times: Callable[[int], Sequence[float]], slices: Slices | None, cues: Sequence[Cue] = ()
     ) -> tuple[int, ...] | None:
         """Token ids between a step and the one before; None for a family that never writes any.
 
-        times: of the frames of a step, in seconds.
+        times: of the frames of a step, in seconds. cues: subtitles that begin in this step.
         """
         text = self.family.between(self.processor, step, times(step))
         if text is None:
@@ -242,7 +248,32 @@ class ChatTemplate:
         if step == 0:
             return ()
         text = self.family.after(self.processor, times(step - 1), slices) + text
+        text = self._with_cues(text, cues, step, times(step))
         return tuple(self.processor.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def _with_cues(self, text: str, cues: Sequence[Cue], step: int, times: Sequence[float], timed: bool = False) -> str:
+        """The text before a step with subtitles in it, just before the text that introduces the step's pictures.
+
+        timed: with their times, where the family does not write text between steps and all stand before the first.
+        Raises `UnsupportedModelError` where no text can stand, and `PromptError` for a cue with a token of the model's.
+        """
+        if not cues:
+            return text
+        introduction = self.family.introduction(self.processor, step, times)
+        if introduction is None or not text.endswith(introduction):
+            raise UnsupportedModelError(
+                f"models of type {self.family.model_types[0]!r} take no subtitles here: no text can stand between "
+                "their frames. Leave subtitles out, or put the words into the question."
+            )
+        reserved = self.processor.tokenizer.get_added_vocab().keys() | {self.placeholder}
+        for cue in cues:
+            if token := next((token for token in reserved if token in cue.text), None):
+                raise PromptError(
+                    f"the subtitles contain {token!r} at {shown(cue.start)}: it has a meaning to the model."
+                )
+        lines = [f"[{shown(cue.start)}] {_one_line(cue)}" if timed else _one_line(cue) for cue in cues]
+        words = "".join(f"Subtitle: {line}\n" for line in lines)
+        return text.removesuffix(introduction) + words + introduction
 
     def tail_ids(self, tail: str, times: Sequence[float], slices: Slices | None) -> torch.Tensor:
         """Token ids `(1, n)` of everything after the last medium. tail: from `texts`. times: of the last step."""
@@ -256,7 +287,10 @@ class ChatTemplate:
         def times(step: int) -> list[float]:
             return video.times(step, grid.frames_per_step)
 
-        between = [self.between_ids(step, times, grid.slices) for step in range(grid.steps)]
+        between = [
+            self.between_ids(step, times, grid.slices, video.cues_of(step, grid.frames_per_step))
+            for step in range(grid.steps)
+        ]
         written = () if grid.steps == 0 or between[0] is None else tuple(ids or () for ids in between)
         return replace(grid, between=written)
 
@@ -304,6 +338,10 @@ def _adapter(family: VideoFamily, kind: Kind) -> VideoFamily:
             "each as a video of one frame, as in Video('map.png')."
         )
     return pictures
+
+
+def _one_line(cue: Cue) -> str:
+    return " ".join(cue.text.split())
 
 
 def _moved(asked: tuple[str, ...], texts: tuple[str, ...], again: tuple[str, ...]) -> bool:

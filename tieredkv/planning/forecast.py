@@ -61,6 +61,7 @@ def plan(
     end: float | None = None,
     max_pixels: int | None = None,
     skip_damaged: bool = False,
+    subtitles: str | Path | None = None,
     fit: bool = False,
     allow_url: bool = False,
     question_tokens: int = 64,
@@ -101,7 +102,7 @@ def plan(
     shown: _Several | None = None
     if system is not None and source.is_text:
         raise OptionError("system= is for models that take video: count the system prompt as tokens.")
-    sampling = Sampling(fps, source_fps, max_frames, start, end, max_pixels, skip_damaged, fit)
+    sampling = Sampling(fps, source_fps, max_frames, start, end, max_pixels, skip_damaged, subtitles, fit)
     if isinstance(video_or_tokens, int):
         check_whole("visual tokens", video_or_tokens)
         if given := sampling.given():

@@ -34,6 +34,7 @@ from tieredkv.storage import header
 from tieredkv.video.frames import VideoSource
 from tieredkv.video.media import media_of
 from tieredkv.video.sampling import Sampling
+from tieredkv.video.subtitles import subtitles_hash
 
 
 class Ingest:
@@ -163,7 +164,9 @@ class Ingest:
             positions=template.positions,
             head=text,
             head_ids=tuple(template.text_ids(self.model.config, number, text, video.sampled, before)[0].tolist()),
-            facts=VideoFacts(source.name, "", source.fps, source.start, source.seconds),
+            facts=VideoFacts(
+                source.name, "", source.fps, source.start, source.seconds, subtitles_hash(video.sampled.cues)
+            ),
             ingest_s=0.0,
             stats=IngestStats.none(),
             sampling=sampling,

@@ -26,6 +26,8 @@ class VideoFacts:
     """When the first frame is shown."""
     seconds: float | None
     """Length of the span sampled; None: unknown."""
+    subtitles: str | None = None
+    """SHA-256 of the subtitles written between the frames; None: there are none."""
 
     def end(self, frames: int) -> float:
         """When the last of `frames` frames ends: when the next would be shown, or at the end of the span."""

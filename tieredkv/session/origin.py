@@ -129,6 +129,11 @@ def check_sampling(path: Path, manifest: Mapping[str, Any], asked: Mapping[str, 
     if "fps" in saved and saved["fps"] is None and sampling.max_frames is None:
         saved["fps"] = manifest["session"]["video"]["fps"]
     different = [name for name in asked if asked[name] != saved[name]]
+    if asked.get("subtitles") and not different and _subtitles_changed(manifest, asked["subtitles"]):
+        raise SessionError(
+            f"{path} was saved with other subtitles than are in {asked['subtitles']} now: leave out --subtitles to ask "
+            "it as it is, or ingest the video again into another file."
+        )
     if different:
         changes = "; ".join(f"{name} was {_value(saved[name])}, is {_value(asked[name])}" for name in different)
         options = ", ".join(map(_option, different))
@@ -136,6 +141,17 @@ def check_sampling(path: Path, manifest: Mapping[str, Any], asked: Mapping[str, 
             f"{path} was saved with another sampling ({changes}): leave out {options} to ask it as it is, or ingest "
             "the video again into another file."
         )
+
+
+def _subtitles_changed(manifest: Mapping[str, Any], subtitles: str) -> bool:
+    """Whether a subtitle file holds other cues than were written between the frames; False for a video's own track."""
+    from tieredkv.video.subtitles import AUTO, read_cues, shown_during, subtitles_hash  # imports PyAV
+
+    facts = manifest["session"]["video"]
+    if subtitles == AUTO or facts["seconds"] is None:
+        return False
+    cues = shown_during(read_cues(subtitles), facts["start"], facts["start"] + facts["seconds"])
+    return subtitles_hash(cues) != facts.get("subtitles")
 
 
 def _option(name: str) -> str:

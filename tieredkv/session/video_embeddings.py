@@ -100,7 +100,10 @@ class VideoEmbeddings:
         def times(step: int) -> list[float]:
             return sampled.times(step, self._step_frames, frames)
 
-        texts = [template.between_ids(step, times, self.grid.slices) for step in range(first, first + steps)]
+        texts = [
+            template.between_ids(step, times, self.grid.slices, sampled.cues_of(step, self._step_frames))
+            for step in range(first, first + steps)
+        ]
         self.grid = replace(
             self.grid, steps=first + steps, lengths=self.grid.lengths + lengths if segment.lengths else ()
         )

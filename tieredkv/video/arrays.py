@@ -16,12 +16,14 @@ from tieredkv.errors import VideoError
 from tieredkv.video.frame import SIZES_DIFFER, as_array, channels_first, check_dtype, dtype_name, to_picture
 from tieredkv.video.sampling import Sampling, Tick
 from tieredkv.video.spool import Spool
+from tieredkv.video.subtitles import Cue
 
 
 class ArraySource:
     """Samples frames of an array, a tensor or a list of images, and converts each when it is asked for."""
 
     name = "the frames given"
+    cues: tuple[Cue, ...] = ()
     damaged: tuple[tuple[float, float], ...] = ()
 
     def __init__(self, video: Any, sampling: Sampling) -> None:

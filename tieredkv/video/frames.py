@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +20,9 @@ from tieredkv.video.paths import check_path
 from tieredkv.video.readers import ReaderSource, is_reader
 from tieredkv.video.sampling import FileSource, Sampling, Tick
 from tieredkv.video.spool import spool
+from tieredkv.video.subtitles import Cue, read_cues, shown_during
+
+_start = attrgetter("start")
 
 
 class VideoSource(Protocol):
@@ -39,6 +44,8 @@ class VideoSource(Protocol):
     """Number of frames: exact for arrays, for a file according to the length it states, which may be wrong."""
     seconds: float | None
     """Length of the sampled span; None: unknown."""
+    cues: tuple[Cue, ...]
+    """Subtitles, of all of the video, if `Sampling.subtitles` names some."""
     damaged: tuple[tuple[float, float], ...]
     """With `skip_damaged`: from when to when nothing could be read, within the sampled span. Known once all frames were
     read."""
@@ -71,6 +78,14 @@ class Sampled:
     """Seconds from the first frame to the end."""
     max_pixels: int | None = None
     """As in `Sampling`."""
+    cues: tuple[Cue, ...] = ()
+    """Subtitles that are shown while the video lasts, in order of time."""
+
+    def cues_of(self, step: int, step_frames: int) -> tuple[Cue, ...]:
+        """Those that begin while a temporal step is shown; of the first step, also those that began before."""
+        begin, end = (self.start + frame / self.fps for frame in (step * step_frames, (step + 1) * step_frames))
+        first = 0 if step == 0 else bisect_left(self.cues, begin, key=_start)
+        return self.cues[first : bisect_left(self.cues, end, key=_start)]
 
     def times(self, step: int, step_frames: int, frames: int | None = None) -> list[float]:
         """Times in seconds of a temporal step's frames. frames: of the whole video, where it differs from `frames`."""
@@ -82,7 +97,9 @@ class Sampled:
     def of(source: VideoSource, max_pixels: int | None = None) -> Sampled:
         """What is known about an opened video."""
         seconds = source.expected / source.fps if source.seconds is None else source.seconds
-        return Sampled(source.expected, source.height, source.width, source.fps, source.start, seconds, max_pixels)
+        cues = shown_during(source.cues, source.start, source.start + seconds)
+        size = source.height, source.width
+        return Sampled(source.expected, *size, source.fps, source.start, seconds, max_pixels, cues)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +123,13 @@ def open_video(video: Any, sampling: Sampling, check: Callable[[], None] | None 
     check_video(video)
     if sampling.fps is None:
         raise VideoError("fps=None is not valid: give frames per second.")
+    source = _opened(video, sampling, check)
+    if sampling.subtitles is not None:
+        source.cues = tuple(read_cues(sampling.subtitles, video if isinstance(video, str | os.PathLike) else None))
+    return source
+
+
+def _opened(video: Any, sampling: Sampling, check: Callable[[], None] | None) -> VideoSource:
     if isinstance(video, str | os.PathLike):
         return FileSource(video, sampling, check)
     if is_file_object(video):

@@ -14,6 +14,7 @@ import numpy as np
 from tieredkv.errors import OptionError, VideoError, first_line
 from tieredkv.video.paths import check_path
 from tieredkv.video.sampling import Sampling, Tick
+from tieredkv.video.subtitles import Cue
 from tieredkv.video.urls import check_url, is_url
 
 if TYPE_CHECKING:
@@ -132,6 +133,7 @@ class _PictureSource:
 
     fps, start, expected = 1.0, 0.0, 1
     seconds: float | None = 0.0
+    cues: tuple[Cue, ...] = ()
     damaged: tuple[tuple[float, float], ...] = ()
 
     def __init__(self, source: Any) -> None:

@@ -18,6 +18,7 @@ from tieredkv.errors import VideoError, first_line, is_number
 from tieredkv.video.frame import SIZES_DIFFER, channels_first, check_dtype, dtype_name, to_picture
 from tieredkv.video.length import SAME_TIME
 from tieredkv.video.sampling import Sampling, Tick
+from tieredkv.video.subtitles import Cue
 
 _HASHED = 32
 """Frames, evenly spread, that identify a video: reading all of them beside those sampled would seek all the time."""
@@ -35,6 +36,7 @@ class ReaderSource:
     """Samples a reader by time: frame i is what the reader has at `start + i / fps` seconds."""
 
     name = "the reader given"
+    cues: tuple[Cue, ...] = ()
     damaged: tuple[tuple[float, float], ...] = ()
 
     def __init__(self, reader: Any, sampling: Sampling) -> None:

@@ -20,6 +20,7 @@ from tieredkv.video.film import Film, probe
 from tieredkv.video.length import SAME_TIME
 from tieredkv.video.picture import Painter
 from tieredkv.video.playback import IndexFailed, Playback, Shot
+from tieredkv.video.subtitles import AUTO, Cue
 from tieredkv.video.timecodes import shown
 
 Tick = Callable[[float], None]
@@ -55,6 +56,8 @@ class Sampling:
     skip_damaged: bool = False
     """Go over what is damaged or missing in a file: the last whole picture is shown meanwhile, so that times stay true.
     Otherwise damage is refused."""
+    subtitles: str | None = None
+    """Words to write between the frames, by time: a subtitle file, or "auto", the video's own text track."""
     fit: bool = False
     """Choose `fps` and `max_pixels`, where they are None, so that the video fits the budgets (`planning.fitting`)."""
 
@@ -68,6 +71,10 @@ class Sampling:
         if self.max_pixels is not None:
             check_whole("max_pixels", self.max_pixels, LEAST_PIXELS, error=VideoError)
         check_value(isinstance(self.skip_damaged, bool), "skip_damaged", self.skip_damaged, "True or False", VideoError)
+        if self.subtitles is not None:
+            if not isinstance(self.subtitles, str | os.PathLike) or not os.fspath(self.subtitles):
+                raise VideoError(f"subtitles={self.subtitles!r} is not valid: give a subtitle file, or {AUTO!r}.")
+            object.__setattr__(self, "subtitles", os.fspath(self.subtitles))
         check_value(isinstance(self.fit, bool), "fit", self.fit, "True or False", VideoError)
         if not is_number(start) or start < 0:
             raise VideoError(f"start={start!r} is not valid: give seconds from the video's beginning, 0 or more.")
@@ -123,6 +130,7 @@ class FileSource:
         self.start = max(sampling.start, self._film.times.begin)
         self._until = math.inf if sampling.end is None else sampling.end
         self._seek = self._film.indexed and not sampling.skip_damaged
+        self.cues: tuple[Cue, ...] = ()
         self.damaged: tuple[tuple[float, float], ...] = ()
         if self._until <= self.start + SAME_TIME:
             raise VideoError(

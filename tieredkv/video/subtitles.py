@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import codecs
+import hashlib
 import html
 import io
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import zip_longest
 from pathlib import Path
@@ -45,7 +46,7 @@ class Cue(NamedTuple):
     text: str
 
 
-def read_cues(subtitles: str | Path, video: str | Path | None = None) -> list[Cue]:
+def read_cues(subtitles: str | PathLike[str], video: str | PathLike[str] | None = None) -> list[Cue]:
     """The cues of a subtitle file, or with `AUTO` of the best text track of the video file, in order of time.
 
     The best track is, in this order, one that is not only for foreign speech (forced), the default, the first. Cues may
@@ -141,6 +142,16 @@ def _timed(lines: list[str], kind: str, name: str) -> Iterator[Cue]:
 def _seconds(time: str) -> float:
     hours, minutes, seconds = ["0", *time.replace(",", ".").split(":")][-3:]
     return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+
+
+def shown_during(cues: Iterable[Cue], start: float, end: float) -> tuple[Cue, ...]:
+    """Those that are shown at some time between two, in seconds."""
+    return tuple(cue for cue in cues if cue.start < end and cue.end > start)
+
+
+def subtitles_hash(cues: Sequence[Cue]) -> str | None:
+    """SHA-256 of cues, in hexadecimal; None if there are none."""
+    return hashlib.sha256(repr(list(map(tuple, cues))).encode()).hexdigest() if cues else None
 
 
 def _of_video(path: Path) -> list[Cue]:

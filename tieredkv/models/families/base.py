@@ -197,6 +197,11 @@ class VideoFamily(ABC):
         """
         return None
 
+    def introduction(self, processor: Any, step: int, times: Sequence[float]) -> str | None:
+        """The text just before a step's pictures, before which subtitles stand: how what `opening` and `between` write
+        ends, or the text before a video of which they write nothing. None: no further text can stand there."""
+        return ""
+
     def after(self, processor: Any, times: Sequence[float], slices: Slices | None) -> str:
         """Text after every step, before what `between` or `ending` returns. times: as for `opening`."""
         return ""

@@ -43,6 +43,9 @@ class Gemma4(EachFrame):
     def between(self, processor: Any, step: int, times: Sequence[float]) -> str | None:
         return f"{processor.eoi_token} {self.opening(processor, 0, 0.0, times)}"
 
+    def introduction(self, processor: Any, step: int, times: Sequence[float]) -> str | None:
+        return self.opening(processor, 0, 0.0, times)
+
     def ending(self, processor: Any) -> str:
         return processor.eoi_token
 

@@ -48,6 +48,9 @@ class MiniCPMV46(VideoFamily):
     def between(self, processor: Any, step: int, times: Sequence[float]) -> str | None:
         return processor.image_start_token
 
+    def introduction(self, processor: Any, step: int, times: Sequence[float]) -> str | None:
+        return None  # positions of frames follow each other without a gap
+
     def after(self, processor: Any, times: Sequence[float], slices: Slices | None) -> str:
         return processor.image_end_token if slices is None else processor.slice_end_token
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -22,6 +22,9 @@ class Qwen2VL(VideoFamily):
 
     model_types: tuple[str, ...] = ("qwen2_vl",)
     vision_modules = frozenset({"visual"})
+
+    def introduction(self, processor: Any, step: int, times: Sequence[float]) -> str | None:
+        return "<|vision_start|>"  # processors of Qwen2-VL do not name it
 
     def frame_grid(
         self,
