@@ -30,8 +30,9 @@ from tieredkv.planning import decode_plan, forecast_bytes, sizes
 from tieredkv.planning.admission import FEWER_TOKENS, Request, check_memory, smallest_cap_bytes
 from tieredkv.planning.card_memory import CardMemory, working_bytes
 from tieredkv.planning.cards import find_card
+from tieredkv.planning.links import find_link
 from tieredkv.planning.prefill_plan import question_rows, untiered_prefill_bytes
-from tieredkv.planning.report import MemoryPlan, find_link
+from tieredkv.planning.report import MemoryPlan
 from tieredkv.planning.weight_bytes import weight_bytes
 from tieredkv.video.download import download
 from tieredkv.video.frames import Sampled, check_video, open_video
