@@ -48,6 +48,7 @@ def open_session(
     end: float | None = None,
     max_pixels: int | None = None,
     skip_damaged: bool = False,
+    fit: bool = False,
     allow_url: bool = False,
     positions: Positions = "published",
     progress: bool = False,
@@ -64,8 +65,9 @@ def open_session(
     of PIL images, `(T, H, W, 3)` or `(T, 3, H, W)` as ndarray or tensor, uint8 or floats in [0, 1], or an iterator of
     single ones, taken at `source_fps` per second (None: at `fps`). fps: frames sampled per second (None: the
     processor's own rate). max_frames: at most this many frames, spread evenly over the video. max_pixels: most pixels
-    of a frame as the vision tower sees it, in place of the processor's limits (None: those). start, end: seconds of the
-    video to read, as players show them. skip_damaged: go over what is damaged or missing in a file;
+    of a frame as the vision tower sees it, in place of the processor's limits (None: those). fit: choose fps and
+    max_pixels, as far as they are None, so that the video fits the budgets; `VideoSession.sampling` says which. start,
+    end: seconds of the video to read, as players show them. skip_damaged: go over what is damaged or missing in a file;
     `session.ingest_stats.damaged` says which seconds. gpu_kv_gb: hard cap in GiB on device memory for keys and values;
     None: what the card has left beside weights and activations, on the CPU 4 (`tiers.gpu_kv_gb` of the session says how
     much, `default_cap` why). tiers: every other setting; its fields may be given as keywords instead. positions:
@@ -77,7 +79,7 @@ def open_session(
     Raises `UnsupportedModelError`, `VideoError`, `BudgetError`, `OptionError` or, for a checkpoint that is in use or of
     another ingest, `SessionError`, all of them `TieredKVError`.
     """
-    sampling = Sampling(fps, source_fps, max_frames, start, end, max_pixels, skip_damaged)
+    sampling = Sampling(fps, source_fps, max_frames, start, end, max_pixels, skip_damaged, fit)
     check_media(video, allow_url)
     session = new_session(
         model,

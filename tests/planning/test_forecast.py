@@ -215,22 +215,22 @@ def test_the_smallest_device_cap_named_is_enough(seven_billion):
 
 
 def test_every_change_named_for_the_host_is_enough_and_more_is_not(film):
-    options = {"gpu_kv_gb": 0.01, "host_kv_gb": 0.003}
+    options = {"gpu_kv_gb": 0.01, "host_kv_gb": 0.0034}
     with pytest.raises(
-        BudgetError, match=r"needs .* GiB of host memory, host_kv_gb allows 0.003: give fps="
+        BudgetError, match=r"needs .* GiB of host memory, host_kv_gb allows 0.0034: give fps="
     ) as refused:
         plan(PATH, film, fps=4.0, **options)
-    fps, max_frames, host = (
+    fps, max_pixels, host = (
         float(re.search(rf"{name}=([\d.]+\d)", str(refused.value).split(": give")[1])[1])
-        for name in ("fps", "max_frames", "host_kv_gb")
+        for name in ("fps", "max_pixels", "host_kv_gb")
     )
     plan(PATH, film, fps=fps, **options)
-    plan(PATH, film, fps=4.0, max_frames=int(max_frames), **options)
+    plan(PATH, film, fps=4.0, max_pixels=int(max_pixels), **options)
     plan(PATH, film, fps=4.0, gpu_kv_gb=0.01, host_kv_gb=host)
     with pytest.raises(BudgetError):
         plan(PATH, film, fps=1.05 * fps, **options)
     with pytest.raises(BudgetError):
-        plan(PATH, film, fps=4.0, max_frames=int(max_frames) + 2, **options)
+        plan(PATH, film, fps=4.0, max_pixels=56 * 56, **options)
 
 
 def test_a_number_of_tokens_is_refused_with_the_number_that_fits(seven_billion):

@@ -11,6 +11,7 @@ import typer
 from tieredkv.cli.options import (
     AllowUrl,
     End,
+    Fit,
     Fps,
     GpuGiB,
     HostGiB,
@@ -44,6 +45,7 @@ def chat(
     fps: Fps = None,
     max_frames: MaxFrames = None,
     max_pixels: MaxPixels = None,
+    fit: Fit = False,
     start: Start = None,
     end: End = None,
     skip_damaged: SkipDamaged = False,
@@ -63,7 +65,7 @@ def chat(
     from tieredkv.video.fetched import fetched
 
     sampling = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels, start=start, end=end)
-    sampling |= given(skip_damaged=skip_damaged or None)
+    sampling |= given(skip_damaged=skip_damaged or None, fit=fit or None)
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
     options = {"max_new_tokens": max_new_tokens}
     check_options(tiers, sampling, max_new_tokens)

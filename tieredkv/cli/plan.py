@@ -10,6 +10,7 @@ import typer
 from tieredkv.cli.options import (
     AllowUrl,
     End,
+    Fit,
     Fps,
     GpuGiB,
     HostGiB,
@@ -41,6 +42,7 @@ def plan(
     fps: Fps = None,
     max_frames: MaxFrames = None,
     max_pixels: MaxPixels = None,
+    fit: Fit = False,
     start: Start = None,
     end: End = None,
     skip_damaged: SkipDamaged = False,
@@ -66,6 +68,7 @@ def plan(
 
     tokens = video.isascii() and video.isdigit() and len(video) < 20 and not Path(video).exists()
     sampling = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels, skip_damaged=skip_damaged or None)
+    sampling |= given(fit=fit or None)
     if tokens and not typed(context, sampling):
         sampling = {}  # defaults for videos do not apply to a number of tokens
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
@@ -98,6 +101,8 @@ def plan(
         link=link,
         card=card,
     )
+    if estimate.fit is not None:
+        typer.echo(f"tieredkv: {estimate.fit}", err=True)
     if as_json:
         print_json(estimate.as_dict())
     else:

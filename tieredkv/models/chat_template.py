@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -240,7 +241,22 @@ class ChatTemplate:
         return self.tokenize(family.after(processor, times, slices) + family.ending(processor) + tail)
 
     def grid(self, config: Any, video: Sampled) -> VideoGrid:
-        """The tokens expected of a video. Raises `VideoError` if the processor refuses frames of this size."""
+        """The tokens expected of a video. Raises as `frames`."""
+        grid = self.frames(config, video)
+
+        def times(step: int) -> list[float]:
+            return video.times(step, grid.frames_per_step)
+
+        between = [self.between_ids(step, times, grid.slices) for step in range(grid.steps)]
+        written = () if grid.steps == 0 or between[0] is None else tuple(ids or () for ids in between)
+        return replace(grid, between=written)
+
+    def frames(self, config: Any, video: Sampled) -> VideoGrid:
+        """The same without the text between steps.
+
+        Raises `VideoError` if the processor refuses frames of this size, and `OptionError` if it cannot make them as
+        small as `max_pixels`.
+        """
         family, step_frames = self.family, self.family.step_frames(config)
         try:
             steps, rows, columns = family.frame_grid(
@@ -251,14 +267,8 @@ class ChatTemplate:
             raise
         except ValueError as error:
             raise refused(video, error) from None
-
-        def times(step: int) -> list[float]:
-            return video.times(step, step_frames)
-
-        between = [self.between_ids(step, times, slices) for step in range(steps)]
-        written = () if steps == 0 or between[0] is None else tuple(ids or () for ids in between)
         closing = family.closing_tokens(config)
-        return VideoGrid(steps, rows, columns, step_frames / video.fps, written, closing, step_frames, slices=slices)
+        return VideoGrid(steps, rows, columns, step_frames / video.fps, (), closing, step_frames, slices=slices)
 
     def tokenize(self, text: str) -> torch.Tensor:
         """Token ids `(1, n)`. Raises `PromptError` for text that the tokenizer refuses."""

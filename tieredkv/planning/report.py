@@ -34,11 +34,15 @@ class MemoryPlan:
     quantisation: str | None
     """How the checkpoint's weights are quantised; None: they are not."""
     video: str | None
-    """Name of the video; None, like the next five fields, if the plan is for a number of tokens."""
+    """Name of the video; None, like the next seven fields, if the plan is for a number of tokens."""
     frames: int | None
     frame_size: tuple[int, int] | None
     """Height and width of the frames before the processor resizes them."""
+    tower_size: tuple[int, int] | None
+    """Height and width of the frames as the vision tower sees them, without their tiles."""
     fps: float | None
+    fit: str | None
+    """What `fit=True` chose, in words; None without it."""
     grid: tuple[int, int, int] | None
     """Temporal steps, rows and columns of visual tokens."""
     encode_batch: int | None
@@ -215,6 +219,9 @@ class MemoryPlan:
             return [("visual tokens", f"{self.visual_tokens:,}")]
         height, width = self.frame_size
         steps, rows, columns = self.grid
+        seen = ""
+        if self.tower_size is not None:
+            seen = f" (frames of {self.tower_size[1]}x{self.tower_size[0]})"
         return [
             (
                 "video",
@@ -222,7 +229,8 @@ class MemoryPlan:
             ),
             (
                 "visual tokens",
-                f"{self.visual_tokens:,}: {steps:,} steps of {rows}x{columns}, {self.encode_batch:,} per tower call"
+                f"{self.visual_tokens:,}: {steps:,} steps of {rows}x{columns}{seen}, "
+                f"{self.encode_batch:,} per tower call"
                 + (f"; {self.video_text_tokens:,} of text between" if self.video_text_tokens else ""),
             ),
         ]
@@ -246,11 +254,11 @@ class MemoryPlan:
             ("a step copies", f"at most {_size(self.step_copy_bytes)}: {self.step_copy_ms:.3g} ms"),
         ]
         if self.token_ms is not None:
-            least, most = self.token_ms
+            times = dict.fromkeys(f"{ms:.3g}" for ms in self.token_ms)
             card = f"{self.card_gb_s:g} GB/s" + (
                 f", {self.card} by its data sheet" if any(self.card == known.name for known in CARDS) else ""
             )
-            rows.append(("time per token", f"{least:.3g} to {most:.3g} ms at {card}"))
+            rows.append(("time per token", f"{' to '.join(times)} ms at {card}"))
         return [*rows, ("", "Times are estimates, not measured.")]
 
 

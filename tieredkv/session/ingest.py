@@ -20,8 +20,10 @@ from tieredkv.models.long_context import LongContext, beyond_training, trained_t
 from tieredkv.models.placement import layer_devices
 from tieredkv.models.same_model import SameModel
 from tieredkv.planning.admission import Request, check_memory
+from tieredkv.planning.advice import Advice
 from tieredkv.planning.sizes import QUESTION_ROOM, host_bytes
 from tieredkv.progress import IngestProgress
+from tieredkv.session import sampled_video
 from tieredkv.session.cached_video import CachedVideo
 from tieredkv.session.checkpoint import Checkpoint, Damaged
 from tieredkv.session.ingested_video import IngestedVideo, Place, VideoFacts
@@ -97,13 +99,20 @@ class Ingest:
             raise OptionError(f"a checkpoint is of one video: leave it out for {len(given)} videos and pictures.")
         model, template = self.model, self.template.showing([each.kind for each in given])
         *texts, tail = template.texts([(question, None)])
-        rate, check = at_processor_rate(sampling, template.processor), self.pipeline.check
+        check = self.pipeline.check
+        advise = sampled_video.advice(model, template, self.tiers, texts[0], tail, max_new_tokens)
+        if sampling.fit:
+            sampling = sampled_video.fitting(
+                given, template.processor, sampling, advise, checkpoint, check, self._show_progress
+            )
+        rate = at_processor_rate(sampling, template.processor)
         media = [
             prepare(own, model.config, each.open(rate, check), self.tiers, each.sampling(rate).max_pixels)
             for own, each in zip(template.of_each(), given, strict=True)
         ]
         expected, question_tokens = _expected(template, model.config, texts, tail, media)
-        room = self._check_memory(expected, question_tokens, max_new_tokens)
+        advice = advise(media[0].source, given[0].sampling(sampling)) if len(media) == 1 else None
+        room = self._check_memory(expected, question_tokens, max_new_tokens, advice)
         if save_to is not None:
             header.check_space(Path(save_to), self._file_bytes(expected))
         self._new_cache(room)
@@ -211,10 +220,11 @@ class Ingest:
         shape = model_shape(self.model.config, self.model.get_input_embeddings().weight.dtype)
         return host_bytes(shape, self.tiers, tokens)
 
-    def _check_memory(self, context: int, question_tokens: int, max_new_tokens: int) -> int:
+    def _check_memory(self, context: int, question_tokens: int, max_new_tokens: int, advice: Advice | None) -> int:
         """Refuse videos that a tier cannot hold, before the costly stages; returns the tokens to reserve on the host.
 
         context, question_tokens: tokens up to the end of the last video, and of the text after it.
+        advice: on the video, if there is one.
         """
         weight = self.model.get_input_embeddings().weight
         shape = model_shape(self.model.config, weight.dtype)
@@ -222,7 +232,10 @@ class Ingest:
         LongContext(self.model.config).check(0, request.tokens + max_new_tokens)
         if beyond := beyond_training(trained_tokens(self.model.config), request.tokens):
             warnings.warn(f"the prompt has {request.tokens:,} tokens, {beyond}.", stacklevel=2)
-        check_memory(shape, self.tiers, request, one_memory=weight.device.type == "cpu")
+        if advice is None:
+            check_memory(shape, self.tiers, request, one_memory=weight.device.type == "cpu")
+        else:
+            advice.check(request)
         return request.tokens + QUESTION_ROOM
 
 

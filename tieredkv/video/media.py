@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 PICTURES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 """How the names of files end that are still pictures in a list of several."""
-_OPTIONS = {field.name for field in fields(Sampling)}
+_OPTIONS = {field.name for field in fields(Sampling)} - {"fit"}
 
 
 class Video:
