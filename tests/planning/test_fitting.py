@@ -20,6 +20,7 @@ from tieredkv.models.chat_template import ChatTemplate
 from tieredkv.planning import forecast
 from tieredkv.planning.fitting import GOOD_PIXELS, GOOD_RATE, LEAST_RATE, SMALL_PIXELS, Choice, Film, fitted
 from tieredkv.video.frames import Sampled
+from tieredkv.video.media import media_of
 from tieredkv.video.sampling import Sampling
 
 HOUR = 3600.0
@@ -137,7 +138,7 @@ def hour(monkeypatch) -> dict[str, Any]:
         return SimpleNamespace(name=video, height=1080, width=1920, fps=fps, expected=frames, start=0.0, seconds=HOUR)
 
     monkeypatch.setattr(forecast, "open_video", open_video)
-    monkeypatch.setattr(forecast, "check_video", lambda video: None)
+    monkeypatch.setattr(forecast, "check_media", media_of)
     monkeypatch.setattr(limits, "available_host_bytes", lambda: 40 * GIB)
     from transformers import Qwen2VLVideoProcessor
 

@@ -59,10 +59,8 @@ def plan(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show the memory and time that a video, or several videos and pictures, would need.
-
-    Loads no weights and decodes nothing.
-    """
+    """Show the memory and time that a video, or several videos and pictures, would need. Loads no
+    weights and decodes nothing."""
     from tieredkv.cli.checks import check_options, refuse_session
     from tieredkv.cli.process import quick_imports
     from tieredkv.models.quantising import check_weights
