@@ -29,9 +29,9 @@ from tieredkv.models.wrapped import unwrapped
 from tieredkv.planning import decode_plan, forecast_bytes, sizes
 from tieredkv.planning.admission import FEWER_TOKENS, Request, check_memory, smallest_cap_bytes
 from tieredkv.planning.advice import Advice
-from tieredkv.planning.card_memory import CardMemory, working_bytes
+from tieredkv.planning.card_memory import LEAST_KV_BYTES, CardMemory, working_bytes
 from tieredkv.planning.cards import find_card
-from tieredkv.planning.fitting import Film, several_do_not_fit
+from tieredkv.planning.fitting import ONE_VIDEO, Film
 from tieredkv.planning.prefill_plan import question_rows, untiered_prefill_bytes
 from tieredkv.planning.report import MemoryPlan, find_link
 from tieredkv.planning.weight_bytes import weight_bytes
@@ -151,7 +151,7 @@ def plan(
 
     if default_cap and (memory := card_memory(video)) is not None:
         if memory.default_cap == 0:
-            memory.check(1, 1, source.smaller_weights)
+            memory.check(LEAST_KV_BYTES, LEAST_KV_BYTES, source.smaller_weights)
         settings = replace(settings, gpu_kv_gb=memory.default_cap)
     fitting = None
     if video is not None and fit:
@@ -383,7 +383,7 @@ class _Several:
         source: _Model, processor: Any, media: Sequence[Medium], sampling: Sampling, system: str | None
     ) -> _Several:
         if sampling.fit:
-            raise OptionError(several_do_not_fit(len(media)))
+            raise OptionError(ONE_VIDEO)
         family, config = families.video_family(source.config), source.config
         template = ChatTemplate(family, processor, system=system, media=[each.kind for each in media])
         videos = []
