@@ -130,7 +130,7 @@ def test_tokens_are_those_of_the_plan(name):
 
 
 @pytest.fixture
-def hour(monkeypatch) -> dict[str, Any]:
+def hour(monkeypatch, tmp_path) -> dict[str, Any]:
     """A plan's arguments for an hour of 1080p, on a machine of 40 GiB."""
 
     def open_video(video: Any, sampling: Sampling) -> Any:
@@ -149,7 +149,7 @@ def hour(monkeypatch) -> dict[str, Any]:
         Qwen2VLVideoProcessor(cap_pixels_per_frame=False),  # as published: up to 602,112 pixels of a frame
         chat_template=processor.chat_template,
     )
-    return {"model": _three_billion(), "video_or_tokens": "film.mp4", "processor": processor}
+    return {"model": _three_billion(), "video_or_tokens": str(tmp_path / "film.mp4"), "processor": processor}
 
 
 def _three_billion() -> Any:

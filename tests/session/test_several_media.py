@@ -384,8 +384,10 @@ def test_several_that_do_not_fit_are_refused_before_they_are_decoded(monkeypatch
     for call in (tieredkv.plan, tieredkv.open_session):
         with pytest.raises(BudgetError, match="lower fps, max_pixels, max_frames or max_new_tokens"):
             call(model, media, gpu_kv_gb=whole / 100, **options)
-        with pytest.raises(OptionError, match="fit=True is for one video: give fps and max_pixels for 2 videos"):
+        with pytest.raises(OptionError, match="fit=True is for one video: give fps and max_pixels for several"):
             call(model, media, gpu_kv_gb=1, fit=True, **options)
+        with pytest.raises(OptionError, match="fit=True is for one video"):
+            call(model, Picture(still(1, 60, 90)), gpu_kv_gb=1, fit=True, **options)
 
 
 # ---- the command line

@@ -31,7 +31,7 @@ from tieredkv.planning.admission import FEWER_TOKENS, Request, check_memory, sma
 from tieredkv.planning.advice import Advice
 from tieredkv.planning.card_memory import LEAST_KV_BYTES, CardMemory, working_bytes
 from tieredkv.planning.cards import find_card
-from tieredkv.planning.fitting import Film, several_do_not_fit
+from tieredkv.planning.fitting import ONE_VIDEO, Film
 from tieredkv.planning.prefill_plan import question_rows, untiered_prefill_bytes
 from tieredkv.planning.report import MemoryPlan, find_link
 from tieredkv.planning.weight_bytes import weight_bytes
@@ -383,7 +383,7 @@ class _Several:
         source: _Model, processor: Any, media: Sequence[Medium], sampling: Sampling, system: str | None
     ) -> _Several:
         if sampling.fit:
-            raise OptionError(several_do_not_fit(len(media)))
+            raise OptionError(ONE_VIDEO)
         family, config = families.video_family(source.config), source.config
         template = ChatTemplate(family, processor, system=system, media=[each.kind for each in media])
         videos = []

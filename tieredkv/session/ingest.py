@@ -113,7 +113,7 @@ class Ingest:
         expected = template.context_tokens(model.config, texts, [(each.sampled, each.grid) for each in media])
         last, grid = media[-1].sampled, media[-1].grid
         after = template.tail_ids(tail, last.times(grid.steps - 1, grid.frames_per_step), grid.slices)
-        advice = advise(media[0].source, given[0].sampling(sampling)) if len(media) == 1 else None
+        advice = advise(media[0].source, sampling) if template.media == ("video",) else None
         room = self._check_memory(expected, after.shape[1], max_new_tokens, advice)
         if save_to is not None:
             header.check_space(Path(save_to), self._file_bytes(expected))
