@@ -20,6 +20,7 @@ from tieredkv.models.chat_template import ChatTemplate
 from tieredkv.planning import forecast
 from tieredkv.planning.fitting import GOOD_PIXELS, GOOD_RATE, LEAST_RATE, SMALL_PIXELS, Choice, Film, fitted
 from tieredkv.video.frames import Sampled
+from tieredkv.video.media import media_of
 from tieredkv.video.sampling import Sampling
 
 HOUR = 3600.0
@@ -129,7 +130,7 @@ def test_tokens_are_those_of_the_plan(name):
 
 
 @pytest.fixture
-def hour(monkeypatch) -> dict[str, Any]:
+def hour(monkeypatch, tmp_path) -> dict[str, Any]:
     """A plan's arguments for an hour of 1080p, on a machine of 40 GiB."""
 
     def open_video(video: Any, sampling: Sampling) -> Any:
@@ -137,7 +138,7 @@ def hour(monkeypatch) -> dict[str, Any]:
         return SimpleNamespace(name=video, height=1080, width=1920, fps=fps, expected=frames, start=0.0, seconds=HOUR)
 
     monkeypatch.setattr(forecast, "open_video", open_video)
-    monkeypatch.setattr(forecast, "check_video", lambda video: None)
+    monkeypatch.setattr(forecast, "check_media", media_of)
     monkeypatch.setattr(limits, "available_host_bytes", lambda: 40 * GIB)
     from transformers import Qwen2VLVideoProcessor
 
@@ -148,7 +149,7 @@ def hour(monkeypatch) -> dict[str, Any]:
         Qwen2VLVideoProcessor(cap_pixels_per_frame=False),  # as published: up to 602,112 pixels of a frame
         chat_template=processor.chat_template,
     )
-    return {"model": _three_billion(), "video_or_tokens": "film.mp4", "processor": processor}
+    return {"model": _three_billion(), "video_or_tokens": str(tmp_path / "film.mp4"), "processor": processor}
 
 
 def _three_billion() -> Any:

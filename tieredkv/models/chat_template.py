@@ -220,6 +220,15 @@ class ChatTemplate:
             text = earlier.after(processor, *before) + earlier.ending(processor) + text
         return self.tokenize(text)
 
+    def context_tokens(self, config: Any, texts: Sequence[str], media: Sequence[tuple[Sampled, VideoGrid]]) -> int:
+        """Tokens up to the end of the last medium, as far as is known before decoding. texts: before each."""
+        tokens = 0
+        before: tuple[Sequence[float], Slices | None] = ((), None)
+        for number, (text, (video, grid)) in enumerate(zip(texts, media, strict=True)):
+            tokens += self.text_ids(config, number, text, video, before).shape[1] + grid.tokens
+            before = video.times(grid.steps - 1, grid.frames_per_step), grid.slices
+        return tokens
+
     def between_ids(
         self, step: int, times: Callable[[int], Sequence[float]], slices: Slices | None
     ) -> tuple[int, ...] | None:

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from tieredkv.config import TierConfig
-from tieredkv.errors import BudgetError
+from tieredkv.errors import BudgetError, OptionError
 from tieredkv.memory.units import GIB, as_gib, largest
 from tieredkv.models.kv_shape import KVShape
 from tieredkv.planning.admission import Request, check_memory, smallest_cap_bytes
@@ -166,6 +166,12 @@ class Advice:
             height, width = self.film.size(choice)
             parts.append(f"max_pixels={choice.max_pixels}" + (f" ({width}x{height})" if sized else ""))
         return " with ".join(parts)
+
+
+def check_fit(fit: bool, count: int) -> None:
+    """Raise `OptionError` for `fit` with `count` videos and pictures, unless that is one."""
+    if fit and count > 1:
+        raise OptionError(f"fit=True is for one video: give fps and max_pixels for {count} videos and pictures.")
 
 
 def _either(changes: list[str]) -> str:

@@ -19,10 +19,12 @@ GOOD_RATE, GOOD_PIXELS = 1.0, 448 * 252
 """A frame a second, of a size at which people, things and large captions can be told apart."""
 LEAST_RATE, SMALL_PIXELS = 0.1, 280 * 168
 """A frame in ten seconds, of half of those pixels: a film that needs less is refused."""
+ONE_VIDEO = "fit=True is for one video: give fps and max_pixels for several, and for pictures."
+"""Why `fit` is refused."""
 RULE = (("rate", GOOD_RATE), ("size", GOOD_PIXELS), ("rate", LEAST_RATE), ("size", SMALL_PIXELS))
 """What is lowered, in this order, each as far as is stated before the next is (ours). Frames shrink before there are
-fewer than one a second, as in the code that Qwen's models were trained with: it gives the frames of a long video even
-shares of a number of pixels, but at least 128 x 28 x 28 each."""
+fewer than one a second, as in the reference code of Qwen's models (qwen-vl-utils): it gives the frames of a long video
+even shares of a number of pixels, but at least 128 x 28 x 28 each."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ Bytes come from the functions that size the real cache, so a plan refuses what a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,17 +27,18 @@ from tieredkv.models.quantised import scheme_of
 from tieredkv.models.quantising import check_weights, quantised_config
 from tieredkv.models.wrapped import unwrapped
 from tieredkv.planning import decode_plan, forecast_bytes, sizes
-from tieredkv.planning.admission import Request, check_memory, smallest_cap_bytes
+from tieredkv.planning.admission import FEWER_TOKENS, Request, check_memory, smallest_cap_bytes
 from tieredkv.planning.advice import Advice
-from tieredkv.planning.card_memory import CardMemory, working_bytes
+from tieredkv.planning.card_memory import LEAST_KV_BYTES, CardMemory, working_bytes
 from tieredkv.planning.cards import find_card
-from tieredkv.planning.fitting import Film
+from tieredkv.planning.fitting import ONE_VIDEO, Film
 from tieredkv.planning.links import find_link
 from tieredkv.planning.prefill_plan import question_rows, untiered_prefill_bytes
 from tieredkv.planning.report import MemoryPlan
 from tieredkv.planning.weight_bytes import weight_bytes
 from tieredkv.video.download import download
-from tieredkv.video.frames import Sampled, check_video, open_video
+from tieredkv.video.frames import Sampled, open_video
+from tieredkv.video.media import Medium, check_media
 from tieredkv.video.sampling import Sampling
 from tieredkv.video.urls import check_url, is_url
 
@@ -76,7 +77,7 @@ def plan(
     model: a transformers config or model, a local path or a hub id; from the last two only the config is read. Video
     models, and text models under `TieredCache`. A config without a dtype counts as bfloat16; weights are counted as its
     `quantization_config` says. video_or_tokens: a number of visual tokens (for a text model, of tokens before the
-    question), or a video as in `open_session`, which is opened but not decoded and needs the model's processor.
+    question), or a video, or several, as in `open_session`, opened but not decoded; needs the model's processor.
     question_tokens: text after the video, the chat template's end included. system: a system prompt, counted
     too. static_share: share of the heads assumed static, unless the policy fixes it. link: a name in `LINKS`, or GB/s;
     card: a name, or GB/s (`find_card`). weights: as in `open_session`. tiers, or its fields as further keywords. Of a
@@ -98,6 +99,7 @@ def plan(
     source = _Model.of(model, weights)
     shape = source.shape
     video: _Video | None = None
+    shown: _Several | None = None
     if system is not None and source.is_text:
         raise OptionError("system= is for models that take video: count the system prompt as tokens.")
     sampling = Sampling(fps, source_fps, max_frames, start, end, max_pixels, skip_damaged, fit)
@@ -113,16 +115,21 @@ def plan(
         if is_url(video_or_tokens):
             check_url(video_or_tokens, allow_url)
             video_or_tokens = download(video_or_tokens)  # removed with the last reference to it
-        check_video(video_or_tokens)
-        if isinstance(video_or_tokens, Iterator):
+        media = check_media(video_or_tokens)
+        if any(isinstance(each.source, Iterator) for each in media):
             raise VideoError("a plan would use up the iterator: give its frames as a list, or a number of tokens.")
         if processor is None:
             processor = loading.load_processor(source.path)
-        video = _Video.open(source, processor, video_or_tokens, sampling, system)
+        if len(media) == 1 and media[0].kind == "video":
+            video_or_tokens, sampling = media[0].source, media[0].sampling(sampling)
+            video = _Video.open(source, processor, video_or_tokens, sampling, system)
+        else:
+            shown = _Several.open(source, processor, media, sampling, system)
     weighs = weight_bytes(source.config, source.dtype, source.loaded)
 
     def working(video: _Video | None) -> int:
-        vision = 0 if source.is_text else None if video is None else video.encode_bytes(settings)
+        given = video or shown
+        vision = 0 if source.is_text else None if given is None else given.encode_bytes(settings)
         return working_bytes(source.config, shape, settings, vision)
 
     def card_memory(video: _Video | None) -> CardMemory | None:
@@ -145,7 +152,7 @@ def plan(
 
     if default_cap and (memory := card_memory(video)) is not None:
         if memory.default_cap == 0:
-            memory.check(1, 1, source.smaller_weights)
+            memory.check(LEAST_KV_BYTES, LEAST_KV_BYTES, source.smaller_weights)
         settings = replace(settings, gpu_kv_gb=memory.default_cap)
     fitting = None
     if video is not None and fit:
@@ -153,9 +160,13 @@ def plan(
         video = _Video.open(source, processor, video_or_tokens, chosen, system)
     if video is not None:
         visual = video.grid.visual_tokens
+    elif shown is not None:
+        visual = shown.visual_tokens
     inside = visual if video is None else video.grid.tokens
     if source.is_text:
         head = visual = 0
+    elif shown is not None:
+        head, inside = shown.head, shown.tokens - shown.head
     else:
         head = HEAD_TOKENS if processor is None else source.head_tokens(processor, video, system)
     text = head + question_tokens
@@ -176,7 +187,7 @@ def plan(
     if video is not None:
         layout = advice(video).check(needs)
     else:
-        fewer = "give fewer tokens or a smaller max_new_tokens"
+        fewer = FEWER_TOKENS if shown is not None else "give fewer tokens or a smaller max_new_tokens"
         layout = check_memory(shape, settings, needs, fewer, smaller, available=available)
 
     static = forecast_bytes.assumed_static(shape, settings, static_share)
@@ -194,7 +205,7 @@ def plan(
         dtype=str(source.dtype).removeprefix("torch."),
         shape=shape,
         **weighs,
-        video=None if video is None else video.name,
+        video=video.name if video is not None else None if shown is None else ", ".join(shown.names),
         frames=None if video is None else video.sampled.frames,
         frame_size=None if video is None else (video.sampled.height, video.sampled.width),
         fps=None if video is None else video.sampled.fps,
@@ -356,6 +367,47 @@ class _Video:
             return _head_tokens(template, config, sampled) + question_tokens
 
         return Film(template, config, self.sampling, self.sampled, around)
+
+
+@dataclass(frozen=True)
+class _Several:
+    """Opened videos and pictures of one prompt."""
+
+    videos: tuple[_Video, ...]
+    head: int
+    """Tokens before the first."""
+    tokens: int
+    """Up to the end of the last."""
+
+    @staticmethod
+    def open(
+        source: _Model, processor: Any, media: Sequence[Medium], sampling: Sampling, system: str | None
+    ) -> _Several:
+        if sampling.fit:
+            raise OptionError(ONE_VIDEO)
+        family, config = families.video_family(source.config), source.config
+        template = ChatTemplate(family, processor, system=system, media=[each.kind for each in media])
+        videos = []
+        for own, each in zip(template.of_each(), media, strict=True):
+            rate = at_processor_rate(each.sampling(sampling), processor)
+            opened = each.open(rate)
+            videos.append(_Video(source, own, rate, opened.name, Sampled.of(opened, rate.max_pixels)))
+        *texts, _ = template.texts([("?", None)])
+        head = template.text_ids(config, 0, texts[0], videos[0].sampled).shape[1]
+        tokens = template.context_tokens(config, texts, [(each.sampled, each.grid) for each in videos])
+        return _Several(tuple(videos), head, tokens)
+
+    @property
+    def names(self) -> list[str]:
+        return [each.name for each in self.videos]
+
+    @property
+    def visual_tokens(self) -> int:
+        return sum(each.grid.visual_tokens for each in self.videos)
+
+    def encode_bytes(self, tiers: TierConfig) -> int:
+        """Activations of the largest call of the vision tower."""
+        return max(each.encode_bytes(tiers) for each in self.videos)
 
 
 def _fewer_tokens(

@@ -216,7 +216,8 @@ class MemoryPlan:
         if not self.visual_tokens:
             return []
         if self.frames is None or self.frame_size is None or self.grid is None:
-            return [("visual tokens", f"{self.visual_tokens:,}")]
+            names = [("videos", self.video)] if self.video else []
+            return [*names, ("visual tokens", f"{self.visual_tokens:,}")]
         height, width = self.frame_size
         steps, rows, columns = self.grid
         seen = ""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from tieredkv.config import TierConfig
 from tieredkv.errors import OptionError, OutputError, TieredKVError
 from tieredkv.models.chat_template import ChatTemplate
 from tieredkv.models.encode import at_processor_rate
-from tieredkv.models.families.base import Slices
 from tieredkv.models.kv_shape import model_shape
 from tieredkv.models.long_context import LongContext, beyond_training, trained_tokens
 from tieredkv.models.placement import layer_devices
@@ -97,6 +95,8 @@ class Ingest:
         given = media_of(video)
         if checkpoint is not None and len(given) > 1:
             raise OptionError(f"a checkpoint is of one video: leave it out for {len(given)} videos and pictures.")
+        if len(given) == 1:
+            sampling = given[0].sampling(sampling)
         model, template = self.model, self.template.showing([each.kind for each in given])
         *texts, tail = template.texts([(question, None)])
         check = self.pipeline.check
@@ -110,9 +110,11 @@ class Ingest:
             prepare(own, model.config, each.open(rate, check), self.tiers, each.sampling(rate).max_pixels)
             for own, each in zip(template.of_each(), given, strict=True)
         ]
-        expected, question_tokens = _expected(template, model.config, texts, tail, media)
-        advice = advise(media[0].source, given[0].sampling(sampling)) if len(media) == 1 else None
-        room = self._check_memory(expected, question_tokens, max_new_tokens, advice)
+        expected = template.context_tokens(model.config, texts, [(each.sampled, each.grid) for each in media])
+        last, grid = media[-1].sampled, media[-1].grid
+        after = template.tail_ids(tail, last.times(grid.steps - 1, grid.frames_per_step), grid.slices)
+        advice = advise(media[0].source, sampling) if template.media == ("video",) else None
+        room = self._check_memory(expected, after.shape[1], max_new_tokens, advice)
         if save_to is not None:
             header.check_space(Path(save_to), self._file_bytes(expected))
         self._new_cache(room)
@@ -237,15 +239,3 @@ class Ingest:
         else:
             advice.check(request)
         return request.tokens + QUESTION_ROOM
-
-
-def _expected(
-    template: ChatTemplate, config: Any, texts: Sequence[str], tail: str, media: Sequence[Prepared]
-) -> tuple[int, int]:
-    """Tokens up to the end of the last video, and of the text after it, as far as is known before decoding."""
-    tokens = 0
-    before: tuple[Sequence[float], Slices | None] = ((), None)
-    for number, (text, video) in enumerate(zip(texts, media, strict=True)):
-        tokens += template.text_ids(config, number, text, video.sampled, before).shape[1] + video.grid.tokens
-        before = video.sampled.times(video.grid.steps - 1, video.grid.frames_per_step), video.grid.slices
-    return tokens, template.tail_ids(tail, *before).shape[1]

@@ -16,7 +16,7 @@ from tieredkv.models.families.base import VideoGrid
 from tieredkv.models.kv_shape import model_shape
 from tieredkv.models.long_context import trained_tokens
 from tieredkv.planning.advice import Advice
-from tieredkv.planning.fitting import Film
+from tieredkv.planning.fitting import ONE_VIDEO, Film
 from tieredkv.progress import tell
 from tieredkv.session.checkpoint import Checkpoint, Damaged
 from tieredkv.session.default_cap import default_cap
@@ -38,10 +38,10 @@ def fitting(
 ) -> Sampling:
     """A sampling with `fit`, with the rate and the size chosen, which is reported if `shown`.
 
-    check: as for `open_video`. Raises `OptionError` for several media, `VideoError`, and `BudgetError` if nothing fits.
+    check: as for `open_video`. Raises `OptionError` unless it is one video, `VideoError`, and `BudgetError`.
     """
-    if len(media) > 1:
-        raise OptionError(f"fit=True is for one video: give fps and max_pixels for {len(media)} videos and pictures.")
+    if len(media) > 1 or media[0].kind == "image":
+        raise OptionError(ONE_VIDEO)
     sampling = as_begun(media[0].sampling(sampling), checkpoint)
     if not sampling.fit:
         return sampling
