@@ -48,6 +48,7 @@ def open_session(
     end: float | None = None,
     max_pixels: int | None = None,
     skip_damaged: bool = False,
+    fit: bool = False,
     allow_url: bool = False,
     positions: Positions = "published",
     progress: bool = False,
@@ -55,29 +56,31 @@ def open_session(
     checkpoint: str | Path | None = None,
     **options: Any,
 ) -> VideoSession:
-    """Ingest a video and return the session that answers questions about it.
+    """Ingest a video, or several videos and pictures, and return the session that answers questions about them.
 
     model: a transformers model, or a local path or hub id to load one from. processor: the model's own; None loads the
     one stored with the model. weights: "4bit" or "8bit" quantises the decoder's weights while they are loaded (None: as
     they are stored); the vision tower and the output layer stay as they are. video: a path; a URL, with `allow_url`,
     which is downloaded to a temporary file; a binary file object; a reader of decord or torchcodec; or frames: a list
     of PIL images, `(T, H, W, 3)` or `(T, 3, H, W)` as ndarray or tensor, uint8 or floats in [0, 1], or an iterator of
-    single ones, taken at `source_fps` per second (None: at `fps`). fps: frames sampled per second (None: the
-    processor's own rate). max_frames: at most this many frames, spread evenly over the video. max_pixels: most pixels
-    of a frame as the vision tower sees it, in place of the processor's limits (None: those). start, end: seconds of the
-    video to read, as players show them. skip_damaged: go over what is damaged or missing in a file;
-    `session.ingest_stats.damaged` says which seconds. gpu_kv_gb: hard cap in GiB on device memory for keys and values;
-    None: what the card has left beside weights and activations, on the CPU 4 (`tiers.gpu_kv_gb` of the session says how
-    much, `default_cap` why). tiers: every other setting; its fields may be given as keywords instead. positions:
-    "published" or "stock", how text after the video is numbered. progress: show a bar on stderr. system: the system
-    prompt of every question; None: the chat template's own, if it has one. checkpoint: a folder in which a long ingest
-    leaves what it has cached; the same call goes on from there after an interruption. It is removed when the session is
-    saved.
+    single ones, taken at `source_fps` per second (None: at `fps`); or a list with a path, a `tieredkv.Video` or a
+    `tieredkv.Picture` in it: several, in this order, with still pictures where the family takes them. fps: frames
+    sampled per second (None: the processor's own rate). max_frames: at most this many frames, spread evenly over the
+    video. max_pixels: most pixels of a frame as the vision tower sees it, in place of the processor's limits (None:
+    those). fit: choose fps and max_pixels, as far as they are None, so that the video fits the budgets;
+    `VideoSession.sampling` says which. start, end: seconds of the video to read, as players show them. skip_damaged: go
+    over what is damaged or missing in a file; `session.ingest_stats.damaged` says which seconds. gpu_kv_gb: hard cap in
+    GiB on device memory for keys and values; None: what the card has left beside weights and activations, on the CPU 4
+    (`tiers.gpu_kv_gb` of the session says how much, `default_cap` why). tiers: every other setting; its fields may be
+    given as keywords instead. positions: "published" or "stock", how text after the video is numbered. progress: show a
+    bar on stderr. system: the system prompt of every question; None: the chat template's own, if it has one.
+    checkpoint: a folder in which a long ingest leaves what it has cached; the same call goes on from there after an
+    interruption. It is removed when the session is saved.
 
     Raises `UnsupportedModelError`, `VideoError`, `BudgetError`, `OptionError` or, for a checkpoint that is in use or of
     another ingest, `SessionError`, all of them `TieredKVError`.
     """
-    sampling = Sampling(fps, source_fps, max_frames, start, end, max_pixels, skip_damaged)
+    sampling = Sampling(fps, source_fps, max_frames, start, end, max_pixels, skip_damaged, fit)
     check_media(video, allow_url)
     session = new_session(
         model,

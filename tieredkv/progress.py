@@ -25,6 +25,12 @@ def at_terminal() -> bool:
     return sys.stderr is not None and sys.stderr.isatty()
 
 
+def tell(text: str, shown: bool = True) -> None:
+    """A line on stderr that a log should hold too."""
+    if shown:
+        print(f"tieredkv: {text}", file=sys.stderr, flush=True)
+
+
 def note(text: str) -> None:
     """A line on stderr about what takes its time now; nothing where nobody watches."""
     if at_terminal():

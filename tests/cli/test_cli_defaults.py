@@ -44,7 +44,7 @@ def test_every_key_is_an_option_and_a_variable(monkeypatch, capsys, file, short_
         "policy": "quest",
         "card": "RTX 3060",
     }
-    values |= {"fps": 2, "max_frames": 5, "max_pixels": "56x56", "max_new_tokens": 6, "link": "pcie4x8"}
+    values |= {"fps": 2, "max_frames": 5, "max_pixels": "56x56", "fit": True, "max_new_tokens": 6, "link": "pcie4x8"}
     assert values.keys() == defaults.KEYS.keys()
     file.write_text("\n".join(f"{key} = {json.dumps(value)}" for key, value in values.items()))
     by_file = planned(monkeypatch, capsys, of=short_video)

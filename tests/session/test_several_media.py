@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import copy
+import io
+import json
 import warnings
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from command_line import run
 from families import BUILD, build
 from helpers import RecordLogits, assert_near, pressed, session_logits, stock_logits, tier_options
 from PIL import Image
 
 import tieredkv
 from tieredkv.cache.looks import Looks
-from tieredkv.errors import OptionError, SessionError, TieredKVError, UnsupportedModelError, VideoError
+from tieredkv.errors import BudgetError, OptionError, SessionError, TieredKVError, UnsupportedModelError, VideoError
 from tieredkv.evidence.moments import Shown, collect
 from tieredkv.evidence.save import save_evidence
 from tieredkv.models.families.base import VideoGrid
+from tieredkv.tiny.scene import make_scene
+from tieredkv.tiny.video import write_video
 from tieredkv.video.media import Picture, Video, media_of
 
 QUESTIONS = ("what is it ?", "and who is that ?")
@@ -165,6 +170,13 @@ def test_each_video_may_be_sampled_in_its_own_way():
             _ = session.video
 
 
+def test_the_sampling_of_one_video_is_that_of_the_session():
+    model, processor = build("qwen3_vl")
+    video = Video(noise(1, 40), fps=2, source_fps=4)
+    with tieredkv.open_session(model, video, processor=processor, gpu_kv_gb=1, fps=4) as session:
+        assert (session.sampling.fps, session.video.steps) == (2, 10)
+
+
 @pytest.mark.parametrize("name", ALONE)
 def test_a_family_that_takes_one_video_refuses_more(name):
     model, processor = build(name)
@@ -220,7 +232,11 @@ def test_a_session_with_pictures_is_saved(name, tmp_path):
         session.ask(QUESTIONS[1], max_new_tokens=2)
         expected = session_logits(session, QUESTIONS[0], 3)
         assert session.videos[2].columns > session.videos[2].rows
-        assert session.names == (str(tmp_path / "map.png"), "the frames given", str(tmp_path / "turned.png"))
+        assert tuple(each.facts.name for each in session.media) == (
+            str(tmp_path / "map.png"),
+            "the frames given",
+            str(tmp_path / "turned.png"),
+        )
         session.save(tmp_path / "films.tkv")
     with tieredkv.load_session(tmp_path / "films.tkv", model, processor=processor, video=media) as session:
         assert_near(session_logits(session, QUESTIONS[0], 3), expected)
@@ -330,3 +346,104 @@ def test_the_evidence_of_one_medium_is_drawn(tmp_path):
         assert (tmp_path / f"where{suffix}").stat().st_size > 1000
     with pytest.raises(OptionError, match="medium=3 is not valid"):
         save_evidence(answer, tmp_path / "where.png", medium=3)
+
+
+# ---- plans
+
+
+@SEVERAL
+def test_a_plan_counts_the_tokens_of_the_session(name):
+    model, processor = build(name)
+    media = list(map(Video, films(name)))
+    options = {"processor": processor, "gpu_kv_gb": 1, "fps": 4, "system": "Be brief."}
+    plan = tieredkv.plan(model, media, question_tokens=9, **options)
+    with tieredkv.open_session(model, media, **options) as session:
+        assert plan.prompt_tokens == session._ingested.tokens + 9
+        assert plan.visual_tokens == sum(grid.visual_tokens for grid in session.videos)
+
+
+def test_a_plan_counts_pictures():
+    model, processor = build("qwen3_vl")
+    media = [Picture(still(9, 70, 130)), Video(noise(1, 7)), Picture(still(8, 160, 90))]
+    options = {"processor": processor, "gpu_kv_gb": 1, "fps": 4}
+    plan = tieredkv.plan(model, media, question_tokens=9, **options)
+    with tieredkv.open_session(model, media, **options) as session:
+        assert plan.prompt_tokens == session._ingested.tokens + 9
+    assert "the picture given, the frames given, the picture given" in str(plan)
+    alone = tieredkv.plan(model, media[0], question_tokens=9, **options)
+    with tieredkv.open_session(model, media[0], **options) as session:
+        assert alone.prompt_tokens == session._ingested.tokens + 9
+
+
+def test_several_that_do_not_fit_are_refused_before_they_are_decoded(monkeypatch):
+    model, processor = build("qwen2_5_vl")
+    media = [Video(noise(number, 200)) for number in range(2)]
+    monkeypatch.setattr("tieredkv.session.ingest.Stages", None)
+    options = {"processor": processor, "fps": 4, "chunk_tokens": 8}
+    whole = pressed(model, 700, 1)["gpu_kv_gb"]
+    for call in (tieredkv.plan, tieredkv.open_session):
+        with pytest.raises(BudgetError, match="lower fps, max_pixels, max_frames or max_new_tokens"):
+            call(model, media, gpu_kv_gb=whole / 100, **options)
+        with pytest.raises(OptionError, match="fit=True is for one video: give fps and max_pixels for several"):
+            call(model, media, gpu_kv_gb=1, fit=True, **options)
+        with pytest.raises(OptionError, match="fit=True is for one video"):
+            call(model, Picture(still(1, 60, 90)), gpu_kv_gb=1, fit=True, **options)
+
+
+# ---- the command line
+
+
+@pytest.fixture(scope="module")
+def films_of_the_toy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("films")
+    return [str(write_video(make_scene(seed, 10, 2), folder / f"{name}.mp4")) for name, seed in (("a", 4), ("b", 5))]
+
+
+@pytest.mark.model
+def test_ask_takes_several_files_and_saves_their_session(monkeypatch, capsys, films_of_the_toy, tmp_path):
+    still(1, 56, 56).save(tmp_path / "map.png")
+    files, question = [*films_of_the_toy, str(tmp_path / "map.png")], "what colour was the star ?"
+    options = ["-m", "tiny", "--session", str(tmp_path / "films.tkv"), "--max-new-tokens", "2"]
+    drawn = ["--evidence", str(tmp_path / "where.html")]
+    code, out, err = run(monkeypatch, capsys, "ask", *files, question, *options, *drawn, "--json")
+    assert code == 0, err
+    assert json.loads(out)["media"] == files
+    assert {moment["medium"] for moment in json.loads(out)["evidence"]} <= {0, 1, 2}
+    names = [f"where-{number}.html" for number in (1, 2, 3)]
+    assert sorted(path.name for path in tmp_path.glob("*.html")) == names
+    assert "where-1.html, " in err
+    again = run(monkeypatch, capsys, "ask", question, *options, "--json")
+    assert (again[0], json.loads(again[1])["token_ids"]) == (0, json.loads(out)["token_ids"])
+    code, _, err = run(monkeypatch, capsys, "ask", *files[::-1], question, *options)
+    assert code == 2
+    assert "was saved for another video" in err
+
+
+@pytest.mark.model
+def test_chat_takes_several_files(monkeypatch, capsys, films_of_the_toy):
+    monkeypatch.setattr("sys.stdin", io.StringIO("what colour was the star ?\n"))
+    code, out, _ = run(monkeypatch, capsys, "chat", *films_of_the_toy, "-m", "tiny", "--max-new-tokens", "2")
+    assert code == 0
+    assert out.strip()
+
+
+@pytest.mark.model
+def test_plan_takes_several_files(monkeypatch, capsys, films_of_the_toy):
+    code, out, _ = run(monkeypatch, capsys, "plan", *films_of_the_toy, "-m", "tiny", "--json")
+    one = json.loads(run(monkeypatch, capsys, "plan", films_of_the_toy[0], "-m", "tiny", "--json")[1])
+    assert code == 0
+    assert json.loads(out)["visual_tokens"] == 2 * one["visual_tokens"]
+    assert json.loads(out)["video"] == ", ".join(films_of_the_toy)
+
+
+WORDS = {
+    "an unquoted question": (["a.mp4", "what", "is", "it", "?"], "in quotes: a.mp4: no such file"),
+    "no question": ([__file__, __file__], "and the question is missing"),
+}
+
+
+@pytest.mark.parametrize(("words", "message"), WORDS.values(), ids=WORDS)
+def test_words_that_ask_does_not_take(monkeypatch, capsys, words, message):
+    code, _, err = run(monkeypatch, capsys, "ask", *words)
+    assert code == 2
+    assert message in err

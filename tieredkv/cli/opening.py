@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 def opened(
     context: typer.Context,
     model: str | None,
-    video: str | PathLike[str] | None,
+    videos: Sequence[str | PathLike[str]],
     saved: Path | None,
     *,
     tiers: dict[str, Any],
@@ -46,14 +46,15 @@ def opened(
 ) -> Iterator[tuple[VideoSession, SessionError | None]]:
     """Yields the session, and why it could not be saved, or None.
 
-    context: of the command. saved: a file to load, or to write if it does not exist. model, weights, tiers, sampling:
-    the options given. A saved session names its model and keeps its own sampling: what the command line itself gives
-    must agree, and values from the environment are ignored. system: the system prompt. asked: `question` and
-    `max_new_tokens` if known, for the check of the budget.
+    context: of the command. videos: files of videos and pictures. saved: a file to load, or to write if it does not
+    exist. model, weights, tiers, sampling: the options given. A saved session names its model and keeps its own
+    sampling: what the command line itself gives must agree, and values from the environment are ignored. system: the
+    system prompt. asked: `question` and `max_new_tokens` if known, for the check of the budget.
     """
     check_system(system)
-    if video is not None:
+    for video in videos:
         refuse_session(str(video))
+    given: Any = list(videos) if len(videos) > 1 else videos[0] if videos else None
     if saved is not None and is_there(saved):
         manifest = read_manifest(saved)
         origin.check_sampling(saved, manifest, typed(context, sampling))
@@ -62,36 +63,38 @@ def opened(
             model = None
         weights = typed(context, {"weights": weights}).get("weights")
         check_model(model, origin.weights_of(saved, manifest, weights))
-        if video is not None:
+        for video in videos:
             check_path(video)
         named = model and model_path(model)
         note(f"loading the model of {saved}" if model is None else f"loading {model}")
         with quick_imports():
             from tieredkv import api
-        with api.load_session(saved, named, weights=weights, video=video, system=system, **tiers) as session:
+        with api.load_session(saved, named, weights=weights, video=given, system=system, **tiers) as session:
             remove_leftover(checkpoint_path(saved))
             report_damage(session)
             yield session, None
         return
-    if video is None:
+    if not videos:
         missing = "give a video and a question" if saved is None else f"{saved}: no such file; give a video too"
         raise OptionError(f"there is no video to ask about: {missing}.")
     frames = Sampling(**sampling)
-    check_path(video)
+    for video in videos:
+        check_path(video)
     check_model(model, weights)
     checkpoint = None
     if saved is not None:
         header.check_target(saved)
-        checkpoint = checkpoint_path(saved)
+        checkpoint = checkpoint_path(saved) if len(videos) == 1 else None
+    if checkpoint is not None:
         check_free(checkpoint)
-    model = model_or_toy(model, [video])
+    model = model_or_toy(model, videos)
     note(f"loading {model}")
     with quick_imports():
         from tieredkv import api
     with api.new_session(model_path(model), weights=weights, progress=True, system=system, **tiers) as session:
         say_default_cap(session)
-        note(f"opening {video}")
-        session.ingest(video, frames, checkpoint=checkpoint, save_to=saved, **asked)
+        note(f"opening {', '.join(map(str, videos))}")
+        session.ingest(given, frames, checkpoint=checkpoint, save_to=saved, **asked)
         report_damage(session)
         unsaved: SessionError | None = None
         if saved is not None:
@@ -120,10 +123,11 @@ def say_default_cap(session: VideoSession) -> None:
 
 def report_damage(session: VideoSession) -> None:
     """Say on stderr which seconds of the video could not be read."""
-    if session.ingest_stats is not None and (damaged := session.ingest_stats.damaged):
-        print(
-            f"tieredkv: could not be read: {spans_text(damaged)}; the picture before is shown there.", file=sys.stderr
-        )
+    for medium in session.media:
+        if medium.damaged:
+            of = f" of {medium.facts.name}" if len(session.media) > 1 else ""
+            spans = spans_text(medium.damaged)
+            print(f"tieredkv: could not be read{of}: {spans}; the picture before is shown there.", file=sys.stderr)
 
 
 def is_there(path: Path) -> bool:

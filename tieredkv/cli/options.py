@@ -67,6 +67,10 @@ MaxPixels = Annotated[
         help="Most pixels of a frame that the vision tower sees, such as 112896 or 448x252 [the processor's limits].",
     ),
 ]
+Fit = Annotated[
+    bool,
+    typer.Option("--fit", envvar="TIEREDKV_FIT", help="Choose a rate and a frame size, if not given, that fit."),
+]
 Start = Annotated[
     float | None,
     typer.Option(

@@ -13,6 +13,7 @@ import typer
 from tieredkv.cli.options import (
     AllowUrl,
     End,
+    Fit,
     Fps,
     GpuGiB,
     HostGiB,
@@ -59,6 +60,7 @@ def run(
     max_frames: MaxFrames = None,
     max_pixels: MaxPixels = None,
     skip_damaged: SkipDamaged = False,
+    fit: Fit = False,
     allow_url: AllowUrl = False,
     start: Start = None,
     end: End = None,
@@ -86,7 +88,7 @@ def run(
     options = {"max_new_tokens": max_new_tokens}
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
     sampled = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels, start=start, end=end)
-    sampled |= given(skip_damaged=skip_damaged or None)
+    sampled |= given(skip_damaged=skip_damaged or None, fit=fit or None)
     sampling = check_options(tiers, sampled, max_new_tokens)
     check_system(system)
     check_model(model, weights)

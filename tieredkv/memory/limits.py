@@ -74,12 +74,16 @@ def check_host(
     )
 
 
-def check_host_memory(needed_bytes: int, what: str, remedy: str) -> None:
-    """Raise `BudgetError` when `needed_bytes` for `what` exceed the memory that is available now."""
-    available = available_host_bytes()
+def check_host_memory(
+    needed_bytes: int, what: str, remedy: str | Callable[[int], str], available: int | None = None
+) -> None:
+    """Raise `BudgetError` when `needed_bytes` for `what` exceed the memory that is available. The rest as for
+    `check_host`."""
+    available = available_host_bytes() if available is None else available
     if needed_bytes > available:
         needs, free = different_sizes(needed_bytes, available)
-        raise BudgetError(f"{what} needs {needs} of host memory, {free} is available: {remedy}.")
+        advice = remedy(available) if callable(remedy) else remedy
+        raise BudgetError(f"{what} needs {needs} of host memory, {free} is available: {advice}.")
 
 
 def _groups(proc_cgroup: Path, root: Path) -> Iterator[tuple[Path, Names]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -219,6 +220,15 @@ class ChatTemplate:
             text = earlier.after(processor, *before) + earlier.ending(processor) + text
         return self.tokenize(text)
 
+    def context_tokens(self, config: Any, texts: Sequence[str], media: Sequence[tuple[Sampled, VideoGrid]]) -> int:
+        """Tokens up to the end of the last medium, as far as is known before decoding. texts: before each."""
+        tokens = 0
+        before: tuple[Sequence[float], Slices | None] = ((), None)
+        for number, (text, (video, grid)) in enumerate(zip(texts, media, strict=True)):
+            tokens += self.text_ids(config, number, text, video, before).shape[1] + grid.tokens
+            before = video.times(grid.steps - 1, grid.frames_per_step), grid.slices
+        return tokens
+
     def between_ids(
         self, step: int, times: Callable[[int], Sequence[float]], slices: Slices | None
     ) -> tuple[int, ...] | None:
@@ -240,7 +250,22 @@ class ChatTemplate:
         return self.tokenize(family.after(processor, times, slices) + family.ending(processor) + tail)
 
     def grid(self, config: Any, video: Sampled) -> VideoGrid:
-        """The tokens expected of a video. Raises `VideoError` if the processor refuses frames of this size."""
+        """The tokens expected of a video. Raises as `frames`."""
+        grid = self.frames(config, video)
+
+        def times(step: int) -> list[float]:
+            return video.times(step, grid.frames_per_step)
+
+        between = [self.between_ids(step, times, grid.slices) for step in range(grid.steps)]
+        written = () if grid.steps == 0 or between[0] is None else tuple(ids or () for ids in between)
+        return replace(grid, between=written)
+
+    def frames(self, config: Any, video: Sampled) -> VideoGrid:
+        """The same without the text between steps.
+
+        Raises `VideoError` if the processor refuses frames of this size, and `OptionError` if it cannot make them as
+        small as `max_pixels`.
+        """
         family, step_frames = self.family, self.family.step_frames(config)
         try:
             steps, rows, columns = family.frame_grid(
@@ -251,14 +276,8 @@ class ChatTemplate:
             raise
         except ValueError as error:
             raise refused(video, error) from None
-
-        def times(step: int) -> list[float]:
-            return video.times(step, step_frames)
-
-        between = [self.between_ids(step, times, slices) for step in range(steps)]
-        written = () if steps == 0 or between[0] is None else tuple(ids or () for ids in between)
         closing = family.closing_tokens(config)
-        return VideoGrid(steps, rows, columns, step_frames / video.fps, written, closing, step_frames, slices=slices)
+        return VideoGrid(steps, rows, columns, step_frames / video.fps, (), closing, step_frames, slices=slices)
 
     def tokenize(self, text: str) -> torch.Tensor:
         """Token ids `(1, n)`. Raises `PromptError` for text that the tokenizer refuses."""

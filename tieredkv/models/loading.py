@@ -12,7 +12,13 @@ from tieredkv.environment import forking
 from tieredkv.errors import UnsupportedModelError, first_line
 from tieredkv.models import families
 from tieredkv.models.kv_shape import model_shape
-from tieredkv.models.quantising import check_package, check_weights, quantised_config, transformers_config
+from tieredkv.models.quantising import (
+    check_package,
+    check_weights,
+    keep_stored_form,
+    quantised_config,
+    transformers_config,
+)
 from tieredkv.models.sources import WHAT_IS_A_MODEL, check_source, is_local
 from tieredkv.models.wrapped import unwrapped
 
@@ -104,9 +110,11 @@ def _load(
     try:
         # Directly to the card: this needs less host memory, and quantised weights cannot be moved.
         place = {"": torch.cuda.current_device()} if torch.cuda.is_available() else None
-        return AutoModelForImageTextToText.from_pretrained(
+        model = AutoModelForImageTextToText.from_pretrained(
             str(source), dtype="auto", device_map=place, local_files_only=local, **options
         ).eval()
+        keep_stored_form(model)
+        return model
     except torch.OutOfMemoryError as error:
         raise UnsupportedModelError(
             f"{source}: the weights alone do not fit on the card ({first_line(error)}): give a smaller model, or "

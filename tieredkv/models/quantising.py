@@ -79,6 +79,14 @@ def transformers_config(config: Any, weights: str, dtype: torch.dtype) -> Any:
     return TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=settings["modules_to_not_convert"])
 
 
+def keep_stored_form(model: Any) -> None:
+    """Keep bitsandbytes from storing weights otherwise at their first use, as it does on CPUs with AVX512-BF16: a saved
+    session is known by the weights as they are stored."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def kept_modules(config: Any, dtype: torch.dtype) -> list[str]:
     """Full names of the modules that keep their dtype: everything of pictures, and the output layer.
 

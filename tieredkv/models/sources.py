@@ -25,7 +25,7 @@ def check_source(source: str | Path) -> None:
     text = os.fspath(source)
     path = Path(text)
     try:
-        is_folder, is_file = path.is_dir(), path.is_file()
+        is_folder, is_file = bool(text) and path.is_dir(), path.is_file()
     except (OSError, ValueError):  # too long, or with a null character
         is_folder = is_file = False
     if text.lower().endswith(".gguf") or (is_folder and _only_gguf(path)):

@@ -27,6 +27,9 @@ WORKSPACE_BYTES = 512 * 2**20
 """Workspaces of matrix products, captured graphs, fragments of torch's allocator, frames larger than the vision tower's
 usual call (ours). cuBLAS takes 8 to 32 MiB a stream."""
 
+LEAST_KV_BYTES = GIB // 10
+"""What a card must have left for keys and values, whatever the prompt."""
+
 
 def default_gpu_kv_gb(free_bytes: int, weight_bytes: int, activation_bytes: int) -> float:
     """The cap, in GiB, if none is given: what is left of a card, rounded down to tenths, below 1 GiB to hundredths.

@@ -9,30 +9,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from tieredkv.errors import OptionError
 from tieredkv.memory.units import GIB
 from tieredkv.memory.units import size_text as _size
 from tieredkv.models.kv_shape import KVShape
 from tieredkv.models.long_context import beyond_training
-from tieredkv.planning.cards import CARDS, as_rate
-
-LINKS = {"pcie3x16": 11.3, "pcie4x4": 6.6, "pcie4x8": 13.4, "pcie4x16": 25.0, "pcie5x16": 56.0}
-"""Host-to-device GB/s as measured on such links: less than the rating of the bus."""
-
-
-def find_link(link: str | float) -> tuple[str, float]:
-    """Name and GB/s of a link: a name in `LINKS`, whatever its case and spaces, or GB/s, with or without the unit."""
-
-    def plain(name: str) -> str:
-        return "".join(letter for letter in name.lower() if letter.isalnum())
-
-    for name, speed in LINKS.items():
-        if plain(str(link)) == plain(name):
-            return name, speed
-    given = as_rate(link)
-    if given is None:
-        raise OptionError(f"link={link!r} is not known: give GB/s, or one of {', '.join(LINKS)}.")
-    return f"{given:g} GB/s", given
+from tieredkv.planning.cards import CARDS
+from tieredkv.planning.links import LINKS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,11 +34,15 @@ class MemoryPlan:
     quantisation: str | None
     """How the checkpoint's weights are quantised; None: they are not."""
     video: str | None
-    """Name of the video; None, like the next five fields, if the plan is for a number of tokens."""
+    """Name of the video; None, like the next seven fields, if the plan is for a number of tokens."""
     frames: int | None
     frame_size: tuple[int, int] | None
     """Height and width of the frames before the processor resizes them."""
+    tower_size: tuple[int, int] | None
+    """Height and width of the frames as the vision tower sees them, without their tiles."""
     fps: float | None
+    fit: str | None
+    """What `fit=True` chose, in words; None without it."""
     grid: tuple[int, int, int] | None
     """Temporal steps, rows and columns of visual tokens."""
     encode_batch: int | None
@@ -230,9 +216,13 @@ class MemoryPlan:
         if not self.visual_tokens:
             return []
         if self.frames is None or self.frame_size is None or self.grid is None:
-            return [("visual tokens", f"{self.visual_tokens:,}")]
+            names = [("videos", self.video)] if self.video else []
+            return [*names, ("visual tokens", f"{self.visual_tokens:,}")]
         height, width = self.frame_size
         steps, rows, columns = self.grid
+        seen = ""
+        if self.tower_size is not None:
+            seen = f" (frames of {self.tower_size[1]}x{self.tower_size[0]})"
         return [
             (
                 "video",
@@ -240,7 +230,8 @@ class MemoryPlan:
             ),
             (
                 "visual tokens",
-                f"{self.visual_tokens:,}: {steps:,} steps of {rows}x{columns}, {self.encode_batch:,} per tower call"
+                f"{self.visual_tokens:,}: {steps:,} steps of {rows}x{columns}{seen}, "
+                f"{self.encode_batch:,} per tower call"
                 + (f"; {self.video_text_tokens:,} of text between" if self.video_text_tokens else ""),
             ),
         ]
@@ -264,11 +255,11 @@ class MemoryPlan:
             ("a step copies", f"at most {_size(self.step_copy_bytes)}: {self.step_copy_ms:.3g} ms"),
         ]
         if self.token_ms is not None:
-            least, most = self.token_ms
+            times = dict.fromkeys(f"{ms:.3g}" for ms in self.token_ms)
             card = f"{self.card_gb_s:g} GB/s" + (
                 f", {self.card} by its data sheet" if any(self.card == known.name for known in CARDS) else ""
             )
-            rows.append(("time per token", f"{least:.3g} to {most:.3g} ms at {card}"))
+            rows.append(("time per token", f"{' to '.join(times)} ms at {card}"))
         return [*rows, ("", "Times are estimates, not measured.")]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,15 @@ from tieredkv.config import TierConfig
 from tieredkv.errors import OptionError, OutputError, TieredKVError
 from tieredkv.models.chat_template import ChatTemplate
 from tieredkv.models.encode import at_processor_rate
-from tieredkv.models.families.base import Slices
 from tieredkv.models.kv_shape import model_shape
 from tieredkv.models.long_context import LongContext, beyond_training, trained_tokens
 from tieredkv.models.placement import layer_devices
 from tieredkv.models.same_model import SameModel
 from tieredkv.planning.admission import Request, check_memory
+from tieredkv.planning.advice import Advice
 from tieredkv.planning.sizes import QUESTION_ROOM, host_bytes
 from tieredkv.progress import IngestProgress
+from tieredkv.session import sampled_video
 from tieredkv.session.cached_video import CachedVideo
 from tieredkv.session.checkpoint import Checkpoint, Damaged
 from tieredkv.session.ingested_video import IngestedVideo, Place, VideoFacts
@@ -95,15 +95,26 @@ class Ingest:
         given = media_of(video)
         if checkpoint is not None and len(given) > 1:
             raise OptionError(f"a checkpoint is of one video: leave it out for {len(given)} videos and pictures.")
+        if len(given) == 1:
+            sampling = given[0].sampling(sampling)
         model, template = self.model, self.template.showing([each.kind for each in given])
         *texts, tail = template.texts([(question, None)])
-        rate, check = at_processor_rate(sampling, template.processor), self.pipeline.check
+        check = self.pipeline.check
+        advise = sampled_video.advice(model, template, self.tiers, texts[0], tail, max_new_tokens)
+        if sampling.fit:
+            sampling = sampled_video.fitting(
+                given, template.processor, sampling, advise, checkpoint, check, self._show_progress
+            )
+        rate = at_processor_rate(sampling, template.processor)
         media = [
             prepare(own, model.config, each.open(rate, check), self.tiers, each.sampling(rate).max_pixels)
             for own, each in zip(template.of_each(), given, strict=True)
         ]
-        expected, question_tokens = _expected(template, model.config, texts, tail, media)
-        room = self._check_memory(expected, question_tokens, max_new_tokens)
+        expected = template.context_tokens(model.config, texts, [(each.sampled, each.grid) for each in media])
+        last, grid = media[-1].sampled, media[-1].grid
+        after = template.tail_ids(tail, last.times(grid.steps - 1, grid.frames_per_step), grid.slices)
+        advice = advise(media[0].source, sampling) if template.media == ("video",) else None
+        room = self._check_memory(expected, after.shape[1], max_new_tokens, advice)
         if save_to is not None:
             header.check_space(Path(save_to), self._file_bytes(expected))
         self._new_cache(room)
@@ -211,10 +222,11 @@ class Ingest:
         shape = model_shape(self.model.config, self.model.get_input_embeddings().weight.dtype)
         return host_bytes(shape, self.tiers, tokens)
 
-    def _check_memory(self, context: int, question_tokens: int, max_new_tokens: int) -> int:
+    def _check_memory(self, context: int, question_tokens: int, max_new_tokens: int, advice: Advice | None) -> int:
         """Refuse videos that a tier cannot hold, before the costly stages; returns the tokens to reserve on the host.
 
         context, question_tokens: tokens up to the end of the last video, and of the text after it.
+        advice: on the video, if there is one.
         """
         weight = self.model.get_input_embeddings().weight
         shape = model_shape(self.model.config, weight.dtype)
@@ -222,17 +234,8 @@ class Ingest:
         LongContext(self.model.config).check(0, request.tokens + max_new_tokens)
         if beyond := beyond_training(trained_tokens(self.model.config), request.tokens):
             warnings.warn(f"the prompt has {request.tokens:,} tokens, {beyond}.", stacklevel=2)
-        check_memory(shape, self.tiers, request, one_memory=weight.device.type == "cpu")
+        if advice is None:
+            check_memory(shape, self.tiers, request, one_memory=weight.device.type == "cpu")
+        else:
+            advice.check(request)
         return request.tokens + QUESTION_ROOM
-
-
-def _expected(
-    template: ChatTemplate, config: Any, texts: Sequence[str], tail: str, media: Sequence[Prepared]
-) -> tuple[int, int]:
-    """Tokens up to the end of the last video, and of the text after it, as far as is known before decoding."""
-    tokens = 0
-    before: tuple[Sequence[float], Slices | None] = ((), None)
-    for number, (text, video) in enumerate(zip(texts, media, strict=True)):
-        tokens += template.text_ids(config, number, text, video.sampled, before).shape[1] + video.grid.tokens
-        before = video.sampled.times(video.grid.steps - 1, video.grid.frames_per_step), video.grid.slices
-    return tokens, template.tail_ids(tail, *before).shape[1]

@@ -115,8 +115,9 @@ def sampling_of(path: Path, manifest: Mapping[str, Any]) -> Sampling | None:
 def check_sampling(path: Path, manifest: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     """Raise `SessionError` unless the video was sampled with these options; the message names those that differ.
 
-    asked: fields of `Sampling`. A rate equals the processor's own if that is what it was.
+    asked: fields of `Sampling`. A rate equals the processor's own if that is what it was; a video that is cached fits.
     """
+    asked = {name: value for name, value in asked.items() if name != "fit"}
     if not asked:
         return
     sampling = sampling_of(path, manifest)

@@ -25,7 +25,7 @@ from tieredkv.session.conversation import Conversation
 from tieredkv.session.conversation_file import ConversationFile
 from tieredkv.session.default_cap import DefaultCap
 from tieredkv.session.ingest import Ingest
-from tieredkv.session.ingested_video import IngestedVideo
+from tieredkv.session.ingested_video import IngestedVideo, Medium
 from tieredkv.session.job import Job, Work
 from tieredkv.session.origin import ModelSource
 from tieredkv.session.question import UserQuestion
@@ -281,12 +281,12 @@ class VideoSession(AsyncAsking):
     @property
     def videos(self) -> tuple[VideoGrid, ...]:
         """The tokens of each video and picture, in the order of the prompt; empty before the ingest."""
-        return () if self._ingested is None else tuple(each.grid for each in self._ingested.media)
+        return tuple(each.grid for each in self.media)
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """What the sources of `videos` were called when they were read: their paths."""
-        return () if self._ingested is None else tuple(each.facts.name for each in self._ingested.media)
+    def media(self) -> tuple[Medium, ...]:
+        """What is known of each video and picture, its source among it; empty before the ingest."""
+        return () if self._ingested is None else self._ingested.media
 
     @property
     def head_tokens(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 PICTURES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 """How the names of files end that are still pictures in a list of several."""
-_OPTIONS = {field.name for field in fields(Sampling)}
+_OPTIONS = {field.name for field in fields(Sampling)} - {"fit"}
 
 
 class Video:
@@ -144,8 +144,10 @@ class _PictureSource:
         from PIL import Image, ImageOps
 
         try:
-            picture = Image.open(self._source) if isinstance(self._source, str | os.PathLike) else self._source
-            return ImageOps.exif_transpose(picture).convert("RGB")
+            if not isinstance(self._source, str | os.PathLike):
+                return ImageOps.exif_transpose(self._source).convert("RGB")
+            with Image.open(self._source) as picture:
+                return ImageOps.exif_transpose(picture).convert("RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise VideoError(f"{self.name}: not a readable picture ({first_line(error)}).") from None
 
@@ -165,8 +167,3 @@ class _PictureSource:
                 raise VideoError(f"{self.name}: cannot be read ({error.strerror or error}).") from None
         pixels = np.asarray(self._read())
         return hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
-
-
-def names_of(media: Sequence[Medium]) -> list[str]:
-    """The paths of media, or what their sources are called."""
-    return [str(one.source) if isinstance(one.source, str | os.PathLike) else f"the {one.kind} given" for one in media]

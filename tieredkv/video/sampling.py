@@ -55,6 +55,8 @@ class Sampling:
     skip_damaged: bool = False
     """Go over what is damaged or missing in a file: the last whole picture is shown meanwhile, so that times stay true.
     Otherwise damage is refused."""
+    fit: bool = False
+    """Choose `fps` and `max_pixels`, where they are None, so that the video fits the budgets (`planning.fitting`)."""
 
     def __post_init__(self) -> None:
         for name in ("fps", "source_fps"):
@@ -66,6 +68,7 @@ class Sampling:
         if self.max_pixels is not None:
             check_whole("max_pixels", self.max_pixels, LEAST_PIXELS, error=VideoError)
         check_value(isinstance(self.skip_damaged, bool), "skip_damaged", self.skip_damaged, "True or False", VideoError)
+        check_value(isinstance(self.fit, bool), "fit", self.fit, "True or False", VideoError)
         if not is_number(start) or start < 0:
             raise VideoError(f"start={start!r} is not valid: give seconds from the video's beginning, 0 or more.")
         if end is not None and (not is_number(end) or end <= start + SAME_TIME):

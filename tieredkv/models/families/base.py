@@ -335,12 +335,16 @@ class VideoFamily(ABC):
         return model.get_output_embeddings()(hidden).float()
 
 
-def too_few_pixels(max_pixels: int, height: int, width: int, least: int) -> OptionError:
-    """The error for a limit below the fewest pixels of a frame that a processor makes."""
-    return OptionError(
-        f"max_pixels={max_pixels} is too few for frames of {width}x{height}: this model takes at least {least:,} "
-        f"pixels of them. Give max_pixels={least} or more."
-    )
+class TooFewPixels(OptionError):
+    """A `max_pixels` below the fewest pixels that a processor makes of a frame."""
+
+    def __init__(self, max_pixels: int, height: int, width: int, least: int) -> None:
+        """height, width: of the frame. least: the lowest limit that works."""
+        super().__init__(
+            f"max_pixels={max_pixels} is too few for frames of {width}x{height}: this model takes at least {least:,} "
+            f"pixels of them. Give max_pixels={least} or more."
+        )
+        self.least = least
 
 
 def activation_bytes(patches: int, pixels: int, hidden: int, intermediate: int, dtype: torch.dtype | None) -> int:

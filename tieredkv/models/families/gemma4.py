@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tieredkv.environment.versions import cache_argument
-from tieredkv.models.families.base import activation_bytes, too_few_pixels
+from tieredkv.models.families.base import TooFewPixels, activation_bytes
 from tieredkv.models.families.decoder import TIERED, Decoder
 from tieredkv.models.families.per_frame import EachFrame
 
@@ -79,7 +79,7 @@ class Gemma4(EachFrame):
         token = math.prod(self.tower_size(None, processor, 1, 1))
         allowed = [tokens for tokens in sorted(_SUPPORTED_SOFT_TOKENS) if tokens * token <= max_pixels]
         if not allowed:
-            raise too_few_pixels(max_pixels, height, width, min(_SUPPORTED_SOFT_TOKENS) * token)
+            raise TooFewPixels(max_pixels, height, width, min(_SUPPORTED_SOFT_TOKENS) * token)
         whole = [tokens for tokens in allowed if tokens * token >= height * width]
         return {"max_soft_tokens": min(whole, default=max(allowed))}
 

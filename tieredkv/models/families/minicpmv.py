@@ -12,7 +12,7 @@ import torch
 from tieredkv.environment.versions import NEWEST, confuses_tiles
 from tieredkv.errors import UnsupportedModelError
 from tieredkv.memory.units import largest
-from tieredkv.models.families.base import Positions, Slices, VideoFamily, VideoGrid, activation_bytes, too_few_pixels
+from tieredkv.models.families.base import Positions, Slices, TooFewPixels, VideoFamily, VideoGrid, activation_bytes
 
 MARKERS = ("image_start", "image_end", "slice_start", "slice_end")
 """The processor has a token of each name, and the config of 4.7 its id."""
@@ -128,7 +128,7 @@ class MiniCPMV46(VideoFamily):
                     return {"max_slice_nums": tiles}
         most = largest(lambda side: pixels(max_slice_nums=1, scale_resolution=side) <= max_pixels, side)
         if not most:
-            raise too_few_pixels(max_pixels, height, width, pixels(max_slice_nums=1, scale_resolution=1))
+            raise TooFewPixels(max_pixels, height, width, pixels(max_slice_nums=1, scale_resolution=1))
         return {"max_slice_nums": 1, "scale_resolution": most}
 
     def _cut(

@@ -51,7 +51,7 @@ class _Pictures(Qwen2VL):
         fps: float,
         max_pixels: int | None = None,
     ) -> Callable[[np.ndarray], dict[str, torch.Tensor]]:
-        options = {} if max_pixels is None else self._limited(config, processor, 1, max_pixels)
+        options = {} if max_pixels is None else self._limiting(config, processor)(1, max_pixels)
 
         def preprocess(pixels: np.ndarray) -> dict[str, torch.Tensor]:
             return self._preprocess(processor, torch.from_numpy(pixels).permute(0, 3, 1, 2), fps, **options)
