@@ -48,7 +48,7 @@ def open_session(
     end: float | None = None,
     max_pixels: int | None = None,
     skip_damaged: bool = False,
-    subtitles: str | Path | None = None,
+    subtitles: str | None = None,
     fit: bool = False,
     allow_url: bool = False,
     positions: Positions = "published",

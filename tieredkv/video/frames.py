@@ -125,7 +125,7 @@ def open_video(video: Any, sampling: Sampling, check: Callable[[], None] | None 
         raise VideoError("fps=None is not valid: give frames per second.")
     source = _opened(video, sampling, check)
     if sampling.subtitles is not None:
-        source.cues = tuple(read_cues(sampling.subtitles, video if isinstance(video, str | os.PathLike) else None))
+        source.cues = tuple(read_cues(sampling.subtitles, video))
     return source
 
 
@@ -169,7 +169,7 @@ def check_video(video: Any) -> None:
             f"video is of type {type(video).__name__}: give a path, a list of PIL images, or an array (T, H, W, 3)."
         )
     elif isinstance(video, Sequence) and video and all(isinstance(one, str | os.PathLike) for one in video):
-        raise VideoError(f"video is a list of {len(video)} paths: give one; each video is a session of its own.")
+        raise VideoError(f"video is a list of {len(video)} paths, where one video is expected: give one path.")
 
 
 def states_its_rate(video: Any) -> bool:
