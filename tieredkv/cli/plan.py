@@ -62,8 +62,10 @@ def plan(
     """Show the memory and time that a video, or several videos and pictures, would need. Loads no
     weights and decodes nothing."""
     from tieredkv.cli.checks import check_options, refuse_session
+    from tieredkv.cli.opening import check_place
     from tieredkv.cli.process import quick_imports
     from tieredkv.models.quantising import check_weights
+    from tieredkv.planning.cards import find_card
     from tieredkv.video.fetched import fetched
     from tieredkv.video.paths import check_path
 
@@ -74,6 +76,9 @@ def plan(
         sampling = {}  # defaults for videos do not apply to a number of tokens
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
     check_weights(weights)
+    check_place(model)
+    if card is not None:
+        find_card(card)
     check_options(tiers, {**sampling, **given(start=start, end=end)}, max_new_tokens)
     films = context.with_resource(fetched([] if tokens else videos, allow_url, progress=True))
     for video, film in zip(videos, films, strict=not tokens):
