@@ -66,6 +66,7 @@ def plan(
     from tieredkv.cli.process import quick_imports
     from tieredkv.models.quantising import check_weights
     from tieredkv.planning.cards import find_card
+    from tieredkv.planning.links import find_link
     from tieredkv.video.fetched import fetched
     from tieredkv.video.paths import check_path
 
@@ -77,6 +78,7 @@ def plan(
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
     check_weights(weights)
     check_place(model)
+    find_link(link)
     if card is not None:
         find_card(card)
     check_options(tiers, {**sampling, **given(start=start, end=end)}, max_new_tokens)
