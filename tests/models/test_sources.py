@@ -10,7 +10,7 @@ import time
 import pytest
 
 import tieredkv
-from tieredkv.errors import UnsupportedModelError, VideoError
+from tieredkv.errors import UnsupportedModelError
 from tieredkv.models import loading, sources
 from tieredkv.models.sources import check_source, is_local
 from tieredkv.tiny.model import PATH
@@ -96,12 +96,6 @@ def test_a_folder_without_a_processor_says_what_to_copy_and_what_python_takes(tm
     for call in (lambda: tieredkv.plan(tmp_path, frames, fps=4.0), lambda: tieredkv.open_session(tmp_path, frames)):
         with pytest.raises(UnsupportedModelError, match=r"copy its files .* there .*; in Python, processor= gives"):
             call()
-
-
-@pytest.mark.parametrize("paths", [["a.mp4", "b.mp4"], ("a.mp4",)])
-def test_a_list_of_paths_is_no_video(paths):
-    with pytest.raises(VideoError, match=rf"video is a list of {len(paths)} paths: give one"):
-        tieredkv.plan(PATH, paths)
 
 
 @pytest.mark.subprocess

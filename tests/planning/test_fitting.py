@@ -130,7 +130,7 @@ def test_tokens_are_those_of_the_plan(name):
 
 
 @pytest.fixture
-def hour(monkeypatch) -> dict[str, Any]:
+def hour(monkeypatch, tmp_path) -> dict[str, Any]:
     """A plan's arguments for an hour of 1080p, on a machine of 40 GiB."""
 
     def open_video(video: Any, sampling: Sampling) -> Any:
@@ -149,7 +149,7 @@ def hour(monkeypatch) -> dict[str, Any]:
         Qwen2VLVideoProcessor(cap_pixels_per_frame=False),  # as published: up to 602,112 pixels of a frame
         chat_template=processor.chat_template,
     )
-    return {"model": _three_billion(), "video_or_tokens": "film.mp4", "processor": processor}
+    return {"model": _three_billion(), "video_or_tokens": str(tmp_path / "film.mp4"), "processor": processor}
 
 
 def _three_billion() -> Any:
@@ -229,6 +229,16 @@ def test_a_plan_with_fit_says_what_it_chose(hour):
     options = {key: float(value) for key, value in re.findall(r"(\w+)=([\d.]+)", plan.fit)}
     options["max_pixels"] = int(options["max_pixels"])
     assert tieredkv.plan(**hour, gpu_kv_gb=2, **options).prompt_tokens == plan.prompt_tokens
+
+
+def test_a_plan_that_fits_is_left_alone(hour):
+    options = {"gpu_kv_gb": 1.4, "max_pixels": 448 * 252}
+    alone = tieredkv.plan(**hour, **options)  # though longer than the model is made for, under a cap with little room
+    left = tieredkv.plan(**hour, **options, fit=True)
+    assert left.prompt_tokens == alone.prompt_tokens > 128_000
+    assert left.fit.endswith("as asked for.")
+    tight = tieredkv.plan(**hour, gpu_kv_gb=1.2, max_pixels=448 * 252, fit=True)
+    assert tight.prompt_tokens < 128_000
 
 
 def test_fit_is_one_refusal_where_nothing_fits(hour):

@@ -88,3 +88,15 @@ def test_weights_larger_than_the_card_are_refused_before_they_are_read(monkeypat
     memory.free = 2 * GIB
     with pytest.raises(AssertionError, match="weights were read"):
         loading.load(PATH, check=default_cap.check_weights_fit)
+
+
+@pytest.mark.model
+def test_a_prompt_beyond_the_trained_length_is_warned_of_once(frames, recwarn):
+    model, processor = loading.load(PATH)
+    model.config.get_text_config().max_position_embeddings = 20
+    with api.open_session(model, frames, fps=4.0, processor=processor) as session:
+        session.ask("what ?", max_new_tokens=2)
+    said = [str(warning.message) for warning in recwarn if "made for" in str(warning.message)]
+    assert len(said) == 1
+    assert said[0].endswith("tokens, more than the 20 that the model is made for: answers may be poor.")
+    assert "\n" not in said[0]

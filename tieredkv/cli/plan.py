@@ -64,6 +64,9 @@ def plan(
     from tieredkv.cli.checks import check_options, refuse_session
     from tieredkv.cli.process import quick_imports
     from tieredkv.models.quantising import check_weights
+    from tieredkv.models.sources import check_source
+    from tieredkv.planning.cards import find_card
+    from tieredkv.planning.links import find_link
     from tieredkv.video.fetched import fetched
     from tieredkv.video.paths import check_path
 
@@ -74,6 +77,11 @@ def plan(
         sampling = {}  # defaults for videos do not apply to a number of tokens
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
     check_weights(weights)
+    if model is not None:
+        check_source(model_path(model))
+    find_link(link)
+    if card is not None:
+        find_card(card)
     check_options(tiers, {**sampling, **given(start=start, end=end)}, max_new_tokens)
     films = context.with_resource(fetched([] if tokens else videos, allow_url, progress=True))
     for video, film in zip(videos, films, strict=not tokens):

@@ -32,8 +32,9 @@ from tieredkv.planning.advice import Advice
 from tieredkv.planning.card_memory import LEAST_KV_BYTES, CardMemory, working_bytes
 from tieredkv.planning.cards import find_card
 from tieredkv.planning.fitting import ONE_VIDEO, Film
+from tieredkv.planning.links import find_link
 from tieredkv.planning.prefill_plan import question_rows, untiered_prefill_bytes
-from tieredkv.planning.report import MemoryPlan, find_link
+from tieredkv.planning.report import MemoryPlan
 from tieredkv.planning.weight_bytes import weight_bytes
 from tieredkv.video.download import download
 from tieredkv.video.frames import Sampled, open_video

@@ -145,7 +145,7 @@ def check_video(video: Any) -> None:
             f"video is of type {type(video).__name__}: give a path, a list of PIL images, or an array (T, H, W, 3)."
         )
     elif isinstance(video, Sequence) and video and all(isinstance(one, str | os.PathLike) for one in video):
-        raise VideoError(f"video is a list of {len(video)} paths: give one; each video is a session of its own.")
+        raise VideoError(f"video is a list of {len(video)} paths, where one video is expected: give one path.")
 
 
 def states_its_rate(video: Any) -> bool:
