@@ -231,6 +231,16 @@ def test_a_plan_with_fit_says_what_it_chose(hour):
     assert tieredkv.plan(**hour, gpu_kv_gb=2, **options).prompt_tokens == plan.prompt_tokens
 
 
+def test_a_plan_that_fits_is_left_alone(hour):
+    options = {"gpu_kv_gb": 1.4, "max_pixels": 448 * 252}
+    alone = tieredkv.plan(**hour, **options)  # though longer than the model is made for, under a cap with little room
+    left = tieredkv.plan(**hour, **options, fit=True)
+    assert left.prompt_tokens == alone.prompt_tokens > 128_000
+    assert left.fit.endswith("as asked for.")
+    tight = tieredkv.plan(**hour, gpu_kv_gb=1.2, max_pixels=448 * 252, fit=True)
+    assert tight.prompt_tokens < 128_000
+
+
 def test_fit_is_one_refusal_where_nothing_fits(hour):
     with pytest.raises(BudgetError, match=r"fit=True goes down to 0\.1 frames .* at 280x140, .* need gpu_") as none:
         tieredkv.plan(**hour, gpu_kv_gb=0.01, fit=True)

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from tieredkv.config import TierConfig
-from tieredkv.errors import BudgetError, OptionError
+from tieredkv.errors import BudgetError
 from tieredkv.memory.units import GIB, as_gib, largest
 from tieredkv.models.kv_shape import KVShape
 from tieredkv.planning.admission import Request, check_memory, smallest_cap_bytes
@@ -17,8 +17,7 @@ from tieredkv.planning.sizes import Layout, host_bytes
 from tieredkv.video.sampling import LEAST_PIXELS, RATES, Sampling
 
 ROOMY = 2
-"""`fit=True` prefers a film to whose prompt the cap is this many times the smallest, of which little is left for what a
-step attends to."""
+"""`fit=True` lowers a film until the cap is this many times the smallest, which leaves a step little to attend to."""
 
 
 @dataclass(frozen=True)
@@ -77,15 +76,16 @@ class Advice:
     def fit(self, sampling: Sampling) -> tuple[Sampling, str]:
         """The rate and the size chosen, as far as `sampling` leaves them open, and a line that states them.
 
-        If it can be, prompts are no longer than the model is made for, and the cap is roomy. Raises `BudgetError` if
-        nothing fits.
+        A video that fits is left as it is. Another is lowered, if it can be, until the prompt is no longer than the
+        model is made for, and the cap roomy. Raises `BudgetError` if nothing fits.
         """
         film, rate, size = self.film, sampling.fps is None, sampling.max_pixels is None
         most = self.most_tokens(self.tiers)
         roomy = self.most_tokens(replace(self.tiers, gpu_kv_gb=self.tiers.gpu_kv_gb / ROOMY))
         if self.trained is not None:
             roomy = min(roomy, self.trained - self.new_tokens)
-        choice = fitted(film, roomy, rate, size) or fitted(film, most, rate, size)
+        choice = film.asked if self._tokens <= most else fitted(film, roomy, rate, size)
+        choice = choice or fitted(film, most, rate, size)
         if choice is None:
             raise self._nothing_fits(most, rate, size)
         line = f"fit: {self._described(choice)}"
@@ -166,12 +166,6 @@ class Advice:
             height, width = self.film.size(choice)
             parts.append(f"max_pixels={choice.max_pixels}" + (f" ({width}x{height})" if sized else ""))
         return " with ".join(parts)
-
-
-def check_fit(fit: bool, count: int) -> None:
-    """Raise `OptionError` for `fit` with `count` videos and pictures, unless that is one."""
-    if fit and count > 1:
-        raise OptionError(f"fit=True is for one video: give fps and max_pixels for {count} videos and pictures.")
 
 
 def _either(changes: list[str]) -> str:
