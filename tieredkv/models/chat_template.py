@@ -13,7 +13,7 @@ from tieredkv.models.families.base import Kind, Positions, Slices, VideoFamily, 
 from tieredkv.models.families.pictures import PICTURES
 from tieredkv.models.prompts import check_system
 from tieredkv.video.frames import Sampled
-from tieredkv.video.subtitles import Cue
+from tieredkv.video.subtitles import Cue, subtitle_lines
 from tieredkv.video.timecodes import shown
 
 Turn = tuple[str, str | None]
@@ -271,9 +271,7 @@ class ChatTemplate:
                 raise PromptError(
                     f"the subtitles contain {token!r} at {shown(cue.start)}: it has a meaning to the model."
                 )
-        lines = [f"[{shown(cue.start)}] {_one_line(cue)}" if timed else _one_line(cue) for cue in cues]
-        words = "".join(f"Subtitle: {line}\n" for line in lines)
-        return text.removesuffix(introduction) + words + introduction
+        return text.removesuffix(introduction) + subtitle_lines(cues, timed) + introduction
 
     def tail_ids(self, tail: str, times: Sequence[float], slices: Slices | None) -> torch.Tensor:
         """Token ids `(1, n)` of everything after the last medium. tail: from `texts`. times: of the last step."""
@@ -338,10 +336,6 @@ def _adapter(family: VideoFamily, kind: Kind) -> VideoFamily:
             "each as a video of one frame, as in Video('map.png')."
         )
     return pictures
-
-
-def _one_line(cue: Cue) -> str:
-    return " ".join(cue.text.split())
 
 
 def _moved(asked: tuple[str, ...], texts: tuple[str, ...], again: tuple[str, ...]) -> bool:

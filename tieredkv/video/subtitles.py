@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tieredkv.errors import VideoError
+from tieredkv.progress import timecode
 from tieredkv.video import pyav as av
 from tieredkv.video.container import reason, unreadable
 from tieredkv.video.film import probe
@@ -148,6 +149,22 @@ def _timed(lines: list[str], kind: str, name: str) -> Iterator[Cue]:
 def _seconds(time: str) -> float:
     hours, minutes, seconds = ["0", *time.replace(",", ".").split(":")][-3:]
     return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+
+
+def subtitle_lines(cues: Sequence[Cue], timed: bool) -> str:
+    """Cues as a prompt holds them, a line for each. timed: with when each is shown, as in "[1:02]"."""
+    times = (f"[{timecode(cue.start)}] " if timed else "" for cue in cues)
+    return "".join(f"Subtitle: {time}{' '.join(cue.text.split())}\n" for time, cue in zip(times, cues, strict=True))
+
+
+def shown_during(cues: Iterable[Cue], start: float, end: float) -> tuple[Cue, ...]:
+    """Those that are shown at some time between two, in seconds."""
+    return tuple(cue for cue in cues if cue.start < end and cue.end > start)
+
+
+def subtitles_hash(cues: Sequence[Cue]) -> str | None:
+    """SHA-256 of cues, in hexadecimal; None if there are none."""
+    return hashlib.sha256(repr(list(map(tuple, cues))).encode()).hexdigest() if cues else None
 
 
 def _of_video(path: Path, name: str) -> list[Cue]:
