@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tieredkv.models.families.base import Slices, VideoGrid
-from tieredkv.session.ingested_video import IngestedVideo, VideoFacts
+from tieredkv.session.ingested_video import IngestedVideo, Medium, VideoFacts
 from tieredkv.session.results import IngestStats
 from tieredkv.session.session_file import SessionState
 
@@ -72,3 +72,22 @@ def test_an_older_file_counts_from_the_first_picture(absent, start):
     for name in absent:
         del older["video"][name]
     assert SessionState.of(older, first_picture=5.0, sampling=None).video.facts == replace(FACTS, start=start)
+
+
+MORE = Medium("image", (6,), VideoGrid(1, 2, 2, 1.0), replace(FACTS, name="map.png"), 1, ((2.0, 3.0),), 7)
+BOTH = replace(VIDEO, more=(MORE,), stats=replace(VIDEO.stats, frames=21, damaged=((1.0, 1.5), (2.0, 3.0))))
+
+
+def test_several_follow_one_another():
+    assert BOTH.tokens == 17
+    assert BOTH.ids([0, 1]) == [3, 4, 5, 0, 0, 7, 0, 0, 8, 9, 0, 0, 6, 1, 1, 1, 1]
+    assert [token in (0, 1) for token in BOTH.ids([0, 1])] == BOTH.is_visual().tolist()
+    assert [medium.frames for medium in BOTH.media] == [20, 1]
+    assert [medium.damaged for medium in BOTH.media] == [((1.0, 1.5),), ((2.0, 3.0),)]
+    assert [medium.span for medium in BOTH.media] == [(1.5, 11.4), (0.0, 0.0)]
+    assert BOTH.last == MORE
+
+
+def test_several_are_read_back():
+    written = json.loads(json.dumps(SessionState(BOTH, []).as_plain()))
+    assert SessionState.of(written, first_picture=5.0, sampling=None).video == BOTH

@@ -18,7 +18,7 @@ from tieredkv.cli.toy import model_or_toy
 from tieredkv.errors import OptionError, SessionError
 from tieredkv.models.prompts import check_system
 from tieredkv.models.quantising import check_package, check_weights
-from tieredkv.models.sources import check_source
+from tieredkv.models.sources import check_source, is_local
 from tieredkv.progress import note, spans_text
 from tieredkv.session import origin
 from tieredkv.session.beside import check_free, checkpoint_path, remove_leftover
@@ -111,8 +111,14 @@ def check_model(model: str | None, weights: str | None) -> None:
     """Raise a `TieredKVError` for what `--model` and `--weights` cannot be, before anything is loaded."""
     check_weights(weights)
     check_package(weights)
+    check_place(model)
+
+
+def check_place(model: str | None) -> None:
+    """Raise `UnsupportedModelError` if `--model` names a path without a model, or a hub id that cannot be reached."""
     if model is not None and model != "tiny":
         check_source(model_path(model))
+        is_local(model_path(model))
 
 
 def say_default_cap(session: VideoSession) -> None:

@@ -62,9 +62,9 @@ def plan(
     """Show the memory and time that a video, or several videos and pictures, would need. Loads no
     weights and decodes nothing."""
     from tieredkv.cli.checks import check_options, refuse_session
+    from tieredkv.cli.opening import check_place
     from tieredkv.cli.process import quick_imports
     from tieredkv.models.quantising import check_weights
-    from tieredkv.models.sources import check_source
     from tieredkv.planning.cards import find_card
     from tieredkv.planning.links import find_link
     from tieredkv.video.fetched import fetched
@@ -77,8 +77,7 @@ def plan(
         sampling = {}  # defaults for videos do not apply to a number of tokens
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
     check_weights(weights)
-    if model is not None:
-        check_source(model_path(model))
+    check_place(model)
     find_link(link)
     if card is not None:
         find_card(card)
