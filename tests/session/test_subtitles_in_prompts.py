@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from command_line import run
 from families import BUILD, build
 from helpers import assert_near, session_logits, stock_logits, tier_options
 from test_several_media import RecordIds, noise, stock
 
 import tieredkv
+from tieredkv.batch.questions_file import read_questions
+from tieredkv.batch.session_folder import _plain
 from tieredkv.errors import PromptError, SessionError, UnsupportedModelError, VideoError
 from tieredkv.session.manifest import read_manifest
 from tieredkv.session.origin import check_sampling
+from tieredkv.tiny.scene import make_scene
+from tieredkv.tiny.video import write_video
 from tieredkv.video.frames import Sampled, open_video
 from tieredkv.video.sampling import Sampling
 
@@ -164,3 +171,46 @@ def test_a_saved_session_answers_with_them_and_refuses_others(tmp_path):
     subtitle_file(tmp_path, CUES[:2])
     with pytest.raises(SessionError, match="saved with other subtitles"):
         check_sampling(saved, manifest, {"subtitles": file})
+
+
+@pytest.fixture(scope="module")
+def film_of_the_toy(tmp_path_factory):
+    return write_video(make_scene(4, 10, 2), tmp_path_factory.mktemp("film") / "film.mp4")
+
+
+@pytest.mark.model
+def test_ask_reads_a_file_and_keeps_its_session(monkeypatch, capsys, film_of_the_toy, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    subtitle_file(tmp_path)
+    options = ["-m", "tiny", "--session", "film.tkv", "--max-new-tokens", "2", "--json"]
+    plain = run(
+        monkeypatch, capsys, "ask", str(film_of_the_toy), "who ?", "-m", "tiny", "--max-new-tokens", "2", "--json"
+    )
+    first = run(monkeypatch, capsys, "ask", str(film_of_the_toy), "who ?", *options, "--subtitles", "film.srt")
+    again = run(monkeypatch, capsys, "ask", "who ?", *options, "--subtitles", "film.srt")
+    assert [plain[0], first[0], again[0]] == [0, 0, 0]
+    assert json.loads(first[1])["prompt_tokens"] > json.loads(plain[1])["prompt_tokens"]
+    assert json.loads(again[1])["token_ids"] == json.loads(first[1])["token_ids"]
+    code, _, err = run(monkeypatch, capsys, "ask", "who ?", *options, "--subtitles", "auto")
+    assert code == 2
+    assert "subtitles was" in err
+
+
+@pytest.mark.parametrize(("file", "message"), [("none.srt", "no such file"), ("auto", "give an .srt or .vtt file")])
+def test_subtitles_that_are_not_there_are_refused(monkeypatch, capsys, film_of_the_toy, file, message):
+    code, _, err = run(monkeypatch, capsys, "ask", str(film_of_the_toy), "who ?", "-m", "tiny", "--subtitles", file)
+    assert (code, message in err) == (2, True)
+
+
+def test_a_line_of_run_names_a_file_beside_the_questions(tmp_path):
+    line = {"video": "a.mp4", "question": "who ?", "subtitles": "a.srt"}
+    (tmp_path / "questions.jsonl").write_text(json.dumps(line))
+    (question,) = read_questions(tmp_path / "questions.jsonl")
+    assert question.sampling.subtitles == str(tmp_path / "a.srt")
+
+
+def test_subtitles_that_changed_are_ingested_again(tmp_path):
+    file = subtitle_file(tmp_path)
+    before = _plain(file)
+    subtitle_file(tmp_path, CUES[:1])
+    assert _plain(file) != before
