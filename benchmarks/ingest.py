@@ -117,6 +117,7 @@ def one_after_the_other(model: Any, processor: Any, path: Path, options: dict[st
     from tieredkv.models import families
     from tieredkv.models.chat_template import ChatTemplate
     from tieredkv.models.encode import encode, segments
+    from tieredkv.session.ingested_video import Place
     from tieredkv.session.prefill import first_steps, prefill
     from tieredkv.session.video_embeddings import VideoEmbeddings, prepare
     from tieredkv.video.frames import open_video
@@ -132,7 +133,7 @@ def one_after_the_other(model: Any, processor: Any, path: Path, options: dict[st
     with TieredCache(model.config, tiers, prompt_tokens=video.grid.tokens + 300) as cache:
         head, nothing = torch.zeros((1, 15), dtype=torch.long), first_steps(video.grid, 0)
         embeddings = VideoEmbeddings(template, model, video, nothing, iter(encoded))
-        prefill(embeddings, head, cache, lambda: None, lambda tokens: None)
+        prefill(embeddings, head, cache, lambda: None, lambda tokens: None, Place())
     return time.perf_counter() - started
 
 

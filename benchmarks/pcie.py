@@ -28,7 +28,7 @@ from tieredkv.ops import torch_ops
 from tieredkv.ops.base import Ops
 from tieredkv.ops.packing import Packing
 from tieredkv.ops.select import triton
-from tieredkv.planning.report import LINKS
+from tieredkv.planning.links import LINKS
 
 ROUNDS, HEAD_DIM = 20, 128
 

@@ -18,17 +18,19 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import tieredkv
+from tieredkv.video.sampling import Sampling
 
 VIDEOS = {".mp4", ".mkv", ".mov", ".webm", ".avi", ".ts"}
 
+MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("clips", nargs="?", type=Path, help="a folder, searched with its subfolders")
 parser.add_argument("answers", nargs="?", type=Path, help="a .jsonl file, new or to be continued")
 parser.add_argument("questions", nargs="*")
-parser.add_argument("--model", "-m", default="Qwen/Qwen2.5-VL-3B-Instruct", help="a path or hub id [%(default)s]")
-parser.add_argument("--fps", type=float, default=1.0, help="frames sampled per second [1]")
-parser.add_argument("--gpu-kv-gb", type=float, default=2.0, help="GiB of the device for keys and values [2]")
-parser.add_argument("--tiny", action="store_true")
+parser.add_argument("--model", "-m", help=f"a path or hub id [{MODEL}]")
+parser.add_argument("--fps", type=float, help="frames sampled per second [1; with --tiny 4]")
+parser.add_argument("--gpu-kv-gb", type=float, help="GiB of the device for keys and values [2; with --tiny 0.002]")
+parser.add_argument("--tiny", action="store_true", help="the bundled model, and a video of its own")
 
 
 def answered(file: Path, questions: list[str]) -> set[str]:
@@ -50,6 +52,8 @@ def answered(file: Path, questions: list[str]) -> set[str]:
 
 
 def answer_clips(model_name: str, folder: Path, file: Path, questions: list[str], fps: float, gpu_kv_gb: float) -> None:
+    Sampling(fps)  # values that no video allows are refused once, and not for every clip
+    tieredkv.TierConfig(gpu_kv_gb=gpu_kv_gb)
     clips = sorted(path for path in folder.rglob("*") if path.suffix.lower() in VIDEOS)
     done = answered(file, questions)
     left = [clip for clip in clips if str(clip.relative_to(folder)) not in done]
@@ -77,8 +81,18 @@ def answer_clips(model_name: str, folder: Path, file: Path, questions: list[str]
 
 def main() -> None:
     arguments = parser.parse_args()
+
+    def given(fps: float, gpu_kv_gb: float) -> tuple[float, float]:
+        """--fps and --gpu-kv-gb, or these."""
+        return (
+            fps if arguments.fps is None else arguments.fps,
+            gpu_kv_gb if arguments.gpu_kv_gb is None else arguments.gpu_kv_gb,
+        )
+
     try:
         if arguments.tiny:
+            if arguments.clips or arguments.model:
+                parser.error("--tiny has its own model, clips and questions: leave them out, or --tiny.")
             import little_video as little
 
             with tempfile.TemporaryDirectory() as folder:
@@ -89,15 +103,15 @@ def main() -> None:
                 (clips / "broken.mp4").write_bytes(b"no video")
                 file = Path(folder, "answers.jsonl")
                 for _ in range(2):  # the second time, only the broken clip is tried
-                    answer_clips(little.MODEL, clips, file, questions, little.FPS, little.GPU_KV_GB)
+                    answer_clips(little.MODEL, clips, file, questions, *given(little.FPS, little.GPU_KV_GB))
                 print(file.read_text(), end="")
             return
         if not arguments.questions:
             parser.error("give a folder of clips, a .jsonl file and at least one question, or --tiny.")
         if not arguments.clips.is_dir():
             parser.error(f"{arguments.clips} is not a folder: give the one with the clips.")
-        options = {"fps": arguments.fps, "gpu_kv_gb": arguments.gpu_kv_gb}
-        answer_clips(arguments.model, arguments.clips, arguments.answers, arguments.questions, **options)
+        options = given(1.0, 2.0)
+        answer_clips(arguments.model or MODEL, arguments.clips, arguments.answers, arguments.questions, *options)
     except tieredkv.TieredKVError as error:
         parser.error(str(error))
     except OSError as error:  # no such model, or a file of answers that cannot be written

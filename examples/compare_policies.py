@@ -18,16 +18,17 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import tieredkv
 
+MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("video", nargs="?")
 parser.add_argument("questions", nargs="*")
 parser.add_argument(
     "--policies", default="hybridkv,arkvale,snapkv,streaming,full", help="names, separated by commas [%(default)s]"
 )
-parser.add_argument("--model", "-m", default="Qwen/Qwen2.5-VL-3B-Instruct", help="a path or hub id [%(default)s]")
-parser.add_argument("--fps", type=float, default=1.0, help="frames sampled per second [1]")
-parser.add_argument("--gpu-kv-gb", type=float, default=2.0, help="GiB of the device for keys and values [2]")
-parser.add_argument("--tiny", action="store_true")
+parser.add_argument("--model", "-m", help=f"a path or hub id [{MODEL}]")
+parser.add_argument("--fps", type=float, help="frames sampled per second [1; with --tiny 4]")
+parser.add_argument("--gpu-kv-gb", type=float, help="GiB of the device for keys and values [2; with --tiny 0.002]")
+parser.add_argument("--tiny", action="store_true", help="the bundled model, and a video of its own")
 
 
 def compare(
@@ -62,7 +63,17 @@ def compare(
 
 def main() -> None:
     arguments = parser.parse_args()
+
+    def given(fps: float, gpu_kv_gb: float) -> tuple[float, float]:
+        """--fps and --gpu-kv-gb, or these."""
+        return (
+            fps if arguments.fps is None else arguments.fps,
+            gpu_kv_gb if arguments.gpu_kv_gb is None else arguments.gpu_kv_gb,
+        )
+
     policies = arguments.policies.split(",")
+    if arguments.tiny and (arguments.video or arguments.model):
+        parser.error("--tiny has its own model, video and questions: leave them out, or --tiny.")
     try:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
@@ -70,10 +81,12 @@ def main() -> None:
                 import little_video as little
 
                 video, questions = little.make_video(folder)
-                table = compare(little.MODEL, video, questions, policies, folder, little.FPS, little.GPU_KV_GB)
+                table = compare(little.MODEL, video, questions, policies, folder, *given(little.FPS, little.GPU_KV_GB))
             elif arguments.questions:
-                options = {"fps": arguments.fps, "gpu_kv_gb": arguments.gpu_kv_gb}
-                table = compare(arguments.model, arguments.video, arguments.questions, policies, folder, **options)
+                options = given(1.0, 2.0)
+                table = compare(
+                    arguments.model or MODEL, arguments.video, arguments.questions, policies, folder, *options
+                )
             else:
                 parser.error("give a video and at least one question, or --tiny.")
         Console().print(table)

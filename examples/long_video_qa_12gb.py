@@ -24,9 +24,9 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("video", nargs="?")
 parser.add_argument("questions", nargs="*")
 parser.add_argument("--quantize", choices=["4bit"], help="the 7B model with 4-bit weights")
-parser.add_argument("--fps", type=float, default=1.0, help="frames sampled per second [1]")
-parser.add_argument("--gpu-kv-gb", type=float, default=2.0, help="GiB of the card for keys and values [2]")
-parser.add_argument("--tiny", action="store_true")
+parser.add_argument("--fps", type=float, help="frames sampled per second [1; with --tiny 4]")
+parser.add_argument("--gpu-kv-gb", type=float, help="GiB of the card for keys and values [2; with --tiny 0.002]")
+parser.add_argument("--tiny", action="store_true", help="the bundled model, and a video of its own")
 
 
 def four_bits() -> BitsAndBytesConfig:
@@ -63,17 +63,27 @@ def run(name: str, quantize: str | None, video: str, questions: list[str], fps: 
 
 def main() -> None:
     arguments = parser.parse_args()
+
+    def given(fps: float, gpu_kv_gb: float) -> tuple[float, float]:
+        """--fps and --gpu-kv-gb, or these."""
+        return (
+            fps if arguments.fps is None else arguments.fps,
+            gpu_kv_gb if arguments.gpu_kv_gb is None else arguments.gpu_kv_gb,
+        )
+
     try:
         if arguments.tiny:
+            if arguments.video:
+                parser.error("--tiny has its own video and questions: leave them out, or --tiny.")
             import little_video as little
 
             with tempfile.TemporaryDirectory() as folder:
                 video, questions = little.make_video(Path(folder))
-                run(little.MODEL, arguments.quantize, video, questions, little.FPS, little.GPU_KV_GB)
+                run(little.MODEL, arguments.quantize, video, questions, *given(little.FPS, little.GPU_KV_GB))
         elif arguments.questions:
             name = f"Qwen/Qwen2.5-VL-{'7B' if arguments.quantize else '3B'}-Instruct"
             video, questions = arguments.video, arguments.questions
-            run(name, arguments.quantize, video, questions, arguments.fps, arguments.gpu_kv_gb)
+            run(name, arguments.quantize, video, questions, *given(1.0, 2.0))
         else:
             parser.error("give a video and at least one question, or --tiny.")
     except tieredkv.TieredKVError as error:

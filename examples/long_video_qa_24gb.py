@@ -20,9 +20,9 @@ import tieredkv
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("video", nargs="?")
 parser.add_argument("questions", nargs="*")
-parser.add_argument("--fps", type=float, default=1.0, help="frames sampled per second [1]")
-parser.add_argument("--gpu-kv-gb", type=float, default=4.0, help="GiB of the card for keys and values [4]")
-parser.add_argument("--tiny", action="store_true")
+parser.add_argument("--fps", type=float, help="frames sampled per second [1; with --tiny 4]")
+parser.add_argument("--gpu-kv-gb", type=float, help="GiB of the card for keys and values [4; with --tiny 0.002]")
+parser.add_argument("--tiny", action="store_true", help="the bundled model, and a video of its own")
 
 
 def run(name: str, video: str, questions: list[str], fps: float, gpu_kv_gb: float) -> None:
@@ -46,15 +46,25 @@ def run(name: str, video: str, questions: list[str], fps: float, gpu_kv_gb: floa
 
 def main() -> None:
     arguments = parser.parse_args()
+
+    def given(fps: float, gpu_kv_gb: float) -> tuple[float, float]:
+        """--fps and --gpu-kv-gb, or these."""
+        return (
+            fps if arguments.fps is None else arguments.fps,
+            gpu_kv_gb if arguments.gpu_kv_gb is None else arguments.gpu_kv_gb,
+        )
+
     try:
         if arguments.tiny:
+            if arguments.video:
+                parser.error("--tiny has its own video and questions: leave them out, or --tiny.")
             import little_video as little
 
             with tempfile.TemporaryDirectory() as folder:
-                run(little.MODEL, *little.make_video(Path(folder)), little.FPS, little.GPU_KV_GB)
+                run(little.MODEL, *little.make_video(Path(folder)), *given(little.FPS, little.GPU_KV_GB))
         elif arguments.questions:
             name = "Qwen/Qwen2.5-VL-7B-Instruct"
-            run(name, arguments.video, arguments.questions, arguments.fps, arguments.gpu_kv_gb)
+            run(name, arguments.video, arguments.questions, *given(1.0, 4.0))
         else:
             parser.error("give a video and at least one question, or --tiny.")
     except tieredkv.TieredKVError as error:

@@ -16,14 +16,15 @@ import tieredkv
 
 COLUMNS = ["question", "answer", "seconds", "tokens"]
 
+MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("video", nargs="?")
 parser.add_argument("questions", nargs="?", type=Path, help="a text file, one question per line")
 parser.add_argument("answers", nargs="?", type=Path, help="a new file that ends in .csv or .jsonl")
-parser.add_argument("--model", "-m", default="Qwen/Qwen2.5-VL-3B-Instruct", help="a path or hub id [%(default)s]")
-parser.add_argument("--fps", type=float, default=1.0, help="frames sampled per second [1]")
-parser.add_argument("--gpu-kv-gb", type=float, default=2.0, help="GiB of the device for keys and values [2]")
-parser.add_argument("--tiny", action="store_true")
+parser.add_argument("--model", "-m", help=f"a path or hub id [{MODEL}]")
+parser.add_argument("--fps", type=float, help="frames sampled per second [1; with --tiny 4]")
+parser.add_argument("--gpu-kv-gb", type=float, help="GiB of the device for keys and values [2; with --tiny 0.002]")
+parser.add_argument("--tiny", action="store_true", help="the bundled model, and a video of its own")
 
 
 def answer_all(model: str, video: str, questions: list[str], answers: Path, fps: float, gpu_kv_gb: float) -> None:
@@ -51,14 +52,24 @@ def answer_all(model: str, video: str, questions: list[str], answers: Path, fps:
 
 def main() -> None:
     arguments = parser.parse_args()
+
+    def given(fps: float, gpu_kv_gb: float) -> tuple[float, float]:
+        """--fps and --gpu-kv-gb, or these."""
+        return (
+            fps if arguments.fps is None else arguments.fps,
+            gpu_kv_gb if arguments.gpu_kv_gb is None else arguments.gpu_kv_gb,
+        )
+
     try:
         if arguments.tiny:
+            if arguments.video or arguments.model:
+                parser.error("--tiny has its own model, video and questions: leave them out, or --tiny.")
             import little_video as little
 
             with tempfile.TemporaryDirectory() as folder:
                 video, questions = little.make_video(Path(folder))
                 answers = Path(folder) / "answers.csv"
-                answer_all(little.MODEL, video, questions, answers, little.FPS, little.GPU_KV_GB)
+                answer_all(little.MODEL, video, questions, answers, *given(little.FPS, little.GPU_KV_GB))
                 print(answers.read_text(), end="")
             return
         if arguments.answers is None or arguments.answers.suffix not in (".csv", ".jsonl"):
@@ -68,8 +79,8 @@ def main() -> None:
         questions = [line.strip() for line in arguments.questions.read_text().splitlines() if line.strip()]
         if not questions:
             parser.error(f"{arguments.questions} holds no question: write one per line.")
-        options = {"fps": arguments.fps, "gpu_kv_gb": arguments.gpu_kv_gb}
-        answer_all(arguments.model, arguments.video, questions, arguments.answers, **options)
+        options = given(1.0, 2.0)
+        answer_all(arguments.model or MODEL, arguments.video, questions, arguments.answers, *options)
     except UnicodeDecodeError:
         parser.error(f"{arguments.questions} is not a text file.")
     except OSError as error:

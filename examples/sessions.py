@@ -1,10 +1,10 @@
 """Ingest a video once, save the session, ask it again: python examples/sessions.py [VIDEO SESSION QUESTION...]
 
-The first run ingests VIDEO and writes SESSION; later runs load SESSION and need no video. The questions form one
+The first run ingests VIDEO and writes SESSION; later runs load SESSION and do not read VIDEO. The questions form one
 conversation. Without arguments, a short video is generated and the bundled tiny model asked about it.
 """
 
-import sys
+import argparse
 import tempfile
 import time
 from pathlib import Path
@@ -15,6 +15,11 @@ from tieredkv.tiny.scene import make_scene
 from tieredkv.tiny.video import write_video
 
 MODEL, GPU_KV_GB, FPS = tiny.PATH, 0.001, tiny.FPS
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("video", nargs="?")
+parser.add_argument("session", nargs="?", type=Path, help="a file to write, or to load if it exists")
+parser.add_argument("questions", nargs="*")
 
 
 def converse(video: str, saved: Path, questions: list[str]) -> None:
@@ -32,15 +37,21 @@ def converse(video: str, saved: Path, questions: list[str]) -> None:
 
 
 def main() -> None:
-    if len(sys.argv) > 3:
-        converse(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        scene = make_scene(seed=7, seconds=256, cards=8)
-        video = write_video(scene, Path(folder) / "scene.mp4")
-        questions = [f"what colour was the {card.shape} ?" for card in scene.cards[:2]]
-        for _ in range(2):  # the second time, the session is loaded
-            converse(str(video), Path(folder) / "scene.tkv", questions)
+    arguments = parser.parse_args()
+    if arguments.video is not None and not arguments.questions:
+        parser.error("give a video, the file of its session and at least one question, or no arguments.")
+    try:
+        if arguments.questions:
+            converse(arguments.video, arguments.session, arguments.questions)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            scene = make_scene(seed=7, seconds=256, cards=8)
+            video = write_video(scene, Path(folder) / "scene.mp4")
+            questions = [f"what colour was the {card.shape} ?" for card in scene.cards[:2]]
+            for _ in range(2):  # the second time, the session is loaded
+                converse(str(video), Path(folder) / "scene.tkv", questions)
+    except tieredkv.TieredKVError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

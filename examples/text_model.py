@@ -3,7 +3,7 @@
 Without an argument a tiny random Llama is used, so that the example runs anywhere; its text is meaningless.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import torch
@@ -11,12 +11,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import tieredkv
 
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("model", nargs="?", help="a local path or hub id; it sums up the README")
+
 
 def main() -> None:
-    if len(sys.argv) == 2:
-        model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-        tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-        ids = tokenizer(Path("README.md").read_text() + "\nIn short:", return_tensors="pt").input_ids
+    arguments = parser.parse_args()
+    if arguments.model is not None:
+        try:
+            model = AutoModelForCausalLM.from_pretrained(arguments.model)
+            tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+        except (OSError, ValueError) as error:
+            parser.error(f"{arguments.model}: no usable model found there ({str(error).splitlines()[0]}).")
+        readme = Path(__file__).parents[1] / "README.md"
+        ids = tokenizer(readme.read_text() + "\nIn short:", return_tensors="pt").input_ids
     else:
         torch.manual_seed(0)
         config = LlamaConfig(

@@ -167,6 +167,8 @@ def _qwen(name: str) -> tuple[Any, Any]:
         kind, size = transformers.Qwen3VLVideoProcessor, {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 100}
     video = kind(size=size, patch_size=14, do_sample_frames=False)
     template = QWEN_TEMPLATE.replace("VIDEO", "<|vision_start|><|video_pad|><|vision_end|>")
+    picture = "{% elif part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    template = template.replace("{% else %}", f"{picture}{{% else %}}")
     processor_prefix = "Qwen3VL" if name.startswith("qwen3") else prefix
     processor = getattr(transformers, f"{processor_prefix}Processor")(
         image_processor=Qwen2VLImageProcessor(),

@@ -16,7 +16,7 @@ from tieredkv.tiny.video import write_video
 
 FOLDER = Path(__file__).parents[1] / "examples"
 ALONE = ("quickstart", "sessions", "text_model")
-"""They take no options and run on the bundled model, or on none, without arguments."""
+"""They take no options beside arguments, and run on the bundled model, or on none, without arguments."""
 WITH_TINY = ("long_video_qa_24gb", "long_video_qa_12gb", "many_questions", "camera_archive", "compare_policies")
 QUESTION = "what colour was the star ?"
 
@@ -99,6 +99,33 @@ def test_it_answers_truly_on_the_bundled_model(run, name, truth):
 @pytest.mark.parametrize("name", WITH_TINY)
 def test_without_arguments_it_says_what_to_give(refused, name):
     assert "or --tiny." in refused(name)
+
+
+@pytest.mark.parametrize("name", WITH_TINY)
+def test_a_video_beside_tiny_is_refused(refused, name):
+    assert "leave them out, or --tiny." in refused(name, "--tiny", "film.mp4")
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("name", ["long_video_qa_24gb", "camera_archive"])
+def test_options_beside_tiny_act(refused, name):
+    assert "fps=0.0 is not valid" in refused(name, "--tiny", "--fps", 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "said"),
+    [
+        ("quickstart", ["film.mp4"], "give a question"),
+        ("quickstart", ["gone.mp4", "what ?"], "no such file"),
+        ("quickstart", ["--fast"], "unrecognized arguments"),
+        ("sessions", ["film.mp4", "film.tkv"], "at least one question"),
+        ("sessions", ["gone.mp4", "gone.tkv", "what ?"], "no such file"),
+        ("text_model", ["/nowhere/model"], "no usable model found there"),
+        ("text_model", ["one", "two"], "unrecognized arguments"),
+    ],
+)
+def test_examples_without_options_refuse_what_they_cannot_use(refused, name, arguments, said):
+    assert said in refused(name, *arguments)
 
 
 def test_a_missing_bitsandbytes_is_reported(refused, monkeypatch):

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from tieredkv.session.results import Generation, IngestStats, Stats
     from tieredkv.session.stream import AnswerStream
     from tieredkv.session.video_session import VideoSession
+    from tieredkv.video.media import Picture, Video
 
 __version__ = "0.1.0.dev0"
 
@@ -60,6 +61,8 @@ _HOME = {
     "Generation": "session.results",
     "IngestStats": "session.results",
     "MemoryPlan": "planning.report",
+    "Picture": "video.media",
+    "Video": "video.media",
     "Stats": "session.results",
     "AnswerStream": "session.stream",
 }
@@ -76,6 +79,7 @@ __all__ = [
     "Moment",
     "OptionError",
     "OutputError",
+    "Picture",
     "Policy",
     "PromptError",
     "SessionError",
@@ -84,6 +88,7 @@ __all__ = [
     "TieredCache",
     "TieredKVError",
     "UnsupportedModelError",
+    "Video",
     "VideoError",
     "VideoSession",
     "agenerate",

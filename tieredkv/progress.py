@@ -25,6 +25,12 @@ def at_terminal() -> bool:
     return sys.stderr is not None and sys.stderr.isatty()
 
 
+def tell(text: str, shown: bool = True) -> None:
+    """A line on stderr that a log should hold too."""
+    if shown:
+        print(f"tieredkv: {text}", file=sys.stderr, flush=True)
+
+
 def note(text: str) -> None:
     """A line on stderr about what takes its time now; nothing where nobody watches."""
     if at_terminal():
@@ -112,7 +118,7 @@ class IngestProgress:
     def __init__(self, shown: bool, tokens: int, seconds: float | None) -> None:
         """tokens: prompt tokens expected. seconds: length of the video, if known."""
         self._length = "" if seconds is None else f" of {timecode(seconds)}"
-        self._decoded, self._encoded = 0.0, 0
+        self._before, self._decoded, self._encoded = 0.0, 0.0, 0
         self._updated_at = 0.0
         self._bar = _bar("ingest", " tokens", shown, tokens)
 
@@ -136,8 +142,12 @@ class IngestProgress:
 
     def decoded(self, seconds: float) -> None:
         """The decoder has reached this second of the video."""
-        self._decoded = seconds
+        self._decoded = self._before + seconds
         self._update_text()
+
+    def passed(self, seconds: float) -> None:
+        """A video of this length is cached, and another may follow."""
+        self._before += seconds
 
     def encoded(self, tokens: int) -> None:
         """The vision tower has produced this many more tokens."""

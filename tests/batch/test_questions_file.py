@@ -29,13 +29,19 @@ def test_paths_of_videos_are_relative_to_the_file(tmp_path):
 
 
 def test_a_line_sets_any_part_of_the_sampling(tmp_path):
-    own = {"fps": 2, "max_frames": 9, "start": 1, "end": 5, "max_pixels": 784, "skip_damaged": True}
+    own = {"fps": 2, "max_frames": 9, "start": 1, "end": 5, "max_pixels": 784, "skip_damaged": True, "fit": True}
     lines = [{"video": "a.mp4", "question": "?", **settings} for settings in ({}, own, {"end": None})]
     given = Sampling(fps=1, end=30)
     found = [question.sampling for question in read_questions(ask(tmp_path, *lines), given)]
     assert found == [given, Sampling(**own), Sampling(fps=1)]
     free = {field.name for field in fields(Sampling)} - {"source_fps"}
     assert own.keys() == free
+
+
+def test_times_may_be_written_as_players_show_them(tmp_path):
+    line = {"video": "a.mp4", "question": "?", "start": "1:00", "end": "1:02:03.5"}
+    (question,) = read_questions(ask(tmp_path, line))
+    assert question.sampling == Sampling(start=60.0, end=3723.5)
 
 
 MALFORMED = {
@@ -48,6 +54,9 @@ MALFORMED = {
     '{"video": "a.mp4", "question": "?", "max_new_token": 3}': "Did you mean max_new_tokens?",
     '{"video": "a.mp4", "question": "?", "max_new_tokens": 0}': "max_new_tokens=0 is not valid",
     '{"video": "a.mp4", "question": "?", "num_beams": 4}': "num_beams=4 is not supported",
+    '{"video": "a.mp4", "question": "?", "temperature": "hot"}': "temperature='hot' is not valid",
+    '{"video": "a.mp4", "question": "?", "top_p": 2}': "top_p=2 is not valid",
+    '{"video": "a.mp4", "question": "?", "start": "noon"}': "start='noon' is not valid",
     '{"video": "a.mp4", "question": "?", "fps": 0}': "fps=0 is not valid",
     '{"video": "a.mp4", "question": "?", "fps": NaN}': "fps=nan is not valid",
     '{"video": "a.mp4", "question": "?", "end": 5}': "end=5 is not valid: give seconds after start=8",

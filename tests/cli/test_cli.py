@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import typer
 from command_line import run
 from helpers import PATIENCE_S
 
@@ -124,7 +126,7 @@ def test_bad_use_of_a_session_is_one_sentence(monkeypatch, capsys, short_video, 
         "is not a tieredkv file": [question, "--session", __file__],
         "there is no folder": [str(short_video), question, "--session", "/nowhere/at/all.tkv"],
         "give a video and a question": [question],
-        "takes one video and one question, got 3": [str(short_video), "what", "colour"],
+        "files and then one question, in quotes: what: no such file": [str(short_video), "what", "colour"],
         "is a file, and the question is missing: tieredkv ask": [str(short_video)],
     }
     for message, arguments in bad.items():
@@ -188,9 +190,17 @@ def test_help_fits_a_screen_and_shows_an_example(monkeypatch, capsys, command):
     code, out, _ = run(monkeypatch, capsys, *command, "--help")
     assert code == 0
     lines = out.splitlines()
-    assert len(lines) <= 40
+    assert len(lines) <= 48
     assert max(map(len, lines)) <= 100
     assert "\n  Example: tieredkv " + " ".join(command) in out
+
+
+def test_every_option_shows_its_default():
+    for name, command in typer.main.get_command(app.app).commands.items():  # type: ignore[attr-defined]
+        for option in command.params:
+            if option.param_type_name == "option" and not option.is_flag and not option.required:
+                shown = option.default is not None or re.search(r"\[.+\]", option.help)
+                assert shown, f"{name} {option.opts[0]}"
 
 
 def test_the_help_of_every_command_is_checked():

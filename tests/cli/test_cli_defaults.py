@@ -36,8 +36,15 @@ def test_options_precede_the_environment_the_file_and_the_default_in_this_order(
 
 
 def test_every_key_is_an_option_and_a_variable(monkeypatch, capsys, file, short_video):
-    values = {"model": "tiny", "gpu_kv_gb": 2, "host_kv_gb": 3.5, "policy": "quest", "card": "RTX 3060"}
-    values |= {"fps": 2, "max_frames": 5, "max_pixels": "56x56", "max_new_tokens": 6, "link": "pcie4x8"}
+    values = {
+        "model": "tiny",
+        "weights": "8bit",
+        "gpu_kv_gb": 2,
+        "host_kv_gb": 3.5,
+        "policy": "quest",
+        "card": "RTX 3060",
+    }
+    values |= {"fps": 2, "max_frames": 5, "max_pixels": "56x56", "fit": True, "max_new_tokens": 6, "link": "pcie4x8"}
     assert values.keys() == defaults.KEYS.keys()
     file.write_text("\n".join(f"{key} = {json.dumps(value)}" for key, value in values.items()))
     by_file = planned(monkeypatch, capsys, of=short_video)
@@ -49,12 +56,13 @@ def test_every_key_is_an_option_and_a_variable(monkeypatch, capsys, file, short_
     assert by_file["cap_bytes"] == 2 * GIB
     assert by_file["host_budget_bytes"] == 3.5 * GIB
     assert (by_file["card"], by_file["link"]) == ("RTX 3060", "pcie4x8")
+    assert by_file["quantisation"].startswith("torchao")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("gpu_kv = 1", "'gpu_kv' is not a setting: give one of model, gpu_kv_gb"),
+        ("gpu_kv = 1", "'gpu_kv' is not a setting: give one of model, weights, gpu_kv_gb"),
         ('fps = "2"', "fps = '2' is not valid: give a number"),
         ("fps = true", "fps = True is not valid: give a number"),
         ("max_frames = 2.5", "max_frames = 2.5 is not valid: give a whole number"),

@@ -10,7 +10,7 @@ import pytest
 from command_line import run
 
 from tieredkv.cli import app
-from tieredkv.storage import tensor_file
+from tieredkv.storage import atomic, tensor_file
 from tieredkv.tiny.model import PATH
 
 MOON = "what colour was the moon ?"
@@ -93,3 +93,40 @@ def test_a_file_without_these_records_takes_its_model_from_anywhere(monkeypatch,
     assert "old.tkv does not say how its video was sampled: leave out --fps." in err
     monkeypatch.setenv("TIEREDKV_MODEL", "tiny")
     assert run(monkeypatch, capsys, "ask", MOON, "--session", str(path), *FEW)[0] == 0
+
+
+@pytest.mark.parametrize("command", ["ask", "chat"])
+def test_a_disk_without_room_for_the_session_is_refused_before_the_ingest(
+    monkeypatch, capsys, short_video, tmp_path, command
+):
+    usage = atomic.shutil.disk_usage("/")
+    monkeypatch.setattr(atomic.shutil, "disk_usage", lambda _: usage._replace(free=2**19))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{MOON}\n"))
+    question = [MOON] if command == "ask" else []
+    options = ["-m", "tiny", "--fps", "4", "--session", str(tmp_path / "new.tkv")]
+    code, out, err = run(monkeypatch, capsys, command, str(short_video), *question, *options)
+    assert (code, out) == (2, "")
+    assert "new.tkv needs" in err
+    assert f"of disk, 512 KiB free in {tmp_path}: free some, or save elsewhere." in err
+    assert "ingest:" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["ask", "chat"])
+def test_a_disk_that_is_full_at_the_end_leaves_the_answer_and_nothing_else(
+    monkeypatch, capsys, short_video, tmp_path, command
+):
+    def full(content, part, metadata):
+        part.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tensor_file, "save_file", full)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{MOON}\n"))
+    question = [MOON] if command == "ask" else []
+    options = ["-m", "tiny", "--fps", "4", "--session", str(tmp_path / "new.tkv"), *FEW]
+    code, out, err = run(monkeypatch, capsys, command, str(short_video), *question, *options)
+    assert code == 1
+    assert len(out.splitlines()) == 1
+    assert f"tieredkv: {tmp_path}/new.tkv could not be written: No space left on device." in err.splitlines()
+    assert not (tmp_path / "new.tkv").exists()
+    assert not list(tmp_path.glob("*.part"))

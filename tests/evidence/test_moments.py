@@ -19,7 +19,7 @@ from tieredkv.cache.recording import ExactMass
 from tieredkv.cache.retrieval import Retrieval
 from tieredkv.environment.versions import cache_argument
 from tieredkv.errors import OptionError
-from tieredkv.evidence.moments import FAINT, LONGEST_S, MOST, by_step, collect, find_moments, step_of
+from tieredkv.evidence.moments import FAINT, LONGEST_S, MOST, Shown, by_step, collect, find_moments, step_of
 from tieredkv.memory import ledger
 from tieredkv.models.families.base import VideoGrid
 from tieredkv.planning import sizes
@@ -114,7 +114,7 @@ def looks_of(question: torch.Tensor, steps: list[torch.Tensor]) -> Looks:
 
 
 def evidence_of(looks: Looks, tokens: int):
-    return collect(looks, 9, 2, 4, GRID, (0.0, 20.0), tokens, True)
+    return collect(looks, 9, 2, [Shown(4, GRID, (0.0, 20.0))], tokens, True)
 
 
 def row(*places: int) -> torch.Tensor:
@@ -137,7 +137,7 @@ def test_a_token_has_the_evidence_of_the_row_that_predicted_it():
 
 def test_rows_before_the_question_are_left_out():
     question = torch.stack([row(9), row(), row(3)])
-    evidence = collect(looks_of(question, []), 2, 2, 4, GRID, (0.0, 20.0), 1, False)
+    evidence = collect(looks_of(question, []), 2, 2, [Shown(4, GRID, (0.0, 20.0))], 1, False)
     assert [moment.start for moment in evidence] == [1.5]
     assert evidence.tokens is None
 

@@ -116,6 +116,31 @@ def test_too_few_pixels_are_refused_with_the_fewest_that_work(name, film):
         tieredkv.plan(model, film, **options, max_pixels=least - 1)
 
 
+def test_gemma_takes_the_fewest_tokens_that_do_not_shrink_a_frame(monkeypatch):
+    model, processor = build("gemma4")
+    monkeypatch.setattr(video_processing_gemma4, "_SUPPORTED_SOFT_TOKENS", (4, 9, 25, 100))
+    family = families.video_family(model.config)
+
+    def tokens(edge: int, limit: int) -> int:
+        _, rows, columns = family.frame_grid(model.config, processor, 1, edge, edge, 4.0, limit)
+        return rows * columns
+
+    assert tokens(42, 14 * 14 * 100) == 9  # as large as it is, though the limit allows more
+    assert tokens(42, 14 * 14 * 8) == 4
+    assert tokens(700, 14 * 14 * 30) == 25
+
+
+def test_thin_frames_need_more_pixels_than_a_square():
+    model, processor = build("qwen2_5_vl")
+    family = families.video_family(model.config)
+    shape = (model.config, processor, 8, 30, 1900, 4.0)
+    with pytest.raises(OptionError, match="is too few for frames of 1900x30") as refusal:
+        family.frame_grid(*shape, 28 * 28)
+    least = int(str(refusal.value).rpartition("max_pixels=")[2].split()[0])
+    _, rows, columns = family.frame_grid(*shape, least)
+    assert rows * columns * 28 * 28 <= least
+
+
 @pytest.mark.parametrize("name", FIXED)
 def test_families_with_one_frame_size_refuse_it_by_name(name, film):
     model, processor = build(name)

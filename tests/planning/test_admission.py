@@ -43,7 +43,7 @@ def test_without_a_cache_the_host_must_hold_all_of_it(machine):
     needed = sizes.host_bytes(SHAPE, tiers, 5000)
     check_memory(SHAPE, tiers, REQUEST, available=int(needed / limits.SAFE_SHARE) + 1)
     with pytest.raises(
-        BudgetError, match=r"the cache of 5,000 tokens needs .*: lower fps or max_frames, or give host_"
+        BudgetError, match=r"the cache of 5,000 tokens needs .*: lower fps, max_pixels or max_frames, or give host_"
     ):
         check_memory(SHAPE, tiers, REQUEST, available=int(needed / limits.SAFE_SHARE) - 1)
 

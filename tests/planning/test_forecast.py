@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -75,7 +76,7 @@ def film(monkeypatch, tmp_path):
         )
 
     monkeypatch.setattr(forecast, "open_video", open_video)
-    (tmp_path / "film.mp4").touch()
+    (tmp_path / "film.mp4").write_bytes(b"a header")
     return str(tmp_path / "film.mp4")
 
 
@@ -215,22 +216,22 @@ def test_the_smallest_device_cap_named_is_enough(seven_billion):
 
 
 def test_every_change_named_for_the_host_is_enough_and_more_is_not(film):
-    options = {"gpu_kv_gb": 0.01, "host_kv_gb": 0.003}
+    options = {"gpu_kv_gb": 0.01, "host_kv_gb": 0.0034}
     with pytest.raises(
-        BudgetError, match=r"needs .* GiB of host memory, host_kv_gb allows 0.003: give fps="
+        BudgetError, match=r"needs .* GiB of host memory, host_kv_gb allows 0.0034: give fps="
     ) as refused:
         plan(PATH, film, fps=4.0, **options)
-    fps, max_frames, host = (
+    fps, max_pixels, host = (
         float(re.search(rf"{name}=([\d.]+\d)", str(refused.value).split(": give")[1])[1])
-        for name in ("fps", "max_frames", "host_kv_gb")
+        for name in ("fps", "max_pixels", "host_kv_gb")
     )
     plan(PATH, film, fps=fps, **options)
-    plan(PATH, film, fps=4.0, max_frames=int(max_frames), **options)
+    plan(PATH, film, fps=4.0, max_pixels=int(max_pixels), **options)
     plan(PATH, film, fps=4.0, gpu_kv_gb=0.01, host_kv_gb=host)
     with pytest.raises(BudgetError):
         plan(PATH, film, fps=1.05 * fps, **options)
     with pytest.raises(BudgetError):
-        plan(PATH, film, fps=4.0, max_frames=int(max_frames) + 2, **options)
+        plan(PATH, film, fps=4.0, max_pixels=56 * 56, **options)
 
 
 def test_a_number_of_tokens_is_refused_with_the_number_that_fits(seven_billion):
@@ -334,6 +335,26 @@ def test_the_table_fits_a_terminal_and_says_what_is_assumed(film):
         assert words in text
 
 
+def test_the_table_shows_the_frames_that_the_tower_sees(film):
+    large, small = (str(plan(PATH, film, fps=4.0, gpu_kv_gb=0.1, max_pixels=size)) for size in (28 * 28 * 8, 28 * 28))
+    assert "steps of 2x3 (frames of 84x56), " in large
+    assert "steps of 1x1 (frames of 28x28), " in small
+
+
+def test_a_time_without_copies_is_one_number(film):
+    memory_plan = plan(PATH, film, fps=4.0, gpu_kv_gb=0.1, card="RTX 3060")
+    assert " to " in re.search(r"time per token *(.*) ms", str(replace(memory_plan, step_copy_bytes=10**9)))[1]
+    assert " to " not in re.search(r"time per token *(.*) ms", str(replace(memory_plan, step_copy_bytes=0)))[1]
+
+
+def test_the_command_says_what_fit_chose(monkeypatch, capsys, film):
+    budget = ("--gpu-kv-gb", "0.01", "--host-kv-gb", "0.003")
+    code, out, err = run(monkeypatch, capsys, "plan", film, "-m", "tiny", "--fit", *budget)
+    assert code == 0
+    assert "tieredkv: fit: 1.8 frames per second at 56x28, " in err
+    assert "at 1.8 per second" in out
+
+
 def test_the_dictionary_is_json_and_complete(seven_billion):
     memory_plan = plan(seven_billion, 1000, card=500)
     values = json.loads(json.dumps(memory_plan.as_dict()))
@@ -343,7 +364,9 @@ def test_the_dictionary_is_json_and_complete(seven_billion):
 
 
 def test_the_command_prints_a_table_or_json(monkeypatch, capsys, film):
-    code, out, _ = run(monkeypatch, capsys, "plan", film, "--gpu-kv-gb", "0.002", "--fps", "4", "--end", "300")
+    code, out, _ = run(
+        monkeypatch, capsys, "plan", film, "-m", "tiny", "--gpu-kv-gb", "0.002", "--fps", "4", "--end", "300"
+    )
     assert code == 0
     assert "1,200 frames" in out
     assert "resident" in out

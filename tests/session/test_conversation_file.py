@@ -191,8 +191,10 @@ def test_a_file_of_another_program_is_not_removed(saved, load):
     other = saved.with_name("film.tkv.chat")
     with load(saved) as session:
         other.write_text("notes of mine")
+        before = saved.stat().st_ino
         with pytest.raises(SessionError, match="another program's: move it away"):
             session.save(saved)
+        assert saved.stat().st_ino == before
     assert other.read_text() == "notes of mine"
     with pytest.raises(SessionError, match="another program's: move it away"):
         load(saved)

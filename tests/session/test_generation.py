@@ -272,7 +272,7 @@ def test_a_new_setting_of_transformers_is_refused_by_name(monkeypatch):
             self.top_x = options.pop("top_x", None)
             super().__init__(**options)
 
-    monkeypatch.setattr("tieredkv.session.generation_settings.GenerationConfig", Later)
+    monkeypatch.setattr("tieredkv.session.generation_settings._config_class", lambda: Later)
     check_options({"top_x": None})
     with pytest.raises(OptionError, match=r"^top_x=3 is not supported"):
         check_options({"top_x": 3})

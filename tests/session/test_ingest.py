@@ -158,7 +158,7 @@ def test_frames_are_never_all_in_memory(video_model, processor, frames, monkeypa
 
     monkeypatch.setattr(Qwen25VL, "decode", slow_decode)
     monkeypatch.setattr("tieredkv.session.ingest.Pipeline", WatchedPipeline)
-    monkeypatch.setattr("tieredkv.session.ingest.open_video", lambda *args, **kw: Counting(open_video(*args, **kw)))
+    monkeypatch.setattr("tieredkv.video.frames.open_video", lambda *args, **kw: Counting(open_video(*args, **kw)))
     with new_session(video_model, gpu_kv_gb=1, processor=processor, prefill_chunk=32, encode_batch=16) as session:
         worker = threading.Thread(target=session.ingest, args=(long, Sampling(fps=4)))
         worker.start()
@@ -264,7 +264,7 @@ def test_closing_just_before_an_ingest_begins_stops_it_before_the_video_is_opene
         raise AssertionError("the video was opened")
 
     monkeypatch.setattr("tieredkv.session.video_session.Ingest", Late)
-    monkeypatch.setattr("tieredkv.session.ingest.open_video", forbidden)
+    monkeypatch.setattr("tieredkv.video.frames.open_video", forbidden)
     session = new_session(video_model, gpu_kv_gb=1, processor=processor)
     with pytest.raises(TieredKVError, match="closed while its video was being ingested"):
         session.ingest(frames, Sampling(fps=4))

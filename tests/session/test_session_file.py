@@ -67,7 +67,7 @@ def test_loading_needs_no_video_and_prefills_none_of_it(kept, video_model, proce
 
     decoded = []
     decode = Qwen25VL.decode
-    monkeypatch.setattr("tieredkv.session.ingest.open_video", forbidden)
+    monkeypatch.setattr("tieredkv.video.frames.open_video", forbidden)
     monkeypatch.setattr(Qwen25VL, "encode", forbidden)
     monkeypatch.setattr(
         Qwen25VL, "decode", lambda self, model, e, *rest: decoded.append(e.shape[1]) or decode(self, model, e, *rest)

@@ -87,7 +87,7 @@ def test_a_failing_disk_leaves_the_old_file_and_is_an_output_error(path, monkeyp
 def test_more_than_is_free_is_refused_before_writing(path, monkeypatch):
     usage = atomic.shutil.disk_usage(path.parent)._replace(free=2**20)
     monkeypatch.setattr(atomic.shutil, "disk_usage", lambda _: usage)
-    message = r"needs 0.00195 GiB of disk, 0.000977 GiB free"
+    message = r"needs 2 MiB of disk, 1 MiB free"
     with pytest.raises(OutputError, match=message), replace_file(path, 2**21):
         pytest.fail("writing began")
     assert only_the_old(path)

@@ -7,7 +7,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from films import KINDS, numbered, numbers, retime, sample, set_length, write
+from films import KINDS, noise, numbered, numbers, retime, sample, set_length, write
 
 from tieredkv.errors import VideoError
 from tieredkv.video.frames import open_video
@@ -139,8 +139,7 @@ def test_the_length_is_known_before_anything_is_decoded(tmp_path, films):
 def test_a_damaged_end_shows_the_last_whole_picture(tmp_path, films, kind):
     """The packets are there, so the length is."""
     shown, missing = salvaged(damaged(tmp_path / kind, films[kind], 74, 79))
-    assert shown[:74] == list(range(74))
-    assert set(shown[74:]) <= {73}
+    assert shown == [*range(74), *[73] * 6]
     assert missing == [(7.4, 8.0)]
 
 
@@ -177,6 +176,35 @@ def test_pictures_that_were_stored_before_ones_shown_earlier(tmp_path):
     for place, picture in enumerate(shown):
         stated = any(first - 1e-6 <= place / RATE < last - 1e-6 for first, last in missing)
         assert (picture == place) or stated
+
+
+def test_a_picture_that_the_decoder_would_guess_is_left_out(tmp_path):
+    """A decoder for players shows what it can make of it."""
+    film = write(tmp_path / "whole.avi", noise(20), "mjpeg", pixels="yuvj420p")
+    stored = bytearray(film.read_bytes())
+    position, size = packets(film)[7]
+    stored[position + size // 2 : position + size // 2 + 100] = b"\xff\x00" * 50
+    path = tmp_path / "v.avi"
+    path.write_bytes(stored)
+    assert len(sample(path, RATE)) == 20
+    source = open_video(path, Sampling(RATE, skip_damaged=True))
+    pictures = list(source.frames())
+    assert [(round(begin, 2), round(end, 2)) for begin, end in source.damaged] == [(0.7, 0.8)]
+    assert (pictures[7] == pictures[6]).all()
+
+
+def test_pictures_before_a_key_frame_may_build_on_what_is_lost(tmp_path):
+    """In an open group, pictures that are stored after the key frame and shown before it."""
+    params = {"x264-params": "open-gop=1:scenecut=0:b-adapt=0:keyint=9:min-keyint=1"}
+    film = write(tmp_path / "whole.mkv", noise(40), bf="2", **params)
+    with av.open(str(film)) as container:
+        stored = [packet for packet in container.demux(container.streams.video[0]) if packet.size]
+    key = next(i for i, packet in enumerate(stored) if i > 12 and packet.is_keyframe)
+    assert stored[key + 1].pts < stored[key].pts
+    reference = max(i for i in range(key) if not stored[i].is_disposable)
+    source = open_video(damaged(tmp_path / "v.mkv", film, reference, reference), Sampling(RATE, skip_damaged=True))
+    list(source.frames())
+    assert max(end for _, end in source.damaged) == pytest.approx(float(stored[key].pts * stored[key].time_base))
 
 
 def test_frames_without_times_are_counted_though_some_are_lost(tmp_path):

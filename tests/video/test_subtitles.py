@@ -268,6 +268,11 @@ def test_auto_needs_a_file():
         read_cues("auto")
 
 
+def test_a_track_of_a_file_object(tmp_path, steady):
+    path = with_tracks(tmp_path / "v.mkv", steady, ("subrip", srt((ONE, "x")), ""))
+    assert read_cues("auto", io.BytesIO(path.read_bytes())) == [Cue(1, 2, "x")]
+
+
 def test_text_of_quicktime_may_be_utf_16():
     text = "é".encode("utf-16")
     assert shown_text("mov_text", len(text).to_bytes(2, "big") + text + b"styles") == "é"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from tieredkv.session.video_session import VideoSession
 from tieredkv.storage import tensor_file
 from tieredkv.storage.header import check_target
 from tieredkv.video.sampling import Sampling
+from tieredkv.video.subtitles import AUTO, read_cues, subtitles_hash
 
 
 class SessionFolder:
@@ -35,16 +38,16 @@ class SessionFolder:
             raise SessionError(f"{folder} is no folder for sessions: {error.strerror}.") from None
         check_target(folder / "session.tkv")
 
-    def fill(self, session: VideoSession, video: Path, sampling: Sampling, **asked: Any) -> None:
+    def fill(self, session: VideoSession, video: str | PathLike[str], sampling: Sampling, **asked: Any) -> None:
         """Restore the video from its file, or ingest it and save it. Raises what `VideoSession.ingest` does.
 
         session: without a video. asked: more arguments of its `ingest`. A file that is damaged or of something else is
         reported and replaced. So is a session that cannot be saved; it can be asked nevertheless. An ingest that was
         interrupted is continued from the checkpoint beside the file.
         """
-        with video.open("rb") as film:
+        with open(video, "rb") as film:
             sha256 = hashlib.file_digest(film, "sha256").hexdigest()
-        file = self._file(video, sha256, sampling, session.template.system)
+        file = self._file(Path(video), sha256, sampling, session.template.system)
         if file.exists():
             try:
                 session.restore(_checked(file, session, sha256, sampling))
@@ -68,11 +71,18 @@ class SessionFolder:
             remove_leftover(checkpoint_path(file))
 
     def _file(self, video: Path, sha256: str, sampling: Sampling, system: str | None) -> Path:
-        given = {name: float(getattr(sampling, name)) for name in sampling.given()}  # 2 and 2.0 are one rate
+        given = {name: _plain(getattr(sampling, name)) for name in sampling.given()}
         identity = json.dumps([sha256, given, self._source and self._source.as_plain(), system], sort_keys=True)
         key = hashlib.sha256(identity.encode()).hexdigest()[:16]
         name = f"{video.stem.lstrip('.')[:40]}-{key}.tkv"
         return min(self._folder.glob(f"*-{key}.tkv"), default=self._folder / name)
+
+
+def _plain(value: Any) -> Any:
+    """A value of a sampling, such that 2 and 2.0 are one rate, and a subtitle file is what it holds."""
+    if not isinstance(value, str):
+        return float(value)
+    return value if value == AUTO else subtitles_hash(read_cues(value))
 
 
 def _checked(file: Path, session: VideoSession, sha256: str, sampling: Sampling) -> tensor_file.Stored:
@@ -81,7 +91,7 @@ def _checked(file: Path, session: VideoSession, sha256: str, sampling: Sampling)
     video = session_file.state_of(stored).video
     for what, saved, asked in (
         ("video", video.facts.sha256, sha256),
-        ("sampling", video.sampling, sampling),
+        ("sampling", video.sampling and _as_asked(video.sampling, sampling), sampling),
         ("system prompt", video.system, session.template.system),
         ("size of chunks", stored.manifest["tiers"].get("chunk_tokens"), session.tiers.chunk_tokens),
     ):
@@ -89,3 +99,11 @@ def _checked(file: Path, session: VideoSession, sha256: str, sampling: Sampling)
             raise SessionError(f"{file} was saved with another {what}.")
     stored.verify()
     return stored
+
+
+def _as_asked(saved: Sampling, asked: Sampling) -> Sampling:
+    """The saved sampling without what `fit` chose, if that was asked for."""
+    if "fit" not in asked.given():
+        return saved
+    free = [name for name in ("fps", "max_pixels") if getattr(asked, name) is None]
+    return replace(saved, **{name: getattr(asked, name) for name in (*free, "fit")})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -53,6 +54,15 @@ def _options(
     context.default_map = {command.name: settings for command in app.registered_commands if command.name}
 
 
+def _short_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning of this package in one line, as other messages are; of others with its place, as Python does."""
+    if issubclass(category, UserWarning) and os.path.dirname(os.path.dirname(__file__)) in filename:
+        return f"tieredkv: {message}\n"
+    return f"{filename}:{lineno}: {category.__name__}: {message}\n"
+
+
 def execute() -> None:
     """Run the command of `sys.argv`; raises `SystemExit`.
 
@@ -62,6 +72,7 @@ def execute() -> None:
     for stream in (sys.stdout, sys.stderr):  # file names may be invalid text, and answers may not fit the encoding
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    warnings.formatwarning = _short_warning
     try:
         try:
             app()

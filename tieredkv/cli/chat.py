@@ -9,7 +9,9 @@ from typing import Annotated
 import typer
 
 from tieredkv.cli.options import (
+    AllowUrl,
     End,
+    Fit,
     Fps,
     GpuGiB,
     HostGiB,
@@ -20,18 +22,26 @@ from tieredkv.cli.options import (
     PolicyName,
     SkipDamaged,
     Start,
+    Subtitles,
     System,
+    Weights,
     given,
 )
 
 
 def chat(
     context: typer.Context,
-    video: Annotated[str | None, typer.Argument(help="A video file; not needed with a saved session.")] = None,
+    videos: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[VIDEO]...", help="Files of videos and pictures; not needed with a saved session."),
+    ] = None,
     model: Model = None,
+    weights: Weights = None,
     session: Annotated[
         Path | None,
-        typer.Option(help="A saved session to continue; if the file does not exist, the new session is saved to it."),
+        typer.Option(
+            help="A saved session to continue; if the file does not exist, the new session is saved to it [none]."
+        ),
     ] = None,
     gpu_kv_gb: GpuGiB = None,
     host_kv_gb: HostGiB = None,
@@ -39,14 +49,17 @@ def chat(
     fps: Fps = None,
     max_frames: MaxFrames = None,
     max_pixels: MaxPixels = None,
+    fit: Fit = False,
     start: Start = None,
     end: End = None,
     skip_damaged: SkipDamaged = False,
+    subtitles: Subtitles = None,
+    allow_url: AllowUrl = False,
     system: System = None,
     max_new_tokens: NewTokens = 256,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object per answer.")] = False,
 ) -> None:
-    """Talk about one video, ingested once. Each answer takes earlier questions and answers into account.
+    """Talk about a video, or several videos and pictures. Each answer takes earlier questions and answers into account.
 
     Type /help for commands. With --session the conversation is kept, however the chat ends. From a pipe, reads one
     question per line, and exits with 1 if any failed.
@@ -54,16 +67,25 @@ def chat(
     from tieredkv.cli.checks import check_options
     from tieredkv.cli.lines import lines
     from tieredkv.cli.opening import opened
+    from tieredkv.video.fetched import fetched
 
     sampling = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels, start=start, end=end)
-    sampling |= given(skip_damaged=skip_damaged or None)
+    sampling |= given(skip_damaged=skip_damaged or None, subtitles=subtitles, fit=fit or None)
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
     options = {"max_new_tokens": max_new_tokens}
     check_options(tiers, sampling, max_new_tokens)
-    with opened(context, model, video, session, tiers=tiers, sampling=sampling, system=system, **options) as (
-        video_session,
-        unsaved,
-    ):
+    films = context.with_resource(fetched(videos or [], allow_url, progress=True))
+    with opened(
+        context,
+        model,
+        films,
+        session,
+        tiers=tiers,
+        sampling=sampling,
+        system=system,
+        weights=weights,
+        **options,
+    ) as (video_session, unsaved):
         from tieredkv.cli.stats import counted
         from tieredkv.cli.talk import Talk
         from tieredkv.cli.terminal import ended_by_signals
@@ -73,9 +95,8 @@ def chat(
         talk = Talk(video_session, options, as_json, save_to=session)
         interactive = sys.stdin.isatty()
         if interactive:
-            assert video_session.video is not None
             earlier = f", {counted(len(video_session.history), 'question')} so far" if video_session.history else ""
-            tokens = counted(video_session.video.visual_tokens, "visual token")
+            tokens = counted(sum(grid.visual_tokens for grid in video_session.videos), "visual token")
             print(f"{tokens}{earlier}. Ask, or /help.", file=sys.stderr)
         with ended_by_signals():
             try:

@@ -9,7 +9,7 @@ from typing import Any
 from tieredkv.errors import OptionError, SessionError
 from tieredkv.memory.units import check_gpu_kv_gb, check_host_kv_gb
 from tieredkv.policy.names import check_name
-from tieredkv.session.generation_settings import check_new_tokens
+from tieredkv.session.generation_values import check_values
 from tieredkv.session.manifest import read_manifest
 from tieredkv.video.sampling import Sampling
 
@@ -23,7 +23,7 @@ def check_options(tiers: dict[str, Any], sampling: dict[str, Any], max_new_token
     for name, check in checks.items():
         if name in tiers:
             check(tiers[name])
-    check_new_tokens(max_new_tokens)
+    check_values({"max_new_tokens": max_new_tokens})
     return Sampling(**sampling)
 
 

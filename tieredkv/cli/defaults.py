@@ -11,11 +11,13 @@ from tieredkv.errors import OptionError
 
 KEYS: dict[str, Any] = {
     "model": str,
+    "weights": str,
     "gpu_kv_gb": float,
     "host_kv_gb": float,
     "fps": float,
     "max_frames": int,
     "max_pixels": int | str,
+    "fit": bool,
     "policy": str,
     "max_new_tokens": int,
     "card": str,
@@ -26,6 +28,7 @@ _EXPECTED = {
     float: "a number",
     int: "a whole number",
     int | str: "a whole number, or a size in quotes",
+    bool: "true or false",
 }
 
 
@@ -54,6 +57,7 @@ def read(path: Path) -> dict[str, Any]:
         if key not in KEYS:
             raise OptionError(f"{path}: {key!r} is not a setting: give one of {', '.join(KEYS)}.")
         kind = KEYS[key]
-        if isinstance(value, bool) or not isinstance(value, int | float if kind is float else kind):
+        allowed = int | float if kind is float else kind
+        if not isinstance(value, allowed) or isinstance(value, bool) is not (kind is bool):
             raise OptionError(f"{path}: {key} = {value!r} is not valid: give {_EXPECTED[kind]}.")
     return settings

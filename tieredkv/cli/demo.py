@@ -16,8 +16,10 @@ def demo(
     share: Annotated[
         float, typer.Option(help="Device memory for keys and values, as a share of the full cache.")
     ] = 0.1,
-    plot: Annotated[Path | None, typer.Option(help="Draw which chunks each answer selected, as .png.")] = None,
-    video: Annotated[Path | None, typer.Option(help="Keep the video in this file.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw which chunks each answer selected, as .png [not drawn].")
+    ] = None,
+    video: Annotated[Path | None, typer.Option(help="Keep the video in this file [not kept].")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
     """Generate a video, ask the bundled model about it, and compare the answers with a full cache's.

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+from functools import partial
 from typing import Annotated, Any
 
 import typer
 
 from tieredkv.errors import OptionError
+from tieredkv.video.paths import check_path
+from tieredkv.video.timecodes import seconds
 
 
 def pixels(value: str | int) -> int:
@@ -28,8 +31,20 @@ Model = Annotated[
         help="A local path, a hub id, or 'tiny', the bundled toy [a session's own; the toy for the demo's films].",
     ),
 ]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        envvar="TIEREDKV_WEIGHTS",
+        metavar="4bit|8bit",
+        help="Quantise the decoder's weights while loading [as they are stored].",
+    ),
+]
 GpuGiB = Annotated[
-    float | None, typer.Option(envvar="TIEREDKV_GPU_KV_GB", help="Device memory for keys and values, GiB [4].")
+    float | None,
+    typer.Option(
+        envvar="TIEREDKV_GPU_KV_GB",
+        help="Device memory for keys and values, GiB [what the card has left; without one 4].",
+    ),
 ]
 HostGiB = Annotated[
     float | None,
@@ -37,9 +52,12 @@ HostGiB = Annotated[
         envvar="TIEREDKV_HOST_KV_GB", help="Host memory for keys and values, GiB [80 % of what is available]."
     ),
 ]
-Fps = Annotated[float | None, typer.Option(envvar="TIEREDKV_FPS", help="Frames sampled per second.")]
+Fps = Annotated[
+    float | None, typer.Option(envvar="TIEREDKV_FPS", help="Frames sampled per second [the processor's rate].")
+]
 MaxFrames = Annotated[
-    int | None, typer.Option(envvar="TIEREDKV_MAX_FRAMES", help="Sample at most this many frames, evenly spread.")
+    int | None,
+    typer.Option(envvar="TIEREDKV_MAX_FRAMES", help="Sample at most this many frames, evenly spread [no limit]."),
 ]
 MaxPixels = Annotated[
     int | None,
@@ -50,17 +68,52 @@ MaxPixels = Annotated[
         help="Most pixels of a frame that the vision tower sees, such as 112896 or 448x252 [the processor's limits].",
     ),
 ]
-Start = Annotated[float | None, typer.Option(help="Second of the video to start at.")]
-End = Annotated[float | None, typer.Option(help="Second of the video to end at.")]
+Fit = Annotated[
+    bool,
+    typer.Option("--fit", envvar="TIEREDKV_FIT", help="Choose a rate and a frame size, if not given, that fit."),
+]
+Start = Annotated[
+    float | None,
+    typer.Option(
+        parser=partial(seconds, "start"),
+        metavar="TIME",
+        help="Where to start in the video, in seconds or as 1:02:03.5 [its beginning].",
+    ),
+]
+End = Annotated[
+    float | None,
+    typer.Option(parser=partial(seconds, "end"), metavar="TIME", help="Where to end in the video [its end]."),
+]
 SkipDamaged = Annotated[
     bool, typer.Option("--skip-damaged", help="Go over what is damaged in the video; says which seconds are missing.")
 ]
-System = Annotated[str | None, typer.Option(help="The system prompt; part of a session.")]
+AllowUrl = Annotated[
+    bool, typer.Option("--allow-url", help="The video may be an http(s) URL, which is downloaded to a temporary file.")
+]
+System = Annotated[str | None, typer.Option(help="The system prompt; part of a session [the template's own].")]
 PolicyName = Annotated[
     str | None,
     typer.Option("--policy", envvar="TIEREDKV_POLICY", help="One of `tieredkv policies` [hybridkv]."),
 ]
 NewTokens = Annotated[int, typer.Option(envvar="TIEREDKV_MAX_NEW_TOKENS", help="Longest answer, in tokens.")]
+
+
+def subtitle_file(value: str) -> str:
+    """The absolute path of a subtitle file that is there, or "auto". Raises `VideoError`."""
+    if value == "auto":
+        return value
+    check_path(value)
+    return os.path.abspath(value)
+
+
+Subtitles = Annotated[
+    str | None,
+    typer.Option(
+        parser=subtitle_file,
+        metavar="auto|FILE",
+        help="Write subtitles between the frames: of an .srt or .vtt file, or the video's own text track [no].",
+    ),
+]
 
 
 def given(**options: Any) -> dict[str, Any]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tieredkv.cli.options import (
+    AllowUrl,
     End,
+    Fit,
     Fps,
     GpuGiB,
     HostGiB,
@@ -21,7 +24,9 @@ from tieredkv.cli.options import (
     PolicyName,
     SkipDamaged,
     Start,
+    Subtitles,
     System,
+    Weights,
     given,
     model_path,
 )
@@ -45,9 +50,10 @@ def run(
         bool, typer.Option("--retry-errors", help="With --resume: ask failed questions again.")
     ] = False,
     sessions: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Keeps each video's session for later runs.")
+        Path | None, typer.Option(metavar="FOLDER", help="Keeps each video's session for later runs [none].")
     ] = None,
     model: Model = None,
+    weights: Weights = None,
     gpu_kv_gb: GpuGiB = None,
     host_kv_gb: HostGiB = None,
     policy: PolicyName = None,
@@ -55,6 +61,9 @@ def run(
     max_frames: MaxFrames = None,
     max_pixels: MaxPixels = None,
     skip_damaged: SkipDamaged = False,
+    subtitles: Subtitles = None,
+    fit: Fit = False,
+    allow_url: AllowUrl = False,
     start: Start = None,
     end: End = None,
     system: System = None,
@@ -71,6 +80,7 @@ def run(
     from tieredkv.batch.questions_file import read_questions
     from tieredkv.batch.run import run as run_batch
     from tieredkv.cli.checks import check_options
+    from tieredkv.cli.opening import check_model
     from tieredkv.models.prompts import check_system
 
     if retry_errors and not resume:
@@ -80,9 +90,10 @@ def run(
     options = {"max_new_tokens": max_new_tokens}
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
     sampled = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels, start=start, end=end)
-    sampled |= given(skip_damaged=skip_damaged or None)
+    sampled |= given(skip_damaged=skip_damaged or None, subtitles=subtitles, fit=fit or None)
     sampling = check_options(tiers, sampled, max_new_tokens)
     check_system(system)
+    check_model(model, weights)
     batch = read_questions(None if questions == "-" else Path(questions), sampling)
     answers: Answers = PrintedAnswers()
     if output != "-":
@@ -95,8 +106,8 @@ def run(
             from tieredkv.batch.session_folder import SessionFolder
             from tieredkv.session.origin import ModelSource
 
-            kept = None if sessions is None else SessionFolder(sessions, ModelSource.of(path), _say)
-            opener = _opener(path, tiers, system, options, kept)
+            kept = None if sessions is None else SessionFolder(sessions, ModelSource.of(path, weights), _say)
+            opener = _opener(path, weights, tiers, system, options, kept, allow_url)
             answers.begin()
             run_batch(batch, answers, opener, options, _say)
     failed, unsaved = len(answers.failed), kept.unsaved if kept else 0
@@ -107,22 +118,38 @@ def run(
 
 
 def _opener(
-    model: str, tiers: dict[str, Any], system: str | None, options: dict[str, Any], kept: SessionFolder | None
+    model: str,
+    weights: str | None,
+    tiers: dict[str, Any],
+    system: str | None,
+    options: dict[str, Any],
+    kept: SessionFolder | None,
+    allow_url: bool,
 ) -> Callable[[Path, Sampling, Sequence[BatchQuestion]], VideoSession]:
     """Load the model, and return what opens the session of a video for its questions."""
-    from tieredkv.cli.opening import report_damage
+    from tieredkv.cli.opening import report_damage, say_default_cap
+    from tieredkv.session.origin import ModelSource
+    from tieredkv.video.fetched import fetched
     from tieredkv.video.paths import check_path
+    from tieredkv.video.urls import is_url
 
     note(f"loading {model}")
     with quick_imports():
         from tieredkv import api
         from tieredkv.models import loading
+        from tieredkv.session.default_cap import check_weights_fit
 
-    loaded, processor = loading.load(model)
+    loaded, processor = loading.load(model, None, weights, check_weights_fit)
+    said = False
 
-    def open_session(video: Path, sampling: Sampling, pending: Sequence[BatchQuestion]) -> VideoSession:
+    def filled(video: str | PathLike[str], sampling: Sampling, pending: Sequence[BatchQuestion]) -> VideoSession:
+        nonlocal said
         check_path(video)
         session = api.new_session(loaded, processor=processor, progress=True, system=system, **tiers)
+        session.source = ModelSource.of(model, weights)
+        if not said:
+            say_default_cap(session)
+            said = True
         try:
             # The shortest answer must fit; a longer one that does not is an error of its own question.
             least = min(session.new_tokens(options | question.options) for question in pending)
@@ -134,6 +161,12 @@ def _opener(
         except BaseException:
             session.close()
             raise
+        return session
+
+    def open_session(video: Path, sampling: Sampling, pending: Sequence[BatchQuestion]) -> VideoSession:
+        url = pending[0].video  # of which `video` is no path
+        with fetched(url if is_url(url) else video, allow_url, progress=True) as film:
+            session = filled(film, sampling, pending)
         report_damage(session)
         return session
 

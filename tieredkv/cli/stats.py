@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tieredkv.memory.units import GIB
+from tieredkv.memory.units import size_text as size
 from tieredkv.progress import spans_text
 from tieredkv.session.results import Stats
 
@@ -39,11 +39,3 @@ def _hits(stats: Stats) -> str:
 def counted(count: int, noun: str) -> str:
     """A number with its noun: "1 question", "2 questions"."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
-
-
-def size(nbytes: int) -> str:
-    """Bytes in the unit that suits them, in three digits."""
-    for unit, name in ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if nbytes >= unit:
-            return f"{nbytes / unit:.3g} {name}"
-    return counted(nbytes, "byte")

@@ -11,6 +11,7 @@ from tieredkv.cli.opening import is_there
 from tieredkv.cli.stats import stats_lines
 from tieredkv.cli.terminal import Stopped, TerminalStreamer, stopped_by_interrupt
 from tieredkv.errors import FAILURES, SessionError, TieredKVError, reason
+from tieredkv.memory.units import size_text
 from tieredkv.session.results import Stats
 from tieredkv.session.video_session import VideoSession
 from tieredkv.storage.json_text import print_json
@@ -107,7 +108,7 @@ class Talk:
             except SessionError:
                 raise SessionError(f"{path} exists and is not a session: it is not overwritten.") from None
         size = self.session.save(path)
-        _say(f"{path}: {size / 2**20:,.1f} MiB.")
+        _say(f"{path}: {size_text(size)}.")
 
 
 def _say(text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from os import PathLike
 from pathlib import Path
 
 from tieredkv.errors import OptionError, VideoError
@@ -13,7 +14,7 @@ TOY = "tiny"
 
 def model_or_toy(
     model: str | None,
-    videos: Iterable[str | Path],
+    videos: Iterable[str | PathLike[str]],
     what: str = "the bundled toy model answers",
     skip_unreadable: bool = False,
 ) -> str:

@@ -8,8 +8,8 @@ all rows of the question attend to, whatever is asked, is subtracted first. Shap
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
@@ -36,8 +36,10 @@ class Moment:
     """Its share of the attention to the video, once what all rows of the question have in common is subtracted."""
     peak: float
     """Time of the frame with the most attention."""
+    medium: int = 0
+    """Which of the prompt's videos and pictures it is of, counted from 0. All times of a picture are 0."""
 
-    def as_dict(self) -> dict[str, float]:
+    def as_dict(self) -> dict[str, float | int]:
         """Plain values, for JSON."""
         return asdict(self)
 
@@ -56,6 +58,11 @@ class Evidence:
     seconds_per_step: float
     tokens: tuple[tuple[Moment, ...], ...] | None = None
     """With `evidence="tokens"`, moments of each generated token: those of the row that predicted it."""
+    parts: tuple[Evidence, ...] = ()
+    """Of a prompt that shows several videos and pictures, the evidence of each: its moments, and its part of `heat`.
+    Times and steps above are then those of the first. Empty if there is one."""
+    source: str = ""
+    """The video's name: its path, or what else it was called when it was read; of several, the first one's."""
 
     damaged: tuple[tuple[float, float], ...] = ()
     """The seconds of the video, from and to, that could not be read (`skip_damaged`); others were shown for them."""
@@ -100,20 +107,27 @@ def by_step(mass: torch.Tensor, first_chunk: int, chunk_tokens: int, head: int, 
 
 
 def find_moments(
-    heat: torch.Tensor, start: float, end: float, seconds_per_step: float, frames_per_step: int = 2
+    heat: torch.Tensor,
+    start: float,
+    end: float,
+    seconds_per_step: float,
+    frames_per_step: int = 2,
+    everywhere: torch.Tensor | None = None,
 ) -> tuple[Moment, ...]:
     """The best moments of a video by the attention `(S,)` to its steps: best first, without overlaps.
 
     start, end: seconds between which the video was read. Steps are counted from its start; the last may be shorter. A
-    peak is the time of the last frame of its step.
+    peak is the time of the last frame of its step. everywhere: the attention to all steps of a prompt that shows more
+    than this video, of which weights are shares and by which peaks are faint.
     """
     frame = seconds_per_step / frames_per_step
     last_frame = start + frame * max(0, math.ceil((end - start) / frame - 1e-6) - 1)
-    total = float(heat.sum())
+    everywhere = heat if everywhere is None else everywhere
+    total = float(everywhere.sum())
     if total <= 0:
         return ()
     left, longest = heat.tolist(), max(1, int(LONGEST_S / seconds_per_step + 1e-9))
-    least = FAINT * max(left)
+    least = FAINT * float(everywhere.max())
     moments: list[Moment] = []
     while len(moments) < MOST and max(left) >= least:
         peak = left.index(max(left))
@@ -147,42 +161,64 @@ def _slopes(heat: list[float], first: int, last: int) -> range:
     return range(first, last + 1)
 
 
-def collect(
-    looks: Looks,
-    rows: int,
-    heads: int,
-    head: int,
-    video: VideoGrid,
-    span: tuple[float, float],
-    tokens: int,
-    each: bool,
-    damaged: tuple[tuple[float, float], ...] = (),
-) -> Evidence:
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A video or picture of the prompt."""
+
+    head: int
+    """Prompt tokens before it."""
+    grid: VideoGrid
+    span: tuple[float, float]
+    """The seconds of the file that were read, begin and end; both 0 of a picture."""
+    source: str = ""
+    """Its name."""
+    damaged: tuple[tuple[float, float], ...] = ()
+    """The seconds that could not be read."""
+
+    def moments(self, heat: torch.Tensor, everywhere: torch.Tensor, medium: int) -> tuple[Moment, ...]:
+        """Its moments, as the `medium`-th, by the attention to its steps and to those of all."""
+        grid = self.grid
+        found = find_moments(heat, *self.span, grid.seconds_per_step, grid.frames_per_step, everywhere)
+        return tuple(replace(moment, medium=medium) for moment in found)
+
+
+def collect(looks: Looks, rows: int, heads: int, shown: Sequence[Shown], tokens: int, each: bool) -> Evidence:
     """The evidence of an answer of `tokens` tokens, from recorded attention.
 
     rows: how many of the scored rows, counted from the last, belong to the question. heads: query heads of all layers,
-    over which those rows are summed. head: prompt tokens before the video. span: the seconds of the file that were
-    read, begin and end. each: also find moments of every token. damaged: the seconds that could not be read.
+    over which those rows are summed. shown: the videos and pictures of the prompt. each: also find moments of every
+    token. Here `S` counts the steps of all of them.
     """
-    c = looks.chunk_tokens
-    question_rows = by_step(looks.question[-rows:] / heads, 0, c, head, video)
+    c, lengths = looks.chunk_tokens, [one.grid.steps for one in shown]
+
+    def to_steps(mass: torch.Tensor, first_chunk: int) -> torch.Tensor:
+        return torch.cat([by_step(mass, first_chunk, c, one.head, one.grid) for one in shown], dim=1)
+
+    question_rows = to_steps(looks.question[-rows:] / heads, 0)
     steps = torch.stack(looks.steps) / max(1, looks.heads) if looks.steps else _zeros(0, 0)
-    answer_rows = by_step(steps, looks.first_chunk, c, head, video)
-    common = question_rows.amin(0) if len(question_rows) > 1 else _zeros(video.steps)
+    answer_rows = to_steps(steps, looks.first_chunk)
+    common = question_rows.amin(0) if len(question_rows) > 1 else _zeros(sum(lengths))
     question_rows, answer_rows = (question_rows - common).clamp(min=0), (answer_rows - common).clamp(min=0)
 
-    def moments(heat: torch.Tensor) -> tuple[Moment, ...]:
-        return find_moments(heat, *span, video.seconds_per_step, video.frames_per_step)
+    def of_each(heat: torch.Tensor) -> list[tuple[Moment, ...]]:
+        parts = zip(shown, heat.split(lengths), strict=True)
+        return [one.moments(part, heat, number) for number, (one, part) in enumerate(parts)]
+
+    def best(found: list[tuple[Moment, ...]]) -> tuple[Moment, ...]:
+        return tuple(sorted((moment for part in found for moment in part), key=lambda moment: -moment.weight)[:MOST])
 
     first = question_rows.amax(0)
     heat = torch.cat((first.unsqueeze(0), answer_rows)).amax(0)
-    token_rows = (first, *answer_rows)[:tokens] if each else ()
-    return Evidence(
-        moments=moments(heat),
-        heat=heat / heat.sum().clamp(min=torch.finfo(torch.float32).tiny),
-        start=span[0],
-        end=span[1],
-        seconds_per_step=video.seconds_per_step,
-        tokens=tuple(moments(row) for row in token_rows) if each else None,
-        damaged=damaged,
+    share = heat / heat.sum().clamp(min=torch.finfo(torch.float32).tiny)
+    found, token_rows = of_each(heat), (first, *answer_rows)[:tokens] if each else ()
+    parts = [
+        Evidence(moments, part, *one.span, one.grid.seconds_per_step, source=one.source, damaged=one.damaged)
+        for moments, part, one in zip(found, share.split(lengths), shown, strict=True)
+    ]
+    return replace(
+        parts[0],
+        moments=best(found),
+        heat=share,
+        tokens=tuple(best(of_each(row)) for row in token_rows) if each else None,
+        parts=tuple(parts) if len(parts) > 1 else (),
     )

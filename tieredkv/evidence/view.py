@@ -9,7 +9,7 @@ from PIL import Image
 
 from tieredkv.evidence.moments import Evidence
 from tieredkv.progress import spans_text, timecode
-from tieredkv.video.frames import open_video
+from tieredkv.video.media import Video, media_of
 from tieredkv.video.sampling import Sampling
 
 LARGEST = 1600
@@ -46,9 +46,11 @@ class View:
 
 def moment_frames(evidence: Evidence, video: Any, source_fps: float | None = None) -> list[Image.Image]:
     """The frame at each moment's peak, decoded from the video, at most `LARGEST` pixels wide and high."""
-    frames = []
+    frames, (medium, *_) = [], media_of(video)
+    if isinstance(medium, Video):
+        medium = Video(medium.source)  # whatever part of it was read
     for moment in evidence:
-        source = open_video(video, Sampling(1.0, source_fps, 1, moment.peak, skip_damaged=bool(evidence.damaged)))
+        source = medium.open(Sampling(1.0, source_fps, 1, moment.peak, skip_damaged=bool(evidence.damaged)))
         pictures = source.frames()
         frame = Image.fromarray(next(pictures).copy())
         frames.append(scaled(frame, LARGEST, LARGEST) if max(frame.size) > LARGEST else frame)

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 
 from tieredkv.errors import BudgetError
-from tieredkv.memory.units import GIB
+from tieredkv.memory.units import GIB, different_sizes
 
 SAFE_SHARE = 0.8
 """Share of the available memory to use if `host_kv_gb` is None; video decoding and torch need the rest."""
@@ -74,14 +74,16 @@ def check_host(
     )
 
 
-def check_host_memory(needed_bytes: int, what: str, remedy: str) -> None:
-    """Raise `BudgetError` when `needed_bytes` for `what` exceed the memory that is available now."""
-    available = available_host_bytes()
+def check_host_memory(
+    needed_bytes: int, what: str, remedy: str | Callable[[int], str], available: int | None = None
+) -> None:
+    """Raise `BudgetError` when `needed_bytes` for `what` exceed the memory that is available. The rest as for
+    `check_host`."""
+    available = available_host_bytes() if available is None else available
     if needed_bytes > available:
-        raise BudgetError(
-            f"{what} needs {needed_bytes / GIB:.2f} GiB of host memory, {available / GIB:.2f} GiB is available: "
-            f"{remedy}."
-        )
+        needs, free = different_sizes(needed_bytes, available)
+        advice = remedy(available) if callable(remedy) else remedy
+        raise BudgetError(f"{what} needs {needs} of host memory, {free} is available: {advice}.")
 
 
 def _groups(proc_cgroup: Path, root: Path) -> Iterator[tuple[Path, Names]]:

@@ -52,5 +52,24 @@ def as_gib(nbytes: int) -> str:
     return repr(value * (1 + 1e-12))
 
 
+def size_text(nbytes: int, digits: int = 3) -> str:
+    """Bytes in the largest binary unit that leaves at least one, in `digits` digits."""
+    for unit, size in (("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10)):
+        if nbytes >= size:
+            value = nbytes / size
+            return f"{value:.{max(digits, len(str(int(value))))}g} {unit}"
+    return f"{nbytes} B"
+
+
+def different_sizes(one: int, other: int) -> tuple[str, str]:
+    """Two sizes that differ as texts that differ, in at least three digits."""
+    texts = ("", "")
+    for digits in range(3, 17):
+        texts = size_text(one, digits), size_text(other, digits)
+        if texts[0] != texts[1]:
+            break
+    return texts
+
+
 def _exponent(value: float) -> int:
     return int(f"{value:e}".rpartition("e")[2])

@@ -61,6 +61,29 @@ class LongContext:
             )
 
 
+def trained_tokens(config: PreTrainedConfig) -> int | None:
+    """The longest context that a model is made for, by its config; None if that does not say.
+
+    Scaled rotary embeddings (linear, yarn) stretch the length that they were scaled from; some configs state only that.
+    """
+    text = config.get_text_config(decoder=True)
+    longest = getattr(text, "max_position_embeddings", None)
+    if not isinstance(longest, int) or longest < 1:
+        return None
+    for rope in _rotations(text):
+        factor = rope.get("factor")
+        if rope.get("rope_type") in ("linear", "yarn") and isinstance(factor, int | float):
+            longest = max(longest, int(factor * (rope.get("original_max_position_embeddings") or longest)))
+    return longest
+
+
+def beyond_training(trained: int | None, tokens: int) -> str | None:
+    """What to say of a prompt longer than the model's longest context; None if it is not."""
+    if trained is None or tokens <= trained:
+        return None
+    return f"more than the {trained:,} that the model is made for: answers may be poor"
+
+
 def _rotations(text: PreTrainedConfig) -> Iterator[dict[str, Any]]:
     """Settings of rotary embeddings: one set, or one for each type of layer."""
     settings = getattr(text, "rope_parameters", None) or {}

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from tieredkv.attention.interface import NAME
 from tieredkv.environment import forking
 from tieredkv.errors import UnsupportedModelError
+from tieredkv.models.placement import check_readers
 from tieredkv.models.wrapped import unwrapped
 
 _users: weakref.WeakKeyDictionary[PreTrainedModel, tuple[list[int], str]] = weakref.WeakKeyDictionary()
@@ -50,9 +51,10 @@ def use_attention(model: Any) -> Iterator[None]:
 
     model: a transformers model, or a wrapper around one (`PeftModel`, torch.compile's). Blocks on one model may nest or
     overlap, also in several threads; the last to end restores. The vision tower keeps its attention. Raises
-    `UnsupportedModelError` if the model cannot be switched.
+    `UnsupportedModelError` if the model cannot be switched, or its layers are where they cannot attend.
     """
     model = unwrapped(model)
+    check_readers(model)
     text, thread = model.config.get_text_config(decoder=True), threading.get_ident()
     with _users_lock:
         threads, _ = _users.setdefault(model, ([], text._attn_implementation))

@@ -13,7 +13,7 @@ from tieredkv.models.kv_shape import KVShape
 from tieredkv.planning.prefill_plan import question_rows, smallest_prefill_bytes, untiered_prefill_bytes
 from tieredkv.planning.sizes import Layout, host_bytes, lay_out, smallest_decode_bytes, snapshot_bytes
 
-FEWER_TOKENS = "lower fps, max_frames or max_new_tokens"
+FEWER_TOKENS = "lower fps, max_pixels, max_frames or max_new_tokens"
 """Remedy for a prompt that is too long, while its video is not ingested yet."""
 
 
@@ -33,8 +33,9 @@ def check_memory(
     shape: KVShape,
     tiers: TierConfig,
     request: Request,
-    device_remedy: str = FEWER_TOKENS,
+    device_remedy: str | Callable[[int], str] = FEWER_TOKENS,
     host_remedy: str | Callable[[int], str] | None = None,
+    shared_remedy: str | Callable[[int], str] = f"{FEWER_TOKENS}, or lower gpu_kv_gb",
     *,
     room: int = 0,
     room_bytes: int = 0,
@@ -44,9 +45,11 @@ def check_memory(
 ) -> Layout:
     """Raise `BudgetError` unless the request fits under the device cap and in host memory. Returns its layout.
 
-    device_remedy, host_remedy: advice for the message; the latter may be a function of the allowed bytes. room: tokens
-    that the host tier holds without growing, in `room_bytes` together with the snapshot; 0: nothing is allocated yet.
-    beside: host memory that a conversation has allocated. available: bytes of host memory (None: measured now).
+    device_remedy, host_remedy, shared_remedy: advice for the message, or functions that return it: of the smallest cap
+    in bytes, which returns sentences; of the bytes that the host tier may have; of those of the one memory of both
+    tiers. room: tokens that the host tier holds without growing, in `room_bytes` together with the snapshot; 0: nothing
+    is allocated yet. beside: host memory that a conversation has allocated. available: bytes of host memory (None:
+    measured now).
     one_memory: host memory must hold the device tier too, and the layers that do not grow.
     """
     layout = request.layout(tiers)
@@ -60,13 +63,13 @@ def check_memory(
         needed = host_bytes(shape, tiers, request.tokens)
         what = f"the cache of {request.tokens:,} tokens"
     if host_remedy is None:
-        host_remedy = f"lower fps or max_frames, or give host_kv_gb={as_gib(needed)}"
+        host_remedy = f"lower fps, max_pixels or max_frames, or give host_kv_gb={as_gib(needed)}"
     check_host(needed, tiers.host_kv_gb, what, host_remedy, available, room_bytes + beside)
     if one_memory:
         what = f"{what}, with the device tier in the same memory,"
         untiered = sum(untiered_prefill_bytes(shape, tiers, request.tokens, request.question_tokens).values())
         device = min(tiers.cap_bytes, needed) + untiered
-        check_host_memory(needed + device, what, "lower fps, max_frames or gpu_kv_gb")
+        check_host_memory(needed + device, what, shared_remedy, available)
     return layout
 
 
@@ -77,20 +80,27 @@ def smallest_cap_bytes(shape: KVShape, tiers: TierConfig, layout: Layout, text_r
     return max(prefill, smallest_decode_bytes(shape, tiers, layout))
 
 
-def check_cap(shape: KVShape, tiers: TierConfig, layout: Layout, text_rows: int, remedy: str = FEWER_TOKENS) -> None:
+def check_cap(
+    shape: KVShape, tiers: TierConfig, layout: Layout, text_rows: int, remedy: str | Callable[[int], str] = FEWER_TOKENS
+) -> None:
     """Raise `BudgetError` if the prompt cannot be served under the cap."""
     if tiers.cap_bytes < smallest_cap_bytes(shape, tiers, layout, text_rows):
         raise refusal(shape, tiers, layout, text_rows, remedy)
 
 
 def refusal(
-    shape: KVShape, tiers: TierConfig, layout: Layout, text_rows: int | None = None, remedy: str = FEWER_TOKENS
+    shape: KVShape,
+    tiers: TierConfig,
+    layout: Layout,
+    text_rows: int | None = None,
+    remedy: str | Callable[[int], str] = FEWER_TOKENS,
 ) -> BudgetError:
-    """The error for a cap that is too small; it names the smallest `gpu_kv_gb` that works."""
+    """The error for a cap that is too small; names the smallest `gpu_kv_gb` that works. remedy: as `device_remedy` of
+    `check_memory`."""
     rows = tiers.policy.text_window if text_rows is None else text_rows
     smallest = smallest_cap_bytes(shape, tiers, layout, rows)
     return BudgetError(
         f"gpu_kv_gb={tiers.gpu_kv_gb:g} is too small for {layout.tokens:,} tokens in {shape.kv_heads} KV heads "
         f"(full cache {layout.tokens * shape.token_bytes / GIB:.4g} GiB): the smallest that works is "
-        f"{as_gib(smallest)}. Raise it, or {remedy}."
+        f"{as_gib(smallest)}. " + (remedy(smallest) if callable(remedy) else f"Raise it, or {remedy}.")
     )

@@ -9,28 +9,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from tieredkv.errors import OptionError
 from tieredkv.memory.units import GIB
+from tieredkv.memory.units import size_text as _size
 from tieredkv.models.kv_shape import KVShape
-from tieredkv.planning.cards import CARDS, as_rate
-
-LINKS = {"pcie3x16": 11.3, "pcie4x4": 6.6, "pcie4x8": 13.4, "pcie4x16": 25.0, "pcie5x16": 56.0}
-"""Host-to-device GB/s as measured on such links: less than the rating of the bus."""
-
-
-def find_link(link: str | float) -> tuple[str, float]:
-    """Name and GB/s of a link: a name in `LINKS`, whatever its case and spaces, or GB/s, with or without the unit."""
-
-    def plain(name: str) -> str:
-        return "".join(letter for letter in name.lower() if letter.isalnum())
-
-    for name, speed in LINKS.items():
-        if plain(str(link)) == plain(name):
-            return name, speed
-    given = as_rate(link)
-    if given is None:
-        raise OptionError(f"link={link!r} is not known: give GB/s, or one of {', '.join(LINKS)}.")
-    return f"{given:g} GB/s", given
+from tieredkv.models.long_context import beyond_training
+from tieredkv.planning.cards import CARDS
+from tieredkv.planning.links import LINKS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,11 +34,15 @@ class MemoryPlan:
     quantisation: str | None
     """How the checkpoint's weights are quantised; None: they are not."""
     video: str | None
-    """Name of the video; None, like the next five fields, if the plan is for a number of tokens."""
+    """Name of the video; None, like the next seven fields, if the plan is for a number of tokens."""
     frames: int | None
     frame_size: tuple[int, int] | None
     """Height and width of the frames before the processor resizes them."""
+    tower_size: tuple[int, int] | None
+    """Height and width of the frames as the vision tower sees them, without their tiles."""
     fps: float | None
+    fit: str | None
+    """What `fit=True` chose, in words; None without it."""
     grid: tuple[int, int, int] | None
     """Temporal steps, rows and columns of visual tokens."""
     encode_batch: int | None
@@ -100,6 +88,27 @@ class MemoryPlan:
     link_gb_s: float
     card: str | None
     card_gb_s: float | None
+    card_bytes: int | None
+    """The card's memory by its data sheet; None, like the reserve, unless the card is known by name."""
+    working_bytes: int
+    """Device bytes besides weights and cap: estimated activations of the decoder and the vision tower, and the layers
+    that do not grow."""
+    reserve_bytes: int | None
+    """What of the card's memory the driver, CUDA and workspaces are taken to use."""
+    trained_tokens: int | None
+    """The longest context that the model is made for; None if its config does not say."""
+
+    @property
+    def kv_bytes(self) -> int:
+        """The most that keys and values take on the device: both phases, as sealing holds some of each, or the cap."""
+        return min(self.cap_bytes, sum(self.prefill.values()) + sum(self.decode.values()))
+
+    @property
+    def card_needed_bytes(self) -> int | None:
+        """What all of it takes of the card; None unless the card is known by name."""
+        if self.reserve_bytes is None:
+            return None
+        return self.decoder_bytes + self.vision_bytes + self.working_bytes + self.kv_bytes + self.reserve_bytes
 
     @property
     def prefill_copy_s(self) -> float:
@@ -135,6 +144,7 @@ class MemoryPlan:
             "head_dim": shape.head_dim,
             "token_bytes": shape.token_bytes,
             **{name: list(value) if isinstance(value, tuple) else value for name, value in values.items()},
+            "card_needed_bytes": self.card_needed_bytes,
             "prefill_copy_s": self.prefill_copy_s,
             "step_copy_ms": self.step_copy_ms,
             "token_ms": None if self.token_ms is None else list(self.token_ms),
@@ -155,6 +165,7 @@ class MemoryPlan:
             ("weights", self._weights()),
             *self._video_rows(),
             ("prompt", f"{self.prompt_tokens:,} tokens, {text:,} of them text; then {self.new_tokens:,} generated"),
+            *([("", warning)] if (warning := beyond_training(self.trained_tokens, self.prompt_tokens)) else []),
             ("full KV cache", f"{_size(self.full_bytes)}, {_size(shape.token_bytes)} per token"),
             (
                 "host memory",
@@ -175,6 +186,7 @@ class MemoryPlan:
                 (f"  {kind}", _cells(kind, self.untiered_prefill, self.untiered_decode))
                 for kind in self.untiered_decode
             ),
+            *self._card_rows(),
             ("", ""),
             (
                 "heads",
@@ -204,9 +216,13 @@ class MemoryPlan:
         if not self.visual_tokens:
             return []
         if self.frames is None or self.frame_size is None or self.grid is None:
-            return [("visual tokens", f"{self.visual_tokens:,}")]
+            names = [("videos", self.video)] if self.video else []
+            return [*names, ("visual tokens", f"{self.visual_tokens:,}")]
         height, width = self.frame_size
         steps, rows, columns = self.grid
+        seen = ""
+        if self.tower_size is not None:
+            seen = f" (frames of {self.tower_size[1]}x{self.tower_size[0]})"
         return [
             (
                 "video",
@@ -214,10 +230,23 @@ class MemoryPlan:
             ),
             (
                 "visual tokens",
-                f"{self.visual_tokens:,}: {steps:,} steps of {rows}x{columns}, {self.encode_batch:,} per tower call"
+                f"{self.visual_tokens:,}: {steps:,} steps of {rows}x{columns}{seen}, "
+                f"{self.encode_batch:,} per tower call"
                 + (f"; {self.video_text_tokens:,} of text between" if self.video_text_tokens else ""),
             ),
         ]
+
+    def _card_rows(self) -> list[tuple[str, str]]:
+        if self.card_bytes is None or self.reserve_bytes is None or self.card_needed_bytes is None:
+            return []
+        parts = {
+            "weights": self.decoder_bytes + self.vision_bytes,
+            "KV": self.kv_bytes,
+            "activations": self.working_bytes,
+            "CUDA": self.reserve_bytes,
+        }
+        whole = f"{self.card_needed_bytes / GIB:.3g} of {self.card_bytes / GIB:g} GiB"
+        return [(f"on {self.card}"[:17], f"{whole}: {', '.join(f'{k} {v / GIB:.3g}' for k, v in parts.items())}")]
 
     def _time_rows(self) -> list[tuple[str, str]]:
         link = f"{self.link_gb_s:g} GB/s" + (f", {self.link}" if self.link in LINKS else "")
@@ -226,22 +255,14 @@ class MemoryPlan:
             ("a step copies", f"at most {_size(self.step_copy_bytes)}: {self.step_copy_ms:.3g} ms"),
         ]
         if self.token_ms is not None:
-            least, most = self.token_ms
+            times = dict.fromkeys(f"{ms:.3g}" for ms in self.token_ms)
             card = f"{self.card_gb_s:g} GB/s" + (
                 f", {self.card} by its data sheet" if any(self.card == known.name for known in CARDS) else ""
             )
-            rows.append(("time per token", f"{least:.3g} to {most:.3g} ms at {card}"))
+            rows.append(("time per token", f"{' to '.join(times)} ms at {card}"))
         return [*rows, ("", "Times are estimates, not measured.")]
 
 
 def _cells(name: str, *phases: dict[str, int]) -> str:
     """A column of each phase's bytes under `name`, empty where it has none."""
     return " ".join(f"{_size(phase[name]) if name in phase else '':>12}" for phase in phases)
-
-
-def _size(nbytes: int) -> str:
-    """Bytes in the largest binary unit that leaves at least one, three digits."""
-    for unit, size in (("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10)):
-        if nbytes >= size:
-            return f"{nbytes / size:.3g} {unit}" if nbytes < 1000 * size else f"{nbytes / size:.0f} {unit}"
-    return f"{nbytes} B"

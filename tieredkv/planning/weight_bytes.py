@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from tieredkv.errors import UnsupportedModelError, first_line
 from tieredkv.models import families
+from tieredkv.models.meta import on_meta
 from tieredkv.models.quantised import Scheme, quantised_weights, scheme_of
 from tieredkv.models.weights import stored_bytes
 
@@ -19,7 +18,7 @@ def weight_bytes(config: Any, dtype: torch.dtype, loaded: Any = None) -> dict[st
     """Fields of `MemoryPlan`: bytes of the decoder and of the vision tower, what a step reads of them, and how they are
     quantised. loaded: the model, if there is one."""
     scheme = scheme_of(config)
-    model = _on_meta(config, dtype) if loaded is None else loaded
+    model = on_meta(config, dtype) if loaded is None else loaded
     sizes = dict(_stored(model) if loaded is not None else _planned(model, scheme))
     family = families.VIDEO_FAMILIES.get(config.model_type)
     modules = frozenset() if family is None else family.vision_modules
@@ -42,22 +41,6 @@ def weight_bytes(config: Any, dtype: torch.dtype, loaded: Any = None) -> dict[st
         "step_weight_bytes": round(step),
         "quantisation": quantisation,
     }
-
-
-def _on_meta(config: Any, dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-    video = config.model_type in families.VIDEO_FAMILIES
-    kind: Any = AutoModelForImageTextToText if video else AutoModelForCausalLM
-    config = copy.deepcopy(config)
-    if getattr(config, "quantization_config", None) is not None:
-        del config.quantization_config
-    try:
-        with torch.device("meta"):
-            return kind.from_config(config, dtype=dtype)
-    except (ImportError, AttributeError, LookupError, TypeError, ValueError) as error:
-        # A package that the vision tower needs is missing, or the config is damaged where only the model reads it.
-        raise UnsupportedModelError(f"the model cannot be built ({first_line(error)}).") from None
 
 
 def _planned(model: Any, scheme: Scheme | None) -> Iterator[tuple[str, int]]:

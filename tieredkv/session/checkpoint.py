@@ -218,6 +218,8 @@ def _difference(was: IngestedVideo, now: IngestedVideo) -> str | None:
     if was.system != now.system:
         changes.append("the system prompt differs")
     before, after = (sampling_as_plain(video.sampling) if video.sampling else {} for video in (was, now))
+    if was.facts.subtitles != now.facts.subtitles:
+        changes.append("the subtitles differ")
     rates = [(video.facts.fps, video.facts.start, video.facts.seconds) for video in (was, now)]
     resolved = ("fps", "source_fps", "max_frames", "start", "end")  # they say how `rates` came about
     for name in sorted(before.keys() | after.keys()):

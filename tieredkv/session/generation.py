@@ -14,6 +14,7 @@ from transformers import GenerationConfig, MaxTimeCriteria, StoppingCriteriaList
 
 from tieredkv.errors import OptionError
 from tieredkv.session.generation_settings import FORMS, check_options, explicit, new_tokens, setting
+from tieredkv.session.generation_values import as_fractions
 
 __all__ = ["Decoded", "check_options", "ending_on_error", "new_tokens", "resolve_stop_strings", "run", "timed"]
 
@@ -152,7 +153,7 @@ def _for_generate(options: dict[str, Any], tokenizer: Any, model_config: Any) ->
     ours = {"stop_strings": None, "use_cache": False}
     given = {name: value for name, value in explicit(options).items() if name != "max_new_tokens"}
     callables = {name: options.get(name) for name in ("logits_processor", "prefix_allowed_tokens_fn")}
-    return {**given, **forms, **ours, **callables, "stopping_criteria": stopping}
+    return {**as_fractions(given), **forms, **ours, **callables, "stopping_criteria": stopping}
 
 
 def resolve_stop_strings(options: dict[str, Any], tokenizer: Any, model_config: Any = None) -> None:

@@ -6,10 +6,13 @@ and that over the model's own.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from typing import TYPE_CHECKING, Any
 
-from tieredkv.errors import OptionError, check_whole
+from tieredkv.errors import OptionError
+from tieredkv.session.generation_values import check_values
+from tieredkv.video.sampling import Sampling
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -93,10 +96,16 @@ def check_options(options: dict[str, Any], also: tuple[str, ...] = (), model_con
 
     Checks a `generation_config` among the options too, and the model's own if it is given.
     """
+    check_values(options)
     fields = _fields()
     known = {*fields, *_RUN_OPTIONS, *_OTHER_LOOPS, *also}
     for name in options:
         if name not in known:
+            if name in _opening():
+                raise OptionError(
+                    f"{name!r} holds for all questions about a video: give it to open_session or generate, not to ask "
+                    "or chat."
+                )
             close = difflib.get_close_matches(name, sorted(known), n=1)
             hint = f" Did you mean {close[0]}?" if close else " Generation options have transformers' names."
             raise OptionError(f"{name!r} is not an option.{hint}")
@@ -107,6 +116,7 @@ def check_options(options: dict[str, Any], also: tuple[str, ...] = (), model_con
         if (value := options.get(name)) is not None and value is not False:
             raise OptionError(f"{name} is not supported (got a {type(value).__name__}): leave it out.")
     given = explicit(options)
+    check_values(given)
     for name in sorted(fields - WORKS - IDLE):
         plain = {**SEARCHES, **FORMS}.get(name, (None, False))  # a setting of a later transformers
         value = given.get(name)
@@ -117,18 +127,26 @@ def check_options(options: dict[str, Any], also: tuple[str, ...] = (), model_con
             raise OptionError(
                 f"{name}={own!r}, of the model's generation config, is not supported: give {name}={plain[0]!r}."
             )
-    new = given["max_new_tokens"] if "max_new_tokens" in given else getattr(model_config, "max_new_tokens", None)
-    check_new_tokens(new)
+    if "max_new_tokens" not in given:
+        check_values({"max_new_tokens": getattr(model_config, "max_new_tokens", None)})
 
 
-def check_new_tokens(value: object) -> None:
-    """Raise `OptionError` unless this is None or a number of tokens that an answer can have."""
-    if value is not None:
-        check_whole("max_new_tokens", value)
+def _opening() -> set[str]:
+    """Options of `open_session` that are none of a question."""
+    from tieredkv.config import FIELDS
+
+    return {
+        *FIELDS,
+        *(field.name for field in dataclasses.fields(Sampling)),
+        "positions",
+        "processor",
+        "system",
+        "tiers",
+    }
 
 
 def _config_class() -> type[GenerationConfig]:
-    """Imported when first needed: with it comes torch, and `check_new_tokens` must not wait for that."""
+    """Imported when first needed: with it comes torch, and `check_values` must not wait for that."""
     from transformers import GenerationConfig
 
     return GenerationConfig

@@ -3,31 +3,38 @@
 from __future__ import annotations
 
 import time
+import warnings
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.config import TierConfig
-from tieredkv.errors import OutputError, TieredKVError
+from tieredkv.errors import OptionError, OutputError, TieredKVError
 from tieredkv.models.chat_template import ChatTemplate
 from tieredkv.models.encode import at_processor_rate
 from tieredkv.models.kv_shape import model_shape
-from tieredkv.models.long_context import LongContext
+from tieredkv.models.long_context import LongContext, beyond_training, trained_tokens
+from tieredkv.models.placement import layer_devices
 from tieredkv.models.same_model import SameModel
 from tieredkv.planning.admission import Request, check_memory
+from tieredkv.planning.advice import Advice
 from tieredkv.planning.sizes import QUESTION_ROOM, host_bytes
 from tieredkv.progress import IngestProgress
-from tieredkv.session import session_file
+from tieredkv.session import sampled_video
 from tieredkv.session.cached_video import CachedVideo
 from tieredkv.session.checkpoint import Checkpoint, Damaged
-from tieredkv.session.ingested_video import IngestedVideo, VideoFacts
+from tieredkv.session.ingested_video import IngestedVideo, Place, VideoFacts
 from tieredkv.session.pipeline import Cancelled, Pipeline
 from tieredkv.session.prefill import first_steps
 from tieredkv.session.results import IngestStats
 from tieredkv.session.stages import Stages
-from tieredkv.session.video_embeddings import prepare
-from tieredkv.video.frames import VideoSource, open_video
+from tieredkv.session.video_embeddings import Prepared, prepare
+from tieredkv.storage import header
+from tieredkv.video.frames import VideoSource
+from tieredkv.video.media import media_of
 from tieredkv.video.sampling import Sampling
+from tieredkv.video.subtitles import subtitles_hash
 
 
 class Ingest:
@@ -46,16 +53,18 @@ class Ingest:
         question: str,
         max_new_tokens: int,
         checkpoint: Checkpoint | None = None,
+        save_to: str | Path | None = None,
     ) -> CachedVideo:
         """Decode, encode and prefill the video. May be called once.
 
         question, max_new_tokens: what the budgets must allow for, checked before anything is decoded. checkpoint: where
-        what is cached is written now and then, and from which an earlier ingest is continued. Raises `VideoError`,
-        `BudgetError` or `SessionError`, and `TieredKVError` if it was cancelled; the cache's memory is then freed.
+        what is cached is written now and then, and from which an earlier ingest is continued. save_to: a file whose
+        disk must have room for the session. Raises `VideoError`, `BudgetError` or `SessionError`, and `TieredKVError`
+        if it was cancelled; the cache's memory is then freed.
         """
         try:
             with self.pipeline:
-                return self._run(video, sampling, question, max_new_tokens, checkpoint)
+                return self._run(video, sampling, question, max_new_tokens, checkpoint, save_to)
         except Cancelled:
             self.close()
             raise TieredKVError("the session was closed while its video was being ingested.") from None
@@ -74,49 +83,96 @@ class Ingest:
             self._cache = None
 
     def _run(
-        self, video: Any, sampling: Sampling, question: str, max_new_tokens: int, checkpoint: Checkpoint | None
+        self,
+        video: Any,
+        sampling: Sampling,
+        question: str,
+        max_new_tokens: int,
+        checkpoint: Checkpoint | None,
+        save_to: str | Path | None,
     ) -> CachedVideo:
         started = time.perf_counter()
         self.pipeline.check()
-        model, template = self.model, self.template
-        source = open_video(video, at_processor_rate(sampling, template.processor), self.pipeline.check)
-        prepared = prepare(template, model.config, source, self.tiers, sampling.max_pixels)
-        head, tail = template.around_video([(question, None)])
-        head_ids = template.head_ids(model.config, head, prepared.sampled)
-        planned = IngestedVideo(
-            grid=prepared.grid,
-            positions=template.positions,
-            head=head,
-            head_ids=tuple(head_ids[0].tolist()),
-            system=template.system,
-            facts=VideoFacts(source.name, "", source.fps, source.start, source.seconds),
-            ingest_s=0.0,
-            stats=IngestStats.none(),
-            sampling=sampling,
-        )
-        last = prepared.sampled.times(prepared.grid.steps - 1, prepared.grid.frames_per_step)
-        question_tokens = template.tail_ids(tail, last, prepared.grid.slices).shape[1]
-        room = self._check_memory(planned.head_tokens, prepared.grid.tokens, question_tokens, max_new_tokens)
+        given = media_of(video)
+        if checkpoint is not None and len(given) > 1:
+            raise OptionError(f"a checkpoint is of one video: leave it out for {len(given)} videos and pictures.")
+        if len(given) == 1:
+            sampling = given[0].sampling(sampling)
+        model, template = self.model, self.template.showing([each.kind for each in given])
+        *texts, tail = template.texts([(question, None)])
+        check = self.pipeline.check
+        advise = sampled_video.advice(model, template, self.tiers, texts[0], tail, max_new_tokens)
+        if sampling.fit:
+            sampling = sampled_video.fitting(
+                given, template.processor, sampling, advise, checkpoint, check, self._show_progress
+            )
+        rate = at_processor_rate(sampling, template.processor)
+        media = [
+            prepare(own, model.config, each.open(rate, check), self.tiers, each.sampling(rate).max_pixels)
+            for own, each in zip(template.of_each(), given, strict=True)
+        ]
+        expected = template.context_tokens(model.config, texts, [(each.sampled, each.grid) for each in media])
+        last, grid = media[-1].sampled, media[-1].grid
+        after = template.tail_ids(tail, last.times(grid.steps - 1, grid.frames_per_step), grid.slices)
+        advice = advise(media[0].source, sampling) if template.media == ("video",) else None
+        room = self._check_memory(expected, after.shape[1], max_new_tokens, advice)
+        if save_to is not None:
+            header.check_space(Path(save_to), self._file_bytes(expected))
         self._new_cache(room)
         same_model = SameModel(model)
-        progress = IngestProgress(self._show_progress, planned.tokens, source.seconds)
-        begun, complete = None, False
+        lengths = [each.source.seconds for each in media if each.source.seconds is not None]
+        progress = IngestProgress(self._show_progress, expected, sum(lengths) if len(lengths) == len(media) else None)
+        whole, earlier_s, complete = None, 0.0, False
         try:
-            if checkpoint is not None:
-                begun = self._continue(checkpoint, planned, source, room, progress)
-                self._check_space(checkpoint, planned.tokens, progress)
-            if begun is None:
-                begun = replace(planned, grid=first_steps(prepared.grid, 0))
-            cache = self._held()
-            stages = Stages(model, template, prepared, begun, cache, self.pipeline, progress)
-            ingested = stages.run(checkpoint, same_model)
+            for number, (text, prepared) in enumerate(zip(texts, media, strict=True)):
+                planned, begun = self._planned(template, number, text, prepared, sampling, whole), None
+                if checkpoint is not None:
+                    begun = self._continue(checkpoint, planned, prepared.source, room, progress)
+                    self._check_space(checkpoint, expected, progress)
+                if begun is None:
+                    begun = replace(planned, grid=first_steps(prepared.grid, 0))
+                earlier_s += begun.ingest_s
+                place = Place() if whole is None else whole.end(model, template)
+                stages = Stages(model, prepared, begun, self._held(), self.pipeline, progress, place)
+                part = stages.run(checkpoint, same_model)
+                whole = part if whole is None else whole.followed_by(part, place)
+                progress.passed(prepared.source.seconds or 0.0)
             complete = True
         finally:
             progress.close(complete)
         same_model.check()
-        cache.settle()
-        ingested = replace(ingested, ingest_s=begun.ingest_s + time.perf_counter() - started)
-        return CachedVideo(model, template, cache, ingested, same_model)
+        self._held().settle()
+        assert whole is not None
+        ingested = replace(whole, ingest_s=earlier_s + time.perf_counter() - started)
+        return CachedVideo(model, template, self._held(), ingested, same_model)
+
+    def _planned(
+        self,
+        template: ChatTemplate,
+        number: int,
+        text: str,
+        video: Prepared,
+        sampling: Sampling,
+        earlier: IngestedVideo | None,
+    ) -> IngestedVideo:
+        """The `number`-th video as it will be, as if it were alone. text: of the prompt before it. earlier: the videos
+        before it."""
+        before = ((), None) if earlier is None else (earlier.last.last_times, earlier.last.grid.slices)
+        source = video.source
+        return IngestedVideo(
+            grid=video.grid,
+            positions=template.positions,
+            head=text,
+            head_ids=tuple(template.text_ids(self.model.config, number, text, video.sampled, before)[0].tolist()),
+            facts=VideoFacts(
+                source.name, "", source.fps, source.start, source.seconds, subtitles_hash(video.sampled.cues)
+            ),
+            ingest_s=0.0,
+            stats=IngestStats.none(),
+            sampling=sampling,
+            system=template.system,
+            kind=template.media[number],
+        )
 
     def _continue(
         self,
@@ -139,7 +195,7 @@ class Ingest:
             now = replace(planned, facts=replace(planned.facts, sha256=source.sha256(self.pipeline.check)))
             checkpoint.check(begun, now, self.tiers, model, template.processor)
             progress.resumed(begun.tokens, begun.video.grid.steps * planned.grid.seconds_per_step)
-            devices = dict(zip(cache.layers, session_file.layer_devices(template, model), strict=False))
+            devices = dict(zip(cache.layers, layer_devices(template.family.decoder(model).layers), strict=False))
             checkpoint.restore(begun, cache, devices)
         except Damaged as error:
             progress.restarted(str(error))
@@ -151,9 +207,8 @@ class Ingest:
 
     def _check_space(self, checkpoint: Checkpoint, tokens: int, progress: IngestProgress) -> None:
         """Report it if the disk is too small for checkpoints of this many tokens: none is written then."""
-        shape = model_shape(self.model.config, self.model.get_input_embeddings().weight.dtype)
         try:
-            checkpoint.check_space(host_bytes(shape, self.tiers, tokens))
+            checkpoint.check_space(self._file_bytes(tokens))
         except OutputError as error:
             progress.say(f"{error} The ingest goes on without checkpoints.")
 
@@ -166,14 +221,25 @@ class Ingest:
         assert self._cache is not None
         return self._cache
 
-    def _check_memory(self, head: int, video: int, question_tokens: int, max_new_tokens: int) -> int:
-        """Refuse a video that a tier cannot hold, before the costly stages; returns the tokens to reserve on the host.
+    def _file_bytes(self, tokens: int) -> int:
+        """Size of the session file of this many tokens, without its header: it holds what the host tier does."""
+        shape = model_shape(self.model.config, self.model.get_input_embeddings().weight.dtype)
+        return host_bytes(shape, self.tiers, tokens)
 
-        head, video, question_tokens: tokens of the text before the video, of the video, and of the text after it.
+    def _check_memory(self, context: int, question_tokens: int, max_new_tokens: int, advice: Advice | None) -> int:
+        """Refuse videos that a tier cannot hold, before the costly stages; returns the tokens to reserve on the host.
+
+        context, question_tokens: tokens up to the end of the last video, and of the text after it.
+        advice: on the video, if there is one.
         """
         weight = self.model.get_input_embeddings().weight
         shape = model_shape(self.model.config, weight.dtype)
-        request = Request(head + video + question_tokens, question_tokens, max_new_tokens)
+        request = Request(context + question_tokens, question_tokens, max_new_tokens)
         LongContext(self.model.config).check(0, request.tokens + max_new_tokens)
-        check_memory(shape, self.tiers, request, one_memory=weight.device.type == "cpu")
+        if beyond := beyond_training(trained_tokens(self.model.config), request.tokens):
+            warnings.warn(f"the prompt has {request.tokens:,} tokens, {beyond}.", stacklevel=2)
+        if advice is None:
+            check_memory(shape, self.tiers, request, one_memory=weight.device.type == "cpu")
+        else:
+            advice.check(request)
         return request.tokens + QUESTION_ROOM

@@ -63,6 +63,18 @@ def model_of(path: Path, manifest: Mapping[str, Any]) -> ModelSource:
     return source
 
 
+def weights_of(path: Path, manifest: Mapping[str, Any], asked: str | None) -> str | None:
+    """How to quantise the weights while loading the model of a session file. Raises `SessionError` if `asked` is given
+    and differs. Of a file that names no model it is what was asked."""
+    named = named_model(manifest)
+    if named is None:
+        return asked
+    if asked is not None and asked != named.weights:
+        saved = f"weights={named.weights!r}" if named.weights else "weights as they are stored"
+        raise SessionError(f"{path} was saved with {saved}: leave out weights={asked!r}.")
+    return named.weights
+
+
 def named_again(manifest: Mapping[str, Any], given: ModelSource | None) -> ModelSource | None:
     """What to name when a session is saved again that was loaded with the model of `given`: its place, if it moved.
 
@@ -103,8 +115,9 @@ def sampling_of(path: Path, manifest: Mapping[str, Any]) -> Sampling | None:
 def check_sampling(path: Path, manifest: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     """Raise `SessionError` unless the video was sampled with these options; the message names those that differ.
 
-    asked: fields of `Sampling`. A rate equals the processor's own if that is what it was.
+    asked: fields of `Sampling`. A rate equals the processor's own if that is what it was; a video that is cached fits.
     """
+    asked = {name: value for name, value in asked.items() if name != "fit"}
     if not asked:
         return
     sampling = sampling_of(path, manifest)
@@ -116,6 +129,11 @@ def check_sampling(path: Path, manifest: Mapping[str, Any], asked: Mapping[str, 
     if "fps" in saved and saved["fps"] is None and sampling.max_frames is None:
         saved["fps"] = manifest["session"]["video"]["fps"]
     different = [name for name in asked if asked[name] != saved[name]]
+    if asked.get("subtitles") and not different and _subtitles_changed(manifest, asked["subtitles"]):
+        raise SessionError(
+            f"{path} was saved with other subtitles than are in {asked['subtitles']} now: leave out --subtitles to ask "
+            "it as it is, or ingest the video again into another file."
+        )
     if different:
         changes = "; ".join(f"{name} was {_value(saved[name])}, is {_value(asked[name])}" for name in different)
         options = ", ".join(map(_option, different))
@@ -123,6 +141,17 @@ def check_sampling(path: Path, manifest: Mapping[str, Any], asked: Mapping[str, 
             f"{path} was saved with another sampling ({changes}): leave out {options} to ask it as it is, or ingest "
             "the video again into another file."
         )
+
+
+def _subtitles_changed(manifest: Mapping[str, Any], subtitles: str) -> bool:
+    """Whether a subtitle file holds other cues than were written between the frames; False for a video's own track."""
+    from tieredkv.video.subtitles import AUTO, read_cues, shown_during, subtitles_hash  # imports PyAV
+
+    facts = manifest["session"]["video"]
+    if subtitles == AUTO or facts["seconds"] is None:
+        return False
+    cues = shown_during(read_cues(subtitles), facts["start"], facts["start"] + facts["seconds"])
+    return subtitles_hash(cues) != facts.get("subtitles")
 
 
 def _option(name: str) -> str:

@@ -11,6 +11,7 @@ from tieredkv.cache.question import CONTEXT
 from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.models.families.base import VideoGrid
 from tieredkv.models.switch import use_attention
+from tieredkv.session.ingested_video import Place
 from tieredkv.session.video_embeddings import VideoEmbeddings, join
 
 
@@ -21,16 +22,18 @@ def prefill(
     cache: TieredCache,
     before_call: Callable[[], None],
     after_call: Callable[[int], None],
+    place: Place,
 ) -> None:
     """Cache the head `(1, n)` and the video, or what follows the tokens that are cached already.
 
     video: begins with the step in which the first token lies that is not cached, or with one before. before_call,
     after_call: called before each call of the model, and after it with the number of its tokens; either may raise to
-    stop. An error in between leaves the cache in the middle of a call.
+    stop. An error in between leaves the cache in the middle of a call. place: of the head in the prompt; the tokens
+    before it are cached.
     """
     template, model = video.template, video.model
     family, weight = template.family, model.get_input_embeddings().weight
-    head, size, cached = head_ids.shape[1], cache.tiers.prefill_chunk, cache.get_seq_length()
+    head, size, cached = head_ids.shape[1], cache.tiers.prefill_chunk, cache.get_seq_length() - place.tokens
     whole_steps = family.whole_steps(model.config)
     waiting = [family.embed(model, head_ids.to(weight.device))] if head and not cached else []
     waiting_tokens = 0 if cached else head
@@ -41,7 +44,7 @@ def prefill(
         nonlocal cached
         before_call()
         stop = cached + embeddings.shape[1]
-        positions = family.positions(model, head, video.grid, cached, stop, template.positions)
+        positions = family.positions(model, head, video.grid, cached, stop, template.positions) + place.shift
         family.decode(model, embeddings, positions, cache)
         cached = stop
         after_call(embeddings.shape[1])

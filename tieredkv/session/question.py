@@ -16,7 +16,7 @@ from tieredkv.cache.question import CONTEXT, Question
 from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.errors import BudgetError
 from tieredkv.evidence import moments
-from tieredkv.evidence.moments import Evidence
+from tieredkv.evidence.moments import Evidence, Shown
 from tieredkv.evidence.target import Wanted
 from tieredkv.models.switch import use_attention
 from tieredkv.planning.admission import Request, check_memory
@@ -60,7 +60,7 @@ def ask(
     model, template, cache, video = cached.model, cached.template, cached.cache, cached.video
     earlier = conversation.turns if user_question.chat else ()
     _, tail = template.around_video([*earlier, (user_question.prompt, None)])
-    tail_ids = template.tail_ids(tail, video.last_times, video.grid.slices)
+    tail_ids = template.tail_ids(tail, video.last.last_times, video.last.grid.slices)
     tokens = tail_ids.shape[1]
     asked = template.question_tokens(tail, user_question.prompt) if earlier else tokens
     prompt_tokens = video.tokens + tokens
@@ -112,8 +112,8 @@ def _reading(
     passage = conversation.passage(tail_ids[0], stop - begin - asked)
     first = begin if passage is None else passage.stop
     turn = user_question.prompt
-    video, turns = cached.video, [*conversation.turns, (turn, None)]
-    if not cache.untiered.layers or cached.template.continues(turns, tail_ids, video.last_times, video.grid.slices):
+    last, turns = cached.video.last, [*conversation.turns, (turn, None)]
+    if not cache.untiered.layers or cached.template.continues(turns, tail_ids, last.last_times, last.grid.slices):
         return Reading(passage, question_calls(cache.tiers, first, stop), stop)
     # A snapshot of this prompt's end would be of no use: take one before the question, in a call of its own.
     before = stop - asked
@@ -137,13 +137,12 @@ def answer(
     video, with room for the prompt, and is left sealed."""
     model, template, cache, video = cached.model, cached.template, cached.cache, cached.video
     started = time.perf_counter()
-    family, device = template.family, model.get_input_embeddings().weight.device
+    family, device = template.families[-1], model.get_input_embeddings().weight.device
     prefix, tail, kept = video.tokens, tail_ids.shape[1], conversation.kept
     options = generation.timed(options, model.generation_config)
     cache.expect(question)
     cache.device_tier.transfer.reset()
-    grid = replace(video.grid, trailing=family.trailing(model.config, tail_ids[0].tolist()))
-    positions = family.positions(model, video.head_tokens, grid, prefix, prefix + tail, video.positions)
+    positions = video.after(family, model, tail, family.trailing(model.config, tail_ids[0].tolist()))
     if reading.passage is not None:
         reading.passage.append_to(cache)
     with use_attention(model):
@@ -171,7 +170,7 @@ def answer(
             return steps(token)
 
         tokenizer = template.processor.tokenizer
-        before_tail = torch.tensor([video.ids(template.visual_id)], dtype=torch.long, device="cpu")
+        before_tail = torch.tensor([video.ids(template.visual_ids)], dtype=torch.long, device="cpu")
         prompt_ids = torch.cat((before_tail, tail_ids), dim=1).to(device)
         decoded = generation.run(model, prompt_ids, logits, step, question.max_new_tokens, options, tokenizer)
     cache.finish()
@@ -184,8 +183,12 @@ def collect_evidence(cached: CachedVideo, looks: Looks, rows: int, tokens: int, 
     """The evidence of the last answer. rows: tokens from the question on. each: also of each of its `tokens` tokens."""
     cache, video = cached.cache, cached.video
     heads = cache.shape.num_attention_heads * sum(1 + layer.readers for layer in cache.tiered_layers)
-    span, damaged = video.span, video.stats.damaged
-    return moments.collect(looks, rows, heads, video.head_tokens, video.grid, span, tokens, each, damaged)
+    shown, head = [], 0
+    for medium in video.media:
+        head += len(medium.text_ids)
+        shown.append(Shown(head, medium.grid, medium.span, medium.facts.name, medium.damaged))
+        head += medium.grid.tokens
+    return moments.collect(looks, rows, heads, shown, tokens, each)
 
 
 def _make_room(cache: TieredCache, question: Question, tail: int, conversation: Conversation) -> None:
@@ -230,7 +233,7 @@ def _stats(
     later = (decoded.last_token_at - decoded.first_token_at) * 1000
     return Stats(
         prompt_tokens=prompt_tokens,
-        visual_tokens=video.grid.visual_tokens,
+        visual_tokens=video.visual_tokens,
         new_tokens=count,
         kv_full_bytes=(prompt_tokens + count) * cache.shape.token_bytes,
         kv_cap_bytes=cache.tiers.cap_bytes,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,6 +73,13 @@ class IngestStats:
     them was shown instead, at the beginning the first."""
 
     @staticmethod
+    def total(parts: Sequence[IngestStats]) -> IngestStats:
+        """Of videos ingested one after another; `damaged` are the seconds of each in turn."""
+        names = [name for name in IngestStats.__slots__ if name != "damaged"]
+        sums = {name: sum(getattr(part, name) for part in parts) for name in names}
+        return IngestStats(**sums, damaged=tuple(span for part in parts for span in part.damaged))
+
+    @staticmethod
     def none() -> IngestStats:
         """Of an ingest that has not begun."""
         return IngestStats(0, 0, 0.0, 0.0, 0.0, 0.0, 0)
@@ -100,12 +107,14 @@ class Generation:
     """The moments of the video that question and answer attended to; None with `evidence=False`."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON: text, token ids, evidence and statistics. `token_evidence` if it was asked for."""
+        """Plain values, for JSON: text, token ids, evidence and statistics. `token_evidence` if it was asked for, and
+        `media`, the names of what moments are of, if there are several videos and pictures."""
         found = self.evidence
         return {
             "text": self.text,
             "token_ids": self.token_ids,
             "evidence": None if found is None else [moment.as_dict() for moment in found],
+            **({"media": [part.source for part in found.parts]} if found is not None and found.parts else {}),
             **({} if found is None or found.tokens is None else {"token_evidence": _plain(found.tokens)}),
             **self.stats.as_dict(),
         }

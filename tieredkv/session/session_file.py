@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -19,11 +20,12 @@ from tieredkv.models import adapters
 from tieredkv.models.chat_template import ChatTemplate
 from tieredkv.models.families.base import Slices, VideoGrid
 from tieredkv.models.fingerprint import fingerprint_difference, model_fingerprint, model_state, state_difference
+from tieredkv.models.placement import layer_devices
 from tieredkv.models.same_model import SameModel
 from tieredkv.models.settings import model_settings, processor_settings, settings_difference
 from tieredkv.progress import Progress
 from tieredkv.session.cached_video import CachedVideo
-from tieredkv.session.ingested_video import IngestedVideo, VideoFacts
+from tieredkv.session.ingested_video import IngestedVideo, Medium, VideoFacts
 from tieredkv.session.manifest import check_manifest
 from tieredkv.session.origin import ModelSource, sampling_as_plain, sampling_of
 from tieredkv.session.results import IngestStats
@@ -50,6 +52,8 @@ class SessionState:
             "head_ids": list(video.head_ids),
             "system": video.system,
             "video": {**asdict(video.facts), "clock": "file"},
+            "kind": video.kind,
+            "more": [asdict(each) for each in video.more],
             "history": self.history,
             "ingest_s": video.ingest_s,
             "ingest_stats": asdict(video.stats),
@@ -64,14 +68,8 @@ class SessionState:
         facts = VideoFacts(**{"start": 0.0, **_known(VideoFacts, plain["video"])})
         if "clock" not in plain["video"]:
             facts = replace(facts, start=facts.start + first_picture)
-        between = tuple(tuple(ids) for ids in plain["grid"].get("between", ()))
-        lengths = tuple(plain["grid"].get("lengths", ()))
-        slices = plain["grid"].get("slices")
-        if slices is not None:
-            slices = Slices(**{**_known(Slices, slices), "before": tuple(tuple(ids) for ids in slices["before"])})
-        several = {"between": between, "lengths": lengths, "slices": slices}
         video = IngestedVideo(
-            grid=VideoGrid(**{**_known(VideoGrid, plain["grid"]), **several}),
+            grid=_grid(plain["grid"]),
             positions=plain["positions"],
             head=plain["head"],
             head_ids=tuple(plain["head_ids"]),
@@ -80,8 +78,31 @@ class SessionState:
             ingest_s=plain["ingest_s"],
             stats=_ingest_stats(plain["ingest_stats"]),
             sampling=sampling,
+            kind=plain.get("kind", "video"),
+            more=tuple(_medium(each) for each in plain.get("more", ())),
         )
         return SessionState(video, [(str(question), str(answer)) for question, answer in plain["history"]])
+
+
+def _medium(plain: dict[str, Any]) -> Medium:
+    facts = VideoFacts(**_known(VideoFacts, plain["facts"]))
+    known = {
+        **_known(Medium, plain),
+        "text_ids": tuple(plain["text_ids"]),
+        "grid": _grid(plain["grid"]),
+        "facts": facts,
+        "damaged": tuple((begin, end) for begin, end in plain.get("damaged", ())),
+    }
+    return Medium(**known)
+
+
+def _grid(plain: dict[str, Any]) -> VideoGrid:
+    between = tuple(tuple(ids) for ids in plain.get("between", ()))
+    lengths = tuple(plain.get("lengths", ()))
+    slices = plain.get("slices")
+    if slices is not None:
+        slices = Slices(**{**_known(Slices, slices), "before": tuple(tuple(ids) for ids in slices["before"])})
+    return VideoGrid(**{**_known(VideoGrid, plain), "between": between, "lengths": lengths, "slices": slices})
 
 
 def write(
@@ -193,14 +214,20 @@ def origin_difference(manifest: dict[str, Any], model: Any, processor: Any) -> s
     return difference and f"with another processor ({difference})"
 
 
-def check_same_video(stored: tensor_file.Stored, video: VideoSource) -> None:
-    """Raise `SessionError` unless the session is about this video."""
-    facts = state_of(stored).video.facts
-    if facts.sha256 != video.sha256():
+def check_same_media(stored: tensor_file.Stored, sources: Sequence[VideoSource]) -> None:
+    """Raise `SessionError` unless the session is about these videos and pictures, in this order."""
+    media = state_of(stored).video.media
+    if len(media) != len(sources):
         raise SessionError(
-            f"{stored.path} was saved for another video ({facts.name}, as it was then) than {video.name}: ingest this "
-            "one, or leave it out to ask about the saved one."
+            f"{stored.path} was saved for {len(media)} videos and pictures, not {len(sources)}: ingest these, or leave "
+            "them out to ask about the saved ones."
         )
+    for medium, source in zip(media, sources, strict=True):
+        if medium.facts.sha256 != source.sha256():
+            raise SessionError(
+                f"{stored.path} was saved for another video ({medium.facts.name}, as it was then) than {source.name}: "
+                "ingest this one, or leave it out to ask about the saved one."
+            )
 
 
 def check_same_system(stored: tensor_file.Stored, given: str) -> None:
@@ -223,19 +250,10 @@ def load(
     """The video of a session file. Raises `SessionError`, and `BudgetError` if it exceeds `host_kv_gb`."""
     tokens, same_model = state.video.tokens, SameModel(model)
     check_origin(stored, model, template.processor)
-    cache = map_cache(stored, model.config, tiers, tokens, layer_devices(template, model))
+    cache = map_cache(stored, model.config, tiers, tokens, layer_devices(template.family.decoder(model).layers))
     if tiers.host_kv_gb is not None:
         check_host(cache.host_bytes, tiers.host_kv_gb, f"the cache of {tokens:,} tokens", "raise host_kv_gb")
     return CachedVideo(model, template, cache, state.video, same_model, stored)
-
-
-def layer_devices(template: ChatTemplate, model: Any) -> list[torch.device]:
-    """Where each layer of a model computes, even if its weights are stored elsewhere (accelerate's offloading)."""
-    places = []
-    for layer in template.family.decoder(model).layers:
-        place = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
-        places.append(next(layer.parameters()).device if place is None else torch.device(place))
-    return places
 
 
 def map_cache(

@@ -17,12 +17,11 @@ import torch
 
 from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.errors import TieredKVError
-from tieredkv.models.chat_template import ChatTemplate
 from tieredkv.models.encode import Encoded, encode, segments
 from tieredkv.models.same_model import SameModel
 from tieredkv.progress import IngestProgress
 from tieredkv.session.checkpoint import Checkpoint
-from tieredkv.session.ingested_video import IngestedVideo
+from tieredkv.session.ingested_video import IngestedVideo, Place
 from tieredkv.session.pipeline import Pipeline
 from tieredkv.session.prefill import cached_steps, first_steps, prefill
 from tieredkv.session.results import IngestStats
@@ -35,20 +34,23 @@ class Stages:
     def __init__(
         self,
         model: Any,
-        template: ChatTemplate,
         video: Prepared,
         begun: IngestedVideo,
         cache: TieredCache,
         pipeline: Pipeline,
         progress: IngestProgress,
+        place: Place,
     ) -> None:
-        """begun: the video as far as it is cached; no step, if nothing is."""
-        self._model, self._template, self._video, self._begun = model, template, video, begun
+        """begun: the video as far as it is cached; no step, if nothing is. place: where it begins in the prompt, which
+        is not at the beginning if the cache holds other videos."""
+        self._model, self._template, self._video, self._begun = model, video.template, video, begun
+        self._place, self._waited = place, pipeline.waited
+        self._streamed = cache.device_tier.transfer.streamed_bytes
         self._cache, self._pipeline, self._progress = cache, pipeline, progress
         self._sha256 = begun.facts.sha256
         self._started = time.perf_counter()
         self._steps_at_once = video.segment_frames // video.grid.frames_per_step
-        cached = max(0, cache.get_seq_length() - begun.head_tokens)
+        cached = max(0, cache.get_seq_length() - place.tokens - begun.head_tokens)
         self._grid = cached_steps(begun.grid, cached, self._steps_at_once)
         """The steps of segments that are not encoded again."""
         self._embeddings: VideoEmbeddings
@@ -73,7 +75,7 @@ class Stages:
                 self._write(checkpoint, same_model)
 
         try:
-            prefill(self._embeddings, head_ids, self._cache, pipeline.check, after_call)
+            prefill(self._embeddings, head_ids, self._cache, pipeline.check, after_call, self._place)
         except BaseException:
             if checkpoint is not None and checkpoint.is_cheap(self._cache):
                 with suppress(Exception):  # it raises in the middle of a call; the other error is the one to report
@@ -104,9 +106,9 @@ class Stages:
             visual_tokens=grid.visual_tokens,
             decode_s=earlier.decode_s + busy["decode"],
             encode_s=earlier.encode_s + busy["encode"],
-            prefill_s=earlier.prefill_s + wall_s - self._pipeline.waited,
+            prefill_s=earlier.prefill_s + wall_s - (self._pipeline.waited - self._waited),
             wall_s=earlier.wall_s + wall_s,
-            streamed_bytes=earlier.streamed_bytes + self._cache.device_tier.transfer.streamed_bytes,
+            streamed_bytes=earlier.streamed_bytes + self._cache.device_tier.transfer.streamed_bytes - self._streamed,
             damaged=self._video.source.damaged,
         )
         facts = replace(self._begun.facts, sha256=self._sha256)

@@ -21,6 +21,8 @@ from tieredkv.video.frames import Sampled, VideoSource
 class Prepared:
     """An opened video and how it will be read. Nothing has been decoded yet."""
 
+    template: ChatTemplate
+    """By which its tokens are counted."""
     source: VideoSource
     sampled: Sampled
     grid: VideoGrid
@@ -47,6 +49,7 @@ def prepare(
         raise refused(video, error) from None
     batch = batch_tokens(family, config, video.height, video.width, grid, tiers)
     return Prepared(
+        template=template,
         source=source,
         sampled=video,
         grid=grid,
@@ -97,7 +100,10 @@ class VideoEmbeddings:
         def times(step: int) -> list[float]:
             return sampled.times(step, self._step_frames, frames)
 
-        texts = [template.between_ids(step, times, self.grid.slices) for step in range(first, first + steps)]
+        texts = [
+            template.between_ids(step, times, self.grid.slices, sampled.cues_of(step, self._step_frames))
+            for step in range(first, first + steps)
+        ]
         self.grid = replace(
             self.grid, steps=first + steps, lengths=self.grid.lengths + lengths if segment.lengths else ()
         )

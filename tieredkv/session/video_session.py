@@ -23,8 +23,9 @@ from tieredkv.session.cached_video import CachedVideo
 from tieredkv.session.checkpoint import Checkpoint
 from tieredkv.session.conversation import Conversation
 from tieredkv.session.conversation_file import ConversationFile
+from tieredkv.session.default_cap import DefaultCap
 from tieredkv.session.ingest import Ingest
-from tieredkv.session.ingested_video import IngestedVideo
+from tieredkv.session.ingested_video import IngestedVideo, Medium
 from tieredkv.session.job import Job, Work
 from tieredkv.session.origin import ModelSource
 from tieredkv.session.question import UserQuestion
@@ -52,9 +53,11 @@ class VideoSession(AsyncAsking):
         progress: bool = False,
         system: str | None = None,
         source: ModelSource | None = None,
+        default_cap: DefaultCap | None = None,
     ) -> None:
         """model, processor: as transformers loads them. source: what `save` names as the model's place; None: where it
-        says it was loaded from. The rest as in `tieredkv.open_session`."""
+        says it was loaded from. default_cap: why `tiers` have the cap that they have, if it was not given. The rest as
+        in `tieredkv.open_session`."""
         model = unwrapped(model)
         device = model.get_input_embeddings().weight.device
         if device.type not in ("cpu", "cuda"):
@@ -62,6 +65,8 @@ class VideoSession(AsyncAsking):
         self.model, self.processor, self.tiers = model, processor, tiers
         self.template = ChatTemplate(families.video_family(model.config), processor, positions, system)
         self.source = source or ModelSource.of(model)
+        self.default_cap = default_cap
+        """How `tiers.gpu_kv_gb` follows from the card; None if it was given, or on the CPU."""
         self._progress = progress
         self._turns = Turns()
         self._ingest: Ingest | None = None
@@ -87,13 +92,15 @@ class VideoSession(AsyncAsking):
         question: str = "?",
         max_new_tokens: int = 1,
         checkpoint: str | Path | None = None,
+        save_to: str | Path | None = None,
     ) -> None:
         """Decode, encode and prefill the video. Once per session.
 
         video, checkpoint: as in `tieredkv.open_session`. sampling: None takes all of it, at the processor's rate.
         question, max_new_tokens: the expected question, if known; the budgets are checked for it before anything is
-        decoded. Raises `VideoError`, `BudgetError` or `SessionError` and leaves the session without a video. `close`
-        from another thread ends it with a `TieredKVError`.
+        decoded. save_to: where the session will be saved; the disk is checked for room too. Raises `VideoError`,
+        `BudgetError` or `SessionError` and leaves the session without a video. `close` from another thread ends it with
+        a `TieredKVError`.
         """
         with self._turns.lock:
             self._check_empty()
@@ -102,13 +109,13 @@ class VideoSession(AsyncAsking):
             try:
                 if self._turns.closed:  # since the check
                     self._ingest.cancel()
-                self._cached = self._ingest.run(video, sampling or Sampling(), question, max_new_tokens, kept)
+                self._cached = self._ingest.run(video, sampling or Sampling(), question, max_new_tokens, kept, save_to)
                 self._checkpoint, kept = kept, None
             finally:
                 self._ingest = None
                 if kept is not None:
                     kept.close()
-            self._ingested = self._cached.video
+            self._ingested, self.template = self._cached.video, self._cached.template
 
     def save(self, path: str | Path) -> int:
         """Write the session to a file that `tieredkv.load_session` loads without the video; returns bytes written.
@@ -158,7 +165,10 @@ class VideoSession(AsyncAsking):
         with self._turns.lock:
             self._check_empty()
             state = session_file.state_of(stored, first_picture)
-            template = ChatTemplate(self.family, self.processor, state.video.positions, state.video.system)
+            known = state.video
+            template = ChatTemplate(
+                self.family, self.processor, known.positions, known.system, [each.kind for each in known.media]
+            )
             beside = ConversationFile(stored.path.absolute(), stored.checksum, state.history)
             self._cached = session_file.load(stored, state, self.model, template, self.tiers)
             self._files[stored.path.absolute()] = beside
@@ -263,8 +273,20 @@ class VideoSession(AsyncAsking):
 
     @property
     def video(self) -> VideoGrid | None:
-        """The video's tokens; None before the ingest."""
-        return None if self._ingested is None else self._ingested.grid
+        """The video's tokens; None before the ingest. Raises `TieredKVError` if there are several: see `videos`."""
+        if len(self.videos) > 1:
+            raise TieredKVError(f"this session has {len(self.videos)} videos and pictures: `videos` lists them.")
+        return self.videos[0] if self.videos else None
+
+    @property
+    def videos(self) -> tuple[VideoGrid, ...]:
+        """The tokens of each video and picture, in the order of the prompt; empty before the ingest."""
+        return tuple(each.grid for each in self.media)
+
+    @property
+    def media(self) -> tuple[Medium, ...]:
+        """What is known of each video and picture, its source among it; empty before the ingest."""
+        return () if self._ingested is None else self._ingested.media
 
     @property
     def head_tokens(self) -> int:

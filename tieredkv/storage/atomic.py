@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 
 from tieredkv.errors import OutputError
+from tieredkv.memory.units import different_sizes
 
 _numbers = itertools.count()
 _open: set[str] = set()
@@ -60,9 +61,9 @@ def check_space(path: Path, nbytes: int) -> None:
     """
     free = shutil.disk_usage(path.parent).free
     if nbytes > free:
+        needs, left = different_sizes(nbytes, free)
         raise OutputError(
-            f"{path} needs {nbytes / 2**30:.3g} GiB of disk, {free / 2**30:.3g} GiB free in {path.parent}: "
-            "free some, or save elsewhere."
+            f"{path} needs {needs} of disk, {left} free in {path.absolute().parent}: free some, or save elsewhere."
         )
 
 

@@ -100,6 +100,12 @@ def check_target(path: Path) -> None:
         atomic.check_target(path)
 
 
+def check_space(path: Path, nbytes: int) -> None:
+    """Raise `SessionError` if the disk has no room for a new file of this many bytes at `path`."""
+    with session_errors(), atomic.output_errors(path):
+        atomic.check_space(path, nbytes)
+
+
 @contextmanager
 def session_errors() -> Iterator[None]:
     """Turns an `OutputError` into a `SessionError`."""

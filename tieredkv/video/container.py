@@ -14,6 +14,8 @@ MP4 = "mov,mp4,m4a,3gp,3g2,mj2"
 MATROSKA = "matroska,webm"
 """FFmpeg's names of formats."""
 
+_STILL_BRANDS = {"avif", "heic", "heix", "mif1"}
+"""What MP4-like files of one picture call themselves; sequences have other brands."""
 _DEFAULT_BONUS = 5_000_000
 """Pixels added to the size of a stream marked as default when streams are ranked, as in the `ffmpeg` program."""
 
@@ -48,6 +50,12 @@ def tags(path: Path) -> dict[str, str]:
     """What the file says about itself (title, comment ...), by name in lower case. Raises `VideoError`."""
     with _container(path) as container:
         return {name.lower(): value for name, value in container.metadata.items()}
+
+
+def is_still(container: Any) -> bool:
+    """Whether the file is one picture, such as a PNG, a JPEG or a HEIC; FFmpeg has another format for animated PNGs."""
+    kind, brand = container.format.name, container.metadata.get("major_brand")
+    return kind == "image2" or kind.endswith("_pipe") or (kind == MP4 and brand in _STILL_BRANDS)
 
 
 def _rank(stream: Any) -> int:

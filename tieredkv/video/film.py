@@ -16,7 +16,17 @@ from typing import Any, NamedTuple
 
 from tieredkv.errors import VideoError
 from tieredkv.video import pyav as av
-from tieredkv.video.container import MATROSKA, MP4, cut_short, decoded, opened, reason, unreadable, video_streams
+from tieredkv.video.container import (
+    MATROSKA,
+    MP4,
+    cut_short,
+    decoded,
+    is_still,
+    opened,
+    reason,
+    unreadable,
+    video_streams,
+)
 from tieredkv.video.length import Times, find_length, there
 from tieredkv.video.picture import Geometry, Painter
 from tieredkv.video.salvage import Salvage
@@ -72,6 +82,8 @@ def probe(
         raise unreadable(path, error) from None
     for index in video_streams(path):
         with opened(path, index) as (container, stream):
+            if is_still(container):
+                raise VideoError(f"{path}: a still picture, no video: give it in a list, as a picture.")
             beginning = _beginning(path, container, stream, skip_damaged)
             if beginning is None:
                 if stream.frames:

@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from tieredkv.video.film import Film, probe
 from tieredkv.video.length import SAME_TIME
 from tieredkv.video.picture import Painter
 from tieredkv.video.playback import IndexFailed, Playback, Shot
+from tieredkv.video.subtitles import AUTO, Cue
+from tieredkv.video.timecodes import shown
 
 Tick = Callable[[float], None]
 """Called for every decoded frame with the seconds of video decoded since the first sampling time; may raise to stop."""
@@ -54,6 +56,10 @@ class Sampling:
     skip_damaged: bool = False
     """Go over what is damaged or missing in a file: the last whole picture is shown meanwhile, so that times stay true.
     Otherwise damage is refused."""
+    subtitles: str | None = None
+    """Words to write between the frames, by time: a subtitle file, or "auto", the video's own text track."""
+    fit: bool = False
+    """Choose `fps` and `max_pixels`, where they are None, so that the video fits the budgets (`planning.fitting`)."""
 
     def __post_init__(self) -> None:
         for name in ("fps", "source_fps"):
@@ -65,11 +71,16 @@ class Sampling:
         if self.max_pixels is not None:
             check_whole("max_pixels", self.max_pixels, LEAST_PIXELS, error=VideoError)
         check_value(isinstance(self.skip_damaged, bool), "skip_damaged", self.skip_damaged, "True or False", VideoError)
+        if self.subtitles is not None:
+            if not isinstance(self.subtitles, str | os.PathLike) or not os.fspath(self.subtitles):
+                raise VideoError(f"subtitles={self.subtitles!r} is not valid: give a subtitle file, or {AUTO!r}.")
+            object.__setattr__(self, "subtitles", os.fspath(self.subtitles))
+        check_value(isinstance(self.fit, bool), "fit", self.fit, "True or False", VideoError)
         if not is_number(start) or start < 0:
             raise VideoError(f"start={start!r} is not valid: give seconds from the video's beginning, 0 or more.")
         if end is not None and (not is_number(end) or end <= start + SAME_TIME):
             raise VideoError(
-                f"end={end!r} is not valid: give seconds after start={start:g}, or None for the video's end."
+                f"end={end!r} is not valid: give seconds after start={shown(start)}, or None for the video's end."
             )
 
     def given(self) -> list[str]:
@@ -97,16 +108,20 @@ class FileSource:
 
     def __init__(
         self,
-        path: Path,
+        video: str | os.PathLike[str],
         sampling: Sampling,
         check: Callable[[], None] | None = None,
     ) -> None:
         """Decodes the first frames of the file. Raises `VideoError` if there are none, or `start` is past the end.
 
-        sampling: with `fps`. check: called for every packet if all must be read to find the length; may raise to stop.
+        video: messages name it as `str` gives it. sampling: with `fps`. check: called for every packet if all must be
+        read to find the length; may raise to stop.
         """
-        self._film = probe(path, sampling.end, check, sampling.skip_damaged)
-        self.name = str(path)
+        video = Path(video) if isinstance(video, str) else video
+        self._video = video  # a temporary file lives as long as this
+        self.name = str(video)
+        with self._named():
+            self._film = probe(Path(video), sampling.end, check, sampling.skip_damaged)
         self.height, self.width = self._film.height, self._film.width
         assert sampling.fps is not None
         self.fps, self._limit = sampling.fps, sampling.max_frames
@@ -115,10 +130,11 @@ class FileSource:
         self.start = max(sampling.start, self._film.times.begin)
         self._until = math.inf if sampling.end is None else sampling.end
         self._seek = self._film.indexed and not sampling.skip_damaged
+        self.cues: tuple[Cue, ...] = ()
         self.damaged: tuple[tuple[float, float], ...] = ()
         if self._until <= self.start + SAME_TIME:
             raise VideoError(
-                f"{self.name}: end={self._until:g} is before the first picture, which comes at {self.start:.2f} s "
+                f"{self.name}: end={shown(self._until)} is before the first picture, which comes at {self.start:.2f} s "
                 "of the file: give a later end."
             )
         if self._film.end is None:
@@ -143,7 +159,10 @@ class FileSource:
             if tick is not None:
                 tick(furthest)
 
-        sampled = first
+        with self._named():
+            yield from self._frames(first, report)
+
+    def _frames(self, sampled: int, report: Tick) -> Iterator[np.ndarray]:
         for seek in (self._seek, False):
             try:
                 with closing(self._pictures(sampled, seek, report)) as pictures:
@@ -192,6 +211,17 @@ class FileSource:
                 if n == 0:
                     raise self._past_the_end(playback.clock.shown_until)
 
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Errors call the video by its name, not by the path of a temporary file."""
+        path = os.fspath(self._video)
+        try:
+            yield
+        except VideoError as error:
+            if path == self.name:
+                raise
+            raise VideoError(str(error).replace(path, self.name)) from None
+
     def _clipped(self, damaged: list[tuple[float, float]], frames: int) -> tuple[tuple[float, float], ...]:
         """Damaged spans as far as they are within what was sampled, those that touch joined."""
         stated = self._film.missing
@@ -221,7 +251,7 @@ class FileSource:
 
     def _past_the_end(self, seconds: float) -> VideoError:
         return VideoError(
-            f"{self.name}: start={self.start:g} is past the end of the video, which ends at {seconds:.2f} s: "
+            f"{self.name}: start={shown(self.start)} is past the end of the video, which ends at {seconds:.2f} s: "
             "give an earlier start."
         )
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import codecs
+import hashlib
 import html
 import io
+import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tieredkv.errors import VideoError
+from tieredkv.progress import timecode
 from tieredkv.video import pyav as av
 from tieredkv.video.container import reason, unreadable
 from tieredkv.video.film import probe
+from tieredkv.video.local_file import is_file_object, local_file
 
 AUTO = "auto"
 """Instead of the path of a subtitle file: the video's own text track."""
@@ -45,16 +49,20 @@ class Cue(NamedTuple):
     text: str
 
 
-def read_cues(subtitles: str | Path, video: str | Path | None = None) -> list[Cue]:
-    """The cues of a subtitle file, or with `AUTO` of the best text track of the video file, in order of time.
+def read_cues(subtitles: str | os.PathLike[str], video: Any = None) -> list[Cue]:
+    """The cues of a subtitle file, or with `AUTO` of the best text track of the video, in order of time.
+
+    video: a path, or a file object.
 
     The best track is, in this order, one that is not only for foreign speech (forced), the default, the first. Cues may
     overlap. Those without text are left out. Raises `VideoError` if there is no text track, or a file cannot be read.
     """
     if subtitles == AUTO:
-        if video is None:
+        if is_file_object(video):
+            video = local_file(video)
+        if not isinstance(video, str | os.PathLike):
             raise VideoError(f"subtitles={AUTO!r} is for a video file: give the path of a subtitle file.")
-        return _of_video(Path(video))
+        return _of_video(Path(video), str(video))
     return _of_file(Path(subtitles))
 
 
@@ -143,15 +151,31 @@ def _seconds(time: str) -> float:
     return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
 
 
-def _of_video(path: Path) -> list[Cue]:
+def subtitle_lines(cues: Sequence[Cue], timed: bool) -> str:
+    """Cues as a prompt holds them, a line for each. timed: with when each is shown, as in "[1:02]"."""
+    times = (f"[{timecode(cue.start)}] " if timed else "" for cue in cues)
+    return "".join(f"Subtitle: {time}{' '.join(cue.text.split())}\n" for time, cue in zip(times, cues, strict=True))
+
+
+def shown_during(cues: Iterable[Cue], start: float, end: float) -> tuple[Cue, ...]:
+    """Those that are shown at some time between two, in seconds."""
+    return tuple(cue for cue in cues if cue.start < end and cue.end > start)
+
+
+def subtitles_hash(cues: Sequence[Cue]) -> str | None:
+    """SHA-256 of cues, in hexadecimal; None if there are none."""
+    return hashlib.sha256(repr(list(map(tuple, cues))).encode()).hexdigest() if cues else None
+
+
+def _of_video(path: Path, name: str) -> list[Cue]:
     try:
         with closing(av.open(str(path.absolute()), metadata_errors="replace")) as container:
             tracks = list(container.streams.subtitles)
             texts = [track for track in tracks if _codec(track) in _TEXT]
             if not texts:
                 found = f"not text but {', '.join(sorted({_codec(track) for track in tracks}))}" if tracks else "none"
-                raise VideoError(f"{path}: its subtitle tracks are {found}: give an .srt or .vtt file of subtitles.")
-            zero = probe(path, end=0.0).times.zero
+                raise VideoError(f"{name}: its subtitle tracks are {found}: give an .srt or .vtt file of subtitles.")
+            zero = probe(path, end=0.0, skip_damaged=True).times.zero
             return _in_order(_cues(container, max(texts, key=_rank), zero))
     except (av.FFmpegError, OSError) as error:
         raise unreadable(path, error) from None

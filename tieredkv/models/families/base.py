@@ -17,6 +17,10 @@ Positions = Literal["published", "stock"]
 """How a prompt with a video is written and numbered: as the model's authors do it, or as transformers does."""
 
 
+Kind = Literal["video", "image"]
+"""What a prompt can show, by the name that chat templates have for it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Slices:
     """Further pictures of each step, after that of the whole frame: tiles of it at a higher resolution, row by row."""
@@ -162,6 +166,8 @@ class VideoFamily(ABC):
     """The same of the vision tower's config."""
     tested: tuple[str, str] = (OLDEST, NEWEST)
     """The oldest and the newest transformers that it is tested with."""
+    alone: str = ""
+    """Why a prompt cannot show a second video or picture; empty if it can."""
 
     # ---- text
 
@@ -180,12 +186,21 @@ class VideoFamily(ABC):
         """
         return ""
 
+    def numbered_opening(self, processor: Any, number: int, frames: int, seconds: float, times: Sequence[float]) -> str:
+        """`opening` of the `number`-th video of a prompt, from 0."""
+        return self.opening(processor, frames, seconds, times)
+
     def between(self, processor: Any, step: int, times: Sequence[float]) -> str | None:
         """Text between the step before and `step`. times: as for `opening`. None: the family never writes any.
 
         Not None in families that write something after every step, or into steps.
         """
         return None
+
+    def introduction(self, processor: Any, step: int, times: Sequence[float]) -> str | None:
+        """The text just before a step's pictures, before which subtitles stand: how what `opening` and `between` write
+        ends, or the text before a video of which they write nothing. None: no further text can stand there."""
+        return ""
 
     def after(self, processor: Any, times: Sequence[float], slices: Slices | None) -> str:
         """Text after every step, before what `between` or `ending` returns. times: as for `opening`."""
@@ -325,12 +340,16 @@ class VideoFamily(ABC):
         return model.get_output_embeddings()(hidden).float()
 
 
-def too_few_pixels(max_pixels: int, height: int, width: int, least: int) -> OptionError:
-    """The error for a limit below the fewest pixels of a frame that a processor makes."""
-    return OptionError(
-        f"max_pixels={max_pixels} is too few for frames of {width}x{height}: this model takes at least {least:,} "
-        f"pixels of them. Give max_pixels={least} or more."
-    )
+class TooFewPixels(OptionError):
+    """A `max_pixels` below the fewest pixels that a processor makes of a frame."""
+
+    def __init__(self, max_pixels: int, height: int, width: int, least: int) -> None:
+        """height, width: of the frame. least: the lowest limit that works."""
+        super().__init__(
+            f"max_pixels={max_pixels} is too few for frames of {width}x{height}: this model takes at least {least:,} "
+            f"pixels of them. Give max_pixels={least} or more."
+        )
+        self.least = least
 
 
 def activation_bytes(patches: int, pixels: int, hidden: int, intermediate: int, dtype: torch.dtype | None) -> int:

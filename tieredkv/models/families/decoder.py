@@ -69,6 +69,10 @@ class Decoder:
         """How many later layers attend to the keys and values of the last layer of type `TIERED`, as they have none."""
         return 0
 
+    def read_from(self, text: PreTrainedConfig) -> int | None:
+        """The first of the model's layers whose keys and values others attend to; None if there are none."""
+        return None
+
     def window(self, text: PreTrainedConfig) -> int | None:
         """Tokens that layers of type `TIERED` see, in a config that states a window for them. None: all tokens."""
         return None

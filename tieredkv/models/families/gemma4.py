@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tieredkv.environment.versions import cache_argument
-from tieredkv.models.families.base import activation_bytes, too_few_pixels
+from tieredkv.models.families.base import TooFewPixels, activation_bytes
 from tieredkv.models.families.decoder import TIERED, Decoder
 from tieredkv.models.families.per_frame import EachFrame
 
@@ -42,6 +42,9 @@ class Gemma4(EachFrame):
 
     def between(self, processor: Any, step: int, times: Sequence[float]) -> str | None:
         return f"{processor.eoi_token} {self.opening(processor, 0, 0.0, times)}"
+
+    def introduction(self, processor: Any, step: int, times: Sequence[float]) -> str | None:
+        return self.opening(processor, 0, 0.0, times)
 
     def ending(self, processor: Any) -> str:
         return processor.eoi_token
@@ -79,7 +82,7 @@ class Gemma4(EachFrame):
         token = math.prod(self.tower_size(None, processor, 1, 1))
         allowed = [tokens for tokens in sorted(_SUPPORTED_SOFT_TOKENS) if tokens * token <= max_pixels]
         if not allowed:
-            raise too_few_pixels(max_pixels, height, width, min(_SUPPORTED_SOFT_TOKENS) * token)
+            raise TooFewPixels(max_pixels, height, width, min(_SUPPORTED_SOFT_TOKENS) * token)
         whole = [tokens for tokens in allowed if tokens * token >= height * width]
         return {"max_soft_tokens": min(whole, default=max(allowed))}
 
@@ -187,6 +190,12 @@ class Gemma4Decoder(Decoder):
 
     def readers(self, text: PreTrainedConfig) -> int:
         return text.layer_types[_own_layers(text) :].count(TIERED)
+
+    def read_from(self, text: PreTrainedConfig) -> int | None:
+        own = _own_layers(text)
+        kinds = text.layer_types[:own]
+        read = [own - 1 - kinds[::-1].index(kind) for kind in set(text.layer_types[own:])]
+        return min(read, default=None)
 
 
 def _own_layers(text: PreTrainedConfig) -> int:

@@ -37,6 +37,9 @@ class Glm4V(Qwen3VL):
     def between(self, processor: Any, step: int, times: Sequence[float]) -> str | None:
         return _around(processor, times[0])[0]
 
+    def introduction(self, processor: Any, step: int, times: Sequence[float]) -> str | None:
+        return self.opening(processor, 0, 0.0, times)
+
     def after(self, processor: Any, times: Sequence[float], slices: Slices | None) -> str:
         return _around(processor, times[0])[1]
 

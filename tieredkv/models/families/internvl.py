@@ -27,10 +27,13 @@ class InternVL(PerFrame):
         return processor.image_token
 
     def opening(self, processor: Any, frames: int, seconds: float, times: Sequence[float]) -> str:
-        return f"Frame1: {processor.start_image_token}"
+        return self.introduction(processor, 0, times)
 
     def between(self, processor: Any, step: int, times: Sequence[float]) -> str | None:
-        return f"{processor.end_image_token}\nFrame{step + 1}: {processor.start_image_token}"
+        return f"{processor.end_image_token}\n{self.introduction(processor, step, times)}"
+
+    def introduction(self, processor: Any, step: int, times: Sequence[float]) -> str:
+        return f"Frame{step + 1}: {processor.start_image_token}"
 
     def ending(self, processor: Any) -> str:
         return processor.end_image_token

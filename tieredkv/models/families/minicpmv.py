@@ -12,7 +12,7 @@ import torch
 from tieredkv.environment.versions import NEWEST, confuses_tiles
 from tieredkv.errors import UnsupportedModelError
 from tieredkv.memory.units import largest
-from tieredkv.models.families.base import Positions, Slices, VideoFamily, VideoGrid, activation_bytes, too_few_pixels
+from tieredkv.models.families.base import Positions, Slices, TooFewPixels, VideoFamily, VideoGrid, activation_bytes
 
 MARKERS = ("image_start", "image_end", "slice_start", "slice_end")
 """The processor has a token of each name, and the config of 4.7 its id."""
@@ -36,14 +36,20 @@ class MiniCPMV46(VideoFamily):
     # ---- text
 
     def opening(self, processor: Any, frames: int, seconds: float, times: Sequence[float]) -> str:
+        return self.numbered_opening(processor, 0, frames, seconds, times)
+
+    def numbered_opening(self, processor: Any, number: int, frames: int, seconds: float, times: Sequence[float]) -> str:
         numbered = getattr(processor, "use_image_id", None)
         if numbered is None:
             numbered = processor.default_use_image_id
-        number = f"{processor.image_id_start_token}0{processor.image_id_end_token}" if numbered else ""
-        return number + processor.image_start_token
+        written = f"{processor.image_id_start_token}{number}{processor.image_id_end_token}" if numbered else ""
+        return written + processor.image_start_token
 
     def between(self, processor: Any, step: int, times: Sequence[float]) -> str | None:
         return processor.image_start_token
+
+    def introduction(self, processor: Any, step: int, times: Sequence[float]) -> str | None:
+        return None  # positions of frames follow each other without a gap
 
     def after(self, processor: Any, times: Sequence[float], slices: Slices | None) -> str:
         return processor.image_end_token if slices is None else processor.slice_end_token
@@ -125,7 +131,7 @@ class MiniCPMV46(VideoFamily):
                     return {"max_slice_nums": tiles}
         most = largest(lambda side: pixels(max_slice_nums=1, scale_resolution=side) <= max_pixels, side)
         if not most:
-            raise too_few_pixels(max_pixels, height, width, pixels(max_slice_nums=1, scale_resolution=1))
+            raise TooFewPixels(max_pixels, height, width, pixels(max_slice_nums=1, scale_resolution=1))
         return {"max_slice_nums": 1, "scale_resolution": most}
 
     def _cut(
@@ -188,8 +194,9 @@ class MiniCPMV47(MiniCPMV46):
     model_types = ("minicpmv4_7",)
     settings = (*MiniCPMV46.settings, *(f"{name}_id" for name in MARKERS), "newline_id")
     tested = ("5.18", NEWEST)
+    alone = "the markers between two of them would be numbered as parts of both"
 
-    def opening(self, processor: Any, frames: int, seconds: float, times: Sequence[float]) -> str:
+    def numbered_opening(self, processor: Any, number: int, frames: int, seconds: float, times: Sequence[float]) -> str:
         return processor.image_start_token
 
     def _check(self, config: Any, processor: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from tieredkv.memory.units import largest
-from tieredkv.models.families.base import Positions, VideoFamily, VideoGrid, activation_bytes, too_few_pixels
+from tieredkv.models.families.base import Positions, TooFewPixels, VideoFamily, VideoGrid, activation_bytes
 
 UNLIMITED = 2**40
 """Pixels; more than any video has."""
@@ -22,6 +22,9 @@ class Qwen2VL(VideoFamily):
 
     model_types: tuple[str, ...] = ("qwen2_vl",)
     vision_modules = frozenset({"visual"})
+
+    def introduction(self, processor: Any, step: int, times: Sequence[float]) -> str | None:
+        return "<|vision_start|>"  # processors of Qwen2-VL do not name it
 
     def frame_grid(
         self,
@@ -38,36 +41,40 @@ class Qwen2VL(VideoFamily):
         if max_pixels is None:
             return self._grid(config, self._preprocess(processor, _empty(max(frames, step_frames), height, width), fps))
 
+        options = self._limiting(config, processor)
+
         def grid(limit: int) -> tuple[int, int, int]:
-            options = self._limited(config, processor, step_frames, limit)
-            return self._grid(config, self._preprocess(processor, _empty(step_frames, height, width), fps, **options))
+            video = _empty(step_frames, height, width)
+            return self._grid(config, self._preprocess(processor, video, fps, **options(step_frames, limit)))
 
-        def pixels(limit: int) -> int:
-            return math.prod(self.tower_size(config, processor, *grid(limit)[1:]))
+        def pixels(found: tuple[int, int, int]) -> int:
+            return math.prod(self.tower_size(config, processor, *found[1:]))
 
-        if pixels(max_pixels) > max_pixels:
-            raise too_few_pixels(max_pixels, height, width, _first(lambda limit: pixels(limit) <= limit))
-        return -(-frames // step_frames), *grid(max_pixels)[1:]
+        found = grid(max_pixels)
+        if pixels(found) > max_pixels:
+            below = largest(lambda limit: pixels(grid(limit)) > limit, pixels(grid(UNLIMITED)))
+            raise TooFewPixels(max_pixels, height, width, below + 1)
+        return -(-frames // step_frames), *found[1:]
 
     def tower_size(self, config: Any, processor: Any, rows: int, columns: int) -> tuple[int, int]:
         edge = processor.video_processor.patch_size * processor.video_processor.merge_size
         return rows * edge, columns * edge
 
-    def _limited(self, config: Any, processor: Any, frames: int, max_pixels: int) -> dict[str, Any]:
-        """Options of the processor for a segment of `frames` frames of at most `max_pixels` pixels each."""
-        edge = 64 * self.tower_size(config, processor, 1, 1)[0]
+    def _limiting(self, config: Any, processor: Any) -> Callable[[int, int], dict[str, Any]]:
+        """Returns the processor's options for a segment of some frames of at most so many pixels each."""
+        edge = 8 * self.tower_size(config, processor, 1, 1)[0]
         # Without the further limit that some processors can set for the whole video.
         free = {"cap_pixels_per_frame": False} if hasattr(processor.video_processor, "cap_pixels_per_frame") else {}
 
         def options(most: int) -> dict[str, Any]:
             return {"size": {"shortest_edge": 1, "longest_edge": most}, **free}
 
-        # Whether the limits are those of a frame or of the whole video shows in two videos of large frames.
+        # Whether the limits are those of a frame or of the whole video shows in two videos of the largest frames.
         one, other = (
             self._grid(config, self._preprocess(processor, _empty(length, edge, edge), 1.0, **options(edge**2)))[1:]
             for length in (self.step_frames(config), 4 * self.step_frames(config))
         )
-        return options(max_pixels if one == other else max_pixels * frames)
+        return lambda frames, pixels: options(pixels if one == other else pixels * frames)
 
     def preprocessor(
         self,
@@ -81,11 +88,13 @@ class Qwen2VL(VideoFamily):
     ) -> Callable[[np.ndarray], dict[str, torch.Tensor]]:
         _, rows, columns = self.frame_grid(config, processor, frames, height, width, fps, max_pixels)
 
+        limiting = self._limiting(config, processor) if max_pixels is not None else None
+
         @cache
         def limits(n: int) -> dict[str, Any]:
             """Options that give frames in a segment of n frames the same size as in the whole video."""
-            if max_pixels is not None:
-                return self._limited(config, processor, n, max_pixels)
+            if limiting is not None and max_pixels is not None:
+                return limiting(n, max_pixels)
 
             def tokens(least: int, most: int) -> int:
                 size = {"shortest_edge": least, "longest_edge": most}

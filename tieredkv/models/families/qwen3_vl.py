@@ -33,6 +33,9 @@ class Qwen3VL(Qwen2VL):
     def between(self, processor: Any, step: int, times: Sequence[float]) -> str | None:
         return processor.vision_end_token + self.opening(processor, 0, 0.0, times)
 
+    def introduction(self, processor: Any, step: int, times: Sequence[float]) -> str | None:
+        return self.opening(processor, 0, 0.0, times)
+
     def ending(self, processor: Any) -> str:
         return processor.vision_end_token
 

@@ -36,22 +36,22 @@ class SmolVLM(PerFrame):
 
         duration = timedelta(seconds=int(seconds))
         intro = DEFAULT_VIDEO_INTRO.format(frame_count=num2words(frames), video_duration=str(duration))
-        return intro + self._frame(processor, times)
+        return intro + self.introduction(processor, 0, times)
 
     def between(self, processor: Any, step: int, times: Sequence[float]) -> str | None:
-        return processor.fake_image_token + self._frame(processor, times)
+        return processor.fake_image_token + self.introduction(processor, step, times)
 
-    def ending(self, processor: Any) -> str:
-        from transformers.models.smolvlm.video_processing_smolvlm import DEFAULT_MEDIA_OUTTRO
-
-        return processor.fake_image_token + DEFAULT_MEDIA_OUTTRO
-
-    def _frame(self, processor: Any, times: Sequence[float]) -> str:
+    def introduction(self, processor: Any, step: int, times: Sequence[float]) -> str:
         from transformers.models.smolvlm.video_processing_smolvlm import FRAME_TIMESTAMP_MESSAGE
 
         minutes, seconds = divmod(int(times[0]), 60)
         message = FRAME_TIMESTAMP_MESSAGE.format(timestamp=f"{minutes:02d}:{seconds:02d}")
         return f"{message}{processor.fake_image_token}{processor.global_image_token}"
+
+    def ending(self, processor: Any) -> str:
+        from transformers.models.smolvlm.video_processing_smolvlm import DEFAULT_MEDIA_OUTTRO
+
+        return processor.fake_image_token + DEFAULT_MEDIA_OUTTRO
 
     def encode(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Avoids `get_image_features`, which takes frames of one shade of grey for padding and drops them."""

@@ -35,6 +35,9 @@ class VideoLlama3(Qwen2VL):
     def between(self, processor: Any, step: int, times: Sequence[float]) -> str | None:
         return f",{self.opening(processor, 0, 0.0, times)}"
 
+    def introduction(self, processor: Any, step: int, times: Sequence[float]) -> str | None:
+        return self.opening(processor, 0, 0.0, times)
+
     def step_frames(self, config: Any) -> int:
         return 1
 
