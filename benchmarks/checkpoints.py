@@ -12,6 +12,7 @@ share of the ingest (`share`) and the bytes (`checkpoint_bytes`) that they took.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import resource
@@ -84,10 +85,8 @@ def stop_in_the_middle(model: Any, path: Path, folder: Path | None, options: dic
         raise Stopped
 
     checkpoint.Checkpoint.is_due, checkpoint.Checkpoint.write = is_middle, last  # type: ignore[method-assign]
-    try:
+    with contextlib.suppress(Stopped):
         tieredkv.open_session(model, path, checkpoint=folder, **options)
-    except Stopped:
-        pass
     checkpoint.Checkpoint.is_due, checkpoint.Checkpoint.write = due, write  # type: ignore[method-assign]
 
 
