@@ -12,7 +12,6 @@ share of the ingest (`share`) and the bytes (`checkpoint_bytes`) that they took.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
 import json
 import resource
@@ -21,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ def stop_in_the_middle(model: Any, path: Path, folder: Path | None, options: dic
         raise Stopped
 
     checkpoint.Checkpoint.is_due, checkpoint.Checkpoint.write = is_middle, last  # type: ignore[method-assign]
-    with contextlib.suppress(Stopped):
+    with suppress(Stopped):
         tieredkv.open_session(model, path, checkpoint=folder, **options)
     checkpoint.Checkpoint.is_due, checkpoint.Checkpoint.write = due, write  # type: ignore[method-assign]
 

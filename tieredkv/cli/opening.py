@@ -20,7 +20,7 @@ from tieredkv.models.prompts import check_system
 from tieredkv.models.quantising import check_package, check_weights
 from tieredkv.models.sources import check_source, is_local
 from tieredkv.progress import note, spans_text
-from tieredkv.session import origin
+from tieredkv.session import conversation_file, origin
 from tieredkv.session.beside import check_free, checkpoint_path, remove_leftover
 from tieredkv.session.manifest import read_manifest
 from tieredkv.storage import header
@@ -84,6 +84,7 @@ def opened(
     checkpoint = None
     if saved is not None:
         header.check_target(saved)
+        conversation_file.check(saved)
         checkpoint = checkpoint_path(saved) if len(videos) == 1 else None
     if checkpoint is not None:
         check_free(checkpoint)

@@ -202,7 +202,8 @@ class Ingest:
             checkpoint.start_over()
             self._new_cache(room)  # that one may be filled in part
             return None
-        return begun.video
+        facts = replace(begun.video.facts, name=planned.facts.name)  # the file may have been moved
+        return replace(begun.video, facts=facts, sampling=planned.sampling)
 
     def _check_space(self, checkpoint: Checkpoint, tokens: int, progress: IngestProgress) -> None:
         """Report it if the disk is too small for checkpoints of this many tokens: none is written then."""
