@@ -24,6 +24,7 @@ from tieredkv.session import conversation_file, origin
 from tieredkv.session.beside import check_free, checkpoint_path, remove_leftover
 from tieredkv.session.manifest import read_manifest
 from tieredkv.storage import header
+from tieredkv.video.media import check_subtitles, media_of
 from tieredkv.video.paths import check_path
 from tieredkv.video.sampling import Sampling
 
@@ -80,6 +81,7 @@ def opened(
     frames = Sampling(**sampling)
     for video in videos:
         check_path(video)
+    check_subtitles(media_of(given), frames)
     check_model(model, weights)
     checkpoint = None
     if saved is not None:
