@@ -68,7 +68,7 @@ def chat(
     """
     from tieredkv.cli.checks import check_options
     from tieredkv.cli.lines import lines
-    from tieredkv.cli.opening import opened
+    from tieredkv.cli.opening import check_model, is_there, opened
     from tieredkv.video.fetched import fetched
 
     sampling = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels, start=start, end=end)
@@ -77,6 +77,8 @@ def chat(
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens}
     answering = options | given(timestamps=timestamps or None)
     check_options(tiers, sampling, max_new_tokens)
+    if session is None or not is_there(session):  # else the file names the model
+        check_model(model, weights)
     films = context.with_resource(fetched(videos or [], allow_url, progress=True))
     with opened(
         context,

@@ -32,7 +32,7 @@ from tieredkv.session.stages import Stages
 from tieredkv.session.video_embeddings import Prepared, prepare
 from tieredkv.storage import header
 from tieredkv.video.frames import VideoSource
-from tieredkv.video.media import media_of
+from tieredkv.video.media import check_subtitles, media_of
 from tieredkv.video.sampling import Sampling
 from tieredkv.video.subtitles import subtitles_hash
 
@@ -94,6 +94,7 @@ class Ingest:
         started = time.perf_counter()
         self.pipeline.check()
         given = media_of(video)
+        check_subtitles(given, sampling)
         if checkpoint is not None and len(given) > 1:
             raise OptionError(f"a checkpoint is of one video: leave it out for {len(given)} videos and pictures.")
         if len(given) == 1:
