@@ -25,6 +25,7 @@ from tieredkv.cli.options import (
     Start,
     Subtitles,
     System,
+    Timestamps,
     Weights,
     given,
 )
@@ -57,6 +58,7 @@ def ask(
     end: End = None,
     skip_damaged: SkipDamaged = False,
     subtitles: Subtitles = None,
+    timestamps: Timestamps = False,
     allow_url: AllowUrl = False,
     system: System = None,
     max_new_tokens: NewTokens = 256,
@@ -67,7 +69,7 @@ def ask(
 ) -> None:
     """Answer one question about a video, about several videos and pictures, or about a saved session."""
     from tieredkv.cli.checks import check_options, refuse_missing_question
-    from tieredkv.cli.opening import opened
+    from tieredkv.cli.opening import check_model, is_there, opened
     from tieredkv.evidence.target import check_target
     from tieredkv.models.prompts import check_prompt
     from tieredkv.video.fetched import fetched
@@ -85,6 +87,8 @@ def ask(
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
     check_prompt(question)
     check_options(tiers, sampling, max_new_tokens)
+    if session is None or not is_there(session):  # else the file names the model
+        check_model(model, weights)
     films = context.with_resource(fetched(videos, allow_url, progress=True))
     with opened(
         context,
@@ -98,14 +102,16 @@ def ask(
         question=question,
         max_new_tokens=max_new_tokens,
     ) as (video_session, unsaved):
+        from tieredkv.cli.stats import say_times
         from tieredkv.cli.terminal import TerminalStreamer
 
         counter = TerminalStreamer(video_session.processor.tokenizer, shown=False)
-        answer = video_session.ask(question, max_new_tokens=max_new_tokens, streamer=counter)
+        answer = video_session.ask(question, max_new_tokens=max_new_tokens, timestamps=timestamps, streamer=counter)
     if as_json:
         print_json(answer.as_dict())
     else:
         typer.echo(answer.text)
+    say_times(answer)
     if evidence is not None:
         lacks = "" if videos else ", with times but no frames: to see them, give the film before the question"
         print(f"tieredkv: wrote {_draw(answer, evidence, question, films)}{lacks}.", file=sys.stderr)

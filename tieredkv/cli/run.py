@@ -26,6 +26,7 @@ from tieredkv.cli.options import (
     Start,
     Subtitles,
     System,
+    Timestamps,
     Weights,
     given,
     model_path,
@@ -62,6 +63,7 @@ def run(
     max_pixels: MaxPixels = None,
     skip_damaged: SkipDamaged = False,
     subtitles: Subtitles = None,
+    timestamps: Timestamps = False,
     fit: Fit = False,
     allow_url: AllowUrl = False,
     start: Start = None,
@@ -82,12 +84,14 @@ def run(
     from tieredkv.cli.checks import check_options
     from tieredkv.cli.opening import check_model
     from tieredkv.models.prompts import check_system
+    from tieredkv.video.urls import is_url
 
     if retry_errors and not resume:
         raise BatchError("--retry-errors continues an existing file of answers: give --resume too.")
     if resume and output == "-":
         raise BatchError("--resume continues a file of answers: give -o a file, not stdout.")
-    options = {"max_new_tokens": max_new_tokens}
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens}
+    answering = options | given(timestamps=timestamps or None)
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
     sampled = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels, start=start, end=end)
     sampled |= given(skip_damaged=skip_damaged or None, subtitles=subtitles, fit=fit or None)
@@ -101,7 +105,8 @@ def run(
     kept = None
     with answers:
         if not all(map(answers.has, batch)):
-            films = {question.path: None for question in batch if not answers.has(question)}
+            asked = [question for question in batch if not answers.has(question)]
+            films = dict.fromkeys(each.video if is_url(each.video) else each.path for each in asked)
             path = model_path(model_or_toy(model, films, skip_unreadable=True))
             from tieredkv.batch.session_folder import SessionFolder
             from tieredkv.session.origin import ModelSource
@@ -109,7 +114,7 @@ def run(
             kept = None if sessions is None else SessionFolder(sessions, ModelSource.of(path, weights), _say)
             opener = _opener(path, weights, tiers, system, options, kept, allow_url)
             answers.begin()
-            run_batch(batch, answers, opener, options, _say)
+            run_batch(batch, answers, opener, answering, _say)
     failed, unsaved = len(answers.failed), kept.unsaved if kept else 0
     again = ": --resume --retry-errors asks again" if failed and output != "-" else ""
     lost = f"; sessions not saved: {unsaved}" if unsaved else ""

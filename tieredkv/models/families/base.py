@@ -165,6 +165,8 @@ class VideoFamily(ABC):
     """Fields of the config, besides those that many families have, on which keys and values depend."""
     vision_settings: tuple[str, ...] = ()
     """The same of the vision tower's config."""
+    time_form: str | None = None
+    """How its prompts write the time of frames, by an example; None: they do not."""
     tested: tuple[str, str] = (OLDEST, NEWEST)
     """The oldest and the newest transformers that it is tested with."""
     alone: str = ""

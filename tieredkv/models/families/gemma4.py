@@ -34,6 +34,7 @@ class Gemma4(EachFrame):
     model_types: tuple[str, ...] = ("gemma4",)
     vision_modules: frozenset[str] = frozenset({"vision_tower", "embed_vision", "audio_tower", "embed_audio"})
     vision_settings: tuple[str, ...] = ("pooling_kernel_size", "position_embedding_size", "standardize")
+    time_form = "01:02"
     seeing_ahead: tuple[str, ...] = ("sliding_attention",)
     """Types of layers in which the tokens of a frame see each other whole, if the config asks for it."""
 

@@ -26,6 +26,7 @@ class VideoLlama3(Qwen2VL):
 
     model_types = ("video_llama_3",)
     vision_modules = frozenset({"vision_model", "projector"})
+    time_form = "12.5s"
 
     def text_types(self) -> tuple[str, ...]:
         return ("qwen2",)
