@@ -104,6 +104,16 @@ def test_the_subtitles_in_a_file_count_not_its_name(runs, tmp_path):
     assert (runs.code, runs.ingests, len(runs.files)) == (0, 1, 2)
 
 
+def test_what_fit_chose_is_reused_under_the_caps_it_was_chosen_for(runs):
+    runs("--fit")
+    runs("--fit")
+    assert (runs.code, runs.ingests) == (0, 0)
+    runs("--fit", "--gpu-kv-gb", "2")
+    assert (runs.code, runs.ingests, len(runs.files)) == (0, 1, 2)
+    runs("--fit", "--gpu-kv-gb", "2", "--host-kv-gb", "1")
+    assert (runs.code, runs.ingests, len(runs.files)) == (0, 1, 3)
+
+
 def test_settings_of_the_cache_are_those_of_the_run(runs):
     runs("--gpu-kv-gb", "0.001")
     answer = runs()

@@ -73,6 +73,8 @@ class SessionFolder:
     def _file(self, video: Path, sha256: str, sampling: Sampling, session: VideoSession) -> Path:
         given = {name: _plain(getattr(sampling, name)) for name in sampling.given()}
         identity: list[Any] = [sha256, given, self._source and self._source.as_plain(), session.template.system]
+        if sampling.fit:  # which chooses by them
+            identity += [session.tiers.gpu_kv_gb, session.tiers.host_kv_gb]
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
         name = f"{video.stem.lstrip('.')[:40]}-{key}.tkv"
         return min(self._folder.glob(f"*-{key}.tkv"), default=self._folder / name)
