@@ -84,6 +84,7 @@ def open_session(
     another ingest, `SessionError`, all of them `TieredKVError`.
     """
     sampling = Sampling(fps, source_fps, max_frames, start, end, max_pixels, skip_damaged, subtitles, fit)
+    _check_tier_options(options)
     check_media(video, allow_url)
     session = new_session(
         model,
