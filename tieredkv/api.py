@@ -126,8 +126,8 @@ def new_session(
     check_system(system)
     source = ModelSource.of(model, weights)
     model, processor = load(model, processor, weights, check_weights_fit)
-    cap = None
-    if tiers is None and gpu_kv_gb is None:
+    cap, cap_is_default = None, tiers is None and gpu_kv_gb is None
+    if cap_is_default:
         config, cap = with_default_cap(model, config)
     return VideoSession(
         model,
@@ -138,6 +138,7 @@ def new_session(
         system=system,
         source=source,
         default_cap=cap,
+        cap_is_default=cap_is_default,
     )
 
 
@@ -161,7 +162,8 @@ def load_session(
     model that the file names and the processor stored with it. A model that is loaded here is quantised as the saved
     session's was; weights: if given, raise unless that was so. video: if given, raise unless the session is about this
     file or these frames; a URL is downloaded if `allow_url`. system: if given, raise unless the session was saved with
-    this system prompt. gpu_kv_gb, options: fields of `TierConfig` that replace the saved ones.
+    this system prompt. gpu_kv_gb, options: fields of `TierConfig` that replace the saved ones; a gpu_kv_gb
+    that was a default when the session was saved is computed anew on a card.
 
     Raises `SessionError` if the file is not a session, is damaged, or belongs to another model, processor or video;
     damage to a layer is found by the first question.
@@ -191,7 +193,18 @@ def load_session(
         weights = origin.weights_of(stored.path, stored.manifest, weights)
     source = origin.named_again(stored.manifest, ModelSource.of(model, weights))
     model, processor = load(model, processor, weights, check_weights_fit)
-    session = VideoSession(model, processor, tiers, progress=progress, source=source)
+    cap, cap_is_default = None, session_file.cap_is_default(stored, given)
+    if cap_is_default:
+        tiers, cap = with_default_cap(model, tiers)
+    session = VideoSession(
+        model,
+        processor,
+        tiers,
+        progress=progress,
+        source=source,
+        default_cap=cap,
+        cap_is_default=cap_is_default,
+    )
     session.restore(stored, first_picture)
     return session
 

@@ -92,6 +92,28 @@ def test_each_sampling_system_prompt_and_model_has_its_own_file(runs, tmp_path):
     assert (runs.ingests, len(runs.files)) == (0, 4)
 
 
+def test_the_subtitles_in_a_file_count_not_its_name(runs, tmp_path):
+    file, other = tmp_path / "film.srt", tmp_path / "copy.srt"
+    file.write_text("1\n00:00:00,100 --> 00:00:00,900\nthe moon .\n")
+    runs(subtitles="film.srt")
+    shutil.copy(file, other)
+    runs(subtitles="copy.srt")
+    assert (runs.code, runs.ingests, len(runs.files)) == (0, 0, 1)
+    other.write_text(file.read_text().replace("moon", "cup"))
+    runs(subtitles="copy.srt")
+    assert (runs.code, runs.ingests, len(runs.files)) == (0, 1, 2)
+
+
+def test_what_fit_chose_is_reused_under_the_caps_it_was_chosen_for(runs):
+    runs("--fit")
+    runs("--fit")
+    assert (runs.code, runs.ingests) == (0, 0)
+    runs("--fit", "--gpu-kv-gb", "2")
+    assert (runs.code, runs.ingests, len(runs.files)) == (0, 1, 2)
+    runs("--fit", "--gpu-kv-gb", "2", "--host-kv-gb", "1")
+    assert (runs.code, runs.ingests, len(runs.files)) == (0, 1, 3)
+
+
 def test_settings_of_the_cache_are_those_of_the_run(runs):
     runs("--gpu-kv-gb", "0.001")
     answer = runs()

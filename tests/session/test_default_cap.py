@@ -14,6 +14,7 @@ from tieredkv.memory import card
 from tieredkv.memory.units import GIB
 from tieredkv.models import loading
 from tieredkv.session import default_cap
+from tieredkv.storage import tensor_file
 from tieredkv.tiny.model import PATH
 
 CARD = torch.device("cuda", 0)
@@ -60,6 +61,52 @@ def test_a_cap_that_is_given_stays(video_model, processor, on_card):
         with opened(video_model, processor, **options) as session:
             assert session.default_cap is None
             assert session.tiers.gpu_kv_gb == (2 if "gpu_kv_gb" in options else 4)
+
+
+@pytest.fixture
+def reloaded(video_model, processor, frames, tmp_path):
+    """Saves a session opened, or loaded and saved again, and loads it."""
+
+    def open_or_load(path, **options):
+        if path.exists():
+            return api.load_session(path, video_model, processor=processor, **options)
+        return api.open_session(video_model, frames, processor=processor, fps=4, **options)
+
+    def reload(opening=(), loading=()):
+        with open_or_load(tmp_path / "film.tkv", **dict(opening)) as session:
+            session.save(tmp_path / "film.tkv")
+        return open_or_load(tmp_path / "film.tkv", **dict(loading))
+
+    return reload
+
+
+def test_a_saved_session_gets_the_default_of_the_card_it_is_loaded_to(reloaded, monkeypatch, on_card):
+    with monkeypatch.context() as without:
+        without.setattr(default_cap, "cuda_devices", lambda model: [])
+        reloaded().close()  # saved on the CPU, and then again from what was loaded
+    with reloaded() as large:
+        assert 7.5 < large.tiers.gpu_kv_gb == large.default_cap.gpu_kv_gb < 9
+    on_card.free -= 5 * GIB
+    with reloaded() as small:
+        assert small.tiers.gpu_kv_gb == pytest.approx(large.tiers.gpu_kv_gb - 5, abs=0.1)
+    monkeypatch.setattr(default_cap, "cuda_devices", lambda model: [])
+    with reloaded() as on_cpu:
+        assert (on_cpu.tiers.gpu_kv_gb, on_cpu.default_cap) == (small.tiers.gpu_kv_gb, None)
+
+
+@pytest.mark.parametrize("given", [{"opening": {"gpu_kv_gb": 2}}, {"loading": {"gpu_kv_gb": 2}}], ids=["saved", "now"])
+def test_a_cap_that_was_given_stays_in_a_saved_session(reloaded, on_card, given):
+    with reloaded(**given) as session:
+        assert (session.tiers.gpu_kv_gb, session.default_cap) == (2, None)
+
+
+def test_an_older_session_file_keeps_its_cap(reloaded, video_model, processor, on_card, tmp_path):
+    reloaded(opening={"gpu_kv_gb": 2}).close()
+    stored = tensor_file.read(tmp_path / "film.tkv")
+    old = {name: part for name, part in stored.manifest.items() if name != "cap_is_default"}
+    tensor_file.write(tmp_path / "old.tkv", old, {name: stored.tensor(name) for name in stored.names})
+    with api.load_session(tmp_path / "old.tkv", video_model, processor=processor) as session:
+        assert session.tiers.gpu_kv_gb == 2
 
 
 def test_on_the_cpu_it_is_4(video_model, processor, memory):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -13,7 +14,6 @@ from test_several_media import RecordIds, noise, stock
 
 import tieredkv
 from tieredkv.batch.questions_file import read_questions
-from tieredkv.batch.session_folder import _plain
 from tieredkv.errors import OptionError, PromptError, SessionError, UnsupportedModelError, VideoError
 from tieredkv.session.manifest import read_manifest
 from tieredkv.session.origin import check_sampling
@@ -169,9 +169,14 @@ def test_a_saved_session_answers_with_them_and_refuses_others(tmp_path):
         assert torch.equal(session_logits(session, QUESTION, 4), expected)
     manifest = read_manifest(saved)
     check_sampling(saved, manifest, {"subtitles": file})
+    copy = str(shutil.copy(file, tmp_path / "copy.srt"))
+    check_sampling(saved, manifest, {"subtitles": copy})
     subtitle_file(tmp_path, CUES[:2])
-    with pytest.raises(SessionError, match="saved with other subtitles"):
-        check_sampling(saved, manifest, {"subtitles": file})
+    for name in (file, shutil.copy(file, copy)):
+        with pytest.raises(SessionError, match="saved with other subtitles"):
+            check_sampling(saved, manifest, {"subtitles": str(name)})
+    with pytest.raises(SessionError, match=r"subtitles was .*film\.srt, is auto"):
+        check_sampling(saved, manifest, {"subtitles": "auto"})
 
 
 @pytest.fixture(scope="module")
@@ -208,13 +213,6 @@ def test_a_line_of_run_names_a_file_beside_the_questions(tmp_path):
     (tmp_path / "questions.jsonl").write_text(json.dumps(line))
     (question,) = read_questions(tmp_path / "questions.jsonl")
     assert question.sampling.subtitles == str(tmp_path / "a.srt")
-
-
-def test_subtitles_that_changed_are_ingested_again(tmp_path):
-    file = subtitle_file(tmp_path)
-    before = _plain(file)
-    subtitle_file(tmp_path, CUES[:1])
-    assert _plain(file) != before
 
 
 def test_one_file_for_several_videos_is_refused(film_of_the_toy, monkeypatch, capsys, tmp_path):

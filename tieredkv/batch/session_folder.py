@@ -13,7 +13,7 @@ from typing import Any
 from tieredkv.errors import SessionError
 from tieredkv.session import session_file
 from tieredkv.session.beside import checkpoint_path, remove_leftover
-from tieredkv.session.origin import ModelSource
+from tieredkv.session.origin import ModelSource, same_subtitles
 from tieredkv.session.video_session import VideoSession
 from tieredkv.storage import tensor_file
 from tieredkv.storage.header import check_target
@@ -47,7 +47,7 @@ class SessionFolder:
         """
         with open(video, "rb") as film:
             sha256 = hashlib.file_digest(film, "sha256").hexdigest()
-        file = self._file(Path(video), sha256, sampling, session.template.system)
+        file = self._file(Path(video), sha256, sampling, session)
         if file.exists():
             try:
                 session.restore(_checked(file, session, sha256, sampling))
@@ -70,10 +70,12 @@ class SessionFolder:
         else:
             remove_leftover(checkpoint_path(file))
 
-    def _file(self, video: Path, sha256: str, sampling: Sampling, system: str | None) -> Path:
+    def _file(self, video: Path, sha256: str, sampling: Sampling, session: VideoSession) -> Path:
         given = {name: _plain(getattr(sampling, name)) for name in sampling.given()}
-        identity = json.dumps([sha256, given, self._source and self._source.as_plain(), system], sort_keys=True)
-        key = hashlib.sha256(identity.encode()).hexdigest()[:16]
+        identity: list[Any] = [sha256, given, self._source and self._source.as_plain(), session.template.system]
+        if sampling.fit:  # which chooses by them
+            identity += [session.tiers.gpu_kv_gb, session.tiers.host_kv_gb]
+        key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
         name = f"{video.stem.lstrip('.')[:40]}-{key}.tkv"
         return min(self._folder.glob(f"*-{key}.tkv"), default=self._folder / name)
 
@@ -89,9 +91,12 @@ def _checked(file: Path, session: VideoSession, sha256: str, sampling: Sampling)
     """The file, read whole. Raises `SessionError` if it is damaged, or not about this video and settings."""
     stored = tensor_file.read(file)
     video = session_file.state_of(stored).video
+    saved_as = video.sampling and _as_asked(video.sampling, sampling)
+    if saved_as and same_subtitles(stored.manifest, saved_as.subtitles, sampling.subtitles):
+        saved_as = replace(saved_as, subtitles=sampling.subtitles)
     for what, saved, asked in (
         ("video", video.facts.sha256, sha256),
-        ("sampling", video.sampling and _as_asked(video.sampling, sampling), sampling),
+        ("sampling", saved_as, sampling),
         ("system prompt", video.system, session.template.system),
         ("size of chunks", stored.manifest["tiers"].get("chunk_tokens"), session.tiers.chunk_tokens),
     ):

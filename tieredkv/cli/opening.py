@@ -72,6 +72,7 @@ def opened(
             from tieredkv import api
         with api.load_session(saved, named, weights=weights, video=given, system=system, **tiers) as session:
             remove_leftover(checkpoint_path(saved))
+            say_default_cap(session)
             report_damage(session)
             yield session, None
         return

@@ -115,7 +115,8 @@ def sampling_of(path: Path, manifest: Mapping[str, Any]) -> Sampling | None:
 def check_sampling(path: Path, manifest: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     """Raise `SessionError` unless the video was sampled with these options; the message names those that differ.
 
-    asked: fields of `Sampling`. A rate equals the processor's own if that is what it was; a video that is cached fits.
+    asked: fields of `Sampling`. A rate equals the processor's own if that is what it was; a video that is cached fits;
+    of two subtitle files the cues count, not the names.
     """
     asked = {name: value for name, value in asked.items() if name != "fit"}
     if not asked:
@@ -128,8 +129,11 @@ def check_sampling(path: Path, manifest: Mapping[str, Any], asked: Mapping[str, 
     saved = {name: getattr(sampling, name) for name in asked}
     if "fps" in saved and saved["fps"] is None and sampling.max_frames is None:
         saved["fps"] = manifest["session"]["video"]["fps"]
+    same_cues = same_subtitles(manifest, saved.get("subtitles"), asked.get("subtitles"))
+    if same_cues is not None:
+        saved["subtitles"] = asked["subtitles"]
     different = [name for name in asked if asked[name] != saved[name]]
-    if asked.get("subtitles") and not different and _subtitles_changed(manifest, asked["subtitles"]):
+    if same_cues is False and not different:
         raise SessionError(
             f"{path} was saved with other subtitles than are in {asked['subtitles']} now: leave out --subtitles to ask "
             "it as it is, or ingest the video again into another file."
@@ -143,15 +147,20 @@ def check_sampling(path: Path, manifest: Mapping[str, Any], asked: Mapping[str, 
         )
 
 
-def _subtitles_changed(manifest: Mapping[str, Any], subtitles: str) -> bool:
-    """Whether a subtitle file holds other cues than were written between the frames; False for a video's own track."""
+def same_subtitles(manifest: Mapping[str, Any], saved: str | None, asked: str | None) -> bool | None:
+    """Whether a subtitle file holds the cues that were written between the frames; None unless both are files.
+
+    saved, asked: `Sampling.subtitles`.
+    """
+    facts = manifest["session"]["video"]
+    if saved is None or asked is None or facts["seconds"] is None:
+        return None
     from tieredkv.video.subtitles import AUTO, read_cues, shown_during, subtitles_hash  # imports PyAV
 
-    facts = manifest["session"]["video"]
-    if subtitles == AUTO or facts["seconds"] is None:
-        return False
-    cues = shown_during(read_cues(subtitles), facts["start"], facts["start"] + facts["seconds"])
-    return subtitles_hash(cues) != facts.get("subtitles")
+    if AUTO in (saved, asked):
+        return None
+    cues = shown_during(read_cues(asked), facts["start"], facts["start"] + facts["seconds"])
+    return subtitles_hash(cues) == facts.get("subtitles")
 
 
 def _option(name: str) -> str:

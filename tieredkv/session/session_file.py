@@ -106,16 +106,23 @@ def _grid(plain: dict[str, Any]) -> VideoGrid:
 
 
 def write(
-    path: Path, cached: CachedVideo, history: list[tuple[str, str]], source: ModelSource | None, progress: Progress
+    path: Path,
+    cached: CachedVideo,
+    history: list[tuple[str, str]],
+    source: ModelSource | None,
+    cap_is_default: bool,
+    progress: Progress,
 ) -> tuple[int, int]:
     """Write a session while no question is answered; returns the file's size and the checksum of its header. Raises
     `SessionError`.
 
-    source: of the model; None: unknown, so that the session has to be loaded with it.
+    source: of the model; None: unknown, so that the session has to be loaded with it. cap_is_default: whether
+    `gpu_kv_gb` was not given, so that it follows from the card that the session is loaded to.
     """
     manifest = {
         **origin_of(cached.model, cached.template.processor, source),
         **content_of(cached.cache.tiers, SessionState(cached.video, history)),
+        "cap_is_default": cap_is_default,
     }
     return tensor_file.write(path, manifest, cache_tensors(cached.cache), progress)
 
@@ -189,6 +196,11 @@ def tiers_of(stored: tensor_file.Stored, options: dict[str, Any]) -> TierConfig:
             "needs the video ingested again."
         )
     return changed
+
+
+def cap_is_default(stored: tensor_file.Stored, options: dict[str, Any]) -> bool:
+    """Whether the cap was given neither when the session was saved nor in `options`. Older files do not say: False."""
+    return stored.manifest.get("cap_is_default") is True and "gpu_kv_gb" not in options
 
 
 def check_origin(stored: tensor_file.Stored, model: Any, processor: Any) -> None:

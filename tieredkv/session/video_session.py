@@ -55,10 +55,11 @@ class VideoSession(AsyncAsking):
         system: str | None = None,
         source: ModelSource | None = None,
         default_cap: DefaultCap | None = None,
+        cap_is_default: bool = False,
     ) -> None:
         """model, processor: as transformers loads them. source: what `save` names as the model's place; None: where it
-        says it was loaded from. default_cap: why `tiers` have the cap that they have, if it was not given. The rest as
-        in `tieredkv.open_session`."""
+        says it was loaded from. default_cap: why `tiers` have the cap that they have, if it follows from a card.
+        cap_is_default: whether the cap was not given. The rest as in `tieredkv.open_session`."""
         model = unwrapped(model)
         device = model.get_input_embeddings().weight.device
         if device.type not in ("cpu", "cuda"):
@@ -68,6 +69,7 @@ class VideoSession(AsyncAsking):
         self.source = source or ModelSource.of(model)
         self.default_cap = default_cap
         """How `tiers.gpu_kv_gb` follows from the card; None if it was given, or on the CPU."""
+        self._cap_is_default = cap_is_default
         self._progress = progress
         self._turns = Turns()
         self._ingest: Ingest | None = None
@@ -129,7 +131,7 @@ class VideoSession(AsyncAsking):
             cached, turns, file = self._ready(), self._conversation.turns, Path(path)
             conversation_file.check(file)
             with progress_bar("save", "B", self._progress) as bar:
-                nbytes, checksum = session_file.write(file, cached, turns, self.source, bar)
+                nbytes, checksum = session_file.write(file, cached, turns, self.source, self._cap_is_default, bar)
             beside = self._files[file.absolute()] = ConversationFile(file.absolute(), checksum, turns)
             beside.remove()
             if self._checkpoint is not None:
