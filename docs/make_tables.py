@@ -1,4 +1,4 @@
-"""Write the tables of memory-sizes.md and policies.md from the planner and the policies: python docs/make_tables.py
+"""Write the tables of docs from the planner and the policies: python docs/make_tables.py
 
 A table stands between <!-- table: NAME --> and <!-- end --> and is replaced. Nothing depends on the machine: models are
 reduced to their shapes, and host memory is taken to be unlimited.
@@ -206,6 +206,15 @@ HOURS_32 = ("Qwen3.5-4B", "Qwen3.5-9B", "Qwen3.6-27B", "Qwen3.6-35B-A3B", QWEN3_
 PLANNED = ("Qwen3.5-9B", *OLDER, QWEN3_VL)
 """Models with a table of plans."""
 
+TWELVE = (
+    ("Qwen2.5-VL-3B", 1800 * 16 * 9, None),
+    (QWEN3_VL, 1800 * 14 * 8, "4bit"),
+    ("Qwen3.5-4B", 1800 * 14 * 8, None),
+)
+"""Models on a card of 12 GB: visual tokens of an hour at a frame a second, and how weights are loaded."""
+SPARE = 1.5
+"""GiB for activations and the driver: a round figure, not measured."""
+
 
 def text_config(name: str) -> Any:
     """The config of a decoder, as far as the size of its cache depends on it."""
@@ -302,6 +311,32 @@ def plans() -> str:
     return rows([*header, "prefill copies, GiB"], body)
 
 
+def twelve_gb() -> str:
+    """What an hour takes at one frame a second of 448 pixels width, as `tieredkv plan --card "RTX 3060"` has it."""
+    body = []
+    for name, tokens, kind in TWELVE:
+        config = video_config(name)
+        plan = forecast.plan(config, tokens, weights=kind, card="RTX 3060", question_tokens=QUESTION)
+        row = [name, kind or "16 bits", gib(plan.decoder_bytes + plan.vision_bytes), f"{tokens:,}"]
+        row += [gib(plan.cap_bytes), gib(plan.full_bytes), gib(plan.host_bytes), gib(plan.prefill_copy_bytes)]
+        body.append([*row, f"{plan.dynamic_tokens:,}"])
+    header = ["model", "weights", "weights, GiB", "visual tokens", "cap, GiB", "full cache, GiB", "host, GiB"]
+    return rows([*header, "prefill copies, GiB", "tokens a step attends to"], body)
+
+
+def fits() -> str:
+    """Tokens whose cache fits in what a card has left beside the weights, less `SPARE` GiB for activations."""
+    body = []
+    for name, kind in (("Qwen2.5-VL-3B", None), (QWEN3_VL, None), (QWEN3_VL, "4bit"), ("Qwen3.5-4B", None)):
+        config = video_config(name)
+        plan = forecast.plan(config, 1000, weights=kind)
+        for card in (12, 16, 24):
+            left = card * GIB - plan.decoder_bytes - plan.vision_bytes - SPARE * GIB
+            counts = [f"{int(left * 16 / bits / plan.shape.token_bytes):,}" for bits in (16, 8, 4)]
+            body.append([name, kind or "16 bits", f"{card}", *counts])
+    return rows(["model", "weights", "card, GiB", "bf16 cache", "8 bits", "4 bits"], body)
+
+
 def heads(policy: Policy) -> str:
     """Which heads are static, in a few words."""
     if policy.keep_all:
@@ -327,8 +362,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "weights": weights,
     "plans": plans,
     "policies": policies,
+    "twelve-gb": twelve_gb,
+    "fits": fits,
 }
-PAGES = ("memory-sizes.md", "policies.md")
+PAGES = ("memory-sizes.md", "policies.md", "twelve-gb.md")
 
 
 def filled(page: str) -> str:
