@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +85,8 @@ def stop_in_the_middle(model: Any, path: Path, folder: Path | None, options: dic
         raise Stopped
 
     checkpoint.Checkpoint.is_due, checkpoint.Checkpoint.write = is_middle, last  # type: ignore[method-assign]
-    try:
+    with suppress(Stopped):
         tieredkv.open_session(model, path, checkpoint=folder, **options)
-    except Stopped:
-        pass
     checkpoint.Checkpoint.is_due, checkpoint.Checkpoint.write = due, write  # type: ignore[method-assign]
 
 

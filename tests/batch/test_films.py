@@ -10,6 +10,7 @@ from batch_files import answer, ask, found
 from tieredkv.batch.films import films
 from tieredkv.batch.questions_file import read_questions
 from tieredkv.errors import BatchError
+from tieredkv.video.sampling import Sampling
 
 
 @pytest.fixture
@@ -101,3 +102,20 @@ def test_an_answer_to_another_question_about_a_removed_film_is_refused(folder):
     (folder / "films/b.mp4").unlink()
     with pytest.raises(BatchError, match="which is not among the questions"):
         answer(file, ask(folder, {"id": 1, "video": "films", "question": "other"}))
+
+
+def test_one_subtitle_file_for_several_films_is_refused(folder):
+    file = ask(folder, {"video": "films", "question": "Who ?", "subtitles": "film.srt"})
+    with pytest.raises(BatchError, match="line 1 has one subtitle file for 2 films: give each film a line, or 'auto'"):
+        read_questions(file)
+    file = ask(folder, *({"video": f"films/{name}", "question": "Who ?"} for name in ("a.MKV", "b.mp4", "b.mp4")))
+    with pytest.raises(
+        BatchError, match=r"film would be the subtitles of 2 films in .*: give 'auto', or each line its"
+    ):
+        read_questions(file, Sampling(subtitles="film"))
+    assert len(read_questions(file, Sampling(subtitles="auto"))) == 3
+
+
+def test_one_subtitle_file_for_a_glob_of_one_film_is_that_films(folder):
+    file = ask(folder, {"video": "films/*.mp4", "question": "Who ?", "subtitles": "film.srt"})
+    assert [question.sampling.subtitles for question in read_questions(file)] == [str(folder / "film.srt")]

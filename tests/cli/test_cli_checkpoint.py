@@ -12,9 +12,8 @@ import torch
 from command_line import run
 
 from tieredkv.config import TierConfig
-from tieredkv.session.beside import checkpoint_path
+from tieredkv.session.beside import checkpoint_path, locked
 from tieredkv.storage import tensor_file
-from tieredkv.storage.locked_folder import LockedFolder
 
 pytestmark = pytest.mark.model
 
@@ -78,7 +77,7 @@ def test_a_film_that_another_process_ingests_is_refused_before_anything_is_loade
     command, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr("tieredkv.api.new_session", None)  # not reached
-    folder = LockedFolder(checkpoint_path(tmp_path / "film.tkv"))
+    folder = locked(checkpoint_path(tmp_path / "film.tkv"))
     code, out, err = run(monkeypatch, capsys, *command, str(tmp_path / "film.tkv"))
     folder.close()
     assert (code, out) == (2, "")
@@ -89,7 +88,7 @@ def test_the_checkpoint_of_a_saved_session_is_removed(command, tmp_path, monkeyp
     saved = tmp_path / "film.tkv"
     assert run(monkeypatch, capsys, *command, str(saved))[0] == 0
     assert os.listdir(tmp_path) == ["film.tkv"]
-    folder = LockedFolder(checkpoint_path(saved))
+    folder = locked(checkpoint_path(saved))
     (folder.path / "state").write_bytes(b"left by a process that was killed after it had saved the session")
     folder.close()
     assert run(monkeypatch, capsys, "ask", "what was it ?", "--session", str(saved), "--max-new-tokens", "1")[0] == 0

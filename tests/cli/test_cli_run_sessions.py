@@ -138,13 +138,12 @@ def test_a_file_of_another_model_is_reported_and_replaced(runs, tmp_path):
 
 
 def test_a_film_that_another_run_is_ingesting_is_ingested_without_a_checkpoint(runs):
-    from tieredkv.session.beside import checkpoint_path
-    from tieredkv.storage.locked_folder import LockedFolder
+    from tieredkv.session.beside import checkpoint_path, locked
 
     runs()
     (file,) = runs.files
     file.unlink()
-    other = LockedFolder(checkpoint_path(file))
+    other = locked(checkpoint_path(file))
     try:
         assert runs()["text"]
     finally:

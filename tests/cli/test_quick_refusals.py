@@ -33,6 +33,8 @@ REFUSED = {
     "ask film.mp4 Q --start 1:00 --end 0:30": "end=30.0 is not valid: give seconds after start=60 (1:00)",
     "ask film.mp4 Q --start noon": "start='noon' is not valid: give seconds, or a time as in 1:00",
     "ask film.mp4 Q -m /nowhere/model": "/nowhere/model: no usable model found there",
+    "ask http://127.0.0.1:9/film.mp4 Q --allow-url -m /nowhere/model": "/nowhere/model: no usable model found there",
+    "chat http://127.0.0.1:9/film.mp4 --allow-url -m /nowhere/model": "/nowhere/model: no usable model found there",
     "ask film.mp4 Q -m model.gguf": "model.gguf is in GGUF",
     "plan film.mp4 -m /nowhere/model": "/nowhere/model: no usable model found there",
     "plan 1000 -m /nowhere/model": "/nowhere/model: no usable model found there",
@@ -44,6 +46,8 @@ REFUSED = {
     "ask film.mp4 Q --evidence page.pdf": "page.pdf: give a file name that ends in .png or .html.",
     "ask film.mp4 Q --evidence nowhere/page.html": "there is no folder",
     "ask film.mp4 Q --session nowhere/film.tkv": "there is no folder",
+    "ask film.mp4 Q --session talked.tkv": "talked.tkv.chat is damaged, or another program's",
+    "run urls.jsonl -o answers.jsonl --allow-url": "http://127.0.0.1:9/film.mp4: without -m only the bundled toy",
     "ask Q --session gone.tkv": "gone.tkv: no such file; give a video too",
     "ask Q --session film.mp4": "film.mp4 is not a tieredkv file, or its header is damaged.",
     "ask Q --session cut.tkv": "cut.tkv is cut short",
@@ -67,6 +71,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("refused")
     (folder / "film.mp4").write_bytes(b"not a film")
     (folder / "empty.mp4").touch()
+    (folder / "talked.tkv.chat").write_text("not a conversation")
+    (folder / "urls.jsonl").write_text('{"video": "http://127.0.0.1:9/film.mp4", "question": "what ?"}\n')
     (folder / "questions.jsonl").write_text('{"video": "film.mp4", "question": "what ?"}\n')
     tensor_file.write(folder / "tensors.tkv", {}, {"a": torch.zeros(3)})
     (folder / "cut.tkv").write_bytes((folder / "tensors.tkv").read_bytes()[:-9])

@@ -150,6 +150,21 @@ def test_an_ingest_may_be_interrupted_many_times(often, film, folder):
         assert differences(session, expected) == set()
 
 
+def test_a_family_that_leaves_out_what_does_not_change_sees_the_frame_before(often, film, folder):
+    model, processor = build("video_llama_3")
+    film = film[:16]
+    film[:, :, 30:] = film[0, :, 30:]
+    given = options(processor, prefill_chunk=20, encode_batch=12)
+    with tieredkv.open_session(model, film, **given) as session:
+        expected, grid = contents(session), session.video
+    assert len(set(grid.lengths)) > 1
+    for number in (1, 2):
+        begin(model, film, folder, number, **given)
+    with tieredkv.open_session(model, film, checkpoint=folder, **given) as session:
+        assert session.video == grid
+        assert differences(session, expected) == set()
+
+
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "llava_onevision", "gemma4"])
 def test_a_checkpoint_may_hold_the_whole_video(name, often, film, folder):
     """The last one before a session is saved, to which a disk may be too full."""
@@ -286,9 +301,11 @@ def test_what_an_interrupted_write_left_is_overwritten(often, film, folder):
     with tieredkv.open_session(model, film, **given) as session:
         expected = contents(session)
     begin(model, film, folder, 2, **given)
+    whole = (folder / "cache").read_bytes()
     with (folder / "cache").open("ab") as file:
         file.write(b"half a block")
     begin(model, film, folder, 1, **given)
+    assert (folder / "cache").read_bytes().startswith(whole)
     with tieredkv.open_session(model, film, checkpoint=folder, **given) as session:
         assert differences(session, expected) == set()
 
@@ -371,22 +388,25 @@ def test_an_error_between_two_calls_leaves_a_last_checkpoint(film, folder, monke
     assert len(begun.blocks) == 2
 
 
-def test_an_error_in_a_call_leaves_the_last_checkpoint_as_it_is(often, film, folder, monkeypatch):
-    model, processor = build("qwen3_5")
-    given = options(processor)
+@pytest.mark.parametrize("layer", [1, 3])
+def test_after_an_error_in_a_call_it_goes_on_from_whole_calls(layer, often, film, folder, monkeypatch):
+    """In the first layer and the last; here digests are to be fitted."""
+    monkeypatch.setattr(context_digests, "FIT_TOKENS", 48)
+    model, processor = build("qwen2_5_vl")
+    given = options(processor, prefill_chunk=16, chunk_tokens=4)
     with tieredkv.open_session(model, film, **given) as session:
         expected = contents(session)
-    family = type(session.family)
-    decode, calls = family.decode, []
+    update, fitted = context_digests.ContextDigests.update, []
 
-    def failing(self, *args):
-        calls.append(1)
-        if len(calls) == 3:
-            raise MemoryError
-        return decode(self, *args)
+    def failing(self, fit=False):
+        if self._host.length >= 48:
+            fitted.append(1)
+            if len(fitted) == layer:
+                raise MemoryError
+        update(self, fit)
 
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr(family, "decode", failing)
+        patch.setattr(context_digests.ContextDigests, "update", failing)
         tieredkv.open_session(model, film, checkpoint=folder, **given)
     with tieredkv.open_session(model, film, checkpoint=folder, **given) as session:
         assert differences(session, expected) == set()

@@ -14,9 +14,10 @@ from test_several_media import RecordIds, noise, stock
 import tieredkv
 from tieredkv.batch.questions_file import read_questions
 from tieredkv.batch.session_folder import _plain
-from tieredkv.errors import PromptError, SessionError, UnsupportedModelError, VideoError
+from tieredkv.errors import OptionError, PromptError, SessionError, UnsupportedModelError, VideoError
 from tieredkv.session.manifest import read_manifest
 from tieredkv.session.origin import check_sampling
+from tieredkv.tiny.model import PATH
 from tieredkv.tiny.scene import make_scene
 from tieredkv.tiny.video import write_video
 from tieredkv.video.frames import Sampled, open_video
@@ -214,3 +215,16 @@ def test_subtitles_that_changed_are_ingested_again(tmp_path):
     before = _plain(file)
     subtitle_file(tmp_path, CUES[:1])
     assert _plain(file) != before
+
+
+def test_one_file_for_several_videos_is_refused(film_of_the_toy, monkeypatch, capsys, tmp_path):
+    film, file = str(film_of_the_toy), subtitle_file(tmp_path)
+    with pytest.raises(OptionError, match="is one file for 2 videos: give 'auto', or in Python each its own"):
+        tieredkv.open_session(PATH, [film, film], subtitles=file)
+    with pytest.raises(OptionError, match="is one file for 2 videos"):
+        tieredkv.plan(PATH, [film, film], subtitles=file)
+    code, _, err = run(monkeypatch, capsys, "ask", film, film, "who ?", "-m", "tiny", "--subtitles", file)
+    assert (code, "is one file for 2 videos" in err) == (2, True)
+    videos = [film, tieredkv.Video(film, subtitles=file)]
+    with tieredkv.open_session(PATH, videos) as session:
+        assert [medium.facts.subtitles is None for medium in session.media] == [True, False]

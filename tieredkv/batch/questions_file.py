@@ -56,7 +56,8 @@ def read_questions(file: Path | None, sampling: Sampling | None = None) -> list[
     """The questions of a file of JSON lines; empty lines are skipped.
 
     file: None reads stdin to its end. sampling: of lines that set none. Raises `BatchError` naming each line that is
-    not an object with the texts "video" and "question", has the id of another line, or has an invalid option.
+    not an object with the texts "video" and "question", has the id of another line, or has an invalid option, and for
+    one subtitle file that would be that of several films.
     """
     name, folder = (str(file), file.parent) if file else ("stdin", Path())
     if file is None and sys.stdin is None:
@@ -86,13 +87,20 @@ def read_questions(file: Path | None, sampling: Sampling | None = None) -> list[
     if faults:
         more = f"; and {len(faults) - _MOST_REPORTED} more" if len(faults) > _MOST_REPORTED else ""
         raise BatchError(f"{name}: {'; '.join(faults[:_MOST_REPORTED])}{more}.")
+    if sampling is not None and sampling.subtitles not in (None, AUTO):
+        count = len({question.path for question in questions if question.sampling.subtitles == sampling.subtitles})
+        if count > 1:
+            raise BatchError(
+                f"{sampling.subtitles} would be the subtitles of {count} films in {name}: give {AUTO!r}, or each line "
+                'its own "subtitles".'
+            )
     if not questions:
         raise BatchError(f'{name} holds no question: give lines such as {{"video": "a.mp4", "question": "What ...?"}}.')
     return questions
 
 
 def _each_film(question: BatchQuestion, folder: Path) -> list[BatchQuestion]:
-    """The question, or one about each film if it names a folder or a glob."""
+    """The question, or one about each film if it names a folder or a glob. Raises `ValueError` as `_parse` does."""
     line = str(question.id)
     try:
         names = films(question.video, folder)
@@ -100,6 +108,8 @@ def _each_film(question: BatchQuestion, folder: Path) -> list[BatchQuestion]:
         return [replace(question, line=line, fault=error)]
     if names is None:
         return [question]
+    if len(names) > 1 and question.sampling.subtitles not in (None, AUTO):
+        raise ValueError(f"has one subtitle file for {len(names)} films: give each film a line, or {AUTO!r}")
     return [replace(question, id=f"{line}:{name}", video=name, path=folder / name, line=line) for name in names]
 
 

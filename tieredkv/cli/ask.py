@@ -67,7 +67,7 @@ def ask(
 ) -> None:
     """Answer one question about a video, about several videos and pictures, or about a saved session."""
     from tieredkv.cli.checks import check_options, refuse_missing_question
-    from tieredkv.cli.opening import opened
+    from tieredkv.cli.opening import check_model, is_there, opened
     from tieredkv.evidence.target import check_target
     from tieredkv.models.prompts import check_prompt
     from tieredkv.video.fetched import fetched
@@ -85,6 +85,8 @@ def ask(
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
     check_prompt(question)
     check_options(tiers, sampling, max_new_tokens)
+    if session is None or not is_there(session):  # else the file names the model
+        check_model(model, weights)
     films = context.with_resource(fetched(videos, allow_url, progress=True))
     with opened(
         context,

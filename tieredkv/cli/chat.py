@@ -66,7 +66,7 @@ def chat(
     """
     from tieredkv.cli.checks import check_options
     from tieredkv.cli.lines import lines
-    from tieredkv.cli.opening import opened
+    from tieredkv.cli.opening import check_model, is_there, opened
     from tieredkv.video.fetched import fetched
 
     sampling = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels, start=start, end=end)
@@ -74,6 +74,8 @@ def chat(
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
     options = {"max_new_tokens": max_new_tokens}
     check_options(tiers, sampling, max_new_tokens)
+    if session is None or not is_there(session):  # else the file names the model
+        check_model(model, weights)
     films = context.with_resource(fetched(videos or [], allow_url, progress=True))
     with opened(
         context,

@@ -20,10 +20,11 @@ from tieredkv.models.prompts import check_system
 from tieredkv.models.quantising import check_package, check_weights
 from tieredkv.models.sources import check_source, is_local
 from tieredkv.progress import note, spans_text
-from tieredkv.session import origin
+from tieredkv.session import conversation_file, origin
 from tieredkv.session.beside import check_free, checkpoint_path, remove_leftover
 from tieredkv.session.manifest import read_manifest
 from tieredkv.storage import header
+from tieredkv.video.media import check_subtitles, media_of
 from tieredkv.video.paths import check_path
 from tieredkv.video.sampling import Sampling
 
@@ -80,10 +81,12 @@ def opened(
     frames = Sampling(**sampling)
     for video in videos:
         check_path(video)
+    check_subtitles(media_of(given), frames)
     check_model(model, weights)
     checkpoint = None
     if saved is not None:
         header.check_target(saved)
+        conversation_file.check(saved)
         checkpoint = checkpoint_path(saved) if len(videos) == 1 else None
     if checkpoint is not None:
         check_free(checkpoint)

@@ -82,6 +82,7 @@ def run(
     from tieredkv.cli.checks import check_options
     from tieredkv.cli.opening import check_model
     from tieredkv.models.prompts import check_system
+    from tieredkv.video.urls import is_url
 
     if retry_errors and not resume:
         raise BatchError("--retry-errors continues an existing file of answers: give --resume too.")
@@ -101,7 +102,8 @@ def run(
     kept = None
     with answers:
         if not all(map(answers.has, batch)):
-            films = {question.path: None for question in batch if not answers.has(question)}
+            asked = [question for question in batch if not answers.has(question)]
+            films = dict.fromkeys(each.video if is_url(each.video) else each.path for each in asked)
             path = model_path(model_or_toy(model, films, skip_unreadable=True))
             from tieredkv.batch.session_folder import SessionFolder
             from tieredkv.session.origin import ModelSource

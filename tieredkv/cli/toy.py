@@ -8,6 +8,7 @@ from os import PathLike
 from pathlib import Path
 
 from tieredkv.errors import OptionError, VideoError
+from tieredkv.video.urls import is_url
 
 TOY = "tiny"
 
@@ -20,14 +21,14 @@ def model_or_toy(
 ) -> str:
     """`model`, or if that is None, the toy, which is reported on stderr as `what`.
 
-    Raises `OptionError` if no model is given and one of the videos is not from `tieredkv demo`, `VideoError` if one
-    cannot be read, unless `skip_unreadable`.
+    Raises `OptionError` if no model is given and one of the videos is a URL or not from `tieredkv demo`, `VideoError`
+    if one cannot be read, unless `skip_unreadable`.
     """
     if model is not None:
         return model
     for video in videos:
         try:
-            known = is_demo_film(Path(video))
+            known = not is_url(video) and is_demo_film(Path(video))
         except VideoError:
             if not skip_unreadable:
                 raise

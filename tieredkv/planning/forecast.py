@@ -38,7 +38,7 @@ from tieredkv.planning.report import MemoryPlan
 from tieredkv.planning.weight_bytes import weight_bytes
 from tieredkv.video.download import download
 from tieredkv.video.frames import Sampled, open_video
-from tieredkv.video.media import Medium, check_media
+from tieredkv.video.media import Medium, check_media, check_subtitles
 from tieredkv.video.sampling import Sampling
 from tieredkv.video.urls import check_url, is_url
 
@@ -117,6 +117,7 @@ def plan(
             check_url(video_or_tokens, allow_url)
             video_or_tokens = download(video_or_tokens)  # removed with the last reference to it
         media = check_media(video_or_tokens)
+        check_subtitles(media, sampling)
         if any(isinstance(each.source, Iterator) for each in media):
             raise VideoError("a plan would use up the iterator: give its frames as a list, or a number of tokens.")
         if processor is None:

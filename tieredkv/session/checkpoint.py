@@ -19,13 +19,13 @@ from tieredkv.cache.unfinished import Mark
 from tieredkv.config import TierConfig
 from tieredkv.errors import OutputError, SessionError
 from tieredkv.session import session_file
+from tieredkv.session.beside import CACHE, STATE, locked
 from tieredkv.session.ingested_video import IngestedVideo
 from tieredkv.session.origin import ModelSource, sampling_as_plain
 from tieredkv.session.session_file import SessionState
 from tieredkv.storage import block_file, tensor_file
 from tieredkv.storage.atomic import check_space
 from tieredkv.storage.block_file import Block
-from tieredkv.storage.locked_folder import LockedFolder
 
 FLOOR_S = 30.0
 """Least seconds between two checkpoints."""
@@ -66,11 +66,11 @@ class Checkpoint:
     """The checkpoint of one ingest, locked against others until `close` or `remove`."""
 
     def __init__(self, path: Path, source: ModelSource | None = None) -> None:
-        """path: of the folder. source: of the model. Raises `SessionError` if the folder is in use or cannot be
-        written."""
+        """path: of the folder. source: of the model. Raises `SessionError` if the folder is in use, has
+        other files in it, or cannot be written."""
         self.path, self._source = path, source
-        self._folder = LockedFolder(path)
-        self._state, self._cache = path / "state", path / "cache"
+        self._folder = locked(path)
+        self._state, self._cache = path / STATE, path / CACHE
         self._marks: tuple[Mark, ...] = ()
         self._blocks: tuple[Block, ...] = ()
         self._origin: dict[str, Any] | None = None

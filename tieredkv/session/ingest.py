@@ -32,7 +32,7 @@ from tieredkv.session.stages import Stages
 from tieredkv.session.video_embeddings import Prepared, prepare
 from tieredkv.storage import header
 from tieredkv.video.frames import VideoSource
-from tieredkv.video.media import media_of
+from tieredkv.video.media import check_subtitles, media_of
 from tieredkv.video.sampling import Sampling
 from tieredkv.video.subtitles import subtitles_hash
 
@@ -94,6 +94,7 @@ class Ingest:
         started = time.perf_counter()
         self.pipeline.check()
         given = media_of(video)
+        check_subtitles(given, sampling)
         if checkpoint is not None and len(given) > 1:
             raise OptionError(f"a checkpoint is of one video: leave it out for {len(given)} videos and pictures.")
         if len(given) == 1:
@@ -202,7 +203,8 @@ class Ingest:
             checkpoint.start_over()
             self._new_cache(room)  # that one may be filled in part
             return None
-        return begun.video
+        facts = replace(begun.video.facts, name=planned.facts.name)  # the file may have been moved
+        return replace(begun.video, facts=facts, sampling=planned.sampling)
 
     def _check_space(self, checkpoint: Checkpoint, tokens: int, progress: IngestProgress) -> None:
         """Report it if the disk is too small for checkpoints of this many tokens: none is written then."""

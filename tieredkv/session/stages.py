@@ -54,7 +54,6 @@ class Stages:
         self._grid = cached_steps(begun.grid, cached, self._steps_at_once)
         """The steps of segments that are not encoded again."""
         self._embeddings: VideoEmbeddings
-        self._in_call = False
 
     def run(self, checkpoint: Checkpoint | None, same_model: SameModel) -> IngestedVideo:
         """Prefill what is not cached; returns the whole video, without the time that its session takes.
@@ -70,26 +69,21 @@ class Stages:
         self._embeddings = VideoEmbeddings(self._template, self._model, self._video, self._grid, encoded)
         head_ids = torch.tensor([self._begun.head_ids], dtype=torch.long, device="cpu")
 
-        def before_call() -> None:
-            pipeline.check()
-            self._in_call = True
-
         def after_call(tokens: int) -> None:
-            self._in_call = False
             self._progress.prefilled(tokens)
             if checkpoint is not None and self._sha256 and checkpoint.is_due(self._cache):
                 self._write(checkpoint, same_model)
 
         try:
-            prefill(self._embeddings, head_ids, self._cache, before_call, after_call, self._place)
+            prefill(self._embeddings, head_ids, self._cache, pipeline.check, after_call, self._place)
         except BaseException:
-            if checkpoint is not None and not self._in_call and checkpoint.is_cheap(self._cache):
-                with suppress(Exception):  # the other error is the one to report
+            if checkpoint is not None and checkpoint.is_cheap(self._cache):
+                with suppress(Exception):  # it raises in the middle of a call; the other error is the one to report
                     self._write(checkpoint, same_model)
             raise
         next(hashed)
         embeddings = self._embeddings
-        return self._cached(replace(embeddings.grid), embeddings.frames)
+        return self._cached(embeddings.grid, embeddings.frames)
 
     def _write(self, checkpoint: Checkpoint, same_model: SameModel) -> None:
         """Write a checkpoint. A disk that fails is reported, and the ingest goes on without."""

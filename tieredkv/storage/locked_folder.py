@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from tieredkv.errors import SessionError
@@ -23,13 +25,16 @@ class LockedFolder:
     The system releases the lock of a process that was killed.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Raises `SessionError` if another holds the lock, or there can be no such folder."""
+    def __init__(self, path: Path, files: Iterable[str]) -> None:
+        """files: names of what is kept there. Raises `SessionError` if another holds the lock, the folder has anything
+        else in it, which `remove` would remove too, or there can be no such folder."""
         self.path = path
         self._descriptor: int | None = None
         if not path.is_dir():
             check_target(path)
         try:
+            if stranger := self._stranger((_LOCK, *files)):
+                raise SessionError(f"{path} has {stranger} in it, so it is not overwritten: give a folder that is new.")
             while not self._lock():
                 pass
         except BlockingIOError:
@@ -38,6 +43,12 @@ class LockedFolder:
             ) from None
         except OSError as error:
             raise SessionError(f"{path} could not be written: {error.strerror or error}.") from None
+
+    def _stranger(self, own: Iterable[str]) -> str | None:
+        """Something in the folder that is none of these files, nor what `atomic` leaves of one; None: there is none."""
+        known = re.compile(rf"({'|'.join(map(re.escape, own))})(\.[\d-]+\.part)?")
+        names = (entry.name for entry in self.path.iterdir()) if self.path.is_dir() else ()
+        return next((name for name in names if not known.fullmatch(name)), None)
 
     def _lock(self) -> bool:
         """Whether the lock is that of the folder now at `path`; a process that ended may have removed another."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,7 +14,7 @@ import numpy as np
 from tieredkv.errors import OptionError, VideoError, first_line
 from tieredkv.video.paths import check_path
 from tieredkv.video.sampling import Sampling, Tick
-from tieredkv.video.subtitles import Cue
+from tieredkv.video.subtitles import AUTO, Cue
 from tieredkv.video.urls import check_url, is_url
 
 if TYPE_CHECKING:
@@ -113,6 +113,21 @@ def check_media(video: Any, allow_url: bool = False) -> tuple[Medium, ...]:
         else:
             medium.check()
     return media
+
+
+def check_subtitles(media: Sequence[Medium], sampling: Sampling) -> None:
+    """Raise `OptionError` if one subtitle file would be written between the frames of several videos.
+
+    sampling: the session's.
+    """
+    if sampling.subtitles in (None, AUTO):
+        return
+    count = sum(isinstance(medium, Video) and "subtitles" not in medium.options for medium in media)
+    if count > 1:
+        raise OptionError(
+            f"subtitles={sampling.subtitles!r} is one file for {count} videos: give {AUTO!r}, or in Python each its "
+            "own, as in Video('a.mp4', subtitles='a.srt')."
+        )
 
 
 def _medium(one: Any) -> Medium:
