@@ -29,7 +29,8 @@ def test_paths_of_videos_are_relative_to_the_file(tmp_path):
 
 
 def test_a_line_sets_any_part_of_the_sampling(tmp_path):
-    own = {"fps": 2, "max_frames": 9, "start": 1, "end": 5, "max_pixels": 784, "skip_damaged": True, "fit": True}
+    own = {"fps": 2, "max_frames": 9, "start": 1, "end": 5, "max_pixels": 784, "fit": True}
+    own |= {"skip_damaged": True, "subtitles": "auto"}
     lines = [{"video": "a.mp4", "question": "?", **settings} for settings in ({}, own, {"end": None})]
     given = Sampling(fps=1, end=30)
     found = [question.sampling for question in read_questions(ask(tmp_path, *lines), given)]

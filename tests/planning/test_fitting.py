@@ -135,7 +135,9 @@ def hour(monkeypatch, tmp_path) -> dict[str, Any]:
 
     def open_video(video: Any, sampling: Sampling) -> Any:
         fps, frames = sampling.spread(math.ceil(HOUR * sampling.fps), HOUR)
-        return SimpleNamespace(name=video, height=1080, width=1920, fps=fps, expected=frames, start=0.0, seconds=HOUR)
+        return SimpleNamespace(
+            name=video, height=1080, width=1920, fps=fps, expected=frames, start=0.0, seconds=HOUR, cues=()
+        )
 
     monkeypatch.setattr(forecast, "open_video", open_video)
     monkeypatch.setattr(forecast, "check_media", media_of)

@@ -72,7 +72,7 @@ def film(monkeypatch, tmp_path):
         seconds = (600.0 if sampling.end is None else sampling.end) - sampling.start
         expected = min(int(seconds * sampling.fps), sampling.max_frames or 10**9)
         return SimpleNamespace(
-            name=video, height=360, width=640, fps=sampling.fps, expected=expected, start=0.0, seconds=seconds
+            name=video, height=360, width=640, fps=sampling.fps, expected=expected, start=0.0, seconds=seconds, cues=()
         )
 
     monkeypatch.setattr(forecast, "open_video", open_video)

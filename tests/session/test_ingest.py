@@ -283,8 +283,7 @@ def test_the_stages_times_are_measured(video_model, processor, film):
 def test_one_display_shows_all_three_stages(video_model, processor, film, capsys):
     with tieredkv.open_session(video_model, film, gpu_kv_gb=1, processor=processor, fps=8, progress=True):
         err = capsys.readouterr().err
-    assert "ingest: 100%" in err
-    assert "tokens/s" in err
+    assert err.count("ingest: ") == 1
     assert "encoded" in err
     assert "decode:" not in err
 

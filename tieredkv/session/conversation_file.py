@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tieredkv.errors import SessionError
 from tieredkv.storage import header
-from tieredkv.storage.atomic import replace_file
+from tieredkv.storage.atomic import check_name, replace_file
 
 SUFFIX = ".chat"
 FORMAT_VERSION = 1
@@ -24,6 +24,7 @@ Turns = list[tuple[str, str]]
 
 def check(session: Path) -> None:
     """Raise `SessionError` if what is beside a session file, or where one will be, is no conversation."""
+    check_name(session)
     ConversationFile(session, -1, [])
 
 
