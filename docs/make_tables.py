@@ -6,10 +6,12 @@ reduced to their shapes, and host memory is taken to be unlimited.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -18,6 +20,7 @@ import torch
 from tieredkv.config import TierConfig
 from tieredkv.memory import limits
 from tieredkv.memory.units import GIB, as_gib
+from tieredkv.models import families
 from tieredkv.models.kv_shape import model_shape
 from tieredkv.planning import admission, forecast, sizes
 from tieredkv.policy.base import Policy
@@ -206,12 +209,10 @@ HOURS_32 = ("Qwen3.5-4B", "Qwen3.5-9B", "Qwen3.6-27B", "Qwen3.6-35B-A3B", QWEN3_
 PLANNED = ("Qwen3.5-9B", *OLDER, QWEN3_VL)
 """Models with a table of plans."""
 
-TWELVE = (
-    ("Qwen2.5-VL-3B", 1800 * 16 * 9, None),
-    (QWEN3_VL, 1800 * 14 * 8, "4bit"),
-    ("Qwen3.5-4B", 1800 * 14 * 8, None),
-)
-"""Models on a card of 12 GB: visual tokens of an hour at a frame a second, and how weights are loaded."""
+TWELVE = (("Qwen2.5-VL-3B", None), (QWEN3_VL, "4bit"), ("Qwen3.5-4B", None), ("Qwen3.5-9B", "4bit"))
+"""Models on a card of 12 GB, and how weights are loaded."""
+FILM_HEIGHT, FILM_WIDTH, FILM_FRAMES, FILM_PIXELS = 1080, 1920, 3600, 448 * 252
+"""An hour of 1080p at one frame a second, and its `max_pixels`."""
 SPARE = 1.5
 """GiB for activations and the driver: a round figure, not measured."""
 
@@ -311,23 +312,46 @@ def plans() -> str:
     return rows([*header, "prefill copies, GiB"], body)
 
 
+def film_grid(name: str) -> tuple[int, int, int]:
+    """Steps, rows and columns of visual tokens of that film, as the family resizes its frames."""
+    from transformers import Qwen2VLVideoProcessor, Qwen3VLVideoProcessor
+
+    config = video_config(name)
+    kind: Any = Qwen2VLVideoProcessor if name in OLDER else Qwen3VLVideoProcessor
+    processor = SimpleNamespace(video_processor=kind())
+    return families.video_family(config).frame_grid(
+        config, processor, FILM_FRAMES, FILM_HEIGHT, FILM_WIDTH, 1.0, FILM_PIXELS
+    )
+
+
 def twelve_gb() -> str:
-    """What an hour takes at one frame a second of 448 pixels width, as `tieredkv plan --card "RTX 3060"` has it."""
+    """What an hour takes at one frame a second of at most 448 x 252 pixels, planned for an RTX 3060 on PCIe 4.0 x16."""
     body = []
-    for name, tokens, kind in TWELVE:
-        config = video_config(name)
-        plan = forecast.plan(config, tokens, weights=kind, card="RTX 3060", question_tokens=QUESTION)
-        row = [name, kind or "16 bits", gib(plan.decoder_bytes + plan.vision_bytes), f"{tokens:,}"]
-        row += [gib(plan.cap_bytes), gib(plan.full_bytes), gib(plan.host_bytes), gib(plan.prefill_copy_bytes)]
-        body.append([*row, f"{plan.dynamic_tokens:,}"])
-    header = ["model", "weights", "weights, GiB", "visual tokens", "cap, GiB", "full cache, GiB", "host, GiB"]
-    return rows([*header, "prefill copies, GiB", "tokens a step attends to"], body)
+    for name, kind in TWELVE:
+        config, grid, edge = video_config(name), film_grid(name), 28 if name in OLDER else 32
+        tokens = math.prod(grid)
+        plan = forecast.plan(config, tokens, weights=kind, card="RTX 3060", link="pcie4x16", question_tokens=QUESTION)
+        assert plan.token_ms is not None
+        row = [name, kind or "16 bits", gib(plan.decoder_bytes + plan.vision_bytes)]
+        row += [f"{grid[2] * edge} x {grid[1] * edge}", f"{tokens:,}", gib(plan.cap_bytes), gib(plan.full_bytes)]
+        row += [gib(plan.host_bytes), gib(plan.prefill_copy_bytes), f"{plan.prefill_copy_s:.3g}"]
+        least, most = plan.token_ms
+        body.append([*row, f"{plan.dynamic_tokens:,}", f"{least:.3g} to {most:.3g}"])
+    header = ["model", "weights", "weights, GiB", "frames", "visual tokens", "cap, GiB", "full cache, GiB"]
+    header += ["host and session file, GiB", "prefill copies, GiB", "copies, s", "tokens a step attends to"]
+    return rows([*header, "ms per token"], body)
 
 
 def fits() -> str:
     """Tokens whose cache fits in what a card has left beside the weights, less `SPARE` GiB for activations."""
     body = []
-    for name, kind in (("Qwen2.5-VL-3B", None), (QWEN3_VL, None), (QWEN3_VL, "4bit"), ("Qwen3.5-4B", None)):
+    for name, kind in (
+        ("Qwen2.5-VL-3B", None),
+        (QWEN3_VL, None),
+        (QWEN3_VL, "4bit"),
+        ("Qwen3.5-4B", None),
+        ("Qwen3.5-9B", "4bit"),
+    ):
         config = video_config(name)
         plan = forecast.plan(config, 1000, weights=kind)
         for card in (12, 16, 24):
