@@ -12,6 +12,7 @@ import transformers
 from packaging.version import Version
 
 from tieredkv.models.families import VIDEO_FAMILIES
+from tieredkv.video.frames import Sampled
 
 SPECIAL = (
     "<|endoftext|>",
@@ -87,6 +88,11 @@ SIGLIP = {
 
 
 @cache
+def sampled_of(frames: int, height: int, width: int, max_pixels: int | None = None) -> Sampled:
+    """What is known of frames at 4 per second."""
+    return Sampled(frames, height, width, 4.0, 0.0, frames / 4, max_pixels)
+
+
 def tokenizer() -> Any:
     """Byte-level BPE with merges across the boundary between the template's text and the text inside a video."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

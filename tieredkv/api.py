@@ -14,6 +14,7 @@ from tieredkv.evidence.target import check_wanted
 from tieredkv.models.families.base import Positions
 from tieredkv.models.loading import load
 from tieredkv.models.prompts import check_prompt, check_system
+from tieredkv.models.timestamps import check_timestamps
 from tieredkv.session import generation, origin, session_file
 from tieredkv.session.aio import AsyncAnswerStream, answering
 from tieredkv.session.default_cap import check_weights_fit, with_default_cap
@@ -213,9 +214,9 @@ def generate(
 ) -> Generation | AnswerStream:
     """Answer one question about one video: a session with a single question.
 
-    options: those of `open_session` and of `VideoSession.ask`: transformers' generation options, `trace` and
-    `evidence`. stream: return an iterator of pieces of text, as `VideoSession.ask` does. Raises what these raise; an
-    unknown option raises `OptionError` before anything is loaded.
+    options: those of `open_session` and of `VideoSession.ask`: transformers' generation options, `trace`, `evidence`
+    and `timestamps`. stream: return an iterator of pieces of text, as `VideoSession.ask` does. Raises what these raise;
+    an unknown option raises `OptionError` before anything is loaded.
     """
     work = _single_question(model, video, prompt, gpu_kv_gb, stream, options)
     return AnswerStream(work) if stream else work.run(None)
@@ -258,13 +259,14 @@ def _single_question(
     with generation.ending_on_error(streamer):
         check_stream(stream, options)
         refuse_policy_fields(asking)
-        generation.check_options(asking, also=(*_OPENING, "trace", "evidence"))
+        generation.check_options(asking, also=(*_OPENING, "trace", "evidence", "timestamps"))
         check_prompt(prompt)
         check_system(opening.get("system"))
         sampling = Sampling(**sampled)
         allow_url = opening.pop("allow_url", False)
         check_media(video, allow_url)
         check_wanted(asking.get("evidence", True))
+        check_timestamps(asking.get("timestamps", False))
 
     def run(job: Job | None) -> Generation:
         with ExitStack() as opened:

@@ -7,14 +7,13 @@ import copy
 import numpy as np
 import pytest
 import torch
-from families import BUILD, build
+from families import BUILD, build, sampled_of
 from helpers import assert_near, pressed, session_logits, stock_inputs, stock_logits, tier_options
 
 import tieredkv
 from tieredkv.errors import UnsupportedModelError
 from tieredkv.models import families
 from tieredkv.models.families.base import VideoGrid
-from tieredkv.video.frames import Sampled
 
 FAMILIES = pytest.mark.parametrize("name", BUILD)
 TIMESTAMPED = pytest.mark.parametrize("name", ["qwen3_vl", "qwen3_5", "qwen3_5_moe"])
@@ -58,7 +57,7 @@ def test_the_prompt_has_the_processors_tokens(name, film):
     with tieredkv.open_session(model, film, processor=processor, gpu_kv_gb=1, fps=4, positions="stock") as session:
         template = session.template
         head, tail = template.around_video([(QUESTIONS[0], None)])
-        sampled, grid = Sampled(len(film), 60, 90, 4.0, 0.0, len(film) / 4), session.video
+        sampled, grid = sampled_of(*film.shape[:3]), session.video
         head_ids = template.head_ids(model.config, head, sampled)[0].tolist()
         last = sampled.times(grid.steps - 1, grid.frames_per_step)
         ours = [*head_ids, *grid.ids(template.visual_id), *template.tail_ids(tail, last, grid.slices)[0].tolist()]
@@ -70,7 +69,7 @@ def test_the_prompt_has_the_processors_tokens(name, film):
 def test_segments_have_the_features_of_the_whole(name, film):
     model, processor = build(name)
     family = families.video_family(model.config)
-    preprocess, whole = (family.preprocessor(model.config, processor, *film.shape[:3], 4.0) for _ in range(2))
+    preprocess, whole = (family.preprocessor(model.config, processor, sampled_of(*film.shape[:3])) for _ in range(2))
     segments = [family.encode(model, preprocess(film[begin : begin + 6])) for begin in range(0, len(film), 6)]
     assert_near(torch.cat(segments), family.encode(model, whole(film)))
 

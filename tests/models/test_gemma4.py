@@ -8,7 +8,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from families import build, gemma4, sharpened
+from families import build, gemma4, sampled_of, sharpened
 from helpers import (
     assert_near,
     random_text_model,
@@ -186,7 +186,7 @@ def test_frames_longer_than_the_window_are_refused_where_they_see_each_other_bey
     config = copy.deepcopy(model.config)
     config.text_config.sliding_window = 5
     with pytest.raises(ValueError, match="6 tokens of a frame are more than the model's window of 5"):
-        video_family(config).frame_grid(config, processor, 1, 60, 90, 4.0)
+        video_family(config).frame_grid(config, processor, sampled_of(1, 60, 90))
 
 
 # ---- ids beside embeddings

@@ -7,7 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from families import build
+from families import build, sampled_of
 from helpers import assert_near, session_logits, stock_inputs, stock_logits
 
 import tieredkv
@@ -59,7 +59,7 @@ def test_places_of_patches_do_not_depend_on_the_default_dtype():
     """From bfloat16 up, where whole numbers above 256 are rounded."""
     model, processor = build("glm4v")
     family, wide = families.video_family(model.config), np.random.default_rng(2).integers(0, 256, (2, 28, 4200, 3))
-    inputs = family.preprocessor(model.config, processor, *wide.shape[:3], 4.0)(wide.astype(np.uint8))
+    inputs = family.preprocessor(model.config, processor, sampled_of(*wide.shape[:3]))(wide.astype(np.uint8))
     assert inputs["video_grid_thw"][0, 2] > 256
     expected = model.model.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"])
     try:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import BUILD, build
+from families import BUILD, build, sampled_of
 from helpers import assert_near, session_logits, stock_inputs, stock_logits
 from transformers.models.gemma4 import video_processing_gemma4
 
@@ -80,8 +80,8 @@ def test_answers_are_those_of_stock_with_its_limits(name, limit, options, film, 
 def test_segments_have_the_features_of_the_whole(name, film):
     model, processor = build(name)
     family = families.video_family(model.config)
-    shape = (*film.shape[:3], 4.0, STOCK[name][0])
-    preprocess, whole = (family.preprocessor(model.config, processor, *shape) for _ in range(2))
+    sampled = sampled_of(*film.shape[:3], STOCK[name][0])
+    preprocess, whole = (family.preprocessor(model.config, processor, sampled) for _ in range(2))
     segments = [family.encode(model, preprocess(film[begin : begin + 6])) for begin in range(0, FRAMES, 6)]
     assert_near(torch.cat(segments), family.encode(model, whole(film)))
 
@@ -95,7 +95,7 @@ def test_frames_have_at_most_max_pixels_and_are_not_enlarged(name, size):
     edge = family.tower_size(model.config, processor, 1, 1)[0]
     for limit in (14 * 14 * 8, 28 * 28 * 3, 28 * 28 * 30, 10 * 140 * 140):
         try:
-            steps, rows, columns = family.frame_grid(model.config, processor, 9, height, width, 4.0, limit)
+            steps, rows, columns = family.frame_grid(model.config, processor, sampled_of(9, height, width, limit))
         except OptionError:  # the least that it takes: below
             continue
         assert steps == -(-9 // family.step_frames(model.config))
@@ -122,7 +122,7 @@ def test_gemma_takes_the_fewest_tokens_that_do_not_shrink_a_frame(monkeypatch):
     family = families.video_family(model.config)
 
     def tokens(edge: int, limit: int) -> int:
-        _, rows, columns = family.frame_grid(model.config, processor, 1, edge, edge, 4.0, limit)
+        _, rows, columns = family.frame_grid(model.config, processor, sampled_of(1, edge, edge, limit))
         return rows * columns
 
     assert tokens(42, 14 * 14 * 100) == 9  # as large as it is, though the limit allows more
@@ -133,11 +133,10 @@ def test_gemma_takes_the_fewest_tokens_that_do_not_shrink_a_frame(monkeypatch):
 def test_thin_frames_need_more_pixels_than_a_square():
     model, processor = build("qwen2_5_vl")
     family = families.video_family(model.config)
-    shape = (model.config, processor, 8, 30, 1900, 4.0)
     with pytest.raises(OptionError, match="is too few for frames of 1900x30") as refusal:
-        family.frame_grid(*shape, 28 * 28)
+        family.frame_grid(model.config, processor, sampled_of(8, 30, 1900, 28 * 28))
     least = int(str(refusal.value).rpartition("max_pixels=")[2].split()[0])
-    _, rows, columns = family.frame_grid(*shape, least)
+    _, rows, columns = family.frame_grid(model.config, processor, sampled_of(8, 30, 1900, least))
     assert rows * columns * 28 * 28 <= least
 
 

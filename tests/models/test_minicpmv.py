@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from families import build
+from families import build, sampled_of
 from helpers import assert_near, session_logits, stock_inputs, stock_logits
 
 import tieredkv
@@ -145,7 +145,7 @@ def test_ids_of_markers_that_are_not_the_tokenizers_are_refused():
     config = copy.deepcopy(model.config)
     config.slice_end_id = None
     with pytest.raises(UnsupportedModelError, match=r"slice_end_id is None, but '</slice>' has the id \d+"):
-        families.video_family(config).frame_grid(config, processor, 5, 60, 90, 4.0)
+        families.video_family(config).frame_grid(config, processor, sampled_of(5, 60, 90))
 
 
 @VERSIONS
@@ -156,7 +156,7 @@ def test_places_of_patches_do_not_depend_on_the_default_dtype(name):
     processor = copy.deepcopy(processor)
     processor.video_processor.scale_resolution = 448
     family, film = families.video_family(model.config), frames((336, 448), 2)
-    inputs = family.preprocessor(model.config, processor, *film.shape[:3], 4.0)(film)
+    inputs = family.preprocessor(model.config, processor, sampled_of(*film.shape[:3]))(film)
     sizes = inputs["target_sizes_videos"]
     expected = model.model.get_video_features(inputs["pixel_values_videos"], sizes, return_dict=True).pooler_output
     assert torch.equal(family.encode(model, inputs), torch.cat(expected))

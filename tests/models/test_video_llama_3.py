@@ -7,7 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from families import build
+from families import build, sampled_of
 from helpers import assert_near, session_logits, stock_inputs, stock_logits, tier_options
 
 import tieredkv
@@ -87,13 +87,15 @@ def test_a_plan_counts_the_most_tokens_that_a_film_can_have(film):
 def test_two_videos_at_once_are_compared_each_with_itself(film):
     model, processor = build("video_llama_3")
     family = families.video_family(model.config)
-    first, second = (family.preprocessor(model.config, processor, *film.shape[:3], 4.0) for _ in range(2))
+    first, second = (family.preprocessor(model.config, processor, sampled_of(*film.shape[:3])) for _ in range(2))
     kept = []
     for begin in range(0, len(film), 6):
         inputs = first(film[begin : begin + 6])
         second(film[:6])
         kept += family.lengths(inputs)
-    assert tuple(kept) == family.lengths(family.preprocessor(model.config, processor, *film.shape[:3], 4.0)(film))
+    assert tuple(kept) == family.lengths(
+        family.preprocessor(model.config, processor, sampled_of(*film.shape[:3]))(film)
+    )
 
 
 @torch.no_grad()

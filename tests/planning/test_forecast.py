@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from command_line import run
+from families import sampled_of
 from helpers import random_text_model, text_config, tier_options
 
 from tieredkv.api import new_session
@@ -299,7 +300,7 @@ def test_a_package_that_the_vision_tower_needs_is_named(seven_billion, monkeypat
 
 
 def batch_tokens(height, width, grid, tiers):
-    return encode.batch_tokens(Qwen25VL(), build_config(), height, width, VideoGrid(*grid, 0.5), tiers)
+    return encode.batch_tokens(Qwen25VL(), build_config(), sampled_of(1, height, width), VideoGrid(*grid, 0.5), tiers)
 
 
 def test_a_call_of_the_tower_takes_whole_steps_within_the_bounds():

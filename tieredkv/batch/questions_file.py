@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tieredkv.batch.films import films
-from tieredkv.errors import BatchError, OptionError, VideoError
+from tieredkv.errors import BatchError, OptionError, VideoError, check_value
 from tieredkv.evidence.target import check_wanted
 from tieredkv.session import generation_settings
 from tieredkv.video.sampling import Sampling
@@ -147,5 +147,7 @@ def _parse(number: int, line: bytes, folder: Path, sampling: Sampling) -> BatchQ
 
 
 def _check_options(options: dict[str, Any]) -> None:
-    generation_settings.check_options(options, also=("evidence",))
+    generation_settings.check_options(options, also=("evidence", "timestamps"))
     check_wanted(options.get("evidence", True))
+    timestamps = options.get("timestamps", False)
+    check_value(isinstance(timestamps, bool), "timestamps", timestamps, "true or false")

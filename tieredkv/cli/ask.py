@@ -25,6 +25,7 @@ from tieredkv.cli.options import (
     Start,
     Subtitles,
     System,
+    Timestamps,
     Weights,
     given,
 )
@@ -57,6 +58,7 @@ def ask(
     end: End = None,
     skip_damaged: SkipDamaged = False,
     subtitles: Subtitles = None,
+    timestamps: Timestamps = False,
     allow_url: AllowUrl = False,
     system: System = None,
     max_new_tokens: NewTokens = 256,
@@ -100,14 +102,16 @@ def ask(
         question=question,
         max_new_tokens=max_new_tokens,
     ) as (video_session, unsaved):
+        from tieredkv.cli.stats import say_times
         from tieredkv.cli.terminal import TerminalStreamer
 
         counter = TerminalStreamer(video_session.processor.tokenizer, shown=False)
-        answer = video_session.ask(question, max_new_tokens=max_new_tokens, streamer=counter)
+        answer = video_session.ask(question, max_new_tokens=max_new_tokens, timestamps=timestamps, streamer=counter)
     if as_json:
         print_json(answer.as_dict())
     else:
         typer.echo(answer.text)
+    say_times(answer)
     if evidence is not None:
         lacks = "" if videos else ", with times but no frames: to see them, give the film before the question"
         print(f"tieredkv: wrote {_draw(answer, evidence, question, films)}{lacks}.", file=sys.stderr)

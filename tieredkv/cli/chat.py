@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,6 +24,7 @@ from tieredkv.cli.options import (
     Start,
     Subtitles,
     System,
+    Timestamps,
     Weights,
     given,
 )
@@ -54,6 +55,7 @@ def chat(
     end: End = None,
     skip_damaged: SkipDamaged = False,
     subtitles: Subtitles = None,
+    timestamps: Timestamps = False,
     allow_url: AllowUrl = False,
     system: System = None,
     max_new_tokens: NewTokens = 256,
@@ -72,7 +74,8 @@ def chat(
     sampling = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels, start=start, end=end)
     sampling |= given(skip_damaged=skip_damaged or None, subtitles=subtitles, fit=fit or None)
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
-    options = {"max_new_tokens": max_new_tokens}
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens}
+    answering = options | given(timestamps=timestamps or None)
     check_options(tiers, sampling, max_new_tokens)
     if session is None or not is_there(session):  # else the file names the model
         check_model(model, weights)
@@ -94,7 +97,7 @@ def chat(
 
         if unsaved is not None:
             print(f"tieredkv: {unsaved}", file=sys.stderr)
-        talk = Talk(video_session, options, as_json, save_to=session)
+        talk = Talk(video_session, answering, as_json, save_to=session)
         interactive = sys.stdin.isatty()
         if interactive:
             earlier = f", {counted(len(video_session.history), 'question')} so far" if video_session.history else ""

@@ -98,6 +98,11 @@ PolicyName = Annotated[
 NewTokens = Annotated[int, typer.Option(envvar="TIEREDKV_MAX_NEW_TOKENS", help="Longest answer, in tokens.")]
 
 
+Timestamps = Annotated[
+    bool, typer.Option("--timestamps", help="Ask for times, where the model is told them, and list those named.")
+]
+
+
 def subtitle_file(value: str) -> str:
     """The absolute path of a subtitle file that is there, or "auto". Raises `VideoError`."""
     if value == "auto":

@@ -26,6 +26,7 @@ from tieredkv.cli.options import (
     Start,
     Subtitles,
     System,
+    Timestamps,
     Weights,
     given,
     model_path,
@@ -62,6 +63,7 @@ def run(
     max_pixels: MaxPixels = None,
     skip_damaged: SkipDamaged = False,
     subtitles: Subtitles = None,
+    timestamps: Timestamps = False,
     fit: Fit = False,
     allow_url: AllowUrl = False,
     start: Start = None,
@@ -88,7 +90,8 @@ def run(
         raise BatchError("--retry-errors continues an existing file of answers: give --resume too.")
     if resume and output == "-":
         raise BatchError("--resume continues a file of answers: give -o a file, not stdout.")
-    options = {"max_new_tokens": max_new_tokens}
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens}
+    answering = options | given(timestamps=timestamps or None)
     tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
     sampled = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels, start=start, end=end)
     sampled |= given(skip_damaged=skip_damaged or None, subtitles=subtitles, fit=fit or None)
@@ -111,7 +114,7 @@ def run(
             kept = None if sessions is None else SessionFolder(sessions, ModelSource.of(path, weights), _say)
             opener = _opener(path, weights, tiers, system, options, kept, allow_url)
             answers.begin()
-            run_batch(batch, answers, opener, options, _say)
+            run_batch(batch, answers, opener, answering, _say)
     failed, unsaved = len(answers.failed), kept.unsaved if kept else 0
     again = ": --resume --retry-errors asks again" if failed and output != "-" else ""
     lost = f"; sessions not saved: {unsaved}" if unsaved else ""

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+
 from tieredkv.memory.units import size_text as size
-from tieredkv.progress import spans_text
-from tieredkv.session.results import Stats
+from tieredkv.progress import spans_text, timecode
+from tieredkv.session.results import Generation, Stats
+
+
+def say_times(answer: Generation) -> None:
+    """Report on stderr the times that an answer names, if it was asked for them."""
+    if answer.times is not None:
+        named = ", ".join(timecode(time.seconds) for time in answer.times) or "none"
+        print(f"tieredkv: times named: {named}.", file=sys.stderr, flush=True)
 
 
 def stats_lines(stats: Stats) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tieredkv.cli.opening import is_there
-from tieredkv.cli.stats import stats_lines
+from tieredkv.cli.stats import say_times, stats_lines
 from tieredkv.cli.terminal import Stopped, TerminalStreamer, stopped_by_interrupt
 from tieredkv.errors import FAILURES, SessionError, TieredKVError, reason
 from tieredkv.memory.units import size_text
@@ -79,6 +79,7 @@ class Talk:
             print_json(answer.as_dict())
         elif not streamer.wrote_text:  # an empty answer is a line too
             print(flush=True)
+        say_times(answer)
 
     def _command(self, name: str, rest: str = "") -> None:
         if name == "/save":

@@ -8,6 +8,8 @@ import io
 import string
 from pathlib import Path
 
+from PIL import Image
+
 from tieredkv.evidence.moments import Evidence
 from tieredkv.evidence.strip import columns, percent, span, spread, ticks
 from tieredkv.evidence.view import LONG_ANSWER, View, scaled
@@ -35,6 +37,7 @@ def to_html(view: View) -> str:
         answer=html.escape(view.answer or "(no answer)"),
         long=" long" if len(view.answer) > LONG_ANSWER else "",
         strip=_strip(evidence),
+        named=_named(view),
         moments="\n".join(_figure(view, place) for place in range(len(evidence))) or _NOTHING,
         note=html.escape(view.note()),
         ratio=f"{ratio:.4f}",
@@ -77,15 +80,36 @@ def _strip(evidence: Evidence) -> str:
     return "\n".join(parts)
 
 
+def _named(view: View) -> str:
+    """The times that the answer names, each a link to its frame."""
+    if not view.named:
+        return ""
+    links, figures = [], []
+    for number, (time, frame) in enumerate(view.named, start=1):
+        at = timecode(time.seconds)
+        links.append(f'<a href="#time-{number}">{at}</a>')
+        figures.append(
+            f'<figure id="time-{number}">{_picture(frame, f"frame at {at}")}<figcaption>{at}</figcaption></figure>'
+        )
+    return (
+        f'<p class="times">Times named: {", ".join(links)}</p>\n<div class="moments">\n'
+        + "\n".join(figures)
+        + "\n</div>"
+    )
+
+
 def _figure(view: View, place: int) -> str:
     moment = view.evidence[place]
-    inside = '<div class="none">no frame</div>'
-    if view.frames is not None:
-        buffer = io.BytesIO()
-        scaled(view.frames[place], FRAME, FRAME).convert("RGB").save(buffer, "JPEG", quality=85)
-        data = base64.b64encode(buffer.getvalue()).decode()
-        inside = f'<img alt="frame at {timecode(moment.peak)}" src="data:image/jpeg;base64,{data}">'
+    inside = _picture(None if view.frames is None else view.frames[place], f"frame at {timecode(moment.peak)}")
     return (
         f'<figure id="moment-{place + 1}">{inside}<b>{place + 1}</b><i>{percent(moment.weight)}</i>'
         f"<figcaption>{span(moment, DASH)}</figcaption></figure>"
     )
+
+
+def _picture(frame: Image.Image | None, alt: str) -> str:
+    if frame is None:
+        return '<div class="none">no frame</div>'
+    buffer = io.BytesIO()
+    scaled(frame, FRAME, FRAME).convert("RGB").save(buffer, "JPEG", quality=85)
+    return f'<img alt="{alt}" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'

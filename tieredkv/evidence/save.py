@@ -5,14 +5,16 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Protocol
 
 from tieredkv.errors import OptionError
 from tieredkv.evidence import page, sheet
 from tieredkv.evidence.moments import Evidence
+from tieredkv.evidence.named_times import NamedTime
 from tieredkv.evidence.target import check_target
-from tieredkv.evidence.view import View, moment_frames
+from tieredkv.evidence.view import View, frames_at, moment_frames
 from tieredkv.storage.atomic import replace_file
 from tieredkv.video.frames import states_its_rate
 from tieredkv.video.media import Medium, Video, media_of
@@ -26,6 +28,9 @@ class Answer(Protocol):
 
     @property
     def evidence(self) -> Evidence | None: ...
+
+    @property
+    def times(self) -> tuple[NamedTime, ...] | None: ...
 
 
 def save_evidence(
@@ -57,7 +62,11 @@ def save_evidence(
         raise OptionError("the video is given as frames: give source_fps=, their number per second.")
     frames = None if shown is None else moment_frames(evidence, shown, source_fps)
     name = Path(str(source)).name if isinstance(source, str | os.PathLike) else ""
-    view = View(_plain(question), _plain(answer.text), evidence, frames, _plain(name))
+    # An end that is named is no longer shown: the frame just before it is.
+    times = [min(time.seconds, evidence.end - 0.5) for time in answer.times or ()]
+    pictures = None if shown is None else frames_at(times, shown, source_fps, bool(evidence.damaged))
+    named = tuple(zip_longest(answer.times or (), pictures or ()))
+    view = View(_plain(question), _plain(answer.text), evidence, frames, _plain(name), named)
     data = _png(view) if path.suffix.lower() == ".png" else page.to_html(view).encode()
     with replace_file(path, len(data)) as part:
         part.write_bytes(data)

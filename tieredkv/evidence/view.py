@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
 
 from tieredkv.evidence.moments import Evidence
+from tieredkv.evidence.named_times import NamedTime
 from tieredkv.progress import spans_text, timecode
 from tieredkv.video.media import Video, media_of
 from tieredkv.video.sampling import Sampling
@@ -31,6 +33,8 @@ class View:
     """One per moment; None if there is no video to take them from."""
     video: str
     """Name of the video; empty if unknown."""
+    named: tuple[tuple[NamedTime, Image.Image | None], ...] = ()
+    """The times that the answer names, with their frames."""
 
     def note(self) -> str:
         """The line below the moments."""
@@ -45,12 +49,20 @@ class View:
 
 
 def moment_frames(evidence: Evidence, video: Any, source_fps: float | None = None) -> list[Image.Image]:
-    """The frame at each moment's peak, decoded from the video, at most `LARGEST` pixels wide and high."""
+    """The frame at each moment's peak; see `frames_at`."""
+    peaks = [moment.peak for moment in evidence]
+    return frames_at(peaks, video, source_fps, skip_damaged=bool(evidence.damaged))
+
+
+def frames_at(
+    times: Iterable[float], video: Any, source_fps: float | None = None, skip_damaged: bool = False
+) -> list[Image.Image]:
+    """The frames shown at some times, in seconds, decoded from the video, at most `LARGEST` pixels wide and high."""
     frames, (medium, *_) = [], media_of(video)
     if isinstance(medium, Video):
         medium = Video(medium.source)  # whatever part of it was read
-    for moment in evidence:
-        source = medium.open(Sampling(1.0, source_fps, 1, moment.peak, skip_damaged=bool(evidence.damaged)))
+    for time in times:
+        source = medium.open(Sampling(1.0, source_fps, 1, time, skip_damaged=skip_damaged))
         pictures = source.frames()
         frame = Image.fromarray(next(pictures).copy())
         frames.append(scaled(frame, LARGEST, LARGEST) if max(frame.size) > LARGEST else frame)

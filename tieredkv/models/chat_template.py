@@ -300,10 +300,8 @@ class ChatTemplate:
         """
         family, step_frames = self.family, self.family.step_frames(config)
         try:
-            steps, rows, columns = family.frame_grid(
-                config, self.processor, video.frames, video.height, video.width, video.fps, video.max_pixels
-            )
-            slices = family.slices(config, self.processor, video.height, video.width, video.max_pixels)
+            steps, rows, columns = family.frame_grid(config, self.processor, video)
+            slices = family.slices(config, self.processor, video)
         except UnsupportedModelError:
             raise
         except ValueError as error:

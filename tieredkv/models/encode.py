@@ -11,6 +11,7 @@ import torch
 
 from tieredkv.config import DEFAULT_FPS, TierConfig
 from tieredkv.models.families.base import VideoFamily, VideoGrid
+from tieredkv.video.frames import Sampled
 from tieredkv.video.sampling import Sampling
 
 ENCODE_BYTES = 256 * 2**20
@@ -30,17 +31,17 @@ def at_processor_rate(sampling: Sampling, processor: Any) -> Sampling:
     return replace(sampling, fps=getattr(processor.video_processor, "fps", None) or DEFAULT_FPS)
 
 
-def batch_tokens(family: VideoFamily, config: Any, height: int, width: int, grid: VideoGrid, tiers: TierConfig) -> int:
+def batch_tokens(family: VideoFamily, config: Any, sampled: Sampled, grid: VideoGrid, tiers: TierConfig) -> int:
     """Visual tokens to encode per call of the vision tower: whole temporal steps, at least one.
 
-    config: the model's. height, width: of the frames before they are resized. `tiers.encode_batch` if it is given;
+    config: the model's. sampled: its frames before they are resized. `tiers.encode_batch` if it is given;
     otherwise as many as keep a call's activations under `ENCODE_BYTES`, the frames in memory under `FRAME_BYTES` and
     the call under half a prefill chunk, in at least `LEAST_SEGMENTS` calls.
     """
     per_step = grid.step_tokens
     wanted = tiers.encode_batch
     if wanted is None:
-        frames = SEGMENTS_HELD * family.step_frames(config) * height * width * 3
+        frames = SEGMENTS_HELD * family.step_frames(config) * sampled.height * sampled.width * 3
         activations = family.encode_bytes(config, (grid.steps, grid.step_tokens // grid.columns, grid.columns))
         most = min(ENCODE_BYTES // activations, FRAME_BYTES // frames, -(-grid.steps // LEAST_SEGMENTS))
         wanted = min(per_step * most, tiers.prefill_chunk // 2)

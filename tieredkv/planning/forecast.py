@@ -352,8 +352,7 @@ class _Video:
         return family.tower_size(self.source.config, processor, self.grid.rows, self.grid.columns)
 
     def encode_batch(self, tiers: TierConfig) -> int:
-        config, video = self.source.config, self.sampled
-        return batch_tokens(self.template.family, config, video.height, video.width, self.grid, tiers)
+        return batch_tokens(self.template.family, self.source.config, self.sampled, self.grid, tiers)
 
     def encode_bytes(self, tiers: TierConfig) -> int:
         """Activations of a call of the vision tower."""

@@ -17,6 +17,7 @@ from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.errors import BudgetError
 from tieredkv.evidence import moments
 from tieredkv.evidence.moments import Evidence, Shown
+from tieredkv.evidence.named_times import named_times
 from tieredkv.evidence.target import Wanted
 from tieredkv.models.switch import use_attention
 from tieredkv.planning.admission import Request, check_memory
@@ -43,6 +44,8 @@ class UserQuestion:
     """Whether the conversation so far belongs to the prompt."""
     trace: bool = False
     evidence: Wanted = True
+    timestamps: bool = False
+    """Whether the answer is searched for times."""
 
     def with_streamer(self, streamer: Any) -> UserQuestion:
         """The same, with a streamer."""
@@ -83,6 +86,8 @@ def ask(
             each = user_question.evidence == "tokens"
             evidence = collect_evidence(cached, question.looks, rows, len(result.token_ids), each)
             result = replace(result, evidence=evidence)
+        if user_question.timestamps:
+            result = replace(result, times=named_times(result.text, *video.last.span))
     finally:
         cache.truncate(video.tokens)
         cache.expect(CONTEXT)

@@ -8,6 +8,7 @@ from typing import Any
 
 from tieredkv.cache.counters import Selection
 from tieredkv.evidence.moments import Evidence, Moment
+from tieredkv.evidence.named_times import NamedTime
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,10 +106,12 @@ class Generation:
     """The chunks that dynamic heads attended to, step by step, with `trace=True`."""
     evidence: Evidence | None = field(default=None, repr=False)
     """The moments of the video that question and answer attended to; None with `evidence=False`."""
+    times: tuple[NamedTime, ...] | None = field(default=None, repr=False)
+    """With `timestamps=True`: the times of the video that the answer names."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON: text, token ids, evidence and statistics. `token_evidence` if it was asked for, and
-        `media`, the names of what moments are of, if there are several videos and pictures."""
+        """Plain values, for JSON: text, token ids, evidence and statistics; `token_evidence` and `times` if asked for,
+        and `media`, the names of what moments are of, if there are several videos and pictures."""
         found = self.evidence
         return {
             "text": self.text,
@@ -116,6 +119,7 @@ class Generation:
             "evidence": None if found is None else [moment.as_dict() for moment in found],
             **({"media": [part.source for part in found.parts]} if found is not None and found.parts else {}),
             **({} if found is None or found.tokens is None else {"token_evidence": _plain(found.tokens)}),
+            **({} if self.times is None else {"times": [time.as_dict() for time in self.times]}),
             **self.stats.as_dict(),
         }
 

@@ -42,12 +42,10 @@ def prepare(
     family, video = template.family, Sampled.of(source, max_pixels)
     grid = template.grid(config, video)
     try:
-        preprocess = family.preprocessor(
-            config, template.processor, video.frames, video.height, video.width, video.fps, max_pixels
-        )
+        preprocess = family.preprocessor(config, template.processor, video)
     except ValueError as error:
         raise refused(video, error) from None
-    batch = batch_tokens(family, config, video.height, video.width, grid, tiers)
+    batch = batch_tokens(family, config, video, grid, tiers)
     return Prepared(
         template=template,
         source=source,

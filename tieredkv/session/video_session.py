@@ -15,6 +15,7 @@ from tieredkv.models import families, kernels
 from tieredkv.models.chat_template import ChatTemplate
 from tieredkv.models.families.base import Positions, VideoFamily, VideoGrid
 from tieredkv.models.prompts import check_prompt
+from tieredkv.models.timestamps import check_timestamps, times_request
 from tieredkv.models.wrapped import unwrapped
 from tieredkv.progress import progress_bar
 from tieredkv.session import conversation_file, generation, question, session_file
@@ -181,17 +182,28 @@ class VideoSession(AsyncAsking):
     @overload
     def ask(self, prompt: str, *, stream: Literal[True], **options: Any) -> AnswerStream: ...
     def ask(
-        self, prompt: str, *, trace: bool = False, evidence: Wanted = True, stream: bool = False, **options: Any
+        self,
+        prompt: str,
+        *,
+        trace: bool = False,
+        evidence: Wanted = True,
+        timestamps: bool = False,
+        stream: bool = False,
+        **options: Any,
     ) -> Generation | AnswerStream:
         """Answer a question about the video, as if it were the first asked.
 
         options: transformers' generation options (`max_new_tokens`, `do_sample`, `temperature`, `stop_strings` ...,
         `streamer`, `stopping_criteria`, `generation_config`). trace: record which chunks each step attended to.
-        evidence: report the moments of the video that were attended to; "tokens": also those of every token. stream:
-        return an iterator of pieces of text as they are generated, with the answer as its `generation` at the end.
+        evidence: report the moments of the video that were attended to; "tokens": also those of every token.
+        timestamps: ask for times, which `Generation.times` lists; for one video, and models whose prompts tell them
+        when each frame is shown. stream: return an iterator of pieces of text as they are generated, with the answer as
+        its `generation` at the end.
         Raises `PromptError`, `OptionError` or `BudgetError`; the session can be asked again after any of them.
         """
-        work = self.asking(prompt, {**options, "trace": trace, "evidence": evidence}, stream=stream)
+        work = self.asking(
+            prompt, {**options, "trace": trace, "evidence": evidence, "timestamps": timestamps}, stream=stream
+        )
         return AnswerStream(work) if stream else work.run(None)
 
     @overload
@@ -199,7 +211,14 @@ class VideoSession(AsyncAsking):
     @overload
     def chat(self, prompt: str, *, stream: Literal[True], **options: Any) -> AnswerStream: ...
     def chat(
-        self, prompt: str, *, trace: bool = False, evidence: Wanted = True, stream: bool = False, **options: Any
+        self,
+        prompt: str,
+        *,
+        trace: bool = False,
+        evidence: Wanted = True,
+        timestamps: bool = False,
+        stream: bool = False,
+        **options: Any,
     ) -> Generation | AnswerStream:
         """Continue the conversation: the model sees the questions and answers of earlier `chat` calls.
 
@@ -207,7 +226,12 @@ class VideoSession(AsyncAsking):
         host memory, and are prefilled again only where they could not be (see "Conversations" in docs/sessions.md); the
         video never is. A turn that fails, or is stopped before the answer is complete, leaves `history` as it was.
         """
-        work = self.asking(prompt, {**options, "trace": trace, "evidence": evidence}, chat=True, stream=stream)
+        work = self.asking(
+            prompt,
+            {**options, "trace": trace, "evidence": evidence, "timestamps": timestamps},
+            chat=True,
+            stream=stream,
+        )
         return AnswerStream(work) if stream else work.run(None)
 
     @property
@@ -227,13 +251,17 @@ class VideoSession(AsyncAsking):
         """
         options = dict(options)
         trace, evidence = options.pop("trace", False), options.pop("evidence", True)
+        timestamps = options.pop("timestamps", False)
         with generation.ending_on_error(options.get("streamer")):
             self._check_open()
             check_stream(stream, options)
             check_wanted(evidence)
             generation.check_options(options, model_config=self.model.generation_config)
             check_prompt(prompt)
-        return Work(partial(self._answer, UserQuestion(prompt, options, chat, trace, evidence)), self._turns.line)
+            if check_timestamps(timestamps):
+                prompt += f"\n{times_request(self.template)}"
+        asked = UserQuestion(prompt, options, chat, trace, evidence, timestamps)
+        return Work(partial(self._answer, asked), self._turns.line)
 
     def _answer(self, user_question: UserQuestion, job: Job | None) -> Generation:
         streamer = user_question.options.get("streamer")

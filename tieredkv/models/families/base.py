@@ -12,6 +12,7 @@ import torch
 
 from tieredkv.environment.versions import NEWEST, OLDEST, cache_argument
 from tieredkv.errors import OptionError
+from tieredkv.video.frames import Sampled
 
 Positions = Literal["published", "stock"]
 """How a prompt with a video is written and numbered: as the model's authors do it, or as transformers does."""
@@ -164,6 +165,8 @@ class VideoFamily(ABC):
     """Fields of the config, besides those that many families have, on which keys and values depend."""
     vision_settings: tuple[str, ...] = ()
     """The same of the vision tower's config."""
+    time_form: str | None = None
+    """How its prompts write the time of frames, by an example; None: they do not."""
     tested: tuple[str, str] = (OLDEST, NEWEST)
     """The oldest and the newest transformers that it is tested with."""
     alone: str = ""
@@ -213,21 +216,12 @@ class VideoFamily(ABC):
     # ---- pixels
 
     @abstractmethod
-    def frame_grid(
-        self,
-        config: Any,
-        processor: Any,
-        frames: int,
-        height: int,
-        width: int,
-        fps: float,
-        max_pixels: int | None = None,
-    ) -> tuple[int, int, int]:
-        """Temporal steps, rows and columns of visual tokens for `frames` frames of `height` x `width` pixels.
+    def frame_grid(self, config: Any, processor: Any, sampled: Sampled) -> tuple[int, int, int]:
+        """Temporal steps, rows and columns of visual tokens of a video.
 
-        max_pixels: most pixels of a frame as the vision tower sees it, in place of the processor's limits (None:
-        those); frames are not enlarged to reach it. Raises `ValueError` if the processor refuses such frames, and
-        `OptionError` if no frame has so few pixels, or frames have one fixed size.
+        sampled.max_pixels: most pixels of a frame as the vision tower sees it, in place of the processor's limits
+        (None: those); frames are not enlarged to reach it. Raises `ValueError` if the processor refuses such frames,
+        and `OptionError` if no frame has so few pixels, or frames have one fixed size.
         """
 
     @abstractmethod
@@ -236,28 +230,19 @@ class VideoFamily(ABC):
 
     @abstractmethod
     def preprocessor(
-        self,
-        config: Any,
-        processor: Any,
-        frames: int,
-        height: int,
-        width: int,
-        fps: float,
-        max_pixels: int | None = None,
+        self, config: Any, processor: Any, sampled: Sampled
     ) -> Callable[[np.ndarray], dict[str, torch.Tensor]]:
         """A function that preprocesses a segment, uint8 `(n, H, W, 3)`, as the processor does in a whole video.
 
-        frames: number in the whole video, on which the size may depend. max_pixels: as for `frame_grid`. The function
-        is called with the segments of one video in order. A segment whose n is not a multiple of `step_frames` is
-        padded; only the last may be.
+        sampled: the whole video, on whose number of frames the size may depend. The function is called with the
+        segments of one video in order. A segment whose n is not a multiple of `step_frames` is padded; only the last
+        may be.
         """
 
-    def slices(
-        self, config: Any, processor: Any, height: int, width: int, max_pixels: int | None = None
-    ) -> Slices | None:
-        """The tiles into which the processor cuts each frame of `height` x `width` pixels; None: it does not.
+    def slices(self, config: Any, processor: Any, sampled: Sampled) -> Slices | None:
+        """The tiles into which the processor cuts each frame; None: it does not.
 
-        max_pixels: of a frame and its tiles together.
+        sampled.max_pixels: of a frame and its tiles together.
         """
         return None
 
@@ -343,11 +328,11 @@ class VideoFamily(ABC):
 class TooFewPixels(OptionError):
     """A `max_pixels` below the fewest pixels that a processor makes of a frame."""
 
-    def __init__(self, max_pixels: int, height: int, width: int, least: int) -> None:
-        """height, width: of the frame. least: the lowest limit that works."""
+    def __init__(self, sampled: Sampled, least: int) -> None:
+        """least: the lowest limit that works."""
         super().__init__(
-            f"max_pixels={max_pixels} is too few for frames of {width}x{height}: this model takes at least {least:,} "
-            f"pixels of them. Give max_pixels={least} or more."
+            f"max_pixels={sampled.max_pixels} is too few for frames of {sampled.width}x{sampled.height}: this model "
+            f"takes at least {least:,} pixels of them. Give max_pixels={least} or more."
         )
         self.least = least
 

@@ -13,6 +13,7 @@ from tieredkv.environment.versions import cache_argument
 from tieredkv.models.families.base import TooFewPixels, activation_bytes
 from tieredkv.models.families.decoder import TIERED, Decoder
 from tieredkv.models.families.per_frame import EachFrame
+from tieredkv.video.frames import Sampled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -33,6 +34,7 @@ class Gemma4(EachFrame):
     model_types: tuple[str, ...] = ("gemma4",)
     vision_modules: frozenset[str] = frozenset({"vision_tower", "embed_vision", "audio_tower", "embed_audio"})
     vision_settings: tuple[str, ...] = ("pooling_kernel_size", "position_embedding_size", "standardize")
+    time_form = "01:02"
     seeing_ahead: tuple[str, ...] = ("sliding_attention",)
     """Types of layers in which the tokens of a frame see each other whole, if the config asks for it."""
 
@@ -49,41 +51,32 @@ class Gemma4(EachFrame):
     def ending(self, processor: Any) -> str:
         return processor.eoi_token
 
-    def frame_grid(
-        self,
-        config: Any,
-        processor: Any,
-        frames: int,
-        height: int,
-        width: int,
-        fps: float,
-        max_pixels: int | None = None,
-    ) -> tuple[int, int, int]:
+    def frame_grid(self, config: Any, processor: Any, sampled: Sampled) -> tuple[int, int, int]:
         from transformers.models.gemma4.video_processing_gemma4 import get_aspect_ratio_preserving_size
 
         video = processor.video_processor
         patch, pooled = video.patch_size, video.pooling_kernel_size
-        most = self.limits(processor, height, width, max_pixels).get("max_soft_tokens", video.max_soft_tokens)
-        size = get_aspect_ratio_preserving_size(height, width, patch, most * pooled**2, pooled)
+        most = self.limits(processor, sampled).get("max_soft_tokens", video.max_soft_tokens)
+        size = get_aspect_ratio_preserving_size(sampled.height, sampled.width, patch, most * pooled**2, pooled)
         rows, columns = (edge // (patch * pooled) for edge in size)
-        return frames, rows, columns
+        return sampled.frames, rows, columns
 
     def tower_size(self, config: Any, processor: Any, rows: int, columns: int) -> tuple[int, int]:
         edge = processor.video_processor.patch_size * processor.video_processor.pooling_kernel_size
         return rows * edge, columns * edge
 
-    def limits(self, processor: Any, height: int, width: int, max_pixels: int | None) -> dict[str, Any]:
+    def limits(self, processor: Any, sampled: Sampled) -> dict[str, Any]:
         """The processor fits frames into one of a few numbers of tokens: the fewest that do not shrink a frame, at most
         those of `max_pixels`."""
-        if max_pixels is None:
+        if sampled.max_pixels is None:
             return {}
         from transformers.models.gemma4.video_processing_gemma4 import _SUPPORTED_SOFT_TOKENS
 
         token = math.prod(self.tower_size(None, processor, 1, 1))
-        allowed = [tokens for tokens in sorted(_SUPPORTED_SOFT_TOKENS) if tokens * token <= max_pixels]
+        allowed = [tokens for tokens in sorted(_SUPPORTED_SOFT_TOKENS) if tokens * token <= sampled.max_pixels]
         if not allowed:
-            raise TooFewPixels(max_pixels, height, width, min(_SUPPORTED_SOFT_TOKENS) * token)
-        whole = [tokens for tokens in allowed if tokens * token >= height * width]
+            raise TooFewPixels(sampled, min(_SUPPORTED_SOFT_TOKENS) * token)
+        whole = [tokens for tokens in allowed if tokens * token >= sampled.height * sampled.width]
         return {"max_soft_tokens": min(whole, default=max(allowed))}
 
     def encode(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -144,17 +137,8 @@ class Gemma4Unified(Gemma4):
     vision_settings: tuple[str, ...] = ("pooling_kernel_size", "mm_embed_dim", "mm_posemb_size")
     seeing_ahead: tuple[str, ...] = ("sliding_attention", TIERED)
 
-    def frame_grid(
-        self,
-        config: Any,
-        processor: Any,
-        frames: int,
-        height: int,
-        width: int,
-        fps: float,
-        max_pixels: int | None = None,
-    ) -> tuple[int, int, int]:
-        steps, rows, columns = super().frame_grid(config, processor, frames, height, width, fps, max_pixels)
+    def frame_grid(self, config: Any, processor: Any, sampled: Sampled) -> tuple[int, int, int]:
+        steps, rows, columns = super().frame_grid(config, processor, sampled)
         window = config.get_text_config(decoder=True).sliding_window
         if rows * columns > window:  # they see each other beyond the window too
             raise ValueError(f"{rows * columns} tokens of a frame are more than the model's window of {window}.")

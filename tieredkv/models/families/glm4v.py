@@ -20,6 +20,7 @@ class Glm4V(Qwen3VL):
     """
 
     model_types = ("glm4v", "glm46v", "glm4v_moe")
+    time_form = "12 seconds"
     vision_settings: tuple[str, ...] = ()
 
     def text_types(self) -> tuple[str, ...]:

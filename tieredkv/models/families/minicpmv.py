@@ -13,6 +13,7 @@ from tieredkv.environment.versions import NEWEST, confuses_tiles
 from tieredkv.errors import UnsupportedModelError
 from tieredkv.memory.units import largest
 from tieredkv.models.families.base import Positions, Slices, TooFewPixels, VideoFamily, VideoGrid, activation_bytes
+from tieredkv.video.frames import Sampled
 
 MARKERS = ("image_start", "image_end", "slice_start", "slice_end")
 """The processor has a token of each name, and the config of 4.7 its id."""
@@ -56,34 +57,23 @@ class MiniCPMV46(VideoFamily):
 
     # ---- pixels
 
-    def frame_grid(
-        self,
-        config: Any,
-        processor: Any,
-        frames: int,
-        height: int,
-        width: int,
-        fps: float,
-        max_pixels: int | None = None,
-    ) -> tuple[int, int, int]:
+    def frame_grid(self, config: Any, processor: Any, sampled: Sampled) -> tuple[int, int, int]:
         """Runs the processor on one frame on torch's meta device, which stores no pixels."""
-        pictures, _ = self._pictures(config, processor, height, width, max_pixels)
-        return frames, *pictures[0]
+        pictures, _ = self._pictures(config, processor, sampled)
+        return sampled.frames, *pictures[0]
 
     def tower_size(self, config: Any, processor: Any, rows: int, columns: int) -> tuple[int, int]:
         edge = processor.video_processor.patch_size * _merged(config)
         return rows * edge, columns * edge
 
-    def slices(
-        self, config: Any, processor: Any, height: int, width: int, max_pixels: int | None = None
-    ) -> Slices | None:
-        pictures, (rows, columns) = self._pictures(config, processor, height, width, max_pixels)
+    def slices(self, config: Any, processor: Any, sampled: Sampled) -> Slices | None:
+        pictures, (rows, columns) = self._pictures(config, processor, sampled)
         if len(pictures) == 1:
             return None
         if len(set(pictures)) > 1 and confuses_tiles(config.model_type):
             raise UnsupportedModelError(
-                f"frames of {width}x{height} become tiles of another shape than the whole frame, which transformers "
-                "before 5.19 encodes wrongly: install a newer one, or set the processor's "
+                f"frames of {sampled.width}x{sampled.height} become tiles of another shape than the whole frame, which "
+                "transformers before 5.19 encodes wrongly: install a newer one, or set the processor's "
                 "video_processor.max_slice_nums to 1."
             )
         ended, begun = processor.slice_end_token, processor.slice_start_token
@@ -92,12 +82,10 @@ class MiniCPMV46(VideoFamily):
         before = tuple(tuple(processor.tokenizer(text, add_special_tokens=False).input_ids) for text in texts)
         return Slices(rows, columns, *pictures[1], before)
 
-    def _pictures(
-        self, config: Any, processor: Any, height: int, width: int, max_pixels: int | None = None
-    ) -> tuple[list[tuple[int, int]], tuple[int, int]]:
+    def _pictures(self, config: Any, processor: Any, sampled: Sampled) -> tuple[list[tuple[int, int]], tuple[int, int]]:
         """Rows and columns of visual tokens of each picture that a frame becomes; rows and columns of the tiles."""
         self._check(config, processor)
-        return self._cut(config, processor, height, width, **self._limits(config, processor, height, width, max_pixels))
+        return self._cut(config, processor, sampled, **self._limits(config, processor, sampled))
 
     def _check(self, config: Any, processor: Any) -> None:
         """Raise `UnsupportedModelError` for settings of the processor that do not fit the model."""
@@ -113,50 +101,44 @@ class MiniCPMV46(VideoFamily):
                 "not supported. Set it to 1."
             )
 
-    def _limits(self, config: Any, processor: Any, height: int, width: int, max_pixels: int | None) -> dict[str, int]:
-        """Options with which all pictures of a frame have at most `max_pixels` pixels together: fewer tiles, then a
-        smaller picture of the whole frame. Neither is ever more than the processor's, nor larger than the frame."""
+    def _limits(self, config: Any, processor: Any, sampled: Sampled) -> dict[str, int]:
+        """Options with which all pictures of a frame have at most `sampled.max_pixels` pixels together: fewer tiles,
+        then a smaller picture of the whole frame. Neither is ever more than the processor's, nor larger than the
+        frame."""
+        max_pixels, video = sampled.max_pixels, processor.video_processor
         if max_pixels is None:
             return {}
-        video = processor.video_processor
 
         def pixels(**options: int) -> int:
-            pictures, _ = self._cut(config, processor, height, width, **options)
+            pictures, _ = self._cut(config, processor, sampled, **options)
             return sum(math.prod(self.tower_size(config, processor, *picture)) for picture in pictures)
 
-        side = min(video.scale_resolution, math.isqrt(height * width))
+        side = min(video.scale_resolution, math.isqrt(sampled.height * sampled.width))
         if side == video.scale_resolution:  # smaller frames have no tiles
             for tiles in range(video.max_slice_nums, 1, -1):
                 if pixels(max_slice_nums=tiles) <= max_pixels:
                     return {"max_slice_nums": tiles}
         most = largest(lambda side: pixels(max_slice_nums=1, scale_resolution=side) <= max_pixels, side)
         if not most:
-            raise TooFewPixels(max_pixels, height, width, pixels(max_slice_nums=1, scale_resolution=1))
+            raise TooFewPixels(sampled, pixels(max_slice_nums=1, scale_resolution=1))
         return {"max_slice_nums": 1, "scale_resolution": most}
 
     def _cut(
-        self, config: Any, processor: Any, height: int, width: int, **options: int
+        self, config: Any, processor: Any, sampled: Sampled, **options: int
     ) -> tuple[list[tuple[int, int]], tuple[int, int]]:
         """What `_pictures` returns, for options of the processor."""
-        frame = torch.empty((1, 3, height, width), dtype=torch.uint8, device="meta")
+        frame = torch.empty((1, 3, sampled.height, sampled.width), dtype=torch.uint8, device="meta")
         inputs, merged = self._preprocess(processor, frame, 1.0, **options), _merged(config)
         pictures = [(rows // merged, columns // merged) for rows, columns in inputs["target_sizes_videos"].tolist()]
         return pictures, tuple(inputs["grids_videos"][0].tolist())
 
     def preprocessor(
-        self,
-        config: Any,
-        processor: Any,
-        frames: int,
-        height: int,
-        width: int,
-        fps: float,
-        max_pixels: int | None = None,
+        self, config: Any, processor: Any, sampled: Sampled
     ) -> Callable[[np.ndarray], dict[str, torch.Tensor]]:
-        options = self._limits(config, processor, height, width, max_pixels)
+        options = self._limits(config, processor, sampled)
 
         def preprocess(pixels: np.ndarray) -> dict[str, torch.Tensor]:
-            return self._preprocess(processor, torch.from_numpy(pixels).permute(0, 3, 1, 2), fps, **options)
+            return self._preprocess(processor, torch.from_numpy(pixels).permute(0, 3, 1, 2), sampled.fps, **options)
 
         return preprocess
 

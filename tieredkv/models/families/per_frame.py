@@ -12,30 +12,24 @@ import torch
 
 from tieredkv.errors import OptionError
 from tieredkv.models.families.base import VideoFamily, activation_bytes
+from tieredkv.video.frames import Sampled
 
 
 class EachFrame(VideoFamily):
     """A temporal step is one frame, which the processor treats alike in any segment."""
 
     def preprocessor(
-        self,
-        config: Any,
-        processor: Any,
-        frames: int,
-        height: int,
-        width: int,
-        fps: float,
-        max_pixels: int | None = None,
+        self, config: Any, processor: Any, sampled: Sampled
     ) -> Callable[[np.ndarray], dict[str, torch.Tensor]]:
-        options = self.limits(processor, height, width, max_pixels)
+        options = self.limits(processor, sampled)
 
         def preprocess(pixels: np.ndarray) -> dict[str, torch.Tensor]:
-            return preprocess_frames(processor, torch.from_numpy(pixels).permute(0, 3, 1, 2), fps, **options)
+            return preprocess_frames(processor, torch.from_numpy(pixels).permute(0, 3, 1, 2), sampled.fps, **options)
 
         return preprocess
 
-    def limits(self, processor: Any, height: int, width: int, max_pixels: int | None) -> dict[str, Any]:
-        """Options with which the processor makes frames of at most `max_pixels` pixels."""
+    def limits(self, processor: Any, sampled: Sampled) -> dict[str, Any]:
+        """Options with which the processor makes frames of at most `sampled.max_pixels` pixels."""
         return {}
 
 
@@ -46,19 +40,10 @@ class PerFrame(EachFrame):
     def side(self, config: Any) -> int:
         """Rows, and columns, of a frame's tokens."""
 
-    def frame_grid(
-        self,
-        config: Any,
-        processor: Any,
-        frames: int,
-        height: int,
-        width: int,
-        fps: float,
-        max_pixels: int | None = None,
-    ) -> tuple[int, int, int]:
-        refuse_max_pixels(config, max_pixels)
+    def frame_grid(self, config: Any, processor: Any, sampled: Sampled) -> tuple[int, int, int]:
+        refuse_max_pixels(config, sampled)
         side = self.side(config)
-        return frames, side, side
+        return sampled.frames, side, side
 
     def tower_size(self, config: Any, processor: Any, rows: int, columns: int) -> tuple[int, int]:
         return _pair(config.vision_config.image_size)
@@ -71,12 +56,12 @@ class PerFrame(EachFrame):
         return activation_bytes(patches, pixels, vision.hidden_size, vision.intermediate_size, vision.dtype)
 
 
-def refuse_max_pixels(config: Any, max_pixels: int | None) -> None:
+def refuse_max_pixels(config: Any, sampled: Sampled) -> None:
     """Raise `OptionError` if a limit is given for frames that have one fixed size."""
-    if max_pixels is not None:
+    if sampled.max_pixels is not None:
         raise OptionError(
-            f"max_pixels={max_pixels} cannot be given: frames of {config.model_type} models have one fixed size. Leave "
-            "it out, and lower fps or max_frames for fewer tokens."
+            f"max_pixels={sampled.max_pixels} cannot be given: frames of {config.model_type} models have one fixed "
+            "size. Leave it out, and lower fps or max_frames for fewer tokens."
         )
 
 

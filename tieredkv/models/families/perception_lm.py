@@ -10,6 +10,7 @@ import torch
 
 from tieredkv.models.families.base import VideoFamily, activation_bytes
 from tieredkv.models.families.per_frame import preprocess_frames, refuse_max_pixels
+from tieredkv.video.frames import Sampled
 
 PATCH = 14
 """Pixels along an edge of a patch, in the published models."""
@@ -28,38 +29,22 @@ class PerceptionLM(VideoFamily):
     def text_types(self) -> tuple[str, ...]:
         return ("llama",)
 
-    def frame_grid(
-        self,
-        config: Any,
-        processor: Any,
-        frames: int,
-        height: int,
-        width: int,
-        fps: float,
-        max_pixels: int | None = None,
-    ) -> tuple[int, int, int]:
+    def frame_grid(self, config: Any, processor: Any, sampled: Sampled) -> tuple[int, int, int]:
         """Runs the processor on a frame on torch's meta device, which stores no pixels."""
-        refuse_max_pixels(config, max_pixels)
-        empty = torch.empty((1, 3, height, width), dtype=torch.uint8, device="meta")
-        size = preprocess_frames(processor, empty, fps)["pixel_values_videos"].shape[-2:]
+        refuse_max_pixels(config, sampled)
+        empty = torch.empty((1, 3, sampled.height, sampled.width), dtype=torch.uint8, device="meta")
+        size = preprocess_frames(processor, empty, sampled.fps)["pixel_values_videos"].shape[-2:]
         rows, columns = (edge // processor.patch_size // processor.pooling_ratio for edge in size)
-        return frames, rows, columns
+        return sampled.frames, rows, columns
 
     def tower_size(self, config: Any, processor: Any, rows: int, columns: int) -> tuple[int, int]:
         edge = processor.patch_size * processor.pooling_ratio
         return rows * edge, columns * edge
 
     def preprocessor(
-        self,
-        config: Any,
-        processor: Any,
-        frames: int,
-        height: int,
-        width: int,
-        fps: float,
-        max_pixels: int | None = None,
+        self, config: Any, processor: Any, sampled: Sampled
     ) -> Callable[[np.ndarray], dict[str, torch.Tensor]]:
-        return lambda pixels: preprocess_frames(processor, torch.from_numpy(pixels).permute(0, 3, 1, 2), fps)
+        return lambda pixels: preprocess_frames(processor, torch.from_numpy(pixels).permute(0, 3, 1, 2), sampled.fps)
 
     def encode(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         weight = next(model.model.vision_tower.parameters())

@@ -13,6 +13,7 @@ from tieredkv.models.families.qwen2_5_vl import Qwen25VL
 from tieredkv.models.families.qwen2_vl import Qwen2VL
 from tieredkv.models.families.qwen3_5 import Qwen35
 from tieredkv.models.families.qwen3_vl import Qwen3VL
+from tieredkv.video.frames import Sampled
 
 
 class _Pictures(Qwen2VL):
@@ -42,19 +43,13 @@ class _Pictures(Qwen2VL):
         return rows * edge, columns * edge
 
     def preprocessor(
-        self,
-        config: Any,
-        processor: Any,
-        frames: int,
-        height: int,
-        width: int,
-        fps: float,
-        max_pixels: int | None = None,
+        self, config: Any, processor: Any, sampled: Sampled
     ) -> Callable[[np.ndarray], dict[str, torch.Tensor]]:
-        options = {} if max_pixels is None else self._limiting(config, processor)(1, max_pixels)
+        most = sampled.max_pixels
+        options = {} if most is None else self._limiting(config, processor)(1, most)
 
         def preprocess(pixels: np.ndarray) -> dict[str, torch.Tensor]:
-            return self._preprocess(processor, torch.from_numpy(pixels).permute(0, 3, 1, 2), fps, **options)
+            return self._preprocess(processor, torch.from_numpy(pixels).permute(0, 3, 1, 2), sampled.fps, **options)
 
         return preprocess
 

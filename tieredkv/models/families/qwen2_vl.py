@@ -12,6 +12,7 @@ import torch
 
 from tieredkv.memory.units import largest
 from tieredkv.models.families.base import Positions, TooFewPixels, VideoFamily, VideoGrid, activation_bytes
+from tieredkv.video.frames import Sampled
 
 UNLIMITED = 2**40
 """Pixels; more than any video has."""
@@ -26,20 +27,13 @@ class Qwen2VL(VideoFamily):
     def introduction(self, processor: Any, step: int, times: Sequence[float]) -> str | None:
         return "<|vision_start|>"  # processors of Qwen2-VL do not name it
 
-    def frame_grid(
-        self,
-        config: Any,
-        processor: Any,
-        frames: int,
-        height: int,
-        width: int,
-        fps: float,
-        max_pixels: int | None = None,
-    ) -> tuple[int, int, int]:
+    def frame_grid(self, config: Any, processor: Any, sampled: Sampled) -> tuple[int, int, int]:
         """Runs the processor on a video on torch's meta device, which stores no pixels."""
-        step_frames = self.step_frames(config)
+        step_frames, max_pixels = self.step_frames(config), sampled.max_pixels
+        height, width, fps = sampled.height, sampled.width, sampled.fps
         if max_pixels is None:
-            return self._grid(config, self._preprocess(processor, _empty(max(frames, step_frames), height, width), fps))
+            video = _empty(max(sampled.frames, step_frames), height, width)
+            return self._grid(config, self._preprocess(processor, video, fps))
 
         options = self._limiting(config, processor)
 
@@ -53,8 +47,8 @@ class Qwen2VL(VideoFamily):
         found = grid(max_pixels)
         if pixels(found) > max_pixels:
             below = largest(lambda limit: pixels(grid(limit)) > limit, pixels(grid(UNLIMITED)))
-            raise TooFewPixels(max_pixels, height, width, below + 1)
-        return -(-frames // step_frames), *found[1:]
+            raise TooFewPixels(sampled, below + 1)
+        return -(-sampled.frames // step_frames), *found[1:]
 
     def tower_size(self, config: Any, processor: Any, rows: int, columns: int) -> tuple[int, int]:
         edge = processor.video_processor.patch_size * processor.video_processor.merge_size
@@ -77,17 +71,10 @@ class Qwen2VL(VideoFamily):
         return lambda frames, pixels: options(pixels if one == other else pixels * frames)
 
     def preprocessor(
-        self,
-        config: Any,
-        processor: Any,
-        frames: int,
-        height: int,
-        width: int,
-        fps: float,
-        max_pixels: int | None = None,
+        self, config: Any, processor: Any, sampled: Sampled
     ) -> Callable[[np.ndarray], dict[str, torch.Tensor]]:
-        _, rows, columns = self.frame_grid(config, processor, frames, height, width, fps, max_pixels)
-
+        _, rows, columns = self.frame_grid(config, processor, sampled)
+        height, width, fps, max_pixels = sampled.height, sampled.width, sampled.fps, sampled.max_pixels
         limiting = self._limiting(config, processor) if max_pixels is not None else None
 
         @cache

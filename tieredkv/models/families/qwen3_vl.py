@@ -20,6 +20,7 @@ class Qwen3VL(Qwen2VL):
 
     model_types: tuple[str, ...] = ("qwen3_vl",)
     vision_settings: tuple[str, ...] = ("deepstack_visual_indexes",)
+    time_form = "<12.5 seconds>"
 
     def placeholder(self, processor: Any, rule: Positions) -> str:
         """published: with the template's tokens around it, as each step has its own. stock: without, as in 5.x."""

@@ -20,6 +20,7 @@ class SmolVLM(PerFrame):
     model_types = ("smolvlm",)
     vision_modules = frozenset({"vision_model", "connector"})
     settings = ("scale_factor",)
+    time_form = "01:02"
 
     def text_types(self) -> tuple[str, ...]:
         return ("llama",)

@@ -10,6 +10,7 @@ import torch
 
 from tieredkv.models.families.base import Positions, VideoFamily, VideoGrid, activation_bytes
 from tieredkv.models.families.qwen2_vl import Qwen2VL
+from tieredkv.video.frames import Sampled
 
 MERGE = 2
 """Patches along each edge of a visual token, in the processors that models are published with."""
@@ -25,6 +26,7 @@ class VideoLlama3(Qwen2VL):
 
     model_types = ("video_llama_3",)
     vision_modules = frozenset({"vision_model", "projector"})
+    time_form = "12.5s"
 
     def text_types(self) -> tuple[str, ...]:
         return ("qwen2",)
@@ -42,20 +44,13 @@ class VideoLlama3(Qwen2VL):
         return 1
 
     def preprocessor(
-        self,
-        config: Any,
-        processor: Any,
-        frames: int,
-        height: int,
-        width: int,
-        fps: float,
-        max_pixels: int | None = None,
+        self, config: Any, processor: Any, sampled: Sampled
     ) -> Callable[[np.ndarray], dict[str, torch.Tensor]]:
         """Each segment is preprocessed after the last frame of the one before, with which its first is compared."""
-        plain = super().preprocessor(config, processor, frames, height, width, fps, max_pixels)
+        plain = super().preprocessor(config, processor, sampled)
         if not processor.video_processor.use_token_compression:
             return plain
-        before = np.empty((0, height, width, 3), np.uint8)
+        before = np.empty((0, sampled.height, sampled.width, 3), np.uint8)
 
         def preprocess(pixels: np.ndarray) -> dict[str, torch.Tensor]:
             nonlocal before
