@@ -25,6 +25,7 @@ from tieredkv.models.kv_shape import model_shape
 from tieredkv.planning import admission, forecast, sizes
 from tieredkv.policy.base import Policy
 from tieredkv.policy.presets import POLICIES
+from tieredkv.video.frames import Sampled
 
 FOLDER = Path(__file__).parent
 LENGTHS = (8_192, 32_768, 131_072)
@@ -211,7 +212,7 @@ PLANNED = ("Qwen3.5-9B", *OLDER, QWEN3_VL)
 
 TWELVE = (("Qwen2.5-VL-3B", None), (QWEN3_VL, "4bit"), ("Qwen3.5-4B", None), ("Qwen3.5-9B", "4bit"))
 """Models on a card of 12 GB, and how weights are loaded."""
-FILM_HEIGHT, FILM_WIDTH, FILM_FRAMES, FILM_PIXELS = 1080, 1920, 3600, 448 * 252
+FILM = Sampled(3600, 1080, 1920, fps=1.0, start=0.0, seconds=3600.0, max_pixels=448 * 252)
 """An hour of 1080p at one frame a second, and its `max_pixels`."""
 SPARE = 1.5
 """GiB for activations and the driver: a round figure, not measured."""
@@ -319,9 +320,7 @@ def film_grid(name: str) -> tuple[int, int, int]:
     config = video_config(name)
     kind: Any = Qwen2VLVideoProcessor if name in OLDER else Qwen3VLVideoProcessor
     processor = SimpleNamespace(video_processor=kind())
-    return families.video_family(config).frame_grid(
-        config, processor, FILM_FRAMES, FILM_HEIGHT, FILM_WIDTH, 1.0, FILM_PIXELS
-    )
+    return families.video_family(config).frame_grid(config, processor, FILM)
 
 
 def twelve_gb() -> str:
