@@ -110,6 +110,13 @@ def test_weights_counted_from_the_config_are_those_of_the_model(video_model):
     )
 
 
+def test_a_config_is_planned_after_its_model_was_saved(tmp_path):
+    model = random_text_model("llama")
+    model.save_pretrained(tmp_path)
+    assert isinstance(model.config.dtype, str)
+    assert plan(model.config, 500).dtype == "float32"
+
+
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text", "qwen3_5_text"])
 def test_a_text_model_is_planned_for_a_number_of_tokens(kind):
     config = text_config(kind)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import sys
+import threading
 from contextlib import contextmanager
 
 import numpy as np
@@ -371,12 +372,21 @@ def test_a_mark_of_nothing_covers_nothing():
 def test_an_error_between_two_calls_leaves_a_last_checkpoint(film, folder, monkeypatch):
     """Here a film that ends too early, long after the last checkpoint."""
     model, processor = build("qwen2_5_vl")
-    due, frames = iter([True]), ArraySource.frames
-    monkeypatch.setattr(checkpoints, "is_due", lambda *seconds: next(due, False))
+    calls, frames = itertools.count(1), ArraySource.frames
+    later = threading.Event()
+
+    def first(*seconds):
+        call = next(calls)
+        if call == 3:
+            later.set()
+        return call == 1
 
     def cut(self, *args):
         yield from itertools.islice(frames(self, *args), 38)
+        assert later.wait(60)  # calls after the first checkpoint
         raise VideoError("cut short")
+
+    monkeypatch.setattr(checkpoints, "is_due", first)
 
     monkeypatch.setattr(ArraySource, "frames", cut)
     with pytest.raises(VideoError):

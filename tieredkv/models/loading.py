@@ -45,6 +45,8 @@ def load_config(source: str | Path, local: bool | None = None) -> PreTrainedConf
 def stored_dtype(config: PreTrainedConfig) -> torch.dtype:
     """The dtype of a checkpoint's weights; bfloat16 if its config states none."""
     dtype: Any = config.dtype or config.get_text_config(decoder=True).dtype or torch.bfloat16
+    if isinstance(dtype, str):  # what `save_pretrained` leaves in the config of a loaded model
+        dtype = getattr(torch, dtype)
     return dtype
 
 
