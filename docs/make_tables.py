@@ -1,4 +1,4 @@
-"""Write the tables of memory-sizes.md and policies.md from the planner and the policies: python docs/make_tables.py
+"""Write the tables of docs from the planner and the policies: python docs/make_tables.py
 
 A table stands between <!-- table: NAME --> and <!-- end --> and is replaced. Nothing depends on the machine: models are
 reduced to their shapes, and host memory is taken to be unlimited.
@@ -6,10 +6,12 @@ reduced to their shapes, and host memory is taken to be unlimited.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -18,6 +20,7 @@ import torch
 from tieredkv.config import TierConfig
 from tieredkv.memory import limits
 from tieredkv.memory.units import GIB, as_gib
+from tieredkv.models import families
 from tieredkv.models.kv_shape import model_shape
 from tieredkv.planning import admission, forecast, sizes
 from tieredkv.policy.base import Policy
@@ -206,6 +209,13 @@ HOURS_32 = ("Qwen3.5-4B", "Qwen3.5-9B", "Qwen3.6-27B", "Qwen3.6-35B-A3B", QWEN3_
 PLANNED = ("Qwen3.5-9B", *OLDER, QWEN3_VL)
 """Models with a table of plans."""
 
+TWELVE = (("Qwen2.5-VL-3B", None), (QWEN3_VL, "4bit"), ("Qwen3.5-4B", None), ("Qwen3.5-9B", "4bit"))
+"""Models on a card of 12 GB, and how weights are loaded."""
+FILM_HEIGHT, FILM_WIDTH, FILM_FRAMES, FILM_PIXELS = 1080, 1920, 3600, 448 * 252
+"""An hour of 1080p at one frame a second, and its `max_pixels`."""
+SPARE = 1.5
+"""GiB for activations and the driver: a round figure, not measured."""
+
 
 def text_config(name: str) -> Any:
     """The config of a decoder, as far as the size of its cache depends on it."""
@@ -302,6 +312,55 @@ def plans() -> str:
     return rows([*header, "prefill copies, GiB"], body)
 
 
+def film_grid(name: str) -> tuple[int, int, int]:
+    """Steps, rows and columns of visual tokens of that film, as the family resizes its frames."""
+    from transformers import Qwen2VLVideoProcessor, Qwen3VLVideoProcessor
+
+    config = video_config(name)
+    kind: Any = Qwen2VLVideoProcessor if name in OLDER else Qwen3VLVideoProcessor
+    processor = SimpleNamespace(video_processor=kind())
+    return families.video_family(config).frame_grid(
+        config, processor, FILM_FRAMES, FILM_HEIGHT, FILM_WIDTH, 1.0, FILM_PIXELS
+    )
+
+
+def twelve_gb() -> str:
+    """What an hour takes at one frame a second of at most 448 x 252 pixels, planned for an RTX 3060 on PCIe 4.0 x16."""
+    body = []
+    for name, kind in TWELVE:
+        config, grid, edge = video_config(name), film_grid(name), 28 if name in OLDER else 32
+        tokens = math.prod(grid)
+        plan = forecast.plan(config, tokens, weights=kind, card="RTX 3060", link="pcie4x16", question_tokens=QUESTION)
+        assert plan.token_ms is not None
+        row = [name, kind or "16 bits", gib(plan.decoder_bytes + plan.vision_bytes)]
+        row += [f"{grid[2] * edge} x {grid[1] * edge}", f"{tokens:,}", gib(plan.cap_bytes), gib(plan.full_bytes)]
+        row += [gib(plan.host_bytes), gib(plan.prefill_copy_bytes), f"{plan.prefill_copy_s:.3g}"]
+        least, most = plan.token_ms
+        body.append([*row, f"{plan.dynamic_tokens:,}", f"{least:.3g} to {most:.3g}"])
+    header = ["model", "weights", "weights, GiB", "frames", "visual tokens", "cap, GiB", "full cache, GiB"]
+    header += ["host and session file, GiB", "prefill copies, GiB", "copies, s", "tokens a step attends to"]
+    return rows([*header, "ms per token"], body)
+
+
+def fits() -> str:
+    """Tokens whose cache fits in what a card has left beside the weights, less `SPARE` GiB for activations."""
+    body = []
+    for name, kind in (
+        ("Qwen2.5-VL-3B", None),
+        (QWEN3_VL, None),
+        (QWEN3_VL, "4bit"),
+        ("Qwen3.5-4B", None),
+        ("Qwen3.5-9B", "4bit"),
+    ):
+        config = video_config(name)
+        plan = forecast.plan(config, 1000, weights=kind)
+        for card in (12, 16, 24):
+            left = card * GIB - plan.decoder_bytes - plan.vision_bytes - SPARE * GIB
+            counts = [f"{int(left * 16 / bits / plan.shape.token_bytes):,}" for bits in (16, 8, 4)]
+            body.append([name, kind or "16 bits", f"{card}", *counts])
+    return rows(["model", "weights", "card, GiB", "bf16 cache", "8 bits", "4 bits"], body)
+
+
 def heads(policy: Policy) -> str:
     """Which heads are static, in a few words."""
     if policy.keep_all:
@@ -327,8 +386,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "weights": weights,
     "plans": plans,
     "policies": policies,
+    "twelve-gb": twelve_gb,
+    "fits": fits,
 }
-PAGES = ("memory-sizes.md", "policies.md")
+PAGES = ("memory-sizes.md", "policies.md", "twelve-gb.md")
 
 
 def filled(page: str) -> str:

@@ -24,8 +24,10 @@ def times_request(template: ChatTemplate) -> str:
     """
     if len(template.media) > 1:
         raise OptionError("timestamps=True is for one video: of several, a time does not say which is meant.")
+    if template.media != ("video",):
+        raise OptionError("timestamps=True is for a video: a picture has no times.")
     family = template.family
-    if family.time_form is None or template.media != ("video",):
+    if family.time_form is None:
         raise OptionError(
             f"timestamps=True does not apply to models of type {family.model_types[0]!r}, whose prompts do not say "
             "when a frame is shown: leave it out, and see the evidence for the moments that were attended to."
