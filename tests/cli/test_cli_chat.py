@@ -18,6 +18,8 @@ from helpers import PATIENCE_S
 
 import tieredkv
 from tieredkv.cli.talk import Talk
+from tieredkv.errors import SessionError
+from tieredkv.session.conversation_file import one_chat
 from tieredkv.session.video_session import VideoSession
 from tieredkv.tiny import model as tiny
 
@@ -336,6 +338,37 @@ def test_an_interrupt_while_answering_keeps_the_turns_before(monkeypatch, capsys
     code, _, _ = piped(monkeypatch, capsys, f"{CUP}\n{FOLLOW}\n{MOON}\n", "--session", str(film))
     assert code == 130
     assert history(film) == [MOON, CUP]
+
+
+def test_of_two_chats_on_one_session_the_second_is_refused_at_once(monkeypatch, capsys, film):
+    with one_chat(film):
+        code, out, err = piped(monkeypatch, capsys, f"{CUP}\n", "--session", str(film))
+    assert (code, out) == (2, "")
+    assert err.endswith(
+        f"tieredkv: {film} is in use by another chat: end that one first, or copy the file and give the copy.\n"
+    )
+    assert "loading the model" not in err
+    assert piped(monkeypatch, capsys, f"{CUP}\n", "--session", str(film))[0] == 0
+    assert history(film) == [MOON, CUP]
+    assert [path.name for path in film.parent.iterdir() if path.suffix != ".chat"] == ["film.tkv"]
+
+
+@pytest.mark.parametrize("new", [False, True], ids=["continued", "new"])
+def test_a_chat_keeps_others_out_until_it_ends(monkeypatch, capsys, film, short_video, tmp_path, new):
+    path = tmp_path / "new.tkv" if new else film
+    chat, refused = VideoSession.chat, []
+
+    def meanwhile(self, question, **options):
+        with pytest.raises(SessionError, match="in use by another chat"), one_chat(path):
+            pass
+        refused.append(question)
+        return chat(self, question, **options)
+
+    monkeypatch.setattr(VideoSession, "chat", meanwhile)
+    assert piped(monkeypatch, capsys, f"{CUP}\n", *[str(short_video)] * new, "--session", str(path))[0] == 0
+    assert refused == [CUP]
+    with one_chat(path):
+        pass
 
 
 def test_without_a_change_nothing_is_written(monkeypatch, capsys, film):

@@ -19,6 +19,7 @@ REFUSED = {
     "bench nothing": "'nothing' is not a benchmark",
     "ask gone.mp4 Q": "gone.mp4: no such file.",
     "ask gone.mp4": "gone.mp4 is a file, and the question is missing",
+    "ask gone.mxf": "gone.mxf is a file, and the question is missing",
     "ask film.mp4": "film.mp4 is a file, and the question is missing",
     "ask later.tkv Q": "later.tkv is a session, not a video: give it as --session later.tkv.",
     "ask gone.tkv": "gone.tkv is a session: ask it as in tieredkv ask --session gone.tkv",

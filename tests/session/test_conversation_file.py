@@ -11,7 +11,7 @@ import torch
 
 import tieredkv
 from tieredkv.errors import SessionError
-from tieredkv.session.conversation_file import ConversationFile
+from tieredkv.session.conversation_file import ConversationFile, check
 from tieredkv.storage import atomic, tensor_file
 
 STAR, MOON = "what colour was the star ?", "follow the moon for 4 ?"
@@ -198,6 +198,11 @@ def test_a_file_of_another_program_is_not_removed(saved, load):
     assert other.read_text() == "notes of mine"
     with pytest.raises(SessionError, match="another program's: move it away"):
         load(saved)
+
+
+def test_a_name_that_no_file_can_have_is_refused_as_a_session(tmp_path):
+    with pytest.raises(SessionError, match="is not a file name"):
+        check(tmp_path / "null \0.tkv")
 
 
 @pytest.mark.subprocess

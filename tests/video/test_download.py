@@ -168,6 +168,17 @@ def test_a_session_of_a_url_is_that_of_the_file(video_model, processor, server, 
 
 
 @pytest.mark.model
+def test_a_plan_takes_urls_among_several_videos(video_model, processor, server, steady, temporary):
+    url, options = f"{server.at}/film/v.mkv", {"gpu_kv_gb": 1, "fps": 2, "processor": processor}
+    expected = tieredkv.plan(video_model, [steady, steady], **options).prompt_tokens
+    for videos in ([steady, url], [tieredkv.Video(url), url]):
+        assert tieredkv.plan(video_model, videos, allow_url=True, **options).prompt_tokens == expected
+    assert os.listdir(temporary) == []
+    with pytest.raises(VideoError, match="allow_url=True"):
+        tieredkv.plan(video_model, [steady, url], **options)
+
+
+@pytest.mark.model
 def test_commands_take_urls_with_allow_url(monkeypatch, capsys, server, temporary, tmp_path):
     url, options = f"{server.at}/film/v.mkv", ["-m", "tiny", "--fps", "1", "--max-new-tokens", "2"]
     code, out, err = run(monkeypatch, capsys, "ask", url, "what ?", *options)

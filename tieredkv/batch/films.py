@@ -7,12 +7,7 @@ import os
 from pathlib import Path
 
 from tieredkv.errors import BatchError
-
-SUFFIXES = (
-    ".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".ogv",
-    ".ts", ".vob", ".webm", ".wmv"
-)  # fmt: skip
-"""Files whose names end so, in either case, are films. FFmpeg's own list includes sound, pictures and subtitles."""
+from tieredkv.video.suffixes import FILMS
 
 
 def films(name: str, folder: Path) -> list[str] | None:
@@ -34,10 +29,10 @@ def films(name: str, folder: Path) -> list[str] | None:
     else:
         return None
     if not suffix[1:].isalnum():
-        found = [file for file in found if os.path.splitext(file)[1].lower() in SUFFIXES]
+        found = [file for file in found if os.path.splitext(file)[1].lower() in FILMS]
     if files := sorted(file for file in found if not os.path.isdir(folder / file)):
         return files
-    raise BatchError(f"{path}: there is no film of that name, or in that folder ({' '.join(SUFFIXES)}).")
+    raise BatchError(f"{path}: there is no film of that name, or in that folder ({' '.join(FILMS)}).")
 
 
 def _is_glob(name: str) -> bool:

@@ -69,6 +69,7 @@ def chat(
     from tieredkv.cli.checks import check_options
     from tieredkv.cli.lines import lines
     from tieredkv.cli.opening import check_model, is_there, opened
+    from tieredkv.session.conversation_file import one_chat
     from tieredkv.video.fetched import fetched
 
     sampling = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels, start=start, end=end)
@@ -77,7 +78,10 @@ def chat(
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens}
     answering = options | given(timestamps=timestamps or None)
     check_options(tiers, sampling, max_new_tokens)
-    if session is None or not is_there(session):  # else the file names the model
+    continued = session is not None and is_there(session)
+    if session is not None and continued:
+        context.with_resource(one_chat(session))
+    else:  # no file names the model
         check_model(model, weights)
     films = context.with_resource(fetched(videos or [], allow_url, progress=True))
     with opened(
@@ -97,6 +101,8 @@ def chat(
 
         if unsaved is not None:
             print(f"tieredkv: {unsaved}", file=sys.stderr)
+        elif session is not None and not continued:
+            context.with_resource(one_chat(session))
         talk = Talk(video_session, answering, as_json, save_to=session)
         interactive = sys.stdin.isatty()
         if interactive:

@@ -12,6 +12,7 @@ from tieredkv.policy.names import check_name
 from tieredkv.session.generation_values import check_values
 from tieredkv.session.manifest import read_manifest
 from tieredkv.video.sampling import Sampling
+from tieredkv.video.suffixes import FILMS
 
 
 def check_options(tiers: dict[str, Any], sampling: dict[str, Any], max_new_tokens: int | None = None) -> Sampling:
@@ -27,11 +28,6 @@ def check_options(tiers: dict[str, Any], sampling: dict[str, Any], max_new_token
     return Sampling(**sampling)
 
 
-FILMS = (
-    ".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".vob",
-    ".webm", ".wmv"
-)  # fmt: skip
-"""Endings of the names of video files."""
 SESSION = ".tkv"
 """How the docs name session files."""
 

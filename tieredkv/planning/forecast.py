@@ -6,6 +6,7 @@ Bytes come from the functions that size the real cache, so a plan refuses what a
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -40,7 +41,7 @@ from tieredkv.video.download import download
 from tieredkv.video.frames import Sampled, open_video
 from tieredkv.video.media import Medium, check_media, check_subtitles
 from tieredkv.video.sampling import Sampling
-from tieredkv.video.urls import check_url, is_url
+from tieredkv.video.urls import is_url
 
 HEAD_TOKENS = 15
 """Tokens of text before the video without a processor: those of Qwen2.5-VL's chat template."""
@@ -113,11 +114,9 @@ def plan(
             processor = loading.load_processor(source.path)
     else:
         families.video_family(source.config)  # raises for a text model
-        if is_url(video_or_tokens):
-            check_url(video_or_tokens, allow_url)
-            video_or_tokens = download(video_or_tokens)  # removed with the last reference to it
-        media = check_media(video_or_tokens)
+        media = check_media(video_or_tokens, allow_url)
         check_subtitles(media, sampling)
+        media = tuple(map(_local, media))
         if any(isinstance(each.source, Iterator) for each in media):
             raise VideoError("a plan would use up the iterator: give its frames as a list, or a number of tokens.")
         if processor is None:
@@ -421,3 +420,11 @@ def _fewer_tokens(
     if needed <= available:
         changes.append(f"host_kv_gb={as_gib(needed)}")
     return f"give {' or '.join(changes)}" if changes else f"that is too little for any {kind}"
+
+
+def _local(medium: Medium) -> Medium:
+    """A medium whose URL is downloaded to a file, which is removed with the last reference to it."""
+    if is_url(medium.source):
+        medium = copy(medium)
+        medium.source = download(medium.source)
+    return medium

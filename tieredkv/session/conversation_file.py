@@ -7,9 +7,12 @@ file's header; beside another file of the same name it counts as absent.
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import zlib
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tieredkv.errors import SessionError
@@ -23,9 +26,37 @@ Turns = list[tuple[str, str]]
 
 
 def check(session: Path) -> None:
-    """Raise `SessionError` if what is beside a session file, or where one will be, is no conversation."""
-    check_name(session)
+    """Raise `SessionError` if no file can have this name, or what is beside it is no conversation."""
+    with header.session_errors():
+        check_name(session)
     ConversationFile(session, -1, [])
+
+
+@contextmanager
+def one_chat(session: Path) -> Iterator[None]:
+    """Keeps a second chat off a session file: of two, the one that ends last could not keep its turns.
+
+    Raises `SessionError` at once if another is in this block, in this process or another. Locks the session file
+    itself, so that nothing is left beside it; the system releases the lock of a process that was killed. A file that
+    cannot be opened or locked stays unlocked: `ConversationFile.write` then still refuses the second writer.
+    """
+    try:
+        descriptor = os.open(session, os.O_RDONLY | os.O_NONBLOCK)  # a pipe does not block
+    except (OSError, ValueError):  # reported when it is read
+        yield
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SessionError(
+                f"{session} is in use by another chat: end that one first, or copy the file and give the copy."
+            ) from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(descriptor)
 
 
 class ConversationFile:
