@@ -140,7 +140,7 @@ def hour(monkeypatch, tmp_path) -> dict[str, Any]:
         )
 
     monkeypatch.setattr(forecast, "open_video", open_video)
-    monkeypatch.setattr(forecast, "check_media", media_of)
+    monkeypatch.setattr(forecast, "check_media", lambda video, allow_url: media_of(video))
     monkeypatch.setattr(limits, "available_host_bytes", lambda: 40 * GIB)
     from transformers import Qwen2VLVideoProcessor
 

@@ -152,12 +152,12 @@ def same_subtitles(manifest: Mapping[str, Any], saved: str | None, asked: str | 
 
     saved, asked: `Sampling.subtitles`.
     """
-    facts = manifest["session"]["video"]
-    if saved is None or asked is None or facts["seconds"] is None:
+    if saved is None or asked is None:
         return None
     from tieredkv.video.subtitles import AUTO, read_cues, shown_during, subtitles_hash  # imports PyAV
 
-    if AUTO in (saved, asked):
+    facts = manifest["session"]["video"]
+    if AUTO in (saved, asked) or facts["seconds"] is None:
         return None
     cues = shown_during(read_cues(asked), facts["start"], facts["start"] + facts["seconds"])
     return subtitles_hash(cues) == facts.get("subtitles")
