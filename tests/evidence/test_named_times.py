@@ -130,6 +130,12 @@ def test_frames_of_named_times_are_shown(tmp_path):
     assert 'alt="frame at 0:12" src="data:image/jpeg' in page
 
 
+def test_the_end_of_a_film_shorter_than_half_a_second_shows_its_first_frame(tmp_path):
+    shown = Answer("0.4 seconds", evidence({0: 1.0}, steps=1, step=0.4), named_times("0.4 seconds", 0, 0.4))
+    page = save_evidence(shown, tmp_path / "where.html", video=noise(1, 2), source_fps=5).read_text()
+    assert 'id="time-1"><img' in page
+
+
 @pytest.mark.model
 def test_ask_refuses_them_for_the_bundled_model(monkeypatch, capsys, tmp_path):
     from tieredkv.tiny.scene import make_scene

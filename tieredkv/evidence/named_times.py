@@ -18,6 +18,7 @@ _RANGE = re.compile(
     r"(?<![\d:.])(?P<seconds>\d+(?:\.\d+)?)(?=\s*(?:-|\u2013|to|and)\s*\d+(?:\.\d+)?\s*(?:seconds?|secs?)\b)", re.ASCII
 )
 """The first of two times with one unit, as in "12 to 15 seconds"."""
+# Whole tens directly before an "s" are left out: "the 60s" are years more often than seconds.
 
 
 @dataclass(frozen=True, slots=True)

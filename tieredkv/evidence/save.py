@@ -62,10 +62,11 @@ def save_evidence(
         raise OptionError("the video is given as frames: give source_fps=, their number per second.")
     frames = None if shown is None else moment_frames(evidence, shown, source_fps)
     name = Path(str(source)).name if isinstance(source, str | os.PathLike) else ""
-    # An end that is named is no longer shown: the frame just before it is.
-    times = [min(time.seconds, evidence.end - 0.5) for time in answer.times or ()]
-    pictures = None if shown is None else frames_at(times, shown, source_fps, bool(evidence.damaged))
-    named = tuple(zip_longest(answer.times or (), pictures or ()))
+    times = () if path.suffix.lower() == ".png" else answer.times or ()  # the sheet has no links
+    # At the end nothing is shown any more: the frame just before it is.
+    moments = [max(evidence.start, min(time.seconds, evidence.end - 0.5)) for time in times]
+    pictures = None if shown is None else frames_at(moments, shown, source_fps, bool(evidence.damaged))
+    named = tuple(zip_longest(times, pictures or ()))
     view = View(_plain(question), _plain(answer.text), evidence, frames, _plain(name), named)
     data = _png(view) if path.suffix.lower() == ".png" else page.to_html(view).encode()
     with replace_file(path, len(data)) as part:
