@@ -1,0 +1,114 @@
+"""The contract of a codec.
+
+A *record* is the bytes of one chunk of one KV head: the keys and values of `C` consecutive tokens. It consists of
+fields, each with a token axis, so that single tokens can be written and copied too. Records are copied as they are,
+from tier to tier and to disk; attention reads them without a copy of the unpacked numbers.
+
+Some codecs transform keys and values before they store them, by what `fit` has measured of a layer. Attention then
+transforms its few queries and outputs instead of the many keys and values: `turned`, `constant` and `finished`.
+
+Shapes: `K` KV heads, `C` chunk tokens, `B` bytes of a record, `D` head dim, `n` tokens, `r` query rows of a KV head,
+`m` records.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+
+FIT_TOKENS, SAMPLE = 1024, 256
+"""Codecs are fitted to `SAMPLE` of a prompt's `FIT_TOKENS` first tokens; never to the very first, often an outlier."""
+AT_ONCE = 256
+"""Tokens to encode or decode at a time. Small, as the cap does not count their float32 copies."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """What a codec has measured of one layer, the same for all of its tokens. Both `(K, 2, D)` float32: of keys, and of
+    values."""
+
+    centre: torch.Tensor
+    """Subtracted from every key and value."""
+    norms: torch.Tensor
+    """Divisor of every channel."""
+
+    def to(self, device: torch.device) -> Self:
+        return type(self)(self.centre.to(device), self.norms.to(device))
+
+    def of_heads(self, heads: torch.Tensor | slice) -> Self:
+        return type(self)(self.centre[heads], self.norms[heads])
+
+
+def fit_sample(tokens: torch.Tensor) -> torch.Tensor:
+    """The tokens of `(K, n, D)` that a codec is fitted to, `(K, s, D)` float32."""
+    n = min(tokens.shape[1], FIT_TOKENS)
+    return tokens[:, min(1, n - 1) : n : max(1, n // SAMPLE)].float()
+
+
+class Codec(ABC):
+    """How one chunk of one KV head is stored. Has no state besides its sizes."""
+
+    bits: ClassVar[int]
+    """Key of `CODECS`."""
+    key_bits: ClassVar[int]
+    value_bits: ClassVar[int]
+    """Of a number, for kernels; 16 stands for the model's dtype."""
+    needs_fit: ClassVar[bool] = True
+
+    def __init__(self, chunk_tokens: int, head_dim: int, dtype: torch.dtype) -> None:
+        """dtype: the model's, which `decode` returns."""
+        self.chunk_tokens, self.head_dim, self.dtype = chunk_tokens, head_dim, dtype
+
+    @property
+    @abstractmethod
+    def chunk_bytes(self) -> int:
+        """B: a multiple of 4."""
+
+    @abstractmethod
+    def fields(self, records: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Views `(..., C, w)` of records `(..., B)` uint8, contiguous in their last axis. Together they cover all of a
+        record but what rounds it up."""
+
+    def fit(self, keys: torch.Tensor, values: torch.Tensor) -> Fit | None:
+        """Measure a layer by the first tokens `(K, n, D)`, n > 0, of a prompt; None if `needs_fit` is False."""
+        return None
+
+    @abstractmethod
+    def encode(self, keys: torch.Tensor, values: torch.Tensor, fit: Fit | None) -> tuple[torch.Tensor, ...]:
+        """What to store of tokens `(K, n, D)`: each of `fields` as `(K, n, w)`, on the device of the tokens, as `fit`
+        must be. A number that is not finite is decoded to one that is not."""
+
+    @abstractmethod
+    def decode(self, fields: tuple[torch.Tensor, ...], fit: Fit | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values `(K, n, D)` float32, from what `encode` returned or views of it."""
+
+    # ---- attention to records
+
+    def turned(self, query: torch.Tensor, fit: Fit | None) -> torch.Tensor:
+        """Queries `(K, r, D)` float32 as `logits` takes them."""
+        return query
+
+    def constant(self, query: torch.Tensor, fit: Fit | None) -> torch.Tensor | None:
+        """What `logits` leaves out: `(K, r)`, the same for every token; None: nothing."""
+        return None
+
+    @abstractmethod
+    def logits(self, turned: torch.Tensor, records: torch.Tensor) -> torch.Tensor:
+        """Products `(K, r, m * C)` float32 of turned queries with the keys of records `(K, m, B)`; but `constant`."""
+
+    @abstractmethod
+    def mixed(self, weights: torch.Tensor, records: torch.Tensor) -> torch.Tensor:
+        """The values of records `(K, m, B)` added up by weights `(K, r, m * C)` float32: `(K, r, D)`, for
+        `finished`."""
+
+    def finished(self, mixed: torch.Tensor, fit: Fit | None) -> torch.Tensor:
+        """The output, from what `mixed` returned for weights whose sum is 1, or a merge of several by such weights."""
+        return mixed
+
+
+def tokens_of(fields: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Fields `(K, m, C, w)` of whole chunks, token after token: `(K, m * C, w)`."""
+    return tuple(field.flatten(1, 2) for field in fields)

@@ -1,0 +1,37 @@
+"""Keys and values as the model made them. A record is `(2, C, D)` of the model's dtype: exact."""
+
+from __future__ import annotations
+
+import torch
+
+from tieredkv.codecs.base import Codec, Fit
+
+
+class Plain(Codec):
+    """The model's dtype."""
+
+    bits = key_bits = value_bits = 16
+    needs_fit = False
+
+    @property
+    def chunk_bytes(self) -> int:
+        return 2 * self.chunk_tokens * self.head_dim * self.dtype.itemsize
+
+    def fields(self, records: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        both = records.view(self.dtype).unflatten(-1, (2, self.chunk_tokens, self.head_dim))
+        return both[..., 0, :, :], both[..., 1, :, :]
+
+    def encode(self, keys: torch.Tensor, values: torch.Tensor, fit: Fit | None) -> tuple[torch.Tensor, ...]:
+        return keys, values
+
+    def decode(self, fields: tuple[torch.Tensor, ...], fit: Fit | None) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = fields
+        return keys.float(), values.float()
+
+    def logits(self, turned: torch.Tensor, records: torch.Tensor) -> torch.Tensor:
+        keys = self.fields(records)[0].flatten(1, 2).float()
+        return turned @ keys.mT
+
+    def mixed(self, weights: torch.Tensor, records: torch.Tensor) -> torch.Tensor:
+        values = self.fields(records)[1].flatten(1, 2).float()
+        return weights @ values

@@ -1,0 +1,109 @@
+"""4 bits: the layer's mean taken off, a Hadamard rotation of each head's channels, a scale of each key and value.
+
+A constant that all keys of a head share, which some models' biases make large, would take most of the few steps that 4
+bits have. It is the same for all tokens, so its product with a query is one number per head and step, and the mean
+value is added back once. The rotation, as in QuaRot (arXiv 2404.00456), spreads what is large in a few channels over all of
+them. Queries are rotated instead of keys, and outputs back instead of values.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from tieredkv.codecs.base import Codec, Fit, fit_sample
+
+LARGEST, OFFSET = 7, 8
+"""Numbers go from -7 to 7, and are stored with 8 added."""
+TINY = torch.finfo(torch.float32).tiny
+
+
+class Rotated(Codec):
+    """A record is keys, then values, `(C, D / 2)` bytes each, then scales `(2, C)` float16.
+
+    Byte j of a token holds number j in its low bits, and number j + D / 2 in its high bits.
+    """
+
+    bits = key_bits = value_bits = 4
+
+    @property
+    def chunk_bytes(self) -> int:
+        return -(-2 * self.chunk_tokens * (self.head_dim // 2 + 2) // 4) * 4
+
+    def fields(self, records: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        c, half = self.chunk_tokens, self.head_dim // 2
+        both = records[..., : 2 * c * half].unflatten(-1, (2, c, half))
+        scales = records[..., 2 * c * half : 2 * c * (half + 2)].view(torch.float16).unflatten(-1, (2, c, 1))
+        return both[..., 0, :, :], both[..., 1, :, :], scales[..., 0, :, :], scales[..., 1, :, :]
+
+    def fit(self, keys: torch.Tensor, values: torch.Tensor) -> Fit:
+        centre = torch.stack([fit_sample(part).mean(1) for part in (keys, values)], dim=1)
+        return Fit(centre, torch.ones_like(centre))
+
+    def encode(self, keys: torch.Tensor, values: torch.Tensor, fit: Fit | None) -> tuple[torch.Tensor, ...]:
+        assert fit is not None
+        key_numbers, key_scales = _pack(keys, fit.centre[:, :1])
+        value_numbers, value_scales = _pack(values, fit.centre[:, 1:])
+        return key_numbers, value_numbers, key_scales, value_scales
+
+    def decode(self, fields: tuple[torch.Tensor, ...], fit: Fit | None) -> tuple[torch.Tensor, torch.Tensor]:
+        assert fit is not None
+        keys, values, key_scales, value_scales = fields
+        turn = hadamard(self.head_dim, keys.device)
+        return (
+            (_numbers(keys).sub_(OFFSET) * key_scales.float()) @ turn + fit.centre[:, :1],
+            (_numbers(values).sub_(OFFSET) * value_scales.float()) @ turn + fit.centre[:, 1:],
+        )
+
+    def turned(self, query: torch.Tensor, fit: Fit | None) -> torch.Tensor:
+        return query @ hadamard(self.head_dim, query.device)
+
+    def constant(self, query: torch.Tensor, fit: Fit | None) -> torch.Tensor:
+        assert fit is not None
+        return (query @ fit.centre[:, :1].mT).squeeze(-1)
+
+    def logits(self, turned: torch.Tensor, records: torch.Tensor) -> torch.Tensor:
+        keys, _, scales, _ = self.fields(records)
+        keys = keys.flatten(1, 2)
+        low, high = turned.chunk(2, dim=-1)
+        products = low @ (keys & 15).float().mT
+        products.baddbmm_(high, (keys >> 4).float().mT)
+        products -= OFFSET * turned.sum(-1, keepdim=True)
+        return products.mul_(scales.flatten(1, 3).float().unsqueeze(1))
+
+    def mixed(self, weights: torch.Tensor, records: torch.Tensor) -> torch.Tensor:
+        _, values, _, scales = self.fields(records)
+        values, weights = values.flatten(1, 2), weights * scales.flatten(1, 3).float().unsqueeze(1)
+        out = torch.cat((weights @ (values & 15).float(), weights @ (values >> 4).float()), dim=-1)
+        return out.sub_(OFFSET * weights.sum(-1, keepdim=True))
+
+    def finished(self, mixed: torch.Tensor, fit: Fit | None) -> torch.Tensor:
+        assert fit is not None
+        return mixed @ hadamard(self.head_dim, mixed.device) + fit.centre[:, 1:]
+
+
+@cache
+def hadamard(size: int, device: torch.device) -> torch.Tensor:
+    """A rotation `(size, size)` float32 that is its own inverse: of each block of as many channels as the largest power
+    of two that divides `size`."""
+    block = size & -size
+    turn = torch.ones((1, 1), dtype=torch.float32, device="cpu")
+    while len(turn) < block:
+        turn = torch.cat((torch.cat((turn, turn), dim=1), torch.cat((turn, -turn), dim=1)))
+    return torch.block_diag(*[turn / block**0.5] * (size // block)).to(device)
+
+
+def _pack(rows: torch.Tensor, centre: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys or values `(..., D)` -> bytes `(..., D / 2)` and scales `(..., 1)` float16. centre: as broadcast."""
+    turned = (rows.float() - centre) @ hadamard(rows.shape[-1], rows.device)
+    scales = (turned.abs().amax(-1, keepdim=True) / LARGEST).half()
+    turned /= scales.float().clamp(min=TINY)
+    numbers = turned.round_().clamp_(-LARGEST, LARGEST).nan_to_num_().add_(OFFSET).to(torch.uint8)
+    low, high = numbers.chunk(2, dim=-1)
+    return low | (high << 4), scales
+
+
+def _numbers(stored: torch.Tensor) -> torch.Tensor:
+    """Bytes `(..., D / 2)` -> numbers `(..., D)` float32, with `OFFSET` added."""
+    return torch.cat((stored & 15, stored >> 4), dim=-1).float()
