@@ -70,7 +70,7 @@ class Codec(ABC):
     @abstractmethod
     def fields(self, records: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Views `(..., C, w)` of records `(..., B)` uint8, contiguous in their last axis. Together they cover all of a
-        record but what rounds it up."""
+        record but what rounds it up. Those at even places are all that `decode_keys` reads."""
 
     def fit(self, keys: torch.Tensor, values: torch.Tensor) -> Fit | None:
         """Measure a layer by the first tokens `(K, n, D)`, n > 0, of a prompt; None if `needs_fit` is False."""
@@ -84,6 +84,22 @@ class Codec(ABC):
     @abstractmethod
     def decode(self, fields: tuple[torch.Tensor, ...], fit: Fit | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values `(K, n, D)` float32, from what `encode` returned or views of it."""
+
+    @abstractmethod
+    def decode_keys(self, fields: tuple[torch.Tensor, ...], fit: Fit | None) -> torch.Tensor:
+        """The keys that `decode` returns."""
+
+    def decode_to(
+        self, keys: torch.Tensor, values: torch.Tensor | None, fields: tuple[torch.Tensor, ...], fit: Fit | None
+    ) -> None:
+        """Decode into `(K, n, D)` of any dtype, `AT_ONCE` tokens at a time. values: None: the keys alone."""
+        for begin in range(0, keys.shape[1], AT_ONCE):
+            part = slice(begin, begin + AT_ONCE)
+            those = tuple(field[:, part] for field in fields)
+            if values is None:
+                keys[:, part] = self.decode_keys(those, fit)
+            else:
+                keys[:, part], values[:, part] = self.decode(those, fit)
 
     # ---- attention to records
 

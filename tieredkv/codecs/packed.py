@@ -46,8 +46,13 @@ class Packed(Codec):
 
     def decode(self, fields: tuple[torch.Tensor, ...], fit: Fit | None) -> tuple[torch.Tensor, torch.Tensor]:
         assert fit is not None
-        keys, values, key_scales, value_scales = fields
-        return keys.float() * key_scales.float() * fit.norms[:, :1], values * value_scales.float() * fit.norms[:, 1:]
+        _, values, _, scales = fields
+        return self.decode_keys(fields, fit), values * scales.float() * fit.norms[:, 1:]
+
+    def decode_keys(self, fields: tuple[torch.Tensor, ...], fit: Fit | None) -> torch.Tensor:
+        assert fit is not None
+        keys, _, scales, _ = fields
+        return keys * scales.float() * fit.norms[:, :1]
 
     def turned(self, query: torch.Tensor, fit: Fit | None) -> torch.Tensor:
         assert fit is not None

@@ -28,6 +28,16 @@ class Plain(Codec):
         keys, values = fields
         return keys.float(), values.float()
 
+    def decode_keys(self, fields: tuple[torch.Tensor, ...], fit: Fit | None) -> torch.Tensor:
+        return fields[0].float()
+
+    def decode_to(
+        self, keys: torch.Tensor, values: torch.Tensor | None, fields: tuple[torch.Tensor, ...], fit: Fit | None
+    ) -> None:
+        keys.copy_(fields[0])
+        if values is not None:
+            values.copy_(fields[1])
+
     def logits(self, turned: torch.Tensor, records: torch.Tensor) -> torch.Tensor:
         keys = self.fields(records)[0].flatten(1, 2).float()
         return turned @ keys.mT

@@ -2,8 +2,8 @@
 
 A constant that all keys of a head share, which some models' biases make large, would take most of the few steps that 4
 bits have. It is the same for all tokens, so its product with a query is one number per head and step, and the mean
-value is added back once. The rotation, as in QuaRot (arXiv 2404.00456), spreads what is large in a few channels over all of
-them. Queries are rotated instead of keys, and outputs back instead of values.
+value is added back once. The rotation, as in QuaRot (arXiv 2404.00456), spreads what is large in a few channels over all
+of them. Queries are rotated instead of keys, and outputs back instead of values.
 """
 
 from __future__ import annotations
@@ -49,12 +49,13 @@ class Rotated(Codec):
 
     def decode(self, fields: tuple[torch.Tensor, ...], fit: Fit | None) -> tuple[torch.Tensor, torch.Tensor]:
         assert fit is not None
-        keys, values, key_scales, value_scales = fields
-        turn = hadamard(self.head_dim, keys.device)
-        return (
-            (_numbers(keys).sub_(OFFSET) * key_scales.float()) @ turn + fit.centre[:, :1],
-            (_numbers(values).sub_(OFFSET) * value_scales.float()) @ turn + fit.centre[:, 1:],
-        )
+        _, values, _, scales = fields
+        return self.decode_keys(fields, fit), _unpack(values, scales, fit.centre[:, 1:])
+
+    def decode_keys(self, fields: tuple[torch.Tensor, ...], fit: Fit | None) -> torch.Tensor:
+        assert fit is not None
+        keys, _, scales, _ = fields
+        return _unpack(keys, scales, fit.centre[:, :1])
 
     def turned(self, query: torch.Tensor, fit: Fit | None) -> torch.Tensor:
         return query @ hadamard(self.head_dim, query.device)
@@ -107,3 +108,8 @@ def _pack(rows: torch.Tensor, centre: torch.Tensor) -> tuple[torch.Tensor, torch
 def _numbers(stored: torch.Tensor) -> torch.Tensor:
     """Bytes `(..., D / 2)` -> numbers `(..., D)` float32, with `OFFSET` added."""
     return torch.cat((stored & 15, stored >> 4), dim=-1).float()
+
+
+def _unpack(stored: torch.Tensor, scales: torch.Tensor, centre: torch.Tensor) -> torch.Tensor:
+    """Inverse of `_pack`, float32."""
+    return (_numbers(stored).sub_(OFFSET) * scales.float()) @ hadamard(centre.shape[-1], stored.device) + centre
