@@ -59,16 +59,26 @@ class Packed(Codec):
         return query * fit.norms[:, :1]
 
     def logits(self, turned: torch.Tensor, records: torch.Tensor) -> torch.Tensor:
-        keys, _, scales, _ = self.fields(records)
-        return (turned @ keys.flatten(1, 2).float().mT).mul_(scales.flatten(1, 3).float().unsqueeze(1))
+        return (turned @ self._part(records, 0).mT).mul_(self._scales(records, 0))
 
     def mixed(self, weights: torch.Tensor, records: torch.Tensor) -> torch.Tensor:
-        _, values, _, scales = self.fields(records)
-        return (weights * scales.flatten(1, 3).float().unsqueeze(1)) @ values.flatten(1, 2).float()
+        return (weights * self._scales(records, 1)) @ self._part(records, 1)
 
     def finished(self, mixed: torch.Tensor, fit: Fit | None) -> torch.Tensor:
         assert fit is not None
         return mixed * fit.norms[:, 1:]
+
+    def _part(self, records: torch.Tensor, part: int) -> torch.Tensor:
+        """Numbers of keys (part 0) or values (1) of records `(K, m, B)`: `(K, m * C, D)` float32."""
+        size = self.chunk_tokens * self.head_dim
+        numbers = records[..., part * size : (part + 1) * size].view(torch.int8).float()
+        return numbers.view(len(records), -1, self.head_dim)
+
+    def _scales(self, records: torch.Tensor, part: int) -> torch.Tensor:
+        """Scales of keys (part 0) or values (1) of records `(K, m, B)`: `(K, 1, m * C)` float32."""
+        size, first = 2 * self.chunk_tokens, 2 * self.chunk_tokens * self.head_dim
+        scales = records[..., first + part * size : first + (part + 1) * size].view(torch.float16).float()
+        return scales.view(len(records), 1, -1)
 
 
 def _norms(sample: torch.Tensor) -> torch.Tensor:

@@ -39,9 +39,13 @@ class Plain(Codec):
             values.copy_(fields[1])
 
     def logits(self, turned: torch.Tensor, records: torch.Tensor) -> torch.Tensor:
-        keys = self.fields(records)[0].flatten(1, 2).float()
-        return turned @ keys.mT
+        return turned @ self._part(records, 0).mT
 
     def mixed(self, weights: torch.Tensor, records: torch.Tensor) -> torch.Tensor:
-        values = self.fields(records)[1].flatten(1, 2).float()
-        return weights @ values
+        return weights @ self._part(records, 1)
+
+    def _part(self, records: torch.Tensor, part: int) -> torch.Tensor:
+        """Keys (part 0) or values (1) of records `(K, m, B)`: `(K, m * C, D)` float32."""
+        size = self.chunk_bytes // 2
+        numbers = records[..., part * size : (part + 1) * size].view(self.dtype).float()
+        return numbers.reshape(len(records), -1, self.head_dim)

@@ -65,23 +65,35 @@ class Rotated(Codec):
         return (query @ fit.centre[:, :1].mT).squeeze(-1)
 
     def logits(self, turned: torch.Tensor, records: torch.Tensor) -> torch.Tensor:
-        keys, _, scales, _ = self.fields(records)
-        keys = keys.flatten(1, 2)
-        low, high = turned.chunk(2, dim=-1)
-        products = low @ (keys & 15).float().mT
-        products.baddbmm_(high, (keys >> 4).float().mT)
+        keys, (low, high) = self._part(records, 0), turned.chunk(2, dim=-1)
+        products = low @ self._tokens(keys & 15).mT
+        products.baddbmm_(high, self._tokens(keys >> 4).mT)
         products -= OFFSET * turned.sum(-1, keepdim=True)
-        return products.mul_(scales.flatten(1, 3).float().unsqueeze(1))
+        return products.mul_(self._scales(records, 0))
 
     def mixed(self, weights: torch.Tensor, records: torch.Tensor) -> torch.Tensor:
-        _, values, _, scales = self.fields(records)
-        values, weights = values.flatten(1, 2), weights * scales.flatten(1, 3).float().unsqueeze(1)
-        out = torch.cat((weights @ (values & 15).float(), weights @ (values >> 4).float()), dim=-1)
+        values, weights = self._part(records, 1), weights * self._scales(records, 1)
+        out = torch.cat((weights @ self._tokens(values & 15), weights @ self._tokens(values >> 4)), dim=-1)
         return out.sub_(OFFSET * weights.sum(-1, keepdim=True))
 
     def finished(self, mixed: torch.Tensor, fit: Fit | None) -> torch.Tensor:
         assert fit is not None
         return mixed @ hadamard(self.head_dim, mixed.device) + fit.centre[:, 1:]
+
+    def _part(self, records: torch.Tensor, part: int) -> torch.Tensor:
+        """Bytes of keys (part 0) or values (1) of records `(K, m, B)`: `(K, m, C * D / 2)`."""
+        size = self.chunk_tokens * self.head_dim // 2
+        return records[..., part * size : (part + 1) * size]
+
+    def _tokens(self, numbers: torch.Tensor) -> torch.Tensor:
+        """`(K, m, C * D / 2)` as `(K, m * C, D / 2)` float32."""
+        return numbers.float().view(len(numbers), -1, self.head_dim // 2)
+
+    def _scales(self, records: torch.Tensor, part: int) -> torch.Tensor:
+        """Scales of keys (part 0) or values (1) of records `(K, m, B)`: `(K, 1, m * C)` float32."""
+        size, first = 2 * self.chunk_tokens, self.chunk_tokens * self.head_dim
+        scales = records[..., first + part * size : first + (part + 1) * size].view(torch.float16).float()
+        return scales.view(len(records), 1, -1)
 
 
 @cache
