@@ -225,15 +225,14 @@ def paged_attention(
     return out.reshape(heads, n, d), lse.reshape(heads, n)
 
 
-def scratch_bytes(record_bytes: int, chunk_tokens: int, head_dim: int, rows: int) -> int:
+def scratch_bytes(codec: Codec, rows: int) -> int:
     """What `paged_attention` takes per page that it reads at a time, for `rows` queries of a KV head: the record, keys
-    or values unpacked, logits and weights, a mask and the index of the page."""
-    unpacked = head_dim * (FLOAT32 + 1) + 2 * FLOAT32
-    return record_bytes + chunk_tokens * (unpacked + 2 * rows * FLOAT32 + 2) + INT64
+    or values unpacked, logits and weights, a mask, and the index of the page."""
+    unpacked = codec.head_dim * (FLOAT32 + 1) + 2 * FLOAT32
+    return codec.chunk_bytes + codec.chunk_tokens * (unpacked + 2 * rows * FLOAT32 + FLOAT32 + 1) + INT64
 
 
 def _pages_at_once(codec: Codec, n: int, rows: int, batch_pages: int, device: torch.device) -> int:
     """Pages to read at a time, whose scratch is at most that of `batch_pages` pages for a single token."""
-    size = codec.chunk_bytes, codec.chunk_tokens, codec.head_dim
-    fit = batch_pages * scratch_bytes(*size, rows // n) // scratch_bytes(*size, rows)
+    fit = batch_pages * scratch_bytes(codec, rows // n) // scratch_bytes(codec, rows)
     return min(fit, IN_CACHE // (codec.chunk_tokens * codec.head_dim * FLOAT32)) if device.type == "cpu" else fit

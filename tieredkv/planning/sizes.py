@@ -17,6 +17,7 @@ from tieredkv.codecs.base import FIT_TOKENS, Codec
 from tieredkv.config import TierConfig
 from tieredkv.memory.units import FLOAT16, FLOAT32, INT32, INT64, ceil_div
 from tieredkv.models.kv_shape import KVShape
+from tieredkv.ops import torch_ops
 from tieredkv.policy.digests import DIGESTS, Digest
 
 QUESTION_ROOM = 256
@@ -171,11 +172,9 @@ def query_moment_bytes(head_dim: int) -> int:
 
 
 def scratch_page_bytes(shape: KVShape, tiers: TierConfig, bits: int) -> int:
-    """Scratch of the torch attention per gathered page: keys and values in float32 (torch's kernel copies the keys once
-    more), row indices, a mask; for packed pages also the scales of keys or values, in float16 and float32."""
-    narrow = 1 if bits < PLAIN else 0 if shape.itemsize == FLOAT32 else shape.itemsize
-    scales = FLOAT32 + FLOAT16 if bits < PLAIN else 0
-    return tiers.chunk_tokens * (shape.head_dim * (3 * FLOAT32 + narrow) + scales + 2 * INT64 + FLOAT32 + 1)
+    """Scratch of the torch attention per page that it reads at a time."""
+    rows = shape.num_attention_heads // shape.num_key_value_heads
+    return torch_ops.scratch_bytes(codec(shape, tiers, bits), rows)
 
 
 def table_bytes(shape: KVShape, tiers: TierConfig, layout: Layout) -> int:
