@@ -63,8 +63,8 @@ class TierConfig:
     recent_window: int = 32
     """Last tokens of the prompt that every head always attends to."""
     host_kv_bits: int | None = None
-    """Bits of a number in host memory, in session files, on the link and on the device: 16 stands for the model's dtype,
-    8 and 4 for `codecs`. None: 16 if steps attend to everything and all of it fits on the device unpacked, under
+    """Bits of a number in host memory, in session files, on the link and on the device: 16 stands for the model's
+    dtype, 8 and 4 for `codecs`. None: 16 if steps attend to everything and all of it fits on the device unpacked, under
     `policy="full"` and with `pack_pages=False`, otherwise 8 (`planning.host_plan`)."""
     pack_pages: bool = True
     """Where the host tier has 16 bits, store keys and values on the device in 8, so that twice as many fit, unless

@@ -52,6 +52,14 @@ HostGiB = Annotated[
         envvar="TIEREDKV_HOST_KV_GB", help="Host memory for keys and values, GiB [80 % of what is available]."
     ),
 ]
+HostBits = Annotated[
+    int | None,
+    typer.Option(
+        envvar="TIEREDKV_HOST_KV_BITS",
+        metavar="16|8|4",
+        help="Bits of keys and values in host memory and session files [16 if all stay on the device, else 8].",
+    ),
+]
 Fps = Annotated[
     float | None, typer.Option(envvar="TIEREDKV_FPS", help="Frames sampled per second [the processor's rate].")
 ]

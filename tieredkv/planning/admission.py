@@ -10,7 +10,7 @@ from tieredkv.errors import BudgetError
 from tieredkv.memory.limits import check_host, check_host_memory
 from tieredkv.memory.units import GIB, as_gib
 from tieredkv.models.kv_shape import KVShape
-from tieredkv.planning.host_plan import least_bits, prompt_bits
+from tieredkv.planning.host_plan import fewer_bits, least_bits, prompt_bits
 from tieredkv.planning.prefill_plan import question_rows, smallest_prefill_bytes, untiered_prefill_bytes
 from tieredkv.planning.sizes import Layout, host_bytes, lay_out, records_bytes, smallest_decode_bytes, snapshot_bytes
 
@@ -67,8 +67,12 @@ def check_memory(
     else:
         needed = host_bytes(shape, tiers, request.tokens, bits)
         what = f"the cache of {request.tokens:,} tokens"
-    if host_remedy is None:
-        host_remedy = f"lower fps, max_pixels or max_frames, or give host_kv_gb={as_gib(needed)}"
+
+    def remedy(allowed: int) -> str:
+        options = [*fewer_bits(shape, tiers, request.tokens, allowed), f"host_kv_gb={as_gib(needed)}"]
+        return f"lower fps, max_pixels or max_frames, or give {' or '.join(options)}"
+
+    host_remedy = remedy if host_remedy is None else host_remedy
     check_host(needed, tiers.host_kv_gb, what, host_remedy, available, room_bytes + beside)
     if one_memory:
         what = f"{what}, with the device tier in the same memory,"

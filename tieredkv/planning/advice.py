@@ -12,6 +12,7 @@ from tieredkv.memory.units import GIB, as_gib, largest
 from tieredkv.models.kv_shape import KVShape
 from tieredkv.planning.admission import Request, check_memory, smallest_cap_bytes
 from tieredkv.planning.fitting import RULE, Choice, Film, cost, fitted
+from tieredkv.planning.host_plan import prompt_bits, smaller_settings
 from tieredkv.planning.prefill_plan import question_rows
 from tieredkv.planning.sizes import Layout, host_bytes
 from tieredkv.video.sampling import LEAST_PIXELS, RATES, Sampling
@@ -115,11 +116,22 @@ class Advice:
             Request(tokens, self.question_tokens, self.new_tokens).layout(self.tiers),
             question_rows(self.tiers, self.question_tokens),
         )
+        ways = ["that", *self._fewer_bits(tokens), "a shorter part of the video (start, end)"]
         return BudgetError(
             f"fit=True goes down to {self._described(lowest)}, and {most:,} fit: those need gpu_kv_gb="
-            f"{as_gib(least_cap)} and {as_gib(host_bytes(self.shape, self.tiers, tokens))} GiB of host memory. Give "
-            "that, or a shorter part of the video (start, end)."
+            f"{as_gib(least_cap)} and {as_gib(self._host_bytes(tokens))} GiB of host memory. Give "
+            f"{', '.join(ways[:-1])}, or {ways[-1]}."
         )
+
+    def _host_bytes(self, tokens: int) -> int:
+        return host_bytes(self.shape, self.tiers, tokens, prompt_bits(self.shape, self.tiers, tokens))
+
+    def _fewer_bits(self, tokens: int) -> list[str]:
+        """The option with which a prompt of `tokens` tokens can be served as it is, or none."""
+        for smaller in smaller_settings(self.shape, self.tiers, tokens):
+            if self.fits(tokens, smaller):
+                return [f"host_kv_bits={smaller.host_kv_bits}"]
+        return []
 
     # ---- refusals
 
@@ -137,7 +149,7 @@ class Advice:
     def host(self, allowed: int) -> str:
         """After a refusal of the host tier, which may have `allowed` bytes."""
         changes = self._changes()
-        if (needed := host_bytes(self.shape, self.tiers, self._tokens)) <= self.available:
+        if (needed := self._host_bytes(self._tokens)) <= self.available:
             changes.append(f"host_kv_gb={as_gib(needed)}")
         return f"give {_either(changes)}" if changes else "that is too little for any video"
 
@@ -155,7 +167,8 @@ class Advice:
             film.smaller(film.asked, LEAST_PIXELS, most),
         ]
         choices = [choice for choice in dict.fromkeys(found) if choice is not None and choice != film.asked]
-        return [self.words(choice, sized=True) for choice in sorted(choices, key=lambda choice: cost(film, choice))]
+        lowered = [self.words(choice, sized=True) for choice in sorted(choices, key=lambda choice: cost(film, choice))]
+        return lowered + self._fewer_bits(self._tokens)
 
     def words(self, choice: Choice, sized: bool = False) -> str:
         """The options that state a choice, as far as it differs from what was asked for. sized: with the frame size."""

@@ -75,6 +75,12 @@ def chunk_bytes(shape: KVShape, tiers: TierConfig, bits: int) -> int:
     return codec(shape, tiers, bits).chunk_bytes
 
 
+def key_bytes(shape: KVShape, tiers: TierConfig, bits: int) -> int:
+    """What of such a record scoring reads, its keys: of the fields, those at even places."""
+    record = torch.empty(chunk_bytes(shape, tiers, bits), dtype=torch.uint8, device="cpu")
+    return sum(field.nbytes for field in codec(shape, tiers, bits).fields(record)[::2])
+
+
 def page_bytes(shape: KVShape, tiers: TierConfig, bits: int) -> int:
     """One page on the device: a record."""
     return chunk_bytes(shape, tiers, bits)

@@ -19,7 +19,8 @@ from tieredkv.models.placement import layer_devices
 from tieredkv.models.same_model import SameModel
 from tieredkv.planning.admission import Request, check_memory
 from tieredkv.planning.advice import Advice
-from tieredkv.planning.sizes import QUESTION_ROOM, host_bytes
+from tieredkv.planning.host_plan import prompt_bits
+from tieredkv.planning.sizes import QUESTION_ROOM, stored_bytes
 from tieredkv.progress import IngestProgress
 from tieredkv.session import sampled_video
 from tieredkv.session.cached_video import CachedVideo
@@ -225,7 +226,7 @@ class Ingest:
     def _file_bytes(self, tokens: int) -> int:
         """Size of the session file of this many tokens, without its header: it holds what the host tier does."""
         shape = model_shape(self.model.config, self.model.get_input_embeddings().weight.dtype)
-        return host_bytes(shape, self.tiers, tokens)
+        return stored_bytes(shape, self.tiers, tokens, prompt_bits(shape, self.tiers, tokens))
 
     def _check_memory(self, context: int, question_tokens: int, max_new_tokens: int, advice: Advice | None) -> int:
         """Refuse videos that a tier cannot hold, before the costly stages; returns the tokens to reserve on the host.

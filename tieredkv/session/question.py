@@ -206,7 +206,8 @@ def _make_room(cache: TieredCache, question: Question, tail: int, conversation: 
     request = Request(question.prompt_tokens, tail, question.max_new_tokens)
     shorter = "shorten the question or the conversation"
     longer = f"lower max_new_tokens, or {shorter}"
-    check = partial(check_memory, cache.shape, cache.tiers, request, longer, shorter)
+    bits = cache.device_tier.host_bits
+    check = partial(check_memory, cache.shape, cache.tiers, request, longer, shorter, bits=bits)
     try:
         check(room=cache.room, room_bytes=cache.host_bytes, beside=conversation.nbytes)
     except BudgetError:
