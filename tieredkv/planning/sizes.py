@@ -15,7 +15,7 @@ import torch
 from tieredkv.codecs import PLAIN, codec_for
 from tieredkv.codecs.base import FIT_TOKENS, Codec
 from tieredkv.config import TierConfig
-from tieredkv.memory.units import FLOAT16, FLOAT32, INT32, INT64, ceil_div
+from tieredkv.memory.units import FLOAT32, INT32, ceil_div
 from tieredkv.models.kv_shape import KVShape
 from tieredkv.ops import torch_ops
 from tieredkv.policy.digests import DIGESTS, Digest
