@@ -52,6 +52,9 @@ class Arena(Protocol):
         written or open before has its contents; another is undefined.
         """
 
+    def freeze(self, chunks: int) -> None:
+        """The first `chunks` chunks will not be written again. Later ones may then be kept elsewhere."""
+
     def read(self, first: int, stop: int) -> torch.Tensor:
         """Records `(K, n, B)` of chunks first..stop on the host: a view where they are in memory, not to be changed."""
 
