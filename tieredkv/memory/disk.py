@@ -194,6 +194,11 @@ class DiskArena:
         self._file.lengthen(extent.end(self._heads, self._record_bytes))
         self._extents.append(extent)
 
+    def shrink(self, chunks: int) -> None:
+        """As `Arena.shrink`, of the memory alone: a file has no bytes where nothing was written."""
+        if self._frozen and chunks < self.capacity:
+            self._memory = self._memory[:, : max(0, chunks - self._in_memory)].clone()
+
     # ---- writing
 
     def write(self, first: int, records: torch.Tensor) -> None:
@@ -234,6 +239,9 @@ class DiskArena:
         with self._locked():
             if self._frozen and chunks >= self._in_memory:
                 return
+            if self._memory.shape[1] and self._in_memory < chunks:
+                self._write(self._in_memory, self._memory)
+                self._memory = self._empty(0)
             capacity = self.capacity
             memory = self._empty(capacity - chunks)
             if chunks < capacity:  # the first may be filled in part
@@ -343,7 +351,7 @@ class DiskArena:
         """As `Arena.close`."""
         if self._cache is not None and self._locker is not None:
             self._locker.unlock(self._cache.memory)
-        self._cache, self._memory, self._extents = None, self._empty(0), []
+        self._cache, self._memory, self._extents, self._cache_bytes = None, self._empty(0), [], 0
         self._file.close()
 
 

@@ -117,7 +117,7 @@ def runs(offsets: np.ndarray, records: torch.Tensor) -> list[Read]:
 
 def memory_of(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous uint8 tensor on the host."""
-    return memoryview(tensor.view(-1).numpy())
+    return tensor.view(-1).numpy().data
 
 
 def _read_all(file: RecordFile, reads: Sequence[Read]) -> None:
