@@ -90,16 +90,21 @@ class Codec(ABC):
         """The keys that `decode` returns."""
 
     def decode_to(
-        self, keys: torch.Tensor, values: torch.Tensor | None, fields: tuple[torch.Tensor, ...], fit: Fit | None
+        self, keys: torch.Tensor, values: torch.Tensor | None, records: torch.Tensor, fit: Fit | None
     ) -> None:
-        """Decode into `(K, n, D)` of any dtype, `AT_ONCE` tokens at a time. values: None: the keys alone."""
-        for begin in range(0, keys.shape[1], AT_ONCE):
-            part = slice(begin, begin + AT_ONCE)
-            those = tuple(field[:, part] for field in fields)
+        """Decode records `(K, m, B)` into `(K, m, C, D)` of any dtype, about `AT_ONCE` tokens at a time.
+
+        values: None: the keys alone.
+        """
+        at_once = max(1, AT_ONCE // self.chunk_tokens)
+        for begin in range(0, records.shape[1], at_once):
+            part = slice(begin, begin + at_once)
+            fields, shape = tokens_of(self.fields(records[:, part])), keys[:, part].shape
             if values is None:
-                keys[:, part] = self.decode_keys(those, fit)
+                keys[:, part] = self.decode_keys(fields, fit).view(shape)
             else:
-                keys[:, part], values[:, part] = self.decode(those, fit)
+                both = self.decode(fields, fit)
+                keys[:, part], values[:, part] = (decoded.view(shape) for decoded in both)
 
     # ---- attention to records
 

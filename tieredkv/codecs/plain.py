@@ -32,8 +32,9 @@ class Plain(Codec):
         return fields[0].float()
 
     def decode_to(
-        self, keys: torch.Tensor, values: torch.Tensor | None, fields: tuple[torch.Tensor, ...], fit: Fit | None
+        self, keys: torch.Tensor, values: torch.Tensor | None, records: torch.Tensor, fit: Fit | None
     ) -> None:
+        fields = self.fields(records)
         keys.copy_(fields[0])
         if values is not None:
             values.copy_(fields[1])

@@ -2,8 +2,8 @@
 
 A constant that all keys of a head share, which some models' biases make large, would take most of the few steps that 4
 bits have. It is the same for all tokens, so its product with a query is one number per head and step, and the mean
-value is added back once. The rotation, as in QuaRot (arXiv 2404.00456), spreads what is large in a few channels over all
-of them. Queries are rotated instead of keys, and outputs back instead of values.
+value is added back once. The rotation, as in QuaRot (arXiv 2404.00456), spreads what is large in a few channels over
+all of them. Queries are rotated instead of keys, and outputs back instead of values.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from tieredkv.codecs import PLAIN, codec_for
-from tieredkv.codecs.base import AT_ONCE, FIT_TOKENS, Codec, Fit
+from tieredkv.codecs.base import AT_ONCE, FIT_TOKENS, Codec, Fit, tokens_of
 from tieredkv.memory.arena import Arena, MemoryArena
 from tieredkv.memory.units import ceil_div
 
@@ -50,6 +50,10 @@ class HostLayer:
         """All records, `(K, chunks, B)`; undefined beyond `length`. None: not in memory."""
         return self._arena.records
 
+    def fit_on(self, device: torch.device) -> Fit | None:
+        """`fit` on a device, for the current stream."""
+        return None if self.fit is None else self.fit.to(device)
+
     def fetch(self, heads: torch.Tensor, chunks: torch.Tensor) -> torch.Tensor:
         """A copy `(m, B)` of the records `chunks[i]` of `heads[i]`, both `(m,)` on the host."""
         return self._arena.fetch(heads, chunks)
@@ -84,8 +88,7 @@ class HostLayer:
         They are encoded on their device. Call `advance` afterwards to count them. May run on another thread while
         earlier tokens are read. Copies from a card are asynchronous, in the order of the current stream.
         """
-        fit = None if self.fit is None else self.fit.to(keys.device)
-        nbytes = 0
+        fit, nbytes = self.fit_on(keys.device), 0
         for begin, stop in self._spans(keys.shape[1]):
             fields = self.codec.encode(keys[:, begin:stop], values[:, begin:stop], fit)
             nbytes += self._put(self.length + begin, fields)
@@ -102,10 +105,6 @@ class HostLayer:
             stop = min(tokens, (chunk + at_once) * self.chunk_tokens - self.length)
             yield begin, stop
             begin = stop
-
-    def write_stored(self, fields: tuple[torch.Tensor, ...]) -> int:
-        """Write tokens as `stored` has returned them; otherwise like `write`."""
-        return self._put(self.length, fields)
 
     def _put(self, begin: int, fields: tuple[torch.Tensor, ...]) -> int:
         """Write encoded tokens `(K, n, w)` as tokens `begin` and on. Returns their bytes."""
@@ -147,12 +146,6 @@ class HostLayer:
         self.write(keys, values)
         self.advance(keys.shape[1])
 
-    def append_stored(self, fields: tuple[torch.Tensor, ...]) -> None:
-        """`append` for tokens as `stored` has returned them."""
-        self.make_room(fields[0].shape[1])
-        self.write_stored(fields)
-        self.advance(fields[0].shape[1])
-
     def truncate(self, tokens: int) -> None:
         """Keep only the first `tokens` tokens; the memory of the others is kept for later ones."""
         if not 0 <= tokens <= self.length:
@@ -187,28 +180,27 @@ class HostLayer:
             own.copy_(new)
         return sum(own.nbytes for own in parts[0])
 
-    def keys(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Keys `(K, m, C, D)` of chunks start..stop, in the model's dtype: a view if nothing has to be decoded."""
-        fields = self.codec.fields(self.chunks(start, stop))
+    def keys_of(self, records: torch.Tensor) -> torch.Tensor:
+        """Keys `(K, m, C, D)` of records `(K, m, B)`, in the model's dtype: a view if nothing has to be decoded."""
         if not self.codec.needs_fit:
-            return fields[0]
-        flat = tuple(field.flatten(1, 2) for field in fields)
-        keys = torch.empty((*flat[0].shape[:2], self.head_dim), dtype=self.dtype, device="cpu")
-        self.codec.decode_to(keys, None, flat, self.fit)
-        return keys.unflatten(1, (-1, self.chunk_tokens))
+            return self.codec.fields(records)[0]
+        shape = *records.shape[:2], self.chunk_tokens, self.head_dim
+        keys = torch.empty(shape, dtype=self.dtype, device=records.device)
+        self.codec.decode_to(keys, None, records, self.fit_on(records.device))
+        return keys
 
-    def stored(self, begin: int, stop: int) -> tuple[torch.Tensor, ...]:
-        """Copies `(K, n, w)` of what the codec stores of tokens begin..stop, for `write_stored`."""
-        first = begin % self.chunk_tokens
-        records = self.chunks(begin // self.chunk_tokens, self._chunks(stop))
-        fields = (field.flatten(1, 2) for field in self.codec.fields(records))
-        return tuple(field[:, first : first + stop - begin].clone() for field in fields)
+    def keys(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """`keys_of` chunks start..stop, as `chunks` takes them."""
+        return self.keys_of(self.chunks(start, stop))
 
     def decoded(self, begin: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Copies of keys and values, each `(K, n, D)` of the model's dtype, of tokens begin..stop."""
-        shape = self.num_heads, stop - begin, self.head_dim
-        keys, values = (torch.empty(shape, dtype=self.dtype, device="cpu") for _ in range(2))
-        self.codec.decode_to(keys, values, self.stored(begin, stop), self.fit)
+        records = self.chunks(begin // self.chunk_tokens, self._chunks(stop))
+        shape = 2, *records.shape[:2], self.chunk_tokens, self.head_dim
+        both = torch.empty(shape, dtype=self.dtype, device="cpu")
+        self.codec.decode_to(both[0], both[1], records, self.fit)
+        first = begin % self.chunk_tokens
+        keys, values = both.flatten(2, 3)[:, :, first : first + stop - begin]
         return keys, values
 
     def tokens(self, head: int, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -220,10 +212,31 @@ class HostLayer:
             needed, chunk = chunk.unique(return_inverse=True)
             records = self.fetch(torch.full_like(needed, head), needed)
         fields = tuple(field[chunk, offset].unsqueeze(0) for field in self.codec.fields(records))
-        keys, values = (torch.empty((1, len(index), self.head_dim), dtype=self.dtype, device="cpu") for _ in range(2))
         fit = None if self.fit is None else self.fit.of_heads(slice(head, head + 1))
-        self.codec.decode_to(keys, values, fields, fit)
-        return keys[0], values[0]
+        keys, values = self.codec.decode(fields, fit)
+        return keys[0].to(self.dtype), values[0].to(self.dtype)
+
+    # ---- as stored
+
+    @property
+    def token_bytes(self) -> int:
+        """Of one token as `stored` returns it."""
+        record = torch.empty((self.num_heads, self.codec.chunk_bytes), dtype=torch.uint8, device="cpu")
+        return sum(field[:, 0].numel() * field.itemsize for field in self.codec.fields(record))
+
+    def stored(self, begin: int, stop: int) -> tuple[torch.Tensor, ...]:
+        """Copies `(K, n, w)` of what the codec has stored of tokens begin..stop."""
+        first = begin % self.chunk_tokens
+        records = self.chunks(begin // self.chunk_tokens, self._chunks(stop))
+        fields = tokens_of(self.codec.fields(records))
+        return tuple(field[:, first : first + stop - begin].clone() for field in fields)
+
+    def append_stored(self, fields: tuple[torch.Tensor, ...]) -> None:
+        """`append` for tokens as `stored` has returned them."""
+        tokens = fields[0].shape[1]
+        self.make_room(tokens)
+        self._put(self.length, fields)
+        self.advance(tokens)
 
     # ---- another codec
 
