@@ -9,8 +9,11 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig
 
+from tieredkv.codecs import PLAIN, codec_for
+from tieredkv.codecs.base import Codec
 from tieredkv.config import TierConfig
 from tieredkv.errors import UnsupportedModelError
+from tieredkv.memory.arena import Arena, MemoryArena
 from tieredkv.memory.copies import BackgroundCopies, StreamCopies, ThreadCopies, Transfer
 from tieredkv.memory.host import HostLayer
 from tieredkv.memory.ledger import DeviceLedger
@@ -19,7 +22,7 @@ from tieredkv.memory.pool import DevicePool
 from tieredkv.models.kv_shape import KVShape, model_shape
 from tieredkv.ops.base import Ops
 from tieredkv.ops.select import copying_by_torch, ops_for
-from tieredkv.planning import prefill_plan
+from tieredkv.planning import host_plan, prefill_plan
 from tieredkv.planning.prefill_plan import Call
 
 DECODE_PURPOSES = ("pool", "digests", "tables", "logits")
@@ -81,6 +84,9 @@ class DeviceTier:
         """One per device while decoding."""
         self.residents: dict[int, Resident] = {}
         """By layer index, in prefill; empty when all of the past is streamed."""
+        self.host_bits = PLAIN
+        """Of the host tier of every layer: what `settled_bits` or `planned_bits` said when it was last packed."""
+        self._bits_settled = False
         self._config, self._prompt_tokens = config, prompt_tokens
         self._shape: KVShape | None = None
         self._ops, self._own_copies = ops, copies is None
@@ -121,6 +127,37 @@ class DeviceTier:
             weakref.finalize(self, self.locker.close)  # in case nobody closes the cache
         self.locker.use(card)
 
+    # ---- the host tier
+
+    def planned_bits(self, tokens: int = 0) -> int:
+        """Bits of the host tier of a prompt of at least `tokens` tokens. A layer must have been placed."""
+        return host_plan.host_bits(self.shape, self.tiers, max(self._prompt_tokens, tokens))
+
+    @property
+    def settled_bits(self) -> int | None:
+        """`host_bits` once no layer may be packed any more; None before."""
+        return self.host_bits if self._bits_settled or self.host_bits != PLAIN else None
+
+    def settle_bits(self, bits: int | None = None) -> None:
+        """Keep the host tier in `bits` from now on; None: in those that it has."""
+        self.host_bits, self._bits_settled = self.host_bits if bits is None else bits, True
+
+    def forget_bits(self) -> None:
+        """The host tier is empty: the next prompt may have others."""
+        self.host_bits, self._bits_settled = PLAIN, False
+
+    def codec(self, bits: int, dtype: torch.dtype) -> Codec:
+        """Of chunks of layers whose keys are of `dtype`."""
+        return codec_for(bits, self.tiers.chunk_tokens, self.shape.head_dim, dtype)
+
+    def new_arena(self, heads: int, chunk_bytes: int) -> Arena:
+        """An empty arena for a layer."""
+        return MemoryArena(heads, chunk_bytes, self.locker)
+
+    def arena_of(self, records: torch.Tensor) -> Arena:
+        """An arena with records `(K, chunks, B)` that are there already."""
+        return MemoryArena.of(records, self.locker)
+
     def change_tiers(self, tiers: TierConfig, empty: bool) -> None:
         """Use other settings from now on; residents are dropped. empty: no token is cached, so how many stay resident
         is decided again."""
@@ -140,7 +177,9 @@ class DeviceTier:
         if self._resident_tokens is None:
             known = self._prompt_tokens > 0
             self._resident_tokens = (
-                prefill_plan.resident_tokens(self.shape, self.tiers, self._prompt_tokens) if known else 0
+                prefill_plan.resident_tokens(self.shape, self.tiers, self._prompt_tokens, self.planned_bits())
+                if known
+                else 0
             )
         if self._resident_tokens:
             shape = (host.num_heads, self._resident_tokens, host.head_dim)
@@ -152,7 +191,7 @@ class DeviceTier:
     def make_room_for_scores(self, call: Call) -> None:
         """Drop the residents if scoring a call's rows needs their room."""
         kept = self._resident_tokens
-        if kept and not prefill_plan.resident_beside_scores(self.shape, self.tiers, kept, call):
+        if kept and not prefill_plan.resident_beside_scores(self.shape, self.tiers, kept, call, self.host_bits):
             self.drop_residents()
 
     def drop_residents(self) -> None:
@@ -163,10 +202,9 @@ class DeviceTier:
 
     # ---- decoding
 
-    def new_pool(self, pages: int, dtype: torch.dtype, device: torch.device, packed: bool) -> DevicePool:
+    def new_pool(self, pages: int, codec: Codec, device: torch.device) -> DevicePool:
         """A pool that lives until `end_decoding`."""
-        page = self.tiers.chunk_tokens, self.shape.head_dim, dtype
-        self.pools.append(DevicePool(self.ledger, pages, *page, device, packed))
+        self.pools.append(DevicePool(self.ledger, pages, codec, device))
         return self.pools[-1]
 
     def end_decoding(self) -> None:

@@ -25,6 +25,8 @@ from tieredkv.cache.linear_layer import LinearLayer
 from tieredkv.cache.question import Question
 from tieredkv.cache.sliding_layer import SlidingLayer
 from tieredkv.cache.untiered import Untiered
+from tieredkv.codecs import PLAIN
+from tieredkv.codecs.base import FIT_TOKENS
 from tieredkv.config import TierConfig, tier_config
 from tieredkv.environment import forking
 from tieredkv.environment.ambient import settled
@@ -218,10 +220,15 @@ class TieredCache(Cache):
 
         Digests are then fitted to the context alone, so that no question depends on another. Layers that cannot be
         truncated (sliding windows, linear attention, convolutions) are copied to host memory, so that the cache can
-        come back to this length; the previous copy is dropped.
+        come back to this length; the previous copy is dropped. The bits of the host tier stay as they are from now on.
         """
         self.check_between_calls()
         self.untiered.settle()
+        if tokens := self.get_seq_length():
+            self._pack(tokens)
+            self.device_tier.settle_bits()
+            if self.device_tier.host_bits != PLAIN:  # or the first question would see what no later one does
+                self.device_tier.drop_residents()
         for layer in self.tiered_layers:
             layer.settle()
 
@@ -238,7 +245,23 @@ class TieredCache(Cache):
             raise OptionError(
                 f"the cache is kept in chunks of {self.tiers.chunk_tokens} tokens: leave chunk_tokens as it is."
             )
+        bits = self.device_tier.settled_bits
+        if bits is not None and tiers.host_kv_bits not in (None, bits):
+            raise OptionError(f"the cache is kept in {bits} bits: leave host_kv_bits as it is.")
         self.device_tier.change_tiers(tiers, empty=self.get_seq_length() == 0)
+
+    def _pack(self, tokens: int) -> None:
+        """Store the host tier in the bits planned for a prompt of at least `tokens` tokens, unless they are settled.
+
+        Once, as a codec is fitted to what the model made.
+        """
+        tier = self.device_tier
+        if tier.settled_bits is None:
+            tier.host_bits = tier.planned_bits(tokens)
+        if any(layer.host is not None and layer.host.codec.bits != tier.host_bits for layer in self.tiered_layers):
+            tier.copies.drain()
+            for layer in self.tiered_layers:
+                layer.pack()
 
     # ---- phases
 
@@ -247,8 +270,10 @@ class TieredCache(Cache):
         if index == 0:
             forking.enter(self.device_tier.devices[0].type)
             self._order.begin_call()
-            self.long_context.check(self.get_seq_length(), tokens)
+            self.long_context.check(length := self.get_seq_length(), tokens)
             self._change_phase(tokens)
+            if not self.sealed and length >= FIT_TOKENS:
+                self._pack(length + tokens)
         self._order.begin_layer(index)
 
     def _change_phase(self, tokens: int) -> None:
@@ -282,6 +307,7 @@ class TieredCache(Cache):
         if self.sealed:
             raise RuntimeError("the cache is sealed already")
         self.device_tier.copies.drain()  # the seal reads what was written back
+        self._pack(self.get_seq_length())
         self.decoding = seal.seal(self.tiered_layers, self.device_tier, self.question, self._order)
 
     @settled
@@ -330,6 +356,8 @@ class TieredCache(Cache):
             self._end_decoding()
             for layer in self.tiered_layers:
                 layer.truncate(tokens)
+            if tokens == 0:
+                self.device_tier.forget_bits()
             self.untiered.truncate(tokens)
 
     def crop(self, tokens_to_remove: int) -> None:
