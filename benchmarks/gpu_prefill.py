@@ -108,7 +108,7 @@ class Prompts:
                 "first_call_s": first_call,
                 "settle_s": settle_s,
                 "tokens_per_s": tokens / (first_call + rest),
-                "streamed_bytes": cache.device_tier.transfer.streamed_bytes,
+                "streamed_bytes": cache.device_tier.streamed_bytes,
             }
             if not run.dry:
                 row["peak_bytes"] = torch.cuda.max_memory_allocated() - before

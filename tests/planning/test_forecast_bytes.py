@@ -70,7 +70,7 @@ def test_every_purpose_takes_what_the_plan_says(
         session.ingest(film, Sampling(fps=4.0), question=QUESTION, max_new_tokens=NEW)
         answer = session.ask(QUESTION, max_new_tokens=NEW)
         tail = answer.stats.prompt_tokens - answer.stats.visual_tokens - session.head_tokens
-        streamed = session.ingest_stats.streamed_bytes + session._cached.cache.device_tier.transfer.streamed_bytes
+        streamed = session.ingest_stats.streamed_bytes + session._cached.cache.device_tier.streamed_bytes
         digests = sum(layer.digests.packed.nbytes for layer in session._cached.cache.tiered_layers)
         host = session._cached.cache.host_bytes
     real = forecast_bytes.decode_bytes(*watch.planned)
@@ -124,7 +124,7 @@ def test_a_prefill_holds_and_copies_what_is_forecast(video_model, processor, fra
                 return
             prefix = session.head_tokens + session.video.tokens
             tokens = session.ask(question, max_new_tokens=1).stats.prompt_tokens
-            streamed = session.ingest_stats.streamed_bytes + session._cached.cache.device_tier.transfer.streamed_bytes
+            streamed = session.ingest_stats.streamed_bytes + session._cached.cache.device_tier.streamed_bytes
             shape, tiers = session._cached.cache.shape, session.tiers
     assert sum(forecast_bytes.prefill_bytes(shape, tiers, tokens, tokens - prefix).values()) == watch.prefill
     assert forecast_bytes.prefill_copy_bytes(shape, tiers, tokens, tokens - prefix) == streamed
@@ -197,7 +197,7 @@ def test_layers_that_read_the_last_one_stream_and_read_it_again():
                 if call.rows:
                     cache.expect(Question(max_new_tokens=1, prompt_tokens=tokens))
                 model(ids[:, call.begin : call.stop], **cache_argument(cache))
-        shape, streamed = cache.shape, cache.device_tier.transfer.streamed_bytes
+        shape, streamed = cache.shape, cache.device_tier.streamed_bytes
     assert shape.readers == 2
     assert streamed == forecast_bytes.prefill_copy_bytes(shape, tiers, tokens, asked)
 

@@ -14,7 +14,7 @@ from tieredkv.codecs.base import Codec
 from tieredkv.config import TierConfig
 from tieredkv.errors import UnsupportedModelError
 from tieredkv.memory.arena import Arena, MemoryArena
-from tieredkv.memory.copies import BackgroundCopies, StreamCopies, ThreadCopies, Transfer
+from tieredkv.memory.copies import BackgroundCopies, StreamCopies, ThreadCopies
 from tieredkv.memory.host import HostLayer
 from tieredkv.memory.ledger import DeviceLedger
 from tieredkv.memory.pagelock import PageLocker
@@ -73,7 +73,8 @@ class DeviceTier:
         the device."""
         self.tiers = tiers
         self.ledger = DeviceLedger(tiers.cap_bytes)
-        self.transfer = Transfer()
+        self.streamed_bytes = 0
+        """Bytes of past keys and values streamed to the device during prefill; callers set it back."""
         self.copies: BackgroundCopies = ThreadCopies() if copies is None else copies
         """Copies under way between the tiers, in both phases."""
         self.locker: PageLocker | None = None

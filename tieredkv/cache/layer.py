@@ -260,12 +260,13 @@ class TieredLayer(CacheLayerMixin):
 
     @settled
     def state(self) -> dict[str, torch.Tensor]:
-        """What `restore` needs: contiguous tensors in host memory. Not while sealed."""
+        """What `restore` needs: contiguous tensors in host memory, "kv" as words of 32 bits. Not while sealed."""
         host, digests = self._context()
         self._check_once()  # or damaged data would be saved with a valid checksum
         digested = digests.state()
         self.device_tier.copies.drain()
-        return {"kv": host.arena_to_store(sizes.QUESTION_ROOM), **fit_state(host.fit), **digested}
+        records = host.arena_to_store(sizes.QUESTION_ROOM)
+        return {"kv": records.view(torch.int32), **fit_state(host.fit), **digested}
 
     @settled
     def restore(
@@ -276,8 +277,8 @@ class TieredLayer(CacheLayerMixin):
         device: torch.device,
         check: Callable[[], None],
     ) -> None:
-        """Resume from the state of `tokens` tokens. codec: of its records. device: of the model's layer. check: called
-        before they are first attended to; raises if they are damaged."""
+        """Resume from the state of `tokens` tokens, whose "kv" is `(K, chunks, B)` uint8. codec: of these records.
+        device: of the model's layer. check: called before they are first attended to; raises if they are damaged."""
         records = state["kv"]
         host, digests = self._begin_at(device, records.shape[0], codec.head_dim, codec.dtype)
         host.adopt(self.device_tier.arena_of(records), tokens, codec, fit_of(state))

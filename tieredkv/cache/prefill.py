@@ -75,7 +75,7 @@ class Past:
         """
         self.host, self.tokens, self.block_tokens = host, tokens, block_tokens
         self.resident, self.rows = resident, rows
-        self._transfer, self._copies = device_tier.transfer, device_tier.copies
+        self._device_tier, self._copies = device_tier, device_tier.copies
         self._staging, self._decoded = staging, decoded
         self._fit = host.fit_on(decoded.device)
         first = 0 if resident is None else resident.length
@@ -117,7 +117,7 @@ class Past:
             self._stage(0, with_values)
         self._first_staged = False
         for index, (start, stop) in enumerate(self._ranges):
-            self._transfer.streamed_bytes += self._copies.wait("past")
+            self._device_tier.streamed_bytes += self._copies.wait("past")
             if index + 1 < len(self._ranges):  # into the previous block's buffer, which is no longer read
                 self._stage(index + 1, with_values)
             keys, values = self._decode(self._staged(index), with_values)

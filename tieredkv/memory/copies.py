@@ -127,15 +127,3 @@ class StreamCopies:
 
     def close(self) -> None:
         self.drain()
-
-
-class Transfer:
-    """Counts the bytes that prefill streamed. One per cache."""
-
-    def __init__(self) -> None:
-        self.streamed_bytes = 0
-        """Bytes of past keys and values streamed to the device during prefill."""
-
-    def reset(self) -> None:
-        """Set the count to 0."""
-        self.streamed_bytes = 0

@@ -146,7 +146,7 @@ def answer(
     prefix, tail, kept = video.tokens, tail_ids.shape[1], conversation.kept
     options = generation.timed(options, model.generation_config)
     cache.expect(question)
-    cache.device_tier.transfer.reset()
+    cache.device_tier.streamed_bytes = 0
     positions = video.after(family, model, tail, family.trailing(model.config, tail_ids[0].tolist()))
     if reading.passage is not None:
         reading.passage.append_to(cache)
@@ -230,12 +230,7 @@ def _stats(
 ) -> Stats:
     """beside: bytes of host memory that a conversation keeps."""
     counters, count = cache.counters, len(decoded.token_ids)
-    moved = (
-        counters.warm_bytes
-        + counters.missed_bytes
-        + counters.prefetched_bytes
-        + cache.device_tier.transfer.streamed_bytes
-    )
+    moved = counters.warm_bytes + counters.missed_bytes + counters.prefetched_bytes + cache.device_tier.streamed_bytes
     later = (decoded.last_token_at - decoded.first_token_at) * 1000
     return Stats(
         prompt_tokens=prompt_tokens,

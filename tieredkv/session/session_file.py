@@ -13,6 +13,8 @@ import torch
 from tieredkv.cache.question import CONTEXT
 from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.cache.untiered import Snapshot
+from tieredkv.codecs import PLAIN, codec_for
+from tieredkv.codecs.base import Codec
 from tieredkv.config import TierConfig, tiers_as_plain, tiers_from_file
 from tieredkv.errors import SessionError
 from tieredkv.memory.limits import check_host
@@ -119,12 +121,13 @@ def write(
     source: of the model; None: unknown, so that the session has to be loaded with it. cap_is_default: whether
     `gpu_kv_gb` was not given, so that it follows from the card that the session is loaded to.
     """
+    tensors = cache_tensors(cached.cache)
     manifest = {
         **origin_of(cached.model, cached.template.processor, source),
-        **content_of(cached.cache.tiers, SessionState(cached.video, history)),
+        **content_of(cached.cache, SessionState(cached.video, history)),
         "cap_is_default": cap_is_default,
     }
-    return tensor_file.write(path, manifest, cache_tensors(cached.cache), progress)
+    return tensor_file.write(path, manifest, tensors, progress)
 
 
 def origin_of(model: Any, processor: Any, source: ModelSource | None) -> dict[str, Any]:
@@ -138,11 +141,25 @@ def origin_of(model: Any, processor: Any, source: ModelSource | None) -> dict[st
     return origin if source is None else {**origin, "source": source.as_plain()}
 
 
-def content_of(tiers: TierConfig, state: SessionState) -> dict[str, Any]:
+def content_of(cache: TieredCache, state: SessionState) -> dict[str, Any]:
     """The other entries of a manifest."""
-    content = {"tiers": tiers_as_plain(tiers), "session": state.as_plain()}
+    layer = cache.tiered_layers[0]
+    host = {
+        "bits": cache.device_tier.host_bits,
+        "head_dim": cache.shape.head_dim,
+        "dtype": str(layer.dtype).removeprefix("torch."),
+    }
+    content = {"tiers": tiers_as_plain(cache.tiers), "host": host, "session": state.as_plain()}
     sampling = state.video.sampling
     return content if sampling is None else {**content, "sampling": sampling_as_plain(sampling)}
+
+
+def codec_of(manifest: dict[str, Any]) -> Codec:
+    """Of the records in a file or checkpoint with this manifest. Raises `KeyError` or `ValueError` without one."""
+    host, dtype = manifest["host"], getattr(torch, manifest["host"]["dtype"], None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"no dtype {host['dtype']!r}")
+    return codec_for(host["bits"], manifest["tiers"]["chunk_tokens"], host["head_dim"], dtype)
 
 
 def cache_tensors(cache: TieredCache) -> dict[str, torch.Tensor]:
@@ -189,13 +206,23 @@ def tiers_of(stored: tensor_file.Stored, options: dict[str, Any]) -> TierConfig:
     """The settings a session was saved with, changed by `options`. Raises `SessionError` if they cannot be changed."""
     state_of(stored)  # raises if it is not a session
     tiers = tiers_from_file(stored.manifest["tiers"], options.get("policy"))
-    changed = replace(tiers, **options)
+    changed, bits = replace(tiers, **options), bits_of(stored)
     if changed.chunk_tokens != tiers.chunk_tokens:
         raise SessionError(
             f"{stored.path} was saved in chunks of {tiers.chunk_tokens} tokens: chunk_tokens={changed.chunk_tokens} "
             "needs the video ingested again."
         )
+    if changed.host_kv_bits not in (None, bits):
+        raise SessionError(
+            f"{stored.path} was saved in {bits} bits: host_kv_bits={changed.host_kv_bits} needs the video ingested "
+            "again."
+        )
     return changed
+
+
+def bits_of(stored: tensor_file.Stored) -> int:
+    """Bits of the host tier in a file."""
+    return int(stored.manifest["host"]["bits"]) if "host" in stored.manifest else PLAIN  # files of format 1
 
 
 def cap_is_default(stored: tensor_file.Stored, options: dict[str, Any]) -> bool:
@@ -277,11 +304,14 @@ def map_cache(
     """
     cache = TieredCache(config, tiers, prompt_tokens=tokens)
     cache.expect(CONTEXT)
+    cache.device_tier.settle_bits(bits_of(stored))
     places: dict[Any, torch.device] = dict(zip(cache.layers, devices, strict=False))
     for layer in cache.tiered_layers:
         names, state = _layer_state(stored, _tiered(layer.index))
         try:
-            layer.restore(state, tokens, places[layer], partial(stored.verify, *names))
+            codec = _codec_of(stored, state["kv"])
+            state["kv"] = state["kv"].flatten(2).view(torch.uint8)
+            layer.restore(state, tokens, codec, places[layer], partial(stored.verify, *names))
         except (KeyError, ValueError) as error:
             raise SessionError(f"{stored.path} does not hold layer {layer.index} of this session ({error}).") from None
     if layers := cache.untiered.layers:
@@ -294,6 +324,11 @@ def map_cache(
             states.append({name: part.clone() for name, part in state.items()})  # the file may be closed before
         cache.untiered.restore(Snapshot(tokens, tuple(states)), [places[layer] for layer in layers])
     return cache
+
+
+def _codec_of(stored: tensor_file.Stored, kv: torch.Tensor) -> Codec:
+    """Of the records `kv` of a layer. In files of format 1 they are `(K, chunks, 2, C, D)`, as the model made them."""
+    return codec_of(stored.manifest) if "host" in stored.manifest else codec_for(PLAIN, *kv.shape[3:], kv.dtype)
 
 
 def _layer_state(stored: tensor_file.Stored, prefix: str) -> tuple[list[str], dict[str, torch.Tensor]]:
