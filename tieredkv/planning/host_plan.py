@@ -68,8 +68,8 @@ def reason(shape: KVShape, tiers: TierConfig, prompt: int) -> str:
     if len(page_bits(tiers, PLAIN)) == 1:
         return "as pages are not packed"
     if stays_on_device(shape, tiers, prompt + QUESTION_ROOM):
-        return "the default where all of it stays on the device"
-    return "the default where not all of it stays on the device"
+        return "as all of it stays on the device"
+    return "as not all of it stays on the device"
 
 
 def smaller_settings(shape: KVShape, tiers: TierConfig, prompt: int) -> list[TierConfig]:

@@ -201,11 +201,15 @@ class MemoryPlan:
             (
                 "host memory",
                 f"{_size(self.host_bytes)} of {_size(self.host_budget_bytes)} allowed"
-                + (f", {_size(self.snapshot_bytes)} of it the snapshot" if self.snapshot_bytes else ""),
+                + (f", {_size(self.snapshot_bytes)} of it the snapshot" if self.snapshot_bytes else "")
+                + f"; a session file {_size(self.file_bytes)}",
             ),
-            ("host_kv_bits", f"{self.host_bits}, {self.host_bits_reason}"),
-            *((f"  {choice.bits} bits", str(choice)) for choice in self.bits_choices),
-            ("session file", _size(self.file_bytes)),
+            (f"  in {self.host_bits} bits", self.host_bits_reason),
+            *(
+                (f"  in {choice.bits} bits", str(choice))
+                for choice in self.bits_choices
+                if choice.bits != self.host_bits
+            ),
             ("", ""),
             ("device memory", f"{'prefill':>12} {'decode':>12}"),
         ]

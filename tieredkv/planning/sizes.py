@@ -107,8 +107,8 @@ def fit_bytes(shape: KVShape, heads: int, bits: int) -> int:
 
 def first_tokens(tiers: TierConfig, tokens: int) -> int:
     """Of `tokens` prompt tokens in calls of `prefill_chunk`, the most that a layer holds in 16 bits before it is packed
-    to fewer: it is once it has `FIT_TOKENS`, before the next call."""
-    return min(tokens, FIT_TOKENS - 1 + tiers.prefill_chunk)
+    to fewer: it is before the first call that finds `FIT_TOKENS`, or once the video is complete."""
+    return min(tokens, ceil_div(FIT_TOKENS, tiers.prefill_chunk) * tiers.prefill_chunk)
 
 
 def records_bytes(shape: KVShape, tiers: TierConfig, tokens: int, bits: int) -> int:
