@@ -120,10 +120,13 @@ def _prefill(
     shape: KVShape, tiers: TierConfig, prompt: int, question_tokens: int, bits: int
 ) -> Iterator[tuple[Call, int, Staging, int]]:
     """For each call of a prefill: the call, the tokens that the device has room for, how the rest is staged, and the
-    bits of the host tier. It is packed once it has the tokens that a codec is fitted to, or the video is complete."""
-    room = resident_tokens(shape, tiers, prompt + sizes.QUESTION_ROOM, bits)
+    bits of the host tier. It is packed once it has the tokens that a codec is fitted to, or the video is complete; the
+    question then finds no token on the device."""
+    room, context = resident_tokens(shape, tiers, prompt + sizes.QUESTION_ROOM, bits), prompt - question_tokens
     for call in prompt_calls(tiers, prompt, question_tokens):
-        now = bits if call.begin >= min(FIT_TOKENS, prompt - question_tokens) else PLAIN
+        now = bits if call.begin >= min(FIT_TOKENS, context) else PLAIN
+        if call.begin >= context and now < PLAIN:
+            room = 0
         room = resident_beside_scores(shape, tiers, room, call, now)
         staging = plan_staging(shape, tiers, call, min(room, call.begin), room, now)
         if staging is None:

@@ -175,14 +175,14 @@ def resident_tokens(shape: KVShape, tiers: TierConfig, tokens: int, bits: int) -
     All of them if they fit, with room to digest a chunk on a card: nothing is then staged from the host. Otherwise as
     many as fit beside the staging buffers: the first are read most often. Room for the scores of `text_window` rows is
     left free if that saves more copies at the end, where residents would be dropped for them, than it costs before.
-    bits: of the host tier once it is packed.
+    bits: of the host tier once it is packed; beside fewer than 16 no question finds residents.
     """
     c, rows = tiers.chunk_tokens, tiers.policy.text_window
     everything = ceil_div(tokens, c) * c
     choices = []
     if everything * shape.token_bytes + digesting_bytes(shape, tiers, 1) <= tiers.cap_bytes:
         choices.append(everything)
-    for scored in (0, rows):
+    for scored in (0, rows) if bits == PLAIN else (0,):
         block = block_tokens(shape, tiers, tokens, scored, 0, True, bits)
         taken = reading_bytes(shape, tiers, tokens, scored, block, True, bits)
         taken = max(taken, reading_bytes(shape, tiers, tokens, scored, c, True, PLAIN))  # before it is packed
@@ -192,7 +192,7 @@ def resident_tokens(shape: KVShape, tiers: TierConfig, tokens: int, bits: int) -
     def read_again(resident: int) -> float:
         """Tokens copied to the device again: in each call those before it, at the end keys once more for the scores."""
         before = sum(max(0, past - resident) for past in range(0, tokens, tiers.prefill_chunk))
-        kept = resident_beside_scores(shape, tiers, resident, Call(tokens, tokens, rows), bits)
+        kept = resident_beside_scores(shape, tiers, resident, Call(tokens, tokens, rows), bits) if bits == PLAIN else 0
         return before + 1.5 * (tokens - min(tokens, kept))
 
     return min(choices, key=read_again)
