@@ -66,15 +66,16 @@ class Rotated(Codec):
 
     def logits(self, turned: torch.Tensor, records: torch.Tensor) -> torch.Tensor:
         keys, (low, high) = self._part(records, 0), turned.chunk(2, dim=-1)
-        products = low @ self._tokens(keys & 15).mT
+        offset = turned.sum(-1, keepdim=True).mul_(-OFFSET)
+        products = torch.baddbmm(offset, low, self._tokens(keys & 15).mT)
         products.baddbmm_(high, self._tokens(keys >> 4).mT)
-        products -= OFFSET * turned.sum(-1, keepdim=True)
         return products.mul_(self._scales(records, 0))
 
     def mixed(self, weights: torch.Tensor, records: torch.Tensor) -> torch.Tensor:
         values, weights = self._part(records, 1), weights * self._scales(records, 1)
-        out = torch.cat((weights @ self._tokens(values & 15), weights @ self._tokens(values >> 4)), dim=-1)
-        return out.sub_(OFFSET * weights.sum(-1, keepdim=True))
+        offset = weights.sum(-1, keepdim=True).mul_(-OFFSET)
+        low = torch.baddbmm(offset, weights, self._tokens(values & 15))
+        return torch.cat((low, torch.baddbmm(offset, weights, self._tokens(values >> 4))), dim=-1)
 
     def finished(self, mixed: torch.Tensor, fit: Fit | None) -> torch.Tensor:
         assert fit is not None

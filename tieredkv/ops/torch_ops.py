@@ -18,7 +18,7 @@ NEVER = torch.iinfo(torch.int32).max
 FLOAT32, INT64 = torch.float32.itemsize, torch.int64.itemsize
 COPIED = 2**20
 """Bytes of records to copy at a time, as the cap does not count the copy between."""
-IN_CACHE = 2**20
+IN_CACHE = 2**21
 """Bytes of unpacked keys at a time on a CPU. More would not stay in a core's cache."""
 
 
@@ -205,8 +205,7 @@ def paged_attention(
     shift = 0.0 if constant is None else (constant * scaling).unsqueeze(-1)
     rows, within = folded.shape[1], torch.arange(c, device=table.device)
     width = max(1, _pages_at_once(codec, n, rows, batch_pages, query.device) // kv_heads)
-    top, total = folded.new_full((kv_heads, rows, 1), 2 * HIDDEN), folded.new_zeros((kv_heads, rows, 1))
-    mixed = torch.zeros_like(folded)
+    top: torch.Tensor | None = None
     for first in range(0, columns, width):
         part = slice(first, min(columns, first + width))
         records = pages.records.index_select(0, table[:, part].flatten()).view(kv_heads, -1, codec.chunk_bytes)
@@ -215,11 +214,16 @@ def paged_attention(
         if page_lse is not None:
             of_pages = logits.unflatten(-1, (-1, c)).logsumexp(-1) + shift
             page_lse[:, part] = of_pages.view(heads, -1)
-        before, top = top, torch.maximum(top, logits.amax(-1, keepdim=True))
-        weights, fading = logits.sub_(top).exp_(), (before - top).exp_()
-        total.mul_(fading).add_(weights.sum(-1, keepdim=True))
-        mixed.mul_(fading).add_(codec.mixed(weights, records))
-    if bool((top < HIDDEN / 2).any()):
+        before, top = top, logits.amax(-1, keepdim=True)
+        if before is None:
+            weights = logits.sub_(top).exp_()
+            total, mixed = weights.sum(-1, keepdim=True), codec.mixed(weights, records)
+        else:
+            top = torch.maximum(before, top)
+            weights, fading = logits.sub_(top).exp_(), before.sub_(top).exp_()
+            total.mul_(fading).add_(weights.sum(-1, keepdim=True))
+            mixed.mul_(fading).add_(codec.mixed(weights, records))
+    if top is None or bool((top < HIDDEN / 2).any()):
         raise ValueError("a KV head has no page to attend to")
     out, lse = codec.finished(mixed.div_(total), fit), total.log_().add_(top).add_(shift)
     return out.reshape(heads, n, d), lse.reshape(heads, n)
@@ -227,9 +231,10 @@ def paged_attention(
 
 def scratch_bytes(codec: Codec, rows: int) -> int:
     """What `paged_attention` takes per page that it reads at a time, for `rows` queries of a KV head: the record, keys
-    or values unpacked, logits and weights, a mask, and the index of the page."""
-    unpacked = codec.head_dim * (FLOAT32 + 1) + 2 * FLOAT32
-    return codec.chunk_bytes + codec.chunk_tokens * (unpacked + 2 * rows * FLOAT32 + FLOAT32 + 1) + INT64
+    or values unpacked, of bytes that hold two numbers one at a time; logits and weights, a mask, and the page's index."""
+    numbers = codec.head_dim * min(max(codec.key_bits, codec.value_bits), 8) // 8
+    per_token = numbers * (FLOAT32 + 1) + 2 * FLOAT32 + 2 * rows * FLOAT32 + FLOAT32 + 1
+    return codec.chunk_bytes + codec.chunk_tokens * per_token + INT64
 
 
 def _pages_at_once(codec: Codec, n: int, rows: int, batch_pages: int, device: torch.device) -> int:
