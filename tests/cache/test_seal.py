@@ -35,7 +35,7 @@ def rows(focused: list[bool], count: int) -> TextRows:
 
 def classified(of_layers: list[TextRows], share: float = 0.3, **options):
     tiers = TierConfig(gpu_kv_gb=share * TOKENS * SHAPE.token_bytes / GIB, pack_pages=False, **tier_options(**options))
-    return classify_heads(of_layers, SHAPE, tiers, sizes.lay_out(tiers, TOKENS, 16, 8), tiers.cap_bytes)
+    return classify_heads(of_layers, SHAPE, tiers, sizes.lay_out(tiers, TOKENS, 16, 8), tiers.cap_bytes, PLAIN)
 
 
 def test_heads_that_need_few_tokens_are_static():

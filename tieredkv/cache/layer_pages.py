@@ -49,7 +49,7 @@ class LayerPages:
             return None
         fit = self.host.fit
         if fit is None:
-            fit = codec.fit(*self.host.copied(0, min(self.host.length, FIT_TOKENS)))
+            fit = codec.fit(*self.host.decoded(0, min(self.host.length, FIT_TOKENS)))
         assert fit is not None
         shape = fit.centre.shape
         parts = [self.phase.ledger.empty("tables", shape, torch.float32, self.device) for _ in range(2)]

@@ -231,7 +231,7 @@ def paged_attention(
 
 def scratch_bytes(codec: Codec, rows: int) -> int:
     """What `paged_attention` takes per page that it reads at a time, for `rows` queries of a KV head: the record, keys
-    or values unpacked, of bytes that hold two numbers one at a time; logits and weights, a mask, and the page's index."""
+    or values unpacked (of bytes that hold two numbers one half at a time), logits and weights, a mask, an index."""
     numbers = codec.head_dim * min(max(codec.key_bits, codec.value_bits), 8) // 8
     per_token = numbers * (FLOAT32 + 1) + 2 * FLOAT32 + 2 * rows * FLOAT32 + FLOAT32 + 1
     return codec.chunk_bytes + codec.chunk_tokens * per_token + INT64
