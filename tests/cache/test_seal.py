@@ -12,6 +12,7 @@ from tieredkv.cache.prefill import TextRows
 from tieredkv.cache.question import Question
 from tieredkv.cache.seal import classify_heads, text_mask
 from tieredkv.cache.tiered_cache import TieredCache
+from tieredkv.codecs import PLAIN
 from tieredkv.config import TierConfig
 from tieredkv.environment.versions import cache_argument
 from tieredkv.memory.units import GIB
