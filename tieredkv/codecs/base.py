@@ -20,7 +20,7 @@ from typing import ClassVar, Self
 import torch
 
 FIT_TOKENS, SAMPLE = 1024, 256
-"""Codecs are fitted to `SAMPLE` of a prompt's `FIT_TOKENS` first tokens; never to the very first, often an outlier."""
+"""Codecs are fitted to `SAMPLE` of a prompt's `FIT_TOKENS` first tokens, without the very first, often an outlier."""
 AT_ONCE = 256
 """Tokens to encode or decode at a time. Small, as the cap does not count their float32 copies."""
 
@@ -33,7 +33,7 @@ class Fit:
     centre: torch.Tensor
     """Subtracted from every key and value."""
     norms: torch.Tensor
-    """Divisor of every channel."""
+    """Divisor of every channel; of `rotated`, the unit vector along which it reflects."""
 
     def to(self, device: torch.device) -> Self:
         return type(self)(self.centre.to(device), self.norms.to(device))

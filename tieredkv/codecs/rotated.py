@@ -1,9 +1,14 @@
-"""4 bits: the layer's mean taken off, a Hadamard rotation of each head's channels, a scale of each key and value.
+"""4 bits: the layer's mean taken off, a rotation of each head's channels, a scale of each key and value.
 
 A constant that all keys of a head share, which some models' biases make large, would take most of the few steps that 4
 bits have. It is the same for all tokens, so its product with a query is one number per head and step, and the mean
-value is added back once. The rotation, as in QuaRot (arXiv 2404.00456), spreads what is large in a few channels over
-all of them. Queries are rotated instead of keys, and outputs back instead of values.
+value is added back once.
+
+The rotation is a reflection, then a Hadamard matrix, which, as in QuaRot (arXiv 2404.00456), spreads what is large in a
+few channels over all of them. Queries are rotated instead of keys, and outputs back instead of values. The reflection
+makes the channels of the prompt's first token equal in size after the Hadamard matrix, so that 4 bits hold that token
+without loss. Heads attend to it with most of their mass, and rounding it costs three times as much as rounding all
+others (docs/log.md).
 """
 
 from __future__ import annotations
@@ -14,8 +19,8 @@ import torch
 
 from tieredkv.codecs.base import Codec, Fit, fit_sample
 
-LARGEST, OFFSET = 7, 8
-"""Numbers go from -7 to 7, and are stored with 8 added."""
+LARGEST = 7.5
+"""Numbers are -7.5, -6.5, ..., 7.5, and are stored with 7.5 added."""
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -39,26 +44,28 @@ class Rotated(Codec):
 
     def fit(self, keys: torch.Tensor, values: torch.Tensor) -> Fit:
         centre = torch.stack([fit_sample(part).mean(1) for part in (keys, values)], dim=1)
-        return Fit(centre, torch.ones_like(centre))
+        first = torch.stack((keys[:, 0], values[:, 0]), dim=1).float() - centre
+        return Fit(centre, _mirror(first))
 
     def encode(self, keys: torch.Tensor, values: torch.Tensor, fit: Fit | None) -> tuple[torch.Tensor, ...]:
         assert fit is not None
-        key_numbers, key_scales = _pack(keys, fit.centre[:, :1])
-        value_numbers, value_scales = _pack(values, fit.centre[:, 1:])
+        key_numbers, key_scales = _pack(keys, fit.centre[:, :1], fit.norms[:, :1])
+        value_numbers, value_scales = _pack(values, fit.centre[:, 1:], fit.norms[:, 1:])
         return key_numbers, value_numbers, key_scales, value_scales
 
     def decode(self, fields: tuple[torch.Tensor, ...], fit: Fit | None) -> tuple[torch.Tensor, torch.Tensor]:
         assert fit is not None
         _, values, _, scales = fields
-        return self.decode_keys(fields, fit), _unpack(values, scales, fit.centre[:, 1:])
+        return self.decode_keys(fields, fit), _unpack(values, scales, fit.centre[:, 1:], fit.norms[:, 1:])
 
     def decode_keys(self, fields: tuple[torch.Tensor, ...], fit: Fit | None) -> torch.Tensor:
         assert fit is not None
         keys, _, scales, _ = fields
-        return _unpack(keys, scales, fit.centre[:, :1])
+        return _unpack(keys, scales, fit.centre[:, :1], fit.norms[:, :1])
 
     def turned(self, query: torch.Tensor, fit: Fit | None) -> torch.Tensor:
-        return query @ hadamard(self.head_dim, query.device)
+        assert fit is not None
+        return reflected(query, fit.norms[:, :1]) @ hadamard(self.head_dim, query.device)
 
     def constant(self, query: torch.Tensor, fit: Fit | None) -> torch.Tensor:
         assert fit is not None
@@ -66,20 +73,20 @@ class Rotated(Codec):
 
     def logits(self, turned: torch.Tensor, records: torch.Tensor) -> torch.Tensor:
         keys, (low, high) = self._part(records, 0), turned.chunk(2, dim=-1)
-        offset = turned.sum(-1, keepdim=True).mul_(-OFFSET)
+        offset = turned.sum(-1, keepdim=True).mul_(-LARGEST)
         products = torch.baddbmm(offset, low, self._tokens(keys & 15).mT)
         products.baddbmm_(high, self._tokens(keys >> 4).mT)
         return products.mul_(self._scales(records, 0))
 
     def mixed(self, weights: torch.Tensor, records: torch.Tensor) -> torch.Tensor:
         values, weights = self._part(records, 1), weights * self._scales(records, 1)
-        offset = weights.sum(-1, keepdim=True).mul_(-OFFSET)
+        offset = weights.sum(-1, keepdim=True).mul_(-LARGEST)
         low = torch.baddbmm(offset, weights, self._tokens(values & 15))
         return torch.cat((low, torch.baddbmm(offset, weights, self._tokens(values >> 4))), dim=-1)
 
     def finished(self, mixed: torch.Tensor, fit: Fit | None) -> torch.Tensor:
         assert fit is not None
-        return mixed @ hadamard(self.head_dim, mixed.device) + fit.centre[:, 1:]
+        return reflected(mixed @ hadamard(self.head_dim, mixed.device), fit.norms[:, 1:]) + fit.centre[:, 1:]
 
     def _part(self, records: torch.Tensor, part: int) -> torch.Tensor:
         """Bytes of keys (part 0) or values (1) of records `(K, m, B)`: `(K, m, C * D / 2)`."""
@@ -108,21 +115,38 @@ def hadamard(size: int, device: torch.device) -> torch.Tensor:
     return torch.block_diag(*[turn / block**0.5] * (size // block)).to(device)
 
 
-def _pack(rows: torch.Tensor, centre: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys or values `(..., D)` -> bytes `(..., D / 2)` and scales `(..., 1)` float16. centre: as broadcast."""
-    turned = (rows.float() - centre) @ hadamard(rows.shape[-1], rows.device)
+def reflected(rows: torch.Tensor, mirror: torch.Tensor) -> torch.Tensor:
+    """Rows `(K, n, D)` float32 reflected along the unit vectors `mirror` `(K, 1, D)`; as they are where that is 0."""
+    return rows - 2 * (rows * mirror).sum(-1, keepdim=True) * mirror
+
+
+def _mirror(rows: torch.Tensor) -> torch.Tensor:
+    """The unit vectors `(..., D)` along which each of `rows` `(..., D)` float32 is reflected to one whose numbers the
+    Hadamard matrix makes equal in size; 0 for a row of zeros, and for one that is not finite."""
+    size = rows.shape[-1]
+    target = hadamard(size, rows.device).sum(0) / size**0.5
+    # Of the two such vectors, the further one: the difference from the other may be too small to be precise.
+    along, length = (rows * target).sum(-1, keepdim=True), rows.norm(dim=-1, keepdim=True)
+    across = rows + length.copysign(along) * target
+    return torch.where((length > 0) & length.isfinite(), across / across.norm(dim=-1, keepdim=True), 0.0)
+
+
+def _pack(rows: torch.Tensor, centre: torch.Tensor, mirror: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys or values `(K, n, D)` -> bytes `(K, n, D / 2)` and scales `(K, n, 1)` float16. The rest: `(K, 1, D)`."""
+    turned = reflected(rows.float() - centre, mirror) @ hadamard(rows.shape[-1], rows.device)
     scales = (turned.abs().amax(-1, keepdim=True) / LARGEST).half()
     turned /= scales.float().clamp(min=TINY)
-    numbers = turned.round_().clamp_(-LARGEST, LARGEST).nan_to_num_().add_(OFFSET).to(torch.uint8)
+    numbers = turned.add_(LARGEST).round_().clamp_(0, 2 * LARGEST).nan_to_num_().to(torch.uint8)
     low, high = numbers.chunk(2, dim=-1)
     return low | (high << 4), scales
 
 
 def _numbers(stored: torch.Tensor) -> torch.Tensor:
-    """Bytes `(..., D / 2)` -> numbers `(..., D)` float32, with `OFFSET` added."""
+    """Bytes `(..., D / 2)` -> numbers `(..., D)` float32, with `LARGEST` added."""
     return torch.cat((stored & 15, stored >> 4), dim=-1).float()
 
 
-def _unpack(stored: torch.Tensor, scales: torch.Tensor, centre: torch.Tensor) -> torch.Tensor:
+def _unpack(stored: torch.Tensor, scales: torch.Tensor, centre: torch.Tensor, mirror: torch.Tensor) -> torch.Tensor:
     """Inverse of `_pack`, float32."""
-    return (_numbers(stored).sub_(OFFSET) * scales.float()) @ hadamard(centre.shape[-1], stored.device) + centre
+    turned = _numbers(stored).sub_(LARGEST) * scales.float()
+    return reflected(turned @ hadamard(centre.shape[-1], stored.device), mirror) + centre
