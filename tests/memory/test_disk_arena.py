@@ -36,8 +36,8 @@ def records(chunks, seed=0):
     )
 
 
-def arena_of(tmp_path, readers, content=None, cache_bytes=0):
-    arena = DiskArena.temporary(tmp_path, HEADS, BYTES, readers, cache_bytes)
+def arena_of(tmp_path, readers, content=None, memory_bytes=0):
+    arena = DiskArena.temporary(tmp_path, HEADS, BYTES, readers, memory_bytes)
     if content is not None:
         arena.reserve(content.shape[1])
         arena.write(0, content)
@@ -51,7 +51,7 @@ def all_of(arena, chunks):
 
 def test_what_was_written_is_read_staged_and_fetched(tmp_path, readers):
     content = records(50)
-    arena = arena_of(tmp_path, readers, content, cache_bytes=2_000)
+    arena = arena_of(tmp_path, readers, content, memory_bytes=2_000)
     assert torch.equal(arena.read(3, 50), content[:, 3:])
     staged = torch.empty((HEADS, 20, BYTES), dtype=torch.uint8)
     arena.stage(10, 30, staged)
@@ -73,7 +73,7 @@ def test_reads_larger_than_a_piece_are_whole(tmp_path, readers, monkeypatch):
     monkeypatch.setattr(disk_reads, "PIECE", 5 * BYTES)
     monkeypatch.setattr("tieredkv.memory.disk.PIECE", 5 * BYTES)
     content = records(64)
-    arena = arena_of(tmp_path, readers, content, cache_bytes=3_000)
+    arena = arena_of(tmp_path, readers, content, memory_bytes=3_000)
     assert torch.equal(arena.read(0, 64), content)
     assert torch.equal(all_of(arena, 64), content)
 
@@ -89,7 +89,7 @@ def test_growing_keeps_what_was_written(tmp_path, readers):
 
 
 def test_records_used_before_are_not_read_again(tmp_path, readers):
-    arena = arena_of(tmp_path, readers, records(50), cache_bytes=100_000)
+    arena = arena_of(tmp_path, readers, records(50), memory_bytes=100_000)
     all_of(arena, 50)
     read, heads = readers.counts.read_bytes, torch.tensor([0, 2, 2])
     arena.fetch(heads, torch.tensor([1, 7, 7]))
@@ -112,7 +112,7 @@ def test_neighbours_are_one_read(tmp_path, readers, monkeypatch):
 
 
 def test_sequential_reads_do_not_displace_recent_records(tmp_path, readers):
-    arena = arena_of(tmp_path, readers, records(200), cache_bytes=2_800)
+    arena = arena_of(tmp_path, readers, records(200), memory_bytes=2_800)
     index = torch.zeros(5, dtype=torch.int64), torch.arange(5)
     arena.fetch(*index)
     arena.read(0, 200)
@@ -133,7 +133,7 @@ def test_an_open_chunk_is_read_with_what_was_put_into_it(tmp_path, readers):
 
 def test_a_chunk_opened_again_has_its_contents(tmp_path, readers):
     content = records(4)
-    arena = arena_of(tmp_path, readers, content, cache_bytes=10_000)
+    arena = arena_of(tmp_path, readers, content, memory_bytes=10_000)
     all_of(arena, 4)
     opened = arena.open(2)
     assert torch.equal(opened, content[:, 2])
@@ -145,7 +145,7 @@ def test_a_chunk_opened_again_has_its_contents(tmp_path, readers):
 
 def test_after_a_freeze_the_file_is_not_written(tmp_path, readers, monkeypatch):
     content, more = records(6, 1), records(3, 2)
-    arena = arena_of(tmp_path, readers, content, cache_bytes=5_000)
+    arena = arena_of(tmp_path, readers, content, memory_bytes=5_000)
     arena.freeze(4)
     monkeypatch.setattr(os, "pwrite", None)
     assert torch.equal(arena.read(0, 5), content[:, :5])
@@ -159,7 +159,7 @@ def test_after_a_freeze_the_file_is_not_written(tmp_path, readers, monkeypatch):
 
 def test_frozen_chunks_can_be_written_over(tmp_path, readers):
     content = records(6, 1)
-    arena = arena_of(tmp_path, readers, content, cache_bytes=5_000)
+    arena = arena_of(tmp_path, readers, content, memory_bytes=5_000)
     arena.freeze(6)
     all_of(arena, 6)
     arena.write(2, content[:, :4])
@@ -186,11 +186,11 @@ steps = st.one_of(
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2_500), st.lists(steps, max_size=20))
-def test_it_holds_what_an_arena_in_memory_holds(tmp_path_factory, cache_bytes, steps):
+def test_it_holds_what_an_arena_in_memory_holds(tmp_path_factory, memory_bytes, steps):
     """After any writes at the end of a prompt that may be cut before."""
     readers = Readers()
     arena, memory, length = (
-        arena_of(tmp_path_factory.mktemp("arena"), readers, None, cache_bytes),
+        arena_of(tmp_path_factory.mktemp("arena"), readers, None, memory_bytes),
         MemoryArena(HEADS, BYTES),
         0,
     )

@@ -108,13 +108,12 @@ class DiskArena:
         heads: int,
         record_bytes: int,
         readers: Readers,
-        cache_bytes: int,
+        memory_bytes: int,
         locker: PageLocker | None = None,
     ) -> None:
-        """Owns `file`. cache_bytes: for recent records, allocated at the first `fetch`. locker: keeps them
-        page-locked."""
+        """Owns `file`. memory_bytes: as `set_memory` takes it. locker: keeps recent records page-locked."""
         self._file, self._heads, self._record_bytes = file, heads, record_bytes
-        self._readers, self._cache_bytes, self._locker = readers, cache_bytes, locker
+        self._readers, self._memory_bytes, self._locker = readers, memory_bytes, locker
         self._extents: list[Extent] = []
         self._frozen = False
         self._memory, self._in_memory = self._empty(0), 0
@@ -132,11 +131,11 @@ class DiskArena:
         heads: int,
         record_bytes: int,
         readers: Readers,
-        cache_bytes: int,
+        memory_bytes: int,
         locker: PageLocker | None = None,
     ) -> DiskArena:
         """An empty arena in a temporary file in `folder`. Raises `OutputError`."""
-        return cls(TemporaryRecords(folder), heads, record_bytes, readers, cache_bytes, locker)
+        return cls(TemporaryRecords(folder), heads, record_bytes, readers, memory_bytes, locker)
 
     @classmethod
     def stored(
@@ -146,13 +145,13 @@ class DiskArena:
         shape: tuple[int, int, int],
         whole: int,
         readers: Readers,
-        cache_bytes: int,
+        memory_bytes: int,
         locker: PageLocker | None = None,
     ) -> DiskArena:
         """The records `(K, chunks, B)` that lie in a file at `offset`, which is never written. whole: how many of the
         chunks are complete."""
         heads, chunks, record_bytes = shape
-        arena = cls(file, heads, record_bytes, readers, cache_bytes, locker)
+        arena = cls(file, heads, record_bytes, readers, memory_bytes, locker)
         arena._extents.append(Extent(offset, 0, chunks))
         arena.freeze(whole)
         return arena
@@ -178,8 +177,17 @@ class DiskArena:
 
     @property
     def nbytes(self) -> int:
-        """As `Arena.nbytes`, with all of the cache of recent records."""
-        return self._memory.nbytes + self._cache_bytes
+        return self._memory.nbytes + (0 if self._cache is None else self._cache.nbytes)
+
+    def set_memory(self, nbytes: int) -> None:
+        """Host memory to use from now on: for the chunks that are in memory, and what is left of it for recent records.
+
+        The cache of recent records is allocated when it is first used, and begins empty once it has to be smaller.
+        """
+        with self._locked():
+            self._memory_bytes = nbytes
+            if self._cache is not None and self.nbytes > nbytes:
+                self._drop_recent()
 
     def reserve(self, chunks: int) -> None:
         """As `Arena.reserve`. Raises `OutputError`."""
@@ -187,6 +195,7 @@ class DiskArena:
             return
         if self._frozen:
             self._memory = torch.cat((self._memory, self._empty(more)), dim=1)
+            self.set_memory(self._memory_bytes)
             return
         assert isinstance(self._file, TemporaryRecords)
         begin = self._extents[-1].end(self._heads, self._record_bytes) if self._extents else 0
@@ -247,6 +256,7 @@ class DiskArena:
             if chunks < capacity:  # the first may be filled in part
                 memory[:, :1] = self.read(chunks, chunks + 1)
             self._memory, self._in_memory, self._frozen = memory, chunks, True
+            self.set_memory(self._memory_bytes)
 
     # ---- reading
 
@@ -334,7 +344,8 @@ class DiskArena:
     def _recent(self) -> RecordCache | None:
         """The cache of recent records; None if there is no memory for one."""
         if self._cache is None:
-            slots = RecordCache.slots_for(self._cache_bytes, self._heads, self._in_file, self._record_bytes)
+            left = self._memory_bytes - self._memory.nbytes
+            slots = RecordCache.slots_for(left, self._heads, self._in_file, self._record_bytes)
             if slots == 0:
                 return None
             shape = (slots, self._record_bytes)
@@ -347,11 +358,15 @@ class DiskArena:
         self._cache.reserve(self._in_file)
         return self._cache
 
-    def close(self) -> None:
-        """As `Arena.close`."""
+    def _drop_recent(self) -> None:
         if self._cache is not None and self._locker is not None:
             self._locker.unlock(self._cache.memory)
-        self._cache, self._memory, self._extents, self._cache_bytes = None, self._empty(0), [], 0
+        self._cache = None
+
+    def close(self) -> None:
+        """As `Arena.close`."""
+        self._drop_recent()
+        self._memory, self._extents = self._empty(0), []
         self._file.close()
 
 
