@@ -176,6 +176,60 @@ def test_a_shrunk_arena_keeps_the_chunks_that_remain(tmp_path, readers):
     assert torch.equal(arena.read(0, 4), content[:, :4])
 
 
+@pytest.mark.parametrize("reserved", [(6, 9), (9,), (12,)])
+def test_the_whole_is_mapped_with_what_is_in_memory(tmp_path, readers, reserved):
+    content = records(9)
+    arena = arena_of(tmp_path, readers)
+    for chunks in reserved:
+        arena.reserve(chunks)
+    arena.write(0, content[:, :7])
+    arena.freeze(7)
+    arena.write(7, content[:, 7:])
+    arena.shrink(9)
+    whole = arena.whole()
+    assert whole.is_contiguous()
+    assert torch.equal(whole[:, :9], content)
+    whole[:] = 0
+    assert torch.equal(arena.read(0, 9), content)
+    arena.close()
+    assert not whole.any()
+
+
+def test_the_whole_of_a_stored_tensor_is_mapped(tmp_path, readers):
+    content, path = records(300), tmp_path / "file"
+    path.write_bytes(bytes(5_001) + content.numpy().tobytes())
+    arena = DiskArena.stored(FileOfTest(path), tmp_path, 5_001, tuple(content.shape), 299, readers, 0)
+    arena.open(299)[:] = 3
+    assert torch.equal(arena.whole()[:, :299], content[:, :299])
+    assert (arena.whole()[:, 299] == 3).all()
+
+
+def test_less_memory_leaves_less_for_recent_records(tmp_path, readers):
+    content = records(200)
+    arena = arena_of(tmp_path, readers, content, memory_bytes=9_000)
+    all_of(arena, 200)
+    assert 5_000 < arena.nbytes <= 9_000
+    arena.set_memory(5_000)
+    assert torch.equal(all_of(arena, 200), content)
+    assert 2_000 < arena.nbytes <= 5_000
+    arena.set_memory(0)
+    assert torch.equal(all_of(arena, 200), content)
+    assert arena.nbytes == 0
+
+
+def test_chunks_in_memory_take_from_that_of_recent_records(tmp_path, readers):
+    content = records(200)
+    arena = arena_of(tmp_path, readers, content, memory_bytes=9_000)
+    all_of(arena, 200)
+    arena.freeze(200)
+    arena.reserve(300)
+    all_of(arena, 200)
+    assert 4_800 < arena.nbytes <= 9_000
+    arena.reserve(500)
+    assert torch.equal(all_of(arena, 200), content)
+    assert arena.nbytes == HEADS * 300 * BYTES
+
+
 steps = st.one_of(
     st.tuples(st.just("write"), st.integers(0, 20), st.integers(1, 6)),
     st.tuples(st.just("open"), st.integers(0, 20), st.integers(0, BYTES - 1)),
@@ -250,7 +304,7 @@ def test_earlier_chunks_are_read_while_later_ones_are_written(tmp_path, readers)
 def test_a_stored_tensor_is_read_and_never_written(tmp_path, readers):
     content, path = records(5), tmp_path / "file"
     path.write_bytes(b"header" + content.numpy().tobytes() + b"end")
-    arena = DiskArena.stored(FileOfTest(path), 6, tuple(content.shape), 3, readers, 10_000)
+    arena = DiskArena.stored(FileOfTest(path), tmp_path, 6, tuple(content.shape), 3, readers, 10_000)
     assert torch.equal(arena.read(0, 5)[:, :4], content[:, :4])
     arena.open(3)[:] = 1
     arena.write(4, content[:, :1])
@@ -279,7 +333,7 @@ class FileOfTest:
 def test_a_shortened_file_is_an_error(tmp_path, readers):
     content, path = records(50), tmp_path / "file"
     path.write_bytes(content.numpy().tobytes())
-    arena = DiskArena.stored(FileOfTest(path), 0, tuple(content.shape), 50, readers, 10_000)
+    arena = DiskArena.stored(FileOfTest(path), tmp_path, 0, tuple(content.shape), 50, readers, 10_000)
     os.truncate(path, 1_000)
     with pytest.raises(TieredKVError, match="ends too early"):
         arena.read(0, 50)

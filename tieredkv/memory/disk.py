@@ -5,6 +5,8 @@ Shapes: `K` KV heads of a layer, `B` bytes of a record, `m` records of one reque
 
 from __future__ import annotations
 
+import math
+import mmap
 import os
 import threading
 import weakref
@@ -105,24 +107,26 @@ class DiskArena:
     def __init__(
         self,
         file: TemporaryRecords | RecordFile,
+        folder: Path,
         heads: int,
         record_bytes: int,
         readers: Readers,
         memory_bytes: int,
         locker: PageLocker | None = None,
     ) -> None:
-        """Owns `file`. memory_bytes: as `set_memory` takes it. locker: keeps recent records page-locked."""
-        self._file, self._heads, self._record_bytes = file, heads, record_bytes
+        """Owns `file`. folder: for temporary files. memory_bytes: as for `set_memory`. locker: keeps recent records
+        page-locked."""
+        self._file, self._folder, self._heads, self._record_bytes = file, folder, heads, record_bytes
         self._readers, self._memory_bytes, self._locker = readers, memory_bytes, locker
         self._extents: list[Extent] = []
-        self._frozen = False
+        self._frozen, self.closed = False, False
         self._memory, self._in_memory = self._empty(0), 0
         """`(K, n, B)`: chunks that are not in the file, or newer than there, and the number of the first of them. At
         most one before `freeze`."""
         self._cache: RecordCache | None = None
         self._process, self._lock = os.getpid(), threading.RLock()
         """The lock is held while chunks move between memory, file and cache."""
-        weakref.finalize(self, file.close)
+        self._close_file = weakref.finalize(self, file.close)
 
     @classmethod
     def temporary(
@@ -135,12 +139,13 @@ class DiskArena:
         locker: PageLocker | None = None,
     ) -> DiskArena:
         """An empty arena in a temporary file in `folder`. Raises `OutputError`."""
-        return cls(TemporaryRecords(folder), heads, record_bytes, readers, memory_bytes, locker)
+        return cls(TemporaryRecords(folder), folder, heads, record_bytes, readers, memory_bytes, locker)
 
     @classmethod
     def stored(
         cls,
         file: RecordFile,
+        folder: Path,
         offset: int,
         shape: tuple[int, int, int],
         whole: int,
@@ -151,7 +156,7 @@ class DiskArena:
         """The records `(K, chunks, B)` that lie in a file at `offset`, which is never written. whole: how many of the
         chunks are complete."""
         heads, chunks, record_bytes = shape
-        arena = cls(file, heads, record_bytes, readers, memory_bytes, locker)
+        arena = cls(file, folder, heads, record_bytes, readers, memory_bytes, locker)
         arena._extents.append(Extent(offset, 0, chunks))
         arena.freeze(whole)
         return arena
@@ -207,6 +212,32 @@ class DiskArena:
         """As `Arena.shrink`, of the memory alone: a file has no bytes where nothing was written."""
         if self._frozen and chunks < self.capacity:
             self._memory = self._memory[:, : max(0, chunks - self._in_memory)].clone()
+
+    def whole(self) -> torch.Tensor:
+        """As `Arena.whole`: mapped. What is changed there takes memory, and does not reach the file. Raises
+        `OutputError`."""
+        if len(self._extents) != 1 or self._extents[0].chunks < self.capacity:
+            return self._copy().whole()
+        (extent,) = self._extents
+        shape = self._heads, extent.chunks, self._record_bytes
+        offset, nbytes = extent.offset, math.prod(shape)
+        begin = offset % mmap.ALLOCATIONGRANULARITY
+        mapped = mmap.mmap(self._file.descriptor, begin + nbytes, access=mmap.ACCESS_COPY, offset=offset - begin)
+        records = torch.frombuffer(mapped, dtype=torch.uint8, count=nbytes, offset=begin).view(shape)
+        with self._locked():
+            records[:, self._in_memory : self._in_memory + self._memory.shape[1]] = self._memory
+        return records
+
+    def _copy(self) -> DiskArena:
+        """The same records in one extent of another temporary file. Raises `OutputError`."""
+        folder, capacity = self._folder, self.capacity
+        copy = DiskArena.temporary(folder, self._heads, self._record_bytes, self._readers, 0)
+        copy.reserve(capacity)
+        step = max(1, 2 * PIECE // (self._heads * self._record_bytes))
+        for first in range(0, capacity, step):
+            stop = min(first + step, capacity)
+            copy.write(first, self.read(first, stop))
+        return copy
 
     # ---- writing
 
@@ -365,9 +396,11 @@ class DiskArena:
 
     def close(self) -> None:
         """As `Arena.close`."""
-        self._drop_recent()
-        self._memory, self._extents = self._empty(0), []
-        self._file.close()
+        if not self.closed:
+            self._drop_recent()
+            self._memory, self._extents, self.closed = self._empty(0), [], True
+            self._close_file()
+            del self._file
 
 
 def _index(mask: np.ndarray) -> torch.Tensor:

@@ -30,7 +30,7 @@ class TemporaryFile:
     def __init__(self, folder: Path) -> None:
         """Raises `OSError` if the folder cannot have it."""
         remove_leftovers(folder)
-        self.folder, self._name = folder, None
+        self._process, self._name = os.getpid(), None
         self.descriptor = _nameless(folder)
         if self.descriptor < 0:
             self.descriptor, self._name = _named(folder)
@@ -40,7 +40,7 @@ class TemporaryFile:
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
-            if self._name is not None:
+            if self._name is not None and self._process == os.getpid():
                 self._name.unlink(missing_ok=True)
 
     def __del__(self) -> None:
