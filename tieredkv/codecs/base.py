@@ -59,7 +59,7 @@ class Codec(ABC):
     needs_fit: ClassVar[bool] = True
 
     def __init__(self, chunk_tokens: int, head_dim: int, dtype: torch.dtype) -> None:
-        """dtype: the model's, which `decode` returns."""
+        """dtype: the model's, in which records of 16 bits are stored."""
         self.chunk_tokens, self.head_dim, self.dtype = chunk_tokens, head_dim, dtype
 
     @property

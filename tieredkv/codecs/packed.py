@@ -72,13 +72,13 @@ class Packed(Codec):
         """Numbers of keys (part 0) or values (1) of records `(K, m, B)`: `(K, m * C, D)` float32."""
         size = self.chunk_tokens * self.head_dim
         numbers = records[..., part * size : (part + 1) * size].view(torch.int8).float()
-        return numbers.view(len(records), -1, self.head_dim)
+        return numbers.reshape(len(records), -1, self.head_dim)
 
     def _scales(self, records: torch.Tensor, part: int) -> torch.Tensor:
         """Scales of keys (part 0) or values (1) of records `(K, m, B)`: `(K, 1, m * C)` float32."""
         size, first = 2 * self.chunk_tokens, 2 * self.chunk_tokens * self.head_dim
         scales = records[..., first + part * size : first + (part + 1) * size].view(torch.float16).float()
-        return scales.view(len(records), 1, -1)
+        return scales.reshape(len(records), 1, -1)
 
 
 def _norms(sample: torch.Tensor) -> torch.Tensor:

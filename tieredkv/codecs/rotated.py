@@ -95,13 +95,13 @@ class Rotated(Codec):
 
     def _tokens(self, numbers: torch.Tensor) -> torch.Tensor:
         """`(K, m, C * D / 2)` as `(K, m * C, D / 2)` float32."""
-        return numbers.float().view(len(numbers), -1, self.head_dim // 2)
+        return numbers.float().reshape(len(numbers), -1, self.head_dim // 2)
 
     def _scales(self, records: torch.Tensor, part: int) -> torch.Tensor:
         """Scales of keys (part 0) or values (1) of records `(K, m, B)`: `(K, 1, m * C)` float32."""
         size, first = 2 * self.chunk_tokens, self.chunk_tokens * self.head_dim
         scales = records[..., first + part * size : first + (part + 1) * size].view(torch.float16).float()
-        return scales.view(len(records), 1, -1)
+        return scales.reshape(len(records), 1, -1)
 
 
 @cache
