@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tieredkv.codecs import CODECS, PLAIN, codec_for
 from tieredkv.codecs.base import FIT_TOKENS, Codec, Fit, tokens_of
 from tieredkv.codecs.rotated import hadamard
+from tieredkv.memory.units import HOST_BITS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EVERY = pytest.mark.parametrize("bits", CODECS)
@@ -457,6 +458,10 @@ def test_torchs_default_dtype_changes_no_result(bits):
         torch.set_default_dtype(before)
     assert {part.dtype for part in got} == {torch.float32}
     assert {part.dtype for part in want} <= {torch.float32, torch.bfloat16, torch.int8, torch.uint8, torch.float16}
+
+
+def test_every_codec_can_be_asked_for():
+    assert tuple(CODECS) == HOST_BITS
 
 
 @EVERY
