@@ -1,6 +1,8 @@
 """Attention of query tokens over pages that differ from head to head, split over pages and merged by log-sum-exp.
 
-Two launches; with pages of 4 bits three, the first of which turns the queries. Outputs are turned back as they are merged.
+Two launches; with pages of 4 bits three, of which the first turns the queries. Outputs are turned back as they are
+merged.
+
 Shapes: `K` KV heads, `G` query heads per KV head, `P` pages of a head, `C` page tokens, `D` head dim.
 """
 

@@ -1,8 +1,8 @@
 """Copies into the pool: missed chunks and kept tokens from page-locked host memory, and the new token.
 
 The kernels read host memory themselves, so chunk ids need not leave the device. The source's records must be
-page-locked, and its heads whole records apart. Records are copied as they are, whatever their codec, or encoded to 8 bits on the way
-from 16.
+page-locked, and its heads whole records apart. Records are copied as they are, whatever their codec, or encoded to 8
+bits on the way if they are plain.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from tieredkv.ops.base import Pages, Source
 from tieredkv.ops.triton.turn import WIDTH, turned
 
 PROGRAMS = 96
-"""Programs of a gather. On an H200 behind PCIe 5, 655 chunks of 4 KiB, packed to 8 bits on the way, came at 26, 38, 39
-and 42 GB/s by 12, 24, 48 and 96 programs of four chunks at a time, at 47 by 96 programs of one; one large copy came at 54."""
+"""Programs of a gather. On an H200 behind PCIe 5, 655 chunks of 4 KiB, encoded on the way, came at 26, 38, 39 and 42
+GB/s by 12, 24, 48 and 96 programs of four chunks at a time, at 47 by 96 programs of one; one large copy came at 54."""
 PIECES, BLOCK = 1, 1024
 """Chunks that a program copies at a time, and words of each."""
 TOKENS = 16
@@ -29,8 +29,10 @@ TOKENS = 16
 
 @triton.jit
 def _most(rows):
-    """The largest size in rows `(..., D)` float32, `(..., 1)`, as the bits of a float32: a maximum of numbers would skip
-    NaN, whose bits are above all others."""
+    """The largest size in rows `(..., D)` float32, `(..., 1)`, as the bits of a float32.
+
+    A maximum of the numbers would skip NaN, whose bits are above all others.
+    """
     return tl.max(rows.to(tl.int32, bitcast=True) & 0x7FFFFFFF, len(rows.shape) - 1, keep_dims=True)
 
 
@@ -272,7 +274,9 @@ def _copy_field(source, target, valid, WIDTH: tl.constexpr, PADDED: tl.constexpr
     """Copy WIDTH bytes from each pointer in `source` to that in `target`, where `valid`."""
     byte = tl.arange(0, PADDED)
     inside = valid[:, None] & (byte[None, :] < WIDTH)
-    tl.store(target[:, None] + byte[None, :], tl.load(source[:, None] + byte[None, :], mask=inside, other=0), mask=inside)
+    tl.store(
+        target[:, None] + byte[None, :], tl.load(source[:, None] + byte[None, :], mask=inside, other=0), mask=inside
+    )
 
 
 @triton.jit

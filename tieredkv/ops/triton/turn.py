@@ -6,8 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-WIDTH = 16
-"""Rows of the rotation that a program reads at a time."""
+WIDTH = 32
+"""Rows of the rotation, or columns, that a program reads at a time."""
 
 
 @triton.jit
