@@ -139,9 +139,15 @@ class DeviceTier:
         """`host_bits` once no layer may be packed any more; None before."""
         return self.host_bits if self._bits_settled or self.host_bits != PLAIN else None
 
+    def next_bits(self, tokens: int) -> int:
+        """What the host tier is to have for a prompt of at least `tokens` tokens."""
+        return self.planned_bits(tokens) if self.settled_bits is None else self.host_bits
+
     def settle_bits(self, bits: int | None = None) -> None:
         """Keep the host tier in `bits` from now on; None: in those that it has."""
         self.host_bits, self._bits_settled = self.host_bits if bits is None else bits, True
+        if self.host_bits != PLAIN:  # or the first question would see exact tokens, which no later one does
+            self.drop_residents()
 
     def forget_bits(self) -> None:
         """The host tier is empty: the next prompt may have others."""

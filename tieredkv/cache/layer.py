@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -233,13 +233,6 @@ class TieredLayer(CacheLayerMixin):
             resident.append(*host.decoded(before, host.length), before)
         digests.update()
 
-    def pack(self) -> None:
-        """Store the host tier in `DeviceTier.host_bits`, if it has others and is not empty. No copy may be under
-        way."""
-        bits, host = self.device_tier.host_bits, self.host
-        if host is not None and host.length and host.codec.bits != bits:
-            host.pack(self.device_tier.codec(bits, self.dtype), self.room)
-
     def settle(self) -> None:
         """Treat the cached tokens as the context: digests are fitted to them and to no later ones."""
         if self.digests is not None:
@@ -314,6 +307,17 @@ class TieredLayer(CacheLayerMixin):
     def end_decoding(self) -> None:
         """Leave the decode phase, if the layer is in it, without the tokens generated since the seal."""
         self.sealed = None
+
+
+def pack(layers: Sequence[TieredLayer], device_tier: DeviceTier, bits: int) -> None:
+    """Store the host tier in `bits`; does nothing if it has them. No layer may be empty, nor a copy under way that
+    writes to one."""
+    device_tier.host_bits = bits
+    for layer in layers:
+        host, _ = layer._context()
+        if host.codec.bits != bits:
+            device_tier.copies.drain()
+            host.pack(device_tier.codec(bits, layer.dtype), layer.room)
 
 
 def fit_state(fit: Fit | None) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ from tieredkv.cache.counters import Counters
 from tieredkv.cache.decode_phase import DecodePhase
 from tieredkv.cache.decoding import Decoding
 from tieredkv.cache.device_tier import DeviceTier
-from tieredkv.cache.layer import TieredLayer
+from tieredkv.cache.layer import TieredLayer, pack
 from tieredkv.cache.layer_order import LayerOrder
 from tieredkv.cache.prefill import TextRows
 from tieredkv.cache.question import Question
@@ -87,7 +87,7 @@ def seal(layers: Sequence[TieredLayer], device_tier: DeviceTier, question: Quest
     """Take every layer from prefill to decoding.
 
     No copy may be under way. Raises `BudgetError` when the prompt does not fit under the cap; the layers are then still
-    in prefill.
+    in prefill, and as they were.
     """
     rows = [layer.rows for layer in layers if layer.rows is not None]
     if len(rows) != len(layers):
@@ -98,11 +98,12 @@ def seal(layers: Sequence[TieredLayer], device_tier: DeviceTier, question: Quest
     # The plan counts the masses of chunks and pages of one device; every device has its own.
     masses = sizes.chunk_mass_bytes(layout) + sizes.page_lse_bytes(shape, layout.old_chunks + layout.recent_pages)
     cap_bytes = tiers.cap_bytes - (len(device_tier.devices) - 1) * masses
-    bits = device_tier.host_bits
+    bits = device_tier.next_bits(tokens)
     types = classify_heads(rows, shape, tiers, layout, cap_bytes, bits)
     plan = decode_plan.plan_decode(
         shape, tiers, layout, cap_bytes, types.scores, types.static, types.need, host_bits=bits
     )
+    pack(layers, device_tier, bits)
     device_tier.drop_residents()
     try:
         phases = _fill(layers, device_tier, question, plan, types.static)

@@ -19,13 +19,12 @@ from tieredkv.cache.conv_layer import ConvLayer
 from tieredkv.cache.counters import Counters
 from tieredkv.cache.decoding import Decoding
 from tieredkv.cache.device_tier import DeviceTier
-from tieredkv.cache.layer import TieredLayer
+from tieredkv.cache.layer import TieredLayer, pack
 from tieredkv.cache.layer_order import LayerOrder
 from tieredkv.cache.linear_layer import LinearLayer
 from tieredkv.cache.question import Question
 from tieredkv.cache.sliding_layer import SlidingLayer
 from tieredkv.cache.untiered import Untiered
-from tieredkv.codecs import PLAIN
 from tieredkv.codecs.base import FIT_TOKENS
 from tieredkv.config import TierConfig, tier_config
 from tieredkv.environment import forking
@@ -225,10 +224,8 @@ class TieredCache(Cache):
         self.check_between_calls()
         self.untiered.settle()
         if tokens := self.get_seq_length():
-            self._pack(tokens)
+            pack(self.tiered_layers, self.device_tier, self.device_tier.next_bits(tokens))
             self.device_tier.settle_bits()
-            if self.device_tier.host_bits != PLAIN:  # or the first question would see what no later one does
-                self.device_tier.drop_residents()
         for layer in self.tiered_layers:
             layer.settle()
 
@@ -250,19 +247,6 @@ class TieredCache(Cache):
             raise OptionError(f"the cache is kept in {bits} bits: leave host_kv_bits as it is.")
         self.device_tier.change_tiers(tiers, empty=self.get_seq_length() == 0)
 
-    def _pack(self, tokens: int) -> None:
-        """Store the host tier in the bits planned for a prompt of at least `tokens` tokens, unless they are settled.
-
-        Once, as a codec is fitted to what the model made.
-        """
-        tier = self.device_tier
-        if tier.settled_bits is None:
-            tier.host_bits = tier.planned_bits(tokens)
-        if any(layer.host is not None and layer.host.codec.bits != tier.host_bits for layer in self.tiered_layers):
-            tier.copies.drain()
-            for layer in self.tiered_layers:
-                layer.pack()
-
     # ---- phases
 
     def begin_layer(self, index: int, tokens: int) -> None:
@@ -273,7 +257,7 @@ class TieredCache(Cache):
             self.long_context.check(length := self.get_seq_length(), tokens)
             self._change_phase(tokens)
             if not self.sealed and length >= FIT_TOKENS:
-                self._pack(length + tokens)
+                pack(self.tiered_layers, self.device_tier, self.device_tier.next_bits(length + tokens))
         self._order.begin_layer(index)
 
     def _change_phase(self, tokens: int) -> None:
@@ -307,7 +291,6 @@ class TieredCache(Cache):
         if self.sealed:
             raise RuntimeError("the cache is sealed already")
         self.device_tier.copies.drain()  # the seal reads what was written back
-        self._pack(self.get_seq_length())
         self.decoding = seal.seal(self.tiered_layers, self.device_tier, self.question, self._order)
 
     @settled
