@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.config import TierConfig, tier_config
 from tieredkv.environment.versions import cache_argument
 from tieredkv.memory import ledger
+from tieredkv.memory.arena import MemoryArena
 from tieredkv.models.kv_shape import KVShape
 from tieredkv.planning import decode_plan, forecast_bytes, sizes
 from tieredkv.planning.forecast import plan
@@ -35,6 +37,9 @@ class Watch:
         self.most: dict[str, int] = {}
         self.prefill = 0
         self.sealed: dict[str, int] = {}
+        self.host = 0
+        """The most that all arenas took."""
+        arenas, resize = weakref.WeakSet(), MemoryArena.resize
         reserve, seal, plan_decode = ledger.DeviceLedger.reserve, TieredCache.seal, decode_plan.plan_decode
 
         def watched_reserve(ledger, purpose, nbytes):
@@ -43,6 +48,11 @@ class Watch:
             self.most[purpose] = max(self.most.get(purpose, 0), counted[purpose])
             if not {"pool", "tables"} & set(counted):
                 self.prefill = max(self.prefill, sum(counted.values()))
+
+        def watched_resize(arena, chunks):
+            resize(arena, chunks)
+            arenas.add(arena)
+            self.host = max(self.host, sum(each.nbytes for each in arenas))
 
         def watched_seal(cache):
             seal(cache)
@@ -54,6 +64,7 @@ class Watch:
             return decode
 
         monkeypatch.setattr(ledger.DeviceLedger, "reserve", watched_reserve)
+        monkeypatch.setattr(MemoryArena, "resize", watched_resize)
         monkeypatch.setattr(TieredCache, "seal", watched_seal)
         monkeypatch.setattr(decode_plan, "plan_decode", watched_plan)
 
@@ -101,7 +112,8 @@ def test_every_purpose_takes_what_the_plan_says(
     assert sum(memory_plan.prefill.values()) == watch.prefill
     assert memory_plan.prefill["resident"] == watch.most.get("resident", 0)
     assert memory_plan.prefill_copy_bytes == streamed
-    assert 0 <= memory_plan.file_bytes - host - digests < 0.1 * host
+    assert 0 <= memory_plan.file_bytes - host - digests < 0.05 * memory_plan.full_bytes
+    assert watch.host + digests <= memory_plan.host_bytes
 
 
 SHAPES = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
