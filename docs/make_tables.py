@@ -21,8 +21,8 @@ from tieredkv.config import TierConfig
 from tieredkv.memory import limits
 from tieredkv.memory.units import GIB, as_gib
 from tieredkv.models import families
-from tieredkv.models.kv_shape import model_shape
-from tieredkv.planning import admission, forecast, sizes
+from tieredkv.models.kv_shape import KVShape, model_shape
+from tieredkv.planning import admission, forecast, host_plan, sizes
 from tieredkv.policy.base import Policy
 from tieredkv.policy.presets import POLICIES
 from tieredkv.video.frames import Sampled
@@ -253,6 +253,11 @@ def per_token() -> str:
     return rows(header, body)
 
 
+def host_bytes(shape: KVShape, tiers: TierConfig, prompt: int) -> int:
+    """Host memory of a prompt, in the bits that are its default."""
+    return sizes.host_bytes(shape, tiers, prompt, host_plan.prompt_bits(shape, tiers, prompt))
+
+
 def per_hour(names: tuple[str, ...] = tuple(OLDER), patch: int = 28) -> str:
     """Visual tokens of an hour of video, and the host memory of its cache.
 
@@ -265,7 +270,7 @@ def per_hour(names: tuple[str, ...] = tuple(OLDER), patch: int = 28) -> str:
         for fps in RATES:
             tokens = round(3600 * fps / 2) * (height // patch) * (width // patch)
             prompt = forecast.HEAD_TOKENS + tokens + QUESTION
-            cells = [gib(sizes.host_bytes(shape, tiers, prompt)) for shape in shapes.values()]
+            cells = [gib(host_bytes(shape, tiers, prompt)) for shape in shapes.values()]
             body.append([f"{width} x {height}", f"{fps:g}", f"{tokens:,}", *cells])
     return rows(["frames", "per second", "tokens an hour", *(f"{name}, GiB" for name in shapes)], body)
 
@@ -300,7 +305,7 @@ def plans() -> str:
             prompt = forecast.HEAD_TOKENS + tokens + QUESTION
             layout = sizes.lay_out(TierConfig(), prompt, QUESTION, ANSWER)
             least = admission.smallest_cap_bytes(shape, TierConfig(), layout, QUESTION)
-            host = sizes.host_bytes(shape, TierConfig(), prompt)
+            host = host_bytes(shape, TierConfig(), prompt)
             for cap in (1.0, 2.0, 4.0):
                 row = [name, f"{tokens:,}", gib(host), as_gib(least), f"{cap:g}"]
                 if cap * GIB < least:

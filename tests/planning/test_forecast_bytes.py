@@ -39,7 +39,7 @@ class Watch:
         self.sealed: dict[str, int] = {}
         self.host = 0
         """The most that all arenas took."""
-        arenas, resize = weakref.WeakSet(), MemoryArena.resize
+        arenas, replace = weakref.WeakSet(), MemoryArena._replace
         reserve, seal, plan_decode = ledger.DeviceLedger.reserve, TieredCache.seal, decode_plan.plan_decode
 
         def watched_reserve(ledger, purpose, nbytes):
@@ -49,8 +49,8 @@ class Watch:
             if not {"pool", "tables"} & set(counted):
                 self.prefill = max(self.prefill, sum(counted.values()))
 
-        def watched_resize(arena, chunks):
-            resize(arena, chunks)
+        def watched_replace(arena, records):
+            replace(arena, records)
             arenas.add(arena)
             self.host = max(self.host, sum(each.nbytes for each in arenas))
 
@@ -64,7 +64,7 @@ class Watch:
             return decode
 
         monkeypatch.setattr(ledger.DeviceLedger, "reserve", watched_reserve)
-        monkeypatch.setattr(MemoryArena, "resize", watched_resize)
+        monkeypatch.setattr(MemoryArena, "_replace", watched_replace)
         monkeypatch.setattr(TieredCache, "seal", watched_seal)
         monkeypatch.setattr(decode_plan, "plan_decode", watched_plan)
 

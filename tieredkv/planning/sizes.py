@@ -124,7 +124,7 @@ def host_bytes(shape: KVShape, tiers: TierConfig, prompt: int, bits: int) -> int
     if bits == PLAIN:
         return stored
     packed = records_bytes(shape, tiers, prompt + QUESTION_ROOM, bits) // shape.num_layers
-    plain = records_bytes(shape, tiers, first_tokens(tiers, prompt), PLAIN) // shape.num_layers
+    plain = records_bytes(shape, tiers, first_tokens(tiers, prompt + QUESTION_ROOM), PLAIN) // shape.num_layers
     return stored + plain + (shape.num_layers - 1) * max(0, plain - packed)
 
 
