@@ -80,7 +80,7 @@ def test_a_fault_while_the_pool_is_filled_leaves_the_cache_in_prefill(llama, lon
     def fail(self, *arguments):
         raise MemoryError("not enough")
 
-    options = {**pressed(llama, 900, 0.5), "chunk_tokens": 8, "text_window": 16}
+    options = {**pressed(llama, 900, 0.5), "chunk_tokens": 8, "text_window": 16, "host_kv_bits": 16}
     with torch.no_grad(), tieredkv.use_attention(llama), TieredCache(llama.config, **tier_options(**options)) as cache:
         llama(long_ids[:, :880], **cache_argument(cache))
         with monkeypatch.context() as patch:

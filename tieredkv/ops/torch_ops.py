@@ -16,7 +16,7 @@ from tieredkv.ops.base import Pages, Source
 NEVER = torch.iinfo(torch.int32).max
 """Stands for the last use of a slot that must not be taken."""
 FLOAT32, INT64 = torch.float32.itemsize, torch.int64.itemsize
-COPIED = 2**20
+COPIED = 2**17
 """Bytes of records to copy at a time, as the cap does not count the copy between."""
 IN_CACHE = 2**21
 """Bytes of unpacked keys at a time on a CPU. More would not stay in a core's cache."""
@@ -134,8 +134,11 @@ def keep(source: Source, pages: Pages, head: int, tokens: torch.Tensor, slots: t
     same = source.codec.bits == pages.codec.bits
     place = torch.arange(len(tokens), device=slots.device)
     for token, slot, within in _split(AT_ONCE, tokens.cpu(), slots[place // c], place % c):
-        chunks, chunk = (token // c).unique(return_inverse=True)
-        records = _read(source, torch.full_like(chunks, head), chunks)
+        if source.records is None:
+            chunks, chunk = (token // c).unique(return_inverse=True)
+            records = source.fetch(torch.full_like(chunks, head), chunks)
+        else:
+            records, chunk = source.records[head], token // c
         fields = tuple(field[chunk, token % c].to(slot.device) for field in source.codec.fields(records))
         if not same:
             fields = _encoded(*fields, pages, head)
