@@ -1,4 +1,4 @@
-"""The rotation of 4 bits, its scales, and the mean that is taken off."""
+"""The rotation of 4 bits, its scales, and what is fitted: the mean, and the first token."""
 
 from __future__ import annotations
 
@@ -7,9 +7,16 @@ import torch
 from codec_examples import HEADS, layer, rows
 
 from tieredkv.codecs import codec_for
-from tieredkv.codecs.rotated import LARGEST, hadamard
+from tieredkv.codecs.base import Fit
+from tieredkv.codecs.rotated import LARGEST, hadamard, reflected
 
 CPU = torch.device("cpu")
+
+
+def turned(tokens: torch.Tensor, fit: Fit, part: int) -> torch.Tensor:
+    """Keys (part 0) or values (1) as they are rounded."""
+    centre, mirror = (of[:, part].unsqueeze(1) for of in (fit.centre, fit.norms))
+    return reflected(tokens.float() - centre, mirror) @ hadamard(tokens.shape[-1], CPU)
 
 
 @pytest.mark.parametrize("size", [2, 16, 64, 80, 96, 128, 256])
@@ -33,9 +40,9 @@ def test_a_rotated_number_is_off_by_at_most_half_a_scale(size, dtype):
     keys, values = layer(300, size, dtype, centre=10)
     fit = codec.fit(keys, values)
     fields = codec.encode(keys, values, fit)
-    for got, want, scales in zip(codec.decode(fields, fit), (keys, values), fields[2:], strict=True):
-        off = ((got - want.float()) @ hadamard(size, CPU)).abs()
-        assert (off <= 0.502 * scales.float() + 1e-5).all()
+    for part, (got, want, scales) in enumerate(zip(codec.decode(fields, fit), (keys, values), fields[2:], strict=True)):
+        off = (turned(got, fit, part) - turned(want, fit, part)).abs()
+        assert (off <= 0.504 * scales.float() + 1e-5).all()
 
 
 def test_a_scale_is_no_larger_than_a_token_needs():
@@ -44,18 +51,55 @@ def test_a_scale_is_no_larger_than_a_token_needs():
     fit = codec.fit(keys, values)
     scales = codec.encode(keys, values, fit)[2:]
     for number, (part, scale) in enumerate(zip((keys, values), scales, strict=True)):
-        largest = ((part - fit.centre[:, number].unsqueeze(1)) @ hadamard(64, CPU)).abs().amax(-1, keepdim=True)
+        largest = turned(part, fit, number).abs().amax(-1, keepdim=True)
         torch.testing.assert_close(scale.float() * LARGEST, largest, rtol=1e-3, atol=1e-6)
 
 
 def test_a_byte_holds_a_number_of_each_half():
+    """Numbers are 7.5 less than what is stored."""
     codec = codec_for(4, 8, 4, torch.float32)
-    want = torch.tensor([7.0, -7, 3, 0])
-    keys = (want @ hadamard(4, CPU)).expand(1, 2, 4).contiguous()
-    fit = codec.fit(torch.zeros_like(keys), torch.zeros_like(keys))
+    fit = codec.fit(*torch.zeros((2, 1, 2, 4)))
+    keys = (torch.tensor([7.5, -7.5, 3.5, -0.5]) @ hadamard(4, CPU)).expand(1, 2, 4)
     stored, _, scales, _ = codec.encode(keys, keys, fit)
     assert float(scales[0, 0]) == 1
-    assert stored[0, 0].tolist() == [7 + 8 | (3 + 8) << 4, -7 + 8 | (0 + 8) << 4]
+    assert stored[0, 0].tolist() == [15 | 11 << 4, 0 | 7 << 4]
+
+
+def test_all_sixteen_levels_are_used():
+    codec = codec_for(4, 8, 64, torch.float32)
+    keys, values = layer(300, 64)
+    stored = codec.encode(keys, values, codec.fit(keys, values))[0]
+    assert (stored & 15).unique().tolist() == (stored >> 4).unique().tolist() == list(range(16))
+
+
+@pytest.mark.parametrize("size", [16, 64, 80, 96, 128])
+@pytest.mark.parametrize("times", [1, 1000])
+def test_the_first_token_is_held_as_precisely_as_its_scale(size, times):
+    codec = codec_for(4, 8, size, torch.float32)
+    keys, values = layer(300, size, centre=3)
+    keys[:, 0], values[:, 0] = times * keys[:, 0], times * values[:, 0]
+    fit = codec.fit(keys, values)
+    for got, want in zip(codec.decode(codec.encode(keys, values, fit), fit), (keys, values), strict=True):
+        assert (got - want)[:, 0].norm() <= 6e-4 * want[:, 0].norm()
+        assert (got - want)[:, 1].norm() > 0.01 * want[:, 1].norm()
+
+
+def test_a_reflection_is_its_own_inverse_and_keeps_lengths():
+    tokens, mirror = rows(HEADS, 9, 64), torch.nn.functional.normalize(rows(HEADS, 1, 64, seed=1), dim=-1)
+    once = reflected(tokens, mirror)
+    assert not torch.allclose(once, tokens)
+    torch.testing.assert_close(once.norm(dim=-1), tokens.norm(dim=-1))
+    torch.testing.assert_close(reflected(once, mirror), tokens)
+    assert torch.equal(reflected(tokens, torch.zeros_like(mirror)), tokens)
+
+
+@pytest.mark.parametrize("first", [0.0, float("nan"), float("inf")])
+def test_a_first_token_without_a_direction_turns_nothing(first):
+    codec = codec_for(4, 8, 64, torch.float32)
+    keys, values = layer(300, 64)
+    keys[:, 0] = codec.fit(keys, values).centre[:, 0] + first
+    assert not codec.fit(keys, values).norms[:, 0].any()
+    assert codec.fit(keys, values).norms[:, 1].any(-1).all()
 
 
 def test_a_constant_of_all_tokens_costs_no_precision():
