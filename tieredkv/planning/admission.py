@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from tieredkv.config import TierConfig
 from tieredkv.errors import BudgetError
 from tieredkv.memory.limits import check_host, check_host_memory
 from tieredkv.memory.units import GIB, as_gib
 from tieredkv.models.kv_shape import KVShape
+from tieredkv.planning.disk_plan import check_disk, disk_plan, least_bytes, to_disk
 from tieredkv.planning.host_plan import fewer_bits, least_bits, prompt_bits
 from tieredkv.planning.prefill_plan import question_rows, smallest_prefill_bytes, untiered_prefill_bytes
 from tieredkv.planning.sizes import Layout, host_bytes, lay_out, records_bytes, smallest_decode_bytes, snapshot_bytes
@@ -44,6 +46,8 @@ def check_memory(
     available: int | None = None,
     one_memory: bool = False,
     bits: int | None = None,
+    folder: Path | None = None,
+    on_disk: bool = False,
 ) -> Layout:
     """Raise `BudgetError` unless the request fits under the device cap and in host memory. Returns its layout.
 
@@ -53,14 +57,19 @@ def check_memory(
     is allocated yet. beside: host memory that a conversation has allocated. available: bytes of host memory (None:
     measured now).
     one_memory: host memory must hold the device tier too, and the layers that do not grow. bits: of a host tier that is
-    there; None: as planned for the prompt.
+    there; None: as planned for the prompt. folder: for what `host_kv_gb` does not hold; None: nothing goes to disk.
+    on_disk: whether the tokens before the question are on disk already.
     """
     layout = request.layout(tiers)
     check_cap(shape, tiers, layout, question_rows(tiers, request.question_tokens), device_remedy, bits)
     if request.tokens <= room:
         return layout
     bits = prompt_bits(shape, tiers, request.tokens) if bits is None else bits
-    if room:
+    if on_disk:
+        before = request.tokens - request.question_tokens
+        needed = least_bytes(shape, tiers, before, bits, request.question_tokens) + beside
+        what = f"the cache of the video, on disk, and a question of {request.question_tokens:,} tokens"
+    elif room:
         kept = records_bytes(shape, tiers, request.tokens, bits)
         needed = kept + snapshot_bytes(shape, request.tokens) + beside
         what = f"the cache of the video and a question of {request.question_tokens:,} tokens"
@@ -70,10 +79,21 @@ def check_memory(
 
     def remedy(allowed: int) -> str:
         options = [*fewer_bits(shape, tiers, request.tokens, allowed), f"host_kv_gb={as_gib(needed)}"]
+        if (
+            folder is not None
+            and tiers.host_kv_gb is None
+            and least_bytes(shape, tiers, request.tokens, bits) <= allowed
+        ):
+            options.append(f"host_kv_gb={as_gib(allowed)} to keep the rest on disk")
         return f"lower fps, max_pixels or max_frames, or give {' or '.join(options)}"
 
     host_remedy = remedy if host_remedy is None else host_remedy
-    check_host(needed, tiers.host_kv_gb, what, host_remedy, available, room_bytes + beside)
+    plan = None if folder is None or room else disk_plan(shape, tiers, request.tokens, bits)
+    if plan is None:
+        check_host(needed, tiers.host_kv_gb, what, host_remedy, available, room_bytes + beside)
+    else:
+        check_disk(shape, tiers, request.tokens, bits, plan, folder, host_remedy, available)
+        needed, what = plan.host_bytes, f"{what}, on disk,"
     if one_memory:
         what = f"{what}, with the device tier in the same memory,"
         untiered = sum(untiered_prefill_bytes(shape, tiers, request.tokens, request.question_tokens).values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from tieredkv.config import TierConfig
@@ -36,6 +37,8 @@ class Advice:
     """Whether the device tier is in host memory."""
     card_bytes: int | None = None
     """What the card has for keys and values; None: unknown."""
+    folder: Path | None = None
+    """On disk, for what `host_kv_gb` does not hold; None: nothing goes there."""
     trained: int | None = None
     """Longest context that the model is made for; None: unknown."""
 
@@ -54,6 +57,7 @@ class Advice:
             shared,
             available=self.available,
             one_memory=self.one_memory,
+            folder=self.folder,
         )
 
     def fits(self, tokens: int, tiers: TierConfig) -> bool:
