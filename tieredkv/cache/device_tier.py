@@ -15,6 +15,7 @@ from tieredkv.config import TierConfig
 from tieredkv.errors import UnsupportedModelError
 from tieredkv.memory.arena import Arena, MemoryArena
 from tieredkv.memory.copies import BackgroundCopies, StreamCopies, ThreadCopies
+from tieredkv.memory.disk_tier import DiskTier
 from tieredkv.memory.host import HostLayer
 from tieredkv.memory.ledger import DeviceLedger
 from tieredkv.memory.pagelock import PageLocker
@@ -68,10 +69,11 @@ class DeviceTier:
         prompt_tokens: int = 0,
         ops: Ops | None = None,
         copies: BackgroundCopies | None = None,
+        disk: DiskTier | None = None,
     ) -> None:
         """config: the model's. prompt_tokens: length of the prompt, 0 if unknown. ops, copies: override the defaults of
-        the device."""
-        self.tiers = tiers
+        the device. disk: where the host tier's records are, which this then owns; None: in memory."""
+        self.tiers, self.disk = tiers, disk
         self.ledger = DeviceLedger(tiers.cap_bytes)
         self.streamed_bytes = 0
         """Bytes of past keys and values streamed to the device during prefill; callers set it back."""
@@ -159,10 +161,14 @@ class DeviceTier:
 
     def new_arena(self, heads: int, chunk_bytes: int) -> Arena:
         """An empty arena for a layer."""
+        if self.disk is not None:
+            return self.disk.new_arena(heads, chunk_bytes, self.locker)
         return MemoryArena(heads, chunk_bytes, self.locker)
 
-    def arena_of(self, records: torch.Tensor) -> Arena:
-        """An arena with records `(K, chunks, B)` that are there already."""
+    def arena_of(self, records: torch.Tensor, whole: int) -> Arena:
+        """An arena with records `(K, chunks, B)` that are there already. whole: how many chunks are complete."""
+        if self.disk is not None:
+            return self.disk.stored_arena(records, whole, self.locker)
         return MemoryArena.of(records, self.locker)
 
     def change_tiers(self, tiers: TierConfig, empty: bool) -> None:
@@ -225,6 +231,8 @@ class DeviceTier:
     def step_ops(self, device: torch.device) -> Ops:
         """The operations of a decoding step until the next seal: growing the host tier may change them."""
         ops = self._ops or ops_for(device)
+        if self.disk is not None:
+            return ops if device.type == "cpu" else copying_by_torch(ops, "copies from disk")
         refusal = None if self.locker is None else self.locker.refusal()
         if refusal is None:
             return ops
@@ -241,3 +249,5 @@ class DeviceTier:
         self.drop_residents()
         if self.locker is not None:
             self.locker.close()
+        if self.disk is not None:
+            self.disk.close()

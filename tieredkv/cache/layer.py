@@ -237,6 +237,8 @@ class TieredLayer(CacheLayerMixin):
         """Treat the cached tokens as the context: digests are fitted to them and to no later ones."""
         if self.digests is not None:
             self.digests.settle()
+        if self.host is not None:
+            self.host.freeze()
 
     def truncate(self, tokens: int) -> None:
         """Forget all but the first `tokens` tokens. Not while sealed."""
@@ -275,7 +277,7 @@ class TieredLayer(CacheLayerMixin):
         device: of the model's layer. check: called before they are first attended to; raises if they are damaged."""
         records = state["kv"]
         host, digests = self._begin_at(device, records.shape[0], codec.head_dim, codec.dtype)
-        host.adopt(self.device_tier.arena_of(records), tokens, codec, fit_of(state))
+        host.adopt(self.device_tier.arena_of(records, tokens // codec.chunk_tokens), tokens, codec, fit_of(state))
         digests.restore(state)
         self._check = check
         self.is_initialized = True

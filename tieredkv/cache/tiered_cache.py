@@ -31,6 +31,7 @@ from tieredkv.environment import forking
 from tieredkv.environment.ambient import settled
 from tieredkv.errors import OptionError, TieredKVError, UnsupportedModelError
 from tieredkv.memory.copies import BackgroundCopies
+from tieredkv.memory.disk_tier import DiskTier
 from tieredkv.memory.ledger import on_device
 from tieredkv.models import families
 from tieredkv.models.families.decoder import TIERED, sliding_window
@@ -63,6 +64,7 @@ class TieredCache(Cache):
         prompt_tokens: int = 0,
         ops: Ops | None = None,
         copies: BackgroundCopies | None = None,
+        disk: DiskTier | None = None,
         **options: Any,
     ) -> None:
         """config: the model's. tiers, or its fields as keywords (`gpu_kv_gb=...`), not both.
@@ -71,12 +73,13 @@ class TieredCache(Cache):
         the prompt, if known: the host tier is allocated once, as much of the prompt as the cap allows stays on the
         device while it is prefilled, only the call that completes it is scored, and no token before its end counts as
         generated. ops: the operations of decoding steps; copies: how the tiers copy in the background; both default to
-        what suits the device. Raises `UnsupportedModelError` when a layer is neither full attention nor, in a family
-        where that is tested, a sliding window, linear attention or a convolution.
+        what suits the device. disk: keeps the host tier's records on disk; closed with the cache. Raises
+        `UnsupportedModelError` when a layer is neither full attention nor, in a family where that is tested, a sliding
+        window, linear attention or a convolution.
         """
         self.question = Question(max_new_tokens=max_new_tokens, prompt_tokens=prompt_tokens)
         """What follows the cached tokens."""
-        self.device_tier = DeviceTier(tier_config(tiers, options), config, prompt_tokens, ops, copies)
+        self.device_tier = DeviceTier(tier_config(tiers, options), config, prompt_tokens, ops, copies, disk)
         self.ledger = self.device_tier.ledger
         """Counts the device bytes of keys, values, and what is allocated with them."""
         self.tiered_layers: list[TieredLayer] = []

@@ -95,7 +95,7 @@ def parts(cache: TieredCache, since: Mark) -> Parts:
         packed, before = layer.digests.packed, since.of_layer(layer.index)
         now = Digested(layer.digests.kind, packed.shape[1], packed.shape[2])
         first = before.chunks if _continues(now, before) else 0
-        growing += [layer.host.chunks(since.chunks, chunks), packed[:, first:]]
+        growing += [layer.host.arena.whole()[:, since.chunks : chunks], packed[:, first:]]
         digested.append(now)
         if (resident := residents.get(layer.index)) is not None:
             growing += [part[:, since.resident : resident.length].cpu() for part in (resident.keys, resident.values)]

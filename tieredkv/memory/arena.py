@@ -55,6 +55,10 @@ class Arena(Protocol):
     def freeze(self, chunks: int) -> None:
         """The first `chunks` chunks will not be written again. Later ones may then be kept elsewhere."""
 
+    def whole(self) -> torch.Tensor:
+        """All records, contiguous, `(K, >= capacity, B)`: in host memory, or mapped from a file. Until the next write,
+        what was never written may be changed there."""
+
     def read(self, first: int, stop: int) -> torch.Tensor:
         """Records `(K, n, B)` of chunks first..stop on the host: a view where they are in memory, not to be changed."""
 
@@ -136,6 +140,12 @@ class MemoryArena:
 
     def open(self, chunk: int) -> torch.Tensor:
         return self._records[:, chunk]
+
+    def freeze(self, chunks: int) -> None:
+        """Does nothing."""
+
+    def whole(self) -> torch.Tensor:
+        return self._records
 
     def read(self, first: int, stop: int) -> torch.Tensor:
         return self._records[:, first:stop]

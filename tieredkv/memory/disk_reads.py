@@ -56,6 +56,12 @@ class DiskCounts:
     misses: int = 0
     """Those that were not."""
 
+    @property
+    def hit_rate(self) -> float | None:
+        """Share of hits; None if no record was asked for."""
+        asked = self.hits + self.misses
+        return self.hits / asked if asked else None
+
 
 class Readers:
     """Threads that read for all layers of a cache.

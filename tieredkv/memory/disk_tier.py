@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
+from typing import Protocol
+
+import torch
 
 from tieredkv.memory.disk import DiskArena
 from tieredkv.memory.disk_reads import DiskCounts, Readers, RecordFile
@@ -13,13 +16,20 @@ from tieredkv.memory.pagelock import PageLocker
 MOUNTS = Path("/proc/self/mounts")
 
 
+class StoredFile(RecordFile, Protocol):
+    """A file with tensors, and their mappings."""
+
+    def offset_of(self, tensor: torch.Tensor) -> int:
+        """Where a tensor that is mapped from the file begins in it."""
+
+
 class DiskTier:
     """Creates the arenas of a cache's layers, which share host memory evenly."""
 
-    def __init__(self, folder: Path, memory_bytes: int, layers: int) -> None:
+    def __init__(self, folder: Path, memory_bytes: int, layers: int, file: StoredFile | None = None) -> None:
         """folder: for temporary files. memory_bytes: of all layers, for the chunks that are in memory and for recent
-        records."""
-        self.folder = folder
+        records. file: what `stored_arena` reads."""
+        self.folder, self._file = folder, file
         self._readers, self._layers, self._share = Readers(), layers, memory_bytes // layers
         self._memory_bytes, self._arenas = memory_bytes, list[DiskArena]()
 
@@ -36,11 +46,12 @@ class DiskTier:
         """An empty arena in a temporary file. Raises `OutputError`."""
         return self._with(DiskArena.temporary(self.folder, heads, record_bytes, self._readers, self._share, locker))
 
-    def stored_arena(
-        self, file: RecordFile, offset: int, shape: tuple[int, int, int], whole: int, locker: PageLocker | None
-    ) -> DiskArena:
-        """An arena with records that lie in a file already: as `DiskArena.stored`."""
-        return self._with(DiskArena.stored(file, self.folder, offset, shape, whole, self._readers, self._share, locker))
+    def stored_arena(self, records: torch.Tensor, whole: int, locker: PageLocker | None) -> DiskArena:
+        """An arena with records `(K, chunks, B)` that are mapped from the file. whole: how many chunks are complete."""
+        assert self._file is not None
+        heads, chunks, record_bytes = records.shape
+        place = self._file.offset_of(records), (heads, chunks, record_bytes), whole
+        return self._with(DiskArena.stored(self._file, self.folder, *place, self._readers, self._share, locker))
 
     def _with(self, arena: DiskArena) -> DiskArena:
         self._arenas = [each for each in self._arenas if not each.closed] + [arena]

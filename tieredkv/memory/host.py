@@ -260,6 +260,10 @@ class HostLayer:
             self.advance(keys.shape[1])
         before.close()
 
+    def freeze(self) -> None:
+        """Later tokens may be cut off again, those stored so far will not."""
+        self._arena.freeze(self.length // self.chunk_tokens)
+
     def clear(self) -> None:
         """Forget all tokens and the codec, and free the memory: as a new layer."""
         self._arena.close()
@@ -272,7 +276,7 @@ class HostLayer:
     def arena_to_store(self, room: int) -> torch.Tensor:
         """The contiguous records, zeroed after the last token and cut to `room` more tokens, in whole chunks."""
         self._arena.shrink(self._chunks(self.length + room))
-        records = self._arena.read(0, self._arena.capacity)
+        records = self._arena.whole()
         last, offset = divmod(self.length, self.chunk_tokens)
         if offset:
             for field in self.codec.fields(records[:, last]):

@@ -12,6 +12,7 @@ from tieredkv.errors import BudgetError
 from tieredkv.memory.units import GIB, as_gib, largest
 from tieredkv.models.kv_shape import KVShape
 from tieredkv.planning.admission import Request, check_memory, smallest_cap_bytes
+from tieredkv.planning.disk_plan import to_disk
 from tieredkv.planning.fitting import RULE, Choice, Film, cost, fitted
 from tieredkv.planning.host_plan import prompt_bits, smaller_settings
 from tieredkv.planning.prefill_plan import question_rows
@@ -155,6 +156,9 @@ class Advice:
         changes = self._changes()
         if (needed := self._host_bytes(self._tokens)) <= self.available:
             changes.append(f"host_kv_gb={as_gib(needed)}")
+        if self.folder is not None:
+            bits = prompt_bits(self.shape, self.tiers, self._tokens)
+            changes += to_disk(self.shape, self.tiers, self._tokens, bits, allowed)
         return f"give {_either(changes)}" if changes else "that is too little for any video"
 
     def shared(self, allowed: int) -> str:

@@ -35,9 +35,13 @@ class DiskPlan:
         return self.beside_bytes + self.memory_bytes
 
 
-def disk_plan(shape: KVShape, tiers: TierConfig, prompt: int, bits: int) -> DiskPlan | None:
-    """How a session's prompt of `prompt` tokens is divided; None if `host_kv_gb` is None or holds the cache."""
-    if tiers.host_kv_gb is None or host_bytes(shape, tiers, prompt, bits) <= tiers.host_kv_gb * GIB:
+def disk_plan(shape: KVShape, tiers: TierConfig, prompt: int, bits: int, stored: bool = False) -> DiskPlan | None:
+    """How a session's prompt of `prompt` tokens is divided; None if `host_kv_gb` is None or holds the cache.
+
+    stored: it is loaded from a file, as it is.
+    """
+    needed = (stored_bytes if stored else host_bytes)(shape, tiers, prompt, bits)
+    if tiers.host_kv_gb is None or needed <= tiers.host_kv_gb * GIB:
         return None
     beside = _beside_bytes(shape, tiers, prompt, bits)
     records = records_bytes(shape, tiers, prompt + QUESTION_ROOM, bits)

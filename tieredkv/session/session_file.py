@@ -17,7 +17,7 @@ from tieredkv.codecs import PLAIN, codec_for
 from tieredkv.codecs.base import Codec
 from tieredkv.config import TierConfig, tiers_as_plain, tiers_from_file
 from tieredkv.errors import SessionError
-from tieredkv.memory.limits import check_host
+from tieredkv.memory.disk_tier import DiskTier
 from tieredkv.models import adapters
 from tieredkv.models.chat_template import ChatTemplate
 from tieredkv.models.families.base import Slices, VideoGrid
@@ -26,6 +26,7 @@ from tieredkv.models.placement import layer_devices
 from tieredkv.models.same_model import SameModel
 from tieredkv.models.settings import model_settings, processor_settings, settings_difference
 from tieredkv.progress import Progress
+from tieredkv.session import on_disk
 from tieredkv.session.cached_video import CachedVideo
 from tieredkv.session.ingested_video import IngestedVideo, Medium, VideoFacts
 from tieredkv.session.manifest import check_manifest
@@ -286,23 +287,30 @@ def _quoted(text: str) -> str:
 def load(
     stored: tensor_file.Stored, state: SessionState, model: Any, template: ChatTemplate, tiers: TierConfig
 ) -> CachedVideo:
-    """The video of a session file. Raises `SessionError`, and `BudgetError` if it exceeds `host_kv_gb`."""
+    """The video of a session file, in memory or, if `host_kv_gb` is smaller, on disk. Raises `SessionError`, and
+    `BudgetError` if `host_kv_gb` is too small even so."""
     tokens, same_model = state.video.tokens, SameModel(model)
     check_origin(stored, model, template.processor)
-    cache = map_cache(stored, model.config, tiers, tokens, layer_devices(template.family.decoder(model).layers))
-    if tiers.host_kv_gb is not None:
-        check_host(cache.host_bytes, tiers.host_kv_gb, f"the cache of {tokens:,} tokens", "raise host_kv_gb")
+    disk = on_disk.stored_tier(model, tiers, tokens, bits_of(stored), stored)
+    devices = layer_devices(template.family.decoder(model).layers)
+    cache = map_cache(stored, model.config, tiers, tokens, devices, disk)
     return CachedVideo(model, template, cache, state.video, same_model, stored)
 
 
 def map_cache(
-    stored: tensor_file.Stored, config: Any, tiers: TierConfig, tokens: int, devices: list[torch.device]
+    stored: tensor_file.Stored,
+    config: Any,
+    tiers: TierConfig,
+    tokens: int,
+    devices: list[torch.device],
+    disk: DiskTier | None = None,
 ) -> TieredCache:
     """A cache of `tokens` tokens. Each tiered layer is read from the file, and checked, at its first use.
 
-    devices: of the model's layers, the last of which may be readers of others and have nothing cached.
+    devices: of the model's layers, the last of which may be readers of others and have nothing cached. disk: reads the
+    records from the file again and again; None: they are mapped.
     """
-    cache = TieredCache(config, tiers, prompt_tokens=tokens)
+    cache = TieredCache(config, tiers, prompt_tokens=tokens, disk=disk)
     cache.expect(CONTEXT)
     cache.device_tier.settle_bits(bits_of(stored))
     places: dict[Any, torch.device] = dict(zip(cache.layers, devices, strict=False))

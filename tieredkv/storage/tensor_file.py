@@ -128,6 +128,15 @@ class Stored:
             raise SessionError(f"{self.path} was changed while it was in use: load it again, or restore it.")
 
     @property
+    def descriptor(self) -> int:
+        """The open file; valid as long as this object."""
+        return self._descriptor
+
+    def offset_of(self, tensor: torch.Tensor) -> int:
+        """Where the data of a tensor that `tensor` has returned begins in the file."""
+        return tensor.data_ptr() - torch.frombuffer(self._mapped, dtype=torch.uint8, count=1).data_ptr()
+
+    @property
     def names(self) -> list[str]:
         """Names of the tensors, sorted."""
         return sorted(self._header.entries)
