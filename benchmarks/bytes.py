@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a short film and a small shape")
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.minutes, arguments.ingests, arguments.rounds, arguments.new_tokens = 2, 1, 1, 5
+        arguments.minutes, arguments.share, arguments.ingests, arguments.rounds, arguments.new_tokens = 2, 0.8, 1, 1, 5
     seconds = round(60 * arguments.minutes)
     scene = make_scene(SEED, seconds, 12 if seconds > 240 else 4)
     question = max(questions(scene, SEED, 12), key=lambda one: len(one.words)).text
