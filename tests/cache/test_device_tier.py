@@ -79,7 +79,7 @@ def test_decoding_ends_with_nothing_counted(tier):
     made = tier()
     pool = made.new_pool(3, made.codec(8, torch.float32), CPU)
     made.ledger.reserve("tables", 100)
-    assert made.ledger.by_purpose() == {"pool": pool.pages.nbytes + pool.scales.nbytes, "tables": 100}
+    assert made.ledger.by_purpose() == {"pool": pool.records.nbytes, "tables": 100}
     made.end_decoding()
     assert made.pools == []
     assert made.ledger.by_purpose() == {}

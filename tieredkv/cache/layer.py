@@ -55,8 +55,8 @@ class TieredLayer(CacheLayerMixin):
         room: int,
         readers: int = 0,
     ) -> None:
-        """index: among the layers of this kind. room: tokens for which the host tier is allocated at once. readers: later
-        layers of the model that attend to this one's keys and values."""
+        """index: among the layers of this kind. room: tokens for which the host tier is allocated at once. readers:
+        later layers of the model that attend to this one's keys and values."""
         super().__init__()
         # Strong references would form a cycle that keeps the host tier after the cache's last user.
         self._cache: CacheOfLayers = weakref.proxy(cache)
