@@ -183,6 +183,9 @@ def named(message: str) -> list[dict[str, float]]:
     ]
 
 
+WHOLE = ("max_pixels", "host_kv_bits")
+
+
 @pytest.mark.parametrize(
     "budgets",
     [
@@ -202,7 +205,7 @@ def test_every_change_that_a_refusal_names_is_accepted(hour, budgets):
     assert {"fps"} in [set(change) for change in changes]
     assert any("max_pixels" in change for change in changes)
     for change in changes:
-        whole = {key: int(value) if key == "max_pixels" else value for key, value in change.items()}
+        whole = {key: int(value) if key in WHOLE else value for key, value in change.items()}
         tieredkv.plan(**hour, **{**budgets, **whole})
 
 
@@ -294,5 +297,5 @@ def test_a_session_refuses_with_the_words_of_the_plan(frames):
     with pytest.raises(BudgetError) as refused:
         tieredkv.open_session(model, frames, **options)
     for change in named(str(refused.value)):
-        whole = {key: int(value) if key == "max_pixels" else value for key, value in change.items()}
+        whole = {key: int(value) if key in WHOLE else value for key, value in change.items()}
         tieredkv.open_session(model, frames, **{**options, **whole}).close()

@@ -226,6 +226,7 @@ def paged_attention(
             weights, fading = logits.sub_(top).exp_(), before.sub_(top).exp_()
             total.mul_(fading).add_(weights.sum(-1, keepdim=True))
             mixed.mul_(fading).add_(codec.mixed(weights, records))
+        del records  # or two batches would be there at once
     if top is None or bool((top < HIDDEN / 2).any()):
         raise ValueError("a KV head has no page to attend to")
     out, lse = codec.finished(mixed.div_(total), fit), total.log_().add_(top).add_(shift)
