@@ -80,7 +80,7 @@ def check_memory(
     def remedy(allowed: int) -> str:
         options = [*fewer_bits(shape, tiers, request.tokens, allowed), f"host_kv_gb={as_gib(needed)}"]
         if folder is not None:
-            options += to_disk(shape, tiers, request.tokens, bits, allowed)
+            options += to_disk(shape, tiers, request.tokens, bits, allowed, folder)
         return f"lower fps, max_pixels or max_frames, or give {' or '.join(options)}"
 
     host_remedy = remedy if host_remedy is None else host_remedy

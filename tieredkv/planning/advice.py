@@ -158,7 +158,7 @@ class Advice:
             changes.append(f"host_kv_gb={as_gib(needed)}")
         if self.folder is not None:
             bits = prompt_bits(self.shape, self.tiers, self._tokens)
-            changes += to_disk(self.shape, self.tiers, self._tokens, bits, allowed)
+            changes += to_disk(self.shape, self.tiers, self._tokens, bits, allowed, self.folder)
         return f"give {_either(changes)}" if changes else "that is too little for any video"
 
     def shared(self, allowed: int) -> str:

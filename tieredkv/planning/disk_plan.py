@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tieredkv.codecs import PLAIN
 from tieredkv.config import TierConfig
 from tieredkv.errors import BudgetError
-from tieredkv.memory.limits import check_host
+from tieredkv.memory.limits import check_host, host_budget_bytes
 from tieredkv.memory.units import GIB, INT32, as_gib, ceil_div, different_sizes
 from tieredkv.models.kv_shape import KVShape
 from tieredkv.planning.sizes import QUESTION_ROOM, first_tokens, host_bytes, records_bytes, stored_bytes
@@ -45,7 +45,8 @@ def disk_plan(shape: KVShape, tiers: TierConfig, prompt: int, bits: int, stored:
         return None
     beside = _beside_bytes(shape, tiers, prompt, bits)
     records = records_bytes(shape, tiers, prompt + QUESTION_ROOM, bits)
-    plain = 0 if bits == PLAIN else records_bytes(shape, tiers, first_tokens(tiers, prompt), PLAIN)
+    first = first_tokens(tiers, prompt + QUESTION_ROOM)
+    plain = 0 if bits == PLAIN else records_bytes(shape, tiers, first, PLAIN)
     disk = max(plain, records + plain // shape.num_layers)
     return DiskPlan(beside, max(0, int(tiers.host_kv_gb * GIB) - beside), disk)
 
@@ -58,11 +59,16 @@ def least_bytes(shape: KVShape, tiers: TierConfig, prompt: int, bits: int, after
     return _beside_bytes(shape, tiers, prompt, bits) + records + tables + newer
 
 
-def to_disk(shape: KVShape, tiers: TierConfig, prompt: int, bits: int, allowed: int) -> list[str]:
-    """The option that keeps what `allowed` bytes of host memory do not hold on disk, if it was not given; or none."""
-    if tiers.host_kv_gb is None and least_bytes(shape, tiers, prompt, bits) <= allowed:
-        return [f"host_kv_gb={as_gib(allowed)} to keep the rest on disk"]
-    return []
+def to_disk(shape: KVShape, tiers: TierConfig, prompt: int, bits: int, allowed: int, folder: Path) -> list[str]:
+    """The option that keeps what `allowed` bytes of host memory do not hold in `folder` on disk, if that has room and
+    the option was not given; or none."""
+    option = as_gib(allowed * 99 // 100)  # which rounds up, by less than a hundredth
+    if tiers.host_kv_gb is not None or least_bytes(shape, tiers, prompt, bits) > float(option) * GIB:
+        return []
+    plan = disk_plan(shape, replace(tiers, host_kv_gb=float(option)), prompt, bits)
+    if plan is None or plan.disk_bytes > shutil.disk_usage(folder).free:
+        return []
+    return [f"host_kv_gb={option} to keep the rest on disk"]
 
 
 def _beside_bytes(shape: KVShape, tiers: TierConfig, prompt: int, bits: int) -> int:
@@ -85,7 +91,7 @@ def check_disk(
     bytes of host memory (None: measured now).
     """
     what = f"the cache of {prompt:,} tokens"
-    least, allowed = least_bytes(shape, tiers, prompt, bits), plan.host_bytes
+    least, allowed = least_bytes(shape, tiers, prompt, bits), host_budget_bytes(tiers.host_kv_gb)
     if least > allowed:
         needs, given = different_sizes(least, allowed)
         raise BudgetError(

@@ -25,6 +25,7 @@ from tieredkv.errors import (
     is_number,
 )
 from tieredkv.memory import limits
+from tieredkv.memory.disk_tier import temporary_folder
 from tieredkv.memory.units import as_gib, largest
 from tieredkv.models import families, loading
 from tieredkv.models.chat_template import ChatTemplate
@@ -35,7 +36,7 @@ from tieredkv.models.long_context import LongContext, trained_tokens
 from tieredkv.models.quantised import scheme_of
 from tieredkv.models.quantising import check_weights, quantised_config
 from tieredkv.models.wrapped import unwrapped
-from tieredkv.planning import decode_plan, forecast_bytes, host_plan, sizes
+from tieredkv.planning import decode_plan, disk_plan, forecast_bytes, host_plan, sizes
 from tieredkv.planning.admission import FEWER_TOKENS, Request, check_memory, smallest_cap_bytes
 from tieredkv.planning.advice import Advice
 from tieredkv.planning.card_memory import LEAST_KV_BYTES, CardMemory, working_bytes
@@ -111,6 +112,7 @@ def plan(
 
     source = _Model.of(model, weights)
     shape = source.shape
+    folder = None if source.is_text else temporary_folder()
     video: _Video | None = None
     shown: _Several | None = None
     if system is not None and source.is_text:
@@ -159,6 +161,7 @@ def plan(
             max_new_tokens,
             limits.available_host_bytes(),
             card_bytes=None if memory is None else memory.left_bytes,
+            folder=folder,
             trained=trained_tokens(source.config),
         )
 
@@ -190,7 +193,8 @@ def plan(
 
     def smaller(allowed: int) -> str:
         kind = "tokens" if source.is_text else "visual tokens"
-        return _fewer_tokens(shape, settings, prompt, host, available, text, allowed, kind)
+        rest = [] if folder is None else disk_plan.to_disk(shape, settings, prompt, bits, allowed, folder)
+        return _fewer_tokens(shape, settings, prompt, host, available, text, allowed, kind, rest)
 
     needs = Request(prompt, question_tokens, max_new_tokens)
     memory = card_memory(video)
@@ -201,7 +205,7 @@ def plan(
         layout = advice(video).check(needs)
     else:
         fewer = FEWER_TOKENS if shown is not None else "give fewer tokens or a smaller max_new_tokens"
-        layout = check_memory(shape, settings, needs, fewer, smaller, available=available)
+        layout = check_memory(shape, settings, needs, fewer, smaller, available=available, folder=folder)
 
     static = forecast_bytes.assumed_static(shape, settings, static_share)
 
@@ -215,9 +219,19 @@ def plan(
         except BudgetError:
             copied = None
         needed, stored = (of(shape, settings, prompt, bits) for of in (sizes.host_bytes, sizes.stored_bytes))
-        return BitsChoice(bits, needed, stored, copied)
+        disk = on_disk(bits)
+        return BitsChoice(
+            bits,
+            needed if disk is None else disk.host_bytes,
+            0 if disk is None else disk.disk_bytes,
+            stored,
+            copied,
+        )
 
-    decoding = decoding_at(bits)
+    def on_disk(bits: int) -> disk_plan.DiskPlan | None:
+        return None if folder is None else disk_plan.disk_plan(shape, settings, prompt, bits)
+
+    decoding, disk = decoding_at(bits), on_disk(bits)
     n_static, n_dynamic = int(static.sum()), int((~static).sum())
     c = settings.chunk_tokens
     recent = prompt - layout.recent_start + max_new_tokens
@@ -244,7 +258,9 @@ def plan(
         prompt_tokens=prompt,
         new_tokens=max_new_tokens,
         full_bytes=prompt * shape.token_bytes,
-        host_bytes=host,
+        host_bytes=host if disk is None else disk.host_bytes,
+        disk_bytes=0 if disk is None else disk.disk_bytes,
+        disk_folder=None if disk is None else str(folder),
         host_bits=bits,
         host_bits_reason=host_plan.reason(shape, settings, prompt),
         bits_choices=tuple(choice(each) for each in host_plan.possible_bits(shape)),
@@ -440,9 +456,18 @@ class _Several:
 
 
 def _fewer_tokens(
-    shape: KVShape, tiers: TierConfig, prompt: int, needed: int, available: int, text: int, allowed: int, kind: str
+    shape: KVShape,
+    tiers: TierConfig,
+    prompt: int,
+    needed: int,
+    available: int,
+    text: int,
+    allowed: int,
+    kind: str,
+    rest: list[str],
 ) -> str:
-    """The smallest changes with which the host tier holds the cache: fewer tokens, fewer bits, or a larger cap."""
+    """The smallest changes with which the host tier holds the cache: fewer tokens, fewer bits, or a larger cap. rest:
+    what else would do."""
 
     def fits(prompt: int) -> bool:
         return sizes.host_bytes(shape, tiers, prompt, host_plan.prompt_bits(shape, tiers, prompt)) <= allowed
@@ -452,6 +477,7 @@ def _fewer_tokens(
     changes += host_plan.fewer_bits(shape, tiers, prompt, allowed)
     if needed <= available:
         changes.append(f"host_kv_gb={as_gib(needed)}")
+    changes += rest
     given = f"{', '.join(changes[:-1])} or {changes[-1]}" if len(changes) > 1 else "".join(changes)
     return f"give {given}" if changes else f"that is too little for any {kind}"
 

@@ -24,6 +24,8 @@ class BitsChoice:
 
     bits: int
     host_bytes: int
+    disk_bytes: int
+    """Of what `host_kv_gb` does not hold; 0: it holds everything."""
     file_bytes: int
     step_copy_bytes: int | None
     """As in `MemoryPlan`; None: the cap is too small."""
@@ -35,7 +37,8 @@ class BitsChoice:
             copied = f"a step copies at most {_size(self.step_copy_bytes)}"
         else:
             copied = "a step copies nothing: all of it stays on the device"
-        return f"{_size(self.host_bytes)}, {copied}"
+        disk = f" and {_size(self.disk_bytes)} of disk" if self.disk_bytes else ""
+        return f"{_size(self.host_bytes)}{disk}, {copied}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +81,10 @@ class MemoryPlan:
     host_bytes: int
     """Host memory of the complete cache: whole chunks, room for a longer question, digests, the snapshot, and what
     packing takes at its peak."""
+    disk_bytes: int
+    """Of keys and values on disk, of which host memory holds those read last; 0 if it holds all of them."""
+    disk_folder: str | None
+    """Where, unless the session is to be saved elsewhere."""
     host_bits: int
     """Bits of a number there; 16 stands for the model's dtype."""
     host_bits_reason: str
@@ -204,6 +211,7 @@ class MemoryPlan:
                 + (f", {_size(self.snapshot_bytes)} of it the snapshot" if self.snapshot_bytes else "")
                 + f"; a session file {_size(self.file_bytes)}",
             ),
+            *([("disk", f"{_size(self.disk_bytes)}, in {self.disk_folder}")] if self.disk_bytes else []),
             (f"  in {self.host_bits} bits", self.host_bits_reason),
             *(
                 (f"  in {choice.bits} bits", str(choice))
