@@ -91,7 +91,7 @@ def _plain(value: Any) -> Any:
 def _checked(file: Path, session: VideoSession, sha256: str, sampling: Sampling) -> tensor_file.Stored:
     """The file, read whole. Raises `SessionError` if it is damaged, or not about this video and settings."""
     stored = tensor_file.read(file)
-    video = session_file.state_of(stored).video
+    video, bits = session_file.state_of(stored).video, session_file.bits_of(stored)
     saved_as = video.sampling and _as_asked(video.sampling, sampling)
     if saved_as and same_subtitles(stored.manifest, saved_as.subtitles, sampling.subtitles):
         saved_as = replace(saved_as, subtitles=sampling.subtitles)
@@ -100,7 +100,7 @@ def _checked(file: Path, session: VideoSession, sha256: str, sampling: Sampling)
         ("sampling", saved_as, sampling),
         ("system prompt", video.system, session.template.system),
         ("size of chunks", stored.manifest["tiers"].get("chunk_tokens"), session.tiers.chunk_tokens),
-        ("number of bits", bits := session_file.bits_of(stored), session.tiers.host_kv_bits or bits),
+        ("number of bits", bits, session.tiers.host_kv_bits or bits),
     ):
         if saved != asked:
             raise SessionError(f"{file} was saved with another {what}.")
