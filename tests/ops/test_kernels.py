@@ -44,10 +44,11 @@ class Chunks:
         return Chunks(self.codec, on_host(self.records, device))
 
 
-def fit_of(heads: int, d: int) -> Fit:
-    """What heads have in common whose channels differ much in size; the same at every call."""
-    numbers = torch.rand(2, heads, 2, d, generator=torch.Generator().manual_seed(d))
-    return Fit(numbers[0] * 6 - 2, numbers[1] ** 2 * 2 + 0.01)
+def fit_of(bits: int, heads: int, d: int) -> Fit:
+    """What heads have in common: channels differ much in size. The same at every call."""
+    centre, norms = torch.rand(2, heads, 2, d, generator=torch.Generator().manual_seed(d))
+    norms = norms**2 * 2 + 0.01
+    return Fit(centre * 6 - 2, norms / norms.norm(dim=-1, keepdim=True) if bits == 4 else norms)
 
 
 def encoded(codec: Codec, keys: torch.Tensor, values: torch.Tensor, fit: Fit) -> torch.Tensor:
@@ -61,13 +62,13 @@ def encoded(codec: Codec, keys: torch.Tensor, values: torch.Tensor, fit: Fit) ->
 def chunks_of(bits: int, tokens: torch.Tensor, c: int) -> Chunks:
     """Keys and values `(2, K, n, D)` in the host tier."""
     codec = codec_for(bits, c, tokens.shape[-1], tokens.dtype)
-    return Chunks(codec, encoded(codec, *tokens, fit_of(tokens.shape[1], tokens.shape[-1])))
+    return Chunks(codec, encoded(codec, *tokens, fit_of(bits, tokens.shape[1], tokens.shape[-1])))
 
 
 def empty_pool(bits: int, slots: int, heads: int, c: int, d: int, dtype: torch.dtype, device: torch.device) -> Pages:
     codec = codec_for(bits, c, d, dtype)
     records = torch.zeros(slots, codec.chunk_bytes, dtype=torch.uint8, device=device)
-    return Pages(codec, records, fit_of(heads, d).to(device) if codec.needs_fit else None)
+    return Pages(codec, records, fit_of(bits, heads, d).to(device) if codec.needs_fit else None)
 
 
 def moved(pages: Pages, device: torch.device) -> Pages:
@@ -119,7 +120,7 @@ FROM_HOST = pytest.mark.parametrize(
      (2, 2, 32, 8, 9, 5), (1, 7, 64, 8, 3, 12)],
 )  # fmt: skip
 def test_attention_over_ragged_pages(kernels, device, bits, dtype, heads, group, d, c, columns, rows):
-    fit, codec = fit_of(heads, d), codec_for(bits, c, d, dtype)
+    fit, codec = fit_of(bits, heads, d), codec_for(bits, c, d, dtype)
     tokens = torch.randn(2, heads, columns * c, d)
     if bits == 8:
         tokens *= fit.norms.transpose(0, 1).unsqueeze(2)

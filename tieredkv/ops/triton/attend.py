@@ -27,13 +27,13 @@ MOST_ROWS = 32
 @triton.jit
 def _low(packed, dtype: tl.constexpr):
     """The numbers in the low bits of bytes."""
-    return ((packed & 15).to(tl.int8) - 8).to(dtype)
+    return ((packed & 15).to(tl.float32) - 7.5).to(dtype)
 
 
 @triton.jit
 def _high(packed, dtype: tl.constexpr):
     """The numbers in the high bits of bytes."""
-    return ((packed >> 4).to(tl.int8) - 8).to(dtype)
+    return ((packed >> 4).to(tl.float32) - 7.5).to(dtype)
 
 
 @triton.jit
@@ -120,8 +120,15 @@ def _attend_split(
 
 
 @triton.jit
+def _columns(row, turn, d, column, D: tl.constexpr):
+    """Entries `column` of `row @ turn`. row: numbers `d`, 0 beyond D."""
+    inside = (d[:, None] < D) & (column[None, :] < D)
+    return tl.sum(row[:, None] * tl.load(turn + d[:, None] * D + column[None, :], mask=inside, other=0.0), 0)
+
+
+@triton.jit
 def _merge_splits(
-    parts, part_lse, constant, centre, turn, out, lse, splits, group,
+    parts, part_lse, constant, centre, mirrors, turn, out, lse, splits, group,
     D: tl.constexpr, PADDED_D: tl.constexpr, PADDED_SPLITS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
@@ -138,12 +145,18 @@ def _merge_splits(
         tl.store(out + row * D + d, merged, mask=d < D)
     else:
         whole += tl.load(constant + row)
+        values = (row // group * 2 + 1) * D
+        along = tl.zeros([WIDTH], tl.float32)
         for first in range(0, D, WIDTH):
             column = first + tl.arange(0, WIDTH)
-            inside = (d[:, None] < D) & (column[None, :] < D)
-            tile = tl.load(turn + d[:, None] * D + column[None, :], mask=inside, other=0.0)
-            mean = tl.load(centre + (row // group * 2 + 1) * D + column, mask=column < D, other=0.0)
-            tl.store(out + row * D + column, tl.sum(merged[:, None] * tile, 0) + mean, mask=column < D)
+            across = tl.load(mirrors + values + column, mask=column < D, other=0.0)
+            along += _columns(merged, turn, d, column, D) * across
+        for first in range(0, D, WIDTH):
+            column = first + tl.arange(0, WIDTH)
+            across = tl.load(mirrors + values + column, mask=column < D, other=0.0)
+            mean = tl.load(centre + values + column, mask=column < D, other=0.0)
+            turned_back = _columns(merged, turn, d, column, D) - 2 * tl.sum(along, 0) * across
+            tl.store(out + row * D + column, turned_back + mean, mask=column < D)
     tl.store(lse + row, whole)
 
 
@@ -191,9 +204,9 @@ def paged_attention(
     if bits == 8:
         numbers = numbers.view(torch.int8)
     elif bits == 4:
-        assert centre is not None
+        assert fit is not None
         turn = hadamard(d, query.device)
-        rows, constant = turn_queries(rows, centre, turn, scaling)
+        rows, constant = turn_queries(rows, fit, turn, scaling)
     splits = max(1, min(columns, programs_for(query.device) // kv_heads, 64))
     empty = partial(torch.empty, dtype=torch.float32, device=query.device)
     parts, part_lse = empty((heads, n, splits, d)), empty((heads, n, splits))
@@ -212,7 +225,7 @@ def paged_attention(
         PADDED_G=padded_rows, PADDED_W=width, BLOCK=block, WIDEN=widened(dtype), num_stages=2,
     )  # fmt: skip
     _merge_splits[(heads * n,)](
-        parts, part_lse, constant, centre, turn, out, lse, splits, group,
+        parts, part_lse, constant, centre, norms, turn, out, lse, splits, group,
         D=d, PADDED_D=padded, PADDED_SPLITS=triton.next_power_of_2(splits), WIDTH=WIDTH,
     )  # fmt: skip
     if page_lse is not None and in_pass is None:

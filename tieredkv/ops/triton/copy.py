@@ -43,11 +43,11 @@ def _scale(most, largest: tl.constexpr):
 
 
 @triton.jit
-def _numbers(rows, scale, largest: tl.constexpr):
-    """Rows as whole numbers of scales, float32; halves are rounded up."""
+def _numbers(rows, scale, largest: tl.constexpr, offset: tl.constexpr):
+    """Rows in steps of a scale, from `-largest` to `largest`, with `offset` added and rounded, halves up: float32."""
     step = scale.to(tl.float32)
-    steps = tl.div_rn(rows, tl.where(step == 0.0, 1.1754943508222875e-38, step))  # float32's smallest normal
-    number = tl.minimum(tl.maximum(tl.floor(steps + 0.5), -largest), largest)
+    steps = tl.div_rn(rows, tl.where(step == 0.0, 1.1754943508222875e-38, step)) + offset  # float32's smallest normal
+    number = tl.minimum(tl.maximum(tl.floor(steps + 0.5), offset - largest), offset + largest)
     return tl.where(steps == steps, number, 0.0)
 
 
@@ -59,7 +59,7 @@ def _pack(rows, norms):
     """
     sized = tl.div_rn(rows.to(tl.float32), norms)
     scale = _scale(_most(sized), 127.0)
-    return _numbers(sized, scale, 127.0).to(tl.int8), scale
+    return _numbers(sized, scale, 127.0, 0.0).to(tl.int8), scale
 
 
 @triton.jit
@@ -208,7 +208,7 @@ def fetch(source: Source, pages: Pages, heads: torch.Tensor, chunks: torch.Tenso
 
 @triton.jit
 def _append(
-    keys, values, pool, scales, fit, turn, table, lengths, recent_tokens, columns,
+    keys, values, pool, scales, norms, centre, turn, table, lengths, recent_tokens, columns,
     BITS: tl.constexpr, RECORD: tl.constexpr, C: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -223,14 +223,14 @@ def _append(
     W: tl.constexpr = D // 2 if BITS == 4 else D
     inside, own = at < W, (head * 2 + part) * D
     if BITS == 4:
-        low = turned(token, fit + own, turn, at, inside, D, PADDED, WIDTH)
-        high = turned(token, fit + own, turn + W, at, inside, D, PADDED, WIDTH)
-        scale = _scale(tl.maximum(_most(low), _most(high)), 7.0)
-        low, high = _numbers(low, scale, 7.0) + 8, _numbers(high, scale, 7.0) + 8
+        low = turned(token, centre + own, norms + own, turn, at, inside, D, PADDED, WIDTH)
+        high = turned(token, centre + own, norms + own, turn + W, at, inside, D, PADDED, WIDTH)
+        scale = _scale(tl.maximum(_most(low), _most(high)), 7.5)
+        low, high = _numbers(low, scale, 7.5, 7.5), _numbers(high, scale, 7.5, 7.5)
         numbers = (low.to(tl.int32) | (high.to(tl.int32) << 4)).to(tl.uint8)
     elif BITS == 8:
         row = tl.load(token + at, mask=inside, other=0.0)
-        numbers, scale = _pack(row, tl.load(fit + own + at, mask=inside, other=1.0))
+        numbers, scale = _pack(row, tl.load(norms + own + at, mask=inside, other=1.0))
     else:
         numbers = tl.load(token + at, mask=inside, other=0.0)
     row = part * C + place
@@ -250,20 +250,15 @@ def append(
 ) -> None:
     """As `Ops.append`."""
     kv_heads, d = keys.shape
-    codec, bits = pages.codec, pages.codec.key_bits
-    pool, scales, fit, turn = pages.records, None, None, None
-    if bits == 16:
-        pool = pool.view(codec.dtype)
-    else:
-        assert pages.fit is not None
-        scales, fit = pool.view(torch.float16), pages.fit.norms
-    if bits == 8:
-        pool = pool.view(torch.int8)
-    elif bits == 4:
-        assert pages.fit is not None
-        fit, turn = pages.fit.centre, hadamard(d, keys.device)
+    codec, bits, fit = pages.codec, pages.codec.key_bits, pages.fit
+    pool, scales = pages.records, None if bits == 16 else pages.records.view(torch.float16)
+    if bits != 4:
+        pool = pool.view(codec.dtype if bits == 16 else torch.int8)
+    norms, centre = (None, None) if fit is None else (fit.norms, fit.centre)
+    turn = hadamard(d, keys.device) if bits == 4 else None
     _append[(kv_heads, 2)](
-        keys.contiguous(), values.contiguous(), pool, scales, fit, turn, table, lengths, count, table.shape[1],
+        keys.contiguous(), values.contiguous(), pool, scales, norms, centre, turn, table, lengths, count,
+        table.shape[1],
         BITS=bits, RECORD=pool.shape[1], C=codec.chunk_tokens, D=d,
         PADDED=triton.next_power_of_2(d // 2 if bits == 4 else d), WIDTH=WIDTH,
     )  # fmt: skip
