@@ -318,7 +318,7 @@ def _layout(codec: Codec) -> tuple[tuple[int, int, int], ...]:
     """Of each field of a record: its first byte, the bytes of a token, and these as a power of two."""
     fields = codec.fields(torch.empty(codec.chunk_bytes, dtype=torch.uint8, device="cpu"))
     widths = [field.shape[-1] * field.itemsize for field in fields]
-    firsts = [field.storage_offset() * field.itemsize for field in fields]
+    firsts = [int(field.storage_offset()) * field.itemsize for field in fields]
     return tuple((first, width, triton.next_power_of_2(width)) for first, width in zip(firsts, widths, strict=True))
 
 

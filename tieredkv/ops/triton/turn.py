@@ -1,4 +1,4 @@
-"""The reflection and rotation of 4 bits, of the few vectors that a step attends with or writes; never of cached ones."""
+"""The reflection and rotation of 4 bits: of the few vectors that a step attends with or writes, not of cached ones."""
 
 from __future__ import annotations
 
