@@ -438,7 +438,8 @@ def test_a_token_is_appended(kernels, device, bits, dtype, d):
 
 @pytest.mark.parametrize("options", [
     {"theta": 2.0}, {"policy": "streaming"}, {"policy": "arkvale"},
-    {"reuse_above": -1.0, "prefetch": True}, {"adaptive": True}, {"pack_pages": False},
+    {"reuse_above": -1.0, "prefetch": True}, {"adaptive": True},
+    {"host_kv_bits": 16, "pack_pages": False}, {"host_kv_bits": 16}, {"host_kv_bits": 4},
 ], ids=str)  # fmt: skip
 def test_decoding_with_kernels_is_decoding_with_torch(llama, long_ids, kernels, device, options):
     """Logits of several steps, and what was selected and copied."""
