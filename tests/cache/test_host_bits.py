@@ -1,4 +1,4 @@
-"""The host tier in 16, 8 and 4 bits: packed once, at the right time; what is read back is what later tokens attend to."""
+"""The host tier in 16, 8 and 4 bits: packed once and in time; what is read back is what later tokens attend to."""
 
 from __future__ import annotations
 

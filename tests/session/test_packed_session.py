@@ -186,12 +186,14 @@ def interrupted(model, film, folder, number, **given):
 @pytest.mark.parametrize("share", [0.6, 4.0], ids=["partly resident", "resident"])
 @pytest.mark.parametrize("number", [1, 2, 3, 5])
 def test_a_checkpoint_before_or_after_packing_is_continued_to_the_bit(
-    number, share, bits, packed_early, video_model, frames, options, tmp_path
+    number, share, bits, packed_early, video_model, frames, options, tmp_path, monkeypatch
 ):
+    monkeypatch.setattr("tieredkv.planning.prefill_plan.STAGING_TOKENS", 32)
     given = options(bits) | pressed(video_model, 280, share)
     with tieredkv.open_session(video_model, frames, **given) as session:
         expected = {name: part.clone() for name, part in cache_tensors(session._cached.cache).items()}
         streamed = session.ingest_stats.streamed_bytes
+        assert (streamed > 0) == (share < 1)
     interrupted(video_model, frames, tmp_path / "kept", number, **given)
     with tieredkv.open_session(video_model, frames, checkpoint=tmp_path / "kept", **given) as session:
         now = cache_tensors(session._cached.cache)
