@@ -143,8 +143,8 @@ def restore(
         before = before.as_of(mark.bits)
         targets = [layer.targets(before, mark) for layer in layers]
         read(number, [target for own in targets for target in own])
-        for layer, own in zip(layers, targets, strict=True):
-            layer.take(before, mark, own)
+        for layer, filled in zip(layers, targets, strict=True):
+            layer.take(before, mark, filled)
         before = mark
     if codec.bits != PLAIN and not before.resident:
         cache.device_tier.drop_residents()

@@ -336,7 +336,10 @@ def map_cache(
 
 def _codec_of(stored: tensor_file.Stored, kv: torch.Tensor) -> Codec:
     """Of the records `kv` of a layer. In files of format 1 they are `(K, chunks, 2, C, D)`, as the model made them."""
-    return codec_of(stored.manifest) if "host" in stored.manifest else codec_for(PLAIN, *kv.shape[3:], kv.dtype)
+    if "host" in stored.manifest:
+        return codec_of(stored.manifest)
+    _, _, _, chunk_tokens, head_dim = kv.shape
+    return codec_for(PLAIN, chunk_tokens, head_dim, kv.dtype)
 
 
 def _layer_state(stored: tensor_file.Stored, prefix: str) -> tuple[list[str], dict[str, torch.Tensor]]:
