@@ -159,6 +159,16 @@ def test_zeros_stay_zeros(bits):
 
 
 @EVERY
+@pytest.mark.parametrize("size", [1e-30, 1e-9, 3e-8, 1e-7, 2e-7, 1e-6])
+def test_numbers_too_small_for_a_scale_are_decoded_to_nothing_larger(bits, size):
+    codec = codec_of(bits)
+    fit = codec.fit(*torch.zeros((2, HEADS, 1, 64)))
+    keys, values = (size * part for part in layer(200, 64))
+    for got, want in zip(codec.decode(codec.encode(keys, values, fit), fit), (keys, values), strict=True):
+        assert ((got - want).norm(dim=-1) <= 1.001 * want.norm(dim=-1)).all()
+
+
+@EVERY
 @CENTRES
 def test_encoding_what_was_decoded_gives_the_same_bytes(bits, centre):
     codec = codec_of(bits)
