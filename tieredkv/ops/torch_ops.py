@@ -201,13 +201,43 @@ def paged_attention(
     batch_pages: int,
     page_lse: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `Ops.paged_attention`. Waits for the device. Takes fewer pages at a time for more rows than a step has."""
+    """As `Ops.paged_attention`. Waits for the device.
+
+    Several tokens take no more scratch than one: a quarter for queries and sums, half for pages, the rest for outputs.
+    """
+    codec, (heads, n, d), kv_heads = pages.codec, query.shape, len(table)
+    scratch, group = batch_pages * scratch_bytes(codec, heads // kv_heads), heads // kv_heads
+    at_once = min(n, max(1, scratch // 4 // (5 * heads * d * FLOAT32)))
+    if n > 1:
+        batch_pages = scratch // 2 // scratch_bytes(codec, group * at_once)
+    if query.device.type == "cpu":
+        batch_pages = min(batch_pages, IN_CACHE // (codec.chunk_tokens * d * FLOAT32))
+    width = max(1, batch_pages // kv_heads)
+    if at_once == n:
+        return _attention(query, pages, table, lengths, scaling, width, page_lse)
+    out = torch.empty((heads, n, d), dtype=torch.float32, device=query.device)
+    lse = torch.empty((heads, n), dtype=torch.float32, device=query.device)
+    for begin in range(0, n, at_once):
+        part = slice(begin, begin + at_once)
+        out[:, part], lse[:, part] = _attention(query[:, part], pages, table, lengths, scaling, width)
+    return out, lse
+
+
+def _attention(
+    query: torch.Tensor,
+    pages: Pages,
+    table: torch.Tensor,
+    lengths: torch.Tensor,
+    scaling: float,
+    width: int,
+    page_lse: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`paged_attention` that reads `width` columns of the table at a time."""
     codec, fit, (heads, n, d), (kv_heads, columns) = pages.codec, pages.fit, query.shape, table.shape
     c, folded = codec.chunk_tokens, query.float().reshape(kv_heads, -1, d)
     turned, constant = codec.turned(folded, fit) * scaling, codec.constant(folded, fit)
     shift = 0.0 if constant is None else (constant * scaling).unsqueeze(-1)
-    rows, within = folded.shape[1], torch.arange(c, device=table.device)
-    width = max(1, _pages_at_once(codec, n, rows, batch_pages, query.device) // kv_heads)
+    within = torch.arange(c, device=table.device)
     top: torch.Tensor | None = None
     for first in range(0, columns, width):
         part = slice(first, min(columns, first + width))
@@ -239,9 +269,3 @@ def scratch_bytes(codec: Codec, rows: int) -> int:
     numbers = codec.head_dim * min(max(codec.key_bits, codec.value_bits), 8) // 8
     per_token = numbers * (FLOAT32 + 1) + 2 * FLOAT32 + 2 * rows * FLOAT32 + FLOAT32 + 1
     return codec.chunk_bytes + codec.chunk_tokens * per_token + INT64
-
-
-def _pages_at_once(codec: Codec, n: int, rows: int, batch_pages: int, device: torch.device) -> int:
-    """Pages to read at a time, whose scratch is at most that of `batch_pages` pages for a single token."""
-    fit = batch_pages * scratch_bytes(codec, rows // n) // scratch_bytes(codec, rows)
-    return min(fit, IN_CACHE // (codec.chunk_tokens * codec.head_dim * FLOAT32)) if device.type == "cpu" else fit
