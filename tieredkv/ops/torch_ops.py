@@ -206,7 +206,8 @@ def paged_attention(
     Several tokens take no more scratch than one: a quarter for queries and sums, half for pages, the rest for outputs.
     """
     codec, (heads, n, d), kv_heads = pages.codec, query.shape, len(table)
-    scratch, group = batch_pages * scratch_bytes(codec, heads // kv_heads), heads // kv_heads
+    batch_pages, group = min(batch_pages, table.numel()), heads // kv_heads
+    scratch = batch_pages * scratch_bytes(codec, group)
     at_once = min(n, max(1, scratch // 4 // (5 * heads * d * FLOAT32)))
     if n > 1:
         batch_pages = scratch // 2 // scratch_bytes(codec, group * at_once)
