@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -209,7 +210,9 @@ def test_a_plan_prints_these_layers_apart_from_the_tiers(windowed):
     assert planned.token_ms[0] == pytest.approx(read / 1e9)
 
 
-def test_a_plan_is_refused_where_the_snapshot_does_not_fit(windowed):
+def test_a_plan_is_refused_where_the_snapshot_does_not_fit(windowed, monkeypatch):
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0))
     model, _ = windowed
     planned = plan(model, 500, gpu_kv_gb=1)
     plan(model, 500, gpu_kv_gb=1, host_kv_gb=planned.host_bytes / GIB)
