@@ -21,8 +21,9 @@ import torch
 
 FIT_TOKENS, SAMPLE = 1024, 256
 """Codecs are fitted to `SAMPLE` of a prompt's `FIT_TOKENS` first tokens, without the very first, often an outlier."""
-AT_ONCE = 256
-"""Tokens to encode or decode at a time. Small, as the cap does not count their float32 copies."""
+AT_ONCE, AT_ONCE_ON_A_CARD = 256, 2048
+"""Tokens to encode or decode at a time. Few, as the cap does not count their float32 copies; on a card more, where
+starting an operation on few would take longer than computing it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,10 @@ class Codec(ABC):
     def chunk_bytes(self) -> int:
         """B: a multiple of 4."""
 
+    def chunks_at_once(self, device: torch.device) -> int:
+        """How many to encode or decode at a time."""
+        return max(1, (AT_ONCE if device.type == "cpu" else AT_ONCE_ON_A_CARD) // self.chunk_tokens)
+
     @abstractmethod
     def fields(self, records: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Views `(..., C, w)` of records `(..., B)` uint8, contiguous in their last axis. Together they cover all of a
@@ -92,11 +97,8 @@ class Codec(ABC):
     def decode_to(
         self, keys: torch.Tensor, values: torch.Tensor | None, records: torch.Tensor, fit: Fit | None
     ) -> None:
-        """Decode records `(K, m, B)` into `(K, m, C, D)` of any dtype, about `AT_ONCE` tokens at a time.
-
-        values: None: the keys alone.
-        """
-        at_once = max(1, AT_ONCE // self.chunk_tokens)
+        """Decode records `(K, m, B)` into `(K, m, C, D)` of any dtype. values: None: the keys alone."""
+        at_once = self.chunks_at_once(records.device)
         for begin in range(0, records.shape[1], at_once):
             part = slice(begin, begin + at_once)
             fields, shape = tokens_of(self.fields(records[:, part])), keys[:, part].shape

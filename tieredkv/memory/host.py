@@ -89,17 +89,18 @@ class HostLayer:
         earlier tokens are read. Copies from a card are asynchronous, in the order of the current stream.
         """
         fit, nbytes = self.fit_on(keys.device), 0
-        for begin, stop in self._spans(keys.shape[1]):
+        for begin, stop in self._spans(keys):
             fields = self.codec.encode(keys[:, begin:stop], values[:, begin:stop], fit)
             nbytes += self._put(self.length + begin, fields)
         return nbytes
 
-    def _spans(self, tokens: int) -> Iterator[tuple[int, int]]:
-        """Ranges of `tokens` new tokens to encode at a time; all but the last end with a chunk."""
+    def _spans(self, keys: torch.Tensor) -> Iterator[tuple[int, int]]:
+        """Ranges of new tokens `(K, n, D)` to encode at a time; all but the last end with a chunk."""
+        tokens, begin = keys.shape[1], 0
         if not self.codec.needs_fit:
             yield 0, tokens
             return
-        at_once, begin = max(1, AT_ONCE // self.chunk_tokens), 0
+        at_once = self.codec.chunks_at_once(keys.device)
         while begin < tokens:
             chunk = (self.length + begin) // self.chunk_tokens
             stop = min(tokens, (chunk + at_once) * self.chunk_tokens - self.length)
