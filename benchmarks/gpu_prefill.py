@@ -104,6 +104,7 @@ class Prompts:
                 "tokens": tokens,
                 "call_tokens": tiers.prefill_chunk,
                 "gpu_kv_gb": tiers.gpu_kv_gb,
+                "host_bits": cache.device_tier.host_bits,
                 "seconds": first_call + rest,
                 "first_call_s": first_call,
                 "settle_s": settle_s,
