@@ -7,8 +7,8 @@
 Each model watches a generated film under a cap that holds a part of the cache, three times: with `host_kv_bits` of 16,
 which stands for the model's own dtype, 8 and 4, all else equal. The models are the bundled one, in the float32 that it
 computes in and in bfloat16, and one with the text layers of Qwen2.5-VL-7B, a few of them, random weights, bfloat16.
-Ingests are done in turn, and so are answers, each time with all three settings; times are medians. All settings are
-made to say what the first one said, so that all take the same steps.
+Ingests are done in turn, and so are answers, each time with all three settings; times are medians, of ingests and of
+steps. All settings are made to say what the first one said, so that all take the same steps.
 
 Prints a table, whose shares are of the row with 16 bits, and ends with one line of JSON, a row per model and setting:
 `host_bytes` of keys and values; `link_bytes_per_token`, copied to the device in a decoding step; `file_bytes` of the
@@ -18,9 +18,11 @@ saved session, of which `digest_bytes` are digests, the same for all; `decode_ms
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -47,12 +49,19 @@ SEED = 1_400_000
 
 
 class Say:
-    """A logits processor that makes a model say given tokens, one after another."""
+    """A logits processor that makes a model say given tokens, one after another, and times the steps between them."""
 
     def __init__(self, token_ids: list[int]) -> None:
         self._left: Iterator[int] = iter(token_ids)
+        self._times: list[float] = []
+
+    @property
+    def milliseconds(self) -> list[float]:
+        """Of each step."""
+        return [1000 * (after - before) for before, after in itertools.pairwise(self._times)]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self._times.append(time.perf_counter())
         wanted = torch.full_like(scores, -torch.inf)
         wanted[:, next(self._left)] = 0
         return wanted
@@ -116,10 +125,11 @@ def measure(name: str, film: Path, question: str, seconds: int, arguments: argpa
         for number in range(arguments.rounds + 1):  # the first warms up
             for bits, row in zip(BITS, rows, strict=True):
                 session = sessions[bits]
-                answer = session.ask(question, max_new_tokens=len(said), logits_processor=[Say(said)])
+                say = Say(said)
+                answer = session.ask(question, max_new_tokens=len(said), logits_processor=[say])
                 assert answer.token_ids == said
                 if number:
-                    decode_ms[bits].append(answer.stats.tpot_ms)
+                    decode_ms[bits] += say.milliseconds
                     continue
                 cache = session._cached.cache
                 path = Path(folder) / "film.tkv"
