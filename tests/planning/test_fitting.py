@@ -236,6 +236,14 @@ def test_a_plan_with_fit_says_what_it_chose(hour):
     assert tieredkv.plan(**hour, gpu_kv_gb=2, **options).prompt_tokens == plan.prompt_tokens
 
 
+def test_a_plan_with_fit_names_the_bits_in_which_all_of_it_fits(hour, monkeypatch):
+    monkeypatch.setattr(limits, "available_host_bytes", lambda: 40 * GIB)
+    lowered = tieredkv.plan(**hour, gpu_kv_gb=20, fit=True, host_kv_bits=16)
+    assert lowered.fps < 2
+    option = re.search(r", which fits with host_kv_bits=(\d+)\.$", lowered.fit)
+    assert tieredkv.plan(**hour, gpu_kv_gb=20, fit=True, host_kv_bits=int(option[1])).fit.endswith("as asked for.")
+
+
 def test_a_plan_that_fits_is_left_alone(hour):
     options = {"gpu_kv_gb": 1.4, "max_pixels": 448 * 252}
     alone = tieredkv.plan(**hour, **options)  # though longer than the model is made for, under a cap with little room

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tieredkv.cli.options import HostBits
 from tieredkv.codecs import CODECS
 from tieredkv.config import TierConfig
 from tieredkv.errors import BudgetError, OptionError
@@ -103,6 +105,11 @@ def test_fewer_bits_are_named_where_they_fit():
     assert host_plan.fewer_bits(SHAPE, tiers, TOKENS, needs[8] - 1) == ["host_kv_bits=4"]
     assert host_plan.fewer_bits(SHAPE, tiers, TOKENS, needs[4] - 1) == []
     assert host_plan.fewer_bits(ODD, replace(tiers, host_kv_bits=8), TOKENS, needs[16]) == []
+
+
+def test_the_help_names_the_default():
+    _, option = get_args(HostBits)
+    assert option.help.endswith(f"[16 if all stay on the device, else {host_plan.DEFAULT_BITS}].")
 
 
 # ---- plans

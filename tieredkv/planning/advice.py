@@ -97,7 +97,8 @@ class Advice:
         line = f"fit: {self._described(choice)}"
         if choice == film.asked:
             return replace(sampling, fit=False), f"{line}, as asked for."
-        line += f" ({self.words(choice)}), instead of {self._described(film.asked)}."
+        line += f" ({self.words(choice)}), instead of {self._described(film.asked)}"
+        line += "".join(f", which fits with {option}" for option in self._fewer_bits(self._tokens)) + "."
         fps = sampling.fps if choice.fps == film.asked.fps else choice.fps
         return replace(sampling, fps=fps, max_pixels=choice.max_pixels, fit=False), line
 
