@@ -40,9 +40,8 @@ class Packed(Codec):
 
     def encode(self, keys: torch.Tensor, values: torch.Tensor, fit: Fit | None) -> tuple[torch.Tensor, ...]:
         assert fit is not None
-        key_numbers, key_scales = pack(keys, fit.norms[:, :1])
-        value_numbers, value_scales = pack(values, fit.norms[:, 1:])
-        return key_numbers, value_numbers, key_scales, value_scales
+        numbers, scales = pack(torch.stack((keys, values), dim=1), fit.norms.unsqueeze(2))
+        return *numbers.unbind(1), *scales.unbind(1)
 
     def decode(self, fields: tuple[torch.Tensor, ...], fit: Fit | None) -> tuple[torch.Tensor, torch.Tensor]:
         assert fit is not None

@@ -49,9 +49,11 @@ class Rotated(Codec):
 
     def encode(self, keys: torch.Tensor, values: torch.Tensor, fit: Fit | None) -> tuple[torch.Tensor, ...]:
         assert fit is not None
-        key_numbers, key_scales = _pack(keys, fit.centre[:, :1], fit.norms[:, :1])
-        value_numbers, value_scales = _pack(values, fit.centre[:, 1:], fit.norms[:, 1:])
-        return key_numbers, value_numbers, key_scales, value_scales
+        both, centre, mirror = (
+            part.flatten(0, 1) for part in (torch.stack((keys, values), dim=1), fit.centre, fit.norms)
+        )
+        numbers, scales = _pack(both, centre.unsqueeze(1), mirror.unsqueeze(1))
+        return *numbers.unflatten(0, (-1, 2)).unbind(1), *scales.unflatten(0, (-1, 2)).unbind(1)
 
     def decode(self, fields: tuple[torch.Tensor, ...], fit: Fit | None) -> tuple[torch.Tensor, torch.Tensor]:
         assert fit is not None
@@ -117,7 +119,7 @@ def hadamard(size: int, device: torch.device) -> torch.Tensor:
 
 def reflected(rows: torch.Tensor, mirror: torch.Tensor) -> torch.Tensor:
     """Rows `(K, n, D)` float32 reflected along the unit vectors `mirror` `(K, 1, D)`; as they are where that is 0."""
-    return rows - 2 * (rows * mirror).sum(-1, keepdim=True) * mirror
+    return torch.baddbmm(rows, rows @ mirror.mT, mirror, alpha=-2)
 
 
 def _mirror(rows: torch.Tensor) -> torch.Tensor:

@@ -123,8 +123,11 @@ def append(
 ) -> None:
     """As `Ops.append`. Waits for the device."""
     column, place = divmod(int(count), pages.codec.chunk_tokens)
-    fields = pages.codec.encode(keys.unsqueeze(1), values.unsqueeze(1), pages.fit)
-    _store(tuple(field.squeeze(1) for field in fields), pages, table[:, column], place)
+    fields, slots = pages.codec.encode(keys.unsqueeze(1), values.unsqueeze(1), pages.fit), table[:, column].long()
+    records = pages.records.index_select(0, slots)
+    for own, new in zip(pages.codec.fields(records), fields, strict=True):
+        own[:, place] = new.squeeze(1)
+    _words(pages.records)[slots] = _words(records)
     lengths[:, column] = place + 1
 
 
