@@ -54,6 +54,8 @@ CASES = {
     ),
     "segments, one KV head": Case(torch.float32, 16, 1, 1.0, {"digest": "segment", "chunk_tokens": 2}),
     "static heads": Case(torch.bfloat16, 8, 2, AMPLE, {"policy": "snapkv"}),
+    "4 bits": Case(torch.bfloat16, 8, 2, TIGHT, {"host_kv_bits": 4}),
+    "4 bits, few rows": Case(torch.bfloat16, 4, 4, AMPLE, {"host_kv_bits": 4, "text_window": 8}),
 }
 PARTS = "question", "steps", "several tokens"
 MOMENTS = "held in prefill", "held in a step", "held"
@@ -76,6 +78,7 @@ def work(model: Any, cache: TieredCache, profiled: Callable[[str], Any]) -> None
     cache.expect(CONTEXT)
     model(ids[:, :-QUESTION], **cache_argument(cache))
     cache.settle()  # digests the context; digests are on the host
+    cache.reserve(PROMPT + 20)  # or the host tier grows while the profiler watches
     cache.expect(Question(max_new_tokens=20, looks=Looks(cache.tiers.chunk_tokens)))
     with profiled("question"):
         model(ids[:, -QUESTION:], **cache_argument(cache))

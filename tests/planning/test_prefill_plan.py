@@ -44,7 +44,7 @@ def test_prefill_holds_no_more_than_the_cap_and_all_of_it_where_it_fits(share, t
         for now in (16, bits):  # before and after the host tier is packed
             assert not resident or prefill_plan.block_tokens(SHAPE, tiers, tokens, 0, resident, True, now)
     everything = ceil_div(tokens, chunk) * chunk * SHAPE.token_bytes
-    both = everything + prefill_plan.scoring_bytes(SHAPE, tiers, tokens, tiers.policy.text_window, chunk)
+    both = everything + prefill_plan.scoring_bytes(SHAPE, tiers, tokens, tiers.policy.text_window, chunk, bits)
     assert resident >= tokens or both > tiers.cap_bytes
     call = prefill_plan.Call(tokens, tokens + rows, rows)
     kept = prefill_plan.resident_beside_scores(SHAPE, tiers, resident, call, bits)

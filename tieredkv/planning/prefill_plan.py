@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tieredkv.codecs import PLAIN
+from tieredkv.codecs.base import AT_ONCE
 from tieredkv.config import TierConfig
 from tieredkv.memory.units import FLOAT32, ceil_div, largest
 from tieredkv.models.kv_shape import KVShape
@@ -100,7 +101,7 @@ def plan_staging(shape: KVShape, tiers: TierConfig, call: Call, resident: int, r
         return None
     block = min(block, max(to_stage, ceil_div(max(resident, call.stop - past), c) * c))
     buffers = 0 if to_stage == 0 else 1 if to_stage <= block else 2
-    scoring, held = scoring_bytes(shape, tiers, call.stop, call.rows, block), min(block, to_stage)
+    scoring, held = scoring_bytes(shape, tiers, call.stop, call.rows, block, bits), min(block, to_stage)
     return Staging(block, buffers, staged_bytes(shape, tiers, held, bits), buffer_bytes(shape, held), scoring)
 
 
@@ -126,7 +127,7 @@ def reading_bytes(
 ) -> int:
     """Upper bound of the bytes for reading `block` past tokens at a time: buffers if they are staged, and scores."""
     buffers = 2 * staged_bytes(shape, tiers, block, bits) + buffer_bytes(shape, block) if staged else 0
-    return buffers + scoring_bytes(shape, tiers, tokens, rows, block)
+    return buffers + scoring_bytes(shape, tiers, tokens, rows, block, bits)
 
 
 def buffer_bytes(shape: KVShape, block_tokens: int) -> int:
@@ -139,8 +140,9 @@ def staged_bytes(shape: KVShape, tiers: TierConfig, block_tokens: int, bits: int
     return shape.num_key_value_heads * ceil_div(block_tokens, tiers.chunk_tokens) * chunk_bytes(shape, tiers, bits)
 
 
-def scoring_bytes(shape: KVShape, tiers: TierConfig, tokens: int, rows: int, block_tokens: int) -> int:
-    """Scratch of scoring one layer's text rows: weights of one block, the running top k, the saliency."""
+def scoring_bytes(shape: KVShape, tiers: TierConfig, tokens: int, rows: int, block_tokens: int, bits: int) -> int:
+    """Scratch of scoring one layer's text rows: weights of one block, the running top k, the saliency, and what
+    decoding keys of so many bits takes."""
     if rows == 0:
         return 0
     heads = shape.num_attention_heads
@@ -148,7 +150,9 @@ def scoring_bytes(shape: KVShape, tiers: TierConfig, tokens: int, rows: int, blo
     keys_float = shape.num_key_value_heads * block_tokens * shape.head_dim
     weights = 3 * heads * rows * block_tokens
     top = 7 * heads * rows * min(k, tokens)  # old, block's, both joined, and the new with its int64 indices
-    return FLOAT32 * (keys_float + weights + top + 2 * shape.num_key_value_heads * tokens)
+    at_once = 0 if bits == PLAIN else min(block_tokens, max(AT_ONCE, tiers.chunk_tokens))
+    decoded = 3 * shape.num_key_value_heads * at_once * shape.head_dim  # numbers, scaled, and turned back
+    return FLOAT32 * (keys_float + weights + top + 2 * shape.num_key_value_heads * tokens + decoded)
 
 
 def smallest_prefill_bytes(shape: KVShape, tiers: TierConfig, tokens: int, rows: int, bits: int) -> int:
