@@ -88,7 +88,7 @@ class DeviceTier:
         self.residents: dict[int, Resident] = {}
         """By layer index, in prefill; empty when all of the past is streamed."""
         self.host_bits = PLAIN
-        """Of the host tier of every layer: what `settled_bits` or `planned_bits` said when it was last packed."""
+        """Of the host tier of every layer."""
         self._bits_settled = False
         self._config, self._prompt_tokens = config, prompt_tokens
         self._shape: KVShape | None = None

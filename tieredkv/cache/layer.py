@@ -85,10 +85,15 @@ class TieredLayer(CacheLayerMixin):
 
     def begin(self, device: torch.device, heads: int, head_dim: int, dtype: torch.dtype) -> None:
         """Allocate what a layer of the model on `device` needs before its first token."""
-        host, tier = self._begin_at(device, heads, head_dim, dtype)[0], self.device_tier
-        host.reserve(self.room if tier.planned_bits() == PLAIN else sizes.first_tokens(tier.tiers, self.room))
-        tier.keep_first_tokens(self.index, host, self.device)
+        host, _ = self._begin_at(device, heads, head_dim, dtype)
+        self._reserve(host)
+        self.device_tier.keep_first_tokens(self.index, host, self.device)
         self.is_initialized = True
+
+    def _reserve(self, host: HostLayer) -> None:
+        """Make room for the whole prompt or, if it is to be packed, for what comes before."""
+        tier = self.device_tier
+        host.reserve(self.room if tier.planned_bits() == PLAIN else sizes.first_tokens(tier.tiers, self.room))
 
     def _begin_at(
         self, device: torch.device, heads: int, head_dim: int, dtype: torch.dtype
@@ -248,6 +253,7 @@ class TieredLayer(CacheLayerMixin):
             self.host.truncate(tokens)
         else:
             self.host.clear()
+            self._reserve(self.host)
         if (resident := self.device_tier.residents.get(self.index)) is not None:
             resident.truncate(tokens)
         assert self.digests is not None

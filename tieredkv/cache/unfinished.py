@@ -176,7 +176,8 @@ class _Layer:
         self._layer, self._host, self._codec = layer, layer.host, codec
         if codec.bits != PLAIN:
             layer.host.adopt(layer.device_tier.new_arena(heads, codec.chunk_bytes), 0, codec, fit_of(self._state))
-        layer.host.reserve(max(tokens, layer.room))
+            layer.host.reserve(layer.room)
+        layer.host.reserve(tokens)
         self._end = marks[-1].of_layer(layer.index) if marks else Digested()
         self._digests = _bytes(heads, self._end.chunks, self._end.nbytes)
 

@@ -144,15 +144,16 @@ def origin_of(model: Any, processor: Any, source: ModelSource | None) -> dict[st
 
 def content_of(cache: TieredCache, state: SessionState) -> dict[str, Any]:
     """The other entries of a manifest."""
-    layer = cache.tiered_layers[0]
-    host = {
-        "bits": cache.device_tier.host_bits,
-        "head_dim": cache.shape.head_dim,
-        "dtype": str(layer.dtype).removeprefix("torch."),
-    }
-    content = {"tiers": tiers_as_plain(cache.tiers), "host": host, "session": state.as_plain()}
+    content = {"tiers": tiers_as_plain(cache.tiers), "host": host_of(cache), "session": state.as_plain()}
     sampling = state.video.sampling
     return content if sampling is None else {**content, "sampling": sampling_as_plain(sampling)}
+
+
+def host_of(cache: TieredCache) -> dict[str, Any]:
+    """The entry "host" of a manifest: what records are, for `codec_of`. Files of format 1 have none."""
+    dtype = str(cache.tiered_layers[0].dtype).removeprefix("torch.")
+    sizes = {"chunk_tokens": cache.tiers.chunk_tokens, "head_dim": cache.shape.head_dim}
+    return {"bits": cache.device_tier.host_bits, **sizes, "dtype": dtype}
 
 
 def codec_of(manifest: dict[str, Any]) -> Codec:
@@ -160,7 +161,7 @@ def codec_of(manifest: dict[str, Any]) -> Codec:
     host, dtype = manifest["host"], getattr(torch, manifest["host"]["dtype"], None)
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"no dtype {host['dtype']!r}")
-    return codec_for(host["bits"], manifest["tiers"]["chunk_tokens"], host["head_dim"], dtype)
+    return codec_for(host["bits"], host["chunk_tokens"], host["head_dim"], dtype)
 
 
 def cache_tensors(cache: TieredCache) -> dict[str, torch.Tensor]:
