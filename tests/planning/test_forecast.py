@@ -272,7 +272,11 @@ def test_what_host_memory_does_not_hold_may_go_to_disk(seven_billion, monkeypatc
     memory_plan = plan(seven_billion, 200_000, host_kv_bits=16, host_kv_gb=float(option))
     assert memory_plan.host_bytes <= 0.8 * 8 * GIB
     assert memory_plan.disk_bytes >= memory_plan.full_bytes
-    assert f"disk              {size_text(memory_plan.disk_bytes)}, in {memory_plan.disk_folder}" in str(memory_plan)
+    disk = (
+        f"disk              {size_text(memory_plan.disk_bytes)}, in {memory_plan.disk_folder}: host memory has room for"
+    )
+    assert f"{disk} {memory_plan.recent_bytes / memory_plan.disk_bytes:.0%} of it" in str(memory_plan)
+    assert 0 < memory_plan.recent_bytes < memory_plan.host_bytes
     with pytest.raises(
         BudgetError, match=r"with the rest of it on disk, host_kv_gb allows .*: the smallest that works is"
     ):

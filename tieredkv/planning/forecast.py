@@ -260,6 +260,7 @@ def plan(
         full_bytes=prompt * shape.token_bytes,
         host_bytes=host if disk is None else disk.host_bytes,
         disk_bytes=0 if disk is None else disk.disk_bytes,
+        recent_bytes=0 if disk is None else disk.memory_bytes,
         disk_folder=None if disk is None else str(folder),
         host_bits=bits,
         host_bits_reason=host_plan.reason(shape, settings, prompt),

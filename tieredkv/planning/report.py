@@ -83,6 +83,8 @@ class MemoryPlan:
     packing takes at its peak."""
     disk_bytes: int
     """Of keys and values on disk, of which host memory holds those read last; 0 if it holds all of them."""
+    recent_bytes: int
+    """Of host memory, for chunks that were read from disk last."""
     disk_folder: str | None
     """Where, unless the session is to be saved elsewhere."""
     host_bits: int
@@ -211,7 +213,7 @@ class MemoryPlan:
                 + (f", {_size(self.snapshot_bytes)} of it the snapshot" if self.snapshot_bytes else "")
                 + f"; a session file {_size(self.file_bytes)}",
             ),
-            *([("disk", f"{_size(self.disk_bytes)}, in {self.disk_folder}")] if self.disk_bytes else []),
+            *self._disk_rows(),
             (f"  in {self.host_bits} bits", self.host_bits_reason),
             *(
                 (f"  in {choice.bits} bits", str(choice))
@@ -282,6 +284,13 @@ class MemoryPlan:
                 + (f"; {self.video_text_tokens:,} of text between" if self.video_text_tokens else ""),
             ),
         ]
+
+    def _disk_rows(self) -> list[tuple[str, str]]:
+        if not self.disk_bytes:
+            return []
+        share = self.recent_bytes / self.disk_bytes
+        whole = f"{_size(self.disk_bytes)}, in {self.disk_folder}"
+        return [("disk", f"{whole}: host memory has room for {share:.0%} of it, what was read last")]
 
     def _card_rows(self) -> list[tuple[str, str]]:
         if self.card_bytes is None or self.reserve_bytes is None or self.card_needed_bytes is None:
