@@ -130,6 +130,15 @@ class DeviceTier:
             weakref.finalize(self, self.locker.close)  # in case nobody closes the cache
         self.locker.use(card)
 
+    def change_tiers(self, tiers: TierConfig, empty: bool) -> None:
+        """Use other settings from now on; residents are dropped. empty: no token is cached, so how many stay resident
+        is decided again."""
+        self.drop_residents()
+        if empty:
+            self._resident_tokens = None
+        self.tiers = tiers
+        self.ledger.set_cap(tiers.cap_bytes)
+
     # ---- the host tier
 
     def planned_bits(self, tokens: int = 0) -> int:
@@ -170,15 +179,6 @@ class DeviceTier:
         if self.disk is not None:
             return self.disk.stored_arena(records, whole, self.locker)
         return MemoryArena.of(records, self.locker)
-
-    def change_tiers(self, tiers: TierConfig, empty: bool) -> None:
-        """Use other settings from now on; residents are dropped. empty: no token is cached, so how many stay resident
-        is decided again."""
-        self.drop_residents()
-        if empty:
-            self._resident_tokens = None
-        self.tiers = tiers
-        self.ledger.set_cap(tiers.cap_bytes)
 
     # ---- prefill
 

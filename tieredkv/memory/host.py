@@ -51,8 +51,10 @@ class HostLayer:
         return self._arena.records
 
     def fit_on(self, device: torch.device) -> Fit | None:
-        """`fit` on a device, for the current stream."""
-        return None if self.fit is None else self.fit.to(device)
+        """`fit` on a device, for the current stream. Does not wait for what that is computing."""
+        if self.fit is None:
+            return None
+        return Fit(*(part.to(device, non_blocking=True) for part in (self.fit.centre, self.fit.norms)))
 
     def fetch(self, heads: torch.Tensor, chunks: torch.Tensor) -> torch.Tensor:
         """A copy `(m, B)` of the records `chunks[i]` of `heads[i]`, both `(m,)` on the host."""

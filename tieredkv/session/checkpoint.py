@@ -93,7 +93,8 @@ class Checkpoint:
             blocks = tuple(Block(*block) for block in plain["blocks"])
             marks = tuple(Mark.of(mark) for mark in plain["marks"])
             state = {name: stored.tensor(name).clone() for name in stored.names}
-            video, _ = session_file.state_of(stored).video, session_file.codec_of(stored.manifest)
+            video = session_file.state_of(stored).video
+            session_file.codec_of(stored.manifest)  # raises if it was written by an older version
             return Begun(plain["tokens"], video, stored.manifest, marks, blocks, state)
         except SessionError as error:
             raise Damaged(str(error)) from None
