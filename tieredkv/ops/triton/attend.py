@@ -14,8 +14,10 @@ import torch
 import triton
 import triton.language as tl
 
+from tieredkv.codecs import PLAIN
 from tieredkv.codecs.rotated import hadamard
 from tieredkv.ops.base import Pages
+from tieredkv.ops.triton.records import typed
 from tieredkv.ops.triton.turn import WIDTH, turn_queries
 
 BLOCK_BYTES = 2**14
@@ -192,18 +194,11 @@ def paged_attention(
         each = max(1, MOST_ROWS * kv_heads // heads)
         split = [paged_attention(part, pages, table, lengths, scaling) for part in query.split(each, dim=1)]
         return torch.cat([out for out, _ in split], dim=1), torch.cat([lse for _, lse in split], dim=1)
-    codec, fit, bits = pages.codec, pages.fit, pages.codec.key_bits
-    dtype = codec.dtype if bits == 16 else query.dtype
-    numbers, scales, turn, constant = pages.records, None, None, None
+    codec, fit, bits = pages.codec, pages.fit, pages.codec.bits
+    numbers, scales = typed(pages)
     norms, centre = (None, None) if fit is None else (fit.norms, fit.centre)
-    rows = query.to(dtype).contiguous()
-    if bits == 16:
-        numbers = numbers.view(dtype)
-    else:
-        scales = numbers.view(torch.float16)
-    if bits == 8:
-        numbers = numbers.view(torch.int8)
-    elif bits == 4:
+    rows, turn, constant = query.to(numbers.dtype if bits == PLAIN else query.dtype).contiguous(), None, None
+    if bits == 4:
         assert fit is not None
         turn = hadamard(d, query.device)
         rows, constant = turn_queries(rows, fit, turn, scaling)
@@ -214,15 +209,15 @@ def paged_attention(
     padded_rows, padded = max(16, triton.next_power_of_2(group)), triton.next_power_of_2(d)
     width = max(16, triton.next_power_of_2(d // 2 if bits == 4 else d))
     token_bytes = width * (2 if bits == 4 else numbers.itemsize)
-    if dtype == torch.float32:  # less fits in registers, above all of unpacked numbers, which live there
-        token_bytes *= padded_rows // 16 * (8 if bits < 16 else 1)
+    if rows.dtype == torch.float32:  # less fits in registers, above all of unpacked numbers, which live there
+        token_bytes *= padded_rows // 16 * (1 if bits == PLAIN else 8)
     block, c = min(128, max(16, BLOCK_BYTES // token_bytes)), codec.chunk_tokens
     in_pass = page_lse if block % c == 0 else None
     _attend_split[(kv_heads, splits)](
         rows, numbers, scales, norms, constant, table, lengths, parts, part_lse, in_pass,
         scaling, columns, triton.cdiv(columns, splits), 0 if in_pass is None else in_pass.stride(0),
         BITS=bits, RECORD=numbers.shape[1], G=group, C=c, D=d,
-        PADDED_G=padded_rows, PADDED_W=width, BLOCK=block, WIDEN=widened(dtype), num_stages=2,
+        PADDED_G=padded_rows, PADDED_W=width, BLOCK=block, WIDEN=widened(rows.dtype), num_stages=2,
     )  # fmt: skip
     _merge_splits[(heads * n,)](
         parts, part_lse, constant, centre, norms, turn, out, lse, splits, group,

@@ -13,9 +13,11 @@ import torch
 import triton
 import triton.language as tl
 
+from tieredkv.codecs import PLAIN
 from tieredkv.codecs.base import Codec
 from tieredkv.codecs.rotated import hadamard
 from tieredkv.ops.base import Pages, Source
+from tieredkv.ops.triton.records import typed
 from tieredkv.ops.triton.turn import WIDTH, turned
 
 PROGRAMS = 96
@@ -107,13 +109,12 @@ def _operands(source: Source, pages: Pages) -> tuple[tuple[Any, ...], dict[str, 
         words = record // 4
         sizes |= {"PADDED_D": 1, "ROWS": 1, "BLOCK": min(BLOCK, triton.next_power_of_2(words)), "num_warps": 4}
         return (arena.view(torch.int32), pages.records.view(torch.int32), None, None), sizes
-    assert (source.codec.bits, codec.bits) == (16, 8)
+    assert (source.codec.bits, codec.bits) == (PLAIN, 8)
     assert pages.fit is not None
     padded = triton.next_power_of_2(d)
     rows = min(triton.next_power_of_2(2 * c), max(1, 4 * BLOCK // (padded * codec.dtype.itemsize)))
     sizes |= {"PADDED_D": padded, "ROWS": rows, "BLOCK": 1, "num_warps": 8}
-    numbers, scales = pages.records.view(torch.int8), pages.records.view(torch.float16)
-    return (arena.view(codec.dtype), numbers, scales, pages.fit.norms), sizes
+    return (arena.view(codec.dtype), *typed(pages), pages.fit.norms), sizes
 
 
 def _capacity(source: Source) -> int:
@@ -250,10 +251,8 @@ def append(
 ) -> None:
     """As `Ops.append`."""
     kv_heads, d = keys.shape
-    codec, bits, fit = pages.codec, pages.codec.key_bits, pages.fit
-    pool, scales = pages.records, None if bits == 16 else pages.records.view(torch.float16)
-    if bits != 4:
-        pool = pool.view(codec.dtype if bits == 16 else torch.int8)
+    codec, bits, fit = pages.codec, pages.codec.bits, pages.fit
+    pool, scales = typed(pages)
     norms, centre = (None, None) if fit is None else (fit.norms, fit.centre)
     turn = hadamard(d, keys.device) if bits == 4 else None
     _append[(kv_heads, 2)](
