@@ -157,11 +157,7 @@ def assert_pages_alike(kernels: Ops, pages: Pages, given: list[torch.Tensor], le
 def filled_pool(bits: int, slots: int, device: torch.device) -> Pages:
     """Pages of four tokens of one head."""
     pages = empty_pool(bits, slots, 1, 4, 16, torch.float32, device)
-    for field, stored in zip(
-        pages.codec.fields(pages.records), pages.codec.encode(*torch.randn(2, slots, 4, 16).to(device), pages.fit),
-        strict=True,
-    ):  # fmt: skip
-        field.copy_(stored)
+    pages.records.copy_(encoded(pages.codec, *torch.randn(2, 1, slots * 4, 16), fit_of(bits, 1, 16))[0])
     return pages
 
 

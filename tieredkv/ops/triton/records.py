@@ -9,8 +9,9 @@ from tieredkv.ops.base import Pages
 
 
 def typed(pages: Pages) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Views `(S, B / itemsize)` of a pool: as numbers, int8 in 8 bits and bytes of two numbers each in 4; and as scales,
-    float16, which follow a record's numbers."""
+    """Views `(S, B / itemsize)` of a pool: as numbers, int8 in 8 bits and bytes of two numbers each in 4; and as
+    float16 scales, which follow the numbers of a record. None: there are no scales.
+    """
     records, codec = pages.records, pages.codec
     if codec.bits == PLAIN:
         return records.view(codec.dtype), None
