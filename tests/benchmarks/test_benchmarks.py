@@ -62,6 +62,19 @@ def test_benchmarks_of_the_bundled_model_run(run, name):
 
 @pytest.mark.slow
 @pytest.mark.model
+def test_less_host_memory_reads_more_from_disk(run):
+    code, out, err = run("disk.py")
+    assert code == 0, err
+    rows = {row["cache"]: row for row in json.loads(out.splitlines()[-1])["rows"]}
+    assert list(rows) == ["memory", "disk", "disk, cold", "least, cold"]
+    memory, disk, cold, least = rows.values()
+    assert memory["host_bytes"] > disk["host_bytes"] > least["host_bytes"]
+    assert (memory["read_bytes"], memory["disk_hit_rate"]) == (0, None)
+    assert least["read_bytes_per_token"] > disk["read_bytes_per_token"] == cold["read_bytes_per_token"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.model
 def test_fewer_bits_take_fewer_bytes_everywhere(run):
     """Of keys of 32 dimensions in 32 bits, and of 128 in 16; a scale of 2 bytes is stored with each."""
     code, out, err = run("bytes.py", "--models", "bundled", "7b")
