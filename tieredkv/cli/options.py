@@ -96,14 +96,14 @@ SkipDamaged = Annotated[
     bool, typer.Option("--skip-damaged", help="Go over what is damaged in the video; says which seconds are missing.")
 ]
 AllowUrl = Annotated[
-    bool, typer.Option("--allow-url", help="The video may be an http(s) URL, which is downloaded to a temporary file.")
+    bool, typer.Option("--allow-url", help="The video may be an http(s) URL: it is downloaded to a temporary file.")
 ]
 System = Annotated[str | None, typer.Option(help="The system prompt; part of a session [the template's own].")]
 PolicyName = Annotated[
     str | None,
     typer.Option("--policy", envvar="TIEREDKV_POLICY", help="One of `tieredkv policies` [hybridkv]."),
 ]
-NewTokens = Annotated[int, typer.Option(envvar="TIEREDKV_MAX_NEW_TOKENS", help="Longest answer, in tokens.")]
+NewTokens = Annotated[int, typer.Option(envvar="TIEREDKV_MAX_NEW_TOKENS", help="Longest answer.")]
 
 
 Timestamps = Annotated[
