@@ -8,7 +8,7 @@ from helpers import LateCopies, assert_near, cap_share, tier_options
 from transformers import DynamicCache
 
 import tieredkv
-from tieredkv.cache.question import CONTEXT
+from tieredkv.cache.question import CONTEXT, Question
 from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.environment.versions import cache_argument
 from tieredkv.errors import BudgetError, OptionError
@@ -73,6 +73,26 @@ def test_prefill_attends_to_the_decoded_past(bits, share, llama, long_ids, cache
         got = read(llama, own, long_ids[:, 505:600])
     assert_near(got, stock(llama, long_ids[:, 505:600], past))
     assert (got - stock(llama, long_ids[:, :600])[:, 505:]).abs().max() > 0.001
+
+
+@PACKED
+def test_questions_score_the_decoded_past(bits, llama, long_ids, cache, monkeypatch):
+    """As a cache of 16 bits does that holds the decoded tokens."""
+    monkeypatch.setattr("tieredkv.planning.prefill_plan.STAGING_TOKENS", 64)
+    with cache(bits) as own, cache(16) as exact:
+        own.expect(CONTEXT)
+        read(llama, own, long_ids[:, :600])
+        for layer, (keys, values) in zip(exact.tiered_layers, decoded(own), strict=True):
+            layer.begin(keys.device, *keys.shape[::2], keys.dtype)
+            layer.append(keys, values)
+        for each in (own, exact):
+            each.settle()
+            each.expect(Question(prompt_tokens=640))
+            read(llama, each, long_ids[:, 600:640], 40)
+        for ours, theirs in zip(own.tiered_layers, exact.tiered_layers, strict=True):
+            assert ours.host.codec.bits == bits
+            assert_near(ours.rows.scores, theirs.rows.scores)
+            assert_near(ours.rows.halves, theirs.rows.halves)
 
 
 @PACKED
