@@ -239,6 +239,26 @@ def test_the_lse_counts_what_all_keys_share(bits):
 
 
 @BITS
+def test_the_order_of_pages_does_not_matter(bits):
+    source = host(bits, heads=1)
+    pages, query = Pages(source.codec, source.all[0], source.fit), rows(2, 1, D, dtype=torch.float32)
+    table, lengths = torch.tensor([[0, 3, 5]]).int(), torch.tensor([[4, 2, 3]]).int()
+    forward = torch_ops.paged_attention(query, pages, table, lengths, 0.3, 2)
+    torch.testing.assert_close(torch_ops.paged_attention(query, pages, table.flip(1), lengths.flip(1), 0.3, 2), forward)
+
+
+@BITS
+def test_what_lies_beyond_a_pages_length_is_not_attended_to(bits):
+    source = host(bits, heads=1)
+    pages, query = Pages(source.codec, source.all[0], source.fit), rows(2, 1, D, dtype=torch.float32)
+    table, lengths = torch.tensor([[0, 1]]).int(), torch.tensor([[4, 2]]).int()
+    want = torch_ops.paged_attention(query, pages, table, lengths, 0.3, 8)
+    for field in source.codec.fields(pages.records):
+        field[1, 2:] = 3
+    torch.testing.assert_close(torch_ops.paged_attention(query, pages, table, lengths, 0.3, 8), want)
+
+
+@BITS
 def test_a_head_without_a_token_is_refused(bits):
     source = host(bits)
     pages = Pages(source.codec, source.all.flatten(0, 1), source.fit)

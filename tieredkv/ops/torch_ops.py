@@ -9,10 +9,11 @@ from collections.abc import Iterator
 
 import torch
 
-from tieredkv.attention.exact import HIDDEN
 from tieredkv.codecs.base import AT_ONCE, Codec
 from tieredkv.ops.base import Pages, Source
 
+HIDDEN = torch.finfo(torch.float32).min / 2
+"""Logit of a masked key. Finite, so that a head with no key at all does not become NaN."""
 NEVER = torch.iinfo(torch.int32).max
 """Stands for the last use of a slot that must not be taken."""
 FLOAT32, INT64 = torch.float32.itemsize, torch.int64.itemsize
@@ -109,8 +110,8 @@ def fetch(source: Source, pages: Pages, heads: torch.Tensor, chunks: torch.Tenso
             _words(pages.records)[slot.long()] = _words(records)
         else:
             fit = None if pages.fit is None else pages.fit.of_heads(head.to(slot.device))
-            fields = pages.codec.encode(*source.codec.fields(records), fit)
-            _store(fields, pages, slot)
+            keys, values = source.codec.fields(records)
+            _store(pages.codec.encode(keys, values, fit), pages, slot)
 
 
 def append(
@@ -144,7 +145,8 @@ def keep(source: Source, pages: Pages, head: int, tokens: torch.Tensor, slots: t
             records, chunk = source.records[head], token // c
         fields = tuple(field[chunk, token % c].to(slot.device) for field in source.codec.fields(records))
         if not same:
-            fields = _encoded(*fields, pages, head)
+            keys, values = fields
+            fields = _encoded(keys, values, pages, head)
         _store(fields, pages, slot, within)
 
 
@@ -179,7 +181,7 @@ def _encoded(keys: torch.Tensor, values: torch.Tensor, pages: Pages, head: int) 
 
 
 def _store(
-    fields: tuple[torch.Tensor, ...], pages: Pages, slots: torch.Tensor, within: torch.Tensor | int | None = None
+    fields: tuple[torch.Tensor, ...], pages: Pages, slots: torch.Tensor, within: torch.Tensor | None = None
 ) -> None:
     """Write fields into slots `(b,)`: of tokens at places `within`, `(b, w)`; or of whole chunks, `(b, C, w)`."""
     for field, target in zip(fields, pages.codec.fields(pages.records), strict=True):
