@@ -22,7 +22,7 @@ ALLOWED = {
     "memory": "codecs errors",
     "policy": "errors",
     "attention": "environment errors",
-    "ops": "attention codecs policy",
+    "ops": "codecs policy",
     "video": "errors memory progress",
     "config": "errors memory policy",
     "models": "attention config environment errors memory video",
