@@ -84,6 +84,19 @@ def test_the_first_token_is_held_as_precisely_as_its_scale(size, times):
         assert (got - want)[:, 1].norm() > 0.01 * want[:, 1].norm()
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("near", [0, 1e-6, 1e-3])
+def test_a_first_token_that_needs_no_reflection_is_held_as_precisely(sign, near):
+    """One of two reflections would be along the difference of two vectors that are all but equal."""
+    codec = codec_for(4, 8, 64, torch.float32)
+    keys, values = layer(300, 64)
+    even = hadamard(64, CPU).sum(0)
+    keys[:, 0] = codec.fit(keys, values).centre[:, 0] + sign * 10 * even + near * keys[:, 0]
+    fit = codec.fit(keys, values)
+    got = codec.decode(codec.encode(keys, values, fit), fit)[0]
+    assert (got - keys)[:, 0].norm() <= 3e-4 * keys[:, 0].norm()
+
+
 def test_a_reflection_is_its_own_inverse_and_keeps_lengths():
     tokens, mirror = rows(HEADS, 9, 64), torch.nn.functional.normalize(rows(HEADS, 1, 64, seed=1), dim=-1)
     once = reflected(tokens, mirror)
