@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tieredkv.codecs import PLAIN
-from tieredkv.codecs.base import AT_ONCE
+from tieredkv.codecs.base import AT_ONCE_ON_A_CARD
 from tieredkv.config import TierConfig
 from tieredkv.memory.units import FLOAT32, ceil_div, largest
 from tieredkv.models.kv_shape import KVShape
@@ -150,7 +150,7 @@ def scoring_bytes(shape: KVShape, tiers: TierConfig, tokens: int, rows: int, blo
     keys_float = shape.num_key_value_heads * block_tokens * shape.head_dim
     weights = 3 * heads * rows * block_tokens
     top = 7 * heads * rows * min(k, tokens)  # old, block's, both joined, and the new with its int64 indices
-    at_once = 0 if bits == PLAIN else min(block_tokens, max(AT_ONCE, tiers.chunk_tokens))
+    at_once = 0 if bits == PLAIN else min(block_tokens, max(AT_ONCE_ON_A_CARD, tiers.chunk_tokens))
     decoded = 3 * shape.num_key_value_heads * at_once * shape.head_dim  # numbers, scaled, and turned back
     return FLOAT32 * (keys_float + weights + top + 2 * shape.num_key_value_heads * tokens + decoded)
 
