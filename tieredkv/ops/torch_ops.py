@@ -20,7 +20,7 @@ FLOAT32, INT64 = torch.float32.itemsize, torch.int64.itemsize
 COPIED = 2**17
 """Bytes of records to copy at a time, as the cap does not count the copy between."""
 IN_CACHE = 2**21
-"""Bytes of unpacked keys at a time on a CPU. More would not stay in a core's cache."""
+"""Bytes of unpacked keys at a time. More would not stay in a processor's cache."""
 
 
 def _listed(mask: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -216,9 +216,7 @@ def paged_attention(
     at_once = min(n, max(1, scratch // 4 // (5 * heads * d * FLOAT32)))
     if n > 1:
         batch_pages = scratch // 2 // scratch_bytes(codec, group * at_once)
-    if query.device.type == "cpu":
-        batch_pages = min(batch_pages, IN_CACHE // (codec.chunk_tokens * d * FLOAT32))
-    width = max(1, batch_pages // kv_heads)
+    width = max(1, min(batch_pages, most_pages(codec.chunk_tokens, d)) // kv_heads)
     if at_once == n:
         return _attention(query, pages, table, lengths, scaling, width, page_lse)
     out = torch.empty((heads, n, d), dtype=torch.float32, device=query.device)
@@ -267,6 +265,11 @@ def _attention(
         raise ValueError("a KV head has no page to attend to")
     out, lse = codec.finished(mixed.div_(total), fit), total.log_().add_(top).add_(shift)
     return out.reshape(heads, n, d), lse.reshape(heads, n)
+
+
+def most_pages(chunk_tokens: int, head_dim: int) -> int:
+    """Pages that are worth reading at a time, however many the scratch has room for."""
+    return max(1, IN_CACHE // (chunk_tokens * head_dim * FLOAT32))
 
 
 def scratch_bytes(codec: Codec, rows: int) -> int:

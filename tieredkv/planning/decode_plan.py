@@ -79,9 +79,9 @@ def plan_decode(
     def scratch_for(pool: int, used: int, nbytes: int) -> int:
         """Scratch pages for a pool of `pool` pages. If only `used` of them are needed, the rest of `nbytes` goes to
         scratch, up to a layer's pages, so that attention takes fewer, larger steps."""
-        least = gathered_pages(shape, pool)
+        least = gathered_pages(shape, tiers, ceil_div(pool, shape.kv_heads))
         left = (nbytes - used * page) // scratch_page_bytes(shape, tiers, bits)
-        return min(max(least, ceil_div(used, shape.num_layers)), max(least, left))
+        return min(max(least, gathered_pages(shape, tiers, ceil_div(used, shape.num_layers))), max(least, left))
 
     left = cap_bytes - beside_pool_bytes(shape, tiers, layout, 0)
     # The most bits are tried first. If not everything fits, `bits` and `page` stay those tried last.

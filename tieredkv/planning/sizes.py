@@ -262,14 +262,15 @@ def ranked_ahead_bytes(shape: KVShape, layout: Layout) -> int:
     return FLOAT32 * shape.num_attention_heads * layout.retrievable * (layout.chunk_tokens + 3)
 
 
-def gathered_pages(shape: KVShape, pool_pages: int) -> int:
-    """Pages of a layer that the torch attention gathers at a time: an average head's, at least one of every head."""
-    return max(shape.num_key_value_heads, ceil_div(pool_pages, shape.kv_heads))
+def gathered_pages(shape: KVShape, tiers: TierConfig, pages: int) -> int:
+    """Of `pages` pages, how many the torch attention gathers at a time: at least one of every KV head."""
+    return max(shape.num_key_value_heads, min(pages, torch_ops.most_pages(tiers.chunk_tokens, shape.head_dim)))
 
 
 def pool_bytes(shape: KVShape, tiers: TierConfig, pool_pages: int, bits: int) -> int:
-    """A pool, and the scratch to attend to its pages."""
-    scratch = gathered_pages(shape, pool_pages) * scratch_page_bytes(shape, tiers, bits)
+    """A pool, and the scratch to attend to its pages: to an average head's at a time."""
+    gathered = gathered_pages(shape, tiers, ceil_div(pool_pages, shape.kv_heads))
+    scratch = gathered * scratch_page_bytes(shape, tiers, bits)
     return pool_pages * page_bytes(shape, tiers, bits) + scratch
 
 
