@@ -44,7 +44,7 @@ from tieredkv.tiny.video import write_video
 BITS = (16, 8, 4)
 MODELS = ("bundled", "bundled-bf16", "7b")
 FIGURES = ("host_bytes", "link_bytes_per_token", "file_bytes", "decode_ms", "ingest_s")
-RESULT = Path(__file__).parent / "results" / "bytes.json"
+RESULT = Path(__file__).parent / "results" / "bytes-cpu.json"
 SEED = 1_400_000
 
 
