@@ -10,6 +10,7 @@ from helpers import assert_near, cap_share, tier_options
 from transformers import DynamicCache
 
 import tieredkv
+from tieredkv.attention import exact
 from tieredkv.cache.question import Question
 from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.codecs import CODECS
@@ -38,6 +39,22 @@ def steps(model, ids, cache):
 
 
 POLICIES = pytest.mark.parametrize("policy", ["hybridkv", "quest", "snapkv", "lookm"])
+
+
+@pytest.mark.parametrize("policy", ["hybridkv", "snapkv"])
+@BITS
+def test_pages_hold_what_the_host_tier_decodes_to(llama, long_ids, policy, bits):
+    """Attention of a layer whose pages hold everything, in dynamic heads and in static ones."""
+    theta = {"theta": 2.0} if policy == "hybridkv" else {}
+    with tiered(llama, gpu_kv_gb=1, host_kv_bits=bits, policy=policy, **theta) as cache:
+        llama(long_ids, **cache_argument(cache))
+        cache.seal()
+        layer, query = cache.tiered_layers[1], torch.randn(4, 1, 16, generator=torch.Generator().manual_seed(0))
+        out, lse = layer.sealed.pages.attend(query, 0.3)
+        assert layer.sealed.phase.plan.page_bits == bits
+        want, want_lse = exact.attend(query, *layer.host.decoded(0, 900), 0.3, causal=False)
+    assert_near(out, want)
+    assert_near(lse, want_lse)
 
 
 @POLICIES
@@ -83,6 +100,19 @@ def test_a_packed_pool_takes_the_bytes_of_its_numbers_and_scales(llama, long_ids
     per_vector, pages = number * llama.config.head_dim + 2, plan.pool_pages([*range(llama.config.num_hidden_layers)])
     assert packed["pool"] == pages * 2 * plan.layout.chunk_tokens * per_vector
     assert packed["pool"] * 4 * llama.config.head_dim == exact["pool"] * per_vector  # the model is in float32
+
+
+def test_what_a_step_copies_is_counted_in_records(llama, long_ids):
+    copied = {}
+    for bits in CODECS:
+        with tiered(llama, gpu_kv_gb=1, budget_ratio=0.2, theta=2.0, stay=1.0, host_kv_bits=bits) as cache:
+            steps(llama, long_ids, cache)
+            cache.finish()
+            missed, record = cache.counters.missed_bytes, cache.tiered_layers[0].host.codec.chunk_bytes
+            assert missed % record == 0
+            copied[bits] = missed // record
+    assert copied[8] == pytest.approx(copied[16], rel=0.2)
+    assert copied[4] == pytest.approx(copied[16], rel=0.2)
 
 
 def test_under_one_cap_more_chunks_of_fewer_bits_are_attended_to(llama, long_ids):
