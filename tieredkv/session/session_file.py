@@ -319,7 +319,6 @@ def map_cache(
         names, state = _layer_state(stored, _tiered(layer.index))
         try:
             codec = _codec_of(stored, state["kv"])
-            state["kv"] = state["kv"].flatten(2).view(torch.uint8)
             layer.restore(state, tokens, codec, places[layer], partial(stored.verify, *names, keep=disk is None))
         except (KeyError, ValueError) as error:
             raise SessionError(f"{stored.path} does not hold layer {layer.index} of this session ({error}).") from None
