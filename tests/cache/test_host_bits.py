@@ -10,6 +10,7 @@ from transformers import DynamicCache
 import tieredkv
 from tieredkv.cache.question import CONTEXT, Question
 from tieredkv.cache.tiered_cache import TieredCache
+from tieredkv.codecs import rotated
 from tieredkv.environment.versions import cache_argument
 from tieredkv.errors import BudgetError, OptionError
 from tieredkv.memory.host import HostLayer
@@ -232,3 +233,18 @@ def test_a_seal_that_does_not_fit_leaves_the_tokens_exact(llama, prompt_ids, cac
         assert own.device_tier.host_bits == 16
         for was, now in zip(exact, decoded(own), strict=True):
             assert torch.equal(was[0], now[0])
+
+
+@PACKED
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+def test_a_cache_packed_in_inference_mode_continues_in_another(bits, mode, llama, long_ids, cache):
+    rotated.hadamard.cache_clear()
+    with cache(bits, gpu_kv_gb=cap_share(llama, 900, 0.5), max_new_tokens=4) as own, tieredkv.use_attention(llama):
+        with torch.inference_mode():
+            for part in long_ids[:, :400].split(100, dim=1):
+                llama(part, **cache_argument(own))
+            llama(long_ids[:, :1], **cache_argument(own))
+        with mode():
+            llama(long_ids[:, 1:2], **cache_argument(own))
+            got = llama(long_ids[:, 402:500], **cache_argument(own)).logits
+    assert got.isfinite().all()

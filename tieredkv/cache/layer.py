@@ -279,8 +279,8 @@ class TieredLayer(CacheLayerMixin):
         device: torch.device,
         check: Callable[[], None],
     ) -> None:
-        """Resume from the state of `tokens` tokens, whose "kv" is `(K, chunks, ...)`. codec: of these records. device: of
-        the model's layer. check: called before they are first attended to; raises if they are damaged."""
+        """Resume from the state of `tokens` tokens, whose "kv" is `(K, chunks, ...)`. codec: of these records. device:
+        of the model's layer. check: called before they are first attended to; raises if they are damaged."""
         records = state["kv"].flatten(2).view(torch.uint8)
         host, digests = self._begin_at(device, records.shape[0], codec.head_dim, codec.dtype)
         host.adopt(self.device_tier.arena_of(records, tokens // codec.chunk_tokens), tokens, codec, fit_of(state))
