@@ -34,6 +34,7 @@ from tieredkv.ops.base import Pages
 from tieredkv.ops.select import TORCH, OpTable
 from tieredkv.policy.digests import Digest, Fitted
 from tieredkv.policy.digests.sketch import Sketch
+from tieredkv.policy.digests.walsh import Walsh
 
 CARD = torch.device("cuda", 0)
 
@@ -47,19 +48,31 @@ def parts(pages: Pages) -> list[torch.Tensor]:
     return [pages.records, *([] if pages.fit is None else [pages.fit.centre, pages.fit.norms])]
 
 
-class FakeSketch(Sketch):
-    """Sketches whose logits have a shape and a device, and no values."""
+class Fake:
+    """Digests whose logits have a shape and a device, and no values."""
 
     def logits(self, prepared, digests, at_once):
         on_card(prepared, digests)
         return prepared.new_empty((*prepared.shape[:2], digests.shape[1]))
 
 
+class FakeSketch(Fake, Sketch):
+    pass
+
+
+class FakeWalsh(Fake, Walsh):
+    pass
+
+
+FAKES = {kind.name: kind for kind in (FakeSketch, FakeWalsh)}
+
+
 def fake_kernels() -> OpTable:
     """Operations with the signatures of the kernels: shapes and devices, no values."""
 
     def digest(digest):
-        return FakeSketch(digest.head_dim, digest.chunk_tokens, digest.bits) if digest.name == "sketch" else digest
+        kind = FAKES.get(digest.name)
+        return digest if kind is None else kind(digest.head_dim, digest.chunk_tokens, digest.bits)
 
     def choose(ranks, selected, slot_of, most):
         on_card(ranks, selected, slot_of)

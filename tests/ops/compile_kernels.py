@@ -22,8 +22,9 @@ from triton.runtime.jit import JITFunction
 from tieredkv.codecs import CODECS, codec_for
 from tieredkv.codecs.base import Codec, Fit
 from tieredkv.ops.base import Pages
-from tieredkv.ops.triton import attend, choose, copy, rank
+from tieredkv.ops.triton import attend, choose, copy, rank, walsh
 from tieredkv.policy.digests.sketch import Basis
+from tieredkv.policy.digests.walsh import Walsh
 
 SHARED = {75: 65_536, 80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 120: 101_376}
 """Bytes of shared memory that a block may have, by compute capability."""
@@ -93,6 +94,11 @@ def call_all() -> None:
         basis = Basis(torch.zeros(4, 2 * r, r), torch.zeros(4, 2 * r, r), torch.zeros(4, 1, 2 * r))
         rank.pack_sketches(torch.zeros(4, 9, 2, c, 2 * r, dtype=torch.bfloat16)[:, :, 0], bits, basis)
         rank.sketch_logits(torch.zeros(4, group, r), torch.zeros(4, 99, c * r * bits // 8, dtype=torch.uint8), bits, c)
+    for group, c, d, bits in ((7, 8, 128, 4), (2, 8, 16, 4), (7, 16, 128, 8), (16, 64, 256, 4)):
+        digest = Walsh(d, c, bits)
+        numbers = 4 * (digest.mean_bytes + digest.other_bytes)
+        packed = torch.zeros(4, 99, digest.chunk_bytes, dtype=torch.uint8)
+        walsh.walsh_logits(torch.zeros(4, group, numbers), packed, digest)
     chosen = torch.zeros(4, 4001, dtype=torch.bool)
     for rule in rank.GROUPS:
         rank.chunk_ranks(torch.zeros(4, 7, 4001), chosen, rule, 1.0)

@@ -24,6 +24,7 @@ from tieredkv.ops.select import TORCH, copying_by_torch, ops_for, triton
 from tieredkv.policy import select
 from tieredkv.policy.digests import DIGESTS
 from tieredkv.policy.digests.sketch import Sketch
+from tieredkv.policy.digests.walsh import Walsh
 
 pytestmark = pytest.mark.interpreter
 
@@ -214,12 +215,29 @@ def test_sketches_are_packed(kernels, device, bits, dtype, heads, c, d, chunks):
     assert (got != want).float().mean() < 0.002  # keys halfway between two steps may be rounded either way
 
 
-def test_chunks_of_a_size_without_a_kernel_are_ranked_by_torch(kernels, device):
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("heads", "group", "c", "d", "chunks"),
+    [(3, 3, 8, 64, 37), (1, 7, 16, 128, 20), (2, 1, 32, 32, 9), (1, 2, 8, 20, 3)],
+)
+def test_logits_of_blocks(kernels, device, bits, heads, group, c, d, chunks):
+    keys, queries = torch.randn(heads, chunks, c, d), torch.randn(heads, group, d)
+    digest = Walsh(d, c, bits)
+    fitted = digest.fit(torch.eye(d).expand(heads, d, d), keys.flatten(1, 2))
+    packed, prepared = digest.make(keys, fitted), digest.prepare(queries, fitted)
+    assert type(kernels.digest(digest)) is not Walsh
+    got = kernels.digest(digest).logits(prepared.to(device), packed.to(device), 1)
+    dtype = torch.float32 if device.type == "cpu" else torch.float16
+    assert_near(got.cpu(), digest.chunk_logits(prepared, packed), dtype)
+
+
+@pytest.mark.parametrize("kind", [Sketch, Walsh])
+def test_chunks_of_a_size_without_a_kernel_are_ranked_by_torch(kernels, device, kind):
     """Twelve is not a power of two."""
-    digest, keys, queries = Sketch(16, 12, 4), torch.randn(2, 7, 12, 16), torch.randn(2, 3, 16)
+    digest, keys, queries = kind(16, 12, 4), torch.randn(2, 7, 12, 16), torch.randn(2, 3, 16)
     basis = digest.fit(torch.eye(16).expand(2, 16, 16), keys.flatten(1, 2))
     packed, prepared = digest.make(keys, basis).to(device), digest.prepare(queries, basis).to(device)
-    assert type(kernels.digest(digest)) is not Sketch
+    assert type(kernels.digest(digest)) is not kind
     got = kernels.digest(digest).logits(prepared, packed, 3)
     assert_near(got, digest.chunk_logits(prepared, packed))
 
