@@ -279,6 +279,7 @@ def _dots(prepared: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
     """Products `(K, G, m)` of what is prepared `(K, G, numbers)` with coefficients `(K, m, numbers / 4)`."""
     product = -MIDDLE * prepared.sum(-1, keepdim=True)
     for place, part in enumerate(prepared.chunk(4, dim=-1)):
-        numbers = (packed >> 2 * place).bitwise_and_(3).float()
+        # Numbers stay where they are in their byte, and so are too large by a power of two: shifting them takes longer.
+        numbers, part = (packed & (3 << 2 * place)).float(), part / 4**place
         product = torch.baddbmm(product, part, numbers.mT) if place == 0 else product.baddbmm_(part, numbers.mT)
     return product
