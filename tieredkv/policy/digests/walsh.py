@@ -34,6 +34,8 @@ FITTED_KEYS = 1024
 """Keys by which steps are chosen."""
 REACHES = [2.5 * 0.82**power for power in range(9)]
 """Steps that are tried, relative to those with which the numbers just reach the largest key."""
+FEWEST_TOKENS = 512
+"""Fewest tokens that are ranked at a time."""
 FLOAT16, INT16 = torch.float16.itemsize, torch.int16.itemsize
 
 
@@ -114,8 +116,11 @@ class Walsh(Digest[Directions]):
         return self.head_dim * (FLOAT16 * self.directions + FLOAT32) + numbers * (INT16 + 1)
 
     def scratch_bytes(self, kv_heads: int, query_heads: int) -> int:
-        """A copy of the digests, numbers unpacked at a time, also in float32, and five times every token's logits."""
-        return kv_heads * self.chunk_bytes * (FLOAT32 + 3) + 5 * FLOAT32 * self.chunk_tokens * query_heads
+        """A copy of the digests, numbers unpacked at a time, also in float32, and five times every token's logits; and
+        the directions in float32, shared out among the fewest tokens that are ranked at a time."""
+        directions = FLOAT32 * kv_heads * self.head_dim * self.directions * self.chunk_tokens // FEWEST_TOKENS
+        unpacked = kv_heads * self.chunk_bytes * (FLOAT32 + 3)
+        return directions + unpacked + 5 * FLOAT32 * self.chunk_tokens * query_heads
 
     def fit(self, query_moment: torch.Tensor, keys: torch.Tensor) -> Directions:
         weigh, back = whitening(query_moment)
@@ -219,8 +224,8 @@ def _fit(
         best = error.min(0)
         errors.append(best.values)
         steps.append(tried.gather(0, best.indices.unsqueeze(0)).squeeze(0))
-    count = _share_numbers(torch.stack(errors, -1), numbers)
-    return axes, torch.stack(steps, -1).gather(-1, count.unsqueeze(-1)).squeeze(-1).double(), count
+    counts = _share_numbers(torch.stack(errors, -1), numbers)
+    return axes, torch.stack(steps, -1).gather(-1, counts.unsqueeze(-1)).squeeze(-1).double(), counts
 
 
 def _rounded(along: torch.Tensor, step: torch.Tensor, count: int) -> torch.Tensor:
