@@ -112,7 +112,7 @@ def test_neighbours_are_one_read(tmp_path, readers, monkeypatch):
 
 
 def test_sequential_reads_do_not_displace_recent_records(tmp_path, readers):
-    arena = arena_of(tmp_path, readers, records(200), memory_bytes=2_800)
+    arena = arena_of(tmp_path, readers, records(200), memory_bytes=5_000)
     index = torch.zeros(5, dtype=torch.int64), torch.arange(5)
     arena.fetch(*index)
     arena.read(0, 200)
@@ -411,6 +411,7 @@ def test_an_arena_that_nobody_holds_closes_its_file(tmp_path, readers):
     assert descriptors() == before
 
 
+@pytest.mark.subprocess
 def test_a_forked_process_reads_the_file_and_does_not_write_it(tmp_path):
     """A child that wrote there would change what its parent reads."""
     code = f"""
@@ -441,6 +442,7 @@ assert torch.equal(all_of(arena, 40), content)
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.subprocess
 def test_a_kill_leaves_no_file(tmp_path):
     code = f"""
 import os, sys

@@ -53,6 +53,7 @@ def test_a_name_that_stays_is_removed_with_the_object(tmp_path, undeletable):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.subprocess
 def test_what_a_dead_process_has_left_is_removed_at_the_next_start(tmp_path):
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         process.wait()

@@ -25,7 +25,8 @@ from tieredkv.memory.units import GIB
 from tieredkv.models.kv_shape import model_shape
 from tieredkv.planning.disk_plan import least_bytes
 from tieredkv.planning.sizes import host_bytes
-from tieredkv.session import on_disk
+from tieredkv.session import checkpoint, on_disk
+from tieredkv.session.checkpoint import Checkpoint
 from tieredkv.video.sampling import Sampling
 
 STAR, MOON = "what colour was the star ?", "follow the moon for 4 ?"
@@ -246,6 +247,29 @@ def test_a_damaged_session_file_is_an_error(saved, load):
         session.ask(STAR, max_new_tokens=2)
 
 
+@pytest.mark.parametrize("bits", [16, 4])
+def test_an_ingest_that_was_interrupted_goes_on_on_disk(opened, bits, monkeypatch, tmp_path, folder, film):
+    """With the answers of one that was not. The checkpoint needs no copy of the records in memory."""
+    with opened(bits, prefill_chunk=256) as whole:
+        answer = session_logits(whole, STAR, 4)
+    monkeypatch.setattr(checkpoint, "is_due", lambda *seconds: True)
+    write, written = Checkpoint.write, []
+
+    def writing(self, *args):
+        write(self, *args)
+        written.append(1)
+        if len(written) == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Checkpoint, "write", writing)
+        opened(bits, prefill_chunk=256, checkpoint=tmp_path / "film.checkpoint")
+    assert not descriptors(folder)
+    with opened(bits, prefill_chunk=256, checkpoint=tmp_path / "film.checkpoint") as session:
+        assert session.ingest_stats.frames == len(film)
+        assert torch.equal(session_logits(session, STAR, 4), answer)
+
+
 # ---- what is refused
 
 
@@ -320,7 +344,8 @@ from pathlib import Path
 from dataclasses import replace
 import tieredkv
 from tieredkv.memory import disk, disk_tier
-from tieredkv.session import on_disk
+from tieredkv.session import checkpoint, on_disk
+from tieredkv.session.checkpoint import Checkpoint
 from tieredkv.video.sampling import Sampling
 from tieredkv.tiny.model import build_model, build_processor
 folder, host, when = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
@@ -343,6 +368,7 @@ session.ask("what colour was the star ?", max_new_tokens=4, stopping_criteria=[p
 """
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize("when", ["ingest", "decoding"])
 def test_a_kill_leaves_no_file(folder, sizes, when):
     host = str(sizes(16).disk * 1.5)

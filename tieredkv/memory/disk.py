@@ -1,4 +1,4 @@
-"""Records in a file, for host memory that does not hold them: read when they are needed, the last used ones kept.
+"""Records in a file, for host memory that does not hold them: read when they are needed, those that are asked for most often kept.
 
 Shapes: `K` KV heads of a layer, `B` bytes of a record, `m` records of one request.
 """
@@ -99,7 +99,7 @@ class TemporaryRecords:
 class DiskArena:
     """An `Arena` in a file. The chunk that is being filled is in memory, and so is all that follows `freeze`.
 
-    Records that are fetched stay in memory until others have been used more recently; what is read or staged does not.
+    Of the records that are fetched, those asked for most often stay in memory; what is read or staged does not.
     """
 
     records = None
@@ -114,7 +114,7 @@ class DiskArena:
         memory_bytes: int,
         locker: PageLocker | None = None,
     ) -> None:
-        """Owns `file`. folder: for temporary files. memory_bytes: as for `set_memory`. locker: keeps recent records
+        """Owns `file`. folder: for temporary files. memory_bytes: as for `set_memory`. locker: keeps the cache of records
         page-locked."""
         self._file, self._folder, self._heads, self._record_bytes = file, folder, heads, record_bytes
         self._readers, self._memory_bytes, self._locker = readers, memory_bytes, locker
@@ -185,14 +185,14 @@ class DiskArena:
         return self._memory.nbytes + (0 if self._cache is None else self._cache.nbytes)
 
     def set_memory(self, nbytes: int) -> None:
-        """Host memory to use from now on: for the chunks that are in memory, and what is left of it for recent records.
+        """Host memory to use from now on: for the chunks that are in memory, and what is left of it for others.
 
-        The cache of recent records is allocated when it is first used, and begins empty once it has to be smaller.
+        The cache of records is allocated when it is first used, and begins empty once it has to be smaller.
         """
         with self._locked():
             self._memory_bytes = nbytes
             if self._cache is not None and self.nbytes > nbytes:
-                self._drop_recent()
+                self._drop_cache()
 
     def reserve(self, chunks: int) -> None:
         """As `Arena.reserve`. Raises `OutputError`."""
@@ -347,7 +347,7 @@ class DiskArena:
         own = (place >= 0) & (place < self._memory.shape[1])
         if own.any():
             out[_index(own)] = self._memory[torch.from_numpy(heads[own]), torch.from_numpy(place[own])]
-        wanted, cache = np.flatnonzero(~own), self._recent()
+        wanted, cache = np.flatnonzero(~own), self._record_cache()
         if cache is not None:
             slots = cache.find(heads[wanted], chunks[wanted])
             here = slots >= 0
@@ -372,8 +372,8 @@ class DiskArena:
         offset, first, size = table[np.searchsorted(table[:, 1], chunks, side="right") - 1].T
         return offset + (heads * size + chunks - first) * self._record_bytes
 
-    def _recent(self) -> RecordCache | None:
-        """The cache of recent records; None if there is no memory for one."""
+    def _record_cache(self) -> RecordCache | None:
+        """The cache of records; None if there is no memory for one."""
         if self._cache is None:
             left = self._memory_bytes - self._memory.nbytes
             slots = RecordCache.slots_for(left, self._heads, self._in_file, self._record_bytes)
@@ -389,7 +389,7 @@ class DiskArena:
         self._cache.reserve(self._in_file)
         return self._cache
 
-    def _drop_recent(self) -> None:
+    def _drop_cache(self) -> None:
         if self._cache is not None and self._locker is not None:
             self._locker.unlock(self._cache.memory)
         self._cache = None
@@ -397,7 +397,7 @@ class DiskArena:
     def close(self) -> None:
         """As `Arena.close`."""
         if not self.closed:
-            self._drop_recent()
+            self._drop_cache()
             self._memory, self._extents, self.closed = self._empty(0), [], True
             self._close_file()
             del self._file

@@ -52,7 +52,7 @@ class DiskCounts:
 
     read_bytes: int = 0
     hits: int = 0
-    """Records asked for one by one that were in the cache of recent ones."""
+    """Records asked for one by one that were in host memory."""
     misses: int = 0
     """Those that were not."""
 

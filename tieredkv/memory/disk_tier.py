@@ -27,7 +27,7 @@ class DiskTier:
     """Creates the arenas of a cache's layers, which share host memory evenly."""
 
     def __init__(self, folder: Path, memory_bytes: int, layers: int, file: StoredFile | None = None) -> None:
-        """folder: for temporary files. memory_bytes: of all layers, for the chunks that are in memory and for recent
+        """folder: for temporary files. memory_bytes: of all layers, for the chunks that are in memory and for cached
         records. file: what `stored_arena` reads."""
         self.folder, self._file = folder, file
         self._readers, self._layers, self._share = Readers(), layers, memory_bytes // layers

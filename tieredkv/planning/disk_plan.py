@@ -11,7 +11,8 @@ from tieredkv.codecs import PLAIN
 from tieredkv.config import TierConfig
 from tieredkv.errors import BudgetError
 from tieredkv.memory.limits import check_host, host_budget_bytes
-from tieredkv.memory.units import GIB, INT32, as_gib, ceil_div, different_sizes
+from tieredkv.memory.record_cache import RecordCache
+from tieredkv.memory.units import GIB, as_gib, ceil_div, different_sizes
 from tieredkv.models.kv_shape import KVShape
 from tieredkv.planning.sizes import QUESTION_ROOM, first_tokens, host_bytes, records_bytes, stored_bytes
 
@@ -26,7 +27,7 @@ class DiskPlan:
     beside_bytes: int
     """Digests, what codecs and digests were fitted to, and the snapshot, in host memory."""
     memory_bytes: int
-    """The rest of `host_kv_gb`: questions and answers, and recent records."""
+    """The rest of `host_kv_gb`: questions and answers, and the cache of records."""
     disk_bytes: int
 
     @property
@@ -54,7 +55,7 @@ def disk_plan(shape: KVShape, tiers: TierConfig, prompt: int, bits: int, stored:
 def least_bytes(shape: KVShape, tiers: TierConfig, prompt: int, bits: int, after: int = QUESTION_ROOM) -> int:
     """The least host memory for a cache whose records are on disk. after: tokens that follow the prompt, in memory."""
     records = records_bytes(shape, tiers, prompt, bits) // LEAST_SHARE
-    tables = shape.kv_heads * ceil_div(prompt + QUESTION_ROOM, tiers.chunk_tokens) * INT32
+    tables = RecordCache.table_bytes(shape.kv_heads * ceil_div(prompt + QUESTION_ROOM, tiers.chunk_tokens))
     newer = records_bytes(shape, tiers, max(after, QUESTION_ROOM) + tiers.chunk_tokens, bits)
     return _beside_bytes(shape, tiers, prompt, bits) + records + tables + newer
 
