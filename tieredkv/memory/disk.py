@@ -1,4 +1,4 @@
-"""Records in a file, for host memory that does not hold them: read when they are needed, those that are asked for most often kept.
+"""Records in a file, for host memory that does not hold them: read when they are needed, the most wanted ones kept.
 
 Shapes: `K` KV heads of a layer, `B` bytes of a record, `m` records of one request.
 """
@@ -114,7 +114,7 @@ class DiskArena:
         memory_bytes: int,
         locker: PageLocker | None = None,
     ) -> None:
-        """Owns `file`. folder: for temporary files. memory_bytes: as for `set_memory`. locker: keeps the cache of records
+        """Owns `file`. folder: for temporary files. memory_bytes: as for `set_memory`. locker: keeps cached records
         page-locked."""
         self._file, self._folder, self._heads, self._record_bytes = file, folder, heads, record_bytes
         self._readers, self._memory_bytes, self._locker = readers, memory_bytes, locker

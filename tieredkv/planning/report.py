@@ -82,7 +82,7 @@ class MemoryPlan:
     """Host memory of the complete cache: whole chunks, room for a longer question, digests, the snapshot, and what
     packing takes at its peak."""
     disk_bytes: int
-    """Of keys and values on disk, of which host memory holds those read last; 0 if it holds all of them."""
+    """Of keys and values on disk, of which host memory holds those asked for most often; 0 if it holds all of them."""
     recent_bytes: int
     """Of host memory, for chunks that were read from disk last."""
     disk_folder: str | None
@@ -290,7 +290,7 @@ class MemoryPlan:
             return []
         share = self.recent_bytes / self.disk_bytes
         whole = f"{_size(self.disk_bytes)}, in {self.disk_folder}"
-        return [("disk", f"{whole}: host memory has room for {share:.0%} of it, what was read last")]
+        return [("disk", f"{whole}: host memory has room for {share:.0%} of it, what steps ask for most often")]
 
     def _card_rows(self) -> list[tuple[str, str]]:
         if self.card_bytes is None or self.reserve_bytes is None or self.card_needed_bytes is None:
