@@ -1,8 +1,9 @@
 """What rounding a cache costs, codec by codec: python benchmarks/codec_loss.py [--texts 4] [--bias none const 1 16]
 
 SmolLM2 reads 2,048 tokens of code or prose exactly. All of its cache is then rounded, the first token too, and the next
-192 tokens are fed at once. Printed are the mean divergence of their predictions from those with the exact cache (KL, in
-nats) and how often the most likely token is the same; the last line is JSON.
+192 tokens are fed: once with their own keys and values exact, and once with these rounded too, as when they are decoded
+step by step. Printed are the mean divergence of their predictions from those with the exact cache (KL, in nats) and how
+often the most likely token is the same; the last line is JSON.
 
 SmolLM2 has no biases. `--bias` rounds the first layer's keys with some like Qwen2's added, which are taken off again
 afterwards: constant ones (`const`), or rotated as if tokens were so many positions apart. Exact attention is then
@@ -12,6 +13,7 @@ unchanged, and the rounding is that of biased keys.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import sys
@@ -23,6 +25,7 @@ import text_tasks
 import torch
 from models import load_smollm2
 from origin import origin
+from transformers import DynamicCache
 
 from tieredkv.codecs import codec_for
 from tieredkv.codecs.base import fit_sample
@@ -91,7 +94,7 @@ def by_channel(rows: torch.Tensor) -> torch.Tensor:
 
 
 def in_groups(rows: torch.Tensor) -> torch.Tensor:
-    """As KIVI (arXiv 2402.02750) does keys: scales of each channel over `GROUP` tokens."""
+    """As KIVI (arXiv 2402.02750) does keys: scales of each channel over `GROUP` tokens, which divide all numbers."""
     return between(rows.unflatten(1, (-1, GROUP)), 2).flatten(1, 2)
 
 
@@ -137,24 +140,37 @@ def biases(kind: str, heads: int, size: int) -> torch.Tensor:
     sizes[:, -3:] = torch.tensor([60.0, 150.0, 300.0]) * (0.7 + 0.6 * torch.rand((heads, 3), generator=rng))
     sizes[:, half // 2 : half // 2 + 3] = 20 * torch.rand((heads, 3), generator=rng)
     begin = torch.rand((heads, half), generator=rng) * 2 * torch.pi
-    places = torch.arange(CONTEXT).float() * (0 if kind == "const" else float(kind))
+    places = torch.arange(CONTEXT + NEXT).float() * (0 if kind == "const" else float(kind))
     angles = begin[:, None] + places[:, None] * 1e6 ** (-torch.arange(half).float() / half)
     return torch.cat((sizes[:, None] * angles.cos(), sizes[:, None] * angles.sin()), dim=-1)
 
 
-def rounded(layers: list[Any], codec: Both, bias: torch.Tensor | None) -> list[Any]:
-    result = []
-    for number, (keys, values) in enumerate(layers):
-        added = 0 if bias is None or number else bias
-        got_keys, got_values = codec(keys + added, values)
-        result.append((got_keys - added, got_values))
-    return result
+class Rounding(DynamicCache):
+    """Holds the rounded keys and values `layers` of a context; with `new`, rounds those after it too."""
+
+    def __init__(self, config: Any, layers: list[Any], codec: Both, bias: torch.Tensor | None, new: bool) -> None:
+        super().__init__(config=config)
+        self._context, self._codec, self._bias, self._new = layers, codec, bias, new
+        for number, (keys, values) in enumerate(layers):
+            super().update(*(part[None] for part in self._rounded(keys, values, number)), number)
+
+    def _rounded(self, keys: torch.Tensor, values: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        added = 0 if self._bias is None or number else self._bias[:, : keys.shape[1]]
+        got_keys, got_values = self._codec(keys + added, values)
+        return got_keys - added, got_values
+
+    def update(self, keys: Any, values: Any, layer_idx: int, *rest: Any, **more: Any) -> tuple[Any, Any]:
+        if self._new:
+            whole = [
+                torch.cat((old, new[0]), dim=1)
+                for old, new in zip(self._context[layer_idx], (keys, values), strict=True)
+            ]
+            keys, values = (part[None, :, CONTEXT:] for part in self._rounded(*whole, layer_idx))
+        return super().update(keys, values, layer_idx, *rest, **more)
 
 
 @torch.no_grad()
 def main() -> None:
-    from transformers import DynamicCache
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", type=int, default=4)
     parser.add_argument("--bias", nargs="+", default=["none"], help="none, const, or positions from token to token")
@@ -168,26 +184,26 @@ def main() -> None:
         model(ids[:, :CONTEXT], **cache_argument(cache), logits_to_keep=1)
         layers = [(layer.keys[0], layer.values[0]) for layer in cache.layers]
 
-        def after(layers: list[Any], ids: torch.Tensor = ids) -> torch.Tensor:
-            cache = DynamicCache(config=model.config)
-            for place, (keys, values) in enumerate(layers):
-                cache.update(keys[None], values[None], place)
+        def after(codec: Both, bias: Any = None, new: bool = False, ids: Any = ids, layers: Any = layers) -> Any:
+            cache = Rounding(model.config, layers, codec, bias, new)
             return model(ids[:, CONTEXT:], **cache_argument(cache)).logits[0].log_softmax(-1)
 
-        want = after(layers)
-        for kind in arguments.bias:
+        want = after(lambda keys, values: (keys, values))
+        for kind, (name, codec) in itertools.product(arguments.bias, CANDIDATES.items()):
             bias = None if kind == "none" else biases(kind, *layers[0][0].shape[::2])
-            for name, codec in CANDIDATES.items():
-                got = after(rounded(layers, codec, bias))
+            for new in (False, True):
+                got = after(codec, bias, new)
                 kl = float((want.exp() * (want - got)).sum(-1).mean())
                 same = float((want.argmax(-1) == got.argmax(-1)).float().mean())
-                seen[name, kind].append((kl, same))
-                print(f"text {number}, bias {kind:5}  {name:52} KL {kl:.5f}  same {same:.3f}", file=sys.stderr)
+                seen[name, kind, new].append((kl, same))
+                print(f"text {number}, bias {kind:5}  {name:52} {new:1} KL {kl:.5f}  same {same:.3f}", file=sys.stderr)
     rows = []
-    for (name, kind), each in seen.items():
+    for (name, kind, new), each in seen.items():
         kl, same = (sum(one) / len(each) for one in zip(*each, strict=True))
-        rows.append({"codec": name, "bias": kind, "texts": len(each), "kl": round(kl, 5), "same": round(same, 4)})
-        print(f"bias {kind:5}  {name:52} KL {kl:.5f}  same {same:.3f}")
+        row = {"codec": name, "bias": kind, "new_too": new, "texts": len(each)}
+        rows.append({**row, "kl": round(kl, 5), "same": round(same, 4)})
+        which = "all" if new else "context"
+        print(f"bias {kind:5}  {name:52} {which:8} KL {kl:.5f}  same {same:.3f}")
     print(json.dumps({"benchmark": "codec_loss", **origin(), "rows": rows}))
 
 

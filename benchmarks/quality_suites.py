@@ -158,7 +158,7 @@ def units(suite: str, quick: bool) -> list[Unit]:
         for tokens in (2048, 4096):
             add("smollm2", "perplexity", tokens, (*bits(()), *decoded(), *exact_past()), 20, 1, **more)
         for task in ("chain", "lookup", "copy", "needle"):
-            add("smollm2", task, 2048, bits(()), 200, 20, **more)
+            add("smollm2", task, 2048, (*bits(()), *decoded()), 200, 10, **more)
     if suite == "ablations":
         add("tiny", "video", 2048, variants((0.05, 0.1), ABLATIONS), 200, 8)
         add("smollm2", "chain", 2048, variants((0.05, 0.1), ABLATIONS), 96, 8)
