@@ -94,6 +94,24 @@ def test_packing_keeps_one_arena_of_the_size_asked_for(bits):
     assert (host.capacity, host.length) == (404, 100)
 
 
+class Full(Unmapped):
+    """An arena that has no room for packed records beyond the first 300 tokens."""
+
+    def write(self, first, records):
+        if records.shape[2] < 2 * C * D * 2 and first * C >= 300:
+            raise OSError("full")
+        super().write(first, records)
+
+
+def test_a_layer_that_cannot_be_packed_stays_as_it_was():
+    host = layer(Full)
+    host.append(*TOKENS)
+    with pytest.raises(OSError, match="full"):
+        host.pack(codec_for(8, C, D, torch.bfloat16))
+    assert (host.length, host.codec.bits, host.fit) == (900, 16, None)
+    assert torch.equal(host.decoded(0, 900)[0], TOKENS[0])
+
+
 def test_a_layer_is_packed_only_once():
     host = filled(8, 50, 60)
     with pytest.raises(ValueError, match="stored in 8 bits already"):

@@ -247,20 +247,25 @@ class HostLayer:
         """Store all tokens, at least one, by `codec` from now on, with room for `room` in all.
 
         Once, and not while copies are under way. The codec is fitted to the first `FIT_TOKENS` tokens, which are still
-        as the model made them. The room that they took is freed at the end.
+        as the model made them. The room that they took is freed at the end. If it fails, the layer is as it was.
         """
         if self.codec.needs_fit:
             raise ValueError(f"the layer is stored in {self.codec.bits} bits already")
         plain, tokens, before = self.codec, self.length, self._arena
         fit = codec.fit(*self.decoded(0, min(tokens, FIT_TOKENS)))
         packed = self._new_arena(self.num_heads, codec.chunk_bytes)
-        packed.reserve(self._chunks(max(room, tokens)))
-        self.codec, self.fit, self._arena, self.length = codec, fit, packed, 0
-        for start, stop in self.blocks(0, tokens, AT_ONCE):
-            fields = plain.fields(before.read(start, stop))
-            keys, values = (part.flatten(1, 2)[:, : tokens - self.length] for part in fields)
-            self.write(keys, values)
-            self.advance(keys.shape[1])
+        try:
+            packed.reserve(self._chunks(max(room, tokens)))
+            self.codec, self.fit, self._arena, self.length = codec, fit, packed, 0
+            for start, stop in self.blocks(0, tokens, AT_ONCE):
+                fields = plain.fields(before.read(start, stop))
+                keys, values = (part.flatten(1, 2)[:, : tokens - self.length] for part in fields)
+                self.write(keys, values)
+                self.advance(keys.shape[1])
+        except BaseException:  # above all a full disk, or Ctrl-C
+            self.codec, self.fit, self._arena, self.length = plain, None, before, tokens
+            packed.close()
+            raise
         before.close()
 
     def freeze(self) -> None:
