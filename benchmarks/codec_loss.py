@@ -89,7 +89,7 @@ def turned(rows: torch.Tensor) -> torch.Tensor:
 
 def by_channel(rows: torch.Tensor) -> torch.Tensor:
     """Scales of each token, after the norms of `packed`."""
-    norms = Packed(8, rows.shape[-1], rows.dtype).fit(rows, rows).norms[:, :1]
+    norms = Packed(8, rows.shape[-1], rows.dtype).fit(rows, rows).channels[:, :1]
     return symmetric(rows / norms) * norms
 
 

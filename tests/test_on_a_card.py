@@ -45,7 +45,7 @@ def on_card(*tensors: torch.Tensor) -> None:
 
 
 def parts(pages: Pages) -> list[torch.Tensor]:
-    return [pages.records, *([] if pages.fit is None else [pages.fit.centre, pages.fit.norms])]
+    return [pages.records, *([] if pages.fit is None else [pages.fit.centre, pages.fit.channels])]
 
 
 class Fake:

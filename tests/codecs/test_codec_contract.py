@@ -377,7 +377,7 @@ FITTED = pytest.mark.parametrize("bits", [bits for bits in CODECS if codec_of(bi
 def same(one: Fit | None, other: Fit | None) -> bool:
     assert one is not None
     assert other is not None
-    return torch.equal(one.centre, other.centre) and torch.equal(one.norms, other.norms)
+    return torch.equal(one.centre, other.centre) and torch.equal(one.channels, other.channels)
 
 
 @FITTED
@@ -416,14 +416,14 @@ def test_a_fit_is_float32_of_each_heads_keys_and_values(bits):
     codec = codec_of(bits, 16, torch.bfloat16)
     keys, values = layer(30, 16, torch.bfloat16, centre=3)
     fit = codec.fit(keys, values)
-    for part in (fit.centre, fit.norms):
+    for part in (fit.centre, fit.channels):
         assert part.dtype == torch.float32
         assert part.shape == (HEADS, 2, 16)
         assert part.isfinite().all()
     values[1] *= 3
     other = codec.fit(keys, values)
     assert torch.equal(other.centre[0], fit.centre[0])
-    assert torch.equal(other.norms[:, 0], fit.norms[:, 0])
+    assert torch.equal(other.channels[:, 0], fit.channels[:, 0])
     assert not same(other, fit)
 
 

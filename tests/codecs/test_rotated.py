@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 def turned(tokens: torch.Tensor, fit: Fit, part: int) -> torch.Tensor:
     """Keys (part 0) or values (1) as they are rounded."""
-    centre, mirror = (of[:, part].unsqueeze(1) for of in (fit.centre, fit.norms))
+    centre, mirror = (of[:, part].unsqueeze(1) for of in (fit.centre, fit.channels))
     return reflected(tokens.float() - centre, mirror) @ hadamard(tokens.shape[-1], CPU)
 
 
@@ -111,8 +111,8 @@ def test_a_first_token_without_a_direction_turns_nothing(first):
     codec = codec_for(4, 8, 64, torch.float32)
     keys, values = layer(300, 64)
     keys[:, 0] = codec.fit(keys, values).centre[:, 0] + first
-    assert not codec.fit(keys, values).norms[:, 0].any()
-    assert codec.fit(keys, values).norms[:, 1].any(-1).all()
+    assert not codec.fit(keys, values).channels[:, 0].any()
+    assert codec.fit(keys, values).channels[:, 1].any(-1).all()
 
 
 def test_a_constant_of_all_tokens_costs_no_precision():

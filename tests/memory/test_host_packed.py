@@ -75,7 +75,7 @@ def test_the_codec_is_fitted_to_the_first_tokens_alone(bits):
     for host in (short, long):
         host.pack(codec_for(bits, C, D, torch.float32))
     assert torch.equal(short.fit.centre, long.fit.centre)
-    assert torch.equal(short.fit.norms, long.fit.norms)
+    assert torch.equal(short.fit.channels, long.fit.channels)
 
 
 @pytest.mark.parametrize("bits", PACKED)

@@ -124,7 +124,7 @@ def test_attention_over_ragged_pages(kernels, device, bits, dtype, heads, group,
     fit, codec = fit_of(bits, heads, d), codec_for(bits, c, d, dtype)
     tokens = torch.randn(2, heads, columns * c, d)
     if bits == 8:
-        tokens *= fit.norms.transpose(0, 1).unsqueeze(2)
+        tokens *= fit.channels.transpose(0, 1).unsqueeze(2)
     elif bits == 4:
         tokens += fit.centre.transpose(0, 1).unsqueeze(2)
     pages = Pages(codec, encoded(codec, *tokens.to(dtype), fit).flatten(0, 1), fit if codec.needs_fit else None)

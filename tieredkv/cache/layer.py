@@ -330,9 +330,9 @@ def pack(layers: Sequence[TieredLayer], device_tier: DeviceTier, bits: int) -> N
 
 def fit_state(fit: Fit | None) -> dict[str, torch.Tensor]:
     """What a codec was fitted to, by name, for `fit_of`."""
-    return {} if fit is None else {"codec.centre": fit.centre, "codec.norms": fit.norms}
+    return {} if fit is None else {"codec.centre": fit.centre, "codec.channels": fit.channels}
 
 
 def fit_of(state: dict[str, torch.Tensor]) -> Fit | None:
     """From a state that contains a `fit_state`."""
-    return Fit(state["codec.centre"], state["codec.norms"]) if "codec.norms" in state else None
+    return Fit(state["codec.centre"], state["codec.channels"]) if "codec.channels" in state else None

@@ -53,7 +53,7 @@ class LayerPages:
         assert fit is not None
         shape = fit.centre.shape
         parts = [self.phase.ledger.empty("tables", shape, torch.float32, self.device) for _ in range(2)]
-        return Fit(parts[0].copy_(fit.centre), parts[1].copy_(fit.norms))
+        return Fit(parts[0].copy_(fit.centre), parts[1].copy_(fit.channels))
 
     @property
     def first_selected(self) -> int:

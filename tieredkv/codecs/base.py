@@ -33,14 +33,15 @@ class Fit:
 
     centre: torch.Tensor
     """Subtracted from every key and value."""
-    norms: torch.Tensor
-    """Divisor of every channel; of `rotated`, the unit vector along which it reflects."""
+    channels: torch.Tensor
+    """How channels are transformed: of `packed`, the divisor of each; of `rotated`, the unit vector along which it
+    reflects."""
 
     def to(self, device: torch.device) -> Self:
-        return type(self)(self.centre.to(device), self.norms.to(device))
+        return type(self)(self.centre.to(device), self.channels.to(device))
 
     def of_heads(self, heads: torch.Tensor | slice) -> Self:
-        return type(self)(self.centre[heads], self.norms[heads])
+        return type(self)(self.centre[heads], self.channels[heads])
 
 
 def fit_sample(tokens: torch.Tensor) -> torch.Tensor:

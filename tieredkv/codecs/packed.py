@@ -40,22 +40,22 @@ class Packed(Codec):
 
     def encode(self, keys: torch.Tensor, values: torch.Tensor, fit: Fit | None) -> tuple[torch.Tensor, ...]:
         assert fit is not None
-        numbers, scales = pack(torch.stack((keys, values), dim=1), fit.norms.unsqueeze(2))
+        numbers, scales = pack(torch.stack((keys, values), dim=1), fit.channels.unsqueeze(2))
         return *numbers.unbind(1), *scales.unbind(1)
 
     def decode(self, fields: tuple[torch.Tensor, ...], fit: Fit | None) -> tuple[torch.Tensor, torch.Tensor]:
         assert fit is not None
         _, values, _, scales = fields
-        return self.decode_keys(fields, fit), values * scales.float() * fit.norms[:, 1:]
+        return self.decode_keys(fields, fit), values * scales.float() * fit.channels[:, 1:]
 
     def decode_keys(self, fields: tuple[torch.Tensor, ...], fit: Fit | None) -> torch.Tensor:
         assert fit is not None
         keys, _, scales, _ = fields
-        return keys * scales.float() * fit.norms[:, :1]
+        return keys * scales.float() * fit.channels[:, :1]
 
     def turned(self, query: torch.Tensor, fit: Fit | None) -> torch.Tensor:
         assert fit is not None
-        return query * fit.norms[:, :1]
+        return query * fit.channels[:, :1]
 
     def logits(self, turned: torch.Tensor, records: torch.Tensor) -> torch.Tensor:
         return (turned @ self._part(records, 0).mT).mul_(self._scales(records, 0))
@@ -65,7 +65,7 @@ class Packed(Codec):
 
     def finished(self, mixed: torch.Tensor, fit: Fit | None) -> torch.Tensor:
         assert fit is not None
-        return mixed * fit.norms[:, 1:]
+        return mixed * fit.channels[:, 1:]
 
     def _part(self, records: torch.Tensor, part: int) -> torch.Tensor:
         """Numbers of keys (part 0) or values (1) of records `(K, m, B)`: `(K, m * C, D)` float32."""

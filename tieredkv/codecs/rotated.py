@@ -50,7 +50,7 @@ class Rotated(Codec):
     def encode(self, keys: torch.Tensor, values: torch.Tensor, fit: Fit | None) -> tuple[torch.Tensor, ...]:
         assert fit is not None
         both, centre, mirror = (
-            part.flatten(0, 1) for part in (torch.stack((keys, values), dim=1), fit.centre, fit.norms)
+            part.flatten(0, 1) for part in (torch.stack((keys, values), dim=1), fit.centre, fit.channels)
         )
         numbers, scales = _pack(both, centre.unsqueeze(1), mirror.unsqueeze(1))
         return *numbers.unflatten(0, (-1, 2)).unbind(1), *scales.unflatten(0, (-1, 2)).unbind(1)
@@ -58,16 +58,16 @@ class Rotated(Codec):
     def decode(self, fields: tuple[torch.Tensor, ...], fit: Fit | None) -> tuple[torch.Tensor, torch.Tensor]:
         assert fit is not None
         _, values, _, scales = fields
-        return self.decode_keys(fields, fit), _unpack(values, scales, fit.centre[:, 1:], fit.norms[:, 1:])
+        return self.decode_keys(fields, fit), _unpack(values, scales, fit.centre[:, 1:], fit.channels[:, 1:])
 
     def decode_keys(self, fields: tuple[torch.Tensor, ...], fit: Fit | None) -> torch.Tensor:
         assert fit is not None
         keys, _, scales, _ = fields
-        return _unpack(keys, scales, fit.centre[:, :1], fit.norms[:, :1])
+        return _unpack(keys, scales, fit.centre[:, :1], fit.channels[:, :1])
 
     def turned(self, query: torch.Tensor, fit: Fit | None) -> torch.Tensor:
         assert fit is not None
-        return reflected(query, fit.norms[:, :1]) @ hadamard(self.head_dim, query.device)
+        return reflected(query, fit.channels[:, :1]) @ hadamard(self.head_dim, query.device)
 
     def constant(self, query: torch.Tensor, fit: Fit | None) -> torch.Tensor:
         assert fit is not None
@@ -88,7 +88,7 @@ class Rotated(Codec):
 
     def finished(self, mixed: torch.Tensor, fit: Fit | None) -> torch.Tensor:
         assert fit is not None
-        return reflected(mixed @ hadamard(self.head_dim, mixed.device), fit.norms[:, 1:]) + fit.centre[:, 1:]
+        return reflected(mixed @ hadamard(self.head_dim, mixed.device), fit.channels[:, 1:]) + fit.centre[:, 1:]
 
     def _part(self, records: torch.Tensor, part: int) -> torch.Tensor:
         """Bytes of keys (part 0) or values (1) of records `(K, m, B)`: `(K, m, C * D / 2)`."""

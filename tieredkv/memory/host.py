@@ -54,7 +54,7 @@ class HostLayer:
         """`fit` on a device, for the current stream. Does not wait for what that is computing."""
         if self.fit is None:
             return None
-        return Fit(*(part.to(device, non_blocking=True) for part in (self.fit.centre, self.fit.norms)))
+        return Fit(*(part.to(device, non_blocking=True) for part in (self.fit.centre, self.fit.channels)))
 
     def fetch(self, heads: torch.Tensor, chunks: torch.Tensor) -> torch.Tensor:
         """A copy `(m, B)` of the records `chunks[i]` of `heads[i]`, both `(m,)` on the host."""

@@ -100,8 +100,7 @@ def possible_page_bits(tiers: TierConfig) -> set[int]:
 
 
 def fit_bytes(shape: KVShape, heads: int, bits: int) -> int:
-    """What a codec has measured of the layers of `heads` KV heads: a centre and a norm of each channel, of keys and of
-    values."""
+    """What a codec has measured of the layers of `heads` KV heads (`Fit`)."""
     return 0 if bits == PLAIN else heads * 2 * 2 * shape.head_dim * FLOAT32
 
 

@@ -196,7 +196,7 @@ def paged_attention(
         return torch.cat([out for out, _ in split], dim=1), torch.cat([lse for _, lse in split], dim=1)
     codec, fit, bits = pages.codec, pages.fit, pages.codec.bits
     numbers, scales = typed(pages)
-    norms, centre = (None, None) if fit is None else (fit.norms, fit.centre)
+    channels, centre = (None, None) if fit is None else (fit.channels, fit.centre)
     rows, turn, constant = query.to(numbers.dtype if bits == PLAIN else query.dtype).contiguous(), None, None
     if bits == 4:
         assert fit is not None
@@ -214,13 +214,13 @@ def paged_attention(
     block, c = min(128, max(16, BLOCK_BYTES // token_bytes)), codec.chunk_tokens
     in_pass = page_lse if block % c == 0 else None
     _attend_split[(kv_heads, splits)](
-        rows, numbers, scales, norms, constant, table, lengths, parts, part_lse, in_pass,
+        rows, numbers, scales, channels, constant, table, lengths, parts, part_lse, in_pass,
         scaling, columns, triton.cdiv(columns, splits), 0 if in_pass is None else in_pass.stride(0),
         BITS=bits, RECORD=numbers.shape[1], G=group, C=c, D=d,
         PADDED_G=padded_rows, PADDED_W=width, BLOCK=block, WIDEN=widened(rows.dtype), num_stages=2,
     )  # fmt: skip
     _merge_splits[(heads * n,)](
-        parts, part_lse, constant, centre, norms, turn, out, lse, splits, group,
+        parts, part_lse, constant, centre, channels, turn, out, lse, splits, group,
         D=d, PADDED_D=padded, PADDED_SPLITS=triton.next_power_of_2(splits), WIDTH=WIDTH,
     )  # fmt: skip
     if page_lse is not None and in_pass is None:

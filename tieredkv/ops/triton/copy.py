@@ -114,7 +114,7 @@ def _operands(source: Source, pages: Pages) -> tuple[tuple[Any, ...], dict[str, 
     padded = triton.next_power_of_2(d)
     rows = min(triton.next_power_of_2(2 * c), max(1, 4 * BLOCK // (padded * codec.dtype.itemsize)))
     sizes |= {"PADDED_D": padded, "ROWS": rows, "BLOCK": 1, "num_warps": 8}
-    return (arena.view(codec.dtype), *typed(pages), pages.fit.norms), sizes
+    return (arena.view(codec.dtype), *typed(pages), pages.fit.channels), sizes
 
 
 def _capacity(source: Source) -> int:
@@ -209,7 +209,7 @@ def fetch(source: Source, pages: Pages, heads: torch.Tensor, chunks: torch.Tenso
 
 @triton.jit
 def _append(
-    keys, values, pool, scales, norms, centre, turn, table, lengths, recent_tokens, columns,
+    keys, values, pool, scales, channels, centre, turn, table, lengths, recent_tokens, columns,
     BITS: tl.constexpr, RECORD: tl.constexpr, C: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -224,14 +224,14 @@ def _append(
     W: tl.constexpr = D // 2 if BITS == 4 else D
     inside, own = at < W, (head * 2 + part) * D
     if BITS == 4:
-        low = turned(token, centre + own, norms + own, turn, at, inside, D, PADDED, WIDTH)
-        high = turned(token, centre + own, norms + own, turn + W, at, inside, D, PADDED, WIDTH)
+        low = turned(token, centre + own, channels + own, turn, at, inside, D, PADDED, WIDTH)
+        high = turned(token, centre + own, channels + own, turn + W, at, inside, D, PADDED, WIDTH)
         scale = _scale(tl.maximum(_most(low), _most(high)), 7.5)
         low, high = _numbers(low, scale, 7.5, 7.5), _numbers(high, scale, 7.5, 7.5)
         numbers = (low.to(tl.int32) | (high.to(tl.int32) << 4)).to(tl.uint8)
     elif BITS == 8:
         row = tl.load(token + at, mask=inside, other=0.0)
-        numbers, scale = _pack(row, tl.load(norms + own + at, mask=inside, other=1.0))
+        numbers, scale = _pack(row, tl.load(channels + own + at, mask=inside, other=1.0))
     else:
         numbers = tl.load(token + at, mask=inside, other=0.0)
     row = part * C + place
@@ -253,10 +253,10 @@ def append(
     kv_heads, d = keys.shape
     codec, bits, fit = pages.codec, pages.codec.bits, pages.fit
     pool, scales = typed(pages)
-    norms, centre = (None, None) if fit is None else (fit.norms, fit.centre)
+    channels, centre = (None, None) if fit is None else (fit.channels, fit.centre)
     turn = hadamard(d, keys.device) if bits == 4 else None
     _append[(kv_heads, 2)](
-        keys.contiguous(), values.contiguous(), pool, scales, norms, centre, turn, table, lengths, count,
+        keys.contiguous(), values.contiguous(), pool, scales, channels, centre, turn, table, lengths, count,
         table.shape[1],
         BITS=bits, RECORD=pool.shape[1], C=codec.chunk_tokens, D=d,
         PADDED=triton.next_power_of_2(d // 2 if bits == 4 else d), WIDTH=WIDTH,

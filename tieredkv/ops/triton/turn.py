@@ -57,7 +57,7 @@ def turn_queries(
     heads, n, d = query.shape
     out, constant = torch.empty_like(query), torch.empty((heads, n), dtype=torch.float32, device=query.device)
     _turn_queries[(heads * n,)](
-        query, fit.centre, fit.norms, turn, out, constant, scaling, heads // len(fit.centre) * n,
+        query, fit.centre, fit.channels, turn, out, constant, scaling, heads // len(fit.centre) * n,
         D=d, PADDED=triton.next_power_of_2(d), WIDTH=WIDTH,
     )  # fmt: skip
     return out, constant
