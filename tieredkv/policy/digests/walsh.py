@@ -265,7 +265,9 @@ def _owners(count: torch.Tensor, numbers: int) -> tuple[torch.Tensor, torch.Tens
     for head, own in enumerate(count):
         used = int(own.sum())
         column[head, :used] = torch.arange(len(own), device=own.device).repeat_interleave(own)
-        weight[head, :used] = torch.cat([4 ** torch.arange(int(each)) for each in own]).to(own.device)
+        weight[head, :used] = torch.cat(
+            [4 ** torch.arange(int(each), dtype=torch.int64, device="cpu") for each in own]
+        ).to(own.device)
     return column, weight
 
 
