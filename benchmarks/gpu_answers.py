@@ -28,7 +28,9 @@ def facts(run: Run) -> list[Fact]:
     cases: dict[str, dict[str, Any]] = {
         "a fifth of the cache": {"share": 0.2},
         "everything fits": {"share": 2.0},
-        "16-bit pages": {"share": 0.2, "pack_pages": False},
+        "16-bit pages": {"share": 0.2, "pack_pages": False, "host_kv_bits": 16},
+        "host chunks in 16 bits": {"share": 0.2, "host_kv_bits": 16},
+        "host chunks in 4 bits": {"share": 0.2, "host_kv_bits": 4},
         "adaptive": {"share": 0.2, "adaptive": True},
         "no evidence": {"share": 0.2, "evidence": False},
     }

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import mmap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,9 +20,11 @@ from gpu_record import Fact, Run, Values, card_state
 from synthetic import milliseconds
 
 from tieredkv import TierConfig
+from tieredkv.codecs import CODECS, codec_for
+from tieredkv.codecs.base import Codec, Fit
 from tieredkv.memory.pagelock import PageLocker, aligned
 from tieredkv.ops import torch_ops
-from tieredkv.ops.packing import Packing
+from tieredkv.ops.base import Pages, Source
 from tieredkv.ops.select import ops_for
 
 HEADS, HEAD_DIM = 4, 128
@@ -128,27 +131,51 @@ def copies(run: Run) -> Iterator[Values]:
         yield {"memory": "state of the link after copies", **card_state()}
 
 
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """A `Source`: records `(K, chunks, B)` of page-locked memory."""
+
+    codec: Codec
+    records: torch.Tensor
+
+    def fetch(self, heads: torch.Tensor, chunks: torch.Tensor) -> torch.Tensor:
+        return self.records[heads, chunks]
+
+
+def chunks_in(host: torch.Tensor, bits: int, tokens: int) -> Chunks:
+    """All of page-locked memory as chunks of so many tokens."""
+    codec = codec_for(bits, tokens, HEAD_DIM, torch.bfloat16)
+    memory = host.view(torch.uint8)
+    count = len(memory) // (HEADS * codec.chunk_bytes)
+    return Chunks(codec, memory[: HEADS * count * codec.chunk_bytes].view(HEADS, count, codec.chunk_bytes))
+
+
+def pool(source: Source, slots: int, page_bits: int, device: torch.device) -> Pages:
+    """An empty pool for the source's heads."""
+    assert source.records is not None
+    codec = codec_for(page_bits, source.codec.chunk_tokens, source.codec.head_dim, source.codec.dtype)
+    common = torch.ones(len(source.records), 2, codec.head_dim, device=device)
+    records = torch.empty((slots, codec.chunk_bytes), dtype=torch.uint8, device=device)
+    return Pages(codec, records, Fit(common, common) if codec.needs_fit else None)
+
+
 def gather_ms(
-    run: Run, arenas: list[torch.Tensor], pieces: int, packed: bool, launches: int = LAUNCHES
+    run: Run, sources: Sequence[Source], pieces: int, page_bits: int, launches: int = LAUNCHES
 ) -> tuple[float, str]:
-    """Milliseconds of one gather of `pieces` random chunks from arenas `(K, chunks, 2, C, D)`, taken in turn."""
+    """Milliseconds of one gather of `pieces` random chunks from sources, taken in turn, to pages of `page_bits`."""
     ops, device = ops_for(torch.device(run.device)), torch.device(run.device)
     if run.dry:
         pieces, launches = max(1, pieces // 64), 2
-    heads, chunks, _, c, d = arenas[0].shape
-    page = torch.empty(pieces, 2, c, d, dtype=torch.int8 if packed else arenas[0].dtype, device=device)
-    packing = None
-    if packed:
-        scales = torch.empty(pieces, 2, c, dtype=torch.float16, device=device)
-        packing = Packing(scales, torch.ones(heads, 2, d, device=device))
-    slots = torch.arange(pieces, device=device)
+    pages, slots = pool(sources[0], pieces, page_bits, device), torch.arange(pieces, device=device)
 
-    def launch(arena: torch.Tensor) -> Callable[[], object]:
+    def launch(source: Source) -> Callable[[], object]:
+        assert source.records is not None
+        heads, chunks, _ = source.records.shape
         head = torch.randint(heads, (pieces,), device=device)
         chunk = torch.randint(chunks, (pieces,), device=device)
-        return lambda: ops.fetch(arena, page, head, chunk, slots, packing)
+        return lambda: ops.fetch(source, pages, head, chunk, slots)
 
-    ms, path = replayed(run, [launch(arenas[i % len(arenas)]) for i in range(launches)])
+    ms, path = replayed(run, [launch(sources[i % len(sources)]) for i in range(launches)])
     return ms / launches, path
 
 
@@ -157,44 +184,45 @@ def gathers(run: Run, kind: str) -> Iterator[Values]:
     c = TierConfig().chunk_tokens
     with locked(run, 2**22 if run.dry else 2**29, kind) as (host, told):
 
-        def one(tokens: int, pieces: int, packed: bool, programs: int | None = None, at: int | None = None) -> Values:
-            arena = host.view(torch.bfloat16).view(HEADS, -1, 2, tokens, HEAD_DIM)
-            piece = arena[0, 0].nbytes
+        def one(
+            tokens: int, pieces: int, bits: tuple[int, int], programs: int | None = None, at: int | None = None
+        ) -> Values:
+            source, (host_bits, page_bits) = chunks_in(host, bits[0], tokens), bits
+            piece = source.codec.chunk_bytes
             with copying(programs, at) as how:
-                ms, path = gather_ms(run, [arena], pieces, packed)
-            done: Values = {"memory": told["memory"], "piece_bytes": piece, "pieces": pieces, "packed": packed}
-            return {**done, **how, "gb_s": pieces * piece / ms / 1e6, "us": 1000 * ms, "path": path}
+                ms, path = gather_ms(run, [source], pieces, page_bits)
+            done: Values = {"memory": told["memory"], "piece_bytes": piece, "pieces": pieces}
+            done |= {"host_kv_bits": host_bits, "page_bits": page_bits, **how}
+            return {**done, "gb_s": pieces * piece / ms / 1e6, "us": 1000 * ms, "path": path}
 
         host.view(torch.bfloat16).copy_(torch.randn(2**16, dtype=torch.bfloat16).repeat(len(host) // 2**16))
         for programs in (12, 24, 48, 96):
-            for packed in (True, False):
-                yield one(c, MISSES[0], packed, programs)
+            for bits in ((16, 8), (16, 16), (8, 8), (4, 4)):
+                yield one(c, MISSES[0], bits, programs)
         if kind == "registered":
             for pieces in (64, 256, 4096):
-                yield one(c, pieces, True)
+                for bits in ((16, 8), (8, 8), (4, 4)):
+                    yield one(c, pieces, bits)
             for at in (1, 2, 8):
                 for programs in (24, 96, 264):
-                    yield one(c, MISSES[0], True, programs, at)
+                    for bits in ((16, 8), (4, 4)):
+                        yield one(c, MISSES[0], bits, programs, at)
             for tokens, pieces in ((4 * c, MISSES[0]), (16 * c, 256)):
-                yield one(tokens, pieces, True)
+                yield one(tokens, pieces, (16, 8))
 
 
 def by_host(run: Run) -> Iterator[Values]:
     """What is used where kernels cannot read host memory: a gather on the host and one copy."""
-    c = TierConfig().chunk_tokens
+    c, device = TierConfig().chunk_tokens, torch.device(run.device)
     with locked(run, 2**22 if run.dry else 2**29, "registered") as (host, _):
-        arena = host.view(HEADS, -1, 2, c, HEAD_DIM)
-        for pieces in MISSES:
-            pages = torch.empty(pieces, 2, c, HEAD_DIM, dtype=torch.int16, device=run.device)
-            head, chunk = torch.randint(HEADS, (pieces,)), torch.randint(arena.shape[1], (pieces,))
-            slots = torch.arange(pieces, device=run.device)
-            ms = milliseconds(partial(torch_ops.fetch, arena, pages, head, chunk, slots), 5, run.device)
-            yield {
-                "pieces": pieces,
-                "piece_bytes": arena[0, 0].nbytes,
-                "us": 1000 * ms,
-                "gb_s": pages.nbytes / ms / 1e6,
-            }
+        for bits in CODECS:
+            source = chunks_in(host, bits, c)
+            for pieces in MISSES:
+                pages, slots = pool(source, pieces, bits, device), torch.arange(pieces, device=device)
+                head, chunk = torch.randint(HEADS, (pieces,)), torch.randint(source.records.shape[1], (pieces,))
+                ms = milliseconds(partial(torch_ops.fetch, source, pages, head, chunk, slots), 5, run.device)
+                told: Values = {"host_kv_bits": bits, "pieces": pieces, "piece_bytes": source.codec.chunk_bytes}
+                yield {**told, "us": 1000 * ms, "gb_s": pages.records.nbytes / ms / 1e6}
 
 
 def card(run: Run) -> Iterator[Values]:

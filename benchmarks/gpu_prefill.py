@@ -104,11 +104,12 @@ class Prompts:
                 "tokens": tokens,
                 "call_tokens": tiers.prefill_chunk,
                 "gpu_kv_gb": tiers.gpu_kv_gb,
+                "host_bits": cache.device_tier.host_bits,
                 "seconds": first_call + rest,
                 "first_call_s": first_call,
                 "settle_s": settle_s,
                 "tokens_per_s": tokens / (first_call + rest),
-                "streamed_bytes": cache.device_tier.transfer.streamed_bytes,
+                "streamed_bytes": cache.device_tier.streamed_bytes,
             }
             if not run.dry:
                 row["peak_bytes"] = torch.cuda.max_memory_allocated() - before

@@ -1,7 +1,8 @@
 """Decoding steps at a real shape: one model, one filled cache, which is sealed anew for each row.
 
 The floor (weights alone) and transformers' full cache are captured in a graph as our step is; eager times stand beside
-them. Ranks follow a script (`synthetic.Drift`), as keys and values are random: the hit rate is set, not found.
+them. Ranks follow a script (`synthetic.Drift`), as keys and values are random: the hit rate is set, not found. Host
+chunks are in 16 bits, and in rows that say so in 8 or 4.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from synthetic import Drift, fill, keys_and_values, make_model, milliseconds
 from tieredkv import TierConfig, TieredCache, use_attention
 from tieredkv.cache.looks import Looks
 from tieredkv.cache.question import Question
+from tieredkv.codecs import PLAIN
 from tieredkv.environment.versions import cache_argument
 from tieredkv.memory.units import GIB
 from tieredkv.models.kv_shape import model_shape
@@ -42,6 +44,18 @@ def facts(run: Run) -> list[Fact]:
     def row(name: str, hit_rate: float | None, seconds: float = 40, **more: Any) -> Fact:
         return Fact(name, seconds, partial(bench.tiered, hit_rate, **more))
 
+    def packed(bits: int, at_cap_2: Fact) -> list[Fact]:
+        """The same caps and budgets with host chunks in fewer bits."""
+        after = f", {bits} bits"
+        return [
+            Fact(f"fill{after}", 90, partial(bench.fill, bits)),
+            row(f"ranked, 80 % hits{after}", 0.8, bits=bits, **budget),
+            row(f"everything fits, cap 4{after}", None, cap=4.0, bits=bits),
+            at_cap_2,
+            Fact(f"gather from the filled tier{after}", 30, partial(bench.gather, bits)),
+            Fact(f"equal to stock{after}", 40, partial(bench.exactness_of, bits)),
+        ]
+
     budget = {"budget_ratio": 0.05}
     return [
         Fact("model", 60, bench.build),
@@ -60,6 +74,8 @@ def facts(run: Run) -> list[Fact]:
         row("ranked, 80 % hits, 48 programs", 0.8, programs=48, **budget),
         row("ranked, 80 % hits, 132 programs", 0.8, programs=132, **budget),
         row("ranked, 80 % hits, eager", 0.8, eager=True, **budget),
+        *packed(8, row("defaults, cap 2, 86 % hits, 8 bits", 0.86, cap=2.0, bits=8)),
+        *packed(4, row("everything fits, cap 2, 4 bits", None, cap=2.0, bits=4)),
         Fact("full cache, static", 40, bench.static),
         Fact("full cache, offloaded", 60, bench.offloaded),
     ]
@@ -71,6 +87,7 @@ class Bench:
     def __init__(self, run: Run, shape: str, tokens: int, dtype: torch.dtype) -> None:
         self.run, self.device, self.shape, self.tokens, self.dtype = run, run.device, shape, tokens, dtype
         self.rounds = 2 if run.dry else ROUNDS
+        self._filled: tuple[int, TieredCache] | None = None
 
     @cached_property
     def model(self) -> Any:
@@ -85,12 +102,17 @@ class Bench:
     def full_gib(self) -> float:
         return self.tokens * model_shape(self.model.config, self.model.dtype).token_bytes / GIB
 
-    @cached_property
-    def cache(self) -> TieredCache:
-        """Filled with the tokens, and not sealed."""
-        tiers = TierConfig(gpu_kv_gb=max(0.5, self.full_gib), budget_ratio=0.05)
+    def cache(self, bits: int) -> TieredCache:
+        """Filled with the tokens, and not sealed. One at a time: that of other bits is closed."""
+        if self._filled is not None:
+            if self._filled[0] == bits:
+                return self._filled[1]
+            self._filled[1].close()
+            self._filled = None
+        tiers = TierConfig(gpu_kv_gb=max(0.5, self.full_gib), budget_ratio=0.05, host_kv_bits=bits)
         room = self.tokens + 256
         cache = TieredCache(self.model.config, tiers, max_new_tokens=ROOM, prompt_tokens=room, ops=self.drift.ops)
+        self._filled = bits, cache
         fill(cache, self.model, self.tokens)
         return cache
 
@@ -124,9 +146,9 @@ class Bench:
         if not self.run.dry:
             yield {"path": "the card just after these steps", **card_state()}
 
-    def fill(self) -> Values:
+    def fill(self, bits: int = PLAIN) -> Values:
         begin = time.perf_counter()
-        cache = self.cache
+        cache = self.cache(bits)
         filled = time.perf_counter()
         locker = cache.device_tier.locker
         refusal = None if locker is None else locker.refusal()
@@ -137,20 +159,27 @@ class Bench:
             "waited_for_page_locking_s": waited,
             "refusal": refusal,
             "host_bytes": cache.host_bytes,
+            "host_kv_bits": bits,
         }
 
     @contextmanager
     def sealed(
-        self, hit_rate: float | None, evidence: bool = False, eager: bool = False, warm: int = 3, **tiers: Any
+        self,
+        hit_rate: float | None,
+        evidence: bool = False,
+        eager: bool = False,
+        warm: int = 3,
+        bits: int = PLAIN,
+        **tiers: Any,
     ) -> Iterator[tuple[StepGraph, Values]]:
         """Seal the filled cache and take `warm` steps: the first compiles, the second is captured.
 
         hit_rate: scripted; None: ranks are the real ones.
         """
-        cache, c = self.cache, TierConfig().chunk_tokens
+        cache, c = self.cache(bits), TierConfig().chunk_tokens
         looks = Looks(c) if evidence else None
         cache.truncate(self.tokens)
-        cache.set_tiers(TierConfig(**tiers))
+        cache.set_tiers(TierConfig(**tiers, host_kv_bits=bits))
         cache.expect(Question(max_new_tokens=ROOM, rows=32, looks=looks))
         self.run.synchronize()
         begin = time.perf_counter()
@@ -183,14 +212,15 @@ class Bench:
         cap: float | None = None,
         budget_ratio: float | None = None,
         programs: int | None = None,
+        bits: int = PLAIN,
         **more: bool,
     ) -> Values:
         """A row of tieredkv. cap: in GiB for a full cache of 7, as in the 7B shape; None: the whole cache's size."""
         gib = max(0.5, self.full_gib) if cap is None else cap * self.full_gib / 7
         floor_ms = self.floor_ms
         tiers = {"gpu_kv_gb": gib, "budget_ratio": budget_ratio}
-        with copying(programs) as how, self.sealed(hit_rate, **tiers, **more) as (steps, told):
-            cache = self.cache
+        with copying(programs) as how, self.sealed(hit_rate, bits=bits, **tiers, **more) as (steps, told):
+            cache = self.cache(bits)
             assert cache.decoding is not None
             plan = cache.decoding._phases[0].plan
             earlier = replace(cache.counters)
@@ -207,7 +237,8 @@ class Bench:
                 "link_bytes_per_step": (later.missed_bytes - earlier.missed_bytes) / (2 * self.rounds + 2),
                 "chunks_per_head": float(plan.selected.float().mean()),
                 "ranked": plan.ranked,
-                "packed": plan.packed,
+                "host_kv_bits": bits,
+                "page_bits": plan.page_bits,
                 "gpu_kv_gb": gib,
                 "device_bytes": cache.ledger.used_bytes,
                 **how,
@@ -241,14 +272,14 @@ class Bench:
         ms = milliseconds(stock(self.model, self.tokens, "offloaded", self.device), 2, self.device)
         return {"path": "eager", "ms": ms, "over_floor": ms / self.floor_ms}
 
-    def gather(self) -> Iterator[Values]:
+    def gather(self, bits: int = PLAIN) -> Iterator[Values]:
         """The misses of a step, layer by layer, from all of the page-locked host tier."""
-        arenas = [layer.host.arena for layer in self.cache.tiered_layers if layer.host is not None]
-        piece = arenas[0][0, 0].nbytes
+        hosts = [layer.host for layer in self.cache(bits).tiered_layers if layer.host is not None]
+        piece = hosts[0].codec.chunk_bytes
         for programs in (12, 24, 48, 96):
             for pieces in MISSES:
                 with copying(programs) as how:
-                    ms, path = gather_ms(self.run, arenas, pieces, True, launches=len(arenas))
+                    ms, path = gather_ms(self.run, hosts, pieces, min(bits, 8), launches=len(hosts))
                 rate = pieces * piece / ms / 1e6
                 yield {**how, "pieces": pieces, "piece_bytes": piece, "gb_s": rate, "us": 1000 * ms, "path": path}
 
@@ -262,23 +293,32 @@ class Bench:
         # The yardstick: how far apart two ways of transformers' own are, in this dtype.
         yield {"kind": "transformers' static cache", "eager_to_stock": differences(by_static, stock_logits)}
         del fixed
-        full, packed = {"gpu_kv_gb": 1.3 * self.full_gib + 0.2}, {"gpu_kv_gb": 4 * self.full_gib / 7}
+        full = {"gpu_kv_gb": 1.3 * self.full_gib + 0.2}
         kinds: dict[str, Values] = {
             "everything, 16 bits": {**full, "pack_pages": False},
-            "everything, 8 bits": packed,
+            "everything, 8 bits": {"gpu_kv_gb": 4 * self.full_gib / 7},
             "ranked": {**full, "budget_ratio": 0.05},
             "ranked, adaptive": {**full, "budget_ratio": 0.05, "adaptive": True},
         }
         for kind, tiers in kinds.items():
-            rows = {}
-            for eager in (True, False) if kind not in eager_only else (True,):
-                with self.sealed(None, eager=eager, warm=0, **tiers) as (steps, _):
-                    rows[eager] = torch.stack([steps(7).float().flatten().clone() for _ in range(5)])
-                    path = steps.path
-            row: Values = {"kind": kind, "eager_to_stock": differences(rows[True][0], stock_logits), "path": path}
-            if False in rows:
-                row["graph_to_eager"] = differences(rows[False], rows[True])
-            yield row
+            yield self._beside(stock_logits, kind, kind not in eager_only, **tiers)
+
+    def exactness_of(self, bits: int) -> Values:
+        """Logits of a step that attends to everything in so many bits beside those of transformers' full cache."""
+        stock_logits = stock_step(self.model, self.tokens)().float()
+        kind = f"everything, host chunks in {bits} bits"
+        return self._beside(stock_logits, kind, True, bits=bits, gpu_kv_gb=1.3 * self.full_gib + 0.2)
+
+    def _beside(self, stock_logits: torch.Tensor, kind: str, replayed: bool, **tiers: Any) -> Values:
+        rows = {}
+        for eager in (True, False) if replayed else (True,):
+            with self.sealed(None, eager=eager, warm=0, **tiers) as (steps, _):
+                rows[eager] = torch.stack([steps(7).float().flatten().clone() for _ in range(5)])
+                path = steps.path
+        row: Values = {"kind": kind, "eager_to_stock": differences(rows[True][0], stock_logits), "path": path}
+        if replayed:
+            row["graph_to_eager"] = differences(rows[False], rows[True])
+        return row
 
 
 def differences(got: torch.Tensor, want: torch.Tensor) -> Values:

@@ -3,8 +3,8 @@
     python benchmarks/pcie.py            on a CUDA device; a minute or two
     python benchmarks/pcie.py --quick    few sizes, a small shape
 
-First the link by itself, from page-locked memory: large copies each way, then scattered pieces of 4 KiB to 1 MiB, by
-the kernel of a decoding step, to 8-bit and to 16-bit pages, and by a gather on the host with one copy. Then
+First the link by itself, from page-locked memory: large copies each way, then scattered chunks of 4 KiB to 1 MiB, and
+of as many tokens in 8 and 4 bits, by the kernel of a decoding step and by a gather on the host with one copy. Then
 milliseconds per token at the link's real speed and at slower ones, simulated by copying the same bytes 2, 4 and 8
 times, each with the planner's prediction: the step without copies plus the time of its copies. --plot draws the second
 part. Prints a table, and one line of JSON at the end.
@@ -20,17 +20,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_link import HEAD_DIM, HEADS, chunks_in, pool
 from origin import origin
 from synthetic import make_model, milliseconds, scripted
 
+from tieredkv.codecs import CODECS, PLAIN
 from tieredkv.memory.pagelock import PageLocker, aligned
 from tieredkv.ops import torch_ops
 from tieredkv.ops.base import Ops
-from tieredkv.ops.packing import Packing
 from tieredkv.ops.select import triton
 from tieredkv.planning.links import LINKS
 
-ROUNDS, HEAD_DIM = 20, 128
+ROUNDS = 20
 
 
 def rate(nbytes: int, ms: float) -> float:
@@ -51,24 +52,25 @@ def contiguous(host: torch.Tensor, device: torch.Tensor) -> list[dict[str, Any]]
     ]
 
 
-def scattered(memory: torch.Tensor, piece_bytes: int, pieces: int) -> list[dict[str, Any]]:
-    """Pieces of one size from random places to random slots, by the kernel and by the host."""
-    arena = memory.view(1, -1, 2, 1, piece_bytes // 4)
-    pages = torch.empty(pieces, 2, 1, piece_bytes // 4, dtype=torch.int16, device="cuda")
-    ids, heads = torch.randint(arena.shape[1], (pieces,)), torch.zeros(pieces, dtype=torch.int64)
-    slots = torch.randperm(pieces, device="cuda")
-    on_card = heads.cuda(), ids.cuda()
-    chunks = memory.view(torch.bfloat16).view(1, arena.shape[1], 2, -1, min(HEAD_DIM, piece_bytes // 4))
-    packed = torch.empty(pieces, *chunks.shape[2:], dtype=torch.int8, device="cuda")
-    scales = torch.empty(packed.shape[:3], dtype=torch.float16, device="cuda")
-    packing = Packing(scales, torch.ones(1, 2, chunks.shape[4], device="cuda"))
+def scattered(memory: torch.Tensor, bits: int, piece_bytes: int, pieces: int) -> list[dict[str, Any]]:
+    """Chunks of about a size from random places to random slots, by the kernel and by the host.
+
+    piece_bytes: in 16 bits; a chunk in fewer has as many tokens.
+    """
+    source = chunks_in(memory, bits, max(1, piece_bytes // (4 * HEAD_DIM)))
+    head, chunk = torch.randint(HEADS, (pieces,)), torch.randint(source.records.shape[1], (pieces,))
+    slots, on_card = torch.randperm(pieces, device="cuda"), (head.cuda(), chunk.cuda())
+    pages = pool(source, pieces, bits, torch.device("cuda"))
     ways: dict[str, Callable[[], object]] = {
-        "kernel": lambda: triton().fetch(chunks, packed, *on_card, slots, packing),
-        "kernel, unpacked pages": lambda: triton().fetch(arena, pages, *on_card, slots),
-        "by the host": lambda: torch_ops.fetch(arena, pages, heads, ids, slots),
+        f"kernel, {bits} bits": lambda: triton().fetch(source, pages, *on_card, slots),
+        f"by the host, {bits} bits": lambda: torch_ops.fetch(source, pages, head, chunk, slots),
     }
+    if bits == PLAIN:
+        packed = pool(source, pieces, 8, torch.device("cuda"))
+        ways["kernel, 16 to 8 bits"] = lambda: triton().fetch(source, packed, *on_card, slots)
+    piece = source.codec.chunk_bytes
     return [
-        {"kind": name, "piece_bytes": piece_bytes, "pieces": pieces, "gb_s": rate(pages.nbytes, ms)}
+        {"kind": name, "bits": bits, "piece_bytes": piece, "pieces": pieces, "gb_s": rate(pieces * piece, ms)}
         for name, way in ways.items()
         for ms in [milliseconds(way, ROUNDS, "cuda")]
     ]
@@ -84,9 +86,9 @@ def slower(ops: Ops, times: int) -> Ops:
     return replace(ops, gather=gather)
 
 
-def token_time(model: Any, tokens: int, hit_rate: float, times: int, budget: float) -> dict[str, Any]:
+def token_time(model: Any, tokens: int, hit_rate: float, times: int, budget: float, bits: int) -> dict[str, Any]:
     """Milliseconds per token if every missed chunk is copied `times` times, and the bytes of one copy."""
-    with scripted(model, tokens, slower(triton(), times), hit_rate, budget, ROUNDS + 2) as (cache, steps):
+    with scripted(model, tokens, slower(triton(), times), hit_rate, budget, ROUNDS + 2, bits=bits) as (cache, steps):
         before = cache.counters.missed_bytes
         ms = milliseconds(lambda: steps(7), ROUNDS, "cuda")
         return {"ms": ms, "bytes": (cache.counters.missed_bytes - before) / (ROUNDS + 2), "path": steps.path}
@@ -118,6 +120,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=131072)
     parser.add_argument("--hit-rates", type=float, nargs="+", default=[0.5, 0.8])
     parser.add_argument("--budget", type=float, default=0.05, help="share of the tokens that a step attends to")
+    parser.add_argument("--bits", type=int, choices=sorted(CODECS), default=PLAIN, help="of host chunks, of the steps")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--out", type=Path, help="also write the result here")
     parser.add_argument("--quick", action="store_true", help="few sizes and a small shape")
@@ -135,9 +138,11 @@ def main() -> None:
     link = contiguous(memory, torch.empty(2**27, dtype=torch.int16, device="cuda"))
     sizes = [2**14] if arguments.quick else [2**power for power in range(12, 21, 2)]
     counts = [256] if arguments.quick else [16, 64, 256, 1024]
-    gathers = [row for size in sizes for count in counts for row in scattered(memory, size, count)]
+    gathers = [
+        row for size in sizes for count in counts for bits in CODECS for row in scattered(memory, bits, size, count)
+    ]
     for row in [*link, *gathers]:
-        size = f"{row['pieces']:>5} x {row['piece_bytes'] >> 10:>5} KiB" if "pieces" in row else f"{'':>17}"
+        size = f"{row['pieces']:>5} x {row['piece_bytes'] / 1024:>7.1f} KiB" if "pieces" in row else f"{'':>19}"
         print(f"{row['kind']:<20} {size} {row['gb_s']:7.1f} GB/s", flush=True)
     locker.unlock(memory)
     locker.close()
@@ -146,9 +151,9 @@ def main() -> None:
     with torch.inference_mode():
         model = make_model(shape, "cuda", torch.bfloat16)
         for hit_rate in arguments.hit_rates:
-            still = token_time(model, tokens, 1.0, 1, arguments.budget)["ms"]
+            still = token_time(model, tokens, 1.0, 1, arguments.budget, arguments.bits)["ms"]
             for times in (1, 2, 4, 8):
-                measured = token_time(model, tokens, hit_rate, times, arguments.budget)
+                measured = token_time(model, tokens, hit_rate, times, arguments.budget, arguments.bits)
                 speed = link[0]["gb_s"] / times
                 predicted = still + measured["bytes"] / speed / 1e6
                 rows.append({"hit_rate": hit_rate, "link_gb_s": speed, "predicted_ms": predicted, **measured})
@@ -158,7 +163,15 @@ def main() -> None:
                 )
     if arguments.plot:
         draw(rows, arguments.plot)
-    result = {"benchmark": "pcie", **origin(), "shape": shape, "tokens": tokens, "link": link, "gathers": gathers}
+    result = {
+        "benchmark": "pcie",
+        **origin(),
+        "shape": shape,
+        "tokens": tokens,
+        "bits": arguments.bits,
+        "link": link,
+        "gathers": gathers,
+    }
     result["rows"] = rows
     if arguments.out:
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")

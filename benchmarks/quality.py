@@ -1,7 +1,7 @@
 """Accuracy that policies lose, on trained models, for answers whose tokens must be read from the context one by one.
 
     make quality                                  everything, hours on two cores
-    python benchmarks/quality.py --suite video    one of: video, hybrid, text, ablations, sweeps
+    python benchmarks/quality.py --suite video    one of: video, hybrid, text, ablations, sweeps, bits, rounding
     python benchmarks/quality.py --quick          a few questions of each, as a check that it runs
 
 Writes quality-SUITE.json and .png into benchmarks/results/, or into the current folder if there is none.
@@ -12,6 +12,9 @@ to it are, as in greedy decoding. On text, where the small model makes errors of
 tokens are predicted correctly given the true ones before. Rows are paired: the same questions under every policy,
 including the full cache. Intervals are 95 %, by bootstrap over questions. Memory is relative to a full cache of 16
 bits; pages of the models' 32 bits count as 16, pages of 8 bits as 8. All rows but `hybridkv` have unpacked pages.
+
+Suites `bits` and `rounding` compare settings of `host_kv_bits`. They prefill each context once per setting, and under a
+cap so small that every call reads its past from the host tier, as rounded as that is; their full cache is exact.
 Finished contexts are kept in a file beside the results until a suite is complete, so an interrupted run resumes, and a
 suite may be run in parts: `--tasks`, `--tokens`, `--contexts`; `--finished` writes the results so far.
 """
@@ -28,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from origin import RESULTS
-from quality_report import VIDEO_MODELS, aggregate, draw, show
+from quality_report import FULL, VIDEO_MODELS, aggregate, draw, show
 from quality_suites import SUITES, Unit, units
 
 # ---- one context, in a process of its own
@@ -65,19 +68,30 @@ def _model(name: str) -> Any:
     return _models[name]
 
 
-def _settings(unit: Unit) -> list[tuple[str, Any, Any]]:
+Setting = tuple[str, Any, Any, bool]
+"""Label, fields as in the results, `TierConfig`, and whether a full cache is decoded step by step on text too."""
+
+
+def _readings(unit: Unit) -> list[tuple[Any, list[Setting]]]:
+    """How the context is read, and under which settings it is then asked about.
+
+    It is read once for each number of bits of the host tier, exactly unless the settings ask for fewer than 16; and
+    again for `exact_past`, which keeps what was read on the device until the end.
+    """
     from settings import tier_config
 
-    return [
-        (label, json.loads(fields), tier_config(chunk_tokens=unit.chunk_tokens, spare_ratio=0.0, **json.loads(fields)))
-        for label, fields in unit.settings
-    ]
-
-
-def _scoring(unit: Unit) -> Any:
-    from settings import tier_config
-
-    return tier_config(chunk_tokens=unit.chunk_tokens, **json.loads(unit.scored_with))
+    groups: dict[tuple[int, bool], list[Setting]] = {}
+    for label, text in unit.settings:
+        fields = json.loads(text)
+        exact_past, decoded = fields.pop("exact_past", False), fields.pop("decoded", False)
+        tiers = tier_config(chunk_tokens=unit.chunk_tokens, spare_ratio=0.0, **fields)
+        groups.setdefault((fields.get("host_kv_bits", 16), exact_past), []).append((label, fields, tiers, decoded))
+    readings = []
+    for (bits, exact_past), settings in groups.items():
+        read_with = {**json.loads(unit.read_with), **({"gpu_kv_gb": 4.0} if exact_past else {})}
+        tiers = tier_config(chunk_tokens=unit.chunk_tokens, **read_with, host_kv_bits=bits)
+        readings.append((tiers, settings))
+    return readings
 
 
 def _run_video(unit: Unit) -> list[dict[str, Any]]:
@@ -88,44 +102,61 @@ def _run_video(unit: Unit) -> list[dict[str, Any]]:
     from tieredkv.models import families
 
     model, processor = _model(unit.model)
-    settings, records = _settings(unit), []
+    records = []
     with use_attention(model):
-        reader, scene = video_tasks.read_video(model, processor, unit.tokens, unit.number, _scoring(unit))
-        for asked in video_tasks.ask(processor, families.video_family(model.config), scene, unit.questions):
-            answers = replay(reader, asked, [tiers for _, _, tiers in settings], recall=asked.task == "chain")
-            records += [_record(unit, asked, asked.task, *each) for each in zip(settings, answers, strict=True)]
-            if unit.unsealed and asked.before is not None:
-                answers = replay_unsealed(reader, asked, [tiers for _, _, tiers in settings])
-                task = "second, not sealed anew"
-                records += [_record(unit, asked, task, *each) for each in zip(settings, answers, strict=True)]
+        for read_with, settings in _readings(unit):
+            every = [tiers for _, _, tiers, _ in settings]
+            reader, scene = video_tasks.read_video(model, processor, unit.tokens, unit.number, read_with)
+            questions = video_tasks.ask(processor, families.video_family(model.config), scene, unit.questions)
+            for index, asked in enumerate(questions):
+                answers = replay(reader, asked, every, recall=asked.task == "chain")
+                records += _records(unit, asked, asked.task, index, settings, answers)
+                if unit.unsealed and asked.before is not None:
+                    answers = replay_unsealed(reader, asked, every)
+                    records += _records(unit, asked, "second, not sealed anew", index, settings, answers)
     return records
 
 
 def _run_text(unit: Unit) -> list[dict[str, Any]]:
     import text_tasks
-    from replay import ReplayedQuestion, TextReader, replay
+    from replay import ReplayedQuestion, TextReader, compare, replay, replay_at_once
 
     from tieredkv import use_attention
 
     model, tokenizer = _model("smollm2")
-    settings, records = _settings(unit), []
+    records, exact = [], {}
     case = text_tasks.make_case(unit.task, tokenizer, unit.tokens, unit.number, unit.questions)
     with use_attention(model):
-        reader = TextReader(model, case.document_ids, _scoring(unit))
-        for number, one in enumerate(case.questions):
-            asked = ReplayedQuestion(one.task, one.prompt_ids, one.answer_ids, one.scored, one.steps)
-            recall = number < 2 and unit.task != "perplexity"
-            answers = replay(reader, asked, [tiers for _, _, tiers in settings], recall=recall)
-            records += [_record(unit, asked, asked.task, *each) for each in zip(settings, answers, strict=True)]
+        for read_with, settings in _readings(unit):
+            reader = TextReader(model, case.document_ids, read_with)
+            whole = [one for one in settings if unit.at_once and one[1].get("policy") == FULL and not one[3]]
+            others = [one for one in settings if one not in whole]
+            for index, one in enumerate(case.questions):
+                asked = ReplayedQuestion(one.task, one.prompt_ids, one.answer_ids, one.scored, one.steps)
+                recall = index < 2 and unit.task != "perplexity"
+                answers = [replay_at_once(reader, asked) for _ in whole]
+                answers += replay(reader, asked, [one[2] for one in others], recall=recall) if others else []
+                if whole:
+                    exact.setdefault(index, answers[0].logits)
+                for answer in answers if exact else ():
+                    compare(answer, exact[index])
+                records += _records(unit, asked, asked.task, index, [*whole, *others], answers)
     return records
 
 
-def _record(unit: Unit, asked: Any, task: str, setting: tuple[str, Any, Any], answer: Any) -> dict[str, Any]:
-    label, fields, _ = setting
+def _records(
+    unit: Unit, asked: Any, task: str, index: int, settings: list[Setting], answers: Any
+) -> list[dict[str, Any]]:
+    return [_record(unit, asked, task, index, *each) for each in zip(settings, answers, strict=True)]
+
+
+def _record(unit: Unit, asked: Any, task: str, index: int, setting: Setting, answer: Any) -> dict[str, Any]:
+    label, fields, _, _ = setting
     recalls = answer.recalls
     return {
         "model": unit.model,
         "task": task,
+        "question": [unit.number, unit.questions, index],
         "tokens": unit.tokens,
         "chunk_tokens": unit.chunk_tokens,
         "label": label,
@@ -139,6 +170,8 @@ def _record(unit: Unit, asked: Any, task: str, setting: tuple[str, Any, Any], an
         "full": answer.full_bytes,
         "missed": answer.missed_bytes,
         "decoded": answer.steps,
+        "kl": answer.kl,
+        "same": answer.same,
         "recall": sum(recalls) / len(recalls) if recalls else None,
     }
 

@@ -25,7 +25,8 @@ def aggregate(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         ].append(record)
     rows = []
     for (model, task, tokens, chunk, label, budget), cell in cells.items():
-        full = cells[(model, task, tokens, chunk, FULL, 1.0)]
+        whole = {tuple(r["question"]): r for r in cells[(model, task, tokens, chunk, FULL, 1.0)]}
+        full = [whole[tuple(r["question"])] for r in cell]
         shared = {
             "model": model,
             "tokens": tokens,
@@ -38,6 +39,8 @@ def aggregate(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
             ),
             "kv_ratio": _mean(r["held"] / r["full"] for r in cell),
             "mass_recall": _mean(r["recall"] for r in cell if r["recall"] is not None),
+            "kl": _mean(one for r in cell for one in r["kl"] or []),
+            "same": _mean(one for r in cell for one in r["same"] or []),
             "bytes_per_step": sum(r["missed"] for r in cell) / max(1, sum(r["decoded"] for r in cell)),
         }
         rows.append({**shared, "task": task, **_accuracy(cell, full, lambda r: _mean(_steps(r).values()))})

@@ -10,12 +10,15 @@ from typing import Any
 
 from quality_report import AS_MADE_LABEL, FULL
 
-SUITES = ("video", "hybrid", "text", "ablations", "sweeps")
+SUITES = ("video", "hybrid", "text", "ablations", "sweeps", "bits", "rounding")
 PRESETS = ("paper", "mixkv", "snapkv", "lookm", "streaming", "quest", "arkvale")
 BUDGETS = (0.05, 0.1, 0.2)
 CHUNK = 8
 AS_MADE: dict[str, Any] = {"pack_pages": False}
 """Pages in the model's dtype, so that rows differ only in what their label says."""
+
+PACKED_PAST: dict[str, Any] = {"gpu_kv_gb": 0.002, "prefill_chunk": 512}
+"""So little that next to no token stays on the device: each call attends to the past as the host tier holds it."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,10 @@ class Unit:
     """(label, JSON of settings as `settings.tier_config` takes them)."""
     unsealed: bool = False
     """Also ask second questions without sealing again."""
-    scored_with: str = "{}"
-    """JSON of settings for scoring the questions' rows, which a seal cannot change."""
+    read_with: str = "{}"
+    """JSON of settings for reading the context and scoring the questions' rows, which a seal cannot change."""
+    at_once: bool = False
+    """Full caches take the tokens of an answer in one call, unrounded, as a prompt; on text only."""
 
     @property
     def key(self) -> str:
@@ -52,6 +57,27 @@ def grid() -> tuple[tuple[str, str], ...]:
 def shipped() -> tuple[tuple[str, str], ...]:
     """The default, with pages of 8 bits; compared with the full cache of `grid`."""
     return tuple(("hybridkv", json.dumps({"policy": "hybridkv", "budget_ratio": one})) for one in BUDGETS)
+
+
+def bits(budgets: Iterable[float]) -> tuple[tuple[str, str], ...]:
+    """The exact full cache, and host tiers of 16, 8 and 4 bits, read in that many bits: at every budget, and whole."""
+    pairs: list[tuple[str, dict[str, Any]]] = [(FULL, {"policy": FULL, "host_kv_bits": 16})]
+    for count in (16, 8, 4):
+        pairs += [] if count == 16 else [(f"{count} bits", {"policy": FULL, "host_kv_bits": count})]
+        pairs += [(f"{count} bits", {"budget_ratio": one, "host_kv_bits": count, **AS_MADE}) for one in budgets]
+    return tuple((label, json.dumps(one)) for label, one in pairs)
+
+
+def decoded() -> tuple[tuple[str, str], ...]:
+    """Full caches that are decoded step by step, so that the answer's own tokens are rounded too."""
+    pairs = {f"{count} bits, decoded": {"policy": FULL, "host_kv_bits": count} for count in (8, 4)}
+    return tuple((label, json.dumps({**fields, "decoded": True})) for label, fields in pairs.items())
+
+
+def exact_past() -> tuple[tuple[str, str], ...]:
+    """Host tiers that are packed only after the context was read."""
+    pairs = {f"{count} bits, packed after reading": {"policy": FULL, "host_kv_bits": count} for count in (8, 4)}
+    return tuple((label, json.dumps({**fields, "exact_past": True})) for label, fields in pairs.items())
 
 
 def variants(
@@ -121,6 +147,18 @@ def units(suite: str, quick: bool) -> list[Unit]:
             for task in ("chain", "lookup", "copy", "needle"):
                 add("smollm2", task, 4096, settings, 200, 20)
             add("smollm2", "perplexity", 4096, settings, 6, 1)
+    if suite == "bits":
+        more = {"read_with": json.dumps(PACKED_PAST)}
+        for tokens in (2048, 4096):
+            add("tiny", "video", tokens, bits(BUDGETS), 200, 8, **more)
+        for task in ("chain", "lookup", "copy", "needle"):
+            add("smollm2", task, 2048, bits(BUDGETS), 200, 10, at_once=True, **more)
+    if suite == "rounding":
+        more = {"read_with": json.dumps(PACKED_PAST), "at_once": True}
+        for tokens in (2048, 4096):
+            add("smollm2", "perplexity", tokens, (*bits(()), *decoded(), *exact_past()), 20, 1, **more)
+        for task in ("chain", "lookup", "copy", "needle"):
+            add("smollm2", task, 2048, (*bits(()), *decoded()), 200, 10, **more)
     if suite == "ablations":
         add("tiny", "video", 2048, variants((0.05, 0.1), ABLATIONS), 200, 8)
         add("smollm2", "chain", 2048, variants((0.05, 0.1), ABLATIONS), 96, 8)
@@ -130,7 +168,7 @@ def units(suite: str, quick: bool) -> list[Unit]:
         add("smollm2", "chain", 2048, variants((0.05,), every), 48, 8)
         for ratio in (0.001, 0.01, 0.05, 0.2):
             fields = {"policy": "paper", "top_k_ratio": ratio}
-            more = {"scored_with": json.dumps(fields)}
+            more = {"read_with": json.dumps(fields)}
             named = {f"paper, k {ratio:.1%}": fields}
             add("tiny", "video", 2048, variants((0.05,), named, full=False), 96, 8, **more)
             add("smollm2", "chain", 2048, variants((0.05,), named, full=False), 48, 8, **more)

@@ -14,6 +14,7 @@ import torch
 
 from tieredkv.cache.question import CONTEXT, Question
 from tieredkv.cache.tiered_cache import TieredCache
+from tieredkv.codecs import PLAIN
 from tieredkv.config import TierConfig
 from tieredkv.environment.versions import cache_argument
 from tieredkv.models import families
@@ -45,14 +46,20 @@ class Answer:
     """For each scored position, whether all tokens up to it were, as in greedy decoding."""
     nll: list[float]
     """Negative log likelihood of each scored token, in nats."""
+    logits: torch.Tensor
+    """`(s, vocabulary)`, of each scored token."""
     held_bytes: int
     """On the device between steps: pool, digests, tables. Keys and values of 32 bits count as 16."""
     full_bytes: int
     """Keys and values of all tokens in a full cache of 16 bits."""
-    missed_bytes: int
-    steps: int
+    missed_bytes: int = 0
+    steps: int = 0
     recalls: list[float] = field(default_factory=list)
     """Per step and dynamic head: attention mass of the chosen chunks, relative to the best choice of as many."""
+    kl: list[float] | None = None
+    """Per scored token: divergence from an exact cache's prediction, in nats."""
+    same: list[bool] | None = None
+    """Per scored token: whether the most likely one is that cache's."""
 
 
 class Reader(Protocol):
@@ -139,6 +146,42 @@ def replay_unsealed(reader: Reader, question: ReplayedQuestion, policies: Sequen
     return answers
 
 
+def replay_at_once(reader: Reader, question: ReplayedQuestion) -> Answer:
+    """The question answered from all of the cache in one call, as a prompt: the context is as the host tier holds it,
+    the answer's own tokens are not rounded. Leaves the reader's cache unchanged."""
+    cache, context = reader.cache, reader.cache.get_seq_length()
+    ids = [*question.prompt_ids, *question.answer_ids[:-1]]
+    cache.expect(Question(prompt_tokens=context + len(ids), rows=0))
+    logits = reader.feed(ids)[len(question.prompt_ids) - 1 :]
+    host, itemsize = sum(layer.host.nbytes for layer in cache.tiered_layers), cache.shape.itemsize
+    plain = cache.device_tier.host_bits == PLAIN
+    full_bytes = (context + len(ids)) * cache.shape.token_bytes * 2 // itemsize
+    cache.truncate(context)
+    return _scored(question, logits, held_bytes=full_bytes if plain else host, full_bytes=full_bytes)
+
+
+def compare(answer: Answer, exact: torch.Tensor) -> None:
+    """Set `kl` and `same` of an answer. exact: `logits` of an exact cache's."""
+    wanted, got = exact.log_softmax(-1), answer.logits.log_softmax(-1)
+    answer.kl = (wanted.exp() * (wanted - got)).sum(-1).tolist()
+    answer.same = (wanted.argmax(-1) == got.argmax(-1)).tolist()
+
+
+def _scored(question: ReplayedQuestion, logits: torch.Tensor, **others: Any) -> Answer:
+    """logits: after the prompt, and after each token of the answer but the last."""
+    truth = torch.tensor(question.answer_ids)
+    right = logits.argmax(-1) == truth
+    so_far = right.cumprod(0).bool()
+    nll = torch.nn.functional.cross_entropy(logits, truth, reduction="none")
+    return Answer(
+        right=[bool(right[place]) for place in question.scored],
+        right_so_far=[bool(so_far[place]) for place in question.scored],
+        nll=[float(nll[place]) for place in question.scored],
+        logits=logits[question.scored],
+        **others,
+    )
+
+
 def _prefill(reader: Reader, ids: Sequence[int]) -> torch.Tensor:
     """Feed a prompt and score its last rows; returns the logits after it."""
     cache = reader.cache
@@ -177,23 +220,17 @@ def _decode(
     cache.expect(Question(max_new_tokens=len(between) + len(answer), rows=0, visual=reader.visual, trace=recall))
     cache.seal()
     bytes_by_purpose, itemsize = cache.ledger.by_purpose(), cache.shape.itemsize
-    packed = cache.tiered_layers[0].sealed.pages.packing is not None
+    plain = cache.tiered_layers[0].sealed.pages.pool.codec.bits == PLAIN
     held_bytes = sum(bytes_by_purpose.values()) - (
-        0 if packed else bytes_by_purpose["pool"] - bytes_by_purpose["pool"] * 2 // itemsize
+        bytes_by_purpose["pool"] - bytes_by_purpose["pool"] * 2 // itemsize if plain else 0
     )
     fed = [*between, *answer[:-1]]
     with cache.forced():
         logits = reader.feed(fed) if fed else first[:0]
-    logits = torch.cat((first, logits))[len(between) :]
-    truth = torch.tensor(answer)
-    right = logits.argmax(-1) == truth
-    so_far = right.cumprod(0).bool()
-    nll = torch.nn.functional.cross_entropy(logits, truth, reduction="none")
     counters = cache.counters
-    return Answer(
-        right=[bool(right[place]) for place in question.scored],
-        right_so_far=[bool(so_far[place]) for place in question.scored],
-        nll=[float(nll[place]) for place in question.scored],
+    return _scored(
+        question,
+        torch.cat((first, logits))[len(between) :],
         held_bytes=held_bytes,
         full_bytes=(prompt + len(fed)) * cache.shape.token_bytes * 2 // itemsize,
         missed_bytes=counters.missed_bytes,
@@ -213,7 +250,7 @@ def _recalls(cache: TieredCache) -> list[float]:
         layer = cache.tiered_layers[selection.layer]
         assert layer.sealed is not None
         layout, c = layer.sealed.phase.plan.layout, layer.sealed.phase.plan.layout.chunk_tokens
-        keys = layer.host.chunks(layout.sink_chunks, layout.sink_chunks + layout.retrievable)[selection.heads, :, 0]
+        keys = layer.host.keys(layout.sink_chunks, layout.sink_chunks + layout.retrievable)[selection.heads]
         keys = keys.reshape(len(selection.heads), -1, keys.shape[-1]).float()
         logits = (selection.query[selection.heads].float() @ keys.transpose(1, 2)) * keys.shape[-1] ** -0.5
         mass = logits.softmax(-1).mean(1).view(len(selection.heads), -1, c).sum(-1)

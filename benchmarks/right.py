@@ -66,7 +66,7 @@ def tightest(shape: KVShape, tiers: TierConfig, prompt: int, new_tokens: int) ->
 
     def chooses(cap_bytes: int) -> bool:
         try:
-            return plan_decode(shape, tiers, layout, cap_bytes, static.double(), static).ranked
+            return plan_decode(shape, tiers, layout, cap_bytes, static.double(), static, host_bits=16).ranked
         except BudgetError:
             return True
 

@@ -135,14 +135,22 @@ class Drift:
 
 @contextmanager
 def scripted(
-    model: Any, tokens: int, ops: Ops, hit_rate: float, budget: float, room: int, policy: str | Policy = "hybridkv"
+    model: Any,
+    tokens: int,
+    ops: Ops,
+    hit_rate: float,
+    budget: float,
+    room: int,
+    policy: str | Policy = "hybridkv",
+    bits: int | None = None,
 ) -> Iterator[tuple[TieredCache, StepGraph]]:
     """A sealed cache of `tokens` tokens whose ranks follow a script, and its steps, with memory for `room` of them.
 
-    Three more are done first: they fetch the first chunks, compile, and on a card capture the graph.
+    bits: `host_kv_bits`. Three more are done first: they fetch the first chunks, compile, and on a card capture the
+    graph.
     """
     full_gib = tokens * model_shape(model.config, model.dtype).token_bytes / GIB
-    tiers = TierConfig(gpu_kv_gb=max(0.5, full_gib), budget_ratio=budget, policy=policy)
+    tiers = TierConfig(gpu_kv_gb=max(0.5, full_gib), budget_ratio=budget, policy=policy, host_kv_bits=bits)
     drift = Drift(ops)
     with (
         use_attention(model),

@@ -19,10 +19,10 @@ import torch
 
 from tieredkv.config import TierConfig
 from tieredkv.memory import limits
-from tieredkv.memory.units import GIB, as_gib
+from tieredkv.memory.units import GIB, HOST_BITS, as_gib
 from tieredkv.models import families
-from tieredkv.models.kv_shape import model_shape
-from tieredkv.planning import admission, forecast, sizes
+from tieredkv.models.kv_shape import KVShape, model_shape
+from tieredkv.planning import admission, forecast, host_plan, sizes
 from tieredkv.policy.base import Policy
 from tieredkv.policy.presets import POLICIES
 from tieredkv.video.frames import Sampled
@@ -253,19 +253,24 @@ def per_token() -> str:
     return rows(header, body)
 
 
+def host_bytes(shape: KVShape, tiers: TierConfig, prompt: int) -> int:
+    """Host memory of a prompt, in the bits that are its default."""
+    return sizes.host_bytes(shape, tiers, prompt, host_plan.prompt_bits(shape, tiers, prompt))
+
+
 def per_hour(names: tuple[str, ...] = tuple(OLDER), patch: int = 28) -> str:
-    """Visual tokens of an hour of video, and the host memory of its cache.
+    """Visual tokens of an hour of video, and the host memory of its cache in 8 bits.
 
     patch: side, in pixels, of the square of two frames that becomes one visual token.
     """
-    tiers = TierConfig()
+    tiers = TierConfig(host_kv_bits=8)
     shapes = {name: model_shape(video_config(name), torch.bfloat16) for name in names}
     body = []
     for height, width in ((rows * patch, columns * patch) for rows, columns in FRAMES):
         for fps in RATES:
             tokens = round(3600 * fps / 2) * (height // patch) * (width // patch)
             prompt = forecast.HEAD_TOKENS + tokens + QUESTION
-            cells = [gib(sizes.host_bytes(shape, tiers, prompt)) for shape in shapes.values()]
+            cells = [gib(host_bytes(shape, tiers, prompt)) for shape in shapes.values()]
             body.append([f"{width} x {height}", f"{fps:g}", f"{tokens:,}", *cells])
     return rows(["frames", "per second", "tokens an hour", *(f"{name}, GiB" for name in shapes)], body)
 
@@ -300,8 +305,8 @@ def plans() -> str:
             prompt = forecast.HEAD_TOKENS + tokens + QUESTION
             layout = sizes.lay_out(TierConfig(), prompt, QUESTION, ANSWER)
             least = admission.smallest_cap_bytes(shape, TierConfig(), layout, QUESTION)
-            host = sizes.host_bytes(shape, TierConfig(), prompt)
             for cap in (1.0, 2.0, 4.0):
+                host = host_bytes(shape, TierConfig(gpu_kv_gb=cap), prompt)
                 row = [name, f"{tokens:,}", gib(host), as_gib(least), f"{cap:g}"]
                 if cap * GIB < least:
                     body.append([*row, "refused", ""])
@@ -311,6 +316,20 @@ def plans() -> str:
                 body.append([*row, f"{plan.dynamic_tokens:,} ({share:.0%})", gib(plan.prefill_copy_bytes)])
     header = ["model", "visual tokens", "host, GiB", "least cap, GiB", "cap, GiB", "tokens a step attends to"]
     return rows([*header, "prefill copies, GiB"], body)
+
+
+def bits() -> str:
+    """What the bits of the host tier change, for one length under one cap."""
+    body = []
+    for name in PLANNED:
+        config = video_config(name)
+        for host_bits in HOST_BITS:
+            plan = forecast.plan(config, 131_072, gpu_kv_gb=2, host_kv_bits=host_bits, question_tokens=QUESTION)
+            share = min(1.0, plan.dynamic_tokens / (plan.prompt_tokens + plan.new_tokens))
+            row = [name, f"{host_bits}", gib(plan.host_bytes), gib(plan.file_bytes), gib(plan.prefill_copy_bytes)]
+            body.append([*row, f"{plan.dynamic_tokens:,} ({share:.0%})", f"{plan.step_copy_bytes / 2**20:.3g}"])
+    header = ["model", "bits", "host, GiB", "session file, GiB", "prefill copies, GiB", "tokens a step attends to"]
+    return rows([*header, "a step copies at most, MiB"], body)
 
 
 def film_grid(name: str) -> tuple[int, int, int]:
@@ -384,6 +403,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "per-hour-32": partial(per_hour, HOURS_32, 32),
     "weights": weights,
     "plans": plans,
+    "bits": bits,
     "policies": policies,
     "twelve-gb": twelve_gb,
     "fits": fits,

@@ -6,7 +6,7 @@
 
 The 3B model's weights take 7.0 GiB. --quantize 4bit loads the 7B model through transformers' BitsAndBytesConfig, in
 about 6.7 GiB, and needs `pip install bitsandbytes`; the vision tower and the embeddings stay in bfloat16. Keys and
-values take at most 2 GiB on the card; the complete cache is in host memory, in bfloat16. The plan shows the size of the
+values take at most 2 GiB on the card; the complete cache is in host memory, in 8 bits. The plan shows the size of the
 weights before quantisation.
 """
 

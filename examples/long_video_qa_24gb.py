@@ -4,8 +4,8 @@
     python examples/long_video_qa_24gb.py --tiny    the bundled model and a video of its own, on any machine
 
 The weights take 15.4 GiB. Keys and values take at most 4 GiB of the card, however long the film; the complete cache is
-in host memory, 7.5 GiB for 131,072 tokens. The plan reports all of this before any weights are loaded. If the film does
-not fit, the plan names what would: fewer frames per second, or more memory.
+in host memory, in 8 bits, 4 GiB for 131,072 tokens. The plan reports all of this before any weights are loaded. If the
+film does not fit, the plan names what would: fewer frames per second, or more memory.
 """
 
 import argparse

@@ -29,11 +29,18 @@ def test_a_memory_size_out_of_range_is_a_budget_error(name, value):
     ("name", "value"),
     [("budget_ratio", "1"), ("budget_ratio", 0), ("chunk_tokens", 0), ("chunk_tokens", 3.5), ("chunk_tokens", True),
      ("spare_ratio", 1.0), ("spare_ratio", "x"), ("recent_window", -1), ("encode_batch", 0), ("encode_batch", 1.5),
-     ("adaptive", "no"), ("prefetch", 0)],
+     ("adaptive", "no"), ("prefetch", 0), ("host_kv_bits", 5), ("host_kv_bits", 8.0), ("host_kv_bits", True),
+     ("host_kv_bits", "8")],
 )  # fmt: skip
 def test_another_setting_out_of_range_is_an_option_error(name, value):
     with pytest.raises(OptionError, match=f"{name}=.* is not valid: give"):
         TierConfig(**{name: value})
+
+
+def test_other_bits_are_refused_with_the_choices():
+    with pytest.raises(OptionError, match=r"host_kv_bits=6 is not valid: give None or one of 16, 8, 4\."):
+        TierConfig(host_kv_bits=6)
+    assert [TierConfig(host_kv_bits=bits).host_kv_bits for bits in (None, 16, 8, 4)] == [None, 16, 8, 4]
 
 
 def test_a_policy_is_a_name_or_a_policy_and_after_that_a_policy():
@@ -78,7 +85,7 @@ CHANGED = [
 
 @pytest.mark.parametrize("policy", CHANGED, ids=range(len(CHANGED)))
 def test_settings_come_back_from_a_file_as_they_were(policy):
-    tiers = TierConfig(policy=policy, gpu_kv_gb=0.25, budget_ratio=0.5, encode_batch=64)
+    tiers = TierConfig(policy=policy, gpu_kv_gb=0.25, budget_ratio=0.5, encode_batch=64, host_kv_bits=4)
     assert tiers_from_file(json.loads(json.dumps(tiers_as_plain(tiers)))) == tiers
     assert pickle.loads(pickle.dumps(tiers)) == tiers
 

@@ -25,14 +25,16 @@ from tieredkv.cache.ranking import Ranking, Reuse
 from tieredkv.cache.recording import EstimatedMass, ExactMass, Tally
 from tieredkv.cache.retrieval import Retrieval
 from tieredkv.cache.sealed_layer import SealedLayer
+from tieredkv.codecs.base import Fit
 from tieredkv.environment.versions import cache_argument
 from tieredkv.memory.host import HostLayer
 from tieredkv.memory.pool import DevicePool
 from tieredkv.memory.residency import Residency
-from tieredkv.ops.packing import Packing
+from tieredkv.ops.base import Pages
 from tieredkv.ops.select import TORCH, OpTable
 from tieredkv.policy.digests import Digest, Fitted
 from tieredkv.policy.digests.sketch import Sketch
+from tieredkv.policy.digests.walsh import Walsh
 
 CARD = torch.device("cuda", 0)
 
@@ -42,23 +44,35 @@ def on_card(*tensors: torch.Tensor) -> None:
         assert tensor.device == CARD, tensor.device
 
 
-def parts(packing: Packing | None) -> list[torch.Tensor]:
-    return [] if packing is None else [packing.scales, packing.norms]
+def parts(pages: Pages) -> list[torch.Tensor]:
+    return [pages.records, *([] if pages.fit is None else [pages.fit.centre, pages.fit.channels])]
 
 
-class FakeSketch(Sketch):
-    """Sketches whose logits have a shape and a device, and no values."""
+class Fake:
+    """Digests whose logits have a shape and a device, and no values."""
 
     def logits(self, prepared, digests, at_once):
         on_card(prepared, digests)
         return prepared.new_empty((*prepared.shape[:2], digests.shape[1]))
 
 
+class FakeSketch(Fake, Sketch):
+    pass
+
+
+class FakeWalsh(Fake, Walsh):
+    pass
+
+
+FAKES = {kind.name: kind for kind in (FakeSketch, FakeWalsh)}
+
+
 def fake_kernels() -> OpTable:
     """Operations with the signatures of the kernels: shapes and devices, no values."""
 
     def digest(digest):
-        return FakeSketch(digest.head_dim, digest.chunk_tokens, digest.bits) if digest.name == "sketch" else digest
+        kind = FAKES.get(digest.name)
+        return digest if kind is None else kind(digest.head_dim, digest.chunk_tokens, digest.bits)
 
     def choose(ranks, selected, slot_of, most):
         on_card(ranks, selected, slot_of)
@@ -70,15 +84,15 @@ def fake_kernels() -> OpTable:
         on_card(wanted, kept, misses, chunk_in, last_used, slots, step, heads, *([] if table is None else [table]))
         return slots.new_empty((len(slots), most))
 
-    def gather(arena, pages, heads, missed, victims, misses, slots, chunk_in, slot_of, first_chunk, packing):
-        assert arena.device.type == "cpu"
-        on_card(pages, heads, missed, victims, misses, slots, chunk_in, slot_of, *parts(packing))
+    def gather(source, pages, heads, missed, victims, misses, slots, chunk_in, slot_of, first_chunk):
+        assert source.records.device.type == "cpu"
+        on_card(heads, missed, victims, misses, slots, chunk_in, slot_of, *parts(pages))
 
-    def append(keys, values, pages, table, lengths, count, packing):
-        on_card(keys, values, pages, table, lengths, count, *parts(packing))
+    def append(keys, values, pages, table, lengths, count):
+        on_card(keys, values, table, lengths, count, *parts(pages))
 
-    def paged_attention(query, pages, table, lengths, scaling, batch_pages, packing, page_lse):
-        on_card(query, pages, table, lengths, *parts(packing), *([] if page_lse is None else [page_lse]))
+    def paged_attention(query, pages, table, lengths, scaling, batch_pages, page_lse):
+        on_card(query, table, lengths, *parts(pages), *([] if page_lse is None else [page_lse]))
         return query.new_empty(query.shape, dtype=torch.float32), query.new_empty(query.shape[:2], dtype=torch.float32)
 
     return dataclasses.replace(
@@ -127,7 +141,7 @@ class Card:
             return self._ops.digest(thing)
         if isinstance(thing, tuple):
             return tuple(map(self.move, thing))
-        if isinstance(thing, Packing | Fitted | DecodePhase):
+        if isinstance(thing, Pages | Fit | Fitted | DecodePhase):
             names = [field.name for field in dataclasses.fields(thing) if field.name != "plan"]
             return dataclasses.replace(thing, **{name: self.move(getattr(thing, name)) for name in names})
         if isinstance(thing, STATEFUL):
@@ -140,7 +154,8 @@ class Card:
 @pytest.mark.parametrize(
     "options",
     [{"theta": 2.0}, {"policy": "streaming"}, {"policy": "arkvale"}, {"policy": "quest"},
-     {"reuse_above": 0.5, "prefetch": True}, {"adaptive": True}, {"gpu_kv_gb": 1.0}],
+     {"reuse_above": 0.5, "prefetch": True}, {"adaptive": True}, {"gpu_kv_gb": 1.0},
+     {"host_kv_bits": 16}, {"host_kv_bits": 16, "pack_pages": False}, {"host_kv_bits": 4}],
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("recorded", [False, True], ids=["", "recorded"])

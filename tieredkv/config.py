@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, overload
 
 from tieredkv.errors import OptionError, check_value, check_whole, is_number
-from tieredkv.memory.units import GIB, check_gpu_kv_gb, check_host_kv_gb
+from tieredkv.memory.units import GIB, check_gpu_kv_gb, check_host_kv_bits, check_host_kv_gb
 from tieredkv.policy.base import Policy
 from tieredkv.policy.digests import DIGESTS
 from tieredkv.policy.names import DEFAULT_POLICY, check_name
@@ -62,9 +62,13 @@ class TierConfig:
     """First tokens of the prompt that dynamic heads always attend to."""
     recent_window: int = 32
     """Last tokens of the prompt that every head always attends to."""
+    host_kv_bits: int | None = None
+    """Bits of a number in host memory, in session files, on the link and on the device: 16 stands for the model's
+    dtype, 8 and 4 for `codecs`. None: 16 if steps attend to everything and all of it fits on the device unpacked, under
+    `policy="full"` and with `pack_pages=False`, otherwise 8 (`planning.host_plan`)."""
     pack_pages: bool = True
-    """Store keys and values on the device in 8 bits (`ops.packing`), so that twice as many fit, unless steps attend to
-    everything and all of it fits unpacked. The host tier keeps the model's dtype."""
+    """Where the host tier has 16 bits, store keys and values on the device in 8, so that twice as many fit, unless
+    steps attend to everything and all of it fits unpacked."""
     prefill_chunk: int = 2048
     """Prompt tokens per forward call during prefill."""
     encode_batch: int | None = None
@@ -83,6 +87,7 @@ class TierConfig:
 
         check_gpu_kv_gb(self.gpu_kv_gb)
         check_host_kv_gb(self.host_kv_gb)
+        check_host_kv_bits(self.host_kv_bits)
         ratio = self.budget_ratio
         for name in ("chunk_tokens", "prefill_chunk"):
             check_whole(name, getattr(self, name))

@@ -1,4 +1,4 @@
-"""Attention in blocks and pages against one plain softmax."""
+"""Attention in blocks against one plain softmax."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import torch
 from helpers import assert_near
 
 from tieredkv.attention import exact
-from tieredkv.ops import torch_ops
-from tieredkv.ops.packing import Packing
 
 
 def plain(query, keys, values, scaling, hidden=None):
@@ -68,68 +66,6 @@ def test_row_weights_of_all_blocks_add_up_to_one():
     )
     assert_near(got.flatten(0, 1), want)
     torch.testing.assert_close(got.sum(-1), torch.ones(2, 2, 3))
-
-
-@pytest.mark.parametrize("batch_pages", [1, 2, 64])
-@pytest.mark.parametrize("group", [1, 3, 7])
-def test_pages_differ_from_head_to_head(batch_pages, group):
-    """Ragged page lists, partly filled pages and holes against gathering each head's tokens by hand."""
-    generator = torch.Generator().manual_seed(group)
-    pages = torch.randn(20, 2, 4, 8, generator=generator)
-    table = torch.stack([torch.randperm(20, generator=generator)[:5] for _ in range(3)])
-    lengths = torch.tensor([[4, 4, 4, 4, 4], [4, 0, 3, 0, 0], [0, 0, 0, 0, 1]])
-    query = torch.randn(3 * group, 2, 8, generator=generator)
-    out, _ = torch_ops.paged_attention(query, pages, table, lengths, 0.4, batch_pages)
-    for head in range(3):
-        parts = [pages[p, :, :n] for p, n in zip(table[head].tolist(), lengths[head].tolist(), strict=True)]
-        tokens = torch.cat(parts, dim=1)
-        rows = query[head * group : (head + 1) * group]
-        want, _, _ = plain(rows, tokens[:1].expand(1, -1, -1), tokens[1:], 0.4)
-        assert_near(out[head * group : (head + 1) * group], want)
-
-
-@pytest.mark.parametrize("batch_pages", [1, 6, 64])
-@pytest.mark.parametrize("packed", [False, True])
-def test_the_log_sum_exp_of_each_page_is_that_of_its_tokens(batch_pages, packed):
-    keys, query = torch.randn(20, 2, 4, 8), torch.randn(6, 1, 8)
-    table, lengths = torch.randperm(20)[:15].view(3, 5), torch.full((3, 5), 4)
-    lengths[0, 1], lengths[2, 3] = 0, 2
-    pages, packing = keys, None
-    if packed:
-        packing = Packing(torch.rand(20, 2, 4).half() + 0.5, torch.rand(3, 2, 8) + 0.5)
-        pages = keys.mul(50).round().to(torch.int8)
-    found = torch.full((6, 9), 7.0)
-    _, lse = torch_ops.paged_attention(query, pages, table, lengths, 0.4, batch_pages, packing, found)
-    torch.testing.assert_close(found[:, :5].logsumexp(-1), lse[:, 0])
-    assert torch.equal(found[:, 5:], torch.full((6, 4), 7.0))
-    assert bool((found[:2, 1] < -1e30).all())
-    page = pages[table[2, 3], 0, :2].float()
-    if packing is not None:
-        page = page * packing.scales[table[2, 3], 0, :2, None] * packing.norms[2, 0]
-    assert_near(found[5, 3], (page @ query[5, 0] * 0.4).logsumexp(-1))
-
-
-def test_the_order_of_pages_does_not_matter():
-    pages, query = torch.randn(6, 2, 4, 8), torch.randn(2, 1, 8)
-    lengths = torch.tensor([[4, 2, 3]])
-    forward = torch_ops.paged_attention(query, pages, torch.tensor([[0, 3, 5]]), lengths, 1.0, 8)
-    backward = torch_ops.paged_attention(query, pages, torch.tensor([[5, 3, 0]]), lengths.flip(1), 1.0, 8)
-    torch.testing.assert_close(forward, backward)
-
-
-def test_a_head_without_pages_is_an_error():
-    with pytest.raises(ValueError, match="no page"):
-        torch_ops.paged_attention(
-            torch.randn(1, 1, 8), torch.randn(2, 2, 4, 8), torch.zeros(1, 1).long(), torch.zeros(1, 1).long(), 1.0, 1
-        )
-
-
-def test_what_lies_beyond_a_pages_length_does_not_leak():
-    pages, query = torch.randn(2, 2, 4, 8), torch.randn(2, 1, 8)
-    table, lengths = torch.tensor([[0, 1]]), torch.tensor([[4, 2]])
-    want = torch_ops.paged_attention(query, pages, table, lengths, 1.0, 8)
-    pages[1, :, 2:] = 1e30
-    torch.testing.assert_close(torch_ops.paged_attention(query, pages, table, lengths, 1.0, 8), want)
 
 
 @pytest.mark.parametrize(("head_dim", "kind"), [(256, "flash"), (257, "efficient"), (512, "efficient")])

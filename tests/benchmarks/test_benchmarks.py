@@ -60,6 +60,37 @@ def test_benchmarks_of_the_bundled_model_run(run, name):
     assert json.loads(out.splitlines()[-1])
 
 
+@pytest.mark.slow
+@pytest.mark.model
+def test_less_host_memory_reads_more_from_disk(run):
+    code, out, err = run("disk.py")
+    assert code == 0, err
+    rows = {row["cache"]: row for row in json.loads(out.splitlines()[-1])["rows"]}
+    assert list(rows) == ["memory", "disk", "disk, cold", "least, cold"]
+    memory, disk, cold, least = rows.values()
+    assert memory["host_bytes"] > disk["host_bytes"] > least["host_bytes"]
+    assert (memory["read_bytes"], memory["disk_hit_rate"]) == (0, None)
+    assert least["read_bytes_per_token"] > disk["read_bytes_per_token"] == cold["read_bytes_per_token"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.model
+def test_fewer_bits_take_fewer_bytes_everywhere(run):
+    """Of keys of 32 dimensions in 32 bits, and of 128 in 16; a scale of 2 bytes is stored with each."""
+    code, out, err = run("bytes.py", "--models", "bundled", "7b")
+    assert code == 0, err
+    rows = {(row["model"], row["bits"]): row for row in json.loads(out.splitlines()[-1])["rows"]}
+    figures = {"bits", "host_bytes", "link_bytes_per_token", "file_bytes", "decode_ms", "ingest_s"}
+    assert all(figures <= set(row) for row in rows.values())
+    expected = {("bundled", 8): 34 / 128, ("bundled", 4): 18 / 128, ("7b", 8): 130 / 256, ("7b", 4): 66 / 256}
+    for (model, bits), share in expected.items():
+        ours, plain = rows[model, bits], rows[model, 16]
+        assert ours["host_bytes"] == share * plain["host_bytes"]
+        assert ours["link_bytes_per_token"] == pytest.approx(share * plain["link_bytes_per_token"], rel=0.3)
+        saved = [row["file_bytes"] - row["host_bytes"] for row in (ours, plain)]
+        assert saved[0] == pytest.approx(saved[1], abs=2**16)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 @pytest.mark.parametrize("name", ["pcie.py", "decode.py"])
 def test_benchmarks_that_need_a_card_say_so(run, name):

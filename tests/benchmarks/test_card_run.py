@@ -102,6 +102,10 @@ def test_the_script_runs_on_a_cpu(tmp_path):
         "path",
         "seal_s",
     }
+    by_bits = [steps[f"ranked, 80 % hits{bits}"] for bits in ("", ", 8 bits", ", 4 bits")]
+    assert [row["page_bits"] for row in by_bits] == [8, 8, 4]
+    plain, *packed = [row["link_bytes_per_step"] for row in by_bits]  # in float32, 32 bits
+    assert [share / plain for share in packed] == [pytest.approx(17 / 64), pytest.approx(9 / 64)]
     exact = [line for line in found if line.get("kind") == "everything, 16 bits"]
     assert all(line["eager_to_stock"]["largest"] < 1e-5 for line in exact)
     answers = [line for line in found if "same_tokens" in line]

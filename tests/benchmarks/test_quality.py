@@ -116,20 +116,20 @@ def test_memory_and_recall_are_the_true_values(model, film, asked):
 
 
 def test_rows_count_steps_and_pair_with_the_full_cache():
-    def record(label, budget, right, nll):
+    def record(label, budget, number, right, nll):
         fields = {"policy": label} if label == "full" else {"policy": label, "budget_ratio": budget}
         return {
             "model": "smollm2", "task": "chain", "tokens": 10, "chunk_tokens": 8, "label": label, "fields": fields,
             "right": right, "so_far": right, "steps": [2, 2, 3], "nll": nll, "scored": 3, "held": 10, "full": 100,
-            "missed": 50, "decoded": 5, "recall": None,
+            "missed": 50, "decoded": 5, "recall": None, "kl": None, "same": None, "question": [0, 2, number],
         }  # fmt: skip
 
     rows = quality_report.aggregate(
         [
-            record("full", 1.0, [1, 1, 1], 0.3),
-            record("full", 1.0, [1, 1, 0], 0.3),
-            record("snapkv", 0.1, [1, 0, 1], 0.6),
-            record("snapkv", 0.1, [0, 0, 0], 0.9),
+            record("full", 1.0, 0, [1, 1, 1], 0.3),
+            record("full", 1.0, 1, [1, 1, 0], 0.3),
+            record("snapkv", 0.1, 0, [1, 0, 1], 0.6),
+            record("snapkv", 0.1, 1, [0, 0, 0], 0.9),
         ]
     )
     row = next(r for r in rows if r["policy"] == "snapkv")
@@ -145,8 +145,7 @@ def test_every_setting_of_a_suite_is_one_that_exists(suite):
     contexts = quality_suites.units(suite, quick=False)
     assert len({unit.key for unit in contexts}) == len(contexts)
     for unit in contexts:
-        quality._settings(unit)
-        quality._scoring(unit)
+        quality._readings(unit)
 
 
 def test_videos_are_as_long_as_asked(film):

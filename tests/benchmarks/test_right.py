@@ -121,7 +121,7 @@ def test_under_the_tightest_cap_everything_is_attended_to_and_with_one_page_less
     layout = lay_out(tiers, 1000, tiers.policy.text_window, 8)
 
     def ranked(cap_bytes):
-        return plan_decode(shape, tiers, layout, cap_bytes, dynamic.double(), dynamic).ranked
+        return plan_decode(shape, tiers, layout, cap_bytes, dynamic.double(), dynamic, host_bits=16).ranked
 
     assert not ranked(tiers.cap_bytes)
     assert ranked(tiers.cap_bytes - 8 * 64 * 2 * 4)

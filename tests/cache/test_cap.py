@@ -13,7 +13,8 @@ from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.environment.versions import cache_argument
 from tieredkv.errors import BudgetError
 from tieredkv.memory import ledger
-from tieredkv.ops.packing import pack
+from tieredkv.memory.host import HostLayer
+from tieredkv.ops.base import Pages
 
 
 @pytest.fixture
@@ -54,11 +55,13 @@ def test_the_ledger_counts_every_byte_of_pool_and_digests(llama, long_ids):
         llama.generate(long_ids, **cache_argument(cache), max_new_tokens=4, do_sample=False)
         held = cache.ledger.by_purpose()
         layers = [layer.sealed for layer in cache.tiered_layers]
-        assert held["pool"] == cache.device_tier.pools[0].pages.nbytes + cache.device_tier.pools[0].scales.nbytes
+        assert held["pool"] == cache.device_tier.pools[0].records.nbytes
         assert held["digests"] == sum(digest_nbytes(s.retrieval) for s in layers if s.retrieval is not None)
         tables = sum(t.numel() * 4 for s in layers for t in (s.pages.table, s.pages.lengths))
         tables += sum(t.nbytes for s in layers if len(s.dynamic) for t in vars(s.retrieval.residency).values())
-        tables += layers[0].phase.chunk_mass.nbytes + sum(s.pages.packing.norms.nbytes for s in layers)
+        tables += layers[0].phase.chunk_mass.nbytes + sum(
+            s.pages.pool.fit.centre.nbytes + s.pages.pool.fit.channels.nbytes for s in layers
+        )
         assert held["tables"] == tables
         assert set(held) <= {"pool", "digests", "tables"}
 
@@ -73,15 +76,26 @@ def test_the_host_tier_holds_every_prompt_token_exactly(llama, long_ids):
         tieredkv.use_attention(llama),
         TieredCache(
             llama.config,
-            **tier_options(gpu_kv_gb=cap_share(llama, 900, 0.5), chunk_tokens=8, text_window=16),
+            **tier_options(gpu_kv_gb=cap_share(llama, 900, 0.5), chunk_tokens=8, text_window=16, host_kv_bits=16),
             max_new_tokens=9,
         ) as cache,
     ):
         llama.generate(long_ids, **cache_argument(cache), max_new_tokens=9, do_sample=False)
         for ours, theirs in zip(cache.tiered_layers, stock.layers, strict=True):
-            chunks = ours.host.chunks()
-            assert_near(chunks[:, :, 0].flatten(1, 2)[:, :900], theirs.keys[0])
-            assert_near(chunks[:, :, 1].flatten(1, 2)[:, :900], theirs.values[0])
+            for got, want in zip(ours.host.decoded(0, 900), (theirs.keys[0], theirs.values[0]), strict=True):
+                assert_near(got, want)
+
+
+def of_pages(host: HostLayer, pages: Pages) -> torch.Tensor:
+    """All of a layer's full chunks as records of its pages."""
+    full = host.length // host.chunk_tokens
+    if host.codec.bits == pages.codec.bits:
+        return host.chunks(0, full)
+    records = torch.zeros((host.num_heads, full, pages.codec.chunk_bytes), dtype=torch.uint8)
+    encoded = pages.codec.encode(*host.decoded(0, full * host.chunk_tokens), pages.fit)
+    for own, new in zip(pages.codec.fields(records), encoded, strict=True):
+        own.copy_(new.unflatten(1, (full, -1)))
+    return records
 
 
 @given(st.data())
@@ -93,6 +107,7 @@ def test_pool_and_tables_stay_sound_while_decoding(llama, long_ids, data):
     chunk = data.draw(st.sampled_from([4, 8]))
     options = {"theta": theta, "chunk_tokens": chunk, "text_window": 16, "recent_window": 8}
     options["pack_pages"] = data.draw(st.booleans())
+    options["host_kv_bits"] = data.draw(st.sampled_from([16, 8, 4]))
     with (
         tieredkv.use_attention(llama),
         torch.no_grad(),
@@ -107,7 +122,8 @@ def test_pool_and_tables_stay_sound_while_decoding(llama, long_ids, data):
                 if not len(sealed.dynamic):
                     continue
                 sealed.retrieval.residency.check_integrity()
-                chunks, sinks = layer.host.chunks(), sealed.phase.plan.layout.sink_chunks
+                sinks = sealed.phase.plan.layout.sink_chunks
+                stored = of_pages(layer.host, sealed.pages.pool)
                 for row, head in enumerate(sealed.dynamic.tolist()):
                     for slot, chunk in zip(
                         sealed.retrieval.residency.slots[row].tolist(),
@@ -115,11 +131,7 @@ def test_pool_and_tables_stay_sound_while_decoding(llama, long_ids, data):
                         strict=True,
                     ):
                         if chunk >= 0:
-                            want, pool = chunks[head, sinks + chunk], cache.device_tier.pools[0]
-                            if sealed.pages.packing is not None:
-                                want, scales = pack(want, sealed.pages.packing.norms[head].unsqueeze(1))
-                                assert torch.equal(pool.scales[slot], scales)
-                            assert torch.equal(pool.pages[slot], want)
+                            assert torch.equal(cache.device_tier.pools[0].records[slot], stored[head, sinks + chunk])
 
 
 def test_more_generated_tokens_than_reserved_is_an_error(llama, prompt_ids):

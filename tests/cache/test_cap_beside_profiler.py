@@ -54,11 +54,14 @@ CASES = {
     ),
     "segments, one KV head": Case(torch.float32, 16, 1, 1.0, {"digest": "segment", "chunk_tokens": 2}),
     "static heads": Case(torch.bfloat16, 8, 2, AMPLE, {"policy": "snapkv"}),
+    "4 bits": Case(torch.bfloat16, 8, 2, TIGHT, {"host_kv_bits": 4}),
+    "4 bits, few rows": Case(torch.bfloat16, 4, 4, AMPLE, {"host_kv_bits": 4, "text_window": 8}),
 }
 PARTS = "question", "steps", "several tokens"
 MOMENTS = "held in prefill", "held in a step", "held"
-MOST = {"scores": 3.0, "ranking": 3.0, "scratch": 1.6, "ranked ahead": 3.0}
-"""Upper bound of counted over allocated bytes: some counted tensors do not exist at the same time."""
+MOST = {"scores": 3.2, "ranking": 3.0, "scratch": 1.6, "ranked ahead": 3.0}
+"""Upper bound of counted over allocated bytes: some counted tensors do not exist at the same time, and a card decodes
+more tokens at a time than the CPU."""
 
 
 # ---- names inside the package that this file depends on
@@ -76,6 +79,7 @@ def work(model: Any, cache: TieredCache, profiled: Callable[[str], Any]) -> None
     cache.expect(CONTEXT)
     model(ids[:, :-QUESTION], **cache_argument(cache))
     cache.settle()  # digests the context; digests are on the host
+    cache.reserve(PROMPT + 20)  # or the host tier grows while the profiler watches
     cache.expect(Question(max_new_tokens=20, looks=Looks(cache.tiers.chunk_tokens)))
     with profiled("question"):
         model(ids[:, -QUESTION:], **cache_argument(cache))

@@ -77,9 +77,9 @@ def test_copies_given_by_the_caller_are_used(llama):
 
 def test_decoding_ends_with_nothing_counted(tier):
     made = tier()
-    pool = made.new_pool(3, torch.float32, CPU, packed=True)
+    pool = made.new_pool(3, made.codec(8, torch.float32), CPU)
     made.ledger.reserve("tables", 100)
-    assert made.ledger.by_purpose() == {"pool": pool.pages.nbytes + pool.scales.nbytes, "tables": 100}
+    assert made.ledger.by_purpose() == {"pool": pool.records.nbytes, "tables": 100}
     made.end_decoding()
     assert made.pools == []
     assert made.ledger.by_purpose() == {}

@@ -36,7 +36,7 @@ def answer(model, ids, share, **options):
     with tieredkv.use_attention(model), TieredCache(model.config, **tier_options(**tiers), max_new_tokens=12) as cache:
         model.generate(ids, **cache_argument(cache), max_new_tokens=12, do_sample=False, logits_processor=[record])
         assert cache.ledger.peak_bytes <= cache.tiers.cap_bytes
-        pages = [len(pool.pages) for pool in cache.device_tier.pools]
+        pages = [len(pool.records) for pool in cache.device_tier.pools]
         sealed = [layer.sealed for layer in cache.tiered_layers]
         shares = [layer.phase.pool for layer in sealed]
     return torch.cat(record.seen), pages, shares

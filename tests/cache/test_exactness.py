@@ -121,11 +121,10 @@ def test_delayed_copies_change_nothing(llama, long_ids, known, monkeypatch):
     import random
     import time
 
-    from tieredkv.memory.copies import Transfer
     from tieredkv.memory.host import HostLayer
 
     rng = random.Random(0)
-    stage, write = Transfer.stage, HostLayer.write
+    stage, write = HostLayer.stage, HostLayer.write
 
     def late(work):
         def run(*arguments):
@@ -136,13 +135,13 @@ def test_delayed_copies_change_nothing(llama, long_ids, known, monkeypatch):
 
     stock = llama(long_ids).logits
     monkeypatch.setattr("tieredkv.planning.prefill_plan.STAGING_TOKENS", 64)
-    monkeypatch.setattr(Transfer, "stage", late(stage))
+    monkeypatch.setattr(HostLayer, "stage", late(stage))
     monkeypatch.setattr(HostLayer, "write", late(write))
     options = {**pressed(llama, 900, 0.5), "chunk_tokens": 8, "text_window": 8, "prompt_tokens": known}
     with torch.no_grad(), tieredkv.use_attention(llama), TieredCache(llama.config, **tier_options(**options)) as cache:
         cache.expect(CONTEXT)
         parts = [llama(part, **cache_argument(cache)).logits for part in long_ids.split(70, dim=1)]
-        assert cache.device_tier.transfer.streamed_bytes > 0
+        assert cache.device_tier.streamed_bytes > 0
         resident = cache.device_tier.residents.get(0)
         assert (resident is not None and resident.length > 0) == (known > 0)
     assert_near(torch.cat(parts, dim=1), stock)

@@ -12,6 +12,7 @@ from tieredkv.cache.prefill import TextRows
 from tieredkv.cache.question import Question
 from tieredkv.cache.seal import classify_heads, text_mask
 from tieredkv.cache.tiered_cache import TieredCache
+from tieredkv.codecs import PLAIN
 from tieredkv.config import TierConfig
 from tieredkv.environment.versions import cache_argument
 from tieredkv.memory.units import GIB
@@ -35,7 +36,7 @@ def rows(focused: list[bool], count: int) -> TextRows:
 
 def classified(of_layers: list[TextRows], share: float = 0.3, **options):
     tiers = TierConfig(gpu_kv_gb=share * TOKENS * SHAPE.token_bytes / GIB, pack_pages=False, **tier_options(**options))
-    return classify_heads(of_layers, SHAPE, tiers, sizes.lay_out(tiers, TOKENS, 16, 8), tiers.cap_bytes)
+    return classify_heads(of_layers, SHAPE, tiers, sizes.lay_out(tiers, TOKENS, 16, 8), tiers.cap_bytes, PLAIN)
 
 
 def test_heads_that_need_few_tokens_are_static():
@@ -79,7 +80,7 @@ def test_a_fault_while_the_pool_is_filled_leaves_the_cache_in_prefill(llama, lon
     def fail(self, *arguments):
         raise MemoryError("not enough")
 
-    options = {**pressed(llama, 900, 0.5), "chunk_tokens": 8, "text_window": 16}
+    options = {**pressed(llama, 900, 0.5), "chunk_tokens": 8, "text_window": 16, "host_kv_bits": 16}
     with torch.no_grad(), tieredkv.use_attention(llama), TieredCache(llama.config, **tier_options(**options)) as cache:
         llama(long_ids[:, :880], **cache_argument(cache))
         with monkeypatch.context() as patch:

@@ -41,6 +41,7 @@ def test_every_key_is_an_option_and_a_variable(monkeypatch, capsys, file, short_
         "weights": "8bit",
         "gpu_kv_gb": 2,
         "host_kv_gb": 3.5,
+        "host_kv_bits": 4,
         "policy": "quest",
         "card": "RTX 3060",
     }
@@ -54,7 +55,7 @@ def test_every_key_is_an_option_and_a_variable(monkeypatch, capsys, file, short_
     assert planned(monkeypatch, capsys, of=short_video) == by_file
     assert (by_file["fps"], by_file["frames"], by_file["new_tokens"]) == (5 / 30, 5, 6)
     assert by_file["cap_bytes"] == 2 * GIB
-    assert by_file["host_budget_bytes"] == 3.5 * GIB
+    assert (by_file["host_budget_bytes"], by_file["host_bits"]) == (3.5 * GIB, 4)
     assert (by_file["card"], by_file["link"]) == ("RTX 3060", "pcie4x8")
     assert by_file["quantisation"].startswith("torchao")
 

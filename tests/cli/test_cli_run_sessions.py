@@ -112,6 +112,8 @@ def test_what_fit_chose_is_reused_under_the_caps_it_was_chosen_for(runs):
     assert (runs.code, runs.ingests, len(runs.files)) == (0, 1, 2)
     runs("--fit", "--gpu-kv-gb", "2", "--host-kv-gb", "1")
     assert (runs.code, runs.ingests, len(runs.files)) == (0, 1, 3)
+    runs("--fit", "--gpu-kv-gb", "2", "--host-kv-gb", "1", "--host-kv-bits", "4")
+    assert (runs.code, runs.ingests, len(runs.files)) == (0, 1, 4)
 
 
 def test_settings_of_the_cache_are_those_of_the_run(runs):
@@ -119,6 +121,15 @@ def test_settings_of_the_cache_are_those_of_the_run(runs):
     answer = runs()
     assert runs.ingests == 0
     assert answer["kv_cap_bytes"] == 4 * 2**30
+
+
+def test_a_file_in_other_bits_than_are_asked_for_is_replaced(runs):
+    runs("--host-kv-bits", "4")
+    runs()
+    assert runs.ingests == 0
+    runs("--host-kv-bits", "8")
+    assert (runs.code, runs.ingests, len(runs.files)) == (0, 1, 1)
+    assert "was saved with another number of bits: the video is ingested again" in runs.err
 
 
 @pytest.mark.parametrize("where", [0.001, 0.6])

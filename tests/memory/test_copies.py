@@ -12,7 +12,7 @@ from helpers import PATIENCE_S, LateCopies, pressed, tier_options
 import tieredkv
 from tieredkv import TieredCache
 from tieredkv.environment.versions import cache_argument
-from tieredkv.memory.copies import ThreadCopies, Transfer
+from tieredkv.memory.copies import ThreadCopies
 
 
 @pytest.fixture
@@ -80,15 +80,6 @@ def test_closing_ends_the_thread_and_may_be_repeated():
     assert threading.active_count() == before
 
 
-@pytest.mark.parametrize("with_values", [True, False])
-def test_staging_copies_keys_and_on_request_values(with_values):
-    chunks, staged = torch.randn(2, 3, 2, 4, 5), torch.zeros(2, 3, 2, 4, 5)
-    moved = Transfer().stage(chunks, staged, with_values)
-    assert torch.equal(staged[:, :, 0], chunks[:, :, 0])
-    assert torch.equal(staged[:, :, 1], chunks[:, :, 1] * with_values)
-    assert moved == 2 * 3 * 4 * 5 * 4 * (1 + with_values)
-
-
 def test_an_interrupted_wait_leaves_the_copy_outstanding(copies, monkeypatch):
     """Its slots may be freed only after another wait."""
     started, go = threading.Event(), threading.Event()
@@ -122,7 +113,7 @@ def test_the_time_a_copy_arrives_changes_no_logits(llama, long_ids, options):
         with torch.no_grad(), tieredkv.use_attention(llama), cache:
             for part in long_ids.split(200, dim=1):
                 llama(part, **cache_argument(cache))
-            assert cache.device_tier.transfer.streamed_bytes > 0
+            assert cache.device_tier.streamed_bytes > 0
             return torch.stack([llama(long_ids[:, i : i + 1], **cache_argument(cache)).logits for i in range(6)])
 
     assert torch.equal(decode(None), decode(LateCopies()))

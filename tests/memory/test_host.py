@@ -22,10 +22,9 @@ def test_appended_tokens_are_read_back(sizes, chunk, reserved):
     for size in sizes:
         host.append(keys[:, done : done + size], -keys[:, done : done + size])
         done += size
-    flat = host.chunks()
     assert host.length == done
-    torch.testing.assert_close(flat[:, :, 0].flatten(1, 2)[:, :done], keys)
-    torch.testing.assert_close(flat[:, :, 1].flatten(1, 2)[:, :done], -keys)
+    torch.testing.assert_close(host.keys().flatten(1, 2)[:, :done], keys)
+    torch.testing.assert_close(host.decoded(0, done), (keys, -keys))
     index = torch.randperm(done)[:5]
     got_keys, got_values = host.tokens(1, index)
     torch.testing.assert_close(got_keys, keys[1, index])
@@ -37,7 +36,7 @@ def test_truncating_and_appending_again_overwrites():
     host.append(torch.arange(10.0).view(1, 10, 1), torch.zeros(1, 10, 1))
     host.truncate(6)
     host.append(torch.full((1, 3, 1), 9.0), torch.zeros(1, 3, 1))
-    assert host.chunks()[:, :, 0].flatten()[:9].tolist() == [0, 1, 2, 3, 4, 5, 9, 9, 9]
+    assert host.keys().flatten()[:9].tolist() == [0, 1, 2, 3, 4, 5, 9, 9, 9]
 
 
 def test_truncating_to_more_than_the_length_raises():
@@ -60,6 +59,19 @@ def test_a_chunk_is_one_contiguous_piece():
     host.reserve(20)
     host.append(torch.zeros(2, 20, 3), torch.zeros(2, 20, 3))
     assert host.chunks()[1, 2].is_contiguous()
+
+
+@pytest.mark.parametrize("with_values", [True, False])
+def test_staging_copies_keys_and_on_request_values(with_values):
+    host = HostLayer(2, 5, 4, torch.float32)
+    keys, values = torch.randn(2, 12, 5), torch.randn(2, 12, 5)
+    host.append(keys, values)
+    staged = torch.zeros(2, 3, host.codec.chunk_bytes, dtype=torch.uint8)
+    moved = host.stage(0, 3, staged, with_values)
+    staged_keys, staged_values = host.codec.fields(staged)
+    assert torch.equal(staged_keys.flatten(1, 2), keys)
+    assert torch.equal(staged_values.flatten(1, 2), values * with_values)
+    assert moved == 2 * 3 * 4 * 5 * 4 * (1 + with_values)
 
 
 @given(st.integers(1, 100), st.integers(1, 70))

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tieredkv.codecs import PLAIN, codec_for
 from tieredkv.memory.ledger import DeviceLedger
 from tieredkv.memory.pool import DevicePool
 
@@ -14,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 def make_pool(slots: int) -> DevicePool:
-    return DevicePool(DeviceLedger(2**20), slots, 4, 2, torch.float32, CPU)
+    return DevicePool(DeviceLedger(2**20), slots, codec_for(PLAIN, 4, 2, torch.float32), CPU)
 
 
 @given(st.lists(st.integers(0, 14), max_size=12))

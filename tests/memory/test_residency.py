@@ -11,7 +11,22 @@ pytest.importorskip("hypothesis", reason="hypothesis is not installed")
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tieredkv.memory.arena import MemoryArena
+from tieredkv.memory.host import HostLayer
 from tieredkv.memory.residency import Residency
+from tieredkv.ops.base import Pages
+
+U8 = torch.uint8
+
+
+def filled(heads: int, chunks: int, generator: torch.Generator, device: torch.device) -> HostLayer:
+    """A layer of random tokens, page-locked for a card."""
+    host = HostLayer(heads, 8, 4, torch.float32)
+    host.append(*torch.randn(2, heads, 4 * chunks, 8, generator=generator))
+    records = host.chunks()
+    arena = MemoryArena.of(records.pin_memory() if device.type == "cuda" else records.clone())
+    host.adopt(arena, host.length, host.codec, None)
+    return host
 
 
 @st.composite
@@ -50,9 +65,8 @@ def test_steps_agree_with_a_dictionary_of_each_head(ops, device, case):
     slots, selected, chunks, seed, steps = case
     n, heads, first = len(slots), torch.arange(len(slots)) * 2, 2
     generator = torch.Generator().manual_seed(seed)
-    arena = torch.randn(2 * n, chunks + 3, 2, 4, 8, generator=generator)
-    arena = arena.pin_memory() if device.type == "cuda" else arena
-    pages = torch.zeros(sum(slots) + 3, 2, 4, 8, device=device)
+    source = filled(2 * n, chunks + 3, generator, device)
+    pages = Pages(source.codec, torch.zeros(sum(slots) + 3, source.codec.chunk_bytes, dtype=U8, device=device), None)
     owned = torch.full((n, max(slots)), -1)
     owned[torch.arange(max(slots)) < torch.tensor(slots).unsqueeze(1)] = torch.randperm(sum(slots), generator=generator)
     index, most = Residency(owned.to(device), chunks), max(slots)
@@ -74,7 +88,7 @@ def test_steps_agree_with_a_dictionary_of_each_head(ops, device, case):
             assert missed[head, : int(misses[head])].tolist() == gone
             assert victims[head, : int(misses[head])].tolist() == to
         tables = index.slots, index.chunk_in, index.slot_of
-        ops.gather(arena, pages, rows, missed, victims, misses, *tables, first)
+        ops.gather(source, pages, rows, missed, victims, misses, *tables, first)
         return want
 
     for like_before, ahead in steps:
@@ -93,7 +107,7 @@ def test_steps_agree_with_a_dictionary_of_each_head(ops, device, case):
         for head, model in enumerate(models):
             assert {c: s for c, s in enumerate(index.slot_of[head, :-1].tolist()) if s >= 0} == model.slot_of
             for chunk, slot in model.slot_of.items():
-                assert torch.equal(pages[owned[head, slot]].cpu(), arena[heads[head], chunk + first])
+                assert torch.equal(pages.records[owned[head, slot]].cpu(), source.records[heads[head], chunk + first])
 
 
 def test_chunks_entered_first_are_replaced_last():
@@ -118,15 +132,17 @@ def test_more_misses_than_replaceable_slots_are_refused():
         torch_ops.place(kept, kept, torch.tensor([2]), *used, step, 3, None, torch.arange(1), 0)
 
 
-def test_chunks_are_fetched_to_their_slots(ops):
-    arena, pages = torch.arange(2 * 3 * 2 * 4 * 5.0).view(2, 3, 2, 4, 5), torch.zeros(6, 2, 4, 5)
-    ops.fetch(arena, pages, torch.tensor([1, 0]), torch.tensor([2, 1]), torch.tensor([5, 0]))
-    assert torch.equal(pages[5], arena[1, 2])
-    assert torch.equal(pages[0], arena[0, 1])
-    assert not pages[1:5].any()
+def test_chunks_are_fetched_to_their_slots(ops, device):
+    source = filled(2, 3, torch.Generator().manual_seed(0), device)
+    pages = Pages(source.codec, torch.zeros(6, source.codec.chunk_bytes, dtype=U8, device=device), None)
+    ops.fetch(source, pages, torch.tensor([1, 0]), torch.tensor([2, 1]), torch.tensor([5, 0], device=device))
+    assert torch.equal(pages.records[5].cpu(), source.records[1, 2])
+    assert torch.equal(pages.records[0].cpu(), source.records[0, 1])
+    assert not pages.records[1:5].any()
 
 
-def test_fetching_no_chunks_does_nothing(ops):
-    none = torch.empty(0, dtype=torch.int64)
-    ops.fetch(torch.ones(1, 1, 2, 1, 1), pages := torch.zeros(1, 2, 1, 1), none, none, none)
-    assert not pages.any()
+def test_fetching_no_chunks_does_nothing(ops, device):
+    source, none = filled(1, 1, torch.Generator(), device), torch.empty(0, dtype=torch.int64)
+    pages = Pages(source.codec, torch.zeros(1, source.codec.chunk_bytes, dtype=U8, device=device), None)
+    ops.fetch(source, pages, none, none, none.to(device))
+    assert not pages.records.any()

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from tieredkv.ops.packing import Packing
-from tieredkv.ops.triton import attend, choose, copy, rank
+from tieredkv.codecs import CODECS, codec_for
+from tieredkv.codecs.base import Codec, Fit
+from tieredkv.ops.base import Pages
+from tieredkv.ops.triton import attend, choose, copy, rank, walsh
 from tieredkv.policy.digests.sketch import Basis
+from tieredkv.policy.digests.walsh import Walsh
 
 SHARED = {75: 65_536, 80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 120: 101_376}
 """Bytes of shared memory that a block may have, by compute capability."""
@@ -57,10 +61,19 @@ def stack(cubin: bytes) -> int:
     return max(map(int, found), default=0)
 
 
-def packed(slots: int, c: int, d: int) -> tuple[torch.Tensor, Packing]:
-    """Pages in 8 bits, of four heads."""
-    scales = torch.zeros(slots, 2, c, dtype=torch.float16)
-    return torch.zeros(slots, 2, c, d, dtype=torch.int8), Packing(scales, torch.zeros(4, 2, d))
+@dataclass
+class Chunks:
+    """A `Source` of four heads."""
+
+    codec: Codec
+    records: torch.Tensor
+
+
+def pages_of(bits: int, c: int, d: int, dtype: torch.dtype) -> Pages:
+    """Forty pages that four heads share."""
+    codec = codec_for(bits, c, d, dtype)
+    fit = Fit(torch.zeros(4, 2, d), torch.zeros(4, 2, d)) if codec.needs_fit else None
+    return Pages(codec, torch.zeros(40, codec.chunk_bytes, dtype=torch.uint8), fit)
 
 
 def call_all() -> None:
@@ -70,20 +83,22 @@ def call_all() -> None:
         (torch.bfloat16, 16, 8, 256), (torch.bfloat16, 16, 8, 512), (torch.float32, 7, 8, 128),
         (torch.float32, 32, 8, 64), (torch.float32, 2, 8, 16),
     ):  # fmt: skip
-        pages, table = torch.zeros(40, 2, c, d, dtype=dtype), torch.zeros(4, 37, dtype=torch.int32)
-        attend.paged_attention(torch.zeros(4 * group, 1, d, dtype=dtype), pages, table, table, 0.1)
-        page_lse = torch.zeros(4 * group, 37)
-        rows = torch.zeros(4, d, dtype=dtype)
-        copy.append(rows, rows, pages, table, table, torch.zeros(1, dtype=torch.int32))
-        pages, packing = packed(40, c, d)
-        for written in (None, page_lse):
-            query = torch.zeros(4 * group, 1, d, dtype=dtype)
-            attend.paged_attention(query, pages, table, table, 0.1, packing=packing, page_lse=written)
-        copy.append(rows, rows, pages, table, table, torch.zeros(1, dtype=torch.int32), packing)
+        query, rows = torch.zeros(4 * group, 1, d, dtype=dtype), torch.zeros(4, d, dtype=dtype)
+        table, page_lse = torch.zeros(4, 37, dtype=torch.int32), torch.zeros(4 * group, 37)
+        for bits in CODECS:
+            pages = pages_of(bits, c, d, dtype)
+            for written in (None, page_lse):
+                attend.paged_attention(query, pages, table, table, 0.1, page_lse=written)
+            copy.append(rows, rows, pages, table, table, torch.zeros(1, dtype=torch.int32))
     for group, c, r, bits in ((7, 8, 64, 4), (2, 8, 8, 4), (7, 8, 64, 8), (7, 128, 64, 4), (16, 32, 48, 4)):
         basis = Basis(torch.zeros(4, 2 * r, r), torch.zeros(4, 2 * r, r), torch.zeros(4, 1, 2 * r))
         rank.pack_sketches(torch.zeros(4, 9, 2, c, 2 * r, dtype=torch.bfloat16)[:, :, 0], bits, basis)
         rank.sketch_logits(torch.zeros(4, group, r), torch.zeros(4, 99, c * r * bits // 8, dtype=torch.uint8), bits, c)
+    for group, c, d, bits in ((7, 8, 128, 4), (2, 8, 16, 4), (7, 16, 128, 8), (16, 64, 256, 4)):
+        digest = Walsh(d, c, bits)
+        numbers = 4 * (digest.mean_bytes + digest.other_bytes)
+        packed = torch.zeros(4, 99, digest.chunk_bytes, dtype=torch.uint8)
+        walsh.walsh_logits(torch.zeros(4, group, numbers), packed, digest)
     chosen = torch.zeros(4, 4001, dtype=torch.bool)
     for rule in rank.GROUPS:
         rank.chunk_ranks(torch.zeros(4, 7, 4001), chosen, rule, 1.0)
@@ -100,11 +115,12 @@ def call_all() -> None:
         (8, 128, torch.bfloat16), (8, 80, torch.float16), (32, 128, torch.bfloat16), (128, 128, torch.bfloat16),
         (8, 256, torch.bfloat16), (8, 64, torch.float32),
     ):  # fmt: skip
-        arena = torch.zeros(4, 60, 2, c, d, dtype=dtype)
-        for pages, packing in ((arena[0], None), packed(60, c, d)):
-            copy.gather(arena, pages, heads, missed, victims, misses, *tables[:2], slot_of, 1, packing)
-            copy.fetch(arena, pages, heads, heads, heads, packing)
-            copy.keep(arena, pages, 1, torch.arange(20), torch.arange(9), packing)
+        for bits, page_bits in ((16, 8), *((bits, bits) for bits in CODECS)):
+            codec, pages = codec_for(bits, c, d, dtype), pages_of(page_bits, c, d, dtype)
+            source = Chunks(codec, torch.zeros(4, 60, codec.chunk_bytes, dtype=torch.uint8))
+            copy.gather(source, pages, heads, missed, victims, misses, *tables[:2], slot_of, 1)
+            copy.fetch(source, pages, heads, heads, heads)
+            copy.keep(source, pages, 1, torch.arange(20), torch.arange(9))
 
 
 def main() -> int:

@@ -38,12 +38,13 @@ def test_a_cap_below_the_smallest_is_refused_before_host_memory_is_checked(machi
         check_memory(SHAPE, TierConfig(gpu_kv_gb=1e-6), REQUEST, "ask less")
 
 
-def test_without_a_cache_the_host_must_hold_all_of_it(machine):
-    tiers = TierConfig(gpu_kv_gb=0.001)
-    needed = sizes.host_bytes(SHAPE, tiers, 5000)
+@pytest.mark.parametrize(("given", "bits", "ways"), [(None, 8, "4 or host_kv_gb"), (16, 16, "8 or host_kv_gb")])
+def test_without_a_cache_the_host_must_hold_all_of_it_or_have_fewer_bits(machine, given, bits, ways):
+    tiers = TierConfig(gpu_kv_gb=0.001, host_kv_bits=given)
+    needed = sizes.host_bytes(SHAPE, tiers, 5000, bits)
     check_memory(SHAPE, tiers, REQUEST, available=int(needed / limits.SAFE_SHARE) + 1)
     with pytest.raises(
-        BudgetError, match=r"the cache of 5,000 tokens needs .*: lower fps, max_pixels or max_frames, or give host_"
+        BudgetError, match=rf"the cache of 5,000 tokens needs .*: lower .*max_frames, or give host_kv_bits={ways}="
     ):
         check_memory(SHAPE, tiers, REQUEST, available=int(needed / limits.SAFE_SHARE) - 1)
 
@@ -53,16 +54,24 @@ def test_a_cache_with_room_takes_no_more(machine):
     check_memory(SHAPE, TierConfig(), REQUEST, room=5000, room_bytes=1)
 
 
-def test_a_cache_that_must_grow_is_counted_with_what_it_holds(machine):
-    needed, tiers = 5000 * SHAPE.token_bytes, TierConfig(host_kv_gb=1)
-    check_memory(SHAPE, tiers, REQUEST, "", "ask less", room=4000, room_bytes=1000, available=needed - 1000)
+def test_fewer_bits_are_not_named_where_they_are_too_many(machine):
+    with pytest.raises(BudgetError, match="max_frames, or give host_kv_gb="):
+        check_memory(SHAPE, TierConfig(gpu_kv_gb=0.001), REQUEST, available=1000)
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_a_cache_that_must_grow_is_counted_with_what_it_holds_in_its_own_bits(machine, bits):
+    tiers = TierConfig(host_kv_gb=1)
+    needed = 5000 // 8 * SHAPE.kv_heads * sizes.chunk_bytes(SHAPE, tiers, bits)
+    room = {"room": 4000, "room_bytes": 1000, "bits": bits}
+    check_memory(SHAPE, tiers, REQUEST, "", "ask less", **room, available=needed - 1000)
     with pytest.raises(BudgetError, match=r"the cache of the video and a question of 40 tokens needs .*: ask less"):
-        check_memory(SHAPE, tiers, REQUEST, "", "ask less", room=4000, room_bytes=1000, available=needed - 1001)
+        check_memory(SHAPE, tiers, REQUEST, "", "ask less", **room, available=needed - 1001)
 
 
 def test_one_memory_must_hold_both_tiers(machine):
     tiers = TierConfig(gpu_kv_gb=0.001, host_kv_gb=1)
-    both = sizes.host_bytes(SHAPE, tiers, 5000) + tiers.cap_bytes
+    both = sizes.host_bytes(SHAPE, tiers, 5000, 8) + tiers.cap_bytes
     machine(both)
     check_memory(SHAPE, tiers, REQUEST, one_memory=True)
     machine(both - 1)

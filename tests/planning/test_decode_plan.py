@@ -13,7 +13,7 @@ from tieredkv.config import TierConfig
 from tieredkv.errors import BudgetError
 from tieredkv.memory.units import GIB, as_gib
 from tieredkv.models.kv_shape import KVShape
-from tieredkv.planning import admission, decode_plan, forecast_bytes, prefill_plan, sizes
+from tieredkv.planning import admission, decode_plan, forecast_bytes, host_plan, prefill_plan, sizes
 from tieredkv.policy.presets import POLICIES
 
 SHAPE = KVShape(num_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16, itemsize=2)
@@ -27,9 +27,13 @@ class Case:
     scores: torch.Tensor
     static: torch.Tensor
     need: torch.Tensor | None
+    host_bits: int | None
+    """Of a host tier that is there; None: as planned."""
 
     def plan(self, tiers: TierConfig) -> decode_plan.DecodePlan:
-        return decode_plan.plan_decode(SHAPE, tiers, self.layout, tiers.cap_bytes, self.scores, self.static, self.need)
+        given = self.scores, self.static, self.need
+        host_bits = self.host_bits or host_plan.prompt_bits(SHAPE, tiers, self.layout.tokens)
+        return decode_plan.plan_decode(SHAPE, tiers, self.layout, tiers.cap_bytes, *given, host_bits=host_bits)
 
 
 @st.composite
@@ -48,6 +52,7 @@ def cases(draw: st.DrawFn) -> Case:
         policy=policy,
         budget_ratio=draw(st.none() | st.floats(0.01, 1)),
         pack_pages=draw(st.booleans()),
+        host_kv_bits=draw(st.sampled_from([None, 16, 8, 4])),
     )
     tokens, new = draw(st.integers(1, 3000)), draw(st.integers(1, 100))
     rows = draw(st.integers(1, min(tokens, 80)))
@@ -56,7 +61,8 @@ def cases(draw: st.DrawFn) -> Case:
     static[: policy.dense_layers] = True
     need = draw(st.lists(st.integers(0, tokens + 1), min_size=12, max_size=12))
     measured = torch.tensor(need).view(2, 3, 2) if policy.head_score == "coverage" else None
-    return Case(tiers, sizes.lay_out(tiers, tokens, rows, new), rows, scores, static, measured)
+    host_bits = draw(st.sampled_from([None, 16, 8, 4]))
+    return Case(tiers, sizes.lay_out(tiers, tokens, rows, new), rows, scores, static, measured, host_bits)
 
 
 @given(cases())
@@ -66,7 +72,7 @@ def test_a_plan_fits_the_cap_or_is_refused(case):
     try:
         plan = case.plan(tiers)
     except BudgetError:
-        assert tiers.cap_bytes < admission.smallest_cap_bytes(SHAPE, tiers, layout, case.rows)
+        assert tiers.cap_bytes < admission.smallest_cap_bytes(SHAPE, tiers, layout, case.rows, case.host_bits)
         return
     assert sum(forecast_bytes.decode_bytes(SHAPE, tiers, plan, static).values()) <= tiers.cap_bytes
     assert (plan.pages[~static] == layout.sink_chunks + plan.slots[~static]).all()
@@ -80,24 +86,25 @@ def test_a_plan_fits_the_cap_or_is_refused(case):
 @given(cases())
 @settings(max_examples=200, deadline=None)
 def test_the_smallest_cap_named_is_enough_and_less_is_refused(case):
-    tiers, layout, rows = case.tiers, case.layout, case.rows
-    smallest = admission.smallest_cap_bytes(SHAPE, tiers, layout, rows)
+    tiers, layout, rows, bits = case.tiers, case.layout, case.rows, case.host_bits
+    smallest = admission.smallest_cap_bytes(SHAPE, tiers, layout, rows, bits)
     enough = dataclasses.replace(tiers, gpu_kv_gb=float(as_gib(smallest)))
-    admission.check_cap(SHAPE, enough, layout, rows)
+    admission.check_cap(SHAPE, enough, layout, rows, bits=bits)
     scored = min(rows, tiers.policy.text_window)
-    block = prefill_plan.block_tokens(SHAPE, enough, layout.tokens, scored, 0, staged=True)
-    assert block >= tiers.chunk_tokens
+    for each in {16, bits or host_plan.prompt_bits(SHAPE, enough, layout.tokens)}:  # 16 until it is packed
+        block = prefill_plan.block_tokens(SHAPE, enough, layout.tokens, scored, 0, True, each)
+        assert block >= tiers.chunk_tokens
     case.plan(enough)
     less = dataclasses.replace(enough, gpu_kv_gb=(smallest - 1) / GIB)
     with pytest.raises(BudgetError, match="the smallest that works is"):
-        admission.check_cap(SHAPE, less, layout, rows)
+        admission.check_cap(SHAPE, less, layout, rows, bits=bits)
 
 
 def test_a_cap_beyond_the_cache_selects_everything_and_ranks_nothing():
     tiers = TierConfig(gpu_kv_gb=1)
     layout = sizes.lay_out(tiers, 1000, 10, 20)
     scores = torch.zeros(3, 2)
-    plan = decode_plan.plan_decode(SHAPE, tiers, layout, tiers.cap_bytes, scores, scores >= 0.5)
+    plan = decode_plan.plan_decode(SHAPE, tiers, layout, tiers.cap_bytes, scores, scores >= 0.5, host_bits=16)
     assert (plan.selected == layout.retrievable).all()
     assert not plan.ranked
 
@@ -108,7 +115,7 @@ def test_a_quality_budget_is_what_heads_attend_to_on_average(theta):
     layout = sizes.lay_out(tiers, 3000, 10, 20)
     scores = torch.tensor([[0.9, 0.1], [0.2, 0.6], [0.3, 0.7]])
     static = scores >= theta
-    plan = decode_plan.plan_decode(SHAPE, tiers, layout, tiers.cap_bytes, scores, static)
+    plan = decode_plan.plan_decode(SHAPE, tiers, layout, tiers.cap_bytes, scores, static, host_bits=16)
     pages = int(plan.pages[static].sum()) + int((~static).sum()) * layout.sink_chunks + int(plan.selected.sum())
     attended = layout.tokens - layout.recent_start + pages * tiers.chunk_tokens / 6
     assert 0.2 * 3000 - tiers.chunk_tokens < attended <= 0.2 * 3000
@@ -118,7 +125,7 @@ def test_with_a_quality_budget_the_spare_share_sets_the_pool():
     def slots(share):
         tiers = TierConfig(gpu_kv_gb=1, budget_ratio=0.2, spare_ratio=share)
         layout, dynamic = sizes.lay_out(tiers, 3000, 10, 20), torch.zeros(3, 2)
-        plan = decode_plan.plan_decode(SHAPE, tiers, layout, tiers.cap_bytes, dynamic, dynamic.bool())
+        plan = decode_plan.plan_decode(SHAPE, tiers, layout, tiers.cap_bytes, dynamic, dynamic.bool(), host_bits=16)
         return plan.selected.tolist(), plan.slots.tolist()
 
     (selected, none), (same, half) = slots(0), slots(0.5)

@@ -183,6 +183,9 @@ def named(message: str) -> list[dict[str, float]]:
     ]
 
 
+WHOLE = ("max_pixels", "host_kv_bits")
+
+
 @pytest.mark.parametrize(
     "budgets",
     [
@@ -202,7 +205,7 @@ def test_every_change_that_a_refusal_names_is_accepted(hour, budgets):
     assert {"fps"} in [set(change) for change in changes]
     assert any("max_pixels" in change for change in changes)
     for change in changes:
-        whole = {key: int(value) if key == "max_pixels" else value for key, value in change.items()}
+        whole = {key: int(value) if key in WHOLE else value for key, value in change.items()}
         tieredkv.plan(**hour, **{**budgets, **whole})
 
 
@@ -231,6 +234,14 @@ def test_a_plan_with_fit_says_what_it_chose(hour):
     options = {key: float(value) for key, value in re.findall(r"(\w+)=([\d.]+)", plan.fit)}
     options["max_pixels"] = int(options["max_pixels"])
     assert tieredkv.plan(**hour, gpu_kv_gb=2, **options).prompt_tokens == plan.prompt_tokens
+
+
+def test_a_plan_with_fit_names_the_bits_in_which_all_of_it_fits(hour, monkeypatch):
+    monkeypatch.setattr(limits, "available_host_bytes", lambda: 40 * GIB)
+    lowered = tieredkv.plan(**hour, gpu_kv_gb=20, fit=True, host_kv_bits=16)
+    assert lowered.fps < 2
+    option = re.search(r", which fits with host_kv_bits=(\d+)\.$", lowered.fit)
+    assert tieredkv.plan(**hour, gpu_kv_gb=20, fit=True, host_kv_bits=int(option[1])).fit.endswith("as asked for.")
 
 
 def test_a_plan_that_fits_is_left_alone(hour):
@@ -294,5 +305,5 @@ def test_a_session_refuses_with_the_words_of_the_plan(frames):
     with pytest.raises(BudgetError) as refused:
         tieredkv.open_session(model, frames, **options)
     for change in named(str(refused.value)):
-        whole = {key: int(value) if key == "max_pixels" else value for key, value in change.items()}
+        whole = {key: int(value) if key in WHOLE else value for key, value in change.items()}
         tieredkv.open_session(model, frames, **{**options, **whole}).close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ from tieredkv.api import new_session
 from tieredkv.config import TierConfig
 from tieredkv.errors import BudgetError, OptionError, UnsupportedModelError, VideoError
 from tieredkv.memory import limits
-from tieredkv.memory.units import GIB
+from tieredkv.memory.units import GIB, size_text
 from tieredkv.models import encode
 from tieredkv.models.families.base import VideoGrid
 from tieredkv.models.families.qwen2_5_vl import Qwen25VL
@@ -58,6 +59,13 @@ def machine(monkeypatch):
 
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", refuse)
     monkeypatch.setattr(limits, "available_host_bytes", lambda: 16 * GIB)
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """No disk has room for what host memory does not hold."""
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +137,7 @@ def test_a_text_model_is_planned_for_a_number_of_tokens(kind):
     text = str(memory_plan)
     assert "vision" not in text
     assert "visual" not in text
-    with pytest.raises(BudgetError, match=r"give at most [\d,]+ tokens or"):
+    with pytest.raises(BudgetError, match=r"give at most [\d,]+ tokens.* or host_kv_gb="):
         plan(config, 10**6, host_kv_gb=0.1, gpu_kv_gb=1)
 
 
@@ -178,8 +186,7 @@ def test_both_phases_stay_under_the_cap(seven_billion, gib, share):
     assert sum(memory_plan.prefill.values()) <= memory_plan.cap_bytes
     assert sum(memory_plan.decode.values()) <= memory_plan.cap_bytes
     assert memory_plan.static_heads == round(share * 112)
-    copied = memory_plan.step_copy_bytes / (2 if memory_plan.packed else 1)  # copied in 16 bits, stored in 8
-    assert copied <= memory_plan.step_read_bytes
+    assert memory_plan.step_copy_bytes <= memory_plan.step_read_bytes
 
 
 def test_a_cap_beyond_the_cache_copies_nothing(seven_billion):
@@ -223,39 +230,65 @@ def test_the_smallest_device_cap_named_is_enough(seven_billion):
     assert sum(memory_plan.decode.values()) <= memory_plan.cap_bytes
 
 
+@pytest.mark.usefixtures("full_disk")
 def test_every_change_named_for_the_host_is_enough_and_more_is_not(film):
-    options = {"gpu_kv_gb": 0.01, "host_kv_gb": 0.0034}
+    options = {"gpu_kv_gb": 0.01, "host_kv_gb": 0.0042, "host_kv_bits": 16, "prefill_chunk": 256}
     with pytest.raises(
-        BudgetError, match=r"needs .* GiB of host memory, host_kv_gb allows 0.0034: give fps="
+        BudgetError, match=r"needs .* of host memory, host_kv_gb allows 4\.3.*; or .* of disk"
     ) as refused:
         plan(PATH, film, fps=4.0, **options)
+    assert re.search(
+        r"1000 B free in .*: give fps=.*, host_kv_bits=8 or host_kv_gb=\S*, or free some", str(refused.value)
+    )
     fps, max_pixels, host = (
         float(re.search(rf"{name}=([\d.]+\d)", str(refused.value).split(": give")[1])[1])
         for name in ("fps", "max_pixels", "host_kv_gb")
     )
     plan(PATH, film, fps=fps, **options)
     plan(PATH, film, fps=4.0, max_pixels=int(max_pixels), **options)
-    plan(PATH, film, fps=4.0, gpu_kv_gb=0.01, host_kv_gb=host)
+    plan(PATH, film, fps=4.0, **{**options, "host_kv_gb": host})
+    plan(PATH, film, fps=4.0, **{**options, "host_kv_bits": 8})
     with pytest.raises(BudgetError):
         plan(PATH, film, fps=1.05 * fps, **options)
     with pytest.raises(BudgetError):
         plan(PATH, film, fps=4.0, max_pixels=56 * 56, **options)
 
 
-def test_a_number_of_tokens_is_refused_with_the_number_that_fits(seven_billion):
-    with pytest.raises(BudgetError, match=r"at most [\d,]+ visual tokens or host_kv_gb=") as refused:
+def test_a_number_of_tokens_is_refused_with_the_number_that_fits(seven_billion, full_disk):
+    with pytest.raises(BudgetError, match=r"at most [\d,]+ visual tokens, host_kv_bits=4 or host_kv_gb=") as refused:
         plan(seven_billion, 200_000, host_kv_gb=4)
+    plan(seven_billion, 200_000, host_kv_gb=4, host_kv_bits=4)
     tokens = int(re.search(r"at most ([\d,]+)", str(refused.value))[1].replace(",", ""))
     plan(seven_billion, tokens, host_kv_gb=4)
     with pytest.raises(BudgetError):
         plan(seven_billion, tokens + 32, host_kv_gb=4)
 
 
+def test_what_host_memory_does_not_hold_may_go_to_disk(seven_billion, monkeypatch):
+    monkeypatch.setattr(limits, "available_host_bytes", lambda: 8 * GIB)
+    with pytest.raises(BudgetError, match=r"or host_kv_gb=[\d.]+ to keep the rest on disk\.$") as refused:
+        plan(seven_billion, 200_000, host_kv_bits=16)
+    option = re.search(r"host_kv_gb=([\d.]+) to", str(refused.value))[1]
+    memory_plan = plan(seven_billion, 200_000, host_kv_bits=16, host_kv_gb=float(option))
+    assert memory_plan.host_bytes <= 0.8 * 8 * GIB
+    assert memory_plan.disk_bytes >= memory_plan.full_bytes
+    disk = (
+        f"disk              {size_text(memory_plan.disk_bytes)}, in {memory_plan.disk_folder}: host memory has room for"
+    )
+    assert f"{disk} {memory_plan.recent_bytes / memory_plan.disk_bytes:.0%} of it" in str(memory_plan)
+    assert 0 < memory_plan.recent_bytes < memory_plan.host_bytes
+    with pytest.raises(
+        BudgetError, match=r"with the rest of it on disk, host_kv_gb allows .*: the smallest that works is"
+    ):
+        plan(seven_billion, 200_000, host_kv_bits=16, host_kv_gb=0.5)
+
+
+@pytest.mark.usefixtures("full_disk")
 def test_without_a_host_cap_a_safe_share_of_the_memory_is_the_limit(seven_billion, monkeypatch):
     plan(seven_billion, 200_000)
     monkeypatch.setattr(limits, "available_host_bytes", lambda: 13 * GIB)
-    with pytest.raises(BudgetError, match=r"80% of what is available.*: give .* or host_kv_gb="):
-        plan(seven_billion, 200_000)
+    with pytest.raises(BudgetError, match=r"80% of what is available.*, host_kv_bits=8 or host_kv_gb=1\S+\.$"):
+        plan(seven_billion, 200_000, host_kv_bits=16)
 
 
 @pytest.mark.parametrize(
@@ -270,6 +303,7 @@ def test_without_a_host_cap_a_safe_share_of_the_memory_is_the_limit(seven_billio
         ({"nonsense": 1}, OptionError, "nonsense"),
         ({"tiers": TierConfig(), "host_kv_gb": 3}, OptionError, "either tiers or host_kv_gb"),
         ({"gpu_kv_gb": 0}, BudgetError, "gpu_kv_gb=0 is not valid"),
+        ({"host_kv_bits": 5}, OptionError, "host_kv_bits=5 is not valid: give None or one of 16, 8, 4"),
         ({"model": 3}, UnsupportedModelError, "model is a int"),
         ({"model": "/nowhere"}, UnsupportedModelError, "no usable model found there"),
         ({"video_or_tokens": "/nowhere.mp4"}, VideoError, "no such file"),
@@ -337,7 +371,7 @@ def test_encode_batch_decides_in_whole_steps(asked, given):
 def test_the_table_fits_a_terminal_and_says_what_is_assumed(film):
     text = str(plan(PATH, film, fps=4.0, gpu_kv_gb=0.002, card="RTX 3060"))
     lines = text.splitlines()
-    assert len(lines) <= 30
+    assert len(lines) <= 31
     assert max(len(line) for line in lines) <= 110
     for words in ("film.mp4: 2,400 frames of 640x360", "as assumed", "estimates, not measured", "by its data sheet"):
         assert words in text
@@ -355,8 +389,9 @@ def test_a_time_without_copies_is_one_number(film):
     assert " to " not in re.search(r"time per token *(.*) ms", str(replace(memory_plan, step_copy_bytes=0)))[1]
 
 
+@pytest.mark.usefixtures("full_disk")
 def test_the_command_says_what_fit_chose(monkeypatch, capsys, film):
-    budget = ("--gpu-kv-gb", "0.01", "--host-kv-gb", "0.003")
+    budget = ("--gpu-kv-gb", "0.01", "--host-kv-gb", "0.003", "--host-kv-bits", "16")
     code, out, err = run(monkeypatch, capsys, "plan", film, "-m", "tiny", "--fit", *budget)
     assert code == 0
     assert "tieredkv: fit: 1.8 frames per second at 56x28, " in err
@@ -387,7 +422,7 @@ def test_the_command_prints_a_table_or_json(monkeypatch, capsys, film):
     ("arguments", "message"),
     [
         (["5000", "--gpu-kv-gb", "0.0001"], "the smallest that works is"),
-        (["50000", "--host-kv-gb", "0.01", "--gpu-kv-gb", "1"], "host_kv_gb allows 0.01: give at most"),
+        (["50000", "--host-kv-gb", "0.001", "--gpu-kv-gb", "1"], "host_kv_gb allows 1.02 MiB: the smallest"),
         (["5000", "--link", "string"], "link='string' is not known"),
         (["gone.mp4"], "gone.mp4: no such file"),
     ],

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tieredkv.codecs import CODECS, codec_for
 from tieredkv.config import TierConfig
 from tieredkv.models.kv_shape import KVShape
-from tieredkv.ops.packing import Packing, pack
+from tieredkv.ops.base import Pages
 from tieredkv.planning import sizes
 
 
@@ -30,27 +31,27 @@ def test_a_short_prompt_is_all_recent():
     ids=str,
 )
 @pytest.mark.parametrize("batch_pages", [1, 10])
-@pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
-def test_scratch_counted_covers_what_the_torch_attention_allocates(dtype, head_dim, group, batch_pages, packed):
+@pytest.mark.parametrize("bits", CODECS)
+def test_scratch_counted_covers_what_the_torch_attention_allocates(dtype, head_dim, group, batch_pages, bits):
     """Peak of live bytes inside one call, from torch's own profiler, against the planner's figure."""
-    from tieredkv.ops.torch_ops import paged_attention
+    from tieredkv.ops.torch_ops import paged_attention, write
 
     tiers = TierConfig(chunk_tokens=32)
     shape = KVShape(1, group, 1, head_dim, dtype.itemsize)
-    pages, packing = torch.randn(30, 2, 32, head_dim).to(dtype), None
-    if packed:
-        norms = torch.ones(1, 2, head_dim)
-        pages, scales = pack(pages, norms.unsqueeze(2))
-        packing = Packing(scales, norms)
+    codec = codec_for(bits, 32, head_dim, dtype)
+    tokens = torch.randn(30 * 32, head_dim).to(dtype)
+    fit = codec.fit(tokens.unsqueeze(0), tokens.unsqueeze(0))
+    pages = Pages(codec, torch.zeros(30, sizes.page_bytes(shape, tiers, bits), dtype=torch.uint8), fit)
+    write(tokens, tokens, pages, 0, torch.arange(30))
     table, lengths = torch.arange(30).int().view(1, 30), torch.full((1, 30), 32).int()
     query = torch.randn(group, 1, head_dim).to(dtype)
-    paged_attention(query, pages, table, lengths, 1.0, batch_pages, packing)
+    paged_attention(query, pages, table, lengths, 1.0, batch_pages)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        paged_attention(query, pages, table, lengths, 1.0, batch_pages, packing)
+        paged_attention(query, pages, table, lengths, 1.0, batch_pages)
     live = peak = 0
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":
             live += event.nbytes()
             peak = max(peak, live)
     fixed = 8 * group * head_dim * 4 + 30 * 32  # outputs of the call and of its merges, and the index of used pages
-    assert 0 < peak <= batch_pages * sizes.scratch_page_bytes(shape, tiers, packed) + fixed
+    assert 0 < peak <= batch_pages * sizes.scratch_page_bytes(shape, tiers, bits) + fixed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -81,7 +82,7 @@ def test_a_cache_holds_what_is_planned(long_ids, kind, dtype):
         digest, chunks = sizes.digest_for(shape, tiers), ceil_div(context + sizes.QUESTION_ROOM, tiers.chunk_tokens)
         fitting = digest.fitted_bytes + sizes.query_moment_bytes(shape.head_dim)
         digests = shape.kv_heads * (chunks * digest.chunk_bytes + fitting)
-        assert cache.host_bytes + digests == sizes.host_bytes(shape, tiers, context)
+        assert cache.host_bytes + digests == sizes.host_bytes(shape, tiers, context, 16)
 
 
 def test_other_models_have_no_such_bytes():
@@ -121,9 +122,9 @@ def test_a_damaged_config_is_refused(kind, name, value):
 
 @EVERY_KIND
 def test_the_memory_check_counts_the_snapshot(shape):
-    tiers, request = TierConfig(gpu_kv_gb=0.001, host_kv_gb=1), Request(5000, 40, 20)
+    tiers, request = TierConfig(gpu_kv_gb=0.001, host_kv_gb=1, host_kv_bits=16), Request(5000, 40, 20)
     plain = KVShape(2, 4, 2, 16, 2)
-    needed = sizes.host_bytes(plain, tiers, 5000) + sizes.snapshot_bytes(shape, 5000)
+    needed = sizes.host_bytes(plain, tiers, 5000, 16) + sizes.snapshot_bytes(shape, 5000)
     check_memory(shape, tiers, request, available=needed)
     with pytest.raises(BudgetError, match="the cache of 5,000 tokens needs"):
         check_memory(shape, tiers, request, available=needed - 1)
@@ -136,9 +137,9 @@ def test_the_memory_check_counts_the_snapshot(shape):
 
 @EVERY_KIND
 def test_one_memory_must_hold_the_layers_too(shape, monkeypatch):
-    tiers, request = TierConfig(gpu_kv_gb=0.001, host_kv_gb=1), Request(5000, 40, 20)
+    tiers, request = TierConfig(gpu_kv_gb=0.001, host_kv_gb=1, host_kv_bits=8), Request(5000, 40, 20)
     layers = sum(untiered_prefill_bytes(shape, tiers, 5000, 40).values())
-    both = sizes.host_bytes(shape, tiers, 5000) + tiers.cap_bytes + layers
+    both = sizes.host_bytes(shape, tiers, 5000, 8) + tiers.cap_bytes + layers
     monkeypatch.setattr(limits, "available_host_bytes", lambda: both)
     check_memory(shape, tiers, request, one_memory=True)
     monkeypatch.setattr(limits, "available_host_bytes", lambda: both - 1)
@@ -209,7 +210,9 @@ def test_a_plan_prints_these_layers_apart_from_the_tiers(windowed):
     assert planned.token_ms[0] == pytest.approx(read / 1e9)
 
 
-def test_a_plan_is_refused_where_the_snapshot_does_not_fit(windowed):
+def test_a_plan_is_refused_where_the_snapshot_does_not_fit(windowed, monkeypatch):
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0))
     model, _ = windowed
     planned = plan(model, 500, gpu_kv_gb=1)
     plan(model, 500, gpu_kv_gb=1, host_kv_gb=planned.host_bytes / GIB)

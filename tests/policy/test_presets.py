@@ -199,9 +199,9 @@ def unseen(llama, long_ids, **options):
         for selection in cache.counters.trace:
             layer = cache.tiered_layers[selection.layer]
             layout, recent = layer.sealed.phase.plan.layout, 900 + selection.step
-            keys = layer.host.chunks()[:, :, 0].flatten(1, 2)[:, : layout.recent_start]
+            keys = layer.host.keys().flatten(1, 2)[:, : layout.recent_start]
             generated, _ = layer.sealed.pages.generated_tokens()
-            rest = layer.host.chunks()[:, :, 0].flatten(1, 2)[:, layout.recent_start : 900]
+            rest = layer.host.keys().flatten(1, 2)[:, layout.recent_start : 900]
             keys = torch.cat((keys, rest, generated[:, : recent - 900]), dim=1)
             weights = (selection.query @ keys.transpose(1, 2) * keys.shape[-1] ** -0.5).softmax(-1).mean(1)
             for row, head in enumerate(selection.heads.tolist()):

@@ -344,7 +344,7 @@ def test_only_what_is_new_is_written_and_nothing_is_copied_for_it(often, film, f
     append, sizes, shared = block_file.append, [], []
 
     def appending(path, end, tensors):
-        hosts = {layer.host.arena.untyped_storage().data_ptr() for layer in caches[-1].tiered_layers}
+        hosts = {layer.host.records.untyped_storage().data_ptr() for layer in caches[-1].tiered_layers}
         shared.extend(tensor.untyped_storage().data_ptr() in hosts for tensor in tensors[::2])
         block = append(path, end, tensors)
         sizes.append(block.nbytes)

@@ -243,7 +243,7 @@ def test_without_room_nothing_is_kept_and_answers_are_the_same(parts, film):
     model, processor = parts
     with tieredkv.open_session(model, film, processor=processor, **OPTIONS) as session:
         cache = session._cached.cache
-        host = sizes.host_bytes(cache.shape, cache.tiers, cache.get_seq_length() + 64) / GIB
+        host = sizes.host_bytes(cache.shape, cache.tiers, cache.get_seq_length() + 64, 16) / GIB
     options = {**OPTIONS, "host_kv_gb": host}
     with tieredkv.open_session(model, film, processor=processor, **options) as session:
         list(check_stock(session, parts, film))

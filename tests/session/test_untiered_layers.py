@@ -95,7 +95,7 @@ def saved(model, long_ids, tmp_path):
         with torch.no_grad(), tieredkv.use_attention(model):
             model(long_ids[:, :150], **cache_argument(cache))
         cache.settle()
-        tensor_file.write(path, {}, session_file.cache_tensors(cache))
+        tensor_file.write(path, {"host": session_file.host_of(cache)}, session_file.cache_tensors(cache))
         return path, logits(model, cache, long_ids[:, 150:182])
 
 
@@ -130,6 +130,6 @@ def test_a_damaged_state_is_found_when_the_file_is_loaded(model, saved):
 def test_a_file_without_states_is_refused(model, saved, tmp_path):
     stored = tensor_file.read(saved[0])
     tensors = {name: stored.tensor(name) for name in stored.names if name.startswith("layers.")}
-    tensor_file.write(tmp_path / "old.tkv", {}, tensors)
+    tensor_file.write(tmp_path / "old.tkv", stored.manifest, tensors)
     with pytest.raises(SessionError, match="no state of layers that do not grow: ingest"):
         mapped(model, tmp_path / "old.tkv")

@@ -118,7 +118,7 @@ def test_statistics_add_up(opened, video_model):
     token_bytes = 4 * 4 * 2 * 32 * 4
     assert stats.kv_full_bytes == (stats.prompt_tokens + 10) * token_bytes
     assert 0 < stats.kv_device_peak_bytes <= stats.kv_cap_bytes < stats.kv_full_bytes
-    assert stats.kv_host_bytes >= stats.prompt_tokens * token_bytes
+    assert stats.kv_host_bytes >= stats.prompt_tokens * token_bytes // 4  # 8 bits instead of float32
     assert (stats.static_heads, stats.dynamic_heads) == (0, 16)
     assert 0 <= stats.hit_rate <= 1
     assert stats.moved_bytes > stats.prefetched_bytes == 0

@@ -10,9 +10,6 @@ from functools import cache
 
 import torch
 
-HIDDEN = torch.finfo(torch.float32).min / 2
-"""Logit of a masked key. Finite, so that a head with no key at all does not become NaN."""
-
 FLASH_DIM = 256
 """The widest heads that torch's flash attention takes."""
 
@@ -33,32 +30,20 @@ def attend(
         values = values.repeat_interleave(group, dim=0)
     else:  # no mask: the group folds into the query axis and nothing is repeated
         query = query.reshape(kv_heads, group * n, d)
-    out, lse = flash(query, keys, values, scaling, causal)
+    out, lse = _flash(query, keys, values, scaling, causal)
     return out.reshape(heads, n, d), lse.reshape(heads, n)
 
 
-def flash(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    scaling: float,
-    causal: bool,
-    mask: torch.Tensor | None = None,
+def _flash(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float, causal: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """torch's own attention with its lse. The operators are private to torch and used only here.
 
-    query `(A, n, D)`, keys and values `(A, m, D)`; output and lse of the same leading sizes. mask `(1, A, 1, m)`: added
-    to the logits; not with `causal`.
+    query `(A, n, D)`, keys and values `(A, m, D)`; output and lse of the same leading sizes.
     """
     batched = query.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0)
     if query.device.type == "cpu":
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            *batched, 0.0, causal, attn_mask=mask, scale=scaling
-        )
-    elif mask is not None:  # a few rows over gathered pages
-        logits = (batched[0] @ batched[1].mT).float() * scaling + mask
-        lse = logits.logsumexp(-1)
-        out = (logits - lse.unsqueeze(-1)).exp().to(values.dtype) @ batched[2]
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*batched, 0.0, causal, scale=scaling)
     elif query.dtype == torch.float32 or query.shape[-1] > FLASH_DIM or not _has_flash(query.device):
         out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
             *batched, None, True, 0.0, causal, scale=scaling

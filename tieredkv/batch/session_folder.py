@@ -75,6 +75,7 @@ class SessionFolder:
         identity: list[Any] = [sha256, given, self._source and self._source.as_plain(), session.template.system]
         if sampling.fit:  # which chooses by them
             identity += [session.tiers.gpu_kv_gb, session.tiers.host_kv_gb]
+            identity += [] if session.tiers.host_kv_bits is None else [session.tiers.host_kv_bits]
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
         name = f"{video.stem.lstrip('.')[:40]}-{key}.tkv"
         return min(self._folder.glob(f"*-{key}.tkv"), default=self._folder / name)
@@ -90,7 +91,7 @@ def _plain(value: Any) -> Any:
 def _checked(file: Path, session: VideoSession, sha256: str, sampling: Sampling) -> tensor_file.Stored:
     """The file, read whole. Raises `SessionError` if it is damaged, or not about this video and settings."""
     stored = tensor_file.read(file)
-    video = session_file.state_of(stored).video
+    video, bits = session_file.state_of(stored).video, session_file.bits_of(stored)
     saved_as = video.sampling and _as_asked(video.sampling, sampling)
     if saved_as and same_subtitles(stored.manifest, saved_as.subtitles, sampling.subtitles):
         saved_as = replace(saved_as, subtitles=sampling.subtitles)
@@ -99,6 +100,7 @@ def _checked(file: Path, session: VideoSession, sha256: str, sampling: Sampling)
         ("sampling", saved_as, sampling),
         ("system prompt", video.system, session.template.system),
         ("size of chunks", stored.manifest["tiers"].get("chunk_tokens"), session.tiers.chunk_tokens),
+        ("number of bits", bits, session.tiers.host_kv_bits or bits),
     ):
         if saved != asked:
             raise SessionError(f"{file} was saved with another {what}.")

@@ -83,7 +83,7 @@ class ContextDigests:
                 return
             self._fitted_to = min(whole, most)
             self._device_tier.copies.drain()  # the host reads what was written back
-            self.fitted = digest.fit(self.query_moment, host.chunks(0, self._fitted_to)[:, :, 0].flatten(1, 2))
+            self.fitted = digest.fit(self.query_moment, host.keys(0, self._fitted_to).flatten(1, 2))
         fitted, at_once = self.fitted.to(self._device), self._chunks_at_once(whole - self._digested)
         new = [
             self._make(digest, fitted, first, min(first + at_once, whole))
@@ -106,15 +106,15 @@ class ContextDigests:
 
     def _make(self, digest: Digest[Any], fitted: Fitted, first: int, stop: int) -> torch.Tensor:
         """Digests of chunks first..stop, on the host; made on the device."""
-        chunks = self._host.chunks(first, stop)
+        host, tier = self._host, self._device_tier
         if self._device.type == "cpu":
-            return digest.make(chunks[:, :, 0], fitted)
-        tier = self._device_tier
+            return digest.make(host.keys(first, stop), fitted)
         scratch = digesting_bytes(tier.shape, tier.tiers, stop - first)
         with on_device(self._device), tier.ledger.scratch("digesting", scratch):
-            staged = torch.empty(chunks.shape, dtype=self._host.dtype, device=self._device)
-            tier.transfer.stage(chunks, staged, with_values=True)
-            return digest.make(staged[:, :, 0], fitted).cpu()
+            shape = host.num_heads, stop - first, host.codec.chunk_bytes
+            staged = torch.empty(shape, dtype=torch.uint8, device=self._device)
+            host.stage(first, stop, staged, with_values=True)
+            return digest.make(host.keys_of(staged), fitted).cpu()
 
     @property
     def kind(self) -> str:

@@ -9,9 +9,13 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig
 
+from tieredkv.codecs import PLAIN, codec_for
+from tieredkv.codecs.base import Codec
 from tieredkv.config import TierConfig
 from tieredkv.errors import UnsupportedModelError
-from tieredkv.memory.copies import BackgroundCopies, StreamCopies, ThreadCopies, Transfer
+from tieredkv.memory.arena import Arena, MemoryArena
+from tieredkv.memory.copies import BackgroundCopies, StreamCopies, ThreadCopies
+from tieredkv.memory.disk_tier import DiskTier
 from tieredkv.memory.host import HostLayer
 from tieredkv.memory.ledger import DeviceLedger
 from tieredkv.memory.pagelock import PageLocker
@@ -19,7 +23,7 @@ from tieredkv.memory.pool import DevicePool
 from tieredkv.models.kv_shape import KVShape, model_shape
 from tieredkv.ops.base import Ops
 from tieredkv.ops.select import copying_by_torch, ops_for
-from tieredkv.planning import prefill_plan
+from tieredkv.planning import host_plan, prefill_plan
 from tieredkv.planning.prefill_plan import Call
 
 DECODE_PURPOSES = ("pool", "digests", "tables", "logits")
@@ -65,12 +69,14 @@ class DeviceTier:
         prompt_tokens: int = 0,
         ops: Ops | None = None,
         copies: BackgroundCopies | None = None,
+        disk: DiskTier | None = None,
     ) -> None:
         """config: the model's. prompt_tokens: length of the prompt, 0 if unknown. ops, copies: override the defaults of
-        the device."""
-        self.tiers = tiers
+        the device. disk: where the host tier's records are, which this then owns; None: in memory."""
+        self.tiers, self.disk = tiers, disk
         self.ledger = DeviceLedger(tiers.cap_bytes)
-        self.transfer = Transfer()
+        self.streamed_bytes = 0
+        """Bytes of past keys and values streamed to the device during prefill; callers set it back."""
         self.copies: BackgroundCopies = ThreadCopies() if copies is None else copies
         """Copies under way between the tiers, in both phases."""
         self.locker: PageLocker | None = None
@@ -81,6 +87,9 @@ class DeviceTier:
         """One per device while decoding."""
         self.residents: dict[int, Resident] = {}
         """By layer index, in prefill; empty when all of the past is streamed."""
+        self.host_bits = PLAIN
+        """Of the host tier of every layer."""
+        self._bits_settled = False
         self._config, self._prompt_tokens = config, prompt_tokens
         self._shape: KVShape | None = None
         self._ops, self._own_copies = ops, copies is None
@@ -130,6 +139,47 @@ class DeviceTier:
         self.tiers = tiers
         self.ledger.set_cap(tiers.cap_bytes)
 
+    # ---- the host tier
+
+    def planned_bits(self, tokens: int = 0) -> int:
+        """Bits of the host tier of a prompt of at least `tokens` tokens. A layer must have been placed."""
+        return host_plan.host_bits(self.shape, self.tiers, max(self._prompt_tokens, tokens))
+
+    @property
+    def settled_bits(self) -> int | None:
+        """`host_bits` once no layer may be packed any more; None before."""
+        return self.host_bits if self._bits_settled or self.host_bits != PLAIN else None
+
+    def next_bits(self, tokens: int) -> int:
+        """What the host tier is to have for a prompt of at least `tokens` tokens."""
+        return self.planned_bits(tokens) if self.settled_bits is None else self.host_bits
+
+    def settle_bits(self, bits: int | None = None) -> None:
+        """Keep the host tier in `bits` from now on; None: in those that it has."""
+        self.host_bits, self._bits_settled = self.host_bits if bits is None else bits, True
+        if self.host_bits != PLAIN:  # or the first question would see exact tokens, which no later one does
+            self.drop_residents()
+
+    def forget_bits(self) -> None:
+        """The host tier is empty: the next prompt may have others."""
+        self.host_bits, self._bits_settled = PLAIN, False
+
+    def codec(self, bits: int, dtype: torch.dtype) -> Codec:
+        """Of chunks of layers whose keys are of `dtype`."""
+        return codec_for(bits, self.tiers.chunk_tokens, self.shape.head_dim, dtype)
+
+    def new_arena(self, heads: int, chunk_bytes: int) -> Arena:
+        """An empty arena for a layer."""
+        if self.disk is not None:
+            return self.disk.new_arena(heads, chunk_bytes, self.locker)
+        return MemoryArena(heads, chunk_bytes, self.locker)
+
+    def arena_of(self, records: torch.Tensor, whole: int) -> Arena:
+        """An arena with records `(K, chunks, B)` that are there already. whole: how many chunks are complete."""
+        if self.disk is not None:
+            return self.disk.stored_arena(records, whole, self.locker)
+        return MemoryArena.of(records, self.locker)
+
     # ---- prefill
 
     def keep_first_tokens(self, layer: int, host: HostLayer, device: torch.device) -> None:
@@ -140,7 +190,9 @@ class DeviceTier:
         if self._resident_tokens is None:
             known = self._prompt_tokens > 0
             self._resident_tokens = (
-                prefill_plan.resident_tokens(self.shape, self.tiers, self._prompt_tokens) if known else 0
+                prefill_plan.resident_tokens(self.shape, self.tiers, self._prompt_tokens, self.planned_bits())
+                if known
+                else 0
             )
         if self._resident_tokens:
             shape = (host.num_heads, self._resident_tokens, host.head_dim)
@@ -152,7 +204,7 @@ class DeviceTier:
     def make_room_for_scores(self, call: Call) -> None:
         """Drop the residents if scoring a call's rows needs their room."""
         kept = self._resident_tokens
-        if kept and not prefill_plan.resident_beside_scores(self.shape, self.tiers, kept, call):
+        if kept and not prefill_plan.resident_beside_scores(self.shape, self.tiers, kept, call, self.host_bits):
             self.drop_residents()
 
     def drop_residents(self) -> None:
@@ -163,10 +215,9 @@ class DeviceTier:
 
     # ---- decoding
 
-    def new_pool(self, pages: int, dtype: torch.dtype, device: torch.device, packed: bool) -> DevicePool:
+    def new_pool(self, pages: int, codec: Codec, device: torch.device) -> DevicePool:
         """A pool that lives until `end_decoding`."""
-        page = self.tiers.chunk_tokens, self.shape.head_dim, dtype
-        self.pools.append(DevicePool(self.ledger, pages, *page, device, packed))
+        self.pools.append(DevicePool(self.ledger, pages, codec, device))
         return self.pools[-1]
 
     def end_decoding(self) -> None:
@@ -180,6 +231,8 @@ class DeviceTier:
     def step_ops(self, device: torch.device) -> Ops:
         """The operations of a decoding step until the next seal: growing the host tier may change them."""
         ops = self._ops or ops_for(device)
+        if self.disk is not None:
+            return ops if device.type == "cpu" else copying_by_torch(ops, "copies from disk")
         refusal = None if self.locker is None else self.locker.refusal()
         if refusal is None:
             return ops
@@ -196,3 +249,5 @@ class DeviceTier:
         self.drop_residents()
         if self.locker is not None:
             self.locker.close()
+        if self.disk is not None:
+            self.disk.close()

@@ -21,8 +21,8 @@ class Fetching:
         """pages: the layer's, whose table lists the chunks in use. heads: `(n,)` KV heads. slots: `(n,)`, how many each
         has; they are taken from the pool."""
         phase, layout = pages.phase, pages.phase.plan.layout
-        self._host, self._heads, self._ops, self._pool = pages.host, heads, phase.ops, phase.pool
-        self._packing, self._table, self._first_column = pages.packing, pages.table, pages.first_selected
+        self._host, self._heads, self._ops, self._pool = pages.host, heads, phase.ops, pages.pool
+        self._table, self._first_column = pages.table, pages.first_selected
         self._first_chunk, most, device = layout.sink_chunks, int(slots.max()), heads.device
         phase.ledger.reserve("tables", Residency.bytes_for(len(heads), most, layout.retrievable))
         owned = torch.full((len(heads), most), -1, dtype=torch.int64, device=device)
@@ -44,7 +44,7 @@ class Fetching:
         index.enter(likely)
         row, place = (index.slots >= 0).nonzero(as_tuple=True)
         chunks, slots = likely[row, place] + self._first_chunk, index.slots[row, place]
-        self._ops.fetch(self._host.arena, self._pool.pages, self._heads[row], chunks, slots, self._packing)
+        self._ops.fetch(self._host, self._pool, self._heads[row], chunks, slots)
         return len(slots)
 
     def list_all(self) -> None:
@@ -72,9 +72,9 @@ class Fetching:
         victims = self._ops.place(wanted, kept, misses, *used, self.step, most, table, self._heads, column)
 
         def copy() -> int:
-            copied = self._host.arena, self._pool.pages, self._heads
+            copied = self._host, self._pool, self._heads
             tables = index.slots, index.chunk_in, index.slot_of
-            self._ops.gather(*copied, missed, victims, misses, *tables, self._first_chunk, self._packing)
+            self._ops.gather(*copied, missed, victims, misses, *tables, self._first_chunk)
             return 0
 
         return copy

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +17,8 @@ from tieredkv.cache.device_tier import DeviceTier
 from tieredkv.cache.layer_order import LayerOrder
 from tieredkv.cache.question import Question
 from tieredkv.cache.sealed_layer import SealedLayer
+from tieredkv.codecs import PLAIN
+from tieredkv.codecs.base import Codec, Fit
 from tieredkv.environment.ambient import attended_dtype, settled
 from tieredkv.errors import OptionError, UnsupportedModelError
 from tieredkv.memory.host import HostLayer
@@ -53,13 +55,13 @@ class TieredLayer(CacheLayerMixin):
         room: int,
         readers: int = 0,
     ) -> None:
-        """index: among the layers of this kind. room: tokens for which the host tier is allocated up front. readers:
+        """index: among the layers of this kind. room: tokens for which the host tier is allocated at once. readers:
         later layers of the model that attend to this one's keys and values."""
         super().__init__()
         # Strong references would form a cycle that keeps the host tier after the cache's last user.
         self._cache: CacheOfLayers = weakref.proxy(cache)
         self._order: LayerOrder = weakref.proxy(order)
-        self.device_tier, self.index, self.readers, self._room = device_tier, index, readers, room
+        self.device_tier, self.index, self.readers, self.room = device_tier, index, readers, room
         self.host: HostLayer | None = None
         self.rows: prefill.TextRows | None = None
         """Scores of the last call, over the layer and its readers; None if it was not scored."""
@@ -83,19 +85,24 @@ class TieredLayer(CacheLayerMixin):
 
     def begin(self, device: torch.device, heads: int, head_dim: int, dtype: torch.dtype) -> None:
         """Allocate what a layer of the model on `device` needs before its first token."""
-        host, _ = self._begin_at(device, heads, head_dim, self.device_tier.tiers.chunk_tokens, dtype)
-        host.reserve(self._room)
+        host, _ = self._begin_at(device, heads, head_dim, dtype)
+        self._reserve(host)
         self.device_tier.keep_first_tokens(self.index, host, self.device)
         self.is_initialized = True
 
+    def _reserve(self, host: HostLayer) -> None:
+        """Make room for the whole prompt or, if it is to be packed, for what comes before."""
+        tier = self.device_tier
+        host.reserve(self.room if tier.planned_bits() == PLAIN else sizes.first_tokens(tier.tiers, self.room))
+
     def _begin_at(
-        self, device: torch.device, heads: int, head_dim: int, chunk_tokens: int, dtype: torch.dtype
+        self, device: torch.device, heads: int, head_dim: int, dtype: torch.dtype
     ) -> tuple[HostLayer, ContextDigests]:
         """Create the empty host tier and digests of a layer on `device`."""
-        self.dtype, self.device = dtype, device
-        self.device_tier.place(device, dtype)
-        self.host = HostLayer(heads, head_dim, chunk_tokens, dtype, self.device_tier.locker)
-        self.digests = ContextDigests(self.device_tier, self.host, device)
+        self.dtype, self.device, tier = dtype, device, self.device_tier
+        tier.place(device, dtype)
+        self.host = HostLayer(heads, head_dim, tier.tiers.chunk_tokens, dtype, tier.new_arena)
+        self.digests = ContextDigests(tier, self.host, device)
         return self.host, self.digests
 
     def update(
@@ -221,16 +228,32 @@ class TieredLayer(CacheLayerMixin):
         host.append(keys, values)
         digests.update()
 
+    def append_stored(self, fields: tuple[torch.Tensor, ...]) -> None:
+        """`append` for tokens as `HostLayer.stored` has returned them."""
+        host, digests = self._context()
+        digests.before_prompt()
+        self.rows, before = None, host.length
+        host.append_stored(fields)
+        if (resident := self.device_tier.residents.get(self.index)) is not None:
+            resident.append(*host.decoded(before, host.length), before)
+        digests.update()
+
     def settle(self) -> None:
         """Treat the cached tokens as the context: digests are fitted to them and to no later ones."""
         if self.digests is not None:
             self.digests.settle()
+        if self.host is not None:
+            self.host.freeze()
 
     def truncate(self, tokens: int) -> None:
         """Forget all but the first `tokens` tokens. Not while sealed."""
         if self.host is None or tokens >= self.host.length:
             return
-        self.host.truncate(tokens)
+        if tokens:
+            self.host.truncate(tokens)
+        else:
+            self.host.clear()
+            self._reserve(self.host)
         if (resident := self.device_tier.residents.get(self.index)) is not None:
             resident.truncate(tokens)
         assert self.digests is not None
@@ -239,23 +262,28 @@ class TieredLayer(CacheLayerMixin):
 
     @settled
     def state(self) -> dict[str, torch.Tensor]:
-        """What `restore` needs: contiguous tensors in host memory. Not while sealed."""
+        """What `restore` needs: contiguous tensors in host memory, "kv" as words of 32 bits. Not while sealed."""
         host, digests = self._context()
         self._check_once()  # or damaged data would be saved with a valid checksum
         digested = digests.state()
         self.device_tier.copies.drain()
-        return {"kv": host.arena_to_store(sizes.QUESTION_ROOM), **digested}
+        records = host.arena_to_store(sizes.QUESTION_ROOM)
+        return {"kv": records.view(torch.int32), **fit_state(host.fit), **digested}
 
     @settled
     def restore(
-        self, state: dict[str, torch.Tensor], tokens: int, device: torch.device, check: Callable[[], None]
+        self,
+        state: dict[str, torch.Tensor],
+        tokens: int,
+        codec: Codec,
+        device: torch.device,
+        check: Callable[[], None],
     ) -> None:
-        """Resume from the state of `tokens` tokens. device: of the model's layer. check: called before they are first
-        attended to; raises if they are damaged."""
-        arena = state["kv"]
-        heads, _, _, c, head_dim = arena.shape
-        host, digests = self._begin_at(device, heads, head_dim, c, arena.dtype)
-        host.adopt(arena, tokens)
+        """Resume from the state of `tokens` tokens, whose "kv" is `(K, chunks, ...)`. codec: of these records. device:
+        of the model's layer. check: called before they are first attended to; raises if they are damaged."""
+        records = state["kv"].flatten(2).view(torch.uint8)
+        host, digests = self._begin_at(device, records.shape[0], codec.head_dim, codec.dtype)
+        host.adopt(self.device_tier.arena_of(records, tokens // codec.chunk_tokens), tokens, codec, fit_of(state))
         digests.restore(state)
         self._check = check
         self.is_initialized = True
@@ -287,3 +315,24 @@ class TieredLayer(CacheLayerMixin):
     def end_decoding(self) -> None:
         """Leave the decode phase, if the layer is in it, without the tokens generated since the seal."""
         self.sealed = None
+
+
+def pack(layers: Sequence[TieredLayer], device_tier: DeviceTier, bits: int) -> None:
+    """Store the host tier in `bits`; does nothing if it has them. No layer may be empty, nor a copy under way that
+    writes to one."""
+    device_tier.host_bits = bits
+    for layer in layers:
+        host, _ = layer._context()
+        if host.codec.bits != bits:
+            device_tier.copies.drain()
+            host.pack(device_tier.codec(bits, layer.dtype), layer.room)
+
+
+def fit_state(fit: Fit | None) -> dict[str, torch.Tensor]:
+    """What a codec was fitted to, by name, for `fit_of`."""
+    return {} if fit is None else {"codec.centre": fit.centre, "codec.channels": fit.channels}
+
+
+def fit_of(state: dict[str, torch.Tensor]) -> Fit | None:
+    """From a state that contains a `fit_state`."""
+    return Fit(state["codec.centre"], state["codec.channels"]) if "codec.channels" in state else None

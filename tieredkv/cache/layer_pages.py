@@ -9,13 +9,13 @@ from __future__ import annotations
 import torch
 
 from tieredkv.cache.decode_phase import DecodePhase
+from tieredkv.codecs.base import FIT_TOKENS, Codec, Fit
 from tieredkv.errors import BudgetError
 from tieredkv.memory.host import HostLayer
 from tieredkv.memory.units import ceil_div
 from tieredkv.ops import torch_ops
-from tieredkv.ops.packing import Packing, channel_norms, unpack
+from tieredkv.ops.base import Pages
 from tieredkv.planning.decode_plan import gather_bytes
-from tieredkv.planning.sizes import chunk_bytes
 from tieredkv.policy import prune
 
 
@@ -28,24 +28,32 @@ class LayerPages:
     def __init__(self, host: HostLayer, phase: DecodePhase, width: int) -> None:
         """host: all prompt tokens. width: P. Fills the recent region; the caller fills the other pages."""
         self.host, self.phase = host, phase
-        self.device = phase.pool.pages.device
+        self.device = phase.pool.records.device
         heads, self._c = host.num_heads, host.chunk_tokens
         self.table = phase.ledger.empty("tables", (heads, width), torch.int32, self.device).zero_()
         """`(K, P)`: pool slots."""
         self.lengths = phase.ledger.empty("tables", (heads, width), torch.int32, self.device).zero_()
         """`(K, P)`: tokens of each page that are attended to."""
-        self.packing: Packing | None = None
-        """None: pages are not packed."""
-        if phase.pool.scales is not None:
-            shape = heads, 2, host.head_dim
-            self.packing = Packing(phase.pool.scales, phase.ledger.empty("tables", shape, torch.float32, self.device))
-            self.packing.norms.copy_(channel_norms(host.chunks(), host.length))
+        self.pool = Pages(phase.pool.codec, phase.pool.records, self._fit(phase.pool.codec))
+        """The pool, as this layer's heads read and write it."""
         first = phase.plan.layout.recent_start
         self.recent_tokens, self.generated = host.length - first, 0
         """Tokens in the recent region, prompt and generated; and the generated ones alone."""
         self._recent_length = torch.full((1,), self.recent_tokens, dtype=torch.int32, device=self.device)
         """`recent_tokens` on the device, where a captured step reads and advances it."""
         self._fill_recent(phase.plan.layout.recent_pages, first)
+
+    def _fit(self, codec: Codec) -> Fit | None:
+        """The host's if it is packed; if it is not, and pages are, they are fitted to its first tokens."""
+        if not codec.needs_fit:
+            return None
+        fit = self.host.fit
+        if fit is None:
+            fit = codec.fit(*self.host.decoded(0, min(self.host.length, FIT_TOKENS)))
+        assert fit is not None
+        shape = fit.centre.shape
+        parts = [self.phase.ledger.empty("tables", shape, torch.float32, self.device) for _ in range(2)]
+        return Fit(parts[0].copy_(fit.centre), parts[1].copy_(fit.channels))
 
     @property
     def first_selected(self) -> int:
@@ -58,8 +66,8 @@ class LayerPages:
     def _fetch(self, heads: torch.Tensor, ids: torch.Tensor, slots: torch.Tensor) -> None:
         """Copy whole chunks `ids` (absolute) of `heads` into pool `slots`, all `(m,)`."""
         phase = self.phase
-        phase.ops.fetch(self.host.arena, phase.pool.pages, heads, ids, slots, self.packing)
-        phase.counters.warm_bytes += len(ids) * chunk_bytes(phase.shape, phase.tiers)
+        phase.ops.fetch(self.host, self.pool, heads, ids, slots)
+        phase.counters.warm_bytes += len(ids) * self.host.codec.chunk_bytes
 
     def _fill_recent(self, pages: int, first_token: int) -> None:
         heads, c = self.host.num_heads, self._c
@@ -69,10 +77,8 @@ class LayerPages:
         owners = torch.arange(heads, device="cpu").repeat_interleave(filled)
         self._fetch(owners, ids, self.table[:, :filled].flatten())
         if within := self.recent_tokens % c:  # the rest of the host's last chunk was never written
-            last = self.table[:, filled - 1]
-            self.phase.pool.pages[last, :, within:] = 0
-            if self.packing is not None:
-                self.packing.scales[last, :, within:] = 0
+            for field in self.pool.codec.fields(self.pool.records):
+                field[self.table[:, filled - 1], within:] = 0
         self._set_recent_lengths()
 
     def _set_recent_lengths(self) -> None:
@@ -85,24 +91,23 @@ class LayerPages:
         """Prune a head to `pages` pages of the tokens before the recent region. saliency, is_text: `(N,)`."""
         if pages == 0:
             return
-        tiers, c, pool = self.phase.tiers, self._c, self.phase.pool
+        tiers, c = self.phase.tiers, self._c
         policy, old = tiers.policy, self.phase.plan.layout.recent_start
 
         def read() -> tuple[torch.Tensor, torch.Tensor]:
             return self.host.tokens(head, torch.arange(old, device="cpu"))
 
         tokens = prune.HeadTokens(saliency[:old], is_text[:old], tiers.sink_tokens, policy.saliency_pool, read)
-        kept, slots = prune.kept_tokens(policy.rank(tokens), pages * c), pool.take(pages)
+        kept, slots = prune.kept_tokens(policy.rank(tokens), pages * c), self.phase.pool.take(pages)
         first = self.phase.plan.layout.recent_pages
         self.table[head, first : first + pages] = slots
         filled = kept.numel() - c * torch.arange(pages, device=self.device)
         self.lengths[head, first : first + pages] = filled.clamp(0, c).int()
         if policy.merge is None:
-            self.phase.ops.keep(self.host.arena, pool.pages, head, kept, slots, self.packing)
+            self.phase.ops.keep(self.host, self.pool, head, kept, slots)
         else:
-            merged = torch.stack(policy.merge(tokens, kept), dim=1)
-            torch_ops.write(merged, pool.pages, head, slots, self.packing)
-        self.phase.counters.warm_bytes += kept.numel() * chunk_bytes(self.phase.shape, tiers) // c
+            torch_ops.write(*policy.merge(tokens, kept), self.pool, head, slots)
+        self.phase.counters.warm_bytes += kept.numel() * self.host.codec.chunk_bytes // c
 
     def fill_sinks(self, heads: torch.Tensor) -> None:
         """Copy the sink chunks of `heads`."""
@@ -139,8 +144,7 @@ class LayerPages:
 
     def append(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Write the key and value, each `(K, D)`, of the token counted last."""
-        phase = self.phase
-        phase.ops.append(key, value, phase.pool.pages, self.table, self.lengths, self._recent_length, self.packing)
+        self.phase.ops.append(key, value, self.pool, self.table, self.lengths, self._recent_length)
         self._recent_length += 1
 
     def attend(
@@ -153,20 +157,19 @@ class LayerPages:
         phase = self.phase
         with phase.ledger.scratch("scratch", self.scratch_bytes):
             return phase.ops.paged_attention(
-                query,
-                phase.pool.pages,
-                self.table,
-                self.lengths,
-                scaling,
-                phase.plan.scratch_pages,
-                self.packing,
-                page_lse,
+                query, self.pool, self.table, self.lengths, scaling, phase.plan.scratch_pages, page_lse
             )
 
     @property
     def scratch_bytes(self) -> int:
         """Device bytes that `attend` takes."""
         return gather_bytes(self.phase.shape, self.phase.tiers, self.phase.plan, self.table.numel())
+
+    def as_stored(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values `(K, n, D)` as attention reads them from pages, in their own dtype."""
+        codec, fit = self.pool.codec, self.pool.fit
+        read_keys, read_values = codec.decode(codec.encode(keys, values, fit), fit)
+        return read_keys.to(keys.dtype), read_values.to(values.dtype)
 
     # ---- the end
 
@@ -181,9 +184,11 @@ class LayerPages:
         for head in range(self.host.num_heads):
             for column in range(first // c, ceil_div(self.recent_tokens, c)):
                 start, stop = max(first, column * c), min(self.recent_tokens, (column + 1) * c)
-                slot = int(self.table[head, column])
-                page = self.phase.pool.pages[slot]
-                if self.packing is not None:
-                    page = unpack(page, self.packing.scales[slot], self.packing.norms[head].unsqueeze(1))
-                tokens[:, head, start - first : stop - first] = page[:, start - column * c : stop - column * c]
+                page = self.pool.records[self.table[head, column].long()]
+                read = tuple(
+                    field[None, start - column * c : stop - column * c] for field in self.pool.codec.fields(page)
+                )
+                fit = None if self.pool.fit is None else self.pool.fit.of_heads(slice(head, head + 1))
+                for part, decoded in zip(tokens, self.pool.codec.decode(read, fit), strict=True):
+                    part[head, start - first : stop - first] = decoded[0]
         return tokens[0], tokens[1]

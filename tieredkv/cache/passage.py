@@ -18,8 +18,8 @@ class Passage:
 
     begin: int
     stop: int
-    layers: tuple[tuple[torch.Tensor, torch.Tensor], ...]
-    """Keys and values, each `(K, n, D)`, of each tiered layer."""
+    layers: tuple[tuple[torch.Tensor, ...], ...]
+    """What the host tier has stored, `(K, n, ...)`, of each tiered layer."""
     snapshot: Snapshot | None
     """What the layers that do not grow held after `stop`; None if the model has none."""
 
@@ -27,7 +27,8 @@ class Passage:
     def nbytes_of(cache: TieredCache, begin: int) -> int:
         """Host memory of the passage from token `begin` to the cache's length."""
         stop = cache.get_seq_length()
-        return (stop - begin) * cache.shape.token_bytes + snapshot_bytes(cache.shape, stop)
+        token = sum(layer.host.token_bytes for layer in cache.tiered_layers if layer.host is not None)
+        return (stop - begin) * token + snapshot_bytes(cache.shape, stop)
 
     @staticmethod
     @settled
@@ -36,7 +37,7 @@ class Passage:
         stop = cache.get_seq_length()
         cache.device_tier.copies.drain()  # the host reads what was written back
         hosts = (layer.host for layer in cache.tiered_layers)
-        layers = tuple(host.copied(begin, stop) for host in hosts if host is not None)
+        layers = tuple(host.stored(begin, stop) for host in hosts if host is not None)
         return Passage(begin, stop, layers, cache.untiered.copied())
 
     @settled
@@ -45,8 +46,8 @@ class Passage:
         if cache.sealed or cache.get_seq_length() != self.begin:
             raise RuntimeError(f"the cache does not end at {self.begin}")
         cache.device_tier.copies.drain()  # appending may move what copies read
-        for layer, (keys, values) in zip(cache.tiered_layers, self.layers, strict=True):
-            layer.append(keys, values)
+        for layer, fields in zip(cache.tiered_layers, self.layers, strict=True):
+            layer.append_stored(fields)
         if self.snapshot is not None:
             cache.untiered.go_to(self.snapshot)
 
@@ -56,7 +57,7 @@ class Passage:
             return self
         if tokens <= 0 or self.snapshot is not None:
             return None
-        layers = tuple((keys[:, :tokens], values[:, :tokens]) for keys, values in self.layers)
+        layers = tuple(tuple(field[:, :tokens] for field in fields) for fields in self.layers)
         return replace(self, stop=self.begin + tokens, layers=layers)
 
     @property

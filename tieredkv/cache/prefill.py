@@ -19,7 +19,7 @@ from tieredkv.cache.question import Question
 from tieredkv.config import TierConfig
 from tieredkv.memory.host import HostLayer
 from tieredkv.planning.admission import refusal
-from tieredkv.planning.prefill_plan import buffer_bytes, plan_staging
+from tieredkv.planning.prefill_plan import plan_staging
 from tieredkv.planning.sizes import lay_out
 from tieredkv.policy import classify
 
@@ -66,40 +66,38 @@ class Past:
         tokens: int,
         rows: int,
         block_tokens: int,
-        buffers: list[torch.Tensor],
+        staging: list[torch.Tensor],
+        decoded: torch.Tensor,
     ) -> None:
-        """tokens: how many of the host's are the past. rows: how many of the new tokens are scored. buffers: none if
-        nothing is staged, or three flat tensors, each with room for the keys and values of `block_tokens` tokens.
-
-        Blocks are staged to the first two in turn; in the third, keys and values are separated.
+        """tokens: how many of the host's are the past. rows: how many of the new tokens are scored. staging: none if
+        nothing is staged, or one or two flat buffers of bytes with room for the records of `block_tokens` tokens, to
+        which blocks are staged in turn. decoded: flat, with room for their keys and values in the model's dtype.
         """
         self.host, self.tokens, self.block_tokens = host, tokens, block_tokens
         self.resident, self.rows = resident, rows
-        self._transfer, self._copies = device_tier.transfer, device_tier.copies
-        self._buffers = buffers
+        self._device_tier, self._copies = device_tier, device_tier.copies
+        self._staging, self._decoded = staging, decoded
+        self._fit = host.fit_on(decoded.device)
         first = 0 if resident is None else resident.length
         self._ranges = list(host.blocks(first, self.tokens, block_tokens)) if first < self.tokens else []
         self._first_staged = False
 
     def _staged(self, index: int) -> torch.Tensor:
-        """The buffer of block `index`, shaped for its chunks: `(K, n, 2, C, D)`."""
+        """The records of block `index` on the device, `(K, n, B)`."""
         start, stop = self._ranges[index]
-        h = self.host
-        shape = (h.num_heads, stop - start, 2, h.chunk_tokens, h.head_dim)
-        return self._buffers[index % 2][: math.prod(shape)].view(shape)
+        shape = self.host.num_heads, stop - start, self.host.codec.chunk_bytes
+        return self._staging[index % len(self._staging)][: math.prod(shape)].view(shape)
 
     def _stage(self, index: int, with_values: bool) -> None:
-        start, stop = self._ranges[index]
-        staged, chunks = self._staged(index), self.host.chunks(start, stop)
-        self._copies.submit("past", lambda: self._transfer.stage(chunks, staged, with_values))
+        (start, stop), staged = self._ranges[index], self._staged(index)
+        self._copies.submit("past", lambda: self.host.stage(start, stop, staged, with_values))
 
-    def _separate(self, staged: torch.Tensor, with_values: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of a staged block, `(K, n * C, D)`; without `with_values` the values are undefined."""
-        k, n, _, c, d = staged.shape
-        both = self._buffers[2][: staged.numel()].view(2, k, n, c, d)
-        parts = 2 if with_values else 1
-        both[:parts].copy_(staged[:, :, :parts].movedim(2, 0))
-        keys, values = both.view(2, k, n * c, d)
+    def _decode(self, records: torch.Tensor, with_values: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values `(K, n * C, D)` of records `(K, n, B)`; without `with_values` the values are undefined."""
+        shape = 2, *records.shape[:2], self.host.chunk_tokens, self.host.head_dim
+        both = self._decoded[: math.prod(shape)].view(shape)
+        self.host.codec.decode_to(both[0], both[1] if with_values else None, records, self._fit)
+        keys, values = both.flatten(2, 3)
         return keys, values
 
     def stage_first(self) -> None:
@@ -119,10 +117,10 @@ class Past:
             self._stage(0, with_values)
         self._first_staged = False
         for index, (start, stop) in enumerate(self._ranges):
-            self._transfer.streamed_bytes += self._copies.wait("past")
+            self._device_tier.streamed_bytes += self._copies.wait("past")
             if index + 1 < len(self._ranges):  # into the previous block's buffer, which is no longer read
                 self._stage(index + 1, with_values)
-            keys, values = self._separate(self._staged(index), with_values)
+            keys, values = self._decode(self._staged(index), with_values)
             filled = min(self.tokens, stop * self.host.chunk_tokens) - start * self.host.chunk_tokens
             yield keys[:, :filled], values[:, :filled]
 
@@ -148,16 +146,17 @@ def staged_past(
     device_tier.make_room_for_scores(call)
     resident = device_tier.residents.get(layer)
     room, kept = (0, 0) if resident is None else (resident.room, min(resident.length, tokens))
-    staging = plan_staging(shape, tiers, call, kept, room)
+    staging = plan_staging(shape, tiers, call, kept, room, device_tier.host_bits)
     if staging is None:
-        raise refusal(shape, tiers, lay_out(tiers, call.stop, call.rows, question.max_new_tokens), call.rows)
-    flat = (buffer_bytes(shape, staging.buffer_tokens) // host.dtype.itemsize,)
+        layout = lay_out(tiers, call.stop, call.rows, question.max_new_tokens)
+        raise refusal(shape, tiers, layout, call.rows, bits=device_tier.settled_bits)
     try:
-        buffers = [ledger.empty("staging", flat, host.dtype, device) for _ in range(staging.buffers)]
-        if staging.buffers == 2:  # a single block is staged to the first alone
-            buffers.insert(1, buffers[0])
+        buffers = [
+            ledger.empty("staging", (staging.staged_bytes,), torch.uint8, device) for _ in range(staging.buffers)
+        ]
+        decoded = ledger.empty("staging", (staging.decoded_bytes // host.dtype.itemsize,), host.dtype, device)
         ledger.reserve("scores", staging.scoring_bytes)
-        yield Past(device_tier, host, resident, tokens, call.rows, staging.block_tokens, buffers)
+        yield Past(device_tier, host, resident, tokens, call.rows, staging.block_tokens, buffers, decoded)
     except BaseException:
         device_tier.copies.drain()  # copies still under way write to the buffers
         raise

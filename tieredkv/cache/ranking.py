@@ -23,7 +23,7 @@ class Ranking:
         """digests: uint8 `(K, >= old chunks, bytes)` on the host, made with `fitted`. heads: `(n,)` KV heads, on the
         host."""
         tiers, shape, layout, ops, ledger = phase.tiers, phase.shape, phase.plan.layout, phase.ops, phase.ledger
-        first, chunks, device = layout.sink_chunks, layout.retrievable, phase.pool.pages.device
+        first, chunks, device = layout.sink_chunks, layout.retrievable, phase.pool.records.device
         self.digest = ops.digest(sizes.digest_for(shape, tiers))
         self.digests = ledger.empty("digests", (len(heads), chunks, digests.shape[2]), digests.dtype, device)
         """`(n, N, bytes)` on the device."""

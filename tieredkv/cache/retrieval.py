@@ -50,7 +50,7 @@ class Retrieval:
         """Since counters were flushed. Set by `advance` and `go_back`, so that steps replayed from a graph count."""
         self._limits = (self.selected.clone(), slots) if tiers.adaptive else None
         """`(n,)` each: fewest and most chunks that an adaptive head may select; None: heads are not adaptive."""
-        self._counters, self._chunk_bytes = phase.counters, sizes.chunk_bytes(shape, tiers)
+        self._counters, self._chunk_bytes = phase.counters, pages.host.codec.chunk_bytes
         self._tally = Tally(len(heads), device)
         self._fetching = Fetching(pages, self._heads, slots)
         self.residency = self._fetching.residency

@@ -14,7 +14,7 @@ from tieredkv.cache.counters import Counters
 from tieredkv.cache.decode_phase import DecodePhase
 from tieredkv.cache.decoding import Decoding
 from tieredkv.cache.device_tier import DeviceTier
-from tieredkv.cache.layer import TieredLayer
+from tieredkv.cache.layer import TieredLayer, pack
 from tieredkv.cache.layer_order import LayerOrder
 from tieredkv.cache.prefill import TextRows
 from tieredkv.cache.question import Question
@@ -39,15 +39,21 @@ class HeadTypes:
 
 
 def classify_heads(
-    rows: Sequence[TextRows], shape: KVShape, tiers: TierConfig, layout: sizes.Layout, cap_bytes: int
+    rows: Sequence[TextRows],
+    shape: KVShape,
+    tiers: TierConfig,
+    layout: sizes.Layout,
+    cap_bytes: int,
+    host_bits: int,
 ) -> HeadTypes:
-    """Which heads are static. rows: one per layer. cap_bytes: bytes that the plan may spend."""
+    """Which heads are static. rows: one per layer. cap_bytes: bytes that the plan may spend. host_bits: of the host
+    tier."""
     policy, scores, need = tiers.policy, torch.stack([layer.scores for layer in rows]), None
     if policy.head_score == "mass":
         static = classify.static_heads(scores, policy.theta)
     else:
         need = _need(rows, shape, tiers, layout)
-        static = need[0] <= decode_plan.mean_old_tokens(shape, tiers, layout, cap_bytes)
+        static = need[0] <= decode_plan.mean_old_tokens(shape, tiers, layout, cap_bytes, host_bits)
     static[: policy.dense_layers] = True
     return HeadTypes(scores, static, need)
 
@@ -81,7 +87,7 @@ def seal(layers: Sequence[TieredLayer], device_tier: DeviceTier, question: Quest
     """Take every layer from prefill to decoding.
 
     No copy may be under way. Raises `BudgetError` when the prompt does not fit under the cap; the layers are then still
-    in prefill.
+    in prefill, and as they were.
     """
     rows = [layer.rows for layer in layers if layer.rows is not None]
     if len(rows) != len(layers):
@@ -92,8 +98,12 @@ def seal(layers: Sequence[TieredLayer], device_tier: DeviceTier, question: Quest
     # The plan counts the masses of chunks and pages of one device; every device has its own.
     masses = sizes.chunk_mass_bytes(layout) + sizes.page_lse_bytes(shape, layout.old_chunks + layout.recent_pages)
     cap_bytes = tiers.cap_bytes - (len(device_tier.devices) - 1) * masses
-    types = classify_heads(rows, shape, tiers, layout, cap_bytes)
-    plan = decode_plan.plan_decode(shape, tiers, layout, cap_bytes, types.scores, types.static, types.need)
+    bits = device_tier.next_bits(tokens)
+    types = classify_heads(rows, shape, tiers, layout, cap_bytes, bits)
+    plan = decode_plan.plan_decode(
+        shape, tiers, layout, cap_bytes, types.scores, types.static, types.need, host_bits=bits
+    )
+    pack(layers, device_tier, bits)
     device_tier.drop_residents()
     try:
         phases = _fill(layers, device_tier, question, plan, types.static)
@@ -125,6 +135,8 @@ def _fill(
     widest = max(decode_plan.table_width(plan, tiers, index, mask) for index, mask in enumerate(static))
     exact = dynamic_heads > 0 and not sizes.estimates_mass(shape, tiers, plan.ranked)
 
+    codec = device_tier.codec(plan.page_bits, layers[0].dtype)
+
     def phase(device: torch.device) -> DecodePhase:
         here = [layer.index for layer in layers if layer.device == device]
         return DecodePhase(
@@ -132,7 +144,7 @@ def _fill(
             shape=shape,
             plan=plan,
             ledger=device_tier.ledger,
-            pool=device_tier.new_pool(plan.pool_pages(here), layers[0].dtype, device, plan.packed),
+            pool=device_tier.new_pool(plan.pool_pages(here), codec, device),
             prefetcher=device_tier.copies if tiers.prefetch else None,
             counters=counters,
             ops=device_tier.step_ops(device),

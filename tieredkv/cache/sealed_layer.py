@@ -16,7 +16,6 @@ from tieredkv.cache.prefill import TextRows
 from tieredkv.cache.retrieval import Retrieval
 from tieredkv.environment.threads import at_most, worth
 from tieredkv.memory.host import HostLayer
-from tieredkv.ops.packing import rounded
 from tieredkv.planning.decode_plan import table_width
 from tieredkv.planning.sizes import ranked_ahead_bytes, ranking_bytes
 from tieredkv.policy.digests import Fitted
@@ -118,10 +117,7 @@ class SealedLayer:
     ) -> torch.Tensor:
         """All steps in one pass, if no head ranks chunks: each attends to the pages and to the new tokens so far."""
         before = self.pages.attend(query, scaling)
-        visible = keys, values
-        if self.pages.packing is not None:
-            norms = self.pages.packing.norms
-            visible = rounded(keys, norms[:, 0]), rounded(values, norms[:, 1])
+        visible = self.pages.as_stored(keys, values)
         out, _ = exact.merge(*before, *exact.attend(query, *visible, scaling, causal=True))
         for row in range(query.shape[1]):
             self._append(keys[:, row], values[:, row])

@@ -19,17 +19,19 @@ from tieredkv.cache.conv_layer import ConvLayer
 from tieredkv.cache.counters import Counters
 from tieredkv.cache.decoding import Decoding
 from tieredkv.cache.device_tier import DeviceTier
-from tieredkv.cache.layer import TieredLayer
+from tieredkv.cache.layer import TieredLayer, pack
 from tieredkv.cache.layer_order import LayerOrder
 from tieredkv.cache.linear_layer import LinearLayer
 from tieredkv.cache.question import Question
 from tieredkv.cache.sliding_layer import SlidingLayer
 from tieredkv.cache.untiered import Untiered
+from tieredkv.codecs.base import FIT_TOKENS
 from tieredkv.config import TierConfig, tier_config
 from tieredkv.environment import forking
 from tieredkv.environment.ambient import settled
 from tieredkv.errors import OptionError, TieredKVError, UnsupportedModelError
 from tieredkv.memory.copies import BackgroundCopies
+from tieredkv.memory.disk_tier import DiskTier
 from tieredkv.memory.ledger import on_device
 from tieredkv.models import families
 from tieredkv.models.families.decoder import TIERED, sliding_window
@@ -62,6 +64,7 @@ class TieredCache(Cache):
         prompt_tokens: int = 0,
         ops: Ops | None = None,
         copies: BackgroundCopies | None = None,
+        disk: DiskTier | None = None,
         **options: Any,
     ) -> None:
         """config: the model's. tiers, or its fields as keywords (`gpu_kv_gb=...`), not both.
@@ -70,12 +73,13 @@ class TieredCache(Cache):
         the prompt, if known: the host tier is allocated once, as much of the prompt as the cap allows stays on the
         device while it is prefilled, only the call that completes it is scored, and no token before its end counts as
         generated. ops: the operations of decoding steps; copies: how the tiers copy in the background; both default to
-        what suits the device. Raises `UnsupportedModelError` when a layer is neither full attention nor, in a family
-        where that is tested, a sliding window, linear attention or a convolution.
+        what suits the device. disk: keeps the host tier's records on disk; closed with the cache. Raises
+        `UnsupportedModelError` when a layer is neither full attention nor, in a family where that is tested, a sliding
+        window, linear attention or a convolution.
         """
         self.question = Question(max_new_tokens=max_new_tokens, prompt_tokens=prompt_tokens)
         """What follows the cached tokens."""
-        self.device_tier = DeviceTier(tier_config(tiers, options), config, prompt_tokens, ops, copies)
+        self.device_tier = DeviceTier(tier_config(tiers, options), config, prompt_tokens, ops, copies, disk)
         self.ledger = self.device_tier.ledger
         """Counts the device bytes of keys, values, and what is allocated with them."""
         self.tiered_layers: list[TieredLayer] = []
@@ -218,10 +222,13 @@ class TieredCache(Cache):
 
         Digests are then fitted to the context alone, so that no question depends on another. Layers that cannot be
         truncated (sliding windows, linear attention, convolutions) are copied to host memory, so that the cache can
-        come back to this length; the previous copy is dropped.
+        come back to this length; the previous copy is dropped. The bits of the host tier stay as they are from now on.
         """
         self.check_between_calls()
         self.untiered.settle()
+        if tokens := self.get_seq_length():
+            pack(self.tiered_layers, self.device_tier, self.device_tier.next_bits(tokens))
+            self.device_tier.settle_bits()
         for layer in self.tiered_layers:
             layer.settle()
 
@@ -238,6 +245,9 @@ class TieredCache(Cache):
             raise OptionError(
                 f"the cache is kept in chunks of {self.tiers.chunk_tokens} tokens: leave chunk_tokens as it is."
             )
+        bits = self.device_tier.settled_bits
+        if bits is not None and tiers.host_kv_bits not in (None, bits):
+            raise OptionError(f"the cache is kept in {bits} bits: leave host_kv_bits as it is.")
         self.device_tier.change_tiers(tiers, empty=self.get_seq_length() == 0)
 
     # ---- phases
@@ -247,8 +257,10 @@ class TieredCache(Cache):
         if index == 0:
             forking.enter(self.device_tier.devices[0].type)
             self._order.begin_call()
-            self.long_context.check(self.get_seq_length(), tokens)
+            self.long_context.check(length := self.get_seq_length(), tokens)
             self._change_phase(tokens)
+            if not self.sealed and length >= FIT_TOKENS:
+                pack(self.tiered_layers, self.device_tier, self.device_tier.next_bits(length + tokens))
         self._order.begin_layer(index)
 
     def _change_phase(self, tokens: int) -> None:
@@ -330,6 +342,8 @@ class TieredCache(Cache):
             self._end_decoding()
             for layer in self.tiered_layers:
                 layer.truncate(tokens)
+            if tokens == 0:
+                self.device_tier.forget_bits()
             self.untiered.truncate(tokens)
 
     def crop(self, tokens_to_remove: int) -> None:

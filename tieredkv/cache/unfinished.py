@@ -12,9 +12,12 @@ from typing import Any
 
 import torch
 
-from tieredkv.cache.layer import TieredLayer
+from tieredkv.cache.layer import TieredLayer, fit_of, fit_state
 from tieredkv.cache.tiered_cache import TieredCache
+from tieredkv.codecs import PLAIN, codec_for
+from tieredkv.codecs.base import Codec
 from tieredkv.environment.ambient import settled
+from tieredkv.memory.host import HostLayer
 
 RESIDENT_TOKENS = 2048
 """Tokens copied to the device at a time."""
@@ -35,8 +38,12 @@ class Digested:
 class Mark:
     """How much of a cache has been written down."""
 
+    bits: int = PLAIN
+    """Of the host tier."""
     chunks: int = 0
     """Whole chunks of every layer."""
+    resident: int = 0
+    """First tokens that are on the device as the model made them, and in the host tier in fewer bits."""
     digested: tuple[Digested, ...] = ()
     """Of each tiered layer; empty: none."""
 
@@ -44,10 +51,15 @@ class Mark:
         """Of tiered layer `number`."""
         return self.digested[number] if self.digested else Digested()
 
+    def as_of(self, bits: int) -> Mark:
+        """What of it counts once the host tier has `bits`: another codec starts over with all but the digests."""
+        return self if self.bits == bits else Mark(bits, digested=self.digested)
+
     @staticmethod
     def of(plain: dict[str, Any]) -> Mark:
         """From `dataclasses.asdict` by way of JSON."""
-        return Mark(plain["chunks"], tuple(Digested(**each) for each in plain["digested"]))
+        digested = tuple(Digested(**each) for each in plain["digested"])
+        return Mark(plain["bits"], plain["chunks"], plain["resident"], digested)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,8 +70,8 @@ class Parts:
     mark: Mark
     """How much there is of `growing`, with what came before it."""
     growing: list[torch.Tensor]
-    """Since the last mark, of each layer: chunks `(K, n, 2, C, D)`, and digests `(K, n, bytes)`. Rows are
-    contiguous."""
+    """Since the last mark, of each layer: records `(K, n, B)`, digests `(K, n, bytes)`, and keys and values `(K, n, D)`
+    of residents that the records hold in fewer bits. Rows are contiguous."""
     state: dict[str, torch.Tensor] = field(default_factory=dict)
     """All that does not grow, by name; contiguous."""
 
@@ -70,34 +82,50 @@ def parts(cache: TieredCache, since: Mark) -> Parts:
     call."""
     cache.check_between_calls()
     cache.device_tier.copies.drain()  # the host reads what was written back
-    tokens = cache.get_seq_length()
+    tokens, bits = cache.get_seq_length(), cache.device_tier.host_bits
     chunks, rest = divmod(tokens, cache.tiers.chunk_tokens)
+    since = since.as_of(bits)
     growing: list[torch.Tensor] = []
     state: dict[str, torch.Tensor] = {}
     digested: list[Digested] = []
+    residents = {} if bits == PLAIN else cache.device_tier.residents
     for layer in cache.tiered_layers:
         assert layer.host is not None
         assert layer.digests is not None
         packed, before = layer.digests.packed, since.of_layer(layer.index)
         now = Digested(layer.digests.kind, packed.shape[1], packed.shape[2])
         first = before.chunks if _continues(now, before) else 0
-        growing += [layer.host.chunks(since.chunks, chunks), packed[:, first:]]
+        growing += [layer.host.arena.whole()[:, since.chunks : chunks], packed[:, first:]]
         digested.append(now)
-        last = layer.host.arena.new_zeros((layer.host.num_heads, 2, layer.host.chunk_tokens, layer.host.head_dim))
-        if rest:
-            last[:, :, :rest] = layer.host.arena[:, chunks, :, :rest]
-        own = {"last": last, **layer.digests.unsettled()}
+        if (resident := residents.get(layer.index)) is not None:
+            growing += [part[:, since.resident : resident.length].cpu() for part in (resident.keys, resident.values)]
+        own = {**_last(layer.host, chunks, rest), **fit_state(layer.host.fit), **layer.digests.unsettled()}
         state |= {f"{_tiered(layer)}{name}": tensor for name, tensor in own.items()}
     snapshot = cache.untiered.copied()
     for number, held in enumerate(snapshot.states if snapshot else ()):
         state |= {f"{_untiered(number)}{name}": tensor for name, tensor in held.items()}
-    return Parts(tokens, Mark(chunks, tuple(digested)), growing, state)
+    kept = min((resident.length for resident in residents.values()), default=0)
+    return Parts(tokens, Mark(bits, chunks, kept, tuple(digested)), growing, state)
+
+
+def new_bytes(cache: TieredCache, since: Mark) -> int:
+    """Bytes of records that `since` does not cover."""
+    done = since.as_of(cache.device_tier.host_bits).chunks * cache.tiers.chunk_tokens
+    token = sum(layer.host.token_bytes for layer in cache.tiered_layers if layer.host is not None)
+    return (cache.get_seq_length() - done) * token
+
+
+def _last(host: HostLayer, chunks: int, rest: int) -> dict[str, torch.Tensor]:
+    """The first `rest` tokens of chunk `chunks`, field by field."""
+    begin = chunks * host.chunk_tokens
+    return {f"last.{number}": field for number, field in enumerate(host.stored(begin, begin + rest))}
 
 
 @settled
 def restore(
     cache: TieredCache,
     tokens: int,
+    codec: Codec,
     state: dict[str, torch.Tensor],
     marks: Sequence[Mark],
     read: Callable[[int, list[torch.Tensor]], None],
@@ -105,57 +133,100 @@ def restore(
 ) -> None:
     """Give an empty cache what another held after `tokens` tokens.
 
-    state: as of its last parts. marks: of all its parts, in order. read: called with the number of each and tensors to
-    fill as its `growing` was. devices: of each layer.
+    codec: of its host tier. state: as of its last parts. marks: of all its parts, in order. read: called with the
+    number of each and tensors to fill as its `growing` was. devices: of each layer.
     """
-    layers = cache.tiered_layers
-    packed = []
-    for layer in layers:
-        last = state[f"{_tiered(layer)}last"]
-        layer.begin(devices[layer], last.shape[0], last.shape[3], last.dtype)
-        assert layer.host is not None
-        layer.host.reserve(tokens)
-        end = marks[-1].of_layer(layer.index) if marks else Digested()
-        shape = (last.shape[0], end.chunks, end.nbytes)
-        packed.append(torch.empty(shape, dtype=torch.uint8, device="cpu"))
+    cache.device_tier.host_bits = codec.bits
+    layers = [_Layer(layer, tokens, codec, state, marks, devices[layer]) for layer in cache.tiered_layers]
     before = Mark()
     for number, mark in enumerate(marks):
-        targets: list[torch.Tensor] = []
-        for layer, digests in zip(layers, packed, strict=True):
-            assert layer.host is not None
-            targets.append(layer.host.arena[:, before.chunks : mark.chunks])
-            was, now = before.of_layer(layer.index), mark.of_layer(layer.index)
-            first = was.chunks if _continues(now, was) else 0
-            if _continues(marks[-1].of_layer(layer.index), now):
-                targets.append(digests[:, first : now.chunks])
-            else:  # of a kind that was given up later
-                shape = (digests.shape[0], now.chunks - first, now.nbytes)
-                targets.append(torch.empty(shape, dtype=torch.uint8, device="cpu"))
-        read(number, targets)
+        before = before.as_of(mark.bits)
+        targets = [layer.targets(before, mark) for layer in layers]
+        read(number, [target for own in targets for target in own])
+        for layer, filled in zip(layers, targets, strict=True):
+            layer.take(before, mark, filled)
         before = mark
-    for layer, digests in zip(layers, packed, strict=True):
-        _complete(layer, tokens, digests, before.of_layer(layer.index).name, state)
+    if codec.bits != PLAIN and not before.resident:
+        cache.device_tier.drop_residents()
+    for layer in layers:
+        layer.complete(tokens, before)
     for number, held in enumerate(cache.untiered.layers):
         prefix = _untiered(number)
         own = {name.removeprefix(prefix): part for name, part in state.items() if name.startswith(prefix)}
         held.restore(own, tokens, devices[held])
 
 
-def _complete(layer: TieredLayer, tokens: int, packed: torch.Tensor, kind: str, state: dict[str, torch.Tensor]) -> None:
-    """Count a layer's tokens once its whole chunks are in place, and hand them to the device and to the digests."""
-    host, digests, prefix = layer.host, layer.digests, _tiered(layer)
-    assert host is not None
-    assert digests is not None
-    chunks, rest = divmod(tokens, host.chunk_tokens)
-    if rest:
-        host.arena[:, chunks, :, :rest] = state[f"{prefix}last"][:, :, :rest]
-    host.advance(tokens)
-    if (resident := layer.device_tier.residents.get(layer.index)) is not None:
-        for first in range(0, min(tokens, resident.room), RESIDENT_TOKENS):
-            stop = min(first + RESIDENT_TOKENS, tokens)
-            resident.append(*host.copied(first, stop), first)
-    own = {name.removeprefix(prefix): part for name, part in state.items() if name.startswith(prefix)}
-    digests.resume(kind, packed, own)
+class _Layer:
+    """A tiered layer while it is restored."""
+
+    def __init__(
+        self,
+        layer: TieredLayer,
+        tokens: int,
+        codec: Codec,
+        state: dict[str, torch.Tensor],
+        marks: Sequence[Mark],
+        device: torch.device,
+    ) -> None:
+        prefix = _tiered(layer)
+        self._state = {name.removeprefix(prefix): part for name, part in state.items() if name.startswith(prefix)}
+        heads = self._state["last.0"].shape[0]
+        layer.begin(device, heads, codec.head_dim, codec.dtype)
+        assert layer.host is not None
+        self._layer, self._host, self._codec = layer, layer.host, codec
+        if codec.bits != PLAIN:
+            layer.host.adopt(layer.device_tier.new_arena(heads, codec.chunk_bytes), 0, codec, fit_of(self._state))
+            layer.host.reserve(layer.room)
+        layer.host.reserve(tokens)
+        self._end = marks[-1].of_layer(layer.index) if marks else Digested()
+        self._digests = _bytes(heads, self._end.chunks, self._end.nbytes)
+
+    def targets(self, before: Mark, mark: Mark) -> list[torch.Tensor]:
+        """Tensors for what the parts of `mark` have of the layer."""
+        host, targets = self._host, []
+        heads, first, stop = host.num_heads, before.chunks, mark.chunks
+        if mark.bits == self._codec.bits and host.records is not None:
+            targets.append(host.records[:, first:stop])
+        else:
+            c, d, dtype = host.chunk_tokens, host.head_dim, host.dtype
+            targets.append(_bytes(heads, stop - first, codec_for(mark.bits, c, d, dtype).chunk_bytes))
+        was, now = before.of_layer(self._layer.index), mark.of_layer(self._layer.index)
+        done = was.chunks if _continues(now, was) else 0
+        if _continues(self._end, now):
+            targets.append(self._digests[:, done : now.chunks])
+        else:  # of a kind that was given up later
+            targets.append(_bytes(heads, now.chunks - done, now.nbytes))
+        if mark.resident:
+            shape = heads, mark.resident - before.resident, host.head_dim
+            targets += [torch.empty(shape, dtype=host.dtype, device="cpu") for _ in range(2)]
+        return targets
+
+    def take(self, before: Mark, mark: Mark, filled: list[torch.Tensor]) -> None:
+        """Keep what is not yet in place of `targets`, once they are filled."""
+        if mark.bits != self._codec.bits:
+            return
+        if self._host.records is None:
+            self._host.arena.write(before.chunks, filled[0])
+        if mark.resident and (resident := self._layer.device_tier.residents.get(self._layer.index)) is not None:
+            resident.append(filled[2], filled[3], before.resident)
+
+    def complete(self, tokens: int, mark: Mark) -> None:
+        """Count the tokens once all whole chunks are in place, and hand them to the device and to the digests."""
+        host, digests, layer = self._host, self._layer.digests, self._layer
+        assert digests is not None
+        host.advance(tokens - tokens % host.chunk_tokens)
+        last = [part for name, part in sorted(self._state.items()) if name.startswith("last.")]
+        if last[0].shape[1]:
+            host.append_stored(tuple(last))
+        if self._codec.bits == PLAIN and (resident := layer.device_tier.residents.get(layer.index)) is not None:
+            for first in range(0, min(tokens, resident.room), RESIDENT_TOKENS):
+                stop = min(first + RESIDENT_TOKENS, tokens)
+                resident.append(*host.decoded(first, stop), first)
+        digests.resume(mark.of_layer(layer.index).name, self._digests, self._state)
+
+
+def _bytes(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.uint8, device="cpu")
 
 
 def _continues(now: Digested, before: Digested) -> bool:

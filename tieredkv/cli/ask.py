@@ -15,6 +15,7 @@ from tieredkv.cli.options import (
     Fit,
     Fps,
     GpuGiB,
+    HostBits,
     HostGiB,
     MaxFrames,
     MaxPixels,
@@ -49,6 +50,7 @@ def ask(
     ] = None,
     gpu_kv_gb: GpuGiB = None,
     host_kv_gb: HostGiB = None,
+    host_kv_bits: HostBits = None,
     policy: PolicyName = None,
     fps: Fps = None,
     max_frames: MaxFrames = None,
@@ -84,7 +86,7 @@ def ask(
         check_target(evidence)
     sampling = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels, start=start, end=end)
     sampling |= given(skip_damaged=skip_damaged or None, subtitles=subtitles, fit=fit or None)
-    tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
+    tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, host_kv_bits=host_kv_bits, policy=policy)
     check_prompt(question)
     check_options(tiers, sampling, max_new_tokens)
     if session is None or not is_there(session):  # else the file names the model

@@ -14,6 +14,7 @@ KEYS: dict[str, Any] = {
     "weights": str,
     "gpu_kv_gb": float,
     "host_kv_gb": float,
+    "host_kv_bits": int,
     "fps": float,
     "max_frames": int,
     "max_pixels": int | str,

@@ -52,6 +52,14 @@ HostGiB = Annotated[
         envvar="TIEREDKV_HOST_KV_GB", help="Host memory for keys and values, GiB [80 % of what is available]."
     ),
 ]
+HostBits = Annotated[
+    int | None,
+    typer.Option(
+        envvar="TIEREDKV_HOST_KV_BITS",
+        metavar="16|8|4",
+        help="Bits of keys and values in host memory and session files [16 if all stay on the device, else 8].",
+    ),
+]
 Fps = Annotated[
     float | None, typer.Option(envvar="TIEREDKV_FPS", help="Frames sampled per second [the processor's rate].")
 ]
@@ -88,14 +96,14 @@ SkipDamaged = Annotated[
     bool, typer.Option("--skip-damaged", help="Go over what is damaged in the video; says which seconds are missing.")
 ]
 AllowUrl = Annotated[
-    bool, typer.Option("--allow-url", help="The video may be an http(s) URL, which is downloaded to a temporary file.")
+    bool, typer.Option("--allow-url", help="The video may be an http(s) URL: it is downloaded to a temporary file.")
 ]
 System = Annotated[str | None, typer.Option(help="The system prompt; part of a session [the template's own].")]
 PolicyName = Annotated[
     str | None,
     typer.Option("--policy", envvar="TIEREDKV_POLICY", help="One of `tieredkv policies` [hybridkv]."),
 ]
-NewTokens = Annotated[int, typer.Option(envvar="TIEREDKV_MAX_NEW_TOKENS", help="Longest answer, in tokens.")]
+NewTokens = Annotated[int, typer.Option(envvar="TIEREDKV_MAX_NEW_TOKENS", help="Longest answer.")]
 
 
 Timestamps = Annotated[

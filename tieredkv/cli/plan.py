@@ -13,6 +13,7 @@ from tieredkv.cli.options import (
     Fit,
     Fps,
     GpuGiB,
+    HostBits,
     HostGiB,
     MaxFrames,
     MaxPixels,
@@ -42,6 +43,7 @@ def plan(
     weights: Weights = None,
     gpu_kv_gb: GpuGiB = None,
     host_kv_gb: HostGiB = None,
+    host_kv_bits: HostBits = None,
     policy: PolicyName = None,
     fps: Fps = None,
     max_frames: MaxFrames = None,
@@ -79,7 +81,7 @@ def plan(
     sampling |= given(fit=fit or None)
     if tokens and not typed(context, sampling):
         sampling = {}  # defaults for videos do not apply to a number of tokens
-    tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, policy=policy)
+    tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, host_kv_bits=host_kv_bits, policy=policy)
     check_weights(weights)
     check_place(model)
     find_link(link)
@@ -98,6 +100,7 @@ def plan(
         int(videos[0]) if tokens else films if len(films) > 1 else films[0],
         gpu_kv_gb=gpu_kv_gb,
         host_kv_gb=host_kv_gb,
+        host_kv_bits=host_kv_bits,
         **given(policy=policy),
         **sampling,
         start=start or 0.0,

@@ -28,6 +28,8 @@ def stats_lines(stats: Stats) -> list[str]:
         "heads": f"{heads}; {counted(stats.selected_chunks, 'chunk')} selected{_hits(stats)}",
         "copied": f"{size(stats.moved_bytes)} to the device, {size(stats.prefetched_bytes)} of it ahead of its use",
     }
+    if stats.disk_hit_rate is not None:
+        lines["disk"] = f"{size(stats.disk_read_bytes)} read; {stats.disk_hit_rate:.1%} of copied chunks were in memory"
     if stats.unseen_mass is not None:
         lines["unseen"] = f"{stats.unseen_mass:.1%} of the attention, estimated; a larger gpu_kv_gb lowers it"
     lines["decoding"] = stats.decode_path

@@ -127,29 +127,3 @@ class StreamCopies:
 
     def close(self) -> None:
         self.drain()
-
-
-class Transfer:
-    """Copies chunks from the host tier to a device, and counts the bytes that prefill streamed. One per cache."""
-
-    def __init__(self) -> None:
-        self.streamed_bytes = 0
-        """Bytes of past keys and values streamed to the device during prefill; callers of `stage` add to it."""
-
-    def stage(self, chunks: torch.Tensor, staged: torch.Tensor, with_values: bool) -> int:
-        """Copy consecutive host chunks `(K, n, 2, C, D)` into a device buffer of the same shape; returns bytes copied.
-
-        with_values=False: on the CPU, copy only the keys. A card always gets both, as one contiguous copy per head is
-        faster. May run on another thread.
-        """
-        if staged.device.type == "cpu":
-            part = slice(0, 2 if with_values else 1)
-            staged[:, :, part].copy_(chunks[:, :, part])
-            return staged[:, :, part].numel() * staged.itemsize
-        for target, source in zip(staged, chunks, strict=True):
-            target.copy_(source, non_blocking=True)
-        return staged.nbytes
-
-    def reset(self) -> None:
-        """Set the count to 0."""
-        self.streamed_bytes = 0

@@ -25,6 +25,16 @@ def check_host_kv_gb(value: object) -> None:
     check_value(ok, "host_kv_gb", value, "None or a number above 0", BudgetError)
 
 
+HOST_BITS = (16, 8, 4)
+"""Keys of `codecs.CODECS`, here so that a command can check an option without torch."""
+
+
+def check_host_kv_bits(value: object) -> None:
+    """Raise `OptionError` unless this is None or the bits of a codec."""
+    ok = value is None or (value in HOST_BITS and isinstance(value, int) and not isinstance(value, bool))
+    check_value(ok, "host_kv_bits", value, f"None or one of {', '.join(map(str, HOST_BITS))}")
+
+
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 

@@ -9,22 +9,48 @@ fills a page), `D` head dim.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
-from tieredkv.ops.packing import Packing
+from tieredkv.codecs.base import Codec, Fit
 from tieredkv.policy.digests import Digest
+
+
+class Source(Protocol):
+    """The chunks of one layer in the host tier (`memory.host.HostLayer`)."""
+
+    @property
+    def codec(self) -> Codec:
+        """Of its records."""
+
+    @property
+    def records(self) -> torch.Tensor | None:
+        """All of them, `(K, chunks, B)` uint8 on the host, those of a head contiguous; page-locked if kernels are to
+        read them. None: they are not in memory, and only `fetch` reads them."""
+
+    def fetch(self, heads: torch.Tensor, chunks: torch.Tensor) -> torch.Tensor:
+        """A copy `(m, B)` of the records `chunks[i]` of `heads[i]`, both `(m,)` on the host."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pages:
+    """The pool as one layer's heads read and write it."""
+
+    codec: Codec
+    """Of the pages. It is the source's, or the source has the model's own dtype and chunks are encoded on the way."""
+    records: torch.Tensor
+    """`(S, B)` uint8: the whole pool."""
+    fit: Fit | None
+    """The layer's, on the device; None if the codec needs none."""
 
 
 class Ops(Protocol):
     """The operations of a decoding step.
 
-    Tensors are on the pool's device and belong to the caller; results are new. The arena `(K, chunks, 2, C, D)` is in
-    host memory, page-locked if kernels are to read it. There is at least one head and one chunk.
-
-    packing: scales and norms of 8-bit pages, which are packed when written and unpacked when read; None: pages have the
-    arena's dtype.
+    Tensors are on the pool's device and belong to the caller; results are new. There is at least one head and one
+    chunk. Records are copied as they are where source and pages have the same codec.
     """
 
     @property
@@ -94,8 +120,8 @@ class Ops(Protocol):
 
     def gather(
         self,
-        arena: torch.Tensor,
-        pages: torch.Tensor,
+        source: Source,
+        pages: Pages,
         heads: torch.Tensor,
         missed: torch.Tensor,
         victims: torch.Tensor,
@@ -104,22 +130,20 @@ class Ops(Protocol):
         chunk_in: torch.Tensor,
         slot_of: torch.Tensor,
         first_chunk: int,
-        packing: Packing | None = None,
     ) -> None:
         """Copy each missed chunk into its victim's slot, and enter it in the tables of `Residency`.
 
-        pages `(S, 2, C, D)`, heads `(n,)`. missed, victims `(n, m)`, of which the first `misses` `(n,)` count. Chunk
-        ids count from `first_chunk` of the arena.
+        heads `(n,)`. missed, victims `(n, m)`, of which the first `misses` `(n,)` count. Chunk
+        ids count from `first_chunk` of the source.
         """
 
     def fetch(
         self,
-        arena: torch.Tensor,
-        pages: torch.Tensor,
+        source: Source,
+        pages: Pages,
         heads: torch.Tensor,
         chunks: torch.Tensor,
         slots: torch.Tensor,
-        packing: Packing | None = None,
     ) -> None:
         """Copy chunk `chunks[i]` of head `heads[i]` into pool slot `slots[i]`, all `(m,)`. m may be 0.
 
@@ -130,11 +154,10 @@ class Ops(Protocol):
         self,
         keys: torch.Tensor,
         values: torch.Tensor,
-        pages: torch.Tensor,
+        pages: Pages,
         table: torch.Tensor,
         lengths: torch.Tensor,
         count: torch.Tensor,
-        packing: Packing | None = None,
     ) -> None:
         """Write one token's keys and values `(K, D)` after the `count` `(1,)` int32 tokens of the recent region.
 
@@ -144,14 +167,13 @@ class Ops(Protocol):
 
     def keep(
         self,
-        arena: torch.Tensor,
-        pages: torch.Tensor,
+        source: Source,
+        pages: Pages,
         head: int,
         tokens: torch.Tensor,
         slots: torch.Tensor,
-        packing: Packing | None = None,
     ) -> None:
-        """Copy single tokens `(b,)` of one head from the arena into pages `slots` `(>= b / C,)`, one after another.
+        """Copy single tokens `(b,)` of one head from the source into pages `slots` `(>= b / C,)`, one after another.
 
         tokens may be on the host. b may be 0.
         """
@@ -159,12 +181,11 @@ class Ops(Protocol):
     def paged_attention(
         self,
         query: torch.Tensor,
-        pages: torch.Tensor,
+        pages: Pages,
         table: torch.Tensor,
         lengths: torch.Tensor,
         scaling: float,
         batch_pages: int,
-        packing: Packing | None = None,
         page_lse: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention over pages that differ from head to head: output `(H, n, D)` and lse `(H, n)`, float32.

@@ -79,8 +79,9 @@ def ops_for(device: torch.device) -> OpTable:
     return triton() if device.type == "cuda" and find_spec("triton") is not None else TORCH
 
 
-def copying_by_torch(ops: Ops) -> Ops:
-    """The same operations with copies by torch, for a host tier that is not page-locked: kernels cannot read it."""
+def copying_by_torch(ops: Ops, how: str = "copies by torch") -> Ops:
+    """The same operations with copies by torch, for a host tier that kernels cannot read: it is not page-locked, or not
+    in memory. how: for messages."""
     same = {field.name: getattr(ops, field.name) for field in fields(OpTable)}
     copies = {"gather": TORCH.gather, "fetch": TORCH.fetch, "keep": TORCH.keep}
-    return OpTable(**{**same, **copies, "name": f"{ops.name}, copies by torch", "capturable": False})
+    return OpTable(**{**same, **copies, "name": f"{ops.name}, {how}", "capturable": False})

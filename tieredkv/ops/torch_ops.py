@@ -1,17 +1,26 @@
 """`Ops` in plain torch: used on a CPU, and the reference for every kernel. Contracts and shapes: `ops.base`.
 
-`write` is not part of `Ops`: it has no kernel.
+`write` is not part of `Ops`: it has no kernel. `B` bytes of a record.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
-from tieredkv.attention.exact import HIDDEN, flash, merge
-from tieredkv.ops.packing import AT_ONCE, Packing, pack
+from tieredkv.codecs.base import AT_ONCE, Codec
+from tieredkv.ops.base import Pages, Source
 
+HIDDEN = torch.finfo(torch.float32).min / 2
+"""Logit of a masked key. Finite, so that a head with no key at all does not become NaN."""
 NEVER = torch.iinfo(torch.int32).max
 """Stands for the last use of a slot that must not be taken."""
+FLOAT32, INT64 = torch.float32.itemsize, torch.int64.itemsize
+COPIED = 2**17
+"""Bytes of records to copy at a time, as the cap does not count the copy between."""
+IN_CACHE = 2**21
+"""Bytes of unpacked keys at a time. More would not stay in a processor's cache."""
 
 
 def _listed(mask: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -70,8 +79,8 @@ def place(
 
 
 def gather(
-    arena: torch.Tensor,
-    pages: torch.Tensor,
+    source: Source,
+    pages: Pages,
     heads: torch.Tensor,
     missed: torch.Tensor,
     victims: torch.Tensor,
@@ -80,81 +89,106 @@ def gather(
     chunk_in: torch.Tensor,
     slot_of: torch.Tensor,
     first_chunk: int,
-    packing: Packing | None = None,
 ) -> None:
     """As `Ops.gather`. Waits for the device."""
     there = torch.arange(missed.shape[1], device=missed.device) < misses.unsqueeze(1)
     row, place = there.nonzero(as_tuple=True)
     chunk, local = missed[row, place].long(), victims[row, place].long()
-    fetch(arena, pages, heads[row], chunk + first_chunk, slots[row, local], packing)
+    fetch(source, pages, heads[row], chunk + first_chunk, slots[row, local])
     slot_of[row, chunk_in[row, local].long()] = -1  # an empty slot holds chunk -1: the last column, which is no chunk
     chunk_in[row, local] = chunk.int()
     slot_of[row, chunk] = local.int()
 
 
-def fetch(
-    arena: torch.Tensor,
-    pages: torch.Tensor,
-    heads: torch.Tensor,
-    chunks: torch.Tensor,
-    slots: torch.Tensor,
-    packing: Packing | None = None,
-) -> None:
+def fetch(source: Source, pages: Pages, heads: torch.Tensor, chunks: torch.Tensor, slots: torch.Tensor) -> None:
     """As `Ops.fetch`. Waits for the device."""
-    source = heads.to(arena.device), chunks.to(arena.device)
-    if packing is None:
-        pages[slots] = arena[source].to(pages.device)
-        return
-    chunks_at_once = max(1, AT_ONCE // arena.shape[3])
-    for head, chunk, slot in zip(*(ids.split(chunks_at_once) for ids in (*source, slots)), strict=True):
-        tokens, norms = arena[head, chunk].to(pages.device), packing.norms[head.to(pages.device)].unsqueeze(2)
-        pages[slot], packing.scales[slot] = pack(tokens, norms)
+    same = source.codec.bits == pages.codec.bits
+    at_once = COPIED // pages.codec.chunk_bytes if same else AT_ONCE // pages.codec.chunk_tokens
+    for head, chunk, slot in _split(max(1, at_once), heads.cpu(), chunks.cpu(), slots):
+        records = _read(source, head, chunk).to(pages.records.device)
+        if same:
+            _words(pages.records)[slot.long()] = _words(records)
+        else:
+            fit = None if pages.fit is None else pages.fit.of_heads(head.to(slot.device))
+            keys, values = source.codec.fields(records)
+            _store(pages.codec.encode(keys, values, fit), pages, slot)
 
 
 def append(
     keys: torch.Tensor,
     values: torch.Tensor,
-    pages: torch.Tensor,
+    pages: Pages,
     table: torch.Tensor,
     lengths: torch.Tensor,
     count: torch.Tensor,
-    packing: Packing | None = None,
 ) -> None:
     """As `Ops.append`. Waits for the device."""
-    column, place = divmod(int(count), pages.shape[2])
-    slots = table[:, column].long()
-    token = torch.stack((keys, values), dim=1)
-    if packing is None:
-        pages[slots, :, place] = token
-    else:
-        pages[slots, :, place], packing.scales[slots, :, place] = pack(token, packing.norms)
+    column, place = divmod(int(count), pages.codec.chunk_tokens)
+    fields, slots = pages.codec.encode(keys.unsqueeze(1), values.unsqueeze(1), pages.fit), table[:, column].long()
+    records = pages.records.index_select(0, slots)
+    for own, new in zip(pages.codec.fields(records), fields, strict=True):
+        own[:, place] = new.squeeze(1)
+    _words(pages.records)[slots] = _words(records)
     lengths[:, column] = place + 1
 
 
-def keep(
-    arena: torch.Tensor,
-    pages: torch.Tensor,
-    head: int,
-    tokens: torch.Tensor,
-    slots: torch.Tensor,
-    packing: Packing | None = None,
-) -> None:
+def keep(source: Source, pages: Pages, head: int, tokens: torch.Tensor, slots: torch.Tensor) -> None:
     """As `Ops.keep`. Waits for the device."""
-    c = pages.shape[2]
-    write(arena[head, tokens // c, :, tokens % c], pages, head, slots, packing)
+    c = pages.codec.chunk_tokens
+    same = source.codec.bits == pages.codec.bits
+    place = torch.arange(len(tokens), device=slots.device)
+    for token, slot, within in _split(AT_ONCE, tokens.cpu(), slots[place // c], place % c):
+        if source.records is None:
+            chunks, chunk = (token // c).unique(return_inverse=True)
+            records = source.fetch(torch.full_like(chunks, head), chunks)
+        else:
+            records, chunk = source.records[head], token // c
+        fields = tuple(field[chunk, token % c].to(slot.device) for field in source.codec.fields(records))
+        if not same:
+            keys, values = fields
+            fields = _encoded(keys, values, pages, head)
+        _store(fields, pages, slot, within)
 
 
-def write(
-    tokens: torch.Tensor, pages: torch.Tensor, head: int, slots: torch.Tensor, packing: Packing | None = None
+def write(keys: torch.Tensor, values: torch.Tensor, pages: Pages, head: int, slots: torch.Tensor) -> None:
+    """Write tokens `(b, D)` of one head into its pages `slots` `(>= b / C,)`, one after another."""
+    c, place = pages.codec.chunk_tokens, torch.arange(len(keys), device=slots.device)
+    for key, value, slot, within in _split(AT_ONCE, keys, values, slots[place // c], place % c):
+        _store(_encoded(key.to(slot.device), value.to(slot.device), pages, head), pages, slot, within)
+
+
+def _split(size: int, *tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Parts of at most `size` rows; none if there are no rows."""
+    return zip(*(tensor.split(size) for tensor in tensors), strict=True) if len(tensors[0]) else iter(())
+
+
+def _words(records: torch.Tensor) -> torch.Tensor:
+    """Records `(..., B)` as int32: torch copies them by element."""
+    return records.view(torch.int32)
+
+
+def _read(source: Source, heads: torch.Tensor, chunks: torch.Tensor) -> torch.Tensor:
+    """A copy `(m, B)` of the source's records, as `Source.fetch`."""
+    if source.records is None:
+        return source.fetch(heads, chunks)
+    return _words(source.records)[heads.long(), chunks.long()].view(torch.uint8)
+
+
+def _encoded(keys: torch.Tensor, values: torch.Tensor, pages: Pages, head: int) -> tuple[torch.Tensor, ...]:
+    """The fields of tokens `(b, D)` of one head, `(b, w)` each."""
+    fit = None if pages.fit is None else pages.fit.of_heads(slice(head, head + 1))
+    return tuple(field.squeeze(0) for field in pages.codec.encode(keys.unsqueeze(0), values.unsqueeze(0), fit))
+
+
+def _store(
+    fields: tuple[torch.Tensor, ...], pages: Pages, slots: torch.Tensor, within: torch.Tensor | None = None
 ) -> None:
-    """Write keys and values `(b, 2, D)` of one head into its pages `slots` `(>= b / C,)`, one after another."""
-    place = torch.arange(len(tokens), device=pages.device)
-    page, within = slots[place // pages.shape[2]], place % pages.shape[2]
-    if packing is None:
-        pages[page, :, within] = tokens.to(pages)
-        return
-    for part, slot, row in zip(*(each.split(AT_ONCE) for each in (tokens, page, within)), strict=True):
-        pages[slot, :, row], packing.scales[slot, :, row] = pack(part.to(pages.device), packing.norms[head])
+    """Write fields into slots `(b,)`: of tokens at places `within`, `(b, w)`; or of whole chunks, `(b, C, w)`."""
+    for field, target in zip(fields, pages.codec.fields(pages.records), strict=True):
+        if within is None:
+            target[slots.long()] = field.to(target.dtype)
+        else:
+            target[slots.long(), within] = field.to(target.dtype)
 
 
 def add_mass(chunk_mass: torch.Tensor, logits: torch.Tensor, shift: torch.Tensor, chosen: torch.Tensor) -> None:
@@ -165,75 +199,82 @@ def add_mass(chunk_mass: torch.Tensor, logits: torch.Tensor, shift: torch.Tensor
 
 def paged_attention(
     query: torch.Tensor,
-    pages: torch.Tensor,
+    pages: Pages,
     table: torch.Tensor,
     lengths: torch.Tensor,
     scaling: float,
     batch_pages: int,
-    packing: Packing | None = None,
     page_lse: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `Ops.paged_attention`. Waits for the device."""
-    if page_lse is not None:
-        write_page_lse(query, pages, table, lengths, scaling, batch_pages, packing, page_lse)
-    heads, n, d = query.shape
-    kv_heads, columns = table.shape
-    c = pages.shape[2]
-    rows, within = pages.view(-1, d), torch.arange(c, device=pages.device)
-    folded = query.float().reshape(kv_heads, -1, d)
-    if packing is not None:
-        folded = folded * packing.norms[:, :1]
-    width = max(1, batch_pages // kv_heads)
-    merged: tuple[torch.Tensor, torch.Tensor] | None = None
+    """As `Ops.paged_attention`. Waits for the device.
 
-    def read(ids: torch.Tensor) -> torch.Tensor:
-        tokens = rows.index_select(0, ids).float()
-        if packing is not None:
-            tokens *= packing.scales.view(-1).index_select(0, ids).float().unsqueeze(-1)
-        return tokens.view(kv_heads, -1, d)
-
-    for first in range(0, columns, width):
-        part = slice(first, first + width)
-        ids = (table[:, part].long().unsqueeze(-1) * (2 * c) + within).view(-1)
-        keys = read(ids)
-        values = read(ids.add_(c))
-        absent = within >= lengths[:, part].unsqueeze(-1)
-        hidden = absent.float().mul_(HIDDEN).view(1, kv_heads, 1, -1)
-        out, lse = flash(folded, keys, values, scaling, False, hidden)
-        step = out.reshape(heads, n, d), lse.reshape(heads, n)
-        merged = step if merged is None else merge(*merged, *step)
-    if merged is None or bool((merged[1] < HIDDEN / 2).any()):
-        raise ValueError("a KV head has no page to attend to")
-    if packing is not None:
-        out = merged[0].view(kv_heads, -1, d) * packing.norms[:, 1:]
-        merged = out.view(heads, n, d), merged[1]
-    return merged
+    Several tokens take no more scratch than one: a quarter for queries and sums, half for pages, the rest for outputs.
+    """
+    codec, (heads, n, d), kv_heads = pages.codec, query.shape, len(table)
+    batch_pages, group = min(batch_pages, table.numel()), heads // kv_heads
+    scratch = batch_pages * scratch_bytes(codec, group)
+    at_once = min(n, max(1, scratch // 4 // (5 * heads * d * FLOAT32)))
+    if n > 1:
+        batch_pages = scratch // 2 // scratch_bytes(codec, group * at_once)
+    width = max(1, min(batch_pages, most_pages(codec.chunk_tokens, d)) // kv_heads)
+    if at_once == n:
+        return _attention(query, pages, table, lengths, scaling, width, page_lse)
+    out = torch.empty((heads, n, d), dtype=torch.float32, device=query.device)
+    lse = torch.empty((heads, n), dtype=torch.float32, device=query.device)
+    for begin in range(0, n, at_once):
+        part = slice(begin, begin + at_once)
+        out[:, part], lse[:, part] = _attention(query[:, part], pages, table, lengths, scaling, width)
+    return out, lse
 
 
-def write_page_lse(
+def _attention(
     query: torch.Tensor,
-    pages: torch.Tensor,
+    pages: Pages,
     table: torch.Tensor,
     lengths: torch.Tensor,
     scaling: float,
-    batch_pages: int,
-    packing: Packing | None,
-    page_lse: torch.Tensor,
-) -> None:
-    """Write `page_lse` as `Ops.paged_attention` does, reading the keys once more."""
-    (heads, _, d), (kv_heads, columns), c = query.shape, table.shape, pages.shape[2]
-    folded = query.float().reshape(kv_heads, -1, d) * scaling
-    if packing is not None:
-        folded = folded * packing.norms[:, :1]
-    halves, within = pages.flatten(2).flatten(0, 1), torch.arange(c, device=pages.device)  # a page's keys, its values
-    # Logits take three copies where attention takes values: fewer pages at a time for many queries or narrow heads.
-    width = max(1, batch_pages * d // (kv_heads * (d + 2 * folded.shape[1])))
+    width: int,
+    page_lse: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`paged_attention` that reads `width` columns of the table at a time."""
+    codec, fit, (heads, n, d), (kv_heads, columns) = pages.codec, pages.fit, query.shape, table.shape
+    c, folded = codec.chunk_tokens, query.float().reshape(kv_heads, -1, d)
+    turned, constant = codec.turned(folded, fit) * scaling, codec.constant(folded, fit)
+    shift = 0.0 if constant is None else (constant * scaling).unsqueeze(-1)
+    within = torch.arange(c, device=table.device)
+    top: torch.Tensor | None = None
     for first in range(0, columns, width):
         part = slice(first, min(columns, first + width))
-        ids = table[:, part].long().flatten() * 2
-        keys = halves.index_select(0, ids).float().view(kv_heads, -1, d)
-        if packing is not None:
-            keys *= packing.scales.flatten(0, 1).index_select(0, ids).float().view(kv_heads, -1, 1)
-        logits = (folded @ keys.mT).unflatten(-1, (-1, c))
-        logits += (within >= lengths[:, part].unsqueeze(-1)).float().mul_(HIDDEN).unsqueeze(1)
-        page_lse[:, part] = logits.logsumexp(-1).view(heads, -1)
+        records = pages.records.index_select(0, table[:, part].flatten()).view(kv_heads, -1, codec.chunk_bytes)
+        logits = codec.logits(turned, records)
+        logits += (within >= lengths[:, part].unsqueeze(-1)).float().mul_(HIDDEN).view(kv_heads, 1, -1)
+        if page_lse is not None:
+            of_pages = logits.unflatten(-1, (-1, c)).logsumexp(-1) + shift
+            page_lse[:, part] = of_pages.view(heads, -1)
+        before, top = top, logits.amax(-1, keepdim=True)
+        if before is None:
+            weights = logits.sub_(top).exp_()
+            total, mixed = weights.sum(-1, keepdim=True), codec.mixed(weights, records)
+        else:
+            top = torch.maximum(before, top)
+            weights, fading = logits.sub_(top).exp_(), before.sub_(top).exp_()
+            total.mul_(fading).add_(weights.sum(-1, keepdim=True))
+            mixed.mul_(fading).add_(codec.mixed(weights, records))
+        del records  # or two batches would be there at once
+    if top is None or bool((top < HIDDEN / 2).any()):
+        raise ValueError("a KV head has no page to attend to")
+    out, lse = codec.finished(mixed.div_(total), fit), total.log_().add_(top).add_(shift)
+    return out.reshape(heads, n, d), lse.reshape(heads, n)
+
+
+def most_pages(chunk_tokens: int, head_dim: int) -> int:
+    """Pages that are worth reading at a time, however many the scratch has room for."""
+    return max(1, IN_CACHE // (chunk_tokens * head_dim * FLOAT32))
+
+
+def scratch_bytes(codec: Codec, rows: int) -> int:
+    """What `paged_attention` takes per page that it reads at a time, for `rows` queries of a KV head: the record, keys
+    or values unpacked (of bytes that hold two numbers one half at a time), logits and weights, a mask, an index."""
+    numbers = codec.head_dim * min(max(codec.key_bits, codec.value_bits), 8) // 8
+    per_token = numbers * (FLOAT32 + 1) + 2 * FLOAT32 + 2 * rows * FLOAT32 + FLOAT32 + 1
+    return codec.chunk_bytes + codec.chunk_tokens * per_token + INT64

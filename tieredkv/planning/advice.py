@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from tieredkv.config import TierConfig
@@ -11,7 +12,9 @@ from tieredkv.errors import BudgetError
 from tieredkv.memory.units import GIB, as_gib, largest
 from tieredkv.models.kv_shape import KVShape
 from tieredkv.planning.admission import Request, check_memory, smallest_cap_bytes
+from tieredkv.planning.disk_plan import to_disk
 from tieredkv.planning.fitting import RULE, Choice, Film, cost, fitted
+from tieredkv.planning.host_plan import prompt_bits, smaller_settings
 from tieredkv.planning.prefill_plan import question_rows
 from tieredkv.planning.sizes import Layout, host_bytes
 from tieredkv.video.sampling import LEAST_PIXELS, RATES, Sampling
@@ -35,6 +38,8 @@ class Advice:
     """Whether the device tier is in host memory."""
     card_bytes: int | None = None
     """What the card has for keys and values; None: unknown."""
+    folder: Path | None = None
+    """On disk, for what `host_kv_gb` does not hold; None: nothing goes there."""
     trained: int | None = None
     """Longest context that the model is made for; None: unknown."""
 
@@ -53,6 +58,7 @@ class Advice:
             shared,
             available=self.available,
             one_memory=self.one_memory,
+            folder=self.folder,
         )
 
     def fits(self, tokens: int, tiers: TierConfig) -> bool:
@@ -91,7 +97,8 @@ class Advice:
         line = f"fit: {self._described(choice)}"
         if choice == film.asked:
             return replace(sampling, fit=False), f"{line}, as asked for."
-        line += f" ({self.words(choice)}), instead of {self._described(film.asked)}."
+        line += f" ({self.words(choice)}), instead of {self._described(film.asked)}"
+        line += "".join(f", which fits with {option}" for option in self._fewer_bits(self._tokens)) + "."
         fps = sampling.fps if choice.fps == film.asked.fps else choice.fps
         return replace(sampling, fps=fps, max_pixels=choice.max_pixels, fit=False), line
 
@@ -115,11 +122,22 @@ class Advice:
             Request(tokens, self.question_tokens, self.new_tokens).layout(self.tiers),
             question_rows(self.tiers, self.question_tokens),
         )
+        ways = ["that", *self._fewer_bits(tokens), "a shorter part of the video (start, end)"]
         return BudgetError(
             f"fit=True goes down to {self._described(lowest)}, and {most:,} fit: those need gpu_kv_gb="
-            f"{as_gib(least_cap)} and {as_gib(host_bytes(self.shape, self.tiers, tokens))} GiB of host memory. Give "
-            "that, or a shorter part of the video (start, end)."
+            f"{as_gib(least_cap)} and {as_gib(self._host_bytes(tokens))} GiB of host memory. Give "
+            f"{', '.join(ways[:-1])}, or {ways[-1]}."
         )
+
+    def _host_bytes(self, tokens: int) -> int:
+        return host_bytes(self.shape, self.tiers, tokens, prompt_bits(self.shape, self.tiers, tokens))
+
+    def _fewer_bits(self, tokens: int) -> list[str]:
+        """The option with which a prompt of `tokens` tokens can be served as it is, or none."""
+        for smaller in smaller_settings(self.shape, self.tiers, tokens):
+            if self.fits(tokens, smaller):
+                return [f"host_kv_bits={smaller.host_kv_bits}"]
+        return []
 
     # ---- refusals
 
@@ -137,8 +155,11 @@ class Advice:
     def host(self, allowed: int) -> str:
         """After a refusal of the host tier, which may have `allowed` bytes."""
         changes = self._changes()
-        if (needed := host_bytes(self.shape, self.tiers, self._tokens)) <= self.available:
+        if (needed := self._host_bytes(self._tokens)) <= self.available:
             changes.append(f"host_kv_gb={as_gib(needed)}")
+        if self.folder is not None:
+            bits = prompt_bits(self.shape, self.tiers, self._tokens)
+            changes += to_disk(self.shape, self.tiers, self._tokens, bits, allowed, self.folder)
         return f"give {_either(changes)}" if changes else "that is too little for any video"
 
     def shared(self, allowed: int) -> str:
@@ -155,7 +176,8 @@ class Advice:
             film.smaller(film.asked, LEAST_PIXELS, most),
         ]
         choices = [choice for choice in dict.fromkeys(found) if choice is not None and choice != film.asked]
-        return [self.words(choice, sized=True) for choice in sorted(choices, key=lambda choice: cost(film, choice))]
+        lowered = [self.words(choice, sized=True) for choice in sorted(choices, key=lambda choice: cost(film, choice))]
+        return lowered + self._fewer_bits(self._tokens)
 
     def words(self, choice: Choice, sized: bool = False) -> str:
         """The options that state a choice, as far as it differs from what was asked for. sized: with the frame size."""

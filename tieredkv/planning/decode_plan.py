@@ -12,9 +12,12 @@ from tieredkv.models.kv_shape import KVShape
 from tieredkv.planning.admission import refusal
 from tieredkv.planning.sizes import (
     Layout,
+    all_pages,
     beside_pool_bytes,
     gathered_pages,
     least_pages,
+    old_pages,
+    page_bits,
     page_bytes,
     pool_bytes,
     scratch_page_bytes,
@@ -37,8 +40,8 @@ class DecodePlan:
     """Whether chunks must be ranked; False if every dynamic head attends to all of them."""
     scratch_pages: int
     """Pages that the torch attention gathers at a time."""
-    packed: bool
-    """Whether pages are in 8 bits."""
+    page_bits: int
+    """Of the codec of pages."""
 
     def pool_pages(self, layers: list[int]) -> int:
         """Pages of these layers, recent regions included."""
@@ -54,44 +57,46 @@ def plan_decode(
     scores: torch.Tensor,
     static: torch.Tensor,
     need: torch.Tensor | None = None,
+    *,
+    host_bits: int,
 ) -> DecodePlan:
     """Spend `cap_bytes` on one prompt. scores, static: `(L, K)`; heads of dense layers are static and keep everything.
 
-    need: `(2, L, K)`, need and spread of each head where the policy measured them (`policy.budget.by_need`). Raises
-    `BudgetError`, naming the smallest cap that works.
+    need: `(2, L, K)`, need and spread of each head where the policy measured them (`policy.budget.by_need`).
+    host_bits: of the host tier. Raises `BudgetError`, naming the smallest cap that works.
     """
     policy, dense = tiers.policy, tiers.policy.dense_layers
     if not bool(static[:dense].all()):
         raise ValueError("heads of dense layers must be static")
     n_heads, n_dense, n_dynamic = shape.kv_heads, static[:dense].numel(), int((~static).sum())
-    most, old_pages = layout.old_chunks, _old_pages(tiers, layout)
-    everything = n_heads * (most + layout.recent_pages)
+    most, allowed = layout.old_chunks, old_pages(tiers, layout)
+    everything = all_pages(shape, layout)
 
     def pages_for(nbytes: int) -> int:
         """Pool pages that fit in `nbytes` together with the scratch to attend to them."""
-        return largest(lambda pages: pool_bytes(shape, tiers, pages, packed) <= nbytes, max(0, nbytes // page))
+        return largest(lambda pages: pool_bytes(shape, tiers, pages, bits) <= nbytes, max(0, nbytes // page))
 
     def scratch_for(pool: int, used: int, nbytes: int) -> int:
         """Scratch pages for a pool of `pool` pages. If only `used` of them are needed, the rest of `nbytes` goes to
         scratch, up to a layer's pages, so that attention takes fewer, larger steps."""
-        least = gathered_pages(shape, pool)
-        left = (nbytes - used * page) // scratch_page_bytes(shape, tiers, packed)
-        return min(max(least, ceil_div(used, shape.num_layers)), max(least, left))
+        least = gathered_pages(shape, tiers, ceil_div(pool, shape.kv_heads))
+        left = (nbytes - used * page) // scratch_page_bytes(shape, tiers, bits)
+        return min(max(least, gathered_pages(shape, tiers, ceil_div(used, shape.num_layers))), max(least, left))
 
     left = cap_bytes - beside_pool_bytes(shape, tiers, layout, 0)
-    # The model's dtype is tried first. If not everything fits, `packed` and `page` stay those tried last.
-    for packed in (False, True) if tiers.pack_pages and not policy.keep_all else (False,):
-        page = page_bytes(shape, tiers, packed)
+    # The most bits are tried first. If not everything fits, `bits` and `page` stay those tried last.
+    for bits in page_bits(tiers, host_bits):
+        page = page_bytes(shape, tiers, bits)
         pool = pages_for(left)
-        if pool >= everything and old_pages >= most:
+        if pool >= everything and allowed >= most:
             every = torch.where(static, 0, layout.retrievable)
             scratch = scratch_for(pool, everything, left)
-            return DecodePlan(layout, torch.full_like(every, most), every, every, False, scratch, packed)
+            return DecodePlan(layout, torch.full_like(every, most), every, every, False, scratch, bits)
 
     left = cap_bytes - beside_pool_bytes(shape, tiers, layout, n_dynamic)
     pool = pages_for(left)
     affordable = pool - n_heads * layout.recent_pages - n_dense * most
-    least, total = least_pages(layout), min(affordable, (n_heads - n_dense) * old_pages)
+    least, total = least_pages(layout), min(affordable, (n_heads - n_dense) * allowed)
     rest = static[dense:]
     try:
         if policy.keep_all:
@@ -103,7 +108,7 @@ def plan_decode(
             split, floor, weight = policy.type_split, policy.static_floor, policy.static_weight
             budgets = split_budget(scores[dense:], rest, total, most, least, split, floor, weight)
     except ValueError:
-        raise refusal(shape, tiers, layout) from None
+        raise refusal(shape, tiers, layout, bits=host_bits) from None
     pages = torch.cat((torch.full_like(static[:dense], most, dtype=torch.int64), budgets))
 
     room = torch.where(static, 0, pages - layout.sink_chunks)
@@ -119,15 +124,7 @@ def plan_decode(
         pages = torch.where(static, pages, layout.sink_chunks + slots)
     ranked = bool((selected[~static] < layout.retrievable).any())
     used = n_heads * layout.recent_pages + int(pages.sum())
-    return DecodePlan(layout, pages, selected, slots, ranked, scratch_for(pool, used, left), packed)
-
-
-def _old_pages(tiers: TierConfig, layout: Layout) -> int:
-    """Pages before the recent region that an average head may have: by `budget_ratio` or, without one, all."""
-    if tiers.budget_ratio is None or tiers.policy.keep_all:
-        return layout.old_chunks
-    recent = layout.tokens - layout.recent_start
-    return max(least_pages(layout), int((tiers.budget_ratio * layout.tokens - recent) // layout.chunk_tokens))
+    return DecodePlan(layout, pages, selected, slots, ranked, scratch_for(pool, used, left), bits)
 
 
 def table_width(plan: DecodePlan, tiers: TierConfig, index: int, static: torch.Tensor) -> int:
@@ -139,12 +136,12 @@ def table_width(plan: DecodePlan, tiers: TierConfig, index: int, static: torch.T
 
 def gather_bytes(shape: KVShape, tiers: TierConfig, plan: DecodePlan, table_pages: int) -> int:
     """Scratch of attending to a layer whose page table lists `table_pages` pages."""
-    return min(plan.scratch_pages, table_pages) * scratch_page_bytes(shape, tiers, plan.packed)
+    return min(plan.scratch_pages, table_pages) * scratch_page_bytes(shape, tiers, plan.page_bits)
 
 
-def mean_old_tokens(shape: KVShape, tiers: TierConfig, layout: Layout, cap_bytes: int) -> int:
+def mean_old_tokens(shape: KVShape, tiers: TierConfig, layout: Layout, cap_bytes: int, host_bits: int) -> int:
     """Tokens before the recent region that an average head could keep if all heads were static."""
     scores = torch.ones((shape.num_layers, shape.num_key_value_heads), dtype=torch.float32, device="cpu")
-    plan = plan_decode(shape, tiers, layout, cap_bytes, scores, scores.bool())
+    plan = plan_decode(shape, tiers, layout, cap_bytes, scores, scores.bool(), host_bits=host_bits)
     pages = plan.pages[tiers.policy.dense_layers :]
     return int(pages.double().mean()) * layout.chunk_tokens if pages.numel() else layout.recent_start

@@ -15,8 +15,17 @@ from typing import Any
 import torch
 
 from tieredkv.config import TierConfig, tier_config
-from tieredkv.errors import OptionError, UnsupportedModelError, VideoError, check_value, check_whole, is_number
+from tieredkv.errors import (
+    BudgetError,
+    OptionError,
+    UnsupportedModelError,
+    VideoError,
+    check_value,
+    check_whole,
+    is_number,
+)
 from tieredkv.memory import limits
+from tieredkv.memory.disk_tier import temporary_folder
 from tieredkv.memory.units import as_gib, largest
 from tieredkv.models import families, loading
 from tieredkv.models.chat_template import ChatTemplate
@@ -27,7 +36,7 @@ from tieredkv.models.long_context import LongContext, trained_tokens
 from tieredkv.models.quantised import scheme_of
 from tieredkv.models.quantising import check_weights, quantised_config
 from tieredkv.models.wrapped import unwrapped
-from tieredkv.planning import decode_plan, forecast_bytes, sizes
+from tieredkv.planning import decode_plan, disk_plan, forecast_bytes, host_plan, sizes
 from tieredkv.planning.admission import FEWER_TOKENS, Request, check_memory, smallest_cap_bytes
 from tieredkv.planning.advice import Advice
 from tieredkv.planning.card_memory import LEAST_KV_BYTES, CardMemory, working_bytes
@@ -35,7 +44,7 @@ from tieredkv.planning.cards import find_card
 from tieredkv.planning.fitting import ONE_VIDEO, Film
 from tieredkv.planning.links import find_link
 from tieredkv.planning.prefill_plan import question_rows, untiered_prefill_bytes
-from tieredkv.planning.report import MemoryPlan
+from tieredkv.planning.report import BitsChoice, MemoryPlan
 from tieredkv.planning.weight_bytes import weight_bytes
 from tieredkv.video.download import download
 from tieredkv.video.frames import Sampled, open_video
@@ -53,6 +62,7 @@ def plan(
     *,
     gpu_kv_gb: float | None = None,
     host_kv_gb: float | None = None,
+    host_kv_bits: int | None = None,
     tiers: TierConfig | None = None,
     processor: Any = None,
     weights: str | None = None,
@@ -90,7 +100,9 @@ def plan(
     `UnsupportedModelError` or `OptionError` for bad input.
     """
     default_cap = tiers is None and gpu_kv_gb is None
-    settings = tier_config(tiers, {"gpu_kv_gb": gpu_kv_gb, "host_kv_gb": host_kv_gb, **options})
+    settings = tier_config(
+        tiers, {"gpu_kv_gb": gpu_kv_gb, "host_kv_gb": host_kv_gb, "host_kv_bits": host_kv_bits, **options}
+    )
     link, link_speed = find_link(link)
     on = None if card is None else find_card(card)
     for name, value in (("question_tokens", question_tokens), ("max_new_tokens", max_new_tokens)):
@@ -100,6 +112,7 @@ def plan(
 
     source = _Model.of(model, weights)
     shape = source.shape
+    folder = None if source.is_text else temporary_folder()
     video: _Video | None = None
     shown: _Several | None = None
     if system is not None and source.is_text:
@@ -148,6 +161,7 @@ def plan(
             max_new_tokens,
             limits.available_host_bytes(),
             card_bytes=None if memory is None else memory.left_bytes,
+            folder=folder,
             trained=trained_tokens(source.config),
         )
 
@@ -174,11 +188,13 @@ def plan(
     prompt = text + inside
     LongContext(source.config).check(0, prompt + max_new_tokens)
 
-    host, available = sizes.host_bytes(shape, settings, prompt), limits.available_host_bytes()
+    bits, available = host_plan.prompt_bits(shape, settings, prompt), limits.available_host_bytes()
+    host = sizes.host_bytes(shape, settings, prompt, bits)
 
     def smaller(allowed: int) -> str:
         kind = "tokens" if source.is_text else "visual tokens"
-        return _fewer_tokens(shape, settings, host, available, text, allowed, kind)
+        rest = [] if folder is None else disk_plan.to_disk(shape, settings, prompt, bits, allowed, folder)
+        return _fewer_tokens(shape, settings, prompt, host, available, text, allowed, kind, rest)
 
     needs = Request(prompt, question_tokens, max_new_tokens)
     memory = card_memory(video)
@@ -189,18 +205,41 @@ def plan(
         layout = advice(video).check(needs)
     else:
         fewer = FEWER_TOKENS if shown is not None else "give fewer tokens or a smaller max_new_tokens"
-        layout = check_memory(shape, settings, needs, fewer, smaller, available=available)
+        layout = check_memory(shape, settings, needs, fewer, smaller, available=available, folder=folder)
 
     static = forecast_bytes.assumed_static(shape, settings, static_share)
-    decoding = decode_plan.plan_decode(shape, settings, layout, settings.cap_bytes, static.double(), static)
+
+    def decoding_at(bits: int) -> decode_plan.DecodePlan:
+        scores = static.double()
+        return decode_plan.plan_decode(shape, settings, layout, settings.cap_bytes, scores, static, host_bits=bits)
+
+    def choice(bits: int) -> BitsChoice:
+        try:
+            copied = forecast_bytes.step_bytes(shape, settings, decoding_at(bits), static, bits)[1]
+        except BudgetError:
+            copied = None
+        needed, stored = (of(shape, settings, prompt, bits) for of in (sizes.host_bytes, sizes.stored_bytes))
+        disk = on_disk(bits)
+        return BitsChoice(
+            bits,
+            needed if disk is None else disk.host_bytes,
+            0 if disk is None else disk.disk_bytes,
+            stored,
+            copied,
+        )
+
+    def on_disk(bits: int) -> disk_plan.DiskPlan | None:
+        return None if folder is None else disk_plan.disk_plan(shape, settings, prompt, bits)
+
+    decoding, disk = decoding_at(bits), on_disk(bits)
     n_static, n_dynamic = int(static.sum()), int((~static).sum())
     c = settings.chunk_tokens
     recent = prompt - layout.recent_start + max_new_tokens
     static_pages, selected = int(decoding.pages[static].sum()), int(decoding.selected.sum())
     dynamic_pages = n_dynamic * layout.sink_chunks + selected
     decode = forecast_bytes.decode_bytes(shape, settings, decoding, static)
-    prefill = forecast_bytes.prefill_bytes(shape, settings, prompt, question_tokens)
-    read, copied = forecast_bytes.step_bytes(shape, settings, decoding, static)
+    prefill = forecast_bytes.prefill_bytes(shape, settings, prompt, question_tokens, bits)
+    read, copied = forecast_bytes.step_bytes(shape, settings, decoding, static, bits)
     memory_plan = MemoryPlan(
         model_type=source.config.model_type,
         dtype=str(source.dtype).removeprefix("torch."),
@@ -219,7 +258,14 @@ def plan(
         prompt_tokens=prompt,
         new_tokens=max_new_tokens,
         full_bytes=prompt * shape.token_bytes,
-        host_bytes=host,
+        host_bytes=host if disk is None else disk.host_bytes,
+        disk_bytes=0 if disk is None else disk.disk_bytes,
+        recent_bytes=0 if disk is None else disk.memory_bytes,
+        disk_folder=None if disk is None else str(folder),
+        host_bits=bits,
+        host_bits_reason=host_plan.reason(shape, settings, prompt),
+        bits_choices=tuple(choice(each) for each in host_plan.possible_bits(shape)),
+        file_bytes=sizes.stored_bytes(shape, settings, prompt, bits),
         snapshot_bytes=sizes.snapshot_bytes(shape, prompt),
         host_budget_bytes=limits.host_budget_bytes(settings.host_kv_gb, available),
         cap_bytes=settings.cap_bytes,
@@ -231,10 +277,10 @@ def plan(
         dynamic_heads=n_dynamic,
         static_tokens=recent + c * static_pages // n_static if n_static else 0,
         dynamic_tokens=recent + c * dynamic_pages // n_dynamic if n_dynamic else 0,
-        packed=decoding.packed,
+        page_bits=decoding.page_bits,
         step_read_bytes=read,
         step_copy_bytes=copied,
-        prefill_copy_bytes=forecast_bytes.prefill_copy_bytes(shape, settings, prompt, question_tokens),
+        prefill_copy_bytes=forecast_bytes.prefill_copy_bytes(shape, settings, prompt, question_tokens, bits),
         link=link,
         link_gb_s=link_speed,
         card=None if on is None else on.name,
@@ -411,15 +457,30 @@ class _Several:
 
 
 def _fewer_tokens(
-    shape: KVShape, tiers: TierConfig, needed: int, available: int, text: int, allowed: int, kind: str
+    shape: KVShape,
+    tiers: TierConfig,
+    prompt: int,
+    needed: int,
+    available: int,
+    text: int,
+    allowed: int,
+    kind: str,
+    rest: list[str],
 ) -> str:
-    """The smallest changes with which the host tier holds the cache: fewer tokens, or a larger cap."""
-    most = needed // shape.token_bytes
-    tokens = largest(lambda prompt: sizes.host_bytes(shape, tiers, prompt) <= allowed, most) - text
+    """The smallest changes with which the host tier holds the cache: fewer tokens, fewer bits, or a larger cap. rest:
+    what else would do."""
+
+    def fits(prompt: int) -> bool:
+        return sizes.host_bytes(shape, tiers, prompt, host_plan.prompt_bits(shape, tiers, prompt)) <= allowed
+
+    tokens = largest(fits, prompt) - text
     changes = [f"at most {tokens:,} {kind}"] if tokens > 0 else []
+    changes += host_plan.fewer_bits(shape, tiers, prompt, allowed)
     if needed <= available:
         changes.append(f"host_kv_gb={as_gib(needed)}")
-    return f"give {' or '.join(changes)}" if changes else f"that is too little for any {kind}"
+    changes += rest
+    given = f"{', '.join(changes[:-1])} or {changes[-1]}" if len(changes) > 1 else "".join(changes)
+    return f"give {given}" if changes else f"that is too little for any {kind}"
 
 
 def _local(medium: Medium) -> Medium:

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 
 import torch
 
+from tieredkv.codecs import PLAIN
+from tieredkv.codecs.base import FIT_TOKENS
 from tieredkv.config import TierConfig
 from tieredkv.memory.residency import Residency
 from tieredkv.memory.units import INT32, ceil_div
 from tieredkv.models.kv_shape import KVShape
-from tieredkv.ops.packing import norm_bytes
 from tieredkv.planning import sizes
 from tieredkv.planning.admission import refusal
 from tieredkv.planning.decode_plan import DecodePlan, gather_bytes, table_width
@@ -43,7 +44,7 @@ def decode_bytes(shape: KVShape, tiers: TierConfig, plan: DecodePlan, static: to
     """
     layout, heads = plan.layout, shape.num_key_value_heads
     tables, widest = sizes.chunk_mass_bytes(layout), 0
-    tables += norm_bytes(shape.kv_heads, shape.head_dim) if plan.packed else 0
+    tables += sizes.fit_bytes(shape, shape.kv_heads, plan.page_bits)
     for index, mask in enumerate(static):
         n_dynamic = int((~mask).sum())
         width = table_width(plan, tiers, index, mask)
@@ -56,7 +57,7 @@ def decode_bytes(shape: KVShape, tiers: TierConfig, plan: DecodePlan, static: to
     ranked = plan.ranked and n_dynamic > 0
     if n_dynamic and not sizes.estimates_mass(shape, tiers, plan.ranked):
         tables += sizes.page_lse_bytes(shape, widest)
-    page = sizes.page_bytes(shape, tiers, plan.packed)
+    page = sizes.page_bytes(shape, tiers, plan.page_bits)
     return {
         "recent pages": shape.kv_heads * layout.recent_pages * page,
         "static pages": int(plan.pages[static].sum()) * page,
@@ -68,17 +69,19 @@ def decode_bytes(shape: KVShape, tiers: TierConfig, plan: DecodePlan, static: to
     }
 
 
-def step_bytes(shape: KVShape, tiers: TierConfig, plan: DecodePlan, static: torch.Tensor) -> tuple[int, int]:
+def step_bytes(
+    shape: KVShape, tiers: TierConfig, plan: DecodePlan, static: torch.Tensor, host_bits: int
+) -> tuple[int, int]:
     """Keys, values and digests that one step reads on the device; the most that it copies from the host. The last layer
     counts once more for each of its readers, which choose chunks of their own."""
     layout, dynamic = plan.layout, ~static
     pages = shape.num_key_value_heads * layout.recent_pages + (plan.pages * static).sum(1)
     pages += dynamic.sum(1) * layout.sink_chunks + plan.selected.sum(1)
-    read = _with_readers(shape, pages) * sizes.page_bytes(shape, tiers, plan.packed)
+    read = _with_readers(shape, pages) * sizes.page_bytes(shape, tiers, plan.page_bits)
     if not plan.ranked or not bool(dynamic.any()):
         return read, 0
     heads = _with_readers(shape, dynamic.sum(1))
-    copied = _with_readers(shape, plan.selected.sum(1)) * sizes.chunk_bytes(shape, tiers)
+    copied = _with_readers(shape, plan.selected.sum(1)) * sizes.chunk_bytes(shape, tiers, host_bits)
     return read + sizes.digest_bytes(shape, tiers, layout, heads), copied
 
 
@@ -87,38 +90,45 @@ def _with_readers(shape: KVShape, layers: torch.Tensor) -> int:
     return int(layers.sum() + shape.readers * layers[-1])
 
 
-def prefill_bytes(shape: KVShape, tiers: TierConfig, prompt: int, question_tokens: int) -> dict[str, int]:
-    """Device bytes of prefill by purpose, in the call that takes most."""
+def prefill_bytes(shape: KVShape, tiers: TierConfig, prompt: int, question_tokens: int, bits: int) -> dict[str, int]:
+    """Device bytes of prefill by purpose, in the call that takes most. bits: of the host tier."""
     calls = [
         {
             "resident": room * shape.token_bytes,
-            "staging": staging.nbytes(shape),
+            "staging": staging.nbytes,
             "scores": staging.scoring_bytes,
         }
-        for _, room, staging in _prefill(shape, tiers, prompt, question_tokens)
+        for _, room, staging, _ in _prefill(shape, tiers, prompt, question_tokens, bits)
     ]
     return max(calls, key=lambda purposes: sum(purposes.values()))
 
 
-def prefill_copy_bytes(shape: KVShape, tiers: TierConfig, prompt: int, question_tokens: int) -> int:
+def prefill_copy_bytes(shape: KVShape, tiers: TierConfig, prompt: int, question_tokens: int, bits: int) -> int:
     """Past keys and values streamed to the device while `prompt` tokens, the question among them, are prefilled; those
-    of the last layer once more for each of its readers."""
+    of the last layer once more for each of its readers. bits: of the host tier."""
     moved, c = 0, tiers.chunk_tokens
-    token = shape.token_bytes // shape.num_layers * (shape.num_layers + shape.readers)
-    for call, room, _ in _prefill(shape, tiers, prompt, question_tokens):
-        past = max(0, ceil_div(call.begin, c) * c - room) * token
-        moved += past + (past // 2 if call.rows else 0)  # scoring reads the keys again
+    heads = shape.num_key_value_heads * (shape.num_layers + shape.readers)
+    for call, room, _, now in _prefill(shape, tiers, prompt, question_tokens, bits):
+        chunk = sizes.chunk_bytes(shape, tiers, now)
+        if call.rows:  # scoring reads the keys again
+            chunk += sizes.key_bytes(shape, tiers, now)
+        moved += max(0, ceil_div(call.begin - room, c)) * heads * chunk
     return moved
 
 
 def _prefill(
-    shape: KVShape, tiers: TierConfig, prompt: int, question_tokens: int
-) -> Iterator[tuple[Call, int, Staging]]:
-    """For each call of a prefill: the call, the tokens that the device has room for, and how the rest is staged."""
-    room = resident_tokens(shape, tiers, prompt + sizes.QUESTION_ROOM)
+    shape: KVShape, tiers: TierConfig, prompt: int, question_tokens: int, bits: int
+) -> Iterator[tuple[Call, int, Staging, int]]:
+    """For each call of a prefill: the call, the tokens that the device has room for, how the rest is staged, and the
+    bits of the host tier. It is packed once it has the tokens that a codec is fitted to, or the video is complete; the
+    question then finds no token on the device."""
+    room, context = resident_tokens(shape, tiers, prompt + sizes.QUESTION_ROOM, bits), prompt - question_tokens
     for call in prompt_calls(tiers, prompt, question_tokens):
-        room = resident_beside_scores(shape, tiers, room, call)
-        staging = plan_staging(shape, tiers, call, min(room, call.begin), room)
+        now = bits if call.begin >= min(FIT_TOKENS, context) else PLAIN
+        if call.begin >= context and now < PLAIN:
+            room = 0
+        room = resident_beside_scores(shape, tiers, room, call, now)
+        staging = plan_staging(shape, tiers, call, min(room, call.begin), room, now)
         if staging is None:
             raise refusal(shape, tiers, sizes.lay_out(tiers, call.stop, call.rows, 1), call.rows)
-        yield call, room, staging
+        yield call, room, staging, now

@@ -5,16 +5,40 @@ Sizes are bytes, rates GB/s (1e9 bytes). Times are estimates from data moved, no
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from tieredkv.codecs import PLAIN
 from tieredkv.memory.units import GIB
 from tieredkv.memory.units import size_text as _size
 from tieredkv.models.kv_shape import KVShape
 from tieredkv.models.long_context import beyond_training
 from tieredkv.planning.cards import CARDS
 from tieredkv.planning.links import LINKS
+
+
+@dataclass(frozen=True, slots=True)
+class BitsChoice:
+    """What one setting of `host_kv_bits` would take."""
+
+    bits: int
+    host_bytes: int
+    disk_bytes: int
+    """Of what `host_kv_gb` does not hold; 0: it holds everything."""
+    file_bytes: int
+    step_copy_bytes: int | None
+    """As in `MemoryPlan`; None: the cap is too small."""
+
+    def __str__(self) -> str:
+        if self.step_copy_bytes is None:
+            copied = "gpu_kv_gb is too small"
+        elif self.step_copy_bytes:
+            copied = f"a step copies at most {_size(self.step_copy_bytes)}"
+        else:
+            copied = "a step copies nothing: all of it stays on the device"
+        disk = f" and {_size(self.disk_bytes)} of disk" if self.disk_bytes else ""
+        return f"{_size(self.host_bytes)}{disk}, {copied}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +79,22 @@ class MemoryPlan:
     full_bytes: int
     """Keys and values of the prompt in a full cache."""
     host_bytes: int
-    """Host memory of the complete cache: whole chunks, room for a longer question, digests, the snapshot."""
+    """Host memory of the complete cache: whole chunks, room for a longer question, digests, the snapshot, and what
+    packing takes at its peak."""
+    disk_bytes: int
+    """Of keys and values on disk, of which host memory holds those asked for most often; 0 if it holds all of them."""
+    recent_bytes: int
+    """Of host memory, for chunks that were read from disk last."""
+    disk_folder: str | None
+    """Where, unless the session is to be saved elsewhere."""
+    host_bits: int
+    """Bits of a number there; 16 stands for the model's dtype."""
+    host_bits_reason: str
+    """Why, in words."""
+    bits_choices: tuple[BitsChoice, ...]
+    """What each setting of `host_kv_bits` would take, from the most bits to the fewest."""
+    file_bytes: int
+    """A saved session, without its header."""
     snapshot_bytes: int
     """Part of it: the snapshot of layers that do not grow; 0 without such layers."""
     host_budget_bytes: int
@@ -76,8 +115,8 @@ class MemoryPlan:
     """Tokens a static head attends to per step, all of them on the device (mean)."""
     dynamic_tokens: int
     """Tokens a dynamic head attends to per step."""
-    packed: bool
-    """Whether keys and values on the device are in 8 bits while decoding."""
+    page_bits: int
+    """Bits of keys and values on the device while decoding."""
     step_read_bytes: int
     """Keys, values and digests that one step reads on the device."""
     step_copy_bytes: int
@@ -137,6 +176,7 @@ class MemoryPlan:
         """Plain values, for JSON."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         shape = values.pop("shape")
+        values["bits_choices"] = [asdict(choice) for choice in self.bits_choices]
         return {
             "layers": shape.num_layers,
             "heads": shape.num_attention_heads,
@@ -170,7 +210,15 @@ class MemoryPlan:
             (
                 "host memory",
                 f"{_size(self.host_bytes)} of {_size(self.host_budget_bytes)} allowed"
-                + (f", {_size(self.snapshot_bytes)} of it the snapshot" if self.snapshot_bytes else ""),
+                + (f", {_size(self.snapshot_bytes)} of it the snapshot" if self.snapshot_bytes else "")
+                + f"; a session file {_size(self.file_bytes)}",
+            ),
+            *self._disk_rows(),
+            (f"  in {self.host_bits} bits", self.host_bits_reason),
+            *(
+                (f"  in {choice.bits} bits", str(choice))
+                for choice in self.bits_choices
+                if choice.bits != self.host_bits
             ),
             ("", ""),
             ("device memory", f"{'prefill':>12} {'decode':>12}"),
@@ -196,7 +244,8 @@ class MemoryPlan:
             (
                 "a step attends to",
                 f"{self.dynamic_tokens:,} tokens per dynamic head, {self.static_tokens:,} per static head; "
-                f"reads {_size(self.step_read_bytes)}{', pages in 8 bits' if self.packed else ''}",
+                f"reads {_size(self.step_read_bytes)}"
+                + (f", pages in {self.page_bits} bits" if self.page_bits < PLAIN else ""),
             ),
             *self._time_rows(),
         ]
@@ -235,6 +284,13 @@ class MemoryPlan:
                 + (f"; {self.video_text_tokens:,} of text between" if self.video_text_tokens else ""),
             ),
         ]
+
+    def _disk_rows(self) -> list[tuple[str, str]]:
+        if not self.disk_bytes:
+            return []
+        share = self.recent_bytes / self.disk_bytes
+        whole = f"{_size(self.disk_bytes)}, in {self.disk_folder}"
+        return [("disk", f"{whole}: host memory has room for {share:.0%} of it, what steps ask for most often")]
 
     def _card_rows(self) -> list[tuple[str, str]]:
         if self.card_bytes is None or self.reserve_bytes is None or self.card_needed_bytes is None:

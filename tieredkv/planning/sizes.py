@@ -10,14 +10,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from tieredkv.codecs import PLAIN, codec_for
+from tieredkv.codecs.base import FIT_TOKENS, Codec
 from tieredkv.config import TierConfig
-from tieredkv.memory.units import FLOAT16, FLOAT32, INT32, INT64, ceil_div
+from tieredkv.memory.units import FLOAT32, INT32, ceil_div
 from tieredkv.models.kv_shape import KVShape
-from tieredkv.ops.packing import norm_bytes, packed_bytes
+from tieredkv.ops import torch_ops
 from tieredkv.policy.digests import DIGESTS, Digest
 
 QUESTION_ROOM = 256
 """Tokens of host memory reserved after the video for questions; a longer question makes the tier grow."""
+PAGE_BITS = 8
+"""Of pages that are packed on the device, from a host tier of 16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,23 +64,76 @@ def lay_out(tiers: TierConfig, tokens: int, text_rows: int, new_tokens: int) -> 
     )
 
 
-def chunk_bytes(shape: KVShape, tiers: TierConfig) -> int:
-    """One chunk on the host: keys and values of C tokens of one KV head. A fetch copies as much."""
-    return 2 * tiers.chunk_tokens * shape.head_dim * shape.itemsize
+def codec(shape: KVShape, tiers: TierConfig, bits: int) -> Codec:
+    """The codec of so many bits, for chunks of this model."""
+    dtype = {2: torch.float16, 4: torch.float32}[shape.itemsize]  # of dtypes only the size matters here
+    return codec_for(bits, tiers.chunk_tokens, shape.head_dim, dtype)
 
 
-def page_bytes(shape: KVShape, tiers: TierConfig, packed: bool) -> int:
-    """One page on the device. packed: in 8 bits."""
-    return packed_bytes(tiers.chunk_tokens, shape.head_dim) if packed else chunk_bytes(shape, tiers)
+def chunk_bytes(shape: KVShape, tiers: TierConfig, bits: int) -> int:
+    """One chunk on the host: the record of C tokens of one KV head. A fetch copies as much."""
+    return codec(shape, tiers, bits).chunk_bytes
 
 
-def host_bytes(shape: KVShape, tiers: TierConfig, prompt: int) -> int:
+def key_bytes(shape: KVShape, tiers: TierConfig, bits: int) -> int:
+    """What of such a record scoring reads, its keys: of the fields, those at even places."""
+    record = torch.empty(chunk_bytes(shape, tiers, bits), dtype=torch.uint8, device="cpu")
+    return sum(field.nbytes for field in codec(shape, tiers, bits).fields(record)[::2])
+
+
+def page_bytes(shape: KVShape, tiers: TierConfig, bits: int) -> int:
+    """One page on the device: a record."""
+    return chunk_bytes(shape, tiers, bits)
+
+
+def page_bits(tiers: TierConfig, host_bits: int) -> tuple[int, ...]:
+    """Bits of pages, from the most to the fewest, that a host tier of so many bits allows. Records of fewer than 16 are
+    copied to pages as they are; others stay so if steps attend to everything and it all fits, or are packed."""
+    if host_bits < PLAIN:
+        return (host_bits,)
+    return (PLAIN, PAGE_BITS) if tiers.pack_pages and not tiers.policy.keep_all else (PLAIN,)
+
+
+def possible_page_bits(tiers: TierConfig) -> set[int]:
+    """All that pages may have, whatever the host tier turns out to have."""
+    return {*page_bits(tiers, PLAIN), PLAIN if tiers.host_kv_bits is None else tiers.host_kv_bits}
+
+
+def fit_bytes(shape: KVShape, heads: int, bits: int) -> int:
+    """What a codec has measured of the layers of `heads` KV heads (`Fit`)."""
+    return 0 if bits == PLAIN else heads * 2 * 2 * shape.head_dim * FLOAT32
+
+
+def first_tokens(tiers: TierConfig, tokens: int) -> int:
+    """Of `tokens` prompt tokens in calls of `prefill_chunk`, the most that a layer holds in 16 bits before it is packed
+    to fewer: it is before the first call that finds `FIT_TOKENS`, or once the video is complete."""
+    return min(tokens, ceil_div(FIT_TOKENS, tiers.prefill_chunk) * tiers.prefill_chunk)
+
+
+def records_bytes(shape: KVShape, tiers: TierConfig, tokens: int, bits: int) -> int:
+    """Records of the whole chunks of `tokens` tokens."""
+    return shape.kv_heads * ceil_div(tokens, tiers.chunk_tokens) * chunk_bytes(shape, tiers, bits)
+
+
+def host_bytes(shape: KVShape, tiers: TierConfig, prompt: int, bits: int) -> int:
     """Host memory of the complete cache of `prompt` tokens: whole chunks, room for a longer question, digests, and the
-    snapshot of layers that do not grow."""
-    chunks, digest = ceil_div(prompt + QUESTION_ROOM, tiers.chunk_tokens), digest_for(shape, tiers)
-    fitting = digest.fitted_bytes + query_moment_bytes(shape.head_dim)
-    tiered = shape.kv_heads * (chunks * (chunk_bytes(shape, tiers) + digest.chunk_bytes) + fitting)
-    return tiered + snapshot_bytes(shape, prompt)
+    snapshot of layers that do not grow. With fewer than 16 bits, also what packing takes at its peak: one layer after
+    the other is packed, from records of its first tokens in 16 bits to all of its room."""
+    stored = stored_bytes(shape, tiers, prompt, bits)
+    if bits == PLAIN:
+        return stored
+    packed = records_bytes(shape, tiers, prompt + QUESTION_ROOM, bits) // shape.num_layers
+    plain = records_bytes(shape, tiers, first_tokens(tiers, prompt + QUESTION_ROOM), PLAIN) // shape.num_layers
+    return stored + plain + (shape.num_layers - 1) * max(0, plain - packed)
+
+
+def stored_bytes(shape: KVShape, tiers: TierConfig, prompt: int, bits: int) -> int:
+    """What stays of `host_bytes` once everything is packed. A session file holds as much."""
+    tokens, digest = prompt + QUESTION_ROOM, digest_for(shape, tiers)
+    chunks, fitting = ceil_div(tokens, tiers.chunk_tokens), digest.fitted_bytes + query_moment_bytes(shape.head_dim)
+    digests = shape.kv_heads * (chunks * digest.chunk_bytes + fitting)
+    kept = records_bytes(shape, tiers, tokens, bits) + fit_bytes(shape, shape.kv_heads, bits)
+    return kept + digests + snapshot_bytes(shape, prompt)
 
 
 def snapshot_bytes(shape: KVShape, tokens: int) -> int:
@@ -117,12 +176,10 @@ def query_moment_bytes(head_dim: int) -> int:
     return head_dim**2 * FLOAT32
 
 
-def scratch_page_bytes(shape: KVShape, tiers: TierConfig, packed: bool) -> int:
-    """Scratch of the torch attention per gathered page: keys and values in float32 (torch's kernel copies the keys once
-    more), row indices, a mask; for packed pages also the scales of keys or values, in float16 and float32."""
-    narrow = 1 if packed else 0 if shape.itemsize == FLOAT32 else shape.itemsize
-    scales = FLOAT32 + FLOAT16 if packed else 0
-    return tiers.chunk_tokens * (shape.head_dim * (3 * FLOAT32 + narrow) + scales + 2 * INT64 + FLOAT32 + 1)
+def scratch_page_bytes(shape: KVShape, tiers: TierConfig, bits: int) -> int:
+    """Scratch of the torch attention per page that it reads at a time."""
+    rows = shape.num_attention_heads // shape.num_key_value_heads
+    return torch_ops.scratch_bytes(codec(shape, tiers, bits), rows)
 
 
 def table_bytes(shape: KVShape, tiers: TierConfig, layout: Layout) -> int:
@@ -133,8 +190,8 @@ def table_bytes(shape: KVShape, tiers: TierConfig, layout: Layout) -> int:
     reused = reuse_bytes(shape, tiers, shape.kv_heads)
     pages = layout.old_chunks + layout.recent_pages
     tables = shape.kv_heads * (pages * per_page + layout.retrievable * per_chunk + INT32)
-    norms = norm_bytes(shape.kv_heads, shape.head_dim) if tiers.pack_pages else 0
-    return tables + chunk_mass_bytes(layout) + reused + norms
+    fits = max(fit_bytes(shape, shape.kv_heads, bits) for bits in possible_page_bits(tiers))
+    return tables + chunk_mass_bytes(layout) + reused + fits
 
 
 def chunk_mass_bytes(layout: Layout) -> int:
@@ -204,15 +261,16 @@ def ranked_ahead_bytes(shape: KVShape, layout: Layout) -> int:
     return FLOAT32 * shape.num_attention_heads * layout.retrievable * (layout.chunk_tokens + 3)
 
 
-def gathered_pages(shape: KVShape, pool_pages: int) -> int:
-    """Pages of a layer that the torch attention gathers at a time: an average head's, at least one of every head."""
-    return max(shape.num_key_value_heads, ceil_div(pool_pages, shape.kv_heads))
+def gathered_pages(shape: KVShape, tiers: TierConfig, pages: int) -> int:
+    """Of `pages` pages, how many the torch attention gathers at a time: at least one of every KV head."""
+    return max(shape.num_key_value_heads, min(pages, torch_ops.most_pages(tiers.chunk_tokens, shape.head_dim)))
 
 
-def pool_bytes(shape: KVShape, tiers: TierConfig, pool_pages: int, packed: bool) -> int:
-    """A pool, and the scratch to attend to its pages."""
-    scratch = gathered_pages(shape, pool_pages) * scratch_page_bytes(shape, tiers, packed)
-    return pool_pages * page_bytes(shape, tiers, packed) + scratch
+def pool_bytes(shape: KVShape, tiers: TierConfig, pool_pages: int, bits: int) -> int:
+    """A pool, and the scratch to attend to its pages: to an average head's at a time."""
+    gathered = gathered_pages(shape, tiers, ceil_div(pool_pages, shape.kv_heads))
+    scratch = gathered * scratch_page_bytes(shape, tiers, bits)
+    return pool_pages * page_bytes(shape, tiers, bits) + scratch
 
 
 def beside_pool_bytes(
@@ -235,14 +293,28 @@ def least_pages(layout: Layout) -> int:
     return layout.sink_chunks + min(1, layout.retrievable)
 
 
-def smallest_decode_bytes(shape: KVShape, tiers: TierConfig, layout: Layout) -> int:
-    """The least cap with which this prompt can be decoded, however its heads are classified."""
+def all_pages(shape: KVShape, layout: Layout) -> int:
+    """Pages of a pool that holds everything."""
+    return shape.kv_heads * (layout.old_chunks + layout.recent_pages)
+
+
+def old_pages(tiers: TierConfig, layout: Layout) -> int:
+    """Pages before the recent region that an average head may have: by `budget_ratio` or, without one, all."""
+    if tiers.budget_ratio is None or tiers.policy.keep_all:
+        return layout.old_chunks
+    recent = layout.tokens - layout.recent_start
+    return max(least_pages(layout), int((tiers.budget_ratio * layout.tokens - recent) // layout.chunk_tokens))
+
+
+def smallest_decode_bytes(shape: KVShape, tiers: TierConfig, layout: Layout, host_bits: int) -> int:
+    """The least cap with which this prompt can be decoded from a host tier of so many bits, however its heads are
+    classified."""
     policy = tiers.policy
     dense_layers = shape.num_layers if policy.keep_all else min(policy.dense_layers, shape.num_layers)
     dense = dense_layers * shape.num_key_value_heads
     others = shape.kv_heads - dense
     pages = shape.kv_heads * layout.recent_pages + dense * layout.old_chunks + others * least_pages(layout)
-    pool = pool_bytes(shape, tiers, pages, tiers.pack_pages and not policy.keep_all)
+    pool = pool_bytes(shape, tiers, pages, page_bits(tiers, host_bits)[-1])
     dynamic = others if policy.theta > 0 else 0
     smallest = pool + beside_pool_bytes(shape, tiers, layout, dynamic, _least_ranked(tiers))
     # Digests unpacked at a time grow with the cap.

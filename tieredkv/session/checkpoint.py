@@ -16,6 +16,7 @@ import torch
 from tieredkv.cache import unfinished
 from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.cache.unfinished import Mark
+from tieredkv.codecs import PLAIN
 from tieredkv.config import TierConfig
 from tieredkv.errors import OutputError, SessionError
 from tieredkv.session import session_file
@@ -93,6 +94,7 @@ class Checkpoint:
             marks = tuple(Mark.of(mark) for mark in plain["marks"])
             state = {name: stored.tensor(name).clone() for name in stored.names}
             video = session_file.state_of(stored).video
+            session_file.codec_of(stored.manifest)  # raises if it was written by an older version
             return Begun(plain["tokens"], video, stored.manifest, marks, blocks, state)
         except SessionError as error:
             raise Damaged(str(error)) from None
@@ -109,6 +111,9 @@ class Checkpoint:
         chunk, given = begun.manifest["tiers"]["chunk_tokens"], tiers.chunk_tokens
         if not difference and chunk != given:
             difference = f"in chunks of {chunk} tokens, and chunk_tokens={given} was given"
+        bits, wanted = begun.manifest["host"]["bits"], tiers.host_kv_bits
+        if not difference and bits != PLAIN and wanted not in (None, bits):
+            difference = f"in {bits} bits, and host_kv_bits={wanted} was given"
         if not difference and was.facts.sha256 != now.facts.sha256:
             difference = f"for another video ({was.facts.name}, as it was then) than {now.facts.name}"
         if difference:
@@ -124,7 +129,8 @@ class Checkpoint:
             block_file.read(self._cache, begun.blocks[number], targets)
 
         try:
-            unfinished.restore(cache, begun.tokens, begun.state, begun.marks, read, devices)
+            codec = session_file.codec_of(begun.manifest)
+            unfinished.restore(cache, begun.tokens, codec, begun.state, begun.marks, read, devices)
         except SessionError as error:
             raise Damaged(str(error)) from None
         except (KeyError, RuntimeError, ValueError) as error:
@@ -171,7 +177,7 @@ class Checkpoint:
             block = block_file.append(self._cache, self._blocks[-1].end if self._blocks else 0, parts.growing)
             marks, blocks = (*self._marks, parts.mark), (*self._blocks, block)
             plain = {"tokens": parts.tokens, "marks": [asdict(mark) for mark in marks]}
-            content = session_file.content_of(cache.tiers, SessionState(video, []))
+            content = session_file.content_of(cache, SessionState(video, []))
             own = {"checkpoint": {**plain, "blocks": [(each.offset, each.nbytes, each.checksum) for each in blocks]}}
             tensor_file.write(self._state, {**self._origin, **content, **own}, parts.state)
         except BaseException:
@@ -184,8 +190,7 @@ class Checkpoint:
 
     def _new_bytes(self, cache: TieredCache) -> int:
         """Bytes of keys and values that are not written yet."""
-        written = (self._marks[-1].chunks if self._marks else 0) * cache.tiers.chunk_tokens
-        return (cache.get_seq_length() - written) * cache.shape.token_bytes
+        return unfinished.new_bytes(cache, self._marks[-1] if self._marks else Mark())
 
     # ---- the end
 

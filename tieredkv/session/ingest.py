@@ -13,15 +13,16 @@ from tieredkv.config import TierConfig
 from tieredkv.errors import OptionError, OutputError, TieredKVError
 from tieredkv.models.chat_template import ChatTemplate
 from tieredkv.models.encode import at_processor_rate
-from tieredkv.models.kv_shape import model_shape
 from tieredkv.models.long_context import LongContext, beyond_training, trained_tokens
 from tieredkv.models.placement import layer_devices
 from tieredkv.models.same_model import SameModel
 from tieredkv.planning.admission import Request, check_memory
 from tieredkv.planning.advice import Advice
-from tieredkv.planning.sizes import QUESTION_ROOM, host_bytes
+from tieredkv.planning.disk_plan import disk_plan
+from tieredkv.planning.host_plan import prompt_bits
+from tieredkv.planning.sizes import QUESTION_ROOM, stored_bytes
 from tieredkv.progress import IngestProgress
-from tieredkv.session import sampled_video
+from tieredkv.session import on_disk, sampled_video
 from tieredkv.session.cached_video import CachedVideo
 from tieredkv.session.checkpoint import Checkpoint, Damaged
 from tieredkv.session.ingested_video import IngestedVideo, Place, VideoFacts
@@ -45,6 +46,8 @@ class Ingest:
         self.pipeline = Pipeline()
         self._show_progress = show_progress
         self._cache: TieredCache | None = None
+        self._folder = Path()
+        """Where the cache is kept if host memory does not hold it."""
 
     def run(
         self,
@@ -99,10 +102,11 @@ class Ingest:
             raise OptionError(f"a checkpoint is of one video: leave it out for {len(given)} videos and pictures.")
         if len(given) == 1:
             sampling = given[0].sampling(sampling)
+        self._folder = on_disk.folder_for(save_to)
         model, template = self.model, self.template.showing([each.kind for each in given])
         *texts, tail = template.texts([(question, None)])
         check = self.pipeline.check
-        advise = sampled_video.advice(model, template, self.tiers, texts[0], tail, max_new_tokens)
+        advise = sampled_video.advice(model, template, self.tiers, texts[0], tail, max_new_tokens, self._folder)
         if sampling.fit:
             sampling = sampled_video.fitting(
                 given, template.processor, sampling, advise, checkpoint, check, self._show_progress
@@ -118,7 +122,7 @@ class Ingest:
         advice = advise(media[0].source, sampling) if template.media == ("video",) else None
         room = self._check_memory(expected, after.shape[1], max_new_tokens, advice)
         if save_to is not None:
-            header.check_space(Path(save_to), self._file_bytes(expected))
+            header.check_space(Path(save_to), self._file_bytes(expected) + self._disk_bytes(expected + after.shape[1]))
         self._new_cache(room)
         same_model = SameModel(model)
         lengths = [each.source.seconds for each in media if each.source.seconds is not None]
@@ -216,7 +220,8 @@ class Ingest:
     def _new_cache(self, room: int) -> None:
         """An empty cache, with room for this many prompt tokens."""
         self.close()
-        self._cache = TieredCache(self.model.config, self.tiers, prompt_tokens=room)
+        disk = on_disk.new_tier(self.model, self.tiers, room - QUESTION_ROOM, self._folder)
+        self._cache = TieredCache(self.model.config, self.tiers, prompt_tokens=room, disk=disk)
 
     def _held(self) -> TieredCache:
         assert self._cache is not None
@@ -224,8 +229,14 @@ class Ingest:
 
     def _file_bytes(self, tokens: int) -> int:
         """Size of the session file of this many tokens, without its header: it holds what the host tier does."""
-        shape = model_shape(self.model.config, self.model.get_input_embeddings().weight.dtype)
-        return host_bytes(shape, self.tiers, tokens)
+        shape = on_disk.shape_of(self.model)
+        return stored_bytes(shape, self.tiers, tokens, prompt_bits(shape, self.tiers, tokens))
+
+    def _disk_bytes(self, tokens: int) -> int:
+        """What a cache of so many tokens takes of the disk while there is no session file."""
+        shape = on_disk.shape_of(self.model)
+        plan = disk_plan(shape, self.tiers, tokens, prompt_bits(shape, self.tiers, tokens))
+        return 0 if plan is None else plan.disk_bytes
 
     def _check_memory(self, context: int, question_tokens: int, max_new_tokens: int, advice: Advice | None) -> int:
         """Refuse videos that a tier cannot hold, before the costly stages; returns the tokens to reserve on the host.
@@ -233,14 +244,13 @@ class Ingest:
         context, question_tokens: tokens up to the end of the last video, and of the text after it.
         advice: on the video, if there is one.
         """
-        weight = self.model.get_input_embeddings().weight
-        shape = model_shape(self.model.config, weight.dtype)
+        shape, device = on_disk.shape_of(self.model), self.model.get_input_embeddings().weight.device
         request = Request(context + question_tokens, question_tokens, max_new_tokens)
         LongContext(self.model.config).check(0, request.tokens + max_new_tokens)
         if beyond := beyond_training(trained_tokens(self.model.config), request.tokens):
             warnings.warn(f"the prompt has {request.tokens:,} tokens, {beyond}.", stacklevel=2)
         if advice is None:
-            check_memory(shape, self.tiers, request, one_memory=weight.device.type == "cpu")
+            check_memory(shape, self.tiers, request, one_memory=device.type == "cpu", folder=self._folder)
         else:
             advice.check(request)
         return request.tokens + QUESTION_ROOM

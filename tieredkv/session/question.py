@@ -19,6 +19,7 @@ from tieredkv.evidence import moments
 from tieredkv.evidence.moments import Evidence, Shown
 from tieredkv.evidence.named_times import named_times
 from tieredkv.evidence.target import Wanted
+from tieredkv.memory.disk_reads import DiskCounts
 from tieredkv.models.switch import use_attention
 from tieredkv.planning.admission import Request, check_memory
 from tieredkv.planning.prefill_plan import Call, context_calls, question_calls, question_rows
@@ -146,7 +147,9 @@ def answer(
     prefix, tail, kept = video.tokens, tail_ids.shape[1], conversation.kept
     options = generation.timed(options, model.generation_config)
     cache.expect(question)
-    cache.device_tier.transfer.reset()
+    cache.device_tier.streamed_bytes = 0
+    if cache.device_tier.disk is not None:
+        cache.device_tier.disk.reset()
     positions = video.after(family, model, tail, family.trailing(model.config, tail_ids[0].tolist()))
     if reading.passage is not None:
         reading.passage.append_to(cache)
@@ -206,7 +209,11 @@ def _make_room(cache: TieredCache, question: Question, tail: int, conversation: 
     request = Request(question.prompt_tokens, tail, question.max_new_tokens)
     shorter = "shorten the question or the conversation"
     longer = f"lower max_new_tokens, or {shorter}"
-    check = partial(check_memory, cache.shape, cache.tiers, request, longer, shorter)
+    bits = cache.device_tier.host_bits
+    disk = cache.device_tier.disk
+    check = partial(
+        check_memory, cache.shape, cache.tiers, request, longer, shorter, bits=bits, on_disk=disk is not None
+    )
     try:
         check(room=cache.room, room_bytes=cache.host_bytes, beside=conversation.nbytes)
     except BudgetError:
@@ -216,6 +223,8 @@ def _make_room(cache: TieredCache, question: Question, tail: int, conversation: 
         conversation.kept = None
     if cache.room < request.tokens:
         cache.reserve(request.tokens)
+    if disk is not None:
+        disk.leave_memory(conversation.nbytes)
 
 
 def _stats(
@@ -229,12 +238,8 @@ def _stats(
 ) -> Stats:
     """beside: bytes of host memory that a conversation keeps."""
     counters, count = cache.counters, len(decoded.token_ids)
-    moved = (
-        counters.warm_bytes
-        + counters.missed_bytes
-        + counters.prefetched_bytes
-        + cache.device_tier.transfer.streamed_bytes
-    )
+    moved = counters.warm_bytes + counters.missed_bytes + counters.prefetched_bytes + cache.device_tier.streamed_bytes
+    read = DiskCounts() if cache.device_tier.disk is None else cache.device_tier.disk.counts
     later = (decoded.last_token_at - decoded.first_token_at) * 1000
     return Stats(
         prompt_tokens=prompt_tokens,
@@ -251,6 +256,8 @@ def _stats(
         unseen_mass=counters.unseen_mass,
         moved_bytes=moved,
         prefetched_bytes=counters.prefetched_bytes,
+        disk_read_bytes=read.read_bytes,
+        disk_hit_rate=read.hit_rate,
         ingest_s=video.ingest_s,
         ttft_s=decoded.first_token_at - started,
         tpot_ms=later / (count - 1) if count > 1 else None,

@@ -45,6 +45,11 @@ class Stats:
     """Milliseconds per token after the first, mean; None for a one-token answer."""
     decode_path: str
     """How tokens were decoded: "eager"; on a card "graph", captured once and replayed, or "eager: " and the reason."""
+    disk_read_bytes: int = 0
+    """Read from disk for this answer, where host memory holds a part of the cache: the past in prefill, and chunks that
+    were neither on the device nor in host memory."""
+    disk_hit_rate: float | None = None
+    """Share of the chunks copied to the device that were in host memory already; None if all of them always are."""
     damaged: tuple[tuple[float, float], ...] = ()
     """With `skip_damaged`: the seconds of the video, from and to, for which the picture before them was shown."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from tieredkv.config import TierConfig
@@ -66,8 +67,11 @@ def as_begun(sampling: Sampling, checkpoint: Checkpoint | None) -> Sampling:
     return replace(sampling, fps=fps, max_pixels=max_pixels, fit=False)
 
 
-def advice(model: Any, template: ChatTemplate, tiers: TierConfig, head: str, tail: str, max_new_tokens: int) -> Advise:
-    """What advises on the one video of a session. head, tail: the prompt's text before the video and after it."""
+def advice(
+    model: Any, template: ChatTemplate, tiers: TierConfig, head: str, tail: str, max_new_tokens: int, folder: Path
+) -> Advise:
+    """What advises on the one video of a session. head, tail: the prompt's text before the video and after it. folder:
+    on disk, for what `host_kv_gb` does not hold."""
     own = template.of_each()[0]
     weight = model.get_input_embeddings().weight
     shape = model_shape(model.config, weight.dtype)
@@ -90,6 +94,7 @@ def advice(model: Any, template: ChatTemplate, tiers: TierConfig, head: str, tai
             available=limits.available_host_bytes(),
             one_memory=weight.device.type == "cpu",
             card_bytes=_card_bytes(model, tiers),
+            folder=folder,
             trained=trained_tokens(model.config),
         )
 

@@ -13,9 +13,11 @@ import torch
 from tieredkv.cache.question import CONTEXT
 from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.cache.untiered import Snapshot
+from tieredkv.codecs import PLAIN, codec_for
+from tieredkv.codecs.base import Codec
 from tieredkv.config import TierConfig, tiers_as_plain, tiers_from_file
 from tieredkv.errors import SessionError
-from tieredkv.memory.limits import check_host
+from tieredkv.memory.disk_tier import DiskTier
 from tieredkv.models import adapters
 from tieredkv.models.chat_template import ChatTemplate
 from tieredkv.models.families.base import Slices, VideoGrid
@@ -24,6 +26,7 @@ from tieredkv.models.placement import layer_devices
 from tieredkv.models.same_model import SameModel
 from tieredkv.models.settings import model_settings, processor_settings, settings_difference
 from tieredkv.progress import Progress
+from tieredkv.session import on_disk
 from tieredkv.session.cached_video import CachedVideo
 from tieredkv.session.ingested_video import IngestedVideo, Medium, VideoFacts
 from tieredkv.session.manifest import check_manifest
@@ -119,12 +122,13 @@ def write(
     source: of the model; None: unknown, so that the session has to be loaded with it. cap_is_default: whether
     `gpu_kv_gb` was not given, so that it follows from the card that the session is loaded to.
     """
+    tensors = cache_tensors(cached.cache)
     manifest = {
         **origin_of(cached.model, cached.template.processor, source),
-        **content_of(cached.cache.tiers, SessionState(cached.video, history)),
+        **content_of(cached.cache, SessionState(cached.video, history)),
         "cap_is_default": cap_is_default,
     }
-    return tensor_file.write(path, manifest, cache_tensors(cached.cache), progress)
+    return tensor_file.write(path, manifest, tensors, progress)
 
 
 def origin_of(model: Any, processor: Any, source: ModelSource | None) -> dict[str, Any]:
@@ -138,11 +142,26 @@ def origin_of(model: Any, processor: Any, source: ModelSource | None) -> dict[st
     return origin if source is None else {**origin, "source": source.as_plain()}
 
 
-def content_of(tiers: TierConfig, state: SessionState) -> dict[str, Any]:
+def content_of(cache: TieredCache, state: SessionState) -> dict[str, Any]:
     """The other entries of a manifest."""
-    content = {"tiers": tiers_as_plain(tiers), "session": state.as_plain()}
+    content = {"tiers": tiers_as_plain(cache.tiers), "host": host_of(cache), "session": state.as_plain()}
     sampling = state.video.sampling
     return content if sampling is None else {**content, "sampling": sampling_as_plain(sampling)}
+
+
+def host_of(cache: TieredCache) -> dict[str, Any]:
+    """The entry "host" of a manifest: what records are, for `codec_of`. Files of format 1 have none."""
+    dtype = str(cache.tiered_layers[0].dtype).removeprefix("torch.")
+    sizes = {"chunk_tokens": cache.tiers.chunk_tokens, "head_dim": cache.shape.head_dim}
+    return {"bits": cache.device_tier.host_bits, **sizes, "dtype": dtype}
+
+
+def codec_of(manifest: dict[str, Any]) -> Codec:
+    """Of the records in a file or checkpoint with this manifest. Raises `KeyError` or `ValueError` without one."""
+    host, dtype = manifest["host"], getattr(torch, manifest["host"]["dtype"], None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"no dtype {host['dtype']!r}")
+    return codec_for(host["bits"], host["chunk_tokens"], host["head_dim"], dtype)
 
 
 def cache_tensors(cache: TieredCache) -> dict[str, torch.Tensor]:
@@ -189,13 +208,23 @@ def tiers_of(stored: tensor_file.Stored, options: dict[str, Any]) -> TierConfig:
     """The settings a session was saved with, changed by `options`. Raises `SessionError` if they cannot be changed."""
     state_of(stored)  # raises if it is not a session
     tiers = tiers_from_file(stored.manifest["tiers"], options.get("policy"))
-    changed = replace(tiers, **options)
+    changed, bits = replace(tiers, **options), bits_of(stored)
     if changed.chunk_tokens != tiers.chunk_tokens:
         raise SessionError(
             f"{stored.path} was saved in chunks of {tiers.chunk_tokens} tokens: chunk_tokens={changed.chunk_tokens} "
             "needs the video ingested again."
         )
+    if changed.host_kv_bits not in (None, bits):
+        raise SessionError(
+            f"{stored.path} was saved in {bits} bits: host_kv_bits={changed.host_kv_bits} needs the video ingested "
+            "again."
+        )
     return changed
+
+
+def bits_of(stored: tensor_file.Stored) -> int:
+    """Bits of the host tier in a file."""
+    return int(stored.manifest["host"]["bits"]) if "host" in stored.manifest else PLAIN  # files of format 1
 
 
 def cap_is_default(stored: tensor_file.Stored, options: dict[str, Any]) -> bool:
@@ -259,29 +288,38 @@ def _quoted(text: str) -> str:
 def load(
     stored: tensor_file.Stored, state: SessionState, model: Any, template: ChatTemplate, tiers: TierConfig
 ) -> CachedVideo:
-    """The video of a session file. Raises `SessionError`, and `BudgetError` if it exceeds `host_kv_gb`."""
+    """The video of a session file, in memory or, if `host_kv_gb` is smaller, on disk. Raises `SessionError`, and
+    `BudgetError` if `host_kv_gb` is too small even so."""
     tokens, same_model = state.video.tokens, SameModel(model)
     check_origin(stored, model, template.processor)
-    cache = map_cache(stored, model.config, tiers, tokens, layer_devices(template.family.decoder(model).layers))
-    if tiers.host_kv_gb is not None:
-        check_host(cache.host_bytes, tiers.host_kv_gb, f"the cache of {tokens:,} tokens", "raise host_kv_gb")
+    disk = on_disk.stored_tier(model, tiers, tokens, bits_of(stored), stored)
+    devices = layer_devices(template.family.decoder(model).layers)
+    cache = map_cache(stored, model.config, tiers, tokens, devices, disk)
     return CachedVideo(model, template, cache, state.video, same_model, stored)
 
 
 def map_cache(
-    stored: tensor_file.Stored, config: Any, tiers: TierConfig, tokens: int, devices: list[torch.device]
+    stored: tensor_file.Stored,
+    config: Any,
+    tiers: TierConfig,
+    tokens: int,
+    devices: list[torch.device],
+    disk: DiskTier | None = None,
 ) -> TieredCache:
     """A cache of `tokens` tokens. Each tiered layer is read from the file, and checked, at its first use.
 
-    devices: of the model's layers, the last of which may be readers of others and have nothing cached.
+    devices: of the model's layers, the last of which may be readers of others and have nothing cached. disk: reads the
+    records from the file again and again; None: they are mapped.
     """
-    cache = TieredCache(config, tiers, prompt_tokens=tokens)
+    cache = TieredCache(config, tiers, prompt_tokens=tokens, disk=disk)
     cache.expect(CONTEXT)
+    cache.device_tier.settle_bits(bits_of(stored))
     places: dict[Any, torch.device] = dict(zip(cache.layers, devices, strict=False))
     for layer in cache.tiered_layers:
         names, state = _layer_state(stored, _tiered(layer.index))
         try:
-            layer.restore(state, tokens, places[layer], partial(stored.verify, *names))
+            codec = _codec_of(stored, state["kv"])
+            layer.restore(state, tokens, codec, places[layer], partial(stored.verify, *names, keep=disk is None))
         except (KeyError, ValueError) as error:
             raise SessionError(f"{stored.path} does not hold layer {layer.index} of this session ({error}).") from None
     if layers := cache.untiered.layers:
@@ -294,6 +332,14 @@ def map_cache(
             states.append({name: part.clone() for name, part in state.items()})  # the file may be closed before
         cache.untiered.restore(Snapshot(tokens, tuple(states)), [places[layer] for layer in layers])
     return cache
+
+
+def _codec_of(stored: tensor_file.Stored, kv: torch.Tensor) -> Codec:
+    """Of the records `kv` of a layer. In files of format 1 they are `(K, chunks, 2, C, D)`, as the model made them."""
+    if "host" in stored.manifest:
+        return codec_of(stored.manifest)
+    _, _, _, chunk_tokens, head_dim = kv.shape
+    return codec_for(PLAIN, chunk_tokens, head_dim, kv.dtype)
 
 
 def _layer_state(stored: tensor_file.Stored, prefix: str) -> tuple[list[str], dict[str, torch.Tensor]]:

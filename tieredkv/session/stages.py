@@ -45,7 +45,7 @@ class Stages:
         is not at the beginning if the cache holds other videos."""
         self._model, self._template, self._video, self._begun = model, video.template, video, begun
         self._place, self._waited = place, pipeline.waited
-        self._streamed = cache.device_tier.transfer.streamed_bytes
+        self._streamed = cache.device_tier.streamed_bytes
         self._cache, self._pipeline, self._progress = cache, pipeline, progress
         self._sha256 = begun.facts.sha256
         self._started = time.perf_counter()
@@ -108,7 +108,7 @@ class Stages:
             encode_s=earlier.encode_s + busy["encode"],
             prefill_s=earlier.prefill_s + wall_s - (self._pipeline.waited - self._waited),
             wall_s=earlier.wall_s + wall_s,
-            streamed_bytes=earlier.streamed_bytes + self._cache.device_tier.transfer.streamed_bytes - self._streamed,
+            streamed_bytes=earlier.streamed_bytes + self._cache.device_tier.streamed_bytes - self._streamed,
             damaged=self._video.source.damaged,
         )
         facts = replace(self._begun.facts, sha256=self._sha256)

@@ -15,7 +15,7 @@ from typing import Any
 from tieredkv.errors import OutputError, SessionError
 from tieredkv.storage import atomic
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 KEY = "tieredkv"
 HEADER_CHECKSUM = "tieredkv.seal"  # the name on disk
 

@@ -35,6 +35,8 @@ from tieredkv.progress import Progress
 from tieredkv.storage.atomic import replace_file
 from tieredkv.storage.header import FORMAT_VERSION, HEADER_CHECKSUM, KEY, opened, read_header, session_errors
 
+_PIECE = 64 * 2**20
+"""Bytes to check at a time."""
 _DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -128,6 +130,15 @@ class Stored:
             raise SessionError(f"{self.path} was changed while it was in use: load it again, or restore it.")
 
     @property
+    def descriptor(self) -> int:
+        """The open file; valid as long as this object."""
+        return self._descriptor
+
+    def offset_of(self, tensor: torch.Tensor) -> int:
+        """Where the data of a tensor that `tensor` has returned begins in the file."""
+        return tensor.data_ptr() - torch.frombuffer(self._mapped, dtype=torch.uint8, count=1).data_ptr()
+
+    @property
     def names(self) -> list[str]:
         """Names of the tensors, sorted."""
         return sorted(self._header.entries)
@@ -142,13 +153,28 @@ class Stored:
         count = (stop - start) // dtype.itemsize
         return torch.frombuffer(self._mapped, dtype=dtype, count=count, offset=start).reshape(shape)
 
-    def verify(self, *names: str) -> None:
-        """Read and check these tensors, by default all. Raises `SessionError`, naming the first damaged one."""
+    def verify(self, *names: str, keep: bool = True) -> None:
+        """Read and check these tensors, by default all. Raises `SessionError`, naming the first damaged one.
+
+        keep: whether what was read may stay in memory; if not, the tensors must not have been changed.
+        """
         for name in names or self.names:
             start, stop = self._offsets(name)
-            with memoryview(self._mapped) as whole, whole[start:stop] as part:
-                if zlib.crc32(part) != self._header.checksums[name]:
-                    raise SessionError(f"{self.path} is damaged: {name!r} does not match its checksum.")
+            checksum = 0
+            for begin in range(start, stop, _PIECE):
+                end = min(begin + _PIECE, stop)
+                with memoryview(self._mapped) as whole, whole[begin:end] as part:
+                    checksum = zlib.crc32(part, checksum)
+                if not keep:
+                    self._release(begin, end)
+            if checksum != self._header.checksums[name]:
+                raise SessionError(f"{self.path} is damaged: {name!r} does not match its checksum.")
+
+    def _release(self, start: int, stop: int) -> None:
+        """Take the pages that lie between two offsets out of this process's memory, where the system can."""
+        first, last = -(-start // mmap.PAGESIZE), stop // mmap.PAGESIZE
+        if last > first and hasattr(mmap, "MADV_DONTNEED"):
+            self._mapped.madvise(mmap.MADV_DONTNEED, first * mmap.PAGESIZE, (last - first) * mmap.PAGESIZE)
 
     def _offsets(self, name: str) -> tuple[int, int]:
         """First byte in the file, and the one after the last."""

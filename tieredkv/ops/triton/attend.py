@@ -1,5 +1,8 @@
 """Attention of query tokens over pages that differ from head to head, split over pages and merged by log-sum-exp.
 
+Two launches; with pages of 4 bits three, of which the first turns the queries. Outputs are turned back as they are
+merged.
+
 Shapes: `K` KV heads, `G` query heads per KV head, `P` pages of a head, `C` page tokens, `D` head dim.
 """
 
@@ -11,8 +14,11 @@ import torch
 import triton
 import triton.language as tl
 
-from tieredkv.ops.packing import Packing
-from tieredkv.ops.torch_ops import write_page_lse
+from tieredkv.codecs import PLAIN
+from tieredkv.codecs.rotated import hadamard
+from tieredkv.ops.base import Pages
+from tieredkv.ops.triton.records import typed
+from tieredkv.ops.triton.turn import WIDTH, turn_queries
 
 BLOCK_BYTES = 2**14
 """Bytes of keys, and of values, that a program reads at a time: two blocks of each fit any card's shared memory."""
@@ -21,24 +27,42 @@ MOST_ROWS = 32
 
 
 @triton.jit
+def _low(packed, dtype: tl.constexpr):
+    """The numbers in the low bits of bytes."""
+    return ((packed & 15).to(tl.float32) - 7.5).to(dtype)
+
+
+@triton.jit
+def _high(packed, dtype: tl.constexpr):
+    """The numbers in the high bits of bytes."""
+    return ((packed >> 4).to(tl.float32) - 7.5).to(dtype)
+
+
+@triton.jit
 def _attend_split(
-    query, pages, scales, norms, table, lengths, out, lse, page_lse, scaling, columns, columns_per_split, lse_stride,
-    G: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
-    PADDED_G: tl.constexpr, PADDED_D: tl.constexpr, BLOCK: tl.constexpr, WIDEN: tl.constexpr,
+    query, numbers, scales, norms, constant, table, lengths, out, lse, page_lse,
+    scaling, columns, columns_per_split, lse_stride,
+    BITS: tl.constexpr, RECORD: tl.constexpr, G: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
+    PADDED_G: tl.constexpr, PADDED_W: tl.constexpr, BLOCK: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     head, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    row, d, token = tl.arange(0, PADDED_G), tl.arange(0, PADDED_D), tl.arange(0, BLOCK)
-    inside = (row[:, None] < G) & (d[None, :] < D)
-    q = tl.load(query + (head * G + row[:, None]) * D + d[None, :], mask=inside, other=0.0)
+    W: tl.constexpr = D // 2 if BITS == 4 else D  # numbers, or bytes of two numbers each, of a key
+    row, w, token = tl.arange(0, PADDED_G), tl.arange(0, PADDED_W), tl.arange(0, BLOCK)
+    inside = (row[:, None] < G) & (w[None, :] < W)
+    q = tl.load(query + (head * G + row[:, None]) * D + w[None, :], mask=inside, other=0.0)
+    high_q = q
+    if BITS == 4:
+        high_q = tl.load(query + (head * G + row[:, None]) * D + W + w[None, :], mask=inside, other=0.0)
     if WIDEN:
-        q = q.to(tl.float32)
-    if norms is not None:
+        q, high_q = q.to(tl.float32), high_q.to(tl.float32)
+    if BITS == 8:
         # Norms and scaling are the same for all keys: multiply them into the query once.
-        norm = tl.load(norms + head * 2 * D + d, mask=d < D, other=0.0) * scaling
+        norm = tl.load(norms + head * 2 * D + w, mask=w < D, other=0.0) * scaling
         q = (q.to(tl.float32) * norm[None, :]).to(q.dtype)
     best = tl.full([PADDED_G], -1e38, tl.float32)
     total = tl.zeros([PADDED_G], tl.float32)
-    mixed = tl.zeros([PADDED_G, PADDED_D], tl.float32)
+    mixed = tl.zeros([PADDED_G, PADDED_W], tl.float32)
+    high_mixed = mixed
     first = split * columns_per_split
     stop = tl.minimum(first + columns_per_split, columns)
     for begin in range(first * C, stop * C, BLOCK):
@@ -46,27 +70,27 @@ def _attend_split(
         exists = column < stop
         page = tl.load(table + head * columns + column, mask=exists, other=0).to(tl.int64)
         counts = exists & (place < tl.load(lengths + head * columns + column, mask=exists, other=0))
-        where = (page * 2 * C + place)[:, None] * D + d[None, :]
-        readable = counts[:, None] & (d[None, :] < D)
-        k = tl.load(pages + where, mask=readable, other=0.0)
-        v = tl.load(pages + where + C * D, mask=readable, other=0.0)
-        if WIDEN:
-            k, v = k.to(tl.float32), v.to(tl.float32)
-        if norms is not None:
-            k, v = k.to(q.dtype), v.to(q.dtype)
-            scale_of = scales + page * 2 * C + place
-            key_scale = tl.load(scale_of, mask=counts, other=0.0).to(tl.float32)
-            value_scale = tl.load(scale_of + C, mask=counts, other=0.0).to(tl.float32)
-        logits = tl.dot(q, tl.trans(k), out_dtype=tl.float32, input_precision="ieee")
-        if norms is None:
+        where = (page * RECORD + place * W)[:, None] + w[None, :]
+        readable = counts[:, None] & (w[None, :] < W)
+        k = tl.load(numbers + where, mask=readable, other=0)
+        v = tl.load(numbers + where + C * W, mask=readable, other=0)
+        if BITS == 4:
+            logits = tl.dot(q, tl.trans(_low(k, q.dtype)), out_dtype=tl.float32, input_precision="ieee")
+            logits = tl.dot(high_q, tl.trans(_high(k, q.dtype)), logits, input_precision="ieee")
+        else:
+            logits = tl.dot(q, tl.trans(k.to(q.dtype)), out_dtype=tl.float32, input_precision="ieee")
+        if BITS == 16:
             logits *= scaling
         else:
-            logits *= key_scale[None, :]
+            scale_of = scales + page * (RECORD // 2) + C * W + place
+            logits *= tl.load(scale_of, mask=counts, other=0.0).to(tl.float32)[None, :]
         logits = tl.where(counts[None, :], logits, -float("inf"))
         if page_lse is not None:
             of_page = tl.reshape(logits, (PADDED_G, BLOCK // C, C))
             most = tl.maximum(tl.max(of_page, 2), -1e38)
             whole = most + tl.log(tl.sum(tl.exp(of_page - most[:, :, None]), 2))
+            if constant is not None:
+                whole += tl.load(constant + head * G + row, mask=row < G, other=0.0)[:, None]
             column = begin // C + tl.arange(0, BLOCK // C)
             where = page_lse + (head * G + row[:, None]) * lse_stride + column[None, :]
             tl.store(where, tl.maximum(whole, -1e38), mask=(row[:, None] < G) & (column[None, :] < stop))
@@ -74,35 +98,68 @@ def _attend_split(
         weights = tl.exp(logits - better[:, None])
         faded = tl.exp(best - better)
         total = total * faded + tl.sum(weights, 1)
+        if BITS < 16:
+            weights *= tl.load(scale_of + C, mask=counts, other=0.0).to(tl.float32)[None, :]
+        weights = weights.to(q.dtype)
         mixed = mixed * faded[:, None]
-        if norms is not None:
-            weights *= value_scale[None, :]
-        mixed += tl.dot(weights.to(v.dtype), v, out_dtype=tl.float32, input_precision="ieee")
+        if BITS == 4:
+            mixed = tl.dot(weights, _low(v, q.dtype), mixed, input_precision="ieee")
+            high_mixed = high_mixed * faded[:, None]
+            high_mixed = tl.dot(weights, _high(v, q.dtype), high_mixed, input_precision="ieee")
+        else:
+            mixed = tl.dot(weights, v.to(q.dtype), mixed, input_precision="ieee")
         best = better
-    if norms is not None:
-        mixed *= tl.load(norms + (head * 2 + 1) * D + d, mask=d < D, other=0.0)[None, :]
+    if BITS == 8:
+        mixed *= tl.load(norms + (head * 2 + 1) * D + w, mask=w < D, other=0.0)[None, :]
     # An empty split: output 0, lowest possible lse.
-    mixed = mixed / tl.maximum(total, 1e-30)[:, None]
-    whole = tl.where(total > 0, best + tl.log(tl.maximum(total, 1e-30)), -1e38)
+    weight = tl.maximum(total, 1e-30)
+    whole = tl.where(total > 0, best + tl.log(weight), -1e38)
     target = (head * G + row) * splits + split
-    tl.store(out + target[:, None] * D + d[None, :], mixed, mask=inside)
+    tl.store(out + target[:, None] * D + w[None, :], mixed / weight[:, None], mask=inside)
+    if BITS == 4:
+        tl.store(out + target[:, None] * D + W + w[None, :], high_mixed / weight[:, None], mask=inside)
     tl.store(lse + target, whole, mask=row < G)
 
 
 @triton.jit
+def _columns(row, turn, d, column, D: tl.constexpr):
+    """Entries `column` of `row @ turn`. row: numbers `d`, 0 beyond D."""
+    inside = (d[:, None] < D) & (column[None, :] < D)
+    return tl.sum(row[:, None] * tl.load(turn + d[:, None] * D + column[None, :], mask=inside, other=0.0), 0)
+
+
+@triton.jit
 def _merge_splits(
-    parts, part_lse, out, lse, splits, D: tl.constexpr, PADDED_D: tl.constexpr, PADDED_SPLITS: tl.constexpr
+    parts, part_lse, constant, centre, mirrors, turn, out, lse, splits, group,
+    D: tl.constexpr, PADDED_D: tl.constexpr, PADDED_SPLITS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0)
+    row = tl.program_id(0)
     split, d = tl.arange(0, PADDED_SPLITS), tl.arange(0, PADDED_D)
-    each = tl.load(part_lse + head * splits + split, mask=split < splits, other=-1e38)
+    each = tl.load(part_lse + row * splits + split, mask=split < splits, other=-1e38)
     best = tl.max(each, 0)
     weights = tl.exp(each - best)
     total = tl.sum(weights, 0)
-    where = (head * splits + split[:, None]) * D + d[None, :]
+    where = (row * splits + split[:, None]) * D + d[None, :]
     part = tl.load(parts + where, mask=(split[:, None] < splits) & (d[None, :] < D), other=0.0)
-    tl.store(out + head * D + d, tl.sum(part * weights[:, None], 0) / total, mask=d < D)
-    tl.store(lse + head, best + tl.log(total))
+    merged = tl.sum(part * weights[:, None], 0) / total
+    whole = best + tl.log(total)
+    if turn is None:
+        tl.store(out + row * D + d, merged, mask=d < D)
+    else:
+        whole += tl.load(constant + row)
+        values = (row // group * 2 + 1) * D
+        along = tl.zeros([WIDTH], tl.float32)
+        for first in range(0, D, WIDTH):
+            column = first + tl.arange(0, WIDTH)
+            across = tl.load(mirrors + values + column, mask=column < D, other=0.0)
+            along += _columns(merged, turn, d, column, D) * across
+        for first in range(0, D, WIDTH):
+            column = first + tl.arange(0, WIDTH)
+            across = tl.load(mirrors + values + column, mask=column < D, other=0.0)
+            mean = tl.load(centre + values + column, mask=column < D, other=0.0)
+            turned_back = _columns(merged, turn, d, column, D) - 2 * tl.sum(along, 0) * across
+            tl.store(out + row * D + column, turned_back + mean, mask=column < D)
+    tl.store(lse + row, whole)
 
 
 def widened(dtype: torch.dtype) -> bool:
@@ -118,50 +175,81 @@ def programs_for(device: torch.device) -> int:
 
 def paged_attention(
     query: torch.Tensor,
-    pages: torch.Tensor,
+    pages: Pages,
     table: torch.Tensor,
     lengths: torch.Tensor,
     scaling: float,
     batch_pages: int = 0,
-    packing: Packing | None = None,
     page_lse: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `Ops.paged_attention`. What lies beyond a page's length is not read. batch_pages is ignored.
 
-    Multiplies in the pages' dtype, or with packed pages in the query's. `page_lse` takes a
-    second pass over the keys, by torch, where pages are not a power of two of tokens or more than a program reads.
+    Multiplies in the pages' dtype, or with pages of fewer bits in the query's. `page_lse` takes a second pass over the
+    keys, by torch, where pages are not a power of two of tokens or more than a program reads.
     """
     heads, n, d = query.shape
     kv_heads, columns = table.shape
     group = heads // kv_heads * n
     if group > MOST_ROWS and n > 1:
         each = max(1, MOST_ROWS * kv_heads // heads)
-        split = [
-            paged_attention(part, pages, table, lengths, scaling, packing=packing) for part in query.split(each, dim=1)
-        ]
+        split = [paged_attention(part, pages, table, lengths, scaling) for part in query.split(each, dim=1)]
         return torch.cat([out for out, _ in split], dim=1), torch.cat([lse for _, lse in split], dim=1)
-    scales, norms = (None, None) if packing is None else (packing.scales, packing.norms)
-    dtype = pages.dtype if packing is None else query.dtype
+    codec, fit, bits = pages.codec, pages.fit, pages.codec.bits
+    numbers, scales = typed(pages)
+    channels, centre = (None, None) if fit is None else (fit.channels, fit.centre)
+    rows, turn, constant = query.to(numbers.dtype if bits == PLAIN else query.dtype).contiguous(), None, None
+    if bits == 4:
+        assert fit is not None
+        turn = hadamard(d, query.device)
+        rows, constant = turn_queries(rows, fit, turn, scaling)
     splits = max(1, min(columns, programs_for(query.device) // kv_heads, 64))
     empty = partial(torch.empty, dtype=torch.float32, device=query.device)
     parts, part_lse = empty((heads, n, splits, d)), empty((heads, n, splits))
     out, lse = empty((heads, n, d)), empty((heads, n))
-    padded = max(16, triton.next_power_of_2(d))
-    token_bytes = padded * pages.dtype.itemsize
-    if packing is not None and dtype == torch.float32:
-        token_bytes *= 8  # unpacked numbers live in registers, where a full block of 32 bits does not fit
-    block, c = min(128, max(16, BLOCK_BYTES // token_bytes)), pages.shape[2]
+    padded_rows, padded = max(16, triton.next_power_of_2(group)), triton.next_power_of_2(d)
+    width = max(16, triton.next_power_of_2(d // 2 if bits == 4 else d))
+    token_bytes = width * (2 if bits == 4 else numbers.itemsize)
+    if rows.dtype == torch.float32:  # less fits in registers, above all of unpacked numbers, which live there
+        token_bytes *= padded_rows // 16 * (1 if bits == PLAIN else 8)
+    block, c = min(128, max(16, BLOCK_BYTES // token_bytes)), codec.chunk_tokens
     in_pass = page_lse if block % c == 0 else None
     _attend_split[(kv_heads, splits)](
-        query.to(dtype).contiguous(), pages, scales, norms, table, lengths, parts, part_lse, in_pass, scaling,
-        columns, triton.cdiv(columns, splits), 0 if in_pass is None else in_pass.stride(0),
-        G=group, C=c, D=d,
-        PADDED_G=max(16, triton.next_power_of_2(group)), PADDED_D=padded,
-        BLOCK=block, WIDEN=widened(dtype), num_stages=2,
+        rows, numbers, scales, channels, constant, table, lengths, parts, part_lse, in_pass,
+        scaling, columns, triton.cdiv(columns, splits), 0 if in_pass is None else in_pass.stride(0),
+        BITS=bits, RECORD=numbers.shape[1], G=group, C=c, D=d,
+        PADDED_G=padded_rows, PADDED_W=width, BLOCK=block, WIDEN=widened(rows.dtype), num_stages=2,
     )  # fmt: skip
     _merge_splits[(heads * n,)](
-        parts, part_lse, out, lse, splits, D=d, PADDED_D=padded, PADDED_SPLITS=triton.next_power_of_2(splits)
-    )
+        parts, part_lse, constant, centre, channels, turn, out, lse, splits, group,
+        D=d, PADDED_D=padded, PADDED_SPLITS=triton.next_power_of_2(splits), WIDTH=WIDTH,
+    )  # fmt: skip
     if page_lse is not None and in_pass is None:
-        write_page_lse(query, pages, table, lengths, scaling, batch_pages, packing, page_lse)
+        _write_page_lse(query, pages, table, lengths, scaling, batch_pages, page_lse)
     return out, lse
+
+
+def _write_page_lse(
+    query: torch.Tensor,
+    pages: Pages,
+    table: torch.Tensor,
+    lengths: torch.Tensor,
+    scaling: float,
+    batch_pages: int,
+    page_lse: torch.Tensor,
+) -> None:
+    """Write `page_lse` as `Ops.paged_attention` does, by torch, reading the keys once more."""
+    (heads, _, d), (kv_heads, columns), codec = query.shape, table.shape, pages.codec
+    folded, c = query.float().reshape(kv_heads, -1, d), codec.chunk_tokens
+    turned, constant = codec.turned(folded, pages.fit) * scaling, codec.constant(folded, pages.fit)
+    within = torch.arange(c, device=query.device)
+    # Logits take three copies where attention takes values: fewer pages at a time for many queries or narrow heads.
+    width = max(1, batch_pages * d // (kv_heads * (d + 2 * folded.shape[1])))
+    for first in range(0, columns, width):
+        part = slice(first, min(columns, first + width))
+        records = pages.records.index_select(0, table[:, part].flatten()).view(kv_heads, -1, codec.chunk_bytes)
+        logits = codec.logits(turned, records).unflatten(-1, (-1, c))
+        logits.masked_fill_((within >= lengths[:, part].unsqueeze(-1)).unsqueeze(1), -1e38)
+        of_page = logits.logsumexp(-1)
+        if constant is not None:
+            of_page += constant.unsqueeze(-1) * scaling
+        page_lse[:, part] = of_page.view(heads, -1)

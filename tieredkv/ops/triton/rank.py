@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from tieredkv.ops.triton.walsh import KernelWalsh
 from tieredkv.policy.digests import Digest
 from tieredkv.policy.digests.sketch import Basis, Sketch
 
@@ -129,7 +130,7 @@ class KernelSketch(Sketch):
         return sketch_logits(prepared, digests, self.bits, self.chunk_tokens)
 
 
-BY_KERNELS: dict[str, type[Digest[Any]]] = {kind.name: kind for kind in (KernelSketch,)}
+BY_KERNELS: dict[str, type[Digest[Any]]] = {kind.name: kind for kind in (KernelSketch, KernelWalsh)}
 """Digests that have kernels, by name."""
 
 

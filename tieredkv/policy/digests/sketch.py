@@ -70,12 +70,8 @@ class Sketch(Digest[Basis]):
         With W the root of the moment, the mean square of q.(k - c) over queries is |W (k - c)|^2, so the best subspace
         is that of the first principal components of W (k - c).
         """
-        keys, moment = keys.double(), query_moment.double()
-        mean = moment.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30).view(-1, 1, 1)
-        damped = moment / mean + DAMPING * torch.eye(keys.shape[-1], dtype=torch.float64, device=moment.device)
-        strength, axes = torch.linalg.eigh(damped)
-        root = strength.clamp(min=DAMPING).sqrt().unsqueeze(1)
-        weigh, back = (axes * root) @ axes.transpose(1, 2), axes / root
+        keys = keys.double()
+        weigh, back = whitening(query_moment)
         centre = keys.mean(1, keepdim=True)
         centred = (keys - centre) @ weigh
         _, components = torch.linalg.eigh(centred.transpose(1, 2) @ centred)
@@ -84,7 +80,7 @@ class Sketch(Digest[Basis]):
         step = reach / (2 ** (self.bits - 1) - 1)
         return Basis(
             down=(weigh @ first / step).float(),
-            up=(back @ axes.transpose(1, 2) @ first * step).float(),
+            up=(back @ first * step).float(),
             centre=centre.float(),
         )
 
@@ -105,12 +101,8 @@ class Sketch(Digest[Basis]):
 
     def chunk_logits(self, prepared: torch.Tensor, digests: torch.Tensor) -> torch.Tensor:
         """Log of the sum of the tokens' exponentiated logits."""
-        products = self._products(prepared, digests)
-        # Subtract the best logit of all chunks, not of each chunk: what underflows is negligible beside the best.
-        best = products.amax(-1, keepdim=True)
-        mass = products.sub_(best).exp_().unflatten(-1, (-1, self.chunk_tokens))
-        summed = (mass @ mass.new_ones(self.chunk_tokens)).log_()
-        return summed.add_(best + _unsigned_offset(prepared) if self.bits == 4 else best)
+        mass = chunk_mass(self._products(prepared, digests), self.chunk_tokens)
+        return mass.add_(_unsigned_offset(prepared)) if self.bits == 4 else mass
 
     def _products(self, prepared: torch.Tensor, digests: torch.Tensor) -> torch.Tensor:
         """Products `(K, G, n * C)` with all sketches; at 4 bits without `_unsigned_offset`, the same for all tokens."""
@@ -125,6 +117,25 @@ class Sketch(Digest[Basis]):
     def constant(self, query: torch.Tensor, fitted: Basis) -> torch.Tensor:
         """The queries' products with the centre."""
         return (query @ fitted.centre.mT).squeeze(-1)
+
+
+def whitening(query_moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """W, the root of the queries' second moment, and its inverse, `(K, D, D)` float64: the mean square of a key's
+    products with the queries is the squared length of W times the key."""
+    moment = query_moment.double()
+    mean = moment.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30).view(-1, 1, 1)
+    damped = moment / mean + DAMPING * torch.eye(moment.shape[-1], dtype=torch.float64, device=moment.device)
+    strength, axes = torch.linalg.eigh(damped)
+    root = strength.clamp(min=DAMPING).sqrt().unsqueeze(1)
+    return (axes * root) @ axes.mT, (axes / root) @ axes.mT
+
+
+def chunk_mass(products: torch.Tensor, chunk_tokens: int) -> torch.Tensor:
+    """Log of the sum of the exponentials of each chunk's tokens, of logits `(K, G, n * C)`, which it overwrites."""
+    # Subtract the best logit of all chunks, not of each chunk: what underflows is negligible beside the best.
+    best = products.amax(-1, keepdim=True)
+    mass = products.sub_(best).exp_().unflatten(-1, (-1, chunk_tokens))
+    return (mass @ mass.new_ones(chunk_tokens)).log_().add_(best)
 
 
 def _unsigned_offset(prepared: torch.Tensor) -> torch.Tensor:
