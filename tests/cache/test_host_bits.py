@@ -142,6 +142,28 @@ def test_a_short_prompt_is_packed_at_the_seal(bits, llama, prompt_ids, cache):
         assert {layer.host.codec.bits for layer in own.tiered_layers} == {own.device_tier.host_bits} == {bits}
 
 
+def test_packing_that_was_interrupted_goes_on_before_the_next_call(llama, prompt_ids, cache, monkeypatch):
+    pack, full = HostLayer.pack, [False, True, *[False] * 8]
+
+    def once_full(self, *given):
+        if full.pop(0):
+            raise OSError("no space left")
+        pack(self, *given)
+
+    with cache(4) as own, cache(4) as other:
+        for each in (own, other):
+            each.expect(CONTEXT)
+            read(llama, each, prompt_ids[:, :90], 90)
+        other.settle()
+        want = read(llama, other, prompt_ids[:, :10])
+        monkeypatch.setattr(HostLayer, "pack", once_full)
+        with pytest.raises(OSError, match="no space"):
+            own.settle()
+        got = read(llama, own, prompt_ids[:, :10])
+        assert {layer.host.codec.bits for layer in own.tiered_layers} == {4}
+        assert torch.equal(got, want)
+
+
 def test_a_prompt_that_stays_on_the_device_is_not_packed_by_default(llama, long_ids, cache):
     with cache(None) as own:
         with tieredkv.use_attention(llama):

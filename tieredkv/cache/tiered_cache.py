@@ -25,6 +25,7 @@ from tieredkv.cache.linear_layer import LinearLayer
 from tieredkv.cache.question import Question
 from tieredkv.cache.sliding_layer import SlidingLayer
 from tieredkv.cache.untiered import Untiered
+from tieredkv.codecs import PLAIN
 from tieredkv.codecs.base import FIT_TOKENS
 from tieredkv.config import TierConfig, tier_config
 from tieredkv.environment import forking
@@ -259,7 +260,8 @@ class TieredCache(Cache):
             self._order.begin_call()
             self.long_context.check(length := self.get_seq_length(), tokens)
             self._change_phase(tokens)
-            if not self.sealed and length >= FIT_TOKENS:
+            begun = length > 0 and self.device_tier.host_bits != PLAIN  # an interrupted packing goes on
+            if not self.sealed and (length >= FIT_TOKENS or begun):
                 pack(self.tiered_layers, self.device_tier, self.device_tier.next_bits(length + tokens))
         self._order.begin_layer(index)
 
