@@ -383,6 +383,19 @@ def test_what_a_later_version_adds_to_the_manifest_is_ignored(kept, video_model,
         assert torch.equal(session_logits(session, STAR, 6), kept[1][0])
 
 
+@pytest.mark.parametrize(
+    "host",
+    ["eight", {}, {"bits": "8", "chunk_tokens": 8, "head_dim": 32, "dtype": "float32"}],
+    ids=["text", "empty", "bits"],
+)
+def test_a_file_that_does_not_say_what_its_records_are_is_refused(kept, video_model, processor, tmp_path, host):
+    stored = tensor_file.read(kept[0])
+    tensors = {name: stored.tensor(name) for name in stored.names}
+    tensor_file.write(tmp_path / "other.tkv", {**stored.manifest, "host": host}, tensors)
+    with pytest.raises(SessionError, match=r"other\.tkv does not say what its records are"):
+        load(tmp_path / "other.tkv", video_model, processor)
+
+
 def test_settings_of_another_kind_are_refused(kept, video_model, processor, tmp_path):
     from tieredkv.storage import tensor_file
 

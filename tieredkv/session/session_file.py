@@ -158,9 +158,15 @@ def host_of(cache: TieredCache) -> dict[str, Any]:
 
 def codec_of(manifest: dict[str, Any]) -> Codec:
     """Of the records in a file or checkpoint with this manifest. Raises `KeyError` or `ValueError` without one."""
-    host, dtype = manifest["host"], getattr(torch, manifest["host"]["dtype"], None)
+    host = manifest["host"]
+    if not isinstance(host, dict):
+        raise ValueError(f"its entry 'host' is a {type(host).__name__}")
+    dtype = getattr(torch, str(host["dtype"]), None)
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"no dtype {host['dtype']!r}")
+    for name in ("bits", "chunk_tokens", "head_dim"):
+        if not isinstance(host[name], int):
+            raise ValueError(f"{name} is {host[name]!r}")
     return codec_for(host["bits"], host["chunk_tokens"], host["head_dim"], dtype)
 
 
@@ -223,8 +229,15 @@ def tiers_of(stored: tensor_file.Stored, options: dict[str, Any]) -> TierConfig:
 
 
 def bits_of(stored: tensor_file.Stored) -> int:
-    """Bits of the host tier in a file."""
-    return int(stored.manifest["host"]["bits"]) if "host" in stored.manifest else PLAIN  # files of format 1
+    """Bits of the host tier in a file. Raises `SessionError` if the file does not say what its records are."""
+    if "host" not in stored.manifest:  # files of format 1
+        return PLAIN
+    try:
+        return codec_of(stored.manifest).bits
+    except (KeyError, ValueError) as error:
+        raise SessionError(
+            f"{stored.path} does not say what its records are ({error}): ingest the video again."
+        ) from None
 
 
 def cap_is_default(stored: tensor_file.Stored, options: dict[str, Any]) -> bool:
