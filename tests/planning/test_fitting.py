@@ -17,7 +17,7 @@ from tieredkv.memory import limits
 from tieredkv.memory.units import GIB
 from tieredkv.models import families
 from tieredkv.models.chat_template import ChatTemplate
-from tieredkv.planning import forecast
+from tieredkv.planning import forecast, planned
 from tieredkv.planning.fitting import GOOD_PIXELS, GOOD_RATE, LEAST_RATE, SMALL_PIXELS, Choice, Film, fitted
 from tieredkv.video.frames import Sampled
 from tieredkv.video.media import media_of
@@ -139,7 +139,7 @@ def hour(monkeypatch, tmp_path) -> dict[str, Any]:
             name=video, height=1080, width=1920, fps=fps, expected=frames, start=0.0, seconds=HOUR, cues=()
         )
 
-    monkeypatch.setattr(forecast, "open_video", open_video)
+    monkeypatch.setattr(planned, "open_video", open_video)
     monkeypatch.setattr(forecast, "check_media", lambda video, allow_url: media_of(video))
     monkeypatch.setattr(limits, "available_host_bytes", lambda: 40 * GIB)
     from transformers import Qwen2VLVideoProcessor

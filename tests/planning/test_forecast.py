@@ -22,7 +22,7 @@ from tieredkv.memory.units import GIB, size_text
 from tieredkv.models import encode
 from tieredkv.models.families.base import VideoGrid
 from tieredkv.models.families.qwen2_5_vl import Qwen25VL
-from tieredkv.planning import forecast
+from tieredkv.planning import planned
 from tieredkv.planning.forecast import plan
 from tieredkv.planning.report import MemoryPlan
 from tieredkv.tiny.model import PATH, build_config
@@ -84,7 +84,7 @@ def film(monkeypatch, tmp_path):
             name=video, height=360, width=640, fps=sampling.fps, expected=expected, start=0.0, seconds=seconds, cues=()
         )
 
-    monkeypatch.setattr(forecast, "open_video", open_video)
+    monkeypatch.setattr(planned, "open_video", open_video)
     (tmp_path / "film.mp4").write_bytes(b"a header")
     return str(tmp_path / "film.mp4")
 
