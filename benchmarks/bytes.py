@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import tempfile
 import time
@@ -28,7 +27,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from origin import origin  # before torch: it sets how torch's threads wait
+from origin import origin, report, rounded  # before torch: it sets how torch's threads wait
 
 # isort: split
 import torch
@@ -189,11 +188,9 @@ def main() -> None:
         "layers_7b": arguments.layers,
         "cap_share": arguments.share,
         "budget": arguments.budget,
-        "rows": [{name: round(v, 4) if isinstance(v, float) else v for name, v in row.items()} for row in rows],
+        "rows": rounded(rows),
     }
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    report(result, arguments.out)
 
 
 if __name__ == "__main__":

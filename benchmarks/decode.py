@@ -14,7 +14,6 @@ and one line of JSON at the end.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from origin import origin
+from origin import origin, report
 from synthetic import keys_and_values, make_model, milliseconds, scripted
 
 from tieredkv import POLICIES
@@ -152,9 +151,7 @@ def main() -> None:
                 rows += measure(model, shape, tokens, arguments)
             del model
     result = {"benchmark": "decode", **origin(), "budget": arguments.budget, "rows": rows}
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    report(result, arguments.out)
 
 
 if __name__ == "__main__":

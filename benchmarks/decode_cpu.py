@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from origin import origin  # before torch: it sets how torch's threads wait
+from origin import origin, report, rounded  # before torch: it sets how torch's threads wait
 
 # isort: split
 import torch
@@ -161,11 +160,9 @@ def main() -> None:
         "layers": arguments.layers,
         "budget": arguments.budget,
         "threads": torch.get_num_threads(),
-        "rows": [{name: round(v, 4) if isinstance(v, float) else v for name, v in row.items()} for row in rows],
+        "rows": rounded(rows),
     }
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    report(result, arguments.out)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ memory; and `read_bytes` of the answer.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import statistics
@@ -28,7 +27,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from origin import origin  # before torch: it sets how torch's threads wait
+from origin import origin, report, rounded  # before torch: it sets how torch's threads wait
 
 # isort: split
 import torch
@@ -195,11 +194,9 @@ def main() -> None:
         "budget": arguments.budget,
         "ingest_s": round(ingest_s, 2),
         "record_bytes": records,
-        "rows": [{name: round(v, 4) if isinstance(v, float) else v for name, v in row.items()} for row in rows],
+        "rows": rounded(rows),
     }
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    report(result, arguments.out)
 
 
 if __name__ == "__main__":

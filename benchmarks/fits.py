@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from origin import origin
+from origin import origin, report
 from synthetic import SHAPES
 
 from tieredkv.memory.units import GIB
@@ -193,9 +193,7 @@ def main() -> None:
                 if "error" in row:
                     break  # a longer one would fail too
     result = {"benchmark": "fits", **origin(), "rows": rows}
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    report(result, arguments.out)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import platform
 import sys
@@ -52,3 +53,15 @@ def origin(*packages: str) -> dict[str, Any]:
         "versions": versions(*packages, *(["triton"] if torch.cuda.is_available() else [])),
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
     }
+
+
+def rounded(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of a result, with four digits after the point."""
+    return [{name: round(v, 4) if isinstance(v, float) else v for name, v in row.items()} for row in rows]
+
+
+def report(result: dict[str, Any], out: Path | None) -> None:
+    """Print a result as one line of JSON, a benchmark's last, and write it to `out` if that is given."""
+    if out:
+        out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))

@@ -13,7 +13,6 @@ part. Prints a table, and one line of JSON at the end.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 from gpu_link import HEAD_DIM, HEADS, chunks_in, pool
-from origin import origin
+from origin import origin, report
 from synthetic import make_model, milliseconds, scripted
 
 from tieredkv.codecs import CODECS, PLAIN
@@ -173,9 +172,7 @@ def main() -> None:
         "gathers": gathers,
     }
     result["rows"] = rows
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    report(result, arguments.out)
 
 
 if __name__ == "__main__":

@@ -12,14 +12,13 @@ at the end.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from origin import origin
+from origin import origin, report
 from synthetic import make_model
 
 from tieredkv import TierConfig, TieredCache, use_attention
@@ -110,9 +109,7 @@ def main() -> None:
                 peak = f"{row['peak_bytes'] / GIB:6.2f} GiB" if "peak_bytes" in row else ""
                 print(f"{tokens:>8,} {name:<18} {shown} {peak}", flush=True)
     result = {"benchmark": "prefill", **origin(), "shape": shape, "chunk": chunk, "rows": rows}
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    report(result, arguments.out)
 
 
 if __name__ == "__main__":

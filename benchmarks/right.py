@@ -18,14 +18,13 @@ Exits with 1 unless both of ours are within the tolerance everywhere. The last l
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from origin import origin  # before torch: it sets how torch's threads wait
+from origin import origin, report  # before torch: it sets how torch's threads wait
 
 # isort: split
 import torch
@@ -168,9 +167,7 @@ def main() -> None:
         "tolerance": TOLERANCE,
         "rows": [{name: _plain(value) for name, value in row.items()} for row in rows],
     }
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    report(result, arguments.out)
     sys.exit(1 if wrong else 0)
 
 

@@ -12,7 +12,7 @@ import typer
 
 from tieredkv.errors import OptionError
 
-NAMES = ("decode", "decode_cpu", "pcie", "prefill", "fits", "right", "quality", "ingest", "bytes")
+NAMES = ("decode", "decode_cpu", "pcie", "prefill", "fits", "right", "quality", "ingest", "bytes", "disk")
 PACKAGE = Path(__file__).parents[1]
 
 
