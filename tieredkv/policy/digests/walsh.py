@@ -210,7 +210,7 @@ def _fit(
     if many == 0:  # blocks of one token
         axes = torch.eye(d, dtype=part.dtype, device=part.device)[:, :directions].expand(heads, -1, -1)
         ones = part.new_ones((heads, directions))
-        return axes, ones, ones.long().cumsum(1) * 0
+        return axes, ones, torch.zeros_like(ones, dtype=torch.int64)
     weights = strength.unsqueeze(-1)
     axes = torch.linalg.eigh((part * weights).mT @ part).eigenvectors.flip(-1)[:, :, :directions]
     along = part @ axes
