@@ -1,0 +1,1 @@
+"""Sessions, and one worker that answers questions to them."""

@@ -1,0 +1,1 @@
+"""Where films come from, and what protects the server from them."""
