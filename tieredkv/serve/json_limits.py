@@ -92,7 +92,7 @@ class JsonLimits:
     def _too_large(self) -> ApiError:
         return ApiError(
             413,
-            f"the request is larger than {self._most / 2**20:g} MiB: upload films with POST /v1/files and give their id.",
+            f"the request is larger than {self._most / 2**20:g} MiB: upload films first, with POST /v1/files.",
             code="too_large",
         )
 

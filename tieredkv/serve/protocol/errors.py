@@ -8,10 +8,11 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 
 from tieredkv.errors import TieredKVError
 from tieredkv.serve.errors import ApiError, api_error
+from tieredkv.serve.protocol.reading import ClientGone
 
 log = logging.getLogger("tieredkv.serve")
 
@@ -22,15 +23,27 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(TieredKVError, _reported)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(ClientGone, _gone)
     app.add_exception_handler(Exception, _unexpected)
 
 
-def response(error: BaseException) -> JSONResponse:
-    """The reply to a request that failed; logs what the client is not told."""
+def failed(error: BaseException) -> ApiError:
+    """What a client is told of an error; the log says what it is not told."""
     shown = api_error(error)
     if shown is not error and shown.status >= 500:
         log.error("A request failed.", exc_info=error)
+    return shown
+
+
+def response(error: BaseException) -> JSONResponse:
+    """The reply to a request that failed."""
+    shown = failed(error)
     return JSONResponse(shown.body(), shown.status, shown.headers())
+
+
+async def _gone(request: Request, error: Exception) -> Response:
+    """Nobody reads this reply; 499 is what proxies log."""
+    return Response(status_code=499)
 
 
 async def _reported(request: Request, error: Exception) -> JSONResponse:
