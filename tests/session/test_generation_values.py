@@ -78,7 +78,7 @@ def test_other_values_are_refused_in_one_sentence(name):
 
 @pytest.mark.parametrize("value", [0.5, True, "7", 2**63])
 def test_a_seed_is_a_whole_number(value):
-    with pytest.raises(OptionError, match="^seed=.* is not valid: give a whole number of 64 bits"):
+    with pytest.raises(OptionError, match=r"^seed=.* is not valid: give a whole number of 64 bits"):
         check_options({"seed": value})
 
 
