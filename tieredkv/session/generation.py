@@ -52,7 +52,7 @@ def run(
     """Generate up to `max_new_tokens` after a prompt that is already cached.
 
     prompt_ids `(1, N)`: what penalties and stopping criteria see. first_logits `(1, vocabulary)`: for the first
-    token. step(token) caches the token and returns the logits for the next. options: transformers' names.
+    token. step(token) caches the token and returns the logits for the next. options: transformers' names, and `seed`.
     """
     decoded: Decoded | None = None
     started = False
@@ -80,7 +80,7 @@ def run(
                     raise  # raised by the caller's own function
                 raise _not_valid(error) from None
             if generation_config.do_sample:
-                token = torch.multinomial(scores.softmax(-1), 1)
+                token = torch.multinomial(scores.softmax(-1), 1, generator=chance)
             else:
                 token = scores.argmax(-1, keepdim=True)
             new.append(int(token))
@@ -98,6 +98,7 @@ def run(
         return ids
 
     streamer = options.get("streamer")
+    chance = _chance(options.get("seed"), first_logits.device)
     given = _for_generate(options, tokenizer, model.generation_config)
     try:
         # With positions and a mask, `generate` neither computes them nor stores any on the model.
@@ -119,6 +120,11 @@ def run(
 
 _REFUSALS = (ValueError, TypeError, AttributeError, LookupError, NotImplementedError)
 """What transformers raises for settings of the wrong kind."""
+
+
+def _chance(seed: int | None, device: torch.device) -> torch.Generator | None:
+    """What tokens are drawn with: torch's own generator, or one of this answer alone, which changes no other's."""
+    return None if seed is None else torch.Generator(device).manual_seed(seed)
 
 
 def _not_valid(error: Exception) -> OptionError:

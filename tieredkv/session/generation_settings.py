@@ -27,8 +27,9 @@ _RUN_OPTIONS = (
     "streamer",
     "prefix_allowed_tokens_fn",
     "tokenizer",
+    "seed",
 )
-"""Supported options of `generate` that are not part of a config."""
+"""Supported options that are not part of a config: those of `generate`, and `seed`, which is ours."""
 _OTHER_LOOPS = (
     "assistant_model",
     "assistant_tokenizer",

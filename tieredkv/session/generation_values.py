@@ -48,6 +48,7 @@ RULES: dict[str, Rule] = {
     "max_time": _number("seconds, 0 or more", lambda value: value >= 0),
     "stop_strings": (_are_texts, "a text, or a list of texts"),
     "do_sample": _SWITCH,
+    "seed": (lambda value: _is_whole(value) and -(2**63) <= value < 2**63, "a whole number of 64 bits"),
     "temperature": _number("a number of at least 0", lambda value: value >= 0),
     "top_k": _whole(0),
     "top_p": _SHARE,
