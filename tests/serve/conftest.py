@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import socket
+import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -15,6 +18,7 @@ import pytest
 pytest.importorskip("fastapi")
 
 import httpx
+import uvicorn
 from fastapi import FastAPI
 
 from tieredkv.evidence.moments import Evidence, Moment
@@ -151,6 +155,57 @@ async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as connected:
         yield connected
+
+
+@dataclass
+class Listening:
+    """A server that listens on a port of this machine, in a thread of its own."""
+
+    url: str
+    app: FastAPI
+    engine: FakeEngine
+    library: FakeLibrary
+
+
+@contextmanager
+def listening_server(app: FastAPI) -> Iterator[str]:
+    """Serves an application; gives its URL."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        try:
+            yield f"http://127.0.0.1:{bound.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(10)
+
+
+@pytest.fixture(scope="session")
+def _one_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Listening]:
+    engine, library = FakeEngine(), FakeLibrary(tmp_path_factory.mktemp("films"))
+    app = create_app(Settings(), engine, library)
+    with listening_server(app) as url:
+        yield Listening(url, app, engine, library)
+
+
+@pytest.fixture
+def listening(_one_server: Listening) -> Listening:
+    """One server for all tests, as if nobody had asked it anything."""
+    _one_server.engine.__init__()  # type: ignore[misc]
+    _one_server.library.requested.clear()
+    return _one_server
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
+    """Whether something becomes true soon, in another thread."""
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    return condition()
 
 
 @pytest.fixture
