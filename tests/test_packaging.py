@@ -20,7 +20,7 @@ SOURCES = sorted((ROOT / "tieredkv").rglob("*.py"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 COMES_WITH = {"triton": "torch", "huggingface_hub": "transformers", "tokenizers": "transformers"}
 """Imported here, but installed by another dependency; triton only on platforms that have it."""
-IMPORT_NAMES = {"pillow": "PIL"}
+IMPORT_NAMES = {"pillow": "PIL", "python-multipart": "python_multipart"}
 """Import names of distributions that have another name."""
 
 
@@ -81,7 +81,7 @@ def test_an_unknown_name_is_an_attribute_error():
 
 def test_every_library_imported_is_declared():
     extras = PROJECT["optional-dependencies"]
-    stated = PROJECT["dependencies"] + [one for name in ("plot", "smolvlm", "quantised") for one in extras[name]]
+    stated = PROJECT["dependencies"] + [one for name in ("plot", "smolvlm", "quantised", "serve") for one in extras[name]]
     names = [re.split(r"[<>=\[]", one)[0] for one in stated]
     declared = {IMPORT_NAMES.get(name, name) for name in names} | {"tieredkv"}
     imported: dict[str, str] = {}

@@ -14,12 +14,11 @@ from urllib.parse import unquote, urlsplit
 from tieredkv.errors import VideoError
 from tieredkv.progress import progress_bar
 from tieredkv.video.local_file import BLOCK, LocalFile
-from tieredkv.video.urls import check_url
+from tieredkv.video.playlists import names_others
+from tieredkv.video.urls import check_url, public_name
 
 TIMEOUT_S = 30.0
 """Seconds without a byte after which a download fails."""
-_PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"<?xml", b"<MPD", b"<!DOCTYPE", b"<html", b"<HTML", b"<!doctype")
-"""How files begin that FFmpeg would read other files or URLs for, and web pages."""
 
 
 def download(url: str, progress: bool = False) -> LocalFile:
@@ -28,13 +27,12 @@ def download(url: str, progress: bool = False) -> LocalFile:
     Redirects are followed to such URLs only. The file is named after the URL without its query and password, which may
     be secret. Raises `VideoError`.
     """
+    name = public_name(url)
     try:
-        parts = urlsplit(url)
-        name = f"{parts.scheme.lower()}://{parts.hostname}{f':{parts.port}' if parts.port else ''}{parts.path}"
-    except ValueError as error:
-        raise VideoError(f"{url[:80]}: not a URL ({error}).") from None
-    try:
-        with _open(url) as answer, LocalFile.writing(name, unquote(os.path.basename(parts.path))) as (file, local):
+        with (
+            _open(url) as answer,
+            LocalFile.writing(name, unquote(os.path.basename(urlsplit(url).path))) as (file, local),
+        ):
             _copy(answer, file, name, progress)
     except errors.HTTPError as error:
         raise VideoError(f"{name}: the server answers {error.code} ({error.reason}).") from None
@@ -77,7 +75,7 @@ def _copy(answer: Any, file: Any, name: str, progress: bool) -> None:
         )
     with progress_bar("download", "B", progress) as move:
         while block := answer.read(BLOCK):
-            if not done and block.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(_PLAYLISTS):
+            if not done and names_others(block):
                 raise VideoError(f"{name}: not a video file but a web page or a playlist: give the URL of the file.")
             file.write(block)
             done += len(block)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from urllib.parse import urlsplit
 
 from tieredkv.errors import VideoError
 
@@ -24,3 +25,13 @@ def check_url(url: str, allowed: bool) -> None:
         raise VideoError(
             f"{url[:80]} is a URL, which is downloaded only with allow_url=True (--allow-url): give that, or a file."
         )
+
+
+def public_name(url: str) -> str:
+    """The URL without its query, its fragment and its user, which may be secret. Raises `VideoError` if it is none."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port
+    except ValueError as error:
+        raise VideoError(f"{url[:80]}: not a URL ({error}).") from None
+    return f"{parts.scheme.lower()}://{f'[{host}]' if ':' in host else host}{f':{port}' if port else ''}{parts.path}"

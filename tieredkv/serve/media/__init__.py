@@ -1,1 +1,1 @@
-"""Where films come from, and what protects the server from them."""
+"""Films and pictures of requests: where they come from, and how they are read without trusting them."""
