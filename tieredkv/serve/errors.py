@@ -26,9 +26,7 @@ class ApiError(Exception):
 
     def body(self) -> dict[str, Any]:
         """What is sent, as JSON."""
-        return {
-            "error": {"message": self.message, "type": _type(self.status), "param": self.param, "code": self.code}
-        }
+        return {"error": {"message": self.message, "type": _type(self.status), "param": self.param, "code": self.code}}
 
     def headers(self) -> dict[str, str]:
         """Of the reply."""
