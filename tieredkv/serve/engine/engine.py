@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,7 @@ class ModelEngine:
         """What it has done and holds now."""
         running = self._running is not None
         tiers = self._sessions.tiers(self._tiers.cap_bytes)
-        return EngineState(len(self._line), int(running), self._stopping, **asdict(self._counts), **tiers)
+        return EngineState(len(self._line), int(running), self._stopping, replace(self._counts), **tiers)
 
     # ---- requests
 
@@ -249,9 +249,9 @@ class ModelEngine:
 
     async def _open(self, request: Request) -> tuple[OpenSession, bool]:
         """The session of a request, and whether it was there. Goes on without the request while others wait for it."""
-        if (opened := self._sessions.find(request.key)) is not None:
+        if (found := self._sessions.find(request.key)) is not None:
             self._counts.open_already += 1
-            return opened, True
+            return found, True
         loop, asked = asyncio.get_running_loop(), request.asked
 
         def tell(stage: Any, done: int, total: int | None) -> None:

@@ -40,7 +40,11 @@ class Keys:
 
     def of(self, media: Sequence[Shown], system: str | None) -> str:
         """64 hexadecimal digits."""
-        identity = {"origin": self._origin, "system": system, "media": [self._medium(shown) for shown in media]}
+        identity: dict[str, Any] = {
+            "origin": self._origin,
+            "system": system,
+            "media": [self._medium(shown) for shown in media],
+        }
         if any(shown.sampling.fit for shown in media):  # which chooses by them
             identity["budgets"] = [self._tiers.gpu_kv_gb, self._tiers.host_kv_gb]
         return digest(identity)

@@ -35,14 +35,7 @@ class EngineState:
     running: int
     """0 or 1."""
     stopping: bool
-    served: int
-    refused: int
-    cancelled: int
-    timed_out: int
-    failed: int
-    open_already: int
-    loaded: int
-    ingested: int
+    counts: Counts
     device: Tier
     host: Tier
     disk: Tier
