@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from tieredkv.errors import VideoError
 from tieredkv.serve.asked import Film, Shown
 from tieredkv.serve.errors import ApiError
+from tieredkv.serve.media.fetch import Fetcher
 from tieredkv.serve.media.folder import Folder
 from tieredkv.serve.media.guarded import GuardedPicture, GuardedVideo, guarded
 from tieredkv.serve.media.identity import Identity
+from tieredkv.serve.media.inline import inline
 from tieredkv.serve.media.limits import Limits
 from tieredkv.serve.media.store import Entry, Store
+from tieredkv.serve.media.threads import stoppable
 from tieredkv.serve.settings import Settings
 
 Kind = Literal["video", "image"]
-T = TypeVar("T")
-
 _MOST_NAMES = 10_000
 """Names of clients, and files outside the store, that are remembered."""
 _LONGEST_NAME = 256
@@ -35,7 +36,10 @@ class Library:
     def __init__(self, settings: Settings, limits: Limits | None = None) -> None:
         self.limits = limits or Limits(seconds=3600.0 * settings.video_hours)
         self.store = Store(settings.upload_gb, settings.uploads_gb)
+        self.fetcher = Fetcher(self.store, settings.hosts, settings.any_host)
         self._folder = Folder(settings.videos)
+        self._inline: OrderedDict[str, str] = OrderedDict()
+        """Ids in the store, by the hash of the URL."""
         self._identities: OrderedDict[Path, Identity] = OrderedDict()
         self._names: OrderedDict[tuple[str, str], Film] = OrderedDict()
 
@@ -96,11 +100,18 @@ class Library:
         scheme = url[: url.find(":")].lower() if ":" in url[:16] else ""
         if scheme == "file":
             return await self._of_folder(url, kind)
+        if scheme == "data":
+            return await self._of_request(url, kind)
+        if scheme in ("http", "https"):
+            known = None if uuid is None else self._names.get((client, uuid))
+            if known is not None and known.path.exists():
+                return Film(known.path, known.sha256, known.name, kind)
+            return self.film_of(await self.fetcher.fetch(url), kind)
         if url.startswith("file-"):
             return self.film_of(self.upload(url), kind)
         raise ApiError(
             400,
-            f"{url[:40]!r} is no film: give http(s), file: or data: URLs, or the id of an upload (file-...).",
+            "this URL is no film's: give an http(s), file: or data: URL, or the id of an upload (file-...).",
             code="invalid_url",
             param="url",
         )
@@ -120,9 +131,20 @@ class Library:
     async def _of_folder(self, url: str, kind: Kind) -> Film:
         path, name = await asyncio.to_thread(self._folder.find, url)
         stop = threading.Event()
-        sha256, identity = await in_thread(stop, lambda: self._folder.examine(path, name, stop))
+        sha256, identity = await stoppable(stop, lambda: self._folder.examine(path, name, stop))
         self._know(path, identity)
         return Film(path, sha256, name, kind)
+
+    async def _of_request(self, url: str, kind: Kind) -> Film:
+        """A conversation repeats its films with every question: each is decoded once."""
+        key = await asyncio.to_thread(lambda: hashlib.sha256(url.encode("utf-8", "replace")).hexdigest())
+        entry = self.store.find(self._inline.get(key, ""))
+        if entry is None:
+            stop = threading.Event()
+            entry = await stoppable(stop, lambda: inline(url, self.store, stop))
+            self._inline[key] = entry.id
+            _trim(self._inline)
+        return self.film_of(entry, kind)
 
     def _named(self, uuid: str | None, kind: Kind, client: str) -> Film:
         if uuid is None:
@@ -136,15 +158,6 @@ class Library:
     def _know(self, path: Path, identity: Identity) -> None:
         self._identities[path] = identity
         _trim(self._identities)
-
-
-async def in_thread(stop: threading.Event, work: Callable[[], T]) -> T:
-    """What `work` returns, on another thread. If the request is cancelled, `stop` is set."""
-    try:
-        return await asyncio.to_thread(work)
-    except asyncio.CancelledError:
-        stop.set()
-        raise
 
 
 def _trim(names: OrderedDict[Any, Any]) -> None:
