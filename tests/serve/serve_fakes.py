@@ -102,18 +102,18 @@ class FakeLibrary:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.requested: list[tuple[str | None, str | None, str]] = []
-        self.known: dict[str, Film] = {}
+        self.known: dict[tuple[str, str], Film] = {}
         self.pinned: list[Film] = []
 
-    async def film(self, *, url: str | None, uuid: str | None, kind: Any = "video") -> Film:
+    async def film(self, *, url: str | None, uuid: str | None = None, kind: Any = "video", client: str = "") -> Film:
         self.requested.append((url, uuid, kind))
-        if url is None and uuid in self.known:
-            return self.known[uuid]
+        if url is None and uuid is not None and (client, uuid) in self.known:
+            return self.known[client, uuid]
         if url is None or "missing" in url:
             raise ApiError(404, f"there is no film {url or uuid!r}: upload it.", code="no_film")
         film = Film(self.folder / "film.mp4", hashlib.sha256(url.encode()).hexdigest(), url.rsplit("/", 1)[-1], kind)
         if uuid is not None:
-            self.known[uuid] = film
+            self.known[client, uuid] = film
         return film
 
     @contextmanager

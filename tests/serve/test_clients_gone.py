@@ -61,8 +61,10 @@ def test_text_arrives_as_it_is_said(listening):
     with httpx.Client(timeout=5) as client, client.stream("POST", url, json=chat(stream=True)) as reply:
         for line in reply.iter_lines():
             if '"A "' in line:
+                assert listening.engine.closed == 0
                 break
-        assert listening.engine.closed == 0
+        else:
+            raise AssertionError("the text did not come")
     assert eventually(lambda: listening.engine.stopped == 1)
 
 

@@ -29,8 +29,9 @@ def test_what_only_looked_like_a_stop_text_follows():
     assert passed(Stops(["END"]), ["abE", "Nx", "E"]) == ["ab", "ENx", "", "E"]
 
 
-def test_the_first_place_counts_not_the_first_text():
+def test_the_text_that_is_complete_first_counts():
     assert Stops(["later", "now"]).cut("it is now or later") == "it is "
+    assert Stops(["is now", "s"]).cut("it is now") == "it i"
 
 
 @given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=3), max_size=3), st.data())
