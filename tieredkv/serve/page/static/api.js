@@ -13,6 +13,8 @@ export class Refusal extends Error {
   }
 }
 
+const STATUSES = { invalid_request_error: 400, authentication_error: 401, permission_error: 403, rate_limit_error: 429 };
+
 /** No answer: the server, or the way to it, is gone. */
 export class Gone extends Error {}
 
@@ -106,7 +108,7 @@ export async function* events(path, options, last = () => false) {
         if (data === "") continue; // a comment that keeps the connection alive
         if (data === "[DONE]") { complete = true; continue; }
         const event = JSON.parse(data);
-        if (event.error) throw new Refusal(event.error.status ?? 500, event, null);
+        if (event.error) throw new Refusal(STATUSES[event.error.type] ?? 500, event, null);
         complete ||= last(event);
         yield event;
       }
