@@ -115,8 +115,10 @@ class IngestProgress:
     Each of the three methods may be called from its stage's own thread.
     """
 
-    def __init__(self, shown: bool, tokens: int, seconds: float | None) -> None:
-        """tokens: prompt tokens expected. seconds: length of the video, if known."""
+    def __init__(self, shown: bool, tokens: int, seconds: float | None, report: Progress | None = None) -> None:
+        """tokens: prompt tokens expected. seconds: length of the video, if known. report: called with the tokens that
+        are cached, and how many are expected, on the thread that prefills."""
+        self._done, self._expected, self._report = 0, tokens, report
         self._length = "" if seconds is None else f" of {timecode(seconds)}"
         self._before, self._decoded, self._encoded = 0.0, 0.0, 0
         self._updated_at = 0.0
@@ -125,12 +127,14 @@ class IngestProgress:
     def resumed(self, tokens: int, seconds: float) -> None:
         """The first `tokens` tokens, and the video's first `seconds` seconds, were done by an earlier ingest."""
         self._bar.initial = self._bar.n = tokens
+        self._count(tokens)
         if not self._bar.disable:
             self.say(f"continuing at {timecode(seconds)}{self._length}.")
 
     def restarted(self, why: str) -> None:
         """What `resumed` reported was of no use."""
         self._bar.initial = self._bar.n = 0
+        self._count(0)
         self.say(f"{why} The video is ingested from its beginning.")
 
     def say(self, text: str) -> None:
@@ -158,6 +162,12 @@ class IngestProgress:
         """This many more tokens are cached."""
         self._bar.update(tokens)
         self._update_text()
+        self._count(self._done + tokens)
+
+    def _count(self, tokens: int) -> None:
+        self._done = tokens
+        if self._report is not None:
+            self._report(tokens, self._expected)
 
     def _update_text(self) -> None:
         if self._bar.disable or time.monotonic() < self._updated_at + SECONDS_BETWEEN:

@@ -1,14 +1,10 @@
-"""Parts of a server without a model: an engine that says what it was told to, and films that are only names."""
+"""Fixtures of a server without a model: see `serve_fakes`."""
 
 from __future__ import annotations
 
-import asyncio
-import hashlib
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import pytest
 
@@ -16,112 +12,10 @@ pytest.importorskip("fastapi")
 
 import httpx
 from fastapi import FastAPI
+from serve_fakes import FakeEngine, FakeLibrary, Listening, an_exchange, listening_server
 
-from tieredkv.evidence.moments import Evidence, Moment
 from tieredkv.serve.app import create_app
-from tieredkv.serve.asked import Answer, Asked, Film, Piece, Progress, Ready, Token
-from tieredkv.serve.errors import ApiError
 from tieredkv.serve.settings import Settings
-from tieredkv.session.results import Generation, Stats
-
-
-def some_stats(**values: Any) -> Stats:
-    """Statistics of an answer: zeros, but for what is given."""
-    kinds = get_type_hints(Stats)
-    zeros: dict[Any, Any] = {str: "eager", tuple[tuple[float, float], ...]: ()}
-    return Stats(**{field.name: zeros.get(kinds[field.name], 0) for field in fields(Stats)} | values)
-
-
-def an_answer(text: str, *, reused: bool = True, finish: Any = "stop", tokens: Any = None, **stats: Any) -> Answer:
-    """The last event of a question answered with `text`, which looked at seconds 2 to 4."""
-    import torch
-
-    moments = (Moment(2.0, 4.0, 0.75, 3.0),)
-    evidence = Evidence(moments, torch.tensor([0.25, 0.75]), 0.0, 4.0, 2.0, source="film.mp4")
-    values = {"prompt_tokens": 1000, "visual_tokens": 960, "new_tokens": max(1, len(text.split())), **stats}
-    ids = list(range(values["new_tokens"]))
-    return Answer(Generation(text, ids, some_stats(**values), evidence=evidence), finish, reused, tokens)
-
-
-def an_exchange(*pieces: str, **values: Any) -> list[Any]:
-    """Everything that happens when `pieces` are the answer."""
-    return [Progress("queued"), Progress("question", 0, 40), *map(Piece, pieces), an_answer("".join(pieces), **values)]
-
-
-Event = Progress | Piece | Answer | Ready | BaseException | asyncio.Event | float
-
-
-class FakeEngine:
-    """Plays a script of events. An error among them is raised there, an `asyncio.Event` waited for, and a number is
-    seconds to wait."""
-
-    model_name = "fake/model"
-    created = 1_700_000_000
-
-    def __init__(self) -> None:
-        self.script: list[Any] = an_exchange("A red ", "circle.")
-        self.preparation: list[Any] = [Progress("ingest", 400, 960), Ready(False, 960, 16.0)]
-        self.asked: list[Asked] = []
-        self.prepared: list[Asked] = []
-        self.closed = 0
-        """How many of its iterators have ended, in whatever way."""
-        self.stopped = 0
-        """How many of them before their last event."""
-
-    def ask(self, asked: Asked) -> AsyncIterator[Any]:
-        self.asked.append(asked)
-        return self._play(self.script)
-
-    def prepare(self, asked: Asked) -> AsyncIterator[Any]:
-        self.prepared.append(asked)
-        return self._play(self.preparation)
-
-    async def _play(self, script: list[Any]) -> AsyncIterator[Any]:
-        done = False
-        try:
-            for event in list(script):
-                if isinstance(event, BaseException):
-                    raise event
-                if isinstance(event, asyncio.Event):
-                    await event.wait()
-                elif isinstance(event, float):
-                    await asyncio.sleep(event)
-                else:
-                    await asyncio.sleep(0)
-                    yield event
-            done = True
-        finally:
-            self.closed += 1
-            self.stopped += not done
-
-
-class FakeLibrary:
-    """Films of any URL that does not say `missing`, whose bytes are their URL."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.requested: list[tuple[str | None, str | None, str]] = []
-        self.known: dict[str, Film] = {}
-        self.pinned: list[Film] = []
-
-    async def film(self, *, url: str | None, uuid: str | None, kind: Any = "video") -> Film:
-        self.requested.append((url, uuid, kind))
-        if url is None and uuid in self.known:
-            return self.known[uuid]
-        if url is None or "missing" in url:
-            raise ApiError(404, f"there is no film {url or uuid!r}: upload it.", code="no_film")
-        film = Film(self.folder / "film.mp4", hashlib.sha256(url.encode()).hexdigest(), url.rsplit("/", 1)[-1], kind)
-        if uuid is not None:
-            self.known[uuid] = film
-        return film
-
-    @contextmanager
-    def pin(self, film: Film) -> Iterator[None]:
-        self.pinned.append(film)
-        try:
-            yield
-        finally:
-            self.pinned.remove(film)
 
 
 @pytest.fixture
@@ -153,6 +47,22 @@ async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
         yield connected
 
 
+@pytest.fixture(scope="session")
+def _one_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Listening]:
+    engine, library = FakeEngine(), FakeLibrary(tmp_path_factory.mktemp("films"))
+    app = create_app(Settings(), engine, library)
+    with listening_server(app) as url:
+        yield Listening(url, app, engine, library)
+
+
+@pytest.fixture
+def listening(_one_server: Listening) -> Listening:
+    """One server for all tests, as if nobody had asked it anything."""
+    _one_server.engine.__init__()  # type: ignore[misc]
+    _one_server.library.requested.clear()
+    return _one_server
+
+
 @pytest.fixture
 def answers(engine: FakeEngine) -> Callable[..., None]:
     """`answers("A ", "cat.")`: what the engine says from now on."""
@@ -161,6 +71,3 @@ def answers(engine: FakeEngine) -> Callable[..., None]:
         engine.script = an_exchange(*pieces, **values)
 
     return say
-
-
-__all__ = ["FakeEngine", "FakeLibrary", "Token", "an_answer", "an_exchange", "some_stats"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from os import PathLike
@@ -13,12 +12,12 @@ from typing import Any
 from tieredkv.errors import SessionError
 from tieredkv.session import session_file
 from tieredkv.session.beside import checkpoint_path, remove_leftover
+from tieredkv.session.key import digest, sampling_key
 from tieredkv.session.origin import ModelSource, same_subtitles
 from tieredkv.session.video_session import VideoSession
 from tieredkv.storage import tensor_file
 from tieredkv.storage.header import check_target
 from tieredkv.video.sampling import Sampling
-from tieredkv.video.subtitles import AUTO, read_cues, subtitles_hash
 
 
 class SessionFolder:
@@ -71,21 +70,14 @@ class SessionFolder:
             remove_leftover(checkpoint_path(file))
 
     def _file(self, video: Path, sha256: str, sampling: Sampling, session: VideoSession) -> Path:
-        given = {name: _plain(getattr(sampling, name)) for name in sampling.given()}
-        identity: list[Any] = [sha256, given, self._source and self._source.as_plain(), session.template.system]
+        source = self._source and self._source.as_plain()
+        identity: list[Any] = [sha256, sampling_key(sampling), source, session.template.system]
         if sampling.fit:  # which chooses by them
             identity += [session.tiers.gpu_kv_gb, session.tiers.host_kv_gb]
             identity += [] if session.tiers.host_kv_bits is None else [session.tiers.host_kv_bits]
-        key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+        key = digest(identity)[:16]
         name = f"{video.stem.lstrip('.')[:40]}-{key}.tkv"
         return min(self._folder.glob(f"*-{key}.tkv"), default=self._folder / name)
-
-
-def _plain(value: Any) -> Any:
-    """A value of a sampling, such that 2 and 2.0 are one rate, and a subtitle file is what it holds."""
-    if not isinstance(value, str):
-        return float(value)
-    return value if value == AUTO else subtitles_hash(read_cues(value))
 
 
 def _checked(file: Path, session: VideoSession, sha256: str, sampling: Sampling) -> tensor_file.Stored:

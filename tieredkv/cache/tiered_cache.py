@@ -168,6 +168,12 @@ class TieredCache(Cache):
         tiered = sum(layer.host.nbytes for layer in self.tiered_layers if layer.host is not None)
         return tiered + self.untiered.snapshot_bytes
 
+    def leave_device(self) -> None:
+        """Free what the cache keeps on the device between questions: later ones stream all of the past. Not while
+        sealed, nor in the middle of a call. Layers that do not grow stay, as they are not counted against the cap."""
+        self.device_tier.copies.drain()
+        self.device_tier.drop_residents()
+
     @property
     def untiered_bytes(self) -> int:
         """Device memory that does not count against the cap: windows of sliding layers, states of the others."""

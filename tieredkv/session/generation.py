@@ -7,14 +7,23 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, MaxTimeCriteria, StoppingCriteriaList, StopStringCriteria
+from transformers import (
+    GenerationConfig,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 
 from tieredkv.errors import OptionError
 from tieredkv.session.generation_settings import FORMS, check_options, explicit, new_tokens, setting
 from tieredkv.session.generation_values import as_fractions
+from tieredkv.session.results import FinishReason
 
 __all__ = ["Decoded", "check_options", "ending_on_error", "new_tokens", "resolve_stop_strings", "run", "timed"]
 
@@ -27,6 +36,7 @@ class Decoded:
     first_token_at: float
     """`time.perf_counter()` when the first token was chosen."""
     last_token_at: float
+    finish_reason: FinishReason
 
 
 @contextmanager
@@ -70,6 +80,7 @@ def run(
         if streamer is not None:
             streamer.put(input_ids.cpu())
         ids, logits = input_ids, first_logits
+        going_on = torch.zeros(1, dtype=torch.bool, device=input_ids.device)
         new: list[int] = []
         first_at = 0.0
         while True:
@@ -89,12 +100,16 @@ def run(
             ids = torch.cat((ids, token), dim=-1)
             if streamer is not None:
                 streamer.put(token[0].cpu())
-            if bool(stopping_criteria(ids, None).all()) or len(new) >= max_new_tokens:
+            met = [(criterion, criterion(ids, None)) for criterion in stopping_criteria]  # each only once
+            ended = reduce(or_, (done for _, done in met), going_on)  # one wait for the device
+            if bool(ended.all()) or len(new) >= max_new_tokens:
                 break
             logits = step(new[-1])
         if streamer is not None:
             streamer.end()
-        decoded = Decoded(new, first_at, time.perf_counter())
+        own = [done for criterion, done in met if not isinstance(criterion, MaxLengthCriteria | MaxTimeCriteria)]
+        finish: FinishReason = "stop" if bool(reduce(or_, own, going_on).all()) else "length"
+        decoded = Decoded(new, first_at, time.perf_counter(), finish)
         return ids
 
     streamer = options.get("streamer")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ from tieredkv.planning.admission import Request, check_memory
 from tieredkv.planning.advice import Advice
 from tieredkv.planning.disk_plan import disk_plan
 from tieredkv.planning.host_plan import prompt_bits
-from tieredkv.planning.sizes import QUESTION_ROOM, stored_bytes
-from tieredkv.progress import IngestProgress
+from tieredkv.planning.sizes import QUESTION_ROOM, host_bytes, stored_bytes
+from tieredkv.progress import IngestProgress, Progress
 from tieredkv.session import on_disk, sampled_video
 from tieredkv.session.cached_video import CachedVideo
 from tieredkv.session.checkpoint import Checkpoint, Damaged
@@ -41,10 +42,19 @@ from tieredkv.video.subtitles import subtitles_hash
 class Ingest:
     """One video on its way into a new cache. `cancel`, from any thread, ends it."""
 
-    def __init__(self, model: Any, template: ChatTemplate, tiers: TierConfig, show_progress: bool) -> None:
+    def __init__(
+        self,
+        model: Any,
+        template: ChatTemplate,
+        tiers: TierConfig,
+        show_progress: bool,
+        report: Progress | None = None,
+        make_room: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """report, make_room: as in `VideoSession.ingest`."""
         self.model, self.template, self.tiers = model, template, tiers
         self.pipeline = Pipeline()
-        self._show_progress = show_progress
+        self._show_progress, self._report, self._make_room = show_progress, report, make_room
         self._cache: TieredCache | None = None
         self._folder = Path()
         """Where the cache is kept if host memory does not hold it."""
@@ -120,13 +130,16 @@ class Ingest:
         last, grid = media[-1].sampled, media[-1].grid
         after = template.tail_ids(tail, last.times(grid.steps - 1, grid.frames_per_step), grid.slices)
         advice = advise(media[0].source, sampling) if template.media == ("video",) else None
+        if self._make_room is not None:
+            self._make_room(self._host_bytes(expected), self._file_bytes(expected))
         room = self._check_memory(expected, after.shape[1], max_new_tokens, advice)
         if save_to is not None:
             header.check_space(Path(save_to), self._file_bytes(expected) + self._disk_bytes(expected + after.shape[1]))
         self._new_cache(room)
         same_model = SameModel(model)
         lengths = [each.source.seconds for each in media if each.source.seconds is not None]
-        progress = IngestProgress(self._show_progress, expected, sum(lengths) if len(lengths) == len(media) else None)
+        seconds = sum(lengths) if len(lengths) == len(media) else None
+        progress = IngestProgress(self._show_progress, expected, seconds, self._report)
         whole, earlier_s, complete = None, 0.0, False
         try:
             for number, (text, prepared) in enumerate(zip(texts, media, strict=True)):
@@ -231,6 +244,13 @@ class Ingest:
         """Size of the session file of this many tokens, without its header: it holds what the host tier does."""
         shape = on_disk.shape_of(self.model)
         return stored_bytes(shape, self.tiers, tokens, prompt_bits(shape, self.tiers, tokens))
+
+    def _host_bytes(self, tokens: int) -> int:
+        """Host memory of a cache of this many tokens."""
+        shape = on_disk.shape_of(self.model)
+        bits = prompt_bits(shape, self.tiers, tokens)
+        plan = disk_plan(shape, self.tiers, tokens, bits)
+        return host_bytes(shape, self.tiers, tokens, bits) if plan is None else plan.host_bytes
 
     def _disk_bytes(self, tokens: int) -> int:
         """What a cache of so many tokens takes of the disk while there is no session file."""

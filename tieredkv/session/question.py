@@ -184,7 +184,8 @@ def answer(
     cache.finish()
     beside = 0 if kept is None else kept.passage.nbytes
     stats = _stats(cache, video, prefix + tail, decoded, started, steps.path, beside)
-    return Generation(template.text(decoded.token_ids), decoded.token_ids, stats, cache.counters.trace), kept
+    text, trace = template.text(decoded.token_ids), cache.counters.trace
+    return Generation(text, decoded.token_ids, stats, trace, finish_reason=decoded.finish_reason), kept
 
 
 def collect_evidence(cached: CachedVideo, looks: Looks, rows: int, tokens: int, each: bool) -> Evidence:

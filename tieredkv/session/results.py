@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from tieredkv.cache.counters import Selection
 from tieredkv.evidence.moments import Evidence, Moment
 from tieredkv.evidence.named_times import NamedTime
+
+FinishReason = Literal["stop", "length"]
+"""Why an answer ended: by itself (an end token, a stop string, a caller's criterion), or at `max_new_tokens` or
+`max_time`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +117,7 @@ class Generation:
     """The moments of the video that question and answer attended to; None with `evidence=False`."""
     times: tuple[NamedTime, ...] | None = field(default=None, repr=False)
     """With `timestamps=True`: the times of the video that the answer names."""
+    finish_reason: FinishReason = field(default="stop", repr=False)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON: text, token ids, evidence and statistics; `token_evidence` and `times` if asked for,
@@ -121,6 +126,7 @@ class Generation:
         return {
             "text": self.text,
             "token_ids": self.token_ids,
+            "finish_reason": self.finish_reason,
             "evidence": None if found is None else [moment.as_dict() for moment in found],
             **({"media": [part.source for part in found.parts]} if found is not None and found.parts else {}),
             **({} if found is None or found.tokens is None else {"token_evidence": _plain(found.tokens)}),

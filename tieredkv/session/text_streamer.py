@@ -2,10 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from transformers.generation.streamers import BaseStreamer
+
+
+def token_texts(text: Callable[[list[int]], str], ids: Sequence[int]) -> list[str]:
+    """The text that each token of an answer adds; joined, they are `text(ids)`.
+
+    text: the whole text of tokens. A token that completes no character adds nothing, and white space that ends a text
+    belongs to the token after it.
+    """
+    whole, pieces, begin = text(list(ids)), [], 0
+    for count in range(1, len(ids) + 1):
+        stop = len(whole)
+        if count < len(ids):
+            so_far = _stable(text(list(ids[:count])))
+            same = (number for number, (a, b) in enumerate(zip(so_far, whole, strict=False)) if a != b)
+            stop = max(begin, next(same, min(len(so_far), len(whole))))
+        pieces.append(whole[begin:stop])
+        begin = stop
+    return pieces
+
+
+def _stable(text: str) -> str:
+    """What of the text of the first tokens of an answer later tokens do not change."""
+    return text.rstrip("\N{REPLACEMENT CHARACTER}").rstrip()
 
 
 class StableTextStreamer(BaseStreamer):
@@ -28,7 +51,7 @@ class StableTextStreamer(BaseStreamer):
             self._prompt = False
             return
         self._ids.extend(value.flatten().tolist())
-        text = self._text(self._ids).rstrip("\N{REPLACEMENT CHARACTER}").rstrip()
+        text = _stable(self._text(self._ids))
         if len(text) > len(self._sent) and text.startswith(self._sent):
             self._send(text)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +18,7 @@ from tieredkv.models.families.base import Positions, VideoFamily, VideoGrid
 from tieredkv.models.prompts import check_prompt
 from tieredkv.models.timestamps import check_timestamps, times_request
 from tieredkv.models.wrapped import unwrapped
-from tieredkv.progress import progress_bar
+from tieredkv.progress import Progress, progress_bar
 from tieredkv.session import conversation_file, generation, question, session_file
 from tieredkv.session.aio import AsyncAsking
 from tieredkv.session.cached_video import CachedVideo
@@ -96,19 +97,23 @@ class VideoSession(AsyncAsking):
         max_new_tokens: int = 1,
         checkpoint: str | Path | None = None,
         save_to: str | Path | None = None,
+        report: Progress | None = None,
+        make_room: Callable[[int, int], None] | None = None,
     ) -> None:
         """Decode, encode and prefill the video. Once per session.
 
         video, checkpoint: as in `tieredkv.open_session`. sampling: None takes all of it, at the processor's rate.
         question, max_new_tokens: the expected question, if known; the budgets are checked for it before anything is
-        decoded. save_to: where the session will be saved; the disk is checked for room too. Raises `VideoError`,
-        `BudgetError` or `SessionError` and leaves the session without a video. `close` from another thread ends it with
-        a `TieredKVError`.
+        decoded. save_to: where the session will be saved; the disk is checked for room too. report: called with the
+        tokens that are cached and how many are expected, now and then. make_room: called once with the bytes of host
+        memory that the session will take and those of its file, before budgets are checked; may raise. Both are called
+        on this thread. Raises `VideoError`, `BudgetError` or `SessionError` and leaves the session without a video.
+        `close` from another thread ends it with a `TieredKVError`.
         """
         with self._turns.lock:
             self._check_empty()
             kept = None if checkpoint is None else Checkpoint(Path(checkpoint), self.source)
-            self._ingest = Ingest(self.model, self.template, self.tiers, self._progress)
+            self._ingest = Ingest(self.model, self.template, self.tiers, self._progress, report, make_room)
             try:
                 if self._turns.closed:  # since the check
                     self._ingest.cancel()
@@ -246,10 +251,18 @@ class VideoSession(AsyncAsking):
         with self._turns.lock:
             self._conversation = Conversation()
 
-    def asking(self, prompt: str, options: dict[str, Any], *, chat: bool = False, stream: bool = False) -> Work:
+    def asking(
+        self,
+        prompt: str,
+        options: dict[str, Any],
+        *,
+        chat: bool = False,
+        stream: bool = False,
+        conversation: Conversation | None = None,
+    ) -> Work:
         """The work of `ask` or `chat`. Raises at once for errors that can be found before its turn.
 
-        options: all of theirs except `stream`.
+        options: all of theirs except `stream`. conversation: which one a chat continues; None: the session's own.
         """
         options = dict(options)
         trace, evidence = options.pop("trace", False), options.pop("evidence", True)
@@ -263,16 +276,17 @@ class VideoSession(AsyncAsking):
             if check_timestamps(timestamps):
                 prompt += f"\n{times_request(self.template)}"
         asked = UserQuestion(prompt, options, chat, trace, evidence, timestamps)
-        return Work(partial(self._answer, asked), self._turns.line)
+        return Work(partial(self._answer, asked, conversation), self._turns.line)
 
-    def _answer(self, user_question: UserQuestion, job: Job | None) -> Generation:
+    def _answer(self, user_question: UserQuestion, given: Conversation | None, job: Job | None) -> Generation:
         streamer = user_question.options.get("streamer")
         if job is not None and job.streams:
             streamer = job.streamer(self.template.text)
             user_question = user_question.with_streamer(streamer)
         with generation.ending_on_error(streamer), self._turns.take(job):
             self._advise()
-            conversation, check = self._conversation, partial(self._turns.check_still_wanted, job)
+            conversation = self._conversation if given is None else given
+            check = partial(self._turns.check_still_wanted, job)
             result, kept = question.ask(self._ready(), user_question, conversation, check)
             if user_question.chat:
                 check()
@@ -337,6 +351,25 @@ class VideoSession(AsyncAsking):
     def ingest_stats(self) -> IngestStats | None:
         """What the ingest measured; None before it."""
         return None if self._ingested is None else self._ingested.stats
+
+    # ---- what it takes
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory of keys and values; that of its conversation is not counted. 0 without a video."""
+        return 0 if (cached := self._cached) is None else cached.cache.host_bytes
+
+    @property
+    def device_bytes(self) -> int:
+        """Device memory counted against the cap now."""
+        return 0 if (cached := self._cached) is None else cached.cache.ledger.used_bytes
+
+    def leave_device(self) -> None:
+        """Free what the session keeps on the device between questions, for another session. It can be asked as before;
+        reading a question then streams all of the past. Waits until a question under way is answered."""
+        with self._turns.lock:
+            if self._cached is not None:
+                self._cached.cache.leave_device()
 
     # ---- beginning and end
 

@@ -1,1 +1,1 @@
-"""Sessions, and one worker that answers questions to them."""
+"""One model and the sessions of the films that it was asked about, for many clients."""

@@ -48,10 +48,11 @@ async def _prepare(
 ) -> AsyncGenerator[Progress | Ready, None]:
     state = request.app.state
     with ExitStack() as pins:
-        film = await find_film(state, reference, pins)
+        client = client_of(request)
+        film = await find_film(state, reference, client, pins)
         shown = Shown(film, sampling_of(film.kind, fields, state.settings))
         system = state.settings.system if system is None else system
-        asked = Asked((shown,), "", system=system, client=client_of(request))
+        asked = Asked((shown,), "", system=system, client=client)
         async with closing(state.engine.prepare(asked)) as course:
             async for event in course:
                 yield event

@@ -82,10 +82,11 @@ def closing(events: AsyncIterator[Any]) -> Any:
     return aclosing(events)  # type: ignore[type-var]
 
 
-async def find_film(state: Any, reference: Reference, pins: ExitStack) -> Film:
-    """The film that a message names; it is not removed until `pins` is closed. Errors name the part of the request."""
+async def find_film(state: Any, reference: Reference, client: str, pins: ExitStack) -> Film:
+    """The film that a client's message names; it is not removed until `pins` is closed. Errors name the part of the
+    request."""
     try:
-        film = await state.library.film(url=reference.url, uuid=reference.uuid, kind=reference.kind)
+        film = await state.library.film(url=reference.url, uuid=reference.uuid, kind=reference.kind, client=client)
     except ApiError as error:
         error.param = error.param or reference.where
         raise
@@ -100,13 +101,13 @@ async def _find(state: Any, question: Question, pins: ExitStack) -> tuple[Shown,
     for shown in media:
         pins.enter_context(state.library.pin(shown.film))
     for reference in talk.media:
-        film = await find_film(state, reference, pins)
+        film = await find_film(state, reference, question.client, pins)
         fields = {**question.sampling, **reference.sampling}
         media.append(Shown(film, sampling_of(film.kind, fields, settings)))
     for reference in talk.repeated:
         if reference in talk.media:
             continue
-        film = await find_film(state, reference, pins)
+        film = await find_film(state, reference, question.client, pins)
         if film.sha256 not in {shown.film.sha256 for shown in media}:
             raise ApiError(
                 400,

@@ -29,14 +29,14 @@ _NO_PENALTY = (
     "is not supported, because transformers has no such penalty: use repetition_penalty, which works on other numbers."
 )
 _NO_SHAPE = "is not supported, because answers are not constrained to a shape: ask for the shape in words."
-_NO_LOGPROBS = "is not supported, because probabilities are not kept while an answer is decoded: leave it out."
+NO_LOGPROBS = "is not supported, because probabilities are not kept while an answer is decoded: leave it out."
 _NO_REASONING = "is not supported, because models are asked for answers without a part for reasoning: leave it out."
 _NO_AUDIO = "is not supported, because neither sound nor speech is read or written here: leave it out."
 
 _BOTH: dict[str, Refused] = {
     "tools": Refused(_NO_TOOLS, ([],)),
     "tool_choice": Refused(_NO_TOOLS, ("none", "auto")),
-    "top_logprobs": Refused(_NO_LOGPROBS, (0,)),
+    "top_logprobs": Refused(NO_LOGPROBS, (0,)),
     "guided_json": Refused(_NO_SHAPE),
     "guided_regex": Refused(_NO_SHAPE),
     "guided_choice": Refused(_NO_SHAPE),
@@ -55,8 +55,8 @@ CHAT: dict[str, Refused] = {
     "logit_bias": Refused(
         "is not supported, because ids of tokens are not part of this protocol: leave it out.", ({},)
     ),
-    "logprobs": Refused(_NO_LOGPROBS, (False,)),
-    "prompt_logprobs": Refused(_NO_LOGPROBS),
+    "logprobs": Refused(NO_LOGPROBS, (False,)),
+    "prompt_logprobs": Refused(NO_LOGPROBS),
     "functions": Refused(_NO_TOOLS, ([],)),
     "function_call": Refused(_NO_TOOLS, ("none", "auto")),
     "audio": Refused(_NO_AUDIO),

@@ -18,7 +18,7 @@ from tieredkv.serve.protocol.generation import Additions, GenerationFields
 from tieredkv.serve.protocol.models import check_model
 from tieredkv.serve.protocol.question import Question, client_of, events_of
 from tieredkv.serve.protocol.reading import Reading
-from tieredkv.serve.protocol.refused import RESPONSES, check_fields
+from tieredkv.serve.protocol.refused import NO_LOGPROBS, RESPONSES, check_fields
 from tieredkv.serve.protocol.response_reply import ResponseReply, response_events
 from tieredkv.serve.protocol.sampling import read_kwargs
 
@@ -35,6 +35,8 @@ class ResponsesRequest(GenerationFields):
     store: bool | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     metadata: dict[str, Any] | None = None
+    include: list[Any] | None = None
+    """Other things than an answer; there are none here."""
 
 
 def _messages(asked: ResponsesRequest) -> list[Any]:
@@ -63,6 +65,8 @@ def question_of(asked: ResponsesRequest, request: Request) -> tuple[Question, st
     work, before anything is fetched."""
     state, client = request.app.state, client_of(request)
     check_model(asked.model, state.engine)
+    if "message.output_text.logprobs" in (asked.include or ()):
+        raise ApiError(400, f"include: logprobs {NO_LOGPROBS}", code="unsupported", param="include")
     check_fields(asked.model_extra or {}, RESPONSES, ResponsesRequest.model_fields)
     earlier = _earlier(asked, state.conversations, client)
     talk = conversation.read(_messages(asked), "input", begun=earlier is not None)

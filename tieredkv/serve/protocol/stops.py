@@ -40,8 +40,10 @@ class Stops:
         return text if at is None else text[:at]
 
     def _first(self, text: str) -> int | None:
-        places = [at for at in (text.find(stop) for stop in self._texts) if at >= 0]
-        return min(places, default=None)
+        """Where the stop text begins that is complete first: what follows it is not there yet where text comes letter
+        by letter, and must not matter where it comes at once."""
+        places = [(at + len(stop), at) for stop in self._texts if (at := text.find(stop)) >= 0]
+        return min(places)[1] if places else None
 
     def _beginning(self, text: str) -> int:
         """How many characters at the end of `text` are the beginning of a stop text."""
