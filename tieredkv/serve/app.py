@@ -14,6 +14,7 @@ from tieredkv.serve.json_limits import JsonLimits
 from tieredkv.serve.logs import Requests
 from tieredkv.serve.media import routes as files
 from tieredkv.serve.metrics import Metrics
+from tieredkv.serve.page import routes as page
 from tieredkv.serve.protocol import chat, errors, ingest, models, responses
 from tieredkv.serve.protocol.conversations import Conversations
 from tieredkv.serve.settings import Settings
@@ -26,6 +27,7 @@ ROUTERS = (
     responses.router,
     ingest.router,
     files.router,
+    page.router,
     health.router,
     metrics.router,
     security.router,
