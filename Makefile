@@ -39,7 +39,7 @@ test: $(READY)
 	$(BIN)/python -m pytest -q
 
 test-quick: $(READY)
-	$(BIN)/python -m pytest -q -m "not (slow or model or subprocess or threads or interpreter or setups or files)"
+	$(BIN)/python -m pytest -q -m "not (slow or model or subprocess or threads or interpreter or setups or files or browser)"
 
 constraints: $(READY)
 	$(BIN)/python .ci/versions.py constraints

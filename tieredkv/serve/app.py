@@ -11,13 +11,14 @@ from fastapi import FastAPI
 from tieredkv.serve.asked import Engine
 from tieredkv.serve.json_limits import JsonLimits
 from tieredkv.serve.media import routes as files
+from tieredkv.serve.page import routes as page
 from tieredkv.serve.protocol import chat, errors, ingest, models, responses
 from tieredkv.serve.protocol.conversations import Conversations
 from tieredkv.serve.settings import Settings
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
-ROUTERS = (models.router, chat.router, responses.router, ingest.router, files.router)
+ROUTERS = (models.router, chat.router, responses.router, ingest.router, files.router, page.router)
 """What the server answers to. The first route that matches a path serves it."""
 
 
