@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tieredkv.serve.asked import Answer, Asked, Film, Piece, Progress, Ready, Shown
-from tieredkv.serve.engine.engine import ModelEngine
+from tieredkv.serve.asked import Answer, Asked, Film, Piece, Progress, Shown
+from tieredkv.serve.engine.engine import ModelEngine, plain_source
 from tieredkv.serve.settings import Settings
+from tieredkv.video.media import Video
 from tieredkv.video.sampling import Sampling
 
 QUESTION = "what colour was the moon ?"
@@ -34,11 +36,42 @@ def settings(**values: Any) -> Settings:
     return replace(Settings(tiers=dict(TIERS), max_new_tokens=8), **values)
 
 
+class Films:
+    """Gives films to an engine and lists those that are ingested; each frame waits until `gate` is open."""
+
+    def __init__(self) -> None:
+        self.ingested: list[str] = []
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def source(self, shown: Shown) -> Video:
+        video = plain_source(shown)
+        opened = video.open
+
+        def open_gated(sampling: Sampling, check: Any = None) -> Any:
+            source = opened(sampling, check)
+            frames = source.frames
+
+            def gated(tick: Any = None, first: int = 0) -> Iterator[Any]:
+                self.ingested.append(shown.film.path.name)
+                for frame in frames(tick, first):
+                    while not self.gate.wait(0.01):
+                        tick(0.0)  # raises if the ingest was stopped
+                    yield frame
+
+            source.frames = gated
+            return source
+
+        video.open = open_gated
+        return video
+
+
 class Running:
     """A started engine."""
 
-    def __init__(self, model: Any, processor: Any, **values: Any) -> None:
-        self.engine = ModelEngine(model, processor, settings(**values))
+    def __init__(self, model: Any, processor: Any, films: Films | None = None, **values: Any) -> None:
+        source = plain_source if films is None else films.source
+        self.engine = ModelEngine(model, processor, settings(**values), source)
 
     async def __aenter__(self) -> ModelEngine:
         await self.engine.start()
@@ -74,6 +107,3 @@ async def eventually(condition: Any) -> None:
     async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.01)
-
-
-__all__ = ["OTHER", "QUESTION", "Ready", "Running", "all_of", "answer_of", "eventually", "film", "question", "until"]

@@ -140,7 +140,9 @@ class Gate:
         if client is None and not is_open:
             wrong = "the API key is not one of this server's" if scheme else "this server needs an API key"
             raise ApiError(
-                401, f"{wrong}: send it as Authorization: Bearer KEY.", code="invalid_api_key" if scheme else "no_api_key"
+                401,
+                f"{wrong}: send it as Authorization: Bearer KEY.",
+                code="invalid_api_key" if scheme else "no_api_key",
             )
         return client
 

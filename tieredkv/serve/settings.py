@@ -101,7 +101,9 @@ class Settings:
         check_whole("max_new_tokens", self.max_new_tokens)
         for name in (*self.hosts, *self.allowed_hosts):
             if not (_HOST_NAME.fullmatch(name) or is_address(name)):
-                raise OptionError(f"{name!r} is not the name of a host: give one such as films.example.org, without port.")
+                raise OptionError(
+                    f"{name!r} is not the name of a host: give one such as films.example.org, without port."
+                )
         Sampling(fps=self.fps, max_frames=self.max_frames, max_pixels=self.max_pixels)
         return self
 

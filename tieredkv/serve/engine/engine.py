@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,18 @@ from tieredkv.video.media import Picture, Video
 
 log = logging.getLogger(__name__)
 
-QUEUE_NEWS_S = 1.0
-"""Seconds between two reports of a request's place in the line."""
+NEWS_S = 1.0
+"""Seconds without an event after which a request is told again where it is."""
+
+
+@dataclass(slots=True)
+class _Coming:
+    """A session that is being opened."""
+
+    key: str
+    opening: Opening
+    progress: tuple[Any, int, int | None] = ("load", 0, None)
+    """Stage, tokens that are cached, and how many are expected."""
 
 
 def plain_source(shown: Shown) -> Video | Picture:
@@ -86,8 +96,8 @@ class ModelEngine:
         self._counts = Counts()
         self._line: Line[Request] = Line(settings.queue)
         self._running: Request | None = None
-        self._opening: tuple[str, Opening] | None = None
-        """The key of the session that is being opened, and what opens it."""
+        self._coming: _Coming | None = None
+        """The session that is being opened."""
         self._wanted: dict[str, set[Request]] = {}
         """Requests that have not ended, by the key of their session."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tieredkv-opening")
@@ -136,13 +146,13 @@ class ModelEngine:
         timer = asyncio.get_running_loop().call_later(deadline, self._time_out, request)
         try:
             while True:
-                event = await request.next(QUEUE_NEWS_S)
+                event = await request.next(NEWS_S)
                 if event is not None:
                     yield event
                 elif request.ended:
                     return
                 else:
-                    self._report_place(request)
+                    self._report(request)
         finally:
             timer.cancel()
             if not request.ended:
@@ -169,13 +179,14 @@ class ModelEngine:
             raise
         self._wanted.setdefault(request.key, set()).add(request)
         request.on_end = lambda: self._forget(request)
-        self._report_place(request)
+        self._report(request)
         return request
 
-    def _report_place(self, request: Request) -> None:
-        """Tell a request that waits how many are served before it, unless it is told how its film is read."""
-        opened = self._opening is not None and self._opening[0] == request.key
-        if request.waits and not opened:
+    def _report(self, request: Request) -> None:
+        """Tell a request how its film is read, also if it is for another, or how many are served before it."""
+        if (coming := self._coming) is not None and coming.key == request.key:
+            request.progress(*coming.progress)
+        elif request.waits:
             running = self._running is not None
             request.progress("queued", self._line.ahead(request.client, request) + running)
 
@@ -199,8 +210,8 @@ class ModelEngine:
         if others:
             return
         del self._wanted[request.key]
-        if self._opening is not None and self._opening[0] == request.key:
-            self._opening[1].stop()
+        if self._coming is not None and self._coming.key == request.key:
+            self._coming.opening.stop()
 
     # ---- the worker
 
@@ -255,6 +266,7 @@ class ModelEngine:
         loop, asked = asyncio.get_running_loop(), request.asked
 
         def tell(stage: Any, done: int, total: int | None) -> None:
+            coming.progress = (stage, done, total)
             for waiting in self._wanted.get(request.key, ()):
                 waiting.progress(stage, done, total)
 
@@ -264,11 +276,11 @@ class ModelEngine:
         sources = [self._source(shown) for shown in asked.media]
         wanted = Wanted(request.key, asked.media, sources, asked.prompt or "?", request.options)
         opening = Opening(wanted, self._new_session(request.system), self._sessions, report)
-        self._opening = (request.key, opening)
+        self._coming = coming = _Coming(request.key, opening)
         try:
             opened, loaded = await loop.run_in_executor(self._thread, opening.run)
         finally:
-            self._opening = None
+            self._coming = None
         if loaded:
             self._counts.loaded += 1
         else:

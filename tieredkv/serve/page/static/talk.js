@@ -7,6 +7,7 @@ import { notice } from "./notice.js";
 import { keep } from "./store.js";
 import { duration, merged, pack, several, unpack, words } from "./text.js";
 
+const FAINT = 0.08; // of the attention: where no moment has more, none was looked at in particular
 const log = $("log");
 const drawn = new WeakMap();
 let shown = null;
@@ -33,7 +34,11 @@ function choose(turn, word = null) {
   if (!turn) { hooks.chose(shown, [], "", null); return ""; }
   const found = (word === null ? turn.moments : turn.words[word][1]).map(unpack);
   const who = word === null ? "The answer" : `“${turn.words[word][0].replace(/^[^\p{L}\p{N}]+|[^\p{L}\p{N}]+$/gu, "") || turn.words[word][0]}”`;
-  const title = found.length ? `${who} looked at ${several(found.length, "moment")}` : `${who} looked at no moment in particular`;
+  const title = !found.length
+    ? `${who} looked at no moment in particular`
+    : found[0].weight < FAINT
+      ? `${who} looked all over the film, a little more at these moments`
+      : `${who} looked at ${several(found.length, "moment")}`;
   hooks.chose(shown, found, title, word);
   return title;
 }
