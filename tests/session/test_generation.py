@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from helpers import stock_inputs
-from transformers import GenerationConfig, StoppingCriteria, WatermarkingConfig
+from transformers import GenerationConfig, StoppingCriteria, StopStringCriteria, WatermarkingConfig
 
 import tieredkv
 from tieredkv.errors import OptionError
@@ -196,11 +196,14 @@ def test_the_tokenizer_that_generate_needs_for_stop_strings_is_accepted(spell, b
     assert spell(stop_strings="two", tokenizer=byte_tokenizer) == "one two"
 
 
-def test_stop_strings_that_a_tokenizer_cannot_find_are_refused(session, video_model):
-    with own_settings(video_model, stop_strings=["star"]):
-        with pytest.raises(OptionError, match="stop_strings does not work with this tokenizer"):
-            session.ask(QUESTION, max_new_tokens=3)
-        assert session.ask(QUESTION, max_new_tokens=3, stop_strings=None).stats.new_tokens == 3
+def test_stop_strings_that_transformers_cannot_find_in_a_vocabulary_are_found_in_the_text(session):
+    whole = session.ask(QUESTION, max_new_tokens=8)
+    words = session.template.text(whole.token_ids[:4])
+    with pytest.raises(ValueError, match="substring"):
+        StopStringCriteria(tokenizer=session.processor.tokenizer, stop_strings=[words])
+    stopped = session.ask(QUESTION, max_new_tokens=8, stop_strings=[words])
+    assert stopped.token_ids == whole.token_ids[:4]
+    assert stopped.finish_reason == "stop"
 
 
 @pytest.mark.parametrize("where", ["option", "generation_config", "model"])

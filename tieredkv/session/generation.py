@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
@@ -16,13 +16,14 @@ from transformers import (
     GenerationConfig,
     MaxLengthCriteria,
     MaxTimeCriteria,
+    StoppingCriteria,
     StoppingCriteriaList,
     StopStringCriteria,
 )
 
 from tieredkv.errors import OptionError
 from tieredkv.session.generation_settings import FORMS, check_options, explicit, new_tokens, setting
-from tieredkv.session.generation_values import as_fractions
+from tieredkv.session.generation_values import as_fractions, check_values
 from tieredkv.session.results import FinishReason
 
 __all__ = ["Decoded", "check_options", "ending_on_error", "new_tokens", "resolve_stop_strings", "run", "timed"]
@@ -183,12 +184,28 @@ def resolve_stop_strings(options: dict[str, Any], tokenizer: Any, model_config: 
     options.pop("stop_strings", None)
     if not strings:
         return
+    check_values({"stop_strings": strings})
     if options.get("generation_config") is not None:
         options["generation_config"] = copy.copy(options["generation_config"])
         options["generation_config"].stop_strings = None
     criteria = StoppingCriteriaList(options.get("stopping_criteria") or [])
     try:
         criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=strings))
-    except (*_REFUSALS, AssertionError) as error:  # transformers cannot search every vocabulary
-        raise OptionError(f"stop_strings does not work with this tokenizer ({error}): use stopping_criteria.") from None
+    except (*_REFUSALS, AssertionError):  # transformers cannot search every vocabulary
+        criteria.append(_StopInText(tokenizer, [strings] if isinstance(strings, str) else strings))
     options["stopping_criteria"] = criteria
+
+
+class _StopInText(StoppingCriteria):
+    """Searches the text of an answer for stop strings: for one answer, whose first step it must see."""
+
+    def __init__(self, tokenizer: Any, strings: Sequence[str]) -> None:
+        self._tokenizer, self._strings = tokenizer, strings
+        self._begin: int | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        if self._begin is None:
+            self._begin = input_ids.shape[1] - 1
+        text = self._tokenizer.decode(input_ids[0, self._begin :], skip_special_tokens=True)
+        found = any(string in text for string in self._strings)
+        return torch.full((input_ids.shape[0],), found, device=input_ids.device)

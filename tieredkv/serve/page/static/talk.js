@@ -7,6 +7,7 @@ import { notice } from "./notice.js";
 import { keep } from "./store.js";
 import { duration, merged, pack, several, unpack, words } from "./text.js";
 
+const FAINT = 0.08; // of the attention: where no moment has more, none was looked at in particular
 const log = $("log");
 const drawn = new WeakMap();
 let shown = null;
@@ -33,7 +34,11 @@ function choose(turn, word = null) {
   if (!turn) { hooks.chose(shown, [], "", null); return ""; }
   const found = (word === null ? turn.moments : turn.words[word][1]).map(unpack);
   const who = word === null ? "The answer" : `“${turn.words[word][0].replace(/^[^\p{L}\p{N}]+|[^\p{L}\p{N}]+$/gu, "") || turn.words[word][0]}”`;
-  const title = found.length ? `${who} looked at ${several(found.length, "moment")}` : `${who} looked at no moment in particular`;
+  const title = !found.length
+    ? `${who} looked at no moment in particular`
+    : found[0].weight < FAINT
+      ? `${who} looked all over the film, a little more at these moments`
+      : `${who} looked at ${several(found.length, "moment")}`;
   hooks.chose(shown, found, title, word);
   return title;
 }
@@ -157,9 +162,10 @@ export async function ask(film, question, again = false) {
 function finish(film, turn) {
   if (shown !== film) return;
   if (!film.turns.includes(turn)) { drawn.get(turn)?.remove(); say("Stopped."); return; }
+  const wanted = atEnd(); // before the moments come
   if (turn.moments) choose(turn);
   else draw(turn);
-  follow(turn);
+  follow(turn, wanted);
   if (turn.state === "done") say(`Answer: ${turn.answer} ${turn.moments ? several(turn.moments.length, "moment") : ""}`);
 }
 
@@ -200,11 +206,17 @@ function add(turn, piece, started) {
   follow(turn);
 }
 
-/** Keeps the end in sight, unless the reader has scrolled away from it. On a narrow page the whole page scrolls. */
-function follow(turn, always = false) {
-  const node = drawn.get(turn);
-  if (!node?.isConnected) return;
-  const scrolled = log.scrollHeight > log.clientHeight + 1 ? log : document.documentElement;
-  const below = scrolled.scrollHeight - scrolled.scrollTop - scrolled.clientHeight;
-  if (always || below < 200) scrolled.scrollTop = scrolled.scrollHeight;
+/** What scrolls: the conversation, or on a narrow page the whole page. */
+const scroller = () => (log.scrollHeight > log.clientHeight + 1 ? log : document.documentElement);
+
+/** Whether the reader has not scrolled away from the end. */
+function atEnd() {
+  const { scrollHeight, scrollTop, clientHeight } = scroller();
+  return scrollHeight - scrollTop - clientHeight < 200;
+}
+
+/** Keeps the end in sight. */
+function follow(turn, wanted = atEnd()) {
+  if (!wanted || !drawn.get(turn)?.isConnected) return;
+  scroller().scrollTop = scroller().scrollHeight;
 }

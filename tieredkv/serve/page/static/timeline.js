@@ -8,6 +8,8 @@ import { share, span, spread, ticks, timecode } from "./text.js";
 const MARK = 26; // pixels; large enough for a finger, and twelve fit a phone
 const position = $("position");
 
+const AT_ONCE = 2; // frames; a browser opens six connections to a server, and a question must find one free
+
 let moments = [];
 let film = null;
 let laidOut = "";
@@ -20,7 +22,9 @@ export function show(next, found, title) {
   $("looked").textContent = title;
   $("found").hidden = title === "";
   $("meaning").hidden = found.length === 0;
+  for (const picture of $("moments").querySelectorAll("img")) if (!picture.complete) picture.removeAttribute("src");
   $("moments").replaceChildren(...found.map(thumbnail));
+  loadFrames();
   $("marks").replaceChildren(...found.map(mark));
   $("bands").replaceChildren(...found.map(() => el("div", { class: "band" })));
   roving($("marks"), "button");
@@ -34,12 +38,30 @@ function mark(moment, place) {
 }
 
 function thumbnail(moment, place) {
-  const none = el("span", { class: "none" }, "no frame");
-  const picture = el("img", { alt: "", loading: "lazy", decoding: "async", onerror: () => picture.replaceWith(none) });
-  picture.src = frameUrl(film.id, moment.peak, 320);
+  const picture = el("img", { alt: "", decoding: "async" });
   const button = el("button", { type: "button", "aria-label": `${named(moment, place)}, ${share(moment.weight)} of the attention`, onclick: () => go(moment) },
     picture, el("b", {}, String(place + 1)), el("i", {}, share(moment.weight)), el("span", { class: "span" }, span(moment)));
   return el("li", {}, button);
+}
+
+/** Loads the thumbnails, the best first. Ends when others are shown. */
+function loadFrames() {
+  const pictures = [...$("moments").querySelectorAll("img")];
+  const { id } = film ?? {};
+  let next = 0;
+  const load = () => {
+    const place = next;
+    const picture = pictures[place];
+    if (!picture?.isConnected) return;
+    next += 1;
+    picture.onload = load;
+    picture.onerror = () => {
+      load();
+      picture.replaceWith(el("span", { class: "none" }, "no frame"));
+    };
+    picture.src = frameUrl(id, moments[place].peak, 320);
+  };
+  for (let i = 0; i < AT_ONCE; i += 1) load();
 }
 
 /** A film that plays goes on from the moment's start; one that stands shows its clearest frame. */
