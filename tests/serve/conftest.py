@@ -40,6 +40,22 @@ def app(settings: Settings, engine: FakeEngine, library: FakeLibrary) -> FastAPI
 
 
 @pytest.fixture
+def named(app: FastAPI) -> None:
+    """The header X-Client says who asks, as the gate does by a key."""
+
+    class Naming:
+        def __init__(self, inner: Any) -> None:
+            self.inner = inner
+
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            name = dict(scope["headers"]).get(b"x-client", b"").decode()
+            scope.setdefault("state", {})["client"] = name
+            await self.inner(scope, receive, send)
+
+    app.add_middleware(Naming)
+
+
+@pytest.fixture
 async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
     """Requests to `app` without a socket. Streams arrive whole: use a server that listens to see them arrive."""
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)

@@ -118,14 +118,14 @@ async def test_a_response_can_be_had_again_until_it_is_deleted(client):
     assert (await client.delete(f"{URL}/{first['id']}")).status_code == 404
 
 
-async def test_another_clients_response_is_not_found(app, client):
-    from dataclasses import replace
-
-    app.state.settings = replace(app.state.settings, api_keys=("a", "b"))
-    mine = {"Authorization": "Bearer a"}
-    reply = await client.post(URL, json={"input": FIRST}, headers=mine)
-    path = f"{URL}/{reply.json()['id']}"
-    assert (await client.get(path, headers={"Authorization": "Bearer b"})).status_code == 404
+async def test_another_clients_response_is_not_found(named, client):
+    mine, yours = {"X-Client": "key-a"}, {"X-Client": "key-b"}
+    first = (await client.post(URL, json={"input": FIRST}, headers=mine)).json()
+    path = f"{URL}/{first['id']}"
+    assert (await client.get(path, headers=yours)).status_code == 404
+    assert (await client.delete(path, headers=yours)).status_code == 404
+    more = {"input": "Two?", "previous_response_id": first["id"]}
+    assert (await client.post(URL, json=more, headers=yours)).status_code == 404
     assert (await client.get(path, headers=mine)).status_code == 200
 
 
