@@ -36,7 +36,7 @@ ALLOWED = {
     "batch": "errors evidence session storage video",
     "demo": "api config errors memory models planning progress session storage tiny video",
     "doctor": "memory models",
-    "serve": "errors evidence session video",
+    "serve": "api config errors evidence memory models session storage video",
     "cli": "api batch demo doctor errors evidence memory models planning policy progress session storage tiny video",
 }
 FACES = ("__init__", "__main__")

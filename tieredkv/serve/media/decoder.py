@@ -6,6 +6,7 @@ what `wire` says, and ends when stdin does.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -115,6 +116,11 @@ def _check_video(path: Path, name: str, limits: Limits) -> None:
                 if stream.codec_context is not None:
                     _check_size(name, stream.codec_context.width, stream.codec_context.height, limits)
     except (av.FFmpegError, OSError) as error:
+        if error.errno == errno.ENOMEM:
+            raise VideoError(
+                f"{name}: it has more than {limits.streams} streams or takes too much memory: keep its picture and its "
+                "sound only."
+            ) from None
         raise VideoError(f"{name}: not a readable video file ({getattr(error, 'strerror', None) or error}).") from None
 
 

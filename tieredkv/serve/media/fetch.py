@@ -182,7 +182,7 @@ class Fetcher:
         if names & self._hosts or (self._any and usual):
             return
         if self._any:
-            self._refuse(f"{name}: port {port} is fetched from only if --allow-host names it.", "host_refused")
+            self._refuse(f"{name}: only ports 80 and 443 are fetched from: upload the film instead.", "host_refused")
         self._refuse(f"{name}: this server does not fetch from {host}: upload the film instead.", "host_refused")
 
     def _refuse(self, message: str, code: str, status: int = 403) -> NoReturn:
