@@ -40,22 +40,6 @@ def app(settings: Settings, engine: FakeEngine, library: FakeLibrary) -> FastAPI
 
 
 @pytest.fixture
-def named(app: FastAPI) -> None:
-    """The header X-Client says who asks, as the gate does by a key."""
-
-    class Naming:
-        def __init__(self, inner: Any) -> None:
-            self.inner = inner
-
-        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-            name = dict(scope["headers"]).get(b"x-client", b"").decode()
-            scope.setdefault("state", {})["client"] = name
-            await self.inner(scope, receive, send)
-
-    app.add_middleware(Naming)
-
-
-@pytest.fixture
 async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
     """Requests to `app` without a socket. Streams arrive whole: use a server that listens to see them arrive."""
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
@@ -77,6 +61,23 @@ def listening(_one_server: Listening) -> Listening:
     _one_server.engine.__init__()  # type: ignore[misc]
     _one_server.library.requested.clear()
     return _one_server
+
+
+@pytest.fixture
+async def two_clients(
+    engine: FakeEngine, library: FakeLibrary
+) -> AsyncIterator[tuple[httpx.AsyncClient, httpx.AsyncClient]]:
+    """Two clients of one server, each with a key of its own."""
+    keys = ("key-of-the-first", "key-of-the-second")
+    transport = httpx.ASGITransport(create_app(Settings(api_keys=keys), engine, library), raise_app_exceptions=False)
+    first, second = (
+        httpx.AsyncClient(
+            transport=transport, base_url="http://127.0.0.1:8000", headers={"Authorization": f"Bearer {key}"}
+        )
+        for key in keys
+    )
+    async with first, second:
+        yield first, second
 
 
 @pytest.fixture

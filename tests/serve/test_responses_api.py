@@ -118,15 +118,15 @@ async def test_a_response_can_be_had_again_until_it_is_deleted(client):
     assert (await client.delete(f"{URL}/{first['id']}")).status_code == 404
 
 
-async def test_another_clients_response_is_not_found(named, client):
-    mine, yours = {"X-Client": "key-a"}, {"X-Client": "key-b"}
-    first = (await client.post(URL, json={"input": FIRST}, headers=mine)).json()
+async def test_another_clients_response_is_not_found(two_clients):
+    mine, yours = two_clients
+    first = (await mine.post(URL, json={"input": FIRST})).json()
     path = f"{URL}/{first['id']}"
-    assert (await client.get(path, headers=yours)).status_code == 404
-    assert (await client.delete(path, headers=yours)).status_code == 404
+    assert (await yours.get(path)).status_code == 404
+    assert (await yours.delete(path)).status_code == 404
     more = {"input": "Two?", "previous_response_id": first["id"]}
-    assert (await client.post(URL, json=more, headers=yours)).status_code == 404
-    assert (await client.get(path, headers=mine)).status_code == 200
+    assert (await yours.post(URL, json=more)).status_code == 404
+    assert (await mine.get(path)).status_code == 200
 
 
 async def test_the_events_are_openais_in_their_order(client):
