@@ -18,8 +18,7 @@ from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 
 IMAGES = Path(__file__).parent / "images"
-QUESTION = "follow the flag for 4 ?"
-WORD = "cross"
+QUESTIONS = ("what colour was the tree ?", "follow the flag for 4 ?")
 PICTURES = (
     ("page.png", 1280, 800, 1.25, "light"),
     ("page-phone.png", 360, 740, 2, "light"),
@@ -45,13 +44,14 @@ def serving() -> Iterator[str]:
 
 
 def ask(page: Page, address: str) -> None:
-    """Leave the page with an answer, its moments and their frames, at the first of them."""
+    """Leave the page with answers, the moments of the last and their frames, at the first of them."""
     page.goto(address)
     page.get_by_role("button", name="Open the demo film").click()
     expect(page.locator("#job")).to_be_hidden(timeout=60_000)
-    page.get_by_role("textbox").fill(QUESTION)
-    page.keyboard.press("Enter")
-    page.locator(".words").wait_for()
+    for place, question in enumerate(QUESTIONS):
+        page.get_by_role("textbox").fill(question)
+        page.keyboard.press("Enter")
+        page.locator(".turn").nth(place).locator(".words").wait_for()
     for picture in page.locator("#moments img").all():
         picture.evaluate("shown => shown.decode()")
     page.get_by_role("toolbar").get_by_role("button").first.click()

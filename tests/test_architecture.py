@@ -36,8 +36,10 @@ ALLOWED = {
     "batch": "errors evidence session storage video",
     "demo": "api config errors memory models planning progress session storage tiny video",
     "doctor": "memory models",
-    "serve": "api config errors evidence memory models session storage video",
-    "cli": "api batch demo doctor errors evidence memory models planning policy progress session storage tiny video",
+    "serve": "api config errors evidence memory models progress session storage tiny video",
+    "cli": (
+        "api batch demo doctor errors evidence memory models planning policy progress serve session storage tiny video"
+    ),
 }
 FACES = ("__init__", "__main__")
 """They re-export names, and may import anything."""

@@ -22,6 +22,8 @@ from fastapi import FastAPI
 
 from tieredkv.evidence.moments import Evidence, Moment
 from tieredkv.serve.asked import Answer, Asked, Film, Piece, Progress, Ready
+from tieredkv.serve.engine.sessions import Tier
+from tieredkv.serve.engine.state import Counts, EngineState
 from tieredkv.serve.errors import ApiError
 from tieredkv.session.results import Generation, Stats
 
@@ -60,6 +62,8 @@ class FakeEngine:
     created = 1_700_000_000
 
     def __init__(self) -> None:
+        self.observers: list[Any] = []
+        self.state = EngineState(0, 0, False, Counts(), *(Tier(0, 0, 0) for _ in range(3)))
         self.script: list[Any] = an_exchange("A red ", "circle.")
         self.preparation: list[Any] = [Progress("ingest", 400, 960), Ready(False, 960, 16.0)]
         self.asked: list[Asked] = []
@@ -68,6 +72,9 @@ class FakeEngine:
         """How many of its iterators have ended, in whatever way."""
         self.stopped = 0
         """How many of them before their last event."""
+
+    def snapshot(self) -> EngineState:
+        return self.state
 
     def ask(self, asked: Asked) -> AsyncIterator[Any]:
         self.asked.append(asked)

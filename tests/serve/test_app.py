@@ -102,7 +102,7 @@ async def test_what_is_not_json_is_said_in_a_sentence(client):
 
 async def test_a_body_of_another_type_is_said_in_a_sentence(client):
     reply = await client.post("/echo", content=b"a=1", headers={"Content-Type": "text/plain"})
-    assert reply.status_code == 400
+    assert reply.status_code == 415
     assert "Content-Type" in reply.json()["error"]["message"]
 
 

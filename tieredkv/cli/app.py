@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from tieredkv import __version__
-from tieredkv.cli import ask, bench, chat, defaults, demo, doctor, models, plan, policies, run
+from tieredkv.cli import ask, bench, chat, defaults, demo, doctor, models, plan, policies, run, serve
 from tieredkv.cli.process import INTERRUPTED
 from tieredkv.errors import TieredKVError, reason
 from tieredkv.progress import at_terminal
@@ -29,7 +29,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"max_content_width": 100},
 )
-for command in (ask, chat, run, plan, models, policies, demo, bench, doctor):
+for command in (ask, chat, run, serve, plan, models, policies, demo, bench, doctor):
     command.add_to(app)
 
 

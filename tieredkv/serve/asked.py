@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -108,6 +108,11 @@ class Engine(Protocol):
     """Its id for clients."""
     created: int
     """Seconds since the epoch."""
+    observers: list[Callable[[Generation], None]]
+    """Called with each complete answer."""
+
+    def snapshot(self) -> Any:
+        """An `EngineState`: what it has done and holds now."""
 
     def ask(self, asked: Asked) -> AsyncIterator[Progress | Piece | Answer]:
         """Answer a question. `aclose` on the iterator, or cancelling the task that reads it, stops the work within one

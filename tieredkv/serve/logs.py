@@ -80,6 +80,9 @@ class Requests:
 
         try:
             await self._app(scope, receive, sent)
+        except Exception:
+            status = 500  # sent by the application's outermost layer, and logged by uvicorn
+            raise
         finally:
             seconds = time.monotonic() - started
             route = getattr(scope.get("route"), "path", "other")

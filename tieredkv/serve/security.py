@@ -173,7 +173,8 @@ def check_origin(headers: _Headers, host: str) -> None:
     """Raise `ApiError` for a request that a browser sends for a page of another origin. Other clients send none of
     these headers. The scheme is not compared: a proxy may speak TLS for this server."""
     origin = headers.one("origin")
-    other = origin is not None and urlsplit(origin).netloc.lower() != host.lower()
+    _, slashes, place = (origin or "").partition("://")
+    other = origin is not None and (not slashes or place.lower() != host.lower())
     if other or headers.one("sec-fetch-site") in ("cross-site", "same-site"):
         raise ApiError(
             403, "a page of another site may not use this server: open the server's own page.", code="other_origin"

@@ -74,8 +74,8 @@ class Settings:
         check_value(bool(self.host.strip()), "host", self.host, "a name or an address of this machine")
         if not (self.is_loopback or self.api_keys or self.insecure):
             raise OptionError(
-                f"host={self.host!r} lets other machines in without a key: give one (TIEREDKV_API_KEY, or --api-key-file "
-                "FILE), or say --insecure."
+                f"host={self.host!r} lets other machines in without a key: give one (TIEREDKV_API_KEY, or "
+                "--api-key-file FILE), or say --insecure."
             )
         for key in self.api_keys:
             if not (key.isascii() and key.isprintable()) or not key or " " in key:  # not shown: it is a secret
@@ -95,7 +95,7 @@ class Settings:
         check_value(is_number(self.grace) and self.grace >= 0, "grace", self.grace, "seconds, at least 0")
         if self.upload_gb > self.uploads_gb:
             raise OptionError(
-                f"upload_gb={self.upload_gb:g} is more than uploads_gb={self.uploads_gb:g}, which holds all: raise that."
+                f"upload_gb={self.upload_gb:g} is more than uploads_gb={self.uploads_gb:g}, of all: raise that."
             )
         check_whole("queue", self.queue)
         check_whole("max_new_tokens", self.max_new_tokens)

@@ -262,7 +262,7 @@ document.addEventListener("keydown", (event) => {
 
 // Where there is one column, the moments come after the answer, in reading order as well as on the screen.
 const wide = window.matchMedia("(min-width: 60rem)");
-const arrange = () => { if (wide.matches) $("film").append($("found")); else $("log").after($("found")); };
+const arrange = () => { if (wide.matches) $("film").append($("found")); else $("turns").after($("found")); };
 wide.addEventListener("change", arrange);
 arrange();
 

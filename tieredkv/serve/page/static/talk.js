@@ -162,9 +162,10 @@ export async function ask(film, question, again = false) {
 function finish(film, turn) {
   if (shown !== film) return;
   if (!film.turns.includes(turn)) { drawn.get(turn)?.remove(); say("Stopped."); return; }
+  const wanted = atEnd(); // before the moments come
   if (turn.moments) choose(turn);
   else draw(turn);
-  follow(turn);
+  follow(turn, wanted);
   if (turn.state === "done") say(`Answer: ${turn.answer} ${turn.moments ? several(turn.moments.length, "moment") : ""}`);
 }
 
@@ -205,11 +206,17 @@ function add(turn, piece, started) {
   follow(turn);
 }
 
-/** Keeps the end in sight, unless the reader has scrolled away from it. On a narrow page the whole page scrolls. */
-function follow(turn, always = false) {
-  const node = drawn.get(turn);
-  if (!node?.isConnected) return;
-  const scrolled = log.scrollHeight > log.clientHeight + 1 ? log : document.documentElement;
-  const below = scrolled.scrollHeight - scrolled.scrollTop - scrolled.clientHeight;
-  if (always || below < 200) scrolled.scrollTop = scrolled.scrollHeight;
+/** What scrolls: the conversation, or on a narrow page the whole page. */
+const scroller = () => (log.scrollHeight > log.clientHeight + 1 ? log : document.documentElement);
+
+/** Whether the reader has not scrolled away from the end. */
+function atEnd() {
+  const { scrollHeight, scrollTop, clientHeight } = scroller();
+  return scrollHeight - scrollTop - clientHeight < 200;
+}
+
+/** Keeps the end in sight. */
+function follow(turn, wanted = atEnd()) {
+  if (!wanted || !drawn.get(turn)?.isConnected) return;
+  scroller().scrollTop = scroller().scrollHeight;
 }
