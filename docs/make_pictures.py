@@ -22,7 +22,6 @@ QUESTIONS = ("what colour was the tree ?", "follow the flag for 4 ?")
 PICTURES = (
     ("page.png", 1280, 800, 1.25, "light"),
     ("page-phone.png", 360, 740, 2, "light"),
-    ("page-phone-dark.png", 360, 740, 2, "dark"),
 )
 """Name, size of the window in CSS pixels, device pixels for each, and colours."""
 

@@ -64,6 +64,23 @@ def listening(_one_server: Listening) -> Listening:
 
 
 @pytest.fixture
+async def two_clients(
+    engine: FakeEngine, library: FakeLibrary
+) -> AsyncIterator[tuple[httpx.AsyncClient, httpx.AsyncClient]]:
+    """Two clients of one server, each with a key of its own."""
+    keys = ("key-of-the-first", "key-of-the-second")
+    transport = httpx.ASGITransport(create_app(Settings(api_keys=keys), engine, library), raise_app_exceptions=False)
+    first, second = (
+        httpx.AsyncClient(
+            transport=transport, base_url="http://127.0.0.1:8000", headers={"Authorization": f"Bearer {key}"}
+        )
+        for key in keys
+    )
+    async with first, second:
+        yield first, second
+
+
+@pytest.fixture
 def answers(engine: FakeEngine) -> Callable[..., None]:
     """`answers("A ", "cat.")`: what the engine says from now on."""
 

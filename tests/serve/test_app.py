@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import pytest
@@ -9,7 +10,7 @@ from fastapi import FastAPI
 
 from tieredkv.errors import VideoError
 from tieredkv.serve.errors import ApiError
-from tieredkv.serve.json_limits import MOST_DEPTH, MOST_NODES
+from tieredkv.serve.json_limits import MOST_DEPTH, MOST_NODES, TOGETHER
 from tieredkv.serve.settings import Settings
 
 
@@ -140,3 +141,54 @@ async def test_the_number_of_values_is_limited(client):
     reply = await client.post("/echo", content=body, headers={"Content-Type": "application/json"})
     assert reply.status_code == 400
     assert reply.json()["error"]["code"] == "too_many_values"
+
+
+@pytest.mark.parametrize("text", ['{"a": NaN}', '{"a": [-Infinity]}', '{"a": "\\ud800"}', '{"a": "\\udfff\\ud800"}'])
+async def test_what_could_not_be_written_out_again_is_refused(client, text):
+    reply = await client.post("/echo", content=text, headers={"Content-Type": "application/json"})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (400, "bad_json")
+
+
+async def test_half_a_character_in_raw_bytes_is_refused(client):
+    reply = await client.post("/echo", content=b'{"a": "\xed\xa0\x80"}', headers={"Content-Type": "application/json"})
+    assert reply.status_code == 400
+
+
+@pytest.mark.parametrize(
+    "text", ['{"a": "NaN Infinity"}', '{"a": "\\ud83d\\ude00"}', '{"a": "\\\\ud800"}', '{"a": "\ud55c"}']
+)
+async def test_texts_that_only_look_like_it_pass(client, text):
+    reply = await client.post("/echo", content=text.encode(), headers={"Content-Type": "application/json"})
+    assert reply.json() == json.loads(text)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
+async def test_other_encodings_hide_nothing(client, encoding):
+    body = ('{"a": ' + "[" * 50_000).encode(encoding)
+    reply = await client.post("/echo", content=body, headers={"Content-Type": "application/json"})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (400, "bad_json")
+
+
+@pytest.mark.parametrize("body", [b'{"a": \xff}', b'{"a": ' + b"9" * 10_000 + b"}", b"[" * 10, b"nul", b""])
+async def test_what_no_parser_takes_is_a_bad_request(client, body):
+    reply = await client.post("/echo", content=body, headers={"Content-Type": "application/json"})
+    assert reply.status_code == 400
+    assert reply.json()["error"]["message"].endswith(".")
+
+
+async def test_all_bodies_together_are_limited_and_forgotten_when_they_are_answered(app, client):
+    large = {"a": "x" * (2**20 - 100)}
+    waiting = asyncio.Event()
+
+    @app.post("/wait")
+    async def wait(value: dict) -> dict:
+        await waiting.wait()
+        return {}
+
+    held = [asyncio.create_task(client.post("/wait", json=large)) for _ in range(TOGETHER)]
+    await asyncio.sleep(0.2)
+    refused = await client.post("/echo", json=large)
+    assert (refused.status_code, refused.headers["Retry-After"]) == (429, "5")
+    waiting.set()
+    assert {reply.status_code for reply in await asyncio.gather(*held)} == {200}
+    assert (await client.post("/echo", json=large)).status_code == 200

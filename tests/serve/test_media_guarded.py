@@ -84,8 +84,9 @@ def test_frames_can_be_read_again_and_from_any_on(whole):
     assert np.array_equal(later[0], frames[30])
 
 
-def test_a_picture_is_that_of_this_process(tmp_path):
-    path = tmp_path / "picture.png"
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tiff", "gif", "bmp"])
+def test_a_picture_is_that_of_this_process(tmp_path, suffix):
+    path = tmp_path / f"picture.{suffix}"
     Image.fromarray(noise(1)[0]).save(path)
     here, there = Picture(path).open(Sampling()), opened(path, "image")
     assert facts(there) == facts(here)
@@ -129,6 +130,19 @@ def test_reading_tells_how_far_it_is_and_can_be_stopped(whole):
     with pytest.raises(KeyError, match="enough"):
         list(source.frames(tick))
     assert seen
+
+
+def test_a_session_over_it_is_the_session_over_the_film(video_model, processor, short_video):
+    import tieredkv
+
+    options = {"processor": processor, "fps": 1.0, "end": 8.0, "gpu_kv_gb": 0.5}
+    one = shown(short_video)
+    medium = guarded_module.guarded(one, identity_of(short_video), SHORT)
+    answers = []
+    for film in (short_video, medium):
+        with tieredkv.open_session(video_model, film, **options) as session:
+            answers.append(session.ask("what ?", max_new_tokens=4).token_ids)
+    assert answers[0] == answers[1]
 
 
 def alive(pid: int) -> bool:

@@ -118,15 +118,15 @@ async def test_a_response_can_be_had_again_until_it_is_deleted(client):
     assert (await client.delete(f"{URL}/{first['id']}")).status_code == 404
 
 
-async def test_another_clients_response_is_not_found(app, client):
-    from dataclasses import replace
-
-    app.state.settings = replace(app.state.settings, api_keys=("a", "b"))
-    mine = {"Authorization": "Bearer a"}
-    reply = await client.post(URL, json={"input": FIRST}, headers=mine)
-    path = f"{URL}/{reply.json()['id']}"
-    assert (await client.get(path, headers={"Authorization": "Bearer b"})).status_code == 404
-    assert (await client.get(path, headers=mine)).status_code == 200
+async def test_another_clients_response_is_not_found(two_clients):
+    mine, yours = two_clients
+    first = (await mine.post(URL, json={"input": FIRST})).json()
+    path = f"{URL}/{first['id']}"
+    assert (await yours.get(path)).status_code == 404
+    assert (await yours.delete(path)).status_code == 404
+    more = {"input": "Two?", "previous_response_id": first["id"]}
+    assert (await yours.post(URL, json=more)).status_code == 404
+    assert (await mine.get(path)).status_code == 200
 
 
 async def test_the_events_are_openais_in_their_order(client):

@@ -73,7 +73,7 @@ class ModelEngine:
         source: Callable[[Shown], Any] = plain_source,
     ) -> None:
         """model, processor: as `tieredkv.models.loading.load` returns them for `settings`. source: gives a film to
-        `VideoSession.ingest`.
+        `VideoSession.ingest`, on another thread.
 
         Raises `TieredKVError` for settings that do not work. Takes as long as summing the weights.
         """
@@ -256,7 +256,6 @@ class ModelEngine:
         except SessionError:  # its file or the model is not what it was: the next question opens it anew
             self._sessions.discard(opened)
             raise
-        self._sessions.settle()
 
     async def _open(self, request: Request) -> tuple[OpenSession, bool]:
         """The session of a request, and whether it was there. Goes on without the request while others wait for it."""
@@ -273,8 +272,7 @@ class ModelEngine:
         def report(stage: Any, done: int, total: int | None) -> None:
             loop.call_soon_threadsafe(tell, stage, done, total)
 
-        sources = [self._source(shown) for shown in asked.media]
-        wanted = Wanted(request.key, asked.media, sources, asked.prompt or "?", request.options)
+        wanted = Wanted(request.key, asked.media, self._source, asked.prompt or "?", request.options)
         opening = Opening(wanted, self._new_session(request.system), self._sessions, report)
         self._coming = coming = _Coming(request.key, opening)
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,15 +31,15 @@ class Wanted:
 
     key: str
     media: tuple[Shown, ...]
-    sources: Sequence[Any]
-    """A `Video` or `Picture` for each."""
+    source: Callable[[Shown], Any]
+    """Gives the `Video` or `Picture` to ingest."""
     question: str
     options: dict[str, Any]
     """Of the question that budgets must allow for."""
 
     @property
     def sampling(self) -> Sampling:
-        """What holds for all of them; the rest is in `sources`."""
+        """What holds for all of them; the rest is what `source` gives."""
         return Sampling(fit=any(shown.sampling.fit for shown in self.media))
 
 
@@ -136,13 +136,14 @@ class Opening:
             "make_room": self._make_room,
         }
         self._report("ingest", 0, None)
+        films = [wanted.source(shown) for shown in wanted.media]
         try:
-            session.ingest(list(wanted.sources), wanted.sampling, checkpoint=checkpoint, **options)
+            session.ingest(films, wanted.sampling, checkpoint=checkpoint, **options)
         except SessionError as error:
             if checkpoint is None or self._done:
                 raise
             log.warning("A film is ingested without a checkpoint: %s", error)  # it is another server's
-            session.ingest(list(wanted.sources), wanted.sampling, **options)
+            session.ingest(films, wanted.sampling, **options)
         if [(each.kind, each.facts.sha256) for each in session.media] != self._films():
             raise VideoError(f"{wanted.media[0].film.name}: the file was changed while it was read: send it again.")
 

@@ -73,18 +73,21 @@ class Sessions:
 
     @contextmanager
     def in_use(self, opened: OpenSession) -> Iterator[None]:
-        """Keep a session open inside the block, and keep others off the device."""
+        """Keep a session open inside the block, and keep others off the device. Afterwards caps hold again."""
         with self._lock:
             opened.users += 1
+            self._open.move_to_end(opened.key)
         try:
-            self.leave_device(but=opened)
+            self.leave_device()
             yield
         finally:
             with self._lock:
                 opened.users -= 1
+                self.leave_device(but=next(reversed(self._open.values()), None))
+                self.settle()
 
     def leave_device(self, but: OpenSession | None = None) -> None:
-        """Free what sessions keep on the device, except those in use."""
+        """Free what sessions keep on the device, except `but` and those in use."""
         for opened in self._idle():
             if opened is not but and opened.session.device_bytes:
                 opened.session.leave_device()

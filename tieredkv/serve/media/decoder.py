@@ -37,9 +37,10 @@ def main() -> None:
     """Answer the request on stdin."""
     out = Messages(os.dup(1))
     os.dup2(2, 1)  # nothing else may write between the messages
-    Image.init()  # before the process is confined
     request = json.loads(sys.stdin.buffer.readline())
     limits = Limits(**request["limits"])
+    if request["kind"] == "image":
+        Image.init()  # the libraries of its formats can no longer be loaded afterwards
     confine(limits, request["descriptor"])
     try:
         source = _opened(request, limits, out)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, field, replace
@@ -37,11 +36,9 @@ class Question:
 
 
 def client_of(request: Request) -> str:
-    """Who asks, for the queue: by the key, of which only a hash is kept, or by the address."""
-    if request.app.state.settings.api_keys:
-        key = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
-        return f"key-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    return "" if request.client is None else request.client.host
+    """Who asks: what the gate before all routes says, or the address."""
+    address = "" if request.client is None else request.client.host
+    return getattr(request.state, "client", address)
 
 
 async def events_of(state: Any, question: Question) -> AsyncGenerator[Progress | Piece | Answer, None]:

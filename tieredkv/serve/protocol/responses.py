@@ -34,7 +34,7 @@ class ResponsesRequest(GenerationFields):
     previous_response_id: str | None = None
     store: bool | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
-    metadata: dict[str, Any] | None = None
+    metadata: dict[str, str] | None = None
     include: list[Any] | None = None
     """Other things than an answer; there are none here."""
 

@@ -28,14 +28,20 @@ async function bring(film, file, changed) {
     changed(film);
     await ingest(film, changed);
   } catch (error) {
-    fail(film, error, changed, () => { film.job = { stage: "waiting", stop: new AbortController() }; return bring(film, file, changed); });
+    fail(film, error, changed, (keep) => {
+      film.job = { stage: "waiting", stop: new AbortController(), keep };
+      return bring(film, file, changed);
+    });
   }
 }
 
 /** Has the server read a film that is there. */
 export async function ingest(film, changed) {
   film.job ??= { stop: new AbortController() };
-  const again = () => { film.job = null; return ingest(film, changed); };
+  const again = (keep) => {
+    film.job = { stop: new AbortController(), keep };
+    return ingest(film, changed);
+  };
   try {
     film.job = { ...film.job, stage: "queued", done: 0, total: null, left: null, failed: null };
     changed(film);
@@ -56,7 +62,7 @@ const isReady = (event) => "reused" in event;
 
 function fail(film, error, changed, again) {
   if (stopped(error)) film.job = film.id ? null : { stage: "stopped", again };
-  else film.job = { stage: "failed", failed: error, again };
+  else film.job = { stage: "failed", failed: error, again, keep: film.job?.keep };
   changed(film, error);
 }
 

@@ -20,7 +20,7 @@ async function start() {
   document.body.dataset.view = "loading";
   info = { ...info, ...(await api.json("v1/tieredkv")) };
   await api.ready(info.key_needed);
-  $("model").textContent = info.model ?? "";
+  $("model").textContent = info.toy ? `${info.model}, a toy` : (info.model ?? "");
   $("version").textContent = info.version ? `tieredkv ${info.version}` : "";
   $("toy").hidden = !info.toy;
   $("toy").replaceChildren(
@@ -103,7 +103,7 @@ function drawFilm(film) {
   $("clear").hidden = film.turns.length === 0;
   $("send").textContent = film.asking ? "Stop" : "Ask";
   $("send").disabled = !film.id;
-  $("hint").textContent = film.turns.length ? "" : film.id ? (film.demo ? "" : "Ask what happens, who does it, or when.") : "You can ask as soon as the film is uploaded.";
+  $("hint").textContent = film.turns.length ? "" : film.demo ? "" : film.id ? (info.toy ? "The toy knows only films that tieredkv draws, such as the demo film." : "Ask what happens, who does it, or when.") : "You can ask as soon as the film is uploaded.";
   const questions = film.demo ? (info.demo?.questions ?? []) : [];
   const asked = new Set(film.turns.map((turn) => turn.question));
   const left = questions.filter((question) => !asked.has(question)).slice(0, 4);
@@ -115,9 +115,9 @@ function drawJob(film) {
   const { job } = film;
   $("job").hidden = !job;
   if (!job) { $("job").replaceChildren(); return; }
-  if (job.failed) { $("job").replaceChildren(notice(job.failed, () => job.again())); return; }
+  if (job.failed) { $("job").replaceChildren(notice(job.failed, job.again, job.keep)); return; }
   if (job.stage === "stopped") {
-    $("job").replaceChildren(el("div", { class: "row" }, el("span", {}, "The upload was stopped."), el("button", { type: "button", onclick: job.again }, "Start it again")));
+    $("job").replaceChildren(el("div", { class: "row" }, el("span", {}, "The upload was stopped."), el("button", { type: "button", onclick: () => job.again() }, "Start it again")));
     return;
   }
   const focused = $("job").contains(document.activeElement);
@@ -266,6 +266,10 @@ const arrange = () => { if (wide.matches) $("film").append($("found")); else $("
 wide.addEventListener("change", arrange);
 arrange();
 
+window.addEventListener("beforeunload", (event) => {
+  if (films.some((film) => film.job?.stage === "upload")) event.preventDefault(); // the browser asks first
+});
+
 const carriesFiles = (event) => event.dataTransfer?.types.includes("Files");
 window.addEventListener("dragover", (event) => {
   if (!carriesFiles(event)) return;
@@ -284,9 +288,10 @@ api.onKeyNeeded((again) => new Promise((resolve) => {
   if (again) $("key-why").textContent = "That key was not accepted. Try another.";
   $("key-text").value = "";
   $("key").showModal();
-  $("key").oncancel = (event) => event.preventDefault(); // without a key there is nothing to show
+  $("key").onclose = () => $("key").showModal(); // without a key there is nothing to show
   $("key-form").onsubmit = (event) => {
     event.preventDefault();
+    $("key").onclose = null;
     $("key").close();
     resolve($("key-text").value.trim());
   };

@@ -37,7 +37,7 @@ export function keep(film) {
   if (!film.id) return;
   const kept = read();
   const turns = film.turns.filter((turn) => turn.state === "done" || turn.state === "stopped").slice(-TURNS);
-  const fields = ({ question, answer, words, moments, state, reused, first }) => ({ question, answer, words, moments, state, reused, first });
+  const fields = ({ question, answer, words, moments, state, cut, reused, first }) => ({ question, answer, words, moments, state, cut, reused, first });
   kept.films[film.id] = { used: Date.now(), seconds: film.seconds ?? null, turns: turns.map(fields) };
   write(kept);
 }

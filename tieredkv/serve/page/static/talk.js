@@ -215,8 +215,13 @@ function atEnd() {
   return scrollHeight - scrollTop - clientHeight < 200;
 }
 
-/** Keeps the end in sight. */
+/** Keeps the end in sight; on a narrow page also the question above it, if both fit between the film and the form. */
 function follow(turn, wanted = atEnd()) {
-  if (!wanted || !drawn.get(turn)?.isConnected) return;
-  scroller().scrollTop = scroller().scrollHeight;
+  const node = drawn.get(turn);
+  if (!wanted || !node?.isConnected) return;
+  const place = scroller();
+  const covered = place === log ? 0 : document.querySelector(".held").offsetHeight;
+  const box = node.getBoundingClientRect();
+  const fits = place !== log && box.height < place.clientHeight - covered - $("ask").offsetHeight - 40;
+  place.scrollTop = Math.min(place.scrollHeight, fits ? place.scrollTop + box.top - covered - 16 : Infinity);
 }
