@@ -33,6 +33,9 @@ NO_LOGPROBS = "is not supported, because probabilities are not kept while an ans
 _NO_REASONING = "is not supported, because models are asked for answers without a part for reasoning: leave it out."
 _NO_AUDIO = "is not supported, because neither sound nor speech is read or written here: leave it out."
 
+_NO_IDS = "is not supported, because ids of tokens are not part of this protocol: leave it out."
+_NO_TRUNCATION = "is not supported, because no turn is ever left out: begin a new conversation."
+
 _BOTH: dict[str, Refused] = {
     "tools": Refused(_NO_TOOLS, ([],)),
     "tool_choice": Refused(_NO_TOOLS, ("none", "auto")),
@@ -42,6 +45,14 @@ _BOTH: dict[str, Refused] = {
     "guided_choice": Refused(_NO_SHAPE),
     "guided_grammar": Refused(_NO_SHAPE),
     "structured_outputs": Refused(_NO_SHAPE),
+    "stop_token_ids": Refused(_NO_IDS, ([],)),
+    "allowed_token_ids": Refused(_NO_IDS),
+    "bad_words": Refused("is not supported, because no words are kept out of answers here: leave it out.", ([],)),
+    "length_penalty": Refused("is not supported, because it is for beams, of which there is one: leave it out.", (1,)),
+    "truncate_prompt_tokens": Refused(_NO_TRUNCATION),
+    "include_stop_str_in_output": Refused("is not supported: answers end before a stop text here.", (False,)),
+    "skip_special_tokens": Refused("is not supported: special tokens are never part of an answer here.", (True,)),
+    "enable_thinking": Refused(_NO_REASONING, (False,)),
     "moderation": Refused("is not supported, because nothing is moderated here: leave it out."),
     "frequency_penalty": Refused(_NO_PENALTY, (0,)),
     "presence_penalty": Refused(_NO_PENALTY, (0,)),
@@ -52,9 +63,7 @@ CHAT: dict[str, Refused] = {
     "best_of": Refused("is not supported, because one answer is decoded at a time: leave it out.", (1,)),
     "use_beam_search": Refused("is not supported, because beams would each need a cache: leave it out.", (False,)),
     "response_format": Refused(_NO_SHAPE, ({"type": "text"},)),
-    "logit_bias": Refused(
-        "is not supported, because ids of tokens are not part of this protocol: leave it out.", ({},)
-    ),
+    "logit_bias": Refused(_NO_IDS, ({},)),
     "logprobs": Refused(NO_LOGPROBS, (False,)),
     "prompt_logprobs": Refused(NO_LOGPROBS),
     "functions": Refused(_NO_TOOLS, ([],)),
@@ -67,6 +76,10 @@ CHAT: dict[str, Refused] = {
     "web_search_options": Refused("is not supported, because nothing is searched here: leave it out."),
     "chat_template": Refused("is not supported, because the model's own template decides its cache: leave it out."),
     "chat_template_kwargs": Refused("is not supported, because the model's own template decides its cache.", ({},)),
+    "add_generation_prompt": Refused("is not supported: an answer is always a message of its own here.", (True,)),
+    "continue_final_message": Refused("is not supported: an answer is always a message of its own here.", (False,)),
+    "return_token_ids": Refused(_NO_IDS, (False,)),
+    "return_tokens_as_token_ids": Refused(_NO_IDS, (False,)),
     "echo": Refused("is not supported, because a prompt with a film has no text to repeat: leave it out.", (False,)),
 }
 """Of `POST /v1/chat/completions`."""
@@ -77,18 +90,14 @@ RESPONSES: dict[str, Refused] = {
     "prompt": Refused("is not supported, because no templates are kept here: send the text as input."),
     "reasoning": Refused(_NO_REASONING, ({}, {"effort": None}, {"effort": "none"})),
     "text": Refused(_NO_SHAPE, ({}, {"format": {"type": "text"}}, {"format": {"type": "text"}, "verbosity": "medium"})),
-    "truncation": Refused(
-        "is not supported, because no turn is ever left out: begin a new conversation.", ("disabled",)
-    ),
-    "context_management": Refused(
-        "is not supported, because no turn is ever left out: begin a new conversation.", ([],)
-    ),
+    "truncation": Refused(_NO_TRUNCATION, ("disabled",)),
+    "context_management": Refused(_NO_TRUNCATION, ([],)),
 }
 """Of `POST /v1/responses`."""
 IGNORED = frozenset((
     "user", "safety_identifier", "metadata", "store", "service_tier", "parallel_tool_calls", "max_tool_calls",
-    "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options", "include", "skip_special_tokens",
-    "spaces_between_special_tokens", "add_generation_prompt", "request_id", "priority", "stream_options", "cache_salt",
+    "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options", "include",
+    "spaces_between_special_tokens", "request_id", "priority", "stream_options", "cache_salt",
 ))  # fmt: skip
 """They change nothing about an answer. (`store` of `POST /v1/responses` works; `include` can only ask for what there is
 never: results of tools, or reasoning.)"""
