@@ -12,7 +12,7 @@ import typer
 
 from tieredkv.errors import OptionError
 
-NAMES = ("decode", "decode_cpu", "pcie", "prefill", "fits", "right", "quality", "ingest", "bytes", "disk")
+NAMES = ("decode", "decode_cpu", "pcie", "prefill", "fits", "right", "quality", "ingest", "bytes", "disk", "serve")
 PACKAGE = Path(__file__).parents[1]
 
 
