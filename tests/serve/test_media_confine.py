@@ -34,6 +34,10 @@ attempt("change", lambda: open(film, "r+"))
 attempt("remove", lambda: os.unlink(film))
 attempt("run", lambda: os.execv("/bin/true", ["true"]))
 attempt("connect", lambda: socket.create_connection(("127.0.0.1", int(port))))
+def send():
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
+        other.sendto(b"out", ("127.0.0.1", int(port)))
+attempt("send", send)
 attempt("memory", lambda: bytearray(2**31))
 attempt("import", lambda: __import__("wsgiref.util"))
 print(json.dumps(done), flush=True)
@@ -43,6 +47,11 @@ while True: pass
 
 def landlock() -> int:
     return ctypes.CDLL(None).syscall(444, None, 0, 1) if sys.platform == "linux" else 0
+
+
+def can_leave_the_network() -> bool:
+    script = "import ctypes; c = ctypes.CDLL(None); print(c.unshare(0x40000000) and c.unshare(0x50000000))"
+    return sys.platform == "linux" and subprocess.check_output([sys.executable, "-c", script]).strip() == b"0"
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +77,11 @@ def test_it_reads_its_film_and_still_imports(confined):
 @pytest.mark.parametrize("what", ["other", "list", "write", "change", "remove", "run", "connect"])
 def test_it_reads_nothing_else_writes_nothing_runs_nothing_and_connects_to_nobody(confined, what):
     assert done(confined)[what] == "PermissionError"
+
+
+@pytest.mark.skipif(not can_leave_the_network(), reason="this system does not let a process give up the network")
+def test_it_sends_nothing(confined):
+    assert done(confined)["send"] == "OSError"
 
 
 def test_its_memory_is_limited(confined):

@@ -285,6 +285,21 @@ async def test_an_upload_that_stalls_is_given_up(library, monkeypatch):
     assert stored(library) == []
 
 
+async def test_an_upload_that_never_ends_is_given_up(library, monkeypatch):
+    monkeypatch.setattr(uploads, "_TOTAL_S", 0.1)
+
+    async def body():
+        yield b"--b\r\n" + FILE
+        while True:
+            yield b"x"
+            await asyncio.sleep(0.02)
+
+    with pytest.raises(ApiError) as refused:
+        await receive("multipart/form-data; boundary=b", body(), library.store, "")
+    assert (refused.value.status, refused.value.code) == (408, "slow")
+    assert stored(library) == []
+
+
 async def test_few_uploads_arrive_at_the_same_time(library):
     from contextlib import ExitStack
 

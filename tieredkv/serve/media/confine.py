@@ -18,6 +18,7 @@ from tieredkv.serve.media.limits import Limits
 
 _NO_NEW_PRIVILEGES, _DUMPABLE = 38, 4
 """Options of prctl."""
+_NEW_USERS, _NEW_NETWORK = 0x10000000, 0x40000000
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 """Landlock's system calls, the same on all machines."""
 _READ_FILE, _READ_FOLDER = 1 << 2, 1 << 3
@@ -31,7 +32,8 @@ def confine(limits: Limits, film: int) -> None:
     """Limit memory, processor time and files for good. film: descriptor of the only file that may still be read.
 
     Limits that the system does not have are left out. On Linux 5.13 and later nothing else can be read but the code of
-    Python and of the libraries that decode, and nothing written; on 6.7 and later there is no TCP either.
+    Python and of the libraries that decode, and nothing written. There is no network where the system lets a process
+    give it up, and from Linux 6.7 on no TCP in any case.
     """
     _lower(resource.RLIMIT_CORE, 0)
     _lower(resource.RLIMIT_FSIZE, 0)
@@ -41,6 +43,8 @@ def confine(limits: Limits, film: int) -> None:
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
         libc.prctl(_DUMPABLE, 0, 0, 0, 0)
+        if libc.unshare(_NEW_NETWORK) != 0:  # for root alone; others need a name space of users around it
+            libc.unshare(_NEW_USERS | _NEW_NETWORK)
         if libc.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0) == 0:
             _landlock(libc, film)
 
@@ -65,9 +69,10 @@ def _landlock(libc: ctypes.CDLL, film: int) -> None:
     try:
         libc.syscall(_ADD_RULE, ruleset, 1, struct.pack("=Qi", _READ_FILE, film), 0)
         for folder in {os.path.dirname(str(module.__file__)) for module in _CODE}:
-            descriptor = os.open(folder, os.O_PATH)
-            libc.syscall(_ADD_RULE, ruleset, 1, struct.pack("=Qi", _READ_FILE | _READ_FOLDER, descriptor), 0)
-            os.close(descriptor)
+            with suppress(OSError):  # then nothing more can be imported from there in any case
+                descriptor = os.open(folder, os.O_PATH)
+                libc.syscall(_ADD_RULE, ruleset, 1, struct.pack("=Qi", _READ_FILE | _READ_FOLDER, descriptor), 0)
+                os.close(descriptor)
         libc.syscall(_RESTRICT_SELF, ruleset, 0)
     finally:
         os.close(ruleset)

@@ -221,7 +221,7 @@ class Store:
         """The bytes of `writer` are those of `entry` from now on; None: they are gone."""
         with self._lock:
             self._arriving -= writer.size
-            if entry is not None:
+            if entry is not None and self._folder is not None:
                 self._entries[entry.id] = entry
                 self._leave(lambda: len(self._entries) > _MOST_ENTRIES)
 

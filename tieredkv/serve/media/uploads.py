@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 import unicodedata
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
@@ -18,8 +19,8 @@ from tieredkv.serve.media.threads import finished
 
 PURPOSES = ("user_data", "vision")
 """What OpenAI calls files to ask about."""
-_IDLE_S = 60.0
-"""Seconds without a byte after which an upload is given up."""
+_IDLE_S, _TOTAL_S = 60.0, 6 * 3600.0
+"""Seconds without a byte, and of all of it, after which an upload is given up."""
 _BLOCK = 2**20
 """Bytes that are collected before they are written."""
 _LONGEST_FIELD, _MOST_PARTS = 1024, 16
@@ -56,8 +57,11 @@ async def receive(content_type: str, blocks: AsyncIterator[bytes], store: Store,
     with ExitStack() as stack:
         form = _Form(store, stack)
         parser = MultipartParser(boundary, form.callbacks())  # type: ignore[arg-type]
+        until = time.monotonic() + _TOTAL_S
         try:
             while (block := await _next(blocks)) is not None:
+                if time.monotonic() > until:
+                    raise ApiError(408, f"the upload takes more than {_TOTAL_S / 3600:g} hours.", code="slow")
                 parser.write(block)
                 if form.pending_bytes >= _BLOCK or form.wants_file:
                     await finished(form.flush)
