@@ -41,6 +41,8 @@ NOT_RUN = {
     ("README.md", "make demo"),
     ("README.md", "make test"),
     ("CONTRIBUTING.md", "make test"),
+    ("README.md", 'pip install "tieredkv[serve]"'),
+    ("docs/serving.md", "from openai import OpenAI"),
     ("docs/index.md", "pip install ."),
     ("docs/tiny-model.md", "python -m tieredkv.tiny.train --out tiny-model"),
     ("docs/tiny-model.md", "python -m tieredkv.tiny.evaluate --positions next --scenes 40"),
