@@ -83,6 +83,15 @@ async def test_a_later_question_may_show_the_film_again_but_no_other(client, eng
     assert (await refusal(client, given, previous_response_id=first["id"]))["code"] == "new_film"
 
 
+async def test_a_film_that_is_shown_again_is_where_it_lies_now(client, engine, library, tmp_path):
+    first = await respond(client, media_io_kwargs={"video": {"fps": 0.5}})
+    library.folder = tmp_path / "elsewhere"
+    await respond(client, FIRST, previous_response_id=first["id"])
+    (shown,) = engine.asked[-1].media
+    assert shown.film.path.parent == library.folder
+    assert shown.sampling == Sampling(fps=0.5)
+
+
 async def test_instructions_are_of_one_response_and_system_messages_of_the_conversation(client, engine):
     given = [{"role": "developer", "content": "Be brief."}, *FIRST]
     first = await respond(client, given, instructions="In German.")

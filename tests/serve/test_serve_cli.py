@@ -92,7 +92,7 @@ def server(folder: Path, *options: str) -> Iterator[Running]:
 @pytest.mark.subprocess
 @pytest.mark.model
 def test_a_server_of_the_toy_from_start_to_end(tmp_path):
-    """What the README promises: the page, the demo's film, an answer with moments. SIGTERM lets the last answer end, and
+    """What the README promises: the page, the demo's film, moments. SIGTERM lets the last answer end, and
     nothing stays."""
     with server(tmp_path) as running:
         assert "no -m: the bundled toy model answers" in "".join(running.said)
@@ -200,7 +200,7 @@ sys.argv = ["tieredkv", *sys.argv[1:]]
 try:
     cli.main()
 finally:
-    heavy = [name for name in ("torch", "transformers", "av", "starlette", "pydantic") if name in sys.modules]
+    heavy = [name for name in ("torch", "transformers", "av", "starlette", "prometheus_client") if name in sys.modules]
     print(json.dumps(heavy))
 """
     environment = {**os.environ, "PYTHONPATH": str(PACKAGE)}

@@ -112,6 +112,8 @@ async def _find(state: Any, question: Question, pins: ExitStack) -> tuple[Shown,
                 code="new_film",
                 param=reference.where,
             )
+        # Where it lies now: the one that the conversation began with may be removed.
+        media = [replace(shown, film=film) if shown.film.sha256 == film.sha256 else shown for shown in media]
     return tuple(media)
 
 
