@@ -26,6 +26,9 @@ IN_WHEEL = {
     "tieredkv/__init__.py",
     "tieredkv/py.typed",
     "tieredkv/evidence/page.html",
+    "tieredkv/serve/page/static/index.html",
+    "tieredkv/serve/page/static/page.css",
+    "tieredkv/serve/page/static/page.js",
     "tieredkv/tiny/weights/model.safetensors",
     "tieredkv/tiny/weights/chat_template.jinja",
 }
@@ -38,6 +41,7 @@ IN_SDIST = {
     "Makefile",
     "constraints.txt",
     "mkdocs.yml",
+    "Dockerfile",
     "tests/conftest.py",
     "examples/quickstart.py",
 }

@@ -89,9 +89,15 @@ def server(folder: Path, *options: str) -> Iterator[Running]:
         running.process.wait()
 
 
+def documented(url: str) -> str:
+    """The client of docs/serving.md, for this server."""
+    (block,) = re.findall(r"```python\n(.*?)```", (PACKAGE / "docs" / "serving.md").read_text(), re.DOTALL)
+    return block.replace("http://127.0.0.1:8000", url.rstrip("/")).replace('api_key="none"', f'api_key="{SECRET}"')
+
+
 @pytest.mark.subprocess
 @pytest.mark.model
-def test_a_server_of_the_toy_from_start_to_end(tmp_path):
+def test_a_server_of_the_toy_from_start_to_end(tmp_path, monkeypatch, capsys):
     """What the README promises: the page, the demo's film, moments. SIGTERM lets the last answer end, and
     nothing stays."""
     with server(tmp_path) as running:
@@ -109,6 +115,14 @@ def test_a_server_of_the_toy_from_start_to_end(tmp_path):
         assert again.json()["tieredkv"]["reused"] is True
         assert again.json()["choices"] == first.json()["choices"]
         assert client.get("/v1/models", headers={"Authorization": "Bearer x"}).status_code == 401
+
+        film = client.get(f"/v1/files/{running.body()['messages'][0]['content'][0]['video_url']['url']}/content")
+        (tmp_path / "film.mp4").write_bytes(film.content)
+        monkeypatch.chdir(tmp_path)
+        exec(compile(documented(str(client.base_url)), "serving.md", "exec"), {})
+        text, moments = capsys.readouterr().out.splitlines()
+        assert text
+        assert "'peak'" in moments
 
         port = client.base_url.port
         command = [sys.executable, "-m", "tieredkv", "serve", "--port", str(port)]
@@ -163,7 +177,8 @@ def test_a_second_signal_ends_what_runs(tmp_path):
         (["--gpu-kv-gb", "0"], "gpu_kv_gb=0.0 is not valid"),
         (["--fps", "0"], "fps=0.0 is not valid"),
         (["--max-new-tokens", "0"], "max_new_tokens=0 is not valid"),
-        (["--fetch-from", "https://a.example"], "is not the name of a host"),
+        (["--fetch-from", "https://a.example"], "is no host to fetch from"),
+        (["--allowed-host", "https://a.example"], "is not the name of a host"),
         (["--log-level", "loud"], "log_level='loud' is not valid"),
         (["-m", "/nowhere/model"], "/nowhere/model: no usable model found there"),
         (["--weights", "5bit"], "weights='5bit' is not valid"),
