@@ -56,3 +56,14 @@ def test_what_takes_its_time_is_said_to_who_watches(terminal, capsys):
     count.close()
     err = capsys.readouterr().err
     assert err.startswith("loading tiny\n\ranswer: ") if terminal else err == ""
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_progress_is_reported_also_where_no_bar_is_shown(shown, capsys):
+    seen = []
+    bar = IngestProgress(shown, 100, None, lambda done, total: seen.append((done, total)))
+    bar.resumed(30, 5.0)
+    bar.prefilled(40)
+    bar.prefilled(30)
+    bar.close(complete=True)
+    assert seen == [(30, 100), (70, 100), (100, 100)]

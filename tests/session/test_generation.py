@@ -224,6 +224,7 @@ def test_the_time_that_an_answer_may_take_counts_from_its_question(session, vide
     finally:
         hook.remove()
     assert answer.stats.new_tokens == 3  # after 1 s, 2 s, and 3 s
+    assert answer.finish_reason == "length"
 
 
 def test_a_config_given_with_other_options_causes_no_warning(session, caplog, monkeypatch):
@@ -243,7 +244,18 @@ def test_stopping_criteria_end_the_answer(session):
             self.calls += 1
             return torch.full((input_ids.shape[0],), self.calls >= 3)
 
-    assert session.ask(QUESTION, max_new_tokens=10, stopping_criteria=[AfterThree()]).stats.new_tokens == 3
+    answer = session.ask(QUESTION, max_new_tokens=10, stopping_criteria=[AfterThree()])
+    assert (answer.stats.new_tokens, answer.finish_reason) == (3, "stop")
+
+
+def test_an_answer_says_whether_it_ended_by_itself(session):
+    whole = session.ask(QUESTION, max_new_tokens=4)
+    assert whole.finish_reason == whole.as_dict()["finish_reason"] == "length"
+    end = whole.token_ids[3]
+    first = whole.token_ids.index(end)
+    for most in (first + 1, 9):  # also where it ends at the last token that it may have
+        ended = session.ask(QUESTION, max_new_tokens=most, eos_token_id=end)
+        assert (ended.stats.new_tokens, ended.finish_reason) == (first + 1, "stop")
 
 
 def test_a_streamer_gets_every_token_and_the_end(session):

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tieredkv.session.text_streamer import StableTextStreamer
+from tieredkv.session.text_streamer import StableTextStreamer, token_texts
 
 
 def pieces_of(tokenizer, ids: list[int]) -> tuple[list[str], str]:
@@ -58,3 +58,23 @@ def test_pieces_of_a_tokenizer_that_falls_back_to_bytes_are_the_text():
     pieces, text = pieces_of(tokenizer, ids)
     assert "".join(pieces) == text == "go€世 go"
     assert pieces == ["go", "€", "世", " go"]
+
+
+def texts_of(tokenizer, ids: list[int]) -> list[str]:
+    return token_texts(lambda some: tokenizer.decode(some, skip_special_tokens=True).strip(), ids)
+
+
+def test_each_token_has_the_text_that_it_adds(byte_tokenizer):
+    assert texts_of(byte_tokenizer, byte_tokenizer("a b").input_ids) == ["a", "", " b"]
+    assert texts_of(byte_tokenizer, byte_tokenizer("é!").input_ids) == ["", "é", "!"]
+    assert texts_of(byte_tokenizer, []) == []
+
+
+@given(text=st.text(max_size=12), cut=st.integers(0, 3))
+@settings(deadline=None, max_examples=50)
+def test_texts_of_tokens_joined_are_the_whole_text(byte_tokenizer, text, cut):
+    ids = byte_tokenizer(text).input_ids
+    ids = ids[: max(0, len(ids) - cut)]
+    texts = texts_of(byte_tokenizer, ids)
+    assert len(texts) == len(ids)
+    assert "".join(texts) == byte_tokenizer.decode(ids).strip()

@@ -16,7 +16,8 @@ import httpx
 from tieredkv.errors import VideoError
 from tieredkv.serve.errors import ApiError
 from tieredkv.serve.media.connect import NotPublic, PublicTransport, timeouts
-from tieredkv.serve.media.store import Entry, Store
+from tieredkv.serve.media.entry import Entry
+from tieredkv.serve.media.store import Store
 from tieredkv.serve.media.threads import finished
 from tieredkv.video.playlists import names_others
 from tieredkv.video.urls import public_name

@@ -8,7 +8,8 @@ import threading
 from urllib.parse import unquote
 
 from tieredkv.serve.errors import ApiError
-from tieredkv.serve.media.store import Entry, Store
+from tieredkv.serve.media.entry import Entry
+from tieredkv.serve.media.store import Store
 
 _HEADER = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[^;,\"]*)*(?P<base64>;base64)?", re.IGNORECASE)
 _LONGEST_HEADER = 256

@@ -13,13 +13,14 @@ from typing import Any, Literal
 from tieredkv.errors import VideoError
 from tieredkv.serve.asked import Film, Shown
 from tieredkv.serve.errors import ApiError
+from tieredkv.serve.media.entry import Entry
 from tieredkv.serve.media.fetch import Fetcher
 from tieredkv.serve.media.folder import Folder
 from tieredkv.serve.media.guarded import GuardedPicture, GuardedVideo, guarded
 from tieredkv.serve.media.identity import Identity
 from tieredkv.serve.media.inline import inline
 from tieredkv.serve.media.limits import Limits
-from tieredkv.serve.media.store import Entry, Store
+from tieredkv.serve.media.store import Store
 from tieredkv.serve.media.threads import stoppable
 from tieredkv.serve.settings import Settings
 

@@ -13,10 +13,11 @@ from starlette.types import Receive, Scope, Send
 
 from tieredkv.errors import VideoError
 from tieredkv.serve.errors import ApiError
+from tieredkv.serve.media.entry import Entry
 from tieredkv.serve.media.identity import open_known
 from tieredkv.serve.media.kinds import HEAD, OTHER, content_type
 from tieredkv.serve.media.library import Library
-from tieredkv.serve.media.store import Entry, Store
+from tieredkv.serve.media.store import Store
 from tieredkv.serve.media.thumbnails import WIDEST, Thumbnails
 from tieredkv.serve.media.uploads import receive
 

@@ -14,7 +14,8 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from tieredkv.serve.errors import ApiError
-from tieredkv.serve.media.store import Entry, Store, Writer
+from tieredkv.serve.media.entry import Entry
+from tieredkv.serve.media.store import Store, Writer
 from tieredkv.serve.media.threads import finished
 
 PURPOSES = ("user_data", "vision")
