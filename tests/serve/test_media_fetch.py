@@ -8,12 +8,14 @@ from collections.abc import Callable
 
 import pytest
 
+from tieredkv.errors import OptionError
 from tieredkv.serve.errors import ApiError
 from tieredkv.serve.media import fetch as fetch_module
 from tieredkv.serve.media.addresses import is_public
 from tieredkv.serve.media.connect import PublicTransport, permitted, resolve
 from tieredkv.serve.media.fetch import Fetcher
 from tieredkv.serve.media.store import Store
+from tieredkv.serve.settings import Settings
 
 MIB = 2**-10
 """In GiB."""
@@ -143,6 +145,17 @@ async def test_listed_hosts_and_those_below_a_star_are_allowed(web, fetcher, hos
     web.pages["/film.mp4"] = answer()
     web.addresses["films.example."] = [["127.0.0.1"]]
     assert (await fetcher.fetch(url(web, host=host))).bytes == len(FILM)
+
+
+@pytest.mark.parametrize("host", ["films.example", "*.sub.example", "films.example:8080", "8.8.8.8", "2606:4700::1111"])
+def test_hosts_may_be_written_so(host):
+    assert Settings(hosts=(host,)).check().hosts == (host,)
+
+
+@pytest.mark.parametrize("host", ["", "*", "*.", "http://films.example", "films.example/a", "a b", "films.example:x"])
+def test_what_is_no_host_is_refused_at_the_start(host):
+    with pytest.raises(OptionError, match="no host to fetch from"):
+        Settings(hosts=(host,)).check()
 
 
 async def test_a_port_must_be_listed(web, store):

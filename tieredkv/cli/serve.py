@@ -84,7 +84,7 @@ def serve(
     ] = 30.0,
     fetch_from: Annotated[
         list[str] | None,
-        typer.Option(help="A host from which films may be fetched by http(s); several may be given [none]."),
+        typer.Option(help="A host to fetch films from: name, *.name or name:port; several may be given [none]."),
     ] = None,
     allow_any_host: Annotated[
         bool, typer.Option("--allow-any-host", help="Fetch films from any host with a public address.")

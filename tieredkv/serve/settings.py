@@ -14,6 +14,7 @@ from tieredkv.video.sampling import Sampling
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 """Hosts that only programs of this machine reach."""
 _HOST_NAME = re.compile(r"[A-Za-z0-9]([\w.-]*[A-Za-z0-9])?")
+_FETCHED = re.compile(rf"(\*\.)?{_HOST_NAME.pattern}(:\d{{1,5}})?")
 _ABOVE_ZERO = ("sessions_gb", "timeout", "upload_gb", "uploads_gb", "body_mb", "video_hours")
 
 
@@ -48,7 +49,7 @@ class Settings:
     grace: float = 30.0
     """What runs when the server is stopped may go on for so long."""
     hosts: tuple[str, ...] = ()
-    """From which http(s) URLs are fetched."""
+    """From which http(s) URLs are fetched; "*.example.org" is all below it, and without a port 80 and 443 are meant."""
     any_host: bool = False
     upload_gb: float = 4.0
     """Most of one film that is uploaded or fetched."""
@@ -99,7 +100,13 @@ class Settings:
             )
         check_whole("queue", self.queue)
         check_whole("max_new_tokens", self.max_new_tokens)
-        for name in (*self.hosts, *self.allowed_hosts):
+        for name in self.hosts:
+            if not (_FETCHED.fullmatch(name) or is_address(name)):
+                raise OptionError(
+                    f"{name!r} is no host to fetch from: give one such as films.example.org, *.example.org or "
+                    "films.example.org:8080."
+                )
+        for name in self.allowed_hosts:
             if not (_HOST_NAME.fullmatch(name) or is_address(name)):
                 raise OptionError(
                     f"{name!r} is not the name of a host: give one such as films.example.org, without port."

@@ -169,7 +169,7 @@ class Fetcher:
             parts = httpx.URL(url)  # what connects must read the URL in the same way
         except httpx.InvalidURL:
             self._refuse(f"{name}: this is not a URL: write https://host/path.", "invalid_url", 400)
-        scheme, host = parts.scheme, parts.raw_host.decode("ascii", "replace").lower().rstrip(".")
+        scheme, host = parts.scheme, parts.raw_host.decode("ascii", "replace").lower().strip("[]").rstrip(".")
         if scheme not in ("http", "https") or not host or len(url) > _LONGEST_URL:
             self._refuse(f"{name}: only http and https URLs are fetched.", "invalid_url", 400)
         if parts.userinfo:
@@ -183,7 +183,11 @@ class Fetcher:
         if names & self._hosts or (self._any and usual):
             return
         if self._any:
-            self._refuse(f"{name}: only ports 80 and 443 are fetched from: upload the film instead.", "host_refused")
+            self._refuse(
+                f"{name}: a port other than 80 and 443 is fetched from only if --fetch-from names it, as in "
+                f"{host}:{port}: upload the film instead.",
+                "host_refused",
+            )
         self._refuse(f"{name}: this server does not fetch from {host}: upload the film instead.", "host_refused")
 
     def _refuse(self, message: str, code: str, status: int = 403) -> NoReturn:
