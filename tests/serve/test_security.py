@@ -247,8 +247,8 @@ async def test_the_log_of_a_request_has_no_query_and_one_line(tmp_path, caplog):
         ({"grace": -1.0}, "grace=-1.0"),
         ({"open_gb": 0.0}, "open_gb=0.0"),
         ({"upload_gb": 5.0, "uploads_gb": 1.0}, "raise that"),
-        ({"hosts": ("https://a.example",)}, "is not the name of a host"),
-        ({"hosts": ("a.example:80",)}, "is not the name of a host"),
+        ({"hosts": ("https://a.example",)}, "is no host to fetch from"),
+        ({"allowed_hosts": ("a.example:80",)}, "is not the name of a host"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
     ],
 )
