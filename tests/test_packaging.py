@@ -18,7 +18,12 @@ import tieredkv
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "tieredkv").rglob("*.py"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-COMES_WITH = {"triton": "torch", "starlette": "fastapi", "huggingface_hub": "transformers", "tokenizers": "transformers"}
+COMES_WITH = {
+    "triton": "torch",
+    "starlette": "fastapi",
+    "huggingface_hub": "transformers",
+    "tokenizers": "transformers",
+}
 """Imported here, but installed by another dependency; triton only on platforms that have it."""
 IMPORT_NAMES = {"pillow": "PIL", "python-multipart": "python_multipart"}
 """Import names of distributions that have another name."""

@@ -88,3 +88,12 @@ def answers(engine: FakeEngine) -> Callable[..., None]:
         engine.script = an_exchange(*pieces, **values)
 
     return say
+
+
+@pytest.fixture(scope="session")
+def toy() -> tuple[Any, Any]:
+    """The bundled model and its processor."""
+    from tieredkv.models.loading import load
+    from tieredkv.tiny.model import PATH
+
+    return load(str(PATH), None)

@@ -299,6 +299,22 @@ async def test_a_wrong_value_is_refused_in_a_sentence_that_names_it(client, fiel
     assert "\n" not in error["message"]
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"x" * 50_000: 1},
+        {"media_io_kwargs": {"video": {"fps": "x" * 50_000}}},
+        {"media_io_kwargs": {"x" * 50_000: {"fps": 1}}},
+        {"tieredkv": {"x" * 50_000: 1}},
+        {"messages": [{"role": "x" * 50_000}]},
+        {"stop": ["x" * 50_000]},
+    ],
+    ids=lambda fields: next(iter(fields))[:20],
+)
+async def test_a_message_does_not_repeat_all_that_was_sent(client, fields):
+    assert len(str(await refusal(client, **fields))) < 2000
+
+
 async def test_without_messages_the_message_says_what_is_missing(client):
     reply = await client.post(URL, json={"model": "fake/model"})
     assert reply.json()["error"]["message"] == "messages is missing: give it."

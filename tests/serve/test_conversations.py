@@ -10,10 +10,8 @@ from engine_examples import TIERS, Running, answer_of, question
 import tieredkv
 from tieredkv.cache.passage import Passage
 from tieredkv.cache.untiered import Snapshot
-from tieredkv.models.loading import load
 from tieredkv.serve.engine.conversations import Conversations
 from tieredkv.session.conversation import Conversation, Kept
-from tieredkv.tiny.model import PATH
 
 QUESTIONS = ("what colour was the moon ?", "what colour was the fish ?", "what colour was the cup ?")
 
@@ -104,12 +102,6 @@ def test_what_is_kept_is_bounded_in_bytes():
 
 
 # ---- with a model
-
-
-@pytest.fixture(scope="session")
-def toy():
-    """The bundled model and its processor."""
-    return load(str(PATH), None)
 
 
 @pytest.fixture(scope="session")

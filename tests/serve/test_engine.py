@@ -23,19 +23,11 @@ from helpers import Gate
 
 import tieredkv
 from tieredkv.errors import OptionError, PromptError, VideoError
-from tieredkv.models.loading import load
 from tieredkv.serve.asked import Answer, Piece, Progress, Ready
 from tieredkv.serve.errors import ApiError
 from tieredkv.session.video_session import VideoSession
-from tieredkv.tiny.model import PATH
 
 pytestmark = [pytest.mark.model, pytest.mark.threads]
-
-
-@pytest.fixture(scope="session")
-def toy():
-    """The bundled model and its processor."""
-    return load(str(PATH), None)
 
 
 @pytest.fixture(scope="session")

@@ -32,12 +32,6 @@ pytestmark = [pytest.mark.model, pytest.mark.threads]
 
 
 @pytest.fixture(scope="session")
-def toy():
-    """The bundled model and its processor."""
-    return load(str(PATH), None)
-
-
-@pytest.fixture(scope="session")
 def kept(toy, short_video, tmp_path_factory):
     """A folder of sessions with one film's, and the answer to the question about it."""
     folder = tmp_path_factory.mktemp("kept")

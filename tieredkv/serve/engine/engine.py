@@ -114,6 +114,7 @@ class ModelEngine:
         """Refuse new requests and those that wait; what runs may go on for `grace` seconds. Frees all memory."""
         self._stopping = True
         for request in self._line.clear():
+            self._counts.refused += 1
             request.end(_shutting_down())
         if (worker := self._worker) is not None:
             if self._running is None:

@@ -17,6 +17,10 @@ from tieredkv.serve.protocol.reading import ClientGone
 log = logging.getLogger("tieredkv.serve")
 
 
+LONGEST = 1000
+"""Characters of a message."""
+
+
 def install(app: FastAPI) -> None:
     """Make an application report every error in OpenAI's shape."""
     app.add_exception_handler(ApiError, _reported)
@@ -32,6 +36,9 @@ def failed(error: BaseException) -> ApiError:
     shown = api_error(error)
     if shown is not error and shown.status >= 500:
         log.error("A request failed.", exc_info=error)
+    # Messages repeat what a request said, which may be long.
+    shown.message = _clipped(shown.message, LONGEST)
+    shown.param = None if shown.param is None else _clipped(shown.param, LONGEST // 4)
     return shown
 
 
@@ -106,5 +113,8 @@ def _path(location: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return _clipped(repr(value), 60)
+
+
+def _clipped(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -74,8 +74,10 @@ CHAT: dict[str, Refused] = {
     "reasoning_effort": Refused(_NO_REASONING, ("none",)),
     "verbosity": Refused("is not supported, because the model has no such setting: ask for it in words.", ("medium",)),
     "web_search_options": Refused("is not supported, because nothing is searched here: leave it out."),
-    "chat_template": Refused("is not supported, because the model's own template decides its cache: leave it out."),
-    "chat_template_kwargs": Refused("is not supported, because the model's own template decides its cache.", ({},)),
+    "chat_template": Refused("is not supported, because the model has a template of its own: leave it out."),
+    "chat_template_kwargs": Refused(
+        "is not supported, because the model has a template of its own: leave it out.", ({},)
+    ),
     "add_generation_prompt": Refused("is not supported: an answer is always a message of its own here.", (True,)),
     "continue_final_message": Refused("is not supported: an answer is always a message of its own here.", (False,)),
     "return_token_ids": Refused(_NO_IDS, (False,)),
