@@ -49,9 +49,13 @@ async function login() {
   return response.status !== 401;
 }
 
-/** The key of this tab is still there after a reload. */
+let renewing = null;
+
+/** Logs in with the key of this tab, or asks for one; and again each hour, as a login does not last. */
 export async function ready(needed) {
-  if (needed && !(key() && (await login()))) await needKey();
+  if (!needed) return;
+  if (!(key() && (await login()))) await needKey();
+  renewing ??= setInterval(() => { login().catch(() => {}); }, 3_600_000); // a server that is gone is noticed elsewhere
 }
 
 async function reach(path, options) {

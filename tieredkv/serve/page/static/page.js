@@ -3,6 +3,8 @@
 import { add, ingest, progressText, unfit } from "./adding.js";
 import * as api from "./api.js";
 import { $, el, roving, say, sure } from "./dom.js";
+import { onDrop } from "./dropping.js";
+import { askForKey } from "./key.js";
 import { describe, notice } from "./notice.js";
 import * as player from "./player.js";
 import * as store from "./store.js";
@@ -18,8 +20,7 @@ let current = null;
 
 async function start() {
   document.body.dataset.view = "loading";
-  info = { ...info, ...(await api.json("v1/tieredkv")) };
-  await api.ready(info.key_needed);
+  await meet();
   $("model").textContent = info.toy ? `${info.model}, a toy` : (info.model ?? "");
   $("version").textContent = info.version ? `tieredkv ${info.version}` : "";
   $("toy").hidden = !info.toy;
@@ -31,17 +32,30 @@ async function start() {
   $("demo").hidden = !info.demo;
   $("limits").textContent = info.limits?.upload_bytes ? `Up to ${bytes(info.limits.upload_bytes)}. It goes to this server and nowhere else.` : "It goes to this server and nowhere else.";
   await list();
-  const last = films.find((film) => film.id === store.lastFilm());
+  const last = films.find((film) => store.nameOf(film) === store.lastFilm());
   if (current) show(current);
   else if (last) show(last);
   else welcome();
 }
 
+/** What the server is. One that was started again gives its demo film another id, and has forgotten this browser. */
+async function meet() {
+  info = { ...info, ...(await api.json("v1/tieredkv")) };
+  await api.ready(info.key_needed);
+  for (const film of films) if (film.demo && info.demo) film.id = info.demo.file_id;
+}
+
+/** A film of the server, with what is kept of it. */
+function known(id, name) {
+  const film = { id, name, demo: id === info.demo?.file_id };
+  return { ...film, ...store.recall(film) };
+}
+
 /** The films on the server, with their conversations in this browser. */
 async function list() {
   const { data } = await api.json("v1/files");
-  const known = new Map(films.filter((film) => film.id).map((film) => [film.id, film]));
-  const there = data.map((file) => known.get(file.id) ?? { id: file.id, name: file.filename, demo: file.id === info.demo?.file_id, ...store.recall(file.id) });
+  const shown = new Map(films.filter((film) => film.id).map((film) => [film.id, film]));
+  const there = data.map((file) => shown.get(file.id) ?? known(file.id, file.filename));
   films = [...films.filter((film) => !film.id || film.job), ...there.filter((film) => !film.job)];
   drawList();
 }
@@ -85,7 +99,7 @@ function show(film) {
   $("film").hidden = $("talk").hidden = false;
   document.title = `${film.name} · tieredkv`;
   $("name").textContent = film.name;
-  if (film.id) store.setLast(film.id);
+  if (film.id) store.setLast(film);
   if (other) {
     player.show(film);
     talk.show(film);
@@ -130,7 +144,7 @@ let told = { film: null, part: -1, stage: "" };
 /** A film on its way made a step. A screen reader hears each stage and each quarter of it. */
 function step(film, error) {
   const { job } = film;
-  if (film === current && film.id && !job?.failed) { store.setLast(film.id); $("name").textContent = film.name; player.refresh(); }
+  if (film === current && film.id && !job?.failed) { store.setLast(film); $("name").textContent = film.name; player.refresh(); }
   const part = job?.total ? Math.floor((4 * job.done) / job.total) : 0;
   if (job && !job.failed && (told.film !== film || told.stage !== job.stage || told.part !== part)) {
     told = { film, stage: job.stage, part };
@@ -162,7 +176,7 @@ async function remove(film) {
     if (error.status !== 404) { failed(error); banner(describe(error).text, 8000); return; }
   }
   film.asking?.abort();
-  store.drop(film.id);
+  store.drop(film);
   if (film.blob) URL.revokeObjectURL(film.blob);
   films = films.filter((one) => one !== film);
   say(`${film.name} is removed.`);
@@ -193,7 +207,7 @@ async function failed(error) {
   watching = false;
   banner("The server is back.", 4000);
   if (info.model === null) await begin();
-  else await list().catch(failed);
+  else await meet().then(list).catch(failed);
 }
 
 async function begin() {
@@ -220,7 +234,7 @@ $("whole").onclick = () => { talk.wholeAnswer(); $("question").focus({ preventSc
 for (const id of ["add", "choose"]) $(id).onclick = () => $("file").click();
 $("file").onchange = () => { take([...$("file").files]); $("file").value = ""; };
 $("try").onclick = () => {
-  const film = films.find((one) => one.id === info.demo.file_id) ?? { id: info.demo.file_id, name: "The demo film", demo: true, ...store.recall(info.demo.file_id) };
+  const film = films.find((one) => one.id === info.demo.file_id) ?? known(info.demo.file_id, "The demo film");
   if (!films.includes(film)) films.unshift(film);
   show(film);
   if (!film.turns.length && !film.job) ingest(film, step);
@@ -270,31 +284,6 @@ window.addEventListener("beforeunload", (event) => {
   if (films.some((film) => film.job?.stage === "upload")) event.preventDefault(); // the browser asks first
 });
 
-const carriesFiles = (event) => event.dataTransfer?.types.includes("Files");
-window.addEventListener("dragover", (event) => {
-  if (!carriesFiles(event)) return;
-  event.preventDefault();
-  $("curtain").hidden = false;
-});
-window.addEventListener("dragleave", (event) => { if (!event.relatedTarget) $("curtain").hidden = true; });
-window.addEventListener("drop", (event) => {
-  if (!carriesFiles(event)) return;
-  event.preventDefault();
-  $("curtain").hidden = true;
-  take([...event.dataTransfer.files]);
-});
-
-api.onKeyNeeded((again) => new Promise((resolve) => {
-  if (again) $("key-why").textContent = "That key was not accepted. Try another.";
-  $("key-text").value = "";
-  $("key").showModal();
-  $("key").onclose = () => $("key").showModal(); // without a key there is nothing to show
-  $("key-form").onsubmit = (event) => {
-    event.preventDefault();
-    $("key").onclose = null;
-    $("key").close();
-    resolve($("key-text").value.trim());
-  };
-}));
-
+onDrop(take);
+api.onKeyNeeded(askForKey);
 begin();

@@ -32,24 +32,31 @@ function write(kept) {
   }
 }
 
+/** The demo film is the same film in every server, whatever its id. */
+export const nameOf = (film) => (film.demo ? "demo" : film.id);
+
 /** Keeps a film's finished turns. */
 export function keep(film) {
   if (!film.id) return;
   const kept = read();
   const turns = film.turns.filter((turn) => turn.state === "done" || turn.state === "stopped").slice(-TURNS);
   const fields = ({ question, answer, words, moments, state, cut, reused, first }) => ({ question, answer, words, moments, state, cut, reused, first });
-  kept.films[film.id] = { used: Date.now(), seconds: film.seconds ?? null, turns: turns.map(fields) };
+  kept.films[nameOf(film)] = { used: Date.now(), seconds: film.seconds ?? null, turns: turns.map(fields) };
   write(kept);
 }
 
-export function recall(id) { return read().films[id] ?? { seconds: null, turns: [] }; }
+/** What is kept of a film. */
+export function recall(film) {
+  const { seconds = null, turns = [] } = read().films[nameOf(film)] ?? {};
+  return { seconds, turns };
+}
 
-export function drop(id) {
+export function drop(film) {
   const kept = read();
-  delete kept.films[id];
+  delete kept.films[nameOf(film)];
   write(kept);
 }
 
 export function dropAll() { write({ films: {}, last: read().last }); }
 export const lastFilm = () => read().last ?? null;
-export function setLast(id) { write({ ...read(), last: id }); }
+export function setLast(film) { write({ ...read(), last: nameOf(film) }); }
