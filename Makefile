@@ -36,7 +36,7 @@ demo: $(READY)
 	$(BIN)/tieredkv demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-quick: $(READY)
 	$(BIN)/python -m pytest -q -m "not (slow or model or subprocess or threads or interpreter or setups or files)"
