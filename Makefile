@@ -26,17 +26,17 @@ $(READY): pyproject.toml constraints.txt
 		{ echo "tieredkv needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) -V). Set PYTHON=/path/to/python3.11"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --upgrade "pip>=24"
-	@$(PIP) install -e ".[dev]" -c constraints.txt 2> $(VENV)/pip.log || { \
+	@$(PIP) install --no-compile -e ".[dev]" -c constraints.txt 2> $(VENV)/pip.log || { \
 		grep -qE "$(NOT_SERVED)" $(VENV)/pip.log || { cat $(VENV)/pip.log >&2; exit 2; }; \
 		echo "The package index does not serve every version in constraints.txt: installing the newest versions instead." >&2; \
-		$(PIP) install -e ".[dev]"; }
+		$(PIP) install --no-compile -e ".[dev]"; }
 	@touch $(READY)
 
 demo: $(READY)
 	$(BIN)/tieredkv demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-quick: $(READY)
 	$(BIN)/python -m pytest -q -m "not (slow or model or subprocess or threads or interpreter or setups or files or browser)"

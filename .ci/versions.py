@@ -2,6 +2,7 @@
 
 constraints   Write constraints.txt: the newest versions that the index serves, as pip resolves them. A line that ends
               in a comment is pinned for the reason in the comment, and is kept.
+same REPORT   Exit with 1 if a report of `pip install --dry-run --report` lists anything to install but tieredkv.
 floor         Print the lowest versions that pyproject.toml allows, as constraints.
 """
 
@@ -62,10 +63,18 @@ def floor() -> list[str]:
     return [re.sub(r">=\s*([\d.]+).*", r"==\1.*", dependency) for dependency in dependencies]
 
 
+def same(report: Path) -> bool:
+    """Whether a report of pip lists nothing to install but tieredkv itself."""
+    installs = json.loads(report.read_text())["install"]
+    return {item["metadata"]["name"] for item in installs} <= {"tieredkv"}
+
+
 def main() -> None:
     command = sys.argv[1:]
     if command == ["constraints"]:
         write_constraints()
+    elif command[:1] == ["same"] and len(command) == 2:
+        sys.exit(not same(Path(command[1])))
     elif command == ["floor"]:
         print("\n".join(floor()))
     else:

@@ -141,7 +141,7 @@ def main() -> None:
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device != "cpu" and not torch.cuda.is_available():
         parser.error(f"--device {device}, but there is no CUDA device here: give --device cpu")
-    prompt, new_tokens = (300, 8) if arguments.quick else (arguments.tokens, arguments.new_tokens)
+    prompt, new_tokens = (160, 4) if arguments.quick else (arguments.tokens, arguments.new_tokens)
     runs = 0 if device == "cpu" else arguments.runs
     if not runs:
         print("DynamicCache(offloading=True) needs a card: its column is empty.")

@@ -11,10 +11,12 @@ import io
 import json
 import re
 import shlex
+import shutil
 import sys
 import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -96,13 +98,18 @@ def test_only_these_blocks_are_not_run():
     assert {block.language for block in BLOCKS} <= {"", "bash", "python"}
 
 
+@pytest.fixture(scope="module")
+def a_film(tmp_path_factory) -> Path:
+    return write_video(make_scene(1_000_004, 30, 4), tmp_path_factory.mktemp("film") / "film.mp4")
+
+
 @pytest.fixture
-def film(tmp_path, monkeypatch) -> Path:
+def film(a_film, tmp_path, monkeypatch) -> Path:
     """Working directory with a film and questions about it; standard input is empty."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     (tmp_path / "questions.jsonl").write_text('{"video": "film.mp4", "question": "what colour was the moon ?"}\n')
-    return write_video(make_scene(1_000_004, 30, 4), tmp_path / "film.mp4")
+    return Path(shutil.copy(a_film, tmp_path / "film.mp4"))
 
 
 @pytest.mark.model
@@ -151,6 +158,7 @@ def test_files_and_folders_that_a_page_names_exist(page):
     assert [path for path in named if not ((ROOT / path).exists() or (ROOT / "tieredkv" / path).exists())] == []
 
 
+@cache
 def definitions() -> tuple[set[str], set[str]]:
     """Classes of the package; its functions, and its methods and class fields as Class.name."""
     classes, functions = set(), set()
@@ -199,7 +207,7 @@ def comments_and_docstrings(path: Path) -> Iterator[tuple[int, str]]:
 
 @pytest.mark.parametrize("folder", ["tieredkv", "tests", "benchmarks", "examples"])
 def test_files_and_members_that_comments_and_docstrings_name_exist(folder):
-    classes, members = definitions()
+    classes, members = definitions()[0], set(definitions()[1])
     for path in (ROOT / "tieredkv").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ClassDef):  # what its methods set

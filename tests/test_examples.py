@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -22,11 +23,12 @@ QUESTION = "what colour was the star ?"
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(film_of_scene, monkeypatch, capsys):
     """Run an example as a script; its stdout."""
 
     def run(name: str, *arguments: object) -> str:
         monkeypatch.syspath_prepend(str(FOLDER))
+        monkeypatch.setattr(importlib.import_module("little_video"), "write_video", film_of_scene)
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
         monkeypatch.setenv("COLUMNS", "200")
         runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
@@ -46,6 +48,18 @@ def refused(run, capsys):
         return capsys.readouterr().err.strip().splitlines()[-1]
 
     return refused
+
+
+@pytest.fixture(scope="module")
+def film_of_scene(tmp_path_factory):
+    """`write_video`, which writes the film of each scene once."""
+    folder = tmp_path_factory.mktemp("films")
+
+    def write(scene, path: Path) -> Path:
+        film = folder / f"{scene.seed}.mp4"
+        return Path(shutil.copy(film if film.exists() else write_video(scene, film), path))
+
+    return write
 
 
 @pytest.fixture(scope="module")

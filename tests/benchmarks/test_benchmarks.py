@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import runpy
+import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -30,6 +33,27 @@ def run(monkeypatch, capfd):
     return running
 
 
+@pytest.fixture
+def one_process(monkeypatch):
+    """Measurements that a benchmark starts in processes of their own run in this one: each would import torch anew."""
+    from tieredkv.session import checkpoint
+
+    start_process = subprocess.run
+
+    def start(command, *arguments_of_run, **options):
+        python, script, *arguments = command
+        if python != sys.executable:
+            return start_process(command, *arguments_of_run, **options)
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as out:
+            patch.setattr(sys, "argv", [script, *arguments])
+            patch.setattr(checkpoint, "FLOOR_S", checkpoint.FLOOR_S)  # checkpoints.py sets both
+            patch.setattr(checkpoint.Checkpoint, "write", checkpoint.Checkpoint.write)
+            runpy.run_path(script, run_name="__main__")
+        return subprocess.CompletedProcess(command, 0, out.getvalue())
+
+    monkeypatch.setattr(subprocess, "run", start)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options", "row"),
@@ -41,7 +65,7 @@ def run(monkeypatch, capfd):
         ("fits.py", ["--device", "cpu"], {"shape", "card_gib", "tokens", "kind", "seconds"}),
     ],
 )
-def test_it_runs_without_a_card(run, name, options, row):
+def test_it_runs_without_a_card(run, one_process, name, options, row):
     code, out, err = run(name, *options)
     assert code == 0, err
     result = json.loads(out.splitlines()[-1])
@@ -53,11 +77,24 @@ def test_it_runs_without_a_card(run, name, options, row):
 
 @pytest.mark.slow
 @pytest.mark.model
-@pytest.mark.parametrize("name", ["ingest.py", "shares.py", "evidence.py", "checkpoints.py"])
+@pytest.mark.parametrize("name", ["ingest.py", "shares.py", "evidence.py"])
 def test_benchmarks_of_the_bundled_model_run(run, name):
+    """ingest.py measures in a process of its own."""
     code, out, err = run(name)
     assert code == 0, err
     assert json.loads(out.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.model
+def test_an_ingest_from_the_middle_writes_fewer_checkpoints(run, one_process):
+    code, out, err = run("checkpoints.py")
+    assert code == 0, err
+    rows = {row["kind"]: row for row in json.loads(out.splitlines()[-1])["rows"]}
+    assert list(rows) == ["without", "every 0 s", "from the middle"]
+    assert rows["without"]["checkpoints"] == rows["without"]["checkpoint_bytes"] == 0
+    assert rows["every 0 s"]["checkpoints"] > 0
+    assert rows["from the middle"]["checkpoints"] == 0  # one is due after 30 s
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -287,12 +288,19 @@ class Ending(io.StringIO):
             signal.pause()
 
 
-@pytest.fixture
-def film(short_video, tmp_path):
+@pytest.fixture(scope="module")
+def kept(short_video, tmp_path_factory):
+    """The file of a session with a conversation."""
+    path = tmp_path_factory.mktemp("kept") / "film.tkv"
     with tieredkv.open_session(tiny.PATH, short_video, fps=4) as session:
         session.chat(MOON, max_new_tokens=2)
-        session.save(tmp_path / "film.tkv")
-    return tmp_path / "film.tkv"
+        session.save(path)
+    return path
+
+
+@pytest.fixture
+def film(kept, tmp_path):
+    return Path(shutil.copy(kept, tmp_path))
 
 
 def history(path: Path) -> list[str]:

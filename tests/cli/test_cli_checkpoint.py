@@ -12,6 +12,7 @@ import torch
 from command_line import run
 
 from tieredkv.config import TierConfig
+from tieredkv.session import checkpoint
 from tieredkv.session.beside import checkpoint_path, locked
 from tieredkv.storage import tensor_file
 
@@ -23,7 +24,6 @@ from tieredkv import cli
 from tieredkv.config import TierConfig
 from tieredkv.session import checkpoint
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored by the process of the tests
 TierConfig.__init__.__kwdefaults__["prefill_chunk"] = 64
 write, written = checkpoint.Checkpoint.write, []
 
@@ -31,7 +31,7 @@ def writing(self, *args):
     write(self, *args)
     written.append(1)
     if len(written) == 2:
-        os.kill(os.getpid(), signal.{signal})
+        os.kill(os.getpid(), signal.SIGKILL)
 
 checkpoint.Checkpoint.write = writing
 checkpoint.is_due = lambda *seconds: True
@@ -54,15 +54,35 @@ def tensors(path):
 
 
 @pytest.mark.subprocess
-@pytest.mark.parametrize("name", ["SIGKILL", "SIGINT"])
-def test_a_command_that_was_stopped_goes_on_where_it_was(name, command, tmp_path, monkeypatch, capsys):
-    saved, other = tmp_path / "film.tkv", tmp_path / "other.tkv"
-    script = tmp_path / "stopped.py"
-    script.write_text(STOPPED.format(signal=name))
+def test_a_command_that_was_killed_goes_on_where_it_was(command, tmp_path, monkeypatch, capsys):
+    saved, script = tmp_path / "film.tkv", tmp_path / "stopped.py"
+    script.write_text(STOPPED)
     process = subprocess.run(
         [sys.executable, str(script), *command, str(saved)], capture_output=True, text=True, check=False
     )
-    assert process.returncode == {"SIGKILL": -signal.SIGKILL, "SIGINT": 130}[name], process.stderr
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    assert_goes_on(command, saved, monkeypatch, capsys)
+
+
+def test_a_command_that_was_interrupted_goes_on_where_it_was(command, tmp_path, monkeypatch, capsys):
+    saved, write, written = tmp_path / "film.tkv", checkpoint.Checkpoint.write, []
+
+    def writing(self, *args):
+        write(self, *args)
+        written.append(1)
+        if len(written) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.Checkpoint, "write", writing)
+        patch.setattr(checkpoint, "is_due", lambda *seconds: True)
+        assert run(patch, capsys, *command, str(saved))[0] == 130
+    assert_goes_on(command, saved, monkeypatch, capsys)
+
+
+def assert_goes_on(command, saved, monkeypatch, capsys):
+    """The same command ends the ingest, with the answer and the cache of one that was not stopped."""
+    other = saved.with_name("other.tkv")
     assert not saved.exists()
     code, out, err = run(monkeypatch, capsys, *command, str(saved))
     assert code == 0, err

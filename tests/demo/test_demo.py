@@ -41,14 +41,14 @@ FIELDS = (
 @pytest.mark.model
 def test_the_demo_passes_draws_its_picture_and_ends_with_json(tmp_path, capsys):
     picture, video = tmp_path / "where.png", tmp_path / "kept.mp4"
-    passed = run(seed=1_000_010, minutes=4.2, share=0.15, plot=picture, video_path=video, as_json=False)
+    passed = run(seed=1_000_010, minutes=2.2, share=0.3, plot=picture, video_path=video, as_json=False)
     lines = capsys.readouterr().out.strip().splitlines()
     report = json.loads(lines[-1])
     assert passed
     assert list(report) == FIELDS
     assert report["questions"] >= 8
     assert report["visual_tokens"] >= 1000
-    assert report["kv_cap_bytes"] <= 0.15 * report["kv_full_bytes"]
+    assert report["kv_cap_bytes"] <= 0.3 * report["kv_full_bytes"]
     assert report["kv_device_peak_bytes"] <= report["kv_cap_bytes"]
     assert report["accuracy_full"] >= 0.9
     assert report["hit_rate"] > 0
@@ -57,8 +57,14 @@ def test_the_demo_passes_draws_its_picture_and_ends_with_json(tmp_path, capsys):
     assert sorted(tmp_path.iterdir()) == sorted([picture, video])
 
 
+@pytest.fixture
+def few_questions(monkeypatch):
+    """The full cache, which reads the video again for each question, takes most of the time."""
+    monkeypatch.setattr("tieredkv.demo.run.QUESTIONS", 4)
+
+
 @pytest.mark.model
-def test_as_json_prints_one_object_and_nothing_else(capsys):
+def test_as_json_prints_one_object_and_nothing_else(few_questions, capsys):
     run(seed=1_000_011, minutes=2, share=0.3, plot=None, video_path=None, as_json=True)
     out = capsys.readouterr().out
     assert out.count("\n") == 1
@@ -66,7 +72,7 @@ def test_as_json_prints_one_object_and_nothing_else(capsys):
 
 
 @pytest.mark.model
-def test_the_demo_fails_if_the_answers_are_worse(monkeypatch, capsys):
+def test_the_demo_fails_if_the_answers_are_worse(few_questions, monkeypatch, capsys):
     """A policy that picks random chunks must not pass."""
     import torch
 

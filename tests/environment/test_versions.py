@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -61,3 +62,10 @@ def test_the_floor_is_the_lowest_version_of_each_dependency(versions: ModuleType
     assert "torch==2.11.*" in floor
     assert "transformers==5.17.*" in floor
     assert len(floor) == len(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"])
+
+
+def test_an_environment_is_the_newest_if_only_tieredkv_would_be_installed(versions, tmp_path) -> None:
+    report = tmp_path / "report.json"
+    for names, expected in ((["tieredkv"], True), (["torch", "tieredkv"], False)):
+        report.write_text(json.dumps({"install": [{"metadata": {"name": name}} for name in names]}))
+        assert versions.same(report) is expected

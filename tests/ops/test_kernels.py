@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import LateCopies, assert_near, pressed, tier_options
+from helpers import LateCopies, assert_near, pressed, text_config, tier_options
+from transformers import LlamaForCausalLM
 
 import tieredkv
 from tieredkv import TieredCache
@@ -113,13 +114,20 @@ FROM_HOST = pytest.mark.parametrize(
 """Of the host tier, and of the pages."""
 
 
+EVERY_SHAPE = [(3, 3, 64, 8, 21, 1), (2, 7, 80, 12, 5, 1), (1, 1, 128, 32, 7, 1), (1, 16, 96, 8, 9, 1),
+               (1, 7, 256, 8, 5, 1), (2, 2, 32, 8, 9, 5), (1, 7, 64, 8, 3, 12)]  # fmt: skip
+SHAPES_OF_DTYPE = [
+    (dtype, *shape)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    for shape in EVERY_SHAPE
+    if torch.cuda.is_available() or dtype == torch.float32 or shape in ((2, 7, 80, 12, 5, 1), (2, 2, 32, 8, 9, 5))
+]
+"""In the interpreter a shape does the same in every dtype: the others are tried with a padded shape, of one row and of
+several. A compiled kernel is another one for each."""
+
+
 @BITS
-@DTYPES
-@pytest.mark.parametrize(
-    ("heads", "group", "d", "c", "columns", "rows"),
-    [(3, 3, 64, 8, 21, 1), (2, 7, 80, 12, 5, 1), (1, 1, 128, 32, 7, 1), (1, 16, 96, 8, 9, 1), (1, 7, 256, 8, 5, 1),
-     (2, 2, 32, 8, 9, 5), (1, 7, 64, 8, 3, 12)],
-)  # fmt: skip
+@pytest.mark.parametrize(("dtype", "heads", "group", "d", "c", "columns", "rows"), SHAPES_OF_DTYPE)
 def test_attention_over_ragged_pages(kernels, device, bits, dtype, heads, group, d, c, columns, rows):
     fit, codec = fit_of(bits, heads, d), codec_for(bits, c, d, dtype)
     tokens = torch.randn(2, heads, columns * c, d)
@@ -280,7 +288,16 @@ def test_where_all_is_chosen_no_mass_is_left(kernels, device):
     assert bool((kernels.log_mass_without(logits, chosen) < -1e30).all())
 
 
-def test_several_known_tokens_are_decoded_as_torch_decodes_them(kernels, device, llama, long_ids):
+@pytest.fixture(scope="module")
+def shallow():
+    """Two layers, as the interpreter is slow; the second may be prefetched for."""
+    config = text_config("llama")
+    config.num_hidden_layers = 2
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).eval()
+
+
+def test_several_known_tokens_are_decoded_as_torch_decodes_them(kernels, device, shallow, long_ids):
     if device.type != "cpu":
         pytest.skip("the model is on the CPU")
     found = []
@@ -288,13 +305,13 @@ def test_several_known_tokens_are_decoded_as_torch_decodes_them(kernels, device,
         options = {"gpu_kv_gb": 1, "budget_ratio": 0.1, "theta": 2.0, "text_window": 16, "chunk_tokens": 8}
         with (
             torch.no_grad(),
-            tieredkv.use_attention(llama),
-            TieredCache(llama.config, **tier_options(**options), ops=ops, max_new_tokens=8) as cache,
+            tieredkv.use_attention(shallow),
+            TieredCache(shallow.config, **tier_options(**options), ops=ops, max_new_tokens=8) as cache,
         ):
-            llama(long_ids, **cache_argument(cache))
+            shallow(long_ids[:, :300], **cache_argument(cache))
             cache.seal()
             with cache.forced():
-                found.append(llama(long_ids[:, 40:44], **cache_argument(cache)).logits[0])
+                found.append(shallow(long_ids[:, 40:44], **cache_argument(cache)).logits[0])
     torch.testing.assert_close(found[1], found[0], atol=3e-2, rtol=0)
 
 
@@ -455,12 +472,12 @@ def test_a_token_is_appended(kernels, device, bits, dtype, d):
     {"reuse_above": -1.0, "prefetch": True}, {"adaptive": True},
     {"host_kv_bits": 16, "pack_pages": False}, {"host_kv_bits": 16}, {"host_kv_bits": 4},
 ], ids=str)  # fmt: skip
-def test_decoding_with_kernels_is_decoding_with_torch(llama, long_ids, kernels, device, options):
+def test_decoding_with_kernels_is_decoding_with_torch(shallow, long_ids, kernels, device, options):
     """Logits of several steps, and what was selected and copied."""
     if device.type != "cpu":
         pytest.skip("interpreted; on a card the whole path is tested")
-    ids = long_ids[:, :480]
-    tiers = {**pressed(llama, 480, 0.5), "chunk_tokens": 8, "text_window": 16, **options}
+    llama, ids = shallow, long_ids[:, :240]
+    tiers = {**pressed(llama, 240, 0.5), "chunk_tokens": 8, "text_window": 16, "recent_window": 16, **options}
 
     def decode(ops):
         with (

@@ -308,7 +308,7 @@ def test_without_a_host_cap_a_safe_share_of_the_memory_is_the_limit(seven_billio
         ({"model": "/nowhere"}, UnsupportedModelError, "no usable model found there"),
         ({"video_or_tokens": "/nowhere.mp4"}, VideoError, "no such file"),
     ],
-    ids=str,
+    ids=lambda value: "tiers" if isinstance(value, dict) and "tiers" in value else str(value),  # names no address
 )
 def test_bad_input_is_named(options, error, message):
     with pytest.raises(error, match=message):

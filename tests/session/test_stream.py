@@ -157,7 +157,7 @@ def test_an_interrupt_while_waiting_for_a_piece_stops_the_work(session, monkeypa
         (" ", {}, PromptError),
         (STAR, {"temprature": 1}, OptionError),
         (STAR, {"max_new_tokens": 0}, OptionError),
-        (STAR, {"streamer": object()}, OptionError),
+        (STAR, {"streamer": "a streamer"}, OptionError),
     ],
     ids=str,
 )
