@@ -200,3 +200,14 @@ async def test_another_model_has_other_sessions(toy, films, folder, short_video)
     async with Running(model, processor, films, sessions=folder) as engine:
         assert not (await answer_of(engine.ask(question(short_video, QUESTION)))).reused
     assert len(list(folder.iterdir())) == 2
+
+
+async def test_a_file_that_was_changed_in_place_fails_one_question_and_is_opened_anew(toy, folder, short_video):
+    async with Running(*toy, sessions=folder) as engine:
+        assert (await answer_of(engine.ask(question(short_video)))).reused
+        file = only_file(folder)
+        file.write_bytes(file.read_bytes())
+        with pytest.raises(SessionError, match="changed while it was in use"):
+            await all_of(engine.ask(question(short_video, OTHER)))
+        assert (await answer_of(engine.ask(question(short_video, OTHER)))).reused
+        assert engine.snapshot().counts.loaded == 2

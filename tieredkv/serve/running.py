@@ -56,8 +56,9 @@ class _Stopping:
     def _received(self, number: signal.Signals) -> None:
         if self.first is None:
             self.first = number
-            tell(f"stopping: what runs may go on for {self._grace:g} s; once more stops it at once.")
             self._tasks.append(asyncio.create_task(self._end(self._grace)))
+            # Last: whoever read stderr may be gone, and the server must still end.
+            tell(f"stopping: what runs may go on for {self._grace:g} s; once more stops it at once.")
         elif len(self._tasks) == 1:
             self._tasks.append(asyncio.create_task(self._end(0.0)))
 
