@@ -12,6 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the command line: the suite passes beside a busy process
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -24,6 +25,9 @@ from helpers import random_text_model, text_config
 from tieredkv.cli.defaults import KEYS
 from tieredkv.ops.base import Ops
 from tieredkv.ops.select import TORCH, triton
+
+hypothesis.settings.register_profile("any load", deadline=None)  # examples of 200 ms fail beside a busy process
+hypothesis.settings.load_profile("any load")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell; programs inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
