@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
+import threading
 
 import pytest
 from engine_examples import (
@@ -191,6 +192,53 @@ async def test_an_ingest_that_was_stopped_goes_on_from_its_checkpoint(
     assert first.total is None or first.done > 0
     assert answer.generation.token_ids == kept[1].token_ids
     assert only_file(folder).suffix == ".tkv"
+
+
+@pytest.mark.parametrize("saving", ["before", "during"])
+async def test_a_session_whose_reader_leaves_while_it_is_saved_is_kept(
+    toy, films, short_video, tmp_path, monkeypatch, saving
+):
+    reached, left, save = threading.Event(), threading.Event(), VideoSession.save
+
+    def slow(session, path):
+        written = save(session, path) if saving == "during" else 0
+        reached.set()
+        assert left.wait(60)
+        return written or save(session, path)
+
+    monkeypatch.setattr(VideoSession, "save", slow)
+    async with Running(*toy, films, sessions=tmp_path / "new") as engine:
+        events = engine.ask(question(short_video))
+        await until(events, Progress, "ingest")
+        await eventually(reached.is_set)
+        await events.aclose()
+        left.set()
+        await eventually(lambda: not engine.snapshot().running)
+        answer = await answer_of(engine.ask(question(short_video)))
+        assert answer.reused
+        assert engine.snapshot().disk.sessions == 1
+    assert len(films.ingested) == 1
+
+
+async def test_a_session_whose_reader_leaves_as_it_is_loaded_can_be_asked_later(
+    toy, films, folder, short_video, monkeypatch
+):
+    reached, left, restore = threading.Event(), threading.Event(), VideoSession.restore
+
+    def slow(session, stored):
+        restore(session, stored)
+        reached.set()
+        assert left.wait(60)
+
+    monkeypatch.setattr(VideoSession, "restore", slow)
+    async with Running(*toy, films, sessions=folder) as engine:
+        events = engine.ask(question(short_video))
+        await until(events, Progress, "load")
+        await eventually(reached.is_set)
+        await events.aclose()
+        left.set()
+        await eventually(lambda: not engine.snapshot().running)
+        assert (await answer_of(engine.ask(question(short_video)))).reused
 
 
 async def test_another_model_has_other_sessions(toy, films, folder, short_video):

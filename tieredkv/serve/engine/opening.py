@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,12 +52,17 @@ class Opening:
         self._wanted, self._session, self._sessions, self._report = wanted, session, sessions, report
         self._lock: Lock | None = None
         self._nbytes = self._file_bytes = self._done = 0
-        self._stopped = False
+        self._stopped = self._complete = False
+        """At most one of them is ever true."""
+        self._ending = threading.Lock()
 
     def stop(self) -> None:
-        """End at the next chunk, without waiting; `run` then raises a `TieredKVError`."""
-        self._stopped = True
-        self._session.stop()
+        """End at the next chunk, without waiting; `run` then raises a `TieredKVError`. A session that only has to be
+        saved is not stopped: it is kept for later questions."""
+        with self._ending:
+            if not self._complete:
+                self._stopped = True
+                self._session.stop()
 
     def run(self) -> tuple[OpenSession, bool]:
         """The session, open, and whether it was on disk. Raises what `VideoSession.ingest` does; nothing is then left
@@ -69,8 +75,9 @@ class Opening:
             loaded = file is not None and file.exists() and self._load(file)
             if not loaded:
                 self._ingest(file)
-                if file is not None:
-                    self._save(file)
+            self._check_wanted()
+            if file is not None and not loaded:
+                self._save(file)
             return sessions.add(OpenSession(key, self._session, self._nbytes, self._lock)), loaded
         except BaseException:
             sessions.give_up()
@@ -78,6 +85,13 @@ class Opening:
             if self._lock is not None:
                 self._lock.close()
             raise
+
+    def _check_wanted(self) -> None:
+        """Raise if it was stopped; otherwise it no longer can be."""
+        with self._ending:
+            if self._stopped:  # the session takes no questions
+                raise TieredKVError("nobody waits for this session any more.")
+            self._complete = True
 
     # ---- from disk
 
