@@ -10,7 +10,7 @@ from fastapi import FastAPI
 
 from tieredkv.errors import VideoError
 from tieredkv.serve.errors import ApiError
-from tieredkv.serve.json_limits import MOST_DEPTH, MOST_NODES, TOGETHER
+from tieredkv.serve.json_limits import MOST_DEPTH, MOST_MARKS, MOST_NODES, TOGETHER
 from tieredkv.serve.settings import Settings
 
 
@@ -138,9 +138,17 @@ async def test_brackets_in_texts_do_not_count(client):
 
 async def test_the_number_of_values_is_limited(client):
     body = json.dumps({"a": [[] for _ in range(MOST_NODES)]})
+    assert await is_refused_for_its_values(client, body)
+
+
+@pytest.mark.parametrize("value", ["1", '""'])
+async def test_small_values_are_limited_before_they_are_parsed(client, value):
+    assert await is_refused_for_its_values(client, f'{{"a": [{",".join([value] * (MOST_MARKS // len(value)))}]}}')
+
+
+async def is_refused_for_its_values(client, body):
     reply = await client.post("/echo", content=body, headers={"Content-Type": "application/json"})
-    assert reply.status_code == 400
-    assert reply.json()["error"]["code"] == "too_many_values"
+    return (reply.status_code, reply.json().get("error", {}).get("code")) == (400, "too_many_values")
 
 
 @pytest.mark.parametrize("text", ['{"a": NaN}', '{"a": [-Infinity]}', '{"a": "\\ud800"}', '{"a": "\\udfff\\ud800"}'])

@@ -19,11 +19,13 @@ MOST_DEPTH = 32
 """Objects and arrays inside each other. A question needs seven."""
 MOST_NODES = 100_000
 """Objects and arrays altogether: what they take parsed is many times what they take as text."""
+MOST_MARKS = 500_000
+"""These, their ends, texts and commas: parsing many small values would hold up all other requests."""
 TOGETHER = 8
 """Bodies of the largest size that may be in memory at once."""
 
 # Possessive: never goes back, so that no text makes it slow.
-_MARKS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\Z)|[\[{]|[\]}]|NaN|Infinity', re.DOTALL)
+_MARKS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\Z)|[\[{]|[\]}]|,|NaN|Infinity', re.DOTALL)
 _HALF_CHARACTERS = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")
 """Where a character may be given as two halves; one alone cannot be written out again."""
 
@@ -34,8 +36,12 @@ def check_json(body: bytes) -> None:
     if b"\0" in body:  # UTF-16 and UTF-32 have it in every bracket
         raise ApiError(400, "the body is not UTF-8 text: send JSON in UTF-8.", code="bad_json")
     depth = nodes = 0
-    for match in _MARKS.finditer(body):
+    for marks, match in enumerate(_MARKS.finditer(body)):
         first = body[match.start()]
+        if marks >= MOST_MARKS:
+            raise ApiError(
+                400, f"the JSON has more than {MOST_MARKS // 2:,} values: send fewer.", code="too_many_values"
+            )
         if first in b"[{":
             depth, nodes = depth + 1, nodes + 1
             if depth > MOST_DEPTH:
