@@ -22,6 +22,11 @@ async def test_health_says_that_requests_are_taken_and_when_no_longer(client, en
     assert (reply.status_code, reply.json()["status"]) == (503, "stopping")
 
 
+@pytest.mark.parametrize("path", ["/health", "/", "/page/page.js"])
+async def test_who_only_wants_the_headers_gets_them(client, path):
+    assert (await client.head(path)).status_code == 200
+
+
 async def test_what_the_page_needs_to_know(client, app):
     said = (await client.get("/v1/tieredkv")).json()
     assert said["model"] == "fake/model"

@@ -22,7 +22,7 @@ class Demo:
     questions: tuple[str, ...]
 
 
-@router.get("/health")
+@router.api_route("/health", methods=["GET", "HEAD"])
 async def health(request: Request) -> JSONResponse:
     """200 while requests are taken, 503 once the server is stopping. Says how many wait, and nothing of anybody."""
     state = request.app.state.engine.snapshot()

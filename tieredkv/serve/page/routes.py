@@ -26,13 +26,13 @@ HEADERS = {
 router = APIRouter(include_in_schema=False)
 
 
-@router.get("/")
+@router.api_route("/", methods=["GET", "HEAD"])
 async def index() -> FileResponse:
     """The page."""
     return _file("index.html")
 
 
-@router.get("/page/{name}")
+@router.api_route("/page/{name}", methods=["GET", "HEAD"])
 async def part(name: str) -> FileResponse:
     """A style sheet, script or icon of the page."""
     if name not in FILES:
