@@ -5,7 +5,7 @@ The command line prints that sentence to stderr and exits with code 2.
 
 from __future__ import annotations
 
-import math
+import sys
 from typing import TypeGuard
 
 
@@ -58,8 +58,9 @@ def check_whole(name: str, value: object, least: int = 1, error: type[TieredKVEr
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether `value` is a finite int or float; a bool is neither."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether `value` is an int or float that a float can hold, and finite; a bool is neither."""
+    most = sys.float_info.max  # compared, since larger whole numbers cannot be converted
+    return isinstance(value, int | float) and not isinstance(value, bool) and -most <= value <= most
 
 
 FAILURES = (TieredKVError, RuntimeError, MemoryError, ValueError, TypeError, OSError)

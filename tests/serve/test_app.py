@@ -93,6 +93,7 @@ async def test_an_unexpected_error_tells_nothing_of_the_server(client):
     assert reply.status_code == 500
     assert reply.json()["error"]["type"] == "server_error"
     assert "secret" not in reply.text
+    assert reply.headers["Connection"] == "close"  # as uvicorn does: clients must not use it again
 
 
 async def test_what_is_not_json_is_said_in_a_sentence(client):

@@ -59,3 +59,9 @@ def test_the_length_is_the_requests_or_the_servers():
 def test_stop_texts_are_limited(stop):
     with pytest.raises(ApiError, match=r"^stop has"):
         options(stop=stop)
+
+
+@pytest.mark.parametrize("penalty", [0, 1e-30, 1e30])
+def test_a_penalty_by_which_scores_would_overflow_is_refused(penalty):
+    with pytest.raises(ValueError, match="repetition_penalty"):
+        options(repetition_penalty=penalty, temperature=1)

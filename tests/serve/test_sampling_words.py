@@ -42,6 +42,7 @@ def test_words_set_how_a_film_is_sampled(video, processor, fields):
         ({"video": 3}, None, "media_io_kwargs.video is not an object"),
         ({"video": {"fps": 0}}, None, "fps=0 is not valid"),
         ({"video": {"fps": "2"}}, None, "fps='2' is not valid"),
+        ({"video": {"start": 10**400}}, None, "is not valid"),
         ({"video": {"num_frames": 8, "max_frames": 9}}, None, "says otherwise"),
         ({"video": {"source_fps": 8}}, None, "not a word"),
         ({"video": {"subtitles": "/etc/passwd"}}, None, "not a word"),

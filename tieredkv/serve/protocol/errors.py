@@ -58,9 +58,9 @@ async def _reported(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _unexpected(request: Request, error: Exception) -> JSONResponse:
-    """Starlette raises the error once more after this reply, and uvicorn logs it."""
+    """Starlette raises the error once more after this reply; uvicorn then logs it and closes the connection."""
     shown = api_error(error)
-    return JSONResponse(shown.body(), shown.status)
+    return JSONResponse(shown.body(), shown.status, {"Connection": "close"})
 
 
 async def _http(request: Request, error: Exception) -> JSONResponse:
