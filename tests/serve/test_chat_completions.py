@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -137,6 +138,14 @@ async def test_progress_is_in_chunks_if_it_is_asked_for(client):
     first, second, *_ = events(stream)
     assert first["choices"] == []
     assert second["tieredkv"]["progress"] == {"stage": "question", "done": 0, "total": 40, "seconds": 0.0}
+
+
+@pytest.mark.parametrize("end", ["\x85", "\u2028", "\u2029", "\x0c", "\r"], ids=ascii)
+async def test_an_event_is_one_line_for_clients_that_split_text(client, answers, end):
+    answers(f"one{end}two")
+    stream = (await client.post(URL, json=chat(stream=True))).text
+    lines = [line.removeprefix("data: ") for line in stream.splitlines() if line.startswith("data: {")]
+    assert f"one{end}two" in [json.loads(line)["choices"][0]["delta"].get("content") for line in lines]
 
 
 async def test_a_comment_shows_that_a_quiet_stream_is_alive(client, engine, monkeypatch):

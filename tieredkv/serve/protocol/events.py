@@ -17,12 +17,14 @@ QUIET_S = 10.0
 """Seconds without an event after which a comment shows that the connection is alive."""
 DONE = b"data: [DONE]\n\n"
 """Ends a stream of chat completions."""
+_LINE_ENDS = str.maketrans({end: f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"})
+"""Raw in JSON, and in events no ends of lines, but many clients split text there, `httpx` among them."""
 
 
 def data(value: Any, event: str | None = None) -> bytes:
     """An event with JSON as its data."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return format_sse_event(data_str=text, event=event)
+    return format_sse_event(data_str=text.translate(_LINE_ENDS), event=event)
 
 
 def comment(text: str) -> bytes:
