@@ -77,7 +77,11 @@ def serve(
         int, typer.Option(envvar="TIEREDKV_QUEUE", help="Requests that may wait; one more is refused with 429.")
     ] = 32,
     timeout: Annotated[
-        float, typer.Option(envvar="TIEREDKV_TIMEOUT", help="Seconds from a request to its last byte.")
+        float,
+        typer.Option(
+            envvar="TIEREDKV_TIMEOUT",
+            help="Seconds for a request once its films are there: waiting, reading, answering.",
+        ),
     ] = 600.0,
     grace: Annotated[
         float, typer.Option(envvar="TIEREDKV_GRACE", help="Seconds for what runs when the server is stopped.")

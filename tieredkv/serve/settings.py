@@ -45,7 +45,7 @@ class Settings:
     queue: int = 32
     """Requests that wait; one more is refused."""
     timeout: float = 600.0
-    """Of a request, from its arrival to its last byte."""
+    """Of a request, from when its films are there to the end of its answer. Fetching a film has limits of its own."""
     grace: float = 30.0
     """What runs when the server is stopped may go on for so long."""
     hosts: tuple[str, ...] = ()

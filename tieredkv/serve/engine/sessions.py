@@ -151,7 +151,8 @@ class Sessions:
             readers = [opened for opened in self._idle() if opened.lock is not None]
             if nbytes > self.files.most_bytes or not readers:
                 return False
-            self._close(readers[0])
+            with self._lock:
+                self._close(readers[0])
         return True
 
     def discard(self, opened: OpenSession) -> None:
