@@ -117,6 +117,16 @@ async def test_a_login_reads_and_does_not_write(keyed):
     assert (await keyed.delete("/v1/files/file-x")).status_code == 401
 
 
+@pytest.mark.parametrize("other", ["a=b", 'a={"b": 1}', "a=b c", "a", ""])
+async def test_a_login_is_found_among_the_cookies_of_other_servers(keyed, other):
+    keyed.headers["Authorization"] = f"Bearer {KEY}"
+    login = (await keyed.post("/v1/tieredkv/login")).cookies["tieredkv"]
+    del keyed.headers["Authorization"]
+    keyed.cookies.clear()
+    reply = await keyed.get("/v1/models", headers={"Cookie": f"{other}; tieredkv={login}"})
+    assert reply.status_code == 200
+
+
 @pytest.mark.parametrize("cookie", ["", "x", "a.b.c", "key-1.99999999999.00", ".", "..", "key-é.1.2"])
 async def test_a_forged_login_is_none(keyed, cookie):
     reply = await keyed.get("/v1/models", headers={"Cookie": f"tieredkv={cookie}".encode("latin-1")})

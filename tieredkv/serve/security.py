@@ -7,7 +7,6 @@ import hmac
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
-from http.cookies import CookieError, SimpleCookie
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -194,12 +193,10 @@ def check_type(headers: _Headers, path: str) -> None:
 
 
 def _cookie(headers: _Headers) -> str:
-    cookies: SimpleCookie = SimpleCookie()
-    try:
-        cookies.load(headers.one("cookie") or "")
-    except CookieError:
-        return ""
-    return cookies[COOKIE].value if COOKIE in cookies else ""
+    """Of this server; "" without one. `SimpleCookie` would read none after one that breaks the rules, and a browser
+    sends the cookies of all servers of this machine."""
+    cookies = (part.strip().partition("=") for part in (headers.one("cookie") or "").split(";"))
+    return {name: value for name, _, value in cookies}.get(COOKIE, "")
 
 
 def _with_headers(send: Send) -> Send:
