@@ -43,6 +43,8 @@ class Behaviour:
     answers: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     """Tokens with their moments, by question."""
     key: str | None = None
+    unreadable: bool = False
+    """Whether films can be uploaded but not decoded."""
     toy: bool = True
     asked: list[dict[str, Any]] = field(default_factory=list)
     files: dict[str, tuple[str, Path]] = field(default_factory=dict)
@@ -136,10 +138,14 @@ def page_app(behaviour: Behaviour, folder: Path) -> FastAPI:
 
     @app.get("/v1/files/{file_id}/frame")
     def frame(file_id: str, time: float, width: int) -> Response:
+        if behaviour.unreadable:
+            return refuse(400, "video", "not a readable video file.")
         return Response(_jpeg(behaviour.files[file_id][1], time), media_type="image/jpeg")
 
     @app.post("/v1/files/{file_id}/ingest")
     async def ingest(file_id: str) -> Response:
+        if behaviour.unreadable:
+            return refuse(400, "video", "not a readable video file.")
         return StreamingResponse(_ingest(behaviour), media_type="text/event-stream")
 
     @app.post("/v1/chat/completions")

@@ -340,6 +340,9 @@ def test_a_key_is_asked_for_once_and_lets_the_film_play(site: Site):
     dialog.get_by_label("Key", exact=True).fill("wrong")
     page.keyboard.press("Enter")
     expect(dialog).to_contain_text("That key was not accepted.")
+    dialog.get_by_label("Key", exact=True).fill("ключ")
+    page.keyboard.press("Enter")
+    expect(dialog).to_contain_text("That key was not accepted.")
     dialog.get_by_label("Key", exact=True).fill("let-me-in")
     page.keyboard.press("Enter")
     page.get_by_role("button", name="Open the demo film").click()
@@ -394,6 +397,20 @@ def test_a_film_that_the_browser_cannot_play_is_shown_in_frames(site: Site, tmp_
     expect(page.get_by_text("This browser cannot play")).to_be_visible()
     expect(page.get_by_role("img", name="Frame at 0:00")).to_be_visible()
     expect(page.get_by_role("button", name="Play")).to_be_hidden()
+
+
+def test_a_file_that_is_no_film_is_not_said_to_have_frames(site: Site, tmp_path: Path):
+    site.refusals, site.server.unreadable = True, True
+    page = site.open()
+    page.get_by_role("button", name="demo.mp4").click()
+    expect(page.locator("#ticks span").first).to_be_visible()
+    no_film = tmp_path / "no-film.mp4"
+    no_film.write_bytes(b"nothing that can be played")
+    page.locator("#file").set_input_files(no_film)
+    expect(page.get_by_text("Not a readable video file.")).to_be_visible()
+    expect(page.get_by_text("Neither this browser nor the server can show this film.")).to_be_visible()
+    expect(page.get_by_text("This browser cannot play")).to_be_hidden()
+    expect(page.locator("#ticks span")).to_have_count(0)
 
 
 def test_the_films_parts_are_landmarks(site: Site):

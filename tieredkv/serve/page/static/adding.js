@@ -90,7 +90,7 @@ export function progressText(job) {
 
 /** A sentence that says what is wrong with a file before it is sent, or null. */
 export function unfit(file, limits) {
-  if (file.size === 0) return `${file.name} is empty.`;
+  if (file.size === 0) return `${file.name} is empty: choose another file.`;
   const most = limits?.upload_bytes;
   if (most && file.size > most) {
     return `${file.name} has ${bytes(file.size)}; this server takes films of ${bytes(most)} at most. Cut it or encode it smaller.`;

@@ -36,7 +36,9 @@ export function onKeyNeeded(ask) { askForKey = ask; }
 export function needKey() {
   asking ??= (async () => {
     for (let tries = key() ? 1 : 0; ; tries += 1) {
-      sessionStorage.setItem(HELD, await askForKey(tries > 0));
+      const typed = await askForKey(tries > 0);
+      if (!/^[\x21-\x7e]+$/.test(typed)) continue; // no server has such a key, and fetch cannot send it
+      sessionStorage.setItem(HELD, typed);
       if (await login()) return;
     }
   })().finally(() => { asking = null; });

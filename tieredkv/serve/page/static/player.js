@@ -65,7 +65,7 @@ function drawFrame() {
     return;
   }
   nothing.hidden = true;
-  frame.hidden = false;
+  frame.hidden = note.hidden = false;
   frame.alt = `Frame at ${timecode(now)}`;
   frame.src = frameUrl(film.id, now, 960);
 }
@@ -103,7 +103,8 @@ video.addEventListener("loadedmetadata", () => {
 });
 frame.addEventListener("error", () => {
   frame.hidden = true;
-  nothing.textContent = `There is no frame at ${timecode(now)}.`;
+  note.hidden = !film.seconds; // of unknown length: the server cannot read it either
+  nothing.textContent = film.seconds ? `There is no frame at ${timecode(now)}.` : "Neither this browser nor the server can show this film.";
   nothing.hidden = false;
 });
 const toggle = () => {

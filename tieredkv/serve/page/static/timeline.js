@@ -87,8 +87,9 @@ function update() {
 function layOut(length) {
   const width = $("rail").clientWidth;
   const state = `${width} ${length}`;
-  if (state === laidOut || width === 0 || length === 0) return;
+  if (state === laidOut || width === 0) return;
   laidOut = state;
+  if (length === 0) { $("ticks").replaceChildren(); return; }
   const x = (seconds) => (width * seconds) / length;
   const strongest = Math.max(...moments.map((moment) => moment.weight), 1e-9);
   [...$("bands").children].forEach((band, place) => {
