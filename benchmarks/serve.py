@@ -141,8 +141,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.minutes, arguments.rounds, arguments.clients = 0.5, 2, 40
-        arguments.requests, arguments.idle = 10, 2.0
+        arguments.minutes, arguments.rounds, arguments.requests, arguments.idle = 0.5, 2, 10, 2.0
     seconds = round(60 * arguments.minutes)
     scene = make_scene(SEED, seconds, 12 if seconds > 240 else 4)
     found = dict.fromkeys(one.text for one in questions(scene, SEED, 20 + 2 * arguments.rounds))

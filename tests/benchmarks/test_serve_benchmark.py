@@ -24,7 +24,7 @@ def test_the_smallest_run(tmp_path):
     result = json.loads(done.stdout.splitlines()[-1])
     assert result == json.loads(out.read_text())
     assert result["statuses"].keys() == {"200", "429"}
-    assert sum(result["statuses"].values()) == result["clients"] == 40
+    assert sum(result["statuses"].values()) == result["clients"] == 100
     assert result["retry_after"] == result["statuses"]["429"]
     assert result["first_ms"] > result["follow_up_ms"]
     assert result["idle_share"] < 0.1
