@@ -11,7 +11,8 @@ WORKDIR /opt/tieredkv
 COPY pyproject.toml README.md LICENSE constraints.txt ./
 COPY tieredkv tieredkv
 COPY benchmarks benchmarks
-RUN pip install --no-cache-dir torch torchvision --index-url "$TORCH_INDEX" -c constraints.txt \
+# torch's index need not have the constrained versions of what torch needs: those come with the second command.
+RUN pip install --no-cache-dir --no-deps torch torchvision --index-url "$TORCH_INDEX" -c constraints.txt \
     && pip install --no-cache-dir ".[serve]" -c constraints.txt
 
 USER tieredkv
