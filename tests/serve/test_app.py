@@ -188,14 +188,18 @@ async def test_what_no_parser_takes_is_a_bad_request(client, body):
 async def test_all_bodies_together_are_limited_and_forgotten_when_they_are_answered(app, client):
     large = {"a": "x" * (2**20 - 100)}
     waiting = asyncio.Event()
+    arrived = []
 
     @app.post("/wait")
     async def wait(value: dict) -> dict:
+        arrived.append(value)
         await waiting.wait()
         return {}
 
     held = [asyncio.create_task(client.post("/wait", json=large)) for _ in range(TOGETHER)]
-    await asyncio.sleep(0.2)
+    async with asyncio.timeout(60):
+        while len(arrived) < TOGETHER:
+            await asyncio.sleep(0.01)
     refused = await client.post("/echo", json=large)
     assert (refused.status_code, refused.headers["Retry-After"]) == (429, "5")
     waiting.set()

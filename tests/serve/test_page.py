@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -329,7 +330,9 @@ def test_an_answer_can_be_stopped(site: Site):
     page.get_by_role("button", name="Stop", exact=True).click()
     expect(page.locator(".about")).to_contain_text("Stopped.")
     expect(page.get_by_role("button", name="Ask", exact=True)).to_be_visible()
-    page.wait_for_timeout(250)
+    end = time.monotonic() + PATIENCE / 1000
+    while not site.server.stopped and time.monotonic() < end:
+        page.wait_for_timeout(20)
     assert site.server.stopped == 1
 
 
