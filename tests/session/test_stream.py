@@ -180,7 +180,6 @@ def test_generate_refuses_at_the_call_too(video_model, processor):
     [
         (STAR, {"max_new_tokens": 100_000}, BudgetError, "lower max_new_tokens"),
         ("<|video_pad|>", {}, PromptError, "stands for the video"),
-        (STAR, {"stop_strings": ["moon"]}, OptionError, "stop_strings does not work"),
     ],
     ids=str,
 )

@@ -389,10 +389,3 @@ def test_a_cap_given_twice_is_refused(video_model, processor, frames):
 def test_a_prompt_that_is_not_text_is_refused(opened, prompt):
     with pytest.raises(PromptError, match="give the question as text"):
         opened().ask(prompt)
-
-
-def test_stop_strings_that_a_tokenizer_cannot_handle_are_an_option_error(opened):
-    from tieredkv.errors import OptionError
-
-    with pytest.raises(OptionError, match="stop_strings does not work with this tokenizer"):
-        opened().ask(STAR, max_new_tokens=2, stop_strings=["moon"])

@@ -208,4 +208,4 @@ class _StopInText(StoppingCriteria):
             self._begin = input_ids.shape[1] - 1
         text = self._tokenizer.decode(input_ids[0, self._begin :], skip_special_tokens=True)
         found = any(string in text for string in self._strings)
-        return torch.full((input_ids.shape[0],), found, device=input_ids.device)
+        return torch.full((input_ids.shape[0],), found, dtype=torch.bool, device=input_ids.device)
