@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -20,6 +19,16 @@ def pixels(value: str | int) -> int:
     if len(numbers) > 2 or not all(number.isascii() and number.isdigit() for number in numbers):
         raise OptionError(f"max_pixels={value!r} is not valid: give a whole number of pixels, or a size as in 448x252.")
     return math.prod(map(int, numbers))
+
+
+def start_time(value: str | float) -> float:
+    """A time of the option `--start`, in seconds. Raises `VideoError`."""
+    return seconds("start", value)
+
+
+def end_time(value: str | float) -> float:
+    """A time of the option `--end`, in seconds. Raises `VideoError`."""
+    return seconds("end", value)
 
 
 Model = Annotated[
@@ -83,14 +92,14 @@ Fit = Annotated[
 Start = Annotated[
     float | None,
     typer.Option(
-        parser=partial(seconds, "start"),
+        parser=start_time,
         metavar="TIME",
         help="Where to start in the video, in seconds or as 1:02:03.5 [its beginning].",
     ),
 ]
 End = Annotated[
     float | None,
-    typer.Option(parser=partial(seconds, "end"), metavar="TIME", help="Where to end in the video [its end]."),
+    typer.Option(parser=end_time, metavar="TIME", help="Where to end in the video [its end]."),
 ]
 SkipDamaged = Annotated[
     bool, typer.Option("--skip-damaged", help="Go over what is damaged in the video; says which seconds are missing.")
