@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from tieredkv.serve.asked import Answer, Asked, Film, Piece, Progress, Shown
-from tieredkv.serve.engine.engine import ModelEngine, plain_source
+from tieredkv.serve.engine.engine import ModelEngine
 from tieredkv.serve.settings import Settings
-from tieredkv.video.media import Video
+from tieredkv.video.media import Picture, Video
 from tieredkv.video.sampling import Sampling
 
 QUESTION = "what colour was the moon ?"
@@ -34,6 +34,14 @@ def question(path: Path, prompt: str = QUESTION, **values: Any) -> Asked:
 
 def settings(**values: Any) -> Settings:
     return replace(Settings(tiers=dict(TIERS), max_new_tokens=8), **values)
+
+
+def plain_source(shown: Shown) -> Video | Picture:
+    """A film that is read in this process."""
+    if shown.film.kind == "image":
+        return Picture(shown.film.path)
+    names = [name for name in shown.sampling.given() if name != "fit"]  # which holds for all films of a prompt
+    return Video(shown.film.path, **{name: getattr(shown.sampling, name) for name in names})
 
 
 class Films:

@@ -35,7 +35,6 @@ from tieredkv.session.origin import BUNDLED, ModelSource
 from tieredkv.session.results import Generation
 from tieredkv.session.text_streamer import token_texts
 from tieredkv.session.video_session import VideoSession
-from tieredkv.video.media import Picture, Video
 
 log = logging.getLogger(__name__)
 
@@ -53,14 +52,6 @@ class _Coming:
     """Stage, tokens that are cached, and how many are expected."""
 
 
-def plain_source(shown: Shown) -> Video | Picture:
-    """A film that is read in this process. A server of strangers' films gives `Library.source` instead."""
-    if shown.film.kind == "image":
-        return Picture(shown.film.path)
-    names = [name for name in shown.sampling.given() if name != "fit"]  # which holds for all films of a prompt
-    return Video(shown.film.path, **{name: getattr(shown.sampling, name) for name in names})
-
-
 class ModelEngine:
     """An `Engine` (see `tieredkv.serve.asked`) of one loaded model. `start` before the first request, `stop` at the
     end."""
@@ -70,7 +61,7 @@ class ModelEngine:
         model: Any,
         processor: Any,
         settings: Settings,
-        source: Callable[[Shown], Any] = plain_source,
+        source: Callable[[Shown], Any],
     ) -> None:
         """model, processor: as `tieredkv.models.loading.load` returns them for `settings`. source: gives a film to
         `VideoSession.ingest`, on another thread.
