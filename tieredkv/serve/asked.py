@@ -42,6 +42,7 @@ class Asked:
     turns: tuple[tuple[str, str], ...] = ()
     """Earlier questions and answers of the conversation."""
     system: str | None = None
+    """None: the server's, if it has one."""
     options: dict[str, Any] = field(default_factory=dict)
     """Generation options of `VideoSession.ask`."""
     evidence: Wanted = True

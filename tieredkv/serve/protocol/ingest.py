@@ -51,7 +51,6 @@ async def _prepare(
         client = client_of(request)
         film = await find_film(state, reference, client, pins)
         shown = Shown(film, sampling_of(film.kind, fields, state.settings))
-        system = state.settings.system if system is None else system
         asked = Asked((shown,), "", system=system, client=client)
         async with closing(state.engine.prepare(asked)) as course:
             async for event in course:

@@ -54,7 +54,7 @@ async def events_of(state: Any, question: Question) -> AsyncGenerator[Progress |
             media=question.media,
             prompt=talk.prompt,
             turns=talk.turns,
-            system=state.settings.system if talk.system is None else talk.system,
+            system=talk.system,
             options=question.options,
             evidence=question.additions.evidence,
             timestamps=question.additions.timestamps,
