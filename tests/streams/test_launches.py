@@ -1,0 +1,43 @@
+"""How many launches a decoding step takes on a card, what it moves, and that every step uses the same memory."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from launches import decoded
+
+RANKED = {"theta": 2.0}
+UNRANKED = {"theta": 2.0, "gpu_kv_gb": 1.0, "budget_ratio": None}
+ADAPTIVE = {"theta": 2.0, "adaptive": True}
+REUSE = {"theta": 2.0, "reuse_above": 0.5, "prefetch": True}
+BOXES = {"policy": "arkvale"}
+LAUNCHES = {  # of one layer: torch's operations, and kernels
+    "ranked":                       (RANKED, False, 20, 10),
+    "ranked, evidence":             (RANKED, True, 22, 11),
+    "ranked, 4 bits":               ({**RANKED, "host_kv_bits": 4}, False, 20, 11),
+    "ranked, 4 bits, evidence":     ({**RANKED, "host_kv_bits": 4}, True, 22, 12),
+    "adaptive":                     (ADAPTIVE, False, 41, 10),
+    "adaptive, evidence":           (ADAPTIVE, True, 43, 11),
+    "reuse, prefetch":              (REUSE, False, 40, 12),
+    "reuse, prefetch, evidence":    (REUSE, True, 42, 13),
+    "boxes of keys":                (BOXES, False, 38, 8),
+    "boxes of keys, evidence":      (BOXES, True, 63, 8),
+    "unranked":                     (UNRANKED, False, 3, 3),
+    "unranked, evidence":           (UNRANKED, True, 21, 3),
+    "no dynamic head":              ({**UNRANKED, "theta": 0.0}, False, 2, 3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_a_layer_takes_so_many_launches(llama, long_ids, monkeypatch, name):
+    options, evidence, *want = LAUNCHES[name]
+    step = decoded(monkeypatch, llama, long_ids, evidence, **options).steps[2]
+    for index in range(3):
+        launches = step[f"layer {index}"].launches
+        kernels = sum(name.startswith("[") for name in launches)
+        got = [len(launches) - kernels, kernels]
+        assert got == want, f"{got}: {', '.join(launches)}"
+    ahead = 1 if "prefetch" in options else 0
+    assert len(step["ahead"].launches) == 3 * ahead if ahead else "ahead" not in step
