@@ -22,6 +22,8 @@ from tieredkv.ops.triton.turn import WIDTH, turn_queries
 
 BLOCK_BYTES = 2**14
 """Bytes of keys, and of values, that a program reads at a time: two blocks of each fit any card's shared memory."""
+MOST_SPLITS = 64
+"""Parts that the pages of a head are divided into: merged as if there were always as many."""
 MOST_ROWS = 32
 """Query rows of a KV head in one program."""
 
@@ -38,7 +40,7 @@ def _high(packed, dtype: tl.constexpr):
     return ((packed >> 4).to(tl.float32) - 7.5).to(dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["columns", "columns_per_split", "lse_stride"])
 def _attend_split(
     query, numbers, scales, norms, constant, table, lengths, out, lse, page_lse,
     scaling, columns, columns_per_split, lse_stride,
@@ -128,7 +130,7 @@ def _columns(row, turn, d, column, D: tl.constexpr):
     return tl.sum(row[:, None] * tl.load(turn + d[:, None] * D + column[None, :], mask=inside, other=0.0), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "group"])
 def _merge_splits(
     parts, part_lse, constant, centre, mirrors, turn, out, lse, splits, group,
     D: tl.constexpr, PADDED_D: tl.constexpr, PADDED_SPLITS: tl.constexpr, WIDTH: tl.constexpr,
@@ -202,7 +204,7 @@ def paged_attention(
         assert fit is not None
         turn = hadamard(d, query.device)
         rows, constant = turn_queries(rows, fit, turn, scaling)
-    splits = max(1, min(columns, programs_for(query.device) // kv_heads, 64))
+    splits = max(1, min(columns, programs_for(query.device) // kv_heads, MOST_SPLITS))
     empty = partial(torch.empty, dtype=torch.float32, device=query.device)
     parts, part_lse = empty((heads, n, splits, d)), empty((heads, n, splits))
     out, lse = empty((heads, n, d)), empty((heads, n))
@@ -221,7 +223,7 @@ def paged_attention(
     )  # fmt: skip
     _merge_splits[(heads * n,)](
         parts, part_lse, constant, centre, channels, turn, out, lse, splits, group,
-        D=d, PADDED_D=padded, PADDED_SPLITS=triton.next_power_of_2(splits), WIDTH=WIDTH,
+        D=d, PADDED_D=padded, PADDED_SPLITS=MOST_SPLITS, WIDTH=WIDTH,
     )  # fmt: skip
     if page_lse is not None and in_pass is None:
         _write_page_lse(query, pages, table, lengths, scaling, batch_pages, page_lse)

@@ -10,13 +10,15 @@ import torch
 import triton
 import triton.language as tl
 
+from tieredkv.ops.triton.variants import bounded
+
 LARGEST_BLOCK = 16384
 """Ranks of a head in registers at most: 16 for each thread of the largest program."""
 
 
 def _shape(values: int) -> dict[str, int]:
     """Launch options of a program that handles rows of `values` numbers."""
-    block = min(LARGEST_BLOCK, max(256, triton.next_power_of_2(values)))
+    block = bounded(values, LARGEST_BLOCK // 16, LARGEST_BLOCK)
     return {"BLOCK": block, "num_warps": max(4, min(32, block // 512))}
 
 
@@ -28,7 +30,7 @@ def _keys(ranks, chunk, chunks):
     return tl.where(chunk < chunks, key, -2147483648)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks", "most", "slots_stride"])
 def _choose(
     ranks, selected, slot_of, chosen, missed, misses, chunks, most, slots_stride, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -90,7 +92,7 @@ def choose(
     return chosen, missed, misses
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks", "most", "count", "stride", "columns", "first"])
 def _place(
     wanted, kept, misses, chunk_in, last_used, slots, step, victims, table, heads,
     chunks, most, count, stride, columns, first,

@@ -123,7 +123,7 @@ def _capacity(source: Source) -> int:
     return source.records.stride(0) // source.codec.chunk_bytes
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["head_count", "first_chunk", "most", "count", "slot_stride", "chunk_stride", "capacity"])
 def _gather(
     arena, pool, scales, norms, heads, missed, victims, misses, slots, chunk_in, slot_of,
     head_count, first_chunk, most, count, slot_stride, chunk_stride, capacity,
@@ -176,7 +176,7 @@ def gather(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "capacity"])
 def _fetch(
     arena, pool, scales, norms, heads, chunks, slots, count, capacity,
     RECORD: tl.constexpr, C: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr,
@@ -207,7 +207,7 @@ def fetch(source: Source, pages: Pages, heads: torch.Tensor, chunks: torch.Tenso
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["columns"])
 def _append(
     keys, values, pool, scales, channels, centre, turn, table, lengths, recent_tokens, columns,
     BITS: tl.constexpr, RECORD: tl.constexpr, C: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr,
@@ -273,7 +273,7 @@ def _copy_field(source, target, valid, WIDTH: tl.constexpr, PADDED: tl.constexpr
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["head", "count", "capacity"])
 def _keep(
     arena, pool, head, tokens, slots, count, capacity,
     FIELDS: tl.constexpr, RECORD: tl.constexpr, C: tl.constexpr, TOKENS: tl.constexpr,
@@ -292,7 +292,7 @@ def _keep(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["head", "count", "capacity"])
 def _keep_packed(
     arena, pool, scales, norms, head, tokens, slots, count, capacity,
     RECORD: tl.constexpr, C: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, TOKENS: tl.constexpr,

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from tieredkv.ops.triton.variants import bounded
 from tieredkv.ops.triton.walsh import KernelWalsh
 from tieredkv.policy.digests import Digest
 from tieredkv.policy.digests.sketch import Basis, Sketch
@@ -24,9 +25,9 @@ CHUNKS = 1024
 GROUPS = {"mean": 0, "max": 1, "max_logit": 2}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def _sketch_logits(
-    small, packed, logits, chunks, packed_stride, logits_stride,
+    small, packed, logits, chunks,
     G: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BITS: tl.constexpr,
     PADDED_G: tl.constexpr, PADDED_H: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
@@ -37,7 +38,7 @@ def _sketch_logits(
     part = tl.arange(0, PADDED_H)
     wanted = (row[:, None] < G) & (part[None, :] < H)
     low = tl.load(small + (head * G + row[:, None]) * R + part[None, :], mask=wanted, other=0.0)
-    where = packed + head.to(tl.int64) * packed_stride + token[:, None] * H + part[None, :]
+    where = packed + (head.to(tl.int64) * chunks * C + token[:, None]) * H + part[None, :]
     packed_numbers = tl.load(where, mask=exists[:, None] & (part[None, :] < H), other=0)
     if BITS == 4:
         high = tl.load(small + (head * G + row[:, None]) * R + H + part[None, :], mask=wanted, other=0.0)
@@ -49,7 +50,7 @@ def _sketch_logits(
     best = tl.max(each, 2)
     mass = best + tl.log(tl.sum(tl.exp(each - best[:, :, None]), 2))
     chunk = block * (TOKENS // C) + tl.arange(0, TOKENS // C)
-    target = logits + (head * G + row[:, None]) * logits_stride + chunk[None, :]
+    target = logits + (head * G + row[:, None]) * chunks + chunk[None, :]
     tl.store(target, mass, mask=(row[:, None] < G) & (chunk[None, :] < chunks))
 
 
@@ -63,7 +64,7 @@ def sketch_logits(small: torch.Tensor, packed: torch.Tensor, bits: int, chunk_to
     logits = torch.empty((heads, group, chunks), dtype=torch.float32, device=small.device)
     halved = r // 2 if bits == 4 else r
     _sketch_logits[(heads, triton.cdiv(chunks * chunk_tokens, TOKENS))](
-        small, packed, logits, chunks, packed.stride(0), chunks,
+        small, packed.contiguous(), logits, chunks,
         G=group, C=chunk_tokens, R=r, BITS=bits,
         PADDED_G=max(16, triton.next_power_of_2(group)), PADDED_H=max(16, triton.next_power_of_2(halved)),
         TOKENS=TOKENS,
@@ -71,7 +72,7 @@ def sketch_logits(small: torch.Tensor, packed: torch.Tensor, bits: int, chunk_to
     return logits
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _sketch(
     keys, centre, down, packed, tokens, head_stride, chunk_stride,
     C: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BITS: tl.constexpr, MOST: tl.constexpr,
@@ -140,7 +141,7 @@ def by_kernels(digest: Digest[Any]) -> Digest[Any]:
     return digest if kind is None else kind(digest.head_dim, digest.chunk_tokens, digest.bits)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"], do_not_specialize_on_alignment=["total"])
 def _sums(logits, best, total, chunks, CHUNKS: tl.constexpr):
     row = tl.program_id(0)
     block, blocks = tl.program_id(1), tl.num_programs(1)
@@ -151,7 +152,7 @@ def _sums(logits, best, total, chunks, CHUNKS: tl.constexpr):
     tl.store(total + row * blocks + block, tl.sum(tl.exp(each - most), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks", "blocks"], do_not_specialize_on_alignment=["total"])
 def _ranks(
     logits, best, total, chosen, ranks, chunks, blocks, stay,
     G: tl.constexpr, RULE: tl.constexpr, BLOCKS: tl.constexpr, CHUNKS: tl.constexpr,
@@ -193,12 +194,12 @@ def chunk_ranks(logits: torch.Tensor, chosen: torch.Tensor, group: str, stay: fl
         _sums[(heads * queries, blocks)](logits, best[0], best[1], chunks, CHUNKS=CHUNKS)
     _ranks[(heads, blocks)](
         logits, best[0], best[1], chosen.view(torch.uint8), ranks, chunks, blocks, stay,
-        G=queries, RULE=rule, BLOCKS=triton.next_power_of_2(blocks), CHUNKS=CHUNKS,
+        G=queries, RULE=rule, BLOCKS=bounded(blocks, 16), CHUNKS=CHUNKS,
     )  # fmt: skip
     return ranks
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def _log_mass_without(logits, chosen, out, chunks, G: tl.constexpr, BLOCK: tl.constexpr):
     row, place = tl.program_id(0), tl.arange(0, BLOCK)
     best, total = tl.full([BLOCK], -1e38, tl.float32), tl.zeros([BLOCK], tl.float32)
@@ -221,17 +222,17 @@ def log_mass_without(logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor
     out = torch.empty((heads, queries), dtype=torch.float32, device=logits.device)
     _log_mass_without[(heads * queries,)](
         logits, chosen.view(torch.uint8), out, chunks,
-        G=queries, BLOCK=min(4096, max(128, triton.next_power_of_2(chunks))), num_warps=8,
+        G=queries, BLOCK=bounded(chunks, 1024, 4096), num_warps=8,
     )  # fmt: skip
     return out
 
 
-@triton.jit
-def _add_mass(chunk_mass, logits, shift, chosen, chunks, HEADS: tl.constexpr, G: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["heads", "chunks"])
+def _add_mass(chunk_mass, logits, shift, chosen, heads, chunks, G: tl.constexpr, BLOCK: tl.constexpr):
     chunk = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     exists = chunk < chunks
     mass = tl.load(chunk_mass + chunk, mask=exists, other=0.0)
-    for head in range(HEADS):
+    for head in range(heads):
         taken = tl.load(chosen + head * chunks + chunk, mask=exists, other=0) != 0
         for row in range(head * G, head * G + G):
             each = tl.load(logits + row * chunks + chunk, mask=taken, other=0.0)
@@ -244,6 +245,6 @@ def add_mass(chunk_mass: torch.Tensor, logits: torch.Tensor, shift: torch.Tensor
     heads, queries, chunks = logits.shape
     block = 128
     _add_mass[(triton.cdiv(chunks, block),)](
-        chunk_mass, logits, shift.contiguous(), chosen.view(torch.uint8), chunks,
-        HEADS=heads, G=queries, BLOCK=block, num_warps=4,
+        chunk_mass, logits, shift.contiguous(), chosen.view(torch.uint8), heads, chunks,
+        G=queries, BLOCK=block, num_warps=4,
     )  # fmt: skip

@@ -35,7 +35,7 @@ def turned(row, centre, mirror, turn, column, stored, D: tl.constexpr, PADDED: t
     return total - 2 * tl.sum(along, 0) * shadow
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["group"])
 def _turn_queries(
     query, centre, mirrors, turn, out, constant, scaling, group,
     D: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr,

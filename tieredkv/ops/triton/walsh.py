@@ -18,9 +18,9 @@ def tokens_at_once(digest: Walsh) -> int:
     return 128 if digest.other_bytes <= 32 else 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def _walsh_logits(
-    weights, packed, logits, chunks, packed_stride,
+    weights, packed, logits, chunks,
     G: tl.constexpr, C: tl.constexpr, B: tl.constexpr, LOG_B: tl.constexpr, P: tl.constexpr, Q: tl.constexpr,
     PADDED_G: tl.constexpr, PADDED_P: tl.constexpr, PADDED_Q: tl.constexpr, MIDDLE: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
@@ -29,7 +29,7 @@ def _walsh_logits(
     BYTES: tl.constexpr = P + (B - 1) * Q
     row, part_p, part_q = tl.arange(0, PADDED_G), tl.arange(0, PADDED_P), tl.arange(0, PADDED_Q)
     exists = program * BLOCKS + tl.arange(0, BLOCKS) < chunks * (C // B)
-    start = packed + head.to(tl.int64) * packed_stride + program * BLOCKS * BYTES
+    start = packed + head.to(tl.int64) * chunks * (C // B * BYTES) + program * BLOCKS * BYTES
     at = start + tl.arange(0, BLOCKS)[:, None] * BYTES + part_p[None, :]
     means = tl.load(at, mask=exists[:, None] & (part_p[None, :] < P), other=0)
     token = tl.arange(0, TOKENS)
@@ -74,7 +74,7 @@ def walsh_logits(prepared: torch.Tensor, packed: torch.Tensor, digest: Walsh) ->
     chunks, p, q, tokens = packed.shape[1], digest.mean_bytes, digest.other_bytes, tokens_at_once(digest)
     logits = torch.empty((heads, group, chunks), dtype=torch.float32, device=prepared.device)
     _walsh_logits[(heads, triton.cdiv(chunks * digest.chunk_tokens, tokens))](
-        prepared.contiguous(), packed, logits, chunks, packed.stride(0),
+        prepared.contiguous(), packed.contiguous(), logits, chunks,
         G=group, C=digest.chunk_tokens, B=digest.block, LOG_B=digest.block.bit_length() - 1, P=p, Q=q,
         PADDED_G=max(16, triton.next_power_of_2(group)), PADDED_P=max(16, triton.next_power_of_2(p)),
         PADDED_Q=max(16, triton.next_power_of_2(q)), MIDDLE=MIDDLE, TOKENS=tokens, num_warps=4 if q <= 32 else 8,
