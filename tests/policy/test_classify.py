@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from tieredkv.policy import classify
@@ -48,6 +49,42 @@ def test_tokens_to_cover_against_trying_every_number():
                 if covered >= theta - 1e-6:
                     want = count
             assert int(got[head]) == want
+
+
+def by_sorting(halves: torch.Tensor, sinks: int, recent: int, shares: tuple[float, ...]) -> torch.Tensor:
+    """`tokens_to_cover` by its definition: all tokens are sorted, and every number of them is tried."""
+    n = halves.shape[-1]
+    old, first = n - recent, min(sinks, n - recent)
+    covered = torch.zeros((halves.shape[1], old - first + 1), dtype=torch.float64)
+    for chosen, seen in ((halves[0], halves[1]), (halves[1], halves[0])):
+        order = chosen[:, first:old].argsort(dim=-1, descending=True, stable=True)
+        covered[:, 1:] += seen[:, first:old].double().gather(1, order).cumsum(-1)
+        covered += seen[:, old:].double().sum(-1, keepdim=True)
+    enough = torch.stack([covered >= share * covered[:, -1:] for share in shares])
+    return torch.where(enough.any(-1), enough.byte().argmax(-1), n + 1)
+
+
+@pytest.mark.parametrize("largest", [1, 3, 40, 2**12], ids=lambda largest: f"weights up to {largest}")
+@pytest.mark.parametrize("tokens", [1, 2, 40, 3000])
+def test_tokens_to_cover_equals_sorting_all_tokens(tokens, largest):
+    """Whole numbers as weights, and shares in sixteenths: sums are exact, and there are many ties."""
+    generator = torch.Generator().manual_seed(tokens + largest)
+    for sinks, recent in ((0, 0), (0, tokens // 2), (tokens // 3, 1), (tokens, 1), (0, tokens)):
+        halves = torch.randint(0, largest + 1, (2, 3, tokens), generator=generator).float()
+        halves[:, 1] = torch.where(torch.rand(tokens, generator=generator) < 0.9, 0.0, halves[:, 1])
+        shares = (0.0, 0.0625, 0.5, 0.9375, 1.0, 1.5)
+        got = classify.tokens_to_cover(halves, sinks, recent, shares)
+        assert torch.equal(got, by_sorting(halves, sinks, recent, shares)), (sinks, recent)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_attention_that_is_not_a_number_is_never_covered(sign):
+    """The bits of a NaN may have either sign."""
+    halves = torch.full((2, 2, 40), 1 / 40)
+    halves[0, 1, 7] = torch.tensor(float("nan")).copysign(torch.tensor(sign))
+    need = classify.tokens_to_cover(halves, 0, 8, (0.5,))
+    assert need[0, 0] <= 32
+    assert need[0, 1] == 41
 
 
 def test_rows_that_attend_to_different_tokens_need_many_though_each_needs_few():
