@@ -182,9 +182,15 @@ def _scored(question: ReplayedQuestion, logits: torch.Tensor, **others: Any) -> 
     )
 
 
+def _scoring(tiers: TierConfig) -> TierConfig:
+    """The same settings, under which rows are scored for every policy: also by the mass of their top k."""
+    return replace(tiers, policy=replace(tiers.policy, head_score="mass", theta=0.9))
+
+
 def _prefill(reader: Reader, ids: Sequence[int]) -> torch.Tensor:
     """Feed a prompt and score its last rows; returns the logits after it."""
     cache = reader.cache
+    cache.set_tiers(_scoring(cache.tiers))
     window = cache.tiers.policy.text_window
     cache.expect(Question(prompt_tokens=cache.get_seq_length() + len(ids), rows=window))
     if len(ids) > window:

@@ -7,7 +7,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from helpers import tier_options
+from helpers import assert_near, tier_options
 
 import tieredkv
 from tieredkv.cache import prefill
@@ -16,6 +16,7 @@ from tieredkv.cache.prefill import TextRows
 from tieredkv.cache.question import Question
 from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.environment.versions import cache_argument
+from tieredkv.policy import classify
 
 C = 8
 SMALL = {"gpu_kv_gb": 1.0, "chunk_tokens": C, "text_window": 32, "recent_window": 8, "spare_ratio": 0.5}
@@ -122,3 +123,31 @@ def test_by_default_chunks_that_look_nearly_as_good_are_not_copied(llama, long_i
     fields = {"budget_ratio": 0.2, "theta": 2.0, "spare_ratio": 0.0, "tokens": (50, 51, 52, 53, 54, 55)}
     indifferent = decode(llama, long_ids, **fields, stay=1.0)
     assert decode(llama, long_ids, **fields).missed_bytes < 0.5 * indifferent.missed_bytes
+
+
+def test_the_mass_of_the_top_k_is_computed_only_for_policies_that_use_it(llama, long_ids, monkeypatch):
+    sorted_blocks = []
+    merge = classify.merge_top_k
+    monkeypatch.setattr(classify, "merge_top_k", lambda *given: sorted_blocks.append(given) or merge(*given))
+    for policy, used in (("hybridkv", False), ("paper", True)):
+        sorted_blocks.clear()
+        with (
+            torch.no_grad(),
+            tieredkv.use_attention(llama),
+            TieredCache(llama.config, settings({"policy": policy})) as cache,
+        ):
+            llama(long_ids, **cache_argument(cache))
+            assert all((layer.rows.scores is not None) is used for layer in cache.tiered_layers)
+        assert bool(sorted_blocks) is used
+
+
+def test_after_a_change_to_a_policy_with_another_score_the_next_token_is_scored_before_the_seal(llama, long_ids):
+    tiers = [settings({"policy": policy, "budget_ratio": 0.5}) for policy in ("hybridkv", "paper")]
+    with torch.no_grad(), tieredkv.use_attention(llama), TieredCache(llama.config, tiers[0]) as cache:
+        llama(long_ids[:, :899], **cache_argument(cache))
+        cache.set_tiers(tiers[1])
+        got = llama(long_ids[:, 899:], **cache_argument(cache)).logits
+        assert not cache.sealed
+        llama(long_ids[:, :1], **cache_argument(cache))
+        assert cache.sealed
+    assert_near(got, llama(long_ids).logits[:, 899:])

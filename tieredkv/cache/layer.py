@@ -245,6 +245,11 @@ class TieredLayer(CacheLayerMixin):
         if self.host is not None:
             self.host.freeze()
 
+    def drop_unfit_rows(self) -> None:
+        """Forget the rows of the last call if they lack the scores that the policy now depends on."""
+        if self.rows is not None and self.rows.scores is None and self.device_tier.tiers.policy.scores_mass:
+            self.rows = None
+
     def truncate(self, tokens: int) -> None:
         """Forget all but the first `tokens` tokens. Not while sealed."""
         if self.host is None or tokens >= self.host.length:

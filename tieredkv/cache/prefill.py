@@ -28,8 +28,8 @@ from tieredkv.policy import classify
 class TextRows:
     """What the last rows of a prompt, its question, say about one layer's heads."""
 
-    scores: torch.Tensor
-    """Text-centric score of each KV head, `(K,)`."""
+    scores: torch.Tensor | None
+    """Text-centric score of each KV head, `(K,)`; None: nothing depends on it (`Policy.scores_mass`)."""
     halves: torch.Tensor
     """Attention that every other row pays each token, averaged over those rows and the group: `(2, K, N)` float32, on
     the host. The last row is in the second half."""
@@ -46,9 +46,11 @@ class TextRows:
 
         attended: layers that the result covers, of the same number of heads. group: how scores of a group are joined.
         """
-        scores = torch.maximum(self.scores, rows.scores)
-        if group != "max":
-            scores = torch.lerp(self.scores, rows.scores, 1 / attended)
+        scores = None
+        if self.scores is not None and rows.scores is not None:
+            scores = torch.maximum(self.scores, rows.scores)
+            if group != "max":
+                scores = torch.lerp(self.scores, rows.scores, 1 / attended)
         return TextRows(scores, torch.lerp(self.halves, rows.halves, 1 / attended), self.count)
 
 
@@ -237,13 +239,14 @@ def score_text_rows(
     total = past.tokens + new
     k = classify.top_k_count(tiers.policy.top_k_ratio, total)
     window = min(t, tiers.policy.saliency_window)
-    halves = torch.empty((2, keys.shape[0], total), dtype=torch.float32, device="cpu")
+    halves = torch.empty((2, keys.shape[0], total), dtype=torch.float32, device=keys.device)
     best: torch.Tensor | None = None
     done = 0
 
     def take(weights: torch.Tensor) -> None:
         nonlocal best, done
-        best = classify.merge_top_k(best, weights, k)
+        if tiers.policy.scores_mass:
+            best = classify.merge_top_k(best, weights, k)
         last = weights[:, :, -window:]
         for half in (0, 1):  # a single row counts in both halves
             rows = last[:, :, (half + window) % 2 :: 2] if window > 1 else last
@@ -259,9 +262,5 @@ def score_text_rows(
     for start in range(0, new, past.block_tokens):
         block = keys[:, start : start + past.block_tokens]
         take(exact.row_weights(query, block, lse, scaling, first_hidden=sees - start))
-    assert best is not None
-    return TextRows(
-        scores=classify.text_centric_scores(best, tiers.policy.score_group).cpu(),
-        halves=halves,
-        count=window,
-    )
+    scores = None if best is None else classify.text_centric_scores(best, tiers.policy.score_group).cpu()
+    return TextRows(scores, halves.cpu(), window)  # copied once, as every copy waits for the device

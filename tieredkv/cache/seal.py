@@ -30,7 +30,7 @@ class HeadTypes:
     """What the question's rows say about every head."""
 
     scores: torch.Tensor
-    """`(L, K)` text-centric scores."""
+    """`(L, K)` text-centric scores; ones where nothing depends on them (`Policy.scores_mass`)."""
     static: torch.Tensor
     """`(L, K)` mask; the others are dynamic."""
     need: torch.Tensor | None
@@ -48,7 +48,10 @@ def classify_heads(
 ) -> HeadTypes:
     """Which heads are static. rows: one per layer. cap_bytes: bytes that the plan may spend. host_bits: of the host
     tier."""
-    policy, scores, need = tiers.policy, torch.stack([layer.scores for layer in rows]), None
+    policy, need = tiers.policy, None
+    scores = torch.ones((len(rows), shape.num_key_value_heads), dtype=torch.float32, device="cpu")
+    if policy.scores_mass:
+        scores = torch.stack([layer.scores for layer in rows if layer.scores is not None])
     if policy.head_score == "mass":
         static = classify.static_heads(scores, policy.theta)
     else:

@@ -243,8 +243,9 @@ class TieredCache(Cache):
     def set_tiers(self, tiers: TierConfig) -> None:
         """Use other settings from the next seal on; cached tokens stay. Not while sealed.
 
-        Settings that score the question's rows (`top_k_ratio`, windows) take effect with the next prompt. Raises
-        `OptionError` where chunks of another size would be needed.
+        Settings that score the question's rows (`top_k_ratio`, windows) take effect with the next prompt. A policy
+        that depends on the mass of their top k needs rows that were scored under such a policy. Raises `OptionError`
+        where chunks of another size would be needed.
         """
         if self.sealed:
             raise RuntimeError("the cache is sealed: truncate it first")
@@ -256,6 +257,8 @@ class TieredCache(Cache):
         if bits is not None and tiers.host_kv_bits not in (None, bits):
             raise OptionError(f"the cache is kept in {bits} bits: leave host_kv_bits as it is.")
         self.device_tier.change_tiers(tiers, empty=self.get_seq_length() == 0)
+        for layer in self.tiered_layers:
+            layer.drop_unfit_rows()
 
     # ---- phases
 

@@ -146,7 +146,7 @@ def scoring_bytes(shape: KVShape, tiers: TierConfig, tokens: int, rows: int, blo
     if rows == 0:
         return 0
     heads = shape.num_attention_heads
-    k = top_k_count(tiers.policy.top_k_ratio, tokens)
+    k = top_k_count(tiers.policy.top_k_ratio, tokens) if tiers.policy.scores_mass else 0
     keys_float = shape.num_key_value_heads * block_tokens * shape.head_dim
     weights = 3 * heads * rows * block_tokens
     top = 7 * heads * rows * min(k, tokens)  # old, block's, both joined, and the new with its int64 indices

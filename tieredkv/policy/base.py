@@ -77,6 +77,12 @@ class Policy:
     keep_all: bool = False
     """Everything stays on the device: no policy at all. Refused where it does not fit."""
 
+    @property
+    def scores_mass(self) -> bool:
+        """Whether anything depends on the mass of the rows' top k: which heads are static, or what each gets."""
+        decides = self.theta > 0 or self.static_weight != "even"
+        return self.head_score == "mass" and self.theta <= 1 and decides
+
     def __post_init__(self) -> None:
         def wanted(ok: bool, name: str, want: str) -> None:
             check_value(ok, name, getattr(self, name), want)
