@@ -24,7 +24,7 @@ from helpers import random_text_model, text_config
 
 from tieredkv.cli.defaults import KEYS
 from tieredkv.ops.base import Ops
-from tieredkv.ops.select import TORCH, triton
+from tieredkv.ops.select import TORCH, numba, triton
 
 hypothesis.settings.register_profile("any load", deadline=None)  # examples of 200 ms fail beside a busy process
 hypothesis.settings.load_profile("any load")
@@ -80,10 +80,18 @@ def kernels() -> Ops:
     return triton()
 
 
-@pytest.fixture(params=["torch", pytest.param("triton", marks=pytest.mark.interpreter)])
+@pytest.fixture
+def compiled() -> Ops:
+    """Operations compiled for a CPU."""
+    pytest.importorskip("numba", reason="Numba is not installed")
+    return numba()
+
+
+@pytest.fixture(params=["torch", "numba", pytest.param("triton", marks=pytest.mark.interpreter)])
 def ops(request: pytest.FixtureRequest) -> Ops:
-    """Both implementations of a decoding step's operations."""
-    return TORCH if request.param == "torch" else request.getfixturevalue("kernels")
+    """Every implementation of a decoding step's operations."""
+    fixtures = {"numba": "compiled", "triton": "kernels"}
+    return TORCH if request.param == "torch" else request.getfixturevalue(fixtures[request.param])
 
 
 def _sharpen(model: torch.nn.Module, factor: float = 2.0) -> Any:

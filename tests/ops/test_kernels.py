@@ -499,7 +499,7 @@ def test_decoding_with_kernels_is_decoding_with_torch(shallow, long_ids, kernels
 
 
 def test_kernels_are_used_on_cards_only():
-    assert ops_for(torch.device("cpu")).name == "torch"
+    assert ops_for(torch.device("cpu")).name in ("numba", "torch")
     assert ops_for(torch.device("cuda")) is triton()
 
 

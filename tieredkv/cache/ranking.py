@@ -27,7 +27,7 @@ class Ranking:
         self.digest = ops.digest(sizes.digest_for(shape, tiers))
         self.digests = ledger.empty("digests", (len(heads), chunks, digests.shape[2]), digests.dtype, device)
         """`(n, N, bytes)` on the device."""
-        self.digests.copy_(digests[heads, first : first + chunks])
+        self.digests.copy_(self.digest.arranged(digests[heads, first : first + chunks]))
         self._fitted = fitted.for_ranking(heads).to(device)
         ledger.reserve("digests", self._fitted.nbytes)
         self._at_once = sizes.ranked_chunks_at_once(shape, tiers, layout)

@@ -1,9 +1,10 @@
-"""Which operations run on a device: plain torch everywhere, Triton's kernels where they can run."""
+"""Which operations run on a device: Triton's kernels on a card, those compiled by Numba on a CPU, plain torch where
+neither is installed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -74,9 +75,28 @@ def triton() -> OpTable:
     )
 
 
+@cache
+def numba() -> OpTable:
+    """Loops compiled by Numba for a CPU, and torch for the rest. ImportError where Numba is not installed, or does not
+    know the installed version of NumPy."""
+    from tieredkv.ops.numba import rank
+
+    return replace(TORCH, name="numba", digest=rank.by_compiled)
+
+
+@cache
+def _on_a_cpu() -> OpTable:
+    try:
+        return numba()
+    except (ImportError, OSError):  # OSError: no room on disk for what it compiles
+        return TORCH
+
+
 def ops_for(device: torch.device) -> OpTable:
-    """The fastest operations on a device: kernels on a CUDA device with Triton, torch elsewhere."""
-    return triton() if device.type == "cuda" and find_spec("triton") is not None else TORCH
+    """The fastest operations on a device that are installed."""
+    if device.type == "cuda":
+        return triton() if find_spec("triton") is not None else TORCH
+    return _on_a_cpu() if device.type == "cpu" else TORCH
 
 
 def copying_by_torch(ops: Ops, how: str = "copies by torch") -> Ops:

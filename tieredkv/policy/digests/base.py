@@ -113,6 +113,11 @@ class Digest(ABC, Generic[F]):
 
     # ---- ranking
 
+    def arranged(self, digests: torch.Tensor) -> torch.Tensor:
+        """Digests `(K, n, chunk_bytes)` as `logits` reads them: the same bytes, in an order that may differ by
+        implementation."""
+        return digests
+
     def prepare(self, query: torch.Tensor, fitted: F) -> torch.Tensor:
         """Convert scaled queries `(K, G, D)` float32 to the form that `logits` takes, `(K, G, ...)`."""
         return query
@@ -120,8 +125,8 @@ class Digest(ABC, Generic[F]):
     def logits(self, prepared: torch.Tensor, digests: torch.Tensor, at_once: int) -> torch.Tensor:
         """Estimated logits `(K, G, n)` float32 of all chunks, up to a constant for each query head.
 
-        prepared: from `prepare`. digests `(K, n, chunk_bytes)`. at_once: chunks to unpack at a time, which bounds the
-        scratch; an implementation that unpacks nothing ignores it.
+        prepared: from `prepare`. digests `(K, n, chunk_bytes)`: from `arranged`. at_once: chunks to unpack at a time,
+        which bounds the scratch; an implementation that unpacks nothing ignores it.
         """
         parts = [self.chunk_logits(prepared, part) for part in digests.split(at_once, dim=1)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)

@@ -1,0 +1,83 @@
+"""Operations compiled for a CPU, each against its twin in torch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import assert_near
+
+from tieredkv.ops import select
+from tieredkv.ops.select import TORCH, ops_for
+from tieredkv.policy.digests.sketch import Sketch
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("heads", "rows", "c", "d", "chunks"),
+    [(3, 3, 8, 64, 37), (1, 7, 16, 128, 20), (2, 1, 32, 32, 9), (2, 9, 12, 80, 1), (1, 4, 8, 128, 300)],
+)
+def test_logits_of_sketches(compiled, heads, rows, c, d, chunks):
+    """300 chunks of 8 tokens are several tiles, the last one shorter."""
+    keys, queries = torch.randn(heads, chunks, c, d), torch.randn(heads, rows, d)
+    digest = Sketch(d, c, 4)
+    basis = digest.fit(torch.eye(d).expand(heads, d, d), keys.flatten(1, 2))
+    made, prepared = digest.make(keys, basis), digest.prepare(queries, basis)
+    ours = compiled.digest(digest)
+    assert type(ours) is not Sketch
+    arranged = ours.arranged(made)
+    assert arranged.shape == made.shape
+    assert_near(ours.logits(prepared, arranged, 1), digest.chunk_logits(prepared, made))
+
+
+@pytest.mark.parametrize("digest", [Sketch(64, 8, 8), Sketch(72, 8, 4)], ids=["8 bits", "18 bytes a token"])
+def test_sketches_that_have_no_whole_words_are_ranked_by_torch(compiled, digest):
+    assert compiled.digest(digest) is digest
+
+
+def test_where_a_chunk_is_much_less_likely_than_another_its_logit_is_still_right(compiled):
+    digest = Sketch(16, 8, 4)
+    made = torch.zeros(1, 2, digest.chunk_bytes, dtype=torch.uint8)
+    made[0, 1] = 0xFF
+    prepared, ours = torch.full((1, 1, 8), 4.0), compiled.digest(digest)
+    got = ours.logits(prepared, ours.arranged(made), 1)
+    want = torch.tensor([[[-8.0, 7.0]]]) * 4 * 8 + torch.log(torch.tensor(8.0))
+    torch.testing.assert_close(got, want)
+
+
+def test_compiled_operations_are_used_on_cpus_where_numba_is_installed(compiled, monkeypatch):
+    assert ops_for(CPU) is compiled
+
+    def missing():
+        raise ImportError("Numba needs NumPy 2.5 or less")
+
+    monkeypatch.setattr(select, "numba", missing)
+    monkeypatch.setattr(select, "_on_a_cpu", select._on_a_cpu.__wrapped__)
+    assert ops_for(CPU) is TORCH
+
+
+@pytest.mark.subprocess
+def test_a_folder_that_cannot_be_written_is_no_error(compiled):
+    """In another process, whose Numba finds no folder for what it compiles."""
+    script = """
+import torch
+from tieredkv.ops.select import ops_for
+from tieredkv.policy.digests.sketch import Sketch
+digest = ops_for(torch.device("cpu")).digest(Sketch(16, 8, 4))
+print(digest.logits(torch.zeros(1, 1, 8), torch.zeros(1, 1, 32, dtype=torch.uint8), 1).exp().item())
+"""
+    environment = {**os.environ, "NUMBA_CACHE_LOCATOR_CLASSES": "ZipCacheLocator"}  # that of packages in a zip file
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == pytest.approx(8)
+
+
+@pytest.mark.subprocess
+def test_numba_is_not_imported_before_it_is_needed():
+    script = "import sys, tieredkv, tieredkv.cli; print('numba' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr

@@ -1,0 +1,1 @@
+"""`Ops` on a CPU, compiled by Numba. Contracts and shapes: `ops.base`."""
