@@ -87,7 +87,7 @@ def test_an_unknown_name_is_an_attribute_error():
 def test_every_library_imported_is_declared():
     extras = PROJECT["optional-dependencies"]
     stated = PROJECT["dependencies"] + [
-        one for name in ("plot", "smolvlm", "quantised", "serve") for one in extras[name]
+        one for name in ("cpu", "plot", "smolvlm", "quantised", "serve") for one in extras[name]
     ]
     names = [re.split(r"[<>=\[]", one)[0] for one in stated]
     declared = {IMPORT_NAMES.get(name, name) for name in names} | {"tieredkv"}

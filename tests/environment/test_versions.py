@@ -41,7 +41,10 @@ def test_a_cache_is_passed_by_the_name_that_the_installed_transformers_uses() ->
 def test_every_dependency_has_a_line_in_the_constraints() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    names = [re.split(r"[\[><=]", line)[0] for line in project["dependencies"] + extras["dev"] + extras["plot"]]
+    names = [
+        re.split(r"[\[><=]", line)[0]
+        for line in project["dependencies"] + extras["dev"] + extras["plot"] + extras["cpu"]
+    ]
     pinned = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()}
     assert {name for name in names if name != "tieredkv"} <= pinned
 
