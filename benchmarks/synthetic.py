@@ -124,8 +124,10 @@ class Drift:
                 shift = ((1 - hit_rate) * retrieval.selected).round().long().unsqueeze(1)
                 self._scripts[chosen.data_ptr()] = order, shift, torch.zeros_like(shift)
 
-    def _ranks(self, logits: torch.Tensor, chosen: torch.Tensor, group: str, stay: float) -> torch.Tensor:
-        ranks = self._real.chunk_ranks(logits, chosen, group, stay)
+    def _ranks(
+        self, logits: torch.Tensor, chosen: torch.Tensor, group: str, stay: float, parts: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        ranks = self._real.chunk_ranks(logits, chosen, group, stay, parts)
         if not self._scripts:
             return ranks
         order, shift, place = self._scripts[chosen.data_ptr()]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tieredkv.memory.arena import MemoryArena
 from tieredkv.memory.host import HostLayer
 from tieredkv.memory.residency import Residency
-from tieredkv.ops.base import Pages
+from tieredkv.ops.base import Listing, Pages
 
 U8 = torch.uint8
 
@@ -74,17 +74,23 @@ def test_steps_agree_with_a_dictionary_of_each_head(ops, device, case):
     rows, count = heads.to(device), torch.tensor(selected, device=device)
     models = [Model(each) for each in slots]
     ranks = torch.rand(n, chunks, generator=generator)
-    step = torch.zeros(1, dtype=torch.int32, device=device)
+    step = torch.zeros(n, dtype=torch.int32, device=device)
+    missed_in_all, begun = torch.zeros(n, dtype=torch.int64, device=device), 0
+    columns = torch.full((n, max(slots)), -1, dtype=torch.int32, device=device)
+    listing = Listing(table, rows, 1, columns)
 
-    def enter(asked: torch.Tensor, kept: torch.Tensor | None, listed: torch.Tensor | None) -> torch.Tensor:
-        want, missed, misses = ops.choose(ranks.to(device), asked, index.slot_of, most)
+    def enter(asked: torch.Tensor, kept: torch.Tensor | None, listed: Listing | None) -> torch.Tensor:
+        want = torch.ones(n, chunks, dtype=torch.bool, device=device)
+        missed, misses = ops.choose(ranks.to(device), asked, index.slot_of, most, want)
         stay = want if kept is None else want | kept
-        used = index.chunk_in, index.last_used, index.slots
-        victims = ops.place(want, stay, misses, *used, step, most, listed, rows, 1)
+        used, before = (index.chunk_in, index.last_used, index.slots), missed_in_all.clone()
+        victims = ops.place(want, stay, misses, *used, step, most, missed_in_all, listed)
+        assert torch.equal(missed_in_all, before + misses)
+        assert step.tolist() == [begun] * n
         for head, model in enumerate(models):
             best = sorted(ranks[head].topk(int(asked[head])).indices.tolist())
             assert want[head].nonzero().flatten().tolist() == best
-            gone, to = model.admit(best, stay[head].nonzero().flatten().tolist(), int(step))
+            gone, to = model.admit(best, stay[head].nonzero().flatten().tolist(), begun)
             assert missed[head, : int(misses[head])].tolist() == gone
             assert victims[head, : int(misses[head])].tolist() == to
         tables = index.slots, index.chunk_in, index.slot_of
@@ -92,13 +98,16 @@ def test_steps_agree_with_a_dictionary_of_each_head(ops, device, case):
         return want
 
     for like_before, ahead in steps:
-        step += 1
+        begun += 1
         fresh = torch.rand(n, chunks, generator=generator)
         ranks = ranks * 0.9 + fresh * 0.1 if like_before else fresh
-        chosen = enter(count, None, table)
+        chosen = enter(count, None, listing)
         for head, model in enumerate(models):
             pool_slots = {int(owned[head, model.slot_of[c]]) for c in chosen[head].nonzero().flatten().tolist()}
             assert set(table[heads[head], 1 : 1 + selected[head]].tolist()) == pool_slots
+            for chunk in chosen[head].nonzero().flatten().tolist():
+                slot = model.slot_of[chunk]
+                assert int(table[heads[head], 1 + columns[head, slot]]) == int(owned[head, slot])
         if ahead:
             spare = (torch.tensor(slots, device=device) - count).clamp(max=2)
             ranks = torch.rand(n, chunks, generator=generator)
@@ -116,9 +125,9 @@ def test_chunks_entered_first_are_replaced_last():
     index.check_integrity()
     assert index.chunk_in.tolist() == [[5, 0, 2], [1, 6, -1]]
     none = torch.zeros(2, 8, dtype=torch.bool)
-    used, step = (index.chunk_in, index.last_used, index.slots), torch.ones(1, dtype=torch.int32)
+    used, step = (index.chunk_in, index.last_used, index.slots), torch.ones(2, dtype=torch.int32)
     misses = torch.tensor([2, 1], dtype=torch.int32)
-    victims = torch_ops.place(none, none, misses, *used, step, 2, None, torch.arange(2), 0)
+    victims = torch_ops.place(none, none, misses, *used, step, 2, torch.zeros(2, dtype=torch.int64), None)
     assert victims[0].tolist() == [1, 2]
     assert victims[1, :1].tolist() == [1]
 
@@ -129,7 +138,7 @@ def test_more_misses_than_replaceable_slots_are_refused():
     kept = torch.arange(8).view(1, 8) < 2
     used, step = (index.chunk_in, index.last_used, index.slots), torch.ones(1, dtype=torch.int32)
     with pytest.raises(ValueError, match="more chunks are missed than slots may be taken"):
-        torch_ops.place(kept, kept, torch.tensor([2]), *used, step, 3, None, torch.arange(1), 0)
+        torch_ops.place(kept, kept, torch.tensor([2]), *used, step, 3, torch.zeros(1, dtype=torch.int64), None)
 
 
 def test_chunks_are_fetched_to_their_slots(ops, device):

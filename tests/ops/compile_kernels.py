@@ -21,8 +21,8 @@ from triton.runtime.jit import JITFunction
 
 from tieredkv.codecs import CODECS, codec_for
 from tieredkv.codecs.base import Codec, Fit
-from tieredkv.ops.base import Pages
-from tieredkv.ops.triton import attend, choose, copy, rank, walsh
+from tieredkv.ops.base import Listing, Pages
+from tieredkv.ops.triton import attend, choose, copy, mass, project, rank, walsh
 from tieredkv.policy.digests.sketch import Basis
 from tieredkv.policy.digests.walsh import Walsh
 
@@ -88,29 +88,41 @@ def call_all() -> None:
         for bits in CODECS:
             pages = pages_of(bits, c, d, dtype)
             for written in (None, page_lse):
-                attend.paged_attention(query, pages, table, table, 0.1, page_lse=written)
-            copy.append(rows, rows, pages, table, table, torch.zeros(1, dtype=torch.int32))
+                attend.paged_attention(query, pages, table, table, 0.1, page_lse=written, dtype=dtype)
+            copy.append(rows, rows, pages, table, table, torch.zeros(4, 2, dtype=torch.int32))
     for group, c, r, bits in ((7, 8, 64, 4), (2, 8, 8, 4), (7, 8, 64, 8), (7, 128, 64, 4), (16, 32, 48, 4)):
         basis = Basis(torch.zeros(4, 2 * r, r), torch.zeros(4, 2 * r, r), torch.zeros(4, 1, 2 * r))
+        queries = torch.zeros(6, group, 2 * r, dtype=torch.bfloat16)
+        project.project(queries, torch.arange(4), 0.1, basis.up, basis.centre)
         rank.pack_sketches(torch.zeros(4, 9, 2, c, 2 * r, dtype=torch.bfloat16)[:, :, 0], bits, basis)
         rank.sketch_logits(torch.zeros(4, group, r), torch.zeros(4, 99, c * r * bits // 8, dtype=torch.uint8), bits, c)
     for group, c, d, bits in ((7, 8, 128, 4), (2, 8, 16, 4), (7, 16, 128, 8), (16, 64, 256, 4)):
         digest = Walsh(d, c, bits)
         numbers = 4 * (digest.mean_bytes + digest.other_bytes)
         packed = torch.zeros(4, 99, digest.chunk_bytes, dtype=torch.uint8)
+        numbers_of = torch.zeros(4, numbers, dtype=torch.int16), torch.zeros(4, numbers, dtype=torch.uint8)
+        up = torch.zeros(4, d, digest.directions, dtype=torch.float16)
+        queries = torch.zeros(6, group, d, dtype=torch.float16)
+        project.project(queries, torch.arange(4), 0.1, up, torch.zeros(4, 1, d), *numbers_of)
         walsh.walsh_logits(torch.zeros(4, group, numbers), packed, digest)
     chosen = torch.zeros(4, 4001, dtype=torch.bool)
     for rule in rank.GROUPS:
-        rank.chunk_ranks(torch.zeros(4, 7, 4001), chosen, rule, 1.0)
-    rank.log_mass_without(torch.zeros(4, 7, 4001), chosen)
-    rank.add_mass(torch.zeros(4001), torch.zeros(4, 7, 4001), torch.zeros(4, 7), chosen)
-    heads, few, step = torch.arange(4), torch.zeros(4, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
+        for parts in (None, torch.zeros(4, 7, 251)):
+            rank.chunk_ranks(torch.zeros(4, 7, 4001), chosen, rule, 1.0, parts)
+    heads, few, step = torch.arange(4), torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int32)
+    of_queries, slot_of = torch.zeros(4, 7), torch.zeros(4, 4002, dtype=torch.int32)
+    for constant in (None, of_queries):
+        mass.log_mass_without(torch.zeros(4, 7, 4001), chosen, constant)
+    mass.record_unseen(of_queries, of_queries, heads, torch.zeros(4), torch.zeros(4, dtype=torch.float64))
+    for columns in (None, torch.zeros(4, 300, dtype=torch.int32)):
+        mass.add_mass(torch.zeros(4001), torch.zeros(28, 400), of_queries, chosen, slot_of, heads, 3, columns)
     for chunks, slots in ((40001, 20000), (16001, 8000), (4001, 300)):  # rows above, at and below the largest block
         chosen, slot_of = torch.zeros(4, chunks, dtype=torch.bool), torch.zeros(4, chunks + 1, dtype=torch.int32)
         tables = [torch.zeros(4, slots, dtype=torch.int32) for _ in range(3)]
-        _, missed, misses = choose.choose(torch.zeros(4, chunks), few, slot_of, 200)
-        for table in (torch.zeros(4, slots + 200, dtype=torch.int32), None):
-            victims = choose.place(chosen, chosen, misses, *tables, step, 200, table, heads, 3)
+        missed, misses = choose.choose(torch.zeros(4, chunks), few, slot_of, 200, chosen)
+        table = torch.zeros(4, slots + 200, dtype=torch.int32)
+        for listing in (Listing(table, heads, 3, tables[0]), Listing(table, heads, 3, None), None):
+            victims = choose.place(chosen, chosen, misses, *tables, step, 200, few, listing)
     for c, d, dtype in (
         (8, 128, torch.bfloat16), (8, 80, torch.float16), (32, 128, torch.bfloat16), (128, 128, torch.bfloat16),
         (8, 256, torch.bfloat16), (8, 64, torch.float32),

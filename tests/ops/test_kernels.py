@@ -20,7 +20,7 @@ from tieredkv.codecs import CODECS, codec_for
 from tieredkv.codecs.base import Codec, Fit
 from tieredkv.environment.versions import cache_argument
 from tieredkv.ops import torch_ops
-from tieredkv.ops.base import Ops, Pages
+from tieredkv.ops.base import Listing, Ops, Pages
 from tieredkv.ops.select import TORCH, copying_by_torch, ops_for, triton
 from tieredkv.policy import select
 from tieredkv.policy.digests import DIGESTS
@@ -115,7 +115,8 @@ FROM_HOST = pytest.mark.parametrize(
 
 
 EVERY_SHAPE = [(3, 3, 64, 8, 21, 1), (2, 7, 80, 12, 5, 1), (1, 1, 128, 32, 7, 1), (1, 16, 96, 8, 9, 1),
-               (1, 7, 256, 8, 5, 1), (2, 2, 32, 8, 9, 5), (1, 7, 64, 8, 3, 12)]  # fmt: skip
+               (1, 7, 256, 8, 5, 1), (2, 2, 32, 8, 9, 5), (1, 7, 64, 8, 3, 12), (1, 3, 128, 48, 3, 1)]  # fmt: skip
+"""The last has pages longer than what a program reads at a time."""
 SHAPES_OF_DTYPE = [
     (dtype, *shape)
     for dtype in (torch.float32, torch.bfloat16, torch.float16)
@@ -157,6 +158,9 @@ def assert_pages_alike(kernels: Ops, pages: Pages, given: list[torch.Tensor], le
     got, want = (torch.full((len(query), table.shape[1] + 3), 7.0, device=query.device) for _ in range(2))
     out, _ = kernels.paged_attention(query, pages, *rest, got)
     assert torch.equal(out, kernels.paged_attention(query, pages, *rest)[0])
+    narrow, _ = kernels.paged_attention(query, pages, *rest, dtype=dtype)
+    assert narrow.dtype == dtype
+    assert_near(narrow.float(), out, dtype)  # the interpreter cuts bfloat16 off
     torch_ops.paged_attention(query, pages, *rest, want)
     counts = torch.nn.functional.pad(lengths > 0, (0, 3), value=True).repeat_interleave(len(query) // len(table), 0)
     assert bool((got.cpu()[~counts] < -1e30).all())
@@ -202,10 +206,11 @@ def test_sketch_logits(kernels, device, bits, heads, group, c, d, chunks):
     digest = Sketch(d, c, bits)
     basis = digest.fit(torch.eye(d).expand(heads, d, d), keys.flatten(1, 2))
     packed, prepared = digest.make(keys, basis), digest.prepare(queries, basis)
-    got = kernels.digest(digest).logits(prepared.to(device), packed.to(device), 1)
+    got, parts = kernels.digest(digest).logits_in_parts(prepared.to(device), packed.to(device), 1)
     # On a card the products are in TF32: ten bits of the queries, as in float16, and all bits of a sketch.
     dtype = torch.float32 if device.type == "cpu" else torch.float16
     assert_near(got.cpu(), digest.chunk_logits(prepared, packed), dtype)
+    assert_near(parts.logsumexp(-1), got.logsumexp(-1))
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -234,9 +239,24 @@ def test_logits_of_blocks(kernels, device, bits, heads, group, c, d, chunks):
     fitted = digest.fit(torch.eye(d).expand(heads, d, d), keys.flatten(1, 2))
     packed, prepared = digest.make(keys, fitted), digest.prepare(queries, fitted)
     assert type(kernels.digest(digest)) is not Walsh
-    got = kernels.digest(digest).logits(prepared.to(device), packed.to(device), 1)
+    got, parts = kernels.digest(digest).logits_in_parts(prepared.to(device), packed.to(device), 1)
     dtype = torch.float32 if device.type == "cpu" else torch.float16
     assert_near(got.cpu(), digest.chunk_logits(prepared, packed), dtype)
+    assert_near(parts.logsumexp(-1), got.logsumexp(-1))
+
+
+@pytest.mark.parametrize("kind", [Sketch, Walsh])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("group", "d", "bits"), [(3, 64, 4), (1, 80, 8), (20, 16, 4)])
+def test_queries_are_projected(kernels, device, kind, dtype, group, d, bits):
+    """Those of some heads only, as a model leaves them: next to the other tensors that one product makes."""
+    digest, keys = kind(d, 8, bits), torch.randn(3, 20 * 8, d)
+    fitted = digest.fit(torch.eye(d).expand(3, d, d), keys).for_ranking(heads := torch.tensor([2, 0]))
+    query = torch.randn(3, group, 2, d).to(dtype)[:, :, 1]
+    want, want_constant = digest.project(query, heads, 0.3, fitted)
+    got, constant = kernels.digest(digest).project(query.to(device), heads.to(device), 0.3, fitted.to(device))
+    assert_near(got.cpu(), want)
+    assert_near(constant.cpu(), want_constant)
 
 
 @pytest.mark.parametrize("kind", [Sketch, Walsh])
@@ -246,7 +266,8 @@ def test_chunks_of_a_size_without_a_kernel_are_ranked_by_torch(kernels, device, 
     basis = digest.fit(torch.eye(16).expand(2, 16, 16), keys.flatten(1, 2))
     packed, prepared = digest.make(keys, basis).to(device), digest.prepare(queries, basis).to(device)
     assert type(kernels.digest(digest)) is not kind
-    got = kernels.digest(digest).logits(prepared, packed, 3)
+    got, parts = kernels.digest(digest).logits_in_parts(prepared, packed, 3)
+    assert parts is None
     assert_near(got, digest.chunk_logits(prepared, packed))
 
 
@@ -267,20 +288,56 @@ def test_operations_have_the_parameters_that_the_contract_names(kernels, name):
 @pytest.mark.parametrize("chunks", [5, 1024, 2500])
 def test_chunk_ranks(kernels, device, group, stay, chunks):
     logits, chosen = 3 * torch.randn(2, 3, chunks), torch.rand(2, chunks) < 0.2
-    got = kernels.chunk_ranks(logits.to(device), chosen.to(device), group, stay)
-    assert_near(got.cpu(), select.chunk_ranks(logits, chosen, group, stay))
+    want = select.chunk_ranks(logits, chosen, group, stay)
+    in_parts = torch.stack([part.logsumexp(-1) for part in logits.split(2, dim=-1)], dim=-1)
+    for parts in (None, in_parts.to(device)):
+        assert_near(kernels.chunk_ranks(logits.to(device), chosen.to(device), group, stay, parts).cpu(), want)
 
 
 @pytest.mark.parametrize("chunks", [5, 700, 5000])
-def test_mass_that_was_not_chosen_and_mass_that_was(kernels, device, chunks):
-    logits, chosen = 9 * torch.randn(2, 3, chunks), torch.rand(2, chunks) < 0.3
-    shift, mass = torch.randn(2, 3), torch.rand(chunks)
-    got = kernels.log_mass_without(logits.to(device), chosen.to(device))
-    assert_near(got.cpu(), select.log_mass_without(logits, chosen))
-    wanted, found = mass.clone(), mass.to(device)
-    torch_ops.add_mass(wanted, logits, shift, chosen)
-    kernels.add_mass(found, logits.to(device), shift.to(device), chosen.to(device))
-    torch.testing.assert_close(found.cpu(), wanted, rtol=1e-5, atol=1e-5)
+def test_mass_that_was_not_chosen(kernels, device, chunks):
+    logits, chosen, constant = 9 * torch.randn(2, 3, chunks), torch.rand(2, chunks) < 0.3, torch.randn(2, 3)
+    for given in (None, constant):
+        on_device = None if given is None else given.to(device)
+        got = kernels.log_mass_without(logits.to(device), chosen.to(device), on_device)
+        assert_near(got.cpu(), select.log_mass_without(logits, chosen, given))
+
+
+def test_the_share_that_was_not_seen_is_recorded(kernels, device):
+    unselected, lse, heads = 3 * torch.randn(2, 7), 3 * torch.randn(4, 7), torch.tensor([3, 1])
+    unselected[0, 2] = -float("inf")  # everything was chosen
+    unseen, total = torch.full((2,), 9.0), torch.tensor([1.0, 0.25], dtype=torch.float64)
+    got_unseen, got_total = unseen.clone().to(device), total.clone().to(device)
+    torch_ops.record_unseen(unselected, lse, heads, unseen, total)
+    kernels.record_unseen(*(part.to(device) for part in (unselected, lse, heads)), got_unseen, got_total)
+    assert_near(got_unseen.cpu(), unseen)
+    torch.testing.assert_close(got_total.cpu(), total, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(total - torch.tensor([1.0, 0.25]), unseen.double())
+
+
+@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize("chunks", [5, 300])
+def test_mass_of_chunks_is_that_of_their_pages(kernels, device, listed, chunks):
+    """Heads in any order; slots that are not in use hold anything."""
+    n, group, slots, first = 2, 3, chunks // 2 + 1, 2
+    heads, page_lse, lse = torch.tensor([2, 0]), 3 * torch.randn(9, first + slots), torch.randn(3, group) + 5
+    slot_of, chosen = torch.full((n, chunks + 1), -1, dtype=torch.int32), torch.zeros(n, chunks, dtype=torch.bool)
+    columns, want = torch.full((n, slots), 10**6, dtype=torch.int32), torch.rand(chunks)
+    mass = want.clone()
+    for row in range(n):
+        resident = torch.randperm(chunks)[:slots]
+        slot_of[row, resident] = torch.arange(slots).int()
+        for column, slot in enumerate(torch.randperm(slots)[: slots // 2 + 1].tolist()):
+            chosen[row, resident[slot]], columns[row, slot] = True, column
+            page = first + (column if listed else slot)
+            rows = slice(int(heads[row]) * group, int(heads[row] + 1) * group)
+            want[resident[slot]] += (page_lse[rows, page] - lse[heads[row]]).exp().sum()
+    given = [page_lse, lse, chosen, slot_of, heads]
+    got = mass.clone().to(device)
+    kernels.add_mass(got, *(part.to(device) for part in given), first, columns.to(device) if listed else None)
+    torch_ops.add_mass(mass, *given, first, columns if listed else None)
+    torch.testing.assert_close(mass, want)
+    torch.testing.assert_close(got.cpu(), want)
 
 
 def test_where_all_is_chosen_no_mass_is_left(kernels, device):
@@ -329,25 +386,28 @@ def test_the_best_chunks_are_chosen(kernels, device, blocks, chunks):
     ranks = torch.randn(3, chunks)
     slot_of = torch.where(torch.rand(3, chunks + 1) < 0.5, 1, -1).int()
     selected = torch.tensor([0, 3, 7])
-    got = kernels.choose(ranks.to(device), selected.to(device), slot_of.to(device), 7)
-    want = torch_ops.choose(ranks, selected, slot_of, 7)
-    assert torch.equal(got[0].cpu(), want[0])
-    assert torch.equal(got[2].cpu(), want[2])
-    for head, count in enumerate(want[2].tolist()):
-        assert torch.equal(got[1][head, :count].cpu(), want[1][head, :count])
+    found = []
+    for ops, where in ((TORCH, torch.device("cpu")), (kernels, device)):
+        chosen = torch.rand(3, chunks, device=where) < 0.5  # of the step before
+        missed, misses = ops.choose(ranks.to(where), selected.to(where), slot_of.to(where), 7, chosen)
+        counted = [missed[head, :count].cpu() for head, count in enumerate(misses.tolist())]
+        found.append((chosen.cpu(), torch.cat(counted), misses.cpu()))
+    for want, got in zip(*found, strict=True):
+        assert torch.equal(got, want)
 
 
 def test_all_of_equal_ranks_may_be_chosen_or_few(kernels, device, blocks):
     ranks = torch.tensor([[-1.0] * 300 + [-2.0] * 300, [0.0] * 299 + [-0.5] * 301], device=device)
     none = torch.full((2, 601), -1, dtype=torch.int32, device=device)
-    chosen, missed, misses = kernels.choose(ranks, torch.tensor([280, 300], device=device), none, 300)
+    chosen = torch.ones(2, 600, dtype=torch.bool, device=device)
+    missed, misses = kernels.choose(ranks, torch.tensor([280, 300], device=device), none, 300, chosen)
     for head, (count, want) in enumerate([(280, range(280)), (300, range(300))]):
         assert chosen[head].nonzero().flatten().tolist() == list(want)
         assert missed[head, :count].tolist() == list(want)
     assert misses.tolist() == [280, 300]
 
 
-@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize("listed", [True, False, None], ids=["with columns", "listed", "ahead"])
 def test_the_slots_longest_unused_give_way(kernels, device, blocks, listed):
     """Tables in the middle of an answer: some slots never used, some kept, some a head does not own."""
     n, chunks, count, step = 2, 900, 600, 37
@@ -363,12 +423,18 @@ def test_the_slots_longest_unused_give_way(kernels, device, blocks, listed):
     found = []
     for ops, where in ((TORCH, torch.device("cpu")), (kernels, device)):
         table, used = torch.zeros(3, 4 + count, dtype=torch.int32, device=where), last_used.int().to(where)
+        columns = torch.full((n, count), -7, dtype=torch.int32, device=where)
+        steps, total = torch.full((n,), step, dtype=torch.int32, device=where), torch.tensor([5, 6], device=where)
+        listing = Listing(table, heads.to(where), 4, columns if listed else None)
         victims = ops.place(
             wanted.to(where), kept.to(where), misses.to(where), chunk_in.to(where), used, slots.to(where),
-            torch.tensor([step], dtype=torch.int32, device=where), 200, table if listed else None,
-            heads.to(where), 4,
+            steps, 200, total, None if listed is None else listing,
         )  # fmt: skip
-        found.append((torch.cat([victims[0, :190], victims[1, :170]]).cpu(), used.cpu(), table.cpu()))
+        assert steps.tolist() == [step if listed is None else step + 1] * n
+        assert total.tolist() == [5 + 190, 6 + 170]
+        assert int((used == steps.unsqueeze(1)).sum()) >= 190 + 170
+        parts = torch.cat([victims[0, :190], victims[1, :170]]), used, table, columns
+        found.append(tuple(part.cpu() for part in parts))
     for want, got in zip(*found, strict=True):
         assert torch.equal(got, want)
 
@@ -377,7 +443,8 @@ def test_ties_do_not_change_how_many_chunks_are_chosen(kernels, device):
     ranks = torch.tensor([[0.0, 1.0, 0.0, 0.0, 2.0, 0.0]], device=device)
     none = torch.full((1, 7), -1, dtype=torch.int32, device=device)
     for count, want in ((4, [0, 1, 2, 4]), (5, [0, 1, 2, 3, 4])):
-        chosen, missed, misses = kernels.choose(ranks, torch.tensor([count], device=device), none, 5)
+        chosen = torch.ones(1, 6, dtype=torch.bool, device=device)
+        missed, misses = kernels.choose(ranks, torch.tensor([count], device=device), none, 5, chosen)
         assert chosen[0].nonzero().flatten().tolist() == want
         assert (missed[0, :count].tolist(), misses.tolist()) == (want, [count])
 
@@ -457,12 +524,13 @@ def test_a_token_is_appended(kernels, device, bits, dtype, d):
     table, lengths = torch.tensor([[3, 1, 7], [0, 8, 2]], dtype=torch.int32), torch.zeros(2, 3, dtype=torch.int32)
     got = empty_pool(bits, 9, 2, 4, d, dtype, device)
     want = empty_pool(bits, 9, 2, 4, d, dtype, torch.device("cpu"))
-    got_lengths = lengths.to(device).clone()
+    got_lengths, count = lengths.to(device).clone(), torch.zeros(2, 2, dtype=torch.int32)
+    got_count = count.to(device).clone()
     for place, tokens in enumerate(odd_tokens(dtype, 6, 2, 2, d)):
-        count = torch.tensor([place], dtype=torch.int32)
         new = [part.to(device) for part in tokens.unbind()]
-        kernels.append(*new, got, table.to(device), got_lengths, count.to(device))
+        kernels.append(*new, got, table.to(device), got_lengths, got_count)
         torch_ops.append(*tokens.unbind(), want, table, lengths, count)
+        assert got_count.tolist() == count.tolist() == [[place + 1] * 2] * 2
     assert_encoded_alike(got, want)
     assert torch.equal(got_lengths.cpu(), lengths)
 

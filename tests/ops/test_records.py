@@ -177,8 +177,9 @@ def test_appended_tokens_are_what_a_host_stores(bits):
     keys, values = rows(HEADS, CHUNKS * C, D), rows(HEADS, CHUNKS * C, D, seed=1)
     pages, table = pool_for(source, HEADS * CHUNKS), torch.randperm(HEADS * CHUNKS).view(HEADS, CHUNKS).int()
     lengths = torch.zeros_like(table)
+    count = torch.zeros(HEADS, 2).int()
     for token in range(10):
-        torch_ops.append(keys[:, token], values[:, token], pages, table, lengths, torch.tensor([token]).int())
+        torch_ops.append(keys[:, token], values[:, token], pages, table, lengths, count)
     whole = table[:, :2].long()
     assert torch.equal(pages.records[whole], source.all[:, :2])
     assert lengths[:, :4].tolist() == [[4, 4, 2, 0]] * HEADS

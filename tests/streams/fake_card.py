@@ -20,7 +20,7 @@ from tieredkv.cache.decode_phase import DecodePhase
 from tieredkv.cache.fetching import FetchAhead, Fetching
 from tieredkv.cache.layer_pages import LayerPages
 from tieredkv.cache.ranking import Ranking, Reuse
-from tieredkv.cache.recording import EstimatedMass, ExactMass, Tally
+from tieredkv.cache.recording import ChunkMass, Tally, UnseenMass
 from tieredkv.cache.retrieval import Retrieval
 from tieredkv.cache.sealed_layer import SealedLayer
 from tieredkv.cache.tiered_cache import TieredCache
@@ -30,7 +30,7 @@ from tieredkv.memory.arena import MemoryArena
 from tieredkv.memory.host import HostLayer
 from tieredkv.memory.pool import DevicePool
 from tieredkv.memory.residency import Residency
-from tieredkv.ops.base import Pages
+from tieredkv.ops.base import Listing, Pages
 from tieredkv.ops.select import OpTable, triton
 from tieredkv.policy.digests import Digest, Fitted
 
@@ -40,7 +40,7 @@ PROGRAMS = 256
 HOST = ("dynamic",)
 """Attributes of a layer that are on the host."""
 STATEFUL = (
-    SealedLayer, LayerPages, Retrieval, Ranking, Reuse, Fetching, FetchAhead, Tally, EstimatedMass, ExactMass,
+    SealedLayer, LayerPages, Retrieval, Ranking, Reuse, Fetching, FetchAhead, Tally, UnseenMass, ChunkMass,
     Residency, DevicePool,
 )  # fmt: skip
 """Parts of a layer that hold tensors."""
@@ -73,7 +73,7 @@ class Mover:
             return triton().digest(thing)
         if isinstance(thing, tuple):
             return tuple(map(self.move, thing))
-        if isinstance(thing, Pages | Fit | Fitted | DecodePhase):
+        if isinstance(thing, Pages | Listing | Fit | Fitted | DecodePhase):
             names = [field.name for field in dataclasses.fields(thing) if field.name != "plan"]
             return dataclasses.replace(thing, **{name: self.move(getattr(thing, name)) for name in names})
         if isinstance(thing, STATEFUL):

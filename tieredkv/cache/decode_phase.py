@@ -35,6 +35,9 @@ class DecodePhase:
     """`(N,)` float32 on the device: attention that this step's dynamic heads paid each chunk, summed over layers."""
     page_lse: torch.Tensor | None
     """`(H, P)` float32 on the device, for the widest table: log-sum-exp of the logits of each page that a step attends
-    to, written by one layer after the other. None: attention masses are estimated from digests."""
+    to, written by one layer after the other. None: no head is dynamic."""
+    slot_columns: torch.Tensor | None
+    """int32 on the device, one for each slot of a layer's dynamic heads: the column in which a step lists it
+    (`Listing`), written by one layer after the other. None: chunks are not ranked."""
     looks: Looks | None
     """Records `chunk_mass`; None: nothing is recorded."""

@@ -26,7 +26,7 @@ from tieredkv.ops.select import copying_by_torch, ops_for
 from tieredkv.planning import host_plan, prefill_plan
 from tieredkv.planning.prefill_plan import Call
 
-DECODE_PURPOSES = ("pool", "digests", "tables", "logits")
+DECODE_PURPOSES = ("pool", "digests", "tables")
 """Purposes that the ledger counts only while decoding."""
 
 

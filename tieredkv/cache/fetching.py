@@ -12,6 +12,7 @@ import torch
 from tieredkv.cache.layer_pages import LayerPages
 from tieredkv.memory.copies import BackgroundCopies
 from tieredkv.memory.residency import Residency
+from tieredkv.ops.base import Listing
 
 
 class Fetching:
@@ -22,18 +23,18 @@ class Fetching:
         has; they are taken from the pool."""
         phase, layout = pages.phase, pages.phase.plan.layout
         self._host, self._heads, self._ops, self._pool = pages.host, heads, phase.ops, pages.pool
-        self._table, self._first_column = pages.table, pages.first_selected
         self._first_chunk, most, device = layout.sink_chunks, int(slots.max()), heads.device
         phase.ledger.reserve("tables", Residency.bytes_for(len(heads), most, layout.retrievable))
         owned = torch.full((len(heads), most), -1, dtype=torch.int64, device=device)
         owned[torch.arange(most, device=device) < slots.unsqueeze(1)] = phase.pool.take(int(slots.sum()))
         self.residency = Residency(owned, layout.retrievable)
-        self.step = torch.zeros(1, dtype=torch.int32, device=device)
-        """`(1,)`: steps begun."""
-
-    def begin_step(self) -> None:
-        """Count a step, so that what it uses is the last to give way."""
-        self.step += 1
+        self.step = torch.zeros(len(heads), dtype=torch.int32, device=device)
+        """`(n,)`: steps begun; the same for every head."""
+        columns = None
+        if phase.slot_columns is not None and phase.looks is not None:
+            columns = phase.slot_columns[: owned.numel()].view(owned.shape)
+        self.listing = Listing(pages.table, heads, pages.first_selected, columns)
+        """Where the table lists the chunks in use."""
 
     def warm(self, mass: torch.Tensor) -> int:
         """Fill all slots with the chunks of highest `mass` `(n, N)`, on the host. Returns how many were copied."""
@@ -48,28 +49,35 @@ class Fetching:
         return len(slots)
 
     def list_all(self) -> None:
-        """List every slot in the page table: for heads that attend to all chunks in every step."""
-        first, slots = self._first_column, self.residency.slots
-        self._table[self._heads, first : first + slots.shape[1]] = slots
+        """Choose every chunk and list every slot in the page table: for heads that attend to all in every step."""
+        first, slots = self.listing.first, self.residency.slots
+        self.listing.table[self._heads, first : first + slots.shape[1]] = slots
+        self.residency.chosen.fill_(True)
 
     def choose(
-        self, ranks: torch.Tensor, counts: torch.Tensor, most: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The `counts` `(n,)` best chunks of each head, at most `most`, and those not in a slot: as `Ops.choose`."""
-        return self._ops.choose(ranks, counts, self.residency.slot_of, most)
+        self, ranks: torch.Tensor, counts: torch.Tensor, most: int, chosen: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Set `chosen` `(n, N)` to the `counts` `(n,)` best chunks of each head, at most `most`. Returns those not in a
+        slot: as `Ops.choose`."""
+        return self._ops.choose(ranks, counts, self.residency.slot_of, most, chosen)
 
     def make_room(
-        self, wanted: torch.Tensor, kept: torch.Tensor, missed: torch.Tensor, misses: torch.Tensor, listed: bool
+        self,
+        wanted: torch.Tensor,
+        kept: torch.Tensor,
+        missed: torch.Tensor,
+        misses: torch.Tensor,
+        total: torch.Tensor,
+        listing: Listing | None,
     ) -> Callable[[], int]:
         """Find slots for missed chunks. Returns a function that copies them.
 
-        wanted, kept `(n, N)`, missed, misses: as `Ops.place`. listed: whether the page table is to list the wanted
-        chunks. The function always returns 0; copied chunks are counted on the device.
+        wanted, kept `(n, N)`, missed, misses, total, listing: as `Ops.place`; with a listing a step begins. The
+        function always returns 0; copied chunks are counted on the device.
         """
         index, most = self.residency, missed.shape[1]
         used = index.chunk_in, index.last_used, index.slots
-        table, column = (self._table, self._first_column) if listed else (None, 0)
-        victims = self._ops.place(wanted, kept, misses, *used, self.step, most, table, self._heads, column)
+        victims = self._ops.place(wanted, kept, misses, *used, self.step, most, total, listing)
 
         def copy() -> int:
             copied = self._host, self._pool, self._heads
@@ -92,10 +100,10 @@ class FetchAhead:
         """Order later device work after the copies."""
         self._prefetcher.wait(self._key)
 
-    def start(self, ranks: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        """Copy the best chunks by `ranks` `(n, N)` that are missing. Returns how many, `(n,)`. Slots of `chosen` are
-        kept."""
-        likely, missed, misses = self._fetching.choose(ranks, self._counts, self._most)
-        copy = self._fetching.make_room(likely, likely | chosen, missed, misses, listed=False)
+    def start(self, ranks: torch.Tensor, chosen: torch.Tensor, total: torch.Tensor) -> None:
+        """Copy the best chunks by `ranks` `(n, N)` that are missing, and add their number to `total` `(n,)`. Slots of
+        `chosen` are kept."""
+        likely = torch.empty_like(chosen)
+        missed, misses = self._fetching.choose(ranks, self._counts, self._most, likely)
+        copy = self._fetching.make_room(likely, likely | chosen, missed, misses, total, listing=None)
         self._prefetcher.submit(self._key, copy)
-        return misses

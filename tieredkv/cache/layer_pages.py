@@ -39,8 +39,8 @@ class LayerPages:
         first = phase.plan.layout.recent_start
         self.recent_tokens, self.generated = host.length - first, 0
         """Tokens in the recent region, prompt and generated; and the generated ones alone."""
-        self._recent_length = torch.full((1,), self.recent_tokens, dtype=torch.int32, device=self.device)
-        """`recent_tokens` on the device, where a captured step reads and advances it."""
+        self._recent_length = torch.full((heads, 2), self.recent_tokens, dtype=torch.int32, device=self.device)
+        """`recent_tokens` on the device, where a captured step reads and advances it (`Ops.append`)."""
         self._fill_recent(phase.plan.layout.recent_pages, first)
 
     def _fit(self, codec: Codec) -> Fit | None:
@@ -145,19 +145,22 @@ class LayerPages:
     def append(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Write the key and value, each `(K, D)`, of the token counted last."""
         self.phase.ops.append(key, value, self.pool, self.table, self.lengths, self._recent_length)
-        self._recent_length += 1
 
     def attend(
-        self, query: torch.Tensor, scaling: float, page_lse: torch.Tensor | None = None
+        self,
+        query: torch.Tensor,
+        scaling: float,
+        page_lse: torch.Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attend with queries `(H, n, D)` to everything in the table: output and lse, float32.
+        """Attend with queries `(H, n, D)` to everything in the table: output of `dtype`, and lse float32.
 
         page_lse `(H, >= P)`: is set to the log-sum-exp of each page's logits (`Ops.paged_attention`).
         """
         phase = self.phase
         with phase.ledger.scratch("scratch", self.scratch_bytes):
             return phase.ops.paged_attention(
-                query, self.pool, self.table, self.lengths, scaling, phase.plan.scratch_pages, page_lse
+                query, self.pool, self.table, self.lengths, scaling, phase.plan.scratch_pages, page_lse, dtype
             )
 
     @property

@@ -6,6 +6,7 @@ Shapes: `n` dynamic heads, `N` chunks, `K` KV heads, `G` query heads per KV head
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import torch
 
@@ -14,6 +15,27 @@ from tieredkv.memory.ledger import DeviceLedger
 from tieredkv.planning import sizes
 from tieredkv.policy import select
 from tieredkv.policy.digests import Fitted
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkLogits:
+    """What digests say of all chunks, for `rows` queries of each dynamic head: those of one step or of several."""
+
+    each: torch.Tensor
+    """`(n, rows, N)`: estimated logits, up to a constant for each row."""
+    parts: torch.Tensor | None
+    """`(n, rows, any)`: of `Digest.logits_in_parts`."""
+    constant: torch.Tensor | None
+    """`(n, rows)`: that constant; None: digests do not estimate mass."""
+
+    def of_step(self, step: int, steps: int) -> ChunkLogits:
+        """Those of one of `steps` steps, which take turns in the rows."""
+        parts, constant = self.parts, self.constant
+        return ChunkLogits(
+            self.each[:, step::steps].contiguous(),
+            None if parts is None else parts[:, step::steps].contiguous(),
+            None if constant is None else constant[:, step::steps].contiguous(),
+        )
 
 
 class Ranking:
@@ -39,18 +61,16 @@ class Ranking:
         """Counts the scratch of ranking while the block runs."""
         return self._ledger.scratch("ranking", self._scratch_bytes)
 
-    def logits(self, query: torch.Tensor, scaling: float) -> torch.Tensor:
-        """Estimated logits `(n, rows, N)` of all chunks, for queries `(K, rows, D)` of one or more steps."""
-        scaled = query[self._heads].float() * scaling
-        return self.digest.logits(self.digest.prepare(scaled, self._fitted), self.digests, self._at_once)
+    def logits(self, query: torch.Tensor, scaling: float) -> ChunkLogits:
+        """Logits of all chunks, for queries `(K, rows, D)` of one or more steps."""
+        prepared, constant = self.digest.project(query, self._heads, scaling, self._fitted)
+        each, parts = self.digest.logits_in_parts(prepared, self.digests, self._at_once)
+        return ChunkLogits(each, parts, constant)
 
-    def constant(self, query: torch.Tensor, scaling: float) -> torch.Tensor:
-        """The constant `(n, G)` that logits leave out, for queries `(n, G, D)` float32, if digests estimate mass."""
-        return self.digest.constant(query * scaling, self._fitted)
-
-    def ranks(self, logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        """Ranks `(n, N)` by logits `(n, G, N)`. chosen `(n, N)`: chunks that the previous step attended to."""
-        return self.ops.chunk_ranks(logits, chosen, self._policy.chunk_group, self._policy.stay)
+    def ranks(self, logits: ChunkLogits, chosen: torch.Tensor) -> torch.Tensor:
+        """Ranks `(n, N)` by the logits of one step. chosen `(n, N)`: chunks that the previous step attended to."""
+        policy = self._policy
+        return self.ops.chunk_ranks(logits.each, chosen, policy.chunk_group, policy.stay, logits.parts)
 
 
 class Reuse:

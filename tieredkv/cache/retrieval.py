@@ -11,8 +11,8 @@ import torch
 
 from tieredkv.cache.fetching import FetchAhead, Fetching
 from tieredkv.cache.layer_pages import LayerPages
-from tieredkv.cache.ranking import Ranking, Reuse
-from tieredkv.cache.recording import EstimatedMass, ExactMass, Tally, Trace
+from tieredkv.cache.ranking import ChunkLogits, Ranking, Reuse
+from tieredkv.cache.recording import ChunkMass, Tally, Trace, UnseenMass
 from tieredkv.planning import sizes
 from tieredkv.policy import select
 from tieredkv.policy.digests import Fitted
@@ -40,7 +40,6 @@ class Retrieval:
         """
         phase, device = pages.phase, pages.device
         tiers, plan, shape, ledger, policy = phase.tiers, phase.plan, phase.shape, phase.ledger, phase.tiers.policy
-        chunk_mass = None if phase.looks is None else phase.chunk_mass
         slots, self._heads = plan.slots[index, heads].to(device), heads.to(device)
         self.selected = plan.selected[index, heads].to(device)
         """`(n,)`: chunks each head attends to."""
@@ -59,15 +58,15 @@ class Retrieval:
         self.ranking: Ranking | None = None
         self._reuse: Reuse | None = None
         self._ahead: FetchAhead | None = None
-        self._estimated: EstimatedMass | None = None
-        self._exact: ExactMass | None = None
+        self._unseen: UnseenMass | None = None
+        self._recorded: ChunkMass | None = None
         self._trace: Trace | None = None
         if plan.ranked:
             assert fitted is not None  # there are chunks, and they have digests
             self.ranking = Ranking(digests, fitted, heads, phase)
             self._counters.warm_bytes += self.ranking.digests.nbytes
             if self.ranking.digest.estimates_mass:
-                self._estimated = EstimatedMass(self.ranking, ledger, chunk_mass, self._tally)
+                self._unseen = UnseenMass(self._heads, phase.ops, self._tally)
             if policy.reuse_above <= 1:
                 group = shape.num_attention_heads // shape.num_key_value_heads
                 self._reuse = Reuse(policy.reuse_above, (len(heads), group, shape.head_dim), ledger, device)
@@ -78,8 +77,8 @@ class Retrieval:
                 self._trace = Trace(phase.counters.trace, index, heads, plan.layout)
         else:
             self._fetching.list_all()
-        if chunk_mass is not None and self._estimated is None:
-            self._exact = ExactMass(pages, self._heads, self.residency)
+        if phase.looks is not None:
+            self._recorded = ChunkMass(phase, self.residency, self._fetching.listing)
 
     def _warm(self, saliency: torch.Tensor, layout: sizes.Layout) -> None:
         """Fill the slots with the chunks that the question's rows attended to most. saliency: `(n, tokens)`."""
@@ -89,60 +88,50 @@ class Retrieval:
 
     def adapt(self) -> bool:
         """Adapt how many chunks heads select to the mass the last step did not see. Returns whether heads adapt."""
-        if self._limits is None or self._estimated is None:
+        if self._limits is None or self._unseen is None:
             return False
-        self.selected.copy_(select.adapted(self.selected, self._estimated.unseen, *self._limits))
+        self.selected.copy_(select.adapted(self.selected, self._unseen.unseen, *self._limits))
         return True
 
-    def step(self, query: torch.Tensor, scaling: float, logits: torch.Tensor | None = None) -> None:
+    def step(self, query: torch.Tensor, scaling: float, logits: ChunkLogits | None = None) -> None:
         """Choose the chunks that this step attends to, fetch those that are missing, and list their slots in the table.
 
-        query `(K, G, D)`. logits `(n, G, N)`: of `ranking`, if they are known already. Does nothing where chunks are
-        not ranked.
+        query `(K, G, D)`. logits: of `ranking`, if they are known already. Does nothing where chunks are not ranked.
         """
         if self.ranking is None:
             return
         if self._ahead is not None:
             self._ahead.wait()
-        if self._estimated is not None:
-            self._estimated.drop()
-        fetching, before = self._fetching, self.residency.chosen
-        grouped = query[self._heads].float()
-        fetching.begin_step()
+        fetching, chosen = self._fetching, self.residency.chosen
         with self.ranking.scratch():
             if logits is None:
                 logits = self.ranking.logits(query, scaling)
-            own = ranks = self.ranking.ranks(logits, before)
+            own = ranks = self.ranking.ranks(logits, chosen)
             if self._reuse is not None:
-                own, alike = self._reuse.ranks(ranks, grouped, before)
+                own, alike = self._reuse.ranks(ranks, query[self._heads].float(), chosen)
                 self._tally.reused += alike * self.selected
-            chosen, missed, misses = fetching.choose(own, self.selected, self.most_selected)
-            if self._estimated is not None:
-                self._estimated.note(logits, grouped, scaling, chosen)
-        if self._estimated is not None:
-            self._estimated.hold()
-        self.residency.chosen.copy_(chosen)
-        fetching.make_room(chosen, chosen, missed, misses, listed=True)()
-        self._tally.missed += misses
+            missed, misses = fetching.choose(own, self.selected, self.most_selected, chosen)
+            if self._unseen is not None:
+                self._unseen.note(logits, chosen)
+        fetching.make_room(chosen, chosen, missed, misses, self._tally.missed, fetching.listing)()
         if self._limits is not None:
             self._tally.selected += self.selected
         if self._trace is not None:
-            self._trace.record(int(fetching.step), chosen, self.selected, self.most_selected, query)
+            self._trace.record(int(fetching.step[0]), chosen, self.selected, self.most_selected, query)
         if self._ahead is not None:
-            self._tally.ahead += self._ahead.start(ranks, chosen)
+            self._ahead.start(ranks, chosen, self._tally.ahead)
 
     @property
     def page_lse(self) -> torch.Tensor | None:
         """Where a step's attention is to write the log-sum-exp of each page, `(H, P)`; None: nobody reads it."""
-        return None if self._exact is None else self._exact.page_lse
+        return None if self._recorded is None else self._recorded.page_lse
 
     def record_step(self, lse: torch.Tensor) -> None:
         """Record what a step attended to. lse `(K, G)`: of all logits it attended to."""
-        head_lse = lse[self._heads]
-        if self._estimated is not None:
-            self._estimated.record(head_lse, self.residency.chosen)
-        if self._exact is not None:
-            self._exact.record(head_lse)
+        if self._unseen is not None:
+            self._unseen.record(lse)
+        if self._recorded is not None:
+            self._recorded.record(lse)
 
     def advance(self) -> None:
         """Count a step."""
@@ -157,7 +146,7 @@ class Retrieval:
         if self.ranking is not None:
             if self._limits is None:  # the same in every step
                 self._tally.selected += self.steps * self.selected
-            if self._estimated is not None:
+            if self._unseen is not None:
                 self._counters.unseen_count += self.steps * len(self.selected)
             self._tally.flush(self._counters, self._chunk_bytes)
         self.steps = 0

@@ -99,7 +99,7 @@ def seal(layers: Sequence[TieredLayer], device_tier: DeviceTier, question: Quest
     text_window = tiers.policy.text_window
     layout = sizes.lay_out(tiers, tokens, question.most_rows(text_window), question.max_new_tokens)
     # The plan counts the masses of chunks and pages of one device; every device has its own.
-    masses = sizes.chunk_mass_bytes(layout) + sizes.page_lse_bytes(shape, layout.old_chunks + layout.recent_pages)
+    masses = sizes.chunk_mass_bytes(layout) + sizes.most_record_bytes(shape, layout)
     cap_bytes = tiers.cap_bytes - (len(device_tier.devices) - 1) * masses
     bits = device_tier.next_bits(tokens)
     types = classify_heads(rows, shape, tiers, layout, cap_bytes, bits)
@@ -136,7 +136,7 @@ def _fill(
         looks.begin_answer(layout.sink_chunks, attending * shape.num_attention_heads // shape.num_key_value_heads)
 
     widest = max(decode_plan.table_width(plan, tiers, index, mask) for index, mask in enumerate(static))
-    exact = dynamic_heads > 0 and not sizes.estimates_mass(shape, tiers, plan.ranked)
+    slots = shape.num_key_value_heads * int(plan.slots.max())
 
     codec = device_tier.codec(plan.page_bits, layers[0].dtype)
 
@@ -153,7 +153,10 @@ def _fill(
             ops=device_tier.step_ops(device),
             chunk_mass=device_tier.ledger.empty("tables", (layout.retrievable,), torch.float32, device).zero_(),
             page_lse=device_tier.ledger.empty("tables", (shape.num_attention_heads, widest), torch.float32, device)
-            if exact
+            if dynamic_heads
+            else None,
+            slot_columns=device_tier.ledger.empty("tables", (slots,), torch.int32, device)
+            if dynamic_heads and plan.ranked
             else None,
             looks=looks,
         )

@@ -13,6 +13,7 @@ from tieredkv.attention import exact
 from tieredkv.cache.decode_phase import DecodePhase
 from tieredkv.cache.layer_pages import LayerPages
 from tieredkv.cache.prefill import TextRows
+from tieredkv.cache.ranking import ChunkLogits
 from tieredkv.cache.retrieval import Retrieval
 from tieredkv.environment.threads import at_most, worth
 from tieredkv.memory.host import HostLayer
@@ -136,9 +137,9 @@ class SealedLayer:
         with phase.ledger.scratch("ranked ahead", n * self._row_bytes()):
             folded = query.reshape(self._host.num_heads, -1, query.shape[-1])
             with phase.ledger.scratch("ranking", ranking_bytes(phase.shape, phase.tiers, phase.plan.layout)):
-                logits = self.retrieval.ranking.logits(folded, scaling).unflatten(1, (-1, n))
+                logits = self.retrieval.ranking.logits(folded, scaling)
             return [
-                self.step(query[:, row], keys[:, row], values[:, row], scaling, logits[:, :, row].contiguous())
+                self.step(query[:, row], keys[:, row], values[:, row], scaling, logits.of_step(row, n))
                 for row in range(n)
             ]
 
@@ -161,7 +162,7 @@ class SealedLayer:
         key: torch.Tensor,
         value: torch.Tensor,
         scaling: float,
-        logits: torch.Tensor | None = None,
+        logits: ChunkLogits | None = None,
     ) -> torch.Tensor:
         """Cache one token's key and value, each `(K, D)`, and attend with its query `(H, D)`: output `(H, D)`.
 
@@ -174,10 +175,10 @@ class SealedLayer:
                 self._set_lengths(self.retrieval)
             self.retrieval.step(grouped, scaling, logits)
         page_lse = None if self.retrieval is None else self.retrieval.page_lse
-        out, lse = self.pages.attend(query.unsqueeze(1), scaling, page_lse)
+        out, lse = self.pages.attend(query.unsqueeze(1), scaling, page_lse, query.dtype)
         if self.retrieval is not None:
             self.retrieval.record_step(lse.view(self._host.num_heads, -1))
-        return out.squeeze(1).to(query.dtype)
+        return out.squeeze(1)
 
     def _append(self, key: torch.Tensor, value: torch.Tensor) -> None:
         self.advance()

@@ -46,11 +46,30 @@ class Pages:
     """The layer's, on the device; None if the codec needs none."""
 
 
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """Where a step lists the pages of the chunks that its heads attend to."""
+
+    table: torch.Tensor
+    """`(K, P)` int32: pool slots."""
+    heads: torch.Tensor
+    """`(n,)`: the rows of the table."""
+    first: int
+    """The column from which on they are listed."""
+    columns: torch.Tensor | None
+    """`(n, R)` int32: how many columns after the first each slot in use is listed; of other slots undefined. None:
+    nobody reads it."""
+
+
 class Ops(Protocol):
     """The operations of a decoding step.
 
     Tensors are on the pool's device and belong to the caller; results are new. There is at least one head and one
     chunk. Records are copied as they are where source and pages have the same codec.
+
+    On a card each is one launch, but `chunk_ranks` without parts and `paged_attention`, which are two, or three with
+    pages of 4 bits. What a step leaves for the next is advanced where it is used, so there is a counter for each
+    program that may advance it.
     """
 
     @property
@@ -64,32 +83,69 @@ class Ops(Protocol):
     def digest(self, digest: Digest[Any]) -> Digest[Any]:
         """The digest by this implementation's kernels, found by its name; `digest` itself if there are none."""
 
-    def chunk_ranks(self, logits: torch.Tensor, chosen: torch.Tensor, group: str, stay: float) -> torch.Tensor:
+    def chunk_ranks(
+        self,
+        logits: torch.Tensor,
+        chosen: torch.Tensor,
+        group: str,
+        stay: float,
+        parts: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Ranks `(n, N)` float32 of chunks, from the logits `(n, G, N)` of a head's query heads.
 
         group: the rule of `policy.select.GROUPS`. chosen `(n, N)` bool: chunks that the previous step attended to;
-        their ranks are multiplied by `stay`.
+        their ranks are multiplied by `stay`. parts `(n, G, any)` float32: of `Digest.logits_in_parts`, if it was made
+        with the logits.
         """
 
-    def log_mass_without(self, logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        """Log-sum-exp `(n, G)` of logits `(n, G, N)` over all chunks but the chosen `(n, N)`."""
+    def log_mass_without(
+        self, logits: torch.Tensor, chosen: torch.Tensor, constant: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Log-sum-exp `(n, G)` of logits `(n, G, N)` over all chunks but the chosen `(n, N)`, plus `constant`
+        `(n, G)`."""
+
+    def record_unseen(
+        self,
+        unselected: torch.Tensor,
+        lse: torch.Tensor,
+        heads: torch.Tensor,
+        unseen: torch.Tensor,
+        total: torch.Tensor,
+    ) -> None:
+        """Set `unseen` `(n,)` float32 to the share of attention mass that a step did not see, as
+        `policy.select.unseen_share`, and add it to `total` `(n,)` float64.
+
+        unselected `(n, G)`: log-sum-exp of the logits not attended to. lse `(K, G)`: of all that were, whose rows
+        `heads` `(n,)` count.
+        """
 
     def add_mass(
-        self, chunk_mass: torch.Tensor, logits: torch.Tensor, shift: torch.Tensor, chosen: torch.Tensor
+        self,
+        chunk_mass: torch.Tensor,
+        page_lse: torch.Tensor,
+        lse: torch.Tensor,
+        chosen: torch.Tensor,
+        slot_of: torch.Tensor,
+        heads: torch.Tensor,
+        first: int,
+        columns: torch.Tensor | None,
     ) -> None:
-        """Add to `chunk_mass` `(N,)` the sum of `exp(logits + shift)` over all queries of the heads that chose a chunk.
+        """Add to `chunk_mass` `(N,)` the attention mass of each chunk that a step attended to, summed over the queries
+        of the heads that chose it, in the same order at every run.
 
-        logits `(n, G, N)`, shift `(n, G)`, chosen `(n, N)` bool.
+        page_lse `(H, >= P)`: of `paged_attention`. lse `(K, G)`: likewise. chosen `(n, N)` bool: the chunks; each has a
+        slot in slot_of `(n, >= N)`, whose page is in column `first` and as many after as columns `(n, R)` says; None:
+        as many as the slot's number. heads `(n,)`: rows of the table.
         """
 
     def choose(
-        self, ranks: torch.Tensor, selected: torch.Tensor, slot_of: torch.Tensor, most: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self, ranks: torch.Tensor, selected: torch.Tensor, slot_of: torch.Tensor, most: int, chosen: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Choose the `selected` `(n,)` best chunks of each head by `ranks` `(n, N)`; find those that are in no slot.
 
-        selected: at most `most`; 0 chooses none. slot_of `(n, >= N)`: -1 for none. Returns chosen `(n, N)` bool, missed
-        `(n, most)` int32 chunk ids, ascending, and misses `(n,)` int32, how many of them count. Which of several equal
-        ranks are chosen is up to the implementation.
+        selected: at most `most`; 0 chooses none. slot_of `(n, >= N)`: -1 for none. chosen `(n, N)` bool: is set to the
+        choice. Returns missed `(n, most)` int32 chunk ids, ascending, and misses `(n,)` int32, how many of them count.
+        Which of several equal ranks are chosen is up to the implementation.
         """
 
     def place(
@@ -102,17 +158,17 @@ class Ops(Protocol):
         slots: torch.Tensor,
         step: torch.Tensor,
         most: int,
-        table: torch.Tensor | None,
-        heads: torch.Tensor,
-        first: int,
+        total: torch.Tensor,
+        listing: Listing | None,
     ) -> torch.Tensor:
         """Find slots for missed chunks, mark the slots in use, and list those in the page table.
 
         wanted `(n, N)` bool: chunks whose slots are in use now. kept `(n, N)` bool: chunks whose slots must not be
-        given away; includes the wanted ones. misses `(n,)`: slots needed, at most `most`. chunk_in, last_used, slots
-        `(n, R)`: of `Residency`; `last_used` is set to `step` `(1,)` where a slot is in use. Slots are taken in order
-        of last use, oldest first, then by number. table `(K, P)` int32: row `heads` gets the pool slots of the head's
-        wanted chunks, from column `first` on; None: nothing is listed.
+        given away; includes the wanted ones. misses `(n,)`: slots needed, at most `most`; added to `total` `(n,)`
+        int64. chunk_in, last_used, slots `(n, R)`: of `Residency`. Slots are taken in order of last use, oldest first,
+        then by number. listing: where the pool slots of each head's wanted chunks are listed, by their number; None:
+        nothing is. step `(n,)` int32: steps begun by each head; with a listing, one more begins. `last_used` is set to
+        it where a slot is in use.
 
         Returns victims `(n, most)` int32, local slots, ascending, of which the first `misses` count. Where too few
         slots may be taken, torch raises ValueError; a kernel cannot, and its result is undefined.
@@ -159,10 +215,11 @@ class Ops(Protocol):
         lengths: torch.Tensor,
         count: torch.Tensor,
     ) -> None:
-        """Write one token's keys and values `(K, D)` after the `count` `(1,)` int32 tokens of the recent region.
+        """Write one token's keys and values `(K, D)` after the tokens of the recent region.
 
+        count `(K, 2)` int32: how many these are, the same for the keys and the values of every head; advanced by one.
         The region's pages are the first columns of `table` `(K, P)`. Updates lengths `(K, P)`, the tokens of each page
-        that count, but not `count`.
+        that count.
         """
 
     def keep(
@@ -187,8 +244,9 @@ class Ops(Protocol):
         scaling: float,
         batch_pages: int,
         page_lse: torch.Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attention over pages that differ from head to head: output `(H, n, D)` and lse `(H, n)`, float32.
+        """Attention over pages that differ from head to head: output `(H, n, D)` of `dtype` and lse `(H, n)` float32.
 
         query `(H, n, D)`: here n query tokens, all of which see the same keys. table `(K, P)`: pages of each head in
         any order. lengths `(K, P)`: how many of a page's first tokens count; the rest must be finite. 0: the entry is
@@ -197,5 +255,6 @@ class Ops(Protocol):
         that gathers nothing ignores it.
 
         page_lse `(H, >= P)` float32, only if n is 1: is set to the log-sum-exp of each page's logits, to a number below
-        -1e30 where no token of a page counts; what lies beyond the P columns is left as it is.
+        -1e30 where no token of a page counts or all of its mass is negligible; what lies beyond the P columns is left
+        as it is. Output and lse are the same with and without it.
         """

@@ -26,8 +26,9 @@ class OpTable:
     digest: Callable[[Digest[Any]], Digest[Any]]
     chunk_ranks: Callable[..., torch.Tensor]
     log_mass_without: Callable[..., torch.Tensor]
+    record_unseen: Callable[..., None]
     add_mass: Callable[..., None]
-    choose: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    choose: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     place: Callable[..., torch.Tensor]
     gather: Callable[..., None]
     fetch: Callable[..., None]
@@ -42,6 +43,7 @@ TORCH = OpTable(
     digest=lambda digest: digest,
     chunk_ranks=select.chunk_ranks,
     log_mass_without=select.log_mass_without,
+    record_unseen=torch_ops.record_unseen,
     add_mass=torch_ops.add_mass,
     choose=torch_ops.choose,
     place=torch_ops.place,
@@ -56,15 +58,16 @@ TORCH = OpTable(
 @cache
 def triton() -> OpTable:
     """Triton's kernels. ImportError where Triton is not installed."""
-    from tieredkv.ops.triton import attend, choose, copy, rank
+    from tieredkv.ops.triton import attend, choose, copy, mass, rank
 
     return OpTable(
         name="triton",
         capturable=True,
         digest=rank.by_kernels,
         chunk_ranks=rank.chunk_ranks,
-        log_mass_without=rank.log_mass_without,
-        add_mass=rank.add_mass,
+        log_mass_without=mass.log_mass_without,
+        record_unseen=mass.record_unseen,
+        add_mass=mass.add_mass,
         choose=choose.choose,
         place=choose.place,
         gather=copy.gather,

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import torch
 
 from tieredkv.codecs.base import AT_ONCE, Codec
-from tieredkv.ops.base import Pages, Source
+from tieredkv.ops.base import Listing, Pages, Source
+from tieredkv.policy import select
 
 HIDDEN = torch.finfo(torch.float32).min / 2
 """Logit of a masked key. Finite, so that a head with no key at all does not become NaN."""
@@ -37,14 +38,14 @@ def _listed(mask: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor,
 
 
 def choose(
-    ranks: torch.Tensor, selected: torch.Tensor, slot_of: torch.Tensor, most: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ranks: torch.Tensor, selected: torch.Tensor, slot_of: torch.Tensor, most: int, chosen: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """As `Ops.choose`."""
     best = ranks.topk(most, dim=1).indices
     taken = torch.arange(most, device=ranks.device) < selected.unsqueeze(1)
-    chosen = torch.zeros_like(ranks, dtype=torch.bool).scatter_(1, best, taken)
+    chosen.zero_().scatter_(1, best, taken)
     missed, misses, _, _ = _listed(chosen & (slot_of[:, : ranks.shape[1]] < 0), most)
-    return chosen, missed, misses
+    return missed, misses
 
 
 def place(
@@ -56,9 +57,8 @@ def place(
     slots: torch.Tensor,
     step: torch.Tensor,
     most: int,
-    table: torch.Tensor | None,
-    heads: torch.Tensor,
-    first: int,
+    total: torch.Tensor,
+    listing: Listing | None,
 ) -> torch.Tensor:
     """As `Ops.place`. Waits for the device."""
     resident = chunk_in.long().clamp(min=0)
@@ -71,10 +71,16 @@ def place(
     victim = torch.zeros_like(oldest).scatter_(1, order, oldest)
     victims, _, _, _ = _listed(victim, most)
     used = victim | (there & wanted.gather(1, resident))
-    last_used.copy_(torch.where(used, step, last_used))
-    if table is not None:
-        local, _, row, column = _listed(used, slots.shape[1])
-        table[heads[row], first + column] = slots[row, local[row, column].long()]
+    total += misses
+    if listing is not None:
+        step += 1
+        row, slot = used.nonzero(as_tuple=True)
+        counts = used.sum(1)
+        column = torch.arange(len(row), device=used.device) - (counts.cumsum(0) - counts)[row]
+        listing.table[listing.heads[row], listing.first + column] = slots[row, slot]
+        if listing.columns is not None:
+            listing.columns[row, slot] = column.int()
+    last_used.copy_(torch.where(used, step.unsqueeze(1), last_used))
     return victims
 
 
@@ -123,13 +129,14 @@ def append(
     count: torch.Tensor,
 ) -> None:
     """As `Ops.append`. Waits for the device."""
-    column, place = divmod(int(count), pages.codec.chunk_tokens)
+    column, place = divmod(int(count[0, 0]), pages.codec.chunk_tokens)
     fields, slots = pages.codec.encode(keys.unsqueeze(1), values.unsqueeze(1), pages.fit), table[:, column].long()
     records = pages.records.index_select(0, slots)
     for own, new in zip(pages.codec.fields(records), fields, strict=True):
         own[:, place] = new.squeeze(1)
     _words(pages.records)[slots] = _words(records)
     lengths[:, column] = place + 1
+    count += 1
 
 
 def keep(source: Source, pages: Pages, head: int, tokens: torch.Tensor, slots: torch.Tensor) -> None:
@@ -191,10 +198,33 @@ def _store(
             target[slots.long(), within] = field.to(target.dtype)
 
 
-def add_mass(chunk_mass: torch.Tensor, logits: torch.Tensor, shift: torch.Tensor, chosen: torch.Tensor) -> None:
-    """As `Ops.add_mass`."""
-    mass = (logits + shift.unsqueeze(-1)).exp_().sum(1)
-    chunk_mass.add_(mass.mul_(chosen).sum(0))
+def record_unseen(
+    unselected: torch.Tensor, lse: torch.Tensor, heads: torch.Tensor, unseen: torch.Tensor, total: torch.Tensor
+) -> None:
+    """As `Ops.record_unseen`."""
+    unseen.copy_(select.unseen_share(unselected, lse[heads]))
+    total += unseen
+
+
+def add_mass(
+    chunk_mass: torch.Tensor,
+    page_lse: torch.Tensor,
+    lse: torch.Tensor,
+    chosen: torch.Tensor,
+    slot_of: torch.Tensor,
+    heads: torch.Tensor,
+    first: int,
+    columns: torch.Tensor | None,
+) -> None:
+    """As `Ops.add_mass`. Waits for the device."""
+    of_pages = page_lse.view(*lse.shape, -1)
+    for row, head in enumerate(heads.tolist()):
+        chunk = chosen[row].nonzero().squeeze(1)
+        column = slot_of[row, chunk].long()
+        if columns is not None:
+            column = columns[row, column].long()
+        mass = of_pages[head].index_select(1, column + first).sub_(lse[head].unsqueeze(1)).exp_().sum(0)
+        chunk_mass[chunk] += mass  # a head chooses a chunk once
 
 
 def paged_attention(
@@ -205,6 +235,7 @@ def paged_attention(
     scaling: float,
     batch_pages: int,
     page_lse: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `Ops.paged_attention`. Waits for the device.
 
@@ -218,8 +249,9 @@ def paged_attention(
         batch_pages = scratch // 2 // scratch_bytes(codec, group * at_once)
     width = max(1, min(batch_pages, most_pages(codec.chunk_tokens, d)) // kv_heads)
     if at_once == n:
-        return _attention(query, pages, table, lengths, scaling, width, page_lse)
-    out = torch.empty((heads, n, d), dtype=torch.float32, device=query.device)
+        whole, lse = _attention(query, pages, table, lengths, scaling, width, page_lse)
+        return whole.to(dtype), lse
+    out = torch.empty((heads, n, d), dtype=dtype, device=query.device)
     lse = torch.empty((heads, n), dtype=torch.float32, device=query.device)
     for begin in range(0, n, at_once):
         part = slice(begin, begin + at_once)
@@ -248,9 +280,6 @@ def _attention(
         records = pages.records.index_select(0, table[:, part].flatten()).view(kv_heads, -1, codec.chunk_bytes)
         logits = codec.logits(turned, records)
         logits += (within >= lengths[:, part].unsqueeze(-1)).float().mul_(HIDDEN).view(kv_heads, 1, -1)
-        if page_lse is not None:
-            of_pages = logits.unflatten(-1, (-1, c)).logsumexp(-1) + shift
-            page_lse[:, part] = of_pages.view(heads, -1)
         before, top = top, logits.amax(-1, keepdim=True)
         if before is None:
             weights = logits.sub_(top).exp_()
@@ -260,6 +289,10 @@ def _attention(
             weights, fading = logits.sub_(top).exp_(), before.sub_(top).exp_()
             total.mul_(fading).add_(weights.sum(-1, keepdim=True))
             mixed.mul_(fading).add_(codec.mixed(weights, records))
+        if page_lse is not None:
+            # The sums of short rows as a product: torch's own would take longer than the exponentials.
+            of_pages = (weights.unflatten(-1, (-1, c)) @ weights.new_ones(c)).log_().add_(top).add_(shift)
+            page_lse[:, part] = of_pages.view(heads, -1)
         del records  # or two batches would be there at once
     if top is None or bool((top < HIDDEN / 2).any()):
         raise ValueError("a KV head has no page to attend to")

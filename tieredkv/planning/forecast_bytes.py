@@ -55,8 +55,8 @@ def decode_bytes(shape: KVShape, tiers: TierConfig, plan: DecodePlan, static: to
             tables += sizes.reuse_bytes(shape, tiers, n_dynamic) if plan.ranked else 0
     n_dynamic = int((~static).sum())
     ranked = plan.ranked and n_dynamic > 0
-    if n_dynamic and not sizes.estimates_mass(shape, tiers, plan.ranked):
-        tables += sizes.page_lse_bytes(shape, widest)
+    if n_dynamic:
+        tables += sizes.record_bytes(shape, widest, int(plan.slots.max()) if ranked else 0)
     page = sizes.page_bytes(shape, tiers, plan.page_bits)
     return {
         "recent pages": shape.kv_heads * layout.recent_pages * page,

@@ -199,14 +199,15 @@ def chunk_mass_bytes(layout: Layout) -> int:
     return layout.retrievable * FLOAT32
 
 
-def estimates_mass(shape: KVShape, tiers: TierConfig, ranked: bool) -> bool:
-    """Whether the attention mass of chunks is estimated from digests, not taken from the attention to each page."""
-    return ranked and digest_for(shape, tiers).estimates_mass
+def record_bytes(shape: KVShape, columns: int, slots: int) -> int:
+    """What a step leaves of one layer for the record of what it attended to: the log-sum-exp of each page's logits, if
+    the table has `columns` columns, and the column of each of a head's `slots` slots, 0 if chunks are not ranked."""
+    return shape.num_attention_heads * columns * FLOAT32 + shape.num_key_value_heads * slots * INT32
 
 
-def page_lse_bytes(shape: KVShape, columns: int) -> int:
-    """The log-sum-exp of each page's logits in one layer, whose table has `columns` columns."""
-    return shape.num_attention_heads * columns * FLOAT32
+def most_record_bytes(shape: KVShape, layout: Layout) -> int:
+    """Upper bound of `record_bytes`."""
+    return record_bytes(shape, layout.old_chunks + layout.recent_pages, layout.retrievable)
 
 
 def reuse_bytes(shape: KVShape, tiers: TierConfig, heads: int) -> int:
@@ -278,14 +279,10 @@ def beside_pool_bytes(
 ) -> int:
     """What the decode phase holds besides the pool: tables and, for `dynamic_heads` heads that rank chunks, `at_once`
     at a time, digests and the scratch of ranking. Upper bound, whether attention masses are recorded or not."""
-    tables = table_bytes(shape, tiers, layout)
-    page_lse = page_lse_bytes(shape, layout.old_chunks + layout.recent_pages)
+    tables = table_bytes(shape, tiers, layout) + most_record_bytes(shape, layout)
     if dynamic_heads == 0:
-        return tables + page_lse
-    ranking = digest_bytes(shape, tiers, layout, dynamic_heads) + ranking_bytes(shape, tiers, layout, at_once)
-    if estimates_mass(shape, tiers, ranked=True):  # either, as heads that attend to everything after all do not rank
-        return tables + max(ranking, page_lse)
-    return tables + ranking + page_lse
+        return tables
+    return tables + digest_bytes(shape, tiers, layout, dynamic_heads) + ranking_bytes(shape, tiers, layout, at_once)
 
 
 def least_pages(layout: Layout) -> int:

@@ -29,18 +29,21 @@ def max_logit(logits: torch.Tensor) -> torch.Tensor:
 GROUPS = {"mean": mean_share, "max": max_share, "max_logit": max_logit}
 
 
-def chunk_ranks(logits: torch.Tensor, chosen: torch.Tensor, group: str, stay: float) -> torch.Tensor:
+def chunk_ranks(
+    logits: torch.Tensor, chosen: torch.Tensor, group: str, stay: float, parts: torch.Tensor | None = None
+) -> torch.Tensor:
     """Ranks `(K, n)` of chunks from logits `(K, G, n)`, by the rule of `GROUPS` named `group`.
 
-    Ranks of the chunks that the previous step chose, mask `(K, n)`, are multiplied by `stay` (ours).
+    Ranks of the chunks that the previous step chose, mask `(K, n)`, are multiplied by `stay` (ours). parts: ignored.
     """
     ranks = GROUPS[group](logits)
     return torch.where(chosen, ranks * stay, ranks) if stay != 1 else ranks
 
 
-def log_mass_without(logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """Log-sum-exp `(K, G)` of logits `(K, G, n)` over all chunks but the chosen `(K, n)`."""
-    return logits.masked_fill(chosen.unsqueeze(1), float("-inf")).logsumexp(-1)
+def log_mass_without(logits: torch.Tensor, chosen: torch.Tensor, constant: torch.Tensor | None = None) -> torch.Tensor:
+    """Log-sum-exp `(K, G)` of logits `(K, G, n)` over all chunks but the chosen `(K, n)`, plus `constant` `(K, G)`."""
+    mass = logits.masked_fill(chosen.unsqueeze(1), float("-inf")).logsumexp(-1)
+    return mass if constant is None else mass + constant
 
 
 def unseen_share(unselected: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:

@@ -45,7 +45,7 @@ def _attend_split(
     query, numbers, scales, norms, constant, table, lengths, out, lse, page_lse,
     scaling, columns, columns_per_split, lse_stride,
     BITS: tl.constexpr, RECORD: tl.constexpr, G: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
-    PADDED_G: tl.constexpr, PADDED_W: tl.constexpr, BLOCK: tl.constexpr, WIDEN: tl.constexpr,
+    PADDED_C: tl.constexpr, PADDED_G: tl.constexpr, PADDED_W: tl.constexpr, BLOCK: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     head, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     W: tl.constexpr = D // 2 if BITS == 4 else D  # numbers, or bytes of two numbers each, of a key
@@ -65,10 +65,11 @@ def _attend_split(
     total = tl.zeros([PADDED_G], tl.float32)
     mixed = tl.zeros([PADDED_G, PADDED_W], tl.float32)
     high_mixed = mixed
+    of_page = tl.zeros([PADDED_G], tl.float32)  # so far, of a page that is longer than a block, relative to `best`
     first = split * columns_per_split
     stop = tl.minimum(first + columns_per_split, columns)
-    for begin in range(first * C, stop * C, BLOCK):
-        column, place = (begin + token) // C, (begin + token) % C
+    for begin in range(first * PADDED_C, stop * PADDED_C, BLOCK):
+        column, place = (begin + token) // PADDED_C, (begin + token) % PADDED_C
         exists = column < stop
         page = tl.load(table + head * columns + column, mask=exists, other=0).to(tl.int64)
         counts = exists & (place < tl.load(lengths + head * columns + column, mask=exists, other=0))
@@ -87,19 +88,22 @@ def _attend_split(
             scale_of = scales + page * (RECORD // 2) + C * W + place
             logits *= tl.load(scale_of, mask=counts, other=0.0).to(tl.float32)[None, :]
         logits = tl.where(counts[None, :], logits, -float("inf"))
-        if page_lse is not None:
-            of_page = tl.reshape(logits, (PADDED_G, BLOCK // C, C))
-            most = tl.maximum(tl.max(of_page, 2), -1e38)
-            whole = most + tl.log(tl.sum(tl.exp(of_page - most[:, :, None]), 2))
-            if constant is not None:
-                whole += tl.load(constant + head * G + row, mask=row < G, other=0.0)[:, None]
-            column = begin // C + tl.arange(0, BLOCK // C)
-            where = page_lse + (head * G + row[:, None]) * lse_stride + column[None, :]
-            tl.store(where, tl.maximum(whole, -1e38), mask=(row[:, None] < G) & (column[None, :] < stop))
         better = tl.maximum(best, tl.max(logits, 1))
         weights = tl.exp(logits - better[:, None])
         faded = tl.exp(best - better)
         total = total * faded + tl.sum(weights, 1)
+        if page_lse is not None:
+            if PADDED_C > BLOCK:
+                of_page = tl.where(begin % PADDED_C == 0, 0.0, of_page * faded) + tl.sum(weights, 1)
+                masses, column = of_page[:, None], begin // PADDED_C + tl.arange(0, 1)
+            else:
+                masses = tl.sum(tl.reshape(weights, (PADDED_G, BLOCK // PADDED_C, PADDED_C)), 2)
+                column = begin // PADDED_C + tl.arange(0, BLOCK // PADDED_C)
+            whole = tl.where(masses > 0, better[:, None] + tl.log(tl.maximum(masses, 1e-38)), -1e38)
+            if constant is not None:
+                whole += tl.load(constant + head * G + row, mask=row < G, other=0.0)[:, None]
+            where = page_lse + (head * G + row[:, None]) * lse_stride + column[None, :]
+            tl.store(where, whole, mask=(row[:, None] < G) & (column[None, :] < stop))
         if BITS < 16:
             weights *= tl.load(scale_of + C, mask=counts, other=0.0).to(tl.float32)[None, :]
         weights = weights.to(q.dtype)
@@ -183,18 +187,19 @@ def paged_attention(
     scaling: float,
     batch_pages: int = 0,
     page_lse: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `Ops.paged_attention`. What lies beyond a page's length is not read. batch_pages is ignored.
 
-    Multiplies in the pages' dtype, or with pages of fewer bits in the query's. `page_lse` takes a second pass over the
-    keys, by torch, where pages are not a power of two of tokens or more than a program reads.
+    Multiplies in the pages' dtype, or with pages of fewer bits in the query's.
     """
     heads, n, d = query.shape
     kv_heads, columns = table.shape
     group = heads // kv_heads * n
     if group > MOST_ROWS and n > 1:
         each = max(1, MOST_ROWS * kv_heads // heads)
-        split = [paged_attention(part, pages, table, lengths, scaling) for part in query.split(each, dim=1)]
+        some = query.split(each, dim=1)
+        split = [paged_attention(part, pages, table, lengths, scaling, dtype=dtype) for part in some]
         return torch.cat([out for out, _ in split], dim=1), torch.cat([lse for _, lse in split], dim=1)
     codec, fit, bits = pages.codec, pages.fit, pages.codec.bits
     numbers, scales = typed(pages)
@@ -207,51 +212,22 @@ def paged_attention(
     splits = max(1, min(columns, programs_for(query.device) // kv_heads, MOST_SPLITS))
     empty = partial(torch.empty, dtype=torch.float32, device=query.device)
     parts, part_lse = empty((heads, n, splits, d)), empty((heads, n, splits))
-    out, lse = empty((heads, n, d)), empty((heads, n))
+    out, lse = torch.empty((heads, n, d), dtype=dtype, device=query.device), empty((heads, n))
     padded_rows, padded = max(16, triton.next_power_of_2(group)), triton.next_power_of_2(d)
     width = max(16, triton.next_power_of_2(d // 2 if bits == 4 else d))
     token_bytes = width * (2 if bits == 4 else numbers.itemsize)
     if rows.dtype == torch.float32:  # less fits in registers, above all of unpacked numbers, which live there
         token_bytes *= padded_rows // 16 * (1 if bits == PLAIN else 8)
-    block, c = min(128, max(16, BLOCK_BYTES // token_bytes)), codec.chunk_tokens
-    in_pass = page_lse if block % c == 0 else None
+    block = min(128, max(16, BLOCK_BYTES // token_bytes))
     _attend_split[(kv_heads, splits)](
-        rows, numbers, scales, channels, constant, table, lengths, parts, part_lse, in_pass,
-        scaling, columns, triton.cdiv(columns, splits), 0 if in_pass is None else in_pass.stride(0),
-        BITS=bits, RECORD=numbers.shape[1], G=group, C=c, D=d,
-        PADDED_G=padded_rows, PADDED_W=width, BLOCK=block, WIDEN=widened(rows.dtype), num_stages=2,
+        rows, numbers, scales, channels, constant, table, lengths, parts, part_lse, page_lse,
+        scaling, columns, triton.cdiv(columns, splits), 0 if page_lse is None else page_lse.stride(0),
+        BITS=bits, RECORD=numbers.shape[1], G=group, C=codec.chunk_tokens, D=d,
+        PADDED_C=triton.next_power_of_2(codec.chunk_tokens), PADDED_G=padded_rows, PADDED_W=width, BLOCK=block,
+        WIDEN=widened(rows.dtype), num_stages=2,
     )  # fmt: skip
     _merge_splits[(heads * n,)](
         parts, part_lse, constant, centre, channels, turn, out, lse, splits, group,
         D=d, PADDED_D=padded, PADDED_SPLITS=MOST_SPLITS, WIDTH=WIDTH,
     )  # fmt: skip
-    if page_lse is not None and in_pass is None:
-        _write_page_lse(query, pages, table, lengths, scaling, batch_pages, page_lse)
     return out, lse
-
-
-def _write_page_lse(
-    query: torch.Tensor,
-    pages: Pages,
-    table: torch.Tensor,
-    lengths: torch.Tensor,
-    scaling: float,
-    batch_pages: int,
-    page_lse: torch.Tensor,
-) -> None:
-    """Write `page_lse` as `Ops.paged_attention` does, by torch, reading the keys once more."""
-    (heads, _, d), (kv_heads, columns), codec = query.shape, table.shape, pages.codec
-    folded, c = query.float().reshape(kv_heads, -1, d), codec.chunk_tokens
-    turned, constant = codec.turned(folded, pages.fit) * scaling, codec.constant(folded, pages.fit)
-    within = torch.arange(c, device=query.device)
-    # Logits take three copies where attention takes values: fewer pages at a time for many queries or narrow heads.
-    width = max(1, batch_pages * d // (kv_heads * (d + 2 * folded.shape[1])))
-    for first in range(0, columns, width):
-        part = slice(first, min(columns, first + width))
-        records = pages.records.index_select(0, table[:, part].flatten()).view(kv_heads, -1, codec.chunk_bytes)
-        logits = codec.logits(turned, records).unflatten(-1, (-1, c))
-        logits.masked_fill_((within >= lengths[:, part].unsqueeze(-1)).unsqueeze(1), -1e38)
-        of_page = logits.logsumexp(-1)
-        if constant is not None:
-            of_page += constant.unsqueeze(-1) * scaling
-        page_lse[:, part] = of_page.view(heads, -1)

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from tieredkv.ops.base import Listing
 from tieredkv.ops.triton.variants import bounded
 
 LARGEST_BLOCK = 16384
@@ -78,28 +79,34 @@ def _choose(
 
 
 def choose(
-    ranks: torch.Tensor, selected: torch.Tensor, slot_of: torch.Tensor, most: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ranks: torch.Tensor, selected: torch.Tensor, slot_of: torch.Tensor, most: int, chosen: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """As `Ops.choose`. Of equal ranks the first are chosen."""
     heads, chunks = ranks.shape
-    chosen = torch.empty((heads, chunks), dtype=torch.bool, device=ranks.device)
     missed = torch.empty((heads, most), dtype=torch.int32, device=ranks.device)
     misses = torch.empty((heads,), dtype=torch.int32, device=ranks.device)
     _choose[(heads,)](
         ranks, selected, slot_of, chosen.view(torch.uint8), missed, misses, chunks, most, slot_of.stride(0),
         **_shape(chunks),
     )  # fmt: skip
-    return chosen, missed, misses
+    return missed, misses
 
 
-@triton.jit(do_not_specialize=["chunks", "most", "count", "stride", "columns", "first"])
+@triton.jit(
+    do_not_specialize=["chunks", "most", "count", "stride", "columns", "first"],
+    do_not_specialize_on_alignment=["total"],
+)
 def _place(
-    wanted, kept, misses, chunk_in, last_used, slots, step, victims, table, heads,
+    wanted, kept, misses, chunk_in, last_used, slots, step, total, victims, table, heads, listed_in,
     chunks, most, count, stride, columns, first,
-    TABLE: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     head, place = tl.program_id(0), tl.arange(0, BLOCK)
-    needed, now = tl.load(misses + head), tl.load(step)
+    needed, now = tl.load(misses + head), tl.load(step + head)
+    tl.store(total + head, tl.load(total + head) + needed)
+    if table is not None:
+        now += 1
+        tl.store(step + head, now)
     held = _age(kept, chunk_in, last_used, slots, head, place, now, chunks, count, stride)
     # Find the age from which on slots are taken, bit by bit from the highest of any age: slots never used count as
     # used before the first step, one step apart (`Residency.enter`).
@@ -118,7 +125,6 @@ def _place(
         age = _age(kept, chunk_in, last_used, slots, head, begin + place, now, chunks, count, stride)
         older += tl.sum((age > limit).to(tl.int32), 0)
     equals, gone, listed = tl.zeros([], tl.int32), tl.zeros([], tl.int32), tl.zeros([], tl.int32)
-    row = tl.load(heads + head)
     for begin in range(0, count, BLOCK):
         slot = begin + place
         age = held
@@ -134,10 +140,12 @@ def _place(
         resident = tl.load(chunk_in + head * stride + slot, mask=slot < count, other=-1)
         used = victim | (tl.load(wanted + head * chunks + resident, mask=resident >= 0, other=0) != 0)
         tl.store(last_used + head * stride + slot, now, mask=used)
-        if TABLE:
+        if table is not None:
             at = listed + tl.cumsum(used.to(tl.int32), 0) - 1
             page = tl.load(slots + head * count + slot, mask=used, other=0)
-            tl.store(table + row * columns + first + at, page, mask=used)
+            tl.store(table + tl.load(heads + head) * columns + first + at, page, mask=used)
+            if listed_in is not None:
+                tl.store(listed_in + head * count + slot, at, mask=used)
             listed += tl.sum(used.to(tl.int32), 0)
 
 
@@ -161,17 +169,16 @@ def place(
     slots: torch.Tensor,
     step: torch.Tensor,
     most: int,
-    table: torch.Tensor | None,
-    heads: torch.Tensor,
-    first: int,
+    total: torch.Tensor,
+    listing: Listing | None,
 ) -> torch.Tensor:
     """As `Ops.place`."""
     n, count = slots.shape
     victims = torch.empty((n, most), dtype=torch.int32, device=slots.device)
-    listed = slots if table is None else table
+    where = (None, None, None) if listing is None else (listing.table, listing.heads, listing.columns)
+    columns, first = (0, 0) if listing is None else (listing.table.shape[1], listing.first)
     _place[(n,)](
-        wanted.view(torch.uint8), kept.view(torch.uint8), misses, chunk_in, last_used, slots, step, victims,
-        listed, heads, wanted.shape[1], most, count, chunk_in.stride(0), listed.shape[1], first,
-        TABLE=table is not None, **_shape(count),
+        wanted.view(torch.uint8), kept.view(torch.uint8), misses, chunk_in, last_used, slots, step, total, victims,
+        *where, wanted.shape[1], most, count, chunk_in.stride(0), columns, first, **_shape(count),
     )  # fmt: skip
     return victims

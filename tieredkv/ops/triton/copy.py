@@ -214,7 +214,8 @@ def _append(
     WIDTH: tl.constexpr,
 ):  # fmt: skip
     head, part = tl.program_id(0), tl.program_id(1)
-    count = tl.load(recent_tokens)
+    count = tl.load(recent_tokens + head * 2 + part)
+    tl.store(recent_tokens + head * 2 + part, count + 1)
     column, place = count // C, count % C
     slot = tl.load(table + head * columns + column).to(tl.int64)
     at, stored = tl.arange(0, PADDED), tl.arange(0, 1)

@@ -11,8 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from tieredkv.ops.triton.variants import bounded
-from tieredkv.ops.triton.walsh import KernelWalsh
+from tieredkv.ops.triton.project import project
+from tieredkv.ops.triton.walsh import KernelWalsh, store_part
 from tieredkv.policy.digests import Digest
 from tieredkv.policy.digests.sketch import Basis, Sketch
 
@@ -27,7 +27,7 @@ GROUPS = {"mean": 0, "max": 1, "max_logit": 2}
 
 @triton.jit(do_not_specialize=["chunks"])
 def _sketch_logits(
-    small, packed, logits, chunks,
+    small, packed, logits, parts, chunks,
     G: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BITS: tl.constexpr,
     PADDED_G: tl.constexpr, PADDED_H: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
@@ -52,24 +52,30 @@ def _sketch_logits(
     chunk = block * (TOKENS // C) + tl.arange(0, TOKENS // C)
     target = logits + (head * G + row[:, None]) * chunks + chunk[None, :]
     tl.store(target, mass, mask=(row[:, None] < G) & (chunk[None, :] < chunks))
+    store_part(parts, mass, head * G + row, row < G, chunk < chunks, block, tl.num_programs(1))
 
 
-def sketch_logits(small: torch.Tensor, packed: torch.Tensor, bits: int, chunk_tokens: int) -> torch.Tensor:
-    """As `Sketch.chunk_logits`: queries `(n, G, r)` along the directions, sketches `(n, N, bytes)` -> `(n, G, N)`.
+def sketch_logits(
+    small: torch.Tensor, packed: torch.Tensor, bits: int, chunk_tokens: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `Sketch.logits_in_parts`: queries `(n, G, r)` along the directions, sketches `(n, N, bytes)` -> `(n, G, N)`,
+    and a part for each program.
 
     C must be a power of two, at most `TOKENS`.
     """
     heads, group, r = small.shape
     chunks = packed.shape[1]
+    programs = triton.cdiv(chunks * chunk_tokens, TOKENS)
     logits = torch.empty((heads, group, chunks), dtype=torch.float32, device=small.device)
+    parts = torch.empty((heads, group, programs), dtype=torch.float32, device=small.device)
     halved = r // 2 if bits == 4 else r
-    _sketch_logits[(heads, triton.cdiv(chunks * chunk_tokens, TOKENS))](
-        small, packed.contiguous(), logits, chunks,
+    _sketch_logits[(heads, programs)](
+        small, packed.contiguous(), logits, parts, chunks,
         G=group, C=chunk_tokens, R=r, BITS=bits,
         PADDED_G=max(16, triton.next_power_of_2(group)), PADDED_H=max(16, triton.next_power_of_2(halved)),
         TOKENS=TOKENS,
     )  # fmt: skip
-    return logits
+    return logits, parts
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -125,9 +131,16 @@ class KernelSketch(Sketch):
     def make(self, keys: torch.Tensor, fitted: Basis) -> torch.Tensor:
         return pack_sketches(keys, self.bits, fitted)
 
-    def logits(self, prepared: torch.Tensor, digests: torch.Tensor, at_once: int) -> torch.Tensor:
+    def project(
+        self, query: torch.Tensor, heads: torch.Tensor, scaling: float, fitted: Basis
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return project(query, heads, scaling, fitted.up, fitted.centre)
+
+    def logits_in_parts(
+        self, prepared: torch.Tensor, digests: torch.Tensor, at_once: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if self.chunk_tokens & (self.chunk_tokens - 1) or self.chunk_tokens > TOKENS:
-            return super().logits(prepared, digests, at_once)
+            return super().logits_in_parts(prepared, digests, at_once)
         return sketch_logits(prepared, digests, self.bits, self.chunk_tokens)
 
 
@@ -141,25 +154,23 @@ def by_kernels(digest: Digest[Any]) -> Digest[Any]:
     return digest if kind is None else kind(digest.head_dim, digest.chunk_tokens, digest.bits)
 
 
-@triton.jit(do_not_specialize=["chunks"], do_not_specialize_on_alignment=["total"])
-def _sums(logits, best, total, chunks, CHUNKS: tl.constexpr):
-    row = tl.program_id(0)
-    block, blocks = tl.program_id(1), tl.num_programs(1)
+@triton.jit(do_not_specialize=["chunks"])
+def _parts(logits, parts, chunks, CHUNKS: tl.constexpr):
+    row, block, blocks = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     chunk = block * CHUNKS + tl.arange(0, CHUNKS)
     each = tl.load(logits + row.to(tl.int64) * chunks + chunk, mask=chunk < chunks, other=-float("inf"))
     most = tl.max(each, 0)
-    tl.store(best + row * blocks + block, most)
-    tl.store(total + row * blocks + block, tl.sum(tl.exp(each - most), 0))
+    tl.store(parts + row * blocks + block, most + tl.log(tl.sum(tl.exp(each - most), 0)))
 
 
-@triton.jit(do_not_specialize=["chunks", "blocks"], do_not_specialize_on_alignment=["total"])
+@triton.jit(do_not_specialize=["chunks", "count"])
 def _ranks(
-    logits, best, total, chosen, ranks, chunks, blocks, stay,
-    G: tl.constexpr, RULE: tl.constexpr, BLOCKS: tl.constexpr, CHUNKS: tl.constexpr,
+    logits, parts, chosen, ranks, chunks, count, stay,
+    G: tl.constexpr, RULE: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     head, block = tl.program_id(0), tl.program_id(1)
     chunk = block * CHUNKS + tl.arange(0, CHUNKS)
-    exists, part = chunk < chunks, tl.arange(0, BLOCKS)
+    exists, part = chunk < chunks, tl.arange(0, CHUNKS)
     rank = tl.zeros([CHUNKS], tl.float32)
     if RULE == 2:
         rank -= float("inf")
@@ -169,12 +180,16 @@ def _ranks(
         if RULE == 2:
             rank = tl.maximum(rank, each)
         else:
-            bests = tl.load(best + row * blocks + part, mask=part < blocks, other=-float("inf"))
-            most = tl.max(bests, 0)
-            whole = tl.sum(
-                tl.load(total + row * blocks + part, mask=part < blocks, other=0.0) * tl.exp(bests - most), 0
-            )
-            share = tl.exp(each - most) / whole
+            most = tl.full([CHUNKS], -1e38, tl.float32)
+            total = tl.zeros([CHUNKS], tl.float32)
+            for first in range(0, count, CHUNKS):
+                inside = first + part < count
+                mass = tl.load(parts + row.to(tl.int64) * count + first + part, mask=inside, other=-1e38)
+                better = tl.maximum(most, mass)
+                total = total * tl.exp(most - better) + tl.where(inside, tl.exp(mass - better), 0.0)
+                most = better
+            best = tl.max(most, 0)
+            share = tl.exp(each - best) / tl.sum(total * tl.exp(most - best), 0)
             if RULE == 1:
                 rank = tl.maximum(rank, share)
             else:
@@ -183,68 +198,19 @@ def _ranks(
     tl.store(ranks + head * chunks + chunk, tl.where(before != 0, rank * stay, rank), mask=exists)
 
 
-def chunk_ranks(logits: torch.Tensor, chosen: torch.Tensor, group: str, stay: float) -> torch.Tensor:
+def chunk_ranks(
+    logits: torch.Tensor, chosen: torch.Tensor, group: str, stay: float, parts: torch.Tensor | None = None
+) -> torch.Tensor:
     """As `Ops.chunk_ranks`."""
     heads, queries, chunks = logits.shape
-    blocks = triton.cdiv(chunks, CHUNKS)
-    best = torch.empty((2, heads * queries, blocks), dtype=torch.float32, device=logits.device)
+    blocks, rule = triton.cdiv(chunks, CHUNKS), GROUPS[group]
     ranks = torch.empty((heads, chunks), dtype=torch.float32, device=logits.device)
-    rule = GROUPS[group]
-    if rule < 2:
-        _sums[(heads * queries, blocks)](logits, best[0], best[1], chunks, CHUNKS=CHUNKS)
+    if parts is None:
+        parts = torch.empty((heads, queries, blocks), dtype=torch.float32, device=logits.device)
+        if rule < 2:
+            _parts[(heads * queries, blocks)](logits, parts, chunks, CHUNKS=CHUNKS)
     _ranks[(heads, blocks)](
-        logits, best[0], best[1], chosen.view(torch.uint8), ranks, chunks, blocks, stay,
-        G=queries, RULE=rule, BLOCKS=bounded(blocks, 16), CHUNKS=CHUNKS,
+        logits, parts, chosen.view(torch.uint8), ranks, chunks, parts.shape[2], stay,
+        G=queries, RULE=rule, CHUNKS=CHUNKS,
     )  # fmt: skip
     return ranks
-
-
-@triton.jit(do_not_specialize=["chunks"])
-def _log_mass_without(logits, chosen, out, chunks, G: tl.constexpr, BLOCK: tl.constexpr):
-    row, place = tl.program_id(0), tl.arange(0, BLOCK)
-    best, total = tl.full([BLOCK], -1e38, tl.float32), tl.zeros([BLOCK], tl.float32)
-    for first in range(0, chunks, BLOCK):
-        chunk = first + place
-        exists = chunk < chunks
-        taken = tl.load(chosen + row // G * chunks + chunk, mask=exists, other=1)
-        each = tl.load(logits + row.to(tl.int64) * chunks + chunk, mask=taken == 0, other=-1e38)
-        better = tl.maximum(best, each)
-        total = total * tl.exp(best - better) + tl.where(taken == 0, tl.exp(each - better), 0.0)
-        best = better
-    most = tl.max(best, 0)
-    whole = tl.sum(total * tl.exp(best - most), 0)
-    tl.store(out + row, tl.where(whole > 0, most + tl.log(tl.maximum(whole, 1e-38)), -float("inf")))
-
-
-def log_mass_without(logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """As `Ops.log_mass_without`."""
-    heads, queries, chunks = logits.shape
-    out = torch.empty((heads, queries), dtype=torch.float32, device=logits.device)
-    _log_mass_without[(heads * queries,)](
-        logits, chosen.view(torch.uint8), out, chunks,
-        G=queries, BLOCK=bounded(chunks, 1024, 4096), num_warps=8,
-    )  # fmt: skip
-    return out
-
-
-@triton.jit(do_not_specialize=["heads", "chunks"])
-def _add_mass(chunk_mass, logits, shift, chosen, heads, chunks, G: tl.constexpr, BLOCK: tl.constexpr):
-    chunk = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    exists = chunk < chunks
-    mass = tl.load(chunk_mass + chunk, mask=exists, other=0.0)
-    for head in range(heads):
-        taken = tl.load(chosen + head * chunks + chunk, mask=exists, other=0) != 0
-        for row in range(head * G, head * G + G):
-            each = tl.load(logits + row * chunks + chunk, mask=taken, other=0.0)
-            mass += tl.where(taken, tl.exp(each + tl.load(shift + row)), 0.0)
-    tl.store(chunk_mass + chunk, mass, mask=exists)
-
-
-def add_mass(chunk_mass: torch.Tensor, logits: torch.Tensor, shift: torch.Tensor, chosen: torch.Tensor) -> None:
-    """As `Ops.add_mass`. Adds in a fixed order: the same bits at every run."""
-    heads, queries, chunks = logits.shape
-    block = 128
-    _add_mass[(triton.cdiv(chunks, block),)](
-        chunk_mass, logits, shift.contiguous(), chosen.view(torch.uint8), heads, chunks,
-        G=queries, BLOCK=block, num_warps=4,
-    )  # fmt: skip

@@ -10,7 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from tieredkv.policy.digests.walsh import MIDDLE, MOST_BLOCK, Walsh
+from tieredkv.ops.triton.project import project
+from tieredkv.policy.digests.walsh import MIDDLE, MOST_BLOCK, Directions, Walsh
 
 
 def tokens_at_once(digest: Walsh) -> int:
@@ -18,9 +19,21 @@ def tokens_at_once(digest: Walsh) -> int:
     return 128 if digest.other_bytes <= 32 else 64
 
 
+@triton.jit
+def store_part(parts, mass, rows, wanted, exists, part, count):
+    """Store the log-sum-exp of the masses `(rows, chunks)` of a program as the part number `part` of `count`.
+
+    The first chunk exists. rows: of `parts`, where `wanted`.
+    """
+    each = tl.where(exists[None, :], mass, -float("inf"))
+    most = tl.max(each, 1)
+    whole = most + tl.log(tl.sum(tl.exp(each - most[:, None]), 1))
+    tl.store(parts + rows.to(tl.int64) * count + part, whole, mask=wanted)
+
+
 @triton.jit(do_not_specialize=["chunks"])
 def _walsh_logits(
-    weights, packed, logits, chunks,
+    weights, packed, logits, parts, chunks,
     G: tl.constexpr, C: tl.constexpr, B: tl.constexpr, LOG_B: tl.constexpr, P: tl.constexpr, Q: tl.constexpr,
     PADDED_G: tl.constexpr, PADDED_P: tl.constexpr, PADDED_Q: tl.constexpr, MIDDLE: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
@@ -63,30 +76,41 @@ def _walsh_logits(
     chunk = program * (TOKENS // C) + tl.arange(0, TOKENS // C)
     target = logits + (head * G + row[:, None]) * chunks + chunk[None, :]
     tl.store(target, mass, mask=(row[:, None] < G) & (chunk[None, :] < chunks))
+    store_part(parts, mass, head * G + row, row < G, chunk < chunks, program, tl.num_programs(1))
 
 
-def walsh_logits(prepared: torch.Tensor, packed: torch.Tensor, digest: Walsh) -> torch.Tensor:
-    """As `Walsh.chunk_logits`: prepared queries `(n, G, numbers)`, digests `(n, N, bytes)` -> `(n, G, N)`.
+def walsh_logits(prepared: torch.Tensor, packed: torch.Tensor, digest: Walsh) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `Walsh.logits_in_parts`: prepared queries `(n, G, numbers)`, digests `(n, N, bytes)` -> `(n, G, N)`, and a
+    part for each program.
 
     C must be a power of two from `MOST_BLOCK` to `tokens_at_once`.
     """
     heads, group, _ = prepared.shape
     chunks, p, q, tokens = packed.shape[1], digest.mean_bytes, digest.other_bytes, tokens_at_once(digest)
+    programs = triton.cdiv(chunks * digest.chunk_tokens, tokens)
     logits = torch.empty((heads, group, chunks), dtype=torch.float32, device=prepared.device)
-    _walsh_logits[(heads, triton.cdiv(chunks * digest.chunk_tokens, tokens))](
-        prepared.contiguous(), packed.contiguous(), logits, chunks,
+    parts = torch.empty((heads, group, programs), dtype=torch.float32, device=prepared.device)
+    _walsh_logits[(heads, programs)](
+        prepared.contiguous(), packed.contiguous(), logits, parts, chunks,
         G=group, C=digest.chunk_tokens, B=digest.block, LOG_B=digest.block.bit_length() - 1, P=p, Q=q,
         PADDED_G=max(16, triton.next_power_of_2(group)), PADDED_P=max(16, triton.next_power_of_2(p)),
         PADDED_Q=max(16, triton.next_power_of_2(q)), MIDDLE=MIDDLE, TOKENS=tokens, num_warps=4 if q <= 32 else 8,
     )  # fmt: skip
-    return logits
+    return logits, parts
 
 
 class KernelWalsh(Walsh):
-    """`Walsh` with logits by a kernel, or by torch for chunk sizes that the kernel does not support."""
+    """`Walsh` with queries and logits by kernels; logits by torch for chunk sizes that the kernel does not support."""
 
-    def logits(self, prepared: torch.Tensor, digests: torch.Tensor, at_once: int) -> torch.Tensor:
+    def project(
+        self, query: torch.Tensor, heads: torch.Tensor, scaling: float, fitted: Directions
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return project(query, heads, scaling, fitted.up, fitted.centre, fitted.column, fitted.weight)
+
+    def logits_in_parts(
+        self, prepared: torch.Tensor, digests: torch.Tensor, at_once: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         c = self.chunk_tokens
         if c & (c - 1) or not MOST_BLOCK <= c <= tokens_at_once(self):
-            return super().logits(prepared, digests, at_once)
+            return super().logits_in_parts(prepared, digests, at_once)
         return walsh_logits(prepared, digests, self)

@@ -118,6 +118,17 @@ class Digest(ABC, Generic[F]):
         implementation."""
         return digests
 
+    def project(
+        self, query: torch.Tensor, heads: torch.Tensor, scaling: float, fitted: F
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Queries as `logits` takes them, `(n, rows, ...)`, and their `constant` `(n, rows)`, None unless
+        `estimates_mass`.
+
+        query `(K, rows, D)` in its own dtype, of which the rows `heads` `(n,)` count. fitted: of these heads.
+        """
+        scaled = query[heads].float() * scaling
+        return self.prepare(scaled, fitted), self.constant(scaled, fitted) if self.estimates_mass else None
+
     def prepare(self, query: torch.Tensor, fitted: F) -> torch.Tensor:
         """Convert scaled queries `(K, G, D)` float32 to the form that `logits` takes, `(K, G, ...)`."""
         return query
@@ -130,6 +141,13 @@ class Digest(ABC, Generic[F]):
         """
         parts = [self.chunk_logits(prepared, part) for part in digests.split(at_once, dim=1)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def logits_in_parts(
+        self, prepared: torch.Tensor, digests: torch.Tensor, at_once: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`logits`, and the log-sum-exp `(K, G, any)` of each of some parts of them that together are all; None: an
+        implementation that does not get these for nothing."""
+        return self.logits(prepared, digests, at_once), None
 
     @abstractmethod
     def chunk_logits(self, prepared: torch.Tensor, digests: torch.Tensor) -> torch.Tensor:
