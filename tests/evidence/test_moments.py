@@ -15,14 +15,13 @@ import tieredkv
 from tieredkv import TieredCache
 from tieredkv.cache.looks import Looks
 from tieredkv.cache.question import Question
-from tieredkv.cache.recording import ExactMass
 from tieredkv.cache.retrieval import Retrieval
+from tieredkv.cache.sealed_layer import SealedLayer
 from tieredkv.environment.versions import cache_argument
 from tieredkv.errors import OptionError
 from tieredkv.evidence.moments import FAINT, LONGEST_S, MOST, Shown, by_step, collect, find_moments, step_of
 from tieredkv.memory import ledger
 from tieredkv.models.families.base import VideoGrid
-from tieredkv.planning import sizes
 from tieredkv.tiny import model as tiny
 from tieredkv.tiny.evaluate import TOKENS_PER_SECOND
 from tieredkv.tiny.scene import make_scene, questions
@@ -223,30 +222,41 @@ def test_steps_pay_at_most_all_of_their_attention(opened, monkeypatch, share):
     assert bool((shares < 1).all())
 
 
-def test_estimates_of_sketches_are_close_to_the_true_mass(opened, monkeypatch):
-    pairs, pages_of = [], {}
-    make, record = Retrieval.__init__, Retrieval.record_step
+@pytest.mark.parametrize("ranked", [True, False])
+def test_what_is_recorded_is_the_attention_to_each_chunk(llama, long_ids, monkeypatch, ranked):
+    """Of every step and layer, computed anew from the keys in the host tier."""
+    lse, compared, step, record = [], [], SealedLayer.step, Retrieval.record_step
 
-    def with_pages(self, index, pages, *rest):
-        pages_of[self] = pages
-        make(self, index, pages, *rest)
+    def with_lse(self, of_heads):
+        lse.append(of_heads)
+        record(self, of_heads)
 
-    def both(self, lse):
-        mass = self._estimated._chunk_mass
-        before = mass.clone()
-        record(self, lse)
-        estimated, mass[:] = mass - before, before
-        exact = ExactMass(pages_of[self], self._heads, self.residency)
-        exact.record(lse[self._heads])
-        pairs.append((estimated, mass - before))
+    def watched(self, query, key, value, scaling, *rest):
+        before = self.phase.chunk_mass.clone()
+        out = step(self, query, key, value, scaling, *rest)
+        layout, heads = self.phase.plan.layout, self.dynamic
+        keys, _ = self.pages.host.decoded(layout.sink_chunks * 8, layout.old_chunks * 8)
+        logits = query.unflatten(0, (len(keys), -1)) @ keys.mT * scaling
+        mass = (logits - lse.pop().unsqueeze(-1)).exp().sum(1).unflatten(-1, (-1, 8)).sum(-1)
+        chosen = self.retrieval.residency.chosen
+        assert bool(chosen.all()) != ranked
+        compared.append((self.phase.chunk_mass - before, (mass[heads] * chosen).sum(0)))
+        return out
 
-    monkeypatch.setattr(Retrieval, "__init__", with_pages)
-    monkeypatch.setattr(Retrieval, "page_lse", property(lambda self: pages_of[self].phase.page_lse))
-    monkeypatch.setattr(sizes, "estimates_mass", lambda shape, tiers, ranked: False)  # so that pages are recorded too
-    monkeypatch.setattr(Retrieval, "record_step", both)
-    opened(theta=2.0, digest_bits=8, pack_pages=False).ask(QUESTION, max_new_tokens=4)
-    by_sketch, exact = (torch.cat(part) for part in zip(*pairs, strict=True))
-    assert float(torch.corrcoef(torch.stack((by_sketch, exact)))[0, 1]) > 0.9
+    monkeypatch.setattr(Retrieval, "record_step", with_lse)
+    monkeypatch.setattr(SealedLayer, "step", watched)
+    room = pressed(llama, 300, 0.5) if ranked else {"gpu_kv_gb": 1.0}
+    options = {**room, "theta": 2.0, "text_window": 16, "chunk_tokens": 8, "host_kv_bits": 16, "pack_pages": False}
+    made = TieredCache(llama.config, **tier_options(**options))
+    with tieredkv.use_attention(llama), torch.no_grad(), made as cache:
+        cache.expect(Question(max_new_tokens=4, looks=Looks(8)))
+        llama(long_ids[:, :300], **cache_argument(cache))
+        for token in (3, 5):
+            llama(torch.tensor([[token]]), **cache_argument(cache))
+    assert len(compared) == 2 * llama.config.num_hidden_layers
+    for got, want in compared:
+        assert float(want.sum()) > 0.1
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.interpreter

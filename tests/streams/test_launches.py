@@ -14,19 +14,20 @@ ADAPTIVE = {"theta": 2.0, "adaptive": True}
 REUSE = {"theta": 2.0, "reuse_above": 0.5, "prefetch": True}
 BOXES = {"policy": "arkvale"}
 LAUNCHES = {  # of one layer: torch's operations, and kernels
-    "ranked":                       (RANKED, False, 20, 10),
-    "ranked, evidence":             (RANKED, True, 22, 11),
-    "ranked, 4 bits":               ({**RANKED, "host_kv_bits": 4}, False, 20, 11),
-    "ranked, 4 bits, evidence":     ({**RANKED, "host_kv_bits": 4}, True, 22, 12),
-    "adaptive":                     (ADAPTIVE, False, 41, 10),
-    "adaptive, evidence":           (ADAPTIVE, True, 43, 11),
-    "reuse, prefetch":              (REUSE, False, 40, 12),
-    "reuse, prefetch, evidence":    (REUSE, True, 42, 13),
-    "boxes of keys":                (BOXES, False, 38, 8),
-    "boxes of keys, evidence":      (BOXES, True, 63, 8),
-    "unranked":                     (UNRANKED, False, 3, 3),
-    "unranked, evidence":           (UNRANKED, True, 21, 3),
-    "no dynamic head":              ({**UNRANKED, "theta": 0.0}, False, 2, 3),
+    "ranked":                       (RANKED, False, 0, 11),
+    "ranked, evidence":             (RANKED, True, 0, 12),
+    "ranked, 4 bits":               ({**RANKED, "host_kv_bits": 4}, False, 0, 12),
+    "ranked, 4 bits, evidence":     ({**RANKED, "host_kv_bits": 4}, True, 0, 13),
+    "adaptive":                     (ADAPTIVE, False, 21, 11),
+    "adaptive, evidence":           (ADAPTIVE, True, 21, 12),
+    "reuse, prefetch":              (REUSE, False, 21, 13),
+    "reuse, prefetch, evidence":    (REUSE, True, 21, 14),
+    "boxes of keys":                (BOXES, False, 30, 8),
+    "boxes of keys, evidence":      (BOXES, True, 30, 9),
+    "unranked":                     (UNRANKED, False, 0, 3),
+    "unranked, evidence":           (UNRANKED, True, 0, 4),
+    "unranked, 4 bits, evidence":   ({**UNRANKED, "host_kv_bits": 4}, True, 0, 5),
+    "no dynamic head":              ({**UNRANKED, "theta": 0.0}, False, 0, 3),
 }  # fmt: skip
 
 

@@ -70,7 +70,8 @@ def record_unseen(
 
 @triton.jit(do_not_specialize=["count", "chunks", "first", "lse_stride", "slot_stride", "column_stride"])
 def _add_mass(
-    chunk_mass, page_lse, lse, chosen, slot_of, heads, columns, count, chunks, first, lse_stride, slot_stride, column_stride,
+    chunk_mass, page_lse, lse, chosen, slot_of, heads, columns,
+    count, chunks, first, lse_stride, slot_stride, column_stride,
     G: tl.constexpr, PADDED_G: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     chunk, g = tl.program_id(0) * CHUNKS + tl.arange(0, CHUNKS), tl.arange(0, PADDED_G)
