@@ -219,9 +219,9 @@ def test_a_refusal_is_useful_for_an_hour_on_a_card_of_12_gb(hour):
 
 def test_a_cap_is_named_where_the_host_has_room(hour, monkeypatch):
     monkeypatch.setattr(limits, "available_host_bytes", lambda: 1000 * GIB)
-    with pytest.raises(BudgetError, match=r"the smallest that works is 6\.45\. Raise it, or give fps=") as refused:
+    with pytest.raises(BudgetError, match=r"the smallest that works is 6\.47\. Raise it, or give fps=") as refused:
         tieredkv.plan(**hour, gpu_kv_gb=2)
-    assert tieredkv.plan(**hour, gpu_kv_gb=6.45).fps == 2
+    assert tieredkv.plan(**hour, gpu_kv_gb=6.47).fps == 2
     assert "fps=0.61" in str(refused.value)
 
 

@@ -17,9 +17,9 @@ LARGEST_BLOCK = 16384
 """Ranks of a head in registers at most: 16 for each thread of the largest program."""
 
 
-def _shape(values: int) -> dict[str, int]:
-    """Launch options of a program that handles rows of `values` numbers."""
-    block = bounded(values, LARGEST_BLOCK // 16, LARGEST_BLOCK)
+def _shape(values: int, largest: int) -> dict[str, int]:
+    """Launch options of a program that handles rows of `values` numbers, at most `largest` at a time."""
+    block = bounded(values, LARGEST_BLOCK // 16, largest)
     return {"BLOCK": block, "num_warps": max(4, min(32, block // 512))}
 
 
@@ -87,7 +87,7 @@ def choose(
     misses = torch.empty((heads,), dtype=torch.int32, device=ranks.device)
     _choose[(heads,)](
         ranks, selected, slot_of, chosen.view(torch.uint8), missed, misses, chunks, most, slot_of.stride(0),
-        **_shape(chunks),
+        **_shape(chunks, LARGEST_BLOCK),
     )  # fmt: skip
     return missed, misses
 
@@ -179,6 +179,6 @@ def place(
     columns, first = (0, 0) if listing is None else (listing.table.shape[1], listing.first)
     _place[(n,)](
         wanted.view(torch.uint8), kept.view(torch.uint8), misses, chunk_in, last_used, slots, step, total, victims,
-        *where, wanted.shape[1], most, count, chunk_in.stride(0), columns, first, **_shape(count),
+        *where, wanted.shape[1], most, count, chunk_in.stride(0), columns, first, **_shape(count, LARGEST_BLOCK // 2),
     )  # fmt: skip
     return victims
