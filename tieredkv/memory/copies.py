@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 
 from tieredkv.errors import TieredKVError
+from tieredkv.memory.capturing import CAPTURE
 
 
 class BackgroundCopies(Protocol):
@@ -105,11 +106,12 @@ class StreamCopies:
         if card not in self._streams:
             self._streams[card] = torch.cuda.Stream(card)
         stream = self._streams[card]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            moved = copy()
-            event = torch.cuda.Event()
-            event.record(stream)
+        with CAPTURE:  # another session may be capturing the same stream
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                moved = copy()
+                event = torch.cuda.Event()
+                event.record(stream)
         # Keep a reference to `copy`: the tensors it reads and writes must not be freed before it is done.
         self._pending[key] = (event, moved, copy)
 
@@ -121,8 +123,9 @@ class StreamCopies:
 
     def drain(self) -> None:
         if self._process == os.getpid():  # a forked process cannot use the card
-            for stream in self._streams.values():
-                stream.synchronize()
+            with CAPTURE:
+                for stream in self._streams.values():
+                    stream.synchronize()
         self._pending.clear()
 
     def close(self) -> None:

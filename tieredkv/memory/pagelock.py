@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
+from tieredkv.memory.capturing import CAPTURE
 from tieredkv.memory.units import ceil_div
 
 PAGE_BYTES = 4096
@@ -58,18 +59,23 @@ class PageLocker:
         return None
 
     def unlock(self, tensor: torch.Tensor) -> None:
-        """Undo `lock` once the cards are idle. Does nothing if it failed or was not called, or in a forked process."""
+        """Undo `lock` once the cards are idle. Does nothing if it failed or was not called, or in a forked process.
+
+        Waits for captures of other sessions. If CUDA refuses, the memory stays registered and alive.
+        """
         if self._process != os.getpid():
             return
         self._unlock(tensor.data_ptr())
 
     def _unlock(self, address: int) -> None:
-        _, future = self._locks.pop(address, (None, None))
+        _, future = self._locks.get(address, (None, None))
         if future is not None and future.exception() is None:
-            for card in self._cards:
-                torch.cuda.synchronize(card)
-            with torch.cuda.device(self._cards[0]):
-                _check(torch.cuda.cudart().cudaHostUnregister(address), "cudaHostUnregister")
+            with CAPTURE:
+                for card in self._cards:
+                    torch.cuda.synchronize(card)
+                with torch.cuda.device(self._cards[0]):
+                    _check(torch.cuda.cudart().cudaHostUnregister(address), "cudaHostUnregister")
+        self._locks.pop(address, None)
 
     def close(self) -> None:
         """Unlock everything and end the thread. May be called twice; does nothing in a forked process."""

@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from tieredkv.cache.tiered_cache import TieredCache
+from tieredkv.memory.capturing import capturing
 from tieredkv.memory.ledger import on_device
 
-_capturing = threading.Lock()
-"""One capture at a time: a graph also records what other threads launch."""
 Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Logits `(1, vocabulary)` after a token `(1, 1)` at a position `(axes, 1)`; both are on the model's device."""
+
+
+@dataclass
+class _Captures:
+    """What all captures on one card share, for as long as the process lives."""
+
+    stream: torch.cuda.Stream
+    """torch keeps cuBLAS's workspace of every stream, so a stream for each graph would cost 8 to 32 MiB each. Of high
+    priority: those come from another pool than the streams of copies, with which it must not coincide."""
+    failed: torch.cuda.CUDAGraph | None = None
+    """A graph whose capture failed. It is kept alive, as older versions of torch go on asking it where to allocate. In
+    these every later capture fails in `empty_cache`, so none is tried on this card."""
+    why: str = ""
+
+
+_captures: dict[torch.device, _Captures] = {}
+
+
+def _captures_on(card: torch.device) -> _Captures:
+    if card not in _captures:
+        _captures[card] = _Captures(torch.cuda.Stream(card, priority=-1))
+    return _captures[card]
 
 
 class StepGraph:
@@ -66,19 +87,24 @@ class StepGraph:
     def _capture(self) -> None:
         cache, device = self._cache, self._token.device
         cache.device_tier.copies.drain()
-        position, graph, before = self._decoding.position(), torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
-        try:
-            with (
-                _capturing,
-                on_device(device),
-                torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"),
-            ):
-                self._logits = self._forward(self._token, self._place)
-                cache.finish()  # copies for the next step become part of the graph
-        except RuntimeError as error:
-            self.path = f"eager: {str(error).strip().splitlines()[0]}"
-            torch.cuda.set_stream(before)  # some versions of torch keep the failed capture's stream current
-            cache.device_tier.copies.drain()
-        else:
-            self._graph, self.path = graph, "graph"
-        self._decoding.go_back(position)  # capturing a step does not run it
+        position, before = self._decoding.position(), torch.cuda.current_stream(device)
+        with capturing(), on_device(device):
+            shared = _captures_on(device)
+            if shared.failed is not None:
+                self.path = f"eager: an earlier capture failed ({shared.why})"
+                return
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph, stream=shared.stream, capture_error_mode="thread_local"):
+                    self._logits = self._forward(self._token, self._place)
+                    cache.finish()  # copies for the next step become part of the graph
+            except RuntimeError as error:
+                shared.failed, shared.why = graph, str(error).strip().splitlines()[0]
+                graph.reset()  # torch 2.14 ends allocation for the graph here
+                self.path = f"eager: {shared.why}"
+                torch.cuda.set_stream(before)  # torch leaves the failed capture's stream current
+                cache.device_tier.copies.drain()
+            else:
+                self._graph, self.path = graph, "graph"
+            finally:
+                self._decoding.go_back(position)  # capturing a step does not run it
