@@ -84,8 +84,7 @@ def test_a_fault_while_the_pool_is_filled_leaves_the_cache_in_prefill(llama, lon
     with torch.no_grad(), tieredkv.use_attention(llama), TieredCache(llama.config, **tier_options(**options)) as cache:
         llama(long_ids[:, :880], **cache_argument(cache))
         with monkeypatch.context() as patch:
-            patch.setattr(LayerPages, "fill_sinks", fail)
-            patch.setattr(LayerPages, "fill_static", fail)
+            patch.setattr(LayerPages, "fill", fail)
             with pytest.raises(MemoryError):
                 cache.seal()
         assert not cache.sealed

@@ -26,8 +26,8 @@ def test_no_slot_is_taken_twice_and_none_is_lost(counts):
             with pytest.raises(MemoryError, match=f"{12 - len(taken)} are free"):
                 pool.take(count)
         else:
-            taken += pool.take(count).tolist()
-    taken += pool.take(12 - len(taken)).tolist()
+            taken += pool.take(count)
+    taken += pool.take(12 - len(taken))
     assert sorted(taken) == list(range(12))
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 
+from tieredkv.cache.filling import numbers
 from tieredkv.cache.layer_pages import LayerPages
 from tieredkv.memory.copies import BackgroundCopies
 from tieredkv.memory.residency import Residency
@@ -18,41 +19,36 @@ from tieredkv.ops.base import Listing
 class Fetching:
     """The retrieval slots of one layer's dynamic heads, and the copies that fill them."""
 
-    def __init__(self, pages: LayerPages, heads: torch.Tensor, slots: torch.Tensor) -> None:
+    def __init__(
+        self, pages: LayerPages, heads: torch.Tensor, slots: torch.Tensor, chunks: torch.Tensor, listed: bool
+    ) -> None:
         """pages: the layer's, whose table lists the chunks in use. heads: `(n,)` KV heads. slots: `(n,)`, how many each
-        has; they are taken from the pool."""
+        has; they are taken from the pool. chunks `(n, R)`: with which they are filled, those that will be replaced last
+        first. All on the host. listed: choose every chunk and list every slot in the page table, for heads that attend
+        to all in every step."""
         phase, layout = pages.phase, pages.phase.plan.layout
-        self._host, self._heads, self._ops, self._pool = pages.host, heads, phase.ops, pages.pool
-        self._first_chunk, most, device = layout.sink_chunks, int(slots.max()), heads.device
+        self._host, self._ops, self._pool = pages.host, phase.ops, pages.pool
+        device = pages.device
+        self._heads = heads.to(device, non_blocking=True)
+        self._first_chunk, most = layout.sink_chunks, int(slots.max())
         phase.ledger.reserve("tables", Residency.bytes_for(len(heads), most, layout.retrievable))
-        owned = torch.full((len(heads), most), -1, dtype=torch.int64, device=device)
-        owned[torch.arange(most, device=device) < slots.unsqueeze(1)] = phase.pool.take(int(slots.sum()))
-        self.residency = Residency(owned, layout.retrievable)
+        owned = torch.full((len(heads), most), -1, dtype=torch.int64, device="cpu")
+        there = torch.arange(most, device="cpu") < slots.unsqueeze(1)
+        owned[there] = numbers(phase.pool.take(int(slots.sum())))
+        owner = heads.unsqueeze(1).expand_as(owned)
+        pages.filling.copy(owner[there], chunks[there] + self._first_chunk, owned[there])
+        self.residency = Residency(owned.to(device, non_blocking=True), layout.retrievable)
+        self.residency.enter(chunks.to(device, non_blocking=True))
         self.step = torch.zeros(len(heads), dtype=torch.int32, device=device)
         """`(n,)`: steps begun; the same for every head."""
         columns = None
         if phase.slot_columns is not None and phase.looks is not None:
             columns = phase.slot_columns[: owned.numel()].view(owned.shape)
-        self.listing = Listing(pages.table, heads, pages.first_selected, columns)
+        self.listing = Listing(pages.table, self._heads, pages.first_selected, columns)
         """Where the table lists the chunks in use."""
-
-    def warm(self, mass: torch.Tensor) -> int:
-        """Fill all slots with the chunks of highest `mass` `(n, N)`, on the host. Returns how many were copied."""
-        index = self.residency
-        if index.slots.shape[1] == 0:
-            return 0
-        likely = mass.topk(index.slots.shape[1], dim=-1).indices.to(index.slots.device)
-        index.enter(likely)
-        row, place = (index.slots >= 0).nonzero(as_tuple=True)
-        chunks, slots = likely[row, place] + self._first_chunk, index.slots[row, place]
-        self._ops.fetch(self._host, self._pool, self._heads[row], chunks, slots)
-        return len(slots)
-
-    def list_all(self) -> None:
-        """Choose every chunk and list every slot in the page table: for heads that attend to all in every step."""
-        first, slots = self.listing.first, self.residency.slots
-        self.listing.table[self._heads, first : first + slots.shape[1]] = slots
-        self.residency.chosen.fill_(True)
+        if listed:
+            pages.filling.table[heads, pages.first_selected : pages.first_selected + most] = owned.int()
+            self.residency.chosen.fill_(True)
 
     def choose(
         self, ranks: torch.Tensor, counts: torch.Tensor, most: int, chosen: torch.Tensor
@@ -92,8 +88,9 @@ class FetchAhead:
     """Copies chunks into spare slots while a step computes, for heads that may reuse its choice in the next step."""
 
     def __init__(self, fetching: Fetching, counts: torch.Tensor, prefetcher: BackgroundCopies, key: int) -> None:
-        """counts: `(n,)`, chunks per head. key: identifies the layer's copies in the prefetcher."""
-        self._fetching, self._counts, self._most = fetching, counts, int(counts.max())
+        """counts: `(n,)`, chunks per head, on the host. key: identifies the layer's copies in the prefetcher."""
+        self._fetching, self._most = fetching, int(counts.max())
+        self._counts = counts.to(fetching.step.device, non_blocking=True)
         self._prefetcher, self._key = prefetcher, key
 
     def wait(self) -> None:

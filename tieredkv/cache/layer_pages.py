@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from tieredkv.cache.decode_phase import DecodePhase
+from tieredkv.cache.filling import Filling, numbers
 from tieredkv.codecs.base import FIT_TOKENS, Codec, Fit
 from tieredkv.errors import BudgetError
 from tieredkv.memory.host import HostLayer
@@ -26,14 +27,17 @@ class LayerPages:
     """
 
     def __init__(self, host: HostLayer, phase: DecodePhase, width: int) -> None:
-        """host: all prompt tokens. width: P. Fills the recent region; the caller fills the other pages."""
+        """host: all prompt tokens. width: P. Plans the recent region; the caller plans the other pages, then calls
+        `fill`."""
         self.host, self.phase = host, phase
         self.device = phase.pool.records.device
         heads, self._c = host.num_heads, host.chunk_tokens
-        self.table = phase.ledger.empty("tables", (heads, width), torch.int32, self.device).zero_()
+        self.table = phase.ledger.empty("tables", (heads, width), torch.int32, self.device)
         """`(K, P)`: pool slots."""
-        self.lengths = phase.ledger.empty("tables", (heads, width), torch.int32, self.device).zero_()
+        self.lengths = phase.ledger.empty("tables", (heads, width), torch.int32, self.device)
         """`(K, P)`: tokens of each page that are attended to."""
+        self.filling = Filling(heads, width, self._c)
+        """What both, and the pages, hold at first; until `fill`."""
         self.pool = Pages(phase.pool.codec, phase.pool.records, self._fit(phase.pool.codec))
         """The pool, as this layer's heads read and write it."""
         first = phase.plan.layout.recent_start
@@ -41,7 +45,7 @@ class LayerPages:
         """Tokens in the recent region, prompt and generated; and the generated ones alone."""
         self._recent_length = torch.full((heads, 2), self.recent_tokens, dtype=torch.int32, device=self.device)
         """`recent_tokens` on the device, where a captured step reads and advances it (`Ops.append`)."""
-        self._fill_recent(phase.plan.layout.recent_pages, first)
+        self._plan_recent(phase.plan.layout.recent_pages, first)
 
     def _fit(self, codec: Codec) -> Fit | None:
         """The host's if it is packed; if it is not, and pages are, they are fitted to its first tokens."""
@@ -53,7 +57,10 @@ class LayerPages:
         assert fit is not None
         shape = fit.centre.shape
         parts = [self.phase.ledger.empty("tables", shape, torch.float32, self.device) for _ in range(2)]
-        return Fit(parts[0].copy_(fit.centre), parts[1].copy_(fit.channels))
+        centre, channels = (
+            own.copy_(new, non_blocking=True) for own, new in zip(parts, (fit.centre, fit.channels), strict=True)
+        )
+        return Fit(centre, channels)
 
     @property
     def first_selected(self) -> int:
@@ -63,32 +70,31 @@ class LayerPages:
 
     # ---- the seal
 
-    def _fetch(self, heads: torch.Tensor, ids: torch.Tensor, slots: torch.Tensor) -> None:
-        """Copy whole chunks `ids` (absolute) of `heads` into pool `slots`, all `(m,)`."""
-        phase = self.phase
-        phase.ops.fetch(self.host, self.pool, heads, ids, slots)
-        phase.counters.warm_bytes += len(ids) * self.host.codec.chunk_bytes
-
-    def _fill_recent(self, pages: int, first_token: int) -> None:
+    def _plan_recent(self, pages: int, first_token: int) -> None:
         heads, c = self.host.num_heads, self._c
-        self.table[:, :pages] = self.phase.pool.take(heads * pages).view(heads, pages)
         filled = ceil_div(self.recent_tokens, c)
+        slots = numbers(self.phase.pool.take(heads * pages)).view(heads, pages)
+        self.filling.table[:, :pages] = slots.int()
+        self.filling.lengths[:, :pages] = (self.recent_tokens - c * torch.arange(pages, device="cpu")).clamp(0, c)
         ids = (first_token // c + torch.arange(filled, device="cpu")).repeat(heads)
         owners = torch.arange(heads, device="cpu").repeat_interleave(filled)
-        self._fetch(owners, ids, self.table[:, :filled].flatten())
-        if within := self.recent_tokens % c:  # the rest of the host's last chunk was never written
-            for field in self.pool.codec.fields(self.pool.records):
-                field[self.table[:, filled - 1], within:] = 0
-        self._set_recent_lengths()
+        self.filling.copy(owners, ids, slots[:, :filled].flatten())
 
-    def _set_recent_lengths(self) -> None:
-        """Make every head attend to the tokens of the recent region counted so far."""
-        pages, c = self.phase.plan.layout.recent_pages, self._c
-        starts = torch.arange(pages, device=self.device) * c
-        self.lengths[:, :pages] = (self.recent_tokens - starts).clamp(0, c)
+    def plan_whole(self, heads: torch.Tensor) -> None:
+        """Static heads `(m,)`, on the host, that keep everything: nothing has to be pruned."""
+        layout = self.phase.plan.layout
+        slots = self.phase.pool.take(len(heads) * layout.old_chunks)
+        self.filling.attend(heads, range(layout.old_chunks), slots, layout.recent_pages)
+
+    def plan_sinks(self, heads: torch.Tensor) -> None:
+        """The sink chunks of dynamic heads `(n,)`, on the host."""
+        layout = self.phase.plan.layout
+        slots = self.phase.pool.take(len(heads) * layout.sink_chunks)
+        self.filling.attend(heads, range(layout.sink_chunks), slots, layout.recent_pages)
 
     def fill_static(self, head: int, pages: int, saliency: torch.Tensor, is_text: torch.Tensor) -> None:
-        """Prune a head to `pages` pages of the tokens before the recent region. saliency, is_text: `(N,)`."""
+        """Prune a head to `pages` pages of the tokens before the recent region, and copy these. saliency, is_text:
+        `(N,)`."""
         if pages == 0:
             return
         tiers, c = self.phase.tiers, self._c
@@ -98,26 +104,39 @@ class LayerPages:
             return self.host.tokens(head, torch.arange(old, device="cpu"))
 
         tokens = prune.HeadTokens(saliency[:old], is_text[:old], tiers.sink_tokens, policy.saliency_pool, read)
-        kept, slots = prune.kept_tokens(policy.rank(tokens), pages * c), self.phase.pool.take(pages)
-        first = self.phase.plan.layout.recent_pages
-        self.table[head, first : first + pages] = slots
-        filled = kept.numel() - c * torch.arange(pages, device=self.device)
-        self.lengths[head, first : first + pages] = filled.clamp(0, c).int()
+        kept, slots = prune.kept_tokens(policy.rank(tokens), pages * c), numbers(self.phase.pool.take(pages))
+        columns = slice(first := self.phase.plan.layout.recent_pages, first + pages)
+        self.filling.table[head, columns] = slots.int()
+        filled = kept.numel() - c * torch.arange(pages, device="cpu")
+        self.filling.lengths[head, columns] = filled.clamp(0, c).int()
+        slots = slots.to(self.device, non_blocking=True)
         if policy.merge is None:
             self.phase.ops.keep(self.host, self.pool, head, kept, slots)
         else:
             torch_ops.write(*policy.merge(tokens, kept), self.pool, head, slots)
         self.phase.counters.warm_bytes += kept.numel() * self.host.codec.chunk_bytes // c
 
-    def fill_sinks(self, heads: torch.Tensor) -> None:
-        """Copy the sink chunks of `heads`."""
-        layout, n = self.phase.plan.layout, len(heads)
-        columns = slice(layout.recent_pages, layout.recent_pages + layout.sink_chunks)
-        slots = self.phase.pool.take(n * layout.sink_chunks).view(n, layout.sink_chunks)
-        self.table[heads, columns] = slots.int()
-        self.lengths[heads, columns] = self._c
-        owners = heads.repeat_interleave(layout.sink_chunks)
-        self._fetch(owners, torch.arange(layout.sink_chunks, device="cpu").repeat(n), slots.flatten())
+    def fill(self) -> None:
+        """Copy the page table, and all chunks planned for it, to the device. Does not wait for a card."""
+        phase, filling = self.phase, self.filling
+        self.table.copy_(filling.table, non_blocking=True)
+        self.lengths.copy_(filling.lengths, non_blocking=True)
+        heads, chunks, slots = filling.copies()
+        phase.ops.fetch(self.host, self.pool, heads, chunks, slots.to(self.device, non_blocking=True))
+        phase.counters.warm_bytes += len(chunks) * self.host.codec.chunk_bytes
+        if within := self.recent_tokens % self._c:  # the rest of the host's last chunk was never written
+            column = self.recent_tokens // self._c
+            first, pages = int(filling.table[0, column]), phase.plan.layout.recent_pages
+            last = self.pool.records[first : first + (self.host.num_heads - 1) * pages + 1 : pages]
+            for field in self.pool.codec.fields(last):
+                field[:, within:] = 0
+        del self.filling
+
+    def _set_recent_lengths(self) -> None:
+        """Make every head attend to the tokens of the recent region counted so far."""
+        pages, c = self.phase.plan.layout.recent_pages, self._c
+        starts = torch.arange(pages, device=self.device) * c
+        self.lengths[:, :pages] = (self.recent_tokens - starts).clamp(0, c)
 
     # ---- steps
 

@@ -49,13 +49,15 @@ class Ranking:
         self.digest = ops.digest(sizes.digest_for(shape, tiers))
         self.digests = ledger.empty("digests", (len(heads), chunks, digests.shape[2]), digests.dtype, device)
         """`(n, N, bytes)` on the device."""
-        self.digests.copy_(self.digest.arranged(digests[heads, first : first + chunks]))
+        for own, head in zip(self.digests, heads.tolist(), strict=True):
+            new = self.digest.arranged(digests[head : head + 1, first : first + chunks])
+            own.copy_(new[0], non_blocking=True)
         self._fitted = fitted.for_ranking(heads).to(device)
         ledger.reserve("digests", self._fitted.nbytes)
         self._at_once = sizes.ranked_chunks_at_once(shape, tiers, layout)
         self._scratch_bytes = sizes.ranking_bytes(shape, tiers, layout, self._at_once)
         self.ops = ops
-        self._heads, self._policy, self._ledger = heads.to(device), tiers.policy, ledger
+        self._heads, self._policy, self._ledger = heads.to(device, non_blocking=True), tiers.policy, ledger
 
     def scratch(self) -> AbstractContextManager[None]:
         """Counts the scratch of ranking while the block runs."""

@@ -40,20 +40,20 @@ class Retrieval:
         """
         phase, device = pages.phase, pages.device
         tiers, plan, shape, ledger, policy = phase.tiers, phase.plan, phase.shape, phase.ledger, phase.tiers.policy
-        slots, self._heads = plan.slots[index, heads].to(device), heads.to(device)
-        self.selected = plan.selected[index, heads].to(device)
+        slots, selected = plan.slots[index, heads], plan.selected[index, heads]
+        self._heads, self.selected = (part.to(device, non_blocking=True) for part in (heads, selected.clone()))
         """`(n,)`: chunks each head attends to."""
-        self.most_selected = int((slots if tiers.adaptive else self.selected).max())
+        self.most_selected = int((slots if tiers.adaptive else selected).max())
         """Columns of the table that may be used."""
         self.steps = 0
         """Since counters were flushed. Set by `advance` and `go_back`, so that steps replayed from a graph count."""
-        self._limits = (self.selected.clone(), slots) if tiers.adaptive else None
+        self._limits = (self.selected.clone(), slots.to(device, non_blocking=True)) if tiers.adaptive else None
         """`(n,)` each: fewest and most chunks that an adaptive head may select; None: heads are not adaptive."""
         self._counters, self._chunk_bytes = phase.counters, pages.host.codec.chunk_bytes
         self._tally = Tally(len(heads), device)
-        self._fetching = Fetching(pages, self._heads, slots)
+        first = self._first_chunks(saliency[heads], plan.layout, int(slots.max()), plan.ranked)
+        self._fetching = Fetching(pages, heads, slots, first, listed=not plan.ranked)
         self.residency = self._fetching.residency
-        self._warm(saliency[heads], plan.layout)
 
         self.ranking: Ranking | None = None
         self._reuse: Reuse | None = None
@@ -70,21 +70,23 @@ class Retrieval:
             if policy.reuse_above <= 1:
                 group = shape.num_attention_heads // shape.num_key_value_heads
                 self._reuse = Reuse(policy.reuse_above, (len(heads), group, shape.head_dim), ledger, device)
-                ahead = torch.minimum(slots - self.selected, self.selected)
+                ahead = torch.minimum(slots - selected, selected)
                 if phase.prefetcher is not None and bool(ahead.any()):
                     self._ahead = FetchAhead(self._fetching, ahead, phase.prefetcher, index)
             if phase.counters.trace is not None:
                 self._trace = Trace(phase.counters.trace, index, heads, plan.layout)
-        else:
-            self._fetching.list_all()
         if phase.looks is not None:
             self._recorded = ChunkMass(phase, self.residency, self._fetching.listing)
 
-    def _warm(self, saliency: torch.Tensor, layout: sizes.Layout) -> None:
-        """Fill the slots with the chunks that the question's rows attended to most. saliency: `(n, tokens)`."""
+    @staticmethod
+    def _first_chunks(saliency: torch.Tensor, layout: sizes.Layout, most: int, ranked: bool) -> torch.Tensor:
+        """The `most` chunks that the question's rows attended to most, `(n, most)`; all of them in order where chunks
+        are not ranked. saliency: `(n, tokens)`."""
+        if not ranked:
+            return torch.arange(most, device="cpu").expand(len(saliency), -1)
         c, first = layout.chunk_tokens, layout.sink_chunks * layout.chunk_tokens
         chunks = saliency[:, first : first + layout.retrievable * c].unflatten(1, (layout.retrievable, c))
-        self._counters.warm_bytes += self._fetching.warm(chunks.sum(-1)) * self._chunk_bytes
+        return chunks.sum(-1).topk(most, dim=-1).indices
 
     def adapt(self) -> bool:
         """Adapt how many chunks heads select to the mass the last step did not see. Returns whether heads adapt."""

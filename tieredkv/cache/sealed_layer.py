@@ -54,16 +54,23 @@ class SealedLayer:
         """
         self.phase, self._host = phase, host
         self.pages = LayerPages(host, phase, table_width(phase.plan, phase.tiers, index, static))
-        for head in static.nonzero().flatten().tolist():
-            self.pages.fill_static(head, int(phase.plan.pages[index, head]), rows.saliency[head], is_text)
+        saliency, kept = rows.saliency, phase.plan.pages[index]
+        whole = static & (kept == phase.plan.layout.old_chunks)
+        if phase.tiers.policy.merge is not None:
+            whole = torch.zeros_like(static)
+        self.pages.plan_whole(whole.nonzero().flatten())
+        for head in (static & ~whole).nonzero().flatten().tolist():
+            self.pages.fill_static(head, int(kept[head]), saliency[head], is_text)
         self.dynamic = (~static).nonzero().flatten()
         """KV heads, on the host."""
-        self._rows = self.dynamic.to(self.pages.device)
+        self._rows = self.dynamic.to(self.pages.device, non_blocking=True)
         self.retrieval: Retrieval | None = None
         """None: no head is dynamic."""
         if len(self.dynamic):
-            self.pages.fill_sinks(self.dynamic)
-            self.retrieval = Retrieval(index, self.pages, self.dynamic, digests, fitted, rows.saliency)
+            self.pages.plan_sinks(self.dynamic)
+            self.retrieval = Retrieval(index, self.pages, self.dynamic, digests, fitted, saliency)
+        self.pages.fill()
+        if self.retrieval is not None:
             first = self.pages.first_selected
             self._columns = slice(first, first + self.retrieval.most_selected)
             self._order = torch.arange(self.retrieval.most_selected, device=self.pages.device)

@@ -17,12 +17,12 @@ class DevicePool:
         self.records = ledger.empty("pool", (slots, codec.chunk_bytes), torch.uint8, device).zero_()
         self._taken = 0
 
-    def take(self, count: int) -> torch.Tensor:
-        """`count` slots that nobody has, `(count,)` int64. MemoryError if there are fewer."""
+    def take(self, count: int) -> range:
+        """`count` slots that nobody has. MemoryError if there are fewer."""
         if count > (free := len(self.records) - self._taken):
             raise MemoryError(f"{count} slots were requested, {free} are free")
         first, self._taken = self._taken, self._taken + count
-        return torch.arange(first, self._taken, dtype=torch.int64, device=self.records.device)
+        return range(first, self._taken)
 
     def close(self) -> None:
         """Free the memory and stop counting it. The pool then has no slots."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -53,4 +54,12 @@ def text_prior(tokens: HeadTokens) -> torch.Tensor:
 
 def kept_tokens(rank: torch.Tensor, budget: int) -> torch.Tensor:
     """Ascending indices of the `min(budget, n)` tokens of highest rank `(n,)`; ties go to the earlier token."""
-    return rank.argsort(descending=True, stable=True)[: min(budget, rank.shape[-1])].sort().values
+    count = min(budget, rank.shape[-1])
+    if count in (0, rank.shape[-1]):
+        return torch.arange(count, device=rank.device)
+    rank = rank.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
+    last = rank.kthvalue(rank.shape[-1] - count + 1).values
+    kept = rank > last
+    ties = (rank == last).nonzero().squeeze(1)
+    kept[ties[: count - int(kept.sum())]] = True
+    return kept.nonzero().squeeze(1)

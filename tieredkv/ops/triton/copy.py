@@ -203,7 +203,8 @@ def fetch(source: Source, pages: Pages, heads: torch.Tensor, chunks: torch.Tenso
     operands, sizes = _operands(source, pages)
     device = pages.records.device
     _fetch[(PROGRAMS,)](
-        *operands, heads.to(device), chunks.to(device), slots.to(device), len(chunks), _capacity(source), **sizes,
+        *operands, *(part.to(device, non_blocking=True) for part in (heads, chunks, slots)), len(chunks),
+        _capacity(source), **sizes,
     )  # fmt: skip
 
 
@@ -327,7 +328,7 @@ def keep(source: Source, pages: Pages, head: int, tokens: torch.Tensor, slots: t
     if len(tokens) == 0:
         return
     grid = (triton.cdiv(len(tokens), TOKENS),)
-    token, record = tokens.to(pages.records.device), pages.codec.chunk_bytes
+    token, record = tokens.to(pages.records.device, non_blocking=True), pages.codec.chunk_bytes
     which = head, token, slots, len(tokens), _capacity(source)
     if source.codec.bits == pages.codec.bits:
         _keep[grid](

@@ -34,8 +34,10 @@ class Fitted:
         return {name: getattr(self, name) for name in self.names()}
 
     def to(self, device: torch.device) -> Self:
-        """A copy on `device`; the same tensors where they are there already."""
-        return type(self)(**{name: tensor.to(device) for name, tensor in self.tensors().items()})
+        """A copy on `device`, for its current stream; the same tensors where they are there already. Does not wait for
+        a card."""
+        later = torch.device(device).type != "cpu"
+        return type(self)(**{name: part.to(device, non_blocking=later) for name, part in self.tensors().items()})
 
     def for_ranking(self, heads: torch.Tensor) -> Self:
         """The part that ranking needs, for `heads` `(n,)`; digests cannot be made with it."""
