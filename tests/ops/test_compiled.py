@@ -1,4 +1,4 @@
-"""Operations compiled for a CPU, each against its twin in torch."""
+"""Operations compiled for a CPU, each against its twin in torch: by the tests of kernels, and by those here."""
 
 from __future__ import annotations
 
@@ -9,12 +9,32 @@ import sys
 import pytest
 import torch
 from helpers import assert_near
+from test_kernels import (  # noqa: F401  (run here with the fixtures below)
+    shallow,
+    test_a_token_that_is_nan_makes_the_output_nan,
+    test_attention_over_ragged_pages,
+    test_decoding_with_kernels_is_decoding_with_torch,
+    test_operations_have_the_parameters_that_the_contract_names,
+    test_several_known_tokens_are_decoded_as_torch_decodes_them,
+)
 
 from tieredkv.ops import select
+from tieredkv.ops.base import Ops
 from tieredkv.ops.select import TORCH, ops_for
 from tieredkv.policy.digests.sketch import Sketch
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return CPU
+
+
+@pytest.fixture
+def kernels(compiled: Ops) -> Ops:
+    """What the tests of kernels test."""
+    return compiled
 
 
 @pytest.mark.parametrize(

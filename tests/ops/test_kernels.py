@@ -358,7 +358,7 @@ def test_several_known_tokens_are_decoded_as_torch_decodes_them(kernels, device,
     if device.type != "cpu":
         pytest.skip("the model is on the CPU")
     found = []
-    for ops in (None, kernels):
+    for ops in (TORCH, kernels):
         options = {"gpu_kv_gb": 1, "budget_ratio": 0.1, "theta": 2.0, "text_window": 16, "chunk_tokens": 8}
         with (
             torch.no_grad(),
@@ -560,7 +560,7 @@ def test_decoding_with_kernels_is_decoding_with_torch(shallow, long_ids, kernels
             counters = cache.counters
             return torch.stack(rows), (counters.reused, counters.selected, counters.missed_bytes)
 
-    (got, counts), (want, want_counts) = decode(kernels), decode(None)
+    (got, counts), (want, want_counts) = decode(kernels), decode(TORCH)
     assert_near(got, want)
     assert counts == want_counts
     assert (counts[0] > 0) == ("reuse_above" in options)

@@ -82,9 +82,9 @@ def triton() -> OpTable:
 def numba() -> OpTable:
     """Loops compiled by Numba for a CPU, and torch for the rest. ImportError where Numba is not installed, or does not
     know the installed version of NumPy."""
-    from tieredkv.ops.numba import rank
+    from tieredkv.ops.numba import attend, rank
 
-    return replace(TORCH, name="numba", digest=rank.by_compiled)
+    return replace(TORCH, name="numba", digest=rank.by_compiled, paged_attention=attend.paged_attention)
 
 
 @cache
