@@ -214,7 +214,8 @@ def _place(
         both = tl.sum(both, 0)
         gone += both & 65535
         listed += both >> 16
-    if table is not None:  # not before all threads have read it, and counted since
+    if table is not None:
+        tl.debug_barrier()  # not before all threads have read it
         tl.store(step + head, now)
 
 

@@ -216,7 +216,6 @@ def _append(
 ):  # fmt: skip
     head, part = tl.program_id(0), tl.program_id(1)
     count = tl.load(recent_tokens + head * 2 + part)
-    tl.store(recent_tokens + head * 2 + part, count + 1)
     column, place = count // C, count % C
     slot = tl.load(table + head * columns + column).to(tl.int64)
     at, stored = tl.arange(0, PADDED), tl.arange(0, 1)
@@ -241,6 +240,8 @@ def _append(
     if BITS < 16:
         tl.store(scales + slot * (RECORD // 2) + C * W + row + stored, scale)
     tl.store(lengths + head * columns + column, place + 1)
+    tl.debug_barrier()  # not before all threads have read it
+    tl.store(recent_tokens + head * 2 + part, count + 1)
 
 
 def append(
