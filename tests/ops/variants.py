@@ -49,6 +49,7 @@ class Unlaunched:
 
 def choosing_none(*given: Any) -> Any:
     """As `Ops.choose` without its results: what was not computed would be used as places in tables."""
+    given[-1].zero_()
     return tuple(part.zero_() for part in kernels().choose(*given))
 
 
