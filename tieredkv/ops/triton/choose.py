@@ -27,7 +27,7 @@ def _shape(values: int, largest: int, tile: int) -> dict[str, int]:
     """Launch options of a program that handles rows of `values` numbers, at most `largest` at a time, and lists what it
     found `tile` at a time."""
     block = bounded(values, LARGEST_BLOCK // 16, largest)
-    return {"BLOCK": block, "TILE": min(tile, block), "num_warps": max(4, min(32, block // 256))}
+    return {"BLOCK": block, "TILE": min(tile, block), "num_warps": max(4, min(32, block // 512))}
 
 
 def _parts(chunks: int, heads: int, device: torch.device) -> int:
