@@ -114,8 +114,9 @@ def test_the_search_takes_few_reductions(kernels, device, monkeypatch):
     counted = []
     reduce = ReduceOps.apply_impl
     monkeypatch.setattr(ReduceOps, "apply_impl", lambda self, input: (counted.append(1), reduce(self, input))[1])
-    ranks = (3 * torch.randn(1, 7, 2000)).softmax(-1).mean(1)
+    logits = 3 * torch.randn(1, 7, 2000, generator=torch.Generator().manual_seed(0))
+    ranks = logits.softmax(-1).mean(1)
     chosen, slot_of = torch.zeros(1, 2000, dtype=torch.bool), torch.full((1, 2001), -1).int()
     kernels.choose(ranks, torch.tensor([100]), slot_of, 100, chosen)
     assert int(chosen.sum()) == 100
-    assert 5 < len(counted) <= 22
+    assert 5 < len(counted) <= 20
