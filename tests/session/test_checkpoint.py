@@ -408,12 +408,12 @@ def test_after_an_error_in_a_call_it_goes_on_from_whole_calls(layer, often, film
         expected = contents(session)
     update, fitted = context_digests.ContextDigests.update, []
 
-    def failing(self, fit=False):
+    def failing(self, fit=False, new=None):
         if self._host.length >= 48:
             fitted.append(1)
             if len(fitted) == layer:
                 raise MemoryError
-        update(self, fit)
+        update(self, fit, new)
 
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
         patch.setattr(context_digests.ContextDigests, "update", failing)

@@ -19,19 +19,32 @@ def attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over one block of keys: output `(H, n, D)` and lse `(H, n)`, to be merged with other blocks.
 
-    query `(H, n, D)`, keys and values `(K, m, D)`. causal: `m == n`, query i sees keys 0..i; otherwise every query sees
-    every key.
+    query `(H, n, D)`, keys and values `(K, m, D)`. causal: the queries are those of the last n keys, and each sees its
+    own key and those before; otherwise every query sees every key. The output is float32 or of the query's dtype.
     """
+    if _by_flash(query):  # takes groups as they are, and aligns a causal mask to the last key
+        return _flash(query, keys, values, scaling, causal)
+    n, m = query.shape[1], keys.shape[1]
+    if not causal:
+        return _folded(query, keys, values, scaling)
+    last = [part[:, m - n :].repeat_interleave(len(query) // len(keys), dim=0) for part in (keys, values)]
+    own = _flash(query, last[0], last[1], scaling, causal=True)
+    return own if m == n else merge(*own, *_folded(query, keys[:, : m - n], values[:, : m - n], scaling))
+
+
+def _folded(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attend` without a mask: the group folds into the query axis, and nothing is repeated."""
     heads, n, d = query.shape
-    kv_heads = keys.shape[0]
-    group = heads // kv_heads
-    if causal:
-        keys = keys.repeat_interleave(group, dim=0)
-        values = values.repeat_interleave(group, dim=0)
-    else:  # no mask: the group folds into the query axis and nothing is repeated
-        query = query.reshape(kv_heads, group * n, d)
-    out, lse = _flash(query, keys, values, scaling, causal)
+    out, lse = _flash(query.reshape(len(keys), -1, d), keys, values, scaling, causal=False)
     return out.reshape(heads, n, d), lse.reshape(heads, n)
+
+
+def _by_flash(query: torch.Tensor) -> bool:
+    """Whether torch's flash attention for cards computes it; the kernels that stand in for it know no groups."""
+    narrow = query.dtype != torch.float32 and query.shape[-1] <= FLASH_DIM
+    return query.device.type != "cpu" and narrow and _has_flash(query.device)
 
 
 def _flash(
@@ -39,17 +52,18 @@ def _flash(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """torch's own attention with its lse. The operators are private to torch and used only here.
 
-    query `(A, n, D)`, keys and values `(A, m, D)`; output and lse of the same leading sizes.
+    query `(A, n, D)`, keys and values `(A, m, D)`, or with `_by_flash` fewer; output and lse of the query's leading
+    sizes.
     """
     batched = query.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0)
     if query.device.type == "cpu":
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*batched, 0.0, causal, scale=scaling)
-    elif query.dtype == torch.float32 or query.shape[-1] > FLASH_DIM or not _has_flash(query.device):
+    elif _by_flash(query):
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(*batched, 0.0, causal, False, scale=scaling)
+    else:
         out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
             *batched, None, True, 0.0, causal, scale=scaling
         )
-    else:
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(*batched, 0.0, causal, False, scale=scaling)
     return out.squeeze(0), lse.squeeze(0)[:, : query.shape[1]].float()
 
 
@@ -63,9 +77,8 @@ def merge(
     out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Merge the attention over two disjoint sets of keys, exact up to rounding. The output is float32."""
-    lse = torch.logaddexp(lse_a, lse_b)
-    weight_a, weight_b = (lse_a - lse).exp().unsqueeze(-1), (lse_b - lse).exp().unsqueeze(-1)
-    return out_a.float() * weight_a + out_b.float() * weight_b, lse
+    share = torch.sigmoid(lse_b - lse_a).unsqueeze(-1)
+    return torch.lerp(out_a.float(), out_b.float(), share), torch.logaddexp(lse_a, lse_b)
 
 
 def row_weights(

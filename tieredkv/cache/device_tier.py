@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from transformers import PreTrainedConfig
@@ -18,7 +21,7 @@ from tieredkv.memory.copies import BackgroundCopies, StreamCopies, ThreadCopies
 from tieredkv.memory.disk_tier import DiskTier
 from tieredkv.memory.host import HostLayer
 from tieredkv.memory.ledger import DeviceLedger
-from tieredkv.memory.pagelock import PageLocker
+from tieredkv.memory.pagelock import PageLocker, aligned
 from tieredkv.memory.pool import DevicePool
 from tieredkv.models.kv_shape import KVShape, model_shape
 from tieredkv.ops.base import Ops
@@ -26,6 +29,9 @@ from tieredkv.ops.select import copying_by_torch, ops_for
 from tieredkv.planning import host_plan, prefill_plan
 from tieredkv.planning.prefill_plan import Call
 
+T = TypeVar("T")
+MOST_WORKERS = 4
+"""Threads that compute beside a card."""
 DECODE_PURPOSES = ("pool", "digests", "tables")
 """Purposes that the ledger counts only while decoding."""
 
@@ -43,13 +49,24 @@ class Resident:
         """R."""
         return self.keys.shape[1]
 
-    def append(self, keys: torch.Tensor, values: torch.Tensor, first: int) -> None:
-        """Keep what fits of the tokens `(K, n, D)` that follow the layer's first `first` ones."""
-        take = min(self.room - first, keys.shape[1])
-        if self.length == first and take > 0:
+    def put(self, keys: torch.Tensor, values: torch.Tensor, first: int) -> None:
+        """Write what fits of the tokens `(K, n, D)` that follow the layer's first `first` ones. `count` keeps them."""
+        if (take := self._room_after(first, keys.shape[1])) > 0:
             self.keys[:, first : first + take] = keys[:, :take]
             self.values[:, first : first + take] = values[:, :take]
-            self.length += take
+
+    def count(self, tokens: int, first: int) -> None:
+        """Keep what `put` has written of so many tokens."""
+        self.length += self._room_after(first, tokens)
+
+    def _room_after(self, first: int, tokens: int) -> int:
+        """How many of `tokens` tokens after the layer's first `first` ones fit; 0 if not all of those are here."""
+        return max(0, min(self.room - first, tokens)) if self.length == first else 0
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor, first: int) -> None:
+        """`put` and `count`."""
+        self.put(keys, values, first)
+        self.count(keys.shape[1], first)
 
     def truncate(self, tokens: int) -> None:
         """Keep at most the first `tokens` tokens."""
@@ -93,6 +110,7 @@ class DeviceTier:
         self._config, self._prompt_tokens = config, prompt_tokens
         self._shape: KVShape | None = None
         self._ops, self._own_copies = ops, copies is None
+        self._workers: ThreadPoolExecutor | None = None
         self._resident_tokens: int | None = None
         """First tokens of every layer to keep on the device; None: not decided yet."""
 
@@ -180,6 +198,25 @@ class DeviceTier:
             return self.disk.stored_arena(records, whole, self.locker)
         return MemoryArena.of(records, self.locker)
 
+    def page_locked(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Uninitialised host memory that a card copies to and from without anybody waiting, until `unlock`."""
+        if self.locker is None:
+            return torch.empty(shape, dtype=dtype, device="cpu")
+        memory = aligned(shape, dtype)
+        self.locker.lock(memory)
+        return memory
+
+    def unlock(self, memory: torch.Tensor) -> None:
+        """Memory from `page_locked`, or any other, is no longer used: waits for the cards."""
+        if self.locker is not None:
+            self.locker.unlock(memory)
+
+    def beside(self, work: Callable[[], T]) -> Future[T]:
+        """Compute on a thread of the host while the card is busy. `close` waits for it."""
+        if self._workers is None:
+            self._workers = ThreadPoolExecutor(MOST_WORKERS, thread_name_prefix="tieredkv-beside")
+        return self._workers.submit(work)
+
     # ---- prefill
 
     def keep_first_tokens(self, layer: int, host: HostLayer, device: torch.device) -> None:
@@ -245,6 +282,8 @@ class DeviceTier:
 
     def close(self) -> None:
         """Free everything. `copies` must be closed, and the host tier freed."""
+        if self._workers is not None:
+            self._workers.shutdown(cancel_futures=True)
         self.end_decoding()
         self.drop_residents()
         if self.locker is not None:

@@ -157,7 +157,7 @@ class TieredLayer(CacheLayerMixin):
                 out = self.sealed.decode(query, keys, values, scaling, again)
             last = self._order.end_layer(self.index)
             if last and self.digests is not None and self.sealed is None:
-                self.digests.update()
+                self.digests.update(new=keys)
         return out.to(query_dtype)
 
     def _check_once(self) -> None:
@@ -184,6 +184,8 @@ class TieredLayer(CacheLayerMixin):
         before = host.length - n if again else host.length
         with prefill.staged_past(tier, self.index, query.device, host, before, n, question) as past:
             past.stage_first()
+            if past.resident is not None and not again:
+                past.resident.put(*kept, before)
             if not again:  # written in the background, after the tokens that are being read
                 tier.copies.submit("write back", lambda: host.write(*kept))
             out, lse = prefill.attend_exactly(query, keys, values, scaling, past, ahead)
@@ -201,7 +203,7 @@ class TieredLayer(CacheLayerMixin):
             return out
         self.rows, self._attended = scored, 1
         if (resident := tier.residents.get(self.index)) is not None:
-            resident.append(*kept, host.length)
+            resident.count(n, before)
         host.advance(n)
         return out
 

@@ -108,13 +108,23 @@ class Past:
             self._stage(0, with_values=True)
             self._first_staged = True
 
+    def joined(self, new: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Keys and values `(K, tokens + new, D)` of the past and of new tokens, if the device has all of them, and then
+        nothing is staged. `Resident.put` must have been called with the new ones."""
+        resident, total = self.resident, self.tokens + new
+        if resident is None or resident.length < self.tokens or resident.room < total:
+            return None
+        return resident.keys[:, :total], resident.values[:, :total]
+
     def blocks(self, with_values: bool) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Consecutive blocks of the past on the device, keys and values `(K, m, D)`; each valid until the next."""
-        if self.resident is not None:
-            kept = min(self.resident.length, self.tokens)
-            for start in range(0, kept, self.block_tokens):
-                stop = min(start + self.block_tokens, kept)
-                yield self.resident.keys[:, start:stop], self.resident.values[:, start:stop]
+        """Consecutive blocks of the past on the device, keys and values `(K, m, D)`; each valid until the next.
+
+        with_values: residents are one block, however many.
+        """
+        if self.resident is not None and (kept := min(self.resident.length, self.tokens)):
+            keys, values = self.resident.keys[:, :kept], self.resident.values[:, :kept]
+            step = kept if with_values else self.block_tokens
+            yield from zip(keys.split(step, dim=1), values.split(step, dim=1), strict=True)
         if self._ranges and not self._first_staged:
             self._stage(0, with_values)
         self._first_staged = False
@@ -181,15 +191,14 @@ def attend_exactly(
     many tokens after it each of them sees as well; None: none.
     """
     runs = [(0, query.shape[1], False)] if ahead is None else _runs(ahead.tolist())
+    joined = past.joined(keys.shape[1])
+    keys, values = (keys, values) if joined is None else joined
     parts = [_attend_run(query, keys, values, scaling, run) for run in runs]
     out, lse = (torch.cat(part, dim=1) for part in zip(*parts, strict=True)) if len(parts) > 1 else parts[0]
-    if past.tokens == 0:
-        return out.to(query.dtype), lse
-    merged = out.float()
-    for block_keys, block_values in past.blocks(with_values=True):
-        part, part_lse = exact.attend(query, block_keys, block_values, scaling, causal=False)
-        merged, lse = exact.merge(merged, lse, part, part_lse)
-    return merged.to(query.dtype), lse
+    if joined is None:
+        for block in past.blocks(with_values=True):
+            out, lse = exact.merge(out, lse, *exact.attend(query, *block, scaling, causal=False))
+    return out.to(query.dtype), lse
 
 
 def _runs(ahead: Sequence[int]) -> list[tuple[int, int, bool]]:
@@ -212,13 +221,9 @@ def _runs(ahead: Sequence[int]) -> list[tuple[int, int, bool]]:
 def _attend_run(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float, run: tuple[int, int, bool]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of one of `_runs` over itself and the new tokens before it."""
-    (first, stop, whole), earlier = run, keys.shape[1] - query.shape[1]
-    begin, end, rows = earlier + first, earlier + stop, query[:, first:stop]
-    out, lse = exact.attend(rows, keys[:, begin:end], values[:, begin:end], scaling, causal=not whole)
-    if begin == 0:
-        return out, lse
-    return exact.merge(out, lse, *exact.attend(rows, keys[:, :begin], values[:, :begin], scaling, causal=False))
+    """Attention of one of `_runs` over itself and the tokens before it: keys and values end with those of the query."""
+    (first, stop, whole), end = run, keys.shape[1] - query.shape[1] + run[1]
+    return exact.attend(query[:, first:stop], keys[:, :end], values[:, :end], scaling, causal=not whole)
 
 
 def score_text_rows(

@@ -116,14 +116,23 @@ class HostLayer:
             chunk, offset = divmod(begin + done, c)
             if offset or n - done < c:
                 take = min(c - offset, n - done)
-                last = self.codec.fields(self._arena.open(chunk))
-                for own, new in zip(last, fields, strict=True):
-                    own[:, offset : offset + take] = new[:, done : done + take]
+                self._put_part(chunk, offset, [field[:, done : done + take] for field in fields])
             else:
                 take = (n - done) // c * c
                 self._put_chunks(chunk, [field[:, done : done + take].unflatten(1, (-1, c)) for field in fields])
             done += take
         return sum(field.nbytes for field in fields)
+
+    def _put_part(self, chunk: int, offset: int, fields: list[torch.Tensor]) -> None:
+        """Write tokens `(K, n, w)` of one chunk, from its token `offset` on."""
+        n, in_memory = fields[0].shape[1], self.records is not None
+        for all_heads, new in zip(self.codec.fields(self._arena.open(chunk)), fields, strict=True):
+            own = all_heads[:, offset : offset + n]
+            if new.device.type == "cpu":
+                own.copy_(new)
+                continue
+            for each, head in zip(own, new.contiguous(), strict=True):  # a strided copy would block
+                each.copy_(head, non_blocking=in_memory)
 
     def _put_chunks(self, first: int, fields: list[torch.Tensor]) -> None:
         """Write whole chunks, `(K, m, C, w)`, from chunk `first` on."""
