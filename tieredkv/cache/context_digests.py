@@ -48,6 +48,8 @@ class ContextDigests:
         self._fitting: Future[Fitted] | None = None
         self._store: torch.Tensor | None = None
         """Room for digests; those of the first `_digested` chunks are there."""
+        self._shared = False
+        """Whether others hold the store, so that it must not change."""
         self._name = ""
         self._digested = self._fitted_to = 0
         """Numbers of chunks."""
@@ -161,7 +163,8 @@ class ContextDigests:
         self._digested, self.fitted, self._fitting = 0, None, None
 
     def _put_in(self, store: torch.Tensor | None) -> None:
-        """Use another store."""
+        """Use another store, of one's own."""
+        self._shared = False
         if self._store is not None and self._store is not store:
             self._device_tier.unlock(self._store)
         self._store = store
@@ -199,7 +202,7 @@ class ContextDigests:
     def _keep(self, first: int, made: torch.Tensor) -> None:
         """Store digests `(K, n, bytes)` as those of chunk `first` and later ones. Those of a card arrive later."""
         heads, n, nbytes = made.shape
-        if self._store is None or self._store.shape[1] < first + n:
+        if self._store is None or self._shared or self._store.shape[1] < first + n:
             room = max(first + n, self._host.capacity // self._host.chunk_tokens)
             store = self._device_tier.page_locked((heads, room, nbytes), made.dtype)
             store[:, :first] = self.packed[:, :first] if first else 0
@@ -249,7 +252,7 @@ class ContextDigests:
         tensors = {"query_moment": self.query_moment}
         if self._store is not None:
             self._put_in(self.packed.contiguous())
-            tensors[self._name] = self._store
+            tensors[self._name], self._shared = self._store, True
         if self.fitted is not None:
             tensors |= {f"{self._name}.{name}": tensor for name, tensor in self.fitted.tensors().items()}
         return tensors
@@ -258,7 +261,7 @@ class ContextDigests:
         """Restore a settled state. If its digests are not of the policy's kind, new ones are computed before use."""
         digest = self._digest()
         self._name = _file_name(digest)
-        self._store = state.get(self._name)
+        self._store, self._shared = state.get(self._name), True
         self._digested = 0 if self._store is None else self._store.shape[1]
         self._moment, self._settled = state["query_moment"], True
         saved = {field: state.get(f"{self._name}.{field}") for field in digest.fitted_type.names()}
