@@ -70,11 +70,19 @@ def test_past_tokens_are_staged_in_blocks_worth_a_copy_and_most_of_the_cap_is_le
     assert prefill_plan.resident_tokens(shape, tiers, tokens, bits) * shape.token_bytes > 0.9 * tiers.cap_bytes
 
 
+@pytest.mark.parametrize(("gpu_kv_gb", "block"), [(0.1, 2048), (0.5, 5456), (4, 8192)])
+def test_blocks_are_larger_where_reading_them_takes_little_of_the_cap(gpu_kv_gb, block):
+    shape = KVShape(num_layers=28, num_attention_heads=28, num_key_value_heads=4, head_dim=128, itemsize=2)
+    tiers = TierConfig(gpu_kv_gb=gpu_kv_gb)
+    assert prefill_plan.block_tokens(shape, tiers, 200_000, 0, 0, True, 16) == block
+    assert prefill_plan.reading_bytes(shape, tiers, 200_000, 0, max(block, 2049), True, 16) <= tiers.cap_bytes / 8
+
+
 def test_buffers_hold_records_as_they_are_stored_and_one_block_of_keys_and_values():
     tiers, call = TierConfig(gpu_kv_gb=0.01), prefill_plan.Call(10_000, 10_064)
     plain, packed = (prefill_plan.plan_staging(SHAPE, tiers, call, 0, 0, bits) for bits in (16, 4))
-    assert plain.staged_bytes == plain.decoded_bytes
-    assert packed.decoded_bytes == plain.decoded_bytes == prefill_plan.buffer_bytes(SHAPE, packed.block_tokens)
+    assert plain.staged_bytes == plain.decoded_bytes == prefill_plan.buffer_bytes(SHAPE, plain.block_tokens)
+    assert packed.decoded_bytes == prefill_plan.buffer_bytes(SHAPE, packed.block_tokens)
     assert packed.buffers == 2
     assert packed.staged_bytes == packed.block_tokens // 8 * 2 * sizes.chunk_bytes(SHAPE, tiers, 4)
 

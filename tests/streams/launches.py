@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from fake_card import CARD, fake_card, move_model, on_card
@@ -57,6 +57,9 @@ class Part:
     @property
     def kernels(self) -> Counter[str]:
         return Counter(self.launches)
+
+
+R = TypeVar("R", bound="Recorder")
 
 
 class Recorder(TorchDispatchMode):
@@ -169,9 +172,9 @@ def key_of(tensor: torch.Tensor) -> int:
 
 
 @contextmanager
-def recorded(patch: Any) -> Iterator[Recorder]:
+def recorded(patch: Any, recorder: R) -> Iterator[R]:
     """Count what runs inside the block. patch: pytest's `monkeypatch`."""
-    recorder, kind = Recorder(), type(copy_kernels._append)
+    kind = type(copy_kernels._append)
     patch.setattr(kind, "run", lambda kernel, *args, **options: recorder.launch(kernel, *args, **options))
     with recorder:
         yield recorder
@@ -187,7 +190,7 @@ def decoded(patch: Any, model: Any, ids: torch.Tensor, evidence: bool, **options
         cache.expect(Question(max_new_tokens=8, looks=Looks(8) if evidence else None))
         model(ids, **cache_argument(cache))
         cache.seal()
-        with patch.context() as patch, fake_card(patch), recorded(patch) as recorder, on_card(cache):
+        with patch.context() as patch, fake_card(patch), recorded(patch, Recorder()) as recorder, on_card(cache):
             faked, attend, record = move_model(model), TieredLayer.attend, cache.decoding.record_step
 
             def counted_attend(layer: TieredLayer, *args: Any, **kwargs: Any) -> torch.Tensor:

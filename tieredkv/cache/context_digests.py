@@ -104,7 +104,7 @@ class ContextDigests:
 
     def update(self, fit: bool = False, new: torch.Tensor | None = None) -> None:
         """Digest every whole chunk that has no digest. fit: fit even to few tokens, and wait for it. new: keys
-        `(K, n, D)` of the last tokens, as the model made them.
+        `(K, n, D)` of the last tokens, as the model made them, on the device.
 
         Digests fitted to few tokens are fitted and computed again once an unsettled context has doubled.
         """
@@ -197,7 +197,8 @@ class ContextDigests:
         c = self._host.chunk_tokens
         if new is None or self._host.codec.needs_fit or (skipped := first * c - self._host.length + new.shape[1]) < 0:
             return None
-        return new[:, skipped : skipped + (stop - first) * c].contiguous().unflatten(1, (-1, c))
+        keys = new[:, skipped : skipped + (stop - first) * c]
+        return (keys if keys.stride(1) == keys.shape[2] else keys.contiguous()).unflatten(1, (-1, c))
 
     def _keep(self, first: int, made: torch.Tensor) -> None:
         """Store digests `(K, n, bytes)` as those of chunk `first` and later ones. Those of a card arrive later."""

@@ -157,8 +157,13 @@ class TieredLayer(CacheLayerMixin):
                 out = self.sealed.decode(query, keys, values, scaling, again)
             last = self._order.end_layer(self.index)
             if last and self.digests is not None and self.sealed is None:
-                self.digests.update(new=keys)
+                self.digests.update(new=self._last_keys(keys))
         return out.to(query_dtype)
+
+    def _last_keys(self, new: torch.Tensor) -> torch.Tensor:
+        """The keys on the device, as the model made them, that end with the last token: of all tokens, or the new."""
+        resident, tokens = self.device_tier.residents.get(self.index), self.prompt_length
+        return new if resident is None or resident.length < tokens else resident.keys[:, :tokens]
 
     def _check_once(self) -> None:
         if self._check is not None:

@@ -21,7 +21,7 @@ import torch
 
 FIT_TOKENS, SAMPLE = 1024, 256
 """Codecs are fitted to `SAMPLE` of a prompt's `FIT_TOKENS` first tokens, without the very first, often an outlier."""
-AT_ONCE, AT_ONCE_ON_A_CARD = 256, 1024
+AT_ONCE, AT_ONCE_ON_A_CARD = 256, 4096
 """Tokens to encode or decode at a time. Few, as the cap does not count their float32 copies; on a card more, where
 starting an operation on few would take longer than computing it."""
 

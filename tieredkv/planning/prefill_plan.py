@@ -17,8 +17,10 @@ from tieredkv.planning.sizes import chunk_bytes, untiered_bytes
 from tieredkv.policy.classify import top_k_count
 
 STAGING_TOKENS = 2048
-"""Past tokens staged at a time when the cap has room: enough for copies at link speed and for merging the blocks'
-attention at next to no cost; more would only leave fewer tokens resident."""
+"""Past tokens staged at a time when the cap has room: enough for copies at link speed."""
+MOST_BLOCKS, READING_SHARE = 4, 1 / 16
+"""So many times as many if reading them takes at most this share of the cap: starting the operations of a block and
+merging its attention take about as long as its attention, and a larger share would leave fewer tokens resident."""
 
 
 # ---- calls
@@ -108,7 +110,8 @@ def plan_staging(shape: KVShape, tiers: TierConfig, call: Call, resident: int, r
 def block_tokens(
     shape: KVShape, tiers: TierConfig, tokens: int, rows: int, resident: int, staged: bool, bits: int
 ) -> int:
-    """Past tokens to read at a time, whole chunks: the most that fit the cap, up to `STAGING_TOKENS`; 0 if none do.
+    """Past tokens to read at a time, whole chunks: the most that fit the cap, up to `STAGING_TOKENS`, or `MOST_BLOCKS`
+    times that; 0 if none do.
 
     tokens: past and new ones. rows: text rows scored in the same call. resident: tokens of every layer that the device
     holds room for besides. staged: whether buffers are needed, for records of so many bits.
@@ -116,10 +119,13 @@ def block_tokens(
     c = tiers.chunk_tokens
     cap = tiers.cap_bytes - resident * shape.token_bytes
 
-    def fits(chunks: int) -> bool:
-        return reading_bytes(shape, tiers, tokens, rows, chunks * c, staged, bits) <= cap
+    usual = max(1, STAGING_TOKENS // c)
 
-    return c * largest(fits, max(1, STAGING_TOKENS // c))
+    def fits(chunks: int) -> bool:
+        most = cap if chunks <= usual else min(cap, tiers.cap_bytes * READING_SHARE)
+        return reading_bytes(shape, tiers, tokens, rows, chunks * c, staged, bits) <= most
+
+    return c * largest(fits, MOST_BLOCKS * usual)
 
 
 def reading_bytes(
