@@ -80,7 +80,7 @@ def test_the_past_is_streamed_in_few_blocks(monkeypatch, options, launches, toke
 
 def test_a_question_waits_once_for_its_scores(monkeypatch):
     made = called(monkeypatch, RESIDENT, CALL, CALL, CALL, question=32)
-    assert len(made.blocking) == 2
+    assert len(made.blocking) == 1
     assert made.waits == []
 
 
