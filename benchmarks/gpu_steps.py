@@ -391,10 +391,10 @@ def graphed(run: Run, step: Callable[[], object]) -> tuple[Callable[[], object],
 # ---- profiles
 
 
-def profile(run: Run, step: Callable[[], object]) -> Values:
-    """Time and launches of a step's kernels: all together, and by kernel, the slowest first."""
+def profile(run: Run, step: Callable[[], object], rounds: int = 4) -> Values:
+    """Time and launches of a step's kernels: all together, and by kernel, the slowest first. rounds: how many steps."""
     activity = torch.profiler.ProfilerActivity.CPU if run.dry else torch.profiler.ProfilerActivity.CUDA
-    rounds = 1 if run.dry else 4
+    rounds = 1 if run.dry else rounds
     with torch.profiler.profile(activities=[activity]) as profiled:
         for _ in range(rounds):
             step()

@@ -73,7 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="7b")
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768, 131072])
-    parser.add_argument("--chunk", type=int, default=8192, help="tokens per call of tieredkv")
+    parser.add_argument("--chunk", type=int, default=TierConfig().prefill_chunk, help="tokens per call of tieredkv")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, help="also write the result here")
     parser.add_argument("--quick", action="store_true", help="a small shape and few tokens")

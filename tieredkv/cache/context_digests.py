@@ -10,6 +10,7 @@ import torch
 from tieredkv.cache.device_tier import DeviceTier
 from tieredkv.environment.ambient import settled
 from tieredkv.environment.threads import at_most
+from tieredkv.memory.capturing import CAPTURE
 from tieredkv.memory.host import HostLayer
 from tieredkv.memory.ledger import on_device
 from tieredkv.ops.select import ops_for
@@ -76,7 +77,8 @@ class ContextDigests:
     def _wait(self) -> None:
         """For what comes from a card, before the host reads it."""
         if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()
+            with CAPTURE:
+                torch.cuda.current_stream(self._device).synchronize()
 
     def _digest(self) -> Digest[Any]:
         """The kind that the policy names now, by the fastest implementation."""
