@@ -159,7 +159,7 @@ class Prompts:
                     yield {**row, "refused": str(error).splitlines()[0][:200]}
 
     def _kernels(self, query: torch.Tensor, keys: torch.Tensor) -> dict[str, Callable[[], object]]:
-        """Bottom-right causal attention with its log-sum-exp; of cuDNN without a mask, as it aligns one to the top left."""
+        """Attention with its log-sum-exp; of cuDNN without a mask, as it aligns one to the first key."""
         if self.run.dry:
             return {"tieredkv": lambda: exact.attend(query[0], keys[0], keys[0], 0.1, causal=True)}
         repeated = keys.repeat_interleave(query.shape[1] // keys.shape[1], dim=1)
