@@ -12,10 +12,19 @@ from helpers import assert_near
 from test_kernels import (  # noqa: F401  (run here with the fixtures below)
     shallow,
     test_a_token_that_is_nan_makes_the_output_nan,
+    test_all_of_equal_ranks_may_be_chosen_or_few,
     test_attention_over_ragged_pages,
+    test_chunk_ranks,
     test_decoding_with_kernels_is_decoding_with_torch,
+    test_heads_need_not_be_next_to_each_other,
+    test_mass_that_was_not_chosen,
+    test_missed_chunks_are_gathered,
     test_operations_have_the_parameters_that_the_contract_names,
     test_several_known_tokens_are_decoded_as_torch_decodes_them,
+    test_the_best_chunks_are_chosen,
+    test_the_slots_longest_unused_give_way,
+    test_ties_do_not_change_how_many_chunks_are_chosen,
+    test_where_all_is_chosen_no_mass_is_left,
 )
 
 from tieredkv.ops import select
@@ -29,6 +38,11 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def device() -> torch.device:
     return CPU
+
+
+@pytest.fixture
+def blocks() -> None:
+    """Kernels handle rows in blocks; these do not."""
 
 
 @pytest.fixture

@@ -82,9 +82,19 @@ def triton() -> OpTable:
 def numba() -> OpTable:
     """Loops compiled by Numba for a CPU, and torch for the rest. ImportError where Numba is not installed, or does not
     know the installed version of NumPy."""
-    from tieredkv.ops.numba import attend, rank
+    from tieredkv.ops.numba import attend, choose, rank
 
-    return replace(TORCH, name="numba", digest=rank.by_compiled, paged_attention=attend.paged_attention)
+    return replace(
+        TORCH,
+        name="numba",
+        digest=rank.by_compiled,
+        chunk_ranks=choose.chunk_ranks,
+        log_mass_without=choose.log_mass_without,
+        choose=choose.choose,
+        place=choose.place,
+        gather=choose.gather,
+        paged_attention=attend.paged_attention,
+    )
 
 
 @cache
