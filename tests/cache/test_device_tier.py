@@ -52,7 +52,7 @@ def test_layers_that_begin_after_the_residents_were_dropped_keep_none(llama, tie
     assert set(tight.residents) == {0}
     tight.make_room_for_scores(Call(0, 900, rows=1))
     assert set(tight.residents) == {0}
-    tight.make_room_for_scores(Call(3000, 3100, rows=64))
+    tight.make_room_for_scores(Call(30_000, 30_100, rows=64))
     tight.keep_first_tokens(1, host, CPU)
     assert tight.residents == {}
     assert tight.ledger.by_purpose() == {}

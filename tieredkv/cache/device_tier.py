@@ -17,6 +17,7 @@ from tieredkv.codecs.base import Codec
 from tieredkv.config import TierConfig
 from tieredkv.errors import UnsupportedModelError
 from tieredkv.memory.arena import Arena, MemoryArena
+from tieredkv.memory.card import return_unused
 from tieredkv.memory.copies import BackgroundCopies, StreamCopies, ThreadCopies
 from tieredkv.memory.disk_tier import DiskTier
 from tieredkv.memory.host import HostLayer
@@ -247,10 +248,17 @@ class DeviceTier:
     def drop_residents(self) -> None:
         """Free the residents of all layers; layers that see their first token later keep none either."""
         self._resident_tokens = 0
-        self.residents.clear()
+        if self.residents:
+            self.residents.clear()
+            return_unused(self.devices)
         self.ledger.release("resident")
 
     # ---- decoding
+
+    def make_room_for_pools(self) -> None:
+        """Free what only a prefill needs on the devices. No call may be under way."""
+        self.drop_residents()
+        return_unused(self.devices)
 
     def new_pool(self, pages: int, codec: Codec, device: torch.device) -> DevicePool:
         """A pool that lives until `end_decoding`."""
@@ -258,12 +266,16 @@ class DeviceTier:
         return self.pools[-1]
 
     def end_decoding(self) -> None:
-        """Free the pools, and stop counting what was allocated with them. Does nothing in prefill."""
+        """Free the pools, and stop counting what was allocated with them. Does nothing in prefill. The layers must have
+        left the decode phase, or their pages keep the memory."""
+        decoding = bool(self.pools)
         for pool in self.pools:
             pool.close()
         self.pools = []
         for purpose in DECODE_PURPOSES:
             self.ledger.release(purpose)
+        if decoding:  # a pool is one block, and nothing else is in it yet that would keep it
+            return_unused(self.devices)
 
     def step_ops(self, device: torch.device) -> Ops:
         """The operations of a decoding step until the next seal: growing the host tier may change them."""

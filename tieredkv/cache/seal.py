@@ -107,7 +107,7 @@ def seal(layers: Sequence[TieredLayer], device_tier: DeviceTier, question: Quest
         shape, tiers, layout, cap_bytes, types.scores, types.static, types.need, host_bits=bits
     )
     pack(layers, device_tier, bits)
-    device_tier.drop_residents()
+    device_tier.make_room_for_pools()
     try:
         phases = _fill(layers, device_tier, question, plan, types.static)
     except BaseException:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+
+from tieredkv.memory.capturing import CAPTURE
 
 
 def free_device_bytes(device: torch.device | int) -> int:
@@ -10,6 +14,15 @@ def free_device_bytes(device: torch.device | int) -> int:
     without using it."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def return_unused(devices: Sequence[torch.device]) -> None:
+    """Return to the driver what torch's allocator holds without using it, if these are CUDA devices: or a block that is
+    a little larger than one freed before would be allocated beside it. Waits for the cards, and for captures of other
+    sessions."""
+    if any(device.type == "cuda" for device in devices):
+        with CAPTURE:
+            torch.cuda.empty_cache()
 
 
 def cuda_devices(model: torch.nn.Module) -> list[torch.device]:
