@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
+from threading import Thread
+
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -9,6 +12,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from prefill_calls import HEADS, TOKEN_BYTES, one_layer
 
 from tieredkv.cache.context_digests import ContextDigests
+from tieredkv.cache.device_tier import DeviceTier
 from tieredkv.cache.prefill import Past
 from tieredkv.cache.question import Question
 from tieredkv.memory.host import HostLayer
@@ -106,3 +110,44 @@ def test_a_fault_is_seen(monkeypatch, fault):
         bad.moved(to_card=True),
         bad.count(MERGE),
     )
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """Fits that do not end before they are told to: their works and what waits for them."""
+    begun = []
+
+    def beside(tier, work):
+        begun.append((work, future := Future()))
+        return future
+
+    with one_layer(monkeypatch, 32768, **RESIDENT) as one:
+        monkeypatch.setattr(DeviceTier, "beside", beside)
+        yield one, begun
+
+
+def test_a_prompt_is_read_while_digests_are_fitted(slow):
+    one, begun = slow
+    before = [one.call(CALL) for _ in range(3)][-1]
+    digests = one.cache.tiered_layers[0].digests
+    assert len(begun) == 1
+    assert (before.waits, digests.packed.shape[1]) == ([], 0)
+    work, future = begun[0]
+    future.set_result(work())
+    assert one.call(CALL).waits == []
+    assert digests.packed.shape[1] == 4 * CALL // 8
+
+
+def test_a_fit_reads_no_key_that_has_been_replaced(slow):
+    one, begun = slow
+    layer = one.cache.tiered_layers[0]
+    for _ in range(2):
+        one.call(CALL)
+    work, future = begun[0]
+    cut = Thread(target=layer.truncate, args=(CALL,))
+    cut.start()
+    cut.join(0.2)
+    assert cut.is_alive()
+    future.set_result(work())
+    cut.join()
+    assert layer.prompt_length == CALL
