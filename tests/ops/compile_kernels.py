@@ -22,7 +22,7 @@ from triton.runtime.jit import JITFunction
 from tieredkv.codecs import CODECS, codec_for
 from tieredkv.codecs.base import Codec, Fit
 from tieredkv.ops.base import Listing, Pages
-from tieredkv.ops.triton import attend, choose, copy, mass, project, rank, walsh
+from tieredkv.ops.triton import adapt, attend, choose, copy, mass, project, rank, walsh
 from tieredkv.policy.digests.sketch import Basis
 from tieredkv.policy.digests.walsh import Walsh
 
@@ -114,6 +114,8 @@ def call_all() -> None:
     for constant in (None, of_queries):
         mass.log_mass_without(torch.zeros(4, 7, 4001), chosen, constant)
     mass.record_unseen(of_queries, of_queries, heads, torch.zeros(4), torch.zeros(4, dtype=torch.float64))
+    lengths = torch.zeros(4, 400, dtype=torch.int32)
+    adapt.adapt(few, torch.zeros(4), few, few, few, lengths, heads, 3, 390, 8)
     for columns in (None, torch.zeros(4, 300, dtype=torch.int32)):
         mass.add_mass(torch.zeros(4001), torch.zeros(28, 400), of_queries, chosen, slot_of, heads, 3, columns)
     for chunks, slots in ((40001, 20000), (16001, 8000), (4001, 300)):  # rows above, at and below the largest block

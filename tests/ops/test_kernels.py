@@ -315,6 +315,28 @@ def test_the_share_that_was_not_seen_is_recorded(kernels, device):
     torch.testing.assert_close(total - torch.tensor([1.0, 0.25]), unseen.double())
 
 
+@pytest.mark.parametrize("columns", [40, 1500])
+def test_heads_adapt_to_what_was_not_seen(kernels, device, columns):
+    """More, as much, or less, within limits; only the columns of selected chunks count."""
+    selected, heads = torch.tensor([10, 11, 12, 38, 9]), torch.tensor([5, 0, 2, 1, 4])
+    unseen = torch.tensor([0.2, 0.07, 0.01, 0.9, 0.04])
+    least, most = torch.tensor([4, 4, 4, 4, 8]), torch.full((5,), 40)
+    found = []
+    for ops, where in ((TORCH, torch.device("cpu")), (kernels, device)):
+        lengths = torch.full((6, columns + 3), 5, dtype=torch.int32, device=where)
+        counts, total = selected.clone().to(where), torch.full((5,), 100, device=where)
+        limits = unseen.to(where), least.to(where), most.to(where)
+        ops.adapt(counts, *limits, total, lengths, heads.to(where), 2, columns, 8)
+        found.append((counts.cpu(), total.cpu(), lengths.cpu()))
+    (want, total, lengths), got = found
+    assert want.tolist() == [13, 11, 9, 40, 8]
+    assert torch.equal(total, 100 + want)
+    assert lengths[0].tolist() == [5] * 2 + [8] * 11 + [0] * (columns - 11) + [5]
+    assert lengths[3].tolist() == [5] * (columns + 3)
+    for each, wanted in zip(got, found[0], strict=True):
+        assert torch.equal(each, wanted)
+
+
 @pytest.mark.parametrize("listed", [True, False])
 @pytest.mark.parametrize("chunks", [5, 300])
 def test_mass_of_chunks_is_that_of_their_pages(kernels, device, listed, chunks):

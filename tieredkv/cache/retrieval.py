@@ -14,7 +14,6 @@ from tieredkv.cache.layer_pages import LayerPages
 from tieredkv.cache.ranking import ChunkLogits, Ranking, Reuse
 from tieredkv.cache.recording import ChunkMass, Tally, Trace, UnseenMass
 from tieredkv.planning import sizes
-from tieredkv.policy import select
 from tieredkv.policy.digests import Fitted
 
 
@@ -41,14 +40,15 @@ class Retrieval:
         phase, device = pages.phase, pages.device
         tiers, plan, shape, ledger, policy = phase.tiers, phase.plan, phase.shape, phase.ledger, phase.tiers.policy
         slots, selected = plan.slots[index, heads], plan.selected[index, heads]
-        self._heads, self.selected = (part.to(device, non_blocking=True) for part in (heads, selected.clone()))
-        """`(n,)`: chunks each head attends to."""
+        self.heads, self.selected = (part.to(device, non_blocking=True) for part in (heads, selected.clone()))
+        """`(n,)` each: KV heads; and how many chunks each attends to."""
         self.most_selected = int((slots if tiers.adaptive else selected).max())
         """Columns of the table that may be used."""
         self.steps = 0
         """Since counters were flushed. Set by `advance` and `go_back`, so that steps replayed from a graph count."""
         self._limits = (self.selected.clone(), slots.to(device, non_blocking=True)) if tiers.adaptive else None
         """`(n,)` each: fewest and most chunks that an adaptive head may select; None: heads are not adaptive."""
+        self._ops, self._lengths, self._chunk_tokens = phase.ops, pages.lengths, plan.layout.chunk_tokens
         self._counters, self._chunk_bytes = phase.counters, pages.host.codec.chunk_bytes
         self._tally = Tally(len(heads), device)
         first = self._first_chunks(saliency[heads], plan.layout, int(slots.max()), plan.ranked)
@@ -66,7 +66,7 @@ class Retrieval:
             self.ranking = Ranking(digests, fitted, heads, phase)
             self._counters.warm_bytes += self.ranking.digests.nbytes
             if self.ranking.digest.estimates_mass:
-                self._unseen = UnseenMass(self._heads, phase.ops, self._tally)
+                self._unseen = UnseenMass(self.heads, self._ops, self._tally)
             if policy.reuse_above <= 1:
                 group = shape.num_attention_heads // shape.num_key_value_heads
                 self._reuse = Reuse(policy.reuse_above, (len(heads), group, shape.head_dim), ledger, device)
@@ -88,12 +88,16 @@ class Retrieval:
         chunks = saliency[:, first : first + layout.retrievable * c].unflatten(1, (layout.retrievable, c))
         return chunks.sum(-1).topk(most, dim=-1).indices
 
-    def adapt(self) -> bool:
-        """Adapt how many chunks heads select to the mass the last step did not see. Returns whether heads adapt."""
+    def _adapt(self) -> None:
+        """Adapt how many chunks heads select, and so attend to, to the mass the last step did not see."""
         if self._limits is None or self._unseen is None:
-            return False
-        self.selected.copy_(select.adapted(self.selected, self._unseen.unseen, *self._limits))
-        return True
+            return
+        (least, most), first = self._limits, self._fetching.listing.first
+        unseen, total = self._unseen.unseen, self._tally.selected
+        self._ops.adapt(
+            self.selected, unseen, least, most, total,
+            self._lengths, self.heads, first, self.most_selected, self._chunk_tokens,
+        )  # fmt: skip
 
     def step(self, query: torch.Tensor, scaling: float, logits: ChunkLogits | None = None) -> None:
         """Choose the chunks that this step attends to, fetch those that are missing, and list their slots in the table.
@@ -104,20 +108,19 @@ class Retrieval:
             return
         if self._ahead is not None:
             self._ahead.wait()
+        self._adapt()
         fetching, chosen = self._fetching, self.residency.chosen
         with self.ranking.scratch():
             if logits is None:
                 logits = self.ranking.logits(query, scaling)
             own = ranks = self.ranking.ranks(logits, chosen)
             if self._reuse is not None:
-                own, alike = self._reuse.ranks(ranks, query[self._heads].float(), chosen)
+                own, alike = self._reuse.ranks(ranks, query[self.heads].float(), chosen)
                 self._tally.reused += alike * self.selected
             missed, misses = fetching.choose(own, self.selected, self.most_selected, chosen)
             if self._unseen is not None:
                 self._unseen.note(logits, chosen)
         fetching.make_room(chosen, chosen, missed, misses, self._tally.missed, fetching.listing)()
-        if self._limits is not None:
-            self._tally.selected += self.selected
         if self._trace is not None:
             self._trace.record(int(fetching.step[0]), chosen, self.selected, self.most_selected, query)
         if self._ahead is not None:

@@ -63,7 +63,6 @@ class SealedLayer:
             self.pages.fill_static(head, int(kept[head]), saliency[head], is_text)
         self.dynamic = (~static).nonzero().flatten()
         """KV heads, on the host."""
-        self._rows = self.dynamic.to(self.pages.device, non_blocking=True)
         self.retrieval: Retrieval | None = None
         """None: no head is dynamic."""
         if len(self.dynamic):
@@ -71,9 +70,6 @@ class SealedLayer:
             self.retrieval = Retrieval(index, self.pages, self.dynamic, digests, fitted, saliency)
         self.pages.fill()
         if self.retrieval is not None:
-            first = self.pages.first_selected
-            self._columns = slice(first, first + self.retrieval.most_selected)
-            self._order = torch.arange(self.retrieval.most_selected, device=self.pages.device)
             self._set_lengths(self.retrieval)
         ranking = None if self.retrieval is None else self.retrieval.ranking
         ranked = 0 if ranking is None else ranking.digests.numel()
@@ -87,8 +83,9 @@ class SealedLayer:
 
     def _set_lengths(self, retrieval: Retrieval) -> None:
         """Make each head attend to the first `selected` chunks in its columns, all of them full."""
-        full = torch.where(self._order < retrieval.selected.unsqueeze(1), self._host.chunk_tokens, 0)
-        self.pages.lengths[self._rows, self._columns] = full.to(self.pages.lengths.dtype)
+        heads, first, most = retrieval.heads, self.pages.first_selected, retrieval.most_selected
+        there = torch.arange(most, device=heads.device) < retrieval.selected.unsqueeze(1)
+        self.pages.lengths[heads, first : first + most] = there.int() * self._host.chunk_tokens
 
     # ---- several tokens
 
@@ -178,8 +175,6 @@ class SealedLayer:
         self._append(key, value)
         if self.retrieval is not None:
             grouped = query.view(self._host.num_heads, -1, query.shape[-1])
-            if self.phase.tiers.adaptive and self.retrieval.adapt():
-                self._set_lengths(self.retrieval)
             self.retrieval.step(grouped, scaling, logits)
         page_lse = None if self.retrieval is None else self.retrieval.page_lse
         out, lse = self.pages.attend(query.unsqueeze(1), scaling, page_lse, query.dtype)

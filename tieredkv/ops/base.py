@@ -119,6 +119,25 @@ class Ops(Protocol):
         `heads` `(n,)` count.
         """
 
+    def adapt(
+        self,
+        selected: torch.Tensor,
+        unseen: torch.Tensor,
+        least: torch.Tensor,
+        most: torch.Tensor,
+        total: torch.Tensor,
+        lengths: torch.Tensor,
+        heads: torch.Tensor,
+        first: int,
+        columns: int,
+        full: int,
+    ) -> None:
+        """Set `selected` `(n,)` int64 as `policy.select.adapted` does, and add it to `total` `(n,)` int64.
+
+        unseen `(n,)` float32, least, most `(n,)` int64. Of the rows `heads` `(n,)` of lengths `(K, P)` int32, `columns`
+        columns, from `first` on, are set: as many as are selected to `full`, the rest to 0.
+        """
+
     def add_mass(
         self,
         chunk_mass: torch.Tensor,

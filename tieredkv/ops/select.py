@@ -27,6 +27,7 @@ class OpTable:
     chunk_ranks: Callable[..., torch.Tensor]
     log_mass_without: Callable[..., torch.Tensor]
     record_unseen: Callable[..., None]
+    adapt: Callable[..., None]
     add_mass: Callable[..., None]
     choose: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     place: Callable[..., torch.Tensor]
@@ -44,6 +45,7 @@ TORCH = OpTable(
     chunk_ranks=select.chunk_ranks,
     log_mass_without=select.log_mass_without,
     record_unseen=torch_ops.record_unseen,
+    adapt=torch_ops.adapt,
     add_mass=torch_ops.add_mass,
     choose=torch_ops.choose,
     place=torch_ops.place,
@@ -58,7 +60,7 @@ TORCH = OpTable(
 @cache
 def triton() -> OpTable:
     """Triton's kernels. ImportError where Triton is not installed."""
-    from tieredkv.ops.triton import attend, choose, copy, mass, rank
+    from tieredkv.ops.triton import adapt, attend, choose, copy, mass, rank
 
     return OpTable(
         name="triton",
@@ -67,6 +69,7 @@ def triton() -> OpTable:
         chunk_ranks=rank.chunk_ranks,
         log_mass_without=mass.log_mass_without,
         record_unseen=mass.record_unseen,
+        adapt=adapt.adapt,
         add_mass=mass.add_mass,
         choose=choose.choose,
         place=choose.place,

@@ -206,6 +206,25 @@ def record_unseen(
     total += unseen
 
 
+def adapt(
+    selected: torch.Tensor,
+    unseen: torch.Tensor,
+    least: torch.Tensor,
+    most: torch.Tensor,
+    total: torch.Tensor,
+    lengths: torch.Tensor,
+    heads: torch.Tensor,
+    first: int,
+    columns: int,
+    full: int,
+) -> None:
+    """As `Ops.adapt`."""
+    selected.copy_(select.adapted(selected, unseen, least, most))
+    total += selected
+    there = torch.arange(columns, device=lengths.device) < selected.unsqueeze(1)
+    lengths[heads, first : first + columns] = there.to(lengths.dtype) * full
+
+
 def add_mass(
     chunk_mass: torch.Tensor,
     page_lse: torch.Tensor,
