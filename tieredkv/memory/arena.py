@@ -120,7 +120,8 @@ class MemoryArena:
 
     @classmethod
     def of(cls, records: torch.Tensor, locker: PageLocker | None = None) -> Self:
-        """With these contiguous records `(K, n, B)`: not copied, unless they have to be page-locked."""
+        """With these contiguous records `(K, n, B)`: not copied, unless they have to be page-locked. Whoever gives a
+        locker has checked that there is room for the copy."""
         arena = cls(records.shape[0], records.shape[2], locker)
         if locker is not None:
             records = aligned(tuple(records.shape), torch.uint8).copy_(records)

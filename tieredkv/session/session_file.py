@@ -18,6 +18,7 @@ from tieredkv.codecs.base import Codec
 from tieredkv.config import TierConfig, tiers_as_plain, tiers_from_file
 from tieredkv.errors import SessionError
 from tieredkv.memory.disk_tier import DiskTier
+from tieredkv.memory.limits import check_host
 from tieredkv.models import adapters
 from tieredkv.models.chat_template import ChatTemplate
 from tieredkv.models.families.base import Slices, VideoGrid
@@ -35,6 +36,9 @@ from tieredkv.session.results import IngestStats
 from tieredkv.storage import tensor_file
 from tieredkv.video.frames import VideoSource
 from tieredkv.video.sampling import Sampling
+
+RECORDS = "kv"
+"""Name of a layer's records in a file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,8 +326,12 @@ def map_cache(
     """A cache of `tokens` tokens. Each tiered layer is read from the file, and checked, at its first use.
 
     devices: of the model's layers, the last of which may be readers of others and have nothing cached. disk: reads the
-    records from the file again and again; None: they are mapped.
+    records from the file again and again; None: they are mapped or, for a card, copied to memory that can be
+    page-locked. Raises `BudgetError` before anything is copied if there is no room for that.
     """
+    copied = disk is None and any(device.type == "cuda" for device in devices)
+    if copied:
+        _check_room_for_copy(stored, tiers)
     cache = TieredCache(config, tiers, prompt_tokens=tokens, disk=disk)
     cache.expect(CONTEXT)
     cache.device_tier.settle_bits(bits_of(stored))
@@ -331,8 +339,10 @@ def map_cache(
     for layer in cache.tiered_layers:
         names, state = _layer_state(stored, _tiered(layer.index))
         try:
-            codec = _codec_of(stored, state["kv"])
-            layer.restore(state, tokens, codec, places[layer], partial(stored.verify, *names, keep=disk is None))
+            codec = _codec_of(stored, state[RECORDS])
+            layer.restore(
+                state, tokens, codec, places[layer], partial(stored.verify, *names, keep=disk is None and not copied)
+            )
         except (KeyError, ValueError) as error:
             raise SessionError(f"{stored.path} does not hold layer {layer.index} of this session ({error}).") from None
     if layers := cache.untiered.layers:
@@ -345,6 +355,12 @@ def map_cache(
             states.append({name: part.clone() for name, part in state.items()})  # the file may be closed before
         cache.untiered.restore(Snapshot(tokens, tuple(states)), [places[layer] for layer in layers])
     return cache
+
+
+def _check_room_for_copy(stored: tensor_file.Stored, tiers: TierConfig) -> None:
+    nbytes = sum(stored.tensor(name).nbytes for name in stored.names if name.endswith(f".{RECORDS}"))
+    remedy = "give a smaller host_kv_gb, with which its records are read from the file"
+    check_host(nbytes, tiers.host_kv_gb, f"{stored.path} in memory that a card reads", remedy)
 
 
 def _codec_of(stored: tensor_file.Stored, kv: torch.Tensor) -> Codec:
