@@ -11,6 +11,7 @@ import torch
 from helpers import assert_near
 from test_kernels import (  # noqa: F401  (run here with the fixtures below)
     shallow,
+    test_a_token_is_appended,
     test_a_token_that_is_nan_makes_the_output_nan,
     test_all_of_equal_ranks_may_be_chosen_or_few,
     test_attention_over_ragged_pages,

@@ -85,7 +85,7 @@ def triton() -> OpTable:
 def numba() -> OpTable:
     """Loops compiled by Numba for a CPU, and torch for the rest. ImportError where Numba is not installed, or does not
     know the installed version of NumPy."""
-    from tieredkv.ops.numba import attend, choose, rank
+    from tieredkv.ops.numba import append, attend, choose, rank
 
     return replace(
         TORCH,
@@ -96,6 +96,7 @@ def numba() -> OpTable:
         choose=choose.choose,
         place=choose.place,
         gather=choose.gather,
+        append=append.append,
         paged_attention=attend.paged_attention,
     )
 

@@ -13,7 +13,7 @@ import torch
 
 from tieredkv.ops import torch_ops
 from tieredkv.ops.base import Pages
-from tieredkv.ops.numba.compiled import compiled, exp
+from tieredkv.ops.numba.compiled import compiled, exp, from_half
 
 TOKENS = 512
 """T, and at most a page more. Their logits stay in a processor's nearest cache."""
@@ -22,14 +22,6 @@ ROWS = 4
 NOTHING = np.float32(torch_ops.HIDDEN)
 NEGLIGIBLE = np.float32(1e-30)
 """Share of the best token's weight."""
-
-
-@compiled
-def _half(bits: Any) -> Any:
-    """The float16 that `bits` are, as float32."""
-    small = np.int32((np.int32(bits) & 0x7FFF) << 13).view(np.float32) * np.float32(2.0**112)
-    size = np.float32(np.nan) if bits & 0x7C00 == 0x7C00 else small
-    return -size if bits & 0x8000 else size
 
 
 @compiled
@@ -158,8 +150,8 @@ def _attend(
                         _dots(keys, query[head], first, n, weights, tokens)
                     if scaled:
                         for i in range(n):
-                            key_scales[tokens + i] = _half(halves[slot, c * d + i])
-                            value_scales[tokens + i] = _half(halves[slot, c * d + c + i])
+                            key_scales[tokens + i] = from_half(halves[slot, c * d + i])
+                            value_scales[tokens + i] = from_half(halves[slot, c * d + c + i])
                 tokens += n
                 end += 1
             for row in range(rows):

@@ -21,13 +21,16 @@ LOWEST = np.float32(-87.0)
 """The exponential of anything lower is that of this, 1.6e-38."""
 
 
-def compiled(function: Callable[..., Any] | None = None, signatures: list[str] | None = None) -> Any:
+def compiled(
+    function: Callable[..., Any] | None = None, signatures: list[str] | None = None, as_written: bool = False
+) -> Any:
     """`function`, compiled for each of `signatures` where it is defined; without any, for the types that compiled
     functions call it with. The result is kept on disk for later processes, where a folder can be written, until the
-    function's file changes: `touch` it after a change to what it calls in another file."""
+    function's file changes: `touch` it after a change to what it calls in another file. as_written: rounding is
+    that of the order written."""
     if function is None:
-        return partial(compiled, signatures=signatures)
-    options: dict[str, Any] = {"nogil": True, "fastmath": FAST, "error_model": "numpy"}
+        return partial(compiled, signatures=signatures, as_written=as_written)
+    options: dict[str, Any] = {"nogil": True, "fastmath": False if as_written else FAST, "error_model": "numpy"}
     try:
         return njit(signatures, cache=True, **options)(function)
     except RuntimeError:  # neither the package's folder nor the user's cache can be written
@@ -68,3 +71,22 @@ def log(x: Any) -> Any:
     p = p * m + np.float32(3.3333331174e-1)
     square, e = m * m, np.float32(n)
     return m + (m * square * p + e * LN2_LOW - np.float32(0.5) * square) + e * LN2_HIGH
+
+
+@njit(inline="always")
+def from_half(bits: Any) -> Any:
+    """The float16 that `bits` are, as float32; infinity is NaN."""
+    small = np.int32((np.int32(bits) & 0x7FFF) << 13).view(np.float32) * np.float32(2.0**112)
+    size = np.float32(np.nan) if bits & 0x7C00 == 0x7C00 else small
+    return -size if bits & 0x8000 else size
+
+
+@njit(inline="always")
+def to_half(x: Any) -> Any:
+    """The bits of the float16 nearest to a float32 that is not negative."""
+    if not x < np.float32(65520):
+        return np.int16(0x7C00 if x == x else 0x7E00)
+    if x < np.float32(2.0**-14):
+        return np.int16(np.rint(x * np.float32(2.0**24)))
+    bits = np.int64(np.float32(x).view(np.int32))
+    return np.int16(((bits + 0xFFF + (bits >> 13 & 1)) >> 13) - (112 << 10))
