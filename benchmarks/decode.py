@@ -3,12 +3,14 @@
     python benchmarks/decode.py                  Qwen2.5-VL-7B and 3B, 8k to 256k cached tokens
     python benchmarks/decode.py --quick          a small shape; runs on a CPU too (--device cpu)
 
-For every shape and length, in one run: an empty cache (the time of the weights, the floor), transformers' cache on the
-card with sdpa, its static cache compiled (at one length, as compiling takes minutes), its offloaded cache, and tieredkv
-without and with speculation. Weights, keys and values are random, so the ranking says nothing about how many of the
-chosen chunks would be in the pool already. Instead ranks follow a script (`synthetic.Drift`) that sets the hit rate; a
+For every shape and length, in one run: a cache of one token (the time of the weights, the floor) and transformers'
+cache on the card with sdpa, both captured in a graph as tieredkv's steps are, and eager; its static cache compiled (at
+one length, as compiling takes minutes), its offloaded cache, and tieredkv without and with speculation, all without
+evidence. Weights, keys and values are random, so the ranking says nothing about how many of the chosen chunks would be
+in the pool already. Instead ranks follow a script (`synthetic.Drift`) that sets the hit rate, which is thus assumed; a
 step does all of its work, but the result of the ranking is not used. Prints a table, including where memory ran out,
-and one line of JSON at the end.
+and one line of JSON at the end. Every row says how it ran (`path`); a row of tieredkv also its budget, its hit rate,
+the bits of chunks and what was scripted.
 """
 
 from __future__ import annotations
@@ -23,35 +25,13 @@ from typing import Any
 
 import torch
 from origin import origin, report
-from synthetic import keys_and_values, make_model, milliseconds, scripted
+from stock import graphed, growing_step, stock_step
+from synthetic import make_model, milliseconds, scripted
 
 from tieredkv import POLICIES
-from tieredkv.environment.versions import cache_argument
 from tieredkv.ops.select import ops_for
 
 ROUNDS = 20
-
-
-def stock(model: Any, tokens: int, kind: str, device: str) -> Callable[[], object]:
-    """A decoding step of transformers' cache: "full", "offloaded", or "static" (compiled)."""
-    from transformers import DynamicCache, StaticCache
-
-    cache: Any
-    if kind == "static":
-        cache = StaticCache(config=model.config, max_cache_len=tokens + 64)
-    else:
-        cache = DynamicCache(config=model.config, offloading=kind == "offloaded")
-    for index in range(model.config.num_hidden_layers if tokens else 0):
-        keys, values = keys_and_values(model, tokens, index)
-        cache.update(keys[None], values[None], index)
-    forward = torch.compile(model, mode="reduce-overhead") if kind == "static" else model
-    token, place = torch.full((1, 1), 7, device=device), torch.full((1, 1), tokens, device=device)
-
-    def step() -> None:
-        forward(token, **cache_argument(cache), position_ids=place)
-        place.add_(1)
-
-    return step
 
 
 def tiered(model: Any, tokens: int, hit_rate: float, speculative: bool, budget: float, device: str) -> dict[str, Any]:
@@ -64,10 +44,19 @@ def tiered(model: Any, tokens: int, hit_rate: float, speculative: bool, budget: 
         after = replace(cache.counters)
         kernels = share_of_kernels(lambda: steps(7), device)
         moved = after.missed_bytes + after.prefetched_bytes - before.missed_bytes - before.prefetched_bytes
+        assert cache.decoding is not None
+        plan = cache.decoding._phases[0].plan
         return {
             "ms": ms,
             "path": steps.path,
+            "budget": budget,
+            "scripted": "ranks",
             "hit_rate": (after.resident - before.resident) / max(1, after.selected - before.selected),
+            "evidence": False,
+            "host_kv_bits": cache.device_tier.host_bits,
+            "page_bits": plan.page_bits,
+            "chunk_bytes": cache.device_tier.codec(cache.device_tier.host_bits, model.dtype).chunk_bytes,
+            "chunks_per_head": float(plan.selected.float().mean()),
             "bytes_per_step": moved / (ROUNDS + 2),
             "device_bytes": cache.ledger.used_bytes,
             "kernels": kernels,
@@ -101,18 +90,26 @@ def measure(model: Any, shape: str, tokens: int, arguments: argparse.Namespace) 
             torch.cuda.empty_cache()
         rows.append({"shape": shape, "tokens": tokens, "kind": kind, **more, **result})
         shown = f"{result['ms']:9.2f} ms" if "ms" in result else result["error"]
-        aside = f"{result['bytes_per_step'] / 1e6:8.1f} MB/step {result['path']}" if "path" in result else ""
-        print(f"{shape} {tokens:>8,} {kind:<12} {more.get('target', ''):>5} {shown} {aside}", flush=True)
+        aside = f"{result['bytes_per_step'] / 1e6:8.1f} MB/step" if "bytes_per_step" in result else ""
+        hits = f"{result['hit_rate']:.0%}" if "hit_rate" in result else ""
+        shown = f"{hits:>13} {shown:>12} {aside:>16} {result.get('path', '')}"
+        print(f"{shape:<5} {tokens:>8,} {kind:<18} {shown}", flush=True)
 
-    def timed(kind: str, length: int) -> dict[str, Any]:
-        return {"ms": milliseconds(stock(model, length, kind, device), ROUNDS if kind != "offloaded" else 4, device)}
+    def captured(length: int) -> dict[str, Any]:
+        step, path = graphed(stock_step(model, length), device)
+        return {"ms": milliseconds(step, ROUNDS, device), "path": path}
 
-    row("floor", lambda: timed("full", 0))
-    row("full", lambda: timed("full", tokens))
+    def eager(step: Callable[[], object], rounds: int = ROUNDS) -> dict[str, Any]:
+        return {"ms": milliseconds(step, rounds, device), "path": "eager"}
+
+    row("floor", lambda: captured(1))
+    row("floor, eager", lambda: eager(stock_step(model, 1)))
+    row("full", lambda: captured(tokens))
+    row("full, eager", lambda: eager(growing_step(model, tokens)))
     if tokens in arguments.compile_at:
-        row("static", lambda: timed("static", tokens))
+        row("static, compiled", lambda: {**eager(growing_step(model, tokens, "static")), "path": "compiled"})
     if device != "cpu":  # offloading needs streams
-        row("offloaded", lambda: timed("offloaded", tokens))
+        row("offloaded, eager", lambda: eager(growing_step(model, tokens, "offloaded"), 4))
     for target in arguments.hit_rates:
         row("tiered", partial(tiered, model, tokens, target, False, arguments.budget, device), target=target)
     row("speculative", partial(tiered, model, tokens, 0.8, True, arguments.budget, device), target=0.8)
@@ -144,6 +141,8 @@ def main() -> None:
         arguments.shapes, arguments.tokens, arguments.compile_at = ["tiny"], [4096], []
         arguments.hit_rates = [0.0, 0.8]
     dtype, rows = torch.float32 if arguments.device == "cpu" else torch.bfloat16, []
+    head = f"{'shape':<5} {'tokens':>8} {'cache':<18} {'hits, assumed':>13} {'per token':>12} {'over the link':>16}"
+    print(f"budget {arguments.budget:.0%} of the tokens; ranks are scripted\n{head} path", flush=True)
     with torch.inference_mode():
         for shape in arguments.shapes:
             model = make_model(shape, arguments.device, dtype)

@@ -7,6 +7,7 @@ chunks are in 16 bits, and in rows that say so in 8 or 4.
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -16,10 +17,10 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-from decode import stock
 from gpu_link import MISSES, copying, gather_ms
 from gpu_record import Fact, Run, Values, card_state
-from synthetic import Drift, fill, keys_and_values, make_model, milliseconds
+from stock import graphed, growing_step, stock_step
+from synthetic import Drift, fill, make_model, milliseconds
 
 from tieredkv import TierConfig, TieredCache, use_attention
 from tieredkv.cache.looks import Looks
@@ -68,13 +69,14 @@ def facts(run: Run) -> list[Fact]:
         row("everything fits, cap 4, evidence", None, cap=4.0, evidence=True),
         Fact("full cache", 30, bench.full),
         Fact("equal to stock", 60, bench.exactness),
+        row("whatever fits, cap 2, 86 % hits", 0.86, cap=2.0, step_overhead=math.inf),
         row("defaults, cap 2, 86 % hits", 0.86, cap=2.0),
         row("ranked, 100 % hits", 1.0, **budget),
         Fact("gather from the filled tier", 30, bench.gather),
         row("ranked, 80 % hits, 48 programs", 0.8, programs=48, **budget),
         row("ranked, 80 % hits, 132 programs", 0.8, programs=132, **budget),
         row("ranked, 80 % hits, eager", 0.8, eager=True, **budget),
-        *packed(8, row("defaults, cap 2, 86 % hits, 8 bits", 0.86, cap=2.0, bits=8)),
+        *packed(8, row("whatever fits, cap 2, 86 % hits, 8 bits", 0.86, cap=2.0, bits=8, step_overhead=math.inf)),
         *packed(4, row("everything fits, cap 2, 4 bits", None, cap=2.0, bits=4)),
         Fact("full cache, static", 40, bench.static),
         Fact("full cache, offloaded", 60, bench.offloaded),
@@ -119,7 +121,7 @@ class Bench:
     @cached_property
     def floor_ms(self) -> float:
         """Of the captured floor; `floor` sets it, unless an earlier process did that row."""
-        step, _ = graphed(self.run, stock_step(self.model, 1))
+        step, _ = graphed(stock_step(self.model, 1), self.device)
         return self.timed(step)
 
     def timed(self, step: Callable[[], object]) -> float:
@@ -139,7 +141,7 @@ class Bench:
     def floor(self) -> Iterator[Values]:
         """The weights alone: a cache of one token."""
         step = stock_step(self.model, 1)
-        replay, path = graphed(self.run, step)
+        replay, path = graphed(step, self.device)
         self.floor_ms = ms = self.timed(replay)
         yield {"path": path, "ms": ms, **profile(self.run, replay)}
         yield {"path": "eager: asked for", "ms": self.timed(step)}
@@ -213,7 +215,7 @@ class Bench:
         budget_ratio: float | None = None,
         programs: int | None = None,
         bits: int = PLAIN,
-        **more: bool,
+        **more: Any,
     ) -> Values:
         """A row of tieredkv. cap: in GiB for a full cache of 7, as in the 7B shape; None: the whole cache's size."""
         gib = max(0.5, self.full_gib) if cap is None else cap * self.full_gib / 7
@@ -237,6 +239,7 @@ class Bench:
                 "link_bytes_per_step": (later.missed_bytes - earlier.missed_bytes) / (2 * self.rounds + 2),
                 "chunks_per_head": float(plan.selected.float().mean()),
                 "ranked": plan.ranked,
+                "limited_by": plan.bound,
                 "host_kv_bits": bits,
                 "page_bits": plan.page_bits,
                 "gpu_kv_gb": gib,
@@ -251,7 +254,7 @@ class Bench:
         step = stock_step(self.model, self.tokens)
         ms = self.timed(step)
         yield {"path": "eager", "ms": ms, "over_floor": ms / self.floor_ms, **profile(self.run, step)}
-        replay, path = graphed(self.run, step)
+        replay, path = graphed(step, self.device)
         ms = self.timed(replay)
         yield {"path": path, "ms": ms, "over_floor": ms / self.floor_ms, **profile(self.run, replay)}
 
@@ -261,7 +264,7 @@ class Bench:
 
         cache: Any = StaticCache(config=self.model.config, max_cache_len=self.tokens + 64)
         step = stock_step(self.model, self.tokens, cache)
-        replay, path = graphed(self.run, step)
+        replay, path = graphed(step, self.device)
         ms = self.timed(replay)
         return {"path": path, "ms": ms, "over_floor": ms / self.floor_ms, **profile(self.run, replay)}
 
@@ -269,7 +272,7 @@ class Bench:
         """transformers' offloaded cache: every layer's keys and values cross the link at every step."""
         if self.run.dry:
             return {"skipped": "needs a card's streams"}
-        ms = milliseconds(stock(self.model, self.tokens, "offloaded", self.device), 2, self.device)
+        ms = milliseconds(growing_step(self.model, self.tokens, "offloaded"), 2, self.device)
         return {"path": "eager", "ms": ms, "over_floor": ms / self.floor_ms}
 
     def gather(self, bits: int = PLAIN) -> Iterator[Values]:
@@ -331,61 +334,6 @@ def differences(got: torch.Tensor, want: torch.Tensor) -> Values:
         "same_tokens": bool((got.argmax(-1) == want.argmax(-1)).all()),
         "finite": bool(got.isfinite().all()),
     }
-
-
-# ---- steps of transformers' caches
-
-
-def stock_step(model: Any, tokens: int, cache: Any = None) -> Callable[[], torch.Tensor]:
-    """A step after `tokens` cached tokens, always the same: logits `(vocabulary,)`. It can be captured.
-
-    The mask is stated to be none, as transformers finds for a single token by itself, but not during a capture: there
-    it would make one, and repeat all keys and values for it. A static cache needs its mask.
-
-    cache: a cache of fixed size to fill; None: transformers' default, whose contents are put back before each step.
-    """
-    from transformers import DynamicCache
-
-    grows = cache is None
-    cache = DynamicCache(config=model.config) if grows else cache
-    for index in range(model.config.num_hidden_layers):
-        keys, values = keys_and_values(model, tokens, index)
-        cache.update(keys[None], values[None], index)
-    kept = [(layer.keys, layer.values) for layer in cache.layers] if grows else []
-    token = torch.full((1, 1), 7, device=model.device)
-    place = torch.full((1, 1), tokens, device=model.device)
-
-    mask = {"attention_mask": {"full_attention": None}} if grows else {}
-
-    @torch.no_grad()
-    def step() -> torch.Tensor:
-        for layer, (keys, values) in zip(cache.layers, kept, strict=bool(kept)):
-            layer.keys, layer.values = keys, values
-        logits: torch.Tensor = model(token, **cache_argument(cache), **mask, position_ids=place).logits[0, -1]
-        return logits
-
-    return step
-
-
-def graphed(run: Run, step: Callable[[], object]) -> tuple[Callable[[], object], str]:
-    """`step` captured in a graph, and "graph"; the step itself, and why, where that fails."""
-    if run.dry:
-        return step, "eager"
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    before = torch.cuda.current_stream()
-    try:
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            step()
-    except RuntimeError as error:
-        torch.cuda.set_stream(before)
-        return step, f"eager: {str(error).strip().splitlines()[0]}"
-    return graph.replay, "graph"
 
 
 # ---- profiles

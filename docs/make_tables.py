@@ -214,6 +214,15 @@ TWELVE = (("Qwen2.5-VL-3B", None), (QWEN3_VL, "4bit"), ("Qwen3.5-4B", None), ("Q
 """Models on a card of 12 GB, and how weights are loaded."""
 FILM = Sampled(3600, 1080, 1920, fps=1.0, start=0.0, seconds=3600.0, max_pixels=448 * 252)
 """An hour of 1080p at one frame a second, and its `max_pixels`."""
+STEPS = (
+    ("RTX 4090", "Qwen2.5-VL-7B", None),
+    ("RTX 4090", "Qwen2.5-VL-7B", 2.0),
+    ("RTX 3060", "Qwen2.5-VL-3B", None),
+    ("RTX 3060", "Qwen2.5-VL-3B", 1.0),
+    ("RTX 4060 Ti 16GB", QWEN3_VL, None),
+)
+"""Card, model and cap in GiB of predicted steps; None: what the card has left."""
+BOUNDS = {"nothing": "nothing", "memory": "the cap", "link": "the link", "floor": "the least share, 5 %"}
 SPARE = 1.5
 """GiB for activations and the driver: a round figure, not measured."""
 
@@ -332,6 +341,24 @@ def bits() -> str:
     return rows([*header, "a step copies at most, MiB"], body)
 
 
+def steps() -> str:
+    """What a step of 131,072 tokens attends to and how long it takes, as predicted, by card and link."""
+    body = []
+    for card, name, cap in STEPS:
+        for link in ("pcie5x16", "pcie4x16", "pcie4x8", "pcie3x16"):
+            config, tokens = video_config(name), 131_072
+            plan = forecast.plan(config, tokens, gpu_kv_gb=cap, card=card, link=link, question_tokens=QUESTION)
+            step = plan.step
+            assert step.time is not None
+            share = min(1.0, plan.dynamic_tokens / (plan.prompt_tokens + plan.new_tokens))
+            row = [f"{card}, {name}", f"{as_gib(plan.cap_bytes)}", link, BOUNDS[step.bound]]
+            row += [f"{plan.dynamic_tokens:,} ({share:.0%})", "" if step.hit_rate is None else f"{step.hit_rate:.0%}"]
+            row += [f"{step.missed_bytes / 2**20:.3g}", f"{step.time.link:.3g}", f"{step.time.total:.3g}"]
+            body.append([*row, f"{step.model_ms:.3g}"])
+    header = ["card and model", "cap, GiB", "link", "limited by", "tokens a step attends to", "hits, assumed"]
+    return rows([*header, "copied, MiB", "copies, ms", "ms per token", "the model alone, ms"], body)
+
+
 def film_grid(name: str) -> tuple[int, int, int]:
     """Steps, rows and columns of visual tokens of that film, as the family resizes its frames."""
     from transformers import Qwen2VLVideoProcessor, Qwen3VLVideoProcessor
@@ -349,15 +376,14 @@ def twelve_gb() -> str:
         config, grid, edge = video_config(name), film_grid(name), 28 if name in OLDER else 32
         tokens = math.prod(grid)
         plan = forecast.plan(config, tokens, weights=kind, card="RTX 3060", link="pcie4x16", question_tokens=QUESTION)
-        assert plan.token_ms is not None
+        assert plan.step.time is not None
         row = [name, kind or "16 bits", gib(plan.decoder_bytes + plan.vision_bytes)]
         row += [f"{grid[2] * edge} x {grid[1] * edge}", f"{tokens:,}", gib(plan.cap_bytes), gib(plan.full_bytes)]
         row += [gib(plan.host_bytes), gib(plan.prefill_copy_bytes), f"{plan.prefill_copy_s:.3g}"]
-        least, most = plan.token_ms
-        body.append([*row, f"{plan.dynamic_tokens:,}", f"{least:.3g} to {most:.3g}"])
+        body.append([*row, f"{plan.dynamic_tokens:,}", f"{plan.step.time.total:.3g}"])
     header = ["model", "weights", "weights, GiB", "frames", "visual tokens", "cap, GiB", "full cache, GiB"]
     header += ["host and session file, GiB", "prefill copies, GiB", "copies, s", "tokens a step attends to"]
-    return rows([*header, "ms per token"], body)
+    return rows([*header, "ms per token, predicted"], body)
 
 
 def fits() -> str:
@@ -404,6 +430,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "weights": weights,
     "plans": plans,
     "bits": bits,
+    "steps": steps,
     "policies": policies,
     "twelve-gb": twelve_gb,
     "fits": fits,

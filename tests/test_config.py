@@ -10,7 +10,7 @@ import pytest
 
 import tieredkv
 from tieredkv.cache.tiered_cache import TieredCache
-from tieredkv.config import TierConfig, tiers_as_plain, tiers_from_file
+from tieredkv.config import TierConfig, tier_config, tiers_as_plain, tiers_from_file
 from tieredkv.errors import BudgetError, OptionError
 from tieredkv.policy.presets import POLICIES
 
@@ -30,7 +30,8 @@ def test_a_memory_size_out_of_range_is_a_budget_error(name, value):
     [("budget_ratio", "1"), ("budget_ratio", 0), ("chunk_tokens", 0), ("chunk_tokens", 3.5), ("chunk_tokens", True),
      ("spare_ratio", 1.0), ("spare_ratio", "x"), ("recent_window", -1), ("encode_batch", 0), ("encode_batch", 1.5),
      ("adaptive", "no"), ("prefetch", 0), ("host_kv_bits", 5), ("host_kv_bits", 8.0), ("host_kv_bits", True),
-     ("host_kv_bits", "8")],
+     ("host_kv_bits", "8"), ("step_overhead", -0.1), ("step_overhead", float("nan")), ("step_overhead", "0.1"),
+     ("link_gb_s", 0), ("link_gb_s", float("inf")), ("link_gb_s", "25")],
 )  # fmt: skip
 def test_another_setting_out_of_range_is_an_option_error(name, value):
     with pytest.raises(OptionError, match=f"{name}=.* is not valid: give"):
@@ -41,6 +42,12 @@ def test_other_bits_are_refused_with_the_choices():
     with pytest.raises(OptionError, match=r"host_kv_bits=6 is not valid: give None or one of 16, 8, 4\."):
         TierConfig(host_kv_bits=6)
     assert [TierConfig(host_kv_bits=bits).host_kv_bits for bits in (None, 16, 8, 4)] == [None, 16, 8, 4]
+
+
+def test_no_limit_on_copies_is_none_or_infinity():
+    assert TierConfig().step_overhead == 0.15
+    unlimited = [TierConfig(step_overhead=none).step_overhead for none in (None, float("inf"))]
+    assert [*unlimited, tier_config(None, {"step_overhead": None, "gpu_kv_gb": None}).step_overhead] == [None] * 3
 
 
 def test_a_policy_is_a_name_or_a_policy_and_after_that_a_policy():
@@ -86,6 +93,7 @@ CHANGED = [
 @pytest.mark.parametrize("policy", CHANGED, ids=range(len(CHANGED)))
 def test_settings_come_back_from_a_file_as_they_were(policy):
     tiers = TierConfig(policy=policy, gpu_kv_gb=0.25, budget_ratio=0.5, encode_batch=64, host_kv_bits=4)
+    tiers = replace(tiers, step_overhead=float("inf"), link_gb_s=12.5)
     assert tiers_from_file(json.loads(json.dumps(tiers_as_plain(tiers)))) == tiers
     assert pickle.loads(pickle.dumps(tiers)) == tiers
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from typing import Any, overload
 
 from tieredkv.errors import OptionError, check_value, check_whole, is_number
-from tieredkv.memory.units import GIB, check_gpu_kv_gb, check_host_kv_bits, check_host_kv_gb
+from tieredkv.memory.units import GIB, check_gpu_kv_gb, check_host_kv_bits, check_host_kv_gb, check_step_overhead
 from tieredkv.policy.base import Policy
 from tieredkv.policy.digests import DIGESTS
 from tieredkv.policy.names import DEFAULT_POLICY, check_name
@@ -53,7 +54,15 @@ class TierConfig:
     """What is kept and what is fetched: a `Policy`, or a name in `POLICIES` (listed by `tieredkv policies`), which is
     replaced by that policy. To change theta: `replace(POLICIES["hybridkv"], theta=0.9)`."""
     budget_ratio: float | None = None
-    """Mean share of the prompt a head attends to per step; None: as much as fits under `gpu_kv_gb`."""
+    """Mean share of the prompt a head attends to per step; None: as much as fits under `gpu_kv_gb` and, where the link
+    is known, as `step_overhead` allows."""
+    step_overhead: float | None = 0.15
+    """Without a `budget_ratio`: the most that a step may wait for chunks from the host, as predicted, relative to the
+    time of the weights alone. What then is not attended to becomes spare slots; at least what a `budget_ratio` of 0.05
+    gives is attended to (`planning.decode_plan`). None or infinity: no limit."""
+    link_gb_s: float | None = None
+    """Rate of the link between host and card, in GB/s (1e9 bytes) of one large copy. None: on a card as measured once
+    per machine, on a CPU unknown, so that `step_overhead` limits nothing."""
     spare_ratio: float = 0.2
     """Share of a dynamic head's retrieval slots reserved for chunks that are resident but not selected. With
     `budget_ratio`, which fixes how many are selected, a larger share enlarges the pool: decoding is faster and answers
@@ -88,6 +97,7 @@ class TierConfig:
         check_gpu_kv_gb(self.gpu_kv_gb)
         check_host_kv_gb(self.host_kv_gb)
         check_host_kv_bits(self.host_kv_bits)
+        check_step_overhead(self.step_overhead)
         ratio = self.budget_ratio
         for name in ("chunk_tokens", "prefill_chunk"):
             check_whole(name, getattr(self, name))
@@ -99,6 +109,10 @@ class TierConfig:
         wanted(share, "spare_ratio", "a share of at least 0 and below 1")
         share = ratio is None or (is_number(ratio) and 0 < ratio <= 1)
         wanted(share, "budget_ratio", "None or a share above 0 and at most 1")
+        if self.step_overhead == math.inf:
+            object.__setattr__(self, "step_overhead", None)  # as JSON knows no infinity
+        link = self.link_gb_s
+        wanted(link is None or (is_number(link) and link > 0), "link_gb_s", "None or a number above 0")
         for name in ("adaptive", "pack_pages", "prefetch"):
             wanted(isinstance(getattr(self, name), bool), name, "True or False")
         if self.adaptive:
@@ -118,8 +132,9 @@ POLICY_FIELDS = frozenset(field.name for field in fields(Policy))
 
 
 def tier_config(tiers: TierConfig | None, options: dict[str, Any]) -> TierConfig:
-    """`tiers`, or a TierConfig of the options that are not None. Raises `OptionError`, `BudgetError`."""
-    given = {name: value for name, value in options.items() if value is not None}
+    """`tiers`, or a TierConfig of the options that are not None (of `step_overhead` that is a value of its own). Raises
+    `OptionError`, `BudgetError`."""
+    given = {name: value for name, value in options.items() if value is not None or name == "step_overhead"}
     if tiers is None:
         refuse_policy_fields(given)
         if unknown := sorted(given.keys() - FIELDS):

@@ -59,7 +59,6 @@ def one_process(monkeypatch):
     ("name", "options", "row"),
     [
         ("decode_cpu.py", [], {"tokens", "full_ms", "tiered_ms", "ratio"}),
-        ("decode.py", ["--device", "cpu"], {"shape", "tokens", "kind", "ms", "over_floor"}),
         ("prefill.py", ["--device", "cpu"], {"tokens", "kind", "seconds", "tokens_per_s"}),
         ("right.py", ["--device", "cpu"], {"family", "ours", "ours_tight", "offloaded", "offloaded_error"}),
         ("fits.py", ["--device", "cpu"], {"shape", "card_gib", "tokens", "kind", "seconds"}),
@@ -76,8 +75,25 @@ def test_it_runs_without_a_card(run, one_process, name, options, row):
 
 
 @pytest.mark.slow
+def test_rows_of_decoding_say_how_they_ran_and_what_was_assumed(run):
+    code, out, err = run("decode.py", "--device", "cpu")
+    assert code == 0, err
+    assert "hits, assumed" in out
+    rows = json.loads(out.splitlines()[-1])["rows"]
+    assert [row["kind"] for row in rows] == [
+        "floor", "floor, eager", "full", "full, eager", "tiered", "tiered", "speculative"
+    ]  # fmt: skip
+    assert all({"shape", "tokens", "ms", "over_floor", "path"} <= row.keys() for row in rows)
+    for row in rows[4:]:
+        assert (row["budget"], row["scripted"], row["evidence"]) == (0.05, "ranks", False)
+        assert (row["host_kv_bits"], row["page_bits"], row["chunk_bytes"]) == (8, 8, 8 * 2 * (32 + 2))
+        assert row["chunks_per_head"] > 0
+    assert [row["hit_rate"] for row in rows[4:6]] == pytest.approx([0, 0.8], abs=0.05)
+
+
+@pytest.mark.slow
 @pytest.mark.model
-@pytest.mark.parametrize("name", ["ingest.py", "shares.py", "evidence.py"])
+@pytest.mark.parametrize("name", ["ingest.py", "shares.py", "evidence.py", "hits.py"])
 def test_benchmarks_of_the_bundled_model_run(run, name):
     """ingest.py measures in a process of its own."""
     code, out, err = run(name)
@@ -126,6 +142,19 @@ def test_fewer_bits_take_fewer_bytes_everywhere(run):
         assert ours["link_bytes_per_token"] == pytest.approx(share * plain["link_bytes_per_token"], rel=0.3)
         saved = [row["file_bytes"] - row["host_bytes"] for row in (ours, plain)]
         assert saved[0] == pytest.approx(saved[1], abs=2**16)
+
+
+def test_predicted_steps_say_what_is_assumed_and_copy_less_than_before(run):
+    code, out, err = run("predict.py")
+    assert code == 0, err
+    result = json.loads(out.splitlines()[-1])
+    before, now = result["rows"]
+    assert (before["when"], now["when"], "hit rate" in result["assumed"]) == ("before", "now", True)
+    assert now["launches"] < before["launches"]
+    assert now["link_bytes"] < before["link_bytes"]
+    assert now["ms"] == pytest.approx(
+        sum(now[f"{part}_ms"] for part in ("weights", "attention", "ranking", "launches", "link")), abs=1e-3
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

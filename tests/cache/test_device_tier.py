@@ -83,3 +83,14 @@ def test_decoding_ends_with_nothing_counted(tier):
     made.end_decoding()
     assert made.pools == []
     assert made.ledger.by_purpose() == {}
+
+
+def test_copies_are_limited_where_a_link_is_known_and_no_budget_is_given(tier):
+    assert tier().miss_limit() is None
+    known = tier(link_gb_s=10)
+    limit = known.miss_limit()
+    assert limit.rates.link_gb_s == 10
+    known.change_tiers(TierConfig(step_overhead=0.3), empty=False)
+    assert known.miss_limit().ms == pytest.approx(2 * limit.ms)
+    for options in ({"budget_ratio": 0.1}, {"step_overhead": None}):
+        assert tier(link_gb_s=10, **options).miss_limit() is None

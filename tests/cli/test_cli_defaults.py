@@ -42,6 +42,7 @@ def test_every_key_is_an_option_and_a_variable(monkeypatch, capsys, file, short_
         "gpu_kv_gb": 2,
         "host_kv_gb": 3.5,
         "host_kv_bits": 4,
+        "step_overhead": 0.3,
         "policy": "quest",
         "card": "RTX 3060",
     }
@@ -56,6 +57,7 @@ def test_every_key_is_an_option_and_a_variable(monkeypatch, capsys, file, short_
     assert (by_file["fps"], by_file["frames"], by_file["new_tokens"]) == (5 / 30, 5, 6)
     assert by_file["cap_bytes"] == 2 * GIB
     assert (by_file["host_budget_bytes"], by_file["host_bits"]) == (3.5 * GIB, 4)
+    assert by_file["step"]["overhead"] == 0.3
     assert (by_file["card"], by_file["link"]) == ("RTX 3060", "pcie4x8")
     assert by_file["quantisation"].startswith("torchao")
 

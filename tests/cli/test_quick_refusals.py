@@ -42,6 +42,7 @@ REFUSED = {
     "run questions.jsonl -o answers.jsonl -m /nowhere/model": "/nowhere/model: no usable model found there",
     "ask film.mp4 Q --gpu-kv-gb 0": "gpu_kv_gb=0.0 is not valid",
     "ask film.mp4 Q --host-kv-gb -1": "host_kv_gb=-1.0 is not valid",
+    "ask film.mp4 Q --step-overhead -1": "step_overhead=-1.0 is not valid: give None, or a number of at least 0",
     "ask film.mp4 Q --host-kv-bits 2": "host_kv_bits=2 is not valid: give None or one of 16, 8, 4",
     "ask film.mp4 Q --policy best": "policy='best' is not valid: give one of hybridkv, ",
     "ask film.mp4 Q --max-new-tokens 0": "max_new_tokens=0 is not valid",

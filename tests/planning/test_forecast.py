@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 import shutil
-from dataclasses import replace
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -172,10 +173,7 @@ def test_times_follow_from_the_bytes(seven_billion):
     memory_plan = plan(seven_billion, 131_072, link=10, card=1000)
     assert memory_plan.step_copy_ms == pytest.approx(memory_plan.step_copy_bytes / 1e7)
     assert memory_plan.prefill_copy_s == pytest.approx(memory_plan.prefill_copy_bytes / 1e10)
-    least, most = memory_plan.token_ms
-    assert least == pytest.approx((memory_plan.step_weight_bytes + memory_plan.step_read_bytes) / 1e9)
-    assert most == pytest.approx(least + memory_plan.step_copy_ms)
-    assert plan(seven_billion, 131_072).token_ms is None
+    assert plan(seven_billion, 131_072).step.time is None
     assert plan(seven_billion, 1000, card="rtx4090", link="PCIe5x16").card_gb_s == 1008
 
 
@@ -371,7 +369,7 @@ def test_encode_batch_decides_in_whole_steps(asked, given):
 def test_the_table_fits_a_terminal_and_says_what_is_assumed(film):
     text = str(plan(PATH, film, fps=4.0, gpu_kv_gb=0.002, card="RTX 3060"))
     lines = text.splitlines()
-    assert len(lines) <= 31
+    assert len(lines) <= 34
     assert max(len(line) for line in lines) <= 110
     for words in ("film.mp4: 2,400 frames of 640x360", "as assumed", "estimates, not measured", "by its data sheet"):
         assert words in text
@@ -383,10 +381,37 @@ def test_the_table_shows_the_frames_that_the_tower_sees(film):
     assert "steps of 1x1 (frames of 28x28), " in small
 
 
-def test_a_time_without_copies_is_one_number(film):
-    memory_plan = plan(PATH, film, fps=4.0, gpu_kv_gb=0.1, card="RTX 3060")
-    assert " to " in re.search(r"time per token *(.*) ms", str(replace(memory_plan, step_copy_bytes=10**9)))[1]
-    assert " to " not in re.search(r"time per token *(.*) ms", str(replace(memory_plan, step_copy_bytes=0)))[1]
+def test_a_step_is_predicted_by_part_and_says_what_is_assumed(seven_billion):
+    options = {"gpu_kv_gb": 2, "card": "RTX 4090", "link": "pcie4x16"}
+    ranked, everything = (
+        plan(seven_billion, 131_072, **options),
+        plan(seven_billion, 131_072, **options | {"gpu_kv_gb": 4}),
+    )
+    assert ranked.step.time.total == pytest.approx(sum(asdict(ranked.step.time).values()))
+    assert (everything.step.time.link, everything.step.time.ranking, everything.step.hit_rate) == (0, 0, None)
+    assert everything.step.time.weights == ranked.step.time.weights < ranked.step.model_ms
+    assert "(assumed)" in str(ranked)
+    assert "assumed         share of the card's bandwidth" in str(ranked)
+    assert "limited by        nothing: a step attends to everything" in str(everything)
+
+
+def test_the_link_limits_a_step_where_a_card_is_named(seven_billion):
+    def planned(**options):
+        return plan(seven_billion, 131_072, gpu_kv_gb=2, **options)
+
+    card = {"card": "RTX 4090"}
+    unlimited = planned(**card, step_overhead=math.inf)
+    for link, bound in (("pcie5x16", "link"), ("pcie4x16", "link"), ("pcie3x16", "floor")):
+        limited = planned(**card, link=link)
+        assert limited.step.bound == bound
+        assert limited.dynamic_tokens < unlimited.dynamic_tokens
+        allowed = 0.15 * limited.step.model_ms
+        assert (limited.step.time.link <= allowed) is (bound == "link")
+    assert unlimited.step.bound == planned().step.bound == "memory"
+    assert unlimited.dynamic_tokens == planned().dynamic_tokens  # without a card, nothing is known of the link
+    assert planned(**card, link_gb_s=25.0).dynamic_tokens == planned(**card).dynamic_tokens
+    given = planned(**card, budget_ratio=0.2)
+    assert (given.step.bound, given.dynamic_tokens > limited.dynamic_tokens) == ("budget_ratio", True)
 
 
 @pytest.mark.usefixtures("full_disk")
@@ -402,7 +427,10 @@ def test_the_dictionary_is_json_and_complete(seven_billion):
     memory_plan = plan(seven_billion, 1000, card=500)
     values = json.loads(json.dumps(memory_plan.as_dict()))
     names = set(MemoryPlan.__dataclass_fields__) - {"shape"}
-    assert names | {"layers", "token_bytes", "token_ms", "step_copy_ms", "prefill_copy_s"} <= values.keys()
+    assert names | {"layers", "token_bytes", "step_copy_ms", "prefill_copy_s"} <= values.keys()
+    assert values["step"]["ms"]["total"] == memory_plan.step.time.total
+    assert values["step"]["tokens_per_s"] == pytest.approx(1000 / memory_plan.step.time.total)
+    assert "hit rate" in values["step"]["assumed"]
     assert values["decode"] == memory_plan.decode
 
 

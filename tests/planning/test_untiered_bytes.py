@@ -206,8 +206,11 @@ def test_a_plan_prints_these_layers_apart_from_the_tiers(windowed):
     assert plain["untiered_decode"] == planned.untiered_decode
     assert (plain["layers"], plain["snapshot_bytes"]) == (1, planned.snapshot_bytes)
     assert (tiers_only.snapshot_bytes, tiers_only.untiered_prefill, tiers_only.untiered_decode) == (0, {}, {})
-    read = planned.step_weight_bytes + planned.step_read_bytes + planned.untiered_decode["sliding windows"]
-    assert planned.token_ms[0] == pytest.approx(read / 1e9)
+    alone, here = tiers_only.step.time.attention, planned.step.time.attention
+    assert here == pytest.approx(
+        alone * planned.step_read_bytes / tiers_only.step_read_bytes
+        + planned.untiered_decode["sliding windows"] / (0.8 * 1000 * 1e6)
+    )
 
 
 def test_a_plan_is_refused_where_the_snapshot_does_not_fit(windowed, monkeypatch):

@@ -8,6 +8,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from launches import decoded
 
+from tieredkv.planning import step_time
+
 RANKED = {"theta": 2.0}
 UNRANKED = {"theta": 2.0, "gpu_kv_gb": 1.0, "budget_ratio": None}
 ADAPTIVE = {"theta": 2.0, "adaptive": True}
@@ -42,3 +44,8 @@ def test_a_layer_takes_so_many_launches(llama, long_ids, monkeypatch, name):
         assert got == want, f"{got}: {', '.join(launches)}"
     ahead = 1 if "prefetch" in options else 0
     assert len(step["ahead"].launches) == 3 * ahead if ahead else "ahead" not in step
+
+
+def test_the_planner_counts_as_many():
+    for kind, launches in step_time.LAUNCHES.items():
+        assert launches == sum(LAUNCHES[f"{kind}, evidence"][2:])

@@ -29,6 +29,10 @@ from tieredkv.ops.base import Ops
 from tieredkv.ops.select import copying_by_torch, ops_for
 from tieredkv.planning import host_plan, prefill_plan
 from tieredkv.planning.prefill_plan import Call
+from tieredkv.planning.step_time import MissLimit, Rates
+from tieredkv.planning.step_works import miss_limit
+from tieredkv.planning.this_machine import machine_rates
+from tieredkv.planning.weight_bytes import weight_bytes
 
 T = TypeVar("T")
 MOST_WORKERS = 4
@@ -112,6 +116,10 @@ class DeviceTier:
         self._shape: KVShape | None = None
         self._ops, self._own_copies = ops, copies is None
         self._workers: ThreadPoolExecutor | None = None
+        self._rates: Rates | None = None
+        """Of the first device and its link, if they are known."""
+        self._step_weight_bytes: int | None = None
+        """What a step reads of the model's weights; None: not counted yet."""
         self._resident_tokens: int | None = None
         """First tokens of every layer to keep on the device; None: not decided yet."""
 
@@ -136,6 +144,8 @@ class DeviceTier:
             raise UnsupportedModelError(
                 f"the model's layers are on {self.devices[0]} and {device}: load it on cards alone, or on the CPU."
             )
+        if not self.devices:
+            self._rates = machine_rates(device, self.tiers.link_gb_s)
         if device.type == "cuda":
             self._use_card(device)
         self.devices.append(device)
@@ -276,6 +286,20 @@ class DeviceTier:
             self.ledger.release(purpose)
         if decoding:  # a pool is one block, and nothing else is in it yet that would keep it
             return_unused(self.devices)
+
+    def miss_limit(self) -> MissLimit | None:
+        """What a step may spend on chunks that are not on the device, by the rates of the first device; None: as much
+        as it takes, also where no link is known."""
+        if self._rates is None or self.tiers.step_overhead is None or self.tiers.budget_ratio is not None:
+            return None
+        if self._step_weight_bytes is None:
+            dtype = {2: torch.bfloat16, 4: torch.float32}[self.shape.itemsize]  # of it only the size matters here
+            try:
+                self._step_weight_bytes = weight_bytes(self._config, dtype)["step_weight_bytes"]
+            except UnsupportedModelError:  # it cannot be built from its config, so its weights are not known
+                self._rates = None
+                return None
+        return miss_limit(self.shape, self.tiers, self._step_weight_bytes, self._rates)
 
     def step_ops(self, device: torch.device) -> Ops:
         """The operations of a decoding step until the next seal: growing the host tier may change them."""

@@ -103,9 +103,8 @@ def seal(layers: Sequence[TieredLayer], device_tier: DeviceTier, question: Quest
     cap_bytes = tiers.cap_bytes - (len(device_tier.devices) - 1) * masses
     bits = device_tier.next_bits(tokens)
     types = classify_heads(rows, shape, tiers, layout, cap_bytes, bits)
-    plan = decode_plan.plan_decode(
-        shape, tiers, layout, cap_bytes, types.scores, types.static, types.need, host_bits=bits
-    )
+    heads, limit = (types.scores, types.static, types.need), device_tier.miss_limit()
+    plan = decode_plan.plan_decode(shape, tiers, layout, cap_bytes, *heads, host_bits=bits, limit=limit)
     pack(layers, device_tier, bits)
     device_tier.make_room_for_pools()
     try:

@@ -24,6 +24,7 @@ from tieredkv.cli.options import (
     PolicyName,
     SkipDamaged,
     Start,
+    StepOverhead,
     Subtitles,
     System,
     Timestamps,
@@ -51,6 +52,7 @@ def ask(
     gpu_kv_gb: GpuGiB = None,
     host_kv_gb: HostGiB = None,
     host_kv_bits: HostBits = None,
+    step_overhead: StepOverhead = None,
     policy: PolicyName = None,
     fps: Fps = None,
     max_frames: MaxFrames = None,
@@ -86,7 +88,13 @@ def ask(
         check_target(evidence)
     sampling = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels, start=start, end=end)
     sampling |= given(skip_damaged=skip_damaged or None, subtitles=subtitles, fit=fit or None)
-    tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, host_kv_bits=host_kv_bits, policy=policy)
+    tiers = given(
+        gpu_kv_gb=gpu_kv_gb,
+        host_kv_gb=host_kv_gb,
+        host_kv_bits=host_kv_bits,
+        policy=policy,
+        step_overhead=step_overhead,
+    )
     check_prompt(question)
     check_options(tiers, sampling, max_new_tokens)
     if session is None or not is_there(session):  # else the file names the model

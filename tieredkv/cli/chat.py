@@ -23,6 +23,7 @@ from tieredkv.cli.options import (
     PolicyName,
     SkipDamaged,
     Start,
+    StepOverhead,
     Subtitles,
     System,
     Timestamps,
@@ -48,6 +49,7 @@ def chat(
     gpu_kv_gb: GpuGiB = None,
     host_kv_gb: HostGiB = None,
     host_kv_bits: HostBits = None,
+    step_overhead: StepOverhead = None,
     policy: PolicyName = None,
     fps: Fps = None,
     max_frames: MaxFrames = None,
@@ -76,7 +78,13 @@ def chat(
 
     sampling = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels, start=start, end=end)
     sampling |= given(skip_damaged=skip_damaged or None, subtitles=subtitles, fit=fit or None)
-    tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, host_kv_bits=host_kv_bits, policy=policy)
+    tiers = given(
+        gpu_kv_gb=gpu_kv_gb,
+        host_kv_gb=host_kv_gb,
+        host_kv_bits=host_kv_bits,
+        policy=policy,
+        step_overhead=step_overhead,
+    )
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens}
     answering = options | given(timestamps=timestamps or None)
     check_options(tiers, sampling, max_new_tokens)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tieredkv.errors import OptionError, SessionError
-from tieredkv.memory.units import check_gpu_kv_gb, check_host_kv_bits, check_host_kv_gb
+from tieredkv.memory.units import check_gpu_kv_gb, check_host_kv_bits, check_host_kv_gb, check_step_overhead
 from tieredkv.policy.names import check_name
 from tieredkv.session.generation_values import check_values
 from tieredkv.session.manifest import read_manifest
@@ -18,13 +18,14 @@ from tieredkv.video.suffixes import FILMS
 def check_options(tiers: dict[str, Any], sampling: dict[str, Any], max_new_tokens: int | None = None) -> Sampling:
     """Raise a `TieredKVError` for a value outside its range, otherwise return how to sample the video.
 
-    tiers: `gpu_kv_gb`, `host_kv_gb`, `host_kv_bits` and `policy`, as far as they were given.
+    tiers: `gpu_kv_gb`, `host_kv_gb`, `host_kv_bits`, `policy` and `step_overhead`, as far as they were given.
     """
     checks = {
         "gpu_kv_gb": check_gpu_kv_gb,
         "host_kv_gb": check_host_kv_gb,
         "host_kv_bits": check_host_kv_bits,
         "policy": check_name,
+        "step_overhead": check_step_overhead,
     }
     for name, check in checks.items():
         if name in tiers:

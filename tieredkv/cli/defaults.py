@@ -15,6 +15,7 @@ KEYS: dict[str, Any] = {
     "gpu_kv_gb": float,
     "host_kv_gb": float,
     "host_kv_bits": int,
+    "step_overhead": float,
     "fps": float,
     "max_frames": int,
     "max_pixels": int | str,

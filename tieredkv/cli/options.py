@@ -69,6 +69,13 @@ HostBits = Annotated[
         help="Bits of keys and values in host memory and session files [16 if all stay on the device, else 8].",
     ),
 ]
+StepOverhead = Annotated[
+    float | None,
+    typer.Option(
+        envvar="TIEREDKV_STEP_OVERHEAD",
+        help="Most that a step waits for copies, relative to the weights' own time; inf: no limit [0.15].",
+    ),
+]
 Fps = Annotated[
     float | None, typer.Option(envvar="TIEREDKV_FPS", help="Frames sampled per second [the processor's rate].")
 ]

@@ -22,6 +22,7 @@ from tieredkv.cli.options import (
     PolicyName,
     SkipDamaged,
     Start,
+    StepOverhead,
     Subtitles,
     System,
     Weights,
@@ -44,6 +45,7 @@ def plan(
     gpu_kv_gb: GpuGiB = None,
     host_kv_gb: HostGiB = None,
     host_kv_bits: HostBits = None,
+    step_overhead: StepOverhead = None,
     policy: PolicyName = None,
     fps: Fps = None,
     max_frames: MaxFrames = None,
@@ -81,7 +83,13 @@ def plan(
     sampling |= given(fit=fit or None)
     if tokens and not typed(context, sampling):
         sampling = {}  # defaults for videos do not apply to a number of tokens
-    tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, host_kv_bits=host_kv_bits, policy=policy)
+    tiers = given(
+        gpu_kv_gb=gpu_kv_gb,
+        host_kv_gb=host_kv_gb,
+        host_kv_bits=host_kv_bits,
+        policy=policy,
+        step_overhead=step_overhead,
+    )
     check_weights(weights)
     check_place(model)
     find_link(link)
@@ -101,7 +109,7 @@ def plan(
         gpu_kv_gb=gpu_kv_gb,
         host_kv_gb=host_kv_gb,
         host_kv_bits=host_kv_bits,
-        **given(policy=policy),
+        **given(policy=policy, step_overhead=step_overhead),
         **sampling,
         start=start or 0.0,
         end=end,

@@ -25,6 +25,7 @@ from tieredkv.cli.options import (
     PolicyName,
     SkipDamaged,
     Start,
+    StepOverhead,
     Subtitles,
     System,
     Timestamps,
@@ -59,6 +60,7 @@ def run(
     gpu_kv_gb: GpuGiB = None,
     host_kv_gb: HostGiB = None,
     host_kv_bits: HostBits = None,
+    step_overhead: StepOverhead = None,
     policy: PolicyName = None,
     fps: Fps = None,
     max_frames: MaxFrames = None,
@@ -94,7 +96,13 @@ def run(
         raise BatchError("--resume continues a file of answers: give -o a file, not stdout.")
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens}
     answering = options | given(timestamps=timestamps or None)
-    tiers = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, host_kv_bits=host_kv_bits, policy=policy)
+    tiers = given(
+        gpu_kv_gb=gpu_kv_gb,
+        host_kv_gb=host_kv_gb,
+        host_kv_bits=host_kv_bits,
+        policy=policy,
+        step_overhead=step_overhead,
+    )
     sampled = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels, start=start, end=end)
     sampled |= given(skip_damaged=skip_damaged or None, subtitles=subtitles, fit=fit or None)
     sampling = check_options(tiers, sampled, max_new_tokens)

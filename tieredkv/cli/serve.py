@@ -19,6 +19,7 @@ from tieredkv.cli.options import (
     Model,
     NewTokens,
     PolicyName,
+    StepOverhead,
     System,
     Weights,
     given,
@@ -37,6 +38,7 @@ def serve(
     gpu_kv_gb: GpuGiB = None,
     host_kv_gb: HostGiB = None,
     host_kv_bits: HostBits = None,
+    step_overhead: StepOverhead = None,
     policy: PolicyName = None,
     host: Annotated[str, typer.Option(envvar="TIEREDKV_HOST", help="The address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(envvar="TIEREDKV_PORT", help="Its port; 0: any that is free.")] = 8000,
@@ -128,7 +130,13 @@ def serve(
 
     if log_level not in LEVELS:
         raise OptionError(f"log_level={log_level!r} is not valid: give one of {', '.join(LEVELS)}.")
-    tiers: dict[str, Any] = given(gpu_kv_gb=gpu_kv_gb, host_kv_gb=host_kv_gb, host_kv_bits=host_kv_bits, policy=policy)
+    tiers: dict[str, Any] = given(
+        gpu_kv_gb=gpu_kv_gb,
+        host_kv_gb=host_kv_gb,
+        host_kv_bits=host_kv_bits,
+        policy=policy,
+        step_overhead=step_overhead,
+    )
     check_options(tiers, given(fps=fps, max_frames=max_frames, max_pixels=max_pixels), max_new_tokens)
     check_system(system)
     settings = Settings(

@@ -29,3 +29,10 @@ def cuda_devices(model: torch.nn.Module) -> list[torch.device]:
     """The CUDA devices that a model's weights are on; none if any are elsewhere."""
     devices = list(dict.fromkeys(weight.device for weight in model.parameters()))
     return devices if all(device.type == "cuda" for device in devices) else []
+
+
+def memory_gb_s(card: torch.device) -> float | None:
+    """Bandwidth of a CUDA device's memory, GB/s (1e9 bytes), by clock and width; None if torch does not report them."""
+    found = torch.cuda.get_device_properties(card)
+    clock_khz, bits = getattr(found, "memory_clock_rate", 0), getattr(found, "memory_bus_width", 0)
+    return 2 * clock_khz * 1e3 * bits / 8 / 1e9 or None  # both edges of the clock

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from tieredkv.errors import BudgetError, check_value, is_number
@@ -33,6 +34,12 @@ def check_host_kv_bits(value: object) -> None:
     """Raise `OptionError` unless this is None or the bits of a codec."""
     ok = value is None or (value in HOST_BITS and isinstance(value, int) and not isinstance(value, bool))
     check_value(ok, "host_kv_bits", value, f"None or one of {', '.join(map(str, HOST_BITS))}")
+
+
+def check_step_overhead(value: object) -> None:
+    """Raise `OptionError` unless this is None or what a step may wait for copies, as a share of its time."""
+    ok = value is None or value == math.inf or (is_number(value) and value >= 0)
+    check_value(ok, "step_overhead", value, "None, or a number of at least 0, which may be infinity")
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -34,6 +34,9 @@ from tieredkv.planning.links import find_link
 from tieredkv.planning.planned import PlannedMedia, PlannedModel, PlannedVideo
 from tieredkv.planning.prefill_plan import question_rows, untiered_prefill_bytes
 from tieredkv.planning.report import BitsChoice, MemoryPlan
+from tieredkv.planning.step_forecast import StepForecast
+from tieredkv.planning.step_time import Rates, step_time, weights_only_ms
+from tieredkv.planning.step_works import miss_limit, model_layers, step_works
 from tieredkv.planning.weight_bytes import weight_bytes
 from tieredkv.video.download import download
 from tieredkv.video.media import Medium, check_media, check_subtitles
@@ -78,11 +81,12 @@ def plan(
     models, and text models under `TieredCache`. A config without a dtype counts as bfloat16; weights are counted as its
     `quantization_config` says. video_or_tokens: a number of visual tokens (for a text model, of tokens before the
     question), or a video, or several, as in `open_session`, opened but not decoded; needs the model's processor.
-    question_tokens: text after the video, the chat template's end included. system: a system prompt, counted
-    too. static_share: share of the heads assumed static, unless the policy fixes it. link: a name in `LINKS`, or GB/s;
-    card: a name, or GB/s (`find_card`). weights: as in `open_session`. tiers, or its fields as further keywords. Of a
-    card known by name the default of gpu_kv_gb is what is left of its memory. fit: as in
-    `open_session`; `MemoryPlan.fit` says what it chose.
+    question_tokens: text after the video, the chat template's end included. system: a system prompt, counted too.
+    static_share: share of the heads assumed static, unless the policy fixes it. link: a name in `LINKS`, or GB/s; card:
+    a name, or GB/s (`find_card`). With a card a step's time is predicted, and what it attends to is limited as
+    `step_overhead` says. weights: as in `open_session`. tiers, or its fields as further keywords. Of a card known by
+    name the default of gpu_kv_gb is what is left of its memory. fit: as in `open_session`; `MemoryPlan.fit` says what
+    it chose.
 
     Raises `BudgetError` when a tier is too small, naming the smallest change that fits; `VideoError`,
     `UnsupportedModelError` or `OptionError` for bad input.
@@ -91,7 +95,7 @@ def plan(
     settings = tier_config(
         tiers, {"gpu_kv_gb": gpu_kv_gb, "host_kv_gb": host_kv_gb, "host_kv_bits": host_kv_bits, **options}
     )
-    link, link_speed = find_link(link)
+    link, link_speed = find_link(link if settings.link_gb_s is None else settings.link_gb_s)
     on = None if card is None else find_card(card)
     for name, value in (("question_tokens", question_tokens), ("max_new_tokens", max_new_tokens)):
         check_whole(name, value)
@@ -178,6 +182,8 @@ def plan(
 
     bits, available = host_plan.prompt_bits(shape, settings, prompt), limits.available_host_bytes()
     host = sizes.host_bytes(shape, settings, prompt, bits)
+    rates = None if on is None else Rates.of(on.gb_s, link_speed)
+    limit = None if rates is None else miss_limit(shape, settings, weighs["step_weight_bytes"], rates)
 
     def smaller(allowed: int) -> str:
         kind = "tokens" if source.is_text else "visual tokens"
@@ -199,7 +205,9 @@ def plan(
 
     def decoding_at(bits: int) -> decode_plan.DecodePlan:
         scores = static.double()
-        return decode_plan.plan_decode(shape, settings, layout, settings.cap_bytes, scores, static, host_bits=bits)
+        return decode_plan.plan_decode(
+            shape, settings, layout, settings.cap_bytes, scores, static, host_bits=bits, limit=limit
+        )
 
     def choice(bits: int) -> BitsChoice:
         try:
@@ -228,6 +236,9 @@ def plan(
     decode = forecast_bytes.decode_bytes(shape, settings, decoding, static)
     prefill = forecast_bytes.prefill_bytes(shape, settings, prompt, question_tokens, bits)
     read, copied = forecast_bytes.step_bytes(shape, settings, decoding, static, bits)
+    untiered = sizes.untiered_bytes(shape, prompt + max_new_tokens - 1, 1)
+    weight_read, others = weighs["step_weight_bytes"], sum(untiered.values())
+    works = step_works(shape, settings, decoding, static, bits, weight_read, others)
     memory_plan = MemoryPlan(
         model_type=source.config.model_type,
         dtype=str(source.dtype).removeprefix("torch."),
@@ -260,7 +271,7 @@ def plan(
         prefill=prefill,
         decode=decode,
         untiered_prefill=untiered_prefill_bytes(shape, settings, prompt, question_tokens),
-        untiered_decode=sizes.untiered_bytes(shape, prompt + max_new_tokens - 1, 1),
+        untiered_decode=untiered,
         static_heads=n_static,
         dynamic_heads=n_dynamic,
         static_tokens=recent + c * static_pages // n_static if n_static else 0,
@@ -268,6 +279,15 @@ def plan(
         page_bits=decoding.page_bits,
         step_read_bytes=read,
         step_copy_bytes=copied,
+        step=StepForecast(
+            bound=decoding.bound,
+            overhead=settings.step_overhead,
+            most_copied_bytes=copied,
+            missed_bytes=round(sum(work.missed_bytes for work in works)),
+            launches=round(sum(work.model_launches + work.launches for work in works)),
+            time=None if rates is None else step_time(works, rates),
+            model_ms=None if rates is None else weights_only_ms(weight_read, model_layers(shape), rates),
+        ),
         prefill_copy_bytes=forecast_bytes.prefill_copy_bytes(shape, settings, prompt, question_tokens, bits),
         link=link,
         link_gb_s=link_speed,

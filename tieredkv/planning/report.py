@@ -16,6 +16,7 @@ from tieredkv.models.kv_shape import KVShape
 from tieredkv.models.long_context import beyond_training
 from tieredkv.planning.cards import CARDS
 from tieredkv.planning.links import LINKS
+from tieredkv.planning.step_forecast import StepForecast
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +124,8 @@ class MemoryPlan:
     """The most that one step copies from the host: all it selects, as if none of it were resident."""
     prefill_copy_bytes: int
     """Past keys and values streamed to the device while the whole prompt is prefilled and its question scored."""
+    step: StepForecast
+    """What a decoding step does, and how long it takes."""
     link: str
     link_gb_s: float
     card: str | None
@@ -159,19 +162,6 @@ class MemoryPlan:
         """Milliseconds the link needs for the most that one step copies."""
         return self.step_copy_bytes / self.link_gb_s / 1e6
 
-    @property
-    def token_ms(self) -> tuple[float, float] | None:
-        """Least and most milliseconds per token; None without a card.
-
-        Least: the card reads weights, attended KV and the layers that do not grow once, nothing is copied. Most:
-        everything selected is copied first, none of it overlapped.
-        """
-        if self.card_gb_s is None:
-            return None
-        read = self.step_weight_bytes + self.step_read_bytes + sum(self.untiered_decode.values())
-        least = read / self.card_gb_s / 1e6
-        return least, least + self.step_copy_ms
-
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -187,7 +177,7 @@ class MemoryPlan:
             "card_needed_bytes": self.card_needed_bytes,
             "prefill_copy_s": self.prefill_copy_s,
             "step_copy_ms": self.step_copy_ms,
-            "token_ms": None if self.token_ms is None else list(self.token_ms),
+            "step": self.step.as_dict(),
         }
 
     def __str__(self) -> str:
@@ -306,17 +296,17 @@ class MemoryPlan:
 
     def _time_rows(self) -> list[tuple[str, str]]:
         link = f"{self.link_gb_s:g} GB/s" + (f", {self.link}" if self.link in LINKS else "")
-        rows = [
+        card = f"{self.card_gb_s or 0:g} GB/s"
+        card += f", {self.card} by its data sheet" if any(self.card == known.name for known in CARDS) else ""
+        return [
             ("prefill copies", f"{_size(self.prefill_copy_bytes)}: {self.prefill_copy_s:.3g} s at {link}"),
-            ("a step copies", f"at most {_size(self.step_copy_bytes)}: {self.step_copy_ms:.3g} ms"),
+            (
+                "a step copies",
+                f"at most {_size(self.step_copy_bytes)}: {self.step_copy_ms:.3g} ms{self.step.copies()}",
+            ),
+            *self.step.rows(card),
+            ("", "Times are estimates, not measured."),
         ]
-        if self.token_ms is not None:
-            times = dict.fromkeys(f"{ms:.3g}" for ms in self.token_ms)
-            card = f"{self.card_gb_s:g} GB/s" + (
-                f", {self.card} by its data sheet" if any(self.card == known.name for known in CARDS) else ""
-            )
-            rows.append(("time per token", f"{' to '.join(times)} ms at {card}"))
-        return [*rows, ("", "Times are estimates, not measured.")]
 
 
 def _cells(name: str, *phases: dict[str, int]) -> str:
