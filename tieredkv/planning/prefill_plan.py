@@ -196,6 +196,7 @@ def resident_tokens(shape: KVShape, tiers: TierConfig, tokens: int, bits: int) -
         block = block_tokens(shape, tiers, tokens, scored, 0, True, bits)
         taken = reading_bytes(shape, tiers, tokens, scored, block, True, bits)
         taken = max(taken, reading_bytes(shape, tiers, tokens, scored, c, True, PLAIN))  # before it is packed
+        taken = max(taken, digesting_bytes(shape, tiers, 1))
         left = max(0, tiers.cap_bytes - taken) // shape.token_bytes if block else 0
         choices.append(min(everything, left // c * c))
 
