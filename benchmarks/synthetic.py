@@ -41,6 +41,14 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_key_value_heads": 2,
         "vocab_size": 151936,
     },
+    "demo": {
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "vocab_size": 73,
+    },
     "tiny": {
         "hidden_size": 256,
         "intermediate_size": 512,
@@ -50,7 +58,7 @@ SHAPES: dict[str, dict[str, int]] = {
         "vocab_size": 512,
     },
 }
-"""Decoders of Qwen2.5-VL-7B and 3B, and a small one, to check that a benchmark runs."""
+"""Decoders of Qwen2.5-VL-7B and 3B, of the bundled model, and a small one, to check that a benchmark runs."""
 
 
 def make_model(shape: str, device: str, dtype: torch.dtype, **changes: int) -> Any:
