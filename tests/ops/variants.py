@@ -1,13 +1,14 @@
 """The variants of kernels that steps ask for, without compiling any: python tests/ops/variants.py
 
 Every wrapper runs as usual, on tensors on the CPU, with a driver that reports its target; where Triton would compile,
-the variant is recorded and nothing is launched. Prints one JSON object: by case, the variants that each of its
-sessions was the first to ask for.
+the variant is recorded and nothing is launched. Prints a line of JSON for each case.
 """
 
 from __future__ import annotations
 
+import json
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,7 +30,9 @@ from tieredkv import TieredCache
 from tieredkv.cache.looks import Looks
 from tieredkv.cache.question import CONTEXT, Question
 from tieredkv.environment.versions import cache_argument
+from tieredkv.ops.base import Expected, Listing
 from tieredkv.ops.select import triton as kernels
+from tieredkv.policy.digests import DIGESTS
 
 Variant = tuple[str, str]
 """A kernel's name, and the key of its types, constants and options."""
@@ -79,8 +82,11 @@ def model_of(kv_heads: int, dtype: torch.dtype) -> Any:
     return LlamaForCausalLM(config).eval().to(dtype)
 
 
-def session(model: Any, tokens: int, questions: tuple[int, ...], evidence: bool, share: float, **options: Any) -> None:
-    """A context of `tokens` tokens, questions of so many tokens about it, and two steps after each.
+def session(
+    model: Any, tokens: int, questions: tuple[int, ...], evidence: bool, share: float, **options: Any
+) -> tuple[set[Variant], set[Variant]]:
+    """The variants compiled ahead of the first question, and those that questions and answers ask for: of a context of
+    `tokens` tokens, questions of so many tokens about it, and two steps after each.
 
     share: of the full cache, that the cap is.
     """
@@ -88,27 +94,28 @@ def session(model: Any, tokens: int, questions: tuple[int, ...], evidence: bool,
     chosen = {"budget_ratio": share / 2} if share < 1 else {}
     tiers = {"gpu_kv_gb": cap_share(model, room, share), "chunk_tokens": 8, "text_window": 16, **chosen, **options}
     ids = torch.randint(0, 97, (1, room), generator=torch.Generator().manual_seed(tokens))
+    ops = replace(kernels(), choose=choosing_none)
     with (
         torch.no_grad(),
         tieredkv.use_attention(model),
-        TieredCache(
-            model.config,
-            **tier_options(**tiers),
-            prompt_tokens=room,
-            ops=replace(kernels(), choose=choosing_none),
-            copies=LateCopies(),
-        ) as cache,
+        TieredCache(model.config, **tier_options(**tiers), prompt_tokens=room, ops=ops, copies=LateCopies()) as cache,
     ):
         cache.expect(CONTEXT)
         model(ids[:, :tokens], **cache_argument(cache))
         cache.settle()
-        for asked in questions:
-            cache.truncate(tokens)
-            looks = Looks(8) if evidence else None
-            cache.expect(Question(max_new_tokens=8, prompt_tokens=tokens + asked, rows=asked, looks=looks))
-            for part in (ids[:, :asked], ids[:, :1], ids[:, 1:2]):
-                model(part, **cache_argument(cache))
-            cache.finish()
+        with recorded() as ahead:
+            tier = cache.device_tier
+            for prepare in ops.preparations(tier.expected(model.dtype)):
+                prepare()
+        with recorded() as asked:
+            for length in questions:
+                cache.truncate(tokens)
+                looks = Looks(8) if evidence else None
+                cache.expect(Question(max_new_tokens=8, prompt_tokens=tokens + length, rows=length, looks=looks))
+                for part in (ids[:, :length], ids[:, :1], ids[:, 1:2]):
+                    model(part, **cache_argument(cache))
+                cache.finish()
+    return ahead, asked
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -123,27 +130,64 @@ CASES: dict[str, dict[str, Any]] = {
     "streaming": {"share": 0.5, "policy": "streaming"},
     "arkvale": {"share": 0.5, "policy": "arkvale"},
 }
-"""By name: what a session's settings are."""
+"""By name: a session's settings."""
+SESSIONS = ((400, (16, 30)), (512, (17,)))
+"""Contexts, and the questions about each."""
+LAYERS = ((4, 40_001, 9_000, 800), (1, 16_384, 4_096, 16), (3, 1, 1, 1), (2, 17, 16, 3))
+"""Dynamic heads, chunks, slots and most misses of a layer."""
+
+
+def of_lengths() -> tuple[set[Variant], set[Variant]]:
+    """The variants compiled ahead for a long prompt, and those that layers with any number of heads, chunks, slots and
+    misses ask for."""
+    expected = Expected(
+        28, 4, torch.bfloat16, (), DIGESTS["sketch"](128, 8, 4), "mean", 2.0, chunks=40_001
+    )  # fmt: skip
+    with recorded() as ahead:
+        for prepare in kernels().preparations(expected):
+            prepare()
+    meta, int32 = torch.device("meta"), torch.int32
+    with recorded() as asked, meta:
+        for heads, chunks, slots, most in (
+            (4, 40_001, 9_000, 800),
+            (1, 16_384, 4_096, 16),
+            (3, 1, 1, 1),
+            (2, 17, 16, 3),
+        ):
+            ranks, slot_of = torch.empty(heads, chunks), torch.empty(heads, chunks + 1, dtype=int32)
+            chosen, counts = torch.empty(heads, chunks, dtype=torch.bool), torch.empty(heads, dtype=torch.int64)
+            _, misses = kernels().choose(ranks, counts, slot_of, most, chosen)
+            used = [torch.empty(heads, slots, dtype=int32) for _ in range(3)]
+            listing = Listing(torch.empty(4, slots + 5, dtype=int32), counts, 5, None)
+            step = torch.empty(heads, dtype=int32)
+            kernels().place(chosen, chosen, misses, *used, step, most, counts, listing)
+            kernels().log_mass_without(torch.empty(heads, 7, chunks), chosen, torch.empty(heads, 7))
+    return ahead, asked
 
 
 def main() -> None:
+    """Print, case by case, how many variants there are of each kernel, how many of them only later sessions ask for,
+    and which were not compiled ahead."""
     triton.runtime.driver.set_active(Driver(89))
+    if "lengths" in sys.argv[1:]:
+        ahead, asked = of_lengths()
+        print(json.dumps({"case": "lengths", "asked": len(asked), "missing": sorted(map(str, asked - ahead))}))
+        return
     model = model_of(4, torch.bfloat16)
-    report = {}
-    for name, options in CASES.items():
+    for name in sys.argv[1:] or CASES:
         for evidence in (False, True):
-            known, grown = set(), []
-            for tokens, questions in ((400, (16, 30)), (512, (17, 40)), (700, (16,)), (1060, (33,))):
-                with recorded() as found:
-                    session(model, tokens, questions, evidence, **options)
-                grown.append(sorted({kernel for kernel, _ in found - known}))
-                counts = {}
-                for kernel, _ in found - known:
-                    counts[kernel] = counts.get(kernel, 0) + 1
-                grown[-1] = counts
-                known |= found
-            report[f"{name}{', evidence' if evidence else ''}"] = grown
-            print(name, evidence, len(known), [sum(c.values()) for c in grown], grown[1:], flush=True)
+            first, *later = [session(model, *sizes, evidence, **CASES[name]) for sizes in SESSIONS]
+            asked = set().union(*(asked for _, asked in later)) - first[1]
+            missing = set().union(*(asked - ahead for ahead, asked in (first, *later)))
+            report = {
+                "case": name,
+                "evidence": evidence,
+                "asked": dict(Counter(kernel for kernel, _ in first[1])),
+                "ahead": dict(Counter(kernel for kernel, _ in first[0])),
+                "later": sorted(kernel for kernel, _ in asked),
+                "missing": sorted(kernel for kernel, _ in missing),
+            }
+            print(json.dumps(report), flush=True)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 from transformers import PreTrainedConfig
 
+from tieredkv.cache.preparing import Preparing
 from tieredkv.codecs import PLAIN, codec_for
 from tieredkv.codecs.base import Codec
 from tieredkv.config import TierConfig
@@ -24,11 +25,13 @@ from tieredkv.memory.host import HostLayer
 from tieredkv.memory.ledger import DeviceLedger
 from tieredkv.memory.pagelock import PageLocker, aligned
 from tieredkv.memory.pool import DevicePool
+from tieredkv.memory.units import ceil_div
 from tieredkv.models.kv_shape import KVShape, model_shape
-from tieredkv.ops.base import Ops
+from tieredkv.ops.base import Expected, Ops
 from tieredkv.ops.select import copying_by_torch, ops_for
 from tieredkv.planning import host_plan, prefill_plan
 from tieredkv.planning.prefill_plan import Call
+from tieredkv.planning.sizes import digest_for, page_bits
 from tieredkv.planning.step_time import MissLimit, Rates
 from tieredkv.planning.step_works import miss_limit
 from tieredkv.planning.this_machine import machine_rates
@@ -37,6 +40,8 @@ from tieredkv.planning.weight_bytes import weight_bytes
 T = TypeVar("T")
 MOST_WORKERS = 4
 """Threads that compute beside a card."""
+MOST_TOKENS = 2**20
+"""Of a prompt whose length is not known, as far as kernels are compiled for it ahead of need."""
 DECODE_PURPOSES = ("pool", "digests", "tables")
 """Purposes that the ledger counts only while decoding."""
 
@@ -120,6 +125,9 @@ class DeviceTier:
         """Of the first device and its link, if they are known."""
         self._step_weight_bytes: int | None = None
         """What a step reads of the model's weights; None: not counted yet."""
+        self.preparing = Preparing()
+        """Compiles kernels for steps, if the model is on a card."""
+        weakref.finalize(self, self.preparing.stop)
         self._resident_tokens: int | None = None
         """First tokens of every layer to keep on the device; None: not decided yet."""
 
@@ -148,6 +156,7 @@ class DeviceTier:
             self._rates = machine_rates(device, self.tiers.link_gb_s)
         if device.type == "cuda":
             self._use_card(device)
+            self.preparing.start(self._ops or ops_for(device), self.expected(dtype), device)
         self.devices.append(device)
 
     def _use_card(self, card: torch.device) -> None:
@@ -158,6 +167,21 @@ class DeviceTier:
             self.locker = PageLocker()
             weakref.finalize(self, self.locker.close)  # in case nobody closes the cache
         self.locker.use(card)
+
+    def expected(self, dtype: torch.dtype) -> Expected:
+        """What steps may be like, as far as it is known before the first question. dtype: of the layers."""
+        shape, tiers, bits = self.shape, self.tiers, self.planned_bits()
+        tokens = self._prompt_tokens or MOST_TOKENS
+        return Expected(
+            heads=shape.num_attention_heads,
+            kv_heads=shape.num_key_value_heads,
+            dtype=dtype,
+            codecs=tuple((self.codec(bits, dtype), self.codec(pages, dtype)) for pages in page_bits(tiers, bits)),
+            digest=digest_for(shape, tiers),
+            group=tiers.policy.chunk_group,
+            stay=tiers.policy.stay,
+            chunks=ceil_div(tokens, tiers.chunk_tokens),
+        )
 
     def change_tiers(self, tiers: TierConfig, empty: bool) -> None:
         """Use other settings from now on; residents are dropped. empty: no token is cached, so how many stay resident
@@ -320,6 +344,7 @@ class DeviceTier:
         """Free everything. `copies` must be closed, and the host tier freed."""
         if self._workers is not None:
             self._workers.shutdown(cancel_futures=True)
+        self.preparing.stop()
         self.end_decoding()
         self.drop_residents()
         if self.locker is not None:

@@ -9,6 +9,7 @@ fills a page), `D` head dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -61,6 +62,27 @@ class Listing:
     nobody reads it."""
 
 
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What the steps of a session may be like, as far as it is known before its first question."""
+
+    heads: int
+    """H."""
+    kv_heads: int
+    """K, of the layer with the most."""
+    dtype: torch.dtype
+    """Of queries, keys and values."""
+    codecs: tuple[tuple[Codec, Codec], ...]
+    """Of the host tier and of pages: the pairs that there may be."""
+    digest: Digest[Any]
+    group: str
+    """The rule of `policy.select.GROUPS`."""
+    stay: float
+    """As `Ops.chunk_ranks` takes it."""
+    chunks: int
+    """N at most."""
+
+
 class Ops(Protocol):
     """The operations of a decoding step.
 
@@ -79,6 +101,10 @@ class Ops(Protocol):
     @property
     def capturable(self) -> bool:
         """Whether a step can be captured in a CUDA graph: on a card, no operation waits for the host."""
+
+    def preparations(self, expected: Expected) -> Iterable[Callable[[], object]]:
+        """What to call so that no step or seal waits for a compiler: in any order, at any time, on any thread. Launches
+        nothing and touches no data. For the current card; nothing where nothing is compiled."""
 
     def digest(self, digest: Digest[Any]) -> Digest[Any]:
         """The digest by this implementation's kernels, found by its name; `digest` itself if there are none."""

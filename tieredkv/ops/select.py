@@ -3,7 +3,7 @@ neither is installed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from importlib.util import find_spec
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tieredkv.ops import torch_ops
-from tieredkv.ops.base import Ops
+from tieredkv.ops.base import Expected, Ops
 from tieredkv.policy import select
 from tieredkv.policy.digests import Digest
 
@@ -23,6 +23,7 @@ class OpTable:
 
     name: str
     capturable: bool
+    preparations: Callable[[Expected], Iterable[Callable[[], object]]]
     digest: Callable[[Digest[Any]], Digest[Any]]
     chunk_ranks: Callable[..., torch.Tensor]
     log_mass_without: Callable[..., torch.Tensor]
@@ -41,6 +42,7 @@ class OpTable:
 TORCH = OpTable(
     name="torch",
     capturable=False,
+    preparations=lambda expected: (),
     digest=lambda digest: digest,
     chunk_ranks=select.chunk_ranks,
     log_mass_without=select.log_mass_without,
@@ -60,11 +62,12 @@ TORCH = OpTable(
 @cache
 def triton() -> OpTable:
     """Triton's kernels. ImportError where Triton is not installed."""
-    from tieredkv.ops.triton import adapt, attend, choose, copy, mass, rank
+    from tieredkv.ops.triton import adapt, ahead, attend, choose, copy, mass, rank
 
     return OpTable(
         name="triton",
         capturable=True,
+        preparations=ahead.preparations,
         digest=rank.by_kernels,
         chunk_ranks=rank.chunk_ranks,
         log_mass_without=mass.log_mass_without,

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from tieredkv.ops.triton.variants import launch
 from tieredkv.policy.select import MUCH_UNSEEN
 
 COLUMNS = 1024
@@ -25,12 +26,13 @@ def _adapt(
     quarter = (before + 3) // 4
     change = tl.where(share > MUCH, quarter, tl.where(share < MUCH / 2, -quarter, 0))
     now = tl.minimum(tl.maximum(before + change, tl.load(least + head)), tl.load(most + head))
-    tl.store(selected + head, now)
     tl.store(total + head, tl.load(total + head) + now)
     row = lengths + tl.load(heads + head) * table_columns + first
     for begin in range(0, columns, COLUMNS):
         column = begin + place
         tl.store(row + column, tl.where(column < now, FULL, 0), mask=column < columns)
+    tl.debug_barrier()  # not before all threads have read it
+    tl.store(selected + head, now)
 
 
 def adapt(
@@ -46,7 +48,8 @@ def adapt(
     full: int,
 ) -> None:
     """As `Ops.adapt`."""
-    _adapt[(len(selected),)](
+    launch(
+        _adapt, (len(selected),),
         selected, unseen, least, most, total, lengths, heads, lengths.shape[1], first, columns,
         FULL=full, MUCH=MUCH_UNSEEN, COLUMNS=COLUMNS, num_warps=4,
     )  # fmt: skip

@@ -19,6 +19,7 @@ from tieredkv.codecs.rotated import hadamard
 from tieredkv.ops.base import Pages
 from tieredkv.ops.triton.records import typed
 from tieredkv.ops.triton.turn import WIDTH, turn_queries
+from tieredkv.ops.triton.variants import launch
 
 BLOCK_BYTES = 2**14
 """Bytes of keys, and of values, that a program reads at a time: two blocks of each fit any card's shared memory."""
@@ -219,14 +220,16 @@ def paged_attention(
     if rows.dtype == torch.float32:  # less fits in registers, above all of unpacked numbers, which live there
         token_bytes *= padded_rows // 16 * (1 if bits == PLAIN else 8)
     block = min(128, max(16, BLOCK_BYTES // token_bytes))
-    _attend_split[(kv_heads, splits)](
+    launch(
+        _attend_split, (kv_heads, splits),
         rows, numbers, scales, channels, constant, table, lengths, parts, part_lse, page_lse,
         scaling, columns, triton.cdiv(columns, splits), 0 if page_lse is None else page_lse.stride(0),
         BITS=bits, RECORD=numbers.shape[1], G=group, C=codec.chunk_tokens, D=d,
         PADDED_C=triton.next_power_of_2(codec.chunk_tokens), PADDED_G=padded_rows, PADDED_W=width, BLOCK=block,
         WIDEN=widened(rows.dtype), num_stages=2,
     )  # fmt: skip
-    _merge_splits[(heads * n,)](
+    launch(
+        _merge_splits, (heads * n,),
         parts, part_lse, constant, centre, channels, turn, out, lse, splits, group,
         D=d, PADDED_D=padded, PADDED_SPLITS=MOST_SPLITS, WIDTH=WIDTH,
     )  # fmt: skip

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 
 from tieredkv.ops.base import Listing
-from tieredkv.ops.triton.attend import programs_for
-from tieredkv.ops.triton.variants import bounded
+from tieredkv.ops.triton import attend
+from tieredkv.ops.triton.variants import bounded, launch
 
 LARGEST_BLOCK = 16384
 """Ranks of a head in registers at most: 16 for each thread of the largest program."""
@@ -32,7 +32,7 @@ def _shape(values: int, largest: int, tile: int) -> dict[str, int]:
 
 def _parts(chunks: int, heads: int, device: torch.device) -> int:
     """Programs for each head: together one for each processor of the card, or as many as there are tiles."""
-    return min(triton.cdiv(chunks, TILE), max(1, programs_for(device) // 2 // heads))
+    return min(triton.cdiv(chunks, TILE), max(1, attend.programs_for(device) // 2 // heads))
 
 
 @triton.jit
@@ -151,7 +151,8 @@ def choose(
     missed = torch.empty((heads, most), dtype=torch.int32, device=ranks.device)
     misses = torch.empty((heads,), dtype=torch.int32, device=ranks.device)
     part = triton.cdiv(chunks, _parts(chunks, heads, ranks.device))
-    _choose[(heads, triton.cdiv(chunks, part))](
+    launch(
+        _choose, (heads, triton.cdiv(chunks, part)),
         ranks, selected, slot_of, chosen.view(torch.uint8), missed, misses, chunks, most, slot_of.stride(0), part,
         **_shape(chunks, LARGEST_BLOCK, TILE),
     )  # fmt: skip
@@ -247,7 +248,8 @@ def place(
     victims = torch.empty((n, most), dtype=torch.int32, device=slots.device)
     where = (None, None, None) if listing is None else (listing.table, listing.heads, listing.columns)
     columns, first = (0, 0) if listing is None else (listing.table.shape[1], listing.first)
-    _place[(n,)](
+    launch(
+        _place, (n,),
         wanted.view(torch.uint8), kept.view(torch.uint8), misses, chunk_in, last_used, slots, step, total, victims,
         *where, wanted.shape[1], most, count, chunk_in.stride(0), columns, first,
         **_shape(count, LARGEST_BLOCK // 2, 2 * TILE),

@@ -19,6 +19,7 @@ from tieredkv.codecs.rotated import hadamard
 from tieredkv.ops.base import Pages, Source
 from tieredkv.ops.triton.records import typed
 from tieredkv.ops.triton.turn import WIDTH, turned
+from tieredkv.ops.triton.variants import launch
 
 PROGRAMS = 96
 """Programs of a gather. On an H200 behind PCIe 5, 655 chunks of 4 KiB, encoded on the way, came at 26, 38, 39 and 42
@@ -169,7 +170,8 @@ def gather(
 ) -> None:
     """As `Ops.gather`."""
     operands, sizes = _operands(source, pages)
-    _gather[(PROGRAMS,)](
+    launch(
+        _gather, (PROGRAMS,),
         *operands, heads, missed, victims, misses, slots, chunk_in, slot_of,
         len(heads), first_chunk, missed.shape[1], slots.shape[1],
         chunk_in.stride(0), slot_of.stride(0), _capacity(source), **sizes,
@@ -202,9 +204,10 @@ def fetch(source: Source, pages: Pages, heads: torch.Tensor, chunks: torch.Tenso
         return
     operands, sizes = _operands(source, pages)
     device = pages.records.device
-    _fetch[(PROGRAMS,)](
-        *operands, *(part.to(device, non_blocking=True) for part in (heads, chunks, slots)), len(chunks),
-        _capacity(source), **sizes,
+    where = (part.to(device, torch.int64, non_blocking=True) for part in (heads, chunks, slots))
+    launch(
+        _fetch, (PROGRAMS,),
+        *operands, *where, len(chunks), _capacity(source), **sizes,
     )  # fmt: skip
 
 
@@ -258,7 +261,8 @@ def append(
     pool, scales = typed(pages)
     channels, centre = (None, None) if fit is None else (fit.channels, fit.centre)
     turn = hadamard(d, keys.device) if bits == 4 else None
-    _append[(kv_heads, 2)](
+    launch(
+        _append, (kv_heads, 2),
         keys.contiguous(), values.contiguous(), pool, scales, channels, centre, turn, table, lengths, count,
         table.shape[1],
         BITS=bits, RECORD=pool.shape[1], C=codec.chunk_tokens, D=d,
@@ -329,14 +333,15 @@ def keep(source: Source, pages: Pages, head: int, tokens: torch.Tensor, slots: t
     if len(tokens) == 0:
         return
     grid = (triton.cdiv(len(tokens), TOKENS),)
-    token, record = tokens.to(pages.records.device, non_blocking=True), pages.codec.chunk_bytes
-    which = head, token, slots, len(tokens), _capacity(source)
+    token, slot = (part.to(pages.records.device, torch.int64, non_blocking=True) for part in (tokens, slots))
+    which, record = (head, token, slot, len(tokens), _capacity(source)), pages.codec.chunk_bytes
     if source.codec.bits == pages.codec.bits:
-        _keep[grid](
+        launch(
+            _keep, grid,
             source.records, pages.records, *which,
             FIELDS=_layout(pages.codec), RECORD=record, C=pages.codec.chunk_tokens, TOKENS=TOKENS,
         )  # fmt: skip
         return
     operands, sizes = _operands(source, pages)
     names = ("RECORD", "C", "D", "PADDED_D")
-    _keep_packed[grid](*operands, *which, **{name: sizes[name] for name in names}, TOKENS=TOKENS)
+    launch(_keep_packed, grid, *operands, *which, **{name: sizes[name] for name in names}, TOKENS=TOKENS)

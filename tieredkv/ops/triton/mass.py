@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tieredkv.ops.triton.variants import bounded
+from tieredkv.ops.triton.variants import bounded, launch
 
 CHUNKS = 128
 """Chunks whose mass a program adds up."""
@@ -41,7 +41,8 @@ def log_mass_without(logits: torch.Tensor, chosen: torch.Tensor, constant: torch
     """As `Ops.log_mass_without`."""
     heads, queries, chunks = logits.shape
     out = torch.empty((heads, queries), dtype=torch.float32, device=logits.device)
-    _log_mass_without[(heads * queries,)](
+    launch(
+        _log_mass_without, (heads * queries,),
         logits, chosen.view(torch.uint8), constant, out, chunks,
         G=queries, BLOCK=bounded(chunks, 1024, 4096), num_warps=8,
     )  # fmt: skip
@@ -63,7 +64,8 @@ def record_unseen(
 ) -> None:
     """As `Ops.record_unseen`."""
     n, group = unselected.shape
-    _record_unseen[(n,)](
+    launch(
+        _record_unseen, (n,),
         unselected, lse, heads, unseen, total, G=group, PADDED_G=triton.next_power_of_2(group), num_warps=1,
     )  # fmt: skip
 
@@ -103,7 +105,8 @@ def add_mass(
 ) -> None:
     """As `Ops.add_mass`."""
     (n, chunks), group = chosen.shape, lse.shape[1]
-    _add_mass[(triton.cdiv(chunks, CHUNKS),)](
+    launch(
+        _add_mass, (triton.cdiv(chunks, CHUNKS),),
         chunk_mass, page_lse, lse, chosen.view(torch.uint8), slot_of, heads, columns,
         n, chunks, first, page_lse.stride(0), slot_of.stride(0), 0 if columns is None else columns.stride(0),
         G=group, PADDED_G=triton.next_power_of_2(group), CHUNKS=CHUNKS, num_warps=4,

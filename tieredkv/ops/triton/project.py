@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from tieredkv.ops.triton.variants import launch
+
 ROWS, NUMBERS, WIDTH = 16, 32, 32
 """Queries of a program, numbers it makes of each, and dimensions it reads at a time."""
 
@@ -64,7 +66,8 @@ def project(
         query = query.contiguous()
     out = torch.empty((n, rows, numbers), dtype=torch.float32, device=query.device)
     constant = torch.empty((n, rows), dtype=torch.float32, device=query.device)
-    _project[(n, triton.cdiv(rows, ROWS), triton.cdiv(numbers, NUMBERS))](
+    launch(
+        _project, (n, triton.cdiv(rows, ROWS), triton.cdiv(numbers, NUMBERS)),
         query, heads, up, column, weight, centre, out, constant,
         scaling, rows, query.stride(0), query.stride(1),
         D=d, M=m, R=numbers, ROWS=ROWS, NUMBERS=NUMBERS, WIDTH=WIDTH,

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from tieredkv.ops.triton.project import project
+from tieredkv.ops.triton.variants import launch
 from tieredkv.ops.triton.walsh import KernelWalsh, store_part
 from tieredkv.policy.digests import Digest
 from tieredkv.policy.digests.sketch import Basis, Sketch
@@ -69,7 +70,8 @@ def sketch_logits(
     logits = torch.empty((heads, group, chunks), dtype=torch.float32, device=small.device)
     parts = torch.empty((heads, group, programs), dtype=torch.float32, device=small.device)
     halved = r // 2 if bits == 4 else r
-    _sketch_logits[(heads, programs)](
+    launch(
+        _sketch_logits, (heads, programs),
         small, packed.contiguous(), logits, parts, chunks,
         G=group, C=chunk_tokens, R=r, BITS=bits,
         PADDED_G=max(16, triton.next_power_of_2(group)), PADDED_H=max(16, triton.next_power_of_2(halved)),
@@ -117,7 +119,8 @@ def pack_sketches(keys: torch.Tensor, bits: int, basis: Basis) -> torch.Tensor:
     r = basis.down.shape[-1]
     halved = r // 2 if bits == 4 else r
     packed = torch.empty((heads, chunks, c * halved), dtype=torch.uint8, device=keys.device)
-    _sketch[(heads, triton.cdiv(chunks * c, PACKED))](
+    launch(
+        _sketch, (heads, triton.cdiv(chunks * c, PACKED)),
         keys, basis.centre, basis.down, packed, chunks * c, keys.stride(0), keys.stride(1),
         C=c, D=d, R=r, BITS=bits, MOST=2 ** (bits - 1) - 1,
         WIDTH=32, PADDED_H=max(16, triton.next_power_of_2(halved)), TOKENS=PACKED, num_stages=1,
@@ -208,8 +211,9 @@ def chunk_ranks(
     if parts is None:
         parts = torch.empty((heads, queries, blocks), dtype=torch.float32, device=logits.device)
         if rule < 2:
-            _parts[(heads * queries, blocks)](logits, parts, chunks, CHUNKS=CHUNKS)
-    _ranks[(heads, blocks)](
+            launch(_parts, (heads * queries, blocks), logits, parts, chunks, CHUNKS=CHUNKS)
+    launch(
+        _ranks, (heads, blocks),
         logits, parts, chosen.view(torch.uint8), ranks, chunks, parts.shape[2], stay,
         G=queries, RULE=rule, CHUNKS=CHUNKS,
     )  # fmt: skip

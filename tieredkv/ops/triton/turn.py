@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from tieredkv.codecs.base import Fit
+from tieredkv.ops.triton.variants import launch
 
 WIDTH = 32
 """Rows of the rotation, or columns, that a program reads at a time."""
@@ -56,7 +57,8 @@ def turn_queries(
     float32. turn: its Hadamard matrix."""
     heads, n, d = query.shape
     out, constant = torch.empty_like(query), torch.empty((heads, n), dtype=torch.float32, device=query.device)
-    _turn_queries[(heads * n,)](
+    launch(
+        _turn_queries, (heads * n,),
         query, fit.centre, fit.channels, turn, out, constant, scaling, heads // len(fit.centre) * n,
         D=d, PADDED=triton.next_power_of_2(d), WIDTH=WIDTH,
     )  # fmt: skip

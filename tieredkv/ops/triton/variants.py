@@ -8,6 +8,10 @@ constants of the model. Blocks that depend on lengths have few sizes.
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+
 
 def bounded(count: int, least: int, most: int = 2**30) -> int:
     """A block for `count` numbers: `least` times a power of four, at most `most`."""
@@ -15,3 +19,14 @@ def bounded(count: int, least: int, most: int = 2**30) -> int:
     while block < min(count, most):
         block *= 4
     return min(block, most)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Launch a kernel; if its tensors are on the meta device, which the first argument tells, compile it and load it on
+    the current card instead."""
+    if args[0].device.type != "meta":
+        kernel[grid](*args, **options)
+        return
+    compiled = kernel.run(*args, grid=grid, warmup=True, **options)
+    if torch.cuda.is_available():
+        compiled._init_handles()

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from tieredkv.ops.triton.project import project
+from tieredkv.ops.triton.variants import launch
 from tieredkv.policy.digests.walsh import MIDDLE, MOST_BLOCK, Directions, Walsh
 
 
@@ -90,7 +91,8 @@ def walsh_logits(prepared: torch.Tensor, packed: torch.Tensor, digest: Walsh) ->
     programs = triton.cdiv(chunks * digest.chunk_tokens, tokens)
     logits = torch.empty((heads, group, chunks), dtype=torch.float32, device=prepared.device)
     parts = torch.empty((heads, group, programs), dtype=torch.float32, device=prepared.device)
-    _walsh_logits[(heads, programs)](
+    launch(
+        _walsh_logits, (heads, programs),
         prepared.contiguous(), packed.contiguous(), logits, parts, chunks,
         G=group, C=digest.chunk_tokens, B=digest.block, LOG_B=digest.block.bit_length() - 1, P=p, Q=q,
         PADDED_G=max(16, triton.next_power_of_2(group)), PADDED_P=max(16, triton.next_power_of_2(p)),
