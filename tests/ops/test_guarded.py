@@ -1,0 +1,102 @@
+"""Kernels under guard: no order of programs, and nothing beside a tensor, matters to them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+if torch.cuda.is_available():
+    pytest.skip("Triton's interpreter is not in use", allow_module_level=True)
+
+import test_choose
+import test_kernels
+import triton.language as tl
+from guarded import Overrun, guarded
+
+pytestmark = pytest.mark.interpreter
+
+
+@triton.jit
+def _running_total(source, target, BLOCK: tl.constexpr):
+    """Each program adds to what the one before left."""
+    program = tl.program_id(0)
+    before = tl.load(target + program - 1, mask=program > 0, other=0.0)
+    tl.store(target + program, before + tl.load(source + program))
+
+
+@triton.jit
+def _copy(source, target, read, written, BLOCK: tl.constexpr):
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(target + place, tl.load(source + place, mask=place < read, other=0.0), mask=place < written)
+
+
+def test_a_kernel_that_depends_on_the_order_of_programs_is_found():
+    source, found = torch.arange(8.0), set()
+    for seed in range(4):
+        with guarded(seed):
+            target = torch.zeros(8)
+            _running_total[(8,)](source, target, BLOCK=1)
+            found.add(tuple(target.tolist()))
+    assert len(found) > 1
+
+
+def test_a_kernel_that_writes_past_its_tensor_is_found():
+    with guarded(0), pytest.raises(Overrun, match="_copy wrote"):
+        _copy[(2,)](torch.ones(10), torch.zeros(10), 10, 11, BLOCK=8)
+
+
+def test_a_kernel_that_reads_past_its_tensor_is_found():
+    target = torch.zeros(16)
+    with guarded(0):
+        _copy[(2,)](torch.ones(10), target, 11, 16, BLOCK=8)
+    assert target[:10].tolist() == [1.0] * 10
+    assert target[10].isnan()
+
+
+def test_a_kernel_that_stays_within_its_tensors_passes():
+    target = torch.zeros(10)
+    with guarded(0):
+        _copy[(2,)](torch.ones(10), target, 10, 10, BLOCK=8)
+    assert target.tolist() == [1.0] * 10
+
+
+SEEDS = pytest.mark.parametrize("seed", [0, 1])
+
+
+@SEEDS
+def test_choosing_and_placing_under_guard(kernels, device, monkeypatch, seed):
+    from tieredkv.ops.triton import choose
+
+    monkeypatch.setattr(choose, "TILE", 64)
+    monkeypatch.setattr(choose, "_parts", lambda chunks, heads, device: -(-chunks // 64))
+    with guarded(seed):
+        for kind in ("any", "few values"):
+            test_choose.test_the_choice_is_that_of_a_stable_sort(kernels, device, None, kind, 300)
+        test_choose.test_slots_are_taken_in_the_order_of_their_last_use(kernels, device, None, "any", 150)
+
+
+@SEEDS
+@pytest.mark.parametrize(("bits", "page_bits", "dtype"), [(16, 8, torch.float16), (4, 4, torch.bfloat16)])
+def test_copies_under_guard(kernels, device, seed, bits, page_bits, dtype):
+    with guarded(seed):
+        given = kernels, device, bits, page_bits, dtype, 12, 80
+        test_kernels.test_chunks_are_fetched(*given)
+        test_kernels.test_tokens_are_kept(*given)
+        test_kernels.test_missed_chunks_are_gathered(*given)
+        test_kernels.test_a_token_is_appended(kernels, device, page_bits, dtype, 80)
+
+
+@SEEDS
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_attention_under_guard(kernels, device, seed, bits):
+    with guarded(seed):
+        test_kernels.test_attention_over_ragged_pages(kernels, device, bits, torch.float32, 2, 7, 80, 12, 5, 1)
+
+
+@SEEDS
+def test_ranking_under_guard(kernels, device, seed):
+    with guarded(seed):
+        test_kernels.test_sketch_logits(kernels, device, 4, 1, 7, 16, 128, 20)
+        test_kernels.test_logits_of_blocks(kernels, device, 4, 1, 2, 8, 20, 3)
+        test_kernels.test_chunk_ranks(kernels, device, "mean", 2.0, 2500)
