@@ -6,15 +6,16 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
-if torch.cuda.is_available():
-    pytest.skip("Triton's interpreter is not in use", allow_module_level=True)
 
-import test_choose
-import test_kernels
-import triton.language as tl
-from guarded import Overrun, guarded
+import test_choose  # noqa: E402
+import test_kernels  # noqa: E402
+import triton.language as tl  # noqa: E402
+from guarded import Overrun, guarded  # noqa: E402
 
-pytestmark = pytest.mark.interpreter
+pytestmark = [
+    pytest.mark.interpreter,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is not in use"),
+]
 
 
 @triton.jit
