@@ -59,7 +59,7 @@ def _sketch_logits(
 def sketch_logits(
     small: torch.Tensor, packed: torch.Tensor, bits: int, chunk_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `Sketch.logits_in_parts`: queries `(n, G, r)` along the directions, sketches `(n, N, bytes)` -> `(n, G, N)`,
+    """As `Digest.logits_in_parts`: queries `(n, G, r)` along the directions, sketches `(n, N, bytes)` -> `(n, G, N)`,
     and a part for each program.
 
     C must be a power of two, at most `TOKENS`.

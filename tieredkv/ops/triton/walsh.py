@@ -81,7 +81,7 @@ def _walsh_logits(
 
 
 def walsh_logits(prepared: torch.Tensor, packed: torch.Tensor, digest: Walsh) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `Walsh.logits_in_parts`: prepared queries `(n, G, numbers)`, digests `(n, N, bytes)` -> `(n, G, N)`, and a
+    """As `Digest.logits_in_parts`: prepared queries `(n, G, numbers)`, digests `(n, N, bytes)` -> `(n, G, N)`, and a
     part for each program.
 
     C must be a power of two from `MOST_BLOCK` to `tokens_at_once`.
