@@ -13,9 +13,9 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from helpers import PATIENCE_S, pressed, text_config, tier_options
-from simulated_card import CARD, Graph, on_card, simulated_card
-from transformers import LlamaForCausalLM
+from helpers import PATIENCE_S, pressed, tier_options
+from queues import Graph
+from simulated_card import CARD, on_card, simulated_card
 
 import tieredkv
 from tieredkv import TieredCache
@@ -26,16 +26,8 @@ from tieredkv.memory.pagelock import PageLocker, aligned
 from tieredkv.session import step_graph
 from tieredkv.session.step_graph import StepGraph
 
+pytestmark = pytest.mark.interpreter
 TOKENS = 120
-
-
-@pytest.fixture(scope="module")
-def small():
-    """One layer, as kernels are slow in the interpreter."""
-    config = text_config("llama")
-    config.num_hidden_layers = 1
-    torch.manual_seed(0)
-    return LlamaForCausalLM(config).eval()
 
 
 @pytest.fixture(autouse=True)
@@ -71,10 +63,10 @@ def answer(model, ids, steps=5, path=None, fail_at=None, **options):
 @pytest.mark.parametrize(
     "options", [{}, {"reuse_above": 0.5, "prefetch": True}, {"gpu_kv_gb": 1.0, "budget_ratio": None}], ids=str
 )
-def test_a_replayed_step_gives_what_an_eager_one_gives(small, long_ids, monkeypatch, options):
+def test_a_replayed_step_gives_what_an_eager_one_gives(one_layer, long_ids, monkeypatch, options):
     ids = long_ids[:, :TOKENS]
     with simulated_card(monkeypatch):
-        model = on_card(copy.deepcopy(small))
+        model = on_card(copy.deepcopy(one_layer))
         want, _, counted = answer(model, ids.to(CARD), path="eager: asked for", **options)
         got, path, counts = answer(model, ids.to(CARD), **options)
     assert path == "graph"
@@ -82,20 +74,20 @@ def test_a_replayed_step_gives_what_an_eager_one_gives(small, long_ids, monkeypa
     assert counts == counted
 
 
-def test_answers_share_one_capture_stream(small, long_ids, monkeypatch):
+def test_answers_share_one_capture_stream(one_layer, long_ids, monkeypatch):
     with simulated_card(monkeypatch) as card:
-        model, ids = on_card(copy.deepcopy(small)), long_ids[:, :TOKENS].to(CARD)
+        model, ids = on_card(copy.deepcopy(one_layer)), long_ids[:, :TOKENS].to(CARD)
         for _ in range(2):
             assert answer(model, ids, steps=2)[1] == "graph"
     assert [stream.priority for stream in card.streams].count(-1) == 1
 
 
-def test_after_a_failed_capture_steps_run_eagerly_and_none_is_tried_again(small, long_ids, monkeypatch):
+def test_after_a_failed_capture_steps_run_eagerly_and_none_is_tried_again(one_layer, long_ids, monkeypatch):
     made = []
     monkeypatch.setattr(Graph, "__del__", lambda graph: made.remove(id(graph)), raising=False)
     monkeypatch.setattr(Graph, "__init__", lambda graph: (made.append(id(graph)), setattr(graph, "queued", []))[0])
     with simulated_card(monkeypatch) as card:
-        model, ids = on_card(copy.deepcopy(small)), long_ids[:, :TOKENS].to(CARD)
+        model, ids = on_card(copy.deepcopy(one_layer)), long_ids[:, :TOKENS].to(CARD)
         before = card.current
         want, _, counted = answer(model, ids, path="eager: asked for")
         got, path, counts = answer(model, ids, fail_at=2)

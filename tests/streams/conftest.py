@@ -1,0 +1,23 @@
+"""A model for a simulated card, whose kernels are slow in the interpreter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import text_config
+from transformers import LlamaForCausalLM
+
+
+@pytest.fixture(scope="session")
+def one_layer() -> Any:
+    config = text_config("llama")
+    config.num_hidden_layers = 1
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() == 2:
+                weight.mul_(3)  # attention is sharp, and errors show
+    return model
