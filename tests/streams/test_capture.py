@@ -22,6 +22,7 @@ from tieredkv import TieredCache
 from tieredkv.environment.versions import cache_argument
 from tieredkv.memory import pagelock
 from tieredkv.memory.capturing import capturing
+from tieredkv.memory.card import return_unused
 from tieredkv.memory.pagelock import PageLocker, aligned
 from tieredkv.session import step_graph
 from tieredkv.session.step_graph import StepGraph
@@ -101,6 +102,14 @@ def test_after_a_failed_capture_steps_run_eagerly_and_none_is_tried_again(one_la
     assert torch.equal(got, want)
     assert torch.equal(again, want)
     assert counts == counted
+
+
+def test_an_allocator_that_refuses_after_a_failed_capture_stops_no_question(monkeypatch):
+    def refuse():
+        raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", refuse)
+    return_unused([CARD])
 
 
 def test_no_garbage_is_collected_during_a_capture():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 
@@ -21,7 +22,7 @@ def return_unused(devices: Sequence[torch.device]) -> None:
     a little larger than one freed before would be allocated beside it. Waits for the cards, and for captures of other
     sessions."""
     if any(device.type == "cuda" for device in devices):
-        with CAPTURE:
+        with CAPTURE, suppress(RuntimeError):  # older versions of torch refuse after a capture that failed
             torch.cuda.empty_cache()
 
 
