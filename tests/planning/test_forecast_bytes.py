@@ -58,8 +58,8 @@ class Watch:
             seal(cache)
             self.sealed = cache.ledger.by_purpose()
 
-        def watched_plan(shape, tiers, layout, cap_bytes, scores, static, need=None, *, host_bits):
-            decode = plan_decode(shape, tiers, layout, cap_bytes, scores, static, need, host_bits=host_bits)
+        def watched_plan(shape, tiers, layout, cap_bytes, scores, static, need=None, **how):
+            decode = plan_decode(shape, tiers, layout, cap_bytes, scores, static, need, **how)
             self.planned = (shape, tiers, decode, static)
             return decode
 
