@@ -602,12 +602,14 @@ def test_no_kernel_reads_memory_that_is_not_page_locked():
 
 @pytest.mark.slow
 @pytest.mark.subprocess
-def test_every_kernel_compiles_for_a_consumer_card():
-    """In a separate process, where Triton compiles: within the shared memory and registers of an RTX 40."""
+@pytest.mark.parametrize("card", [["89"], ["86", "--common"], ["90", "--common"], ["120", "--common"]], ids=" ".join)
+def test_every_kernel_compiles_for_a_card(card):
+    """In a separate process, where Triton compiles: within the shared memory of RTX 30, 40, 50 and H100, and hardly
+    spilling registers in common shapes."""
     pytest.importorskip("triton", reason="Triton is not installed")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     script = Path(__file__).parent / "compile_kernels.py"
-    done = subprocess.run([sys.executable, str(script), "89"], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(script), *card], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     compiled = {line.split()[0] for line in done.stdout.splitlines()}
     assert compiled >= {"_attend_split", "_turn_queries", "_append", "_choose", "_place", "_gather", "_keep"}
