@@ -369,7 +369,7 @@ def test_encode_batch_decides_in_whole_steps(asked, given):
 def test_the_table_fits_a_terminal_and_says_what_is_assumed(film):
     text = str(plan(PATH, film, fps=4.0, gpu_kv_gb=0.002, card="RTX 3060"))
     lines = text.splitlines()
-    assert len(lines) <= 34
+    assert len(lines) <= 35
     assert max(len(line) for line in lines) <= 110
     for words in ("film.mp4: 2,400 frames of 640x360", "as assumed", "estimates, not measured", "by its data sheet"):
         assert words in text
@@ -391,7 +391,8 @@ def test_a_step_is_predicted_by_part_and_says_what_is_assumed(seven_billion):
     assert (everything.step.time.link, everything.step.time.ranking, everything.step.hit_rate) == (0, 0, None)
     assert everything.step.time.weights == ranked.step.time.weights < ranked.step.model_ms
     assert "(assumed)" in str(ranked)
-    assert "assumed         share of the card's bandwidth" in str(ranked)
+    assert "assumed         bandwidth share, launch time" in str(ranked)
+    assert f"of the model alone {ranked.step.model_ms:.3g} ms" in str(ranked)
     assert "limited by        nothing: a step attends to everything" in str(everything)
 
 
@@ -408,6 +409,7 @@ def test_the_link_limits_a_step_where_a_card_is_named(seven_billion):
         allowed = 0.15 * limited.step.model_ms
         assert (limited.step.time.link <= allowed) is (bound == "link")
     assert unlimited.step.bound == planned().step.bound == "memory"
+    assert ("the link may allow less" in str(planned()), "the link may allow less" in str(unlimited)) == (True, False)
     assert unlimited.dynamic_tokens == planned().dynamic_tokens  # without a card, nothing is known of the link
     assert planned(**card, link_gb_s=25.0).dynamic_tokens == planned(**card).dynamic_tokens
     given = planned(**card, budget_ratio=0.2)

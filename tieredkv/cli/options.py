@@ -73,15 +73,14 @@ StepOverhead = Annotated[
     float | None,
     typer.Option(
         envvar="TIEREDKV_STEP_OVERHEAD",
-        help="Most that a step waits for copies, relative to the weights' own time; inf: no limit [0.15].",
+        metavar="SHARE",
+        help="Longest wait of a step for copies, as a share of the model's own time [0.15].",
     ),
 ]
-Fps = Annotated[
-    float | None, typer.Option(envvar="TIEREDKV_FPS", help="Frames sampled per second [the processor's rate].")
-]
+Fps = Annotated[float | None, typer.Option(envvar="TIEREDKV_FPS", help="Frames sampled per second [the processor's].")]
 MaxFrames = Annotated[
     int | None,
-    typer.Option(envvar="TIEREDKV_MAX_FRAMES", help="Sample at most this many frames, evenly spread [no limit]."),
+    typer.Option(envvar="TIEREDKV_MAX_FRAMES", help="Most frames, evenly spread [no limit]."),
 ]
 MaxPixels = Annotated[
     int | None,
@@ -94,7 +93,7 @@ MaxPixels = Annotated[
 ]
 Fit = Annotated[
     bool,
-    typer.Option("--fit", envvar="TIEREDKV_FIT", help="Choose a rate and a frame size, if not given, that fit."),
+    typer.Option("--fit", envvar="TIEREDKV_FIT", help="Choose rate and frame size, if not given, to fit."),
 ]
 Start = Annotated[
     float | None,

@@ -37,7 +37,8 @@ def check_host_kv_bits(value: object) -> None:
 
 
 def check_step_overhead(value: object) -> None:
-    """Raise `OptionError` unless this is None or what a step may wait for copies, as a share of its time."""
+    """Raise `OptionError` unless this is None or what a step may wait for copies, as a share of the
+    model's own time."""
     ok = value is None or value == math.inf or (is_number(value) and value >= 0)
     check_value(ok, "step_overhead", value, "None, or a number of at least 0, which may be infinity")
 

@@ -61,11 +61,12 @@ class StepForecast:
         total, parts = self.time.total, asdict(self.time).items()
         return [
             ("limited by", self._bound()),
-            ("time per token", f"{total:.3g} ms, {1000 / total:.3g} tokens/s, {self.launches:,} launches, at {card}"),
             (
-                "  by part, ms",
-                f"{', '.join(f'{name} {ms:.2f}' for name, ms in parts)}; the model alone {self.model_ms:.2f}",
+                "time per token",
+                f"{total:.3g} ms, {1000 / total:.3g} tokens/s; of the model alone {self.model_ms:.3g} ms",
             ),
+            ("  at", f"{card}; {self.launches:,} launches"),
+            ("  by part, ms", ", ".join(f"{name} {ms:.2f}" for name, ms in parts)),
             ("  assumed", ", ".join(ASSUMED)),
         ]
 
@@ -75,7 +76,8 @@ class StepForecast:
         if self.bound == "budget_ratio":
             return "budget_ratio"
         if self.bound == "memory":
-            return "the cap: a step attends to as much as fits"
+            beside = "" if self.time else "; on a card the link may allow less (--card)"
+            return f"the cap: a step attends to as much as fits{beside}"
         allowed = f"{self.overhead or 0:.0%} of the model's own time (step_overhead={self.overhead:g})"
         if self.bound == "link":
             return f"the link: copies may take {allowed}"

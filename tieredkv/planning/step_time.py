@@ -39,7 +39,7 @@ LAUNCHES = {"ranked": 12, "unranked": 4}
 """A layer: operations on the cache in a step that ranks chunks, and in one that attends to everything; with evidence,
 and chunks in 8 bits. As counted (`tests/streams/test_launches.py`)."""
 
-ASSUMED = ("share of the card's bandwidth", "time a launch", "ranking", "latency of copies", "hit rate")
+ASSUMED = ("bandwidth share", "launch time", "ranking", "latency of copies", "hit rate")
 """What of a prediction was not measured on the card that it is for."""
 
 
