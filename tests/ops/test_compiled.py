@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
 
@@ -93,6 +94,15 @@ def test_compiled_operations_are_used_on_cpus_where_numba_is_installed(compiled,
     monkeypatch.setattr(select, "numba", missing)
     monkeypatch.setattr(select, "_on_a_cpu", select._on_a_cpu.__wrapped__)
     assert ops_for(CPU) is TORCH
+
+
+def test_what_was_kept_on_disk_may_be_damaged(monkeypatch):
+    def damaged():
+        raise pickle.UnpicklingError("invalid load key")
+
+    monkeypatch.setattr(select, "numba", damaged)
+    with pytest.warns(UserWarning, match=r"\(UnpicklingError\), so steps use torch, which is slower: delete \*\.nbi"):
+        assert select._on_a_cpu.__wrapped__() is TORCH
 
 
 @pytest.mark.subprocess

@@ -3,10 +3,13 @@ neither is installed."""
 
 from __future__ import annotations
 
+import pickle
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -109,6 +112,13 @@ def _on_a_cpu() -> OpTable:
     try:
         return numba()
     except (ImportError, OSError):  # OSError: no room on disk for what it compiles
+        return TORCH
+    except (pickle.UnpicklingError, EOFError, AttributeError, LookupError, ValueError) as error:  # a damaged cache
+        warnings.warn(
+            f"what Numba compiled cannot be used ({type(error).__name__}), so steps use torch, which is slower: delete "
+            f"*.nbi and *.nbc in {Path(__file__).with_name('numba') / '__pycache__'}, or in Numba's cache.",
+            stacklevel=2,
+        )
         return TORCH
 
 
