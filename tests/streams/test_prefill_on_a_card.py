@@ -118,3 +118,22 @@ def test_a_missing_wait_is_seen(small, monkeypatch, kind, name):
     monkeypatch.setattr(kind, name, forgotten)
     with pytest.raises((AssertionError, torch.linalg.LinAlgError)):  # the latter of a moment that has not arrived
         compared(monkeypatch, small, "some resident", None)
+
+
+@pytest.mark.interpreter
+def test_a_cache_that_is_emptied_and_filled_again_locks_no_more_memory(small, monkeypatch):
+    tiers = tier_options(**pressed(small, TOKENS, 0.7), chunk_tokens=8, text_window=16, theta=2.0, host_kv_bits=16)
+    ids, locked = torch.zeros((1, 80), dtype=torch.int64), []
+    with torch.no_grad(), simulated_card(monkeypatch):
+        model = on_card(copy.deepcopy(small))
+        with tieredkv.use_attention(model), TieredCache(model.config, **tiers, prompt_tokens=TOKENS) as cache:
+            cache.expect(CONTEXT)
+            for fitted in (True, True, False, True):
+                for part in ids.to(CARD)[:, : 80 if fitted else 40].split(40, dim=1):
+                    model(part, **cache_argument(cache))
+                if fitted:
+                    cache.settle()
+                    locked.append(len(cache.device_tier.locker._locks))
+                cache.truncate(0)
+    assert locked[0] > 0
+    assert set(locked) == {locked[0]}

@@ -162,7 +162,14 @@ class ContextDigests:
 
     def _forget(self) -> None:
         self._put_in(None)
-        self._digested, self.fitted, self._fitting = 0, None, None
+        self._digested = 0
+        self._drop_fit()
+
+    def _drop_fit(self) -> None:
+        if self.fitted is not None:
+            for part in self.fitted.tensors().values():
+                self._device_tier.unlock(part)
+        self.fitted = self._fitting = None
 
     def _put_in(self, store: torch.Tensor | None) -> None:
         """Use another store, of one's own."""
@@ -246,8 +253,9 @@ class ContextDigests:
             self._fitting.exception()  # it reads keys that later ones will replace
         self._digested = min(self._digested, tokens // self._host.chunk_tokens)
         if tokens == 0:
-            self.fitted, self._fitting, self._settled = None, None, False
-            self._moment, self._arriving = torch.zeros_like(self._moment), []
+            self._drop_fit()
+            self._moment, self._settled = torch.zeros_like(self._moment), False
+            self._free, self._arriving = self._free + self._arriving, []
 
     def state(self) -> dict[str, torch.Tensor]:
         """Settle, and return what `restore` needs, contiguous."""
