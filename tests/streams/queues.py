@@ -98,6 +98,7 @@ class Queues:
         Queues.now = self
         self.current = Stream()
         self.capturing: Graph | None = None
+        self._running = 0
         self.waits = 0
         """How often the host has waited for a stream."""
 
@@ -108,6 +109,8 @@ class Queues:
             return
         stream = self.current
         stream.queue.append(work)
+        if self._running:  # garbage was collected in the middle of other work, which nothing may overtake
+            return
         if self.order == "at once" or (self.order == "copies first" and stream is not self.streams[0]):
             self.run(stream, stream.end)
         if self._chance is not None:
@@ -120,7 +123,11 @@ class Queues:
         while stream.done < upto:
             work = stream.queue.pop(0)
             stream.done += 1
-            self.execute(work)
+            self._running += 1
+            try:
+                self.execute(work)
+            finally:
+                self._running -= 1
 
     def execute(self, work: Work) -> None:
         work.run()

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from helpers import assert_near, pressed, tier_options
-from queues import Stream
+from queues import Queues, Stream, Work
 from simulated_card import CARD, on_card, simulated_card
 from transformers import DynamicCache
 
@@ -192,3 +192,22 @@ def buffers_refilled_while_read(patch):
 def test_a_fault_shows(one_layer, long_ids, monkeypatch, at_once, fault, order, name):
     with pytest.raises((AssertionError, torch.linalg.LinAlgError)):  # other numbers, or NaN
         check(monkeypatch, one_layer, long_ids, one_question, order, at_once, name, fault)
+
+
+@pytest.mark.parametrize("order", ["at once", 0, 1, 2])
+def test_no_work_overtakes_work_in_the_middle_of_which_more_is_queued(order):
+    """As happens where garbage is collected: memory that is freed is poisoned in turn."""
+    queues, done = Queues("late"), []
+
+    def work(number):
+        queues.enqueue(Work(lambda: done.append(-number)))
+        done.append(number)
+
+    for number in range(1, 20):
+        queues.enqueue(Work(lambda number=number: work(number)))
+    queues.order = order
+    queues._chance = Queues(order)._chance
+    queues.synchronize(queues.current)
+    while queues.current.queue:
+        queues.synchronize(queues.current)
+    assert done == [*range(1, 20), *range(-1, -20, -1)]
