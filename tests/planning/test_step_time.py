@@ -108,6 +108,19 @@ def test_parts_add_up_and_depend_on_their_own_work():
         assert {name for name, ms in asdict(step).items() if other[name] != ms} == {part}
 
 
+def test_the_last_layer_is_read_once_more_by_each_of_its_readers():
+    settings = TierConfig(gpu_kv_gb=2)
+    layout, dynamic = sizes.lay_out(settings, 131_072, 32, 64), torch.zeros((28, 4), dtype=torch.bool)
+    plan = plan_decode(SHAPE, settings, layout, settings.cap_bytes, dynamic.double(), dynamic, host_bits=8)
+    alone, read = (step_works(shape, settings, plan, dynamic, 8, 0) for shape in (SHAPE, replace(SHAPE, readers=2)))
+    assert read[:27] == alone[:27]
+    assert len(read) == len(alone) + 1  # what the readers do themselves
+    last, times = alone[27], {"launches", "page_bytes", "digest_bytes", "chunks", "slots", "missed_bytes"}
+    repeated = {name: pytest.approx(3 * getattr(last, name)) for name in times}
+    assert {name: getattr(read[27], name) for name in times} == repeated
+    assert last.page_bytes > 0 < last.missed_bytes
+
+
 def test_nothing_ranked_and_nothing_missed_take_no_time():
     step = work_time(Work(chunks=1000, slots=100), H200)
     assert step.total == 0
