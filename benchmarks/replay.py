@@ -123,7 +123,7 @@ def replay(
     cache, context = reader.cache, reader.cache.get_seq_length()
     before = [] if question.before is None else [*question.before[0], *question.before[1]]
     asked, scoring = [*before, *question.prompt_ids], cache.tiers
-    first = _prefill(reader, asked)
+    first = prefill(reader, asked)
     answers = []
     for tiers in policies:
         answers.append(_decode(reader, tiers, question.answer_ids, first, question, [], recall))
@@ -137,7 +137,7 @@ def replay_unsealed(reader: Reader, question: ReplayedQuestion, policies: Sequen
     assert question.before is not None
     cache, context, scoring = reader.cache, reader.cache.get_seq_length(), reader.cache.tiers
     asked, answered = question.before
-    first = _prefill(reader, asked)
+    first = prefill(reader, asked)
     answers = []
     for tiers in policies:
         answers.append(_decode(reader, tiers, question.answer_ids, first, question, [*answered, *question.prompt_ids]))
@@ -187,7 +187,7 @@ def _scoring(tiers: TierConfig) -> TierConfig:
     return replace(tiers, policy=replace(tiers.policy, head_score="mass", theta=0.9))
 
 
-def _prefill(reader: Reader, ids: Sequence[int]) -> torch.Tensor:
+def prefill(reader: Reader, ids: Sequence[int]) -> torch.Tensor:
     """Feed a prompt and score its last rows; returns the logits after it."""
     cache = reader.cache
     cache.set_tiers(_scoring(cache.tiers))
@@ -206,7 +206,7 @@ def _back_to(reader: Reader, context: int, asked: Sequence[int], scoring: TierCo
         return
     cache.truncate(context)
     cache.set_tiers(scoring)
-    _prefill(reader, asked)
+    prefill(reader, asked)
 
 
 def _decode(
