@@ -4,7 +4,8 @@ While layer l computes, the query of layer l + 1 in the same step is predicted (
 the prediction as they will be by the query itself, by the sketches that rank them and with `stay` as shipped; the best
 ranked that are in no slot are copied. Then layer l + 1 ranks by its true query and fetches only what is still missing.
 Selections are real and slots simulated (`ahead_slots.py`), so every answer is that of the shipped policy. Models:
-SmolLM2 on text (`python benchmarks/models.py` prepares it) and both tiny video models. The true answer is fed (`replay.py`).
+SmolLM2 on text (`python benchmarks/models.py` prepares it) and both tiny video models. The true answer is fed
+(`replay.py`).
 
 foreseen: share of the missing chunks that were copied ahead, layer 0 counted, which nothing predicts. wasted: chunks
 copied and not selected, relative to the missing. exposed: chunks that a step still waits for, relative to those of a
