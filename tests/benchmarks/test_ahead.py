@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import ahead_slots
+
+SCRIPT = Path(ahead_slots.__file__).with_name("ahead.py")
 
 
 def chosen(*steps: set[int]) -> np.ndarray:
@@ -54,7 +55,7 @@ def test_heads_without_a_prediction_copy_nothing_ahead():
 
 @pytest.mark.slow
 def test_it_runs_on_the_bundled_model(tmp_path):
-    command = [sys.executable, str(BENCHMARKS / "ahead.py"), "--quick", "--models", "tiny"]
+    command = [sys.executable, str(SCRIPT), "--quick", "--models", "tiny"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
     rows = json.loads(done.stdout.splitlines()[-1])["rows"]
     fitted = {row["how"]: row for row in rows if (row["factor"], row["spare"]) == (1.1, 0.2)}
