@@ -60,7 +60,7 @@ def test_the_ledger_counts_every_byte_of_pool_and_digests(llama, long_ids):
         tables = sum(t.numel() * 4 for s in layers for t in (s.pages.table, s.pages.lengths))
         tables += sum(t.nbytes for s in layers if len(s.dynamic) for t in vars(s.retrieval.residency).values())
         phase = layers[0].phase
-        tables += phase.chunk_mass.nbytes + phase.page_lse.nbytes + phase.slot_columns.nbytes
+        tables += phase.chunk_mass.nbytes + phase.page_lse.nbytes + phase.chunk_order.nbytes
         tables += sum(s.pages.pool.fit.centre.nbytes + s.pages.pool.fit.channels.nbytes for s in layers)
         assert held["tables"] == tables
         assert set(held) <= {"pool", "digests", "tables"}

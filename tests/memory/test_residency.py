@@ -76,15 +76,14 @@ def test_steps_agree_with_a_dictionary_of_each_head(ops, device, case):
     ranks = torch.rand(n, chunks, generator=generator)
     step = torch.zeros(n, dtype=torch.int32, device=device)
     missed_in_all, begun = torch.zeros(n, dtype=torch.int64, device=device), 0
-    columns = torch.full((n, max(slots)), -1, dtype=torch.int32, device=device)
-    listing = Listing(table, rows, 1, columns)
+    listing = Listing(table, rows, 1, torch.full((n, chunks), -1, dtype=torch.int32, device=device))
 
     def enter(asked: torch.Tensor, kept: torch.Tensor | None, listed: Listing | None) -> torch.Tensor:
         want = torch.ones(n, chunks, dtype=torch.bool, device=device)
-        missed, misses = ops.choose(ranks.to(device), asked, index.slot_of, most, want)
+        missed, misses = ops.choose(ranks.to(device), asked, index.slot_of, most, want, listed and listed.order)
         stay = want if kept is None else want | kept
         used, before = (index.chunk_in, index.last_used, index.slots), missed_in_all.clone()
-        victims = ops.place(want, stay, misses, *used, step, most, missed_in_all, listed)
+        victims = ops.place(want, stay, missed, misses, *used, step, missed_in_all, listed)
         assert torch.equal(missed_in_all, before + misses)
         assert step.tolist() == [begun] * n
         for head, model in enumerate(models):
@@ -103,11 +102,8 @@ def test_steps_agree_with_a_dictionary_of_each_head(ops, device, case):
         ranks = ranks * 0.9 + fresh * 0.1 if like_before else fresh
         chosen = enter(count, None, listing)
         for head, model in enumerate(models):
-            pool_slots = {int(owned[head, model.slot_of[c]]) for c in chosen[head].nonzero().flatten().tolist()}
-            assert set(table[heads[head], 1 : 1 + selected[head]].tolist()) == pool_slots
-            for chunk in chosen[head].nonzero().flatten().tolist():
-                slot = model.slot_of[chunk]
-                assert int(table[heads[head], 1 + columns[head, slot]]) == int(owned[head, slot])
+            pool_slots = [int(owned[head, model.slot_of[c]]) for c in chosen[head].nonzero().flatten().tolist()]
+            assert table[heads[head], 1 : 1 + selected[head]].tolist() == pool_slots
         if ahead:
             spare = (torch.tensor(slots, device=device) - count).clamp(max=2)
             ranks = torch.rand(n, chunks, generator=generator)
@@ -126,8 +122,8 @@ def test_chunks_entered_first_are_replaced_last():
     assert index.chunk_in.tolist() == [[5, 0, 2], [1, 6, -1]]
     none = torch.zeros(2, 8, dtype=torch.bool)
     used, step = (index.chunk_in, index.last_used, index.slots), torch.ones(2, dtype=torch.int32)
-    misses = torch.tensor([2, 1], dtype=torch.int32)
-    victims = torch_ops.place(none, none, misses, *used, step, 2, torch.zeros(2, dtype=torch.int64), None)
+    missed, misses = torch.zeros((2, 2), dtype=torch.int32), torch.tensor([2, 1], dtype=torch.int32)
+    victims = torch_ops.place(none, none, missed, misses, *used, step, torch.zeros(2, dtype=torch.int64), None)
     assert victims[0].tolist() == [1, 2]
     assert victims[1, :1].tolist() == [1]
 
@@ -138,7 +134,8 @@ def test_more_misses_than_replaceable_slots_are_refused():
     kept = torch.arange(8).view(1, 8) < 2
     used, step = (index.chunk_in, index.last_used, index.slots), torch.ones(1, dtype=torch.int32)
     with pytest.raises(ValueError, match="more chunks are missed than slots may be taken"):
-        torch_ops.place(kept, kept, torch.tensor([2]), *used, step, 3, torch.zeros(1, dtype=torch.int64), None)
+        missed = torch.zeros((1, 3), dtype=torch.int32)
+        torch_ops.place(kept, kept, missed, torch.tensor([2]), *used, step, torch.zeros(1, dtype=torch.int64), None)
 
 
 def test_chunks_are_fetched_to_their_slots(ops, device):

@@ -120,15 +120,14 @@ def call_all(common: bool) -> None:
     mass.record_unseen(of_queries, of_queries, heads, torch.zeros(4), torch.zeros(4, dtype=torch.float64))
     lengths = torch.zeros(4, 400, dtype=torch.int32)
     adapt.adapt(few, torch.zeros(4), few, few, few, lengths, heads, 3, 390, 8)
-    for columns in (None, torch.zeros(4, 300, dtype=torch.int32)):
-        mass.add_mass(torch.zeros(4001), torch.zeros(28, 400), of_queries, chosen, slot_of, heads, 3, columns)
+    mass.add_mass(torch.zeros(4001), torch.zeros(28, 400), of_queries, chosen, slot_of, heads, 3)
     for chunks, slots in ((40001, 20000), (16001, 8000), (4001, 300)):  # rows above, at and below the largest block
         chosen, slot_of = torch.zeros(4, chunks, dtype=torch.bool), torch.zeros(4, chunks + 1, dtype=torch.int32)
         tables = [torch.zeros(4, slots, dtype=torch.int32) for _ in range(3)]
-        missed, misses = choose.choose(torch.zeros(4, chunks), few, slot_of, 200, chosen)
-        table = torch.zeros(4, slots + 200, dtype=torch.int32)
-        for listing in (Listing(table, heads, 3, tables[0]), Listing(table, heads, 3, None), None):
-            victims = choose.place(chosen, chosen, misses, *tables, step, 200, few, listing)
+        table, order = (torch.zeros(4, slots + 200, dtype=torch.int32), torch.zeros(4, chunks, dtype=torch.int32))
+        for listing in (Listing(table, heads, 3, order), None):
+            missed, misses = choose.choose(torch.zeros(4, chunks), few, slot_of, 200, chosen, listing and listing.order)
+            victims = choose.place(chosen, chosen, missed, misses, *tables, step, few, listing)
     for c, d, dtype in (
         (8, 128, torch.bfloat16), (8, 80, torch.float16), (32, 128, torch.bfloat16), (128, 128, torch.bfloat16),
         (8, 256, torch.bfloat16), (8, 64, torch.float32),

@@ -85,17 +85,18 @@ def test_slots_are_taken_in_the_order_of_their_last_use(kernels, device, program
     slots = torch.randperm(n * count).view(n, count).int()
     chunk_in = torch.stack([torch.randperm(chunks)[:count] for _ in range(n)]).int()
     wanted, misses = torch.rand(n, chunks) < 0.3, torch.full((n,), needed, dtype=torch.int32)
+    missed = torch.stack([torch.randperm(chunks)[: max(1, needed)] for _ in range(n)]).int()
+    order = torch.stack([torch.randperm(chunks) for _ in range(n)]).int()
     found = []
     for ops, where in ((TORCH, torch.device("cpu")), (kernels, device)):
-        table, used = torch.zeros(2, 5 + count, dtype=torch.int32, device=where), last_used.clone().to(where)
-        columns = torch.full((n, count), -1, dtype=torch.int32, device=where)
-        listing = Listing(table, torch.arange(n, device=where), 5, columns)
+        table, used = torch.zeros(2, 5 + chunks, dtype=torch.int32, device=where), last_used.clone().to(where)
+        listing = Listing(table, torch.arange(n, device=where), 5, order.to(where))
         steps, total = torch.full((n,), step - 1).int().to(where), torch.full((n,), 3).to(where)
         victims = ops.place(
-            wanted.to(where), wanted.to(where), misses.to(where), chunk_in.to(where), used, slots.to(where), steps,
-            max(1, needed), total, listing,
+            wanted.to(where), wanted.to(where), missed.to(where), misses.to(where), chunk_in.to(where), used,
+            slots.to(where), steps, total, listing,
         )  # fmt: skip
-        parts = victims[:, :needed], used, table, columns, steps, total
+        parts = victims[:, :needed], used, table, steps, total
         found.append([part.cpu() for part in parts])
     for want, got in zip(*found, strict=True):
         assert torch.equal(got, want)

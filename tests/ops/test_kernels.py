@@ -337,27 +337,23 @@ def test_heads_adapt_to_what_was_not_seen(kernels, device, columns):
         assert torch.equal(each, wanted)
 
 
-@pytest.mark.parametrize("listed", [True, False])
 @pytest.mark.parametrize("chunks", [5, 300])
-def test_mass_of_chunks_is_that_of_their_pages(kernels, device, listed, chunks):
-    """Heads in any order; slots that are not in use hold anything."""
-    n, group, slots, first = 2, 3, chunks // 2 + 1, 2
-    heads, page_lse, lse = torch.tensor([2, 0]), 3 * torch.randn(9, first + slots), torch.randn(3, group) + 5
-    slot_of, chosen = torch.full((n, chunks + 1), -1, dtype=torch.int32), torch.zeros(n, chunks, dtype=torch.bool)
-    columns, want = torch.full((n, slots), 10**6, dtype=torch.int32), torch.rand(chunks)
+def test_mass_of_chunks_is_that_of_their_pages(kernels, device, chunks):
+    """Heads in any order; of chunks that are not chosen nothing counts."""
+    n, group, listed, first = 2, 3, chunks // 2 + 1, 2
+    heads, page_lse, lse = torch.tensor([2, 0]), 3 * torch.randn(9, first + listed), torch.randn(3, group) + 5
+    columns, chosen = torch.full((n, chunks + 1), 10**6, dtype=torch.int32), torch.zeros(n, chunks, dtype=torch.bool)
+    want = torch.rand(chunks)
     mass = want.clone()
     for row in range(n):
-        resident = torch.randperm(chunks)[:slots]
-        slot_of[row, resident] = torch.arange(slots).int()
-        for column, slot in enumerate(torch.randperm(slots)[: slots // 2 + 1].tolist()):
-            chosen[row, resident[slot]], columns[row, slot] = True, column
-            page = first + (column if listed else slot)
+        for column, chunk in enumerate(torch.randperm(chunks)[:listed].tolist()):
+            chosen[row, chunk], columns[row, chunk] = True, column
             rows = slice(int(heads[row]) * group, int(heads[row] + 1) * group)
-            want[resident[slot]] += (page_lse[rows, page] - lse[heads[row]]).exp().sum()
-    given = [page_lse, lse, chosen, slot_of, heads]
+            want[chunk] += (page_lse[rows, first + column] - lse[heads[row]]).exp().sum()
+    given = [page_lse, lse, chosen, columns, heads]
     got = mass.clone().to(device)
-    kernels.add_mass(got, *(part.to(device) for part in given), first, columns.to(device) if listed else None)
-    torch_ops.add_mass(mass, *given, first, columns if listed else None)
+    kernels.add_mass(got, *(part.to(device) for part in given), first)
+    torch_ops.add_mass(mass, *given, first)
     torch.testing.assert_close(mass, want)
     torch.testing.assert_close(got.cpu(), want)
 
@@ -411,9 +407,12 @@ def test_the_best_chunks_are_chosen(kernels, device, blocks, chunks):
     found = []
     for ops, where in ((TORCH, torch.device("cpu")), (kernels, device)):
         chosen = torch.rand(3, chunks, device=where) < 0.5  # of the step before
-        missed, misses = ops.choose(ranks.to(where), selected.to(where), slot_of.to(where), 7, chosen)
+        order = torch.full((3, chunks), -7, dtype=torch.int32, device=where)
+        missed, misses = ops.choose(ranks.to(where), selected.to(where), slot_of.to(where), 7, chosen, order)
         counted = [missed[head, :count].cpu() for head, count in enumerate(misses.tolist())]
-        found.append((chosen.cpu(), torch.cat(counted), misses.cpu()))
+        found.append((chosen.cpu(), torch.cat(counted), misses.cpu(), order.cpu()))
+        before = chosen.int().cumsum(1) - chosen.int()
+        assert torch.equal(order, torch.where(chosen, before, -7).int())
     for want, got in zip(*found, strict=True):
         assert torch.equal(got, want)
 
@@ -429,7 +428,7 @@ def test_all_of_equal_ranks_may_be_chosen_or_few(kernels, device, blocks):
     assert misses.tolist() == [280, 300]
 
 
-@pytest.mark.parametrize("listed", [True, False, None], ids=["with columns", "listed", "ahead"])
+@pytest.mark.parametrize("listed", [True, False], ids=["listed", "ahead"])
 def test_the_slots_longest_unused_give_way(kernels, device, blocks, listed):
     """Tables in the middle of an answer: some slots never used, some kept, some a head does not own."""
     n, chunks, count, step = 2, 900, 600, 37
@@ -438,24 +437,25 @@ def test_the_slots_longest_unused_give_way(kernels, device, blocks, listed):
     chunk_in = torch.stack([torch.randperm(chunks)[:count] for _ in range(n)]).int()
     chunk_in[:, ::7] = -1
     chunk_in[1, 500:] = -1
+    missed = torch.stack([torch.randperm(chunks)[:200] for _ in range(n)]).int()
+    order = torch.stack([torch.randperm(chunks) for _ in range(n)]).int()
     last_used = torch.where(torch.rand(n, count) < 0.3, -1 - torch.arange(count), torch.randint(0, step, (n, count)))
     wanted = torch.rand(n, chunks) < 0.2
     kept = wanted | (torch.rand(n, chunks) < 0.2)
     misses, heads = torch.tensor([190, 170], dtype=torch.int32), torch.tensor([2, 0])
     found = []
     for ops, where in ((TORCH, torch.device("cpu")), (kernels, device)):
-        table, used = torch.zeros(3, 4 + count, dtype=torch.int32, device=where), last_used.int().to(where)
-        columns = torch.full((n, count), -7, dtype=torch.int32, device=where)
+        table, used = torch.zeros(3, 4 + chunks, dtype=torch.int32, device=where), last_used.int().to(where)
         steps, total = torch.full((n,), step, dtype=torch.int32, device=where), torch.tensor([5, 6], device=where)
-        listing = Listing(table, heads.to(where), 4, columns if listed else None)
+        listing = Listing(table, heads.to(where), 4, order.to(where))
         victims = ops.place(
-            wanted.to(where), kept.to(where), misses.to(where), chunk_in.to(where), used, slots.to(where),
-            steps, 200, total, None if listed is None else listing,
+            wanted.to(where), kept.to(where), missed.to(where), misses.to(where), chunk_in.to(where), used,
+            slots.to(where), steps, total, listing if listed else None,
         )  # fmt: skip
-        assert steps.tolist() == [step if listed is None else step + 1] * n
+        assert steps.tolist() == [step + 1 if listed else step] * n
         assert total.tolist() == [5 + 190, 6 + 170]
         assert int((used == steps.unsqueeze(1)).sum()) >= 190 + 170
-        parts = torch.cat([victims[0, :190], victims[1, :170]]), used, table, columns
+        parts = torch.cat([victims[0, :190], victims[1, :170]]), used, table
         found.append(tuple(part.cpu() for part in parts))
     for want, got in zip(*found, strict=True):
         assert torch.equal(got, want)

@@ -52,7 +52,9 @@ class Unlaunched:
 
 def choosing_none(*given: Any) -> Any:
     """As `Ops.choose` without its results: what was not computed would be used as places in tables."""
-    given[-1].zero_()
+    for set_by_it in given[4:]:
+        if set_by_it is not None:
+            set_by_it.zero_()
     return tuple(part.zero_() for part in kernels().choose(*given))
 
 
@@ -127,6 +129,7 @@ CASES: dict[str, dict[str, Any]] = {
     "4 bits": {"share": 0.5, "host_kv_bits": 4},
     "adaptive": {"share": 0.5, "adaptive": True},
     "reuse": {"share": 0.5, "reuse_above": 0.9, "prefetch": True},
+    "ahead": {"share": 0.5, "theta": 0.5, "ahead": True},
     "streaming": {"share": 0.5, "policy": "streaming"},
     "arkvale": {"share": 0.5, "policy": "arkvale"},
 }
@@ -156,11 +159,12 @@ def of_lengths() -> tuple[set[Variant], set[Variant]]:
         ):
             ranks, slot_of = torch.empty(heads, chunks), torch.empty(heads, chunks + 1, dtype=int32)
             chosen, counts = torch.empty(heads, chunks, dtype=torch.bool), torch.empty(heads, dtype=torch.int64)
-            _, misses = kernels().choose(ranks, counts, slot_of, most, chosen)
+            order = torch.empty(heads, chunks, dtype=int32)
+            missed, misses = kernels().choose(ranks, counts, slot_of, most, chosen, order)
             used = [torch.empty(heads, slots, dtype=int32) for _ in range(3)]
-            listing = Listing(torch.empty(4, slots + 5, dtype=int32), counts, 5, None)
+            listing = Listing(torch.empty(4, slots + 5, dtype=int32), counts, 5, order)
             step = torch.empty(heads, dtype=int32)
-            kernels().place(chosen, chosen, misses, *used, step, most, counts, listing)
+            kernels().place(chosen, chosen, missed, misses, *used, step, counts, listing)
             kernels().log_mass_without(torch.empty(heads, 7, chunks), chosen, torch.empty(heads, 7))
     return ahead, asked
 

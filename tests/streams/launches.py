@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 import tieredkv
 from tieredkv import TieredCache
+from tieredkv.cache.foresight import Foresight
 from tieredkv.cache.layer import TieredLayer
 from tieredkv.cache.looks import Looks
 from tieredkv.cache.question import Question
@@ -181,8 +182,9 @@ def recorded(patch: Any, recorder: R) -> Iterator[R]:
 
 
 def decoded(patch: Any, model: Any, ids: torch.Tensor, evidence: bool, **options: Any) -> Recorder:
-    """Three steps of a model in bfloat16 on a card. Parts: the attention of each layer ("layer 0", ...), copies that it
-    starts for the next step ("ahead"), what is recorded after a step ("after"), and the rest ("model")."""
+    """Three steps of a model in bfloat16 on a card. Parts: the attention of each layer ("layer 0", ...), the choice of
+    what to copy for its predicted query ("foreseen 1", ...), copies that it starts for the next step ("ahead"), what is
+    recorded after a step ("after"), and the rest ("model")."""
     model = copy.deepcopy(model).to(torch.bfloat16)
     tiers = {**pressed(model, 900, 0.6), "chunk_tokens": 8, "text_window": 16, **options}
     made = TieredCache(model.config, **tier_options(**tiers), copies=LateCopies())
@@ -192,10 +194,15 @@ def decoded(patch: Any, model: Any, ids: torch.Tensor, evidence: bool, **options
         cache.seal()
         with patch.context() as patch, fake_card(patch), recorded(patch, Recorder()) as recorder, on_card(cache):
             faked, attend, record = move_model(model), TieredLayer.attend, cache.decoding.record_step
+            foresee = Foresight.foresee
 
             def counted_attend(layer: TieredLayer, *args: Any, **kwargs: Any) -> torch.Tensor:
                 with recorder.part(f"layer {layer.index}"):
                     return attend(layer, *args, **kwargs)
+
+            def counted_foresee(foresight: Foresight, layer: int, sight: Any) -> None:
+                with recorder.part(f"foreseen {layer}"):
+                    foresee(foresight, layer, sight)
 
             def counted_record() -> None:
                 with recorder.part("after"):
@@ -205,6 +212,7 @@ def decoded(patch: Any, model: Any, ids: torch.Tensor, evidence: bool, **options
                 return faked(token, **cache_argument(cache), position_ids=place).logits[:, -1]
 
             patch.setattr(TieredLayer, "attend", counted_attend)
+            patch.setattr(Foresight, "foresee", counted_foresee)
             patch.setattr(cache.decoding, "record_step", counted_record)
             with tieredkv.use_attention(faked):
                 step = StepGraph(forward, cache, CARD, axes=1, position=900)

@@ -19,6 +19,7 @@ SETTINGS = [
     {"theta": 2.0}, {"policy": "streaming"}, {"policy": "arkvale"}, {"policy": "quest", "gpu_kv_gb": 0.00065},
     {"reuse_above": 0.5, "prefetch": True}, {"adaptive": True}, {"gpu_kv_gb": 1.0},
     {"gpu_kv_gb": 1.0, "budget_ratio": None, "theta": 2.0},
+    {"theta": 2.0, "ahead": True}, {"ahead": True, "adaptive": True}, {"policy": "arkvale", "ahead": True},
     {"host_kv_bits": 16}, {"host_kv_bits": 16, "pack_pages": False}, {"host_kv_bits": 4},
 ]  # fmt: skip
 

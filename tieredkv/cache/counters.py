@@ -29,7 +29,7 @@ class Counters:
     selected: int = 0
     """Chunks that dynamic heads attended to, over all steps, layers and heads."""
     resident: int = 0
-    """Those of them that were already in the pool."""
+    """Those of them that were already in the pool, copied ahead or not."""
     reused: int = 0
     """Chunks selected because the previous step selected them."""
     unseen_sum: float = 0.0
@@ -39,7 +39,7 @@ class Counters:
     missed_bytes: int = 0
     """Bytes copied to the device because a step needed them."""
     prefetched_bytes: int = 0
-    """Bytes copied ahead, for a step that may reuse them."""
+    """Bytes copied ahead: for a predicted query, or for a step that may reuse them."""
     warm_bytes: int = 0
     """Bytes copied to the device by the seal: pages to fill the pool, and digests."""
     static_heads: int = 0

@@ -28,6 +28,8 @@ class DecodePhase:
     pool: DevicePool
     prefetcher: BackgroundCopies | None
     """None: nothing is fetched ahead."""
+    foreseen: bool
+    """Whether layers are told their query before they run (`cache.foresight`)."""
     counters: Counters
     """Shared by all devices."""
     ops: Ops
@@ -36,8 +38,8 @@ class DecodePhase:
     page_lse: torch.Tensor | None
     """`(H, P)` float32 on the device, for the widest table: log-sum-exp of the logits of each page that a step attends
     to, written by one layer after the other. None: no head is dynamic."""
-    slot_columns: torch.Tensor | None
-    """int32 on the device, one for each slot of a layer's dynamic heads: the column in which a step lists it
+    chunk_order: torch.Tensor | None
+    """int32 on the device, one for each chunk of a layer's dynamic heads: the column in which a step lists it
     (`Listing`), written by one layer after the other. None: chunks are not ranked."""
     looks: Looks | None
     """Records `chunk_mass`; None: nothing is recorded."""

@@ -41,21 +41,23 @@ class Fetching:
         self.residency.enter(chunks.to(device, non_blocking=True))
         self.step = torch.zeros(len(heads), dtype=torch.int32, device=device)
         """`(n,)`: steps begun; the same for every head."""
-        columns = None
-        if phase.slot_columns is not None and phase.looks is not None:
-            columns = phase.slot_columns[: owned.numel()].view(owned.shape)
-        self.listing = Listing(pages.table, self._heads, pages.first_selected, columns)
+        order = self.residency.slot_of  # if all chunks are listed, each in the column of its slot's number
+        if phase.chunk_order is not None:
+            order = phase.chunk_order[: len(heads) * layout.retrievable].view(len(heads), layout.retrievable)
+        self.listing = Listing(pages.table, self._heads, pages.first_selected, order)
         """Where the table lists the chunks in use."""
         if listed:
             pages.filling.table[heads, pages.first_selected : pages.first_selected + most] = owned.int()
             self.residency.chosen.fill_(True)
 
     def choose(
-        self, ranks: torch.Tensor, counts: torch.Tensor, most: int, chosen: torch.Tensor
+        self, ranks: torch.Tensor, counts: torch.Tensor, most: int, chosen: torch.Tensor, listed: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Set `chosen` `(n, N)` to the `counts` `(n,)` best chunks of each head, at most `most`. Returns those not in a
-        slot: as `Ops.choose`."""
-        return self._ops.choose(ranks, counts, self.residency.slot_of, most, chosen)
+        slot: as `Ops.choose`. listed: whether the table is going to list them."""
+        return self._ops.choose(
+            ranks, counts, self.residency.slot_of, most, chosen, self.listing.order if listed else None
+        )
 
     def make_room(
         self,
@@ -71,9 +73,9 @@ class Fetching:
         wanted, kept `(n, N)`, missed, misses, total, listing: as `Ops.place`; with a listing a step begins. The
         function always returns 0; copied chunks are counted on the device.
         """
-        index, most = self.residency, missed.shape[1]
+        index = self.residency
         used = index.chunk_in, index.last_used, index.slots
-        victims = self._ops.place(wanted, kept, misses, *used, self.step, most, total, listing)
+        victims = self._ops.place(wanted, kept, missed, misses, *used, self.step, total, listing)
 
         def copy() -> int:
             copied = self._host, self._pool, self._heads
@@ -85,22 +87,31 @@ class Fetching:
 
 
 class FetchAhead:
-    """Copies chunks into spare slots while a step computes, for heads that may reuse its choice in the next step."""
+    """Copies chunks in the background into slots of one layer, while something else is computed."""
 
-    def __init__(self, fetching: Fetching, counts: torch.Tensor, prefetcher: BackgroundCopies, key: int) -> None:
-        """counts: `(n,)`, chunks per head, on the host. key: identifies the layer's copies in the prefetcher."""
-        self._fetching, self._most = fetching, int(counts.max())
-        self._counts = counts.to(fetching.step.device, non_blocking=True)
+    def __init__(self, fetching: Fetching, most: int, prefetcher: BackgroundCopies, key: int) -> None:
+        """most: chunks per head, at most. key: identifies the layer's copies in the prefetcher."""
+        self._fetching, self._most = fetching, most
         self._prefetcher, self._key = prefetcher, key
 
     def wait(self) -> None:
         """Order later device work after the copies."""
         self._prefetcher.wait(self._key)
 
-    def start(self, ranks: torch.Tensor, chosen: torch.Tensor, total: torch.Tensor) -> None:
-        """Copy the best chunks by `ranks` `(n, N)` that are missing, and add their number to `total` `(n,)`. Slots of
-        `chosen` are kept."""
-        likely = torch.empty_like(chosen)
-        missed, misses = self._fetching.choose(ranks, self._counts, self._most, likely)
-        copy = self._fetching.make_room(likely, likely | chosen, missed, misses, total, listing=None)
-        self._prefetcher.submit(self._key, copy)
+    def start(self, ranks: torch.Tensor, counts: torch.Tensor, total: torch.Tensor, chosen: torch.Tensor) -> None:
+        """Copy those of the `counts` `(n,)` best chunks by `ranks` `(n, N)` that are missing, and add their number to
+        `total` `(n,)`. The slots of the best are kept, and those of `chosen` `(n, N)`."""
+        self._prefetcher.submit(self._key, self._found(ranks, counts, total, chosen))
+
+    def start_ranking(self, rank: Callable[[], torch.Tensor], counts: torch.Tensor, total: torch.Tensor) -> None:
+        """`start` by what `rank` returns, with none chosen. Ranking and placing run in the background too: until
+        `wait`, nothing else reads or writes what they do."""
+        self._prefetcher.submit(self._key, lambda: self._found(rank(), counts, total, None)())
+
+    def _found(
+        self, ranks: torch.Tensor, counts: torch.Tensor, total: torch.Tensor, chosen: torch.Tensor | None
+    ) -> Callable[[], int]:
+        likely = torch.empty(ranks.shape, dtype=torch.bool, device=ranks.device)
+        missed, misses = self._fetching.choose(ranks, counts, self._most, likely, listed=False)
+        kept = likely if chosen is None else likely | chosen
+        return self._fetching.make_room(likely, kept, missed, misses, total, listing=None)

@@ -71,9 +71,9 @@ class ChunkMass:
 
     def record(self, lse: torch.Tensor) -> None:
         """Record a step that has just written `page_lse`. lse `(K, G)`: of all logits it attended to."""
-        index, listing = self._residency, self._listing
-        where = listing.heads, listing.first, listing.columns
-        self._ops.add_mass(self._chunk_mass, self.page_lse, lse, index.chosen, index.slot_of, *where)
+        listing = self._listing
+        where = listing.order, listing.heads, listing.first
+        self._ops.add_mass(self._chunk_mass, self.page_lse, lse, self._residency.chosen, *where)
 
 
 class Trace:

@@ -13,7 +13,9 @@ from tieredkv.cache.fetching import FetchAhead, Fetching
 from tieredkv.cache.layer_pages import LayerPages
 from tieredkv.cache.ranking import ChunkLogits, Ranking, Reuse
 from tieredkv.cache.recording import ChunkMass, Tally, Trace, UnseenMass
+from tieredkv.environment.threads import at_most
 from tieredkv.planning import sizes
+from tieredkv.policy import select
 from tieredkv.policy.digests import Fitted
 
 
@@ -58,6 +60,7 @@ class Retrieval:
         self.ranking: Ranking | None = None
         self._reuse: Reuse | None = None
         self._ahead: FetchAhead | None = None
+        """Copies chunks for the next step, if heads may reuse this step's choice; if not, for a step foreseen."""
         self._unseen: UnseenMass | None = None
         self._recorded: ChunkMass | None = None
         self._trace: Trace | None = None
@@ -70,9 +73,14 @@ class Retrieval:
             if policy.reuse_above <= 1:
                 group = shape.num_attention_heads // shape.num_key_value_heads
                 self._reuse = Reuse(policy.reuse_above, (len(heads), group, shape.head_dim), ledger, device)
-                ahead = torch.minimum(slots - selected, selected)
-                if phase.prefetcher is not None and bool(ahead.any()):
-                    self._ahead = FetchAhead(self._fetching, ahead, phase.prefetcher, index)
+                spare = torch.minimum(slots - selected, selected)
+                self._spare = spare.to(device, non_blocking=True)
+                if phase.prefetcher is not None and bool(spare.any()):
+                    self._ahead = FetchAhead(self._fetching, int(spare.max()), phase.prefetcher, index)
+            elif phase.prefetcher is not None and phase.foreseen:
+                self._slots = slots.to(device, non_blocking=True)
+                self._counts = select.more_than(self.selected, self._slots)
+                self._ahead = FetchAhead(self._fetching, int(slots.max()), phase.prefetcher, index)
             if phase.counters.trace is not None:
                 self._trace = Trace(phase.counters.trace, index, heads, plan.layout)
         if phase.looks is not None:
@@ -117,14 +125,37 @@ class Retrieval:
             if self._reuse is not None:
                 own, alike = self._reuse.ranks(ranks, query[self.heads].float(), chosen)
                 self._tally.reused += alike * self.selected
-            missed, misses = fetching.choose(own, self.selected, self.most_selected, chosen)
+            missed, misses = fetching.choose(own, self.selected, self.most_selected, chosen, listed=True)
             if self._unseen is not None:
                 self._unseen.note(logits, chosen)
         fetching.make_room(chosen, chosen, missed, misses, self._tally.missed, fetching.listing)()
         if self._trace is not None:
             self._trace.record(int(fetching.step[0]), chosen, self.selected, self.most_selected, query)
-        if self._ahead is not None:
-            self._ahead.start(ranks, chosen, self._tally.ahead)
+        if self._ahead is not None and self._reuse is not None:
+            self._ahead.start(ranks, self._spare, self._tally.ahead, chosen)
+
+    @property
+    def foresees(self) -> bool:
+        """Whether chunks are copied for a query that is predicted."""
+        return self._ahead is not None and self._reuse is None
+
+    def foresee(self, query: torch.Tensor, scaling: float) -> None:
+        """Copy in the background what a step with this query `(K, G, D)` would fetch, and a little more.
+
+        Changes no choice: where chunks are does not matter to ranks. What the step will choose is not known yet, so
+        every slot may be given away that holds none of the likely chunks. All of it runs in the background, and is over
+        before the step reads the layer's tables: until then nothing else touches them, nor the scratch of ranking.
+        """
+        ranking = self.ranking
+        assert ranking is not None
+        assert self._ahead is not None
+
+        def rank() -> torch.Tensor:
+            with at_most(1), ranking.scratch():  # one thread: others compute the MLP meanwhile
+                return ranking.ranks(ranking.logits(query, scaling), self.residency.chosen)
+
+        counts = self._counts if self._limits is None else select.more_than(self.selected, self._slots)
+        self._ahead.start_ranking(rank, counts, self._tally.ahead)
 
     @property
     def page_lse(self) -> torch.Tensor | None:

@@ -135,7 +135,7 @@ def _fill(
         looks.begin_answer(layout.sink_chunks, attending * shape.num_attention_heads // shape.num_key_value_heads)
 
     widest = max(decode_plan.table_width(plan, tiers, index, mask) for index, mask in enumerate(static))
-    slots = shape.num_key_value_heads * int(plan.slots.max())
+    chunks = shape.num_key_value_heads * layout.retrievable
 
     codec = device_tier.codec(plan.page_bits, layers[0].dtype)
 
@@ -148,13 +148,14 @@ def _fill(
             ledger=device_tier.ledger,
             pool=device_tier.new_pool(plan.pool_pages(here), codec, device),
             prefetcher=device_tier.copies if tiers.prefetch else None,
+            foreseen=device.type == "cuda" if tiers.ahead is None else tiers.ahead,
             counters=counters,
             ops=device_tier.step_ops(device),
             chunk_mass=device_tier.ledger.empty("tables", (layout.retrievable,), torch.float32, device).zero_(),
             page_lse=device_tier.ledger.empty("tables", (shape.num_attention_heads, widest), torch.float32, device)
             if dynamic_heads
             else None,
-            slot_columns=device_tier.ledger.empty("tables", (slots,), torch.int32, device)
+            chunk_order=device_tier.ledger.empty("tables", (chunks,), torch.int32, device)
             if dynamic_heads and plan.ranked
             else None,
             looks=looks,

@@ -182,6 +182,11 @@ class SealedLayer:
             self.retrieval.record_step(lse.view(self._host.num_heads, -1))
         return out.squeeze(1)
 
+    def foresee(self, query: torch.Tensor, scaling: float) -> None:
+        """The next step's query will be about this, `(H, D)`: copy in the background what it will miss."""
+        assert self.retrieval is not None
+        self.retrieval.foresee(query.view(self._host.num_heads, -1, query.shape[-1]), scaling)
+
     def _append(self, key: torch.Tensor, value: torch.Tensor) -> None:
         self.advance()
         self.pages.append(key, value)

@@ -19,6 +19,7 @@ from tieredkv.cache.conv_layer import ConvLayer
 from tieredkv.cache.counters import Counters
 from tieredkv.cache.decoding import Decoding
 from tieredkv.cache.device_tier import DeviceTier
+from tieredkv.cache.foresight import Foresight
 from tieredkv.cache.layer import TieredLayer, pack
 from tieredkv.cache.layer_order import LayerOrder
 from tieredkv.cache.linear_layer import LinearLayer
@@ -104,6 +105,8 @@ class TieredCache(Cache):
                 untiered.append(self._untiered_layer(kind, text))
                 layers.append(untiered[-1])
             self._order.add(layers[-1], kind == TIERED, readers)
+        self.foresight = Foresight(self.tiered_layers)
+        """What the layers are told of their queries in advance."""
         self.long_context = LongContext(config)
         """Which lengths the model's cache can have."""
         self.untiered = Untiered(untiered)

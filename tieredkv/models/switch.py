@@ -14,10 +14,12 @@ from tieredkv.attention.interface import NAME
 from tieredkv.environment import forking
 from tieredkv.errors import UnsupportedModelError
 from tieredkv.models.placement import check_readers
+from tieredkv.models.sight import Watch
 from tieredkv.models.wrapped import unwrapped
 
-_users: weakref.WeakKeyDictionary[PreTrainedModel, tuple[list[int], str]] = weakref.WeakKeyDictionary()
-"""For each model: the threads of its open `use_attention` blocks, and the attention to restore after the last."""
+_users: weakref.WeakKeyDictionary[PreTrainedModel, tuple[list[int], str, Watch]] = weakref.WeakKeyDictionary()
+"""For each model: the threads of its open `use_attention` blocks, and, after the last, the attention to restore and the
+hooks to remove."""
 _users_lock = threading.Lock()
 
 
@@ -29,10 +31,11 @@ def _switch(model: PreTrainedModel, name: str) -> None:
 
 def _leave(model: PreTrainedModel, thread: int) -> None:
     """End one block of a thread."""
-    threads, before = _users[model]
+    threads, before, watch = _users[model]
     threads.remove(thread)
     if not threads:
         del _users[model]
+        watch.end()
         _switch(model, before)
 
 
@@ -40,7 +43,7 @@ def _after_fork() -> None:
     """End the blocks of other threads, which do not exist in a forked process."""
     global _users_lock
     _users_lock = threading.Lock()
-    for model, (threads, _) in list(_users.items()):
+    for model, (threads, _, _) in list(_users.items()):
         for thread in [thread for thread in threads if thread != threading.get_ident()]:
             _leave(model, thread)
 
@@ -57,9 +60,11 @@ def use_attention(model: Any) -> Iterator[None]:
     check_readers(model)
     text, thread = model.config.get_text_config(decoder=True), threading.get_ident()
     with _users_lock:
-        threads, _ = _users.setdefault(model, ([], text._attn_implementation))
-        threads.append(thread)
-        if len(threads) == 1:
+        if model in _users:
+            _users[model][0].append(thread)
+        else:
+            before, watch = text._attn_implementation, Watch(model)
+            _users[model] = [thread], before, watch
             try:
                 _switch(model, NAME)
                 if text._attn_implementation != NAME:
@@ -69,6 +74,7 @@ def use_attention(model: Any) -> Iterator[None]:
                     )
             except BaseException:
                 del _users[model]
+                watch.end()
                 raise
     try:
         yield

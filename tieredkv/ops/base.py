@@ -57,9 +57,8 @@ class Listing:
     """`(n,)`: the rows of the table."""
     first: int
     """The column from which on they are listed."""
-    columns: torch.Tensor | None
-    """`(n, R)` int32: how many columns after the first each slot in use is listed; of other slots undefined. None:
-    nobody reads it."""
+    order: torch.Tensor
+    """`(n, N)` int32: how many columns after the first each chunk in use is listed (`Ops.choose`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,53 +169,61 @@ class Ops(Protocol):
         page_lse: torch.Tensor,
         lse: torch.Tensor,
         chosen: torch.Tensor,
-        slot_of: torch.Tensor,
+        columns: torch.Tensor,
         heads: torch.Tensor,
         first: int,
-        columns: torch.Tensor | None,
     ) -> None:
         """Add to `chunk_mass` `(N,)` the attention mass of each chunk that a step attended to, summed over the queries
         of the heads that chose it, in the same order at every run.
 
-        page_lse `(H, >= P)`: of `paged_attention`. lse `(K, G)`: likewise. chosen `(n, N)` bool: the chunks; each has a
-        slot in slot_of `(n, >= N)`, whose page is in column `first` and as many after as columns `(n, R)` says; None:
-        as many as the slot's number. heads `(n,)`: rows of the table.
+        page_lse `(H, >= P)`: of `paged_attention`. lse `(K, G)`: likewise. chosen `(n, N)` bool: the chunks; the page
+        of each is in column `first` and as many after as columns `(n, >= N)` int32 says. heads `(n,)`: rows of the
+        table.
         """
 
     def choose(
-        self, ranks: torch.Tensor, selected: torch.Tensor, slot_of: torch.Tensor, most: int, chosen: torch.Tensor
+        self,
+        ranks: torch.Tensor,
+        selected: torch.Tensor,
+        slot_of: torch.Tensor,
+        most: int,
+        chosen: torch.Tensor,
+        order: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Choose the `selected` `(n,)` best chunks of each head by `ranks` `(n, N)`; find those that are in no slot.
 
         selected: at most `most`; 0 chooses none. slot_of `(n, >= N)`: -1 for none. chosen `(n, N)` bool: is set to the
-        choice. Returns missed `(n, most)` int32 chunk ids, ascending, and misses `(n,)` int32, how many of them count.
-        Which of several equal ranks are chosen is up to the implementation.
+        choice. order `(n, N)` int32: is set, for each chosen chunk, to how many before it are chosen. Returns missed
+        `(n, most)` int32 chunk ids, ascending, and misses `(n,)` int32, how many of them count. Which of several equal
+        ranks are chosen is up to the implementation, but does not depend on `slot_of`.
         """
 
     def place(
         self,
         wanted: torch.Tensor,
         kept: torch.Tensor,
+        missed: torch.Tensor,
         misses: torch.Tensor,
         chunk_in: torch.Tensor,
         last_used: torch.Tensor,
         slots: torch.Tensor,
         step: torch.Tensor,
-        most: int,
         total: torch.Tensor,
         listing: Listing | None,
     ) -> torch.Tensor:
         """Find slots for missed chunks, mark the slots in use, and list those in the page table.
 
         wanted `(n, N)` bool: chunks whose slots are in use now. kept `(n, N)` bool: chunks whose slots must not be
-        given away; includes the wanted ones. misses `(n,)`: slots needed, at most `most`; added to `total` `(n,)`
-        int64. chunk_in, last_used, slots `(n, R)`: of `Residency`. Slots are taken in order of last use, oldest first,
-        then by number. listing: where the pool slots of each head's wanted chunks are listed, by their number; None:
-        nothing is. step `(n,)` int32: steps begun by each head; with a listing, one more begins. `last_used` is set to
-        it where a slot is in use.
+        given away; includes the wanted ones. missed `(n, m)`, misses `(n,)`: of `choose`; misses are added to `total`
+        `(n,)` int64. chunk_in, last_used, slots `(n, R)`: of `Residency`. Slots are taken in order of last use, oldest
+        first, then by number. listing: where the pool slots of each head's wanted chunks are listed; None: nothing is.
+        They are listed in the order of the chunks, so that a step's output does not depend on which slots these are in.
+        step `(n,)` int32: steps begun by each head; with a listing, one more begins. `last_used` is set to it where a
+        slot is in use.
 
-        Returns victims `(n, most)` int32, local slots, ascending, of which the first `misses` count. Where too few
-        slots may be taken, torch raises ValueError; a kernel cannot, and its result is undefined.
+        Returns victims `(n, m)` int32, local slots, ascending, of which the first `misses` count: the k-th is for the
+        k-th missed chunk. Where too few slots may be taken, torch raises ValueError; a kernel cannot, and its result is
+        undefined.
         """
 
     def gather(

@@ -31,19 +31,32 @@ def _listed(mask: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor,
     """
     counts = mask.sum(1)
     row, column = mask.nonzero(as_tuple=True)
-    place = torch.arange(len(row), device=mask.device) - (counts.cumsum(0) - counts)[row]
+    place = _place_in_row(row, counts)
     out = torch.zeros((mask.shape[0], width), dtype=torch.int32, device=mask.device)
     out[row, place] = column.int()
     return out, counts.int(), row, place
 
 
+def _place_in_row(row: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """How many elements of the same row come before each. row: in order. counts `(rows,)`: elements of each row."""
+    return torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
+
+
 def choose(
-    ranks: torch.Tensor, selected: torch.Tensor, slot_of: torch.Tensor, most: int, chosen: torch.Tensor
+    ranks: torch.Tensor,
+    selected: torch.Tensor,
+    slot_of: torch.Tensor,
+    most: int,
+    chosen: torch.Tensor,
+    order: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `Ops.choose`."""
     best = ranks.topk(most, dim=1).indices
     taken = torch.arange(most, device=ranks.device) < selected.unsqueeze(1)
     chosen.zero_().scatter_(1, best, taken)
+    if order is not None:
+        row, chunk = chosen.nonzero(as_tuple=True)
+        order[row, chunk] = _place_in_row(row, chosen.sum(1)).int()
     missed, misses, _, _ = _listed(chosen & (slot_of[:, : ranks.shape[1]] < 0), most)
     return missed, misses
 
@@ -51,12 +64,12 @@ def choose(
 def place(
     wanted: torch.Tensor,
     kept: torch.Tensor,
+    missed: torch.Tensor,
     misses: torch.Tensor,
     chunk_in: torch.Tensor,
     last_used: torch.Tensor,
     slots: torch.Tensor,
     step: torch.Tensor,
-    most: int,
     total: torch.Tensor,
     listing: Listing | None,
 ) -> torch.Tensor:
@@ -66,20 +79,17 @@ def place(
     age = last_used.masked_fill((there & kept.gather(1, resident)) | (slots < 0), NEVER)
     if bool((misses > (age != NEVER).sum(1)).any()):
         raise ValueError("more chunks are missed than slots may be taken")
-    order = age.argsort(dim=1, stable=True)
     oldest = torch.arange(slots.shape[1], device=slots.device) < misses.unsqueeze(1)
-    victim = torch.zeros_like(oldest).scatter_(1, order, oldest)
-    victims, _, _, _ = _listed(victim, most)
+    victim = torch.zeros_like(oldest).scatter_(1, age.argsort(dim=1, stable=True), oldest)
+    victims, _, row, nth = _listed(victim, missed.shape[1])
     used = victim | (there & wanted.gather(1, resident))
     total += misses
     if listing is not None:
         step += 1
+        resident[victim] = missed[row, nth].long()
         row, slot = used.nonzero(as_tuple=True)
-        counts = used.sum(1)
-        column = torch.arange(len(row), device=used.device) - (counts.cumsum(0) - counts)[row]
-        listing.table[listing.heads[row], listing.first + column] = slots[row, slot]
-        if listing.columns is not None:
-            listing.columns[row, slot] = column.int()
+        column = listing.order[row, resident[row, slot]]
+        listing.table[listing.heads[row], listing.first + column.long()] = slots[row, slot]
     last_used.copy_(torch.where(used, step.unsqueeze(1), last_used))
     return victims
 
@@ -230,18 +240,15 @@ def add_mass(
     page_lse: torch.Tensor,
     lse: torch.Tensor,
     chosen: torch.Tensor,
-    slot_of: torch.Tensor,
+    columns: torch.Tensor,
     heads: torch.Tensor,
     first: int,
-    columns: torch.Tensor | None,
 ) -> None:
     """As `Ops.add_mass`. Waits for the device."""
     of_pages = page_lse.view(*lse.shape, -1)
     for row, head in enumerate(heads.tolist()):
         chunk = chosen[row].nonzero().squeeze(1)
-        column = slot_of[row, chunk].long()
-        if columns is not None:
-            column = columns[row, column].long()
+        column = columns[row, chunk].long()
         mass = of_pages[head].index_select(1, column + first).sub_(lse[head].unsqueeze(1)).exp_().sum(0)
         chunk_mass[chunk] += mass  # a head chooses a chunk once
 

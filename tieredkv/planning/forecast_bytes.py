@@ -56,7 +56,7 @@ def decode_bytes(shape: KVShape, tiers: TierConfig, plan: DecodePlan, static: to
     n_dynamic = int((~static).sum())
     ranked = plan.ranked and n_dynamic > 0
     if n_dynamic:
-        tables += sizes.record_bytes(shape, widest, int(plan.slots.max()) if ranked else 0)
+        tables += sizes.record_bytes(shape, widest, layout.retrievable if ranked else 0)
     page = sizes.page_bytes(shape, tiers, plan.page_bits)
     return {
         "recent pages": shape.kv_heads * layout.recent_pages * page,

@@ -199,10 +199,10 @@ def chunk_mass_bytes(layout: Layout) -> int:
     return layout.retrievable * FLOAT32
 
 
-def record_bytes(shape: KVShape, columns: int, slots: int) -> int:
-    """What a step leaves of one layer for the record of what it attended to: the log-sum-exp of each page's logits, if
-    the table has `columns` columns, and the column of each of a head's `slots` slots, 0 if chunks are not ranked."""
-    return shape.num_attention_heads * columns * FLOAT32 + shape.num_key_value_heads * slots * INT32
+def record_bytes(shape: KVShape, columns: int, chunks: int) -> int:
+    """What a step writes of one layer about the pages that it attends to: the log-sum-exp of each one's logits, if the
+    table has `columns` columns, and where each head lists each of `chunks` chunks, 0 if chunks are not ranked."""
+    return shape.num_attention_heads * columns * FLOAT32 + shape.num_key_value_heads * chunks * INT32
 
 
 def most_record_bytes(shape: KVShape, layout: Layout) -> int:

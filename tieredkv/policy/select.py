@@ -70,6 +70,17 @@ def adapted(selected: torch.Tensor, unseen: torch.Tensor, least: torch.Tensor, m
     return torch.minimum(torch.maximum(selected + change, least), most)
 
 
+FORESEEN_PER_CENT = 110
+"""How many chunks are copied for a predicted query, relative to those that a step selects: more than as many find a few
+more of what the step will miss, and cost as many copies again (`benchmarks/ahead.py`)."""
+
+
+def more_than(selected: torch.Tensor, most: torch.Tensor) -> torch.Tensor:
+    """How many of the best chunks, at most `most` `(K,)`, to copy for a predicted query, for a step that selects
+    `selected` `(K,)` (ours)."""
+    return torch.minimum((selected * FORESEEN_PER_CENT + 99) // 100, most)
+
+
 def query_similarity(query: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
     """`(K,)`: cosine between the queries `(K, G, D)` of two steps, averaged over the group (FreeKV)."""
     return torch.cosine_similarity(query.float(), before.float(), dim=-1).mean(1)

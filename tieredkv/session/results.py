@@ -41,6 +41,7 @@ class Stats:
     moved_bytes: int
     """Copied from host to device for this answer: the past in prefill, pool, digests, missed and prefetched chunks."""
     prefetched_bytes: int
+    """Of these, copied before a step needed them: for a predicted query, or for heads that may reuse a choice."""
     ingest_s: float
     """Seconds to decode, encode and prefill the video (once per session)."""
     ttft_s: float

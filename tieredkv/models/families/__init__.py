@@ -52,7 +52,10 @@ DECODERS: tuple[Decoder, ...] = (
     Decoder(("qwen2",)),
     Decoder(("qwen3",)),
     Decoder(
-        ("gemma3_text",), untiered=("sliding_attention",), settings=("query_pre_attn_scalar", "attn_logit_softcapping")
+        ("gemma3_text",),
+        untiered=("sliding_attention",),
+        settings=("query_pre_attn_scalar", "attn_logit_softcapping"),
+        mlp_norm="pre_feedforward_layernorm",
     ),
     Gemma4Decoder(("gemma4_text",)),
     Gemma4Decoder(
@@ -61,12 +64,13 @@ DECODERS: tuple[Decoder, ...] = (
         video_only=True,
     ),
     Qwen35Decoder(("qwen3_5_text", "qwen3_5_moe_text")),
-    OneWindowDecoder(("mistral", "ministral3", "phi3")),
+    OneWindowDecoder(("mistral",)),
+    OneWindowDecoder(("ministral3", "phi3"), mlp_norm=None),  # scaled by position; one projection for all three
     Decoder(("ministral",), untiered=("sliding_attention",)),
-    LfmDecoder(("lfm2", "lfm2_moe")),
+    LfmDecoder(("lfm2", "lfm2_moe"), query_norm="q_layernorm"),
     LfmDecoder(("lfm3",), untiered=("conv", "sliding_attention"), tested=("5.23", "5.24")),
     Decoder(("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"), video_only=True),
-    Decoder(("glm4v_text",), video_only=True),
+    Decoder(("glm4v_text",), video_only=True, neighbours=True),
     Decoder(
         ("glm4v_moe_text",),
         settings=("num_experts_per_tok", "routed_scaling_factor", "norm_topk_prob", "n_group", "topk_group"),

@@ -34,6 +34,14 @@ class Decoder:
     """Whether it is tested within a video family only."""
     tested: tuple[str, str] = (OLDEST, NEWEST)
     """The oldest and the newest transformers that it is tested with."""
+    attention_norm: str = "input_layernorm"
+    """In its layers, the module that normalises what attention reads."""
+    mlp_norm: str | None = "post_attention_layernorm"
+    """The module that the residual stream enters after attention. None: queries are not predicted (`models.sight`)."""
+    query_norm: str = "q_norm"
+    """In its attention, the module that normalises each head's query, if there is one."""
+    neighbours: bool = False
+    """Whether a rotation turns neighbouring dimensions together, not those half a head apart."""
 
     def layer_types(self, text: PreTrainedConfig) -> list[str]:
         """The type of each layer that has a cache. Raises `UnsupportedModelError` for types that are not supported."""
@@ -76,6 +84,23 @@ class Decoder:
     def window(self, text: PreTrainedConfig) -> int | None:
         """Tokens that layers of type `TIERED` see, in a config that states a window for them. None: all tokens."""
         return None
+
+    def query(self, attention: torch.nn.Module, normed: torch.Tensor) -> torch.Tensor:
+        """Queries `(n, H, D)` before rotation, of an attention module that reads `normed` `(n, W)`."""
+        query = attention.q_proj(normed).view(len(normed), -1, attention.head_dim)  # type: ignore[operator,union-attr]
+        norm = getattr(attention, self.query_norm, None)
+        return query if norm is None else norm(query)
+
+    def rotated(self, query: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """Queries `(n, H, D)` at positions of which `cos` and `sin` are `(n, d)`: the first d dimensions turn."""
+        turned, rest = query[..., : cos.shape[-1]], query[..., cos.shape[-1] :]
+        if self.neighbours:
+            across = torch.stack((-turned[..., 1::2], turned[..., ::2]), -1).flatten(-2)
+        else:
+            first, second = turned.chunk(2, -1)
+            across = torch.cat((-second, first), -1)
+        turned = turned * cos.unsqueeze(1) + across * sin.unsqueeze(1)
+        return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
 
     def state_bytes(self, text: PreTrainedConfig, kind: str, dtype: torch.dtype) -> tuple[int, int]:
         """The convolution state and the recurrent state of a layer of this type, which has one of each or only the

@@ -168,6 +168,7 @@ class Gemma4Decoder(Decoder):
         "enable_moe_block",
         "per_layer_config",
     )
+    mlp_norm: str | None = None
 
     def layer_types(self, text: PreTrainedConfig) -> list[str]:
         return self.checked(text, text.layer_types[: _own_layers(text)], text.use_bidirectional_attention != "all")

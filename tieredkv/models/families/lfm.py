@@ -22,6 +22,8 @@ class LfmDecoder(Decoder):
     untiered: tuple[str, ...] = ("conv",)
     packages: tuple[str, ...] = ("causal-conv1d",)
     settings: tuple[str, ...] = ("norm_eps", "conv_L_cache", "conv_bias")
+    attention_norm: str = "operator_norm"
+    mlp_norm: str | None = "ffn_norm"
 
     def state_bytes(self, text: PreTrainedConfig, kind: str, dtype: torch.dtype) -> tuple[int, int]:
         """No recurrent state."""

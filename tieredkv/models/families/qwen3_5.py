@@ -33,6 +33,11 @@ class Qwen35Decoder(Decoder):
     untiered: tuple[str, ...] = ("linear_attention",)
     packages: tuple[str, ...] = ("flash-linear-attention", "causal-conv1d")
 
+    def query(self, attention: torch.nn.Module, normed: torch.Tensor) -> torch.Tensor:
+        """Each head's projection is followed by its gate's."""
+        both = attention.q_proj(normed).view(len(normed), -1, 2, attention.head_dim)  # type: ignore[operator,union-attr]
+        return attention.q_norm(both[:, :, 0])  # type: ignore[operator,no-any-return]
+
     def state_bytes(self, text: PreTrainedConfig, kind: str, dtype: torch.dtype) -> tuple[int, int]:
         """As transformers' gated delta rule allocates them: the recurrent state in float32."""
         key_heads, value_heads = count(text, "linear_num_key_heads"), count(text, "linear_num_value_heads")

@@ -157,21 +157,24 @@ def _descending(rank: Any) -> Any:
 
 @compiled(
     signatures=[
-        "void(float32[:,::1], int64[::1], int32[:,::1], boolean[:,::1], int32[:,::1], int32[::1])",
+        "void(float32[:,::1], int64[::1], int32[:,::1], boolean[:,::1], int32[:,::1], int32[:,::1], int32[::1])",
     ]
 )
-def _choose(ranks: Any, selected: Any, slot_of: Any, chosen: Any, missed: Any, misses: Any) -> None:
+def _choose(ranks: Any, selected: Any, slot_of: Any, chosen: Any, order: Any, missed: Any, misses: Any) -> None:
     heads, chunks = ranks.shape
     keys = np.empty(chunks, np.int64)
     for head in range(heads):
         for i in range(chunks):
             keys[i] = _descending(ranks[head, i])
         last, equal = _threshold(keys, selected[head]) if selected[head] > 0 else (-1, 0)
-        found = 0
+        found = before = 0
         for i in range(chunks):
             taken = keys[i] < last or (keys[i] == last and equal > 0)
             equal -= keys[i] == last
             chosen[head, i] = taken
+            if taken and len(order) > 0:
+                order[head, i] = before
+                before += 1
             if taken and slot_of[head, i] < 0:
                 missed[head, found] = i
                 found += 1
@@ -179,19 +182,25 @@ def _choose(ranks: Any, selected: Any, slot_of: Any, chosen: Any, missed: Any, m
 
 
 def choose(
-    ranks: torch.Tensor, selected: torch.Tensor, slot_of: torch.Tensor, most: int, chosen: torch.Tensor
+    ranks: torch.Tensor,
+    selected: torch.Tensor,
+    slot_of: torch.Tensor,
+    most: int,
+    chosen: torch.Tensor,
+    order: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `Ops.choose`."""
     missed = torch.zeros((len(ranks), most), dtype=torch.int32, device="cpu")
     misses = torch.empty(len(ranks), dtype=torch.int32, device="cpu")
-    given = ranks.contiguous().numpy(), selected.numpy(), slot_of.numpy(), chosen.numpy()
+    listed = missed[:0] if order is None else order
+    given = ranks.contiguous().numpy(), selected.numpy(), slot_of.numpy(), chosen.numpy(), listed.numpy()
     _choose(*given, missed.numpy(), misses.numpy())
     return missed, misses
 
 
 PLACED = (
-    "boolean(boolean[:,::1], boolean[:,::1], int32[::1], int32[:,::1], int32[:,::1], int32[:,::1], int32[::1], "
-    "int32[:,::1], int64[::1], boolean, int32[:,::1], int64[::1], int64, int32[:,::1])"
+    "boolean(boolean[:,::1], boolean[:,::1], int32[:,::1], int32[::1], int32[:,::1], int32[:,::1], int32[:,::1], "
+    "int32[::1], int32[:,::1], int64[::1], boolean, int32[:,::1], int64[::1], int64, int32[:,::1])"
 )
 
 
@@ -199,6 +208,7 @@ PLACED = (
 def _place(
     wanted: Any,
     kept: Any,
+    missed: Any,
     misses: Any,
     chunk_in: Any,
     last_used: Any,
@@ -210,7 +220,7 @@ def _place(
     table: Any,
     rows: Any,
     first: Any,
-    columns: Any,
+    order: Any,
 ) -> Any:
     """Returns whether there were slots enough; nothing changed if not."""
     heads, width = slots.shape
@@ -228,21 +238,18 @@ def _place(
     for head in range(heads):
         last, equal = _threshold(keys[head], misses[head]) if misses[head] > 0 else (-1, 0)
         step[head] += listed
-        found = column = 0
+        found = 0
         for r in range(width):
             key, chunk = keys[head, r], chunk_in[head, r]
             victim = key < last or (key == last and equal > 0)
             equal -= key == last
             if victim:
-                victims[head, found] = r
+                victims[head, found], chunk = r, missed[head, found]
                 found += 1
             if victim or (chunk >= 0 and wanted[head, chunk]):
                 last_used[head, r] = step[head]
                 if listed:
-                    table[rows[head], first + column] = slots[head, r]
-                    if len(columns) > 0:
-                        columns[head, r] = column
-                column += 1
+                    table[rows[head], first + order[head, chunk]] = slots[head, r]
         total[head] += misses[head]
     return True
 
@@ -250,24 +257,23 @@ def _place(
 def place(
     wanted: torch.Tensor,
     kept: torch.Tensor,
+    missed: torch.Tensor,
     misses: torch.Tensor,
     chunk_in: torch.Tensor,
     last_used: torch.Tensor,
     slots: torch.Tensor,
     step: torch.Tensor,
-    most: int,
     total: torch.Tensor,
     listing: Listing | None,
 ) -> torch.Tensor:
     """As `Ops.place`."""
-    victims = torch.zeros((len(slots), most), dtype=torch.int32, device="cpu")
+    victims = torch.zeros_like(missed)
     nowhere = victims[:0]
-    given = (wanted, kept, misses, chunk_in, last_used, slots, step, victims, total)
+    given = (wanted, kept, missed, misses, chunk_in, last_used, slots, step, victims, total)
     if listing is None:
         where = (False, nowhere.numpy(), total[:0].numpy(), 0, nowhere.numpy())
     else:
-        columns = nowhere if listing.columns is None else listing.columns
-        where = (True, listing.table.numpy(), listing.heads.numpy(), listing.first, columns.numpy())
+        where = (True, listing.table.numpy(), listing.heads.numpy(), listing.first, listing.order.numpy())
     if not _place(*(tensor.numpy() for tensor in given), *where):
         raise ValueError("more chunks are missed than slots may be taken")
     return victims

@@ -59,12 +59,11 @@ def preparations(expected: Expected) -> Iterator[Callable[[], object]]:
     for chunks in blocks:
         logits, slot_of = numbers(k, group, chunks), ids(k, chunks + 1)
         chosen = torch.empty((k, chunks), dtype=torch.bool, device=META)
-        yield partial(choose.choose, logits[:, 0].contiguous(), counts(k), slot_of, FEW, chosen)
-        for columns in (None, ids(k, chunks)):
-            for listing in (None, Listing(table, counts(k), 0, columns)):
-                if columns is None or listing is not None:
-                    used = ids(k, chunks), ids(k, chunks), ids(k, chunks), ids(k)
-                    yield partial(choose.place, chosen, chosen, ids(k), *used, FEW, counts(k), listing)
+        used = ids(k, chunks), ids(k, chunks), ids(k, chunks), ids(k)
+        for order in (None, ids(k, chunks)):
+            yield partial(choose.choose, logits[:, 0].contiguous(), counts(k), slot_of, FEW, chosen, order)
+            listing = None if order is None else Listing(table, counts(k), 0, order)
+            yield partial(choose.place, chosen, chosen, ids(k, FEW), ids(k), *used, counts(k), listing)
         if expected.digest.estimates_mass:
             yield partial(mass.log_mass_without, logits, chosen, numbers(k, group))
     if expected.digest.estimates_mass:
@@ -72,11 +71,8 @@ def preparations(expected: Expected) -> Iterator[Callable[[], object]]:
         yield partial(mass.record_unseen, numbers(k, group), lse, counts(k), unseen, total)
         some = counts(k)
         yield partial(adapt.adapt, some, unseen, some, some, some, table, some, 0, 1, expected.digest.chunk_tokens)
-    for columns in (None, ids(k, FEW)):
-        yield partial(
-            mass.add_mass, numbers(FEW), page_lse, lse, torch.empty((k, FEW), dtype=torch.bool, device=META),
-            ids(k, FEW + 1), counts(k), 0, columns,
-        )  # fmt: skip
+    none = torch.empty((k, FEW), dtype=torch.bool, device=META)
+    yield partial(mass.add_mass, numbers(FEW), page_lse, lse, none, ids(k, FEW), counts(k), 0)
 
 
 def _stored(expected: Expected) -> Iterator[tuple[_Records, Pages]]:

@@ -96,7 +96,7 @@ def _taken(key, chunk, least, stop, end, slot_of):
 
 @triton.jit(do_not_specialize=["chunks", "most", "slots_stride", "part_chunks"])
 def _choose(
-    ranks, selected, slot_of, chosen, missed, misses, chunks, most, slots_stride, part_chunks,
+    ranks, selected, slot_of, chosen, order, missed, misses, chunks, most, slots_stride, part_chunks,
     BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     head, begin = tl.program_id(0), tl.program_id(1) * part_chunks
@@ -127,24 +127,36 @@ def _choose(
         stop, reached = tl.where(enough, trial, stop), tl.where(enough, found, reached)
         low = tl.where(enough, low, trial)
     slot_of += head * slots_stride
-    absent = tl.sum(_taken(kept, place, least, stop, begin, slot_of)[1].to(tl.int32), 0)  # listed by earlier parts
+    taken, gone = _taken(kept, place, least, stop, begin, slot_of)
+    listed, absent = tl.sum(taken.to(tl.int32), 0), tl.sum(gone.to(tl.int32), 0)  # by earlier parts
     for first in range(BLOCK, begin, BLOCK):
-        key = _keys(ranks, first + place, chunks)
-        absent += tl.sum(_taken(key, first + place, least, stop, begin, slot_of)[1].to(tl.int32), 0)
+        taken, gone = _taken(_keys(ranks, first + place, chunks), first + place, least, stop, begin, slot_of)
+        listed += tl.sum(taken.to(tl.int32), 0)
+        absent += tl.sum(gone.to(tl.int32), 0)
     end = tl.minimum(begin + part_chunks, chunks)
     for first in range(begin, end, TILE):
         chunk = first + tl.arange(0, TILE)
         taken, gone = _taken(_keys(ranks, chunk, chunks), chunk, least, stop, end, slot_of)
         tl.store(chosen + head * chunks + chunk, taken.to(tl.uint8), mask=chunk < end)
-        at = absent + tl.cumsum(gone.to(tl.int32), 0) - 1
-        tl.store(missed + head * most + at, chunk, mask=gone)
-        absent += tl.sum(gone.to(tl.int32), 0)
+        both = gone.to(tl.int32) + taken.to(tl.int32) * 65536  # counted in one scan
+        before = tl.cumsum(both, 0) - both
+        tl.store(missed + head * most + absent + (before & 65535), chunk, mask=gone)
+        if order is not None:
+            tl.store(order + head * chunks + chunk, listed + (before >> 16), mask=taken)
+        both = tl.sum(both, 0)
+        absent += both & 65535
+        listed += both >> 16
     if end == chunks:
         tl.store(misses + head, absent)
 
 
 def choose(
-    ranks: torch.Tensor, selected: torch.Tensor, slot_of: torch.Tensor, most: int, chosen: torch.Tensor
+    ranks: torch.Tensor,
+    selected: torch.Tensor,
+    slot_of: torch.Tensor,
+    most: int,
+    chosen: torch.Tensor,
+    order: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `Ops.choose`. Of equal ranks the first are chosen."""
     heads, chunks = ranks.shape
@@ -153,7 +165,8 @@ def choose(
     part = triton.cdiv(chunks, _parts(chunks, heads, ranks.device))
     launch(
         _choose, (heads, triton.cdiv(chunks, part)),
-        ranks, selected, slot_of, chosen.view(torch.uint8), missed, misses, chunks, most, slot_of.stride(0), part,
+        ranks, selected, slot_of, chosen.view(torch.uint8), order, missed, misses,
+        chunks, most, slot_of.stride(0), part,
         **_shape(chunks, LARGEST_BLOCK, TILE),
     )  # fmt: skip
     return missed, misses
@@ -164,7 +177,7 @@ def choose(
     do_not_specialize_on_alignment=["total"],
 )
 def _place(
-    wanted, kept, misses, chunk_in, last_used, slots, step, total, victims, table, heads, listed_in,
+    wanted, kept, missed, misses, chunk_in, last_used, slots, step, total, victims, table, heads, order,
     chunks, most, count, stride, columns, first,
     BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -190,31 +203,28 @@ def _place(
             more = _from(age, lower, upper)
             counts = (counts[0] + more[0], counts[1] + more[1])
         limit, reached, above, older = _narrowed(limit, reached, above, older, lower, upper, counts, needed)
-    equals, gone, listed = tl.zeros([], tl.int32), tl.zeros([], tl.int32), tl.zeros([], tl.int32)
+    equals, gone = tl.zeros([], tl.int32), tl.zeros([], tl.int32)
     for begin in range(0, count, TILE):
         slot = begin + tl.arange(0, TILE)
         age = _age(kept, chunk_in, last_used, slots, head, slot, now, chunks, count, stride)
         victim = age >= limit
         if reached > needed:  # of slots that tie for the last places, take the first
             tie = (age == limit).to(tl.int32)
-            order = older + equals + tl.cumsum(tie, 0) - tie
-            victim = (age > limit) | ((tie != 0) & (order < needed))
+            older_before = older + equals + tl.cumsum(tie, 0) - tie
+            victim = (age > limit) | ((tie != 0) & (older_before < needed))
             equals += tl.sum(tie, 0)
         resident = tl.load(chunk_in + head * stride + slot, mask=slot < count, other=-1)
         used = victim | (tl.load(wanted + head * chunks + resident, mask=resident >= 0, other=0) != 0)
         tl.store(last_used + head * stride + slot, now, mask=used)
-        both = victim.to(tl.int32) + used.to(tl.int32) * 65536  # counted in one scan
-        before = tl.cumsum(both, 0) - both
-        tl.store(victims + head * most + gone + (before & 65535), slot, mask=victim)
+        taken = victim.to(tl.int32)
+        at = gone + tl.cumsum(taken, 0) - taken
+        tl.store(victims + head * most + at, slot, mask=victim)
         if table is not None:
-            at = listed + (before >> 16)
+            new = tl.load(missed + head * most + at, mask=victim, other=0)
+            column = tl.load(order + head * chunks + tl.where(victim, new, resident), mask=used, other=0)
             page = tl.load(slots + head * count + slot, mask=used, other=0)
-            tl.store(table + tl.load(heads + head) * columns + first + at, page, mask=used)
-            if listed_in is not None:
-                tl.store(listed_in + head * count + slot, at, mask=used)
-        both = tl.sum(both, 0)
-        gone += both & 65535
-        listed += both >> 16
+            tl.store(table + tl.load(heads + head) * columns + first + column, page, mask=used)
+        gone += tl.sum(taken, 0)
     if table is not None:
         tl.debug_barrier()  # not before all threads have read it
         tl.store(step + head, now)
@@ -234,24 +244,24 @@ def _age(kept, chunk_in, last_used, slots, head, slot, now, chunks, count, strid
 def place(
     wanted: torch.Tensor,
     kept: torch.Tensor,
+    missed: torch.Tensor,
     misses: torch.Tensor,
     chunk_in: torch.Tensor,
     last_used: torch.Tensor,
     slots: torch.Tensor,
     step: torch.Tensor,
-    most: int,
     total: torch.Tensor,
     listing: Listing | None,
 ) -> torch.Tensor:
     """As `Ops.place`."""
-    n, count = slots.shape
+    (n, count), most = slots.shape, missed.shape[1]
     victims = torch.empty((n, most), dtype=torch.int32, device=slots.device)
-    where = (None, None, None) if listing is None else (listing.table, listing.heads, listing.columns)
+    where = (None, None, None) if listing is None else (listing.table, listing.heads, listing.order)
     columns, first = (0, 0) if listing is None else (listing.table.shape[1], listing.first)
     launch(
         _place, (n,),
-        wanted.view(torch.uint8), kept.view(torch.uint8), misses, chunk_in, last_used, slots, step, total, victims,
-        *where, wanted.shape[1], most, count, chunk_in.stride(0), columns, first,
+        wanted.view(torch.uint8), kept.view(torch.uint8), missed, misses, chunk_in, last_used, slots, step, total,
+        victims, *where, wanted.shape[1], most, count, chunk_in.stride(0), columns, first,
         **_shape(count, LARGEST_BLOCK // 2, 2 * TILE),
     )  # fmt: skip
     return victims

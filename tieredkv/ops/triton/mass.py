@@ -70,10 +70,9 @@ def record_unseen(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["count", "chunks", "first", "lse_stride", "slot_stride", "column_stride"])
+@triton.jit(do_not_specialize=["count", "chunks", "first", "lse_stride", "column_stride"])
 def _add_mass(
-    chunk_mass, page_lse, lse, chosen, slot_of, heads, columns,
-    count, chunks, first, lse_stride, slot_stride, column_stride,
+    chunk_mass, page_lse, lse, chosen, columns, heads, count, chunks, first, lse_stride, column_stride,
     G: tl.constexpr, PADDED_G: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     chunk, g = tl.program_id(0) * CHUNKS + tl.arange(0, CHUNKS), tl.arange(0, PADDED_G)
@@ -82,9 +81,7 @@ def _add_mass(
     for head in range(count):
         row = tl.load(heads + head) * G + g
         taken = tl.load(chosen + head * chunks + chunk, mask=exists, other=0) != 0
-        column = tl.load(slot_of + head * slot_stride + chunk, mask=taken, other=0)
-        if columns is not None:
-            column = tl.load(columns + head * column_stride + column, mask=taken, other=0)
+        column = tl.load(columns + head * column_stride + chunk, mask=taken, other=0)
         where = page_lse + row[:, None] * lse_stride + (first + column)[None, :]
         inside = (g[:, None] < G) & taken[None, :]
         each = tl.load(where, mask=inside, other=-float("inf"))
@@ -98,16 +95,15 @@ def add_mass(
     page_lse: torch.Tensor,
     lse: torch.Tensor,
     chosen: torch.Tensor,
-    slot_of: torch.Tensor,
+    columns: torch.Tensor,
     heads: torch.Tensor,
     first: int,
-    columns: torch.Tensor | None,
 ) -> None:
     """As `Ops.add_mass`."""
     (n, chunks), group = chosen.shape, lse.shape[1]
     launch(
         _add_mass, (triton.cdiv(chunks, CHUNKS),),
-        chunk_mass, page_lse, lse, chosen.view(torch.uint8), slot_of, heads, columns,
-        n, chunks, first, page_lse.stride(0), slot_of.stride(0), 0 if columns is None else columns.stride(0),
+        chunk_mass, page_lse, lse, chosen.view(torch.uint8), columns, heads,
+        n, chunks, first, page_lse.stride(0), columns.stride(0),
         G=group, PADDED_G=triton.next_power_of_2(group), CHUNKS=CHUNKS, num_warps=4,
     )  # fmt: skip
