@@ -46,7 +46,7 @@ def plain():
 def check(patch, model, ids, path, order, plain):
     if path not in plain:
         plain[path] = on_a_card(patch, model, ids, path, "at once", ahead=False)
-    got = on_a_card(patch, model, ids, path, order)  # on a card, queries are predicted
+    got = on_a_card(patch, model, ids, path, order, ahead=True)
     for row, want in zip(got, plain[path], strict=True):
         if row.dtype != torch.int64:
             assert torch.equal(row, want)
@@ -68,7 +68,7 @@ def test_several_turns(two_layers, long_ids, monkeypatch, plain, order):
 def races_of(patch, model, ids):
     with torch.no_grad(), simulated_card(patch, kind=RaceCheck) as card:
         card.watch(patch)
-        one_question(on_card(copy.deepcopy(model)), ids[:, :TOKENS].to(CARD), **RANKED)
+        one_question(on_card(copy.deepcopy(model)), ids[:, :TOKENS].to(CARD), **RANKED, ahead=True)
         return sorted(set(card.races))
 
 

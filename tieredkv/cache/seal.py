@@ -148,7 +148,7 @@ def _fill(
             ledger=device_tier.ledger,
             pool=device_tier.new_pool(plan.pool_pages(here), codec, device),
             prefetcher=device_tier.copies if tiers.prefetch else None,
-            foreseen=device.type == "cuda" if tiers.ahead is None else tiers.ahead,
+            foreseen=tiers.ahead,
             counters=counters,
             ops=device_tier.step_ops(device),
             chunk_mass=device_tier.ledger.empty("tables", (layout.retrievable,), torch.float32, device).zero_(),
