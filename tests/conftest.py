@@ -23,6 +23,7 @@ if not torch.cuda.is_available():
 from helpers import random_text_model, text_config
 
 from tieredkv.cli.defaults import KEYS
+from tieredkv.ops import select
 from tieredkv.ops.base import Ops
 from tieredkv.ops.select import TORCH, numba, triton
 
@@ -65,6 +66,14 @@ def no_deprecated_names() -> Iterator[None]:
     yield
     logger.removeHandler(handler)
     assert not handler.messages, f"transformers: {handler.messages}"
+
+
+@pytest.fixture(scope="module")
+def torch_operations() -> Iterator[None]:
+    """On a CPU steps run by torch, also where Numba is installed: for tests of what is computed, or held, there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(select, "_on_a_cpu", lambda: TORCH)
+        yield
 
 
 @pytest.fixture

@@ -112,7 +112,7 @@ def test_an_unknown_tier_option_is_refused(llama):
 
 
 def test_under_a_small_budget_counters_say_what_was_done(llama, long_ids):
-    options = {"gpu_kv_gb": cap_share(llama, 900, 0.4), "text_window": 16, "theta": 2, "reuse_above": -1.0}
+    options = {"gpu_kv_gb": cap_share(llama, 900, 0.4), "text_window": 16, "theta": 2, "reuse_above": -1.0, "stay": 1.0}
     options["pack_pages"] = False
     with (
         tieredkv.use_attention(llama),

@@ -188,7 +188,7 @@ def tiny_llama(case: Case) -> Any:
 
 
 @pytest.fixture(scope="module")
-def measured() -> dict[tuple[str, str], list[Block]]:
+def measured(torch_operations: None) -> dict[tuple[str, str], list[Block]]:
     """By case and part of the work: the blocks of scratch, named by purpose, and moments with the bytes counted then:
     "held in prefill" before rows are scored, "held in a step" before it attends, "held" after it."""
     scratch, score = DeviceLedger.scratch, getattr(*SCORING)

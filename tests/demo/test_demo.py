@@ -72,7 +72,7 @@ def test_as_json_prints_one_object_and_nothing_else(few_questions, capsys):
 
 
 @pytest.mark.model
-def test_the_demo_fails_if_the_answers_are_worse(few_questions, monkeypatch, capsys):
+def test_the_demo_fails_if_the_answers_are_worse(few_questions, torch_operations, monkeypatch, capsys):
     """A policy that picks random chunks must not pass."""
     import torch
 

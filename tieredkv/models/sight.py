@@ -88,8 +88,8 @@ class Watch:
             if first:
                 self._call.foresight = getattr(named.get(name), "foresight", None)
                 self._call.rotation = None
-            if rotates:
-                self._call.rotation = named.get("position_embeddings")
+            if rotates and (rotation := named.get("position_embeddings")) is not None:
+                self._call.rotation = rotation if rotation[0].shape[-2] == 1 else None  # others are never predicted
 
         return hook
 
