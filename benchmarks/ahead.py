@@ -33,7 +33,6 @@ from settings import tier_config
 
 from tieredkv import TierConfig, use_attention
 from tieredkv.cache.question import Question
-from tieredkv.policy import select
 
 RESULT = "benchmarks/results/ahead.json"
 FACTORS = (1.0, 1.1, 1.2, 1.35, 1.5)
@@ -99,7 +98,6 @@ def gather(cache: Any, watch: Watch, saliency: list[torch.Tensor]) -> Steps:
         part = saliency[layer.index][own[0].heads, first : first + chunks * c]
         first_mass.append(part.unflatten(1, (chunks, c)).sum(-1).numpy())
         scaling = watch.layers[watch.attending[layer.index]].self_attn.scaling
-        policy = cache.tiers.policy
         for name in names:
             guess = guesses.get((name, watch.attending[layer.index]))
             known[name].append(np.full(n, guess is not None))
@@ -109,7 +107,7 @@ def gather(cache: Any, watch: Watch, saliency: list[torch.Tensor]) -> Steps:
                 for step in range(count):
                     before = torch.from_numpy(mask[step - 1]) if step else torch.zeros((n, chunks), dtype=torch.bool)
                     logits = retrieval.ranking.logits(grouped[:, :, step].contiguous(), scaling)
-                    got[step] = select.chunk_ranks(logits, before, policy.chunk_group, policy.stay).numpy()
+                    got[step] = retrieval.ranking.ranks(logits, before).numpy()
             ranks[name].append(got)
         heads.append(n)
     return Steps(
