@@ -134,18 +134,18 @@ def _choose(
         listed += tl.sum(taken.to(tl.int32), 0)
         absent += tl.sum(gone.to(tl.int32), 0)
     end = tl.minimum(begin + part_chunks, chunks)
-    for first in range(begin, end, TILE):
+    for first in range(begin, end, TILE):  # names of their own, as these tensors have another shape
         chunk = first + tl.arange(0, TILE)
-        taken, gone = _taken(_keys(ranks, chunk, chunks), chunk, least, stop, end, slot_of)
-        tl.store(chosen + head * chunks + chunk, taken.to(tl.uint8), mask=chunk < end)
-        both = gone.to(tl.int32) + taken.to(tl.int32) * 65536  # counted in one scan
+        own, lacking = _taken(_keys(ranks, chunk, chunks), chunk, least, stop, end, slot_of)
+        tl.store(chosen + head * chunks + chunk, own.to(tl.uint8), mask=chunk < end)
+        both = lacking.to(tl.int32) + own.to(tl.int32) * 65536  # counted in one scan
         before = tl.cumsum(both, 0) - both
-        tl.store(missed + head * most + absent + (before & 65535), chunk, mask=gone)
+        tl.store(missed + head * most + absent + (before & 65535), chunk, mask=lacking)
         if order is not None:
-            tl.store(order + head * chunks + chunk, listed + (before >> 16), mask=taken)
-        both = tl.sum(both, 0)
-        absent += both & 65535
-        listed += both >> 16
+            tl.store(order + head * chunks + chunk, listed + (before >> 16), mask=own)
+        of_tile = tl.sum(both, 0)
+        absent += of_tile & 65535
+        listed += of_tile >> 16
     if end == chunks:
         tl.store(misses + head, absent)
 
