@@ -2,8 +2,7 @@
 
 The residual stream changes little from layer to layer. So the next layer's own normalisation and query projection,
 applied to the stream between this layer's attention and its MLP, nearly give its query, an MLP's time before it is
-known (InfiniGen, arXiv 2406.19707, predicts from the layer's input). Shapes: `n` tokens, `H` query heads, `D` head dim,
-`W` width of the stream.
+known (InfiniGen, arXiv 2406.19707, predicts from the layer's input). Shapes: `n` tokens, `H` query heads, `D` head dim.
 """
 
 from __future__ import annotations
@@ -27,8 +26,6 @@ Rotation = tuple[torch.Tensor, torch.Tensor]
 class Sight:
     """What is seen of a layer's query before the layer runs."""
 
-    normed: torch.Tensor
-    """`(n, W)`: what its projection was applied to."""
     query: torch.Tensor
     """`(n, H, D)`, before rotation."""
     scaling: float
@@ -107,9 +104,8 @@ class Watch:
                 return  # nobody asks, or the layer is on another device or, for now, on none
             if foresight.wants(index, stream.shape[1]):
                 with torch.no_grad():
-                    normed = norm(stream[0])
-                    query = decoder.query(attention, normed)
-                    foresight.foresee(index, Sight(normed, query, attention.scaling, rotation_of(decoder, rotation)))
+                    query = decoder.query(attention, norm(stream[0]))
+                    foresight.foresee(index, Sight(query, attention.scaling, rotation_of(decoder, rotation)))
 
         return hook
 
