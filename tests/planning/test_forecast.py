@@ -52,7 +52,7 @@ def published_config(layers: int, heads: int, kv_heads: int, hidden: int, inner:
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch):
-    """16 GiB of host memory, and a transformers that loads no weights."""
+    """16 GiB of host memory, 1 TiB of disk, and a transformers that loads no weights."""
     from transformers import PreTrainedModel
 
     def refuse(*args, **options):
@@ -60,13 +60,18 @@ def machine(monkeypatch):
 
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", refuse)
     monkeypatch.setattr(limits, "available_host_bytes", lambda: 16 * GIB)
+    _set_free_disk(monkeypatch, 1024 * GIB)
 
 
 @pytest.fixture
-def full_disk(monkeypatch):
+def full_disk(machine, monkeypatch):
     """No disk has room for what host memory does not hold."""
+    _set_free_disk(monkeypatch, 1000)
+
+
+def _set_free_disk(monkeypatch, nbytes):
     usage = shutil.disk_usage("/")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=nbytes))
 
 
 @pytest.fixture(scope="module")
