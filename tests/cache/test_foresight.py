@@ -7,6 +7,7 @@ import torch
 from helpers import TEXT_CONFIGS, LateCopies, pressed, random_text_model, tier_options
 
 import tieredkv
+from tieredkv.cache.foresight import Foresight
 from tieredkv.cache.looks import Looks
 from tieredkv.cache.question import CONTEXT, Question
 from tieredkv.cache.tiered_cache import TieredCache
@@ -60,6 +61,18 @@ def answers(model, ids, looks=False, turns=1, **options):
     return found, seen
 
 
+@pytest.fixture
+def answers_without(monkeypatch):
+    """`answers`, planned as with predictions, which take room, but without any."""
+
+    def without(*args, **options):
+        with monkeypatch.context() as patch:
+            patch.setattr(Foresight, "wants", lambda *_: False)
+            return answers(*args, ahead=True, **options)
+
+    return without
+
+
 def assert_same(got, want):
     for (logits, trace, _), (wanted, other, _) in zip(got, want, strict=True):
         assert torch.equal(logits, wanted)
@@ -70,9 +83,9 @@ def assert_same(got, want):
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_answers_are_the_same_to_the_bit(llama, long_ids, name):
+def test_answers_are_the_same_to_the_bit(llama, long_ids, answers_without, name):
     options = SETTINGS[name]
-    want, _ = answers(llama, long_ids, turns=2, ahead=False, **options)
+    want, _ = answers_without(llama, long_ids, turns=2, **options)
     got, _ = answers(llama, long_ids, turns=2, ahead=True, **options)
     assert_same(got, want)
     copied = [counters.prefetched_bytes for _, _, counters in got]
@@ -87,8 +100,8 @@ def test_answers_are_the_same_to_the_bit(llama, long_ids, name):
         assert sum(waited) < sum(counters.missed_bytes for _, _, counters in want)
 
 
-def test_evidence_is_the_same_to_the_bit(llama, long_ids):
-    want, recorded = answers(llama, long_ids, looks=True, ahead=False, **RANKED)
+def test_evidence_is_the_same_to_the_bit(llama, long_ids, answers_without):
+    want, recorded = answers_without(llama, long_ids, looks=True, **RANKED)
     got, also = answers(llama, long_ids, looks=True, ahead=True, **RANKED)
     assert_same(got, want)
     assert got[0][2].prefetched_bytes > 0

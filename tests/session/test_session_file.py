@@ -89,6 +89,24 @@ def test_a_session_saved_after_questions_contains_no_trace_of_them(video_model, 
         assert torch.equal(before.tensor(name), after.tensor(name)), name
 
 
+def test_what_corrects_predicted_queries_is_saved(video_model, frames, options, processor, tmp_path):
+    """And is not fitted to questions, however long."""
+    options |= {"ahead": True, "prefill_chunk": 140}
+    with tieredkv.open_session(video_model, frames, **tier_options(**options)) as session:
+        session.ask(STAR * 40, max_new_tokens=1)
+        session.save(tmp_path / "session.tkv")
+        wanted = [layer.correcting.state() for layer in session._cached.cache.tiered_layers]
+    assert wanted[0] == {}
+    assert all(wanted[1:])
+    with load(tmp_path / "session.tkv", video_model, processor, ahead=True) as session:
+        session.ask(STAR * 40, max_new_tokens=3)
+        for layer, state in zip(session._cached.cache.tiered_layers, wanted, strict=True):
+            found = layer.correcting.state()
+            assert found.keys() == state.keys()
+            assert all(torch.equal(found[name], state[name]) for name in state)
+        assert session._cached.cache.counters.prefetched_bytes > 0
+
+
 def test_the_conversation_is_saved(kept, video_model, frames, options, processor, tmp_path):
     with tieredkv.open_session(video_model, frames, **tier_options(**options)) as session:
         session.chat(STAR, max_new_tokens=3)

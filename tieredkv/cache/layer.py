@@ -12,6 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 from tieredkv.attention import interface
 from tieredkv.cache import prefill
 from tieredkv.cache.context_digests import ContextDigests
+from tieredkv.cache.correcting import Correcting
 from tieredkv.cache.decode_phase import DecodePhase
 from tieredkv.cache.device_tier import DeviceTier
 from tieredkv.cache.layer_order import LayerOrder
@@ -69,6 +70,7 @@ class TieredLayer(CacheLayerMixin):
         """How often it has attended in the last call."""
         self.sealed: SealedLayer | None = None
         self.digests: ContextDigests | None = None
+        self.correcting = Correcting(device_tier)
         self._check: Callable[[], None] | None = None
 
     # ---- transformers' protocol
@@ -249,6 +251,7 @@ class TieredLayer(CacheLayerMixin):
         """Treat the cached tokens as the context: digests are fitted to them and to no later ones."""
         if self.digests is not None:
             self.digests.settle()
+        self.correcting.settle()
         if self.host is not None:
             self.host.freeze()
 
@@ -265,6 +268,7 @@ class TieredLayer(CacheLayerMixin):
             self.host.truncate(tokens)
         else:
             self.host.clear()
+            self.correcting.forget()
             self._reserve(self.host)
         if (resident := self.device_tier.residents.get(self.index)) is not None:
             resident.truncate(tokens)
@@ -280,7 +284,7 @@ class TieredLayer(CacheLayerMixin):
         digested = digests.state()
         self.device_tier.copies.drain()
         records = host.arena_to_store(sizes.QUESTION_ROOM)
-        return {"kv": records.view(torch.int32), **fit_state(host.fit), **digested}
+        return {"kv": records.view(torch.int32), **fit_state(host.fit), **digested, **self.correcting.state()}
 
     @settled
     def restore(
@@ -297,6 +301,7 @@ class TieredLayer(CacheLayerMixin):
         host, digests = self._begin_at(device, records.shape[0], codec.head_dim, codec.dtype)
         host.adopt(self.device_tier.arena_of(records, tokens // codec.chunk_tokens), tokens, codec, fit_of(state))
         digests.restore(state)
+        self.correcting.restore(state, tokens)
         self._check = check
         self.is_initialized = True
 
@@ -311,8 +316,8 @@ class TieredLayer(CacheLayerMixin):
         host, digests = self._context()
         assert self.rows is not None
         digests.update(fit=True)
-        packed, fitted = digests.packed, digests.fitted
-        self.sealed = SealedLayer(self.index, host, packed, fitted, static, self.rows, is_text, phase)
+        packed, fitted, correction = digests.packed, digests.fitted, self.correcting.correction
+        self.sealed = SealedLayer(self.index, host, packed, fitted, static, self.rows, is_text, phase, correction)
 
     def unseal(self) -> None:
         """Go back to prefill: the tokens generated since the seal join the host tier."""

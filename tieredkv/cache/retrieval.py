@@ -7,6 +7,8 @@ table.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from tieredkv.cache.fetching import FetchAhead, Fetching
@@ -139,8 +141,8 @@ class Retrieval:
         """Whether chunks are copied for a query that is predicted."""
         return self._ahead is not None and self._reuse is None
 
-    def foresee(self, query: torch.Tensor, scaling: float) -> None:
-        """Copy in the background what a step with this query `(K, G, D)` would fetch, and a little more.
+    def foresee(self, query: Callable[[], torch.Tensor], scaling: float) -> None:
+        """Copy in the background what a step with the query `query()`, `(K, G, D)`, would fetch, and a little more.
 
         Changes no choice: where chunks are does not matter to ranks. What the step will choose is not known yet, so
         every slot may be given away that holds none of the likely chunks. All of it runs in the background, and is over
@@ -152,7 +154,7 @@ class Retrieval:
 
         def rank() -> torch.Tensor:
             with at_most(1), ranking.scratch():  # one thread: others compute the MLP meanwhile
-                return ranking.ranks(ranking.logits(query, scaling), self.residency.chosen)
+                return ranking.ranks(ranking.logits(query(), scaling), self.residency.chosen)
 
         counts = self._counts if self._limits is None else select.more_than(self.selected, self._slots)
         self._ahead.start_ranking(rank, counts, self._tally.ahead)

@@ -5,6 +5,7 @@ Shapes: `K` KV heads, `H` query heads, `n` tokens, `N` prompt tokens, `D` head d
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ from tieredkv.environment.threads import at_most, worth
 from tieredkv.memory.host import HostLayer
 from tieredkv.planning.decode_plan import table_width
 from tieredkv.planning.sizes import ranked_ahead_bytes, ranking_bytes
+from tieredkv.policy.correction import Correction
 from tieredkv.policy.digests import Fitted
 
 MOST_ROWS = 32
@@ -47,10 +49,12 @@ class SealedLayer:
         rows: TextRows,
         is_text: torch.Tensor,
         phase: DecodePhase,
+        correction: Correction | None = None,
     ) -> None:
         """host: all prompt tokens. digests: `(K, >= old chunks, bytes)` on the host, made with `fitted`.
 
-        static: `(K,)` mask of heads. is_text: `(N,)` mask of prompt tokens. Copies pages to the device.
+        static: `(K,)` mask of heads. is_text: `(N,)` mask of prompt tokens. correction: of predicted queries. Copies
+        pages to the device.
         """
         self.phase, self._host = phase, host
         self.pages = LayerPages(host, phase, table_width(phase.plan, phase.tiers, index, static))
@@ -71,6 +75,11 @@ class SealedLayer:
         self.pages.fill()
         if self.retrieval is not None:
             self._set_lengths(self.retrieval)
+        self.correction: Correction | None = None
+        """On the device; None also where queries are not predicted."""
+        if correction is not None and self.foresees:
+            self.correction = correction.to(self.pages.device, host.dtype)
+            phase.ledger.reserve("tables", self.correction.nbytes)
         ranking = None if self.retrieval is None else self.retrieval.ranking
         ranked = 0 if ranking is None else ranking.digests.numel()
         self._threads = worth(ranked + self.pages.table.numel() * 2 * host.chunk_tokens * host.head_dim)
@@ -182,10 +191,16 @@ class SealedLayer:
             self.retrieval.record_step(lse.view(self._host.num_heads, -1))
         return out.squeeze(1)
 
-    def foresee(self, query: torch.Tensor, scaling: float) -> None:
-        """The next step's query will be about this, `(H, D)`: copy in the background what it will miss."""
+    @property
+    def foresees(self) -> bool:
+        """Whether chunks are copied for a query that is predicted."""
+        return self.retrieval is not None and self.retrieval.foresees
+
+    def foresee(self, query: Callable[[], torch.Tensor], scaling: float) -> None:
+        """The next step's query will be about `query()`, `(H, D)`: copy in the background what it will miss. The query
+        is computed there, too."""
         assert self.retrieval is not None
-        self.retrieval.foresee(query.view(self._host.num_heads, -1, query.shape[-1]), scaling)
+        self.retrieval.foresee(lambda: query().view(self._host.num_heads, -1, self._host.head_dim), scaling)
 
     def _append(self, key: torch.Tensor, value: torch.Tensor) -> None:
         self.advance()

@@ -52,14 +52,15 @@ def attended_dtype(tensor: torch.Tensor) -> torch.dtype:
 class Ambient:
     """The calling thread's settings, for another thread to run a model under: threads do not inherit them."""
 
-    def __init__(self, device: bool = False) -> None:
-        """device: include the default device, which a user's callback may rely on."""
+    def __init__(self, device: bool = False, stream: bool = True) -> None:
+        """device: include the default device, which a user's callback may rely on. stream: include the current stream
+        of the current card; False: the other thread has its own."""
         self._cast = [(kind, torch.get_autocast_dtype(kind)) for kind in _KINDS if torch.is_autocast_enabled(kind)]
         self._cache = torch.is_autocast_cache_enabled()
         self._inference = torch.is_inference_mode_enabled()
         self._device = torch.get_default_device() if device else torch.device("cpu")
         # The current card and its stream: later work on it follows the work already queued there.
-        self._stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
+        self._stream = torch.cuda.current_stream() if stream and torch.cuda.is_initialized() else None
 
     @contextmanager
     def here(self) -> Any:

@@ -43,6 +43,8 @@ class KVShape:
     """The state of such a layer."""
     readers: int = 0
     """Layers without keys and values of their own that attend to those of the last layer of full attention."""
+    hidden_size: int = 0
+    """Width of the residual stream."""
 
     @property
     def kv_heads(self) -> int:
@@ -71,6 +73,7 @@ def model_shape(config: PreTrainedConfig, dtype: torch.dtype) -> KVShape:
         head_dim=head_dim,
         itemsize=dtype.itemsize,
         readers=decoder.readers(text),
+        hidden_size=text.hidden_size,
         **_untiered_sizes(decoder, text, kinds, dtype),
     )
 

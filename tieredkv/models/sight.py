@@ -2,7 +2,8 @@
 
 The residual stream changes little from layer to layer. So the next layer's own normalisation and query projection,
 applied to the stream between this layer's attention and its MLP, nearly give its query, an MLP's time before it is
-known (InfiniGen, arXiv 2406.19707, predicts from the layer's input). Shapes: `n` tokens, `H` query heads, `D` head dim.
+known (InfiniGen, arXiv 2406.19707, predicts from the layer's input). What that misses is noted while a context is read,
+so that a correction can be fitted to it. Shapes: `n` tokens, `W` width of the stream, `H` query heads, `D` head dim.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 
+from tieredkv.environment.ambient import Ambient
 from tieredkv.environment.versions import cache_name
 from tieredkv.errors import UnsupportedModelError
 from tieredkv.models.families import find_decoder
@@ -22,15 +25,27 @@ from tieredkv.models.families.decoder import TIERED, Decoder
 Rotation = tuple[torch.Tensor, torch.Tensor]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Sight:
     """What is seen of a layer's query before the layer runs."""
 
-    query: torch.Tensor
-    """`(n, H, D)`, before rotation."""
+    stream: torch.Tensor
+    """`(n, W)`: the residual stream."""
+    norm: Callable[[torch.Tensor], torch.Tensor]
+    query: Callable[[torch.Tensor], torch.Tensor]
+    """The layer's own, from normalised rows to queries `(n, H, D)` before rotation."""
     scaling: float
     rotated: Callable[[torch.Tensor], torch.Tensor]
     """Rotates queries to the positions of the tokens."""
+    ambient: Ambient
+    """What the model runs under."""
+
+    def predicted(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Normalised rows `(n, W)`, and the queries `(n, H, D)` that the layer would have if they were its own, before
+        rotation. May be called on another thread or stream than the model's."""
+        with self.ambient.here(), torch.no_grad():
+            rows = self.norm(self.stream)
+            return rows, self.query(rows)
 
 
 class Foresight(Protocol):
@@ -41,6 +56,24 @@ class Foresight(Protocol):
 
     def foresee(self, layer: int, sight: Sight) -> None:
         """The layer's query is about to be this."""
+
+    def rows(self, layer: int, tokens: int) -> int:
+        """Of how many tokens of a call of `tokens` it should be noted what a prediction misses; 0: of none."""
+
+    def learn(self, layer: int, rows: torch.Tensor, missed: torch.Tensor, tokens: int) -> None:
+        """In a call of `tokens` tokens, predictions from the normalised rows `(n, W)` missed `(n, H * D)`: what is to
+        be added to each query, before rotation."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Noted:
+    """Predictions in a call of several tokens, until the true queries are known."""
+
+    layer: int
+    places: torch.Tensor
+    """`(n,)`: which tokens."""
+    rows: torch.Tensor
+    predicted: torch.Tensor
 
 
 class Watch:
@@ -65,9 +98,10 @@ class Watch:
                 hook = self._entering(first=place == 0, rotates=kind != "sliding_attention")
                 self._hooks.append(layers[place].register_forward_pre_hook(hook, with_kwargs=True))
             if place + 1 in tiered:
-                norm = getattr(layers[place], decoder.mlp_norm)
-                hook = self._looking(decoder, layers[place + 1], tiered.index(place + 1))
-                self._hooks.append(norm.register_forward_pre_hook(hook))
+                index, norm = tiered.index(place + 1), getattr(layers[place], decoder.mlp_norm)
+                self._hooks.append(norm.register_forward_pre_hook(self._looking(decoder, layers[place + 1], index)))
+                hook = self._comparing(decoder, layers[place + 1], index)
+                self._hooks.append(layers[place + 1].register_forward_pre_hook(hook, with_kwargs=True))
 
     def end(self) -> None:
         """Remove the hooks."""
@@ -84,7 +118,7 @@ class Watch:
                 return
             if first:
                 self._call.foresight = getattr(named.get(name), "foresight", None)
-                self._call.rotation = None
+                self._call.rotation = self._call.noted = None
             if rotates and (rotation := named.get("position_embeddings")) is not None:
                 self._call.rotation = rotation if rotation[0].shape[-2] == 1 else None  # others are never predicted
 
@@ -93,19 +127,41 @@ class Watch:
     def _looking(self, decoder: Decoder, layer: Any, index: int) -> Any:
         """Predicts the query of `layer`, the tiered layer `index`, from the stream that enters the MLP before it."""
         norm, attention = getattr(layer, decoder.attention_norm), layer.self_attn
-        weight = next(attention.parameters())
+        weight, query = next(attention.parameters()), partial(decoder.query, attention)
 
         def hook(module: torch.nn.Module, inputs: Any) -> None:
             if torch.compiler.is_compiling():
                 return
             foresight: Foresight | None = getattr(self._call, "foresight", None)
             stream, rotation = inputs[0], getattr(self._call, "rotation", None)
-            if foresight is None or rotation is None or stream.dim() != 3 or weight.device != stream.device:
+            if foresight is None or stream.dim() != 3 or weight.device != stream.device:
                 return  # nobody asks, or the layer is on another device or, for now, on none
-            if foresight.wants(index, stream.shape[1]):
+            tokens = stream.shape[1]
+            if rotation is not None and foresight.wants(index, tokens):
+                rotated = rotation_of(decoder, rotation)
+                ambient = Ambient(stream=False)
+                foresight.foresee(index, Sight(stream[0], norm, query, attention.scaling, rotated, ambient))
+            elif count := foresight.rows(index, tokens):
+                places = torch.arange(count, dtype=torch.int64, device=stream.device) * tokens // count
                 with torch.no_grad():
-                    query = decoder.query(attention, norm(stream[0]))
-                    foresight.foresee(index, Sight(query, attention.scaling, rotation_of(decoder, rotation)))
+                    rows = norm(stream[0, places])
+                    self._call.noted = _Noted(index, places, rows, query(rows))
+
+        return hook
+
+    def _comparing(self, decoder: Decoder, layer: Any, index: int) -> Any:
+        """Compares what was predicted of several tokens with the queries of `layer`, as a call enters it."""
+        norm, attention = getattr(layer, decoder.attention_norm), layer.self_attn
+
+        def hook(module: torch.nn.Module, inputs: Any, named: dict[str, Any]) -> None:
+            noted: _Noted | None = getattr(self._call, "noted", None)
+            if torch.compiler.is_compiling() or noted is None or noted.layer != index:
+                return
+            self._call.noted = None
+            stream = inputs[0] if inputs else named["hidden_states"]
+            with torch.no_grad():
+                missed = decoder.query(attention, norm(stream[0, noted.places])) - noted.predicted
+            self._call.foresight.learn(index, noted.rows, missed.flatten(1), stream.shape[1])
 
         return hook
 

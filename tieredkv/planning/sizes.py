@@ -18,6 +18,7 @@ from tieredkv.config import TierConfig
 from tieredkv.memory.units import FLOAT32, INT32, ceil_div
 from tieredkv.models.kv_shape import KVShape
 from tieredkv.ops import torch_ops
+from tieredkv.policy.correction import rank_of
 from tieredkv.policy.digests import DIGESTS, Digest
 
 QUESTION_ROOM = 256
@@ -133,7 +134,7 @@ def stored_bytes(shape: KVShape, tiers: TierConfig, prompt: int, bits: int) -> i
     chunks, fitting = ceil_div(tokens, tiers.chunk_tokens), digest.fitted_bytes + query_moment_bytes(shape.head_dim)
     digests = shape.kv_heads * (chunks * digest.chunk_bytes + fitting)
     kept = records_bytes(shape, tiers, tokens, bits) + fit_bytes(shape, shape.kv_heads, bits)
-    return kept + digests + snapshot_bytes(shape, prompt)
+    return kept + digests + corrections_bytes(shape, tiers) + snapshot_bytes(shape, prompt)
 
 
 def snapshot_bytes(shape: KVShape, tokens: int) -> int:
@@ -191,7 +192,15 @@ def table_bytes(shape: KVShape, tiers: TierConfig, layout: Layout) -> int:
     pages = layout.old_chunks + layout.recent_pages
     tables = shape.kv_heads * (pages * per_page + layout.retrievable * per_chunk + INT32)
     fits = max(fit_bytes(shape, shape.kv_heads, bits) for bits in possible_page_bits(tiers))
-    return tables + chunk_mass_bytes(layout) + reused + fits
+    return tables + chunk_mass_bytes(layout) + reused + fits + corrections_bytes(shape, tiers)
+
+
+def corrections_bytes(shape: KVShape, tiers: TierConfig) -> int:
+    """What corrects the predicted queries of all layers (`policy.correction`), at most; 0 if none are predicted."""
+    if not tiers.ahead:
+        return 0
+    width, outputs = shape.hidden_size, shape.num_attention_heads * shape.head_dim
+    return shape.num_layers * rank_of(width) * (width + 1 + outputs) * shape.itemsize
 
 
 def chunk_mass_bytes(layout: Layout) -> int:

@@ -1,0 +1,75 @@
+"""Correcting: one layer's correction of predicted queries, fitted to its context while that is read."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+
+import torch
+
+from tieredkv.cache.device_tier import DeviceTier
+from tieredkv.environment.threads import at_most
+from tieredkv.policy.correction import Correction, fit_correction
+
+LEAST_TOKENS = 128
+"""Of a call, for a correction to be fitted to it."""
+ROWS = 512
+"""Tokens of a call, evenly spread, that a correction is fitted to: with all of 2,048 hardly less is missed."""
+GROWTH = 4
+"""A correction is fitted again once the context is so many times as long: the first call may be unlike the rest."""
+_NAMES = ("ahead.down", "ahead.offset", "ahead.up")
+
+
+class Correcting:
+    """Fitted to the context, never to a question about it. Beside a card, fits run on another thread: each takes a
+    processor some tenths of a second."""
+
+    def __init__(self, device_tier: DeviceTier) -> None:
+        self._device_tier = device_tier
+        self._latest: Future[Correction | None] | Correction | None = None
+        self._fitted_at = 0
+        """Tokens of the context, the call's included, when a fit was last begun."""
+        self._settled = False
+
+    def rows(self, past: int, tokens: int) -> int:
+        """To how many tokens of a call of `tokens` a correction should be fitted. past: tokens before it."""
+        if self._settled or tokens < LEAST_TOKENS or past + tokens < GROWTH * self._fitted_at:
+            return 0
+        return min(tokens, ROWS)
+
+    def learn(self, rows: torch.Tensor, missed: torch.Tensor, length: int) -> None:
+        """Fit to what was missed, `(n, O)`, of queries predicted from `rows` `(n, W)`, all on the layer's device.
+        length: tokens of the context, the call's included."""
+        kept = rows.cpu(), missed.cpu()
+        dtype, self._fitted_at = rows.dtype, length
+
+        def fit() -> Correction | None:
+            with torch.no_grad(), at_most(1):
+                found = fit_correction(*kept)
+                return None if found is None else found.to(torch.device("cpu"), dtype)
+
+        self._latest = self._device_tier.beside(fit) if rows.device.type == "cuda" else fit()
+
+    @property
+    def correction(self) -> Correction | None:
+        """On the host, in the dtype of the rows; None: there is none yet. Waits for a fit under way."""
+        if isinstance(self._latest, Future):
+            self._latest = self._latest.result()
+        return self._latest
+
+    def settle(self) -> None:
+        """The context is complete: nothing is fitted to later tokens."""
+        self._settled = True
+
+    def forget(self) -> None:
+        """The context is another one from now on."""
+        self._latest, self._fitted_at, self._settled = None, 0, False
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """For `restore`; empty without a correction."""
+        found = self.correction
+        return {} if found is None else dict(zip(_NAMES, (found.down, found.offset, found.up), strict=True))
+
+    def restore(self, state: dict[str, torch.Tensor], tokens: int) -> None:
+        """From a state that contains a `state`, of a context of `tokens` tokens."""
+        if all(name in state for name in _NAMES):
+            self._latest, self._fitted_at = Correction(*(state[name] for name in _NAMES)), tokens
