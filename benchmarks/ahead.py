@@ -9,7 +9,11 @@ SmolLM2 on text (`python benchmarks/models.py` prepares it) and both tiny video 
 
 foreseen: share of the missing chunks that were copied ahead, layer 0 counted, which nothing predicts. wasted: chunks
 copied and not selected, relative to the missing. exposed: chunks that a step still waits for, relative to those of a
-run without copies ahead. extra_weights: what the prediction reads, relative to the layer's weights.
+run without copies ahead. copied: chunks copied in all, relative to the same. extra_weights: what the prediction reads,
+relative to the layer's weights; sketches are read again besides.
+
+Rows of `COUNTED`, and the first, "without", stand for decoding steps with the shipped prefetcher, whose copies are
+counted: there is no foreseen share of these.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from ahead_record import Watch
+from ahead_record import QUERY, Watch
 from ahead_slots import Outcome, best, run
 from origin import origin, report, rounded
 from replay import Reader, ReplayedQuestion, TextReader, prefill
@@ -33,12 +37,16 @@ from settings import tier_config
 
 from tieredkv import TierConfig, use_attention
 from tieredkv.cache.question import Question
+from tieredkv.policy import select
+from tieredkv.policy.correction import rank_of
 
+PLAIN_STEPS, COUNTED = "steps, without", "steps, copied ahead"
 RESULT = "benchmarks/results/ahead.json"
-FACTORS = (1.0, 1.1, 1.2, 1.35, 1.5)
+FACTOR = select.FORESEEN_PER_CENT / 100
+FACTORS = (1.0, FACTOR, 1.2, 1.35, 1.5)
 SPARES = (0.1, 0.2, 0.4)
 BUDGETS = (0.05, 0.1)
-READ_WITH = {"gpu_kv_gb": 4.0, "host_kv_bits": 16}
+READ_WITH = {"gpu_kv_gb": 4.0, "host_kv_bits": 16, "ahead": True}
 
 
 @dataclass
@@ -174,28 +182,59 @@ def readers(model: str, quick: bool) -> Iterator[tuple[str, Reader, Watch, list[
             yield "chain", reader, watch, [one for one in asked if one.task == "chain"]
 
 
-def extra_weights(watch: Watch) -> float:
-    """What a prediction reads, in 8 bits and folded with a sketch's directions, over the weights of a layer in 16."""
-    index = watch.attending[-1]
-    layer = watch.layers[index]
+def counted(reader: Reader, asked: ReplayedQuestion, tiers: TierConfig) -> tuple[int, int]:
+    """Bytes that steps waited for, and that were copied ahead, when the true answer is decoded token by token; leaves
+    the reader's cache unchanged."""
+    cache, context, scoring = reader.cache, reader.cache.get_seq_length(), reader.cache.tiers
+    before = [] if asked.before is None else [*asked.before[0], *asked.before[1]]
+    prefill(reader, [*before, *asked.prompt_ids])
+    cache.set_tiers(tiers)
+    cache.expect(Question(max_new_tokens=len(asked.answer_ids), rows=0, visual=reader.visual))
+    cache.seal()
+    for token in asked.answer_ids[:-1]:
+        reader.feed([token])
+    cache.finish()
+    counts = cache.counters.missed_bytes, cache.counters.prefetched_bytes
+    cache.truncate(context)
+    cache.set_tiers(scoring)
+    return counts
+
+
+def extra_weights(watch: Watch, how: str) -> float:
+    """What a prediction reads, over the weights of a layer, both of 16 bits."""
+    layer = watch.layers[watch.attending[-1]]
     config = layer.self_attn.config
-    directions = layer.self_attn.head_dim // 2
-    folded = config.num_attention_heads * directions * config.hidden_size
-    return folded / (2 * sum(part.numel() for part in layer.parameters()))
+    width, heads, head_dim = config.hidden_size, config.num_attention_heads, layer.self_attn.head_dim
+    projection = width * heads * head_dim
+    added = {
+        "fitted": heads * head_dim * heads * head_dim if how.startswith(QUERY) else projection,
+        "fitted by head": heads * head_dim**2,
+        "corrected": rank_of(width) * (width + heads * head_dim),
+    }.get(how.rpartition(", ")[2], 0)
+    if how == COUNTED:
+        added = rank_of(width) * (width + heads * head_dim)
+    own = 0 if how.startswith(QUERY) else projection
+    return (own + added) / sum(part.numel() for part in layer.parameters())
 
 
 def measure(model: str, quick: bool) -> list[dict[str, Any]]:
     """Rows of one model: by task, budget, spare slots and way."""
     totals: dict[tuple[Any, ...], Outcome] = defaultdict(Outcome)
-    weights = 0.0
+    steps_bytes: dict[tuple[Any, ...], list[tuple[int, int]]] = defaultdict(list)
+    weights: dict[str, float] = {}
     for task, reader, watch, questions in readers(model, quick):
-        weights = extra_weights(watch)
         for asked, budget in itertools.product(questions, BUDGETS[:1] if quick else BUDGETS):
+            for spare, how in itertools.product(SPARES, (PLAIN_STEPS, COUNTED)):
+                options = {"chunk_tokens": 8, "budget_ratio": budget, "spare_ratio": spare, "gpu_kv_gb": 4.0}
+                tiers = tier_config(**options, ahead=how == COUNTED)
+                steps_bytes[task, budget, spare, how].append(counted(reader, asked, tiers))
             tiers = tier_config(chunk_tokens=8, budget_ratio=budget, spare_ratio=0.0, gpu_kv_gb=4.0)
             steps = record(reader, watch, asked, tiers)
             for spare in SPARES:
                 for name, factor, outcome in outcomes(steps, spare):
                     totals[task, budget, spare, name, factor] += outcome
+                    weights[name] = 0.0 if factor == 0 else extra_weights(watch, name)
+        weights |= {PLAIN_STEPS: 0.0, COUNTED: extra_weights(watch, COUNTED)}
         print(f"{model} {task}: {len(questions)} answers", file=sys.stderr, flush=True)
         reader.cache.close()
     rows = []
@@ -215,7 +254,24 @@ def measure(model: str, quick: bool) -> list[dict[str, Any]]:
                 "wasted": outcome.wasted / outcome.missing,
                 "exposed": outcome.late / plain.late,
                 "copied": (outcome.late + outcome.foreseen + outcome.wasted) / plain.late,
-                "extra_weights": 0.0 if factor == 0 else weights,
+                "extra_weights": weights[name],
+            }
+        )
+    for (task, budget, spare, how), counts in steps_bytes.items():
+        without = sum(missed for missed, _ in steps_bytes[task, budget, spare, PLAIN_STEPS])
+        missed, ahead = (sum(parts) for parts in zip(*counts, strict=True))
+        rows.append(
+            {
+                "model": model,
+                "task": task,
+                "tokens": 2048,
+                "budget": budget,
+                "spare": spare,
+                "how": how,
+                "factor": FACTOR if how == COUNTED else 0.0,
+                "exposed": missed / without,
+                "copied": (missed + ahead) / without,
+                "extra_weights": weights[how],
             }
         )
     return rows
@@ -232,10 +288,11 @@ def main() -> None:
         for model in arguments.models:
             rows += measure(model, arguments.quick)
     for row in rows:
-        if row["spare"] == 0.1:
+        if row["spare"] == 0.2 and row["factor"] in (0.0, FACTOR):
+            seen = f"foreseen {row['foreseen']:.2f} wasted {row['wasted']:.2f} " if "foreseen" in row else ""
             print(
-                f"{row['model']:<12} {row['task']:<7} {row['budget']:>4.0%} x {row['factor']:<4} {row['how']:<30} "
-                f"foreseen {row['foreseen']:.2f} wasted {row['wasted']:.2f} exposed {row['exposed']:.2f}"
+                f"{row['model']:<12} {row['task']:<7} {row['budget']:>4.0%} {row['how']:<34} "
+                f"{seen}exposed {row['exposed']:.2f} copied {row['copied']:.2f}"
             )
     report({"benchmark": "ahead", **origin(), "rows": rounded(rows)}, arguments.out)
 

@@ -1,9 +1,10 @@
 """What each layer's query is, and what the layer before would have predicted, while a model decodes.
 
 A prediction is made from the residual stream of an earlier layer: the later layer's own normalisation and query
-projection are applied to it, and what that misses is corrected by what was fitted to the tokens of the context. Then it
-is rotated. All queries here are before rotation unless said otherwise. Shapes: `n` tokens, `H` query heads, `D` head
-dim, `W` width of the stream.
+projection are applied to it, and what that misses is corrected by what was fitted to the tokens of the context: as
+shipped (`policy.correction`), or by linear maps of full rank, which are too large to ship. Then it is rotated. All
+queries here are before rotation unless said otherwise. Shapes: `n` tokens, `H` query heads, `D` head dim, `W` width
+of the stream.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
+from tieredkv.cache.correcting import LEAST_TOKENS, ROWS
+from tieredkv.policy.correction import fit_correction
+
 STREAM, INPUT, TWO, QUERY = "stream", "input", "stream, two layers before", "query"
 SOURCES = {STREAM: (1, "mid"), INPUT: (1, "input"), TWO: (2, "mid")}
 """From where a layer's query is predicted: so many layers before it, that layer's input, or the residual stream between
 its attention and its MLP. `QUERY`: from the query of the layer before, if that has one."""
-SAMPLED = 8
-"""Every how many tokens of the context one is taken for the fit of few tokens."""
 _seen: list[torch.Tensor] = []
 
 
@@ -77,14 +79,26 @@ class Fits:
     """What is fitted of one layer and source."""
 
     def __init__(self) -> None:
-        self.heads, self.all, self.few = HeadFit(), Fit(), Fit()
+        self.heads, self.all = HeadFit(), Fit()
+        self._sample: list[torch.Tensor] = []
 
     def add(self, rows: torch.Tensor, guess: torch.Tensor | None, true: torch.Tensor) -> None:
         if guess is not None:
             self.heads.add(guess, true)
         rest = true if guess is None else true - guess
         self.all.add(rows, rest)
-        self.few.add(rows[::SAMPLED], rest[:, ::SAMPLED])
+        if self._sample or len(rows) < LEAST_TOKENS:
+            return
+        count = min(len(rows), ROWS)
+        places = torch.arange(count, dtype=torch.int64, device="cpu") * len(rows) // count
+        self._sample = [rows[places], rest[:, places].transpose(0, 1).flatten(1)]
+
+    def corrected(self, rows: torch.Tensor, guess: torch.Tensor) -> torch.Tensor:
+        """Guesses `(H, n, D)` with the correction that is shipped, fitted to the first call that is long enough."""
+        correction = fit_correction(*self._sample)
+        assert correction is not None
+        flat = correction.corrected(rows, guess.transpose(0, 1).flatten(1))
+        return flat.view(len(rows), len(guess), -1).transpose(0, 1)
 
 
 def rotated(query: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -193,5 +207,5 @@ class Watch:
             yield name, index, rotated(guess, cos, sin)
             if name == STREAM:
                 yield f"{name}, fitted by head", index, rotated(fits.heads.predict(guess), cos, sin)
-                yield f"{name}, fitted to few", index, rotated(guess + fits.few.predict(rows, 1e-1), cos, sin)
+                yield f"{name}, corrected", index, rotated(fits.corrected(rows, guess), cos, sin)
             yield f"{name}, fitted", index, rotated(guess + fits.all.predict(rows, 1e-2), cos, sin)
