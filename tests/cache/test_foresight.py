@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from helpers import TEXT_CONFIGS, LateCopies, pressed, random_text_model, tier_options
@@ -12,6 +14,7 @@ from tieredkv.cache.looks import Looks
 from tieredkv.cache.question import CONTEXT, Question
 from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.environment.versions import cache_argument
+from tieredkv.memory.copies import ThreadCopies
 from tieredkv.models import families
 
 RANKED = {"theta": 2.0}
@@ -30,14 +33,14 @@ FORESEEING = {
 }
 
 
-def answers(model, ids, looks=False, turns=1, **options):
+def answers(model, ids, looks=False, turns=1, copies=None, **options):
     """Logits of every step, chunks attended to and counters of each turn, and what evidence records."""
     tiers = {**pressed(model, 600, 0.5), "chunk_tokens": 8, "text_window": 16, **options}
     found, seen = [], []
     with (
         torch.no_grad(),
         tieredkv.use_attention(model),
-        TieredCache(model.config, **tier_options(**tiers), copies=LateCopies()) as cache,
+        TieredCache(model.config, **tier_options(**tiers), copies=copies or LateCopies()) as cache,
     ):
         cache.expect(CONTEXT)
         for part in ids[:, :500].split(170, dim=1):
@@ -176,6 +179,16 @@ def test_several_forced_tokens_and_single_ones(llama, long_ids):
                 found.append(torch.cat([llama(part, **cache_argument(cache)).logits[0] for part in parts]))
             assert (cache.counters.prefetched_bytes > 0) == ahead
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, partial(torch.autocast, "cpu", dtype=torch.bfloat16)])
+def test_predictions_run_as_the_model_does(llama, long_ids, answers_without, mode):
+    """On their own thread, too, which inherits neither autocast nor inference mode."""
+    with mode():
+        want, _ = answers_without(llama, long_ids, **RANKED)
+        got, _ = answers(llama, long_ids, ahead=True, **RANKED, copies=ThreadCopies())
+    assert_same(got, want)
+    assert got[0][2].prefetched_bytes > 0
 
 
 def test_after_an_interrupted_step_the_cache_goes_on(llama, long_ids, monkeypatch):

@@ -32,6 +32,7 @@ from tieredkv.memory.pool import DevicePool
 from tieredkv.memory.residency import Residency
 from tieredkv.ops.base import Listing, Pages
 from tieredkv.ops.select import OpTable, triton
+from tieredkv.policy.correction import Correction
 from tieredkv.policy.digests import Digest, Fitted
 
 CARD = torch.device("cuda", 0)
@@ -73,7 +74,7 @@ class Mover:
             return triton().digest(thing)
         if isinstance(thing, tuple):
             return tuple(map(self.move, thing))
-        if isinstance(thing, Pages | Listing | Fit | Fitted | DecodePhase):
+        if isinstance(thing, Pages | Listing | Fit | Fitted | Correction | DecodePhase):
             names = [field.name for field in dataclasses.fields(thing) if field.name != "plan"]
             return dataclasses.replace(thing, **{name: self.move(getattr(thing, name)) for name in names})
         if isinstance(thing, STATEFUL):

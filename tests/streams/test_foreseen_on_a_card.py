@@ -90,7 +90,7 @@ def slots_given_away_while_in_use(patch):
     def again(retrieval, query, scaling, logits=None):
         step(retrieval, query, scaling, logits)
         if retrieval.foresees:
-            foresee(retrieval, -query, scaling)
+            foresee(retrieval, lambda: -query, scaling)
 
     def later(retrieval, query, scaling):
         retrieval._ahead.wait()
