@@ -330,6 +330,18 @@ def test_settings_are_applied_to_another_thread_and_restored():
     assert after == before == (False, torch.bfloat16, False, "cpu")
 
 
+def test_weights_converted_on_another_stream_are_not_kept():
+    """The model would use them without waiting for that stream."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        kept, own = Ambient(), Ambient(stream=False)
+        with own.here():
+            assert torch.is_autocast_enabled("cpu")
+            assert not torch.is_autocast_cache_enabled()
+        with kept.here():
+            assert torch.is_autocast_cache_enabled()
+        assert torch.is_autocast_cache_enabled()
+
+
 def test_stages_run_under_the_settings_of_their_creator():
     with torch.autocast("cpu", dtype=torch.float16), torch.inference_mode(), Pipeline() as pipeline:
         assert next(pipeline.stage("looks", (now() for _ in range(1))))[:3] == (True, torch.float16, True)

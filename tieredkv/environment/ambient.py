@@ -54,9 +54,10 @@ class Ambient:
 
     def __init__(self, device: bool = False, stream: bool = True) -> None:
         """device: include the default device, which a user's callback may rely on. stream: include the current stream
-        of the current card; False: the other thread has its own."""
+        of the current card; False: others have one of their own, and weights that autocast converts there are not
+        kept for the model, which would not wait for them."""
         self._cast = [(kind, torch.get_autocast_dtype(kind)) for kind in _KINDS if torch.is_autocast_enabled(kind)]
-        self._cache = torch.is_autocast_cache_enabled()
+        self._cache = stream and torch.is_autocast_cache_enabled()
         self._inference = torch.is_inference_mode_enabled()
         self._device = torch.get_default_device() if device else torch.device("cpu")
         # The current card and its stream: later work on it follows the work already queued there.
