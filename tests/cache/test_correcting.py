@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
+
 import pytest
 import torch
 from helpers import LateCopies, pressed, tier_options
@@ -36,7 +38,7 @@ def reading(llama, long_ids, tiers):
 
 
 def corrections(cache):
-    return [layer.correcting.correction for layer in cache.tiered_layers]
+    return [layer.correcting.correction() for layer in cache.tiered_layers]
 
 
 def test_it_is_fitted_to_what_predictions_missed(llama, reading, monkeypatch):
@@ -79,12 +81,38 @@ def test_when_it_is_fitted():
     assert own.rows(0, LEAST_TOKENS) == LEAST_TOKENS
     assert own.rows(10_000, 4096) == ROWS
     own.learn(torch.randn(20, 16), torch.randn(20, 8), 1000)
-    assert own.correction is not None
+    assert own.correction() is not None
     assert own.rows(GROWTH * 1000 - 501, 500) == 0
     assert own.rows(GROWTH * 1000 - 500, 500) == 500
     own.forget()
-    assert own.correction is None
+    assert own.correction() is None
     assert own.rows(0, 200) == 200
+
+
+def test_beside_a_card_nobody_waits_for_a_fit_but_who_saves_it(monkeypatch):
+    """The question then goes by the one before, or by none."""
+    card, fits = torch.device("cuda"), []
+
+    class Tier:
+        def beside(self, work):
+            fits.append((Future(), work))
+            return fits[-1][0]
+
+    class OnCard(torch.Tensor):
+        device = card
+
+    own = Correcting(Tier())
+    rows, missed = (torch.randn(20, width).as_subclass(OnCard) for width in (16, 8))
+    own.learn(rows, missed, 1000)
+    assert own.correction() is None
+    fits[0][0].set_result(fits[0][1]())
+    first = own.correction()
+    assert first is fits[0][0].result() is not None
+    own.learn(rows + 1, missed, 4000)
+    assert own.correction() is first
+    fits[1][0].set_result(second := fits[1][1]())
+    assert torch.equal(own.state()["ahead.down"], second.down)
+    assert own.correction() is second
 
 
 def test_short_calls_and_switched_off_ones_fit_nothing(reading):

@@ -25,7 +25,8 @@ class Correcting:
 
     def __init__(self, device_tier: DeviceTier) -> None:
         self._device_tier = device_tier
-        self._latest: Future[Correction | None] | Correction | None = None
+        self._latest: Correction | None = None
+        self._fitting: Future[Correction | None] | None = None
         self._fitted_at = 0
         """Tokens of the context, the call's included, when a fit was last begun."""
         self._settled = False
@@ -47,13 +48,16 @@ class Correcting:
                 found = fit_correction(*kept)
                 return None if found is None else found.to(torch.device("cpu"), dtype)
 
-        self._latest = self._device_tier.beside(fit) if rows.device.type == "cuda" else fit()
+        if rows.device.type == "cuda":
+            self._fitting = self._device_tier.beside(fit)
+        else:
+            self._latest = fit()
 
-    @property
-    def correction(self) -> Correction | None:
-        """On the host, in the dtype of the rows; None: there is none yet. Waits for a fit under way."""
-        if isinstance(self._latest, Future):
-            self._latest = self._latest.result()
+    def correction(self, wait: bool = False) -> Correction | None:
+        """The last one that is fitted, on the host, in the dtype of the rows; None: there is none. wait: for a fit under
+        way, too."""
+        if self._fitting is not None and (wait or self._fitting.done()):
+            self._latest, self._fitting = self._fitting.result(), None
         return self._latest
 
     def settle(self) -> None:
@@ -62,11 +66,12 @@ class Correcting:
 
     def forget(self) -> None:
         """The context is another one from now on."""
-        self._latest, self._fitted_at, self._settled = None, 0, False
+        self._latest = self._fitting = None
+        self._fitted_at, self._settled = 0, False
 
     def state(self) -> dict[str, torch.Tensor]:
         """For `restore`; empty without a correction."""
-        found = self.correction
+        found = self.correction(wait=True)
         return {} if found is None else dict(zip(_NAMES, (found.down, found.offset, found.up), strict=True))
 
     def restore(self, state: dict[str, torch.Tensor], tokens: int) -> None:

@@ -316,7 +316,7 @@ class TieredLayer(CacheLayerMixin):
         host, digests = self._context()
         assert self.rows is not None
         digests.update(fit=True)
-        packed, fitted, correction = digests.packed, digests.fitted, self.correcting.correction
+        packed, fitted, correction = digests.packed, digests.fitted, self.correcting.correction()
         self.sealed = SealedLayer(self.index, host, packed, fitted, static, self.rows, is_text, phase, correction)
 
     def unseal(self) -> None:
