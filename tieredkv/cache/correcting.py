@@ -54,8 +54,7 @@ class Correcting:
             self._latest = fit()
 
     def correction(self, wait: bool = False) -> Correction | None:
-        """The last one that is fitted, on the host, in the dtype of the rows; None: there is none. wait: for a fit under
-        way, too."""
+        """The last one, on the host, in the dtype of the rows; None: there is none. wait: for a fit under way, too."""
         if self._fitting is not None and (wait or self._fitting.done()):
             self._latest, self._fitting = self._fitting.result(), None
         return self._latest
