@@ -31,7 +31,7 @@ def test_a_memory_size_out_of_range_is_a_budget_error(name, value):
      ("spare_ratio", 1.0), ("spare_ratio", "x"), ("recent_window", -1), ("encode_batch", 0), ("encode_batch", 1.5),
      ("adaptive", "no"), ("prefetch", 0), ("host_kv_bits", 5), ("host_kv_bits", 8.0), ("host_kv_bits", True),
      ("host_kv_bits", "8"), ("step_overhead", -0.1), ("step_overhead", float("nan")), ("step_overhead", "0.1"),
-     ("link_gb_s", 0), ("link_gb_s", float("inf")), ("link_gb_s", "25")],
+     ("link_gb_s", 0), ("link_gb_s", float("inf")), ("link_gb_s", 1e9), ("link_gb_s", "25")],
 )  # fmt: skip
 def test_another_setting_out_of_range_is_an_option_error(name, value):
     with pytest.raises(OptionError, match=f"{name}=.* is not valid: give"):

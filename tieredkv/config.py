@@ -116,7 +116,8 @@ class TierConfig:
         if self.step_overhead == math.inf:
             object.__setattr__(self, "step_overhead", None)  # as JSON knows no infinity
         link = self.link_gb_s
-        wanted(link is None or (is_number(link) and link > 0), "link_gb_s", "None or a number above 0")
+        fast = link is None or (is_number(link) and 0 < link < 1e6)
+        wanted(fast, "link_gb_s", "None or GB/s, a number above 0 and below a million")
         for name in ("adaptive", "ahead", "pack_pages", "prefetch"):
             wanted(isinstance(getattr(self, name), bool), name, "True or False")
         if self.adaptive:

@@ -7,11 +7,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tieredkv.errors import UnsupportedModelError
 from tieredkv.models.families import text_decoder
 from tieredkv.models.families.decoder import TIERED, Decoder, count, sliding_window
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""Of keys and values that can be cached."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +63,13 @@ class KVShape:
 
 
 def model_shape(config: PreTrainedConfig, dtype: torch.dtype) -> KVShape:
-    """From a transformers config. Raises `UnsupportedModelError` if its text is of an unsupported kind, it is damaged,
-    or no layer sees all tokens."""
+    """From a transformers config. dtype: of keys and values. Raises `UnsupportedModelError` if that is not in `DTYPES`,
+    its text is of an unsupported kind, it is damaged, or no layer sees all tokens."""
+    if dtype not in DTYPES:
+        names, own = (str(each).removeprefix("torch.") for each in DTYPES), str(dtype).removeprefix("torch.")
+        raise UnsupportedModelError(
+            f"keys and values of {own} are not supported: load the model in {', '.join(names)}."
+        )
     text = config.get_text_config(decoder=True)
     decoder = text_decoder(text)
     for name in ("num_hidden_layers", "num_attention_heads", "hidden_size"):
