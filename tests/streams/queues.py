@@ -1,7 +1,8 @@
 """Streams and events as queues: what CUDA promises about order, and nothing more.
 
 Work is run when something waits for it, or before, as an `order` says. Stand-ins for `torch.cuda.Stream`, `Event` and
-`CUDAGraph`; within a graph, work is in the order in which it was queued.
+`CUDAGraph`. A capture keeps the order of each stream that takes part and what its events say; a replay promises no more
+than that, whatever streams it was captured from. What CUDA refuses during a capture raises RuntimeError here.
 """
 
 from __future__ import annotations
@@ -64,26 +65,86 @@ class Event:
     def __init__(self, **kwargs: Any) -> None:
         self.stream: Stream | None = None
         self.place = 0
+        self.graph: Graph | None = None
+        """In whose capture it was recorded."""
         self.clock: dict[Any, int] = {}
 
     def record(self, stream: Stream | None = None) -> None:
         self.stream = stream or Queues.now.current
-        self.place = self.stream.end
-        Queues.now.recorded(self)
+        self.graph, self.place = Queues.now.graph_of(self.stream), self.stream.end
+        if self.graph is not None:
+            self.graph.add(self.stream, Recorded(self))
+        else:
+            Queues.now.recorded(self)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """An event is recorded on a stream."""
+
+    event: Event
+
+
+@dataclass(frozen=True)
+class Awaited:
+    """A stream waits for an event."""
+
+    event: Event
 
 
 class Graph:
     """The fake of `torch.cuda.CUDAGraph`."""
 
     def __init__(self) -> None:
-        self.queued: list[Work] = []
+        self.streams: list[Stream] = []
+        """That take part, the one it is captured on first."""
+        self._queued: list[tuple[Stream, Work | Recorded | Awaited]] = []
+        self._branches: list[Stream] = []
+        """What a replay uses instead of all but the first."""
+
+    def add(self, stream: Stream, what: Work | Recorded | Awaited) -> None:
+        """Take part in the capture, on a stream."""
+        self._queued.append((stream, what))
+
+    @property
+    def unjoined(self) -> bool:
+        """Whether the first stream's end comes before that of another."""
+        seen: dict[Stream, dict[Stream, int]] = {stream: {stream: 0} for stream in self.streams}
+        recorded: dict[int, dict[Stream, int]] = {}
+        for stream, what in self._queued:
+            own = seen[stream]
+            if isinstance(what, Recorded):
+                recorded[id(what.event)] = dict(own)
+                continue
+            own[stream] += 1
+            if isinstance(what, Awaited):
+                for other, place in recorded[id(what.event)].items():
+                    own[other] = max(own.get(other, 0), place)
+        first = seen[self.streams[0]]
+        return any(first.get(stream, 0) < seen[stream][stream] for stream in self.streams)
 
     def replay(self) -> None:
-        for work in self.queued:
-            Queues.now.enqueue(Work(work.run, work.reads, work.writes, work.kernel))
+        queues = Queues.now
+        while len(self._branches) < len(self.streams) - 1:
+            self._branches.append(Stream())
+        for branch in self._branches:
+            branch.wait_stream(queues.current)
+        played = dict(zip(self.streams, [queues.current, *self._branches], strict=True))
+        events: dict[int, Event] = {}
+        for stream, what in self._queued:
+            with queues.stream(played[stream]):
+                if isinstance(what, Recorded):
+                    events[id(what.event)] = event = Event()
+                    event.record()
+                elif isinstance(what, Awaited):
+                    queues.wait(queues.current, events[id(what.event)])
+                else:
+                    queues.enqueue(Work(what.run, what.reads, what.writes, what.kernel))
+        for branch in self._branches:
+            queues.current.wait_stream(branch)
 
     def reset(self) -> None:
-        self.queued = []
+        self._queued = []
 
 
 class Queues:
@@ -103,10 +164,14 @@ class Queues:
         """How often the host has waited for a stream."""
 
     def enqueue(self, work: Work) -> None:
+        """Queue work on the current stream, or note it for a graph if that is captured."""
+        if (graph := self.graph_of(self.current)) is not None:
+            graph.add(self.current, work)
+        else:
+            self.queue(work)
+
+    def queue(self, work: Work) -> None:
         """Queue work on the current stream."""
-        if self.capturing is not None:
-            self.capturing.queued.append(work)
-            return
         stream = self.current
         stream.queue.append(work)
         if self._running:  # garbage was collected in the middle of other work, which nothing may overtake
@@ -133,15 +198,31 @@ class Queues:
         work.run()
 
     def wait(self, stream: Stream, event: Event) -> None:
-        """Later work of a stream follows an event."""
-        if event.stream is None or self.capturing is not None:
+        """Later work of a stream follows an event. A stream that waits for one of a capture takes part in that."""
+        if event.stream is None:
             return
+        if event.graph is not None:
+            if event.graph is not self.capturing:
+                raise RuntimeError(
+                    "CUDA error: operation not permitted on an event last recorded in a capturing stream"
+                )
+            if stream not in event.graph.streams:
+                event.graph.streams.append(stream)
+            event.graph.add(stream, Awaited(event))
+            return
+        if self.graph_of(stream) is not None:
+            raise RuntimeError("CUDA error: dependency created on uncaptured work in another stream")
         other, place = event.stream, event.place
         with self.stream(stream):
             self.enqueue(Work(lambda: self.run(other, place)))
 
     def recorded(self, event: Event) -> None:
-        """Called when an event is recorded."""
+        """Called when an event is recorded that is in no graph."""
+
+    def graph_of(self, stream: Stream) -> Graph | None:
+        """The graph under way, if a stream takes part in its capture."""
+        graph = self.capturing
+        return graph if graph is not None and stream in graph.streams else None
 
     def synchronize(self, stream: Stream) -> None:
         """The host waits for a stream."""
@@ -165,14 +246,21 @@ class Queues:
 
     @contextmanager
     def graph(self, captured: Graph, stream: Stream, **kwargs: Any) -> Iterator[None]:
-        """The fake of `torch.cuda.graph`."""
+        """The fake of `torch.cuda.graph`. After a capture that failed its stream is still the current one."""
         self.synchronize_all()
-        with self.stream(stream):
-            self.capturing = captured
-            try:
-                yield
-            finally:
-                self.capturing = None
+        before, self.current = self.current, stream
+        self.capturing, captured.streams = captured, [stream]
+        try:
+            yield
+        finally:
+            self.capturing = None
+            self.captured()
+        if captured.unjoined:
+            raise RuntimeError("CUDA error: capturing stream has unjoined work")
+        self.current = before
+
+    def captured(self) -> None:
+        """Called at the end of a capture, however it ended."""
 
     def use(self, patch: Any) -> None:
         """Let `torch.cuda` be these queues."""

@@ -4,8 +4,8 @@ Runs on a simulated card that does everything at once, and keeps a vector clock 
 Queueing work orders it after what the host has seen, an event after the work before it, a wait later work after the
 event, and a host that waits has seen all of a stream. What an operation reads and writes follows from its arguments, to
 the byte where they are views; of operations that pick rows by an index, and of kernels, from the rows and addresses
-themselves. Allocating and freeing count as writes by the stream that allocates. Not checked: graphs, and the order of
-kernels' programs.
+themselves. Allocating and freeing count as writes by the stream that allocates. A replayed graph is checked as what it
+queues, each of its branches a stream of its own. Not checked: the order of kernels' programs.
 """
 
 from __future__ import annotations
@@ -67,19 +67,18 @@ class RaceCheck(Card):
         own[actor] += 1
         return dict(own)
 
-    def enqueue(self, work: Work) -> None:
+    def queue(self, work: Work) -> None:
         stream = self.current
         self._follow(stream, self._clock(HOST))
         work.clock, work.actor = self._tick(stream), stream
-        super().enqueue(work)
+        super().queue(work)
 
     def recorded(self, event: Event) -> None:
         self._follow(event.stream, self._clock(HOST))
         event.clock = dict(self._clock(event.stream))
 
     def wait(self, stream: Stream, event: Event) -> None:
-        if event.stream is not None:
-            self._follow(stream, event.clock)
+        self._follow(stream, event.clock)  # of one that is captured, its replay's
         super().wait(stream, event)
 
     def synchronize(self, stream: Stream) -> None:

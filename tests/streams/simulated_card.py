@@ -5,10 +5,10 @@ not run but queued on the current stream, as on a card, and runs when something 
 the host. Triton's kernels are queued too and run in its interpreter. Fresh memory is full of NaN. Freed memory becomes
 so at the next moment in the order of the stream that it was allocated on, as torch's allocator may give it to somebody
 else from then on. Copies from and to page-locked memory are queued; others make the host wait, or take what they read
-along at once. Capturing a graph keeps what is queued, and a replay queues it again.
+along at once. Capturing a graph keeps what is queued, and a replay queues it again, in no more order than CUDA promises
+(`queues.Graph`). Memory that is allocated and freed in a capture is full of NaN from there on in each replay.
 
-Not simulated: time, sizes of memory, several cards, order within a graph, and that operations of one stream overlap
-(they do not).
+Not simulated: time, sizes of memory, several cards, and that operations of one stream overlap (they do not).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from queues import Order, Queues, Stream, Work
+from queues import Graph, Order, Queues, Stream, Work
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
@@ -43,8 +43,7 @@ class Block:
 
     def __init__(self, card: Card, raw: torch.Tensor) -> None:
         """raw: its bytes."""
-        if card.capturing is None:  # a graph's memory is its own for as long as it lives
-            weakref.finalize(self, card.free, raw, card.current)
+        weakref.finalize(self, card.free, raw, card.current, card.graph_of(card.current))
 
 
 class CardTensor(torch.Tensor):
@@ -83,6 +82,8 @@ class Card(TorchDispatchMode, Queues):
         Queues.__init__(self, order)
         self.pinned: dict[int, int] = {}
         """Ends of page-locked ranges of host memory, by their begin."""
+        self._freed: list[tuple[torch.Tensor, Stream]] = []
+        """Memory of no graph that was freed on a stream while that was captured."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.dispatch(func, args, kwargs or {})
@@ -100,11 +101,19 @@ class Card(TorchDispatchMode, Queues):
         self.enqueue(Work(lambda: poison(raw), writes=[raw], kernel="fresh memory"))
         return CardTensor(memory, Block(self, raw))
 
-    def free(self, raw: torch.Tensor, stream: Stream) -> None:
-        """Called when nobody has a block any more, which was allocated on `stream`."""
-        if Queues.now is self:
-            with self.stream(stream):
-                self.enqueue(Work(lambda: poison(raw), writes=[raw], kernel="freed memory"))
+    def free(self, raw: torch.Tensor, stream: Stream, graph: Graph | None) -> None:
+        """Called when nobody has a block any more, which was allocated on `stream`, perhaps for a graph."""
+        if Queues.now is not self or graph is not self.graph_of(stream):
+            if Queues.now is self and graph is None:  # what is captured does not free it
+                self._freed.append((raw, stream))
+            return  # a graph's memory is its own for as long as it lives
+        with self.stream(stream):
+            self.enqueue(Work(lambda: poison(raw), writes=[raw], kernel="freed memory"))
+
+    def captured(self) -> None:
+        freed, self._freed = self._freed, []
+        for raw, stream in freed:
+            self.free(raw, stream, None)
 
     def is_pinned(self, tensor: torch.Tensor) -> bool:
         address = tensor.data_ptr()
@@ -200,7 +209,9 @@ class Card(TorchDispatchMode, Queues):
         return target
 
     def launch(self, run: Any, kernel: Any, *args: Any, **options: Any) -> None:
-        """Queue a Triton kernel."""
+        """Queue a Triton kernel. One that is only compiled, on a thread of its own, does nothing here."""
+        if options.get("warmup"):
+            return
         given, named = [numbers(each) for each in args], {name: numbers(each) for name, each in options.items()}
         tensors = [each for each in (*given, *named.values()) if isinstance(each, torch.Tensor)]
         self.enqueue(Work(lambda: run(kernel, *given, **named), tensors, kernel=f"[{kernel.__name__}]"))

@@ -19,6 +19,7 @@ from simulated_card import CARD, on_card, simulated_card
 
 import tieredkv
 from tieredkv import TieredCache
+from tieredkv.cache.question import Question
 from tieredkv.environment.versions import cache_argument
 from tieredkv.memory import pagelock
 from tieredkv.memory.capturing import capturing
@@ -36,11 +37,13 @@ def no_earlier_captures(monkeypatch):
     monkeypatch.setattr(step_graph, "_captures", {})
 
 
-def answer(model, ids, steps=5, path=None, fail_at=None, **options):
-    """Logits of an answer's steps, how the last ran, and what it has counted. fail_at: a step whose forward raises."""
-    tiers = {**pressed(model, TOKENS, 0.9), "chunk_tokens": 8, "text_window": 16, "theta": 2.0, **options}
-    cache = TieredCache(model.config, **tier_options(**tiers), max_new_tokens=8)
+def answer(model, ids, steps=5, path=None, fail_at=None, looks=None, **options):
+    """Logits of an answer's steps, how the last ran, and what it has counted. fail_at: a step whose forward raises.
+    looks: records evidence."""
+    tiers = {**pressed(model, ids.shape[1], 0.9), "chunk_tokens": 8, "text_window": 16, "theta": 2.0, **options}
+    cache = TieredCache(model.config, **tier_options(**tiers))
     with torch.no_grad(), tieredkv.use_attention(model), cache:
+        cache.expect(Question(max_new_tokens=8, looks=looks))
         model(ids, **cache_argument(cache))
         cache.seal()
         calls = 0
@@ -53,12 +56,13 @@ def answer(model, ids, steps=5, path=None, fail_at=None, **options):
                 raise RuntimeError("CUDA error: operation not permitted\nmore")
             return logits
 
-        step = StepGraph(forward, cache, CARD, axes=1, position=TOKENS)
+        step = StepGraph(forward, cache, CARD, axes=1, position=ids.shape[1])
         step.path = path or step.path
         rows = torch.cat([step(7 + i).cpu() for i in range(steps)])
         cache.finish()
         counters = cache.counters
-        return rows, step.path, (cache.get_seq_length(), counters.selected, counters.missed_bytes)
+        counts = cache.get_seq_length(), counters.selected, counters.missed_bytes, counters.prefetched_bytes
+        return rows, step.path, counts
 
 
 @pytest.mark.parametrize(
@@ -84,9 +88,9 @@ def test_answers_share_one_capture_stream(one_layer, long_ids, monkeypatch):
 
 
 def test_after_a_failed_capture_steps_run_eagerly_and_none_is_tried_again(one_layer, long_ids, monkeypatch):
-    made = []
-    monkeypatch.setattr(Graph, "__del__", lambda graph: made.remove(id(graph)), raising=False)
-    monkeypatch.setattr(Graph, "__init__", lambda graph: (made.append(id(graph)), setattr(graph, "queued", []))[0])
+    made, begin = set(), Graph.__init__
+    monkeypatch.setattr(Graph, "__del__", lambda graph: made.discard(id(graph)), raising=False)
+    monkeypatch.setattr(Graph, "__init__", lambda graph: (made.add(id(graph)), begin(graph))[1])
     with simulated_card(monkeypatch) as card:
         model, ids = on_card(copy.deepcopy(one_layer)), long_ids[:, :TOKENS].to(CARD)
         before = card.current

@@ -10,26 +10,15 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from helpers import text_config
 from races import RaceCheck
 from simulated_card import CARD, on_card, simulated_card
 from test_late_card import ORDERS, TOKENS, copies_that_do_not_wait, missing_wait, one_question, two_questions
-from transformers import LlamaForCausalLM
 
 from tieredkv.cache.fetching import FetchAhead
 from tieredkv.cache.retrieval import Retrieval
 
 pytestmark = [pytest.mark.slow, pytest.mark.interpreter]
 RANKED = {"theta": 2.0}
-
-
-@pytest.fixture(scope="module")
-def two_layers():
-    """The second layer's query is predicted."""
-    config = text_config("llama")
-    config.num_hidden_layers = 2
-    torch.manual_seed(0)
-    return LlamaForCausalLM(config).eval()
 
 
 def on_a_card(patch, model, ids, path, order, **options):
