@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -181,18 +181,32 @@ def recorded(patch: Any, recorder: R) -> Iterator[R]:
         yield recorder
 
 
+class SecondStream(LateCopies):
+    """What it runs is a part of its own, once there is a recorder."""
+
+    recorder: Recorder | None = None
+
+    def submit(self, key: Hashable, copy: Callable[[], int]) -> None:
+        def counted() -> int:
+            with nullcontext() if self.recorder is None else self.recorder.part(f"second stream {key}"):
+                return copy()
+
+        super().submit(key, counted)
+
+
 def decoded(patch: Any, model: Any, ids: torch.Tensor, evidence: bool, **options: Any) -> Recorder:
-    """Three steps of a model in bfloat16 on a card. Parts: the attention of each layer ("layer 0", ...), the choice of
-    what to copy for its predicted query ("foreseen 1", ...), copies that it starts for the next step ("ahead"), what is
+    """Three steps of a model in bfloat16 on a card. Parts: the attention of each layer ("layer 0", ...), what is done
+    for a query that is predicted ("foreseen 1", ...), what runs on the second stream ("second stream 1", ...), what is
     recorded after a step ("after"), and the rest ("model")."""
     model = copy.deepcopy(model).to(torch.bfloat16)
     tiers = {**pressed(model, 900, 0.6), "chunk_tokens": 8, "text_window": 16, **options}
-    made = TieredCache(model.config, **tier_options(**tiers), copies=LateCopies())
+    made = TieredCache(model.config, **tier_options(**tiers), copies=(copies := SecondStream()))
     with torch.no_grad(), tieredkv.use_attention(model), made as cache:
         cache.expect(Question(max_new_tokens=8, looks=Looks(8) if evidence else None))
         model(ids, **cache_argument(cache))
         cache.seal()
         with patch.context() as patch, fake_card(patch), recorded(patch, Recorder()) as recorder, on_card(cache):
+            copies.recorder = recorder
             faked, attend, record = move_model(model), TieredLayer.attend, cache.decoding.record_step
             foresee = Foresight.foresee
 
@@ -220,6 +234,5 @@ def decoded(patch: Any, model: Any, ids: torch.Tensor, evidence: bool, **options
                 for _ in range(STEPS):
                     recorder.begin_step()
                     step(7)
-                    with recorder.part("ahead"):
-                        cache.finish()  # as a capture does: copies for the next step belong to this one
+                    cache.finish()  # as a capture does: copies for the next step belong to this one
     return recorder
