@@ -33,7 +33,7 @@ from tieredkv.ops import torch_ops
 from tieredkv.ops.base import Ops
 from tieredkv.ops.select import triton
 from tieredkv.planning.links import LINKS
-from tieredkv.planning.step_time import Rates, miss_ms
+from tieredkv.planning.rates import Rates, copy_ms
 
 ROUNDS = 20
 
@@ -103,7 +103,7 @@ def token_time(model: Any, tokens: int, hit_rate: float, times: int, budget: flo
 
 def predicted_ms(still: float, nbytes: float, layers: int, link_gb_s: float) -> float:
     """A step that takes `still` without copies, and waits in every layer for its share of the bytes."""
-    return still + layers * miss_ms(nbytes / layers, Rates.of(card_gb_s=1.0, link_gb_s=link_gb_s))
+    return still + layers * copy_ms(nbytes / layers, Rates.of(card_gb_s=1.0, link_gb_s=link_gb_s))
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:

@@ -353,10 +353,12 @@ def steps() -> str:
             share = min(1.0, plan.dynamic_tokens / (plan.prompt_tokens + plan.new_tokens))
             row = [f"{card}, {name}", f"{as_gib(plan.cap_bytes)}", link, BOUNDS[step.bound]]
             row += [f"{plan.dynamic_tokens:,} ({share:.0%})", "" if step.hit_rate is None else f"{step.hit_rate:.0%}"]
-            row += [f"{step.missed_bytes / 2**20:.3g}", f"{step.time.link:.3g}", f"{step.time.total:.3g}"]
-            body.append([*row, f"{step.model_ms:.3g}"])
+            row += [f"{step.copied_bytes / 2**20:.3g}", f"{step.time.link:.3g}"]
+            row += [f"{step.time.prediction:.3g}" if step.ahead else ""]
+            body.append([*row, f"{step.time.total:.3g}", f"{step.model_ms:.3g}"])
     header = ["card and model", "cap, GiB", "link", "limited by", "tokens a step attends to", "hits, assumed"]
-    return rows([*header, "copied, MiB", "copies, ms", "ms per token", "the model alone, ms"], body)
+    header += ["copied, MiB", "copies, ms", "predicting, ms"]
+    return rows([*header, "ms per token", "the model alone, ms"], body)
 
 
 def film_grid(name: str) -> tuple[int, int, int]:

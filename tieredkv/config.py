@@ -90,9 +90,10 @@ class TierConfig:
     prefetch: bool = True
     """Copy chunks in the background before a step needs them: for heads that may reuse this step's choice in the next
     one (`reuse_above`), or as `ahead` says. Never changes an answer."""
-    ahead: bool = False
-    """Predict each layer's query while the layer before computes, and copy what it will miss. Not yet measured on a
-    card; on a CPU it costs more than it saves."""
+    ahead: bool | None = None
+    """Predict each layer's query while the layer before computes, and copy what it will miss. None: where a step is
+    predicted to be better with it, on a card whose rates are known (`planning.decode_plan`); never on a CPU, where it
+    costs more than it saves. Not yet measured on a card."""
 
     def __post_init__(self) -> None:
         def wanted(ok: bool, name: str, want: str) -> None:
@@ -118,8 +119,9 @@ class TierConfig:
         link = self.link_gb_s
         fast = link is None or (is_number(link) and 0 < link < 1e6)
         wanted(fast, "link_gb_s", "None or GB/s, a number above 0 and below a million")
-        for name in ("adaptive", "ahead", "pack_pages", "prefetch"):
+        for name in ("adaptive", "pack_pages", "prefetch"):
             wanted(isinstance(getattr(self, name), bool), name, "True or False")
+        wanted(self.ahead is None or isinstance(self.ahead, bool), "ahead", "None, True or False")
         if self.adaptive:
             estimating = [name for name, digest in DIGESTS.items() if digest.estimates_mass]
             need = f"it with digest={' or '.join(map(repr, estimating))}: others do not estimate attention mass"

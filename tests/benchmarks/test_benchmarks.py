@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import runpy
 import subprocess
@@ -144,17 +145,25 @@ def test_fewer_bits_take_fewer_bytes_everywhere(run):
         assert saved[0] == pytest.approx(saved[1], abs=2**16)
 
 
-def test_predicted_steps_say_what_is_assumed_and_copy_less_than_before(run):
-    code, out, err = run("predict.py")
+def test_predicted_steps_say_what_is_assumed_and_what_is_hidden(run):
+    from tieredkv.planning import step_time
+
+    code, out, err = run("predict.py", "--quick")
     assert code == 0, err
     result = json.loads(out.splitlines()[-1])
-    before, now = result["rows"]
-    assert (before["when"], now["when"], "hit rate" in result["assumed"]) == ("before", "now", True)
-    assert now["launches"] < before["launches"]
-    assert now["link_bytes"] < before["link_bytes"]
-    assert now["ms"] == pytest.approx(
-        sum(now[f"{part}_ms"] for part in ("weights", "attention", "ranking", "launches", "link")), abs=1e-3
-    )
+    assert {"hit rate", *step_time.ASSUMED_AHEAD} <= set(result["assumed"])
+    rows = result["rows"]
+    for row in rows:
+        parts = ("weights", "attention", "ranking", "launches", "prediction", "link")
+        assert row["ms"] == pytest.approx(sum(row[f"{part}_ms"] for part in parts), abs=1e-3)
+        assert (row["hidden_ms"] > 0) == row["ahead"]
+    pairs = [(one, two) for one, two in itertools.pairwise(rows) if two["ahead"]]
+    assert len(pairs) == 3
+    for without, ahead in pairs:
+        assert without["chosen"] is not ahead["chosen"]
+        assert ahead["exposed_share"] < without["exposed_share"] == 1
+        assert ahead["link_bytes"] > without["link_bytes"]
+    assert {aim["aim"] for aim in result["aims"]} == {"ratio", "exposed_share"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -34,8 +34,8 @@ def test_pieces_are_chunks_of_so_many_tokens_in_each_codec(pcie, tmp_path):
 
 
 def test_the_prediction_is_the_planners(pcie):
-    from tieredkv.planning.step_time import Rates, miss_ms
+    from tieredkv.planning.rates import Rates, copy_ms
 
     waits = pcie.predicted_ms(10.0, 28e6, 28, 25.0) - 10
-    assert waits == pytest.approx(28 * miss_ms(1e6, Rates.of(1000, 25.0)))
+    assert waits == pytest.approx(28 * copy_ms(1e6, Rates.of(1000, 25.0)))
     assert pcie.predicted_ms(10.0, 0, 28, 25.0) == 10

@@ -86,11 +86,25 @@ def test_decoding_ends_with_nothing_counted(tier):
 
 
 def test_copies_are_limited_where_a_link_is_known_and_no_budget_is_given(tier):
-    assert tier().miss_limit() is None
+    layers = [CPU] * 3
+    assert tier().waits(layers) is None
     known = tier(link_gb_s=10)
-    limit = known.miss_limit()
-    assert limit.rates.link_gb_s == 10
+    waits = known.waits(layers)
+    assert waits.rates.link_gb_s == 10
     known.change_tiers(TierConfig(step_overhead=0.3), empty=False)
-    assert known.miss_limit().ms == pytest.approx(2 * limit.ms)
+    assert known.waits(layers).limit_ms == pytest.approx(2 * waits.limit_ms)
     for options in ({"budget_ratio": 0.1}, {"step_overhead": None}):
-        assert tier(link_gb_s=10, **options).miss_limit() is None
+        assert tier(link_gb_s=10, **options).waits(layers) is None
+
+
+def test_on_a_cpu_no_query_is_predicted_whatever_the_link(tier):
+    assert tier(link_gb_s=10).waits([CPU] * 3).leads == ()
+
+
+def test_on_a_card_a_layer_is_predicted_unless_the_one_before_is_on_another(tier):
+    known, cards = tier(link_gb_s=10, budget_ratio=0.1), [torch.device("cuda", index) for index in (0, 1)]
+    waits = known.waits([cards[0]] * 3)
+    assert [lead is None for lead in waits.leads] == [True, False, False]
+    assert waits.limit_ms == float("inf")
+    split = known.waits([cards[0], cards[0], cards[1]])
+    assert [lead is None for lead in split.leads] == [True, False, True]

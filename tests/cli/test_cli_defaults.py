@@ -43,6 +43,7 @@ def test_every_key_is_an_option_and_a_variable(monkeypatch, capsys, file, short_
         "host_kv_gb": 3.5,
         "host_kv_bits": 4,
         "step_overhead": 0.3,
+        "ahead": True,
         "policy": "quest",
         "card": "RTX 3060",
     }
@@ -58,6 +59,7 @@ def test_every_key_is_an_option_and_a_variable(monkeypatch, capsys, file, short_
     assert by_file["cap_bytes"] == 2 * GIB
     assert (by_file["host_budget_bytes"], by_file["host_bits"]) == (3.5 * GIB, 4)
     assert by_file["step"]["overhead"] == 0.3
+    assert by_file["step"]["why_ahead"] in ("asked", "unranked")
     assert (by_file["card"], by_file["link"]) == ("RTX 3060", "pcie4x8")
     assert by_file["quantisation"].startswith("torchao")
 

@@ -16,7 +16,7 @@ from tieredkv.models.kv_shape import KVShape
 from tieredkv.planning import admission, decode_plan, forecast_bytes, host_plan, prefill_plan, sizes
 from tieredkv.policy.presets import POLICIES
 
-SHAPE = KVShape(num_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16, itemsize=2)
+SHAPE = KVShape(num_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16, itemsize=2, hidden_size=64)
 
 
 @dataclasses.dataclass
@@ -53,6 +53,7 @@ def cases(draw: st.DrawFn) -> Case:
         budget_ratio=draw(st.none() | st.floats(0.01, 1)),
         pack_pages=draw(st.booleans()),
         host_kv_bits=draw(st.sampled_from([None, 16, 8, 4])),
+        ahead=draw(st.sampled_from([None, True, False])),
     )
     tokens, new = draw(st.integers(1, 3000)), draw(st.integers(1, 100))
     rows = draw(st.integers(1, min(tokens, 80)))

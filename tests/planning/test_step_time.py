@@ -13,7 +13,8 @@ from tieredkv.config import TierConfig
 from tieredkv.models.kv_shape import KVShape
 from tieredkv.planning import sizes, step_time
 from tieredkv.planning.decode_plan import plan_decode
-from tieredkv.planning.step_time import Rates, StepTime, Work, assumed_hit_rate, miss_ms, weights_only_ms, work_time
+from tieredkv.planning.rates import Rates, copy_ms
+from tieredkv.planning.step_time import StepTime, Work, assumed_hit_rate, weights_only_ms, work_time
 from tieredkv.planning.step_works import step_works
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -38,7 +39,7 @@ def record() -> dict[str, dict]:
 
 def predicted(row: dict, **tiers) -> StepTime:
     """With the launches that were counted and the bytes that crossed the link in that row."""
-    settings = TierConfig(host_kv_bits=16, step_overhead=None, **tiers)
+    settings = TierConfig(host_kv_bits=16, step_overhead=None, ahead=False, **tiers)
     layout = sizes.lay_out(settings, 131_072, 32, 64)
     dynamic = torch.zeros((28, 4), dtype=torch.bool)
     plan = plan_decode(SHAPE, settings, layout, settings.cap_bytes, dynamic.double(), dynamic, host_bits=16)
@@ -82,19 +83,19 @@ def test_the_measured_floor_is_predicted(record):
 @pytest.mark.parametrize(("name", "off_ms"), [("ranked, 80 % hits", 0.1), ("defaults, cap 2, 86 % hits", 0.1)])
 def test_the_measured_copies_are_predicted(record, name, off_ms):
     row = record[name]
-    waits = 28 * miss_ms(row["link_bytes_per_step"] / 28, H200)
+    waits = 28 * copy_ms(row["link_bytes_per_step"] / 28, H200)
     assert waits == pytest.approx(kernels_ms(row, "_gather"), abs=off_ms)
 
 
 def test_few_misses_took_longer_than_predicted(record):
     """Known: 0.67 MB a layer in 59 us, which neither the link nor the latency of the other steps explains."""
     row = record["ranked, 95 % hits"]
-    waits = 28 * miss_ms(row["link_bytes_per_step"] / 28, H200)
+    waits = 28 * copy_ms(row["link_bytes_per_step"] / 28, H200)
     assert 0.6 * kernels_ms(row, "_gather") < waits < 0.8 * kernels_ms(row, "_gather")
 
 
 def test_parts_add_up_and_depend_on_their_own_work():
-    rates = Rates(weights_gb_s=100, attention_gb_s=50, ranking_gb_s=10, link_gb_s=5)
+    rates = Rates(memory_gb_s=200, weights_gb_s=100, attention_gb_s=50, ranking_gb_s=10, link_gb_s=5)
     work = Work(1e8, 40, 10, page_bytes=10**6, digest_bytes=10**5, chunks=1000, slots=100, missed_bytes=1e6)
     step = work_time(work, rates)
     assert step.total == pytest.approx(sum(asdict(step).values()))
@@ -129,6 +130,7 @@ def test_nothing_ranked_and_nothing_missed_take_no_time():
 def test_a_kernel_is_limited_by_memory_or_by_its_own_work():
     slow, fast = Rates.of(360, 25), Rates.of(8000, 25)
     assert slow.weights_gb_s == slow.attention_gb_s == slow.ranking_gb_s == pytest.approx(288)
+    assert fast.memory_gb_s == pytest.approx(6400)
     assert (fast.weights_gb_s, fast.attention_gb_s, fast.ranking_gb_s) == (3240, 1760, 453)
 
 

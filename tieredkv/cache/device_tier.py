@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -30,12 +30,13 @@ from tieredkv.models.kv_shape import KVShape, model_shape
 from tieredkv.ops.base import Expected, Ops
 from tieredkv.ops.select import copying_by_torch, ops_for
 from tieredkv.planning import host_plan, prefill_plan
+from tieredkv.planning.ahead_time import Lead, Waits
 from tieredkv.planning.prefill_plan import Call
+from tieredkv.planning.rates import Rates
 from tieredkv.planning.sizes import digest_for, page_bits
-from tieredkv.planning.step_time import MissLimit, Rates
-from tieredkv.planning.step_works import miss_limit
+from tieredkv.planning.step_works import step_waits
 from tieredkv.planning.this_machine import machine_rates
-from tieredkv.planning.weight_bytes import weight_bytes
+from tieredkv.planning.weight_bytes import Weights
 
 T = TypeVar("T")
 MOST_WORKERS = 4
@@ -123,8 +124,8 @@ class DeviceTier:
         self._workers: ThreadPoolExecutor | None = None
         self._rates: Rates | None = None
         """Of the first device and its link, if they are known."""
-        self._step_weight_bytes: int | None = None
-        """What a step reads of the model's weights; None: not counted yet."""
+        self._weights: tuple[int, tuple[Lead | None, ...]] | None = None
+        """What a step reads of the model's weights, in all and in leads; None: not counted yet."""
         self.preparing = Preparing()
         """Compiles kernels for steps, if the model is on a card."""
         weakref.finalize(self, self.preparing.stop)
@@ -311,19 +312,28 @@ class DeviceTier:
         if decoding:  # a pool is one block, and nothing else is in it yet that would keep it
             return_unused(self.devices)
 
-    def miss_limit(self) -> MissLimit | None:
-        """What a step may spend on chunks that are not on the device, by the rates of the first device; None: as much
-        as it takes, also where no link is known."""
-        if self._rates is None or self.tiers.step_overhead is None or self.tiers.budget_ratio is not None:
+    def waits(self, layers: Sequence[torch.device]) -> Waits | None:
+        """How long a step waits for chunks and may wait, by the rates of the first device; None: for as long as it
+        takes, also where no link is known. layers: devices of the tiered layers."""
+        tiers, on_card = self.tiers, layers[0].type == "cuda"
+        limited = tiers.step_overhead is not None and tiers.budget_ratio is None
+        if self._rates is None or not (limited or on_card):
             return None
-        if self._step_weight_bytes is None:
+        if self._weights is None:
             dtype = {2: torch.bfloat16, 4: torch.float32}[self.shape.itemsize]  # of it only the size matters here
             try:
-                self._step_weight_bytes = weight_bytes(self._config, dtype)["step_weight_bytes"]
+                weights = Weights.of(self._config, dtype)
             except UnsupportedModelError:  # it cannot be built from its config, so its weights are not known
                 self._rates = None
                 return None
-        return miss_limit(self.shape, self.tiers, self._step_weight_bytes, self._rates)
+            self._weights = weights.totals()["step_weight_bytes"], weights.leads()
+        read, leads = self._weights
+        if on_card:  # a query is not predicted on another device than its layer's
+            before = (layers[0], *layers)
+            leads = tuple(
+                lead if own == other else None for lead, own, other in zip(leads, layers, before, strict=False)
+            )
+        return step_waits(self.shape, tiers, read, self._rates, leads if on_card else ())
 
     def step_ops(self, device: torch.device) -> Ops:
         """The operations of a decoding step until the next seal: growing the host tier may change them."""

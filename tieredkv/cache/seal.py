@@ -103,8 +103,8 @@ def seal(layers: Sequence[TieredLayer], device_tier: DeviceTier, question: Quest
     cap_bytes = tiers.cap_bytes - (len(device_tier.devices) - 1) * masses
     bits = device_tier.next_bits(tokens)
     types = classify_heads(rows, shape, tiers, layout, cap_bytes, bits)
-    heads, limit = (types.scores, types.static, types.need), device_tier.miss_limit()
-    plan = decode_plan.plan_decode(shape, tiers, layout, cap_bytes, *heads, host_bits=bits, limit=limit)
+    heads, waits = (types.scores, types.static, types.need), device_tier.waits([layer.device for layer in layers])
+    plan = decode_plan.plan_decode(shape, tiers, layout, cap_bytes, *heads, host_bits=bits, waits=waits)
     pack(layers, device_tier, bits)
     device_tier.make_room_for_pools()
     try:
@@ -148,7 +148,7 @@ def _fill(
             ledger=device_tier.ledger,
             pool=device_tier.new_pool(plan.pool_pages(here), codec, device),
             prefetcher=device_tier.copies if tiers.prefetch else None,
-            foreseen=tiers.ahead,
+            foreseen=plan.ahead,
             counters=counters,
             ops=device_tier.step_ops(device),
             chunk_mass=device_tier.ledger.empty("tables", (layout.retrievable,), torch.float32, device).zero_(),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tieredkv.cli.options import (
+    Ahead,
     AllowUrl,
     End,
     Fit,
@@ -53,6 +54,7 @@ def ask(
     host_kv_gb: HostGiB = None,
     host_kv_bits: HostBits = None,
     step_overhead: StepOverhead = None,
+    ahead: Ahead = None,
     policy: PolicyName = None,
     fps: Fps = None,
     max_frames: MaxFrames = None,
@@ -94,6 +96,7 @@ def ask(
         host_kv_bits=host_kv_bits,
         policy=policy,
         step_overhead=step_overhead,
+        ahead=ahead,
     )
     check_prompt(question)
     check_options(tiers, sampling, max_new_tokens)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from tieredkv.cli.options import (
+    Ahead,
     AllowUrl,
     End,
     Fit,
@@ -50,6 +51,7 @@ def chat(
     host_kv_gb: HostGiB = None,
     host_kv_bits: HostBits = None,
     step_overhead: StepOverhead = None,
+    ahead: Ahead = None,
     policy: PolicyName = None,
     fps: Fps = None,
     max_frames: MaxFrames = None,
@@ -84,6 +86,7 @@ def chat(
         host_kv_bits=host_kv_bits,
         policy=policy,
         step_overhead=step_overhead,
+        ahead=ahead,
     )
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens}
     answering = options | given(timestamps=timestamps or None)

@@ -18,7 +18,8 @@ from tieredkv.video.suffixes import FILMS
 def check_options(tiers: dict[str, Any], sampling: dict[str, Any], max_new_tokens: int | None = None) -> Sampling:
     """Raise a `TieredKVError` for a value outside its range, otherwise return how to sample the video.
 
-    tiers: `gpu_kv_gb`, `host_kv_gb`, `host_kv_bits`, `policy` and `step_overhead`, as far as they were given.
+    tiers: `gpu_kv_gb`, `host_kv_gb`, `host_kv_bits`, `policy` and `step_overhead`, as far as they were given; others
+    are not looked at.
     """
     checks = {
         "gpu_kv_gb": check_gpu_kv_gb,

@@ -16,6 +16,7 @@ KEYS: dict[str, Any] = {
     "host_kv_gb": float,
     "host_kv_bits": int,
     "step_overhead": float,
+    "ahead": bool,
     "fps": float,
     "max_frames": int,
     "max_pixels": int | str,

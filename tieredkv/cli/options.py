@@ -77,6 +77,14 @@ StepOverhead = Annotated[
         help="Longest wait of a step for copies, as a share of the model's own time [0.15].",
     ),
 ]
+Ahead = Annotated[
+    bool | None,
+    typer.Option(
+        "--ahead/--no-ahead",
+        envvar="TIEREDKV_AHEAD",
+        help="Copy chunks ahead of use [if it pays].",
+    ),
+]
 Fps = Annotated[float | None, typer.Option(envvar="TIEREDKV_FPS", help="Frames sampled per second [the processor's].")]
 MaxFrames = Annotated[
     int | None,
@@ -93,7 +101,7 @@ MaxPixels = Annotated[
 ]
 Fit = Annotated[
     bool,
-    typer.Option("--fit", envvar="TIEREDKV_FIT", help="Choose rate and frame size, if not given, to fit."),
+    typer.Option("--fit", envvar="TIEREDKV_FIT", help="Fit rate and frame size, where not given."),
 ]
 Start = Annotated[
     float | None,

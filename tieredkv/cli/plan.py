@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from tieredkv.cli.options import (
+    Ahead,
     AllowUrl,
     End,
     Fit,
@@ -46,6 +47,7 @@ def plan(
     host_kv_gb: HostGiB = None,
     host_kv_bits: HostBits = None,
     step_overhead: StepOverhead = None,
+    ahead: Ahead = None,
     policy: PolicyName = None,
     fps: Fps = None,
     max_frames: MaxFrames = None,
@@ -89,6 +91,7 @@ def plan(
         host_kv_bits=host_kv_bits,
         policy=policy,
         step_overhead=step_overhead,
+        ahead=ahead,
     )
     check_weights(weights)
     check_place(model)
@@ -109,7 +112,7 @@ def plan(
         gpu_kv_gb=gpu_kv_gb,
         host_kv_gb=host_kv_gb,
         host_kv_bits=host_kv_bits,
-        **given(policy=policy, step_overhead=step_overhead),
+        **given(policy=policy, step_overhead=step_overhead, ahead=ahead),
         **sampling,
         start=start or 0.0,
         end=end,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tieredkv.cli.options import (
+    Ahead,
     AllowUrl,
     End,
     Fit,
@@ -61,6 +62,7 @@ def run(
     host_kv_gb: HostGiB = None,
     host_kv_bits: HostBits = None,
     step_overhead: StepOverhead = None,
+    ahead: Ahead = None,
     policy: PolicyName = None,
     fps: Fps = None,
     max_frames: MaxFrames = None,
@@ -102,6 +104,7 @@ def run(
         host_kv_bits=host_kv_bits,
         policy=policy,
         step_overhead=step_overhead,
+        ahead=ahead,
     )
     sampled = given(fps=fps, max_frames=max_frames, max_pixels=max_pixels, start=start, end=end)
     sampled |= given(skip_damaged=skip_damaged or None, subtitles=subtitles, fit=fit or None)

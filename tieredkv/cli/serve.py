@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from tieredkv.cli.options import (
+    Ahead,
     Fps,
     GpuGiB,
     HostBits,
@@ -39,6 +40,7 @@ def serve(
     host_kv_gb: HostGiB = None,
     host_kv_bits: HostBits = None,
     step_overhead: StepOverhead = None,
+    ahead: Ahead = None,
     policy: PolicyName = None,
     host: Annotated[str, typer.Option(envvar="TIEREDKV_HOST", help="The address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(envvar="TIEREDKV_PORT", help="Its port; 0: any that is free.")] = 8000,
@@ -136,6 +138,7 @@ def serve(
         host_kv_bits=host_kv_bits,
         policy=policy,
         step_overhead=step_overhead,
+        ahead=ahead,
     )
     check_options(tiers, given(fps=fps, max_frames=max_frames, max_pixels=max_pixels), max_new_tokens)
     check_system(system)

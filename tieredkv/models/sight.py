@@ -93,11 +93,12 @@ class Watch:
             return
         layers = model.get_decoder().layers
         tiered = [place for place, kind in enumerate(kinds) if kind == TIERED]
+        predicted = decoder.predicted(text)
         for place, kind in enumerate(kinds):
             if kind != "sliding_attention" or place == 0:  # such a layer's rotation may be another
                 hook = self._entering(first=place == 0, rotates=kind != "sliding_attention")
                 self._hooks.append(layers[place].register_forward_pre_hook(hook, with_kwargs=True))
-            if place + 1 in tiered:
+            if place + 1 in predicted:
                 index, norm = tiered.index(place + 1), getattr(layers[place], decoder.mlp_norm)
                 self._hooks.append(norm.register_forward_pre_hook(self._looking(decoder, layers[place + 1], index)))
                 hook = self._comparing(decoder, layers[place + 1], index)

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
 from tieredkv.config import TierConfig
+from tieredkv.errors import BudgetError
 from tieredkv.memory.units import ceil_div, largest
 from tieredkv.models.kv_shape import KVShape
 from tieredkv.planning.admission import refusal
+from tieredkv.planning.ahead_time import Lead, Wait, Waits
+from tieredkv.planning.misses import choosing_works, total_wait
 from tieredkv.planning.sizes import (
     Layout,
     all_pages,
     beside_pool_bytes,
-    chunk_bytes,
+    correction_bytes,
     gathered_pages,
     least_pages,
     old_pages,
@@ -24,7 +29,6 @@ from tieredkv.planning.sizes import (
     pool_bytes,
     scratch_page_bytes,
 )
-from tieredkv.planning.step_time import MissLimit, assumed_hit_rate, miss_ms
 from tieredkv.policy.budget import by_need, split_budget
 
 Bound = Literal["nothing", "budget_ratio", "memory", "link", "floor"]
@@ -33,6 +37,21 @@ is attended to where it fits, though copies take longer than they may."""
 FLOOR_RATIO = 0.05
 """However slow the link, a step attends to as much as under this `budget_ratio`, if that fits: the smallest whose loss
 of quality is measured (docs/benchmarks.md, "What policies lose")."""
+NO_FEWER = 0.98
+"""Of the chunks that a step attends to without copies ahead, the least that it attends to with them where they are
+chosen to save time: what corrects predicted queries takes the place of some."""
+WhyAhead = Literal[
+    "asked", "more", "shorter", "declined", "unranked", "prefetch", "reuse", "unknown", "unpredicted", "room", "longer"
+]
+"""Why chunks are copied ahead: `ahead=True`; a step may then attend to more; it is predicted to be shorter. Why not:
+`ahead=False`; chunks are not ranked; `prefetch=False`; heads may reuse the choice of the step before (`reuse_above`);
+there is no card whose rates are known; no query is predicted; corrections do not fit under the cap; a step is not
+predicted to be better."""
+
+
+def copies_ahead(why: WhyAhead) -> bool:
+    """Whether this is a reason for copies ahead, not against them."""
+    return why in ("asked", "more", "shorter")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +73,14 @@ class DecodePlan:
     """Of the codec of pages."""
     bound: Bound
     """What keeps a step from attending to more."""
+    why_ahead: WhyAhead
+    ahead_bytes: int = 0
+    """What predicting queries keeps on the device, at most."""
+
+    @property
+    def ahead(self) -> bool:
+        """Whether queries are predicted and chunks copied ahead for them."""
+        return copies_ahead(self.why_ahead)
 
     def pool_pages(self, layers: list[int]) -> int:
         """Pages of these layers, recent regions included."""
@@ -71,15 +98,72 @@ def plan_decode(
     need: torch.Tensor | None = None,
     *,
     host_bits: int,
-    limit: MissLimit | None = None,
+    waits: Waits | None = None,
 ) -> DecodePlan:
     """Spend `cap_bytes` on one prompt. scores, static: `(L, K)`; heads of dense layers are static and keep everything.
 
     need: `(2, L, K)`, need and spread of each head where the policy measured them (`policy.budget.by_need`).
-    host_bits: of the host tier. limit: without a `budget_ratio`, what a step may spend on misses, as predicted; more
-    than fits is not selected then, and slots stay as many; None: no limit. Raises `BudgetError`, naming the smallest
-    cap that works.
+    host_bits: of the host tier. waits: how long a step may wait for misses, as predicted; more than fits is not
+    selected then, and slots stay as many; None: no limit, and nothing is known of its time. Raises `BudgetError`,
+    naming the smallest cap that works.
+
+    Whether chunks are copied ahead is decided here, unless `ahead` says so: if a step may then attend to more chunks,
+    or to about as many (`NO_FEWER`) in less time.
     """
+    given = shape, tiers, layout, cap_bytes, scores, static, need, host_bits, waits
+    without = _plan(*given, leads=(), why_ahead=_why_not(tiers, waits))
+    if not without.ranked:
+        return replace(without, why_ahead="unranked")
+    leads = () if waits is None else waits.leads
+    if without.why_ahead in ("declined", "prefetch", "reuse") or (tiers.ahead is None and not any(leads)):
+        return without
+    try:
+        ahead = _plan(*given, leads=leads, why_ahead="asked")
+    except BudgetError:
+        return replace(without, why_ahead="room")
+    if tiers.ahead or waits is None:
+        return ahead
+    chunks, others = (int(plan.selected.sum()) for plan in (ahead, without))
+    if chunks > others:
+        return replace(ahead, why_ahead="more")
+    if chunks < NO_FEWER * others:
+        return without
+    times = [
+        total_wait(
+            choosing_works(shape, tiers, layout, static, plan.selected, plan.slots, host_bits, those), waits.rates
+        )
+        for plan, those in ((ahead, leads), (without, ()))
+    ]
+    return replace(ahead, why_ahead="shorter") if times[0].total < times[1].total else without
+
+
+def _why_not(tiers: TierConfig, waits: Waits | None) -> WhyAhead:
+    """Why chunks are not copied ahead, where they are ranked."""
+    if tiers.ahead is False:
+        return "declined"
+    if not tiers.prefetch:
+        return "prefetch"
+    if tiers.policy.reuse_above <= 1:
+        return "reuse"
+    if waits is None or not waits.leads:
+        return "unknown"
+    return "longer" if any(waits.leads) else "unpredicted"
+
+
+def _plan(
+    shape: KVShape,
+    tiers: TierConfig,
+    layout: Layout,
+    cap_bytes: int,
+    scores: torch.Tensor,
+    static: torch.Tensor,
+    need: torch.Tensor | None,
+    host_bits: int,
+    waits: Waits | None,
+    leads: tuple[Lead | None, ...],
+    why_ahead: WhyAhead,
+) -> DecodePlan:
+    """`plan_decode`, with leads if chunks are copied ahead in them."""
     policy, dense = tiers.policy, tiers.policy.dense_layers
     if not bool(static[:dense].all()):
         raise ValueError("heads of dense layers must be static")
@@ -106,9 +190,12 @@ def plan_decode(
         if pool >= everything and allowed >= most:
             every = torch.where(static, 0, layout.retrievable)
             scratch = scratch_for(pool, everything, left)
-            return DecodePlan(layout, torch.full_like(every, most), every, every, False, scratch, bits, "nothing")
+            pages = torch.full_like(every, most)
+            return DecodePlan(layout, pages, every, every, False, scratch, bits, "nothing", "unranked")
 
-    left = cap_bytes - beside_pool_bytes(shape, tiers, layout, n_dynamic)
+    predicted = sum(lead is not None for lead in leads) if leads else shape.num_layers
+    ahead_bytes = predicted * correction_bytes(shape) if copies_ahead(why_ahead) else 0
+    left = cap_bytes - beside_pool_bytes(shape, tiers, layout, n_dynamic) - ahead_bytes
     pool = pages_for(left)
     affordable = pool - n_heads * layout.recent_pages - n_dense * most
     least, rest = least_pages(layout), static[dense:]
@@ -137,9 +224,14 @@ def plan_decode(
         slots = room
         spare = torch.minimum((slots - 1).clamp(min=0), (slots.float() * tiers.spare_ratio).long())
         selected = torch.where(slots == layout.retrievable, slots, slots - spare)
-        if limit is not None:
+        if waits is not None and waits.limit_ms < math.inf:
             floor = pages_of(old_pages(replace(tiers, budget_ratio=FLOOR_RATIO), layout)) - layout.sink_chunks
-            selected, bound = _within(limit, shape, tiers, layout, selected, slots, floor, host_bits)
+
+            def wait(selected: torch.Tensor) -> Wait:
+                works = choosing_works(shape, tiers, layout, static, selected, slots, host_bits, leads)
+                return total_wait(works, waits.rates)
+
+            selected, bound = _within(waits.limit_ms, wait, selected, floor)
     else:  # the ratio fixes how many are selected; spare slots come on top
         selected = room
         more = (affordable - int(pages[dense:].sum())) // n_dynamic if n_dynamic else 0
@@ -148,47 +240,27 @@ def plan_decode(
         pages = torch.where(static, pages, layout.sink_chunks + slots)
     ranked = bool((selected[~static] < layout.retrievable).any())
     used = n_heads * layout.recent_pages + int(pages.sum())
-    return DecodePlan(layout, pages, selected, slots, ranked, scratch_for(pool, used, left), bits, bound)
+    scratch = scratch_for(pool, used, left)
+    return DecodePlan(layout, pages, selected, slots, ranked, scratch, bits, bound, why_ahead, ahead_bytes)
 
 
 def _within(
-    limit: MissLimit,
-    shape: KVShape,
-    tiers: TierConfig,
-    layout: Layout,
-    selected: torch.Tensor,
-    slots: torch.Tensor,
-    floor: torch.Tensor,
-    host_bits: int,
+    limit_ms: float, wait: Callable[[torch.Tensor], Wait], selected: torch.Tensor, floor: torch.Tensor
 ) -> tuple[torch.Tensor, Bound]:
-    """The largest share of `selected` `(L, K)`, the same of every head, with which the predicted time of misses is
-    within the limit, but no less than `floor` of any head; and what bound it."""
+    """The largest share of `selected` `(L, K)`, the same of every head, with which the predicted wait is within the
+    limit, but no less than `floor` of any head; and what bound it."""
     steps = 4096
 
     def part(step: int) -> torch.Tensor:
         return torch.minimum(selected, torch.maximum(floor, selected * step // steps))
 
     def fits(step: int) -> bool:
-        missed = missed_bytes(shape, tiers, layout, part(step), slots, host_bits)
-        return sum(miss_ms(nbytes, limit.rates) for nbytes in missed) <= limit.ms
+        return wait(part(step)).total <= limit_ms
 
     if fits(steps) or torch.equal(part(0), selected):
         return selected, "memory"
     most = largest(fits, steps)
     return part(most), "link" if fits(most) else "floor"
-
-
-def missed_bytes(
-    shape: KVShape, tiers: TierConfig, layout: Layout, selected: torch.Tensor, slots: torch.Tensor, host_bits: int
-) -> list[float]:
-    """What each layer copies in a step, by the assumed hit rate. selected, slots: `(L, K)`. The last layer chooses once
-    more for each of its readers."""
-    chunk, missed = chunk_bytes(shape, tiers, host_bits), []
-    for some, resident in zip(selected.tolist(), slots.tolist(), strict=True):
-        rates = [assumed_hit_rate(count, layout.retrievable) for count in resident]
-        missed.append(chunk * sum(count * (1 - rate) for count, rate in zip(some, rates, strict=True)))
-    missed[-1] *= 1 + shape.readers
-    return missed
 
 
 def table_width(plan: DecodePlan, tiers: TierConfig, index: int, static: torch.Tensor) -> int:

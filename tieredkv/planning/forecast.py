@@ -33,11 +33,12 @@ from tieredkv.planning.cards import find_card
 from tieredkv.planning.links import find_link
 from tieredkv.planning.planned import PlannedMedia, PlannedModel, PlannedVideo
 from tieredkv.planning.prefill_plan import question_rows, untiered_prefill_bytes
+from tieredkv.planning.rates import Rates
 from tieredkv.planning.report import BitsChoice, MemoryPlan
 from tieredkv.planning.step_forecast import StepForecast
-from tieredkv.planning.step_time import Rates, step_time, weights_only_ms
-from tieredkv.planning.step_works import miss_limit, model_layers, step_works
-from tieredkv.planning.weight_bytes import weight_bytes
+from tieredkv.planning.step_time import step_time, weights_only_ms
+from tieredkv.planning.step_works import model_layers, step_waits, step_works
+from tieredkv.planning.weight_bytes import Weights
 from tieredkv.video.download import download
 from tieredkv.video.media import Medium, check_media, check_subtitles
 from tieredkv.video.sampling import Sampling
@@ -131,7 +132,8 @@ def plan(
             video = PlannedVideo.open(source, processor, video_or_tokens, sampling, system)
         else:
             shown = PlannedMedia.open(source, processor, media, sampling, system)
-    weighs = weight_bytes(source.config, source.dtype, source.loaded)
+    weights_of = Weights.of(source.config, source.dtype, source.loaded)
+    weighs = weights_of.totals()
 
     def working(video: PlannedVideo | None) -> int:
         given = video or shown
@@ -183,7 +185,8 @@ def plan(
     bits, available = host_plan.prompt_bits(shape, settings, prompt), limits.available_host_bytes()
     host = sizes.host_bytes(shape, settings, prompt, bits)
     rates = None if on is None else Rates.of(on.gb_s, link_speed)
-    limit = None if rates is None else miss_limit(shape, settings, weighs["step_weight_bytes"], rates)
+    leads = () if rates is None else weights_of.leads()
+    waits = None if rates is None else step_waits(shape, settings, weighs["step_weight_bytes"], rates, leads)
 
     def smaller(allowed: int) -> str:
         kind = "tokens" if source.is_text else "visual tokens"
@@ -206,7 +209,7 @@ def plan(
     def decoding_at(bits: int) -> decode_plan.DecodePlan:
         scores = static.double()
         return decode_plan.plan_decode(
-            shape, settings, layout, settings.cap_bytes, scores, static, host_bits=bits, limit=limit
+            shape, settings, layout, settings.cap_bytes, scores, static, host_bits=bits, waits=waits
         )
 
     def choice(bits: int) -> BitsChoice:
@@ -238,7 +241,7 @@ def plan(
     read, copied = forecast_bytes.step_bytes(shape, settings, decoding, static, bits)
     untiered = sizes.untiered_bytes(shape, prompt + max_new_tokens - 1, 1)
     weight_read, others = weighs["step_weight_bytes"], sum(untiered.values())
-    works = step_works(shape, settings, decoding, static, bits, weight_read, others)
+    works = step_works(shape, settings, decoding, static, bits, weight_read, others, leads=leads)
     memory_plan = MemoryPlan(
         model_type=source.config.model_type,
         dtype=str(source.dtype).removeprefix("torch."),
@@ -284,8 +287,12 @@ def plan(
             overhead=settings.step_overhead,
             most_copied_bytes=copied,
             missed_bytes=round(sum(work.missed_bytes for work in works)),
+            copied_bytes=round(sum(work.copied_bytes for work in works)),
             launches=round(sum(work.model_launches + work.launches for work in works)),
+            why_ahead=decoding.why_ahead,
+            predicted_layers=sum(work.lead is not None for work in works),
             time=None if rates is None else step_time(works, rates),
+            unhidden_ms=None if rates is None else step_time([replace(work, lead=None) for work in works], rates).link,
             model_ms=None if rates is None else weights_only_ms(weight_read, model_layers(shape), rates),
         ),
         prefill_copy_bytes=forecast_bytes.prefill_copy_bytes(shape, settings, prompt, question_tokens, bits),

@@ -44,7 +44,7 @@ def decode_bytes(shape: KVShape, tiers: TierConfig, plan: DecodePlan, static: to
     """
     layout, heads = plan.layout, shape.num_key_value_heads
     tables, widest = sizes.chunk_mass_bytes(layout), 0
-    tables += sizes.fit_bytes(shape, shape.kv_heads, plan.page_bits)
+    tables += sizes.fit_bytes(shape, shape.kv_heads, plan.page_bits) + plan.ahead_bytes
     for index, mask in enumerate(static):
         n_dynamic = int((~mask).sum())
         width = table_width(plan, tiers, index, mask)

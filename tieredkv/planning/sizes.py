@@ -134,7 +134,9 @@ def stored_bytes(shape: KVShape, tiers: TierConfig, prompt: int, bits: int) -> i
     chunks, fitting = ceil_div(tokens, tiers.chunk_tokens), digest.fitted_bytes + query_moment_bytes(shape.head_dim)
     digests = shape.kv_heads * (chunks * digest.chunk_bytes + fitting)
     kept = records_bytes(shape, tiers, tokens, bits) + fit_bytes(shape, shape.kv_heads, bits)
-    return kept + digests + corrections_bytes(shape, tiers) + snapshot_bytes(shape, prompt)
+    # Where ahead=None, a card's plan decides later: corrections, less than a per cent of the records, are left out.
+    corrections = shape.num_layers * correction_bytes(shape) if tiers.ahead else 0
+    return kept + digests + corrections + snapshot_bytes(shape, prompt)
 
 
 def snapshot_bytes(shape: KVShape, tokens: int) -> int:
@@ -192,15 +194,13 @@ def table_bytes(shape: KVShape, tiers: TierConfig, layout: Layout) -> int:
     pages = layout.old_chunks + layout.recent_pages
     tables = shape.kv_heads * (pages * per_page + layout.retrievable * per_chunk + INT32)
     fits = max(fit_bytes(shape, shape.kv_heads, bits) for bits in possible_page_bits(tiers))
-    return tables + chunk_mass_bytes(layout) + reused + fits + corrections_bytes(shape, tiers)
+    return tables + chunk_mass_bytes(layout) + reused + fits
 
 
-def corrections_bytes(shape: KVShape, tiers: TierConfig) -> int:
-    """What corrects the predicted queries of all layers (`policy.correction`), at most; 0 if none are predicted."""
-    if not tiers.ahead:
-        return 0
+def correction_bytes(shape: KVShape) -> int:
+    """What corrects the predicted queries of one layer (`policy.correction`), at most."""
     width, outputs = shape.hidden_size, shape.num_attention_heads * shape.head_dim
-    return shape.num_layers * rank_of(width) * (width + 1 + outputs) * shape.itemsize
+    return rank_of(width) * (width + 1 + outputs) * shape.itemsize
 
 
 def chunk_mass_bytes(layout: Layout) -> int:

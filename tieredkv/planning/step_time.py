@@ -1,8 +1,8 @@
 """How long a decoding step takes on a card: milliseconds by part, from bytes, launches and rates. Ours; a prediction.
 
-Every constant was measured on one card, an NVIDIA H200 behind PCIe 5 x16, with Qwen2.5-7B's shape and 131,072 tokens in
-a captured graph (`benchmarks/results/gpu-h200.jsonl`); `tests/planning/test_step_time.py` compares the model with the
-record. For any other card they are *assumed*: `ASSUMED` lists what. Rates are GB/s (1e9 bytes).
+Every constant here and in `rates` was measured on one card, an NVIDIA H200, with Qwen2.5-7B's shape and 131,072 tokens
+in a captured graph (`benchmarks/results/gpu-h200.jsonl`). `tests/planning/test_step_time.py` compares the model with
+the record. For any other card they are *assumed*: `ASSUMED` lists what. `ahead_time` predicts what copies ahead change.
 """
 
 from __future__ import annotations
@@ -10,26 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-MEMORY_SHARE = 0.8
-"""Of a card's data-sheet bandwidth, what a kernel gets: measured, a matrix times a vector (3,843 of 4,800 GB/s)."""
-WEIGHTS_GB_S = 3240.0
-"""The most that the products of one token read, whatever the card: 14.14 GB in 4.36 ms."""
-ATTENTION_GB_S = 1760.0
-"""The most that attention reads of pages in 8 bits: 3.82 GB in 2.17 ms."""
-RANKING_GB_S = 453.0
-"""The most that ranking reads of digests: 473 MB in 1.04 ms, logits and ranks."""
-CHOOSE_NS = 3.4
-"""To choose, for each chunk that a head chooses among: 55.5 us a layer for 16,384; heads run side by side."""
-PLACE_NS = 5.1
-"""To place, for each slot of a head: 7 us a layer for 1,018, 33 for 6,494."""
-GATHER_US = 28.6
-"""To fetch, a layer in which anything is missing, besides the link's time: what steps of 74.8 and 333.5 MB imply."""
-LINK_SHARE = 0.96
-"""Of the rate of one large copy, what a gather gets beyond that: 53.1 of 55.4 GB/s, from the same two steps."""
-MODEL_LAUNCH_US = 1.56
-"""A kernel launch of the model itself, its work on a few numbers included, and the gap after it: 2.0 ms for 1,280."""
-LAUNCH_US = 3.4
-"""The same of an operation on the cache: 3.3 to 3.5 us in steps of 1,039 of them."""
+from tieredkv.planning.ahead_time import FORESEEN, WASTED, Lead, Wait, copied_bytes, layer_wait
+from tieredkv.planning.rates import LAUNCH_US, Rates, model_ms, ranking_ms
 
 MODEL_LAUNCHES = 1139 / 28
 """A layer, without attention and cache; the output layer's are spread over the layers."""
@@ -41,32 +23,8 @@ and chunks in 8 bits. As counted (`tests/streams/test_launches.py`)."""
 
 ASSUMED = ("bandwidth share", "launch time", "ranking", "latency of copies", "hit rate")
 """What of a prediction was not measured on the card that it is for."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rates:
-    """What a card and its link can do."""
-
-    weights_gb_s: float
-    attention_gb_s: float
-    ranking_gb_s: float
-    link_gb_s: float
-    """Of one large copy from page-locked memory."""
-
-    @staticmethod
-    def of(card_gb_s: float, link_gb_s: float) -> Rates:
-        """A kernel is limited by the card's memory, or by its own work as it was measured. Optimistic for cards with
-        few processors, where that work takes longer."""
-        memory = MEMORY_SHARE * card_gb_s
-        return Rates(min(memory, WEIGHTS_GB_S), min(memory, ATTENTION_GB_S), min(memory, RANKING_GB_S), link_gb_s)
-
-
-@dataclass(frozen=True, slots=True)
-class MissLimit:
-    """What a step may spend on chunks that are not on the device."""
-
-    ms: float
-    rates: Rates
+ASSUMED_AHEAD = (f"foreseen {FORESEEN:.0%}", f"wasted {WASTED:.0%}")
+"""What besides, where chunks are copied ahead: shares of what is missing without."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +44,21 @@ class Work:
     slots: int = 0
     """Of the head with the most."""
     missed_bytes: float = 0.0
-    """Copied from the host."""
+    """Of chunks from the host, if nothing is copied ahead."""
+    spare: float = 0.0
+    """Share of the slots that hold nothing selected."""
+    lead: Lead | None = None
+    """In which chunks are copied ahead; None: they are not."""
+
+    @property
+    def copied_bytes(self) -> float:
+        """Copied from the host, ahead and when they are missed."""
+        return copied_bytes(self.missed_bytes, self.spare, self.lead)
 
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """Milliseconds by part, one after another."""
+    """Milliseconds by part, one after another but for the last."""
 
     weights: float = 0.0
     """Products and, like the rest of the model, what they launch."""
@@ -101,10 +68,15 @@ class StepTime:
     launches: float = 0.0
     """Operations on the cache, besides what the other parts count by bytes."""
     link: float = 0.0
+    """That the step waits for."""
+    prediction: float = 0.0
+    """Of queries, for copies ahead: all that these cost but the link."""
+    hidden: float = 0.0
+    """Of the link, while something else is computed: no part of the total."""
 
     @property
     def total(self) -> float:
-        return self.weights + self.attention + self.ranking + self.launches + self.link
+        return self.weights + self.attention + self.ranking + self.launches + self.link + self.prediction
 
     def __add__(self, other: StepTime) -> StepTime:
         return StepTime(
@@ -113,19 +85,28 @@ class StepTime:
             self.ranking + other.ranking,
             self.launches + other.launches,
             self.link + other.link,
+            self.prediction + other.prediction,
+            self.hidden + other.hidden,
         )
 
 
 def work_time(work: Work, rates: Rates) -> StepTime:
     """The time of one layer, or of what comes between."""
+    wait = waiting(work, rates)
     return StepTime(
-        weights=work.weight_bytes / rates.weights_gb_s / 1e6 + work.model_launches * MODEL_LAUNCH_US / 1e3,
+        weights=model_ms(work.weight_bytes, work.model_launches, rates),
         attention=work.page_bytes / rates.attention_gb_s / 1e6,
-        ranking=work.digest_bytes / rates.ranking_gb_s / 1e6
-        + ((work.chunks * CHOOSE_NS + work.slots * PLACE_NS) / 1e6 if work.digest_bytes else 0.0),
+        ranking=ranking_ms(work.digest_bytes, work.chunks, work.slots, rates),
         launches=work.launches * LAUNCH_US / 1e3,
-        link=miss_ms(work.missed_bytes, rates),
+        link=wait.exposed,
+        prediction=wait.prediction,
+        hidden=wait.hidden,
     )
+
+
+def waiting(work: Work, rates: Rates) -> Wait:
+    """What of that is due to chunks from the host."""
+    return layer_wait(work.missed_bytes, work.digest_bytes, work.chunks, work.slots, work.spare, work.lead, rates)
 
 
 def step_time(works: Iterable[Work], rates: Rates) -> StepTime:
@@ -137,13 +118,6 @@ def weights_only_ms(weight_bytes: int, layers: int, rates: Rates) -> float:
     """A step of the model with a cache of one token: what a step is compared with."""
     launches = layers * (MODEL_LAUNCHES + STOCK_LAUNCHES)
     return work_time(Work(weight_bytes, launches), rates).total
-
-
-def miss_ms(missed_bytes: float, rates: Rates) -> float:
-    """A layer's wait for so many bytes from the host."""
-    if not missed_bytes:
-        return 0.0
-    return GATHER_US / 1e3 + missed_bytes / (LINK_SHARE * rates.link_gb_s) / 1e6
 
 
 def assumed_hit_rate(slots: float, chunks: float) -> float:

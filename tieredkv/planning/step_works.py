@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 
 from tieredkv.config import TierConfig
 from tieredkv.models.kv_shape import KVShape
 from tieredkv.planning import sizes
-from tieredkv.planning.decode_plan import DecodePlan, missed_bytes
-from tieredkv.planning.step_time import LAUNCHES, MODEL_LAUNCHES, MissLimit, Rates, Work, weights_only_ms
+from tieredkv.planning.ahead_time import Lead, Waits
+from tieredkv.planning.decode_plan import DecodePlan
+from tieredkv.planning.misses import choosing_works
+from tieredkv.planning.rates import Rates
+from tieredkv.planning.step_time import LAUNCHES, MODEL_LAUNCHES, Work, weights_only_ms
 
 
 def model_layers(shape: KVShape) -> int:
@@ -16,14 +23,17 @@ def model_layers(shape: KVShape) -> int:
     return shape.num_layers + shape.readers + shape.sliding_layers + shape.linear_layers + shape.convolutions
 
 
-def miss_limit(shape: KVShape, tiers: TierConfig, weight_bytes: int, rates: Rates) -> MissLimit | None:
-    """What `step_overhead` allows a step to spend on misses; None: as much as it takes.
+def step_waits(
+    shape: KVShape, tiers: TierConfig, weight_bytes: int, rates: Rates, leads: Sequence[Lead | None] = ()
+) -> Waits:
+    """What steps may spend on chunks that are not on the device: what `step_overhead` allows, without a `budget_ratio`.
 
-    weight_bytes: what a step reads of the weights.
+    weight_bytes: what a step reads of the weights. leads: of each tiered layer; empty on a CPU.
     """
-    if tiers.step_overhead is None or tiers.budget_ratio is not None:
-        return None
-    return MissLimit(tiers.step_overhead * weights_only_ms(weight_bytes, model_layers(shape), rates), rates)
+    limit = math.inf
+    if tiers.step_overhead is not None and tiers.budget_ratio is None:
+        limit = tiers.step_overhead * weights_only_ms(weight_bytes, model_layers(shape), rates)
+    return Waits(limit, rates, tuple(leads))
 
 
 def step_works(
@@ -35,31 +45,30 @@ def step_works(
     weight_bytes: int,
     untiered_bytes: int = 0,
     launches: dict[str, float] | None = None,
+    leads: Sequence[Lead | None] = (),
 ) -> list[Work]:
     """The work of each tiered layer, then that of all others. static: `(L, K)`.
 
     weight_bytes: what a step reads of the weights, here spread evenly. untiered_bytes: what it reads of the layers that
-    do not grow. launches: in place of `LAUNCHES`.
+    do not grow. launches: in place of `LAUNCHES`. leads: of each tiered layer, if the plan copies ahead.
     """
     counts, layout, heads = launches or LAUNCHES, plan.layout, shape.num_key_value_heads
     every, page = model_layers(shape), sizes.page_bytes(shape, tiers, plan.page_bits)
-    missed = missed_bytes(shape, tiers, layout, plan.selected, plan.slots, host_bits)
+    ahead = leads if plan.ahead else ()
+    choosing = choosing_works(shape, tiers, layout, static, plan.selected, plan.slots, host_bits, ahead)
     works = []
-    for index, mask in enumerate(static):
+    for index, (mask, work) in enumerate(zip(static, choosing, strict=True)):
         dynamic = int((~mask).sum())
         ranked, times = plan.ranked and dynamic > 0, 1 + (shape.readers if index == shape.num_layers - 1 else 0)
         pages = heads * layout.recent_pages + int((plan.pages[index] * mask).sum())
         pages += dynamic * layout.sink_chunks + int(plan.selected[index].sum())
         works.append(
-            Work(
+            replace(
+                work if ranked else Work(),
                 weight_bytes=weight_bytes / every,
                 model_launches=MODEL_LAUNCHES,
                 launches=times * counts["ranked" if ranked else "unranked"],
                 page_bytes=times * pages * page,
-                digest_bytes=times * sizes.digest_bytes(shape, tiers, layout, dynamic) if ranked else 0,
-                chunks=times * layout.retrievable,
-                slots=times * int(plan.slots[index].max()),
-                missed_bytes=missed[index] if ranked else 0.0,
             )
         )
     others = every - shape.num_layers

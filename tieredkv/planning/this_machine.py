@@ -8,7 +8,7 @@ from tieredkv.errors import OptionError
 from tieredkv.memory.card import memory_gb_s
 from tieredkv.memory.link import card_link_gb_s
 from tieredkv.planning.cards import find_card
-from tieredkv.planning.step_time import Rates
+from tieredkv.planning.rates import Rates
 
 CPU_GB_S = 50.0
 """Of a CPU's memory, where a link is given: *assumed*, from the weights of `benchmarks/decode_cpu.py` on two cores."""

@@ -85,6 +85,16 @@ class Decoder:
         """Tokens that layers of type `TIERED` see, in a config that states a window for them. None: all tokens."""
         return None
 
+    def predicted(self, text: PreTrainedConfig) -> list[int]:
+        """The places, among the model's layers, of those of type `TIERED` whose query is predicted (`models.sight`):
+        not where no layer before has its positions, nor where others read its keys and values."""
+        if self.mlp_norm is None:
+            return []
+        kinds = self.layer_types(text)
+        first = next(place for place, kind in enumerate(kinds) if kind != "sliding_attention")
+        tiered = [place for place, kind in enumerate(kinds) if kind == TIERED]
+        return [place for place in (tiered[:-1] if self.readers(text) else tiered) if place > first]
+
     def query(self, attention: torch.nn.Module, normed: torch.Tensor) -> torch.Tensor:
         """Queries `(n, H, D)` before rotation, of an attention module that reads `normed` `(n, W)`."""
         query = attention.q_proj(normed).view(len(normed), -1, attention.head_dim)  # type: ignore[operator,union-attr]
