@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import Future
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from helpers import PATIENCE_S, LateCopies, pressed, tier_options
 import tieredkv
 from tieredkv import TieredCache
 from tieredkv.environment.versions import cache_argument
-from tieredkv.memory.copies import ThreadCopies
+from tieredkv.memory import copies as copies_module
+from tieredkv.memory.copies import StreamCopies, ThreadCopies
 
 
 @pytest.fixture
@@ -117,3 +119,38 @@ def test_the_time_a_copy_arrives_changes_no_logits(llama, long_ids, options):
             return torch.stack([llama(long_ids[:, i : i + 1], **cache_argument(cache)).logits for i in range(6)])
 
     assert torch.equal(decode(None), decode(LateCopies()))
+
+
+def test_all_copies_to_a_card_share_a_stream(monkeypatch):
+    """torch keeps a workspace for every stream that has multiplied matrices."""
+
+    class Stream:
+        def __init__(self, card):
+            made.append(card)
+
+        def wait_stream(self, other):
+            pass
+
+        def synchronize(self):
+            synchronised.append(self)
+
+    class Event:
+        def record(self, stream):
+            pass
+
+    made, synchronised = [], []
+    monkeypatch.setattr(copies_module, "_streams", {})
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    several = [StreamCopies() for _ in range(3)]
+    for card in (0, 1):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda card=card: card)
+        for one in several:
+            one.submit(card, lambda: 5)
+    assert made == [0, 1]
+    several[0].drain()
+    assert len(synchronised) == 2, "those that it used"
+    StreamCopies().drain()
+    assert len(synchronised) == 2

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from tieredkv.codecs.rotated import hadamard
 from tieredkv.environment.threads import at_most
-from tieredkv.memory import pagelock
+from tieredkv.memory import copies, pagelock
 from tieredkv.ops.triton import attend as attend_kernels
 
 CARD = torch.device("cuda", 0)
@@ -282,6 +282,7 @@ def simulated_card(patch: Any, order: Order = "late", kind: type[Card] = Card) -
         patched.setattr(kernels, "run", lambda *args, **options: card.launch(run, *args, **options))
         patched.setattr(attend_kernels, "programs_for", lambda device: 4)
         patched.setattr(pagelock, "ThreadPoolExecutor", AtOnce)
+        patched.setattr(copies, "_streams", {})
         hadamard.cache_clear()
         try:
             with at_most(1), FakeTensorMode(), card:  # that mode keeps torch from looking for a driver

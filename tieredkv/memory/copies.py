@@ -86,6 +86,17 @@ class ThreadCopies:
         self._pending.clear()
 
 
+_streams: dict[int, torch.cuda.Stream] = {}
+"""By card, for all copies of the process: torch keeps a workspace of 8 to 32 MiB for every stream on which matrices are
+multiplied, as predictions of queries do. Of low priority: what is needed now comes first."""
+
+
+def _stream_of(card: int) -> torch.cuda.Stream:
+    if card not in _streams:
+        _streams[card] = torch.cuda.Stream(card)
+    return _streams[card]
+
+
 class StreamCopies:
     """Copies on a separate CUDA stream of the current card. Only `drain` and `close` block the host.
 
@@ -95,18 +106,15 @@ class StreamCopies:
 
     def __init__(self) -> None:
         self._process = os.getpid()
-        self._streams: dict[int, torch.cuda.Stream] = {}
-        """By card."""
+        self._used: set[torch.cuda.Stream] = set()
         self._pending: dict[Hashable, tuple[torch.cuda.Event, int, Callable[[], int]]] = {}
 
     def submit(self, key: Hashable, copy: Callable[[], int]) -> None:
         if key in self._pending:
             raise RuntimeError(f"a copy for {key!r} is outstanding: wait for it first")
-        card = torch.cuda.current_device()
-        if card not in self._streams:
-            self._streams[card] = torch.cuda.Stream(card)
-        stream = self._streams[card]
         with CAPTURE:  # another session may be capturing the same stream
+            stream = _stream_of(torch.cuda.current_device())
+            self._used.add(stream)
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 moved = copy()
@@ -124,7 +132,7 @@ class StreamCopies:
     def drain(self) -> None:
         if self._process == os.getpid():  # a forked process cannot use the card
             with CAPTURE:
-                for stream in self._streams.values():
+                for stream in self._used:
                     stream.synchronize()
         self._pending.clear()
 
