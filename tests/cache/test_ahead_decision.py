@@ -4,38 +4,40 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import LateCopies, pressed, tier_options
+from helpers import LateCopies, pressed, random_text_model, tier_options
 
 import tieredkv
 from tieredkv.cache.device_tier import DeviceTier
+from tieredkv.cache.foresight import Foresight
 from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.environment.versions import cache_argument
 from tieredkv.planning.ahead_time import Lead, Waits
 from tieredkv.planning.rates import Rates
+from tieredkv.planning.weight_bytes import Weights
 
 LONG = Lead(weight_bytes=1e12, query_bytes=1000, correction_bytes=100)
 """An MLP so slow that every copy is over."""
 
 
+def decode(model, ids, **options):
+    """Logits of three steps, the plan, and the bytes copied ahead."""
+    tiers = {**pressed(model, 600, 0.5), "chunk_tokens": 8, "text_window": 16, "theta": 2.0, **options}
+    with (
+        torch.no_grad(),
+        tieredkv.use_attention(model),
+        TieredCache(model.config, **tier_options(**tiers), copies=LateCopies()) as cache,
+    ):
+        model(ids[:, :500], **cache_argument(cache))
+        cache.seal()
+        steps = [model(ids[:, place : place + 1], **cache_argument(cache)).logits for place in range(3)]
+        plan = cache.decoding._phases[0].plan
+        cache.finish()
+        return torch.cat(steps), plan, cache.counters.prefetched_bytes
+
+
 @pytest.fixture
 def decoded(llama, long_ids):
-    """Logits of three steps, the plan, and the bytes copied ahead."""
-
-    def decode(**options):
-        tiers = {**pressed(llama, 600, 0.5), "chunk_tokens": 8, "text_window": 16, "theta": 2.0, **options}
-        with (
-            torch.no_grad(),
-            tieredkv.use_attention(llama),
-            TieredCache(llama.config, **tier_options(**tiers), copies=LateCopies()) as cache,
-        ):
-            llama(long_ids[:, :500], **cache_argument(cache))
-            cache.seal()
-            steps = [llama(long_ids[:, place : place + 1], **cache_argument(cache)).logits for place in range(3)]
-            plan = cache.decoding._phases[0].plan
-            cache.finish()
-            return torch.cat(steps), plan, cache.counters.prefetched_bytes
-
-    return decode
+    return lambda **options: decode(llama, long_ids, **options)
 
 
 def test_the_plan_decides_what_is_copied(decoded, monkeypatch):
@@ -56,3 +58,18 @@ def test_on_a_cpu_nothing_is_copied_ahead_unless_asked_for(decoded, options):
     assert (plan.ahead, plan.why_ahead, copied) == (False, "unknown", 0)
     _, plan, copied = decoded(**options, ahead=True)
     assert (plan.ahead, copied > 0) == (True, True)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3_5_text", "gemma3_text", "lfm2", "gemma4_text", "phi3"])
+def test_the_planner_knows_which_layers_are_predicted(kind, long_ids, monkeypatch):
+    model, predicted = random_text_model(kind), set()
+    foresee = Foresight.foresee
+
+    def watched(foresight, layer, sight):
+        predicted.add(layer)
+        foresee(foresight, layer, sight)
+
+    monkeypatch.setattr(Foresight, "foresee", watched)
+    decode(model, long_ids, **pressed(model, 600, 0.9), ahead=True)
+    leads = Weights.of(model.config, torch.float32).leads()
+    assert predicted == {index for index, lead in enumerate(leads) if lead is not None}

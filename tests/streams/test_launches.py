@@ -8,7 +8,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from launches import decoded
 
-from tieredkv.planning import step_time
+from tieredkv.planning import ahead_time, step_time
 
 RANKED = {"theta": 2.0}
 UNRANKED = {"theta": 2.0, "gpu_kv_gb": 1.0, "budget_ratio": None}
@@ -71,3 +71,5 @@ def test_a_layer_takes_so_many_launches(llama, long_ids, monkeypatch, name):
 def test_the_planner_counts_as_many():
     for kind, launches in step_time.LAUNCHES.items():
         assert launches == sum(LAUNCHES[f"{kind}, evidence"][2:])
+    spent = ahead_time.cost(ahead_time.Lead(0, 0, 0))
+    assert [spent.launches, spent.launches_aside, spent.ranking_launches] == list(FORESEEN["ranked"][1:])
