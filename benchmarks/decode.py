@@ -2,65 +2,109 @@
 
     python benchmarks/decode.py                  Qwen2.5-VL-7B and 3B, 8k to 256k cached tokens
     python benchmarks/decode.py --quick          a small shape; runs on a CPU too (--device cpu)
+    python benchmarks/decode.py --trace FILE     steps with copies ahead beside others, and a Chrome trace of some
 
 For every shape and length, in one run: a cache of one token (the time of the weights, the floor) and transformers'
 cache on the card with sdpa, both captured in a graph as tieredkv's steps are, and eager; its static cache compiled (at
-one length, as compiling takes minutes), its offloaded cache, and tieredkv without and with speculation, all without
-evidence. Weights, keys and values are random, so the ranking says nothing about how many of the chosen chunks would be
-in the pool already. Instead ranks follow a script (`synthetic.Drift`) that sets the hit rate, which is thus assumed; a
-step does all of its work, but the result of the ranking is not used. Prints a table, including where memory ran out,
-and one line of JSON at the end. Every row says how it ran (`path`); a row of tieredkv also its budget, its hit rate,
-the bits of chunks and what was scripted.
+one length, as compiling takes minutes), its offloaded cache, and tieredkv without and with speculation, and with copies
+ahead for predicted queries, all without evidence. tieredkv's cache is filled once and sealed anew for each row.
+
+Weights, keys and values are random, so the ranking says nothing about how many of the chosen chunks would be in the
+pool already, nor a prediction about how many of the others would be chosen. Instead ranks follow a script
+(`drift.Drift`) that sets both, which are thus assumed; steps and predictions do all of their work, but the result of
+the ranking is not used. Prints a table, including where memory ran out, and one line of JSON at the end. Every row says
+how it ran (`path`); a row of tieredkv also its budget, its hit rate, the bits of chunks and what was scripted.
+stall_ms: beyond a step whose chunks are all in the pool. foreseen, wasted: chunks copied ahead and selected, and others
+copied ahead, relative to those missed without copies ahead; the first layer counts and is not predicted.
+streams: as `overlap.overlap`, on a card.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from drift import FORESEEN, WASTED, Drift, shares
 from origin import origin, report
+from overlap import traced
 from stock import graphed, growing_step, stock_step
-from synthetic import make_model, milliseconds, scripted
+from synthetic import WARM, filled, make_model, milliseconds, sealed, tiers_for
 
-from tieredkv import POLICIES
+from tieredkv import POLICIES, TieredCache
 from tieredkv.ops.select import ops_for
 
 ROUNDS = 20
+ROOM = 2 * ROUNDS + WARM
+TOKENS = [8192, 32768, 131072, 262144]
+TRACED_TOKENS, TRACED_HITS = 131072, 0.8
+SPECULATIVE = replace(POLICIES["hybridkv"], reuse_above=0.8)
 
 
-def tiered(model: Any, tokens: int, hit_rate: float, speculative: bool, budget: float, device: str) -> dict[str, Any]:
-    """A row of tieredkv: time per step and bytes copied."""
-    policy = replace(POLICIES["hybridkv"], reuse_above=0.8) if speculative else POLICIES["hybridkv"]
-    ops = ops_for(torch.device(device))
-    with scripted(model, tokens, ops, hit_rate, budget, 2 * ROUNDS, policy) as (cache, steps):
-        before = replace(cache.counters)
-        ms = milliseconds(lambda: steps(7), ROUNDS, device)
-        after = replace(cache.counters)
-        kernels = share_of_kernels(lambda: steps(7), device)
-        moved = after.missed_bytes + after.prefetched_bytes - before.missed_bytes - before.prefetched_bytes
-        assert cache.decoding is not None
-        plan = cache.decoding._phases[0].plan
-        return {
-            "ms": ms,
-            "path": steps.path,
-            "budget": budget,
-            "scripted": "ranks",
-            "hit_rate": (after.resident - before.resident) / max(1, after.selected - before.selected),
-            "evidence": False,
-            "host_kv_bits": cache.device_tier.host_bits,
-            "page_bits": plan.page_bits,
-            "chunk_bytes": cache.device_tier.codec(cache.device_tier.host_bits, model.dtype).chunk_bytes,
-            "chunks_per_head": float(plan.selected.float().mean()),
-            "bytes_per_step": moved / (ROUNDS + 2),
-            "device_bytes": cache.ledger.used_bytes,
-            "kernels": kernels,
-        }
+@dataclass(frozen=True, slots=True)
+class Tiered:
+    """tieredkv's rows of one shape and length."""
+
+    cache: TieredCache
+    """Filled."""
+    drift: Drift
+    model: Any
+    tokens: int
+    arguments: argparse.Namespace
+
+    def row(self, hit_rate: float, speculative: bool = False, ahead: bool = False) -> dict[str, Any]:
+        """Time per step and bytes copied. ahead: for predicted queries, as foreseen as `arguments` say."""
+        cache, device, budget = self.cache, self.arguments.device, self.arguments.budget
+        policy = SPECULATIVE if speculative else POLICIES["hybridkv"]
+        tiers = tiers_for(self.model, self.tokens, budget, policy=policy, ahead=ahead)
+        script = {"foreseen": self.arguments.foreseen, "wasted": self.arguments.wasted}
+
+        def steps_of(eager: bool = False) -> Any:
+            return sealed(cache, self.model, self.drift, tiers, hit_rate, ROOM, eager=eager, **script)
+
+        with steps_of() as steps:
+            for _ in range(WARM):
+                steps(7)
+            before = replace(cache.counters)
+            ms = milliseconds(lambda: steps(7), ROUNDS, device)
+            after = replace(cache.counters)
+            kernels = share_of_kernels(lambda: steps(7), device)
+            missed = (after.missed_bytes - before.missed_bytes) / (ROUNDS + 2)
+            copied_ahead = (after.prefetched_bytes - before.prefetched_bytes) / (ROUNDS + 2)
+            assert cache.decoding is not None
+            plan = cache.decoding._phases[0].plan
+            row = {
+                "ms": ms,
+                "path": steps.path,
+                "budget": budget,
+                "scripted": "ranks",
+                "hit_rate": (after.resident - before.resident) / max(1, after.selected - before.selected),
+                "evidence": False,
+                "ahead": ahead,
+                "host_kv_bits": cache.device_tier.host_bits,
+                "page_bits": plan.page_bits,
+                "chunk_bytes": cache.device_tier.codec(cache.device_tier.host_bits, self.model.dtype).chunk_bytes,
+                "chunks_per_head": float(plan.selected.float().mean()),
+                "slots_per_head": float(plan.slots.float().mean()),
+                "missed_bytes_per_step": missed,
+                "ahead_bytes_per_step": copied_ahead,
+                "bytes_per_step": missed + copied_ahead,
+                "device_bytes": cache.ledger.used_bytes,
+                "kernels": kernels,
+            }
+        if ahead:
+            row |= {"scripted": "ranks and predictions", "predicted_layers": len(self.drift.predicted)}
+            row |= {f"assumed_{name}": share for name, share in script.items()}
+            if device != "cpu":
+                with tempfile.TemporaryDirectory() as folder:
+                    row["streams"] = traced(steps_of, self.arguments.trace or Path(folder) / "trace.json")
+        return row
 
 
 def share_of_kernels(step: Callable[[], object], device: str) -> dict[str, float]:
@@ -103,43 +147,81 @@ def measure(model: Any, shape: str, tokens: int, arguments: argparse.Namespace) 
         return {"ms": milliseconds(step, rounds, device), "path": "eager"}
 
     row("floor", lambda: captured(1))
-    row("floor, eager", lambda: eager(stock_step(model, 1)))
-    row("full", lambda: captured(tokens))
-    row("full, eager", lambda: eager(growing_step(model, tokens)))
-    if tokens in arguments.compile_at:
-        row("static, compiled", lambda: {**eager(growing_step(model, tokens, "static")), "path": "compiled"})
-    if device != "cpu":  # offloading needs streams
-        row("offloaded, eager", lambda: eager(growing_step(model, tokens, "offloaded"), 4))
-    for target in arguments.hit_rates:
-        row("tiered", partial(tiered, model, tokens, target, False, arguments.budget, device), target=target)
-    row("speculative", partial(tiered, model, tokens, 0.8, True, arguments.budget, device), target=0.8)
-    best = min((one["ms"] for one in rows if one["kind"] == "tiered" and "ms" in one), default=None)
-    floor, full = (next(one.get("ms") for one in rows if one["kind"] == kind) for kind in ("floor", "full"))
-    for one in rows:
-        if "ms" in one:
-            one["over_floor"] = one["ms"] / floor
-            one["speedup_over_full"] = None if full is None else full / one["ms"]
-        if "bytes_per_step" in one and best is not None:
-            one["stall_ms"] = one["ms"] - best
+    if arguments.trace is None:
+        row("floor, eager", lambda: eager(stock_step(model, 1)))
+        row("full", lambda: captured(tokens))
+        row("full, eager", lambda: eager(growing_step(model, tokens)))
+        if tokens in arguments.compile_at:
+            row("static, compiled", lambda: {**eager(growing_step(model, tokens, "static")), "path": "compiled"})
+        if device != "cpu":  # offloading needs streams
+            row("offloaded, eager", lambda: eager(growing_step(model, tokens, "offloaded"), 4))
+    drift = Drift(ops_for(torch.device(device)))
+    tiers = tiers_for(model, tokens, arguments.budget, ahead=False)
+    with filled(model, tokens, drift, ROOM, tiers) as cache:
+        ours = Tiered(cache, drift, model, tokens, arguments)
+        for target in arguments.hit_rates:
+            row("tiered", partial(ours.row, target), target=target)
+            if target in arguments.ahead_at:
+                row("copied ahead", partial(ours.row, target, ahead=True), target=target)
+        if arguments.trace is None:
+            row("speculative", partial(ours.row, 0.8, speculative=True), target=0.8)
+    compare(rows)
     return rows
+
+
+def compare(rows: list[dict[str, Any]]) -> None:
+    """Add to rows of one shape and length what follows from others."""
+
+    def of(kind: str, name: str, target: float | None = None) -> Any:
+        return next((one.get(name) for one in rows if (one["kind"], one.get("target")) == (kind, target)), None)
+
+    floor, full, still = of("floor", "ms"), of("full", "ms"), of("tiered", "ms", 1.0)
+    for one in rows:
+        if "ms" not in one:
+            continue
+        one["over_floor"] = None if floor is None else one["ms"] / floor
+        one["speedup_over_full"] = None if full is None else full / one["ms"]
+        if "bytes_per_step" in one and still is not None:
+            one["stall_ms"] = one["ms"] - still
+        if one["kind"] == "copied ahead":
+            without = of("tiered", "missed_bytes_per_step", one["target"])
+            one |= shares(one["missed_bytes_per_step"], one["ahead_bytes_per_step"], without)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["7b", "3b"])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768, 131072, 262144])
-    parser.add_argument("--hit-rates", type=float, nargs="+", default=[0.0, 0.5, 0.8, 0.95])
+    parser.add_argument("--tokens", type=int, nargs="+", help="default: 8192 32768 131072 262144")
+    parser.add_argument("--hit-rates", type=float, nargs="+", default=[1.0, 0.0, 0.5, 0.8, 0.95])
+    parser.add_argument(
+        "--ahead-at", type=float, nargs="*", default=[0.5, 0.8], help="hit rates with copies ahead, too"
+    )
+    parser.add_argument("--foreseen", type=float, default=FORESEEN, help="assumed: of what a predicted layer misses")
+    parser.add_argument("--wasted", type=float, default=WASTED, help="assumed: copied ahead in vain, relative to that")
     parser.add_argument("--compile-at", type=int, nargs="*", default=[131072], help="lengths of the compiled baseline")
     parser.add_argument("--budget", type=float, default=0.05, help="share of the tokens that a step attends to")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, help="also write the result here")
     parser.add_argument("--quick", action="store_true", help="a small shape and few tokens")
+    parser.add_argument(
+        "--trace",
+        type=Path,
+        metavar="FILE",
+        help="only steps with and without copies ahead, of the first shape and length (131072), and a Chrome trace "
+        'of a few with; compressed if FILE ends with ".gz"',
+    )
     arguments = parser.parse_args()
+    if arguments.trace is not None and (arguments.device == "cpu" or not torch.cuda.is_available()):
+        parser.error("--trace shows the streams of a CUDA device, and a CPU has none")
     if arguments.device != "cpu" and not torch.cuda.is_available():
         parser.error("there is no CUDA device here: give --device cpu, with --quick, to see that it runs")
     if arguments.quick:
         arguments.shapes, arguments.tokens, arguments.compile_at = ["tiny"], [4096], []
-        arguments.hit_rates = [0.0, 0.8]
+        arguments.hit_rates, arguments.ahead_at = [1.0, 0.0, 0.8], [0.8]
+    if arguments.trace is not None:
+        arguments.shapes, arguments.tokens = arguments.shapes[:1], (arguments.tokens or [TRACED_TOKENS])[:1]
+        arguments.hit_rates, arguments.ahead_at = [1.0, TRACED_HITS], [TRACED_HITS]
+    arguments.tokens = arguments.tokens or TOKENS
     dtype, rows = torch.float32 if arguments.device == "cpu" else torch.bfloat16, []
     head = f"{'shape':<5} {'tokens':>8} {'cache':<18} {'hits, assumed':>13} {'per token':>12} {'over the link':>16}"
     print(f"budget {arguments.budget:.0%} of the tokens; ranks are scripted\n{head} path", flush=True)

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from gpu_record import Fact, Run, Values
-from gpu_steps import Bench
+from step_bench import Bench
+from step_exactness import exactness
 
 import tieredkv
 from tieredkv.memory.units import GIB
@@ -32,11 +33,12 @@ def facts(run: Run) -> list[Fact]:
         "host chunks in 16 bits": {"share": 0.2, "host_kv_bits": 16},
         "host chunks in 4 bits": {"share": 0.2, "host_kv_bits": 4},
         "adaptive": {"share": 0.2, "adaptive": True},
+        "copied ahead": {"share": 0.2, "ahead": True},
         "no evidence": {"share": 0.2, "evidence": False},
     }
     small = Bench(run, "tiny", 2048 if run.dry else 8192, torch.float32)
     return [
-        Fact("replayed steps are eager ones", 60, partial(small.exactness, eager_only=())),
+        Fact("replayed steps are eager ones", 60, partial(exactness, small, eager_only=())),
         Fact("models", 40, answers.models),
         *(Fact(name, 40, partial(answers.compare, **options)) for name, options in cases.items()),
         Fact("saved, loaded, and a conversation", 30, answers.saved),

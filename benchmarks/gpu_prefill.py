@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from gpu_record import Fact, Run, Values
-from gpu_steps import profile
 from prefill import stock, timed
+from profiles import profile
 from synthetic import make_model, milliseconds
 
 from tieredkv import TierConfig, TieredCache, use_attention

@@ -1,7 +1,7 @@
 """Models of real shapes with random weights, and caches filled without a prefill: for benchmarks of decoding.
 
 Keys, values and weights are random. Sizes, copies and arithmetic are those of a real model; the choice of chunks is
-not, so hit rates are reported with the times.
+not, so ranks follow a script (`drift.py`), and hit rates are reported with the times.
 """
 
 from __future__ import annotations
@@ -14,14 +14,18 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from drift import Drift
 
-from tieredkv import Policy, TierConfig, TieredCache, use_attention
+from tieredkv import TierConfig, TieredCache, use_attention
+from tieredkv.cache.layer import TieredLayer
+from tieredkv.cache.looks import Looks
 from tieredkv.cache.prefill import TextRows
-from tieredkv.environment.ambient import settled
+from tieredkv.cache.question import Question
 from tieredkv.environment.versions import cache_argument
 from tieredkv.memory.units import GIB
 from tieredkv.models.kv_shape import model_shape
 from tieredkv.ops.base import Ops
+from tieredkv.policy.correction import rank_of
 from tieredkv.session.step_graph import StepGraph
 
 SHAPES: dict[str, dict[str, int]] = {
@@ -59,6 +63,8 @@ SHAPES: dict[str, dict[str, int]] = {
     },
 }
 """Decoders of Qwen2.5-VL-7B and 3B, of the bundled model, and a small one, to check that a benchmark runs."""
+WARM = 3
+"""Steps before any is timed: they fetch the first chunks, compile, and on a card capture the graph."""
 
 
 def make_model(shape: str, device: str, dtype: torch.dtype, **changes: int) -> Any:
@@ -102,79 +108,95 @@ def fill(cache: TieredCache, model: Any, tokens: int) -> None:
         even = torch.rand(2, len(keys), tokens)
         rows = TextRows(torch.zeros(len(keys)), even / even.sum(-1, keepdim=True), count=32)
         layer.append(keys.cpu(), values.cpu(), rows)
+        correct(layer, model)
     cache.expect(replace(cache.question, rows=32))
     cache.settle()
 
 
-class Drift:
-    """Operations whose ranks follow a script, so that a given share of the chosen chunks is in the pool already.
+def correct(layer: TieredLayer, model: Any) -> None:
+    """Give a filled layer a correction of predicted queries, of the shipped size. Its numbers are random and small."""
+    width = model.config.hidden_size  # of the stream, and in these shapes of all heads' queries together
+    rank = rank_of(width)
+    shapes = {"ahead.down": (width, rank), "ahead.offset": (rank,), "ahead.up": (rank, width)}
+    numbers = {name: 1e-3 * torch.randn(shape, dtype=model.dtype, device="cpu") for name, shape in shapes.items()}
+    layer.correcting.restore(numbers, layer.prompt_length)
 
-    Each head advances through its chunks in a random order, at a rate such that the given share of the chosen chunks
-    was chosen at the step before. Everything else is done as usual, including the real ranking, whose result is then
-    not used.
+
+@contextmanager
+def filled(model: Any, tokens: int, drift: Drift, room: int, tiers: TierConfig) -> Iterator[TieredCache]:
+    """A cache of `tokens` tokens with the script's operations, not sealed, with memory for `room` steps. Inside the
+    block the model uses tieredkv's attention."""
+    options = {"max_new_tokens": room, "prompt_tokens": tokens + 256, "ops": drift.ops}
+    with use_attention(model), TieredCache(model.config, tiers, **options, copies=drift.copies(model.device)) as cache:
+        fill(cache, model, tokens)
+        yield cache
+
+
+def wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def tiers_for(model: Any, tokens: int, budget: float, **more: Any) -> TierConfig:
+    """Settings under a cap of the whole cache's size."""
+    full_gib = tokens * model_shape(model.config, model.dtype).token_bytes / GIB
+    return TierConfig(gpu_kv_gb=max(0.5, full_gib), budget_ratio=budget, **more)
+
+
+@contextmanager
+def sealed(
+    cache: TieredCache,
+    model: Any,
+    drift: Drift,
+    tiers: TierConfig,
+    hit_rate: float | None,
+    room: int,
+    looks: Looks | None = None,
+    eager: bool = False,
+    told: dict[str, Any] | None = None,
+    **script: float,
+) -> Iterator[StepGraph]:
+    """The steps, at most `room`, of a filled cache that is sealed with other settings. After the block it is as filled.
+
+    looks: records evidence. told: is told how long the seal took. hit_rate, script: as of `Drift.begin`.
     """
+    tokens = cache.get_seq_length()
+    cache.set_tiers(tiers)
+    cache.expect(Question(max_new_tokens=room, rows=32, looks=looks))
+    wait_for(model.device)
+    begin = time.perf_counter()
+    cache.seal()
+    wait_for(model.device)
+    if told is not None:
+        told["seal_s"] = time.perf_counter() - begin
+    drift.begin(cache, hit_rate, **script)
 
-    def __init__(self, ops: Ops) -> None:
-        self._real = ops
-        self._scripts: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
-        self.ops = replace(ops, chunk_ranks=self._ranks)
+    def forward(token: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+        return model(token, **cache_argument(cache), position_ids=place).logits[:, -1]
 
-    @settled  # steps write to the script outside inference mode
-    def begin(self, cache: TieredCache, hit_rate: float | None) -> None:
-        """Write the script for a cache that was sealed with these operations; None: ranks are the real ones."""
-        self._scripts.clear()
-        for layer in cache.tiered_layers if hit_rate is not None else ():
-            assert layer.sealed is not None
-            retrieval = layer.sealed.retrieval
-            if retrieval is not None:
-                chosen = retrieval.residency.chosen
-                order = torch.rand(chosen.shape, device=chosen.device).argsort(dim=1)
-                shift = ((1 - hit_rate) * retrieval.selected).round().long().unsqueeze(1)
-                self._scripts[chosen.data_ptr()] = order, shift, torch.zeros_like(shift)
-
-    def _ranks(
-        self, logits: torch.Tensor, chosen: torch.Tensor, group: str, stay: float, parts: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        ranks = self._real.chunk_ranks(logits, chosen, group, stay, parts)
-        if not self._scripts:
-            return ranks
-        order, shift, place = self._scripts[chosen.data_ptr()]
-        place += shift
-        return ranks.copy_(-torch.remainder(order - place, chosen.shape[1]))
+    try:
+        steps = StepGraph(forward, cache, model.device, axes=1, position=tokens)
+        if eager:
+            steps.path = "eager: asked for"
+        yield steps
+    finally:
+        wait_for(model.device)
+        cache.truncate(tokens)
 
 
 @contextmanager
 def scripted(
-    model: Any,
-    tokens: int,
-    ops: Ops,
-    hit_rate: float,
-    budget: float,
-    room: int,
-    policy: str | Policy = "hybridkv",
-    bits: int | None = None,
+    model: Any, tokens: int, ops: Ops, hit_rate: float, budget: float, room: int, bits: int | None = None
 ) -> Iterator[tuple[TieredCache, StepGraph]]:
-    """A sealed cache of `tokens` tokens whose ranks follow a script, and its steps, with memory for `room` of them.
-
-    bits: `host_kv_bits`. Three more are done first: they fetch the first chunks, compile, and on a card capture the
-    graph.
-    """
-    full_gib = tokens * model_shape(model.config, model.dtype).token_bytes / GIB
-    tiers = TierConfig(gpu_kv_gb=max(0.5, full_gib), budget_ratio=budget, policy=policy, host_kv_bits=bits)
-    drift = Drift(ops)
+    """A sealed cache of `tokens` tokens whose ranks follow a script, without copies ahead, and its steps, with memory
+    for `room` of them. bits: `host_kv_bits`. `WARM` more are taken first."""
+    drift, tiers = Drift(ops), tiers_for(model, tokens, budget, host_kv_bits=bits, ahead=False)
+    room += WARM
     with (
-        use_attention(model),
-        TieredCache(model.config, tiers, max_new_tokens=room + 3, prompt_tokens=tokens + 256, ops=drift.ops) as cache,
+        filled(model, tokens, drift, room, tiers) as cache,
+        sealed(cache, model, drift, tiers, hit_rate, room) as steps,
     ):
-        fill(cache, model, tokens)
-        cache.seal()
-        drift.begin(cache, hit_rate)
-
-        def forward(token: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-            return model(token, **cache_argument(cache), position_ids=place).logits[:, -1]
-
-        steps = StepGraph(forward, cache, model.device, axes=1, position=tokens)
-        for _ in range(3):
+        for _ in range(WARM):
             steps(7)
         yield cache, steps
 

@@ -82,14 +82,42 @@ def test_rows_of_decoding_say_how_they_ran_and_what_was_assumed(run):
     assert "hits, assumed" in out
     rows = json.loads(out.splitlines()[-1])["rows"]
     assert [row["kind"] for row in rows] == [
-        "floor", "floor, eager", "full", "full, eager", "tiered", "tiered", "speculative"
+        "floor", "floor, eager", "full", "full, eager", "tiered", "tiered", "tiered", "copied ahead", "speculative"
     ]  # fmt: skip
     assert all({"shape", "tokens", "ms", "over_floor", "path"} <= row.keys() for row in rows)
     for row in rows[4:]:
-        assert (row["budget"], row["scripted"], row["evidence"]) == (0.05, "ranks", False)
+        assert (row["budget"], row["scripted"].split(" ")[0], row["evidence"]) == (0.05, "ranks", False)
         assert (row["host_kv_bits"], row["page_bits"], row["chunk_bytes"]) == (8, 8, 8 * 2 * (32 + 2))
         assert row["chunks_per_head"] > 0
-    assert [row["hit_rate"] for row in rows[4:6]] == pytest.approx([0, 0.8], abs=0.05)
+    assert [row["hit_rate"] for row in rows[4:7]] == pytest.approx([1, 0, 0.8], abs=0.05)
+
+
+@pytest.mark.slow
+def test_a_row_with_copies_ahead_differs_from_the_one_without_in_nothing_else(run):
+    code, out, err = run("decode.py", "--device", "cpu", "--foreseen", "0.5", "--wasted", "0.25")
+    assert code == 0, err
+    by_kind = {(row["kind"], row.get("target")): row for row in json.loads(out.splitlines()[-1])["rows"]}
+    without, ahead, still = by_kind["tiered", 0.8], by_kind["copied ahead", 0.8], by_kind["tiered", 1.0]
+    same = {"budget", "chunks_per_head", "slots_per_head", "host_kv_bits", "page_bits", "path"}
+    assert {name: ahead[name] for name in same} == {name: without[name] for name in same}
+    assert (without["ahead"], ahead["ahead"], ahead["predicted_layers"]) == (False, True, 1)
+    assert (ahead["scripted"], ahead["assumed_foreseen"], ahead["assumed_wasted"]) == (
+        "ranks and predictions",
+        0.5,
+        0.25,
+    )
+    assert (ahead["foreseen"], ahead["wasted"]) == (0.25, 0.125)  # one layer of two is predicted
+    assert ahead["missed_bytes_per_step"] == 0.75 * without["missed_bytes_per_step"]
+    assert ahead["bytes_per_step"] == ahead["missed_bytes_per_step"] + ahead["ahead_bytes_per_step"]
+    assert [row["stall_ms"] for row in (ahead, without, still)] == [
+        row["ms"] - still["ms"] for row in (ahead, without, still)
+    ]
+
+
+def test_a_trace_on_a_cpu_is_refused_in_one_sentence(run):
+    code, _, err = run("decode.py", "--device", "cpu", "--trace", "trace.json")
+    assert code == 2
+    assert err.splitlines()[-1].endswith("error: --trace shows the streams of a CUDA device, and a CPU has none")
 
 
 @pytest.mark.slow

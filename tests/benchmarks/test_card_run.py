@@ -113,6 +113,15 @@ def test_the_script_runs_on_a_cpu(gpu, tmp_path, monkeypatch, capsys, process_as
     }
     by_bits = [steps[f"ranked, 80 % hits{bits}"] for bits in ("", ", 8 bits", ", 4 bits")]
     assert [row["page_bits"] for row in by_bits] == [8, 8, 4]
+    assert [row["ahead"] for row in by_bits] == [False] * 3
+    without, ahead = steps["ranked, 80 % hits"], steps["ranked, 80 % hits, copied ahead"]
+    assert (ahead["ahead"], ahead["slots_per_head"]) == (True, without["slots_per_head"])
+    assert {"assumed_foreseen", "assumed_wasted", "foreseen", "wasted", "stall_ms"} <= ahead.keys()
+    assert ahead["ahead_bytes_per_step"] > 0
+    order = [line["fact"] for line in found]
+    assert order.index(ahead["fact"]) == order.index(without["fact"]) + 1
+    assert "skipped" in steps["copied ahead, streams"]
+    assert steps["copied ahead, equal to without"]["same"]
     plain, *packed = [row["link_bytes_per_step"] for row in by_bits]  # in float32, 32 bits
     assert [share / plain for share in packed] == [pytest.approx(17 / 64), pytest.approx(9 / 64)]
     exact = [line for line in found if line.get("kind") == "everything, 16 bits"]
