@@ -92,6 +92,7 @@ def test_steps_agree_with_a_dictionary_of_each_head(ops, device, case):
             gone, to = model.admit(best, stay[head].nonzero().flatten().tolist(), begun)
             assert missed[head, : int(misses[head])].tolist() == gone
             assert victims[head, : int(misses[head])].tolist() == to
+            assert index.last_used[head, : slots[head]].tolist() == list(model.used.values())
         tables = index.slots, index.chunk_in, index.slot_of
         ops.gather(source, pages, rows, missed, victims, misses, *tables, first)
         return want

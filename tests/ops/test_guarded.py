@@ -101,3 +101,26 @@ def test_ranking_under_guard(kernels, device, seed):
         test_kernels.test_sketch_logits(kernels, device, 4, 1, 7, 16, 128, 20)
         test_kernels.test_logits_of_blocks(kernels, device, 4, 1, 2, 8, 20, 3)
         test_kernels.test_chunk_ranks(kernels, device, "mean", 2.0, 2500)
+
+
+@SEEDS
+def test_masses_under_guard(kernels, device, seed):
+    with guarded(seed):
+        for chunks in (5, 700):
+            test_kernels.test_mass_that_was_not_chosen(kernels, device, chunks)
+        test_kernels.test_the_share_that_was_not_seen_is_recorded(kernels, device)
+        test_kernels.test_mass_of_chunks_is_that_of_their_pages(kernels, device, 300)
+
+
+@SEEDS
+@pytest.mark.parametrize("columns", [40, 1500])
+def test_adapting_under_guard(kernels, device, seed, columns):
+    with guarded(seed):
+        test_kernels.test_heads_adapt_to_what_was_not_seen(kernels, device, columns)
+
+
+@SEEDS
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packing_sketches_under_guard(kernels, device, seed, bits):
+    with guarded(seed):
+        test_kernels.test_sketches_are_packed(kernels, device, bits, torch.bfloat16, 2, 16, 80, 5)
