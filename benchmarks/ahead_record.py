@@ -42,18 +42,22 @@ class Fit:
     def __init__(self) -> None:
         self._square: torch.Tensor | float = 0.0
         self._cross: torch.Tensor | float = 0.0
+        self._map: torch.Tensor | None = None
 
     def add(self, rows: torch.Tensor, targets: torch.Tensor) -> None:
         padded = _with_one(rows).double()
+        self._map = None
         self._square = self._square + padded.T @ padded
         self._cross = self._cross + torch.einsum("nw,hnd->hwd", padded, targets.double())
 
     def predict(self, rows: torch.Tensor, ridge: float) -> torch.Tensor:
-        """`(H, n, D)`. ridge: relative to the rows' mean square."""
-        assert isinstance(self._square, torch.Tensor)
-        damping = ridge * self._square.diagonal()[:-1].mean()
-        damped = self._square + damping * torch.eye(len(self._square), dtype=torch.float64)
-        return _with_one(rows) @ torch.linalg.solve(damped, self._cross).float()
+        """`(H, n, D)`. ridge: relative to the rows' mean square; the same in every call."""
+        if self._map is None:
+            assert isinstance(self._square, torch.Tensor)
+            damping = ridge * self._square.diagonal()[:-1].mean()
+            damped = self._square + damping * torch.eye(len(self._square), dtype=torch.float64)
+            self._map = torch.linalg.solve(damped, self._cross).float()
+        return _with_one(rows) @ self._map
 
 
 def _with_one(rows: torch.Tensor) -> torch.Tensor:

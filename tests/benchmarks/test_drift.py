@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tieredkv.ops.select import TORCH
-from tieredkv.policy import select
+from tieredkv.planning.ahead_time import USUAL
 from tieredkv.policy.correction import Correction, rank_of
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -19,7 +19,7 @@ from drift import Drift, ranks_by_distance, shares
 from synthetic import filled, make_model, sealed, tiers_for
 
 CHUNKS, SELECTED = 2000, 100
-LIKELY = SELECTED * select.FORESEEN_PER_CENT // 100
+LIKELY = SELECTED * USUAL // 100
 TOKENS, STEPS, WARM = 2048, 4, 3
 WORK = ("chunk_ranks", "choose", "place", "gather")
 

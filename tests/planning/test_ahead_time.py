@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tieredkv.config import TierConfig
 from tieredkv.models.kv_shape import KVShape, model_shape
 from tieredkv.planning import ahead_time, sizes
-from tieredkv.planning.ahead_time import FORESEEN, WASTED, Lead, Waits, foreseen_share, layer_wait
+from tieredkv.planning.ahead_time import SHARES, USUAL, Lead, Waits, ahead_share, copying, foreseen_share, layer_wait
 from tieredkv.planning.decode_plan import DecodePlan, plan_decode
 from tieredkv.planning.forecast import plan
 from tieredkv.planning.misses import choosing_works, total_wait
@@ -51,7 +51,7 @@ def test_without_a_lead_a_layer_waits_for_all_that_is_missing():
 def test_what_is_foreseen_is_hidden_and_the_rest_is_exposed():
     long = replace(LEAD, weight_bytes=1e10)
     part = wait(1e7, long)
-    assert part.hidden == pytest.approx(copy_ms((FORESEEN + WASTED) * 1e7, RATES))
+    assert part.hidden == pytest.approx(copy_ms(ahead_share(USUAL) * 1e7, RATES))
     assert part.exposed == pytest.approx(copy_ms((1 - foreseen_share(0.5)) * 1e7, RATES))
     assert part.exposed < wait(1e7, None).exposed
 
@@ -62,7 +62,7 @@ def test_no_more_is_hidden_than_the_lead_has_time_for():
     left = lead_ms - ranking_ms(**DIGESTS, rates=RATES) - (6 * LAUNCH_US + 16 * MODEL_LAUNCH_US) / 1e3
     left -= (LEAD.query_bytes + LEAD.correction_bytes) / RATES.weights_gb_s / 1e6
     for missed in (1e5, 1e6, 5e6, 1e7, 1e8, 1e9):
-        part, copied = wait(missed), copy_ms((FORESEEN + WASTED) * missed, RATES)
+        part, copied = wait(missed), copy_ms(ahead_share(USUAL) * missed, RATES)
         assert part.hidden == pytest.approx(min(copied, left))
         assert part.exposed == pytest.approx(copy_ms((1 - foreseen_share(0.5)) * missed, RATES) + copied - part.hidden)
 
@@ -101,7 +101,7 @@ def test_the_assumed_shares_are_no_better_than_those_of_the_record():
         copied = [row["copied"] - row["exposed"] for row in rows if row["spare"] == spare]
         exposed = 1 / 30 + 29 / 30 * (1 - foreseen_share(spare))
         assert sum(measured) / len(measured) <= exposed <= sum(measured) / len(measured) + 0.13
-        assert sum(copied) / len(copied) == pytest.approx(FORESEEN + WASTED, abs=0.15)
+        assert sum(copied) / len(copied) == pytest.approx(ahead_share(USUAL), abs=0.15)
 
 
 # ---- what the plan decides
@@ -143,6 +143,29 @@ def test_without_a_limit_on_where_the_step_is_shorter_and_off_where_not(options)
         times = [timed(each, link, **options).total for each in forced]
         assert (times[0] < times[1]) is chosen.ahead
         assert torch.equal(chosen.selected, forced[not chosen.ahead].selected)
+
+
+def copied_by(found: DecodePlan) -> tuple[Lead | None, ...]:
+    return copying(LEADS, found.ahead_per_cent)
+
+
+def test_as_many_are_copied_ahead_as_the_lead_has_time_for():
+    """Where it is short, fewer, of which more are needed: a step is then shorter than with the usual number."""
+    short = tuple(lead and replace(lead, weight_bytes=lead.weight_bytes / 4) for lead in LEADS)
+    ratio = {"budget_ratio": 0.1}
+    long_lead, short_lead = (decided(known(leads=leads, **ratio), **ratio, ahead=True) for leads in (LEADS, short))
+    assert long_lead.ahead_per_cent == USUAL > short_lead.ahead_per_cent
+    waits = {
+        per_cent: total_wait(
+            choosing_works(
+                SHAPE, TierConfig(), short_lead.layout, DYNAMIC, short_lead.selected, short_lead.slots, 8,
+                copying(short, per_cent),
+            ),
+            Rates.of(1008, 25),
+        ).total
+        for per_cent in SHARES
+    }  # fmt: skip
+    assert min(waits, key=waits.get) == short_lead.ahead_per_cent
 
 
 def timed(found: DecodePlan, link: float, **options):
@@ -206,7 +229,7 @@ def test_predictions_that_do_not_fit_beside_the_least_are_left_out():
 def test_the_limit_covers_what_is_exposed_and_what_predicting_costs():
     wide = {"step_overhead": 0.3}
     waits, found = known(**wide), decided(known(**wide), **wide)
-    works = choosing_works(SHAPE, TierConfig(), found.layout, DYNAMIC, found.selected, found.slots, 8, LEADS)
+    works = choosing_works(SHAPE, TierConfig(), found.layout, DYNAMIC, found.selected, found.slots, 8, copied_by(found))
     total = total_wait(works, waits.rates)
     assert 0.99 * waits.limit_ms < total.total <= waits.limit_ms
     assert total.prediction > 0.2 * waits.limit_ms
@@ -216,7 +239,7 @@ def test_the_limit_covers_what_is_exposed_and_what_predicting_costs():
 def test_budget_and_step_say_the_same(options):
     found, waits = decided(known(**options), **options), known(**options)
     step = timed(found, 25, **options)
-    works = choosing_works(SHAPE, TierConfig(), found.layout, DYNAMIC, found.selected, found.slots, 8, LEADS)
+    works = choosing_works(SHAPE, TierConfig(), found.layout, DYNAMIC, found.selected, found.slots, 8, copied_by(found))
     total = total_wait(works, waits.rates)
     assert found.ahead
     assert (step.link, step.prediction, step.hidden) == pytest.approx((total.exposed, total.prediction, total.hidden))
@@ -270,7 +293,8 @@ def test_the_plan_of_a_card_says_what_is_ahead_and_what_it_hides(qwen_7b):
     assert f"copies ahead      on, for a shorter step: {sizes_text(step.copied_bytes)} in all; " in text
     assert f"{step.time.hidden:.2f} ms of the link hidden, {step.time.link:.2f} exposed" in text
     assert f"prediction {step.time.prediction:.2f}" in text
-    assert f"foreseen {FORESEEN:.0%}, wasted {WASTED:.0%}" in text
+    shares = SHARES[step.ahead_per_cent]
+    assert f"foreseen {shares.foreseen:.0%}, wasted {shares.wasted:.0%}" in text
     values = found.as_dict()["step"]
     assert (values["ahead"], values["why_ahead"], values["ms"]["hidden"]) == (True, "shorter", step.time.hidden)
     assert values["ms"]["total"] == step.time.total

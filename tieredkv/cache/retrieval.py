@@ -81,7 +81,8 @@ class Retrieval:
                     self._ahead = FetchAhead(self._fetching, int(spare.max()), phase.prefetcher, index)
             elif phase.prefetcher is not None and phase.foreseen:
                 self._slots = slots.to(device, non_blocking=True)
-                self._counts = select.more_than(self.selected, self._slots)
+                self._per_cent = plan.ahead_per_cent
+                self._counts = select.likely_counts(self.selected, self._slots, self._per_cent)
                 self._ahead = FetchAhead(self._fetching, int(slots.max()), phase.prefetcher, index)
             if phase.counters.trace is not None:
                 self._trace = Trace(phase.counters.trace, index, heads, plan.layout)
@@ -156,7 +157,9 @@ class Retrieval:
             with at_most(1), ranking.scratch():  # one thread: others compute the MLP meanwhile
                 return ranking.ranks(ranking.logits(query(), scaling), self.residency.chosen)
 
-        counts = self._counts if self._limits is None else select.more_than(self.selected, self._slots)
+        counts = (
+            self._counts if self._limits is None else select.likely_counts(self.selected, self._slots, self._per_cent)
+        )
         self._ahead.start_ranking(rank, counts, self._tally.ahead)
 
     @property

@@ -8,20 +8,31 @@ query and fetches what was not foreseen. Shares are of the chunks that would be 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from tieredkv.planning.rates import LAUNCH_US, Rates, copy_ms, model_ms, ranking_ms
 
-FORESEEN = 0.85
-"""Copied ahead, of a layer whose query is predicted, if slots are plentiful: *assumed*, like the next two, as in real
-steps on SmolLM2 at a budget of 5 % with a fifth of the slots spare, which waited for .22 to .24 of what they would have
-waited for and copied 1.6 to 1.8 times as much (docs/log.md, "a correction of low rank for predicted queries")."""
-WASTED = 0.65
-"""Copied and not selected."""
-GIVEN_AWAY, SPARE_SCALE = 0.18, 0.17
-"""Chunks that were there and gave way to copies ahead, so that the layer waits for them again: `GIVEN_AWAY *
-exp(-spare / SPARE_SCALE)`. It falls with the share of spare slots as where slots are simulated
-(`benchmarks/results/ahead.json`)."""
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """Of the chunks that a layer misses without copies ahead. *Assumed*: as in real steps on SmolLM2 at a budget of 5 %
+    (docs/log.md, "how many to copy ahead")."""
+
+    foreseen: float
+    """Copied ahead, if slots are plentiful."""
+    wasted: float
+    """Copied and not selected."""
+    given_away: float
+    """There, and replaced by copies ahead, so that the layer waits for them again, if no slot is spare. It falls with
+    the share of spare slots, as `exp(-spare / SPARE_SCALE)`."""
+
+
+SHARES = {110: Shares(0.87, 0.62, 0.25), 100: Shares(0.77, 0.24, 0.24), 80: Shares(0.58, 0.11, 0.18)}
+"""By how many of the likely chunks are copied, in per cent of those that a step selects: fewer are more often right."""
+USUAL = 110
+"""What hides most where the lead is long enough."""
+SPARE_SCALE = 0.17
 LEAD_LAUNCHES = 25
 """Of the model, in a lead: two norms of 8, an MLP of 5 with its sum, three projections."""
 
@@ -51,6 +62,8 @@ class Lead:
     """The projection of its query, as it is stored."""
     correction_bytes: int
     """What corrects a predicted query."""
+    per_cent: int = USUAL
+    """How many likely chunks are copied in it: a key of `SHARES`."""
 
 
 def cost(lead: Lead) -> PredictionCost:
@@ -79,14 +92,28 @@ class Wait:
         return Wait(self.exposed + other.exposed, self.prediction + other.prediction, self.hidden + other.hidden)
 
 
-def foreseen_share(spare: float) -> float:
-    """Of a layer's missing chunks, those that it need not fetch itself. spare: share of its slots that are spare."""
-    return max(0.0, FORESEEN - GIVEN_AWAY * math.exp(-spare / SPARE_SCALE))
+def copying(leads: Sequence[Lead | None], per_cent: int) -> tuple[Lead | None, ...]:
+    """The same leads, in which so many likely chunks are copied."""
+    return tuple(None if lead is None else replace(lead, per_cent=per_cent) for lead in leads)
+
+
+def foreseen_share(spare: float, per_cent: int = USUAL) -> float:
+    """Of a layer's missing chunks, those that it need not fetch itself. spare: share of its slots that are spare.
+    per_cent: of `Lead`."""
+    shares = SHARES[per_cent]
+    return max(0.0, shares.foreseen - shares.given_away * math.exp(-spare / SPARE_SCALE))
+
+
+def ahead_share(per_cent: int) -> float:
+    """Copied ahead, relative to what a layer misses without."""
+    return SHARES[per_cent].foreseen + SHARES[per_cent].wasted
 
 
 def copied_bytes(missed_bytes: float, spare: float, lead: Lead | None) -> float:
     """What a layer copies in all. Arguments as of `layer_wait`."""
-    return missed_bytes if lead is None else missed_bytes * (1 - foreseen_share(spare) + FORESEEN + WASTED)
+    if lead is None:
+        return missed_bytes
+    return missed_bytes * (1 - foreseen_share(spare, lead.per_cent) + ahead_share(lead.per_cent))
 
 
 def layer_wait(
@@ -104,12 +131,12 @@ def layer_wait(
     if lead is None:
         return Wait(copy_ms(missed_bytes, rates))
     spent = cost(lead)
-    copied = copy_ms((FORESEEN + WASTED) * missed_bytes, rates)
+    copied = copy_ms(ahead_share(lead.per_cent) * missed_bytes, rates)
     aside = model_ms(spent.weight_bytes, spent.launches_aside, rates) + spent.ranking_launches * LAUNCH_US / 1e3
     aside += ranking_ms(digest_bytes, chunks, slots, rates) + copied
     late = max(0.0, aside - model_ms(lead.weight_bytes, LEAD_LAUNCHES, rates))
     return Wait(
-        exposed=copy_ms((1 - foreseen_share(spare)) * missed_bytes, rates) + late,
+        exposed=copy_ms((1 - foreseen_share(spare, lead.per_cent)) * missed_bytes, rates) + late,
         prediction=model_ms(0, spent.launches, rates) + (spent.weight_bytes + digest_bytes) / rates.memory_gb_s / 1e6,
         hidden=max(0.0, copied - late),
     )

@@ -14,7 +14,7 @@ from tieredkv.errors import BudgetError
 from tieredkv.memory.units import ceil_div, largest
 from tieredkv.models.kv_shape import KVShape
 from tieredkv.planning.admission import refusal
-from tieredkv.planning.ahead_time import Lead, Wait, Waits
+from tieredkv.planning.ahead_time import SHARES, USUAL, Lead, Wait, Waits, copying
 from tieredkv.planning.misses import choosing_works, total_wait
 from tieredkv.planning.sizes import (
     Layout,
@@ -76,6 +76,8 @@ class DecodePlan:
     why_ahead: WhyAhead
     ahead_bytes: int = 0
     """What predicting queries keeps on the device, at most."""
+    ahead_per_cent: int = USUAL
+    """Of the chunks that a step selects, how many likely ones are copied ahead, if any are."""
 
     @property
     def ahead(self) -> bool:
@@ -108,7 +110,7 @@ def plan_decode(
     naming the smallest cap that works.
 
     Whether chunks are copied ahead is decided here, unless `ahead` says so: if a step may then attend to more chunks,
-    or to about as many (`NO_FEWER`) in less time.
+    or to about as many (`NO_FEWER`) in less time. So is how many: as many as make the step best.
     """
     given = shape, tiers, layout, cap_bytes, scores, static, need, host_bits, waits
     without = _plan(*given, leads=(), why_ahead=_why_not(tiers, waits))
@@ -118,23 +120,29 @@ def plan_decode(
     if without.why_ahead in ("declined", "prefetch", "reuse") or (tiers.ahead is None and not any(leads)):
         return without
     try:
-        ahead = _plan(*given, leads=leads, why_ahead="asked")
+        ways = [
+            replace(_plan(*given, leads=copying(leads, per_cent), why_ahead="asked"), ahead_per_cent=per_cent)
+            for per_cent in (SHARES if any(leads) else (USUAL,))
+        ]
     except BudgetError:
         return replace(without, why_ahead="room")
-    if tiers.ahead or waits is None:
+    if waits is None:
+        return ways[0]
+    rates = waits.rates
+
+    def merit(plan: DecodePlan) -> tuple[int, float]:
+        """How many chunks a step attends to, and how little it waits."""
+        those = copying(leads, plan.ahead_per_cent) if plan.ahead else ()
+        works = choosing_works(shape, tiers, layout, static, plan.selected, plan.slots, host_bits, those)
+        return int(plan.selected.sum()), -total_wait(works, rates).total
+
+    ahead = max(ways, key=merit)
+    if tiers.ahead:
         return ahead
-    chunks, others = (int(plan.selected.sum()) for plan in (ahead, without))
+    (chunks, saved), (others, no_more) = merit(ahead), merit(without)
     if chunks > others:
         return replace(ahead, why_ahead="more")
-    if chunks < NO_FEWER * others:
-        return without
-    times = [
-        total_wait(
-            choosing_works(shape, tiers, layout, static, plan.selected, plan.slots, host_bits, those), waits.rates
-        )
-        for plan, those in ((ahead, leads), (without, ()))
-    ]
-    return replace(ahead, why_ahead="shorter") if times[0].total < times[1].total else without
+    return replace(ahead, why_ahead="shorter") if chunks >= NO_FEWER * others and saved > no_more else without
 
 
 def _why_not(tiers: TierConfig, waits: Waits | None) -> WhyAhead:

@@ -291,6 +291,7 @@ def plan(
             launches=round(sum(work.model_launches + work.launches for work in works)),
             why_ahead=decoding.why_ahead,
             predicted_layers=sum(work.lead is not None for work in works),
+            ahead_per_cent=decoding.ahead_per_cent,
             time=None if rates is None else step_time(works, rates),
             unhidden_ms=None if rates is None else step_time([replace(work, lead=None) for work in works], rates).link,
             model_ms=None if rates is None else weights_only_ms(weight_read, model_layers(shape), rates),

@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tieredkv.memory.units import size_text
+from tieredkv.planning.ahead_time import SHARES
 from tieredkv.planning.decode_plan import FLOOR_RATIO, Bound, WhyAhead, copies_ahead
-from tieredkv.planning.step_time import ASSUMED, ASSUMED_AHEAD, StepTime
+from tieredkv.planning.step_time import ASSUMED, StepTime
 
 WHY: dict[WhyAhead, str] = {
     "asked": "on, as asked for",
@@ -43,6 +44,8 @@ class StepForecast:
     """Why chunks are copied ahead, or are not."""
     predicted_layers: int
     """For which they are, in a step whose time is predicted."""
+    ahead_per_cent: int
+    """Of the chunks that a step selects, how many likely ones are copied then."""
     launches: int
     """Of kernels, those of the model included."""
     time: StepTime | None
@@ -65,7 +68,10 @@ class StepForecast:
     @property
     def assumed(self) -> tuple[str, ...]:
         """What of the prediction was not measured on the card that it is for."""
-        return ASSUMED + ASSUMED_AHEAD if self.predicted_layers else ASSUMED
+        if not self.predicted_layers:
+            return ASSUMED
+        shares = SHARES[self.ahead_per_cent]
+        return (*ASSUMED, f"foreseen {shares.foreseen:.0%}", f"wasted {shares.wasted:.0%}")
 
     @property
     def hit_rate(self) -> float | None:
@@ -82,6 +88,7 @@ class StepForecast:
             "hit_rate": self.hit_rate,
             "ahead": self.ahead,
             "why_ahead": self.why_ahead,
+            "ahead_per_cent": self.ahead_per_cent if self.ahead else None,
             "launches": self.launches,
             "ms": None if self.time is None else {**asdict(self.time), "total": self.time.total},
             "tokens_per_s": None if self.time is None else 1000 / self.time.total,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from tieredkv.planning.ahead_time import FORESEEN, WASTED, Lead, Wait, copied_bytes, layer_wait
+from tieredkv.planning.ahead_time import Lead, Wait, copied_bytes, layer_wait
 from tieredkv.planning.rates import LAUNCH_US, Rates, model_ms, ranking_ms
 
 MODEL_LAUNCHES = 1139 / 28
@@ -23,8 +23,6 @@ and chunks in 8 bits. As counted (`tests/streams/test_launches.py`)."""
 
 ASSUMED = ("bandwidth share", "launch time", "ranking", "latency of copies", "hit rate")
 """What of a prediction was not measured on the card that it is for."""
-ASSUMED_AHEAD = (f"foreseen {FORESEEN:.0%}", f"wasted {WASTED:.0%}")
-"""What besides, where chunks are copied ahead: shares of what is missing without."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import torch
 from tieredkv.config import TierConfig
 from tieredkv.models.kv_shape import KVShape
 from tieredkv.planning import sizes
-from tieredkv.planning.ahead_time import Lead, Waits
+from tieredkv.planning.ahead_time import Lead, Waits, copying
 from tieredkv.planning.decode_plan import DecodePlan
 from tieredkv.planning.misses import choosing_works
 from tieredkv.planning.rates import Rates
@@ -54,7 +54,7 @@ def step_works(
     """
     counts, layout, heads = launches or LAUNCHES, plan.layout, shape.num_key_value_heads
     every, page = model_layers(shape), sizes.page_bytes(shape, tiers, plan.page_bits)
-    ahead = leads if plan.ahead else ()
+    ahead = copying(leads, plan.ahead_per_cent) if plan.ahead else ()
     choosing = choosing_works(shape, tiers, layout, static, plan.selected, plan.slots, host_bits, ahead)
     works = []
     for index, (mask, work) in enumerate(zip(static, choosing, strict=True)):

@@ -70,15 +70,11 @@ def adapted(selected: torch.Tensor, unseen: torch.Tensor, least: torch.Tensor, m
     return torch.minimum(torch.maximum(selected + change, least), most)
 
 
-FORESEEN_PER_CENT = 110
-"""How many chunks are copied for a predicted query, relative to those that a step selects: more than as many find a few
-more of what the step will miss, and cost as many copies again (`benchmarks/ahead.py`)."""
-
-
-def more_than(selected: torch.Tensor, most: torch.Tensor) -> torch.Tensor:
+def likely_counts(selected: torch.Tensor, most: torch.Tensor, per_cent: int) -> torch.Tensor:
     """How many of the best chunks, at most `most` `(K,)`, to copy for a predicted query, for a step that selects
-    `selected` `(K,)` (ours)."""
-    return torch.minimum((selected * FORESEEN_PER_CENT + 99) // 100, most)
+    `selected` `(K,)` (ours). With more than as many, a few more of what the step will miss are found, and half as many
+    copied in vain (`benchmarks/ahead.py`)."""
+    return torch.minimum((selected * per_cent + 99) // 100, most)
 
 
 def query_similarity(query: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
