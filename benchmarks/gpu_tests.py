@@ -13,7 +13,10 @@ from typing import Any
 from gpu_record import Fact, Run, Values
 
 ROOT = Path(__file__).parent.parent
-FILES = ["tests/test_gpu.py", "tests/ops/test_kernels.py"]
+FILES = [
+    "tests/test_gpu.py",
+    *sorted(f"tests/ops/{path.name}" for path in (ROOT / "tests/ops").glob("test_kernel*.py")),
+]
 SHOWN_EVERY = 25
 PROCESSES = 8
 """They compile on the host most of the time, and share the card."""

@@ -10,23 +10,31 @@ import sys
 import pytest
 import torch
 from helpers import assert_near
-from test_kernels import (  # noqa: F401  (run here with the fixtures below)
-    shallow,
-    test_a_token_is_appended,
+from test_kernel_attention import (  # noqa: F401  (these tests are run here with the fixtures below)
     test_a_token_that_is_nan_makes_the_output_nan,
-    test_all_of_equal_ranks_may_be_chosen_or_few,
     test_attention_over_ragged_pages,
-    test_chunk_ranks,
-    test_decoding_with_kernels_is_decoding_with_torch,
-    test_heads_need_not_be_next_to_each_other,
-    test_mass_that_was_not_chosen,
-    test_missed_chunks_are_gathered,
-    test_operations_have_the_parameters_that_the_contract_names,
-    test_several_known_tokens_are_decoded_as_torch_decodes_them,
+)
+from test_kernel_choice import (  # noqa: F401
+    test_all_of_equal_ranks_may_be_chosen_or_few,
     test_the_best_chunks_are_chosen,
     test_the_slots_longest_unused_give_way,
     test_ties_do_not_change_how_many_chunks_are_chosen,
+)
+from test_kernel_copies import (  # noqa: F401
+    test_a_token_is_appended,
+    test_heads_need_not_be_next_to_each_other,
+    test_missed_chunks_are_gathered,
+)
+from test_kernel_ranking import (  # noqa: F401
+    test_chunk_ranks,
+    test_mass_that_was_not_chosen,
     test_where_all_is_chosen_no_mass_is_left,
+)
+from test_kernels import (  # noqa: F401
+    shallow,
+    test_decoding_with_kernels_is_decoding_with_torch,
+    test_operations_have_the_parameters_that_the_contract_names,
+    test_several_known_tokens_are_decoded_as_torch_decodes_them,
 )
 
 from tieredkv.ops import select

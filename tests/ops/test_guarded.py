@@ -8,7 +8,9 @@ import torch
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 import test_choose  # noqa: E402
-import test_kernels  # noqa: E402
+import test_kernel_attention  # noqa: E402
+import test_kernel_copies  # noqa: E402
+import test_kernel_ranking  # noqa: E402
 import triton.language as tl  # noqa: E402
 from guarded import Overrun, guarded  # noqa: E402
 
@@ -82,45 +84,45 @@ def test_choosing_and_placing_under_guard(kernels, device, monkeypatch, seed):
 def test_copies_under_guard(kernels, device, seed, bits, page_bits, dtype):
     with guarded(seed):
         given = kernels, device, bits, page_bits, dtype, 12, 80
-        test_kernels.test_chunks_are_fetched(*given)
-        test_kernels.test_tokens_are_kept(*given)
-        test_kernels.test_missed_chunks_are_gathered(*given)
-        test_kernels.test_a_token_is_appended(kernels, device, page_bits, dtype, 80)
+        test_kernel_copies.test_chunks_are_fetched(*given)
+        test_kernel_copies.test_tokens_are_kept(*given)
+        test_kernel_copies.test_missed_chunks_are_gathered(*given)
+        test_kernel_copies.test_a_token_is_appended(kernels, device, page_bits, dtype, 80)
 
 
 @SEEDS
 @pytest.mark.parametrize("bits", [16, 8, 4])
 def test_attention_under_guard(kernels, device, seed, bits):
     with guarded(seed):
-        test_kernels.test_attention_over_ragged_pages(kernels, device, bits, torch.float32, 2, 7, 80, 12, 5, 1)
+        test_kernel_attention.test_attention_over_ragged_pages(kernels, device, bits, torch.float32, 2, 7, 80, 12, 5, 1)
 
 
 @SEEDS
 def test_ranking_under_guard(kernels, device, seed):
     with guarded(seed):
-        test_kernels.test_sketch_logits(kernels, device, 4, 1, 7, 16, 128, 20)
-        test_kernels.test_logits_of_blocks(kernels, device, 4, 1, 2, 8, 20, 3)
-        test_kernels.test_chunk_ranks(kernels, device, "mean", 2.0, 2500)
+        test_kernel_ranking.test_sketch_logits(kernels, device, 4, 1, 7, 16, 128, 20)
+        test_kernel_ranking.test_logits_of_blocks(kernels, device, 4, 1, 2, 8, 20, 3)
+        test_kernel_ranking.test_chunk_ranks(kernels, device, "mean", 2.0, 2500)
 
 
 @SEEDS
 def test_masses_under_guard(kernels, device, seed):
     with guarded(seed):
         for chunks in (5, 700):
-            test_kernels.test_mass_that_was_not_chosen(kernels, device, chunks)
-        test_kernels.test_the_share_that_was_not_seen_is_recorded(kernels, device)
-        test_kernels.test_mass_of_chunks_is_that_of_their_pages(kernels, device, 300)
+            test_kernel_ranking.test_mass_that_was_not_chosen(kernels, device, chunks)
+        test_kernel_ranking.test_the_share_that_was_not_seen_is_recorded(kernels, device)
+        test_kernel_ranking.test_mass_of_chunks_is_that_of_their_pages(kernels, device, 300)
 
 
 @SEEDS
 @pytest.mark.parametrize("columns", [40, 1500])
 def test_adapting_under_guard(kernels, device, seed, columns):
     with guarded(seed):
-        test_kernels.test_heads_adapt_to_what_was_not_seen(kernels, device, columns)
+        test_kernel_ranking.test_heads_adapt_to_what_was_not_seen(kernels, device, columns)
 
 
 @SEEDS
 @pytest.mark.parametrize("bits", [4, 8])
 def test_packing_sketches_under_guard(kernels, device, seed, bits):
     with guarded(seed):
-        test_kernels.test_sketches_are_packed(kernels, device, bits, torch.bfloat16, 2, 16, 80, 5)
+        test_kernel_ranking.test_sketches_are_packed(kernels, device, bits, torch.bfloat16, 2, 16, 80, 5)
