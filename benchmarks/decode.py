@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from drift import FORESEEN, WASTED, Drift, shares
+from drift import Drift, shares
 from origin import origin, report
 from overlap import traced
 from stock import graphed, growing_step, stock_step
@@ -100,7 +100,7 @@ class Tiered:
             }
         if ahead:
             row |= {"scripted": "ranks and predictions", "predicted_layers": len(self.drift.predicted)}
-            row |= {f"assumed_{name}": share for name, share in script.items()}
+            row |= self.drift.assumed
             if device != "cpu":
                 with tempfile.TemporaryDirectory() as folder:
                     row["streams"] = traced(steps_of, self.arguments.trace or Path(folder) / "trace.json")
@@ -196,8 +196,9 @@ def main() -> None:
     parser.add_argument(
         "--ahead-at", type=float, nargs="*", default=[0.5, 0.8], help="hit rates with copies ahead, too"
     )
-    parser.add_argument("--foreseen", type=float, default=FORESEEN, help="assumed: of what a predicted layer misses")
-    parser.add_argument("--wasted", type=float, default=WASTED, help="assumed: copied ahead in vain, relative to that")
+    assumed = "assumed, relative to what a predicted layer would miss; default: as plans assume"
+    parser.add_argument("--foreseen", type=float, help=f"copied ahead and not fetched later: {assumed}")
+    parser.add_argument("--wasted", type=float, help=f"copied ahead besides: {assumed}")
     parser.add_argument("--compile-at", type=int, nargs="*", default=[131072], help="lengths of the compiled baseline")
     parser.add_argument("--budget", type=float, default=0.05, help="share of the tokens that a step attends to")
     parser.add_argument("--device", default="cuda")

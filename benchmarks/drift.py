@@ -18,12 +18,7 @@ from tieredkv import TieredCache
 from tieredkv.environment.ambient import settled
 from tieredkv.memory.copies import BackgroundCopies, StreamCopies, ThreadCopies
 from tieredkv.ops.base import Ops
-
-FORESEEN, WASTED = 0.8, 0.65
-"""Of a predicted layer, relative to the chunks that it would miss without copies ahead: those that it need not fetch
-itself, and others copied in vain. *Assumed* wherever ranks are scripted. In real steps SmolLM2 at a budget of 5 %
-waited for .22 to .24 of what it would have waited for, and copied 1.6 to 1.8 times as much (docs/log.md, "a correction
-of low rank for predicted queries")."""
+from tieredkv.planning.ahead_time import ahead_share, foreseen_share
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,6 +86,8 @@ class Drift:
         self._background = threading.local()
         self.predicted: set[Hashable] = set()
         """Layers that were ranked in the background since `begin`."""
+        self.assumed: dict[str, float] = {}
+        """What the script says of predictions."""
         self.ops = replace(ops, chunk_ranks=self._ranks)
 
     def copies(self, device: torch.device) -> BackgroundCopies:
@@ -99,21 +96,30 @@ class Drift:
 
     @settled  # steps write to the script outside inference mode
     def begin(
-        self, cache: TieredCache, hit_rate: float | None, foreseen: float = FORESEEN, wasted: float = WASTED
+        self, cache: TieredCache, hit_rate: float | None, foreseen: float | None = None, wasted: float | None = None
     ) -> None:
-        """Write the script for a cache that was sealed with these operations. None: ranks are the real ones. foreseen,
-        wasted: relative to the missing chunks; wasted at most as far as more are predicted than selected."""
+        """Write the script for a cache that was sealed with these operations. hit_rate: None: ranks are the real ones.
+
+        foreseen, wasted: of a predicted layer, relative to the chunks that it would miss without copies ahead: those
+        that it need not fetch itself, and others that are copied; the latter as far as so many are taken at all. None:
+        as the planner assumes (`planning.ahead_time`).
+        """
         self._scripts.clear()
         self.predicted.clear()
         for layer in cache.tiered_layers if hit_rate is not None else ():
             assert layer.sealed is not None
-            retrieval = layer.sealed.retrieval
+            retrieval, phase = layer.sealed.retrieval, layer.sealed.phase
             if retrieval is not None:
+                per_cent = phase.plan.ahead_per_cent
+                usual = foreseen_share(phase.tiers.spare_ratio, per_cent)
+                found = usual if foreseen is None else foreseen
+                vain = ahead_share(per_cent) - usual if wasted is None else wasted
+                self.assumed = {"assumed_foreseen": found, "assumed_wasted": vain, "ahead_per_cent": per_cent}
                 chosen = retrieval.residency.chosen
                 chunks, device = chosen.shape[1], chosen.device
                 shift = ((1 - hit_rate) * retrieval.selected).round().long().unsqueeze(1)
                 counts = zip(retrieval.selected.tolist(), shift.flatten().tolist(), strict=True)
-                by_distance = [ranks_by_distance(chunks, *own, foreseen, wasted) for own in counts]
+                by_distance = [ranks_by_distance(chunks, *own, found, vain) for own in counts]
                 order = torch.rand(chosen.shape, device=device).argsort(dim=1)
                 predicted = torch.stack(by_distance).to(device)
                 self._scripts[chosen.data_ptr()] = Script(order, shift, torch.zeros_like(shift), predicted)

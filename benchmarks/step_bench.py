@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from drift import FORESEEN, WASTED, Drift, shares
+from drift import Drift, shares
 from gpu_link import MISSES, copying, gather_ms
 from gpu_record import Run, Values, card_state
 from overlap import traced
@@ -176,9 +176,9 @@ class Bench:
             copied_ahead = (later.prefetched_bytes - earlier.prefetched_bytes) / taken
             ahead: Values = {"ahead": bool(self.drift.predicted)}
             if not more.keys() - {"ahead"} and programs is None:
+                counterpart = without.get((*same, hit_rate), {})
                 if ahead["ahead"]:
-                    ahead |= {"assumed_foreseen": FORESEEN, "assumed_wasted": WASTED}
-                    ahead |= shares(missed, copied_ahead, without.get((*same, hit_rate), {}).get("missed"))
+                    ahead |= self.drift.assumed | shares(missed, copied_ahead, counterpart.get("missed"))
                 else:
                     without[*same, hit_rate] = {"ms": ms, "missed": missed}
                 still = without.get((*same, 1.0))

@@ -154,7 +154,7 @@ def sealed(
     looks: Looks | None = None,
     eager: bool = False,
     told: dict[str, Any] | None = None,
-    **script: float,
+    **script: float | None,
 ) -> Iterator[StepGraph]:
     """The steps, at most `room`, of a filled cache that is sealed with other settings. After the block it is as filled.
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tieredkv.ops.select import TORCH
-from tieredkv.planning.ahead_time import USUAL
+from tieredkv.planning.ahead_time import USUAL, ahead_share, foreseen_share
 from tieredkv.policy.correction import Correction, rank_of
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -149,3 +149,11 @@ def test_copies_ahead_by_real_predictions_change_no_logits(steps):
     (without, *_), (logits, _, _, ahead) = (steps.take(ahead=ahead, hit_rate=None) for ahead in (False, True))
     assert ahead > 0
     assert torch.equal(logits, without)
+
+
+def test_without_shares_the_script_has_those_of_the_planner(steps):
+    steps.take(ahead=True)
+    assumed = steps.drift.assumed
+    per_cent, spare = assumed["ahead_per_cent"], steps.tiers.spare_ratio
+    assert assumed["assumed_foreseen"] == foreseen_share(spare, per_cent)
+    assert assumed["assumed_foreseen"] + assumed["assumed_wasted"] == pytest.approx(ahead_share(per_cent))
