@@ -14,6 +14,7 @@ Not simulated: time, sizes of memory, several cards, and that operations of one 
 from __future__ import annotations
 
 import weakref
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -29,8 +30,11 @@ from tieredkv.codecs.rotated import hadamard
 from tieredkv.environment.threads import at_most
 from tieredkv.memory import copies, pagelock
 from tieredkv.ops.triton import attend as attend_kernels
+from tieredkv.session.pipeline import Pipeline
 
 CARD = torch.device("cuda", 0)
+MEMORY = 16 * 2**30
+"""Bytes that it says are free."""
 POISON = 255
 """Each byte of fresh and of freed memory: NaN as a float, -1 as an integer."""
 aten = torch.ops.aten
@@ -282,6 +286,10 @@ def simulated_card(patch: Any, order: Order = "late", kind: type[Card] = Card) -
         patched.setattr(kernels, "run", lambda *args, **options: card.launch(run, *args, **options))
         patched.setattr(attend_kernels, "programs_for", lambda device: 4)
         patched.setattr(pagelock, "ThreadPoolExecutor", AtOnce)
+        patched.setattr(torch.cuda, "mem_get_info", lambda device=None: (MEMORY, MEMORY))
+        for name in ("memory_allocated", "memory_reserved"):
+            patched.setattr(torch.cuda, name, lambda device=None: 0)
+        patched.setattr(torch.cuda, "empty_cache", lambda: None)
         patched.setattr(copies, "_streams", {})
         hadamard.cache_clear()
         try:
@@ -289,6 +297,12 @@ def simulated_card(patch: Any, order: Order = "late", kind: type[Card] = Card) -
                 yield card
         finally:
             hadamard.cache_clear()
+
+
+def stages_without_threads(patch: Any) -> None:
+    """Let a session decode and encode a video on the thread that prefills it: another would have no card."""
+    patch.setattr(Pipeline, "stage", lambda pipeline, name, items, depth=1: items)
+    patch.setattr(Pipeline, "busy_seconds", lambda pipeline: defaultdict(float))
 
 
 class AtOnce:
