@@ -130,6 +130,13 @@ def test_nothing_is_fitted_to_what_follows_a_settled_context(llama, long_ids, re
     assert all(now is then for now, then in zip(corrections(cache), found, strict=True))
 
 
+def test_nothing_is_fitted_where_everything_fits(reading):
+    """No step then ranks chunks. A prompt of unknown length may still grow."""
+    assert corrections(reading(500, 250, gpu_kv_gb=1.0, budget_ratio=None)) == [None, None, None]
+    assert corrections(reading(500, 250, gpu_kv_gb=0.00009, budget_ratio=None))[1] is not None
+    assert corrections(reading(500, 250, reuse_above=0.9)) == [None, None, None]
+
+
 def test_another_context_is_fitted_anew(reading):
     cache = reading(300, 300)
     cache.truncate(100)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from helpers import LateCopies, cap_share, tier_options
 
-from tieredkv.cache.device_tier import DeviceTier, Resident
+from tieredkv.cache.device_tier import DeviceTier
+from tieredkv.cache.resident import Resident
 from tieredkv.config import TierConfig
 from tieredkv.errors import UnsupportedModelError
 from tieredkv.memory.copies import ThreadCopies

@@ -6,13 +6,13 @@ import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from transformers import PreTrainedConfig
 
 from tieredkv.cache.preparing import Preparing
+from tieredkv.cache.resident import Resident
 from tieredkv.codecs import PLAIN, codec_for
 from tieredkv.codecs.base import Codec
 from tieredkv.config import TierConfig
@@ -33,7 +33,7 @@ from tieredkv.planning import host_plan, prefill_plan
 from tieredkv.planning.ahead_time import Lead, Waits
 from tieredkv.planning.prefill_plan import Call
 from tieredkv.planning.rates import Rates
-from tieredkv.planning.sizes import digest_for, page_bits
+from tieredkv.planning.sizes import digest_for, page_bits, page_bytes
 from tieredkv.planning.step_works import step_waits
 from tieredkv.planning.this_machine import machine_rates
 from tieredkv.planning.weight_bytes import Weights
@@ -45,43 +45,6 @@ MOST_TOKENS = 2**20
 """Of a prompt whose length is not known, as far as kernels are compiled for it ahead of need."""
 DECODE_PURPOSES = ("pool", "digests", "tables")
 """Purposes that the ledger counts only while decoding."""
-
-
-@dataclass(slots=True)
-class Resident:
-    """The first tokens of one layer, kept on the device while the prompt is prefilled: keys and values `(K, R, D)`."""
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    length: int = 0
-
-    @property
-    def room(self) -> int:
-        """R."""
-        return self.keys.shape[1]
-
-    def put(self, keys: torch.Tensor, values: torch.Tensor, first: int) -> None:
-        """Write what fits of the tokens `(K, n, D)` that follow the layer's first `first` ones. `count` keeps them."""
-        if (take := self._room_after(first, keys.shape[1])) > 0:
-            self.keys[:, first : first + take] = keys[:, :take]
-            self.values[:, first : first + take] = values[:, :take]
-
-    def count(self, tokens: int, first: int) -> None:
-        """Keep what `put` has written of so many tokens."""
-        self.length += self._room_after(first, tokens)
-
-    def _room_after(self, first: int, tokens: int) -> int:
-        """How many of `tokens` tokens after the layer's first `first` ones fit; 0 if not all of those are here."""
-        return max(0, min(self.room - first, tokens)) if self.length == first else 0
-
-    def append(self, keys: torch.Tensor, values: torch.Tensor, first: int) -> None:
-        """`put` and `count`."""
-        self.put(keys, values, first)
-        self.count(keys.shape[1], first)
-
-    def truncate(self, tokens: int) -> None:
-        """Keep at most the first `tokens` tokens."""
-        self.length = min(self.length, tokens)
 
 
 class DeviceTier:
@@ -334,6 +297,17 @@ class DeviceTier:
                 lead if own == other else None for lead, own, other in zip(leads, layers, before, strict=False)
             )
         return step_waits(self.shape, tiers, read, self._rates, leads if on_card else ())
+
+    def may_predict(self, tokens: int) -> bool:
+        """Whether steps after at least `tokens` prompt tokens may rank chunks by predicted queries."""
+        tiers = self.tiers
+        wanted = any(device.type == "cuda" for device in self.devices) if tiers.ahead is None else tiers.ahead
+        if not (wanted and tiers.prefetch and self.devices) or tiers.policy.reuse_above <= 1:
+            return False
+        prompt = max(self._prompt_tokens, tokens)
+        pages = self.shape.kv_heads * ceil_div(prompt, tiers.chunk_tokens)
+        least = page_bytes(self.shape, tiers, page_bits(tiers, self.planned_bits(prompt))[-1])
+        return tiers.budget_ratio is not None or pages * least > tiers.cap_bytes
 
     def step_ops(self, device: torch.device) -> Ops:
         """The operations of a decoding step until the next seal: growing the host tier may change them."""

@@ -41,9 +41,7 @@ class Foresight:
     def rows(self, layer: int, tokens: int) -> int:
         """In a prefill, of layers that may be wanted later."""
         own = self._layers[layer]
-        tiers, devices = own.device_tier.tiers, own.device_tier.devices
-        foreseen = any(device.type == "cuda" for device in devices) if tiers.ahead is None else tiers.ahead
-        if not (foreseen and tiers.prefetch) or own.readers or own.sealed is not None:
+        if own.readers or own.sealed is not None or not own.device_tier.may_predict(own.prompt_length + tokens):
             return 0
         return own.correcting.rows(own.prompt_length, tokens)
 

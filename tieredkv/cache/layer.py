@@ -19,7 +19,7 @@ from tieredkv.cache.layer_order import LayerOrder
 from tieredkv.cache.question import Question
 from tieredkv.cache.sealed_layer import SealedLayer
 from tieredkv.codecs import PLAIN
-from tieredkv.codecs.base import Codec, Fit
+from tieredkv.codecs.base import Codec, fit_of, fit_state
 from tieredkv.environment.ambient import attended_dtype, settled
 from tieredkv.errors import OptionError, UnsupportedModelError
 from tieredkv.memory.host import HostLayer
@@ -343,13 +343,3 @@ def pack(layers: Sequence[TieredLayer], device_tier: DeviceTier, bits: int) -> N
         if host.codec.bits != bits:
             device_tier.copies.drain()
             host.pack(device_tier.codec(bits, layer.dtype), layer.room)
-
-
-def fit_state(fit: Fit | None) -> dict[str, torch.Tensor]:
-    """What a codec was fitted to, by name, for `fit_of`."""
-    return {} if fit is None else {"codec.centre": fit.centre, "codec.channels": fit.channels}
-
-
-def fit_of(state: dict[str, torch.Tensor]) -> Fit | None:
-    """From a state that contains a `fit_state`."""
-    return Fit(state["codec.centre"], state["codec.channels"]) if "codec.channels" in state else None

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 
 from tieredkv.attention import exact
-from tieredkv.cache.device_tier import DeviceTier, Resident
+from tieredkv.cache.device_tier import DeviceTier
 from tieredkv.cache.looks import Looks
 from tieredkv.cache.question import Question
+from tieredkv.cache.resident import Resident
 from tieredkv.config import TierConfig
 from tieredkv.memory.host import HostLayer
 from tieredkv.planning.admission import refusal

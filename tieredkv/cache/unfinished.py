@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from tieredkv.cache.layer import TieredLayer, fit_of, fit_state
+from tieredkv.cache.layer import TieredLayer
 from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.codecs import PLAIN, codec_for
-from tieredkv.codecs.base import Codec
+from tieredkv.codecs.base import Codec, fit_of, fit_state
 from tieredkv.environment.ambient import settled
 from tieredkv.memory.host import HostLayer
 

@@ -44,6 +44,16 @@ class Fit:
         return type(self)(self.centre[heads], self.channels[heads])
 
 
+def fit_state(fit: Fit | None) -> dict[str, torch.Tensor]:
+    """A fit by name, for `fit_of`; empty without one."""
+    return {} if fit is None else {"codec.centre": fit.centre, "codec.channels": fit.channels}
+
+
+def fit_of(state: dict[str, torch.Tensor]) -> Fit | None:
+    """From a state that contains a `fit_state`."""
+    return Fit(state["codec.centre"], state["codec.channels"]) if "codec.channels" in state else None
+
+
 def fit_sample(tokens: torch.Tensor) -> torch.Tensor:
     """The tokens of `(K, n, D)` that a codec is fitted to, `(K, s, D)` float32."""
     n = min(tokens.shape[1], FIT_TOKENS)
