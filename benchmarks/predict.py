@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -27,6 +28,7 @@ from origin import origin, report, rounded
 from tieredkv.errors import BudgetError
 from tieredkv.memory import limits
 from tieredkv.planning import forecast, step_time
+from tieredkv.planning.ahead_time import SHARES
 from tieredkv.planning.report import MemoryPlan
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
@@ -72,6 +74,7 @@ def row_of(plan: MemoryPlan) -> dict[str, Any]:
     assert time is not None
     assert step.model_ms is not None
     return {
+        "ahead_per_cent": step.ahead_per_cent if step.ahead else None,
         "limited_by": step.bound,
         "tokens_attended_to": plan.dynamic_tokens,
         "assumed_hit_rate": step.hit_rate,
@@ -175,7 +178,7 @@ def main() -> None:
     results = aims(found)
     for result in results:
         print(", ".join(f"{name} {value}" for name, value in rounded([result])[0].items()))
-    assumed = [*step_time.ASSUMED, *step_time.ASSUMED_AHEAD]
+    assumed = [*step_time.ASSUMED, *(f"of {per_cent} %: {asdict(each)}" for per_cent, each in SHARES.items())]
     report(
         {"benchmark": "predict", **origin(), "assumed": assumed, "aims": rounded(results), "rows": rounded(found)},
         arguments.out,

@@ -174,12 +174,11 @@ def test_fewer_bits_take_fewer_bytes_everywhere(run):
 
 
 def test_predicted_steps_say_what_is_assumed_and_what_is_hidden(run):
-    from tieredkv.planning import step_time
-
     code, out, err = run("predict.py", "--quick")
     assert code == 0, err
     result = json.loads(out.splitlines()[-1])
-    assert {"hit rate", *step_time.ASSUMED_AHEAD} <= set(result["assumed"])
+    assert "hit rate" in result["assumed"]
+    assert any("wasted" in each for each in result["assumed"])
     rows = result["rows"]
     for row in rows:
         parts = ("weights", "attention", "ranking", "launches", "prediction", "link")
