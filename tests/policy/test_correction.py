@@ -65,3 +65,22 @@ def test_numbers_that_are_not_finite_give_none(value):
     rows[3, 5] = value
     assert fit_correction(rows, numbers(20, 8)) is None
     assert fit_correction(numbers(20, 16), torch.full((20, 8), value)) is None
+    assert fit_correction(numbers(20, 16), 1e25 * numbers(20, 8)) is None, "whose squares are not finite"
+
+
+@pytest.mark.parametrize("count", [128, 130, 512])
+def test_directions_that_are_not_there_are_not_made_up(count):
+    """Where fewer than the rank explain all that is missed, rounding decides about the others."""
+    rows = numbers(count, 896)
+    for missed in (torch.full((count, 896), 3.0), rows @ numbers(896, 1, seed=1) @ numbers(1, 896, seed=2)):
+        correction = fit_correction(rows, missed)
+        assert float((missed_by(rows, correction) - missed).norm() / missed.norm()) < RIDGE
+        assert float(correction.up.norm(dim=1).max()) < 1.001, "directions are of length 1"
+
+
+def test_a_solution_that_does_not_converge_gives_none(monkeypatch):
+    def fails(*_):
+        raise torch.linalg.LinAlgError
+
+    monkeypatch.setattr(torch.linalg, "eigh", fails)
+    assert fit_correction(numbers(20, 16), numbers(20, 8)) is None

@@ -17,6 +17,8 @@ RANK, LEAST_WIDTHS = 64, 8
 hardly less."""
 RIDGE = 0.1
 """Damping, relative to the mean square of the stream's numbers: rows are fewer than the stream is wide."""
+ROUNDING = 1e-6
+"""Squares of singular values, relative to the largest, that float32 does not tell from 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,11 @@ class Correction:
     def nbytes(self) -> int:
         return sum(part.nbytes for part in (self.down, self.offset, self.up))
 
+    @property
+    def is_finite(self) -> bool:
+        """Waits for the device."""
+        return all(bool(part.isfinite().all()) for part in (self.down, self.offset, self.up))
+
 
 def rank_of(width: int) -> int:
     """The most directions of a correction."""
@@ -50,7 +57,7 @@ def rank_of(width: int) -> int:
 
 def fit_correction(rows: torch.Tensor, missed: torch.Tensor) -> Correction | None:
     """The best of `rank_of(W)`, or of as many directions as there are rows, in float32: reduced-rank ridge regression.
-    None if there is none, as numbers are not finite.
+    None if there is none, as numbers are not finite. Directions that rounding makes up are zeros.
 
     rows `(n, W)`: from which queries were predicted. missed `(n, O)`: by how much. Solved for the rows, as these are
     fewer than W: with K = X X^T, where X has a column of ones, the ridge solution is X^T A with (K + d) A = missed, and
@@ -62,12 +69,17 @@ def fit_correction(rows: torch.Tensor, missed: torch.Tensor) -> Correction | Non
     kernel.diagonal().add_(damping)
     factor, failed = torch.linalg.cholesky_ex(kernel)
     dual = torch.cholesky_solve(missed, factor)
-    if int(failed) or not bool(dual.isfinite().all()):
-        return None
     fitted = missed - damping * dual
-    squares, directions = torch.linalg.eigh(fitted @ fitted.T)
-    best = directions[:, -min(rank_of(rows.shape[1]), len(rows)) :]
-    scale = squares[-best.shape[1] :].clamp(min=1e-30).rsqrt()
+    products = fitted @ fitted.T
+    if int(failed) or not bool(products.isfinite().all()):
+        return None
+    try:
+        squares, directions = torch.linalg.eigh(products)
+    except torch.linalg.LinAlgError:  # it did not converge
+        return None
+    rank = min(rank_of(rows.shape[1]), len(rows))
+    best, squares = directions[:, -rank:], squares[-rank:]
+    scale = torch.where(squares > ROUNDING * squares[-1], squares.clamp(min=1e-30).rsqrt(), 0)
     up = (fitted.T @ best * scale).T
     coefficients = dual @ up.T
     return Correction((rows.T @ coefficients).contiguous(), coefficients.sum(0), up.contiguous())
