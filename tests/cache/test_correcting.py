@@ -89,20 +89,31 @@ def test_when_it_is_fitted():
     assert own.rows(0, 200) == 200
 
 
-def test_beside_a_card_nobody_waits_for_a_fit_but_who_saves_it(monkeypatch):
-    """The question then goes by the one before, or by none."""
-    card, fits = torch.device("cuda"), []
+class OnCard(torch.Tensor):
+    device = torch.device("cuda")
+
+
+@pytest.fixture
+def beside():
+    """As beside a card: a `Correcting`, and its fits, which end when they are told to."""
+    fits = []
 
     class Tier:
         def beside(self, work):
             fits.append((Future(), work))
             return fits[-1][0]
 
-    class OnCard(torch.Tensor):
-        device = card
+    return Correcting(Tier()), fits
 
-    own = Correcting(Tier())
-    rows, missed = (torch.randn(20, width).as_subclass(OnCard) for width in (16, 8))
+
+def on_card(*shape, dtype=torch.float32):
+    return torch.randn(shape).to(dtype).as_subclass(OnCard)
+
+
+def test_beside_a_card_nobody_waits_for_a_fit_but_who_saves_it(beside):
+    """The question then goes by the one before, or by none."""
+    own, fits = beside
+    rows, missed = on_card(20, 16), on_card(20, 8)
     own.learn(rows, missed, 1000)
     assert own.correction() is None
     fits[0][0].set_result(fits[0][1]())
@@ -113,6 +124,35 @@ def test_beside_a_card_nobody_waits_for_a_fit_but_who_saves_it(monkeypatch):
     fits[1][0].set_result(second := fits[1][1]())
     assert torch.equal(own.state()["ahead.down"], second.down)
     assert own.correction() is second
+
+
+def test_one_that_was_fitted_serves_while_the_next_is_fitted(beside):
+    """Also if nobody asked for it before."""
+    own, fits = beside
+    for length in (1000, 4000):
+        own.learn(on_card(20, 16), on_card(20, 8), length)
+        if length == 1000:
+            fits[0][0].set_result(first := fits[0][1]())
+    assert own.correction() is first
+
+
+def test_a_fit_that_fails_is_reported_once(beside):
+    """And does not keep later questions from being answered."""
+    own, fits = beside
+    own.learn(on_card(20, 16), on_card(20, 8), 1000)
+    fits[0][0].set_exception(MemoryError())
+    with pytest.raises(MemoryError):
+        own.correction()
+    assert own.correction() is None
+
+
+def test_what_the_dtype_cannot_hold_is_none():
+    """float16 ends at 65,504, and a prediction that is not a number would rank nothing."""
+    own, rows = Correcting(None), torch.randn(200, 16).half()
+    own.learn(rows, torch.randn(200, 8).half(), 1000)
+    assert own.correction() is not None
+    own.learn(rows / 1000, rows[:, :8] * 1000, 4000)
+    assert own.correction() is None
 
 
 def test_short_calls_and_switched_off_ones_fit_nothing(reading):
@@ -202,3 +242,9 @@ def test_the_hooks_belong_to_the_block(llama):
     watch = Watch(llama)
     watch.end()
     assert sum(len(module._forward_pre_hooks) for module in llama.modules()) == hooks
+
+
+def test_a_closed_cache_keeps_none(reading):
+    cache = reading(300, 300)
+    cache.close()
+    assert corrections(cache) == [None, None, None]

@@ -107,6 +107,17 @@ def test_what_corrects_predicted_queries_is_saved(video_model, frames, options, 
         assert session._cached.cache.counters.prefetched_bytes > 0
 
 
+def test_nothing_is_fitted_to_questions_about_a_loaded_session(video_model, frames, options, processor, tmp_path):
+    """One without corrections, as older versions have written it, however long the questions are."""
+    with tieredkv.open_session(video_model, frames, **tier_options(**options)) as session:
+        session.save(tmp_path / "session.tkv")
+    before = tensor_file.read(tmp_path / "session.tkv").names
+    with load(tmp_path / "session.tkv", video_model, processor, ahead=True) as session:
+        session.ask(STAR * 40, max_new_tokens=1)
+        session.save(tmp_path / "again.tkv")
+    assert tensor_file.read(tmp_path / "again.tkv").names == before
+
+
 def test_the_conversation_is_saved(kept, video_model, frames, options, processor, tmp_path):
     with tieredkv.open_session(video_model, frames, **tier_options(**options)) as session:
         session.chat(STAR, max_new_tokens=3)

@@ -40,13 +40,15 @@ class Correcting:
     def learn(self, rows: torch.Tensor, missed: torch.Tensor, length: int) -> None:
         """Fit to what was missed, `(n, O)`, of queries predicted from `rows` `(n, W)`, all on the layer's device.
         length: tokens of the context, the call's included."""
+        self.correction()  # one that is there already is kept until this one is
         kept = rows.cpu(), missed.cpu()
         dtype, self._fitted_at = rows.dtype, length
 
         def fit() -> Correction | None:
             with torch.no_grad(), at_most(1):
                 found = fit_correction(*kept)
-                return None if found is None else found.to(torch.device("cpu"), dtype)
+                rounded = None if found is None else found.to(torch.device("cpu"), dtype)
+            return rounded if rounded is not None and rounded.is_finite else None  # float16 ends at 65,504
 
         if rows.device.type == "cuda":
             self._fitting = self._device_tier.beside(fit)
@@ -56,7 +58,8 @@ class Correcting:
     def correction(self, wait: bool = False) -> Correction | None:
         """The last one, on the host, in the dtype of the rows; None: there is none. wait: for a fit under way, too."""
         if self._fitting is not None and (wait or self._fitting.done()):
-            self._latest, self._fitting = self._fitting.result(), None
+            fitting, self._fitting = self._fitting, None
+            self._latest = fitting.result()
         return self._latest
 
     def settle(self) -> None:
@@ -73,7 +76,8 @@ class Correcting:
         found = self.correction(wait=True)
         return {} if found is None else dict(zip(_NAMES, (found.down, found.offset, found.up), strict=True))
 
-    def restore(self, state: dict[str, torch.Tensor], tokens: int) -> None:
-        """From a state that contains a `state`, of a context of `tokens` tokens."""
+    def restore(self, state: dict[str, torch.Tensor]) -> None:
+        """From a state that contains a `state`, or nothing of it, of a settled context."""
+        self._settled = True
         if all(name in state for name in _NAMES):
-            self._latest, self._fitted_at = Correction(*(state[name] for name in _NAMES)), tokens
+            self._latest = Correction(*(state[name] for name in _NAMES))

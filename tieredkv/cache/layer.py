@@ -301,13 +301,14 @@ class TieredLayer(CacheLayerMixin):
         host, digests = self._begin_at(device, records.shape[0], codec.head_dim, codec.dtype)
         host.adopt(self.device_tier.arena_of(records, tokens // codec.chunk_tokens), tokens, codec, fit_of(state))
         digests.restore(state)
-        self.correcting.restore(state, tokens)
+        self.correcting.restore(state)
         self._check = check
         self.is_initialized = True
 
     def close(self) -> None:
         """Free the layer's memory."""
         self.rows = self.digests = self._check = None
+        self.correcting.forget()
         if self.host is not None:
             self.host.close()
 
