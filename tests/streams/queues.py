@@ -124,11 +124,10 @@ class Graph:
         return any(first.get(stream, 0) < seen[stream][stream] for stream in self.streams)
 
     def replay(self) -> None:
+        """Every branch begins with a wait for another and ends joined, or the capture was refused."""
         queues = Queues.now
         while len(self._branches) < len(self.streams) - 1:
             self._branches.append(Stream())
-        for branch in self._branches:
-            branch.wait_stream(queues.current)
         played = dict(zip(self.streams, [queues.current, *self._branches], strict=True))
         events: dict[int, Event] = {}
         for stream, what in self._queued:
@@ -140,8 +139,6 @@ class Graph:
                     queues.wait(queues.current, events[id(what.event)])
                 else:
                     queues.enqueue(Work(what.run, what.reads, what.writes, what.kernel))
-        for branch in self._branches:
-            queues.current.wait_stream(branch)
 
     def reset(self) -> None:
         self._queued = []
