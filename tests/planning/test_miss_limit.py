@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import accumulate
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tieredkv.config import TierConfig
+from tieredkv.memory.units import largest
 from tieredkv.models.kv_shape import KVShape
 from tieredkv.planning import decode_plan, sizes
 from tieredkv.planning.ahead_time import Waits
@@ -108,6 +110,27 @@ def test_more_time_or_a_faster_link_never_attends_to_less(ms, more, factor):
     one = planned(Waits(ms, RATES))
     for wider in (Waits(ms + more, RATES), Waits(ms, Rates.of(1000, 0.5 * max(1.0, factor)))):
         assert bool((planned(wider).selected >= one.selected).all())
+
+
+@given(st.lists(st.floats(0, 10), min_size=2, max_size=300), st.floats(0, 1))
+@settings(max_examples=200, deadline=None)
+def test_a_search_finds_what_a_bisection_finds_in_at_most_twice_its_tries(rises, share):
+    values, tries = [0.0, *accumulate(rises)], []
+    limit, last = share * values[-1], len(values) - 1
+
+    def value(place: int) -> float:
+        tries.append(place)
+        return values[place]
+
+    found = decode_plan.last_within(value, limit, (0, 0.0), (last, values[-1])) if limit < values[-1] else last
+    assert found == largest(lambda place: values[place] <= limit, last)
+    assert len(tries) <= 2 * last.bit_length()
+
+
+def test_waits_that_rise_evenly_take_few_tries():
+    tries = []
+    decode_plan.last_within(lambda place: tries.append(place) or 0.1 * place, 123.4, (0, 0.0), (4096, 409.6))
+    assert len(tries) <= 5
 
 
 def test_the_limit_is_a_share_of_the_models_own_time():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Literal
 
 import torch
@@ -14,8 +15,8 @@ from tieredkv.errors import BudgetError
 from tieredkv.memory.units import ceil_div, largest
 from tieredkv.models.kv_shape import KVShape
 from tieredkv.planning.admission import refusal
-from tieredkv.planning.ahead_time import SHARES, USUAL, Lead, Wait, Waits, copying
-from tieredkv.planning.misses import choosing_works, total_wait
+from tieredkv.planning.ahead_time import SHARES, USUAL, Lead, Waits, copying
+from tieredkv.planning.misses import choosing_works, total_wait, works_by_selected
 from tieredkv.planning.sizes import (
     Layout,
     all_pages,
@@ -136,10 +137,10 @@ def plan_decode(
         works = choosing_works(shape, tiers, layout, static, plan.selected, plan.slots, host_bits, those)
         return int(plan.selected.sum()), -total_wait(works, rates).total
 
-    ahead = max(ways, key=merit)
+    (chunks, saved), ahead = max(((merit(way), way) for way in ways), key=itemgetter(0))
     if tiers.ahead:
         return ahead
-    (chunks, saved), (others, no_more) = merit(ahead), merit(without)
+    others, no_more = merit(without)
     if chunks > others:
         return replace(ahead, why_ahead="more")
     return replace(ahead, why_ahead="shorter") if chunks >= NO_FEWER * others and saved > no_more else without
@@ -235,9 +236,10 @@ def _plan(
         if waits is not None and waits.limit_ms < math.inf:
             floor = pages_of(old_pages(replace(tiers, budget_ratio=FLOOR_RATIO), layout)) - layout.sink_chunks
 
-            def wait(selected: torch.Tensor) -> Wait:
-                works = choosing_works(shape, tiers, layout, static, selected, slots, host_bits, leads)
-                return total_wait(works, waits.rates)
+            works = works_by_selected(shape, tiers, layout, static, slots, host_bits, leads)
+
+            def wait(selected: torch.Tensor) -> float:
+                return total_wait(works(selected), waits.rates).total
 
             selected, bound = _within(waits.limit_ms, wait, selected, floor)
     else:  # the ratio fixes how many are selected; spare slots come on top
@@ -253,22 +255,44 @@ def _plan(
 
 
 def _within(
-    limit_ms: float, wait: Callable[[torch.Tensor], Wait], selected: torch.Tensor, floor: torch.Tensor
+    limit_ms: float, wait: Callable[[torch.Tensor], float], selected: torch.Tensor, floor: torch.Tensor
 ) -> tuple[torch.Tensor, Bound]:
-    """The largest share of `selected` `(L, K)`, the same of every head, with which the predicted wait is within the
-    limit, but no less than `floor` of any head; and what bound it."""
+    """The largest share of `selected` `(L, K)`, the same of every head, with which the predicted wait, in ms, is within
+    the limit, but no less than `floor` of any head; and what bound it."""
     steps = 4096
 
     def part(step: int) -> torch.Tensor:
         return torch.minimum(selected, torch.maximum(floor, selected * step // steps))
 
-    def fits(step: int) -> bool:
-        return wait(part(step)).total <= limit_ms
-
-    if fits(steps) or torch.equal(part(0), selected):
+    longest = wait(selected)
+    if longest <= limit_ms or torch.equal(part(0), selected):
         return selected, "memory"
-    most = largest(fits, steps)
-    return part(most), "link" if fits(most) else "floor"
+    least = wait(part(0))
+    if least > limit_ms:
+        return part(0), "floor"
+    return part(last_within(lambda step: wait(part(step)), limit_ms, (0, least), (steps, longest))), "link"
+
+
+def last_within(
+    value: Callable[[int], float], limit: float, inside: tuple[int, float], outside: tuple[int, float]
+) -> int:
+    """The largest whole number whose `value`, which never falls, is within `limit`. inside, outside: a number of which
+    it is, a larger one of which it is not, and their values.
+
+    By interpolation, as waits are nearly linear in what is selected. A try that leaves more than half of the interval
+    is followed by one that halves it, so at worst there are twice as many as in a bisection.
+    """
+    (low, least), (high, most) = inside, outside
+    halve = False
+    while (width := high - low) > 1:
+        step = width // 2 if halve else int(width * (limit - least) / (most - least))
+        middle = low + min(max(step, 1), width - 1)
+        if (found := value(middle)) <= limit:
+            low, least = middle, found
+        else:
+            high, most = middle, found
+        halve = 2 * (high - low) > width
+    return low
 
 
 def table_width(plan: DecodePlan, tiers: TierConfig, index: int, static: torch.Tensor) -> int:

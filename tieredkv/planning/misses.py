@@ -5,7 +5,9 @@ Shapes: `L` tiered layers, `K` KV heads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from operator import mul
+from typing import Any
 
 import torch
 
@@ -32,25 +34,49 @@ def choosing_works(
 
     The last layer chooses once more for each of its readers.
     """
-    chunk, last, works = chunk_bytes(shape, tiers, host_bits), shape.num_layers - 1, []
-    for index, (some, resident) in enumerate(zip(selected.tolist(), slots.tolist(), strict=True)):
-        dynamic = int((~static[index]).sum())
-        if not dynamic:
-            works.append(Work())
+    return works_by_selected(shape, tiers, layout, static, slots, host_bits, leads)(selected)
+
+
+def works_by_selected(
+    shape: KVShape,
+    tiers: TierConfig,
+    layout: Layout,
+    static: torch.Tensor,
+    slots: torch.Tensor,
+    host_bits: int,
+    leads: Sequence[Lead | None] = (),
+) -> Callable[[torch.Tensor], list[Work]]:
+    """`choosing_works` as a function of `selected`: a search tries many, and the rest is computed once."""
+    chunk, last, chunks = chunk_bytes(shape, tiers, host_bits), shape.num_layers - 1, layout.retrievable
+    layers: list[tuple[dict[str, Any], list[float], int] | None] = []
+    dynamic = (~static).sum(1).tolist()
+    digests = {heads: digest_bytes(shape, tiers, layout, heads) for heads in set(dynamic)}
+    for index, (heads, resident) in enumerate(zip(dynamic, slots.tolist(), strict=True)):
+        if not heads:
+            layers.append(None)
             continue
         times = 1 + (shape.readers if index == last else 0)
-        hits = [assumed_hit_rate(count, layout.retrievable) for count in resident]
-        missed = chunk * sum(count * (1 - rate) for count, rate in zip(some, hits, strict=True))
-        works.append(
-            Work(
-                digest_bytes=times * digest_bytes(shape, tiers, layout, dynamic),
-                chunks=times * layout.retrievable,
-                slots=times * max(resident),
-                missed_bytes=times * missed,
-                spare=1 - sum(some) / sum(resident) if sum(resident) else 0.0,
-                lead=leads[index] if leads else None,
-            )
-        )
+        fixed = {
+            "digest_bytes": times * digests[heads],
+            "chunks": times * chunks,
+            "slots": times * max(resident),
+            "lead": leads[index] if leads else None,
+        }
+        missing = [times * chunk * (1 - assumed_hit_rate(count, chunks)) for count in resident]
+        layers.append((fixed, missing, sum(resident)))
+
+    def works(selected: torch.Tensor) -> list[Work]:
+        found = []
+        for layer, counts in zip(layers, selected.tolist(), strict=True):
+            if layer is None:
+                found.append(Work())
+                continue
+            fixed, missing, resident = layer
+            missed = sum(map(mul, counts, missing))
+            spare = 1 - sum(counts) / resident if resident else 0.0
+            found.append(Work(missed_bytes=missed, spare=spare, **fixed))
+        return found
+
     return works
 
 
