@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from functools import partial
 
 import pytest
@@ -15,7 +17,7 @@ from tieredkv.cache.question import CONTEXT, Question
 from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.environment.versions import cache_argument
 from tieredkv.memory.copies import ThreadCopies
-from tieredkv.models import families
+from tieredkv.models import families, sight
 
 RANKED = {"theta": 2.0}
 SETTINGS = {
@@ -117,7 +119,6 @@ def test_evidence_is_the_same_to_the_bit(llama, long_ids, answers_without):
 def test_the_query_is_that_of_the_family(kind, long_ids, monkeypatch):
     """Applied to a layer's own input, what predicts its query gives it: projection, norms, gates and rotation."""
     from tieredkv.cache.layer import TieredLayer
-    from tieredkv.models import sight
 
     model, found, wanted = random_text_model(kind), {}, {}
     decoder = families.find_decoder(kind)
@@ -231,3 +232,61 @@ def test_nothing_is_left_on_the_model(llama):
             assert hooks() == within
         assert within != before
     assert hooks() == before
+
+
+def test_no_memory_is_kept_for_a_cache_that_nobody_has(llama, long_ids):
+    """Inside the block, too, where the hooks are."""
+    with torch.no_grad(), tieredkv.use_attention(llama):
+        cache = TieredCache(llama.config, gpu_kv_gb=1)
+        llama(long_ids[:, :60], **cache_argument(cache))
+        host = weakref.ref(cache.tiered_layers[0].host)
+        del cache
+        gc.collect()
+        assert host() is None
+
+
+def decoded(model, ids, **options):
+    """Logits of steps, and the bytes copied for predicted queries."""
+    tiers = {**pressed(model, 600, 0.5), "chunk_tokens": 8, "text_window": 16, **RANKED, **options}
+    with (
+        torch.no_grad(),
+        tieredkv.use_attention(model),
+        TieredCache(model.config, **tier_options(**tiers), copies=LateCopies()) as cache,
+    ):
+        model(ids[:, :500], **cache_argument(cache))
+        cache.seal()
+        steps = [model(ids[:, place : place + 1], **cache_argument(cache)).logits for place in range(4)]
+        return torch.cat(steps), cache.counters.prefetched_bytes
+
+
+def test_weights_that_are_buffers(long_ids):
+    """As AWQ and GPTQ keep all weights of an attention without biases and norms."""
+    model = random_text_model("llama")
+    want, copied = decoded(model, long_ids, ahead=True)
+    for layer in model.model.layers:
+        for linear in layer.self_attn.children():
+            weight = linear.weight.detach()
+            del linear.weight
+            linear.register_buffer("weight", weight)
+    assert not list(model.model.layers[1].self_attn.parameters())
+    got, also = decoded(model, long_ids, ahead=True)
+    assert torch.equal(got, want)
+    assert also == copied > 0
+
+
+def test_rotations_are_moved_to_the_device_of_the_layer():
+    """With a model on several cards, they come from the first; each layer moves them, after its hooks have run."""
+    watch, cpu, moved = sight.Watch(random_text_model("llama")), torch.device("cpu"), []
+
+    class Elsewhere(torch.Tensor):
+        device = torch.device("cuda:1")
+
+        def to(self, device):
+            moved.append(device)
+            return torch.zeros(1, 1, 8, dtype=torch.float32, device=device)
+
+    given = {"position_embeddings": tuple(torch.zeros(1, 1, 8).as_subclass(Elsewhere) for _ in range(2))}
+    for first in (True, False, False):
+        watch._entering(first=first, rotates=True)(None, (), given)
+        assert all(part.device == cpu for part in watch._rotation(cpu))
+    assert moved == [cpu, cpu], "once in a call"

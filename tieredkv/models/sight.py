@@ -9,9 +9,11 @@ so that a correction can be fitted to it. Shapes: `n` tokens, `W` width of the s
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -118,27 +120,42 @@ class Watch:
             if torch.compiler.is_compiling():
                 return
             if first:
-                self._call.foresight = getattr(named.get(name), "foresight", None)
-                self._call.rotation = self._call.noted = None
-            if rotates and (rotation := named.get("position_embeddings")) is not None:
-                self._call.rotation = rotation if rotation[0].shape[-2] == 1 else None  # others are never predicted
+                foresight = getattr(named.get(name), "foresight", None)  # a reference would keep the cache's memory
+                self._call.foresight = None if foresight is None else weakref.ref(foresight)
+                self._call.rotation = self._call.given = self._call.noted = None
+            rotation = named.get("position_embeddings") if rotates else None
+            if rotation is not None and rotation is not self._call.given:
+                self._call.given = rotation if rotation[0].shape[-2] == 1 else None  # others are never predicted
+                self._call.rotation = self._call.given
 
         return hook
+
+    def _foresight(self) -> Foresight | None:
+        """Of the cache of this thread's call."""
+        found = getattr(self._call, "foresight", None)
+        return None if found is None else found()
+
+    def _rotation(self, device: torch.device) -> Rotation | None:
+        """This call's, on the device of a layer: it comes from the first card, and layers move it after their hooks."""
+        rotation: Rotation | None = getattr(self._call, "rotation", None)
+        if rotation is not None and rotation[0].device != device:
+            rotation = rotation[0].to(device), rotation[1].to(device)
+            self._call.rotation = rotation
+        return rotation
 
     def _looking(self, decoder: Decoder, layer: Any, index: int) -> Any:
         """Predicts the query of `layer`, the tiered layer `index`, from the stream that enters the MLP before it."""
         norm, attention = getattr(layer, decoder.attention_norm), layer.self_attn
-        weight, query = next(attention.parameters()), partial(decoder.query, attention)
+        query = partial(decoder.query, attention)
 
         def hook(module: torch.nn.Module, inputs: Any) -> None:
             if torch.compiler.is_compiling():
                 return
-            foresight: Foresight | None = getattr(self._call, "foresight", None)
-            stream, rotation = inputs[0], getattr(self._call, "rotation", None)
-            if foresight is None or stream.dim() != 3 or weight.device != stream.device:
+            foresight, stream = self._foresight(), inputs[0]
+            if foresight is None or stream.dim() != 3 or _device_of(attention) != stream.device:
                 return  # nobody asks, or the layer is on another device or, for now, on none
             tokens = stream.shape[1]
-            if rotation is not None and foresight.wants(index, tokens):
+            if foresight.wants(index, tokens) and (rotation := self._rotation(stream.device)) is not None:
                 rotated = rotation_of(decoder, rotation)
                 ambient = Ambient(stream=False)
                 foresight.foresee(index, Sight(stream[0], norm, query, attention.scaling, rotated, ambient))
@@ -158,13 +175,21 @@ class Watch:
             noted: _Noted | None = getattr(self._call, "noted", None)
             if torch.compiler.is_compiling() or noted is None or noted.layer != index:
                 return
+            foresight = self._foresight()
+            assert foresight is not None  # the call has its cache
             self._call.noted = None
             stream = inputs[0] if inputs else named["hidden_states"]
             with torch.no_grad():
                 missed = decoder.query(attention, norm(stream[0, noted.places])) - noted.predicted
-            self._call.foresight.learn(index, noted.rows, missed.flatten(1), stream.shape[1])
+            foresight.learn(index, noted.rows, missed.flatten(1), stream.shape[1])
 
         return hook
+
+
+def _device_of(attention: torch.nn.Module) -> torch.device | None:
+    """Where its weights are now; None: it has none. Some quantised layers keep theirs in buffers alone."""
+    weight = next(chain(attention.parameters(), attention.buffers()), None)
+    return None if weight is None else weight.device
 
 
 def rotation_of(decoder: Decoder, rotation: Rotation) -> Callable[[torch.Tensor], torch.Tensor]:
