@@ -99,7 +99,7 @@ def beside():
     fits = []
 
     class Tier:
-        def beside(self, work):
+        def beside(self, work, later):
             fits.append((Future(), work))
             return fits[-1][0]
 

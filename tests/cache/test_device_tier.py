@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from helpers import LateCopies, cap_share, tier_options
@@ -109,3 +111,15 @@ def test_on_a_card_a_layer_is_predicted_unless_the_one_before_is_on_another(tier
     assert waits.limit_ms == float("inf")
     split = known.waits([cards[0], cards[0], cards[1]])
     assert [lead is None for lead in split.leads] == [True, False, True]
+
+
+def test_what_nobody_waits_for_delays_no_other_work(tier):
+    own, go = tier(), threading.Event()
+    slow = [own.beside(lambda: go.wait(20), later=True) for _ in range(50)]
+    try:
+        assert own.beside(lambda: 1).result(timeout=20) == 1
+        assert not slow[0].done()
+    finally:
+        go.set()
+    own.close()
+    assert all(work.done() for work in slow)

@@ -117,7 +117,7 @@ def slow(monkeypatch):
     """Fits that do not end before they are told to: their works and what waits for them."""
     begun = []
 
-    def beside(tier, work):
+    def beside(tier, work, later=False):
         begun.append((work, future := Future()))
         return future
 

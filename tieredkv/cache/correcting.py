@@ -51,7 +51,7 @@ class Correcting:
             return rounded if rounded is not None and rounded.is_finite else None  # float16 ends at 65,504
 
         if rows.device.type == "cuda":
-            self._fitting = self._device_tier.beside(fit)
+            self._fitting = self._device_tier.beside(fit, later=True)
         else:
             self._latest = fit()
 

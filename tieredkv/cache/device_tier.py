@@ -39,8 +39,8 @@ from tieredkv.planning.this_machine import machine_rates
 from tieredkv.planning.weight_bytes import Weights
 
 T = TypeVar("T")
-MOST_WORKERS = 4
-"""Threads that compute beside a card."""
+MOST_WORKERS, LATER_WORKERS = 4, 2
+"""Threads that compute beside a card: what a question may wait for, and what none waits for."""
 MOST_TOKENS = 2**20
 """Of a prompt whose length is not known, as far as kernels are compiled for it ahead of need."""
 DECODE_PURPOSES = ("pool", "digests", "tables")
@@ -84,7 +84,8 @@ class DeviceTier:
         self._config, self._prompt_tokens = config, prompt_tokens
         self._shape: KVShape | None = None
         self._ops, self._own_copies = ops, copies is None
-        self._workers: ThreadPoolExecutor | None = None
+        self._workers: dict[bool, ThreadPoolExecutor] = {}
+        """By whether nobody waits for them."""
         self._rates: Rates | None = None
         """Of the first device and its link, if they are known."""
         self._weights: tuple[int, tuple[Lead | None, ...]] | None = None
@@ -210,11 +211,13 @@ class DeviceTier:
         if self.locker is not None:
             self.locker.unlock(memory)
 
-    def beside(self, work: Callable[[], T]) -> Future[T]:
-        """Compute on a thread of the host while the card is busy. `close` waits for it."""
-        if self._workers is None:
-            self._workers = ThreadPoolExecutor(MOST_WORKERS, thread_name_prefix="tieredkv-beside")
-        return self._workers.submit(work)
+    def beside(self, work: Callable[[], T], later: bool = False) -> Future[T]:
+        """Compute on a thread of the host while the card is busy. `close` waits for it. later: no question waits for
+        it, so that it must not delay what one does wait for."""
+        if later not in self._workers:
+            most = LATER_WORKERS if later else MOST_WORKERS
+            self._workers[later] = ThreadPoolExecutor(most, thread_name_prefix="tieredkv-beside")
+        return self._workers[later].submit(work)
 
     # ---- prefill
 
@@ -326,8 +329,8 @@ class DeviceTier:
 
     def close(self) -> None:
         """Free everything. `copies` must be closed, and the host tier freed."""
-        if self._workers is not None:
-            self._workers.shutdown(cancel_futures=True)
+        for workers in self._workers.values():
+            workers.shutdown(cancel_futures=True)
         self.preparing.stop()
         self.end_decoding()
         self.drop_residents()
