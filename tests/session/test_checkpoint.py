@@ -15,7 +15,7 @@ from families import build
 from helpers import assert_near, cap_share, session_logits
 
 import tieredkv
-from tieredkv.cache import context_digests, unfinished
+from tieredkv.cache import context_digests, correcting, unfinished
 from tieredkv.cache.unfinished import Mark
 from tieredkv.errors import SessionError, VideoError
 from tieredkv.session import checkpoint as checkpoints
@@ -138,6 +138,19 @@ def test_resident_tokens_and_fitted_digests_are_as_they_were(share, digest, ofte
         assert session.ingest_stats.streamed_bytes == stats.streamed_bytes
         assert session._cached.cache.ledger.peak_bytes == peak
         assert torch.equal(session_logits(session, QUESTION, 4), logits)
+
+
+def test_corrections_of_predicted_queries_are_as_they_were(often, film, folder, monkeypatch):
+    """Fitted before the interruption, and not again before the context is four times as long."""
+    monkeypatch.setattr(correcting, "LEAST_TOKENS", 30)
+    model, processor = build("qwen2_5_vl")
+    given = options(processor, ahead=True, budget_ratio=0.5)
+    with tieredkv.open_session(model, film, **given) as session:
+        expected = contents(session)
+    assert any(name.endswith(".ahead.up") for name in expected)
+    begin(model, film, folder, 2, **given)
+    with tieredkv.open_session(model, film, checkpoint=folder, **given) as session:
+        assert differences(session, expected) == set()
 
 
 def test_an_ingest_may_be_interrupted_many_times(often, film, folder):

@@ -17,6 +17,7 @@ ROWS = 512
 GROWTH = 4
 """A correction is fitted again once the context is so many times as long: the first call may be unlike the rest."""
 _NAMES = ("ahead.down", "ahead.offset", "ahead.up")
+_FITTED_AT = "ahead.fitted_at"
 
 
 class Correcting:
@@ -75,6 +76,15 @@ class Correcting:
         """For `restore`; empty without a correction."""
         found = self.correction(wait=True)
         return {} if found is None else dict(zip(_NAMES, (found.down, found.offset, found.up), strict=True))
+
+    def unsettled(self) -> dict[str, torch.Tensor]:
+        """For `resume`."""
+        return {**self.state(), _FITTED_AT: torch.tensor([self._fitted_at], dtype=torch.int64, device="cpu")}
+
+    def resume(self, state: dict[str, torch.Tensor]) -> None:
+        """Continue a context that is not settled, from a state that contains an `unsettled`. Older ones have none."""
+        self.restore(state)
+        self._fitted_at, self._settled = int(state.get(_FITTED_AT, 0)), False
 
     def restore(self, state: dict[str, torch.Tensor]) -> None:
         """From a state that contains a `state`, or nothing of it, of a settled context."""

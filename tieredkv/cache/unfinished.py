@@ -99,7 +99,8 @@ def parts(cache: TieredCache, since: Mark) -> Parts:
         digested.append(now)
         if (resident := residents.get(layer.index)) is not None:
             growing += [part[:, since.resident : resident.length].cpu() for part in (resident.keys, resident.values)]
-        own = {**_last(layer.host, chunks, rest), **fit_state(layer.host.fit), **layer.digests.unsettled()}
+        fitted = {**fit_state(layer.host.fit), **layer.digests.unsettled(), **layer.correcting.unsettled()}
+        own = {**_last(layer.host, chunks, rest), **fitted}
         state |= {f"{_tiered(layer)}{name}": tensor for name, tensor in own.items()}
     snapshot = cache.untiered.copied()
     for number, held in enumerate(snapshot.states if snapshot else ()):
@@ -223,6 +224,7 @@ class _Layer:
                 stop = min(first + RESIDENT_TOKENS, tokens)
                 resident.append(*host.decoded(first, stop), first)
         digests.resume(mark.of_layer(layer.index).name, self._digests, self._state)
+        layer.correcting.resume(self._state)
 
 
 def _bytes(*shape: int) -> torch.Tensor:
