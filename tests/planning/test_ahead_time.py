@@ -198,6 +198,7 @@ def test_off_where_nothing_is_ranked_nothing_is_known_or_nothing_is_predicted():
         (None, ratio, "unknown"),
         (known(leads=(), **ratio), ratio, "unknown"),
         (known(leads=(None,) * 28, **ratio), ratio, "unpredicted"),
+        (replace(known(**ratio), on_disk=True), ratio, "disk"),
     ):
         assert (decided(waits, **options).why_ahead, decided(waits, **options).ahead) == (why, False)
 
@@ -206,6 +207,10 @@ def test_off_where_nothing_is_ranked_nothing_is_known_or_nothing_is_predicted():
 def test_true_and_false_are_obeyed(waits):
     assert [decided(waits, ahead=ahead).why_ahead for ahead in (True, False)] == ["asked", "declined"]
     assert decided(waits, ahead=True, gpu_kv_gb=5).why_ahead == "unranked"
+
+
+def test_a_model_without_predictions_copies_nothing_ahead_though_asked():
+    assert decided(known(leads=(None,) * 28), ahead=True).why_ahead == "unpredicted"
 
 
 @pytest.mark.parametrize(

@@ -286,6 +286,14 @@ def test_what_host_memory_does_not_hold_may_go_to_disk(seven_billion, monkeypatc
         plan(seven_billion, 200_000, host_kv_bits=16, host_kv_gb=0.5)
 
 
+def test_chunks_on_disk_are_not_copied_ahead(seven_billion):
+    options = {"gpu_kv_gb": 2, "host_kv_bits": 8, "budget_ratio": 0.1, "card": "RTX 4090"}
+    in_memory, on_disk = (plan(seven_billion, 131_072, host_kv_gb=gib, **options) for gib in (8, 2))
+    assert (in_memory.disk_bytes, on_disk.disk_bytes > 0) == (0, True)
+    assert (in_memory.step.ahead, on_disk.step.ahead) == (True, False)
+    assert "copies ahead      off: chunks are on disk" in str(on_disk)
+
+
 @pytest.mark.usefixtures("full_disk")
 def test_without_a_host_cap_a_safe_share_of_the_memory_is_the_limit(seven_billion, monkeypatch):
     plan(seven_billion, 200_000)

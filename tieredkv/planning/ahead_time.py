@@ -152,3 +152,5 @@ class Waits:
     leads: tuple[Lead | None, ...] = ()
     """Of each tiered layer, None where its query is not predicted. Empty: nothing can be copied while something is
     computed, or no query is predicted."""
+    on_disk: bool = False
+    """Whether chunks are on disk. Then the host reads them, and launches nothing meanwhile: no copy is hidden."""

@@ -42,12 +42,23 @@ NO_FEWER = 0.98
 """Of the chunks that a step attends to without copies ahead, the least that it attends to with them where they are
 chosen to save time: what corrects predicted queries takes the place of some."""
 WhyAhead = Literal[
-    "asked", "more", "shorter", "declined", "unranked", "prefetch", "reuse", "unknown", "unpredicted", "room", "longer"
+    "asked",
+    "more",
+    "shorter",
+    "declined",
+    "unranked",
+    "prefetch",
+    "reuse",
+    "unknown",
+    "unpredicted",
+    "disk",
+    "room",
+    "longer",
 ]
 """Why chunks are copied ahead: `ahead=True`; a step may then attend to more; it is predicted to be shorter. Why not:
 `ahead=False`; chunks are not ranked; `prefetch=False`; heads may reuse the choice of the step before (`reuse_above`);
-there is no card whose rates are known; no query is predicted; corrections do not fit under the cap; a step is not
-predicted to be better."""
+there is no card whose rates are known; no query is predicted; chunks are on disk; corrections do not fit under the cap;
+a step is not predicted to be better."""
 
 
 def copies_ahead(why: WhyAhead) -> bool:
@@ -118,7 +129,9 @@ def plan_decode(
     if not without.ranked:
         return replace(without, why_ahead="unranked")
     leads = () if waits is None else waits.leads
-    if without.why_ahead in ("declined", "prefetch", "reuse") or (tiers.ahead is None and not any(leads)):
+    if without.why_ahead in ("declined", "prefetch", "reuse", "unpredicted"):
+        return without
+    if tiers.ahead is None and without.why_ahead in ("unknown", "disk"):
         return without
     try:
         ways = [
@@ -156,7 +169,9 @@ def _why_not(tiers: TierConfig, waits: Waits | None) -> WhyAhead:
         return "reuse"
     if waits is None or not waits.leads:
         return "unknown"
-    return "longer" if any(waits.leads) else "unpredicted"
+    if not any(waits.leads):
+        return "unpredicted"
+    return "disk" if waits.on_disk else "longer"
 
 
 def _plan(

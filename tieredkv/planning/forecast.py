@@ -186,7 +186,6 @@ def plan(
     host = sizes.host_bytes(shape, settings, prompt, bits)
     rates = None if on is None else Rates.of(on.gb_s, link_speed)
     leads = () if rates is None else weights_of.leads()
-    waits = None if rates is None else step_waits(shape, settings, weighs["step_weight_bytes"], rates, leads)
 
     def smaller(allowed: int) -> str:
         kind = "tokens" if source.is_text else "visual tokens"
@@ -207,7 +206,10 @@ def plan(
     static = forecast_bytes.assumed_static(shape, settings, static_share)
 
     def decoding_at(bits: int) -> decode_plan.DecodePlan:
-        scores = static.double()
+        scores, disk = static.double(), on_disk(bits) is not None
+        waits = None
+        if rates is not None:
+            waits = step_waits(shape, settings, weighs["step_weight_bytes"], rates, leads, on_disk=disk)
         return decode_plan.plan_decode(
             shape, settings, layout, settings.cap_bytes, scores, static, host_bits=bits, waits=waits
         )

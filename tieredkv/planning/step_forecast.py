@@ -20,6 +20,7 @@ WHY: dict[WhyAhead, str] = {
     "reuse": "off: heads may reuse the choice of the step before (reuse_above)",
     "unknown": "off: no card is known (--card)",
     "unpredicted": "off: this model's queries are not predicted",
+    "disk": "off: chunks are on disk",
     "room": "off: what corrects predicted queries does not fit under the cap",
     "longer": "off: a step would take longer, or attend to less",
 }

@@ -24,16 +24,22 @@ def model_layers(shape: KVShape) -> int:
 
 
 def step_waits(
-    shape: KVShape, tiers: TierConfig, weight_bytes: int, rates: Rates, leads: Sequence[Lead | None] = ()
+    shape: KVShape,
+    tiers: TierConfig,
+    weight_bytes: int,
+    rates: Rates,
+    leads: Sequence[Lead | None] = (),
+    on_disk: bool = False,
 ) -> Waits:
     """What steps may spend on chunks that are not on the device: what `step_overhead` allows, without a `budget_ratio`.
 
-    weight_bytes: what a step reads of the weights. leads: of each tiered layer; empty on a CPU.
+    weight_bytes: what a step reads of the weights. leads: of each tiered layer; empty on a CPU. on_disk: whether
+    chunks are.
     """
     limit = math.inf
     if tiers.step_overhead is not None and tiers.budget_ratio is None:
         limit = tiers.step_overhead * weights_only_ms(weight_bytes, model_layers(shape), rates)
-    return Waits(limit, rates, tuple(leads))
+    return Waits(limit, rates, tuple(leads), on_disk)
 
 
 def step_works(
