@@ -88,7 +88,8 @@ class ThreadCopies:
 
 _streams: dict[int, torch.cuda.Stream] = {}
 """By card, for all copies of the process: torch keeps a workspace of 8 to 32 MiB for every stream on which matrices are
-multiplied, as predictions of queries do. Of low priority: what is needed now comes first."""
+multiplied, as predictions of queries do. Of the lowest priority, as a card's default stream is; captured steps run on
+one of a higher priority."""
 
 
 def _stream_of(card: int) -> torch.cuda.Stream:
