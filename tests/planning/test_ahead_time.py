@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tieredkv.config import TierConfig
 from tieredkv.models.kv_shape import KVShape, model_shape
-from tieredkv.planning import ahead_time, sizes
+from tieredkv.planning import ahead_time, decode_plan, forecast_bytes, sizes
 from tieredkv.planning.ahead_time import SHARES, USUAL, Lead, Waits, ahead_share, copying, foreseen_share, layer_wait
 from tieredkv.planning.decode_plan import DecodePlan, plan_decode
 from tieredkv.planning.forecast import plan
@@ -145,6 +145,13 @@ def test_without_a_limit_on_where_the_step_is_shorter_and_off_where_not(options)
         assert torch.equal(chosen.selected, forced[not chosen.ahead].selected)
 
 
+def test_what_is_not_selected_of_the_slots_is_spare():
+    found = decided(known(step_overhead=0.3), step_overhead=0.3)
+    work = choosing_works(SHAPE, TierConfig(), found.layout, DYNAMIC, found.selected, found.slots, 8)[5]
+    assert work.spare == pytest.approx(1 - float(found.selected[5].sum() / found.slots[5].sum()))
+    assert work.spare > TierConfig().spare_ratio  # the link leaves more
+
+
 def copied_by(found: DecodePlan) -> tuple[Lead | None, ...]:
     return copying(LEADS, found.ahead_per_cent)
 
@@ -166,6 +173,20 @@ def test_as_many_are_copied_ahead_as_the_lead_has_time_for():
         for per_cent in SHARES
     }  # fmt: skip
     assert min(waits, key=waits.get) == short_lead.ahead_per_cent
+
+
+@pytest.mark.parametrize("link", [3, 25])
+def test_a_plan_tries_few_selections(monkeypatch, link):
+    """A question waits for it."""
+    tries = []
+
+    def counted(*given):
+        tries.append(given)
+        return total_wait(*given)
+
+    monkeypatch.setattr(decode_plan, "total_wait", counted)
+    assert decided(known(link, step_overhead=0.3), step_overhead=0.3).ahead
+    assert len(tries) < 40
 
 
 def timed(found: DecodePlan, link: float, **options):
@@ -222,6 +243,13 @@ def test_what_predictions_keep_on_the_device_is_taken_from_the_slots(waits, laye
     assert (on.ahead_bytes, off.ahead_bytes) == (layers * LEAD.correction_bytes, 0)
     saved = int((off.pages - on.pages).sum()) * sizes.page_bytes(SHAPE, TierConfig(gpu_kv_gb=2), 8)
     assert saved == pytest.approx(on.ahead_bytes, rel=0.02)
+
+
+def test_the_plan_counts_what_predictions_keep_among_the_tables():
+    tiers, found = TierConfig(gpu_kv_gb=2), decided(None, step_overhead=None, ahead=True)
+    without = replace(found, ahead_bytes=0)
+    on, off = (forecast_bytes.decode_bytes(SHAPE, tiers, each, DYNAMIC)["tables"] for each in (found, without))
+    assert on - off == 28 * LEAD.correction_bytes
 
 
 def test_predictions_that_do_not_fit_beside_the_least_are_left_out():
@@ -284,11 +312,30 @@ def test_of_experts_a_lead_has_those_that_a_token_is_routed_to():
         import make_tables
     finally:
         sys.path.pop(0)
-    weights = Weights.of(make_tables.video_config("Qwen3.6-35B-A3B"), torch.bfloat16)
-    lead = weights.leads()[0]  # preceded by three layers of linear attention
-    per_layer = weights.totals()["step_weight_bytes"] / 40
-    assert lead is not None
-    assert lead.query_bytes < lead.weight_bytes < 2 * per_layer
+    config = make_tables.video_config("Qwen3.6-35B-A3B")
+    lead = Weights.of(config, torch.bfloat16).leads()[0]  # preceded by three layers of linear attention
+    text = config.get_text_config()
+    width, inner, queries = text.hidden_size, text.moe_intermediate_size, text.num_attention_heads * text.head_dim
+    routed = text.num_experts_per_tok * 3 * 2 * width * inner
+    shared = 3 * 2 * width * text.shared_expert_intermediate_size + 2 * width
+    inputs = 2 * 2 * width * queries + 2 * 2 * width * text.num_key_value_heads * text.head_dim  # queries have a gate
+    router_and_norms = 2 * width * text.num_experts + 2 * 2 * width + 2 * 2 * text.head_dim
+    assert lead.query_bytes == 2 * 2 * width * queries
+    assert lead.weight_bytes == routed + shared + inputs + router_and_norms
+
+
+def test_a_lead_after_a_convolution_is_an_mlp_and_what_its_own_layer_reads_until_the_query():
+    config = text_config("lfm2")
+    hidden, inner, d = config.hidden_size, config.intermediate_size, config.hidden_size // config.num_attention_heads
+    inputs = 2 * hidden * (config.num_attention_heads + 2 * config.num_key_value_heads) * d + 2 * 2 * d
+    for lead in Weights.of(config, torch.bfloat16).leads():
+        assert lead.weight_bytes == 3 * 2 * hidden * inner + 2 * 2 * hidden + inputs
+
+
+def test_what_is_copied_is_what_is_missing_without_the_foreseen_and_all_that_is_copied_ahead():
+    assert ahead_time.copied_bytes(1e6, 0.5, None) == 1e6
+    late = 1 - foreseen_share(0.5)
+    assert ahead_time.copied_bytes(1e6, 0.5, LEAD) == pytest.approx(1e6 * (late + ahead_share(USUAL)))
 
 
 def test_the_plan_of_a_card_says_what_is_ahead_and_what_it_hides(qwen_7b):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from operator import itemgetter
 from typing import Literal
 
 import torch
@@ -133,30 +132,38 @@ def plan_decode(
         return without
     if tiers.ahead is None and without.why_ahead in ("unknown", "disk"):
         return without
+
+    def way(per_cent: int) -> DecodePlan:
+        found = _plan(*given, leads=copying(leads, per_cent), why_ahead="asked")
+        return replace(found, ahead_per_cent=per_cent)
+
     try:
-        ways = [
-            replace(_plan(*given, leads=copying(leads, per_cent), why_ahead="asked"), ahead_per_cent=per_cent)
-            for per_cent in (SHARES if any(leads) else (USUAL,))
-        ]
+        usual = way(USUAL)
     except BudgetError:
         return replace(without, why_ahead="room")
     if waits is None:
-        return ways[0]
-    rates = waits.rates
+        return usual
+    rates, limit_ms = waits.rates, waits.limit_ms
+
+    def wait(plan: DecodePlan, leads: Sequence[Lead | None]) -> float:
+        works = choosing_works(shape, tiers, layout, static, plan.selected, plan.slots, host_bits, leads)
+        return total_wait(works, rates).total
 
     def merit(plan: DecodePlan) -> tuple[int, float]:
         """How many chunks a step attends to, and how little it waits."""
-        those = copying(leads, plan.ahead_per_cent) if plan.ahead else ()
-        works = choosing_works(shape, tiers, layout, static, plan.selected, plan.slots, host_bits, those)
-        return int(plan.selected.sum()), -total_wait(works, rates).total
+        return int(plan.selected.sum()), -wait(plan, copying(leads, plan.ahead_per_cent) if plan.ahead else ())
 
-    (chunks, saved), ahead = max(((merit(way), way) for way in ways), key=itemgetter(0))
+    # If the usual plan's chunks would keep a step too long with another number of copies, it attends to fewer with it.
+    others = [per_cent for per_cent in SHARES if per_cent != USUAL] if any(leads) else []
+    if usual.bound == "link":
+        others = [per_cent for per_cent in others if wait(usual, copying(leads, per_cent)) <= limit_ms]
+    ahead = max((usual, *map(way, others)), key=merit)
     if tiers.ahead:
         return ahead
-    others, no_more = merit(without)
-    if chunks > others:
+    (chunks, saved), (least, no_more) = merit(ahead), merit(without)
+    if chunks > least:
         return replace(ahead, why_ahead="more")
-    return replace(ahead, why_ahead="shorter") if chunks >= NO_FEWER * others and saved > no_more else without
+    return replace(ahead, why_ahead="shorter") if chunks >= NO_FEWER * least and saved > no_more else without
 
 
 def _why_not(tiers: TierConfig, waits: Waits | None) -> WhyAhead:
