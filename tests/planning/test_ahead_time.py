@@ -252,6 +252,13 @@ def test_the_plan_counts_what_predictions_keep_among_the_tables():
     assert on - off == 28 * LEAD.correction_bytes
 
 
+def test_a_session_that_certainly_copies_ahead_is_larger_by_its_corrections():
+    on, left_open, off = (
+        sizes.stored_bytes(SHAPE, TierConfig(ahead=ahead), TOKENS, 8) for ahead in (True, None, False)
+    )
+    assert (on - off, left_open - off) == (28 * LEAD.correction_bytes, 0)
+
+
 def test_predictions_that_do_not_fit_beside_the_least_are_left_out():
     layout = sizes.lay_out(TierConfig(), TOKENS, 32, 64)
     least = sizes.smallest_decode_bytes(SHAPE, TierConfig(host_kv_bits=8), layout, 8) / 2**30 + 0.001
