@@ -47,7 +47,8 @@ FACTOR = ahead_time.USUAL / 100
 FACTORS = (1.0, FACTOR, 1.5)
 SPARES = (0.1, 0.2, 0.4)
 BUDGETS = (0.05, 0.1)
-READ_WITH = {"gpu_kv_gb": 4.0, "host_kv_bits": 16, "ahead": True}
+READ_WITH = {"gpu_kv_gb": 4.0, "host_kv_bits": 16, "ahead": True, "budget_ratio": 0.1}
+"""With a budget, or everything would fit, and no correction be fitted."""
 
 
 @dataclass
