@@ -45,10 +45,15 @@ TOGETHER = ("tests", "fits")
 """Parts that run at the same time, as their times are not compared with others: the tests mostly compile."""
 
 
+def usual_out(dry: bool) -> Path:
+    """Where records go. Those of a dry run are not kept beside a card's."""
+    return ROOT / ("runs/gpu-dry" if dry else "benchmarks/results/gpu")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/gpu; of a dry run runs/gpu-dry")
     parser.add_argument("--minutes", type=float, default=15, help="time limit of the whole run")
     parser.add_argument("--dry-run", action="store_true", help="small shapes on a CPU; measures nothing")
     parser.add_argument("--part", help=argparse.SUPPRESS)
@@ -58,7 +63,7 @@ def main() -> int:
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         names = " ".join({"PIL": "pillow"}.get(name, name) for name in missing)
         parser.error(f"missing: {names}. With a package index: pip install {names}. Without one: see --help.")
-    arguments.out = arguments.out.resolve()
+    arguments.out = (arguments.out or usual_out(arguments.dry_run)).resolve()
     if arguments.dry_run:  # kernels then run on a CPU; before Triton is imported
         os.environ.setdefault("TRITON_INTERPRET", "1")
     from gpu_record import Run  # which imports torch

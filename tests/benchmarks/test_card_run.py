@@ -89,6 +89,11 @@ def process_as_it_was():
     signal.signal(signal.SIGALRM, handler)
 
 
+def test_a_dry_run_leaves_nothing_beside_the_records_of_cards(gpu):
+    assert gpu.usual_out(dry=False).parent.name == "results"
+    assert gpu.ROOT / "benchmarks" not in gpu.usual_out(dry=True).parents
+
+
 @pytest.mark.slow
 @pytest.mark.model
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted in this process")
