@@ -119,7 +119,7 @@ def correct(layer: TieredLayer, model: Any) -> None:
     rank = rank_of(width)
     shapes = {"ahead.down": (width, rank), "ahead.offset": (rank,), "ahead.up": (rank, width)}
     numbers = {name: 1e-3 * torch.randn(shape, dtype=model.dtype, device="cpu") for name, shape in shapes.items()}
-    layer.correcting.restore(numbers, layer.prompt_length)
+    layer.correcting.restore(numbers)
 
 
 @contextmanager

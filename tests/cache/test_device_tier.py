@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import LateCopies, cap_share, tier_options
 
+from tieredkv.cache import device_tier
 from tieredkv.cache.device_tier import DeviceTier
 from tieredkv.cache.resident import Resident
 from tieredkv.config import TierConfig
@@ -111,6 +113,24 @@ def test_on_a_card_a_layer_is_predicted_unless_the_one_before_is_on_another(tier
     assert waits.limit_ms == float("inf")
     split = known.waits([cards[0], cards[0], cards[1]])
     assert [lead is None for lead in split.leads] == [True, False, True]
+
+
+def test_nothing_is_looked_up_where_nothing_is_to_be_decided(tier, monkeypatch):
+    monkeypatch.setattr(device_tier.Weights, "of", lambda *_: pytest.fail("weights were counted"))
+    for options in ({"ahead": False}, {"prefetch": False}):
+        assert tier(link_gb_s=10, budget_ratio=0.1, **options).waits([torch.device("cuda", 0)] * 3) is None
+
+
+def test_copies_that_the_host_waits_for_are_not_predicted(tier):
+    """Where its memory could not be page-locked; and chunks on disk are known to be there."""
+    known, cards = tier(link_gb_s=10, budget_ratio=0.1), [torch.device("cuda", 0)] * 3
+    assert not known.waits(cards).on_disk
+    known.locker = SimpleNamespace(refusal=lambda: None)
+    assert any(known.waits(cards).leads)
+    known.locker = SimpleNamespace(refusal=lambda: "no memory")
+    assert known.waits(cards).leads == ()
+    known.locker, known.disk = None, SimpleNamespace()
+    assert known.waits(cards).on_disk
 
 
 def test_what_nobody_waits_for_delays_no_other_work(tier):

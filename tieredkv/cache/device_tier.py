@@ -283,7 +283,8 @@ class DeviceTier:
         takes, also where no link is known. layers: devices of the tiered layers."""
         tiers, on_card = self.tiers, layers[0].type == "cuda"
         limited = tiers.step_overhead is not None and tiers.budget_ratio is None
-        if self._rates is None or not (limited or on_card):
+        undecided = on_card and tiers.prefetch and tiers.ahead is not False
+        if self._rates is None or not (limited or undecided):
             return None
         if self._weights is None:
             dtype = {2: torch.bfloat16, 4: torch.float32}[self.shape.itemsize]  # of it only the size matters here
@@ -299,12 +300,15 @@ class DeviceTier:
             leads = tuple(
                 lead if own == other else None for lead, own, other in zip(leads, layers, before, strict=False)
             )
-        return step_waits(self.shape, tiers, read, self._rates, leads if on_card else ())
+        if not on_card or (self.locker is not None and self.locker.refusal() is not None):
+            leads = ()  # the host computes the copies, or waits for them
+        return step_waits(self.shape, tiers, read, self._rates, leads, on_disk=self.disk is not None)
 
     def may_predict(self, tokens: int) -> bool:
         """Whether steps after at least `tokens` prompt tokens may rank chunks by predicted queries."""
         tiers = self.tiers
-        wanted = any(device.type == "cuda" for device in self.devices) if tiers.ahead is None else tiers.ahead
+        on_card = any(device.type == "cuda" for device in self.devices)
+        wanted = on_card and self.disk is None if tiers.ahead is None else tiers.ahead
         if not (wanted and tiers.prefetch and self.devices) or tiers.policy.reuse_above <= 1:
             return False
         prompt = max(self._prompt_tokens, tokens)
