@@ -16,8 +16,8 @@ from tieredkv.planning.rates import LAUNCH_US, Rates, copy_ms, model_ms, ranking
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """Of the chunks that a layer misses without copies ahead. *Assumed*: as in real steps on SmolLM2 at a budget of 5 %
-    (docs/log.md, "how many to copy ahead")."""
+    """Of the chunks that a layer misses without copies ahead. *Assumed*: as in real steps on SmolLM2 at budgets of 5
+    and 10 % (docs/log.md, "how many to copy ahead")."""
 
     foreseen: float
     """Copied ahead, if slots are plentiful."""
@@ -28,7 +28,7 @@ class Shares:
     the share of spare slots, as `exp(-spare / SPARE_SCALE)`."""
 
 
-SHARES = {110: Shares(0.87, 0.62, 0.25), 100: Shares(0.77, 0.24, 0.24), 80: Shares(0.58, 0.11, 0.18)}
+SHARES = {110: Shares(0.87, 0.62, 0.28), 100: Shares(0.76, 0.24, 0.24), 80: Shares(0.50, 0.09, 0.15)}
 """By how many of the likely chunks are copied, in per cent of those that a step selects: fewer are more often right."""
 USUAL = 110
 """What hides most where the lead is long enough."""
