@@ -129,7 +129,7 @@ CASES: dict[str, dict[str, Any]] = {
     "4 bits": {"share": 0.5, "host_kv_bits": 4},
     "adaptive": {"share": 0.5, "adaptive": True},
     "reuse": {"share": 0.5, "reuse_above": 0.9, "prefetch": True},
-    "ahead": {"share": 0.5, "theta": 0.5, "ahead": True},
+    "ahead": {"share": 0.45, "theta": 0.5, "ahead": True},
     "streaming": {"share": 0.5, "policy": "streaming"},
     "arkvale": {"share": 0.5, "policy": "arkvale"},
 }

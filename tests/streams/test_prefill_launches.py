@@ -121,8 +121,8 @@ def slow(monkeypatch):
         begun.append((work, future := Future()))
         return future
 
-    with one_layer(monkeypatch, 32768, **RESIDENT) as one:
-        monkeypatch.setattr(DeviceTier, "beside", beside)
+    with one_layer(monkeypatch, 32768, **RESIDENT) as one, monkeypatch.context() as patch:
+        patch.setattr(DeviceTier, "beside", beside)
         yield one, begun
 
 
