@@ -16,6 +16,7 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +27,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
+from tieredkv.cache.device_tier import DeviceTier
+from tieredkv.cache.preparing import Preparing
 from tieredkv.codecs.rotated import hadamard
 from tieredkv.environment.threads import at_most
 from tieredkv.memory import copies, pagelock
@@ -291,6 +294,8 @@ def simulated_card(patch: Any, order: Order = "late", kind: type[Card] = Card) -
             patched.setattr(torch.cuda, name, lambda device=None: 0)
         patched.setattr(torch.cuda, "empty_cache", lambda: None)
         patched.setattr(copies, "_streams", {})
+        patched.setattr(Preparing, "start", lambda *_: None)  # other threads' memory would be taken for the card's
+        patched.setattr(DeviceTier, "beside", lambda tier, work, later=False: done(work()))
         hadamard.cache_clear()
         try:
             with at_most(1), FakeTensorMode(), card:  # that mode keeps torch from looking for a driver
@@ -303,6 +308,13 @@ def stages_without_threads(patch: Any) -> None:
     """Let a session decode and encode a video on the thread that prefills it: another would have no card."""
     patch.setattr(Pipeline, "stage", lambda pipeline, name, items, depth=1: items)
     patch.setattr(Pipeline, "busy_seconds", lambda pipeline: defaultdict(float))
+
+
+def done(result: Any) -> Future[Any]:
+    """What a thread would have computed."""
+    future: Future[Any] = Future()
+    future.set_result(result)
+    return future
 
 
 class AtOnce:
