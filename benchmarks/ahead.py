@@ -23,6 +23,7 @@ import itertools
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -65,22 +66,31 @@ class Steps:
     """`(n, N)`: by which the slots are filled at first."""
 
 
-def record(reader: Reader, watch: Watch, asked: ReplayedQuestion, tiers: TierConfig) -> Steps:
-    """Decode the true answer under `tiers`; leaves the reader's cache unchanged."""
+@contextmanager
+def asking(
+    reader: Reader, asked: ReplayedQuestion, tiers: TierConfig, trace: bool = False
+) -> Iterator[list[torch.Tensor]]:
+    """Inside the block the question is read, and the cache sealed under `tiers`: the saliency of each layer. After it
+    the reader's cache is as before."""
     cache, context, scoring = reader.cache, reader.cache.get_seq_length(), reader.cache.tiers
     before = [] if asked.before is None else [*asked.before[0], *asked.before[1]]
     prefill(reader, [*before, *asked.prompt_ids])
-    cache.set_tiers(replace(tiers, prefetch=False))
-    cache.expect(Question(max_new_tokens=len(asked.answer_ids), rows=0, visual=reader.visual, trace=True))
+    cache.set_tiers(tiers)
+    cache.expect(Question(max_new_tokens=len(asked.answer_ids), rows=0, visual=reader.visual, trace=trace))
     saliency = [layer.rows.saliency for layer in cache.tiered_layers]
     cache.seal()
-    watch.clear()
-    with watch.watching(), cache.forced():
-        reader.feed(asked.answer_ids[:-1])
-    steps = gather(cache, watch, saliency)
+    yield saliency
     cache.truncate(context)
     cache.set_tiers(scoring)
-    return steps
+
+
+def record(reader: Reader, watch: Watch, asked: ReplayedQuestion, tiers: TierConfig) -> Steps:
+    """Decode the true answer under `tiers`."""
+    with asking(reader, asked, replace(tiers, prefetch=False), trace=True) as saliency:
+        watch.clear()
+        with watch.watching(), reader.cache.forced():
+            reader.feed(asked.answer_ids[:-1])
+        return gather(reader.cache, watch, saliency)
 
 
 def gather(cache: Any, watch: Watch, saliency: list[torch.Tensor]) -> Steps:
@@ -185,21 +195,12 @@ def readers(model: str, contexts: int) -> Iterator[tuple[str, Reader, Watch, lis
 
 
 def counted(reader: Reader, asked: ReplayedQuestion, tiers: TierConfig) -> tuple[int, int]:
-    """Bytes that steps waited for, and that were copied ahead, when the true answer is decoded token by token; leaves
-    the reader's cache unchanged."""
-    cache, context, scoring = reader.cache, reader.cache.get_seq_length(), reader.cache.tiers
-    before = [] if asked.before is None else [*asked.before[0], *asked.before[1]]
-    prefill(reader, [*before, *asked.prompt_ids])
-    cache.set_tiers(tiers)
-    cache.expect(Question(max_new_tokens=len(asked.answer_ids), rows=0, visual=reader.visual))
-    cache.seal()
-    for token in asked.answer_ids[:-1]:
-        reader.feed([token])
-    cache.finish()
-    counts = cache.counters.missed_bytes, cache.counters.prefetched_bytes
-    cache.truncate(context)
-    cache.set_tiers(scoring)
-    return counts
+    """Bytes that steps waited for, and that were copied ahead, when the true answer is decoded token by token."""
+    with asking(reader, asked, tiers):
+        for token in asked.answer_ids[:-1]:
+            reader.feed([token])
+        reader.cache.finish()
+        return reader.cache.counters.missed_bytes, reader.cache.counters.prefetched_bytes
 
 
 def extra_weights(watch: Watch, how: str) -> float:
@@ -241,43 +242,27 @@ def measure(model: str, contexts: int, budgets: Sequence[float]) -> list[dict[st
         print(f"{model} {task}: {len(questions)} answers", file=sys.stderr, flush=True)
         reader.cache.close()
     rows = []
+
+    def add(task: str, budget: float, spare: float, how: str, factor: float, **figures: float) -> None:
+        case = {"model": model, "task": task, "tokens": 2048, "budget": budget, "spare": spare}
+        rows.append({**case, "how": how, "factor": factor, **figures, "extra_weights": weights[how]})
+
     for (task, budget, spare, name, factor), outcome in totals.items():
         plain = totals[task, budget, spare, "nothing ahead", 0.0]
-        rows.append(
-            {
-                "model": model,
-                "task": task,
-                "tokens": 2048,
-                "budget": budget,
-                "spare": spare,
-                "how": name,
-                "factor": factor,
-                "miss_rate": outcome.missing / outcome.selected,
-                "foreseen": outcome.foreseen / outcome.missing,
-                "wasted": outcome.wasted / outcome.missing,
-                "exposed": outcome.late / plain.late,
-                "copied": (outcome.late + outcome.foreseen + outcome.wasted) / plain.late,
-                "extra_weights": weights[name],
-            }
+        add(
+            *(task, budget, spare, name, factor),
+            miss_rate=outcome.missing / outcome.selected,
+            foreseen=outcome.foreseen / outcome.missing,
+            wasted=outcome.wasted / outcome.missing,
+            exposed=outcome.late / plain.late,
+            copied=(outcome.late + outcome.foreseen + outcome.wasted) / plain.late,
         )
     for (task, budget, spare, per_cent), counts in steps_bytes.items():
-        how = COUNTED if per_cent else PLAIN_STEPS
         without = sum(missed for missed, _ in steps_bytes[task, budget, spare, 0])
         missed, ahead = (sum(parts) for parts in zip(*counts, strict=True))
-        rows.append(
-            {
-                "model": model,
-                "task": task,
-                "tokens": 2048,
-                "budget": budget,
-                "spare": spare,
-                "how": how,
-                "factor": per_cent / 100,
-                "exposed": missed / without,
-                "copied": (missed + ahead) / without,
-                "extra_weights": weights[how],
-            }
-        )
+        how = COUNTED if per_cent else PLAIN_STEPS
+        figures = {"exposed": missed / without, "copied": (missed + ahead) / without}
+        add(task, budget, spare, how, per_cent / 100, **figures)
     return rows
 
 

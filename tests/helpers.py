@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
@@ -14,9 +15,13 @@ import torch
 from transformers import StoppingCriteria
 
 from tieredkv.cache.retrieval import Retrieval
+from tieredkv.cache.tiered_cache import TieredCache
 from tieredkv.config import POLICY_FIELDS
+from tieredkv.environment.versions import cache_argument
 from tieredkv.memory.units import GIB
 from tieredkv.models.kv_shape import model_shape
+from tieredkv.models.switch import use_attention
+from tieredkv.planning.decode_plan import DecodePlan
 from tieredkv.policy.presets import POLICIES
 from tieredkv.session.video_session import VideoSession
 
@@ -204,6 +209,30 @@ def digest_nbytes(retrieval: Retrieval) -> int:
     """Device bytes of a layer's digests and the state that they are read with."""
     assert retrieval.ranking is not None
     return retrieval.ranking.digests.nbytes + retrieval.ranking._fitted.nbytes
+
+
+def at_once(work: Callable[[], Any], later: bool = False) -> Future[Any]:
+    """In place of `DeviceTier.beside`: what a thread would have computed."""
+    future: Future[Any] = Future()
+    future.set_result(work())
+    return future
+
+
+def decoded(model: Any, ids: torch.Tensor, steps: int, **options: Any) -> tuple[torch.Tensor, DecodePlan, int]:
+    """Logits of steps after 500 tokens in which every head ranks chunks, the plan, and the bytes copied ahead."""
+    tiers = {**pressed(model, 600, 0.5), "chunk_tokens": 8, "text_window": 16, "theta": 2.0, **options}
+    with (
+        torch.no_grad(),
+        use_attention(model),
+        TieredCache(model.config, **tier_options(**tiers), copies=LateCopies()) as cache,
+    ):
+        model(ids[:, :500], **cache_argument(cache))
+        cache.seal()
+        logits = [model(ids[:, place : place + 1], **cache_argument(cache)).logits for place in range(steps)]
+        assert cache.decoding is not None
+        plan = cache.decoding._phases[0].plan
+        cache.finish()
+        return torch.cat(logits), plan, cache.counters.prefetched_bytes
 
 
 class LateCopies:

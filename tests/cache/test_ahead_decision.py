@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import helpers
 import pytest
 import torch
-from helpers import LateCopies, pressed, random_text_model, tier_options
+from helpers import pressed, random_text_model
 
-import tieredkv
 from tieredkv.cache.device_tier import DeviceTier
 from tieredkv.cache.foresight import Foresight
-from tieredkv.cache.tiered_cache import TieredCache
-from tieredkv.environment.versions import cache_argument
 from tieredkv.planning.ahead_time import Lead, Waits
 from tieredkv.planning.rates import Rates
 from tieredkv.planning.weight_bytes import Weights
@@ -19,25 +17,9 @@ LONG = Lead(weight_bytes=1e12, query_bytes=1000, correction_bytes=100)
 """An MLP so slow that every copy is over."""
 
 
-def decode(model, ids, **options):
-    """Logits of three steps, the plan, and the bytes copied ahead."""
-    tiers = {**pressed(model, 600, 0.5), "chunk_tokens": 8, "text_window": 16, "theta": 2.0, **options}
-    with (
-        torch.no_grad(),
-        tieredkv.use_attention(model),
-        TieredCache(model.config, **tier_options(**tiers), copies=LateCopies()) as cache,
-    ):
-        model(ids[:, :500], **cache_argument(cache))
-        cache.seal()
-        steps = [model(ids[:, place : place + 1], **cache_argument(cache)).logits for place in range(3)]
-        plan = cache.decoding._phases[0].plan
-        cache.finish()
-        return torch.cat(steps), plan, cache.counters.prefetched_bytes
-
-
 @pytest.fixture
 def decoded(llama, long_ids):
-    return lambda **options: decode(llama, long_ids, **options)
+    return lambda **options: helpers.decoded(llama, long_ids, 3, **options)
 
 
 def test_the_plan_decides_what_is_copied(decoded, monkeypatch):
@@ -70,6 +52,6 @@ def test_the_planner_knows_which_layers_are_predicted(kind, long_ids, monkeypatc
         foresee(foresight, layer, sight)
 
     monkeypatch.setattr(Foresight, "foresee", watched)
-    decode(model, long_ids, **pressed(model, 600, 0.9), ahead=True)
+    helpers.decoded(model, long_ids, 3, **pressed(model, 600, 0.9), ahead=True)
     leads = Weights.of(model.config, torch.float32).leads()
     assert predicted == {index for index, lead in enumerate(leads) if lead is not None}

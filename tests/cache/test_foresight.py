@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import TEXT_CONFIGS, LateCopies, pressed, random_text_model, tier_options
+from helpers import TEXT_CONFIGS, LateCopies, decoded, pressed, random_text_model, tier_options
 
 import tieredkv
 from tieredkv.cache.foresight import Foresight
@@ -245,31 +245,17 @@ def test_no_memory_is_kept_for_a_cache_that_nobody_has(llama, long_ids):
         assert host() is None
 
 
-def decoded(model, ids, **options):
-    """Logits of steps, and the bytes copied for predicted queries."""
-    tiers = {**pressed(model, 600, 0.5), "chunk_tokens": 8, "text_window": 16, **RANKED, **options}
-    with (
-        torch.no_grad(),
-        tieredkv.use_attention(model),
-        TieredCache(model.config, **tier_options(**tiers), copies=LateCopies()) as cache,
-    ):
-        model(ids[:, :500], **cache_argument(cache))
-        cache.seal()
-        steps = [model(ids[:, place : place + 1], **cache_argument(cache)).logits for place in range(4)]
-        return torch.cat(steps), cache.counters.prefetched_bytes
-
-
 def test_weights_that_are_buffers(long_ids):
     """As AWQ and GPTQ keep all weights of an attention without biases and norms."""
     model = random_text_model("llama")
-    want, copied = decoded(model, long_ids, ahead=True)
+    want, _, copied = decoded(model, long_ids, 4, ahead=True)
     for layer in model.model.layers:
         for linear in layer.self_attn.children():
             weight = linear.weight.detach()
             del linear.weight
             linear.register_buffer("weight", weight)
     assert not list(model.model.layers[1].self_attn.parameters())
-    got, also = decoded(model, long_ids, ahead=True)
+    got, _, also = decoded(model, long_ids, 4, ahead=True)
     assert torch.equal(got, want)
     assert also == copied > 0
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from fake_card import CARD, fake_card
+from helpers import at_once
 from launches import Recorder, recorded
 from transformers import Qwen2Config
 
@@ -152,13 +152,6 @@ class OneLayer:
         made = self.recorder.made
         made.waits = self.streams.waits
         return made
-
-
-def at_once(work: Callable[[], Any]) -> Future[Any]:
-    """The result of `work`, as a thread would give it."""
-    future: Future[Any] = Future()
-    future.set_result(work())
-    return future
 
 
 @contextmanager

@@ -16,12 +16,12 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from helpers import at_once
 from queues import Graph, Order, Queues, Stream, Work
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -295,7 +295,7 @@ def simulated_card(patch: Any, order: Order = "late", kind: type[Card] = Card) -
         patched.setattr(torch.cuda, "empty_cache", lambda: None)
         patched.setattr(copies, "_streams", {})
         patched.setattr(Preparing, "start", lambda *_: None)  # other threads' memory would be taken for the card's
-        patched.setattr(DeviceTier, "beside", lambda tier, work, later=False: done(work()))
+        patched.setattr(DeviceTier, "beside", staticmethod(at_once))
         hadamard.cache_clear()
         try:
             with at_most(1), FakeTensorMode(), card:  # that mode keeps torch from looking for a driver
@@ -308,13 +308,6 @@ def stages_without_threads(patch: Any) -> None:
     """Let a session decode and encode a video on the thread that prefills it: another would have no card."""
     patch.setattr(Pipeline, "stage", lambda pipeline, name, items, depth=1: items)
     patch.setattr(Pipeline, "busy_seconds", lambda pipeline: defaultdict(float))
-
-
-def done(result: Any) -> Future[Any]:
-    """What a thread would have computed."""
-    future: Future[Any] = Future()
-    future.set_result(result)
-    return future
 
 
 class AtOnce:
