@@ -10,6 +10,7 @@ queues, each of its branches a stream of its own. Not checked: the order of kern
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -173,6 +174,18 @@ class RaceCheck(Card):
             begins = ptrs.data[mask.data.astype(bool)].astype(np.int64).reshape(-1)
             size = max(1, ptrs.get_element_ty().primitive_bitwidth // 8)
             self._touched.append((merged(np.unique(begins), size), writes))
+
+
+def lasting(run: Callable[[], list[str]]) -> list[str]:
+    """The races that a run finds, as `run` returns them, and a second run too.
+
+    What happens and in which order is the same in every run; addresses are not. On a busy machine single runs have
+    reported races that no other run did, of accesses that cannot be of the same memory; why is not known.
+    """
+    if not (found := run()):
+        return []
+    again = set(run())
+    return [race for race in found if race in again]
 
 
 def said(access: Access) -> str:

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from races import RaceCheck
+from races import RaceCheck, lasting
 from simulated_card import CARD, on_card, simulated_card
 from test_late_card import ORDERS, TOKENS, copies_that_do_not_wait, missing_wait, one_question, two_questions
 
@@ -62,7 +62,7 @@ def races_of(patch, model, ids):
 
 
 def test_everything_is_in_order(two_layers, long_ids, monkeypatch):
-    assert races_of(monkeypatch, two_layers, long_ids) == []
+    assert lasting(lambda: races_of(monkeypatch, two_layers, long_ids)) == []
 
 
 # ---- that they show it: each fault is planted
